@@ -1,0 +1,8 @@
+"""The one attention function, the stages a method may override, rotary positions and key/value caches."""
+
+from lvlm_jax.attention.attend import attend
+from lvlm_jax.attention.cache import Block, LayerCache
+from lvlm_jax.attention.context import Context, CrossPositions
+from lvlm_jax.attention.transform import Chain, Site, Transform
+
+__all__ = ["Block", "Chain", "Context", "CrossPositions", "LayerCache", "Site", "Transform", "attend"]

@@ -1,0 +1,207 @@
+"""The one attention function.
+
+    positions → logits → mask → weights → values
+
+Rows (queries) of all branches are multiplied with the shared prefix at once, and each branch's with its own block
+of columns after it. A transform sees the last `explicit_rows` rows of its branch; without transforms nothing but
+the plain program is traced.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention.cache import Block, LayerCache
+from lvlm_jax.attention.context import Context
+from lvlm_jax.attention.rotary import Rotation, rotate
+from lvlm_jax.attention.transform import Site, Transform, overrides
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEdits:
+    """The transforms of one layer: one (or None) per branch, their carries, and where in the depth this is."""
+
+    transforms: tuple[Transform | None, ...]
+    carries: tuple
+    layer: int
+    num_layers: int
+
+    def at(self, branch: int, phase: str) -> Transform | None:
+        transform = self.transforms[branch]
+        return transform if transform and transform.active(self.layer, self.num_layers, phase) else None
+
+
+def attend(
+    queries: tuple[Float[Array, "B H T D"], ...],
+    cross_queries: tuple[Float[Array, "B H T D"], ...] | None,
+    columns: LayerCache,
+    context: Context,
+    shift: Rotation | None,
+    edits: LayerEdits,
+    window: int | None = None,
+) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple]:
+    """Attention of one layer for every branch.
+
+    Args:
+        queries: per branch, rotated to the ordinary positions.
+        cross_queries: per branch, rotated to the calibrated positions, or None.
+        columns: keys rotated to their own positions, and values.
+        context: rows, columns, masks.
+        shift: the rotation from each column's own to its calibrated position; None when the cache holds
+            shifted image keys already.
+        edits: what each branch does to its rows.
+        window: sliding-window width of this layer.
+
+    Returns:
+        Per branch the mixed values, and the carries for the next layer.
+    """
+    explicit = context.positions.shape[1] - context.explicit_rows
+    if cross_queries is None:
+        logits = _logits(queries, columns)
+    else:
+        logits = _calibrated_logits(queries, cross_queries, columns, context, shift)
+    mask = context.mask(window)
+
+    weights, sites = [], []
+    for branch, scores in enumerate(logits):
+        transform = edits.at(branch, context.phase)
+        if transform is None:
+            weights.append(_softmax(scores, mask))
+            sites.append(None)
+            continue
+        site = Site(
+            layer=edits.layer,
+            num_layers=edits.num_layers,
+            phase=context.phase,
+            image_id=context.image_id,
+            image=context.image_columns(),
+            after_image=context.after_image_columns(),
+            post_image=context.post_image_rows(),
+            mask=mask[:, explicit:],
+            logits=scores[:, :, explicit:],
+            carry=edits.carries[branch],
+            read_values=lambda branch=branch: _all_values(columns, branch),
+        )
+        edited, site = _edit(transform, site)
+        plain = _softmax(scores[:, :, :explicit], mask[:, :explicit])
+        weights.append(jnp.concatenate([plain, edited], axis=2))
+        sites.append(site)
+
+    outputs = _mix(weights, columns)
+    for branch, site in enumerate(sites):
+        if site is None or not overrides(edits.transforms[branch], "values"):
+            continue
+        replaced = edits.transforms[branch].values(
+            site,
+            weights[branch][:, :, explicit:],
+            lambda rows, branch=branch: _mix_branch(rows, columns, branch),
+        )
+        plain = outputs[branch][:, :, :explicit]
+        outputs[branch] = jnp.concatenate([plain, replaced.astype(plain.dtype)], axis=2)
+    carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
+    return tuple(outputs), carries
+
+
+def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Site]:
+    """Logits, mask and weights stages of one branch; the returned site goes on to the values stage."""
+    site = dataclasses.replace(site, logits=transform.logits(site, site.logits))
+    weights = _softmax(site.logits, transform.mask(site, site.mask))
+    site = dataclasses.replace(site, carry=transform.observe(site, weights))
+    return transform.weights(site, weights), site
+
+
+def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> list[Float[Array, "B H T S"]]:
+    """Scaled attention logits of every branch's rows over the prefix and the branch's own columns."""
+    own = [_product(query, block) for query, block in zip(rows, columns.own, strict=True)]
+    if columns.prefix is None:
+        return own
+    shared = jnp.split(_product(jnp.concatenate(rows, axis=2), columns.prefix), len(rows), axis=2)
+    return [jnp.concatenate(parts, axis=-1) for parts in zip(shared, own, strict=True)]
+
+
+def _calibrated_logits(
+    queries: tuple[Float[Array, "B H T D"], ...],
+    cross_queries: tuple[Float[Array, "B H T D"], ...],
+    columns: LayerCache,
+    context: Context,
+    shift: Rotation | None,
+) -> list[Float[Array, "B H T S"]]:
+    """Logits whose cross-modal block, post-image rows x image columns, comes from the calibrated positions."""
+    rows = context.positions.shape[1]
+    plain = rows - context.explicit_rows
+    if shift is None:
+        # A decode step: image keys are shifted in the cache, so one read serves both kinds of query.
+        both = [jnp.concatenate(pair, axis=2) for pair in zip(queries, cross_queries, strict=True)]
+        logits, cross = zip(*(jnp.split(z, 2, axis=2) for z in _logits(tuple(both), columns)), strict=True)
+    else:
+        logits = _logits(queries, columns)
+        cross = _logits(tuple(query[:, :, plain:] for query in cross_queries), shifted(columns, shift))
+    block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
+    return [
+        jnp.concatenate([z[:, :, :plain], jnp.where(block, calibrated, z[:, :, plain:])], axis=2)
+        for z, calibrated in zip(logits, cross, strict=True)
+    ]
+
+
+def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
+    """The same columns with every key turned on by `shift`, whose angles are zero outside images."""
+
+    def turn(block: Block, start: int) -> Block:
+        part = Rotation(shift.cosine[:, start : start + block.length], shift.sine[:, start : start + block.length])
+        return Block(rotate(block.key, part.heads(axis=1)), block.value)
+
+    prefix = columns.prefix and turn(columns.prefix, 0)
+    start = columns.prefix.length if columns.prefix else 0
+    return LayerCache(prefix, tuple(turn(block, start) for block in columns.own))
+
+
+def _mix(weights: list[Float[Array, "B H T S"]], columns: LayerCache) -> list[Float[Array, "B H T D"]]:
+    """Weights times values for every branch; the prefix is read once for all of them."""
+    if columns.prefix is None:
+        return [_weighted(rows, block) for rows, block in zip(weights, columns.own, strict=True)]
+    split = columns.prefix.length
+    stacked = jnp.concatenate([rows[..., :split] for rows in weights], axis=2)
+    shared = jnp.split(_weighted(stacked, columns.prefix), len(weights), axis=2)
+    own = [_weighted(rows[..., split:], block) for rows, block in zip(weights, columns.own, strict=True)]
+    return [prefix + suffix for prefix, suffix in zip(shared, own, strict=True)]
+
+
+def _mix_branch(weights: Float[Array, "B H R S"], columns: LayerCache, branch: int) -> Float[Array, "B H R D"]:
+    return _mix([weights], LayerCache(columns.prefix, (columns.own[branch],)))[0]
+
+
+def _all_values(columns: LayerCache, branch: int) -> Float[Array, "B K S D"]:
+    own = columns.own[branch].value
+    return own if columns.prefix is None else jnp.concatenate([columns.prefix.value, own], axis=2)
+
+
+def _product(query: Float[Array, "B H T D"], block: Block) -> Float[Array, "B H T S"]:
+    """Scaled float32 logits. Query heads that share a key head become rows of one product (grouped-query attention)."""
+    batch, heads, rows, size = query.shape
+    grouped = query.reshape(batch, block.key.shape[1], -1, size)
+    logits = jnp.einsum(
+        "BKRD,BKSD->BKRS", grouped, block.key, precision=_precision(query), preferred_element_type=jnp.float32
+    )
+    return logits.reshape(batch, heads, rows, -1) * size**-0.5
+
+
+def _weighted(weights: Float[Array, "B H T S"], block: Block) -> Float[Array, "B H T D"]:
+    batch, heads, rows, columns = weights.shape
+    grouped = weights.reshape(batch, block.value.shape[1], -1, columns).astype(block.value.dtype)
+    mixed = jnp.einsum(
+        "BKRS,BKSD->BKRD", grouped, block.value, precision=_precision(block.value), preferred_element_type=jnp.float32
+    )
+    return mixed.reshape(batch, heads, rows, -1)
+
+
+def _softmax(logits: Float[Array, "B H T S"], mask: Bool[Array, "B #H T S"]) -> Float[Array, "B H T S"]:
+    """Softmax over visible columns; a row that sees none (padding) gets finite, meaningless weights."""
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _precision(operand: jax.Array) -> jax.lax.Precision:
+    """float32 means float32: accelerators would otherwise round the operands of a product."""
+    return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -1,0 +1,59 @@
+"""Keys and values that attention reads.
+
+Every branch of a generation (greedy has one, a contrastive method two) sees the same prompt up to the last
+image and its own continuation:
+
+    columns    0 ............ P-1 | P ................. P+S-1
+    branch 0   shared prefix      | own block 0
+    branch 1   shared prefix      | own block 1
+
+so the prefix is stored and read once. Without a contrast branch there is no prefix: P = 0 and one own block.
+Heads come before positions because each head's keys are then contiguous, which is how they are read.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rotated keys and values of consecutive columns, `Float[Array, "B K S D"]` each."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[2]
+
+    def write(self, new: "Block", index: Int[Array, ""]) -> "Block":
+        """Overwrites columns `index ... index + new.length`; in place when the buffer is donated."""
+        zero = jnp.zeros((), jnp.int32)
+        start = (zero, zero, index, zero)
+        return Block(
+            jax.lax.dynamic_update_slice(self.key, new.key, start),
+            jax.lax.dynamic_update_slice(self.value, new.value, start),
+        )
+
+    def padded(self, length: int) -> "Block":
+        """The same columns followed by zeros up to `length` columns."""
+        width = ((0, 0), (0, 0), (0, length - self.length), (0, 0))
+        return Block(jnp.pad(self.key, width), jnp.pad(self.value, width))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's columns: an optional prefix shared by all branches, and one own block per branch."""
+
+    prefix: Block | None
+    own: tuple[Block, ...]
+
+
+def stack_branches(blocks: tuple[Float[Array, "B K T D"], ...]) -> Float[Array, "B K NT D"]:
+    """Lays the rows of all branches side by side, so that one product reads the shared columns once."""
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)

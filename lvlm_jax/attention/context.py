@@ -1,0 +1,79 @@
+"""What every layer of one forward pass shares: columns, rows, masks and positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+PADDING = -1  # image_id of a column that holds no token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossPositions:
+    """Positions used only where post-image rows look at image columns (the *positions* stage).
+
+    Attributes:
+        rows: position of each row in that block, `Float[Array, "B T"]`.
+        shift: what to add to each column's own position, `Float[Array, "B S"]`, zero outside images;
+            None when the cached image keys are shifted already, as they are in every decode step.
+    """
+
+    rows: Float[Array, "B T"]
+    shift: Float[Array, "B S"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The B sequences of one forward pass: T rows (queries) that see S columns (keys).
+
+    Attributes:
+        image_id: per column: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
+        positions: ordinary position of each row.
+        first_row: column index of the first row; rows are consecutive columns.
+        image_end: E, the index of the first column after the sample's last image; 0 without an image.
+        cross: calibrated positions, or None.
+        phase: "prefill" or "decode".
+        explicit_rows: how many of the last rows a method's stages may touch; includes every post-image row.
+    """
+
+    image_id: Int[Array, "B S"]
+    positions: Int[Array, "B T"]
+    first_row: Int[Array, ""]
+    image_end: Int[Array, "B"]
+    cross: CrossPositions | None = None
+    phase: str = dataclasses.field(default="prefill", metadata={"static": True})
+    explicit_rows: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def mask(self, window: int | None = None) -> Bool[Array, "B T S"]:
+        """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one."""
+        rows, columns = self._rows(), jnp.arange(self.image_id.shape[1])
+        visible = columns[None, :] <= rows[:, None]
+        if window is not None:
+            visible &= columns[None, :] > rows[:, None] - window
+        return visible[None] & (self.image_id != PADDING)[:, None, :]
+
+    def image_columns(self) -> Bool[Array, "B S"]:
+        return self.image_id > 0
+
+    def after_image_columns(self) -> Bool[Array, "B S"]:
+        """Text after the last image; none in a sample without an image."""
+        columns = jnp.arange(self.image_id.shape[1])
+        after = (columns[None, :] >= self.image_end[:, None]) & (self.image_end[:, None] > 0)
+        return after & (self.image_id != PADDING)
+
+    def post_image_rows(self) -> Bool[Array, "B R"]:
+        """Which of the explicit rows lie after the last image; none in a sample without an image."""
+        rows = self._rows()[self.positions.shape[1] - self.explicit_rows :]
+        return (rows[None, :] >= self.image_end[:, None]) & (self.image_end[:, None] > 0)
+
+    def _rows(self) -> Int[Array, "T"]:
+        return self.first_row + jnp.arange(self.positions.shape[1])
+
+
+def image_end(image_id: Int[Array, "B S"]) -> Int[Array, "B"]:
+    """E: per sample the index after its last image token, 0 when it has none."""
+    columns = jnp.arange(1, image_id.shape[1] + 1)
+    return jnp.max(jnp.where(image_id > 0, columns, 0), axis=1).astype(jnp.int32)

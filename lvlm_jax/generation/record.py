@@ -1,0 +1,75 @@
+"""The record of a run: everything that decides its answers, so that two runs can be told apart."""
+
+import dataclasses
+import hashlib
+import pathlib
+
+import numpy as np
+
+# Read at this many places, evenly spread, of a weight file; hashing all of a 14 GB model would take half a minute.
+_SAMPLES = 64
+_SAMPLE_BYTES = 16 * 1024
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a whole file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled_hash(path: pathlib.Path) -> bytes:
+    """SHA-256 of a file's size, and of samples from its first byte to its last."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for offset in np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.digest()
+
+
+def checkpoint_hash(folder) -> str:
+    """One SHA-256 for a checkpoint folder: names and contents of its JSON and template files, and of its weights
+    (there sampled: the header, the size and 64 stretches of 16 KiB; training changes all of them)."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        if path.suffix in _WEIGHT_SUFFIXES:
+            content = _sampled_hash(path)
+        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+            content = file_hash(path).encode()
+        else:
+            continue
+        digest.update(path.name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def method_record(method) -> dict | None:
+    """A method as plain JSON values: its class name and its fields; None for no method."""
+    if method is None:
+        return None
+    return {"name": type(method).__name__} | {
+        field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)
+    }
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return method_record(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    return value
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """What differs between two records, as `name: old, now new`, nested names joined by dots."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r}, now {after!r}")
+    return found

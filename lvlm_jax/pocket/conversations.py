@@ -1,0 +1,102 @@
+"""Training conversations: a caption and several questions over the same image, or questions over a few images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lvlm_jax.pocket import captions, questions
+from lvlm_jax.pocket.questions import Question
+from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
+from lvlm_jax.pocket.scenes import patch_labels as patch_labels
+
+MULTI_IMAGE = 0.15  # share of conversations over two to four images
+ONE_WORD = 0.3  # share of questions that carry a benchmark's suffix and are answered by one word
+SUFFIXES = ("\nAnswer the question using a single word or phrase.", " Please answer this question with one word.")
+YES_NO_SUFFIX = " Please answer yes or no."
+
+SHORT_PROMPTS = (
+    "Describe the image briefly.",
+    "Write a short caption for this image.",
+    "Give a brief description of the image.",
+    "What is shown in this image?",
+)
+DETAILED_PROMPTS = (
+    "Please describe this image in detail.",
+    "Please help me describe the image in detail.",
+    "Describe the image in detail.",
+    "Describe this image.",
+    "What do you see in this picture?",
+)
+LIST_PROMPTS = ("List the objects in the image.", "What objects are in the image?", "Which objects can you see?")
+
+# Yes/no questions alone leave a small model at chance; as many forced choices beside them teach it to look.
+_KINDS = ("existence", "choice", "counting", "position", "colour", "place")
+_CUMULATIVE = np.cumsum((0.33, 0.33, 0.11, 0.11, 0.08, 0.04))
+_MULTI_KINDS = tuple(questions.MULTI)
+
+
+def sample_conversation(seed: int, index: int, split: str = "train") -> tuple[list[np.ndarray], list[tuple[str, str]]]:
+    """Conversation `index` of the stream `seed`.
+
+    Returns:
+      images: one to four uint8 arrays [96, 96, 3].
+      turns: (question, answer) pairs, all about these images; the chat template puts the images before the first.
+    """
+    scenes, turns = sample_text(seed, index, split)
+    return [render(scene) for scene in scenes], turns
+
+
+def sample_text(seed: int, index: int, split: str = "train") -> tuple[list[Scene], list[tuple[str, str]]]:
+    """The scenes and turns of `sample_conversation`, without drawing the pictures."""
+    # The leading 1 keeps this stream apart from the scenes of the written splits.
+    rng = np.random.default_rng([1, SPLITS[split], seed, index])
+    if rng.random() < MULTI_IMAGE:
+        return _several_images(rng, split)
+    scene = sample_scene(rng, split)
+    turns = [_turn(_single_question(scene, rng), rng) for _ in range(6)]
+    turns.insert(0 if rng.random() < 0.5 else len(turns), _caption_turn(scene, rng, captions.NOISE))
+    return [scene], turns
+
+
+def _several_images(rng: np.random.Generator, split: str) -> tuple[list[Scene], list[tuple[str, str]]]:
+    count = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
+    scenes = [sample_scene(rng, split)]
+    alike = rng.random() < 0.6  # images of one place share objects, so that both answers occur
+    while len(scenes) < count:
+        scene = sample_scene(rng, split)
+        if not alike or scene.kind == scenes[0].kind:
+            scenes.append(scene)
+    turns = []
+    while len(turns) < 5:
+        question = questions.MULTI[_MULTI_KINDS[rng.integers(len(_MULTI_KINDS))]](scenes, rng)
+        if question is not None:
+            turns.append(_turn(question, rng))
+    return scenes, turns
+
+
+def _single_question(scene: Scene, rng: np.random.Generator) -> Question:
+    while True:
+        kind = _KINDS[min(int(_CUMULATIVE.searchsorted(rng.random())), len(_KINDS) - 1)]
+        question = questions.SINGLE[kind](scene, rng)
+        if question is not None:
+            return question
+
+
+def _turn(question: Question, rng: np.random.Generator) -> tuple[str, str]:
+    """The question as a user may put it: bare and answered by a sentence, or with a suffix and answered by a word."""
+    if rng.random() >= ONE_WORD:
+        return question.text, question.full
+    suffixes = (*SUFFIXES, YES_NO_SUFFIX) if question.short in ("Yes", "No") else SUFFIXES
+    return question.text + suffixes[rng.integers(len(suffixes))], question.short
+
+
+def _caption_turn(scene: Scene, rng: np.random.Generator, noise: float) -> tuple[str, str]:
+    noisy = bool(rng.random() < noise)
+    draw = rng.random()
+    if draw < 0.35:
+        style = captions.SHORT_STYLES[rng.integers(2)]
+        return SHORT_PROMPTS[rng.integers(len(SHORT_PROMPTS))], captions.caption(scene, style, rng, noisy)
+    if draw < 0.85:
+        prompt = DETAILED_PROMPTS[rng.integers(len(DETAILED_PROMPTS))]
+        return prompt, captions.caption(scene, "detailed", rng, noisy)
+    return LIST_PROMPTS[rng.integers(len(LIST_PROMPTS))], captions.caption(scene, "list", rng, noisy)

@@ -1,0 +1,57 @@
+"""Reading `pytorch_model.bin` files. The only place outside the tests that imports torch."""
+
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+
+
+class BinFile:
+    """An open `.bin` file, with the interface of `SafetensorsFile`.
+
+    Only tensors are unpickled (`weights_only=True`): a file that carries code is refused.
+
+    Raises:
+        LVLMError: torch is not installed, or the file is missing, broken, or holds anything but tensors.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        try:
+            import torch
+        except ImportError as error:
+            raise LVLMError(
+                f"{path} can only be read with torch, which is not installed: `pip install torch`, "
+                "or use a checkpoint with .safetensors files"
+            ) from error
+        self.path = Path(path)
+        try:
+            try:
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever its pickle machinery ran into
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise LVLMError(f"cannot read {self.path} as a torch file of tensors: {reason[0]}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise LVLMError(f"{self.path} is not a state dict: expected a dict of tensors")
+        self._arrays = {name: _to_numpy(torch, tensor) for name, tensor in loaded.items()}
+        self.shapes = {name: array.shape for name, array in self._arrays.items()}
+        self.dtypes = {name: array.dtype for name, array in self._arrays.items()}
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a view of the file."""
+        return self._arrays[name]
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor that will not be asked for again."""
+        self._arrays.pop(name, None)
+
+
+def _to_numpy(torch, tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # NumPy itself has no bfloat16
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

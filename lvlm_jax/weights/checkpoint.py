@@ -1,0 +1,116 @@
+"""Finding a checkpoint: a folder or a hub id, its configuration, its weight files."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.safetensors_file import SafetensorsFile
+
+# (index file, single file, glob of files without an index), in order of preference.
+_LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+
+
+def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
+    """A folder on this machine for a path or a hub id ("llava-hf/llava-1.5-7b-hf").
+
+    An existing folder is itself. Anything else is downloaded, or taken from the hub's cache, honouring
+    `HF_HUB_OFFLINE`, `HF_HOME` and the like; weights as safetensors, or as `.bin` where a repository has nothing
+    else. No code of a repository is downloaded or run.
+
+    Raises:
+        LVLMError: no such folder, and no such model on the hub (or the hub is out of reach).
+    """
+    given = str(path_or_hub_id)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise LVLMError(f"{given} is a file; expected a checkpoint folder or a hub id like owner/name")
+    if not _HUB_ID.fullmatch(given):
+        raise LVLMError(f"no such folder: {given}; expected a checkpoint folder or a hub id like owner/name")
+    # Imported here: slow to import, and not needed for a folder.
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
+    except Exception as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LVLMError(
+            f"{given} is neither a folder here nor a model that could be fetched from the hub: {reason[:300]}"
+        ) from error
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object.
+
+    Raises:
+        LVLMError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LVLMError(f"no {path.name} in {path.parent}; expected a Hugging Face checkpoint folder") from error
+    except OSError as error:
+        raise LVLMError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise LVLMError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LVLMError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: those an index names, else the single file, else every match.
+
+    Raises:
+        LVLMError: no such folder, no weights in it, a malformed index, or a missing shard.
+    """
+    if not folder.is_dir():
+        raise LVLMError(f"no such folder: {folder}; expected a checkpoint folder")
+    for index, single, pattern in _LAYOUTS:
+        if (folder / index).exists():
+            return _shards(folder / index)
+        if (folder / single).exists():
+            return [folder / single]
+        if found := sorted(folder.glob(pattern)):
+            return found
+    looked_for = ", ".join(name for layout in _LAYOUTS for name in layout)
+    raise LVLMError(f"no weights in {folder}: looked for {looked_for}")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LVLMError(f"{index} has no weight_map; expected tensor name -> file name")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise LVLMError(f"{index} names {outside[0]}; expected files in its own folder")
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise LVLMError(
+            f"{index} names {len(missing)} of {len(names)} files that are not there: {', '.join(missing[:10])}; "
+            "download them"
+        )
+    return [index.parent / name for name in names]
+
+
+def open_files(files: Sequence[str | os.PathLike]) -> list[SafetensorsFile | BinFile]:
+    """Opens weight files by their suffix.
+
+    Raises:
+        LVLMError: a file cannot be read.
+    """
+    return [BinFile(file) if str(file).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(file) for file in files]

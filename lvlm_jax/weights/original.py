@@ -1,0 +1,145 @@
+"""The authors' own checkpoint layout (liuhaotian/llava-v1.5-*) as a normal LLaVA configuration.
+
+Three things differ from the `llava-hf` repositories:
+
+- the configuration is a LLaMA one with `mm_*` fields, and the vision tower's own configuration lives elsewhere;
+- the tower's weights usually do too, in a CLIP checkpoint that `mm_vision_tower` names;
+- the vocabulary has no image token. Prompts use the number -200 there. `llava-hf` appended `<image>` and `<pad>` and
+  rounded the vocabulary up to a multiple of 64, so that 32000 became 32064 and `<image>` 32000; we do the same, which
+  makes the processor files of a `llava-hf` repository fit. Its converter drew the new rows at random around the mean
+  row; here each new row of the embedding and of the output layer is the mean row itself: deterministic, and the logit
+  of an added token is then the mean of all logits, which greedy decoding can never choose.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint, weight_files
+
+VOCABULARY_MULTIPLE = 64
+_ADDED_TOKENS = 2  # <image>, <pad>
+_SELECT = {"patch": "default", "cls_patch": "full"}
+
+# Towers whose sizes are known without their files, for checkpoints that carry the tower's weights inside.
+_CLIP_LARGE = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+    "clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+}
+
+
+def is_original(config: dict) -> bool:
+    """Whether a `config.json` is of the authors' layout."""
+    return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)
+
+
+def find_tower(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> Path | None:
+    """The folder of the CLIP checkpoint that belongs to an original checkpoint.
+
+    Looked for in this order: `vision_tower` (a folder or a hub id), `mm_vision_tower` as a folder, a folder of its
+    last name inside or beside the checkpoint. None if there is none.
+
+    Raises:
+        LVLMError: `vision_tower` was given and is not there.
+    """
+    if vision_tower is not None:
+        return resolve_checkpoint(vision_tower)
+    named = config.get("mm_vision_tower")
+    if not named:
+        return None
+    name = Path(named).name
+    candidates = (Path(named).expanduser(), folder / name, folder.resolve().parent / name)
+    return next((path for path in candidates if (path / "config.json").is_file()), None)
+
+
+def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> dict:
+    """The `LlavaConfig` dict of transformers that an original configuration means.
+
+    Args:
+        folder: the checkpoint's folder, where the tower is looked for.
+        config: its `config.json`.
+        vision_tower: the CLIP checkpoint, if `config` does not lead to it.
+
+    Raises:
+        LVLMError: a projector, feature selection or tower that LLaVA-1.5 does not have, or no tower configuration.
+    """
+    projector = config.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise LVLMError(f"mm_projector_type {projector!r} is not supported; expected 'mlp2x_gelu' (LLaVA-1.5)")
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature not in _SELECT:
+        raise LVLMError(f"mm_vision_select_feature {feature!r} is not supported; expected one of {', '.join(_SELECT)}")
+    vision = _vision_config(folder, config, vision_tower)
+    width = vision.get("hidden_size", 768)  # CLIP's own default, which its files leave out
+    if config.get("mm_hidden_size", width) != width:
+        raise LVLMError(
+            f"mm_hidden_size {config['mm_hidden_size']} of {folder} and hidden_size {width} of the vision tower "
+            "differ; name the right tower with vision_tower="
+        )
+    own = {name: value for name, value in config.items() if not name.startswith(("mm_", "tune_mm_", "freeze_mm_"))}
+    dropped = ("architectures", "auto_map", "image_aspect_ratio", "image_grid_pinpoints", "_name_or_path")
+    text = {name: value for name, value in own.items() if name not in dropped}
+    vocabulary = config.get("vocab_size", 32000)
+    padded = -(-(vocabulary + _ADDED_TOKENS) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text |= {"model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama", "vocab_size": padded}
+    hf = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": vocabulary,
+        "pad_token_id": vocabulary + 1,
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "vision_config": vision,
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": _SELECT[feature],
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+    return hf | {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
+
+
+def _vision_config(folder: Path, config: dict, vision_tower: str | os.PathLike | None) -> dict:
+    tower = find_tower(folder, config, vision_tower)
+    named = str(config.get("mm_vision_tower"))
+    if tower is None:
+        known = _KNOWN_TOWERS.get(Path(named).name)
+        if known is None:
+            raise LVLMError(f"the vision tower {named} of {folder} is not here; name its folder with vision_tower=")
+        return dict(known)
+    vision = read_json(tower / "config.json")
+    vision = vision.get("vision_config", vision)
+    kind = vision.get("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise LVLMError(f"{tower / 'config.json'} has model_type {kind!r}; expected a CLIP checkpoint")
+    return vision | {"model_type": kind}
+
+
+def tower_files(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> list[Path]:
+    """The weight files of the separate vision tower.
+
+    Raises:
+        LVLMError: it is not here.
+    """
+    tower = find_tower(folder, config, vision_tower)
+    if tower is None:
+        raise LVLMError(
+            f"{folder} holds no vision tower, and {config.get('mm_vision_tower')} is not a folder here: "
+            "name its folder or hub id with vision_tower="
+        )
+    return weight_files(tower)
+
+
+def append_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """[N, E] -> [N + count, E], every new row the mean row (taken in float64)."""
+    mean = rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
+    return np.concatenate([rows, np.broadcast_to(mean, (count, rows.shape[1]))])

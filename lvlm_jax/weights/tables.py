@@ -1,0 +1,121 @@
+"""Key tables: how a Hugging Face tensor name and a parameter path of ours belong together.
+
+A family's table has one row per kind of tensor, `{i}` standing for a layer's number, and one entry per naming
+scheme, which says what a scheme writes in front of the names of each part of the model. Both directions read the
+same rows, so whatever loads can be saved.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+Axes = tuple[int, ...] | None
+
+SAME: Axes = None
+LINEAR: Axes = (1, 0)  # torch keeps [out, in], we keep [in, out]
+CONVOLUTION: Axes = (2, 3, 1, 0)  # torch keeps [out, in, height, width], we keep [height, width, in, out]
+
+_NUMBERED = re.compile(r"layers_(\d+)")
+
+
+def inverse(axes: Axes) -> Axes:
+    """The permutation that undoes `axes`."""
+    return axes and tuple(axes.index(axis) for axis in range(len(axes)))
+
+
+def permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """A shape with its axes reordered. A shape of another rank comes back as it is, to be reported as misshapen."""
+    return shape if axes is None or len(axes) != len(shape) else tuple(shape[axis] for axis in axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of tensor.
+
+    Attributes:
+        part: the part of the model, whose prefix each scheme defines.
+        path: our parameter path, keys joined by "/".
+        name: the tensor's name behind the prefix.
+        axes: the permutation of the Hugging Face tensor's axes that gives our array.
+    """
+
+    part: str
+    path: str
+    name: str
+    axes: Axes = SAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All rows of a model family, and the naming schemes its checkpoints are found under.
+
+    Attributes:
+        schemes: scheme name -> part -> prefix. A part that a scheme leaves out is not stored by it.
+        ignored: regular expressions of names that carry no parameter (buffers of old versions).
+        tied: (path that is absent when embeddings are tied, path that it equals then).
+        vocabulary: paths whose first Hugging Face axis counts tokens.
+
+    Raises:
+        ValueError: two rows claim the same path, or the same name of the same part.
+    """
+
+    rows: tuple[Row, ...]
+    schemes: Mapping[str, Mapping[str, str]]
+    ignored: tuple[str, ...] = ()
+    tied: tuple[str, str] | None = None
+    vocabulary: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for kind in ({row.path for row in self.rows}, {(row.part, row.name) for row in self.rows}):
+            if len(kind) != len(self.rows):
+                raise ValueError("two rows of a key table claim the same tensor")
+        object.__setattr__(self, "_by_path", MappingProxyType({row.path: row for row in self.rows}))
+        object.__setattr__(self, "_ignored", re.compile("|".join(self.ignored or ("(?!)",))))
+
+    def row(self, path: str) -> tuple[Row, str]:
+        """The row of a parameter path and its layer number ("" where the row has none).
+
+        Raises:
+            KeyError: no row describes the path.
+        """
+        numbers = _NUMBERED.findall(path)
+        return self._by_path[_NUMBERED.sub("layers_{i}", path)], (numbers or [""])[0]
+
+    def name(self, path: str, scheme: str) -> str | None:
+        """The tensor name of a parameter path under a scheme; None where the scheme does not store that part."""
+        row, number = self.row(path)
+        prefix = self.schemes[scheme].get(row.part)
+        return None if prefix is None else prefix + row.name.replace("{i}", number)
+
+    def names(self, paths: Iterable[str], scheme: str) -> dict[str, str]:
+        """Tensor name -> parameter path, of all `paths` that the scheme stores."""
+        named = ((self.name(path, scheme), path) for path in paths)
+        return {name: path for name, path in named if name is not None}
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a tensor of this name carries no parameter."""
+        return self._ignored.search(name) is not None
+
+
+def flatten(tree: Mapping) -> dict[str, object]:
+    """Nested dict -> {"a/b/c": leaf}, in the tree's order."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}/{path}": leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, object]) -> dict:
+    """{"a/b/c": leaf} -> nested dict."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

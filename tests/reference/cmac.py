@@ -1,0 +1,190 @@
+"""CMAC (IMD + CMPC, arXiv 2501.01926) in plain NumPy float64, one sample at a time.
+
+Two complete branches are run, each with its own list of unrotated keys and of values per layer; nothing is
+shared between them, so the reference is also the full re-run that a shared prefix has to equal. A call is the
+prefill of the whole prompt or the decoding of one token: the threshold of IMD belongs to a layer and a call,
+so the keys and values of earlier calls are kept as those calls made them.
+
+Readings of the text that are open to choice:
+- several images: image columns are the tokens of all images, E is the index after the last of them;
+- statistics are taken over query heads; key and value heads are repeated to them;
+- a column that a row cannot see (sliding window) takes no part in its statistics;
+- a sample without an image is left alone: both branches are the plain model;
+- code variant, the gate: s_t is taken from the main branch's logits after CMPC and before softmax, at the
+  last row of call t (the prefill is step 0), over the image columns; alpha is 0 where
+  s_t < mean(s_0, ..., s_min(t, 29)), the current step included, so never at step 0.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tests.reference import llava
+
+GATE_WINDOW = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The method's strengths and switches, under the names METHODS gives them."""
+
+    alpha: float = 3.0
+    beta: float = 0.2
+    gamma: float = 2.0
+    imd: bool = True
+    cmpc: bool = True
+    distort: str = "value_mask"  # | "attention_mask" | "value_noise"
+    variant: str = "paper"  # | "code"
+
+
+@dataclasses.dataclass
+class Result:
+    """One row per call (prefill, then every forced token), V columns; and how safe the comparisons were."""
+
+    main: np.ndarray
+    contrast: np.ndarray
+    combined: np.ndarray
+    alphas: list  # alpha used at each call
+    gate: list  # s_t of each call
+    margin: float  # smallest |X − theta| met anywhere, so that a float32 run takes the same decisions
+    gate_margin: float  # smallest |s_t − mean|, over t ≥ 1
+
+
+def calibrated_positions(is_image, gamma):
+    """P^c(p) = p − (1 − 1/gamma)·c(p) for every position; c(p) counts the image tokens strictly before p."""
+    before = np.concatenate([[0], np.cumsum(is_image)[:-1]])
+    return np.arange(len(is_image)) - (1 - 1 / gamma) * before
+
+
+def post_image_start(is_image):
+    """E: the index after the last image token (0 without one)."""
+    return int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
+
+
+def calibrated_scores(text, q, k, rows, is_image, settings):
+    """Attention logits [H, T, S] after CMPC, and the block Bool[T, S] = rows ≥ E × image columns.
+
+    `q` [H, T, D] stands at positions `rows` [T], `k` [K, S, D] at 0 ... S−1, both unrotated.
+    """
+    positions = np.arange(k.shape[1])
+    block = (rows >= post_image_start(is_image))[:, None] & is_image[None, :]
+    z = llava.scores(text, q, k, rows, positions)
+    if settings.cmpc:
+        moved = calibrated_positions(is_image, settings.gamma)
+        z = np.where(block, llava.scores(text, q, k, moved[rows], moved), z)
+    return z, block
+
+
+def distorted_output(z, v, block, is_image, settings, noise=None):
+    """IMD on the masked logits `z` [H, T, S] (−inf where hidden) and values `v` [H, S, D].
+
+    Returns the attention output [H, T, D] and the smallest |X − theta|. `noise` [H, image tokens, D] replaces
+    the values of masked columns under distort="value_noise".
+    """
+    entries = z[:, block]
+    if entries.size == 0:
+        return np.einsum("HTS,HSD->HTD", llava.softmax(z), v), np.inf
+    theta = entries.mean()
+    masked = block[None] & (z > theta)
+    margin = np.abs(entries - theta).min()
+    if settings.distort == "attention_mask":
+        return np.einsum("HTS,HSD->HTD", llava.softmax(np.where(masked, -np.inf, z)), v), margin
+    w = llava.softmax(z)
+    replacement = np.zeros_like(v)  # only its image columns are ever read
+    if settings.distort == "value_noise":
+        replacement[:, is_image] = noise
+    elif settings.variant == "paper":
+        replacement[:, is_image] = v[:, is_image].mean(axis=1, keepdims=True)
+    else:
+        replacement[:, is_image] = v[:, is_image].mean(axis=(1, 2), keepdims=True)
+    kept = np.einsum("HTS,HSD->HTD", np.where(masked, 0, w), v)
+    return kept + np.einsum("HTS,HSD->HTD", np.where(masked, w, 0), replacement), margin
+
+
+class Branch:
+    """One branch with its own growing keys and values; `distorted` says whether IMD acts on it."""
+
+    def __init__(self, weights, config, settings, distorted, noise):
+        self.weights, self.config, self.settings = weights, config, settings
+        self.distorted, self.noise = distorted, noise
+        layers = config["text_config"]["num_hidden_layers"]
+        self.keys, self.values = [None] * layers, [None] * layers
+        self.calls = 0
+        self.margin = np.inf
+
+    def call(self, embeddings, is_image):
+        """Feed new rows [T, E], `is_image` Bool[S] for all tokens so far; returns hidden [T, E] and s_t."""
+        text = self.config["text_config"]
+        hidden, sums = embeddings, []
+        active = is_image.any()
+        rows = np.arange(len(is_image) - len(embeddings), len(is_image))
+        for layer in range(text["num_hidden_layers"]):
+            q, k, v = llava.project(self.weights, self.config, layer, hidden)
+            if self.keys[layer] is not None:
+                k = np.concatenate([self.keys[layer], k], axis=1)
+                v = np.concatenate([self.values[layer], v], axis=1)
+            self.keys[layer], self.values[layer] = k, v
+            v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
+            z, block = calibrated_scores(text, q, k, rows, is_image, self.settings)
+            seen = llava.visible(self.config, layer, rows, np.arange(len(is_image)))
+            z, block = np.where(seen, z, -np.inf), block & seen
+            sums.append(z[:, -1, is_image & seen[-1]].sum(axis=-1).mean())
+            if active and self.distorted and self.settings.imd:
+                noise = None
+                if self.settings.distort == "value_noise":
+                    noise = self.noise(self.calls, layer, v[:, is_image])
+                attended, margin = distorted_output(z, v, block, is_image, self.settings, noise)
+                self.margin = min(self.margin, margin)
+            else:
+                attended = np.einsum("HTS,HSD->HTD", llava.softmax(z), v)
+            hidden = llava.finish_layer(self.weights, self.config, layer, hidden, attended)
+        self.calls += 1
+        return hidden, float(np.mean(sums))
+
+
+def combine(main, contrast, alpha, beta):
+    """(1 + alpha)·l − alpha·l̃ where l ≥ max(l) + ln(beta), −inf elsewhere; all [V]."""
+    with np.errstate(divide="ignore"):
+        keep = main >= main.max() + np.log(beta)
+    return np.where(keep, (1 + alpha) * main - alpha * contrast, -np.inf)
+
+
+def run(weights, config, input_ids, pixel_values, tokens, settings, noise=None):
+    """Prefill one unpadded sample and decode the forced `tokens`; returns a Result of 1 + len(tokens) rows.
+
+    `noise(call, layer, values)` draws the replacement for `values` [H, image tokens, D] under
+    distort="value_noise"; it is asked for by the contrast branch only.
+    """
+    is_image = np.asarray(input_ids) == config["image_token_index"]
+    main = Branch(weights, config, settings, distorted=False, noise=None)
+    contrast = Branch(weights, config, settings, distorted=True, noise=noise)
+    rows = llava.embed(weights, config, input_ids, pixel_values)
+    table = {"main": [], "contrast": [], "combined": []}
+    gate, alphas, gate_margin = [], [], np.inf
+    for step in range(len(tokens) + 1):
+        if step:
+            rows = llava.embed(weights, config, [tokens[step - 1]], None)
+            is_image = np.append(is_image, False)
+        hidden, statistic = main.call(rows, is_image)
+        l_main = llava.head(weights, config, hidden[-1:])[0]
+        hidden, _ = contrast.call(rows, is_image)
+        l_contrast = llava.head(weights, config, hidden[-1:])[0]
+
+        gate.append(statistic)
+        mean = np.mean(gate[:GATE_WINDOW])
+        alpha = settings.alpha
+        if settings.variant == "code" and statistic < mean:
+            alpha = 0.0
+        if step:
+            gate_margin = min(gate_margin, abs(statistic - mean))
+        alphas.append(alpha)
+        table["main"].append(l_main)
+        table["contrast"].append(l_contrast)
+        table["combined"].append(combine(l_main, l_contrast, alpha, settings.beta))
+    return Result(
+        **{name: np.stack(rows) for name, rows in table.items()},
+        alphas=alphas,
+        gate=gate,
+        margin=contrast.margin,
+        gate_margin=gate_margin,
+    )
