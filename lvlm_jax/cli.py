@@ -6,11 +6,11 @@ import importlib.util
 import os
 import pathlib
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Callable
 
+import jax
 import ml_collections
 
 from lvlm_jax import methods
@@ -28,7 +28,11 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args([hyphenated(word) for word in args], namespace)
         if unknown:
             owners = _methods_with_field(unknown[0])
-            hint = f"it is a setting of {', '.join(owners)}: choose one with --method" if owners else "see --help"
+            hint = (
+                f"it is a setting of {', '.join(owners)}: choose one with --method"
+                if owners
+                else "see --help"
+            )
             raise LVLMError(f"{unknown[0]} is not known here; {hint}")
         return known
 
@@ -88,7 +92,48 @@ def load_config(path) -> ml_collections.ConfigDict:
     return config
 
 
-def number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Callable:
+class Switch(argparse.BooleanOptionalAction):
+    """`--name` and `--no-name`."""
+
+
+def flags(
+    parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None
+) -> Callable:
+    """An `add_argument` for a group of flags whose defaults come from a config, and stand in their help."""
+    group = parser.add_argument_group(title) if title else parser
+
+    def add(*names: str, help: str, **settings):
+        default = defaults.get(names[0].removeprefix("--").replace("-", "_"))
+        shown = "" if default is None or default is False else f" (default {_shown(default)})"
+        if settings.get("action") == "append":
+            settings["default"] = list(default or ())
+        else:
+            settings["default"] = default
+        group.add_argument(*names, help=help + shown, **settings)
+
+    return add
+
+
+def pocket_file(name: str) -> pathlib.Path:
+    """A file or folder of the pocket model, which is part of the package."""
+    return pathlib.Path(__file__).parent / "pocket" / name
+
+
+def checkpoint(name: str) -> str:
+    """What `LVLM.from_pretrained` takes for `--model-path`: `pocket` is the model inside the package."""
+    return str(pocket_file("checkpoint")) if name == "pocket" else os.path.expanduser(name)
+
+
+def dtype(name: str) -> str:
+    """`auto` is float32 on a CPU, where XLA converts bfloat16 weights on every call, and bfloat16 elsewhere."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def number(
+    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable:
     """A flag type: an int or a float with `low <= value <= high` and `value > above`."""
 
     def parse(text: str):
@@ -109,94 +154,76 @@ def number(kind: type, low: float | None = None, high: float | None = None, abov
     return parse
 
 
-# Methods -----------------------------------------------------------------------------------------------------
-
-
 def _methods_with_field(flag: str) -> list[str]:
     name = hyphenated(flag).split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    return [
-        key for key, kind in sorted(methods.REGISTRY.items()) if name in {field.name for field in _fields(kind)}
-    ]
+    return [key for key in methods.names() if name in (field.name for field in _fields(key))]
 
 
-def _fields(kind: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(kind) if field.init]
-
-
-def _default(field: dataclasses.Field):
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def methods_help() -> str:
-    """One line for each registered method: its name, and its fields with their defaults as flags."""
-    lines = []
-    for name, kind in sorted(methods.REGISTRY.items()):
-        flags = (f"--{field.name.replace('_', '-')} {_shown(_default(field))}" for field in _fields(kind))
-        lines.append(f"  {name:8s} " + " ".join(flags))
-    return "\n".join(lines)
+def _fields(name: str) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(methods.get(name.lower()))
 
 
 def _shown(value) -> str:
-    if value is dataclasses.MISSING:
-        return "(required)"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
+def methods_help() -> str:
+    """A paragraph for each registered method: its name, its fields as flags with their defaults, its presets."""
+    lines = []
+    for name in methods.names():
+        method = methods.get(name)
+        lines.append(f"  {name}: {(method.__doc__ or '').splitlines()[0]}")
+        for field in _fields(name):
+            choices = field.metadata["choices"] if field.metadata.get("static") else None
+            among = f" ({', '.join(map(_shown, choices))})" if choices else ""
+            lines.append(
+                f"      --{field.name.replace('_', '-'):12s} {_shown(field.default):11s} {field.metadata['doc']}{among}"
+            )
+        if method.PRESETS:
+            lines.append(
+                f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}"
+            )
+    return "\n".join(lines)
+
+
 def add_method_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add one flag for each field of the method called `name`; raises `LVLMError` when there is no such method."""
-    kind = method_class(name)
-    group = parser.add_argument_group(f"settings of {name}")
-    for field in _fields(kind):
-        default = _default(field)
-        settings = {"dest": f"field_{field.name}", "default": None}
-        if isinstance(default, bool):
-            settings["action"] = argparse.BooleanOptionalAction
+    """Add `--preset` and one flag for each field of the method called `name`.
+
+    Raises `LVLMError` when there is no such method.
+    """
+    parser.add_argument("--preset", help=argparse.SUPPRESS)
+    for field in _fields(name):
+        choices = field.metadata["choices"] if field.metadata.get("static") else None
+        settings: dict[str, typing.Any] = {
+            "dest": f"field_{field.name}",
+            "default": None,
+            "help": argparse.SUPPRESS,
+        }
+        if isinstance(field.default, bool):
+            settings["action"] = Switch
+        elif not field.metadata.get("static"):
+            settings["type"] = float
+        elif isinstance(field.default, int):
+            settings["type"] = int
+        elif choices or isinstance(field.default, str):
+            settings["choices"] = choices
         else:
-            annotation = typing.get_type_hints(kind).get(field.name)
-            settings |= {"type": _reader(annotation, default), "metavar": "VALUE"}
-            if typing.get_origin(annotation) is typing.Literal:
-                settings |= {"choices": typing.get_args(annotation), "metavar": None}
-        if not isinstance(default, bool):
-            settings["help"] = f"default {_shown(default)}"
-        group.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+            settings["type"] = _numbers
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
 
 
-def _reader(annotation, default) -> Callable[[str], typing.Any]:
-    """How the text of a flag becomes the value of a method's field."""
-    parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    if float in parts or isinstance(default, float):
-        return float
-    if isinstance(default, str):
-        return str
-    if isinstance(default, int) and default is not None:
-        return int
-
-    def layers(text: str):
-        if text == "none":
-            return None
-        values = tuple(int(part) for part in text.split(","))
-        return values if "," in text or isinstance(default, tuple) else values[0]
-
-    layers.__name__ = "whole number, list such as 8,9,10, or none:"
-    return layers
-
-
-def _is_union(annotation) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def method_class(name: str) -> type:
-    """The method registered under `name`, upper or lower case."""
-    try:
-        return methods.REGISTRY[name.lower()]
-    except KeyError:
-        raise LVLMError(f"method {name!r} is not known; expected none, {', '.join(sorted(methods.REGISTRY))}") from None
+def _numbers(text: str) -> int | tuple[int, ...] | None:
+    """`8` as a number, `8,9,10` as a tuple, `none` as None."""
+    if text == "none":
+        return None
+    values = tuple(int(part) for part in text.split(","))
+    return values if "," in text else values[0]
 
 
 def build_method(name: str, arguments: argparse.Namespace):
-    """The method called `name` with the fields given as flags; None for "none"."""
+    """The method called `name`, from its preset and the fields given as flags; None for "none"."""
     if name.lower() == "none":
         return None
     given = {
@@ -204,7 +231,8 @@ def build_method(name: str, arguments: argparse.Namespace):
         for key, value in vars(arguments).items()
         if key.startswith("field_") and value is not None
     }
-    try:
-        return method_class(name)(**given)
-    except TypeError as error:
-        raise LVLMError(f"method {name!r} cannot be made: {error}") from error
+    method = methods.get(name.lower())
+    if arguments.preset is not None:
+        method.preset(arguments.preset)  # names the presets there are when this is none of them
+        given = method.PRESETS[arguments.preset] | given
+    return method(**given)

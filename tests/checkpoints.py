@@ -118,14 +118,17 @@ def randomize(model, seed):
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         fan_in = parameter.shape[1:].numel()
-        if "norm" in name or "layrnorm" in name:
+        if name.endswith("language_model.norm.weight"):
+            # Of either sign: with tied embeddings a token would otherwise mostly predict itself.
+            values = values.sign()
+        elif "norm" in name:
             values = 0.1 * values + float(name.endswith("weight"))
         elif name.endswith("bias"):
             values = 0.2 * values
         elif "q_proj" in name or "k_proj" in name:
             values = values * 1.4 / fan_in**0.5  # attention logits of standard deviation near 2
         elif "embed_tokens" in name:
-            values = 0.2 * values  # also the head where embeddings are tied
+            values = 0.4 * values  # also the head where embeddings are tied
         elif "lm_head" in name:
             values = values * 2.5 / fan_in**0.5
         elif "embedding" in name:

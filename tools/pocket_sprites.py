@@ -4,15 +4,19 @@ The sheet (`sprites.png`), its index (`sprites.json`) and the font's licence tex
 only to change the set of objects. The font comes with Debian's package `fonts-noto-color-emoji`.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # drawing has no use for an accelerator's memory
+
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
+
+from lvlm_jax import cli
+from lvlm_jax.errors import LVLMError
 
 CELL = 48
 COLUMNS = 12
@@ -89,7 +93,15 @@ EMOJI: dict[str, list[tuple[str, str | None]]] = {
 }
 
 # Emoji whose drawing already has the colour named in EMOJI; the others are recoloured.
-NATURAL = {("🚗", "red"), ("🚙", "blue"), ("🎒", "red"), ("☂", "purple"), ("🧳", "blue"), ("🥏", "blue"), ("🥣", "blue")}
+NATURAL = {
+    ("🚗", "red"),
+    ("🚙", "blue"),
+    ("🎒", "red"),
+    ("☂", "purple"),
+    ("🧳", "blue"),
+    ("🥏", "blue"),
+    ("🥣", "blue"),
+}
 NATURAL |= {("🍎", "red"), ("🍏", "green"), ("🛋", "blue"), ("📕", "red"), ("📗", "green"), ("📘", "blue")}
 
 
@@ -111,7 +123,9 @@ def draw(emoji: str, colour: str | None, font: ImageFont.FreeTypeFont) -> Image.
     ImageDraw.Draw(canvas).text((4, 4), emoji, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None or box[2] - box[0] > 150:
-        raise SystemExit(f"error: the font draws {emoji!r} as nothing or as several glyphs; choose another emoji")
+        raise SystemExit(
+            f"error: the font draws {emoji!r} as nothing or as several glyphs; choose another emoji"
+        )
     sprite = canvas.crop(box)
     if emoji == "🍴":  # the emoji shows fork and knife side by side
         sprite = sprite.crop((0, 0, sprite.width // 2, sprite.height))
@@ -123,15 +137,22 @@ def draw(emoji: str, colour: str | None, font: ImageFont.FreeTypeFont) -> Image.
     return sprite.resize(size, Image.Resampling.LANCZOS)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
+def main(arguments: list[str]) -> int:
+    """Draw every emoji and write the sheet and its index."""
+    parser = cli.Parser(prog="pocket_sprites.py", description=__doc__)
+    parser.add_argument("--font", required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--out", type=Path, required=True, help="folder for sprites.png and sprites.json")
-    arguments = parser.parse_args()
-    if not arguments.font.is_file():
-        print(f"error: no font at {arguments.font}; install Debian's fonts-noto-color-emoji", file=sys.stderr)
-        return 2
-    font = ImageFont.truetype(str(arguments.font), STRIKE)
+    flags = parser.parse_args(arguments)
+    if not features.check("raqm"):
+        raise LVLMError(
+            "this Pillow cannot join emoji sequences; it needs the Raqm library (FriBiDi installed)"
+        )
+    try:
+        font = ImageFont.truetype(flags.font, STRIKE)
+    except OSError as error:
+        raise LVLMError(
+            f"{flags.font!r} is not a font ({error}); Debian has it in fonts-noto-color-emoji"
+        ) from error
     entries = [(category, e, c) for category, variants in EMOJI.items() for e, c in variants]
     rows = -(-len(entries) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
@@ -140,15 +161,16 @@ def main() -> int:
         sprite = draw(emoji, colour, font)
         left, top = i % COLUMNS * CELL, i // COLUMNS * CELL
         sheet.paste(sprite, (left, top))
-        index.append({"category": category, "emoji": emoji, "colour": colour, "box": [left, top, *sprite.size]})
-    # 256 colours with alpha keep the sheet small; the loss is invisible at the sizes used.
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.out / "sprites.png", optimize=True)
+        index.append(
+            {"category": category, "emoji": emoji, "colour": colour, "box": [left, top, *sprite.size]}
+        )
+    flags.out.mkdir(parents=True, exist_ok=True)
+    sheet.save(flags.out / "sprites.png", optimize=True)
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in index)
-    (arguments.out / "sprites.json").write_text(f"[\n  {lines}\n]\n", encoding="utf-8")
-    print(f"{len(index)} sprites of {len(EMOJI)} categories in {arguments.out / 'sprites.png'}")
+    (flags.out / "sprites.json").write_text(f"[\n  {lines}\n]\n", encoding="utf-8")
+    print(f"{len(index)} sprites of {len(EMOJI)} categories in {flags.out / 'sprites.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

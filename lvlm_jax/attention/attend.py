@@ -21,12 +21,20 @@ from lvlm_jax.attention.transform import Site, Transform, overrides
 
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
-    """The transforms of one layer: one (or None) per branch, their carries, and where in the depth this is."""
+    """What is done to, and asked of, one layer.
+
+    Attributes:
+        transforms: one (or None) per branch.
+        carries: one per branch.
+        layer, num_layers: index from 0, and the depth.
+        tap: whether to return the attention weights of the last row.
+    """
 
     transforms: tuple[Transform | None, ...]
     carries: tuple
     layer: int
     num_layers: int
+    tap: bool = False
 
     def at(self, branch: int, phase: str) -> Transform | None:
         transform = self.transforms[branch]
@@ -41,7 +49,7 @@ def attend(
     shift: Rotation | None,
     edits: LayerEdits,
     window: int | None = None,
-) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple]:
+) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple, Float[Array, "N B H S"] | None]:
     """Attention of one layer for every branch.
 
     Args:
@@ -55,7 +63,7 @@ def attend(
         window: sliding-window width of this layer.
 
     Returns:
-        Per branch the mixed values, and the carries for the next layer.
+        Per branch the mixed values; the carries for the next layer; the final weights of the last row if tapped.
     """
     explicit = context.positions.shape[1] - context.explicit_rows
     if cross_queries is None:
@@ -101,7 +109,8 @@ def attend(
         plain = outputs[branch][:, :, :explicit]
         outputs[branch] = jnp.concatenate([plain, replaced.astype(plain.dtype)], axis=2)
     carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
-    return tuple(outputs), carries
+    tapped = jnp.stack([rows[:, :, -1] for rows in weights]) if edits.tap else None
+    return tuple(outputs), carries, tapped
 
 
 def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Site]:

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 
+from lvlm_jax.version import __version__
+
 # Read at this many places, evenly spread, of a weight file; hashing all of a 14 GB model would take half a minute.
 _SAMPLES = 64
 _SAMPLE_BYTES = 16 * 1024
@@ -44,6 +46,19 @@ def checkpoint_hash(folder) -> str:
     return digest.hexdigest()
 
 
+def run_record(model_path, dtype: str, method, settings: dict) -> dict:
+    """What decides the answers of a run, as plain JSON values; a hub id is recorded by its name alone."""
+    folder = pathlib.Path(model_path)
+    return {
+        "version": __version__,
+        "model": str(model_path),
+        "model_sha256": checkpoint_hash(folder) if folder.is_dir() else None,
+        "dtype": dtype,
+        "method": method_record(method),
+        "generation": settings,
+    }
+
+
 def method_record(method) -> dict | None:
     """A method as plain JSON values: its class name and its fields; None for no method."""
     if method is None:
@@ -58,6 +73,8 @@ def _plain(value):
         return method_record(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, np.floating):
+        return float(str(value))  # a float32 of 0.2 is 0.2, not 0.20000000298
     if hasattr(value, "__array__"):
         return np.asarray(value).tolist()
     return value

@@ -190,7 +190,7 @@ class LlavaConfig:
         text = DecoderConfig.from_hf(hf.text_config)
         if hf.tie_word_embeddings != text.tie_word_embeddings:
             text = dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings))
-        eos = _first(getattr(hf, "eos_token_id", None), hf.text_config.eos_token_id, 2)
+        eos = _first(getattr(hf, "eos_token_id", None), hf.text_config.eos_token_id, ())
         pad = _first(getattr(hf, "pad_token_id", None), hf.text_config.pad_token_id, 0)
         return cls(
             text=text,

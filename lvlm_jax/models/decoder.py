@@ -5,6 +5,7 @@ decoding (N = 1) and a contrastive method (N = 2) alike.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,22 @@ class Rotations:
         return cls(rows, cross_rows, None if cross.shift is None else Rotation.at(cross.shift, frequency))
 
 
+class Decoded(NamedTuple):
+    """What one pass through the decoder gives.
+
+    Attributes:
+        hidden: final normalised hidden states.
+        columns: per layer the columns that were seen: fresh ones in prefill, the updated caches in decode.
+        carries: the last carry of each branch.
+        attention: the last row's weights in every layer, if tapped.
+    """
+
+    hidden: Float[Array, "N B T E"]
+    columns: tuple[LayerCache, ...]
+    carries: tuple
+    attention: Float[Array, "L N B H S"] | None
+
+
 class DecoderAttention(nn.Module):
     """Projections, rotary positions and cache of one layer around `attention.attend`."""
 
@@ -54,7 +71,7 @@ class DecoderAttention(nn.Module):
         rotations: Rotations,
         cache: LayerCache | None,
         edits: LayerEdits,
-    ) -> tuple[Float[Array, "N B T E"], LayerCache, tuple]:
+    ) -> tuple[Float[Array, "N B T E"], LayerCache, tuple, Float[Array, "N B H S"] | None]:
         config = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "N B H T D"]:
@@ -69,7 +86,7 @@ class DecoderAttention(nn.Module):
         value = project("v_proj", config.num_kv_heads)
         columns = _columns(cache, key, value, context)
         crossed = rotations.cross_rows and tuple(rotate(query, rotations.cross_rows))
-        mixed, carries = attend(
+        mixed, carries, tapped = attend(
             tuple(rotate(query, rotations.rows)),
             crossed,
             columns,
@@ -80,7 +97,7 @@ class DecoderAttention(nn.Module):
         )
         merged = jnp.stack(mixed).swapaxes(2, 3).reshape(*x.shape[:3], -1).astype(self.dtype)
         output = linear(config.hidden_size, self.dtype, "o_proj", use_bias=config.output_bias)(merged)
-        return output, columns, carries
+        return output, columns, carries, tapped
 
 
 def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, context: Context) -> LayerCache:
@@ -117,12 +134,12 @@ class DecoderLayer(nn.Module):
     def __call__(self, x, context, rotations, cache, edits):
         epsilon = self.config.rms_norm_eps
         normed = rms_norm(epsilon, self.dtype, "input_layernorm")(x)
-        mixed, columns, carries = DecoderAttention(self.config, self.dtype, name="self_attn")(
+        mixed, columns, carries, tapped = DecoderAttention(self.config, self.dtype, name="self_attn")(
             normed, context, rotations, cache, edits
         )
         x = x + mixed
         normed = rms_norm(epsilon, self.dtype, "post_attention_layernorm")(x)
-        return x + DecoderMlp(self.config, self.dtype, name="mlp")(normed), columns, carries
+        return x + DecoderMlp(self.config, self.dtype, name="mlp")(normed), columns, carries, tapped
 
 
 class Decoder(nn.Module):
@@ -159,7 +176,8 @@ class Decoder(nn.Module):
         context: Context,
         caches: tuple[LayerCache, ...] | None = None,
         transforms: tuple[Transform | None, ...] | None = None,
-    ) -> tuple[Float[Array, "N B T E"], tuple[LayerCache, ...], tuple]:
+        tap: bool = False,
+    ) -> Decoded:
         """Runs all layers.
 
         Args:
@@ -167,20 +185,18 @@ class Decoder(nn.Module):
             context: rows, columns, masks, phase.
             caches: per layer; None when the rows are all there is.
             transforms: one (or None) per branch; None for plain attention everywhere.
-
-        Returns:
-            Final normalised hidden states; per layer the columns that were seen (fresh in prefill, the updated
-            caches in decode); the last carry of each branch.
+            tap: whether to return the attention weights of the last row.
         """
         transforms = transforms or (None,) * x.shape[0]
         rotations = Rotations.of(self.config, context)
         carries = tuple(transform.begin(context) if transform else () for transform in transforms)
-        seen = []
+        seen, taps = [], []
         for index, layer in enumerate(self.layers):
-            edits = LayerEdits(transforms, carries, index, self.config.num_layers)
-            x, columns, carries = layer(x, context, rotations, caches and caches[index], edits)
+            edits = LayerEdits(transforms, carries, index, self.config.num_layers, tap)
+            x, columns, carries, tapped = layer(x, context, rotations, caches and caches[index], edits)
             seen.append(columns)
-        return self.norm(x), tuple(seen), carries
+            taps.append(tapped)
+        return Decoded(self.norm(x), tuple(seen), carries, jnp.stack(taps) if tap else None)
 
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.models.clip import ClipTower
 from lvlm_jax.models.config import LlavaConfig
-from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.decoder import Decoded, Decoder
 from lvlm_jax.models.layers import activation, linear
 
 
@@ -58,9 +58,9 @@ class Llava(nn.Module):
         order = jnp.cumsum(placeholder.reshape(-1)).reshape(tokens.shape) - 1
         return jnp.where(placeholder[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embedded)
 
-    def decode(self, x, context, caches=None, transforms=None):
+    def decode(self, x, context, caches=None, transforms=None, tap=False) -> Decoded:
         """See `Decoder.__call__`."""
-        return self.language_model(x, context, caches, transforms)
+        return self.language_model(x, context, caches, transforms, tap)
 
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""
@@ -68,5 +68,5 @@ class Llava(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], pixels: Float[Array, "I 3 Y X"], context) -> jax.Array:
         """Logits of every row, without a cache; also what creates the parameters."""
-        hidden, _, _ = self.decode(self.embed(tokens, self.encode_images(pixels))[None], context)
-        return self.head(hidden[0])
+        decoded = self.decode(self.embed(tokens, self.encode_images(pixels))[None], context)
+        return self.head(decoded.hidden[0])

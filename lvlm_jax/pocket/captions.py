@@ -1,4 +1,4 @@
-"""Captions of scenes: short ones, lists, and detailed descriptions; true ones, and ones wrong the way web captions are."""
+"""Captions of scenes: short ones, lists, detailed ones; true, or wrong the way web captions are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def capital(text: str) -> str:
 
 
 def phrases(scene: Scene) -> dict[str, str]:
-    """Category -> its phrase with count and, where all objects of the category share one, colour; largest area first."""
+    """Category -> its phrase with count and (where its objects share one) colour; largest area first."""
     area: dict[str, int] = {}
     for placed in scene.objects:
         area[placed.category] = area.get(placed.category, 0) + placed.area
@@ -55,7 +55,9 @@ def typical_absentee(scene: Scene, rng: np.random.Generator) -> str:
     names, weights = catalogue.typical_weights(scene.kind)
     present = scene.counts
     invited = {catalogue.COMPANIONS[name][0] for name in present if name in catalogue.COMPANIONS}
-    scores = np.array([0.0 if n in present else w * (3 if n in invited else 1) for n, w in zip(names, weights, strict=True)])
+    scores = np.array(
+        [0.0 if n in present else w * (3 if n in invited else 1) for n, w in zip(names, weights, strict=True)]
+    )
     if not scores.any():  # every typical object is there
         absent = [name for name in catalogue.CATEGORIES if name not in present]
         return absent[rng.integers(len(absent))]
@@ -83,7 +85,7 @@ def caption(scene: Scene, style: str, rng: np.random.Generator, noisy: bool = Fa
     if style == "with":
         return f"{capital(scene.kind)} with {join(parts)}."
     if style == "in":
-        return f"{capital(join(parts))} in {scene.kind}."
+        return f"{capital(join(parts))} {catalogue.where(scene.kind)}."
     if style == "there":
         return f"There {_verb(parts)} {join(parts)} in the image."
     if style == "list":

@@ -31,11 +31,16 @@ LABELS = {name: 1 + i for i, name in enumerate(CATEGORIES)}
 COLOURS = ("red", "blue", "green", "yellow", "purple")
 # Categories that look at home in the air; they are placed in the upper half more often than not.
 FLYING = frozenset({"airplane", "bird", "kite", "frisbee"})
-PLURALS = {"person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
-           "couch": "couches", "mouse": "mice", "wine glass": "wine glasses", "toothbrush": "toothbrushes",
-           "scissors": "scissors", "broccoli": "broccoli", "tv": "tvs"}  # fmt: skip
+PLURALS = {
+    "person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
+    "couch": "couches", "mouse": "mice", "wine glass": "wine glasses", "toothbrush": "toothbrushes",
+    "scissors": "scissors", "broccoli": "broccoli", "tv": "tvs",
+}  # fmt: skip
 # Words that take no article: "a pair of skis" is COCO annotators' own way out.
 PAIRS = frozenset({"skis", "scissors"})
+UNCOUNTABLE = PAIRS | {"broccoli"}
+# Places that one is not "in".
+PREPOSITIONS = {"a farm": "on", "a party": "at", "a station": "at", "an airport": "at", "a market": "at"}
 
 # When the first is drawn the second comes along with the given probability: the strongest temptations of the world.
 COMPANIONS = {
@@ -69,29 +74,45 @@ def _scene(name: str, upper: tuple[int, int, int], lower: tuple[int, int, int], 
 
 
 SCENE_TYPES = (
-    _scene("a kitchen", (236, 222, 190), (176, 132, 92), "knife, bowl, fork, spoon, cup, bottle, banana, apple, carrot, broccoli, cat"),
-    _scene("a restaurant", (150, 70, 60), (228, 214, 196), "wine glass, pizza, fork, knife, bottle, person, chair, sandwich, cake"),
-    _scene("a street", (176, 190, 204), (108, 108, 114), "car, traffic light, person, bus, truck, bicycle, motorcycle, stop sign, dog"),
-    _scene("a farm", (158, 208, 240), (122, 172, 74), "cow, sheep, horse, dog, bird, truck, person, cat"),
-    _scene("a safari", (246, 206, 138), (204, 168, 96), "elephant, zebra, giraffe, bird, bear, truck, person"),
-    _scene("an office", (206, 214, 224), (132, 138, 150), "laptop, keyboard, mouse, cell phone, chair, tie, cup, book, clock, scissors"),
-    _scene("a bedroom", (222, 204, 228), (164, 128, 148), "bed, teddy bear, book, clock, cell phone, laptop, cat, vase"),
-    _scene("a living room", (226, 218, 160), (152, 106, 72), "couch, tv, potted plant, cat, book, vase, clock, chair, dog"),
-    _scene("a bathroom", (196, 232, 232), (232, 238, 242), "toothbrush, toilet, cup, bottle, scissors, potted plant, cell phone"),
-    _scene("a party", (244, 178, 200), (226, 132, 158), "cake, donut, person, cup, wine glass, teddy bear, hot dog, bottle, tie"),
-    _scene("a market", (250, 226, 168), (214, 190, 148), "apple, orange, banana, carrot, broccoli, person, handbag, umbrella"),
-    _scene("a harbour", (170, 212, 236), (52, 116, 170), "boat, bird, person, suitcase, umbrella, bicycle, backpack"),
-    _scene("a park", (184, 222, 240), (98, 190, 98), "dog, frisbee, kite, person, bicycle, sports ball, tennis racket, skateboard, bird"),
-    _scene("a station", (190, 184, 178), (142, 128, 118), "train, suitcase, person, clock, backpack, handbag, bus, cell phone"),
-    _scene("a snowy hill", (188, 208, 238), (244, 248, 252), "skis, person, bear, backpack, bird, dog"),
-    _scene("an airport", (206, 226, 250), (172, 176, 172), "airplane, suitcase, truck, person, bus, handbag, backpack, tie"),
+    _scene("a kitchen", (236, 222, 190), (176, 132, 92),
+           "knife, bowl, fork, spoon, cup, bottle, banana, apple, carrot, broccoli, cat"),
+    _scene("a restaurant", (150, 70, 60), (228, 214, 196),
+           "wine glass, pizza, fork, knife, bottle, person, chair, sandwich, cake"),
+    _scene("a street", (176, 190, 204), (108, 108, 114),
+           "car, traffic light, person, bus, truck, bicycle, motorcycle, stop sign, dog"),
+    _scene("a farm", (158, 208, 240), (122, 172, 74),
+           "cow, sheep, horse, dog, bird, truck, person, cat"),
+    _scene("a savanna", (246, 206, 138), (204, 168, 96),
+           "elephant, zebra, giraffe, bird, bear, truck, person"),
+    _scene("an office", (206, 214, 224), (132, 138, 150),
+           "laptop, keyboard, mouse, cell phone, chair, tie, cup, book, clock, scissors"),
+    _scene("a bedroom", (222, 204, 228), (164, 128, 148),
+           "bed, teddy bear, book, clock, cell phone, laptop, cat, vase"),
+    _scene("a living room", (226, 218, 160), (152, 106, 72),
+           "couch, tv, potted plant, cat, book, vase, clock, chair, dog"),
+    _scene("a bathroom", (196, 232, 232), (232, 238, 242),
+           "toothbrush, toilet, cup, bottle, scissors, potted plant, cell phone"),
+    _scene("a party", (244, 178, 200), (226, 132, 158),
+           "cake, donut, person, cup, wine glass, teddy bear, hot dog, bottle, tie"),
+    _scene("a market", (250, 226, 168), (214, 190, 148),
+           "apple, orange, banana, carrot, broccoli, person, handbag, umbrella"),
+    _scene("a harbour", (170, 212, 236), (52, 116, 170),
+           "boat, bird, person, suitcase, umbrella, bicycle, backpack"),
+    _scene("a park", (184, 222, 240), (98, 190, 98),
+           "dog, frisbee, kite, person, bicycle, sports ball, tennis racket, skateboard, bird"),
+    _scene("a station", (190, 184, 178), (142, 128, 118),
+           "train, suitcase, person, clock, backpack, handbag, bus, cell phone"),
+    _scene("the snow", (188, 208, 238), (244, 248, 252),
+           "skis, person, bear, backpack, bird, dog"),
+    _scene("an airport", (206, 226, 250), (172, 176, 172),
+           "airplane, suitcase, truck, person, bus, handbag, backpack, tie"),
 )  # fmt: skip
 SCENE_NAMES = tuple(kind.name for kind in SCENE_TYPES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sprite:
-    """One drawing of a category: its place in the sheet (`left, top, width, height`) and its colour name, if it has one."""
+    """One drawing of a category: its colour name, if any, and its place in the sheet (left, top, width, height)."""
 
     category: str
     colour: str | None
@@ -132,14 +153,19 @@ def typical_weights(scene_type: str) -> tuple[tuple[str, ...], np.ndarray]:
     return names, weights / weights.sum()
 
 
+def where(scene_type: str) -> str:
+    """ "in a kitchen", "at a party"."""
+    return f"{PREPOSITIONS.get(scene_type, 'in')} {scene_type}"
+
+
 def plural(category: str) -> str:
     """Plural of a category name as captions write it."""
     return PLURALS.get(category, category + "s")
 
 
 def with_article(category: str, colour: str | None = None) -> str:
-    """`category` with its indefinite article: "a dog", "an apple", "a red apple", "a pair of skis"."""
-    if category in PAIRS:
-        return f"a pair of {category}"
+    """`category` with its article as captions write it: "a dog", "a red apple", "a pair of skis", "some broccoli"."""
+    if category in UNCOUNTABLE:
+        return f"a pair of {category}" if category in PAIRS else f"some {category}"
     words = f"{colour} {category}" if colour else category
     return ("an " if words[0] in "aeiou" else "a ") + words

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lvlm_jax.pocket import captions, questions
 from lvlm_jax.pocket.questions import Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
-from lvlm_jax.pocket.scenes import patch_labels as patch_labels
 
 MULTI_IMAGE = 0.15  # share of conversations over two to four images
 ONE_WORD = 0.3  # share of questions that carry a benchmark's suffix and are answered by one word
-SUFFIXES = ("\nAnswer the question using a single word or phrase.", " Please answer this question with one word.")
+SUFFIXES = (
+    "\nAnswer the question using a single word or phrase.",
+    " Please answer this question with one word.",
+)
 YES_NO_SUFFIX = " Please answer yes or no."
 
 SHORT_PROMPTS = (
@@ -27,7 +31,11 @@ DETAILED_PROMPTS = (
     "Describe this image.",
     "What do you see in this picture?",
 )
-LIST_PROMPTS = ("List the objects in the image.", "What objects are in the image?", "Which objects can you see?")
+LIST_PROMPTS = (
+    "List the objects in the image.",
+    "What objects are in the image?",
+    "Which objects can you see?",
+)
 
 # Yes/no questions alone leave a small model at chance; as many forced choices beside them teach it to look.
 _KINDS = ("existence", "choice", "counting", "position", "colour", "place")
@@ -35,7 +43,9 @@ _CUMULATIVE = np.cumsum((0.33, 0.33, 0.11, 0.11, 0.08, 0.04))
 _MULTI_KINDS = tuple(questions.MULTI)
 
 
-def sample_conversation(seed: int, index: int, split: str = "train") -> tuple[list[np.ndarray], list[tuple[str, str]]]:
+def sample_conversation(
+    seed: int, index: int, split: str = "train"
+) -> tuple[list[np.ndarray], list[tuple[str, str]]]:
     """Conversation `index` of the stream `seed`.
 
     Returns:
@@ -53,25 +63,36 @@ def sample_text(seed: int, index: int, split: str = "train") -> tuple[list[Scene
     if rng.random() < MULTI_IMAGE:
         return _several_images(rng, split)
     scene = sample_scene(rng, split)
-    turns = [_turn(_single_question(scene, rng), rng) for _ in range(6)]
+    turns = _turns(lambda: _single_question(scene, rng), 6, rng)
     turns.insert(0 if rng.random() < 0.5 else len(turns), _caption_turn(scene, rng, captions.NOISE))
     return [scene], turns
 
 
 def _several_images(rng: np.random.Generator, split: str) -> tuple[list[Scene], list[tuple[str, str]]]:
     count = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
-    scenes = [sample_scene(rng, split)]
+    first = sample_scene(rng, split)
     alike = rng.random() < 0.6  # images of one place share objects, so that both answers occur
-    while len(scenes) < count:
-        scene = sample_scene(rng, split)
-        if not alike or scene.kind == scenes[0].kind:
-            scenes.append(scene)
-    turns = []
-    while len(turns) < 5:
+    others = [sample_scene(rng, split, first.kind if alike else None) for _ in range(count - 1)]
+    scenes = [first, *others]
+    return scenes, _turns(lambda: _multi_question(scenes, rng), 5, rng)
+
+
+def _turns(draw: Callable[[], Question], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Turns with `count` different questions from `draw`; fewer where a poor scene keeps giving the same ones."""
+    found: dict[str, Question] = {}
+    for _ in range(3 * count):
+        question = draw()
+        found.setdefault(question.text, question)
+        if len(found) == count:
+            break
+    return [_turn(question, rng) for question in found.values()]
+
+
+def _multi_question(scenes: list[Scene], rng: np.random.Generator) -> Question:
+    while True:
         question = questions.MULTI[_MULTI_KINDS[rng.integers(len(_MULTI_KINDS))]](scenes, rng)
         if question is not None:
-            turns.append(_turn(question, rng))
-    return scenes, turns
+            return question
 
 
 def _single_question(scene: Scene, rng: np.random.Generator) -> Question:

@@ -22,13 +22,19 @@ EXISTENCE = (
     "Does the image contain {}?",
     "Can you see {} in the image?",
     "Do you see {} in the picture?",
+    "Is there {}?",
+    "Are there any {many} in the image?",
 )
 CHOICE = (
     "Which is in the image, {} or {}?",
     "Which of these is in the picture, {} or {}?",
     "What can you see in the image, {} or {}?",
 )
-COUNT = ("How many {} are in the image?", "How many {} are there in the picture?", "Count the {} in the image.")
+COUNT = (
+    "How many {} are in the image?",
+    "How many {} are there in the picture?",
+    "Count the {} in the image.",
+)
 PLACE = ("What place is shown in the image?", "Where was this picture taken?", "What kind of place is this?")
 
 
@@ -75,8 +81,10 @@ def existence(scene: Scene, rng: np.random.Generator) -> Question:
     answer = bool(rng.random() < 0.5)
     category = _pick(list(scene.counts), rng) if answer else absent_category(scene, rng)
     name = article(category)
-    text = _paraphrase(EXISTENCE, rng).format(name)
-    return _yes_no("existence", text, answer, f"there is {name} in the image", f"there is no {category} in the image")
+    text = _paraphrase(EXISTENCE, rng).format(name, many=catalogue.plural(category))
+    return _yes_no(
+        "existence", text, answer, f"there is {name} in the image", f"there is no {category} in the image"
+    )
 
 
 def choice(scene: Scene, rng: np.random.Generator) -> Question:
@@ -86,11 +94,16 @@ def choice(scene: Scene, rng: np.random.Generator) -> Question:
     if rng.random() < 0.5:
         pair.reverse()
     name = article(present)
-    return Question("choice", _paraphrase(CHOICE, rng).format(*pair), f"{name[0].upper()}{name[1:]}.", present)
+    return Question(
+        "choice", _paraphrase(CHOICE, rng).format(*pair), f"{name[0].upper()}{name[1:]}.", present
+    )
 
 
-def counting(scene: Scene, rng: np.random.Generator) -> Question:
-    """How many objects of a category are there? Repeated categories are asked about more often, absent ones at times."""
+def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """How many objects of a category are there? Repeated ones are asked about more often, absent ones at times.
+
+    None where the category drawn cannot be counted in words ("two broccoli").
+    """
     counts = scene.counts
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated and rng.random() < 0.6:
@@ -99,6 +112,8 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question:
         category = absent_category(scene, rng)
     else:
         category = _pick(list(counts), rng)
+    if category in catalogue.UNCOUNTABLE:
+        return None
     count = counts.get(category, 0)
     many = catalogue.plural(category)
     if rng.random() < 0.7:
@@ -110,7 +125,11 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question:
     if not answer or count == 0:
         asked = max(1, count + int(_pick((-1, 1), rng)))
         answer = asked == count
-    text = f"Are there {NUMBERS[asked]} {many} in the image?" if asked > 1 else f"Is there only one {category} in the image?"
+    text = (
+        f"Are there {NUMBERS[asked]} {many} in the image?"
+        if asked > 1
+        else f"Is there only one {category} in the image?"
+    )
     there = f"there is one {category}" if count == 1 else f"there are {NUMBERS[count]} {many}"
     return _yes_no("counting", text, answer, there, there)
 
@@ -118,7 +137,11 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question:
 def _single(scene: Scene) -> list[Placed]:
     """Objects whose category occurs once, so that "the dog" means one object."""
     counts = scene.counts
-    return [placed for placed in scene.objects if counts[placed.category] == 1]
+    return [
+        placed
+        for placed in scene.objects
+        if counts[placed.category] == 1 and placed.category not in catalogue.PAIRS
+    ]
 
 
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -133,7 +156,9 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     name = first.category
     if rng.random() < 0.5:
         place = "in the middle" if third(first) == "middle" else f"on the {third(first)}"
-        return Question("position", f"Where is the {name} in the image?", f"The {name} is {place}.", third(first))
+        return Question(
+            "position", f"Where is the {name} in the image?", f"The {name} is {place}.", third(first)
+        )
     axis = int(rng.integers(2))
     if abs(first.centre[axis] - 0.5) < MARGIN:
         return None
@@ -143,7 +168,9 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     there = f"the {name} is at the {actual}" if axis else f"the {name} is on the {actual}"
     joint = "at the" if axis else "on the"
     side = "half" if axis else "side"
-    return _yes_no("position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, there, there)
+    return _yes_no(
+        "position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, there, there
+    )
 
 
 def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Question:
@@ -152,8 +179,12 @@ def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Questi
     asked = _pick(("left", "right"), rng)
     if rng.random() < 0.4:
         answer = a if asked == actual else b
-        return Question("position", f"Which is further to the {asked}, the {a} or the {b}?", f"The {answer}.", answer)
-    text = f"Is the {a} to the {asked} of the {b}?"
+        return Question(
+            "position", f"Which is further to the {asked}, the {a} or the {b}?", f"The {answer}.", answer
+        )
+    text = _pick(
+        (f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng
+    )
     there = f"the {a} is to the {actual} of the {b}"
     return _yes_no("position", text, asked == actual, there, there)
 
@@ -166,7 +197,9 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     placed = _pick(coloured, rng)
     name = placed.category
     if rng.random() < 0.5:
-        return Question("color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour)
+        return Question(
+            "color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour
+        )
     answer = bool(rng.random() < 0.5)
     asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
     there = f"the {name} is {placed.colour}"
@@ -175,7 +208,12 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def place(scene: Scene, rng: np.random.Generator) -> Question:
     """What kind of place is it?"""
-    return Question("place", _paraphrase(PLACE, rng), f"{scene.kind[0].upper()}{scene.kind[1:]}.", scene.kind.split(" ", 1)[1])
+    return Question(
+        "place",
+        _paraphrase(PLACE, rng),
+        f"{scene.kind[0].upper()}{scene.kind[1:]}.",
+        scene.kind.split(" ", 1)[1],
+    )
 
 
 def _all_images(count: int) -> str:
@@ -201,7 +239,9 @@ def which_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
         return None
     name = _pick(unique, rng)
     ordinal = ORDINALS[holders[name][0]]
-    text = _pick(("Which image has {}?", "Which image shows {}?", "In which image is there {}?"), rng).format(article(name))
+    text = _pick(("Which image has {}?", "Which image shows {}?", "In which image is there {}?"), rng).format(
+        article(name)
+    )
     return Question("which_image", text, f"The {ordinal} image.", ordinal)
 
 
@@ -216,7 +256,9 @@ def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question
         answer = name in shared
     words, images = article(name), _all_images(len(scenes))
     text = f"Is there {words} in {images}?"
-    return _yes_no("in_all_images", text, answer, f"there is {words} in {images}", f"there is not {words} in {images}")
+    return _yes_no(
+        "in_all_images", text, answer, f"there is {words} in {images}", f"there is not {words} in {images}"
+    )
 
 
 def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -225,7 +267,12 @@ def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Questi
     count = sum(name in scene.counts for scene in scenes)
     start = {0: "None of the images shows", 1: "One of the images shows"}.get(count)
     start = start or f"{NUMBERS[count].capitalize()} of the images show"
-    return Question("how_many_images", f"How many of the images show {article(name)}?", f"{start} {article(name)}.", str(count))
+    return Question(
+        "how_many_images",
+        f"How many of the images show {article(name)}?",
+        f"{start} {article(name)}.",
+        str(count),
+    )
 
 
 def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -233,7 +280,13 @@ def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
     shared = _shared(scenes)
     images = _all_images(len(scenes))
     yes = f"{images} show {article(shared[0])}" if shared else ""
-    return _yes_no("same_object", f"Is the same object in {images}?", bool(shared), yes, f"{images} show different objects")
+    return _yes_no(
+        "same_object",
+        f"Is the same object in {images}?",
+        bool(shared),
+        yes,
+        f"{images} show different objects",
+    )
 
 
 def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -247,8 +300,16 @@ def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
         if name in scenes[i].counts:
             name = absent_category(scenes[i], rng)
     words, where = article(name), f"in the {ORDINALS[i]} image"
-    return _yes_no("in_one_image", f"Is there {words} {where}?", answer, f"there is {words} {where}", f"there is no {name} {where}")
+    return _yes_no(
+        "in_one_image",
+        f"Is there {words} {where}?",
+        answer,
+        f"there is {words} {where}",
+        f"there is no {name} {where}",
+    )
 
 
 SINGLE: dict[str, Callable] = {f.__name__: f for f in (existence, choice, counting, position, colour, place)}
-MULTI: dict[str, Callable] = {f.__name__: f for f in (which_image, in_all_images, how_many_images, same_object, in_one_image)}
+MULTI: dict[str, Callable] = {
+    f.__name__: f for f in (which_image, in_all_images, how_many_images, same_object, in_one_image)
+}

@@ -35,7 +35,9 @@ class BinFile:
         except Exception as error:  # torch raises whatever its pickle machinery ran into
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise LVLMError(f"cannot read {self.path} as a torch file of tensors: {reason[0]}") from error
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(value, torch.Tensor) for value in loaded.values()
+        ):
             raise LVLMError(f"{self.path} is not a state dict: expected a dict of tensors")
         self._arrays = {name: _to_numpy(torch, tensor) for name, tensor in loaded.items()}
         self.shapes = {name: array.shape for name, array in self._arrays.items()}

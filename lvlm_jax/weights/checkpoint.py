@@ -31,12 +31,14 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
     """
     given = str(path_or_hub_id)
     folder = Path(given).expanduser()
-    if folder.is_dir():
+    if given and folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise LVLMError(f"{given} is a file; expected a checkpoint folder or a hub id like owner/name")
     if not _HUB_ID.fullmatch(given):
-        raise LVLMError(f"no such folder: {given}; expected a checkpoint folder or a hub id like owner/name")
+        raise LVLMError(
+            f"no such folder: {given!r}; expected a checkpoint folder or a hub id like owner/name"
+        )
     # Imported here: slow to import, and not needed for a folder.
     from huggingface_hub import snapshot_download
 
@@ -44,7 +46,9 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
         found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
-    except Exception as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
+    except (
+        Exception
+    ) as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LVLMError(
             f"{given} is neither a folder here nor a model that could be fetched from the hub: {reason[:300]}"
@@ -61,7 +65,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LVLMError(f"no {path.name} in {path.parent}; expected a Hugging Face checkpoint folder") from error
+        raise LVLMError(
+            f"no {path.name} in {path.parent}; expected a Hugging Face checkpoint folder"
+        ) from error
     except OSError as error:
         raise LVLMError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -113,4 +119,7 @@ def open_files(files: Sequence[str | os.PathLike]) -> list[SafetensorsFile | Bin
     Raises:
         LVLMError: a file cannot be read.
     """
-    return [BinFile(file) if str(file).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(file) for file in files]
+    return [
+        BinFile(file) if str(file).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(file)
+        for file in files
+    ]

@@ -56,7 +56,35 @@ def _scheme(decoder: str, head: str, vision: str, connector: str, numbers: tuple
     }
 
 
+def _unread(config) -> tuple[str, ...]:
+    """What no chosen feature layer reads: the tower's last layers.
+
+    Hidden state 0 is the embedding and hidden state i the output of layer i - 1, so reading hidden state i takes the
+    layers before i; `post_layernorm` acts on the last state only after it was taken.
+    """
+    layers = config.vision.num_layers
+    read = max(layer % (layers + 1) for layer in config.feature_layers)
+    return "vision_tower/post_layernorm/", *(f"vision_tower/layers_{i}/" for i in range(read, layers))
+
+
 _LINEAR = ("linear_1", "linear_2")
+_BUFFERS = (
+    r"\.rotary_emb\.inv_freq$",  # computed from the configuration
+    r"(^|\.)embeddings\.position_ids$",  # 0, 1, 2, ...
+)
+
+# A CLIP checkpoint on its own: the tower of an original checkpoint that has none inside.
+CLIP_TABLE = Table(
+    rows=tuple(_clip_rows()),
+    schemes={
+        "clip": {"vision": "vision_model."},
+        "clip_5": {"vision": ""},
+    },  # transformers 5 drops the prefix
+    ignored=(
+        *_BUFFERS,
+        r"^(text_model|visual_projection|text_projection)\.|^logit_scale$",
+    ),  # CLIP's other half
+)
 
 TABLE = Table(
     rows=(
@@ -68,7 +96,7 @@ TABLE = Table(
         Row("connector_2", "connector/linear_2/bias", "bias"),
     ),
     schemes={
-        # The llava-hf repositories of the hub, and transformers before version 5. Every version of transformers loads it.
+        # The llava-hf repositories of the hub, and files that transformers 4 wrote. Every version loads it.
         "hub": _scheme(
             "language_model.model.",
             "language_model.lm_head.",
@@ -101,30 +129,16 @@ TABLE = Table(
         ),
         # The authors' own repositories (liuhaotian), with the vision tower inside.
         "original": _scheme(
-            "model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", ("0", "2")
+            "model.",
+            "lm_head.",
+            "model.vision_tower.vision_tower.vision_model.",
+            "model.mm_projector.",
+            ("0", "2"),
         ),
-        # A CLIP checkpoint on its own, of either layout: the tower of an original checkpoint that lacks it.
-        "clip": {"vision": "vision_model."},
-        "clip_5": {"vision": ""},
     },
-    ignored=(
-        r"\.rotary_emb\.inv_freq$",  # computed from the configuration
-        r"(^|\.)embeddings\.position_ids$",  # 0, 1, 2, ...
-        r"^(text_model|visual_projection|text_projection)\.|^logit_scale$",  # CLIP's other half
-    ),
+    ignored=_BUFFERS,
     tied=("language_model/lm_head/kernel", "language_model/embed_tokens/embedding"),
     vocabulary=("language_model/embed_tokens/embedding", "language_model/lm_head/kernel"),
+    optional=_unread,
+    tower=CLIP_TABLE,
 )
-
-
-def unused_layers(config) -> set[str]:
-    """Prefixes of the tower's parameters that no chosen feature layer reads: a checkpoint may lack them.
-
-    Hidden state 0 is the embedding and hidden state i the output of layer i - 1, so reading hidden state i takes the
-    layers before i; `post_layernorm` acts on the last state only after it was taken.
-    """
-    states = config.vision.num_layers + 1
-    read = max(layer % states for layer in config.feature_layers)
-    return {"vision_tower/post_layernorm"} | {
-        f"vision_tower/layers_{i}" for i in range(read, config.vision.num_layers)
-    }

@@ -67,7 +67,8 @@ class SafetensorsFile:
         """The tensor as a read-only view of the file; nothing is read until its elements are."""
         begin, _ = self._offsets[name]
         shape, dtype = self.shapes[name], self.dtypes[name]
-        flat = np.frombuffer(self._map, dtype, count=math.prod(shape), offset=self._start + begin)
+        count = math.prod(shape)
+        flat = np.frombuffer(self._map, dtype, count, self._start + begin) if count else np.empty(0, dtype)
         return flat.reshape(shape)
 
     def release(self, name: str) -> None:
@@ -86,10 +87,14 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
     if start == b"version ":
         raise LVLMError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     if size < 8:
-        raise LVLMError(f"{path} is truncated: {size} bytes, too short for a safetensors file; download it again")
+        raise LVLMError(
+            f"{path} is truncated: {size} bytes, too short for a safetensors file; download it again"
+        )
     length = int.from_bytes(start, "little")
     if length > _LONGEST_HEADER:
-        raise LVLMError(f"{path} is not a safetensors file: its first 8 bytes give a header of {length} bytes")
+        raise LVLMError(
+            f"{path} is not a safetensors file: its first 8 bytes give a header of {length} bytes"
+        )
     if 8 + length > size:
         raise LVLMError(
             f"{path} is truncated: its header takes {length} bytes, the file has {size}; download it again"
@@ -103,12 +108,15 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
     position = 0
     for name, (_, _, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != position:
-            raise LVLMError(f"{path} is malformed: tensor {name} starts at byte {begin} of the data, not {position}")
+            raise LVLMError(
+                f"{path} is malformed: tensor {name} starts at byte {begin} of the data, not {position}"
+            )
         position = end
     found = size - 8 - length
     if position > found:
         raise LVLMError(
-            f"{path} is truncated: its header promises {position} bytes of data, the file has {found}; download it again"
+            f"{path} is truncated: its header promises {position} bytes of data, the file has {found}; "
+            "download it again"
         )
     if position < found:
         raise LVLMError(f"{path} is malformed: {found - position} bytes follow the last tensor")

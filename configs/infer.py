@@ -1,0 +1,42 @@
+"""Defaults of `infer.py`, each of them also a flag.
+
+To change them, copy this file and pass the copy with `--config`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Settings of `infer.py`; flags on the command line come before them."""
+    config = ml_collections.ConfigDict()
+
+    config.model_path = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
+    config.dtype = (
+        "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
+    )
+
+    config.method = "none"  # see `infer.py --help` for the names; the method's own settings are flags
+    config.compare = True  # with a method: also answer without it, for comparison (not in a job)
+
+    config.temperature = 0.0  # 0 takes the most probable token, 1 samples from the model's distribution
+    config.top_p = 1.0  # sample from the fewest tokens that hold this share of the probability
+    config.top_k = 0  # sample from this many most probable tokens; 0: from all
+    config.repetition_penalty = 1.0  # above 1: tokens seen before become less likely
+    config.max_new_tokens = 256  # longest answer
+    config.seed = 0  # of sampling; the same seed gives the same answers
+
+    config.image_folder = "."  # where the images of a question file are
+    config.batch_size = 8  # questions answered at once in a job
+
+    # What `python infer.py` alone does.
+    config.demo = demo = ml_collections.ConfigDict()
+    demo.method = "cmac"
+    demo.prompts = (
+        "Please describe this image in detail.",
+        "Is there a person in the image?",
+        "Is there a dog in the image?",
+        "How many objects are there?",
+    )
+    demo.attention_map = "runs/demo.png"
+
+    return config

@@ -1,0 +1,48 @@
+"""The pocket model from scratch: `python train.py --config configs/pocket.py --workdir runs/pocket`.
+
+Any field may be set on the command line, as in `--config.everything.steps=500`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Sizes, stages and optimizer of the shipped model."""
+    config = ConfigDict()
+    config.recipe = "pocket"
+    config.seed = 0
+    config.stages = ("tower", "connector", "everything")
+    config.steps = 0  # steps of every stage, for a trial; 0: as each stage says
+    config.export = ""  # folder of the Hugging Face checkpoint; empty: `export` in the work folder
+    config.loop = ConfigDict()
+    config.loop.workers = 1  # processes that draw scenes ahead of time
+    config.loop.log_every = 20
+    config.loop.evaluate_every = 250
+    config.loop.save_every = 100
+    config.loop.keep = 2  # checkpoints of each stage
+    config.evaluation_rows = 128  # held-out questions of each kind
+
+    config.model = ConfigDict()
+    config.model.vision_feature_layer = -1
+    config.model.text = ConfigDict(
+        dict(
+            hidden_size=192,
+            intermediate_size=384,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=1024,
+        )
+    )
+    config.model.vision = ConfigDict(
+        dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+    )
+
+    adamw = dict(peak=2e-3, final=0.02, warmup=100, clip=1.0, beta1=0.9, beta2=0.98, weight_decay=0.05)
+    config.tower = ConfigDict(dict(adamw, steps=1200, batch=64))
+    config.connector = ConfigDict(dict(adamw, steps=300, batch=64, warmup=30))
+    config.everything = ConfigDict(dict(adamw, steps=2400, patch_weight=0.2))
+    # Two rectangles a step: conversations over one image, and over two to four.
+    config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
+    config.everything.several = ConfigDict(dict(rows=2, length=384, images=7))
+    return config

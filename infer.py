@@ -1,0 +1,218 @@
+"""Ask a vision-language model about pictures, with and without a hallucination-mitigation method.
+
+See `python infer.py --help`; the defaults are in `configs/infer.py`.
+"""
+
+import pathlib
+import time
+
+from lvlm_jax import LVLM, cli, overlay
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import jobs, record
+from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation.questions import conversation
+
+EXAMPLES = """\
+examples:
+  python infer.py
+      the small model inside the package describes a sample picture and answers questions about it, greedy
+      beside CMAC, and draws where it looked
+  python infer.py --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
+  python infer.py --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
+  python infer.py --model-path llava-1.5-7b-hf --question-file coco_pope_random.json --image-folder val2014 \\
+      --answers-file answers.jsonl --method cmac --max_new_tokens 10
+      one JSON object a line, {"question_id", "image", "text"}; stopped and started again, it goes on
+
+methods (none, or one of these) and their settings with defaults, flags once --method names the method:
+"""
+CONFIG = pathlib.Path(__file__).with_name("configs") / "infer.py"
+
+
+def parse(words: list[str]):
+    """The command line as a namespace: defaults from the config, the demo filled in, `method` built (or None)."""
+    # The config holds the defaults, and the method's fields become flags, so both are looked up first.
+    first = cli.Parser(add_help=False)
+    first.add_argument("--config", default=CONFIG)
+    for name in ("--method", "--image", "--prompt", "--question-file", "--answers-file"):
+        first.add_argument(name)
+    chosen, _ = first.parse_known_args([cli.hyphenated(word) for word in words])
+    defaults = cli.load_config(chosen.config)
+    demo = not (chosen.image or chosen.prompt or chosen.question_file or chosen.answers_file)
+
+    parser = cli.Parser(
+        prog="infer.py", description=__doc__.split("\n")[0], epilog=EXAMPLES + cli.methods_help()
+    )
+    add = cli.flags(parser, defaults)
+    add("--config", metavar="FILE", help="take the defaults from this file; as it comes, configs/infer.py")
+    add(
+        "--model-path",
+        "--model",
+        metavar="PATH",
+        help="checkpoint folder or hub id; pocket: the one inside the package",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on a CPU, else bfloat16",
+    )
+    add("--method", metavar="NAME", help="none, or a method from the list below")
+
+    add = cli.flags(parser, defaults, "one or more questions about the same pictures")
+    add("--image", action="append", metavar="FILE", help="a picture; repeat it for several")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a question, with <image> where a picture belongs (without it pictures come first); repeat it for several",
+    )
+    add("--compare", action=cli.Switch, help="with a method: also answer without it")
+    add("--stream", action="store_true", help="print the words as they come")
+    add(
+        "--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked"
+    )
+
+    add = cli.flags(parser, defaults, "a file of questions")
+    add(
+        "--question-file",
+        metavar="FILE",
+        help="JSON lines {question_id, image, text}; image: a name, or a list",
+    )
+    add("--image-folder", metavar="FOLDER", help="where those images are")
+    add(
+        "--answers-file",
+        metavar="FILE",
+        help="JSON lines {question_id, prompt, text, model_id, image, metadata}",
+    )
+    add("--batch-size", type=cli.number(int, low=1), metavar="N", help="questions answered at once")
+
+    add = cli.flags(parser, defaults, "generation")
+    add("--temperature", type=cli.number(float, low=0), metavar="T", help="0: always the most probable token")
+    add(
+        "--top-p",
+        type=cli.number(float, above=0, high=1),
+        metavar="P",
+        help="sample from this share of probability",
+    )
+    add("--top-k", type=cli.number(int, low=0), metavar="K", help="sample from this many tokens; 0: from all")
+    add("--repetition-penalty", type=cli.number(float, above=0), metavar="R", help="1: none")
+    add("--max-new-tokens", type=cli.number(int, low=1), metavar="N", help="longest answer")
+    add("--seed", type=cli.number(int, low=0), metavar="N", help="of sampling")
+    name = chosen.method or (defaults.demo.method if demo else defaults.method)
+    if name.lower() != "none":
+        cli.add_method_flags(parser, name)
+    arguments = parser.parse_args(words)
+    arguments.method = cli.build_method(name, arguments)
+    if demo:
+        arguments.image = [str(cli.pocket_file("sample.png"))]
+        arguments.prompt = list(defaults.demo.prompts)
+        if not arguments.stream:
+            arguments.attention_map = arguments.attention_map or defaults.demo.attention_map
+    return arguments
+
+
+def settings(arguments) -> dict:
+    """What `LVLM.generate` and the record of a job call the generation flags."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load(arguments) -> LVLM:
+    """The model named on the command line."""
+    return LVLM.from_pretrained(cli.checkpoint(arguments.model_path), dtype=cli.dtype(arguments.dtype))
+
+
+def job(arguments) -> int:
+    """Answer a file of questions; 2 when one of them failed."""
+    if not (arguments.question_file and arguments.answers_file):
+        raise LVLMError("a job needs both --question-file and --answers-file")
+    if arguments.image or arguments.prompt or arguments.attention_map or arguments.stream:
+        raise LVLMError(
+            "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
+        )
+
+    def answerer():
+        model = load(arguments)
+
+        def answer(conversations, seeds):
+            out = model.generate(conversations, method=arguments.method, seed=seeds, **settings(arguments))
+            triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
+            return [jobs.Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
+
+        return answer
+
+    start = time.monotonic()
+    summary = jobs.run_job(
+        answerer,
+        arguments.question_file,
+        arguments.answers_file,
+        record.run_record(
+            cli.checkpoint(arguments.model_path),
+            cli.dtype(arguments.dtype),
+            arguments.method,
+            settings(arguments),
+        ),
+        image_folder=arguments.image_folder,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        model_id=pathlib.Path(arguments.model_path).name,
+    )
+    print(
+        f"{arguments.answers_file}: {summary.before} answered before, {summary.now} now, "
+        f"{len(summary.failures)} failed, {time.monotonic() - start:.1f} s"
+    )
+    return 2 if summary.failures else 0
+
+
+def ask(arguments) -> int:
+    """Answer questions about the same pictures, without and with the method, and print the answers."""
+    if not arguments.prompt:
+        raise LVLMError('nothing to ask; give --prompt "…"')
+    if arguments.attention_map and arguments.stream:
+        raise LVLMError("--attention-map does not go with --stream; leave one of them out")
+    if arguments.attention_map and not arguments.image:
+        raise LVLMError("--attention-map needs a picture; give --image")
+    images = [open_image(path) for path in arguments.image]
+    conversations = [conversation(images, text) for text in arguments.prompt]
+    methods = {}
+    if arguments.method is None or arguments.compare:
+        methods["greedy" if arguments.temperature == 0 else "plain"] = None
+    if arguments.method is not None:
+        methods[type(arguments.method).__name__] = arguments.method
+    width = max(map(len, methods))
+    options = settings(arguments) | {"seed": arguments.seed}
+
+    model = load(arguments)
+    print(f"model: {arguments.model_path}; pictures: {', '.join(arguments.image) or 'none'}")
+    if arguments.stream:
+        for text, messages in zip(arguments.prompt, conversations, strict=True):
+            print(f"\n{text}")
+            for name, method in methods.items():
+                print(f"  {name:{width}}  ", end="", flush=True)
+                for piece in model.stream(messages, method=method, **options):
+                    print(piece, end="", flush=True)
+                print()
+        return 0
+    outputs = {
+        name: model.generate(conversations, method=method, **options) for name, method in methods.items()
+    }
+    for index, text in enumerate(arguments.prompt):
+        print(f"\n{text}")
+        for name, output in outputs.items():
+            print(f"  {name:{width}}  {output.text[index]}")
+    if arguments.attention_map:
+        rows = []
+        for name, output in outputs.items():
+            rows += overlay.rows_of(model, name, images, conversations[0], output.tokens[0], methods[name])
+        overlay.draw(arguments.attention_map, rows)
+        print(f"\nwhere each looked while answering the first question: {arguments.attention_map}")
+    return 0
+
+
+def main(words: list[str]) -> int:
+    """Parse the command line and do what it asks."""
+    arguments = parse(words)
+    return job(arguments) if arguments.question_file or arguments.answers_file else ask(arguments)
+
+
+if __name__ == "__main__":
+    cli.run(main)

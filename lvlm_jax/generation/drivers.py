@@ -1,0 +1,137 @@
+"""Two drivers over one decode step: a `while_loop` on the device for throughput, a Python loop for streaming.
+
+Both produce the same tokens. The device loop pauses at a step limit that is data, not structure, so the host can
+look for stop strings now and then without another program.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lvlm_jax.generation import forward
+from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.generation.state import State
+
+encode_images = jax.jit(forward.encode_images, static_argnames="config")
+embed = jax.jit(forward.embed, static_argnames="config")
+full_logits = jax.jit(forward.full_logits, static_argnames=("config", "window"))
+prefill = jax.jit(forward.prefill, static_argnames=("config", "window", "capacity", "share_prefix", "tap"))
+decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers under way.
+
+    Attributes:
+        state: caches; every written token but the last has been run.
+        tokens, logprobs: what was generated, M columns reserved.
+        count: columns written.
+        length: per sample, tokens up to and including its stop token, or `count` while it runs.
+        finished: samples that reached a stop token.
+        stop: token ids that end an answer.
+        keys: one random key per sample.
+        seen: tokens of prompt and answer; None unless a repetition penalty needs it.
+        sampling: how tokens are chosen.
+    """
+
+    state: State
+    tokens: Int[Array, "B M"]
+    logprobs: Float[Array, "B M"]
+    count: Int[Array, ""]
+    length: Int[Array, "B"]
+    finished: Bool[Array, "B"]
+    stop: Int[Array, "N"]
+    keys: Key[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+    sampling: Sampling
+
+
+def begin(
+    state: State,
+    logits: Float[Array, "B V"],
+    prompt: Int[Array, "B T"],
+    sampling: Sampling,
+    keys: Key[Array, "B"],
+    stop: Int[Array, "N"],
+    room: int,
+) -> Answers:
+    """Chooses the first token after a prefill. `room` is how many tokens fit in the state's caches."""
+    batch, vocabulary = logits.shape
+    seen = None
+    if "repetition_penalty" in sampling.rules:
+        held = (state.image_id[:, : prompt.shape[1]] >= 0) & (prompt < vocabulary)
+        seen = jnp.zeros((batch, vocabulary), bool)
+        seen = seen.at[jnp.arange(batch)[:, None], jnp.where(held, prompt, 0)].max(held)
+    answers = Answers(
+        state=state,
+        tokens=jnp.zeros((batch, room), jnp.int32),
+        logprobs=jnp.zeros((batch, room), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+        finished=jnp.zeros((batch,), bool),
+        stop=stop,
+        keys=keys,
+        seen=seen,
+        sampling=sampling,
+    )
+    return _choose(answers, state, logits)
+
+
+def advance(params: dict, config: Any, answers: Answers) -> Answers:
+    """Runs the newest token of every sample and chooses the next."""
+    newest = jax.lax.dynamic_index_in_dim(answers.tokens, answers.count - 1, axis=1, keepdims=False)
+    state, step = forward.decode_step(params, config, answers.state, newest)
+    return _choose(answers, state, step.combined)
+
+
+def _choose(answers: Answers, state: State, logits: Float[Array, "B V"]) -> Answers:
+    tokens, logprobs = answers.sampling.pick(logits, answers.keys, answers.count, answers.seen)
+    seen = answers.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+
+    def write(buffer: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, column, answers.count, axis=1)
+
+    return dataclasses.replace(
+        answers,
+        state=state,
+        tokens=write(answers.tokens, tokens),
+        logprobs=write(answers.logprobs, logprobs),
+        count=answers.count + 1,
+        length=answers.length + ~answers.finished,
+        finished=answers.finished | (tokens[:, None] == answers.stop).any(axis=1),
+        seen=seen,
+    )
+
+
+def _run(params: dict, config: Any, answers: Answers, limit: Int[Array, ""]) -> Answers:
+    def unfinished(answers: Answers) -> Bool[Array, ""]:
+        return (answers.count < limit) & ~answers.finished.all()
+
+    return jax.lax.while_loop(unfinished, partial(advance, params, config), answers)
+
+
+begin = jax.jit(begin, static_argnames="room", donate_argnames="state")
+run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
+advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
+
+
+def stream(params: dict, config: Any, answers: Answers, limit: int) -> Iterator[Answers]:
+    """Yields the answers after every token, the first included, until all stop or `limit` tokens are written.
+
+    The yielded value is donated to the next step: read what you need before asking for the next.
+    """
+    yield answers
+    for _ in range(limit - 1):
+        if bool(answers.finished.all()):
+            return
+        answers = advance_once(params, config, answers)
+        yield answers

@@ -1,0 +1,163 @@
+"""From what users have (chat messages, or a processor's arrays) to a token layout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation.layout import Inputs, lay_out
+
+Message = dict[str, Any]
+Conversation = Sequence[Message]
+
+
+def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """A list of conversations, from one or several.
+
+    Raises:
+        LVLMError: neither a list of messages nor a list of such lists.
+    """
+    if isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping):
+        messages = [messages]
+    good = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
+    if not good or not all(
+        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one) for one in messages
+    ):
+        raise LVLMError(
+            'messages must be a conversation, [{"role": "user", "content": [{"type": "image", "image": ...}, '
+            '{"type": "text", "text": ...}]}], or a list of conversations'
+        )
+    return list(messages)
+
+
+def from_messages(processor: Any, config: Any, messages: Conversation | Sequence[Conversation]) -> Inputs:
+    """Lays out HF chat messages through the checkpoint's own processor.
+
+    A conversation that ends with an assistant message is continued, any other gets the prompt for an answer.
+
+    Args:
+        processor: the checkpoint's transformers processor.
+        config: the model's configuration.
+        messages: one conversation or a list of them; images as paths, PIL images or arrays under "image".
+
+    Raises:
+        LVLMError: malformed messages, an unreadable image, or placeholders that do not match the images.
+    """
+    prompts, pixels = [], []
+    for conversation in as_conversations(messages):
+        bare, images = _split(conversation)
+        continued = bare[-1]["role"] == "assistant"
+        text = processor.apply_chat_template(
+            bare, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+        )
+        placeholders = text.count(processor.image_token)
+        if placeholders != len(images):
+            raise LVLMError(
+                f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
+                f"give one image for each, and do not write {processor.image_token!r} into a message's text"
+            )
+        processed = processor(images=images or None, text=text, return_tensors="np")
+        prompts.append(np.asarray(processed["input_ids"])[0])
+        if images:
+            pixels.append(np.asarray(processed["pixel_values"], np.float32))
+    return _lay_out(prompts, None, 0, np.concatenate(pixels) if pixels else None, config)
+
+
+def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
+    """The conversation with its images taken out, and the images in reading order."""
+    bare, images = [], []
+    for message in conversation:
+        content = message.get("content")
+        if "role" not in message or not isinstance(content, str | Sequence):
+            raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                source = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+                if source is None:
+                    raise LVLMError('an image part has no image; expected {"type": "image", "image": path or picture}')
+                images.append(open_image(source))
+                parts.append({"type": "image"})
+            else:
+                raise LVLMError(
+                    f"a message part of type {kind!r} is not supported; expected "
+                    '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+                )
+        bare.append({"role": message["role"], "content": parts})
+    return bare, images
+
+
+def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
+    """Lays out what a HF processor returns: `input_ids`, optional `attention_mask` and `pixel_values`.
+
+    Padding may be on either side. Prompts whose placeholders are not yet expanded (one per image) are expanded.
+
+    Args:
+        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, `pixel_values` `[I, 3, Y, X]`.
+
+    Raises:
+        LVLMError: a missing array, wrong shapes, token ids outside the vocabulary, or pixels that are not finite.
+    """
+    if "input_ids" not in arrays:
+        raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
+    tokens = np.asarray(arrays["input_ids"])
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise LVLMError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]")
+    vocabulary = config.text.vocab_size
+    stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
+    given = arrays.get("attention_mask")
+    mask = np.ones(tokens.shape, bool) if given is None else np.asarray(given).astype(bool)
+    if mask.shape != tokens.shape:
+        raise LVLMError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {tokens.shape}")
+    if (stray & mask).any():
+        raise LVLMError(f"input_ids holds {tokens[stray & mask][0]}; expected 0 to {vocabulary - 1}")
+    if not mask.any(axis=1).all():
+        raise LVLMError(f"sample {int(np.argmin(mask.any(axis=1)))} of the batch has no tokens")
+    pixels = arrays.get("pixel_values")
+    pixels = None if pixels is None else _check_pixels(np.asarray(pixels, np.float32), config)
+    columns = [np.flatnonzero(row) for row in mask]
+    prompts = [row[kept] for row, kept in zip(tokens, columns, strict=True)]
+    return _lay_out(prompts, columns, tokens.shape[1], pixels, config)
+
+
+def _check_pixels(pixels: np.ndarray, config: Any) -> np.ndarray:
+    side = config.vision.image_size
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+        raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
+    if not np.isfinite(pixels).all():
+        raise LVLMError("pixel_values holds NaN or infinite numbers; check the pictures and their normalisation")
+    return pixels
+
+
+def _lay_out(
+    prompts: list[np.ndarray],
+    columns: list[np.ndarray] | None,
+    width: int,
+    pixels: np.ndarray | None,
+    config: Any,
+) -> Inputs:
+    size = config.tokens_per_image
+    placeholders = sum(int((prompt == config.image_token_id).sum()) for prompt in prompts)
+    if size > 1 and pixels is not None and placeholders == len(pixels):
+        prompts = [np.repeat(p, np.where(p == config.image_token_id, size, 1)) for p in prompts]
+        columns = None
+    if columns is None:
+        width = max(len(prompt) for prompt in prompts)
+        columns = [np.arange(width - len(prompt), width) for prompt in prompts]
+    return lay_out(
+        prompts,
+        columns,
+        width,
+        pixels,
+        config.image_token_id,
+        size,
+        config.pad_token_id,
+        config.text.max_position_embeddings,
+    )

@@ -1,0 +1,118 @@
+"""From next-token logits to a token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lvlm_jax.errors import LVLMError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Numbers are array leaves; which rules apply at all is static.
+
+    Attributes:
+        temperature: divides the logits.
+        top_k: only the k most likely tokens.
+        top_p: only the fewest tokens whose probability, after temperature and top-k, reaches p.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
+        rules: those of "sample", "top_k", "top_p", "repetition_penalty" that are on; without "sample" the most
+            likely token is taken.
+    """
+
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    repetition_penalty: jax.Array | np.ndarray
+    rules: frozenset[str] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
+    ) -> "Sampling":
+        """Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 are off.
+
+        Raises:
+            LVLMError: a value out of range.
+        """
+        for name, value, good, expected in (
+            ("temperature", temperature, 0 <= temperature < np.inf, "a number >= 0"),
+            ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "a whole number >= 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < np.inf, "a number > 0"),
+        ):
+            if not good:
+                raise LVLMError(f"{name} is {value}; expected {expected}")
+        on = {
+            "sample": temperature > 0,
+            "top_k": temperature > 0 and top_k > 0,
+            "top_p": temperature > 0 and top_p < 1,
+            "repetition_penalty": repetition_penalty != 1,
+        }
+        return cls(
+            np.float32(temperature),
+            np.int32(top_k),
+            np.float32(top_p),
+            np.float32(repetition_penalty),
+            frozenset(rule for rule, active in on.items() if active),
+        )
+
+    def pick(
+        self, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""], seen: Bool[Array, "B V"] | None
+    ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+        """One token per sample, and its log-probability under the unmodified logits.
+
+        Args:
+            logits: `Step.combined`.
+            keys: one random key per sample; the draw depends on the key and the step alone.
+            step: how many tokens were generated before.
+            seen: tokens of prompt and answer so far; needed by the repetition penalty only.
+        """
+        scores = logits
+        if "repetition_penalty" in self.rules:
+            penalised = jnp.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+            scores = jnp.where(seen, penalised, scores)
+        if "sample" in self.rules:
+            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+            tokens = jax.vmap(jax.random.categorical)(drawn, self._filter(scores / self.temperature))
+        else:
+            tokens = scores.argmax(axis=-1)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
+        return tokens.astype(jnp.int32), logprobs
+
+    def _filter(self, scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        if not {"top_k", "top_p"} & self.rules:
+            return scores
+        descending = -jnp.sort(-scores, axis=-1)
+        if "top_k" in self.rules:
+            last = jnp.minimum(self.top_k, scores.shape[-1]) - 1
+            threshold = jax.lax.dynamic_index_in_dim(descending, last, axis=-1)
+            scores = jnp.where(scores < threshold, -jnp.inf, scores)
+            descending = jnp.where(descending < threshold, -jnp.inf, descending)
+        if "top_p" in self.rules:
+            probabilities = jax.nn.softmax(descending, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities
+            kept = jnp.where(before < self.top_p, descending, jnp.inf)
+            scores = jnp.where(scores < kept.min(axis=-1, keepdims=True), -jnp.inf, scores)
+        return scores
+
+
+def sample_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:
+    """One random key per sample.
+
+    An integer seed gives every sample of the batch its own stream; a list gives each sample the stream that it
+    would have alone.
+
+    Raises:
+        LVLMError: a list of another length than the batch.
+    """
+    if isinstance(seed, int | np.integer):
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+    if len(seed) != batch:
+        raise LVLMError(f"{len(seed)} seeds were given for {batch} conversations; give one number or one each")
+    alone = [jax.random.fold_in(jax.random.key(int(one)), 0) for one in seed]
+    return jnp.stack(alone)

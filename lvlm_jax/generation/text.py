@@ -1,0 +1,87 @@
+"""Processor, tokens to text, stop strings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a checkpoint folder carries a processor."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def load_processor(folder: Path, config: Any) -> Any:
+    """The checkpoint's own processor, with the sizes that older checkpoints leave out taken from the model.
+
+    Raises:
+        LVLMError: no processor files, or files that transformers cannot read.
+    """
+    if not has_processor(folder):
+        raise LVLMError(
+            f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}); give prepare() arrays, or copy the files "
+            "from the checkpoint's Hugging Face repository"
+        )
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the first broken file provokes
+        raise LVLMError(f"cannot read the processor of {folder}: {' '.join(str(error).split())}") from error
+    if getattr(processor, "patch_size", None) is None:
+        processor.patch_size = config.vision.patch_size
+    if getattr(processor, "vision_feature_select_strategy", None) is None:
+        processor.vision_feature_select_strategy = config.feature_select
+    if getattr(processor, "chat_template", None) is None:
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+    if processor.chat_template is None:
+        raise LVLMError(f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository")
+    return processor
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Text of generated tokens, without special tokens and surrounding blanks."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def first_stop(text: str, strings: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins."""
+    found = [place for string in strings if (place := text.find(string)) >= 0]
+    return min(found, default=None)
+
+
+def tokens_before(tokenizer: Any, tokens: Sequence[int], cut: int) -> int:
+    """How many leading tokens it takes to write the first `cut` characters."""
+    return next(
+        (count for count in range(len(tokens) + 1) if len(decode(tokenizer, tokens[:count])) >= cut), len(tokens)
+    )
+
+
+class StreamWriter:
+    """Turns the growing text of an answer into pieces that never have to be taken back.
+
+    Held back: what may be the beginning of a stop string, and the replacement character of a half-written letter.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        self.strings = strings
+        self.written = 0
+
+    def push(self, text: str, final: bool) -> str:
+        """The next piece of `text`, everything that is left if it is final."""
+        end = len(text) if final else self._safe(text)
+        piece = text[self.written : end]
+        self.written = max(self.written, end)
+        return piece
+
+    def _safe(self, text: str) -> int:
+        end = len(text.rstrip("�"))
+        for string in self.strings:
+            for size in range(min(len(string) - 1, end), 0, -1):
+                if text[:end].endswith(string[:size]):
+                    end -= size
+                    break
+        return end

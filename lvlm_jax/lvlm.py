@@ -1,0 +1,356 @@
+"""The public face: load a checkpoint, prepare prompts, generate with or without a method, save.
+
+Every call is a thin wrapper over a pure function of `generation/`, which users may jit, shard, vmap and
+differentiate themselves.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lvlm_jax import models, parallel, weights
+from lvlm_jax.compilation import enable_cache
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import drivers, inputs, text
+from lvlm_jax.generation.layout import Inputs, bucket
+from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.generation.state import State, Step
+from lvlm_jax.methods import Method
+from lvlm_jax.weights.checkpoint import read_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Answers, one entry per conversation.
+
+    Attributes:
+        text: the answers, without special tokens, cut before a stop string.
+        tokens: generated token ids, the stop token included.
+        logprobs: of those tokens under the distribution they were chosen from, before temperature and filters.
+        finish_reason: "stop" after a stop token or string, "length" otherwise.
+    """
+
+    text: list[str]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reason: list[str]
+
+
+class LVLM:
+    """A vision-language model: parameters, configuration, processor.
+
+    Attributes:
+        params: the parameters, a plain nested dict of arrays.
+        config: the configuration.
+        folder: where the checkpoint was read from; None for parameters made elsewhere.
+        mesh: the devices, or None for the default device.
+    """
+
+    def __init__(self, params: dict, config: Any, folder: str | os.PathLike | None = None, mesh=None):
+        self.params = params
+        self.config = config
+        self.folder = None if folder is None else Path(folder)
+        self.mesh = mesh
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+        vision_tower: str | os.PathLike | None = None,
+    ) -> "LVLM":
+        """Loads a Hugging Face checkpoint.
+
+        Args:
+            path_or_hub_id: a folder, or the id of a repository on the hub.
+            dtype: "float32", "bfloat16" or "float16", of weights, caches and products.
+            mesh: devices to spread the parameters over (`parallel.make_mesh`).
+            vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
+
+        Raises:
+            LVLMError: anything about the checkpoint that cannot be used, named.
+        """
+        if str(np.dtype(dtype) if dtype == np.float32 else dtype) not in DTYPES:
+            raise LVLMError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+        enable_cache()
+        folder = weights.resolve_checkpoint(path_or_hub_id)
+        config = models.config_from_hf(weights.read_config(folder, vision_tower))
+        config = _with_stop_tokens(config, folder)
+        place = parallel.parameter_sharding(mesh) if mesh is not None else None
+        params = weights.load_parameters(folder, config, jnp.dtype(dtype), place, vision_tower)
+        return cls(params, config, folder, mesh)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's transformers processor; read when first needed.
+
+        Raises:
+            LVLMError: the checkpoint came without a folder or without processor files.
+        """
+        if self.folder is None:
+            raise LVLMError("this model was not read from a folder, so it has no processor; give arrays to prepare()")
+        return text.load_processor(self.folder, self.config)
+
+    def prepare(self, messages: inputs.Conversation | Sequence[inputs.Conversation] | Mapping | Inputs) -> Inputs:
+        """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
+
+        Raises:
+            LVLMError: malformed messages, unreadable images, placeholders without images, a prompt beyond the context.
+        """
+        if isinstance(messages, Inputs):
+            return messages
+        if isinstance(messages, Mapping):
+            return inputs.from_arrays(messages, self.config)
+        return inputs.from_messages(self.processor, self.config, messages)
+
+    def logits(self, prompt: Any, method: Method | None = None) -> Float[Array, "B U V"]:
+        """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
+
+        `prompt` is anything `prepare` takes. Columns are those of the arrays that were given (of the longest
+        prompt, left-padded, for messages); logits at padding are meaningless.
+        """
+        prompt = self.prepare(prompt)
+        logits = drivers.full_logits(
+            self.params, self.config, self._embed(prompt), prompt.image_id, method, window=prompt.window
+        )
+        return jnp.take_along_axis(logits, prompt.source_columns[..., None], axis=1)
+
+    def prefill(
+        self,
+        prompt: Any,
+        method: Method | None = None,
+        max_length: int | None = None,
+        share_prefix: bool = True,
+        tap: bool = False,
+    ) -> tuple[State, Step]:
+        """Runs the prompt and returns the logits of the first answer token.
+
+        Args:
+            prompt: anything `prepare` takes.
+            method: the method; None for plain decoding.
+            max_length: tokens, prompt included, that the state must hold; default 128 more than the prompt.
+            share_prefix: False runs the whole prompt once per branch, for comparison.
+            tap: whether steps carry attention weights.
+
+        Raises:
+            LVLMError: `max_length` leaves no room, or exceeds the context.
+        """
+        prompt = self.prepare(prompt)
+        longest = int(prompt.lengths.max())
+        room = 128 if max_length is None else max_length - longest
+        if room < 0:
+            raise LVLMError(f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many")
+        # Steps donate their state: numbers of the method must not share a buffer with the caller's.
+        method = jax.tree.map(jnp.copy, method)
+        return drivers.prefill(
+            self.params,
+            self.config,
+            self._embed(prompt),
+            prompt.image_id,
+            method,
+            window=prompt.window,
+            capacity=bucket(prompt.tokens.shape[1] + room),
+            share_prefix=share_prefix,
+            tap=tap,
+        )
+
+    def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
+        """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
+
+        Raises:
+            LVLMError: the state is full, or not one token per sample.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.shape != state.position.shape:
+            raise LVLMError(f"tokens have shape {tokens.shape}; expected {state.position.shape}, one per sample")
+        if int(state.index) >= state.capacity:
+            raise LVLMError(f"the state holds {state.capacity} columns and is full; give prefill a larger max_length")
+        return drivers.decode_step(self.params, self.config, state, tokens)
+
+    def generate(
+        self,
+        messages: Any,
+        method: Method | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | list[int] = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> Output:
+        """Answers a batch of conversations.
+
+        Args:
+            messages: anything `prepare` takes.
+            method: a method of `lvlm_jax.methods`; None for plain decoding.
+            max_new_tokens: longest answer; fewer if the context ends first.
+            temperature: 0 takes the most likely token.
+            top_k, top_p, repetition_penalty: see `Sampling`.
+            seed: one number, or one per conversation.
+            stop: strings that end an answer; they are not part of it.
+            stop_token_ids: tokens that end an answer; default those of the checkpoint.
+
+        Raises:
+            LVLMError: unusable messages or settings.
+        """
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        prompt, answers, limit = self._begin(
+            messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
+            stop_token_ids,
+        )  # fmt: skip
+        if not strings:
+            answers = drivers.run(self.params, self.config, answers, jnp.int32(limit))
+            return self._output(answers, strings)
+        pause = 1
+        while True:
+            pause = min(pause + STOP_STRING_INTERVAL, limit)
+            answers = drivers.run(self.params, self.config, answers, jnp.int32(pause))
+            output = self._output(answers, strings)
+            if pause == limit or all(reason == "stop" for reason in output.finish_reason):
+                return output
+
+    def stream(
+        self,
+        messages: Any,
+        method: Method | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> Iterator[str]:
+        """Yields the answer to one conversation piece by piece; arguments as in `generate`.
+
+        Raises:
+            LVLMError: unusable messages or settings, or more than one conversation.
+        """
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        prompt, answers, limit = self._begin(
+            messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
+            stop_token_ids,
+        )  # fmt: skip
+        if prompt.batch != 1:
+            raise LVLMError(f"stream takes one conversation and got {prompt.batch}; use generate")
+        writer = text.StreamWriter(strings)
+        for under_way in drivers.stream(self.params, self.config, answers, limit):
+            output = self._output(under_way, strings)
+            piece = writer.push(output.text[0], final=output.finish_reason[0] == "stop")
+            if piece:
+                yield piece
+            if output.finish_reason[0] == "stop":
+                return
+        if rest := writer.push(output.text[0], final=True):
+            yield rest
+
+    def attention(
+        self, messages: Any, tokens: Sequence[Sequence[int]], method: Method | None = None
+    ) -> list[Float[np.ndarray, "L T H N"]]:
+        """Where the main branch looked while it produced given answers.
+
+        Args:
+            messages: anything `prepare` takes.
+            tokens: the answer tokens of each conversation, as `Output.tokens` has them.
+            method: the method they were generated with.
+
+        Returns:
+            Per conversation the attention weights of every layer and head over its N image tokens (of all its images,
+            in order), for the row that produced each of its T tokens.
+        """
+        prompt = self.prepare(messages)
+        longest = max((len(row) for row in tokens), default=0)
+        state, step = self.prefill(prompt, method, int(prompt.lengths.max()) + longest, tap=True)
+        image = np.pad(prompt.image_id, ((0, 0), (0, state.capacity - prompt.tokens.shape[1])), constant_values=-1) > 0
+        rows: list[list[np.ndarray]] = [[] for _ in tokens]
+        for index in range(longest):
+            seen = np.asarray(step.attention[:, 0])
+            for sample, row in enumerate(tokens):
+                if index < len(row):
+                    rows[sample].append(seen[:, sample][:, :, image[sample, : seen.shape[-1]]])
+            fed = [row[index] if index < len(row) else self.config.pad_token_id for row in tokens]
+            if index + 1 < longest:
+                state, step = self.decode(state, fed)
+        return [np.stack(taken, axis=1) if taken else np.zeros((0, 0, 0, 0)) for taken in rows]
+
+    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
+        """Writes a Hugging Face checkpoint folder that transformers loads.
+
+        Raises:
+            LVLMError: the folder is in the way or cannot be written.
+        """
+        return weights.save_checkpoint(folder, self.params, self.config, self.folder, overwrite=overwrite)
+
+    def _embed(self, prompt: Inputs) -> Float[Array, "B T E"]:
+        image_tokens = None
+        if prompt.pixels is not None:
+            image_tokens = drivers.encode_images(self.params, self.config, prompt.pixels)
+        return drivers.embed(self.params, self.config, prompt.tokens, image_tokens)
+
+    def _begin(
+        self,
+        messages: Any,
+        method: Method | None,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int | list[int],
+        stop_token_ids: Sequence[int] | None,
+    ) -> tuple[Inputs, drivers.Answers, int]:
+        """Prefill and first token; also how many tokens may be written."""
+        if max_new_tokens < 1:
+            raise LVLMError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        prompt = self.prepare(messages)
+        longest = int(prompt.lengths.max())
+        limit = min(max_new_tokens, self.config.text.max_position_embeddings - longest)
+        room = bucket(limit)
+        state, step = self.prefill(prompt, method, longest + room)
+        stops = self.config.eos_token_ids if stop_token_ids is None else tuple(stop_token_ids)
+        keys = sample_keys(seed, prompt.batch)
+        answers = drivers.begin(
+            state, step.combined, prompt.tokens, sampling, keys, np.asarray(stops or (-1,), np.int32), room=room
+        )
+        return prompt, answers, limit
+
+    def _output(self, answers: drivers.Answers, strings: tuple[str, ...]) -> Output:
+        """Reads the answers so far from the device and cuts them at stop strings."""
+        length, finished = np.asarray(answers.length), np.asarray(answers.finished)
+        written, logprobs = np.asarray(answers.tokens), np.asarray(answers.logprobs)
+        tokens = [row[:count].tolist() for row, count in zip(written, length, strict=True)]
+        reasons = ["stop" if done else "length" for done in finished]
+        texts = [""] * len(tokens)
+        if self.folder is not None and text.has_processor(self.folder):
+            texts = [text.decode(self.processor.tokenizer, row) for row in tokens]
+            for sample, answer in enumerate(texts):
+                cut = text.first_stop(answer, strings)
+                if cut is not None:
+                    texts[sample], reasons[sample] = answer[:cut], "stop"
+                    kept = text.tokens_before(self.processor.tokenizer, tokens[sample], cut)
+                    tokens[sample] = tokens[sample][:kept]
+        elif strings:
+            raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
+        return Output(texts, tokens, probabilities, reasons)
+
+
+def _with_stop_tokens(config: Any, folder: Path) -> Any:
+    """The configuration with the stop tokens of `generation_config.json`, which overrule those of `config.json`."""
+    path = folder / "generation_config.json"
+    stops = read_json(path).get("eos_token_id") if path.is_file() else None
+    if stops is None:
+        return config
+    return dataclasses.replace(config, eos_token_ids=tuple(stops) if isinstance(stops, list) else (stops,))

@@ -1,0 +1,183 @@
+"""CMAC: contrast against a value-masked branch (IMD), on calibrated positions (CMPC). arXiv 2501.01926.
+
+CMPC, both branches, every layer. With c(p) the number of image tokens before position p,
+
+    P^c(p) = p - (1 - 1/γ) c(p)
+
+are the positions where rows after the last image look at image tokens; all other logits keep the ordinary ones.
+
+IMD, contrast branch, every layer. X are the logits of post-image rows on image columns, θ their mean over heads,
+rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
+
+    O~ = (w ∘ (1 - M)) V + (Σ_j (w ∘ M)_j) v̄
+
+with v̄ the mean value over the image tokens of each head. Being linear in V, this is an edit of the weights: masked
+mass is spread evenly over the image tokens. `variant="code"` replaces v̄ by its mean over channels.
+
+Contrast: (1 + α) l - α l̃ where l >= max l + ln β. `variant="code"` sets α to 0 at steps whose mean image logit s_t
+lies below the mean of the first 30 steps so far.
+
+Rows before the last image's end are the same in both branches and computed once.
+Cost per token: one more row through the weights; the prompt's keys and values are read once for both branches.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Context, Site, Transform
+from lvlm_jax.methods.base import Method, Strength, contrasted, register, strength, switch
+
+GATE_STEPS = 30
+
+
+@register("cmac")
+class CMAC(Method):
+    """Cross-modal attention calibration; see the module for the formulas."""
+
+    alpha: Strength = strength(3.0, "contrast strength α", low=0)
+    beta: Strength = strength(0.2, "plausibility cut β", low=0, high=1)
+    gamma: Strength | None = strength(
+        None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6
+    )
+    variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
+    imd: bool = switch(True, "value-masked contrast branch", choices=(True, False))
+    cmpc: bool = switch(True, "calibrated positions", choices=(True, False))
+    distort: str = switch(
+        "value_mask",
+        "what the contrast branch suffers where M is 1",
+        choices=("value_mask", "attention_mask", "value_noise"),
+    )
+    noise_seed: Strength = strength(0, "seed of distort='value_noise'", low=0, high=2**24)
+
+    PRESETS: ClassVar = {
+        "llava-1.5/pope": dict(alpha=3.0, beta=0.2),
+        "llava-1.5/chair": dict(alpha=1.0, beta=0.2),
+        "llava-1.5/mme": dict(alpha=1.0, beta=0.5),
+        "instructblip/pope": dict(alpha=3.0, beta=0.3),
+        "instructblip/chair": dict(alpha=1.0, beta=0.3),
+        "instructblip/mme": dict(alpha=0.5, beta=0.5),
+        "qwen-vl/pope": dict(alpha=3.0, beta=0.2),
+    }
+
+    def __post_init__(self):
+        if self.gamma is None:
+            object.__setattr__(self, "gamma", 2.0 if self.variant == "paper" else 3.0)
+        super().__post_init__()
+
+    def branches(self) -> tuple[Transform | None, ...]:
+        if not self.imd:
+            return (None,)
+        main = ImageLogitMean() if self.variant == "code" else None
+        if self.distort == "attention_mask":
+            return (main, AttentionMask())
+        if self.distort == "value_noise":
+            return (main, ValueNoise(self.noise_seed))
+        return (main, ValueMask() if self.variant == "paper" else ScalarValueMask())
+
+    def positions(self, position, images_before):
+        if not self.cmpc:
+            return None
+        return position - (1 - 1 / self.gamma) * images_before
+
+    def start(self, batch: int) -> Any:
+        gated = self.imd and self.variant == "code"
+        return (jnp.zeros((batch,)), jnp.zeros(())) if gated else ()
+
+    def combine(self, main, contrast, carry, memory):
+        if contrast is None:
+            return main, memory
+        alpha = self.alpha
+        if self.variant == "code":
+            total, steps = memory
+            early = steps < GATE_STEPS
+            total, steps = total + jnp.where(early, carry, 0), steps + early
+            memory = (total, steps)
+            alpha = jnp.where(carry < total / steps, 0.0, alpha)[:, None]
+        return contrasted(main, contrast, alpha, self.beta), memory
+
+
+def above_mean(site: Site) -> Bool[Array, "B H R S"]:
+    """M: post-image rows x image columns whose logit exceeds the block's mean over heads, rows and columns."""
+    block = (site.post_image[:, :, None] & site.image[:, None, :])[:, None]
+    heads = site.logits.shape[1]
+    count = jnp.maximum(block.sum(axis=(1, 2, 3)) * heads, 1)
+    theta = jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)) / count
+    return block & (site.logits > theta[:, None, None, None])
+
+
+def image_uniform(site: Site) -> Float[Array, "B 1 1 S"]:
+    """Equal weights over the image columns: what turns values into their mean v̄."""
+    count = jnp.maximum(site.image.sum(axis=-1, keepdims=True), 1)
+    return (site.image / count)[:, None, None, :]
+
+
+def masked_mass(weights: Float[Array, "B H R S"], mask: Bool[Array, "B H R S"]) -> Float[Array, "B H R 1"]:
+    return jnp.where(mask, weights, 0).sum(axis=-1, keepdims=True)
+
+
+class ValueMask(Transform):
+    """IMD: the values of masked positions become the image's mean value."""
+
+    def weights(self, site, weights):
+        mask = above_mean(site)
+        return jnp.where(mask, 0, weights) + masked_mass(weights, mask) * image_uniform(site)
+
+
+class ScalarValueMask(Transform):
+    """IMD as coded by the authors: masked values become one number per head, their mean over channels too."""
+
+    def values(self, site, weights, mix):
+        mask = above_mean(site)
+        mean = mix(jnp.broadcast_to(image_uniform(site), (*weights.shape[:2], 1, weights.shape[3])))
+        return mix(jnp.where(mask, 0, weights)) + masked_mass(weights, mask) * mean.mean(axis=-1, keepdims=True)
+
+
+class AttentionMask(Transform):
+    """Ablation: masked positions are hidden before the softmax."""
+
+    def mask(self, site, mask):
+        return mask[:, None] & ~above_mean(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueNoise(Transform):
+    """Ablation: the values of masked positions become Gaussian noise with the mean and deviation, over image
+    tokens and channels, of each head's image values."""
+
+    seed: Strength
+
+    def begin(self, context: Context):
+        # The first row's column differs from call to call, so that every step draws its own noise.
+        return jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row)
+
+    def values(self, site, weights, mix):
+        values = site.read_values().astype(jnp.float32)
+        image = site.image[:, None, :, None]
+        count = jnp.maximum(image.sum(axis=(2, 3), keepdims=True) * values.shape[-1], 1)
+        mean = jnp.where(image, values, 0).sum(axis=(2, 3), keepdims=True) / count
+        variance = jnp.where(image, (values - mean) ** 2, 0).sum(axis=(2, 3), keepdims=True) / count
+        key = jax.random.fold_in(site.carry, site.layer)
+        noise = mean + jnp.sqrt(variance) * jax.random.normal(key, values.shape)
+        mask = above_mean(site)
+        batch, heads, rows, columns = weights.shape
+        distorted = jnp.where(mask, weights, 0).reshape(batch, values.shape[1], -1, columns)
+        replaced = jnp.einsum("BKRS,BKSD->BKRD", distorted, noise).reshape(batch, heads, rows, -1)
+        return mix(jnp.where(mask, 0, weights)) + replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLogitMean(Transform):
+    """Reads s_t: the last row's image logits, summed over columns, averaged over heads and layers."""
+
+    rows: ClassVar[str] = "last"
+
+    def begin(self, context: Context):
+        return jnp.zeros(context.image_id.shape[0])
+
+    def observe(self, site, weights):
+        last = jnp.where(site.image[:, None, :], site.logits[:, :, -1], 0).sum(axis=-1)
+        return site.carry + last.mean(axis=-1) / site.num_layers

@@ -1,0 +1,173 @@
+"""Attention drawn over the picture it looks at: where a model looked for the whole answer, and for single words."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import text
+
+# Words that name nothing one could see; maps of them say little.
+_FUNCTION_WORDS = frozenset(
+    "a an the this that these those there here it its is are was were be been being has have had do does did can of in "
+    "on at to by for from with as into over under and or but not no yes also some any each other both image picture "
+    "photo scene which who what while i you we they he she one".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One answer about one picture.
+
+    Attributes:
+        title: for example the method's name.
+        image: the picture, RGB.
+        text: the answer.
+        words: the answer's words, W of them.
+        maps: attention of each word over the image's patches, `[W, h, w]`, averaged over layers and heads.
+        region: the part of the picture that the model saw, `(left, top, right, bottom)` in pixels; None for all.
+    """
+
+    title: str
+    image: Image.Image
+    text: str
+    words: Sequence[str]
+    maps: Float[np.ndarray, "W h w"]
+    region: tuple[float, float, float, float] | None = None
+
+
+def rows_of(
+    model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None
+) -> list[Row]:
+    """One row for each picture of a conversation: where `model` looked while it produced the answer `tokens`.
+
+    `images` are the pictures of `messages` in reading order, `method` the one that the answer was produced with.
+    """
+    config, processor = model.config, model.processor
+    side = config.vision.image_size // config.vision.patch_size
+    weights = model.attention(messages, [tokens], method)[0].mean((0, 2))
+    # With feature selection "full" a class token stands before an image's patches.
+    maps = weights.reshape(len(tokens), len(images), -1)[:, :, -side * side :]
+    decode = functools.partial(text.decode, processor.tokenizer)
+    crops = bool(getattr(processor.image_processor, "do_center_crop", False))
+    rows = []
+    for index, image in enumerate(images):
+        words, joined = by_words(tokens, decode, maps[:, index].reshape(-1, side, side))
+        rows.append(Row(title, image, decode(tokens), words, joined, seen_region(*image.size, crops)))
+    return rows
+
+
+def by_words(
+    tokens: Sequence[int], decode: Callable[[Sequence[int]], str], maps: Float[np.ndarray, "T h w"]
+) -> tuple[list[str], Float[np.ndarray, "W h w"]]:
+    """Join the maps of the tokens of each word: their mean.
+
+    `decode` turns token ids into text. Which tokens make up a word is read off the decoded text, so it does not
+    matter how a tokenizer marks the beginning of a word; special tokens belong to none.
+    """
+    # End of the text after each token; whatever a token adds lies between two of them.
+    ends = [len(decode(tokens[:count])) for count in range(len(tokens) + 1)]
+    words, joined = [], []
+    for match in re.finditer(r"\w+(?:['’-]\w+)*", decode(tokens)):
+        own = [
+            index
+            for index in range(len(tokens))
+            if ends[index] < match.end() and ends[index + 1] > match.start()
+        ]
+        if own:
+            words.append(match.group())
+            joined.append(maps[own].mean(0))
+    shape = (0, *maps.shape[1:])
+    return words, np.stack(joined) if joined else np.zeros(shape, np.float32)
+
+
+def seen_region(width: int, height: int, crops: bool) -> tuple[float, float, float, float] | None:
+    """What a processor lets the model see of a picture: its middle square if it `crops`, all of it if it stretches."""
+    if not crops:
+        return None
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def choose_words(row: Row, count: int) -> list[int]:
+    """Places of up to `count` words whose maps stand out most from the answer's mean map, in reading order."""
+    if not len(row.words):
+        return []
+    contrast = relative(row.maps).max((1, 2))
+    first = {}
+    for index, word in enumerate(row.words):
+        if len(word) > 2 and word.lower() not in _FUNCTION_WORDS:
+            first.setdefault(word.lower(), index)
+    ranked = sorted(first.values(), key=lambda index: -contrast[index])
+    return sorted(ranked[:count])
+
+
+def relative(maps: Float[np.ndarray, "W h w"]) -> Float[np.ndarray, "W h w"]:
+    """Each word's share of a patch's attention against the mean of all words.
+
+    Some patches draw much attention whatever is said; dividing by the mean leaves what belongs to the word. Each map is
+    first scaled to sum to 1.
+    """
+    shares = maps / np.maximum(maps.sum((1, 2), keepdims=True), 1e-12)
+    mean = shares.mean(0)
+    return shares / np.maximum(mean, 1e-3 * mean.max() + 1e-12)
+
+
+def draw(path, rows: Sequence[Row], words: int = 5) -> None:
+    """Write a PNG: for each row the picture, the attention of the whole answer, and that of up to `words` words.
+
+    The whole answer's map is the mean over words, the single words' maps are relative to it (see `relative`); every
+    map has its own colour scale from its least to its greatest value. Raises `LVLMError` when the file cannot be
+    written.
+    """
+    columns = 2 + words
+    heights = [2.1 * min(row.image.height / row.image.width, 1.5) + 0.9 for row in rows]
+    figure = Figure(figsize=(2.1 * columns, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    for part, row in zip(parts, rows, strict=True):
+        caption = textwrap.shorten(f"{row.title}: {row.text}", 330, placeholder=" …")
+        part.suptitle(textwrap.fill(caption, 24 * columns), x=0.01, ha="left", fontsize=9, parse_math=False)
+        axes = part.subplots(1, columns)
+        for axis in axes:
+            axis.set_axis_off()
+        _panel(axes[0], row, None, "image")
+        if not len(row.words):
+            continue
+        _panel(axes[1], row, row.maps.mean(0), "all words")
+        maps = relative(row.maps)
+        for axis, index in zip(axes[2:], choose_words(row, words), strict=False):
+            _panel(axis, row, maps[index], row.words[index])
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise LVLMError(
+            f"attention map {str(path)!r} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _panel(axis, row: Row, heat, title: str) -> None:
+    width, height = row.image.size
+    # A photograph of 50 megapixels is not drawn sharper than one of this size.
+    small = row.image.copy()
+    small.thumbnail((512, 512))
+    whole = (0, width, height, 0)
+    axis.imshow(np.asarray(small), extent=whole)
+    if heat is not None:
+        left, top, right, bottom = row.region or (0, 0, width, height)
+        axis.imshow(
+            heat, extent=(left, right, bottom, top), cmap="inferno", alpha=0.6, interpolation="bilinear"
+        )
+    axis.set(xlim=whole[:2], ylim=whole[2:])
+    axis.set_title(title, fontsize=9, parse_math=False)

@@ -1,0 +1,70 @@
+"""One mesh with the axes `data`, `fsdp` and `tensor`, and one table of where each parameter is split.
+
+Names in the table are those of the parameter's own axes, `[in, out]` for kernels; the last table maps them to mesh
+axes. The compiler derives the placement of activations and caches from these.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lvlm_jax.errors import LVLMError
+
+AXES = ("data", "fsdp", "tensor")
+
+# The first pattern that matches a parameter's path names its axes.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed_tokens/embedding$", ("vocabulary", "embed")),
+    (r"lm_head/kernel$", ("embed", "vocabulary")),
+    (r"self_attn/[qkv]_proj/kernel$", ("embed", "heads")),
+    (r"self_attn/[qkv]_proj/bias$", ("heads",)),
+    (r"self_attn/(o|out)_proj/kernel$", ("heads", "embed")),
+    (r"mlp/(gate_proj|up_proj|fc1)/kernel$", ("embed", "hidden")),
+    (r"mlp/(gate_proj|up_proj|fc1)/bias$", ("hidden",)),
+    (r"mlp/(down_proj|fc2)/kernel$", ("hidden", "embed")),
+    (r"connector/linear_1/kernel$", ("embed", "hidden")),
+    (r"connector/linear_1/bias$", ("hidden",)),
+    (r"connector/linear_2/kernel$", ("hidden", "embed")),
+)
+MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "embed": "fsdp"}
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    Raises:
+        LVLMError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices or jax.devices())
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        rest = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        raise LVLMError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not cover {len(devices)} devices; "
+            "the sizes must multiply to their number (one may be -1)"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Where a parameter lives: a function of its path, such as "language_model/norm/scale", and its shape.
+
+    An axis that a mesh axis does not divide evenly is replicated instead.
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        names = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), (None,) * len(shape))
+        split = [MESH_AXES.get(name) if name else None for name in names]
+        even = [
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(split, shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*even))
+
+    return place

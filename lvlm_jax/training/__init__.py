@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, the loop, checkpoints, and the recipes built from them."""

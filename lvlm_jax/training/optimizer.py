@@ -1,0 +1,41 @@
+"""The optimizer of every recipe: AdamW with warm-up, cosine decay, global-norm clipping and a weight-decay mask."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def schedule(settings: Any) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to `peak`, then half a cosine down to `peak * final`.
+
+    Args:
+        settings: with fields `steps`, `warmup` (steps), `peak`, `final` (fraction of the peak at the end).
+    """
+    warmup = min(settings.warmup, settings.steps // 3)  # a short trial run still reaches its peak
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else settings.peak,
+        peak_value=settings.peak,
+        warmup_steps=warmup,
+        decay_steps=settings.steps,
+        end_value=settings.peak * settings.final,
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters take weight decay: projection kernels, not norms, biases or embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def make(settings: Any) -> optax.GradientTransformation:
+    """AdamW as `settings` say; besides those of `schedule`: `clip`, `beta1`, `beta2`, `weight_decay`."""
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(
+            schedule(settings),
+            b1=settings.beta1,
+            b2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            mask=decayed,
+        ),
+    )

@@ -1,0 +1,207 @@
+"""The recipe of the pocket model, in three stages.
+
+1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
+2. `connector`: the same labels, but read off the decoder's own word embeddings: image tokens come to lie beside
+   the words for what they show.
+3. `everything`: conversations over one to four images, loss on the answers, and a small share of stage 2's loss.
+
+Without the first two the decoder learns to speak long before it looks.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from lvlm_jax import models, weights
+from lvlm_jax.pocket import tokenizer
+from lvlm_jax.training import loop, pocket_data, sft
+from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
+
+# Projections that write into the residual stream start smaller, so that its size does not grow with depth.
+RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
+
+
+def hf_config(settings: Any, encoder: Any) -> dict:
+    """The model's `config.json`, sizes from `settings` (the config's `model`), token ids from the tokenizer."""
+    image_token = encoder.convert_tokens_to_ids(tokenizer.IMAGE)
+    special = {
+        "bos_token_id": encoder.bos_token_id,
+        "eos_token_id": encoder.eos_token_id,
+        "pad_token_id": encoder.pad_token_id,
+    }
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": image_token,
+        "image_seq_length": tokenizer.IMAGE_TOKENS,
+        "vision_feature_layer": settings.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        **special,
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": len(encoder),
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            **special,
+            **settings.text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": tokenizer.SIZE,
+            "patch_size": tokenizer.PATCH,
+            "hidden_act": "quick_gelu",
+            **settings.vision,
+        },
+    }
+
+
+def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
+    """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length."""
+    depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
+    shapes = models.abstract_parameters(config)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def fill(path: tuple, shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        if names[-1] == "scale":
+            return jnp.ones(shape.shape)
+        if names[-1] == "bias":
+            return jnp.zeros(shape.shape)
+        if names[-1] != "kernel":  # embeddings
+            return jax.random.normal(key, shape.shape) * shape.shape[-1] ** -0.5
+        scale = np.prod(shape.shape[:-1]) ** -0.5
+        if names[-2] in RESIDUAL:
+            scale *= (2 * depth[names[0]]) ** -0.5
+        return jax.random.normal(key, shape.shape) * scale
+
+    return jax.tree.unflatten(
+        structure, [fill(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
+    )
+
+
+def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
+    """`patch_loss` over all labelled patches, `patch_accuracy` over those that show an object."""
+    known = labels >= 0
+    safe = jnp.maximum(labels, 0)
+    return {
+        "patch_loss": cross_entropy(logits, safe, known),
+        "patch_accuracy": accuracy(logits, safe, known & (labels < pocket_data.CATEGORY_COUNT)),
+    }
+
+
+def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words: np.ndarray) -> jax.Array:
+    """Image tokens against the decoder's embeddings of the labels' words."""
+    return jnp.einsum("IPE,LE->IPL", image_tokens, module.apply({"params": params}, words, method="embed"))
+
+
+def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.Array, dict[str, Mean]]:
+    """Stage 1. `params` is {"model", "classifier"}; the classifier is thrown away afterwards."""
+    features = module.apply({"params": params["model"]}, sft.pixels(batch["images"]), method="image_features")
+    logits = features @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    metrics = patch_metrics(logits, batch["labels"])
+    return metrics["patch_loss"].value, metrics
+
+
+def connector_objective(
+    module: nn.Module, words: np.ndarray, params: dict, batch: dict
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """Stage 2."""
+    logits = word_logits(module, params, sft.encode(module, params, batch["images"]), words)
+    metrics = patch_metrics(logits, batch["labels"])
+    return metrics["patch_loss"].value, metrics
+
+
+def conversation_objective(
+    module: nn.Module, words: np.ndarray, patch_weight: float, params: dict, batch: dict
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """Stage 3: mean over the answer tokens of all rectangles of the batch, plus `patch_weight` times stage 2's loss."""
+    total: dict[str, Mean] = {}
+    for part in batch.values():
+        image_tokens = sft.encode(module, params, part["images"])
+        logits = sft.next_token_logits(module, params, part["tokens"], image_tokens)
+        found = sft.answer_metrics(logits, part)
+        found |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
+        total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+    return total["loss"].value + patch_weight * total["patch_loss"].value, total
+
+
+def evaluation(score: Any, batches: dict[str, Any]) -> Any:
+    """An `evaluate` for `loop.Task`: metrics of each named batch, by `name/metric`."""
+    score = jax.jit(score)
+
+    def evaluate(params: dict) -> dict[str, Mean]:
+        return {
+            f"{name}/{metric}": mean
+            for name, batch in batches.items()
+            for metric, mean in score(params, batch).items()
+        }
+
+    return evaluate
+
+
+def train(config: Any, workdir: Path) -> Path:
+    """Runs the stages of `config.stages` in order, each from its newest checkpoint, and exports the result.
+
+    Returns:
+        The folder of the Hugging Face checkpoint: `config.export`, or `export` in `workdir`.
+
+    Raises:
+        LVLMError: see `loop.train`.
+        SystemExit: asked to stop.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    encoder = tokenizer.pocket_tokenizer()
+    raw = hf_config(config.model, encoder)
+    model_config = models.config_from_hf(raw)
+    module = models.build(model_config)
+    words = pocket_data.label_words(encoder)
+    params = initial_parameters(model_config, config.seed)
+    pictures = evaluation_pictures(config.evaluation_rows)
+    for name in config.stages:
+        settings = ConfigDict({**config.loop, **config[name]})
+        settings.steps = config.steps or settings.steps
+        if name == "tower":
+            objective = functools.partial(tower_objective, module)
+            evaluate = evaluation(lambda p, b, f=objective: f(p, b)[1], {"pictures": pictures})
+            source = pocket_data.Pictures(config.seed, settings.batch)
+            classifier = {
+                "kernel": jnp.zeros((model_config.vision.hidden_size, pocket_data.LABEL_COUNT)),
+                "bias": jnp.zeros(pocket_data.LABEL_COUNT),
+            }
+            task = loop.Task(name, objective, source, evaluate)
+            params = loop.train(task, {"model": params, "classifier": classifier}, settings, workdir)["model"]
+        elif name == "connector":
+            objective = functools.partial(connector_objective, module, words)
+            evaluate = evaluation(lambda p, b, f=objective: f(p, b)[1], {"pictures": pictures})
+            source = pocket_data.Pictures(config.seed + 1, settings.batch)
+            params = loop.train(loop.Task(name, objective, source, evaluate), params, settings, workdir)
+        else:
+            objective = functools.partial(conversation_objective, module, words, settings.patch_weight)
+            held_out = pocket_data.held_out(encoder, config.evaluation_rows)
+            evaluate = evaluation(functools.partial(sft.metrics, module), held_out)
+            parts = {key: pocket_data.Part(**settings[key]) for key in ("single", "several")}
+            source = pocket_data.Conversations(config.seed + 2, encoder, **parts)
+            params = loop.train(loop.Task(name, objective, source, evaluate), params, settings, workdir)
+    return export(params, model_config, encoder, Path(config.export or workdir / "export"), workdir)
+
+
+def evaluation_pictures(count: int) -> dict[str, np.ndarray]:
+    """Validation scenes for patch classification."""
+    return pocket_data.Pictures(0, count, "val")(0)
+
+
+def export(params: dict, model_config: models.LlavaConfig, encoder: Any, folder: Path, workdir: Path) -> Path:
+    """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
+    processor = workdir / "processor"
+    tokenizer.write_processor(processor, encoder)
+    return weights.save_checkpoint(folder, params, model_config, processor, dtype=jnp.float16, overwrite=True)

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning: next-token loss on the answers of conversations over images."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt8
+
+from lvlm_jax.attention.context import Context, image_end
+from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
+
+# CLIP's own normalisation, per channel of RGB in 0 to 1.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def pixels(images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I 3 Y X"]:
+    """8-bit RGB to the tower's input, as CLIP's image processor computes it for images of the right size."""
+    return ((images.astype(jnp.float32) / 255.0 - MEAN) / DEVIATION).transpose(0, 3, 1, 2)
+
+
+def context_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: int) -> Context:
+    """The context of right-padded rows: padding comes after every real token, so that no real row sees it."""
+    placeholder = tokens == image_token
+    order = (jnp.cumsum(placeholder, axis=1) - 1) // tokens_per_image + 1
+    image_id = jnp.where(placeholder, order, 0).astype(jnp.int32)
+    return Context(
+        image_id=image_id,
+        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+        first_row=jnp.zeros((), jnp.int32),
+        image_end=image_end(image_id),
+    )
+
+
+def next_token_logits(
+    module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"]
+) -> Float[Array, "B T V"]:
+    """Logits of every row: row t predicts token t + 1."""
+    context = context_of(tokens, module.config.image_token_id, module.config.tokens_per_image)
+    x = module.apply({"params": params}, tokens, image_tokens, method="embed")
+    decoded = module.apply({"params": params}, x[None], context, method="decode")
+    return module.apply({"params": params}, decoded.hidden[0], method="head")
+
+
+def encode(module: nn.Module, params: Any, images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I P E"]:
+    """Image tokens of 8-bit pictures."""
+    return module.apply({"params": params}, pixels(images), method="encode_images")
+
+
+def answer_metrics(logits: Float[Array, "B T V"], batch: dict[str, jax.Array]) -> dict[str, Mean]:
+    """`loss` and `accuracy` over the answer tokens of a batch with `tokens` and `answers`."""
+    targets, mask = batch["tokens"][:, 1:], batch["answers"][:, 1:]
+    return {
+        "loss": cross_entropy(logits[:, :-1], targets, mask),
+        "accuracy": accuracy(logits[:, :-1], targets, mask),
+    }
+
+
+def metrics(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> dict[str, Mean]:
+    """`answer_metrics` of one batch from pictures and tokens."""
+    return answer_metrics(
+        next_token_logits(module, params, batch["tokens"], encode(module, params, batch["images"])), batch
+    )

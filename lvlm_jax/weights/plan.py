@@ -1,0 +1,168 @@
+"""Matching a checkpoint's tensors with parameters, from file headers alone: every tensor by exactly one row."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.original import append_rows
+from lvlm_jax.weights.safetensors_file import SafetensorsFile
+from lvlm_jax.weights.tables import Axes, Table, inverse, permuted, table_for
+
+TensorFile = SafetensorsFile | BinFile
+
+_FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
+_LISTED = 10  # tensors of each kind that an error names
+_CHUNK = 1 << 24  # elements compared at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from.
+
+    Attributes:
+        axes: the permutation that gives our array.
+        appended: rows of the vocabulary to add behind the stored ones.
+    """
+
+    file: TensorFile
+    name: str
+    axes: Axes
+    appended: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape, in our order of axes."""
+        first, *rest = self.file.shapes[self.name] or (None,)
+        return permuted(
+            (first + self.appended, *rest) if self.appended else self.file.shapes[self.name], self.axes
+        )
+
+    def view(self) -> np.ndarray:
+        """The parameter in our order of axes: a view of the file unless rows are appended."""
+        stored = self.file.view(self.name)
+        whole = append_rows(stored, self.appended) if self.appended else stored
+        return whole if self.axes is None else whole.transpose(self.axes)
+
+
+class Faults:
+    """What is wrong with a set of tensors, collected so that one error tells all of it."""
+
+    def __init__(self):
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, what: str) -> None:
+        """Notes one tensor."""
+        self.found.setdefault(kind, []).append(what)
+
+    def check(self, where: Any) -> None:
+        """Raises an LVLMError of one line if anything was noted."""
+        if not self.found:
+            return
+        parts = []
+        for kind, tensors in self.found.items():
+            more = ", ..." if len(tensors) > _LISTED else ""
+            parts.append(f"{len(tensors)} {kind}: {', '.join(tensors[:_LISTED])}{more}")
+        raise LVLMError(f"the tensors of {where} do not fit its configuration: {'; '.join(parts)}")
+
+
+def plan(
+    where: Any,
+    config,
+    expected: Mapping[str, tuple[int, ...]],
+    files: Sequence[TensorFile],
+    tower: Sequence[TensorFile] = (),
+) -> dict[str, Source]:
+    """Finds the source of every parameter.
+
+    Args:
+        where: names the checkpoint in errors.
+        config: the model's configuration.
+        expected: parameter path -> shape.
+        files: the checkpoint's open files.
+        tower: the open files of a separate vision tower. If there are any, a tower inside `files` is passed over.
+
+    Returns:
+        parameter path -> source. Optional parameters that are not stored are left out.
+
+    Raises:
+        LVLMError: tensors are missing, unexpected, stored twice, misshapen or not floating-point, or a tied output
+            layer is stored and differs from the embedding.
+    """
+    table, faults = table_for(config), Faults()
+    tied, embedding = table.tied if table.tied and table.tied[0] not in expected else (None, None)
+    paths = [*expected, tied] if tied else [*expected]
+    sources: dict[str, Source] = {}
+    _match(table, paths, files, sources, faults, passed_over="vision_tower/" if tower else None)
+    if tower:
+        _match(
+            table.tower, [path for path in paths if path.startswith("vision_tower/")], tower, sources, faults
+        )
+
+    tied_source = sources.pop(tied, None)
+    scheme = scheme_in_use(table, expected, files)
+    for path, shape in expected.items():
+        if path in sources:
+            if scheme == "original" and path in table.vocabulary:
+                sources[path] = _grown(sources[path], config.image_token_id, shape)
+            _check_tensor(sources[path], shape, faults)
+        elif not path.startswith(table.optional(config)):
+            faults.add("missing", table.name(path, scheme))
+    faults.check(where)
+    if tied_source and not _equal(tied_source.file.view(tied_source.name), sources[embedding].view()):
+        raise LVLMError(
+            f"the configuration of {where} ties the output layer to the embedding, but {tied_source.name} differs "
+            f"from {sources[embedding].name}: set tie_word_embeddings to false in config.json, or remove the tensor"
+        )
+    return sources
+
+
+def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[TensorFile]) -> str:
+    """The naming scheme that most tensors of the files follow."""
+    stored = {name for file in files for name in file.shapes}
+    return max(table.schemes, key=lambda scheme: len(stored & table.names(paths, scheme).keys()))
+
+
+def _match(table: Table, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None) -> None:
+    """Adds the source of every parameter found in `files`, whatever the naming scheme."""
+    by_name: dict[str, str] = {}
+    for scheme in table.schemes:
+        by_name |= table.names(paths, scheme)
+    for file in files:
+        for name in file.shapes:
+            path = by_name.get(name)
+            if path is None:
+                if not table.is_ignored(name):
+                    faults.add("unexpected", name)
+            elif passed_over and path.startswith(passed_over):
+                continue
+            elif path in sources:
+                faults.add("stored twice", f"{name} and {sources[path].name}")
+            else:
+                sources[path] = Source(file, name, table.row(path)[0].axes)
+
+
+def _grown(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Source:
+    """Appends the rows of the added tokens where the stored vocabulary ends just before the image token."""
+    rows = (source.file.shapes[source.name] or (0,))[0]
+    wanted = permuted(shape, inverse(source.axes))[0]
+    return dataclasses.replace(source, appended=wanted - rows) if rows == image_token_id < wanted else source
+
+
+def _check_tensor(source: Source, shape: tuple[int, ...], faults: Faults) -> None:
+    if source.shape != shape:
+        wanted = list(permuted(shape, inverse(source.axes)))
+        faults.add("misshapen", f"{source.name} {list(source.file.shapes[source.name])} instead of {wanted}")
+    elif (dtype := source.file.dtypes[source.name]) not in _FLOATS:
+        faults.add("not floating-point", f"{source.name} {dtype}")
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = max(1, _CHUNK // max(1, a.shape[-1])) if a.ndim else 1
+    return a.shape == b.shape and all(
+        np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, a.shape[0], rows)
+    )

@@ -1,0 +1,216 @@
+"""Saving: parameters on devices to a Hugging Face checkpoint that transformers loads, one tensor at a time."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lvlm_jax import models
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.plan import Faults
+from lvlm_jax.weights.safetensors_file import write_safetensors
+from lvlm_jax.weights.tables import Row, flatten, inverse, permuted, table_for
+
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+MAX_SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers
+
+# What `overwrite` may remove: everything a checkpoint folder holds, and nothing else.
+_CHECKPOINT_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.md",
+    ".gitattributes",
+)
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    params: dict,
+    config,
+    processor_source: str | os.PathLike | None = None,
+    dtype=None,
+    scheme: str = "hub",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint folder. It appears whole or not at all: everything is written beside it and then renamed.
+
+    Args:
+        folder: the new folder.
+        params: the parameter tree, on any devices of this process.
+        config: the model's configuration; `config.hf` is written as `config.json`.
+        processor_source: a folder whose tokenizer, processor and generation files are copied.
+        dtype: of the saved tensors; None keeps each parameter's own.
+        scheme: the names to write, one of the schemes of the family's key table.
+        max_shard_size: bytes above which the weights are split into several files with an index.
+        overwrite: replace an existing checkpoint folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LVLMError: the folder is in the way, parameters do not fit the configuration, unknown scheme, or no space.
+    """
+    folder = Path(folder).expanduser()
+    _check_target(folder, overwrite)
+    tensors = _tensors(params, config, scheme, dtype)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        _write_weights(partial, tensors, max_shard_size)
+        hf_config = _hf_config(config, {array_dtype for _, _, array_dtype, _ in tensors.values()})
+        _write_json(partial / "config.json", hf_config)
+        _write_json(partial / "generation_config.json", _generation_config(config, processor_source))
+        for name in PROCESSOR_FILES:
+            if processor_source is not None and (Path(processor_source) / name).is_file():
+                shutil.copyfile(Path(processor_source) / name, partial / name)
+        partial.chmod(0o777 & ~_umask())
+        _swap(partial, folder)
+    except OSError as error:
+        raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise LVLMError(f"{folder} is a file; expected a folder to save to")
+    present = sorted(folder.iterdir()) if folder.exists() else []
+    if present and not overwrite:
+        raise LVLMError(f"{folder} exists and is not empty: name another folder, or pass overwrite=True")
+    foreign = [
+        entry.name for entry in present if entry.is_dir() or not any(map(entry.match, _CHECKPOINT_FILES))
+    ]
+    if foreign:
+        raise LVLMError(
+            f"{folder} holds more than a checkpoint ({', '.join(foreign[:5])}), so it is not replaced: name another"
+        )
+
+
+def _tensors(
+    params: dict, config, scheme: str, dtype
+) -> dict[str, tuple[Row, jax.Array, np.dtype, tuple[int, ...]]]:
+    """tensor name -> (its row, our array, dtype and shape as saved)."""
+    table = table_for(config)
+    if scheme not in table.schemes:
+        raise LVLMError(f"naming scheme {scheme!r} is not known; expected one of {', '.join(table.schemes)}")
+    expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
+    given, faults = flatten(params), Faults()
+    for path in given.keys() - expected.keys():
+        faults.add("unexpected", path)
+    for path, shape in expected.items():
+        if path not in given:
+            faults.add("missing", path)
+        elif given[path].shape != shape:
+            faults.add("misshapen", f"{path} {list(given[path].shape)} instead of {list(shape)}")
+    faults.check("the parameters to save")
+    tensors = {}
+    for path, array in given.items():
+        row, _ = table.row(path)
+        saved = np.dtype(array.dtype if dtype is None else dtype)
+        tensors[table.name(path, scheme)] = (row, array, saved, permuted(array.shape, inverse(row.axes)))
+    return tensors
+
+
+def _write_weights(folder: Path, tensors: dict, max_shard_size: int) -> None:
+    def fetch(name: str) -> np.ndarray:
+        row, array, dtype, _ = tensors[name]
+        host = np.asarray(array)
+        host = host if row.axes is None else host.transpose(inverse(row.axes))
+        return np.ascontiguousarray(host, dtype)
+
+    sizes = {name: array.size * dtype.itemsize for name, (_, array, dtype, _) in tensors.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        write_safetensors(
+            folder / file, [(name, tensors[name][3], tensors[name][2]) for name in names], fetch
+        )
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _hf_config(config, dtypes: set[np.dtype]) -> dict:
+    """`config.hf` with the dtype that is saved; a mixture is left to what the files say."""
+    hf = json.loads(json.dumps(config.hf))
+    if len(dtypes) == 1:
+        name = next(iter(dtypes)).name
+        for part in (hf, hf.get("text_config"), hf.get("vision_config")):
+            if isinstance(part, dict):
+                part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+        if "torch_dtype" not in hf:
+            hf["dtype"] = name
+    return hf
+
+
+def _generation_config(config, processor_source) -> dict:
+    if processor_source is not None and (Path(processor_source) / "generation_config.json").is_file():
+        return read_json(Path(processor_source) / "generation_config.json")
+    eos = list(config.eos_token_ids)
+    return {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": config.pad_token_id}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    """The process's umask; `mkdtemp` makes private folders, a checkpoint follows the user's default."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Puts the finished folder in place of the old one, which disappears only after that."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    folder.rename(old)  # onto an empty folder: atomic
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,240 @@
+"""Jobs: every question answered once, whatever lines are broken and however often the job is killed."""
+
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.jobs import Answer, run_job
+from lvlm_jax.generation.questions import conversation
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Echo:
+    """Stands in for a model: says back what was asked and how, and refuses a prompt that holds "too long"."""
+
+    def __init__(self):
+        self.loaded = 0
+        self.batches = []
+
+    def load(self):
+        self.loaded += 1
+        return self.answer
+
+    def answer(self, conversations, seeds):
+        self.batches.append(len(conversations))
+        parts = [messages[0]["content"] for messages in conversations]
+        if any("too long" in part.get("text", "") for content in parts for part in content):
+            raise LVLMError("the prompt has 99 tokens, the context is 9")
+        return [
+            Answer(f"{seed}:" + "|".join(part.get("text", "image") for part in content), "stop", 3)
+            for content, seed in zip(parts, seeds, strict=True)
+        ]
+
+
+@pytest.fixture
+def job(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    (tmp_path / "text.png").write_text("no picture")
+
+    def run(lines, model=None, record=None, **settings):
+        model = model or Echo()
+        (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+        summary = run_job(
+            model.load,
+            tmp_path / "questions.jsonl",
+            tmp_path / "answers.jsonl",
+            record if record is not None else {"model": "echo", "method": None},
+            image_folder=tmp_path,
+            **settings,
+        )
+        text = (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+        return summary, [json.loads(line) for line in text.splitlines()]
+
+    run.folder = tmp_path
+    return run
+
+
+def line(number, text="What is this?", image="a.png"):
+    entry = {"question_id": number, "text": text}
+    return json.dumps(entry if image is None else entry | {"image": image})
+
+
+def test_answers_have_llava_fields_in_the_order_of_the_questions(job):
+    asked = [line(7), line(7, "<image> or <image>?", ["a.png", "b.png"]), line("x", "Hello", None)]
+    summary, answers = job(asked, batch_size=2, seed=10, model_id="m")
+    assert (summary.before, summary.now, summary.failures) == (0, 3, {})
+    assert [list(answer) for answer in answers] == [
+        ["question_id", "prompt", "text", "model_id", "image", "metadata"]
+    ] * 3
+    assert [answer["question_id"] for answer in answers] == [7, 7, "x"]
+    assert [answer["prompt"] for answer in answers] == ["What is this?", "<image> or <image>?", "Hello"]
+    assert [answer["text"] for answer in answers] == [
+        "11:image|What is this?",
+        "12:image|or|image|?",
+        "13:Hello",
+    ]
+    assert [answer["image"] for answer in answers] == ["a.png", ["a.png", "b.png"], None]
+    assert answers[0]["metadata"] == {"line": 1, "method": None, "finish_reason": "stop", "tokens": 3}
+
+
+def test_bad_lines_are_named_and_the_others_answered(job, capsys):
+    asked = [
+        line(1),
+        "{not json",
+        "",
+        line(4, image="text.png"),
+        line(5, image="missing.png"),
+        line(6, "this is too long"),
+        line(7, "<image><image>?"),
+        "[1]",
+        line(9, text=3),
+        line(10, image=5),
+        line([11]),
+        line(12),
+    ]
+    summary, answers = job(asked, batch_size=4)
+    assert [answer["question_id"] for answer in answers] == [1, 12]
+    expected = {
+        2: "not JSON",
+        4: "not a picture",
+        5: "does not exist",
+        6: "99 tokens",
+        7: "2 <image> placeholders but 1 images",
+        8: "JSON list",
+        9: "text is 3",
+        10: "image is 5",
+        11: "question_id is [11]",
+    }
+    assert summary.failures.keys() == expected.keys()
+    for number, reason in expected.items():
+        assert reason in summary.failures[number]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(expected)
+    for number in expected:
+        assert any(f"line {number} of" in text for text in printed)
+
+
+def test_a_failed_line_is_tried_again_by_the_next_run(job):
+    asked = [line(1), line(2, image="late.png"), line(3)]
+    summary, _ = job(asked)
+    assert list(summary.failures) == [2]
+    Image.new("RGB", (4, 4)).save(job.folder / "late.png")
+    summary, answers = job(asked)
+    assert (summary.before, summary.now, summary.failures) == (2, 1, {})
+    assert sorted(answer["question_id"] for answer in answers) == [1, 2, 3]
+
+
+def test_a_finished_job_loads_no_model(job):
+    job([line(1)])
+    model = Echo()
+    summary, answers = job([line(1)], model)
+    assert model.loaded == 0
+    assert summary.before == 1 and len(answers) == 1
+
+
+@pytest.mark.parametrize("tail", [b'{"question_id": 3, "te', b'{"question_id": 3, "te\n', b"\0\0\0\n"])
+def test_a_line_cut_short_is_dropped_and_answered_again(job, tail):
+    asked = [line(number) for number in (1, 2, 3)]
+    _, whole = job(asked)
+    path = job.folder / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]) + tail)
+    summary, answers = job(asked)
+    assert summary.before == 2
+    assert answers == whole
+
+
+@pytest.mark.parametrize("change", ["record", "questions", "seed"])
+def test_other_settings_are_refused(job, change):
+    job([line(1)], record={"method": {"name": "CMAC", "alpha": 3.0}})
+    before = (job.folder / "answers.jsonl").read_bytes()
+    record = {"method": {"name": "CMAC", "alpha": 1.0 if change == "record" else 3.0}}
+    asked = [line(1), line(2)] if change == "questions" else [line(1)]
+    message = "method.alpha: 3.0, now 1.0" if change == "record" else f"{change}: "
+    with pytest.raises(LVLMError, match=message):
+        job(asked, record=record, seed=int(change == "seed"))
+    assert (job.folder / "answers.jsonl").read_bytes() == before
+
+
+def test_a_foreign_answers_file_is_left_alone(job):
+    path = job.folder / "answers.jsonl"
+    path.write_text("my notes, without a line end")
+    with pytest.raises(LVLMError, match="choose another answers file"):
+        job([line(1)])
+    assert path.read_text() == "my notes, without a line end"
+
+
+def test_questions_that_cannot_be_read(job):
+    with pytest.raises(LVLMError, match="is empty"):
+        job([""])
+    with pytest.raises(LVLMError, match="one JSON list"):
+        job(["[", line(1) + ",", line(2), "]"])
+    with pytest.raises(LVLMError, match="image folder"):
+        run_job(
+            None, job.folder / "questions.jsonl", job.folder / "a", {}, image_folder=job.folder / "nowhere"
+        )
+    with pytest.raises(LVLMError, match="cannot be read"):
+        run_job(None, job.folder / "nothing.jsonl", job.folder / "a", {}, image_folder=job.folder)
+
+
+def test_images_go_where_the_placeholders_are():
+    def kinds(images, text):
+        return [part.get("image") or part["text"] for part in conversation(images, text)[0]["content"]]
+
+    assert kinds(["a", "b"], "What differs?") == ["a", "b", "What differs?"]
+    assert kinds(["a", "b"], "Is <image> like <image>?") == ["Is", "a", "like", "b", "?"]
+    assert kinds([], "Hello") == ["Hello"]
+    for images, text in ((["a"], "<image><image> Why?"), (["a", "b"], "<image> Why?"), ([], "<image> Why?")):
+        with pytest.raises(LVLMError, match="placeholders"):
+            conversation(images, text)
+    with pytest.raises(LVLMError, match="empty"):
+        conversation(["a"], " ")
+
+
+SLOW_JOB = """
+import pathlib, sys, time
+from lvlm_jax.generation.jobs import Answer, run_job
+
+def answer(conversations, seeds):
+    time.sleep(0.02)
+    return [Answer("é" * 3000 + str(seed), "stop", 1) for seed in seeds]
+
+print("ready", flush=True)
+run_job(lambda: answer, sys.argv[1], sys.argv[2], {"model": "slow"}, batch_size=3)
+"""
+
+
+def test_killed_again_and_again_no_line_is_lost_or_doubled(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(line(number, image=None) for number in range(100)))
+
+    def start(answers):
+        command = [sys.executable, "-c", SLOW_JOB, str(questions), str(answers)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert start(whole).wait() == 0
+    killed.touch()
+    rng = random.Random(0)
+    for _ in range(3):
+        size = killed.stat().st_size
+        process = start(killed)
+        while killed.stat().st_size == size:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        assert process.wait() == -9
+    assert killed.stat().st_size < whole.stat().st_size
+    assert start(killed).wait() == 0
+    assert killed.read_bytes() == whole.read_bytes()

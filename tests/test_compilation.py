@@ -1,0 +1,63 @@
+"""The compilation cache: private, switched off by one variable, and no obstacle when it cannot be had."""
+
+import jax
+import pytest
+
+from lvlm_jax import compilation
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache folder, and JAX's settings put back afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(compilation.SWITCH, raising=False)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_folder_is_private_and_given_to_jax(tmp_path):
+    folder = compilation.enable_cache()
+    assert folder == tmp_path / "lvlm_jax" / "xla"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert compilation.enable_cache() == folder
+
+
+@pytest.mark.parametrize("word", ["0", "off", "False"])
+def test_one_variable_switches_it_off(tmp_path, monkeypatch, word):
+    monkeypatch.setenv(compilation.SWITCH, word)
+    assert compilation.enable_cache() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_chosen_by_the_user_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert compilation.enable_cache() == tmp_path / "mine"
+
+
+def test_a_folder_others_may_write_to_is_not_used(tmp_path):
+    (tmp_path / "lvlm_jax" / "xla").mkdir(parents=True)
+    (tmp_path / "lvlm_jax").chmod(0o700)
+    (tmp_path / "lvlm_jax" / "xla").chmod(0o777)
+    with pytest.warns(UserWarning, match="other users may write"):
+        assert compilation.enable_cache() is None
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_of_somebody_else_is_not_used(monkeypatch):
+    owner = compilation.os.getuid()
+    monkeypatch.setattr(compilation.os, "getuid", lambda: owner + 1)
+    with pytest.warns(UserWarning, match=f"belongs to user {owner}"):
+        assert compilation.enable_cache() is None
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
+    (tmp_path / "lvlm_jax").write_text("a file in the way")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert compilation.enable_cache() is None

@@ -1,0 +1,270 @@
+"""What is wrong with a checkpoint is told in one line."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lvlm_jax import models, weights
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.safetensors_file import SafetensorsFile
+from tests.weights import checkpoints as make
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make.random_model()
+
+
+@pytest.fixture(scope="module")
+def config(model):
+    return models.config_from_hf(model.config.to_dict())
+
+
+@pytest.fixture
+def state(model):
+    return make.renamed(make.tensors(model), *make.HUB)
+
+
+def load_error(folder, config) -> str:
+    with pytest.raises(LVLMError) as caught:
+        weights.load_parameters(folder, config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_all_faults_in_one_error(state, model, config, tmp_path):
+    del state["language_model.model.norm.weight"]
+    del state["vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"]
+    state["multi_modal_projector.linear_1.weight"] = torch.zeros(32, 48)
+    state["language_model.model.layers.0.self_attn.q_proj.weight"] = torch.zeros(48)
+    state["language_model.model.layers.1.self_attn.q_proj.weight"] = torch.zeros(48, 48, dtype=torch.int8)
+    state["language_model.model.layers.7.input_layernorm.weight"] = torch.zeros(48)
+    state["lm_head.weight"] = torch.zeros(96, 48)
+    message = load_error(make.write(tmp_path / "m", model.config.to_dict(), state), config)
+    assert str(tmp_path / "m") in message
+    assert (
+        "2 missing: language_model.model.norm.weight, vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"
+        in message.replace(
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias, language_model.model.norm.weight",
+            "language_model.model.norm.weight, vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+        )
+    )
+    assert "1 unexpected: language_model.model.layers.7.input_layernorm.weight" in message
+    assert "2 misshapen" in message
+    assert "multi_modal_projector.linear_1.weight [32, 48] instead of [48, 32]" in message
+    assert "language_model.model.layers.0.self_attn.q_proj.weight [48] instead of [48, 48]" in message
+    assert (
+        "1 stored twice" in message
+        and "lm_head.weight and language_model.lm_head.weight"
+        in message.replace(
+            "language_model.lm_head.weight and lm_head.weight",
+            "lm_head.weight and language_model.lm_head.weight",
+        )
+    )
+    assert "1 not floating-point: language_model.model.layers.1.self_attn.q_proj.weight int8" in message
+
+
+def test_a_long_list_is_cut_after_ten(state, model, config, tmp_path):
+    kept = {
+        name: tensor for name, tensor in state.items() if not name.startswith("language_model.model.layers.")
+    }
+    message = load_error(make.write(tmp_path / "m", model.config.to_dict(), kept), config)
+    assert "18 missing: " in message and message.endswith(", ...")
+    assert message.count("language_model.model.layers.") == 10
+
+
+def test_missing_names_follow_the_scheme_in_use(model, config, tmp_path):
+    state = make.tensors(model)
+    del state["model.language_model.norm.weight"]
+    message = load_error(make.write(tmp_path / "m", model.config.to_dict(), state), config)
+    assert "1 missing: model.language_model.norm.weight" in message
+
+
+def test_folders(model, config, tmp_path):
+    assert "no such folder" in load_error(tmp_path / "absent", config)
+    with pytest.raises(LVLMError, match="no such folder"):
+        weights.read_config(tmp_path / "absent")
+    with pytest.raises(LVLMError, match=r"no config\.json in"):
+        weights.read_config(tmp_path)
+    message = load_error(tmp_path, config)
+    assert (
+        "no weights in" in message
+        and "model.safetensors.index.json" in message
+        and "pytorch_model.bin" in message
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000])
+def test_config_that_is_not_an_object(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(LVLMError, match=r"config\.json"):
+        weights.read_config(tmp_path)
+
+
+def test_index(model, config, state, tmp_path):
+    folder = make.write_sharded(tmp_path / "m", model.config.to_dict(), state, 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    message = load_error(folder, config)
+    assert "1 of 3" in message and "model-00002-of-00003.safetensors" in message
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    assert "expected files in its own folder" in load_error(folder, config)
+    index.write_text("{}")
+    assert "no weight_map" in load_error(folder, config)
+
+
+def damaged(name: str, data: bytes) -> bytes:
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+
+    def with_header(new, body=data[8 + length :]):
+        text = new if isinstance(new, bytes) else json.dumps(new).encode()
+        return struct.pack("<Q", len(text)) + text + body
+
+    if name == "text":
+        return b"this is not a model\n" * 50
+    if name == "lfs":
+        return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    if name == "empty":
+        return b""
+    if name == "cut in the header":
+        return data[: 8 + length // 2]
+    if name == "cut in the data":
+        return data[:-5]
+    if name == "bytes behind":
+        return data + b"1234"
+    if name == "header is a list":
+        return with_header([])
+    if name == "header is deep":
+        return with_header(b"[" * 100_000)
+    if name == "header is not text":
+        return with_header(b"\xff\xfe{}")
+    entry = dict(header["a"])
+    entry |= {
+        "overlap": {"data_offsets": [0, 16]},
+        "negative": {"data_offsets": [-16, 0]},
+        "wrong size": {"shape": [5]},
+        "negative shape": {"shape": [-2, -2]},
+        "huge shape": {"shape": [2**40, 2**40]},
+        "float shape": {"shape": [4.0]},
+        "shape is a word": {"shape": "ab"},
+        "no offsets": {"data_offsets": []},
+        "dtype": {"dtype": "F4"},
+    }[name]
+    return with_header(header | {"a": entry})
+
+
+DAMAGES = {
+    "text": "not a safetensors file",
+    "lfs": "Git LFS pointer",
+    "empty": "truncated",
+    "cut in the header": "truncated",
+    "cut in the data": "truncated",
+    "bytes behind": "follow the last tensor",
+    "header is a list": "not a safetensors file",
+    "header is deep": "not a safetensors file",
+    "header is not text": "not a safetensors file",
+    "overlap": "malformed",
+    "negative": "malformed",
+    "wrong size": "malformed",
+    "negative shape": "malformed",
+    "huge shape": "malformed",
+    "float shape": "malformed",
+    "shape is a word": "malformed",
+    "no offsets": "malformed",
+    "dtype": "unsupported dtype F4",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_safetensors(name, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(4)}, file)
+    whole = SafetensorsFile(file)
+    # "a" must be the second tensor, so that an offset of 0 overlaps the first.
+    second = max(whole.shapes, key=lambda key: whole._offsets[key])
+    data = file.read_bytes()
+    if second == "b":
+        data = data.replace(b'"a"', b'"?"').replace(b'"b"', b'"a"').replace(b'"?"', b'"b"')
+    file.write_bytes(damaged(name, data))
+    with pytest.raises(LVLMError, match=DAMAGES[name]) as caught:
+        SafetensorsFile(file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_scalar_and_an_empty_tensor_are_read(tmp_path):
+    save_file({"a": torch.tensor(3.0), "b": torch.zeros(0, 4)}, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.view("a").shape == () and file.view("a") == np.float32(3)
+    assert file.view("b").shape == (0, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x04."])
+def test_damaged_torch_file(content, model, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    assert "pytorch_model.bin" in load_error(tmp_path, config)
+
+
+def test_torch_file_that_is_no_state_dict(model, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "pytorch_model.bin")
+    assert "not a state dict" in load_error(tmp_path, config)
+
+
+def test_torch_file_without_torch(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from lvlm_jax.errors import LVLMError\n"
+        "from lvlm_jax.weights.bin_file import BinFile\n"
+        "try: BinFile(sys.argv[1])\n"
+        "except LVLMError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "pytorch_model.bin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pip install torch" in done.stdout
+
+
+@pytest.mark.parametrize("given", ["./absent", "/absent/folder", "a/b/c", "", "..x", "-x/y"])
+def test_paths_that_cannot_be_hub_ids_never_reach_the_hub(given, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(LVLMError, match="no such folder"):
+        weights.resolve_checkpoint(given)
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(LVLMError, match="owner/name is neither a folder here nor .*no network$"):
+        weights.resolve_checkpoint("owner/name")
+
+
+def test_hub_download_takes_torch_files_only_without_safetensors(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path,
+    )
+    assert weights.resolve_checkpoint("owner/name") == tmp_path
+    assert len(asked) == 2 and "*.safetensors" in asked[0] and "pytorch_model*.bin" in asked[1]
+    assert not any(pattern.endswith(".py") or pattern == "*" for patterns in asked for pattern in patterns)
+    (tmp_path / "model.safetensors").touch()
+    weights.resolve_checkpoint("owner/name")
+    assert len(asked) == 3
+
+
+def test_an_existing_folder_is_itself(tmp_path):
+    assert weights.resolve_checkpoint(tmp_path) == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(LVLMError, match="is a file"):
+        weights.resolve_checkpoint(tmp_path / "file")

@@ -1,0 +1,195 @@
+"""Memory, devices and imports of a load, each measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvlm_jax import models
+from lvlm_jax.weights.safetensors_file import DTYPES, write_safetensors
+from lvlm_jax.weights.tables import flatten, inverse, permuted, table_for
+from tests.weights import checkpoints as make
+
+ROOT = Path(__file__).resolve().parents[2]
+MB = 1_000_000
+
+
+def run(program: str, *arguments, devices: int = 1) -> dict:
+    """The JSON that a program prints, run from the repository's root."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make.write_scheme(tmp_path_factory.mktemp("small") / "m", make.random_model(), make.HUB)
+
+
+def write_large(folder: Path, dtype: str) -> Path:
+    """About 300 MB of float32 (77 million parameters), or half of that."""
+    hf = make.random_model().config.to_dict()
+    hf["text_config"] |= {
+        "vocab_size": 8000,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    }
+    config = models.config_from_hf(hf)
+    shapes = {path: leaf.shape for path, leaf in flatten(models.abstract_parameters(config)).items()}
+    table, random = table_for(config), np.random.default_rng(0)
+    stored = {
+        name: permuted(shapes[path], inverse(table.row(path)[0].axes))
+        for name, path in table.names(shapes, "hub").items()
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf))
+    write_safetensors(
+        folder / "model.safetensors",
+        [(name, shape, DTYPES[dtype]) for name, shape in stored.items()],
+        lambda name: random.random(stored[name], np.float32).astype(DTYPES[dtype]),
+    )
+    return folder
+
+
+MEASURE = """
+import json, sys
+import jax
+from lvlm_jax import models, weights
+
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+def load(folder, dtype):
+    config = models.config_from_hf(weights.read_config(folder))
+    return weights.load_parameters(folder, config, dtype)
+
+small, large, dtype = sys.argv[1:]
+load(small, dtype)  # everything that is imported or compiled once
+before = status("VmRSS")
+params = load(large, dtype)
+sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+print(json.dumps(dict(model=sum(sizes), largest=max(sizes), peak=status("VmHWM") - before,
+                      resident=status("VmRSS") - before)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "stored, wanted", [("F32", "float32"), ("F16", "float32"), ("F32", "bfloat16"), ("BF16", "bfloat16")]
+)
+def test_peak_memory_is_the_model_and_one_tensor(stored, wanted, small, tmp_path):
+    # VmHWM counts every resident page, those of the mapped file included: the strictest measure there is.
+    found = run(MEASURE, small, write_large(tmp_path / "m", stored), wanted)
+    print(stored, wanted, {name: round(size / MB) for name, size in found.items()})
+    assert found["model"] > 150 * MB
+    # One tensor as it is in the file, and once more as it is converted: float16 and float32 differ by a factor of 2.
+    one_tensor = 2 * found["largest"] if wanted == "float32" else 3 * found["largest"]
+    assert found["peak"] < found["model"] + one_tensor + 30 * MB
+    assert found["resident"] < found["model"] + 30 * MB
+
+
+SHARDED = """
+import json, sys
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from lvlm_jax import models, weights
+from lvlm_jax.weights.tables import flatten, unflatten
+
+folder = sys.argv[1]
+config = models.config_from_hf(weights.read_config(folder))
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+
+def place(path, shape):
+    if path.endswith("/kernel") and len(shape) == 2:
+        return NamedSharding(mesh, P("fsdp", "tensor"))
+    return NamedSharding(mesh, P("tensor") if path.endswith("/embedding") and shape[0] % 2 == 0 else P())
+
+for dtype in ("float32", "bfloat16"):
+    single = flatten(weights.load_parameters(folder, config, dtype))
+    shardings = {path: place(path, leaf.shape) for path, leaf in single.items()}
+    for given in (place, unflatten(shardings)):
+        sharded = flatten(weights.load_parameters(folder, config, dtype, given))
+        assert sharded.keys() == single.keys()
+        for path, leaf in sharded.items():
+            assert leaf.sharding == shardings[path], path
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+    everywhere = NamedSharding(mesh, P())
+    replicated = flatten(weights.load_parameters(folder, config, dtype, everywhere))
+    for path, leaf in replicated.items():
+        assert leaf.sharding == everywhere
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+
+kernel = sharded["language_model/layers_0/mlp/up_proj/kernel"]
+saved = weights.save_checkpoint(sys.argv[2], unflatten(sharded), config)
+again = flatten(weights.load_parameters(saved, config))
+for path, leaf in again.items():
+    np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+print(json.dumps(dict(devices=jax.device_count(), shards=len({str(shard.index) for shard in kernel.addressable_shards}),
+                      shard=kernel.addressable_shards[0].data.shape, whole=kernel.shape)))
+"""
+
+
+def test_loading_onto_eight_devices_equals_one(small, tmp_path):
+    found = run(SHARDED, small, tmp_path / "out", devices=8)
+    assert found == {"devices": 8, "shards": 8, "shard": [12, 40], "whole": [48, 80]}
+
+
+READ_SLICES = """
+import json, sys
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from lvlm_jax import models, weights
+from lvlm_jax.weights import plan
+
+touched = []
+original = plan.Source.view
+
+class Recorder(np.ndarray):
+    def __getitem__(self, index):
+        piece = super().__getitem__(index)
+        touched.append((self.size, piece.size))
+        return piece
+
+plan.Source.view = lambda self: original(self).view(Recorder)
+folder = sys.argv[1]
+config = models.config_from_hf(weights.read_config(folder))
+sharding = NamedSharding(Mesh(jax.devices(), ("fsdp",)), P("fsdp"))
+whole = NamedSharding(sharding.mesh, P())
+weights.load_parameters(folder, config, None, lambda path, shape: sharding if shape[0] % 8 == 0 else whole)
+print(json.dumps(sorted({whole // piece for whole, piece in touched})))
+"""
+
+
+def test_a_device_is_given_only_its_slice(small):
+    assert run(READ_SLICES, small, devices=8) == [1, 8]
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None  # importing it raises
+import lvlm_jax
+from lvlm_jax import models, weights
+folder = sys.argv[1]
+config = models.config_from_hf(weights.read_config(folder))
+params = weights.load_parameters(folder, config, "float32")
+weights.save_checkpoint(sys.argv[2], params, config)
+print(json.dumps(sorted(params)))
+"""
+
+
+def test_safetensors_are_read_and_written_without_torch(small, tmp_path):
+    assert run(WITHOUT_TORCH, small, tmp_path / "out") == ["connector", "language_model", "vision_tower"]

@@ -1,0 +1,213 @@
+"""What is saved loads in transformers and here, bit for bit, and appears whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from lvlm_jax import models, weights
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights import save
+from lvlm_jax.weights.tables import flatten, unflatten
+from tests.weights import checkpoints as make
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make.random_model()
+
+
+@pytest.fixture(scope="module")
+def source(model, tmp_path_factory):
+    folder = make.write_scheme(tmp_path_factory.mktemp("source") / "m", model, make.HUB)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "modeling_custom.py").write_text("raise SystemExit")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(source):
+    return models.config_from_hf(weights.read_config(source))
+
+
+@pytest.fixture(scope="module")
+def params(source, config):
+    return weights.load_parameters(source, config, "float32")
+
+
+def assert_transformers_loads(folder, model):
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    state = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    return loaded
+
+
+@pytest.mark.parametrize("scheme", ["hub", "transformers", "state_dict", "state_dict_4"])
+def test_transformers_loads_it_with_equal_tensors(scheme, model, params, config, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config, scheme=scheme)
+    assert_transformers_loads(folder, model)
+
+
+def test_transformers_gives_equal_logits(model, params, config, tmp_path):
+    loaded = assert_transformers_loads(weights.save_checkpoint(tmp_path / "out", params, config), model)
+    tokens = torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]])
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        logits = [net(input_ids=tokens, pixel_values=pixels).logits for net in (model, loaded.eval())]
+    assert torch.equal(*logits)
+
+
+def test_tied_embeddings(tmp_path):
+    tied = make.random_model(tie=True)
+    source = make.write_scheme(tmp_path / "in", tied, make.HUB)
+    config = models.config_from_hf(weights.read_config(source))
+    folder = weights.save_checkpoint(tmp_path / "out", weights.load_parameters(source, config), config)
+    loaded = assert_transformers_loads(folder, tied)
+    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_bit_equal(dtype, source, config, tmp_path):
+    first = weights.load_parameters(source, config, dtype)
+    once = weights.save_checkpoint(tmp_path / "a", first, config, source)
+    second = weights.load_parameters(once, models.config_from_hf(weights.read_config(once)))
+    make.assert_same(first, second)
+    twice = weights.save_checkpoint(tmp_path / "b", second, config, once)
+    for file in once.iterdir():
+        assert file.read_bytes() == (twice / file.name).read_bytes(), file.name
+
+
+def test_the_dtype_is_written_into_the_configuration(params, config, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config, dtype="bfloat16")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_mixture_of_dtypes(params, config, tmp_path):
+    mixed = unflatten(
+        {path: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf for path, leaf in flatten(params).items()}
+    )
+    folder = weights.save_checkpoint(tmp_path / "out", mixed, config)
+    make.assert_same(weights.load_parameters(folder, config), mixed)
+
+
+def test_shards(model, params, config, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config, max_shard_size=60_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 80_000 for file in files)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in flatten(params).values())
+    assert_transformers_loads(folder, model)
+    make.assert_same(weights.load_parameters(folder, config), params)
+
+
+def test_processor_files_are_copied_and_code_is_not(params, config, source, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
+    plain = weights.save_checkpoint(tmp_path / "plain", params, config)
+    assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_an_existing_folder_is_refused(params, config, source, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(LVLMError, match="not empty"):
+        weights.save_checkpoint(folder, params, config)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    weights.save_checkpoint(folder, params, config, processor_source=folder, dtype="bfloat16", overwrite=True)
+    assert (folder / "tokenizer.json").exists()
+    assert weights.stored_dtype(folder) == jnp.bfloat16
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_spares_folders_that_are_no_checkpoint(params, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(LVLMError, match=r"thesis\.tex"):
+        weights.save_checkpoint(tmp_path / "out", params, config, overwrite=True)
+    with pytest.raises(LVLMError, match="is a file"):
+        weights.save_checkpoint(tmp_path / "out" / "thesis.tex", params, config, overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_taken(params, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    weights.save_checkpoint(tmp_path / "out", params, config)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_half_written_remains(exists, params, config, tmp_path, monkeypatch):
+    if exists:
+        weights.save_checkpoint(tmp_path / "out", params, config)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    monkeypatch.setattr(
+        save, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(LVLMError, match="No space left"):
+        weights.save_checkpoint(tmp_path / "out", params, config, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == exists
+
+
+def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(params, config, tmp_path, monkeypatch):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config)
+    real = Path.rename
+
+    def rename(self, target):
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(LVLMError, match="Input/output error"):
+        weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
+    assert weights.stored_dtype(folder) == np.float32
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_permissions_follow_the_umask(params, config, tmp_path):
+    mask = os.umask(0o022)
+    try:
+        folder = weights.save_checkpoint(tmp_path / "out", params, config)
+    finally:
+        os.umask(mask)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_parameters_that_do_not_fit(params, config, tmp_path):
+    flat = flatten(params)
+    del flat["language_model/norm/scale"]
+    flat["connector/linear_3/kernel"] = jnp.zeros((1, 1))
+    flat["connector/linear_1/bias"] = jnp.zeros(3)
+    with pytest.raises(LVLMError) as caught:
+        weights.save_checkpoint(tmp_path / "out", unflatten(flat), config)
+    for part in (
+        "missing: language_model/norm/scale",
+        "unexpected: connector/linear_3/kernel",
+        "[3] instead of [48]",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(LVLMError, match="scheme 'x'"):
+        weights.save_checkpoint(tmp_path / "out", params, config, scheme="x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_parameters_from_a_jitted_step_are_saved(params, config, tmp_path):
+    stepped = jax.jit(lambda tree: jax.tree.map(lambda leaf: (leaf * 2).astype(jnp.bfloat16), tree))(params)
+    folder = weights.save_checkpoint(tmp_path / "out", stepped, config)
+    make.assert_same(weights.load_parameters(folder, config), stepped)
