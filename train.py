@@ -6,7 +6,7 @@ Started again with the same work folder, it goes on from its newest checkpoint.
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lvlm_jax.compilation import enable_cache
@@ -21,6 +21,7 @@ RECIPES = {"pocket": pocket.train}
 def main(words: list[str]) -> None:
     """Trains as the flags say; a known fault is one line on stderr and exit code 2."""
     del words
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     try:
         recipe = CONFIG.value.recipe
         if recipe not in RECIPES:

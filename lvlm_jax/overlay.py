@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -150,7 +151,10 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
             _panel(axis, row, maps[index], row.words[index])
     try:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png")
+        with warnings.catch_warnings():
+            # A letter that the font lacks is drawn as a box, which is as good as can be.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(path, dpi=110, format="png")
     except OSError as error:
         raise LVLMError(
             f"attention map {str(path)!r} cannot be written: {error.strerror or error}"

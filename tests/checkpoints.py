@@ -10,6 +10,9 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE = "image"
 
+# The models are tiny: threads would spend their time waiting for one another.
+torch.set_num_threads(1)
+
 # Name -> overrides of `llava_config`. Together they cover what the families differ by.
 VARIETIES = {
     "llama": {},
@@ -75,7 +78,7 @@ def llava_config(text=None, vision=None, **overrides):
         "vocab_size": 120,
         "hidden_size": 48,
         "intermediate_size": 80,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 512,

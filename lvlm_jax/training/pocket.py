@@ -8,7 +8,9 @@
 Without the first two the decoder learns to speak long before it looks.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lvlm_jax import models, weights
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import loop, pocket_data, sft
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
+
+CLASSIFIER = "classifier"  # beside the model's own parameters, in the first stage only
 # Projections that write into the residual stream start smaller, so that its size does not grow with depth.
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
 
@@ -105,9 +110,9 @@ def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words:
 
 
 def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.Array, dict[str, Mean]]:
-    """Stage 1. `params` is {"model", "classifier"}; the classifier is thrown away afterwards."""
-    features = module.apply({"params": params["model"]}, sft.pixels(batch["images"]), method="image_features")
-    logits = features @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    """Stage 1, read off the tower by a linear classifier that is thrown away afterwards."""
+    features = module.apply({"params": params}, sft.pixels(batch["images"]), method="image_features")
+    logits = features @ params[CLASSIFIER]["kernel"] + params[CLASSIFIER]["bias"]
     metrics = patch_metrics(logits, batch["labels"])
     return metrics["patch_loss"].value, metrics
 
@@ -135,8 +140,8 @@ def conversation_objective(
     return total["loss"].value + patch_weight * total["patch_loss"].value, total
 
 
-def evaluation(score: Any, batches: dict[str, Any]) -> Any:
-    """An `evaluate` for `loop.Task`: metrics of each named batch, by `name/metric`."""
+def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str, dict]) -> Callable:
+    """An `evaluate` for `loop.Task`: the metrics of each named batch, by `name/metric`."""
     score = jax.jit(score)
 
     def evaluate(params: dict) -> dict[str, Mean]:
@@ -149,59 +154,81 @@ def evaluation(score: Any, batches: dict[str, Any]) -> Any:
     return evaluate
 
 
-def train(config: Any, workdir: Path) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the stages share."""
+
+    config: ConfigDict
+    encoder: Any
+    module: nn.Module
+    words: np.ndarray
+
+    @classmethod
+    def create(cls, config: ConfigDict) -> "Recipe":
+        """Trains the tokenizer and builds the module that `config.model` describes."""
+        encoder = tokenizer.pocket_tokenizer()
+        module = models.build(models.config_from_hf(hf_config(config.model, encoder)))
+        return cls(config, encoder, module, pocket_data.label_words(encoder))
+
+    def initial(self, stage: str, params: dict) -> dict:
+        """What a stage starts from: the parameters so far, and for the tower a classifier of its own."""
+        if stage != "tower":
+            return {key: value for key, value in params.items() if key != CLASSIFIER}
+        shape = (self.module.config.vision.hidden_size, pocket_data.LABEL_COUNT)
+        return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
+
+    def task(self, stage: str, settings: ConfigDict) -> loop.Task:
+        """The task of a stage.
+
+        Raises:
+            LVLMError: there is no stage of that name.
+        """
+        seed, rows = self.config.seed, self.config.evaluation_rows
+        if stage == "everything":
+            objective = functools.partial(
+                conversation_objective, self.module, self.words, settings.patch_weight
+            )
+            parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
+            source = pocket_data.Conversations(seed + 2, self.encoder, **parts)
+            questions = pocket_data.held_out(self.encoder, rows)
+            return loop.Task(
+                stage, objective, source, evaluation(functools.partial(sft.metrics, self.module), questions)
+            )
+        if stage == "tower":
+            objective = functools.partial(tower_objective, self.module)
+        elif stage == "connector":
+            objective, seed = functools.partial(connector_objective, self.module, self.words), seed + 1
+        else:
+            raise LVLMError(f"stage {stage!r} is unknown; expected tower, connector or everything")
+        pictures = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
+        score = evaluation(lambda params, batch: objective(params, batch)[1], pictures)
+        return loop.Task(stage, objective, pocket_data.Pictures(seed, settings.batch), score)
+
+    def export(self, params: dict, folder: Path, workdir: Path) -> Path:
+        """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
+        processor = workdir / "processor"
+        tokenizer.write_processor(processor, self.encoder)
+        return weights.save_checkpoint(
+            folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True
+        )
+
+
+def train(config: ConfigDict, workdir: Path) -> Path:
     """Runs the stages of `config.stages` in order, each from its newest checkpoint, and exports the result.
 
     Returns:
         The folder of the Hugging Face checkpoint: `config.export`, or `export` in `workdir`.
 
     Raises:
-        LVLMError: see `loop.train`.
+        LVLMError: an unknown stage; see also `loop.train`.
         SystemExit: asked to stop.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    encoder = tokenizer.pocket_tokenizer()
-    raw = hf_config(config.model, encoder)
-    model_config = models.config_from_hf(raw)
-    module = models.build(model_config)
-    words = pocket_data.label_words(encoder)
-    params = initial_parameters(model_config, config.seed)
-    pictures = evaluation_pictures(config.evaluation_rows)
-    for name in config.stages:
-        settings = ConfigDict({**config.loop, **config[name]})
-        settings.steps = config.steps or settings.steps
-        if name == "tower":
-            objective = functools.partial(tower_objective, module)
-            evaluate = evaluation(lambda p, b, f=objective: f(p, b)[1], {"pictures": pictures})
-            source = pocket_data.Pictures(config.seed, settings.batch)
-            classifier = {
-                "kernel": jnp.zeros((model_config.vision.hidden_size, pocket_data.LABEL_COUNT)),
-                "bias": jnp.zeros(pocket_data.LABEL_COUNT),
-            }
-            task = loop.Task(name, objective, source, evaluate)
-            params = loop.train(task, {"model": params, "classifier": classifier}, settings, workdir)["model"]
-        elif name == "connector":
-            objective = functools.partial(connector_objective, module, words)
-            evaluate = evaluation(lambda p, b, f=objective: f(p, b)[1], {"pictures": pictures})
-            source = pocket_data.Pictures(config.seed + 1, settings.batch)
-            params = loop.train(loop.Task(name, objective, source, evaluate), params, settings, workdir)
-        else:
-            objective = functools.partial(conversation_objective, module, words, settings.patch_weight)
-            held_out = pocket_data.held_out(encoder, config.evaluation_rows)
-            evaluate = evaluation(functools.partial(sft.metrics, module), held_out)
-            parts = {key: pocket_data.Part(**settings[key]) for key in ("single", "several")}
-            source = pocket_data.Conversations(config.seed + 2, encoder, **parts)
-            params = loop.train(loop.Task(name, objective, source, evaluate), params, settings, workdir)
-    return export(params, model_config, encoder, Path(config.export or workdir / "export"), workdir)
-
-
-def evaluation_pictures(count: int) -> dict[str, np.ndarray]:
-    """Validation scenes for patch classification."""
-    return pocket_data.Pictures(0, count, "val")(0)
-
-
-def export(params: dict, model_config: models.LlavaConfig, encoder: Any, folder: Path, workdir: Path) -> Path:
-    """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
-    processor = workdir / "processor"
-    tokenizer.write_processor(processor, encoder)
-    return weights.save_checkpoint(folder, params, model_config, processor, dtype=jnp.float16, overwrite=True)
+    recipe = Recipe.create(config)
+    params = initial_parameters(recipe.module.config, config.seed)
+    for stage in config.stages:
+        settings = ConfigDict({**config.loop, **config.get(stage, {})})
+        settings.steps = config.steps or settings.get("steps", 0)
+        params = loop.train(recipe.task(stage, settings), recipe.initial(stage, params), settings, workdir)
+    params = recipe.initial("", params)
+    return recipe.export(params, Path(config.export or workdir / "export"), workdir)

@@ -21,7 +21,7 @@ ONE_WORD = conversations.SUFFIXES[0]
 
 
 def place_labels(scene: Scene) -> np.ndarray:
-    """What each patch shows, int32 [64]: a category (0 to 60), or the kind of place where no object covers it."""
+    """What each patch shows, int32 [64]: a category by its place in CATEGORIES, or behind those the kind of place."""
     labels = patch_labels(scene)
     return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(
         np.int32
@@ -29,7 +29,7 @@ def place_labels(scene: Scene) -> np.ndarray:
 
 
 def label_words(encoder: Any) -> np.ndarray:
-    """Per label of `place_labels` the token that its name begins with, int32 [77]."""
+    """Per label of `place_labels` the token that its name begins with, int32 [labels]."""
     names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
     return np.array(
         [encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32

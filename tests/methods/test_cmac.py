@@ -100,7 +100,7 @@ def assert_equal_to_reference(load, variety, layouts, steps=STEPS, **strengths):
     "strengths",
     [
         {},
-        {"variant": "code", "gamma": 3.0, "alpha": 1.0},
+        {"variant": "code", "alpha": 1.0},
         {"distort": "attention_mask", "beta": 0.5},
         {"cmpc": False},
         {"imd": False},
@@ -115,7 +115,14 @@ def test_variants_and_switches(load, strengths):
 
 
 @pytest.mark.parametrize(
-    "variety", ["llama", "llama_gqa_all_biases", "qwen3_full_selection", "mistral_window", "yarn_rope"]
+    "variety",
+    [
+        "llama_gqa_all_biases",
+        "qwen3_full_selection",
+        "mistral_window",
+        pytest.param("llama", marks=pytest.mark.slow),
+        pytest.param("yarn_rope", marks=pytest.mark.slow),
+    ],
 )
 def test_families(load, variety):
     assert_equal_to_reference(load, variety, MIXED)
@@ -186,13 +193,12 @@ def test_neutral_strengths_equal_plain_generation(load):
     np.testing.assert_array_equal(np.asarray(tokens[0]), np.asarray(tokens[1]))
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_a_batch_equals_its_samples_alone(load, variant):
-    """No statistic mixes samples, and padding takes no part."""
+def test_a_batch_equals_its_samples_alone(load):
+    """No statistic mixes samples, and padding takes no part; the code variant has the gate's besides."""
     theirs, ours, _, _ = load(MAIN_VARIETY)
     inputs = checkpoints.random_inputs(theirs.config, seed=22, layouts=MIXED)
     forced = forced_tokens(theirs.config, len(MIXED))
-    method = methods.CMAC(variant=variant)
+    method = methods.CMAC(variant="code")
     main, contrast, _ = run_library(ours, inputs, forced, method)
     for row in range(len(MIXED)):
         sample = checkpoints.select(theirs.config, inputs, row)

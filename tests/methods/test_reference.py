@@ -91,7 +91,7 @@ def test_every_switch_changes_what_it_should():
     paper = _run("llama")[-1]
     assert np.abs(paper.main - paper.contrast).max(axis=-1).min() > 0.05
     results = {
-        "code": _run("llama", variant="code")[-1],
+        "code": _run("llama", variant="code", gamma=2.0)[-1],
         "attention_mask": _run("llama", distort="attention_mask")[-1],
         "value_noise": _run("llama", distort="value_noise", noise=noise)[-1],
     }

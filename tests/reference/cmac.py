@@ -10,6 +10,7 @@ Readings of the text that are open to choice:
 - statistics are taken over query heads; key and value heads are repeated to them;
 - a column that a row cannot see (sliding window) takes no part in its statistics;
 - a sample without an image is left alone: both branches are the plain model;
+- without IMD there is nothing to contrast with, so no plausibility cut either: combined is main;
 - code variant, the gate: s_t is taken from the main branch's logits after CMPC and before softmax, at the
   last row of call t (the prefill is step 0), over the image columns; alpha is 0 where
   s_t < mean(s_0, ..., s_min(t, 29)), the current step included, so never at step 0.
@@ -30,11 +31,16 @@ class Settings:
 
     alpha: float = 3.0
     beta: float = 0.2
-    gamma: float = 2.0
+    gamma: float | None = None  # 2 in the paper, 3 in the authors' LLaVA code
     imd: bool = True
     cmpc: bool = True
     distort: str = "value_mask"  # | "attention_mask" | "value_noise"
     variant: str = "paper"  # | "code"
+
+    @property
+    def scale(self):
+        """gamma, by default that of the variant."""
+        return self.gamma if self.gamma is not None else {"paper": 2.0, "code": 3.0}[self.variant]
 
 
 @dataclasses.dataclass
@@ -70,7 +76,7 @@ def calibrated_scores(text, q, k, rows, is_image, settings):
     block = (rows >= post_image_start(is_image))[:, None] & is_image[None, :]
     z = llava.scores(text, q, k, rows, positions)
     if settings.cmpc:
-        moved = calibrated_positions(is_image, settings.gamma)
+        moved = calibrated_positions(is_image, settings.scale)
         z = np.where(block, llava.scores(text, q, k, moved[rows], moved), z)
     return z, block
 
@@ -180,7 +186,8 @@ def run(weights, config, input_ids, pixel_values, tokens, settings, noise=None):
         alphas.append(alpha)
         table["main"].append(l_main)
         table["contrast"].append(l_contrast)
-        table["combined"].append(combine(l_main, l_contrast, alpha, settings.beta))
+        combined = combine(l_main, l_contrast, alpha, settings.beta) if settings.imd else l_main
+        table["combined"].append(combined)
     return Result(
         **{name: np.stack(rows) for name, rows in table.items()},
         alphas=alphas,
