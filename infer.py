@@ -179,6 +179,7 @@ def ask(arguments) -> int:
     if arguments.method is not None:
         methods[type(arguments.method).__name__] = arguments.method
     width = max(map(len, methods))
+    indent = "\n" + " " * (width + 4)  # of the further lines of an answer
     options = settings(arguments) | {"seed": arguments.seed}
 
     model = load(arguments)
@@ -189,7 +190,7 @@ def ask(arguments) -> int:
             for name, method in methods.items():
                 print(f"  {name:{width}}  ", end="", flush=True)
                 for piece in model.stream(messages, method=method, **options):
-                    print(piece, end="", flush=True)
+                    print(piece.replace("\n", indent), end="", flush=True)
                 print()
         return 0
     outputs = {
@@ -198,7 +199,7 @@ def ask(arguments) -> int:
     for index, text in enumerate(arguments.prompt):
         print(f"\n{text}")
         for name, output in outputs.items():
-            print(f"  {name:{width}}  {output.text[index]}")
+            print(f"  {name:{width}}  {output.text[index]}".replace("\n", indent))
     if arguments.attention_map:
         rows = []
         for name, output in outputs.items():

@@ -28,11 +28,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args([hyphenated(word) for word in args], namespace)
         if unknown:
             owners = _methods_with_field(unknown[0])
-            hint = (
-                f"it is a setting of {', '.join(owners)}: choose one with --method"
-                if owners
-                else "see --help"
-            )
+            hint = f"it is a setting of --method {' or '.join(owners)}" if owners else "see --help"
             raise LVLMError(f"{unknown[0]} is not known here; {hint}")
         return known
 

@@ -100,10 +100,14 @@ class LVLM:
             LVLMError: the checkpoint came without a folder or without processor files.
         """
         if self.folder is None:
-            raise LVLMError("this model was not read from a folder, so it has no processor; give arrays to prepare()")
+            raise LVLMError(
+                "this model was not read from a folder, so it has no processor; give arrays to prepare()"
+            )
         return text.load_processor(self.folder, self.config)
 
-    def prepare(self, messages: inputs.Conversation | Sequence[inputs.Conversation] | Mapping | Inputs) -> Inputs:
+    def prepare(
+        self, messages: inputs.Conversation | Sequence[inputs.Conversation] | Mapping | Inputs
+    ) -> Inputs:
         """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
 
         Raises:
@@ -151,7 +155,9 @@ class LVLM:
         longest = int(prompt.lengths.max())
         room = 128 if max_length is None else max_length - longest
         if room < 0:
-            raise LVLMError(f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many")
+            raise LVLMError(
+                f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
+            )
         # Steps donate their state: numbers of the method must not share a buffer with the caller's.
         method = jax.tree.map(jnp.copy, method)
         return drivers.prefill(
@@ -174,9 +180,13 @@ class LVLM:
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.shape != state.position.shape:
-            raise LVLMError(f"tokens have shape {tokens.shape}; expected {state.position.shape}, one per sample")
+            raise LVLMError(
+                f"tokens have shape {tokens.shape}; expected {state.position.shape}, one per sample"
+            )
         if int(state.index) >= state.capacity:
-            raise LVLMError(f"the state holds {state.capacity} columns and is full; give prefill a larger max_length")
+            raise LVLMError(
+                f"the state holds {state.capacity} columns and is full; give prefill a larger max_length"
+            )
         return drivers.decode_step(self.params, self.config, state, tokens)
 
     def generate(
@@ -276,7 +286,12 @@ class LVLM:
         prompt = self.prepare(messages)
         longest = max((len(row) for row in tokens), default=0)
         state, step = self.prefill(prompt, method, int(prompt.lengths.max()) + longest, tap=True)
-        image = np.pad(prompt.image_id, ((0, 0), (0, state.capacity - prompt.tokens.shape[1])), constant_values=-1) > 0
+        image = (
+            np.pad(
+                prompt.image_id, ((0, 0), (0, state.capacity - prompt.tokens.shape[1])), constant_values=-1
+            )
+            > 0
+        )
         rows: list[list[np.ndarray]] = [[] for _ in tokens]
         for index in range(longest):
             seen = np.asarray(step.attention[:, 0])
@@ -322,7 +337,13 @@ class LVLM:
         stops = self.config.eos_token_ids if stop_token_ids is None else tuple(stop_token_ids)
         keys = sample_keys(seed, prompt.batch)
         answers = drivers.begin(
-            state, step.combined, prompt.tokens, sampling, keys, np.asarray(stops or (-1,), np.int32), room=room
+            state,
+            step.combined,
+            prompt.tokens,
+            sampling,
+            keys,
+            np.asarray(stops or (-1,), np.int32),
+            room=room,
         )
         return prompt, answers, limit
 

@@ -1,5 +1,6 @@
 """The command line: the demo, answers beside each other, jobs, and one line with exit code 2 for every bad input."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -52,7 +53,7 @@ def refuses(command):
 def test_the_demo_answers_greedy_beside_cmac_and_draws_both(command, tmp_path):
     code, out, error = command()
     assert (code, error) == (0, "")
-    lines = out.splitlines()
+    lines = out.rstrip("\n").split("\n")
     prompts = cli.load_config(infer.CONFIG).demo.prompts
     assert "Please describe this image in detail." in prompts
     for prompt in prompts:
@@ -125,14 +126,14 @@ def test_help_names_every_flag_and_every_methods_settings(command):
         assert flag in out
     for name in methods.names():
         assert f"  {name}: " in out
-        for field in methods.get(name).__dataclass_fields__:
-            assert f"--{field.replace('_', '-')} " in out
+        for field in dataclasses.fields(methods.get(name)):
+            assert f"--{field.name.replace('_', '-')} " in out
 
 
 def test_no_methods_setting_has_the_name_of_a_general_flag():
     general = vars(infer.parse(["--prompt", "a"])).keys()
     for name in methods.names():
-        assert not general & methods.get(name).__dataclass_fields__.keys()
+        assert not general & {field.name for field in dataclasses.fields(methods.get(name))}
 
 
 def test_a_job_writes_llavas_answer_file(command, tmp_path):

@@ -158,7 +158,9 @@ def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
     """The same columns with every key turned on by `shift`, whose angles are zero outside images."""
 
     def turn(block: Block, start: int) -> Block:
-        part = Rotation(shift.cosine[:, start : start + block.length], shift.sine[:, start : start + block.length])
+        part = Rotation(
+            shift.cosine[:, start : start + block.length], shift.sine[:, start : start + block.length]
+        )
         return Block(rotate(block.key, part.heads(axis=1)), block.value)
 
     prefix = columns.prefix and turn(columns.prefix, 0)
@@ -177,7 +179,9 @@ def _mix(weights: list[Float[Array, "B H T S"]], columns: LayerCache) -> list[Fl
     return [prefix + suffix for prefix, suffix in zip(shared, own, strict=True)]
 
 
-def _mix_branch(weights: Float[Array, "B H R S"], columns: LayerCache, branch: int) -> Float[Array, "B H R D"]:
+def _mix_branch(
+    weights: Float[Array, "B H R S"], columns: LayerCache, branch: int
+) -> Float[Array, "B H R D"]:
     return _mix([weights], LayerCache(columns.prefix, (columns.own[branch],)))[0]
 
 
@@ -200,12 +204,18 @@ def _weighted(weights: Float[Array, "B H T S"], block: Block) -> Float[Array, "B
     batch, heads, rows, columns = weights.shape
     grouped = weights.reshape(batch, block.value.shape[1], -1, columns).astype(block.value.dtype)
     mixed = jnp.einsum(
-        "BKRS,BKSD->BKRD", grouped, block.value, precision=_precision(block.value), preferred_element_type=jnp.float32
+        "BKRS,BKSD->BKRD",
+        grouped,
+        block.value,
+        precision=_precision(block.value),
+        preferred_element_type=jnp.float32,
     )
     return mixed.reshape(batch, heads, rows, -1)
 
 
-def _softmax(logits: Float[Array, "B H T S"], mask: Bool[Array, "B #H T S"]) -> Float[Array, "B H T S"]:
+def _softmax(
+    logits: Float[Array, "B H T S"], mask: Bool[Array, "B T S"] | Bool[Array, "B #H T S"]
+) -> Float[Array, "B H T S"]:
     """Softmax over visible columns; a row that sees none (padding) gets finite, meaningless weights."""
     mask = mask[:, None] if mask.ndim == 3 else mask
     return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)

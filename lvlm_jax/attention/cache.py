@@ -34,10 +34,19 @@ class Block:
         """Overwrites columns `index ... index + new.length`; in place when the buffer is donated."""
         zero = jnp.zeros((), jnp.int32)
         start = (zero, zero, index, zero)
-        return Block(
-            jax.lax.dynamic_update_slice(self.key, new.key, start),
-            jax.lax.dynamic_update_slice(self.value, new.value, start),
-        )
+
+        def update(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (
+                jax.lax.dynamic_update_slice(key, new.key, start),
+                jax.lax.dynamic_update_slice(value, new.value, start),
+            )
+
+        def guarded(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.lax.cond(index < self.length, update, lambda *same: same, key, value)
+
+        # For a batch of one, XLA's CPU compiler fuses a bare update into each of its readers and then copies the whole
+        # cache for them. It does not fuse across a conditional; other platforms would pay a host round trip for one.
+        return Block(*jax.lax.platform_dependent(self.key, self.value, cpu=guarded, default=update))
 
     def padded(self, length: int) -> "Block":
         """The same columns followed by zeros up to `length` columns."""

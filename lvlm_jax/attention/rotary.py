@@ -49,7 +49,9 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise LVLMError(f"rope scaling kind {self.kind!r} is not supported; expected one of {', '.join(KINDS)}")
+            raise LVLMError(
+                f"rope scaling kind {self.kind!r} is not supported; expected one of {', '.join(KINDS)}"
+            )
 
     def scale(self) -> float:
         """Factor on cosine and sine, so that attention logits grow by its square (1 except for `yarn`)."""

@@ -115,7 +115,9 @@ class Chain(Transform):
     def __post_init__(self):
         mixing = [type(member).__name__ for member in self.members if overrides(member, "values")]
         if len(mixing) > 1:
-            raise LVLMError(f"{' and '.join(mixing)} cannot be chained: each replaces the product with the values")
+            raise LVLMError(
+                f"{' and '.join(mixing)} cannot be chained: each replaces the product with the values"
+            )
 
     @property
     def rows(self) -> str:

@@ -96,9 +96,7 @@ def prefill(
     return _finish(params, config, state, decoded)
 
 
-def decode_step(
-    params: dict, config: Any, state: State, tokens: Int[Array, "B"]
-) -> tuple[State, Step]:
+def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
     method = state.method
     transforms = _branches(method)
@@ -178,7 +176,9 @@ def _branches(method: Method | None) -> tuple[Transform | None, ...]:
     return (None,) if method is None else method.branches()
 
 
-def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:
+def _explicit_rows(
+    method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int
+) -> int:
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
     needed = [rows[transform.rows] for transform in transforms if transform is not None]

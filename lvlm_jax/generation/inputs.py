@@ -23,7 +23,8 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
         messages = [messages]
     good = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
     if not good or not all(
-        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one) for one in messages
+        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one)
+        for one in messages
     ):
         raise LVLMError(
             'messages must be a conversation, [{"role": "user", "content": [{"type": "image", "image": ...}, '
@@ -71,7 +72,9 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
     for message in conversation:
         content = message.get("content")
         if "role" not in message or not isinstance(content, str | Sequence):
-            raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}")
+            raise LVLMError(
+                f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}"
+            )
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         parts = []
@@ -80,9 +83,13 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
             if kind == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": part["text"]})
             elif kind == "image":
-                source = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+                source = next(
+                    (part[key] for key in ("image", "path", "url") if part.get(key) is not None), None
+                )
                 if source is None:
-                    raise LVLMError('an image part has no image; expected {"type": "image", "image": path or picture}')
+                    raise LVLMError(
+                        'an image part has no image; expected {"type": "image", "image": path or picture}'
+                    )
                 images.append(open_image(source))
                 parts.append({"type": "image"})
             else:
@@ -109,7 +116,9 @@ def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
         raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
     tokens = np.asarray(arrays["input_ids"])
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise LVLMError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]")
+        raise LVLMError(
+            f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]"
+        )
     vocabulary = config.text.vocab_size
     stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
     given = arrays.get("attention_mask")
@@ -132,7 +141,9 @@ def _check_pixels(pixels: np.ndarray, config: Any) -> np.ndarray:
     if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
         raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
     if not np.isfinite(pixels).all():
-        raise LVLMError("pixel_values holds NaN or infinite numbers; check the pictures and their normalisation")
+        raise LVLMError(
+            "pixel_values holds NaN or infinite numbers; check the pictures and their normalisation"
+        )
     return pixels
 
 

@@ -62,7 +62,11 @@ class Sampling:
         )
 
     def pick(
-        self, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""], seen: Bool[Array, "B V"] | None
+        self,
+        logits: Float[Array, "B V"],
+        keys: Key[Array, "B"],
+        step: Int[Array, ""],
+        seen: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         """One token per sample, and its log-probability under the unmodified logits.
 
@@ -74,7 +78,9 @@ class Sampling:
         """
         scores = logits
         if "repetition_penalty" in self.rules:
-            penalised = jnp.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+            penalised = jnp.where(
+                scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty
+            )
             scores = jnp.where(seen, penalised, scores)
         if "sample" in self.rules:
             drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
@@ -113,6 +119,8 @@ def sample_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:
     if isinstance(seed, int | np.integer):
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
     if len(seed) != batch:
-        raise LVLMError(f"{len(seed)} seeds were given for {batch} conversations; give one number or one each")
+        raise LVLMError(
+            f"{len(seed)} seeds were given for {batch} conversations; give one number or one each"
+        )
     alone = [jax.random.fold_in(jax.random.key(int(one)), 0) for one in seed]
     return jnp.stack(alone)

@@ -38,7 +38,9 @@ def load_processor(folder: Path, config: Any) -> Any:
     if getattr(processor, "chat_template", None) is None:
         processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     if processor.chat_template is None:
-        raise LVLMError(f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository")
+        raise LVLMError(
+            f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository"
+        )
     return processor
 
 
@@ -56,7 +58,8 @@ def first_stop(text: str, strings: Sequence[str]) -> int | None:
 def tokens_before(tokenizer: Any, tokens: Sequence[int], cut: int) -> int:
     """How many leading tokens it takes to write the first `cut` characters."""
     return next(
-        (count for count in range(len(tokens) + 1) if len(decode(tokenizer, tokens[:count])) >= cut), len(tokens)
+        (count for count in range(len(tokens) + 1) if len(decode(tokenizer, tokens[:count])) >= cut),
+        len(tokens),
     )
 
 

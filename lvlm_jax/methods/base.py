@@ -64,7 +64,9 @@ class Method(Transform):
     def _check(self, field: dataclasses.Field, value: float) -> None:
         low, high = field.metadata["low"], field.metadata["high"]
         if not low <= value <= high:
-            raise LVLMError(f"{type(self).__name__}: {field.name} is {value}; expected a number in [{low}, {high}]")
+            raise LVLMError(
+                f"{type(self).__name__}: {field.name} is {value}; expected a number in [{low}, {high}]"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "Method":
@@ -74,7 +76,9 @@ class Method(Transform):
             LVLMError: there is no preset of that name.
         """
         if name not in cls.PRESETS:
-            raise LVLMError(f"{cls.__name__} has no preset {name!r}; expected one of {', '.join(cls.PRESETS)}")
+            raise LVLMError(
+                f"{cls.__name__} has no preset {name!r}; expected one of {', '.join(cls.PRESETS)}"
+            )
         return cls(**cls.PRESETS[name])
 
     def branches(self) -> tuple[Transform | None, ...]:
@@ -147,7 +151,10 @@ def plausible(main: Float[Array, "B V"], beta: Strength) -> jax.Array:
 
 
 def contrasted(
-    main: Float[Array, "B V"], contrast: Float[Array, "B V"], alpha: Float[Array, "#B #V"] | Strength, beta: Strength
+    main: Float[Array, "B V"],
+    contrast: Float[Array, "B V"],
+    alpha: Float[Array, "#B #V"] | Strength,
+    beta: Strength,
 ) -> Float[Array, "B V"]:
     """(1 + α) l - α l̃ on plausible tokens, -inf elsewhere."""
     return jnp.where(plausible(main, beta), (1 + alpha) * main - alpha * contrast, -jnp.inf)

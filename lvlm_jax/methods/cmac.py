@@ -116,6 +116,7 @@ def image_uniform(site: Site) -> Float[Array, "B 1 1 S"]:
 
 
 def masked_mass(weights: Float[Array, "B H R S"], mask: Bool[Array, "B H R S"]) -> Float[Array, "B H R 1"]:
+    """How much weight each row puts on masked columns."""
     return jnp.where(mask, weights, 0).sum(axis=-1, keepdims=True)
 
 
@@ -133,7 +134,9 @@ class ScalarValueMask(Transform):
     def values(self, site, weights, mix):
         mask = above_mean(site)
         mean = mix(jnp.broadcast_to(image_uniform(site), (*weights.shape[:2], 1, weights.shape[3])))
-        return mix(jnp.where(mask, 0, weights)) + masked_mass(weights, mask) * mean.mean(axis=-1, keepdims=True)
+        return mix(jnp.where(mask, 0, weights)) + masked_mass(weights, mask) * mean.mean(
+            axis=-1, keepdims=True
+        )
 
 
 class AttentionMask(Transform):
@@ -152,7 +155,9 @@ class ValueNoise(Transform):
 
     def begin(self, context: Context):
         # The first row's column differs from call to call, so that every step draws its own noise.
-        return jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row)
+        return jax.random.fold_in(
+            jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row
+        )
 
     def values(self, site, weights, mix):
         values = site.read_values().astype(jnp.float32)

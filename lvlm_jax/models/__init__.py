@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
@@ -43,16 +44,18 @@ def config_from_hf(raw: dict[str, Any]) -> LlavaConfig:
     try:
         hf = CONFIG_MAPPING[model_type].from_dict(raw)
     except Exception as error:  # transformers raises whatever the first bad field provokes
-        raise LVLMError(f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}") from error
+        raise LVLMError(
+            f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}"
+        ) from error
     return FAMILIES[model_type][0].from_hf(raw, hf)
 
 
-def build(config: LlavaConfig, dtype: jnp.dtype = jnp.float32, remat: bool = False) -> nn.Module:
+def build(config: LlavaConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> nn.Module:
     """The Linen module of a configuration. `dtype` is the compute dtype."""
     return FAMILIES[config.model_type][1](config, jnp.dtype(dtype), remat)
 
 
-def abstract_parameters(config: LlavaConfig, dtype: jnp.dtype = jnp.float32) -> dict:
+def abstract_parameters(config: LlavaConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     module = build(config, dtype)
     image = config.vision.image_size

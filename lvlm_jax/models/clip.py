@@ -27,16 +27,22 @@ class ClipAttention(nn.Module):
 
 
 class ClipMlp(nn.Module):
+    """Two projections around the activation, with biases."""
+
     config: VisionConfig
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
         hidden = linear(self.config.intermediate_size, self.dtype, "fc1", use_bias=True)(x)
-        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(activation(self.config.hidden_act)(hidden))
+        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(
+            activation(self.config.hidden_act)(hidden)
+        )
 
 
 class ClipLayer(nn.Module):
+    """Attention and MLP, each behind its norm and added to the stream."""
+
     config: VisionConfig
     dtype: jnp.dtype
 

@@ -24,7 +24,9 @@ class DecoderTraits:
 
 
 DECODERS: dict[str, DecoderTraits] = {
-    "llama": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": DecoderTraits(
+        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),

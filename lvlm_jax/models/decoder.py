@@ -108,10 +108,14 @@ def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, context
     if context.phase == "prefill":
         return LayerCache(cache.prefix, fresh)
     index = context.first_row - (cache.prefix.length if cache.prefix else 0)
-    return LayerCache(cache.prefix, tuple(own.write(new, index) for own, new in zip(cache.own, fresh, strict=True)))
+    return LayerCache(
+        cache.prefix, tuple(own.write(new, index) for own, new in zip(cache.own, fresh, strict=True))
+    )
 
 
 class DecoderMlp(nn.Module):
+    """Gated MLP: down(act(gate(x)) · up(x))."""
+
     config: DecoderConfig
     dtype: jnp.dtype
 
@@ -123,10 +127,14 @@ class DecoderMlp(nn.Module):
             return linear(features, self.dtype, name, use_bias=config.mlp_bias)
 
         gate = activation(config.hidden_act)(project(config.intermediate_size, "gate_proj")(x))
-        return project(config.hidden_size, "down_proj")(gate * project(config.intermediate_size, "up_proj")(x))
+        return project(config.hidden_size, "down_proj")(
+            gate * project(config.intermediate_size, "up_proj")(x)
+        )
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm and added to the stream."""
+
     config: DecoderConfig
     dtype: jnp.dtype
 

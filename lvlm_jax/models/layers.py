@@ -20,7 +20,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return _ACTIVATIONS[name]
 
 
-def linear(features: int, dtype: jnp.dtype, name: str, use_bias: bool = False) -> nn.Dense:
+def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = False) -> nn.Dense:
     """A projection with kernel `[in, out]`; float32 products are exact on accelerators too."""
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return nn.Dense(
@@ -38,6 +38,6 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def rms_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
+def rms_norm(epsilon: float, dtype: jnp.dtype, name: str | None) -> nn.RMSNorm:
     """Root-mean-square normalisation with float32 statistics."""
     return nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)

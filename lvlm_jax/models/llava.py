@@ -21,7 +21,9 @@ class Connector(nn.Module):
     def __call__(self, features: Float[Array, "I P W"]) -> Float[Array, "I P E"]:
         width, bias = self.config.text.hidden_size, self.config.projector_bias
         hidden = linear(width, self.dtype, "linear_1", use_bias=bias)(features)
-        return linear(width, self.dtype, "linear_2", use_bias=bias)(activation(self.config.projector_act)(hidden))
+        return linear(width, self.dtype, "linear_2", use_bias=bias)(
+            activation(self.config.projector_act)(hidden)
+        )
 
 
 class Llava(nn.Module):

@@ -60,10 +60,13 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
     """
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        names = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), (None,) * len(shape))
+        names = next(
+            (axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), (None,) * len(shape)
+        )
         split = [MESH_AXES.get(name) if name else None for name in names]
         even = [
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(split, shape, strict=True)
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(split, shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*even))
 

@@ -1,6 +1,6 @@
 """Losses and metrics as (sum, count) pairs, so that parts of a batch and of a dataset add up exactly."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Mean(NamedTuple):
     """A mean on its way: add two of them with `+`, divide at the very end."""
 
-    total: jax.Array
-    count: jax.Array
+    total: Any  # arrays, or what JAX puts in their place while it rebuilds a tree
+    count: Any
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)

@@ -26,7 +26,6 @@ from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import loop, pocket_data, sft
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
-
 CLASSIFIER = "classifier"  # beside the model's own parameters, in the first stage only
 # Projections that write into the residual stream start smaller, so that its size does not grow with depth.
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")

@@ -1,6 +1,6 @@
 """Batches of the pocket world: pictures with patch labels, and conversations as token rows.
 
-Runs in worker processes, so nothing here imports JAX.
+Everything here is NumPy, for it runs in worker processes beside the training.
 """
 
 import dataclasses

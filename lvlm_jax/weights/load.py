@@ -88,27 +88,14 @@ def load_parameters(
     return unflatten(flat)
 
 
-def stored_dtype(folder_or_files: Files) -> np.dtype:
-    """The dtype that most tensors of a checkpoint have.
-
-    Raises:
-        LVLMError: a file cannot be read.
-    """
-    files, _ = _open(folder_or_files, None, with_tower=False)
-    dtypes = [dtype for file in files for dtype in file.dtypes.values()]
-    return max(set(dtypes), key=dtypes.count)
-
-
-def _open(
-    folder_or_files: Files, vision_tower, with_tower: bool = True
-) -> tuple[list[TensorFile], list[TensorFile]]:
+def _open(folder_or_files: Files, vision_tower) -> tuple[list[TensorFile], list[TensorFile]]:
     """(files of the checkpoint, files of a separate vision tower)."""
     if not isinstance(folder_or_files, str | os.PathLike):
         tower = weight_files(original.find_tower(Path(), {}, vision_tower)) if vision_tower else []
         return open_files(folder_or_files), open_files(tower)
     folder = Path(folder_or_files)
     files = open_files(weight_files(folder))
-    config = read_json(folder / "config.json") if with_tower else {}
+    config = read_json(folder / "config.json")
     if not original.is_original(config):
         _check_no_tower(folder, vision_tower)
         return files, []

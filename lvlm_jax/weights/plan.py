@@ -37,10 +37,10 @@ class Source:
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape, in our order of axes."""
-        first, *rest = self.file.shapes[self.name] or (None,)
-        return permuted(
-            (first + self.appended, *rest) if self.appended else self.file.shapes[self.name], self.axes
-        )
+        stored = self.file.shapes[self.name]
+        if self.appended:
+            stored = (stored[0] + self.appended, *stored[1:])
+        return permuted(stored, self.axes)
 
     def view(self) -> np.ndarray:
         """The parameter in our order of axes: a view of the file unless rows are appended."""

@@ -138,8 +138,13 @@ def test_the_gate_looks_back_at_the_first_thirty_steps_only(load):
     results = assert_equal_to_reference(
         load, "llama_gqa_all_biases", layouts, steps=40, variant="code", alpha=1.0
     )
-    late = {alpha for result in results for alpha in result.alphas[30:]}
-    assert late == {0.0, 1.0}
+    assert {alpha for result in results for alpha in result.alphas[30:]} == {0.0, 1.0}
+    for mean_since in (lambda t: 0, lambda t: max(t - 29, 0)):  # means over all steps, over the last thirty
+        other = [
+            [float(s >= np.mean(result.gate[mean_since(t) : t + 1])) for t, s in enumerate(result.gate)]
+            for result in results
+        ]
+        assert other != [result.alphas for result in results]
 
 
 def test_value_noise(load):

@@ -6,7 +6,11 @@ from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 def example():
     rng = np.random.default_rng(0)
-    return rng.normal(size=(3, 5, 7)).astype(np.float32) * 3, rng.integers(0, 7, (3, 5)), rng.random((3, 5)) < 0.5
+    return (
+        rng.normal(size=(3, 5, 7)).astype(np.float32) * 3,
+        rng.integers(0, 7, (3, 5)),
+        rng.random((3, 5)) < 0.5,
+    )
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability_of_selected_targets():
@@ -22,20 +26,27 @@ def test_targets_outside_the_mask_change_nothing():
     logits, targets, mask = example()
     elsewhere = np.where(mask, targets, (targets + 1) % 7)
     for metric in (cross_entropy, accuracy):
-        assert metric(logits, jnp.asarray(targets), mask).total == metric(logits, jnp.asarray(elsewhere), mask).total
+        assert (
+            metric(logits, jnp.asarray(targets), mask).total
+            == metric(logits, jnp.asarray(elsewhere), mask).total
+        )
 
 
 def test_parts_add_up_to_the_whole():
     logits, targets, mask = example()
     for metric in (cross_entropy, accuracy):
         whole = metric(logits, jnp.asarray(targets), mask)
-        first, second = (metric(logits[part], jnp.asarray(targets)[part], mask[part]) for part in (np.s_[:1], np.s_[1:]))
+        first, second = (
+            metric(logits[part], jnp.asarray(targets)[part], mask[part]) for part in (np.s_[:1], np.s_[1:])
+        )
         np.testing.assert_allclose((first + second).value, whole.value, rtol=1e-6)
 
 
 def test_accuracy_counts_the_highest_logits():
     logits = jnp.eye(4)[None]
-    assert accuracy(logits, jnp.array([[0, 1, 0, 0]]), jnp.array([[True, True, True, False]])).value == jnp.float32(2 / 3)
+    assert accuracy(
+        logits, jnp.array([[0, 1, 0, 0]]), jnp.array([[True, True, True, False]])
+    ).value == jnp.float32(2 / 3)
 
 
 def test_a_mean_over_nothing_is_zero_not_nan():

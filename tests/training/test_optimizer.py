@@ -7,13 +7,17 @@ from lvlm_jax.training import optimizer
 
 
 def settings(**changes):
-    fields = dict(steps=100, warmup=10, peak=1e-2, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    fields = dict(
+        steps=100, warmup=10, peak=1e-2, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.1
+    )
     return ConfigDict(fields | changes)
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_its_end():
     rate = optimizer.schedule(settings())
-    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5)
+    np.testing.assert_allclose(
+        [rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-5
+    )
 
 
 def test_a_trial_run_shorter_than_the_warm_up_still_reaches_the_peak():

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
@@ -161,6 +161,11 @@ def clip_model(tower: dict, whole: bool):
     clip = CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=16))
     clip.load_state_dict(tower, strict=False)
     return clip
+
+
+def stored_dtypes(folder) -> set[torch.dtype]:
+    files = folder.glob("*.safetensors")
+    return {tensor.dtype for file in files for tensor in load_file(file).values()}
 
 
 def assert_same(a: dict, b: dict) -> None:

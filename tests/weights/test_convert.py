@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax import weights
 from lvlm_jax.errors import LVLMError
 from tests.weights import checkpoints as make
 
@@ -44,7 +43,7 @@ def test_convert_an_original_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote out/bf16: ") and done.stdout.count("\n") == 1
-    assert weights.stored_dtype(tmp_path / "out" / "bf16") == "bfloat16"
+    assert make.stored_dtypes(tmp_path / "out" / "bf16") == {torch.bfloat16}
     assert (tmp_path / "out" / "bf16" / "tokenizer.json").exists()
     loaded, report = LlavaForConditionalGeneration.from_pretrained(
         tmp_path / "out" / "bf16", output_loading_info=True

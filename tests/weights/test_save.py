@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -129,7 +128,7 @@ def test_an_existing_folder_is_refused(params, config, source, tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     weights.save_checkpoint(folder, params, config, processor_source=folder, dtype="bfloat16", overwrite=True)
     assert (folder / "tokenizer.json").exists()
-    assert weights.stored_dtype(folder) == jnp.bfloat16
+    assert make.stored_dtypes(folder) == {torch.bfloat16}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -175,7 +174,7 @@ def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(params, con
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(LVLMError, match="Input/output error"):
         weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
-    assert weights.stored_dtype(folder) == np.float32
+    assert make.stored_dtypes(folder) == {torch.float32}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

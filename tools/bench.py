@@ -1,0 +1,373 @@
+"""Measures prefill, decoding and methods against greedy decoding, transformers and the machine's memory bandwidth.
+
+    python tools/bench.py --size 0.5b --methods cmac --out bench.json
+    python tools/bench.py --size 7b --dtype bfloat16 --methods cmac --no-transformers
+
+Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum;
+what is compared is measured in turns within one run, because shared machines drift.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax import cli, methods, models
+from lvlm_jax.compilation import enable_cache
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import drivers
+from lvlm_jax.generation.layout import bucket, lay_out
+from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.version import __version__
+
+CLIP_LARGE = dict(
+    model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+    num_attention_heads=16, image_size=336, patch_size=14,
+)  # fmt: skip
+SIZES = {
+    # The decoder of Qwen2-0.5B and of Vicuna-7B behind CLIP ViT-L/14 at 336 pixels: 576 image tokens.
+    "0.5b": dict(
+        model_type="llava", image_token_index=151646, tie_word_embeddings=True, vision_config=CLIP_LARGE,
+        text_config=dict(
+            model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+        ),
+    ),
+    "7b": dict(
+        model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
+        text_config=dict(
+            model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32, vocab_size=32064, max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+    ),
+}  # fmt: skip
+TEXT_TOKENS = (8, 40)  # before and after the image, as in a chat template with a question
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(
+        prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", choices=("pocket", *SIZES), default="0.5b", help="model (default 0.5b)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="conversations at once, one image each (default 1)"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
+    parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
+    parser.add_argument(
+        "--methods", default="cmac", help="names, separated by commas (default cmac; empty for none)"
+    )
+    parser.add_argument(
+        "--no-transformers", action="store_true", help="leave the comparison with transformers out"
+    )
+    parser.add_argument("--out", help="write the JSON there too")
+    return parser.parse_args(words)
+
+
+def random_parameters(config, dtype: jnp.dtype) -> dict:
+    """Normal weights of deviation 0.02, made on the device; norms are one."""
+    leaves, tree = jax.tree.flatten_with_path(models.abstract_parameters(config, dtype))
+    draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            jnp.ones(leaf.shape, dtype) if path[-1].key == "scale" else draw(key, leaf.shape)
+            for (path, leaf), key in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+def random_prompt(config, batch: int) -> tuple:
+    """Inputs of `batch` conversations with one image each, all alike in length."""
+    rng = np.random.default_rng(0)
+    before, after = TEXT_TOKENS
+    low, high = 5, min(config.image_token_id, config.text.vocab_size)
+    rows = [
+        np.concatenate(
+            [
+                rng.integers(low, high, before),
+                np.full(config.tokens_per_image, config.image_token_id),
+                rng.integers(low, high, after),
+            ]
+        )
+        for _ in range(batch)
+    ]
+    side = config.vision.image_size
+    pixels = rng.standard_normal((batch, 3, side, side)).astype(np.float32)
+    columns = [np.arange(len(row)) for row in rows]
+    inputs = lay_out(
+        rows, columns, len(rows[0]), pixels, config.image_token_id, config.tokens_per_image, 0,
+        config.text.max_position_embeddings,
+    )  # fmt: skip
+    return inputs, np.stack(rows)
+
+
+def seconds(call) -> tuple[float, object]:
+    """How long a call takes until its arrays are ready, and what it returns."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - start, result
+
+
+def summary(values: list[float], digits: int = 2) -> dict:
+    """Median and range, rounded."""
+    rounded = [round(value, digits) for value in values]
+    return {"median": round(statistics.median(values), digits), "min": min(rounded), "max": max(rounded)}
+
+
+def bandwidth(copy: bool) -> float:
+    """GB/s of one pass over a gigabyte: read only, or read and written."""
+    array = jnp.ones((2**28,), jnp.float32)
+    call = jax.jit((lambda x: x + 1) if copy else jnp.sum)
+    call(array).block_until_ready()
+    fastest = min(seconds(lambda: call(array))[0] for _ in range(5))
+    return array.nbytes * (2 if copy else 1) / fastest / 1e9
+
+
+def program_bytes(compiled) -> int:
+    """What a program holds at its peak: arguments, results that are not aliased to them, temporaries."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+class Ours:
+    """One way of decoding (a method, or None) of this library, ready to be timed."""
+
+    def __init__(self, params: dict, config, inputs, method, new_tokens: int):
+        self.params, self.config, self.inputs, self.method = params, config, inputs, method
+        self.limit = jnp.int32(new_tokens)
+        self.room = bucket(new_tokens)
+        self.stop = np.asarray([-1], np.int32)
+        self.image_tokens = drivers.encode_images(params, config, inputs.pixels)
+
+    def prefill(self):
+        embedded = drivers.embed(self.params, self.config, self.inputs.tokens, self.image_tokens)
+        return drivers.prefill(
+            self.params, self.config, embedded, self.inputs.image_id, self.method, window=self.inputs.window,
+            capacity=self.inputs.tokens.shape[1] + self.room,
+        )  # fmt: skip
+
+    def begin(self, prefilled):
+        state, step = prefilled
+        keys = sample_keys(0, self.inputs.batch)
+        return drivers.begin(
+            state, step.combined, self.inputs.tokens, Sampling.of(), keys, self.stop, room=self.room
+        )
+
+    def run(self) -> tuple[float, float, np.ndarray]:
+        """Milliseconds of the prefill and per decoded token, and the tokens."""
+        prefill, prefilled = seconds(self.prefill)
+        answers = jax.block_until_ready(self.begin(prefilled))
+        decode, answers = seconds(lambda: drivers.run(self.params, self.config, answers, self.limit))
+        steps = int(self.limit) - 1
+        return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
+
+    def peak_bytes(self) -> int:
+        """The larger of the prefill's and the decode loop's footprint, from the compiler."""
+        embedded = drivers.embed(self.params, self.config, self.inputs.tokens, self.image_tokens)
+        prefill = drivers.prefill.lower(
+            self.params, self.config, embedded, self.inputs.image_id, self.method, window=self.inputs.window,
+            capacity=self.inputs.tokens.shape[1] + self.room,
+        ).compile()  # fmt: skip
+        answers = self.begin(self.prefill())
+        decode = drivers.run.lower(self.params, self.config, answers, self.limit).compile()
+        return max(program_bytes(prefill), program_bytes(decode))
+
+    def bytes_per_token(self) -> int:
+        """What must be read for one token of each conversation: decoder weights once, caches once."""
+        decoder = dict(self.params["language_model"])
+        if "lm_head" in decoder:
+            del decoder["embed_tokens"]  # one row of it is read
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+        state, _ = self.prefill()
+        return weights + sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
+
+
+class Transformers:
+    """`generate` of transformers on the same weights, ready to be timed."""
+
+    def __init__(self, params: dict, config, inputs, tokens: np.ndarray, new_tokens: int):
+        import torch
+        from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
+
+        from lvlm_jax.weights.tables import flatten, inverse, table_for
+
+        dtype = getattr(torch, str(jax.tree.leaves(params)[0].dtype))
+        self.torch, self.new_tokens = torch, new_tokens
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = (
+            LlavaForConditionalGeneration(CONFIG_MAPPING["llava"].from_dict(config.hf)).to(dtype).eval()
+        )
+        table, tensors = table_for(config), {}
+        for path, array in flatten(params).items():
+            row, _ = table.row(path)
+            host = np.asarray(array.astype(jnp.float32))
+            host = host if row.axes is None else host.transpose(inverse(row.axes))
+            tensors[table.name(path, "transformers")] = torch.tensor(host).to(dtype)
+        absent = self.model.load_state_dict(tensors, strict=False, assign=True)
+        if absent.unexpected_keys or set(absent.missing_keys) - {"lm_head.weight"}:
+            raise LVLMError(f"transformers holds the weights under other names: {absent}")
+        self.model.tie_weights()
+        self.model.to(device)
+        self.inputs = {
+            "input_ids": torch.from_numpy(tokens),
+            "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
+            "pixel_values": torch.from_numpy(inputs.pixels).to(dtype),
+        }
+        self.inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+
+    def generate(self, count: int):
+        with self.torch.no_grad():
+            tokens = self.model.generate(
+                **self.inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+        return tokens.cpu().numpy()[:, -count:]
+
+    def run(self) -> tuple[float, float, np.ndarray]:
+        """Milliseconds of image, prefill and first token together, and per further token; the tokens."""
+        first, _ = seconds(lambda: self.generate(1))
+        whole, tokens = seconds(lambda: self.generate(self.new_tokens))
+        return first * 1e3, (whole - first) * 1e3 / (self.new_tokens - 1), tokens
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """All figures of one command."""
+    enable_cache()
+    if arguments.size == "pocket":
+        from lvlm_jax import LVLM
+
+        model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=arguments.dtype)
+        params, config = model.params, model.config
+    else:
+        config = models.config_from_hf(SIZES[arguments.size])
+        params = random_parameters(config, jnp.dtype(arguments.dtype))
+    inputs, tokens = random_prompt(config, arguments.batch)
+    chosen = [name for name in arguments.methods.split(",") if name]
+    runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
+    for name in chosen:
+        runners[name] = Ours(params, config, inputs, methods.get(name)(), arguments.new_tokens)
+    if not arguments.no_transformers:
+        runners["transformers"] = Transformers(params, config, inputs, tokens, arguments.new_tokens)
+    encode = lambda: drivers.encode_images(params, config, inputs.pixels)  # noqa: E731
+    for runner in runners.values():
+        runner.run()  # compiles, and warms up
+    jax.block_until_ready(encode())
+
+    figures = {name: {"prefill": [], "decode": []} for name in runners}
+    encoded, read, copied = [], [], []
+    for _ in range(arguments.runs):
+        read.append(bandwidth(copy=False))
+        copied.append(bandwidth(copy=True))
+        encoded.append(seconds(encode)[0] * 1e3)
+        for name, runner in runners.items():
+            prefill, decode, generated = runner.run()
+            figures[name]["prefill"].append(prefill)
+            figures[name]["decode"].append(decode)
+            figures[name]["tokens"] = generated
+
+    greedy = figures["greedy"]
+    needed = runners["greedy"].bytes_per_token()
+    result = {
+        "size": arguments.size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "dtype": arguments.dtype,
+        "batch": arguments.batch,
+        "prompt_tokens": tokens.shape[1],
+        "new_tokens": arguments.new_tokens,
+        "runs": arguments.runs,
+        "read_gb_per_s": summary(read),
+        "copy_gb_per_s": summary(copied),
+        "encode_images_ms": summary(encoded),
+        "bytes_per_step": needed,
+        "methods": {},
+        "machine": machine(),
+        "versions": {"lvlm_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "date": datetime.date.today().isoformat(),
+        "command": "python tools/bench.py " + " ".join(sys.argv[1:]),
+    }
+    base = statistics.median(greedy["decode"])
+    base_peak = runners["greedy"].peak_bytes()
+    for name, values in figures.items():
+        decode = statistics.median(values["decode"])
+        entry = {
+            "prefill_ms": summary(values["prefill"], 1),
+            "decode_ms_per_token": summary(values["decode"]),
+            "tokens_per_s": round(arguments.batch * 1e3 / decode, 2),
+        }
+        if name == "transformers":
+            import transformers
+
+            result["versions"] |= {
+                "torch": runners[name].torch.__version__,
+                "transformers": transformers.__version__,
+            }
+            entry["prefill_includes_images"] = True
+            entry["same_tokens_as_greedy"] = bool((values["tokens"] == greedy["tokens"]).all())
+            entry["ours_over_theirs"] = summary(_ratios(values["decode"], greedy["decode"]))
+        else:
+            peak = base_peak if name == "greedy" else runners[name].peak_bytes()
+            entry["peak_bytes"] = peak
+            entry["peak_over_greedy"] = round(peak / base_peak, 3)
+            entry["decode_over_greedy"] = summary(_ratios(values["decode"], greedy["decode"]), 3)
+            entry["prefill_over_greedy"] = summary(_ratios(values["prefill"], greedy["prefill"]), 3)
+        result["methods"][name] = entry
+    achieved = needed / base / 1e6
+    result["decode_gb_per_s"] = round(achieved, 2)
+    result["decode_over_read_bandwidth"] = round(achieved / statistics.median(read), 3)
+    result["decode_over_copy_bandwidth"] = round(achieved / statistics.median(copied), 3)
+    return result
+
+
+def _ratios(these: list[float], those: list[float]) -> list[float]:
+    """Ratios of measurements taken in the same turn."""
+    return [a / b for a, b in zip(these, those, strict=True)]
+
+
+def machine() -> str:
+    """The device in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{len(jax.devices())} x {device.device_kind}"
+    lines = (
+        pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if pathlib.Path("/proc/cpuinfo").exists()
+        else []
+    )
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def main(words: list[str]) -> int:
+    """Measures, prints the JSON and writes it where `--out` says."""
+    arguments = parse(words)
+    report = json.dumps(measure(arguments), indent=2)
+    print(report)
+    if arguments.out:
+        pathlib.Path(arguments.out).write_text(report + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
