@@ -46,6 +46,8 @@ def hyphenated(word: str) -> str:
 
 def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
     """Call `main(arguments)` and leave with its exit code; an `LVLMError` is one line on stderr and code 2."""
+    # Its remarks (such as on long prompts) come before errors of ours that say the same.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode is no reason to stop

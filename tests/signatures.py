@@ -1,6 +1,16 @@
 """What checks the signatures of the package while tests run (see `conftest.py`)."""
 
+from collections.abc import Callable
+
 from beartype import BeartypeConf, beartype
 
 # PEP 484: where a signature says float, an int will do.
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def check(function: Callable) -> Callable:
+    """`function` with its arguments and result checked at every call.
+
+    Constructors are left alone: JAX also builds pytrees of placeholders, specifications and None.
+    """
+    return function if function.__name__ == "__init__" else _beartype(function)

@@ -23,9 +23,11 @@ SAMPLE = str(cli.pocket_file("sample.png"))
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(monkeypatch, capsys, caplog, tmp_path):
     """Runs `infer.py` in this process, in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    # What TRANSFORMERS_VERBOSITY does in a process of its own, where transformers is not loaded yet.
+    caplog.set_level("ERROR", logger="transformers")
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
@@ -153,7 +155,7 @@ def test_a_job_writes_llavas_answer_file(command, tmp_path):
     words += ["--method", "cmac", "--max_new_tokens", 8]
     code, out, error = command(*words)
     assert code == 2
-    assert error == "line 2 of questions.jsonl: not JSON (Expecting value at column 28)\n"
+    assert error.startswith("line 2 of questions.jsonl: not JSON (Expecting value") and error.count("\n") == 1
     assert "0 answered before, 2 now, 1 failed" in out
     first, second = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
     assert list(first) == ["question_id", "prompt", "text", "model_id", "image", "metadata"]

@@ -14,6 +14,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
@@ -22,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax import cli, methods, models
+from lvlm_jax import cli, methods, models, weights
 from lvlm_jax.compilation import enable_cache
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -210,27 +210,15 @@ class Transformers:
 
     def __init__(self, params: dict, config, inputs, tokens: np.ndarray, new_tokens: int):
         import torch
-        from transformers import CONFIG_MAPPING, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
 
-        from lvlm_jax.weights.tables import flatten, inverse, table_for
-
-        dtype = getattr(torch, str(jax.tree.leaves(params)[0].dtype))
         self.torch, self.new_tokens = torch, new_tokens
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = (
-            LlavaForConditionalGeneration(CONFIG_MAPPING["llava"].from_dict(config.hf)).to(dtype).eval()
-        )
-        table, tensors = table_for(config), {}
-        for path, array in flatten(params).items():
-            row, _ = table.row(path)
-            host = np.asarray(array.astype(jnp.float32))
-            host = host if row.axes is None else host.transpose(inverse(row.axes))
-            tensors[table.name(path, "transformers")] = torch.tensor(host).to(dtype)
-        absent = self.model.load_state_dict(tensors, strict=False, assign=True)
-        if absent.unexpected_keys or set(absent.missing_keys) - {"lm_head.weight"}:
-            raise LVLMError(f"transformers holds the weights under other names: {absent}")
-        self.model.tie_weights()
-        self.model.to(device)
+        dtype = getattr(torch, str(jax.tree.leaves(params)[0].dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            weights.save_checkpoint(pathlib.Path(folder) / "model", params, config)
+            model = LlavaForConditionalGeneration.from_pretrained(pathlib.Path(folder) / "model", dtype=dtype)
+        self.model = model.to(device).eval()
         self.inputs = {
             "input_ids": torch.from_numpy(tokens),
             "attention_mask": torch.ones(tokens.shape, dtype=torch.long),

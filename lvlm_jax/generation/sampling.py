@@ -24,10 +24,10 @@ class Sampling:
             likely token is taken.
     """
 
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    repetition_penalty: jax.Array | np.ndarray
+    temperature: jax.Array | np.float32
+    top_k: jax.Array | np.int32
+    top_p: jax.Array | np.float32
+    repetition_penalty: jax.Array | np.float32
     rules: frozenset[str] = dataclasses.field(metadata={"static": True})
 
     @classmethod

@@ -14,8 +14,9 @@ rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
 with v̄ the mean value over the image tokens of each head. Being linear in V, this is an edit of the weights: masked
 mass is spread evenly over the image tokens. `variant="code"` replaces v̄ by its mean over channels.
 
-Contrast: (1 + α) l - α l̃ where l >= max l + ln β. `variant="code"` sets α to 0 at steps whose mean image logit s_t
-lies below the mean of the first 30 steps so far.
+Contrast: (1 + α) l - α l̃ where l >= max l + ln β. The gate (on in `variant="code"`) sets α to 0 at steps whose mean
+image logit s_t lies below the mean of the first 30 steps so far, the step itself included. Without IMD there is no
+contrast branch: the logits are those of the calibrated main branch, uncut.
 
 Rows before the last image's end are the same in both branches and computed once.
 Cost per token: one more row through the weights; the prompt's keys and values are read once for both branches.
@@ -51,6 +52,9 @@ class CMAC(Method):
         "what the contrast branch suffers where M is 1",
         choices=("value_mask", "attention_mask", "value_noise"),
     )
+    gate: bool | None = switch(
+        None, "α off where image logits are low; default only in variant 'code'", choices=(None, True, False)
+    )
     noise_seed: Strength = strength(0, "seed of distort='value_noise'", low=0, high=2**24)
 
     PRESETS: ClassVar = {
@@ -66,12 +70,14 @@ class CMAC(Method):
     def __post_init__(self):
         if self.gamma is None:
             object.__setattr__(self, "gamma", 2.0 if self.variant == "paper" else 3.0)
+        if self.gate is None:
+            object.__setattr__(self, "gate", self.variant == "code")
         super().__post_init__()
 
     def branches(self) -> tuple[Transform | None, ...]:
         if not self.imd:
             return (None,)
-        main = ImageLogitMean() if self.variant == "code" else None
+        main = ImageLogitMean() if self.gate else None
         if self.distort == "attention_mask":
             return (main, AttentionMask())
         if self.distort == "value_noise":
@@ -84,14 +90,13 @@ class CMAC(Method):
         return position - (1 - 1 / self.gamma) * images_before
 
     def start(self, batch: int) -> Any:
-        gated = self.imd and self.variant == "code"
-        return (jnp.zeros((batch,)), jnp.zeros(())) if gated else ()
+        return (jnp.zeros((batch,)), jnp.zeros(())) if self.imd and self.gate else ()
 
     def combine(self, main, contrast, carry, memory):
         if contrast is None:
             return main, memory
         alpha = self.alpha
-        if self.variant == "code":
+        if self.gate:
             total, steps = memory
             early = steps < GATE_STEPS
             total, steps = total + jnp.where(early, carry, 0), steps + early

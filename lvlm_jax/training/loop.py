@@ -44,7 +44,7 @@ class Task:
 class State:
     """All that changes during training."""
 
-    step: jax.Array
+    step: Any  # an integer array, or what JAX puts in its place while it rebuilds a tree
     params: Any
     optimizer: optax.OptState
 

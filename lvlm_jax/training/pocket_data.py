@@ -132,7 +132,8 @@ def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str,
             kinds[kind].append(([scene], [(asked, "Yes" if yes else "No")]))
         for kind in ("choice", "counting"):
             question = questions.SINGLE[kind](scene, rng)
-            kinds[kind].append(([scene], [(question.text + ONE_WORD, question.short)]))
+            if question is not None:
+                kinds[kind].append(([scene], [(question.text + ONE_WORD, question.short)]))
         single = [placed for placed in scene.objects if scene.counts[placed.category] == 1]
         if single:
             asked = f"Where is the {single[0].category} in the image?"

@@ -49,25 +49,14 @@ def test_all_faults_in_one_error(state, model, config, tmp_path):
     state["lm_head.weight"] = torch.zeros(96, 48)
     message = load_error(make.write(tmp_path / "m", model.config.to_dict(), state), config)
     assert str(tmp_path / "m") in message
-    assert (
-        "2 missing: language_model.model.norm.weight, vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"
-        in message.replace(
-            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias, language_model.model.norm.weight",
-            "language_model.model.norm.weight, vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-        )
-    )
+    faults = dict(part.strip().split(": ", 1) for part in message.split("configuration: ")[1].split(";"))
+    norm, bias = "language_model.model.norm.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"
+    assert set(faults["2 missing"].split(", ")) == {norm, bias}
+    assert set(faults["1 stored twice"].split(" and ")) == {"lm_head.weight", "language_model.lm_head.weight"}
     assert "1 unexpected: language_model.model.layers.7.input_layernorm.weight" in message
     assert "2 misshapen" in message
     assert "multi_modal_projector.linear_1.weight [32, 48] instead of [48, 32]" in message
     assert "language_model.model.layers.0.self_attn.q_proj.weight [48] instead of [48, 48]" in message
-    assert (
-        "1 stored twice" in message
-        and "lm_head.weight and language_model.lm_head.weight"
-        in message.replace(
-            "language_model.lm_head.weight and lm_head.weight",
-            "lm_head.weight and language_model.lm_head.weight",
-        )
-    )
     assert "1 not floating-point: language_model.model.layers.1.self_attn.q_proj.weight int8" in message
 
 
@@ -206,7 +195,7 @@ def test_a_scalar_and_an_empty_tensor_are_read(tmp_path):
     assert file.view("b").shape == (0, 4)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x04."])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02."])
 def test_damaged_torch_file(content, model, config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     (tmp_path / "pytorch_model.bin").write_bytes(content)
