@@ -172,7 +172,7 @@ class LVLM:
             tap=tap,
         )
 
-    def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
+    def decode(self, state: State, tokens: Int[Array, "B"] | np.ndarray | Sequence[int]) -> tuple[State, Step]:
         """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
 
         Raises:

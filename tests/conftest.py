@@ -1,12 +1,68 @@
-"""Shapes in signatures are checked while tests run; the session's small model and its inputs."""
+"""Checks the shapes in signatures while tests run, and makes the small model that many tests share."""
 
 import os
 
-# Tests time and count compilations, and must not leave programs behind in the user's cache.
+# Tests count compilations, and must not leave programs behind in the user's cache.
 os.environ["LVLM_JAX_COMPILATION_CACHE"] = "0"
 
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.signatures
 
-install_import_hook("lvlm_jax", f"{tests.signatures.__name__}.check")
+# The rooms whose signatures are shapes. The public face is not among them: it answers for wrong types itself.
+install_import_hook(
+    [
+        "lvlm_jax.attention",
+        "lvlm_jax.generation.drivers",
+        "lvlm_jax.generation.forward",
+        "lvlm_jax.generation.layout",
+        "lvlm_jax.generation.sampling",
+        "lvlm_jax.generation.state",
+        "lvlm_jax.methods",
+        "lvlm_jax.models",
+    ],
+    f"{tests.signatures.__name__}.check",
+)
+
+
+@pytest.fixture(scope="session")
+def torch_model(tmp_path_factory):
+    """transformers' own model of the small checkpoint; `torch_model.name_or_path` is the folder."""
+    from tests import checkpoints, small
+
+    folder = tmp_path_factory.mktemp("small")
+    model = checkpoints.make_llava(folder, seed=3, **small.OVERRIDES)
+    small.write_processor(folder)
+    model.name_or_path = str(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(torch_model):
+    """Folder of the small checkpoint, with processor files."""
+    return torch_model.name_or_path
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    """The small checkpoint as an `LVLM`."""
+    from lvlm_jax import LVLM
+
+    return LVLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def mixed(torch_model):
+    """Left-padded arrays of three prompts with one, no and two images."""
+    from tests import checkpoints, small
+
+    return checkpoints.random_inputs(torch_model.config, seed=4, layouts=small.MIXED)
+
+
+@pytest.fixture(scope="session")
+def alone(torch_model, mixed):
+    """alone(row): one of the mixed prompts as a batch of its own."""
+    from tests import checkpoints
+
+    return lambda row: checkpoints.select(torch_model.config, mixed, row)

@@ -43,7 +43,6 @@ class LayerEdits:
 
 def attend(
     queries: tuple[Float[Array, "B H T D"], ...],
-    cross_queries: tuple[Float[Array, "B H T D"], ...] | None,
     columns: LayerCache,
     context: Context,
     shift: Rotation | None,
@@ -54,11 +53,9 @@ def attend(
 
     Args:
         queries: per branch, rotated to the ordinary positions.
-        cross_queries: per branch, rotated to the calibrated positions, or None.
         columns: keys rotated to their own positions, and values.
         context: rows, columns, masks.
-        shift: the rotation from each column's own to its calibrated position; None when the cache holds
-            shifted image keys already.
+        shift: the rotation of `context.image_shift`, or None.
         edits: what each branch does to its rows.
         window: sliding-window width of this layer.
 
@@ -66,10 +63,7 @@ def attend(
         Per branch the mixed values; the carries for the next layer; the final weights of the last row if tapped.
     """
     explicit = context.positions.shape[1] - context.explicit_rows
-    if cross_queries is None:
-        logits = _logits(queries, columns)
-    else:
-        logits = _calibrated_logits(queries, cross_queries, columns, context, shift)
+    logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, context, shift)
     mask = context.mask(window)
 
     weights, sites = [], []
@@ -131,26 +125,15 @@ def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> l
 
 
 def _calibrated_logits(
-    queries: tuple[Float[Array, "B H T D"], ...],
-    cross_queries: tuple[Float[Array, "B H T D"], ...],
-    columns: LayerCache,
-    context: Context,
-    shift: Rotation | None,
+    queries: tuple[Float[Array, "B H T D"], ...], columns: LayerCache, context: Context, shift: Rotation
 ) -> list[Float[Array, "B H T S"]]:
-    """Logits whose cross-modal block, post-image rows x image columns, comes from the calibrated positions."""
-    rows = context.positions.shape[1]
-    plain = rows - context.explicit_rows
-    if shift is None:
-        # A decode step: image keys are shifted in the cache, so one read serves both kinds of query.
-        both = [jnp.concatenate(pair, axis=2) for pair in zip(queries, cross_queries, strict=True)]
-        logits, cross = zip(*(jnp.split(z, 2, axis=2) for z in _logits(tuple(both), columns)), strict=True)
-    else:
-        logits = _logits(queries, columns)
-        cross = _logits(tuple(query[:, :, plain:] for query in cross_queries), shifted(columns, shift))
+    """Logits whose cross-modal block, post-image rows x image columns, comes from the shifted image keys."""
+    plain = context.positions.shape[1] - context.explicit_rows
     block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
+    cross = _logits(tuple(query[:, :, plain:] for query in queries), shifted(columns, shift))
     return [
-        jnp.concatenate([z[:, :, :plain], jnp.where(block, calibrated, z[:, :, plain:])], axis=2)
-        for z, calibrated in zip(logits, cross, strict=True)
+        jnp.concatenate([ordinary[:, :, :plain], jnp.where(block, calibrated, ordinary[:, :, plain:])], axis=2)
+        for ordinary, calibrated in zip(_logits(queries, columns), cross, strict=True)
     ]
 
 

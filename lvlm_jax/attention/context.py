@@ -11,21 +11,6 @@ PADDING = -1  # image_id of a column that holds no token
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CrossPositions:
-    """Positions used only where post-image rows look at image columns (the *positions* stage).
-
-    Attributes:
-        rows: position of each row in that block, `Float[Array, "B T"]`.
-        shift: what to add to each column's own position, `Float[Array, "B S"]`, zero outside images;
-            None when the cached image keys are shifted already, as they are in every decode step.
-    """
-
-    rows: Float[Array, "B T"]
-    shift: Float[Array, "B S"] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Context:
     """The B sequences of one forward pass: T rows (queries) that see S columns (keys).
 
@@ -34,7 +19,9 @@ class Context:
         positions: ordinary position of each row.
         first_row: column index of the first row; rows are consecutive columns.
         image_end: E, the index of the first column after the sample's last image; 0 without an image.
-        cross: calibrated positions, or None.
+        image_shift: how much further each image column lies for post-image rows than its own position says (the
+            *positions* stage), zero elsewhere; None when all positions are ordinary, or when the cached image keys
+            are turned already, as they are in every decode step.
         phase: "prefill" or "decode".
         explicit_rows: how many of the last rows a method's stages may touch; includes every post-image row.
     """
@@ -43,7 +30,7 @@ class Context:
     positions: Int[Array, "B T"]
     first_row: Int[Array, ""]
     image_end: Int[Array, "B"]
-    cross: CrossPositions | None = None
+    image_shift: Float[Array, "B S"] | None = None
     phase: str = dataclasses.field(default="prefill", metadata={"static": True})
     explicit_rows: int = dataclasses.field(default=0, metadata={"static": True})
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models
-from lvlm_jax.attention import Context, CrossPositions, LayerCache, Transform
+from lvlm_jax.attention import Context, LayerCache, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.rotary import Rotation, frequencies
@@ -86,7 +86,6 @@ def prefill(
         caches=tuple(_cache(columns, config, context, capacity) for columns in decoded.columns),
         image_id=jnp.pad(image_id, ((0, 0), (0, capacity - total)), constant_values=-1),
         image_end=context.image_end,
-        image_tokens=(image_id > 0).sum(axis=1, dtype=jnp.int32),
         position=(image_id >= 0).sum(axis=1, dtype=jnp.int32),
         index=jnp.asarray(total, jnp.int32),
         method=method,
@@ -103,13 +102,11 @@ def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]
     image_id = jax.lax.dynamic_update_slice(
         state.image_id, jnp.zeros_like(state.image_id, shape=(tokens.shape[0], 1)), (0, state.index)
     )
-    calibrated = method.positions(state.position, state.image_tokens) if method else None
     context = Context(
         image_id=image_id,
         positions=state.position[:, None],
         first_row=state.index,
         image_end=state.image_end,
-        cross=None if calibrated is None else CrossPositions(calibrated[:, None], None),
         phase="decode",
         explicit_rows=1,
     )
@@ -120,7 +117,6 @@ def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]
         caches=decoded.columns,
         image_id=image_id,
         image_end=state.image_end,
-        image_tokens=state.image_tokens,
         position=state.position + 1,
         index=state.index + 1,
         method=method,
@@ -142,9 +138,10 @@ def _finish(params: dict, config: Any, state: State, decoded: Decoded) -> tuple[
 
 def _cache(columns: LayerCache, config: Any, context: Context, capacity: int) -> LayerCache:
     """Fresh prompt columns as a decode cache: image keys calibrated, own blocks padded to the capacity."""
-    if context.cross is not None:
+    if context.image_shift is not None:
+        # Every later row comes after the images, so none needs the ordinary image keys again.
         frequency = frequencies(config.text.rope, config.text.head_dim)
-        columns = shifted(columns, Rotation.at(context.cross.shift, frequency))
+        columns = shifted(columns, Rotation.at(context.image_shift, frequency))
     own = capacity - (columns.prefix.length if columns.prefix else 0)
     return LayerCache(columns.prefix, tuple(block.padded(own) for block in columns.own))
 
@@ -155,18 +152,18 @@ def _prompt_context(
     """The context of prompt rows `first_row ... S`, which see all S columns."""
     positions = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1, dtype=jnp.int32) - 1, 0)
     image = image_id > 0
-    cross = None
+    shift = None
     if method is not None:
         images_before = jnp.cumsum(image, axis=1, dtype=jnp.int32) - image
-        calibrated = method.positions(positions, images_before)
-        if calibrated is not None:
-            cross = CrossPositions(calibrated[:, first_row:], jnp.where(image, calibrated - positions, 0.0))
+        seen_at = method.positions(positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32))
+        if seen_at is not None:
+            shift = jnp.where(image, seen_at - positions, 0.0)
     return Context(
         image_id=image_id,
         positions=positions[:, first_row:],
         first_row=jnp.asarray(first_row, jnp.int32),
         image_end=image_end(image_id),
-        cross=cross,
+        image_shift=shift,
         phase="prefill",
         explicit_rows=explicit_rows,
     )
@@ -182,7 +179,7 @@ def _explicit_rows(
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
     needed = [rows[transform.rows] for transform in transforms if transform is not None]
-    if method is not None and method.positions(jnp.zeros(()), jnp.zeros(())) is not None:
+    if method is not None and method.positions(*jnp.zeros((3,))) is not None:
         needed.append(window)
     return max(needed, default=0 if len(transforms) == 1 else 1)
 

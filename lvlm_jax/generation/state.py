@@ -38,7 +38,6 @@ class State:
         caches: per layer. Image keys are turned to the method's calibrated positions, if it has any.
         image_id: per column, -1 where nothing is written yet.
         image_end: E per sample, 0 without an image.
-        image_tokens: how many image tokens each sample has.
         position: ordinary position of the next token.
         index: column of the next token, the same for all samples.
         method: the method, or None.
@@ -49,7 +48,6 @@ class State:
     caches: tuple[LayerCache, ...]
     image_id: Int[Array, "B C"]
     image_end: Int[Array, "B"]
-    image_tokens: Int[Array, "B"]
     position: Int[Array, "B"]
     index: Int[Array, ""]
     method: Method | None

@@ -86,13 +86,17 @@ class Method(Transform):
         return (self,)
 
     def positions(
-        self, position: Int[Array, "..."], images_before: Int[Array, "..."]
+        self, position: Int[Array, "..."], images_before: Int[Array, "..."], image_tokens: Int[Array, "..."]
     ) -> Float[Array, "..."] | None:
-        """Positions used where post-image rows look at image columns, elementwise; None keeps the ordinary ones.
+        """Where post-image rows, which keep their ordinary positions, see each image token; None for where it is.
+
+        Rotary attention depends on differences of positions alone, so a method that moves rows as well moves image
+        tokens by the opposite amount here. Elementwise; one answer for all layers and branches.
 
         Args:
-            position: ordinary positions.
-            images_before: how many image tokens come strictly before each.
+            position: ordinary positions of the image tokens.
+            images_before: how many image tokens of the sample come strictly before each.
+            image_tokens: how many image tokens the sample has.
         """
         return None
 

@@ -4,7 +4,9 @@ CMPC, both branches, every layer. With c(p) the number of image tokens before po
 
     P^c(p) = p - (1 - 1/γ) c(p)
 
-are the positions where rows after the last image look at image tokens; all other logits keep the ordinary ones.
+are the positions where rows after the last image look at image tokens; all other logits keep the ordinary ones. For
+all those rows i, P^c(i) - i is the same number, and attention knows only differences: turning the cached image keys
+once, after the prompt, by P^c(j) - j - (P^c(i) - i) = (1 - 1/γ)(N - c(j)) is all that it takes.
 
 IMD, contrast branch, every layer. X are the logits of post-image rows on image columns, θ their mean over heads,
 rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
@@ -84,10 +86,11 @@ class CMAC(Method):
             return (main, ValueNoise(self.noise_seed))
         return (main, ValueMask() if self.variant == "paper" else ScalarValueMask())
 
-    def positions(self, position, images_before):
+    def positions(self, position, images_before, image_tokens):
         if not self.cmpc:
             return None
-        return position - (1 - 1 / self.gamma) * images_before
+        # P^c(j) of image token j, less P^c(i) - i, which is the same for every post-image row i.
+        return position + (1 - 1 / self.gamma) * (image_tokens - images_before)
 
     def start(self, batch: int) -> Any:
         return (jnp.zeros((batch,)), jnp.zeros(())) if self.imd and self.gate else ()
@@ -106,8 +109,11 @@ class CMAC(Method):
 
 
 def above_mean(site: Site) -> Bool[Array, "B H R S"]:
-    """M: post-image rows x image columns whose logit exceeds the block's mean over heads, rows and columns."""
-    block = (site.post_image[:, :, None] & site.image[:, None, :])[:, None]
+    """M: post-image rows x image columns whose logit exceeds the block's mean over heads, rows and columns.
+
+    Columns that a row cannot see (a sliding window) take no part.
+    """
+    block = (site.post_image[:, :, None] & site.image[:, None, :] & site.mask)[:, None]
     heads = site.logits.shape[1]
     count = jnp.maximum(block.sum(axis=(1, 2, 3)) * heads, 1)
     theta = jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)) / count
@@ -189,5 +195,6 @@ class ImageLogitMean(Transform):
         return jnp.zeros(context.image_id.shape[0])
 
     def observe(self, site, weights):
-        last = jnp.where(site.image[:, None, :], site.logits[:, :, -1], 0).sum(axis=-1)
+        seen = (site.image & site.mask[:, -1])[:, None]
+        last = jnp.where(seen, site.logits[:, :, -1], 0).sum(axis=-1)
         return site.carry + last.mean(axis=-1) / site.num_layers

@@ -24,21 +24,16 @@ from lvlm_jax.models.layers import activation, linear, rms_norm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotations:
-    """The rotations of one forward pass, the same in every layer. See `CrossPositions` for the last two."""
+    """The rotations of one forward pass, the same in every layer: of the rows, and of `Context.image_shift`."""
 
     rows: Rotation
-    cross_rows: Rotation | None
     shift: Rotation | None
 
     @classmethod
     def of(cls, config: DecoderConfig, context: Context) -> "Rotations":
-        frequency, scale = frequencies(config.rope, config.head_dim), config.rope.scale()
-        rows = Rotation.at(context.positions, frequency, scale).heads(axis=1)
-        cross = context.cross
-        if cross is None:
-            return cls(rows, None, None)
-        cross_rows = Rotation.at(cross.rows, frequency, scale).heads(axis=1)
-        return cls(rows, cross_rows, None if cross.shift is None else Rotation.at(cross.shift, frequency))
+        frequency = frequencies(config.rope, config.head_dim)
+        rows = Rotation.at(context.positions, frequency, config.rope.scale()).heads(axis=1)
+        return cls(rows, None if context.image_shift is None else Rotation.at(context.image_shift, frequency))
 
 
 class Decoded(NamedTuple):
@@ -85,10 +80,8 @@ class DecoderAttention(nn.Module):
         key = rotate(project("k_proj", config.num_kv_heads, "k_norm"), rotations.rows)
         value = project("v_proj", config.num_kv_heads)
         columns = _columns(cache, key, value, context)
-        crossed = rotations.cross_rows and tuple(rotate(query, rotations.cross_rows))
         mixed, carries, tapped = attend(
             tuple(rotate(query, rotations.rows)),
-            crossed,
             columns,
             context,
             rotations.shift,

@@ -63,7 +63,7 @@ def make_step(
         (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
         updates, optimizer_state = transformation.update(gradient, state.optimizer, state.params)
         one = jnp.ones(())
-        metrics |= {"objective": Mean(loss, one), "gradient_norm": Mean(optax.global_norm(gradient), one)}
+        metrics |= {"objective": Mean(loss, one), "gradient_norm": Mean(optax.tree.norm(gradient), one)}
         return State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -120,8 +120,11 @@ def train(task: Task, params: Any, settings: Any, workdir: Path) -> Any:
     """
     transformation = optimizer.make(settings)
     rate = optimizer.schedule(settings)
-    # A copy, because the step donates its state and the caller keeps `params`.
-    state = State.create(jax.tree.map(jnp.copy, params), transformation)
+    # A copy, because the step donates its state and the caller keeps `params`; placed for good, because a second
+    # step whose state is placed otherwise than the first one's would be compiled again.
+    state = jax.device_put(
+        State.create(jax.tree.map(jnp.copy, params), transformation), jax.local_devices()[0]
+    )
     checkpoints = Checkpoints(workdir / task.name, settings.keep)
     state = checkpoints.restore(state) or state
     start, saved = int(state.step), int(state.step)

@@ -28,8 +28,13 @@ def decayed(params: Any) -> Any:
 
 
 def make(settings: Any) -> optax.GradientTransformation:
-    """AdamW as `settings` say; besides those of `schedule`: `clip`, `beta1`, `beta2`, `weight_decay`."""
-    return optax.chain(
+    """AdamW as `settings` say.
+
+    Args:
+        settings: those of `schedule`, and `clip` (global norm), `beta1`, `beta2`, `weight_decay`; optionally `rates`,
+            which maps a top-level part of the parameters to a factor on its learning rate.
+    """
+    adamw = optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(
             schedule(settings),
@@ -39,3 +44,11 @@ def make(settings: Any) -> optax.GradientTransformation:
             mask=decayed,
         ),
     )
+    factors = settings.get("rates", {})
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adamw.update(gradient, state, params)
+        scaled = {part: optax.tree.scale(factors.get(part, 1.0), updates[part]) for part in updates}
+        return scaled, state
+
+    return optax.GradientTransformation(adamw.init, update)

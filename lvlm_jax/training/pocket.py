@@ -69,7 +69,7 @@ def hf_config(settings: Any, encoder: Any) -> dict:
 
 
 def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
-    """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length."""
+    """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length, half the heads alike."""
     depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
     shapes = models.abstract_parameters(config)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
@@ -88,9 +88,23 @@ def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
             scale *= (2 * depth[names[0]]) ** -0.5
         return jax.random.normal(key, shape.shape) * scale
 
-    return jax.tree.unflatten(
+    params = jax.tree.unflatten(
         structure, [fill(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
     )
+    for index in range(config.text.num_layers):
+        _look_for_alike(params["language_model"][f"layers_{index}"]["self_attn"], config.text)
+    return params
+
+
+def _look_for_alike(attention: dict, config: models.DecoderConfig) -> None:
+    """Lets the first half of a layer's heads begin by attending to tokens like their own, in place.
+
+    With equal query and key projections a token's logit with its like is far above that with others (mimetic
+    initialisation, arXiv 2305.09828). The word in a question then finds the image tokens beside it from the start.
+    """
+    width = config.num_kv_heads // 2 * config.head_dim
+    query, key = attention["q_proj"]["kernel"], attention["k_proj"]["kernel"]
+    attention["k_proj"]["kernel"] = key.at[:, :width].set(query[:, :width])
 
 
 def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
@@ -105,7 +119,9 @@ def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
 
 def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words: np.ndarray) -> jax.Array:
     """Image tokens against the decoder's embeddings of the labels' words."""
-    return jnp.einsum("IPE,LE->IPL", image_tokens, module.apply({"params": params}, words, method="embed"))
+    return jnp.einsum(
+        "IPE,LE->IPL", image_tokens, module.apply({"params": params}, jnp.asarray(words), method="embed")
+    )
 
 
 def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.Array, dict[str, Mean]]:
@@ -212,6 +228,13 @@ class Recipe:
         )
 
 
+def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
+    """What `loop.train` reads of a stage: its own fields and the loop's, `config.steps` before its own steps."""
+    settings = ConfigDict({**config.loop, **config.get(stage, {})})
+    settings.steps = config.steps or settings.get("steps", 0)
+    return settings
+
+
 def train(config: ConfigDict, workdir: Path) -> Path:
     """Runs the stages of `config.stages` in order, each from its newest checkpoint, and exports the result.
 
@@ -226,8 +249,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     recipe = Recipe.create(config)
     params = initial_parameters(recipe.module.config, config.seed)
     for stage in config.stages:
-        settings = ConfigDict({**config.loop, **config.get(stage, {})})
-        settings.steps = config.steps or settings.get("steps", 0)
+        settings = settings_of(config, stage)
         params = loop.train(recipe.task(stage, settings), recipe.initial(stage, params), settings, workdir)
     params = recipe.initial("", params)
     return recipe.export(params, Path(config.export or workdir / "export"), workdir)

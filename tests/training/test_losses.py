@@ -6,39 +6,31 @@ from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 def example():
     rng = np.random.default_rng(0)
-    return (
-        rng.normal(size=(3, 5, 7)).astype(np.float32) * 3,
-        rng.integers(0, 7, (3, 5)),
-        rng.random((3, 5)) < 0.5,
-    )
+    logits, targets = rng.normal(size=(3, 5, 7)).astype(np.float32) * 3, rng.integers(0, 7, (3, 5))
+    return jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(rng.random((3, 5)) < 0.5)
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability_of_selected_targets():
     logits, targets, mask = example()
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = [-np.log(probabilities[i, t, targets[i, t]]) for i, t in np.argwhere(mask)]
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask))
+    found = cross_entropy(logits, targets, mask)
     assert found.count == mask.sum()
     np.testing.assert_allclose(found.value, np.mean(expected), rtol=1e-5)
 
 
 def test_targets_outside_the_mask_change_nothing():
     logits, targets, mask = example()
-    elsewhere = np.where(mask, targets, (targets + 1) % 7)
+    elsewhere = jnp.where(mask, targets, (targets + 1) % 7)
     for metric in (cross_entropy, accuracy):
-        assert (
-            metric(logits, jnp.asarray(targets), mask).total
-            == metric(logits, jnp.asarray(elsewhere), mask).total
-        )
+        assert metric(logits, targets, mask).total == metric(logits, elsewhere, mask).total
 
 
 def test_parts_add_up_to_the_whole():
     logits, targets, mask = example()
     for metric in (cross_entropy, accuracy):
-        whole = metric(logits, jnp.asarray(targets), mask)
-        first, second = (
-            metric(logits[part], jnp.asarray(targets)[part], mask[part]) for part in (np.s_[:1], np.s_[1:])
-        )
+        whole = metric(logits, targets, mask)
+        first, second = (metric(logits[part], targets[part], mask[part]) for part in (np.s_[:1], np.s_[1:]))
         np.testing.assert_allclose((first + second).value, whole.value, rtol=1e-6)
 
 

@@ -92,9 +92,9 @@ def test_only_answers_have_a_gradient(tiny):
     answers[0, 80:84] = True
 
     def loss(params, tokens):
-        return sft.metrics(module, params, {"tokens": tokens, "answers": answers, "images": images})[
-            "loss"
-        ].value
+        return sft.metrics(
+            module, params, {"tokens": tokens, "answers": jnp.asarray(answers), "images": jnp.asarray(images)}
+        )["loss"].value
 
     value = loss(params, jnp.asarray(tokens))
     later = tokens.copy()

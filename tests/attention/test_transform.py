@@ -1,0 +1,160 @@
+"""The transform protocol through the model: identity, what a stage sees, where it acts, CMAC's shared prefix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import methods
+from lvlm_jax.generation import forward
+from tests.attention.toys import Edited, Identity, Witness
+
+MAX_LENGTH = 41 + 64  # of the mixed prompts: 64 columns of prompt, 128 of cache
+FORCED = np.random.default_rng(5).integers(3, 250, (3, 3)).astype(np.int32)  # steps, samples
+
+
+def run(model, prompt, method, **options):
+    """Main and contrast logits of the prefill and of three forced steps, `[steps, B, V]`, and the last state."""
+    state, step = model.prefill(prompt, method, MAX_LENGTH, **options)
+    steps = [step]
+    for tokens in FORCED:
+        state, step = model.decode(state, tokens)
+        steps.append(step)
+    main = np.stack([np.asarray(step.main) for step in steps])
+    contrast = None if step.contrast is None else np.stack([np.asarray(step.contrast) for step in steps])
+    return main, contrast, state
+
+
+@pytest.fixture(scope="module")
+def plain(model, mixed):
+    return run(model, mixed, None)[0]
+
+
+@pytest.mark.parametrize("rows", ["post_image", "all"])
+def test_identity_is_bit_equal_to_no_method(model, mixed, plain, rows):
+    main, contrast, _ = run(model, mixed, Edited((Identity(rows),)))
+    assert contrast is None
+    np.testing.assert_array_equal(main, plain)
+
+
+def expected_site(image_id, first_row):
+    """What a site must say about the rows from `first_row` on, per sample, by loops."""
+    samples, columns = image_id.shape
+    rows = range(first_row, columns)
+    site = {
+        "image_id": image_id,
+        "image": image_id > 0,
+        "after_image": np.zeros(image_id.shape, bool),
+        "post_image": np.zeros((samples, len(rows)), bool),
+        "mask": np.zeros((samples, len(rows), columns), bool),
+    }
+    for sample, ids in enumerate(image_id):
+        images = np.flatnonzero(ids > 0)
+        for index, row in enumerate(rows):
+            site["post_image"][sample, index] = images.size > 0 and row > images[-1]
+            for column in range(row + 1):
+                site["mask"][sample, index, column] = ids[column] >= 0
+        for column in range(columns):
+            after = images.size > 0 and column > images[-1]
+            site["after_image"][sample, column] = after and ids[column] >= 0
+    return site
+
+
+def assert_sites(carried, expected):
+    """All layers saw what was expected; softmax weights are shares of what is visible."""
+    assert [int(seen["layer"]) for seen in carried] == [0, 1]
+    visible = expected["mask"][:, None]
+    alive = visible.any(axis=-1, keepdims=True)  # rows of padding see nothing and mean nothing
+    for seen in carried:
+        for name, array in expected.items():
+            np.testing.assert_array_equal(seen[name], array, err_msg=name)
+        logits, weights = np.asarray(seen["logits"], np.float64), np.asarray(seen["weights"])
+        assert logits.shape == weights.shape == (*visible.shape[:1], 4, *visible.shape[2:])
+        powers = np.where(visible, np.exp(logits), 0)
+        shares = powers / np.where(alive, powers.sum(axis=-1, keepdims=True), 1)
+        np.testing.assert_allclose(np.where(alive, weights, 0), shares, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "rows"),
+    [
+        ((Witness("last"),), 1),
+        ((Witness("post_image"),), 16),
+        ((Witness("all"),), 64),
+        ((Witness("post_image"), Identity("last")), 16),  # a second branch, hence a shared prefix
+    ],
+    ids=["last", "post_image", "all", "two branches"],
+)
+def test_stages_see_the_rows_they_asked_for(model, mixed, transforms, rows):
+    prompt = model.prepare(mixed)
+    state, _ = model.prefill(prompt, Edited(transforms), MAX_LENGTH)
+    assert_sites(state.memory, expected_site(prompt.image_id, 64 - rows))
+    if len(transforms) == 1 and rows > 1:
+        return  # a decode step has one row whatever was asked for: once per number of branches will do
+    assert state.capacity == 128
+    state, _ = model.decode(state, FORCED[0])
+    image_id = np.concatenate([prompt.image_id, np.zeros((3, 1), np.int32)], axis=1)
+    expected = expected_site(image_id, 64)
+    for name, fill in [("image_id", -1), ("image", False), ("after_image", False), ("mask", False)]:
+        width = [(0, 0)] * (expected[name].ndim - 1) + [(0, 63)]
+        expected[name] = np.pad(expected[name], width, constant_values=fill)
+    assert_sites(state.memory, expected)
+
+
+@pytest.fixture(scope="module")
+def memory_after(model, mixed):
+    """memory_after(transform) -> what it carried through a prefill and through a decode step; traced only."""
+
+    def trace(transform):
+        prompt = model.prepare(mixed)
+
+        def both(params, embeddings):
+            options = {"window": prompt.window, "capacity": 128}
+            method = Edited((transform,))
+            state, _ = forward.prefill(
+                params, model.config, embeddings, jnp.asarray(prompt.image_id), method, **options
+            )
+            return state.memory, forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))[
+                0
+            ].memory
+
+        return jax.eval_shape(both, model.params, jnp.zeros((3, 64, 48)))
+
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("transform", "calls"),
+    [
+        (Witness(), (2, 2)),
+        (Witness(only=(1,)), (1, 1)),
+        (Witness(phases=("prefill",)), (2, 0)),
+        (Witness(phases=("decode",), only=(0,)), (0, 1)),
+    ],
+    ids=["everywhere", "layer 1", "prefill", "layer 0 in decode"],
+)
+def test_stages_run_where_they_are_active(memory_after, transform, calls):
+    assert tuple(map(len, memory_after(transform))) == calls
+
+
+@pytest.fixture(scope="module")
+def cmac(model, mixed):
+    return run(model, mixed, methods.CMAC())
+
+
+def test_a_shared_prefix_equals_running_both_branches(model, mixed, cmac):
+    main, contrast, state = cmac
+    main_apart, contrast_apart, apart = run(model, mixed, methods.CMAC(), share_prefix=False)
+    assert all(cache.prefix is None for cache in apart.caches)
+    assert [cache.prefix.length for cache in state.caches] == [48, 48]
+    np.testing.assert_allclose(main, main_apart, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(contrast, contrast_apart, rtol=0, atol=1e-5)
+
+
+def test_a_conversation_without_images_is_untouched(cmac, plain):
+    main, contrast, _ = cmac
+    np.testing.assert_allclose(main[:, 1], plain[:, 1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(contrast[:, 1], plain[:, 1], rtol=0, atol=1e-5)
+    for row in (0, 2):  # its neighbours are not
+        assert np.abs(main[:, row] - plain[:, row]).max() > 0.01
+        assert np.abs(contrast[:, row] - main[:, row]).max() > 0.01

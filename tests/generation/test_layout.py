@@ -1,0 +1,176 @@
+"""Token layout: padding, image numbers, windows, and what is refused."""
+
+import numpy as np
+import pytest
+
+from lvlm_jax.errors import LVLMError
+from tests import checkpoints, small
+from tests.checkpoints import IMAGE
+from tests.small import CONTEXT, IMAGE_TOKEN_ID, IMAGE_TOKENS
+
+
+@pytest.fixture
+def prompts(torch_model):
+    """prompts(*layouts, seed=0): arrays of random prompts."""
+    return lambda *layouts, seed=0: checkpoints.random_inputs(torch_model.config, seed, layouts)
+
+
+def valid(arrays, row):
+    return arrays["input_ids"][row, arrays["attention_mask"][row].astype(bool)]
+
+
+def right_padded(arrays):
+    """The same prompts, padded on the other side."""
+    flipped = dict(arrays)
+    for name in ("input_ids", "attention_mask"):
+        rows = [np.roll(row, int(mask.sum())) for row, mask in zip(arrays[name], arrays["attention_mask"])]
+        flipped[name] = np.stack(rows)
+    return flipped
+
+
+def test_prompts_end_at_the_last_column(model, mixed):
+    prompt = model.prepare(mixed)
+    assert prompt.tokens.shape == prompt.image_id.shape == (3, 64)
+    for row, length in enumerate([4 + 16 + 3, 9, 2 + 16 + 1 + 16 + 6]):
+        np.testing.assert_array_equal(prompt.tokens[row, -length:], valid(mixed, row))
+        assert (prompt.image_id[row, :-length] == -1).all() and (prompt.image_id[row, -length:] >= 0).all()
+        assert (prompt.tokens[row, :-length] == model.config.pad_token_id).all()
+        assert prompt.lengths[row] == length
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1, 64), (64, 64), (65, 128), (CONTEXT - 1, 128)])
+def test_columns_come_in_buckets(model, prompts, length, columns):
+    assert model.prepare(prompts((length,))).tokens.shape == (1, columns)
+
+
+def test_images_are_numbered_within_each_sample(model, mixed, prompts):
+    image_id = model.prepare(mixed).image_id
+    one, two = [1] * IMAGE_TOKENS, [2] * IMAGE_TOKENS
+    np.testing.assert_array_equal(image_id[0], [-1] * 41 + [0] * 4 + one + [0] * 3)
+    np.testing.assert_array_equal(image_id[1], [-1] * 55 + [0] * 9)
+    np.testing.assert_array_equal(image_id[2], [-1] * 23 + [0] * 2 + one + [0] + two + [0] * 6)
+    side_by_side = model.prepare(prompts((IMAGE, IMAGE, 1))).image_id[0]
+    np.testing.assert_array_equal(side_by_side, [-1] * 31 + one + two + [0])
+
+
+@pytest.mark.parametrize(
+    ("layouts", "window"),
+    [
+        ([(5,)], 16),  # nothing comes after an image
+        ([(IMAGE, 16)], 16),
+        ([(IMAGE, 17)], 32),
+        ([(40, IMAGE, 2), (IMAGE, 33)], 64),  # the longest of the batch decides
+        ([(IMAGE, 2, IMAGE, 3)], 16),  # only what follows the last image
+        ([(2, IMAGE)], 16),
+    ],
+)
+def test_window_holds_all_rows_after_the_last_image(model, prompts, layouts, window):
+    assert model.prepare(prompts(*layouts)).window == window
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_source_columns_lead_back_to_what_was_given(model, mixed, side):
+    arrays = mixed if side == "left" else right_padded(mixed)
+    prompt = model.prepare(arrays)
+    mask = arrays["attention_mask"].astype(bool)
+    assert prompt.source_columns.shape == mask.shape
+    found = np.take_along_axis(prompt.tokens, prompt.source_columns, axis=1)
+    np.testing.assert_array_equal(found[mask], arrays["input_ids"][mask])
+    held = np.take_along_axis(prompt.image_id, prompt.source_columns, axis=1) >= 0
+    np.testing.assert_array_equal(held, mask)
+
+
+def test_logits_do_not_depend_on_the_side_of_the_padding(model, mixed):
+    left, right = model.logits(mixed), model.logits(right_padded(mixed))
+    assert left.shape == right.shape == (*mixed["input_ids"].shape, model.config.text.vocab_size)
+    left = np.asarray(left)[mixed["attention_mask"].astype(bool)]
+    right = np.asarray(right)[right_padded(mixed)["attention_mask"].astype(bool)]
+    np.testing.assert_array_equal(left, right)
+    assert np.ptp(left, axis=0).min() > 0.1
+
+
+def test_a_hole_in_the_mask_holds_no_token(model, prompts):
+    arrays = prompts((8,))
+    arrays["attention_mask"][0, 3] = 0
+    prompt = model.prepare(arrays)
+    np.testing.assert_array_equal(prompt.tokens[0, -7:], np.delete(arrays["input_ids"][0], 3))
+    assert prompt.lengths[0] == 7
+
+
+def test_placeholders_are_expanded(model, mixed):
+    rows = []
+    for row in range(3):
+        ids, kept, images = valid(mixed, row).tolist(), [], 0
+        while ids:
+            kept.append(ids.pop(0))
+            if kept[-1] == IMAGE_TOKEN_ID:
+                del ids[: IMAGE_TOKENS - 1]
+                images += 1
+        rows.append(np.asarray(kept))
+        assert images == small.MIXED[row].count(IMAGE)
+    width = max(map(len, rows))
+    short = {
+        "input_ids": np.stack([np.pad(row, (width - len(row), 0)) for row in rows]),
+        "attention_mask": np.stack([np.arange(width) >= width - len(row) for row in rows]),
+        "pixel_values": mixed["pixel_values"],
+    }
+    expanded, whole = model.prepare(short), model.prepare(mixed)
+    np.testing.assert_array_equal(expanded.tokens, whole.tokens)
+    np.testing.assert_array_equal(expanded.image_id, whole.image_id)
+    np.testing.assert_array_equal(expanded.pixels, whole.pixels)
+    np.testing.assert_array_equal(expanded.source_columns, whole.source_columns)
+
+
+def test_prepared_inputs_are_taken_as_they_are(model, mixed):
+    prompt = model.prepare(mixed)
+    assert model.prepare(prompt) is prompt
+
+
+def spoiled(arrays, **changes):
+    """Copies of the arrays with some of them replaced, or left out where the change is None."""
+    changed = {name: np.array(array) for name, array in arrays.items()} | changes
+    return {name: array for name, array in changed.items() if array is not None}
+
+
+def with_value(array, place, value):
+    array = np.array(array)
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"pixel_values": a["pixel_values"][:2]}, "3 image placeholders and 2 images"),
+        (lambda a: {"pixel_values": None}, "3 image placeholders and 0 images"),
+        (lambda a: {"pixel_values": np.repeat(a["pixel_values"], 2, 0)}, "3 image placeholders and 6 images"),
+        (lambda a: {"input_ids": with_value(a["input_ids"], (0, -4), 7)}, "15 image tokens.*truncated"),
+        (lambda a: {"pixel_values": with_value(a["pixel_values"], (1, 0, 0, 0), np.nan)}, "NaN or infinite"),
+        (lambda a: {"pixel_values": with_value(a["pixel_values"], (1, 0, 0, 0), -np.inf)}, "NaN or infinite"),
+        (lambda a: {"pixel_values": a["pixel_values"][..., :14]}, r"expected \[images, 3, 28, 28\]"),
+        (lambda a: {"pixel_values": a["pixel_values"].transpose(0, 2, 3, 1)}, r"shape \(3, 28, 28, 3\)"),
+        (lambda a: {"input_ids": with_value(a["input_ids"], (1, -1), 260)}, "holds 260; expected 0 to 259"),
+        (lambda a: {"input_ids": with_value(a["input_ids"], (1, -1), -5)}, "holds -5"),
+        (lambda a: {"attention_mask": a["attention_mask"][:, 1:]}, r"attention_mask has shape \(3, 40\)"),
+        (lambda a: {"attention_mask": with_value(a["attention_mask"], 1, 0)}, "sample 1 .* has no tokens"),
+        (lambda a: {"input_ids": a["input_ids"].astype(float)}, "whole numbers"),
+        (lambda a: {"input_ids": a["input_ids"][0]}, r"shape \(41,\)"),
+        (lambda a: {"input_ids": None}, "input_ids is missing"),
+    ],
+)
+def test_arrays_that_cannot_be_used(model, mixed, change, message):
+    with pytest.raises(LVLMError, match=message) as raised:
+        model.prepare(spoiled(mixed, **change(mixed)))
+    assert "\n" not in str(raised.value)
+
+
+def test_padding_may_hold_any_token(model, mixed):
+    """What stands under a mask of 0 is nobody's token: -100 is a common filler."""
+    filled = np.where(mixed["attention_mask"] == 0, -100, mixed["input_ids"])
+    prompt = model.prepare(spoiled(mixed, input_ids=filled))
+    np.testing.assert_array_equal(prompt.tokens, model.prepare(mixed).tokens)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(model, prompts):
+    with pytest.raises(LVLMError, match="has 96 tokens and the model's context is 96"):
+        model.prepare(prompts((CONTEXT,)))

@@ -1,0 +1,42 @@
+"""Run by `test_mesh` in a process of its own, on eight simulated devices: the small model over a 1 x 2 x 4 mesh.
+
+Arguments: checkpoint folder, file of inputs, file for results.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from lvlm_jax import LVLM, methods
+from lvlm_jax.parallel import make_mesh
+
+
+def main(folder: str, inputs_file: str, results_file: str) -> None:
+    model = LVLM.from_pretrained(folder, mesh=make_mesh(data=1, fsdp=2, tensor=4))
+    leaves = jax.tree_util.tree_leaves_with_path(model.params)
+    placements = {
+        "/".join(key.key for key in path): {
+            "spec": list(leaf.sharding.spec),
+            "shard": leaf.addressable_shards[0].data.shape,
+            "devices": len(leaf.sharding.device_set),
+        }
+        for path, leaf in leaves
+    }
+    inputs = dict(np.load(inputs_file))
+    greedy = model.generate(inputs, max_new_tokens=8)
+    contrasted = model.generate(inputs, methods.CMAC(alpha=1.0), max_new_tokens=8)
+    np.savez(
+        results_file,
+        logits=np.asarray(model.logits(inputs)),
+        greedy=greedy.tokens,
+        greedy_logprobs=greedy.logprobs,
+        cmac=contrasted.tokens,
+        cmac_logprobs=contrasted.logprobs,
+    )
+    print(json.dumps(placements))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
