@@ -47,4 +47,5 @@ def get_config() -> ConfigDict:
     # Two rectangles a step: conversations over one image, and over two to four.
     config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
     config.everything.several = ConfigDict(dict(rows=1, length=384, images=4))
+    config.everything.drill = 7  # of the single rows, those that ask only for the existence of objects
     return config

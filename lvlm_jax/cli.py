@@ -199,7 +199,7 @@ def add_method_flags(parser: argparse.ArgumentParser, name: str) -> None:
             "default": None,
             "help": argparse.SUPPRESS,
         }
-        if isinstance(field.default, bool):
+        if isinstance(field.default, bool) or True in (choices or ()):
             settings["action"] = Switch
         elif not field.metadata.get("static"):
             settings["type"] = float

@@ -35,13 +35,14 @@ CLIP_LARGE = dict(
     num_attention_heads=16, image_size=336, patch_size=14,
 )  # fmt: skip
 SIZES = {
-    # The decoder of Qwen2-0.5B and of Vicuna-7B behind CLIP ViT-L/14 at 336 pixels: 576 image tokens.
+    # LLaVA-1.5's shape at half a billion decoder parameters, and LLaVA-1.5-7B itself: CLIP ViT-L/14 at 336 pixels in
+    # front (576 image tokens), multi-head attention, untied embeddings of 32064 tokens.
     "0.5b": dict(
-        model_type="llava", image_token_index=151646, tie_word_embeddings=True, vision_config=CLIP_LARGE,
+        model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
         text_config=dict(
-            model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
-            rms_norm_eps=1e-6,
+            model_type="llama", hidden_size=1024, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=16, num_key_value_heads=16, vocab_size=32064, max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
         ),
     ),
     "7b": dict(

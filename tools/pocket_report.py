@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", default="runs/pocket_report", metavar="DIR", help="where the report goes")
     flags = parser.parse_args(arguments)
-    model = LVLM.from_pretrained(flags.model)
+    model = LVLM.from_pretrained(cli.checkpoint(flags.model))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "split"

@@ -8,6 +8,7 @@ the plain program is traced.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,9 @@ def attend(
         Per branch the mixed values; the carries for the next layer; the final weights of the last row if tapped.
     """
     explicit = context.positions.shape[1] - context.explicit_rows
-    logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, context, shift)
+    logits = (
+        _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, context, shift)
+    )
     mask = context.mask(window)
 
     weights, sites = [], []
@@ -110,7 +113,7 @@ def attend(
 def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Site]:
     """Logits, mask and weights stages of one branch; the returned site goes on to the values stage."""
     site = dataclasses.replace(site, logits=transform.logits(site, site.logits))
-    weights = _softmax(site.logits, transform.mask(site, site.mask))
+    weights = _softmax(site.logits, transform.mask(site, site.mask[:, None]))
     site = dataclasses.replace(site, carry=transform.observe(site, weights))
     return transform.weights(site, weights), site
 
@@ -120,7 +123,7 @@ def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> l
     own = [_product(query, block) for query, block in zip(rows, columns.own, strict=True)]
     if columns.prefix is None:
         return own
-    shared = jnp.split(_product(jnp.concatenate(rows, axis=2), columns.prefix), len(rows), axis=2)
+    shared = _for_all_branches(_product, rows, columns.prefix)
     return [jnp.concatenate(parts, axis=-1) for parts in zip(shared, own, strict=True)]
 
 
@@ -132,7 +135,9 @@ def _calibrated_logits(
     block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
     cross = _logits(tuple(query[:, :, plain:] for query in queries), shifted(columns, shift))
     return [
-        jnp.concatenate([ordinary[:, :, :plain], jnp.where(block, calibrated, ordinary[:, :, plain:])], axis=2)
+        jnp.concatenate(
+            [ordinary[:, :, :plain], jnp.where(block, calibrated, ordinary[:, :, plain:])], axis=2
+        )
         for ordinary, calibrated in zip(_logits(queries, columns), cross, strict=True)
     ]
 
@@ -156,10 +161,24 @@ def _mix(weights: list[Float[Array, "B H T S"]], columns: LayerCache) -> list[Fl
     if columns.prefix is None:
         return [_weighted(rows, block) for rows, block in zip(weights, columns.own, strict=True)]
     split = columns.prefix.length
-    stacked = jnp.concatenate([rows[..., :split] for rows in weights], axis=2)
-    shared = jnp.split(_weighted(stacked, columns.prefix), len(weights), axis=2)
+    shared = _for_all_branches(_weighted, tuple(rows[..., :split] for rows in weights), columns.prefix)
     own = [_weighted(rows[..., split:], block) for rows, block in zip(weights, columns.own, strict=True)]
     return [prefix + suffix for prefix, suffix in zip(shared, own, strict=True)]
+
+
+def _for_all_branches(
+    product: Callable[[jax.Array, Block], jax.Array], rows: tuple[jax.Array, ...], prefix: Block
+) -> list[jax.Array]:
+    """A product of every branch's rows with the shared prefix, which is read once."""
+
+    def together(*rows: jax.Array) -> list[jax.Array]:
+        return jnp.split(product(jnp.concatenate(rows, axis=2), prefix), len(rows), axis=2)
+
+    def one_by_one(*rows: jax.Array) -> list[jax.Array]:
+        return [product(row, prefix) for row in rows]
+
+    # A CPU keeps one layer's prefix in its cache between two products, and multiplies single rows much faster.
+    return jax.lax.platform_dependent(*rows, cpu=one_by_one, default=together)
 
 
 def _mix_branch(

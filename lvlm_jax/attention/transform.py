@@ -83,7 +83,7 @@ class Transform:
         """Edits attention logits before mask and softmax."""
         return logits
 
-    def mask(self, site: Site, mask: Bool[Array, "B R S"]) -> Bool[Array, "B #H R S"] | Bool[Array, "B R S"]:
+    def mask(self, site: Site, mask: Bool[Array, "B #H R S"]) -> Bool[Array, "B #H R S"]:
         """Edits which columns a row sees, for all heads or per head."""
         return mask
 

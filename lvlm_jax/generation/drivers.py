@@ -5,14 +5,15 @@ look for stop strings now and then without another program.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lvlm_jax.compilation import few_row_options
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State
@@ -21,7 +22,50 @@ encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
 full_logits = jax.jit(forward.full_logits, static_argnames=("config", "window"))
 prefill = jax.jit(forward.prefill, static_argnames=("config", "window", "capacity", "share_prefix", "tap"))
-decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
+
+
+class DecodeProgram:
+    """`jax.jit` of a function of decoding, whose compiler options are known once the platform is.
+
+    Called as `program(params, config, donated, *more)`.
+    """
+
+    def __init__(self, function: Callable, donated: str):
+        self._function, self._donated = function, donated
+        functools.update_wrapper(self, function)
+
+    def jitted(self, config: Any) -> Any:
+        """The jitted function that serves a configuration."""
+        # Tied embeddings are multiplied from their other side, which XLA's own routine is bad at.
+        return self._plain if config.text.tie_word_embeddings else self._few_rows
+
+    def __call__(self, params: dict, config: Any, *arguments: Any) -> Any:
+        """Runs the program; the first argument after the configuration is donated."""
+        return self.jitted(config)(params, config, *arguments)
+
+    def lower(self, params: dict, config: Any, *arguments: Any) -> Any:
+        """`jax.jit(...).lower` of the program."""
+        return self.jitted(config).lower(params, config, *arguments)
+
+    def compiled_programs(self) -> int:
+        """How many programs were compiled so far; for tests and curiosity."""
+        return self._plain._cache_size() + self._few_rows._cache_size()
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        return jax.jit(self._function, static_argnames="config", donate_argnames=self._donated)
+
+    @functools.cached_property
+    def _few_rows(self) -> Any:
+        return jax.jit(
+            self._function,
+            static_argnames="config",
+            donate_argnames=self._donated,
+            compiler_options=few_row_options(),
+        )
+
+
+decode_step = DecodeProgram(forward.decode_step, donated="state")
 
 
 @jax.tree_util.register_dataclass
@@ -116,12 +160,12 @@ def _run(params: dict, config: Any, answers: Answers, limit: Int[Array, ""]) -> 
     def unfinished(answers: Answers) -> Bool[Array, ""]:
         return (answers.count < limit) & ~answers.finished.all()
 
-    return jax.lax.while_loop(unfinished, partial(advance, params, config), answers)
+    return jax.lax.while_loop(unfinished, functools.partial(advance, params, config), answers)
 
 
 begin = jax.jit(begin, static_argnames="room", donate_argnames="state")
-run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
-advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
+run = DecodeProgram(_run, donated="answers")
+advance_once = DecodeProgram(advance, donated="answers")
 
 
 def stream(params: dict, config: Any, answers: Answers, limit: int) -> Iterator[Answers]:

@@ -179,7 +179,7 @@ def _explicit_rows(
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
     needed = [rows[transform.rows] for transform in transforms if transform is not None]
-    if method is not None and method.positions(*jnp.zeros((3,))) is not None:
+    if method is not None and method.positions(*jnp.zeros((3,), jnp.int32)) is not None:
         needed.append(window)
     return max(needed, default=0 if len(transforms) == 1 else 1)
 

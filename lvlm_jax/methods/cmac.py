@@ -154,7 +154,7 @@ class AttentionMask(Transform):
     """Ablation: masked positions are hidden before the softmax."""
 
     def mask(self, site, mask):
-        return mask[:, None] & ~above_mean(site)
+        return mask & ~above_mean(site)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,9 +119,8 @@ def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
 
 def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words: np.ndarray) -> jax.Array:
     """Image tokens against the decoder's embeddings of the labels' words."""
-    return jnp.einsum(
-        "IPE,LE->IPL", image_tokens, module.apply({"params": params}, jnp.asarray(words), method="embed")
-    )
+    embedded = module.apply({"params": params}, jnp.asarray(words)[None], method="embed")[0]
+    return jnp.einsum("IPE,LE->IPL", image_tokens, embedded)
 
 
 def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.Array, dict[str, Mean]]:
@@ -204,7 +203,7 @@ class Recipe:
                 conversation_objective, self.module, self.words, settings.patch_weight
             )
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
-            source = pocket_data.Conversations(seed + 2, self.encoder, **parts)
+            source = pocket_data.Conversations(seed + 2, self.encoder, **parts, drill=settings.drill)
             questions = pocket_data.held_out(self.encoder, rows)
             return loop.Task(
                 stage, objective, source, evaluation(functools.partial(sft.metrics, self.module), questions)

@@ -17,6 +17,7 @@ LABEL_COUNT = CATEGORY_COUNT + len(catalogue.SCENE_NAMES)
 
 # Conversations set aside per step, from which the two kinds are picked until each has its rows.
 RESERVED = 256
+DRILL_TURNS = 16
 ONE_WORD = conversations.SUFFIXES[0]
 
 
@@ -65,12 +66,17 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """Conversations over one image and over several, in two rectangles, so that little of either is padding."""
+    """Conversations over one image and over several, in two rectangles, so that little of either is padding.
+
+    The first `drill` rows of `single` ask for nothing but the existence of objects, in as many short turns as fit:
+    in ordinary conversations too few of the answers depend on a yes or no for a small model to learn to look for it.
+    """
 
     seed: int
     encoder: Any
     single: Part
     several: Part
+    drill: int = 0
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -82,11 +88,19 @@ class Conversations:
             scenes, turns = conversations.sample_text(self.seed, index, self.split)
             name = "single" if len(scenes) == 1 else "several"
             if len(chosen[name]) < parts[name].rows and len(scenes) <= free[name]:
+                if name == "single" and len(chosen[name]) < self.drill:
+                    turns = drill_turns(scenes[0], np.random.default_rng([4, self.seed, index]))
                 chosen[name].append((scenes, turns))
                 free[name] -= len(scenes)
             if all(len(chosen[name]) == part.rows for name, part in parts.items()):
                 break
         return {name: rows_of(self.encoder, chosen[name], part) for name, part in parts.items()}
+
+
+def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions of existence with one-word answers, more than a row of conversation holds."""
+    asked = [questions.existence(scene, rng) for _ in range(DRILL_TURNS)]
+    return [(question.text + conversations.YES_NO_SUFFIX, question.short) for question in asked]
 
 
 def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]]], part: Part) -> dict:

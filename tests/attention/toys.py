@@ -103,7 +103,7 @@ class Cap(Transform):
     def mask(self, site, mask):
         heads = jnp.arange(site.logits.shape[1])[:, None, None]
         columns = jnp.arange(site.logits.shape[3])
-        return mask[:, None] & ((heads != 0) | (columns != 1))
+        return mask & ((heads != 0) | (columns != 1))
 
     def weights(self, site, weights):
         return weights / 2

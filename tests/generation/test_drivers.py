@@ -32,8 +32,8 @@ def begun(model, inputs, method, sampling):
 def test_the_loop_on_the_device_equals_the_loop_in_python(model, mixed, method, sampling):
     looped = drivers.run(model.params, model.config, begun(model, mixed, method, sampling), jnp.int32(LIMIT))
     columns = []
-    answers = begun(model, mixed, method, sampling)
-    for answers in drivers.stream(model.params, model.config, answers, LIMIT):
+    first = begun(model, mixed, method, sampling)
+    for answers in drivers.stream(model.params, model.config, first, LIMIT):
         columns.append(np.asarray(answers.tokens)[:, len(columns)])
     assert int(looped.count) == int(answers.count) == len(columns) == LIMIT
     np.testing.assert_array_equal(np.asarray(looped.tokens)[:, :LIMIT], np.stack(columns, axis=1))
@@ -122,9 +122,8 @@ def test_a_stop_string_ends_its_own_answer_only(model, spoken):
     other = conversation("No picture.")
     both = model.generate([messages, other], max_new_tokens=24)
     assert both.tokens[0] == whole.tokens[0]
-    stop = next(
-        pair for pair in map("".join, zip(both.text[0], both.text[0][1:])) if pair not in both.text[1]
-    )
+    pairs = [both.text[0][start : start + 2] for start in range(len(both.text[0]) - 1)]
+    stop = next(pair for pair in pairs if pair not in both.text[1])
     out = model.generate([messages, other], max_new_tokens=24, stop=stop)
     assert out.finish_reason == ["stop", "length"]
     assert out.text == [both.text[0][: both.text[0].index(stop)], both.text[1]]

@@ -23,7 +23,10 @@ def right_padded(arrays):
     """The same prompts, padded on the other side."""
     flipped = dict(arrays)
     for name in ("input_ids", "attention_mask"):
-        rows = [np.roll(row, int(mask.sum())) for row, mask in zip(arrays[name], arrays["attention_mask"])]
+        rows = [
+            np.roll(row, int(mask.sum()))
+            for row, mask in zip(arrays[name], arrays["attention_mask"], strict=True)
+        ]
         flipped[name] = np.stack(rows)
     return flipped
 
