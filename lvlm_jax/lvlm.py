@@ -172,7 +172,9 @@ class LVLM:
             tap=tap,
         )
 
-    def decode(self, state: State, tokens: Int[Array, "B"] | np.ndarray | Sequence[int]) -> tuple[State, Step]:
+    def decode(
+        self, state: State, tokens: Int[Array, "B"] | np.ndarray | Sequence[int]
+    ) -> tuple[State, Step]:
         """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
 
         Raises:
@@ -217,7 +219,7 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings.
         """
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = _stop_strings(stop)
         prompt, answers, limit = self._begin(
             messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
             stop_token_ids,
@@ -251,7 +253,7 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings, or more than one conversation.
         """
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = _stop_strings(stop)
         prompt, answers, limit = self._begin(
             messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
             stop_token_ids,
@@ -366,6 +368,13 @@ class LVLM:
             raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
         return Output(texts, tokens, probabilities, reasons)
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in strings:
+        raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
+    return strings
 
 
 def _with_stop_tokens(config: Any, folder: Path) -> Any:

@@ -22,6 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.errors import LVLMError
 
 ROWS = ("all", "post_image", "last")
+STAGES = (
+    "logits",
+    "mask",
+    "weights",
+    "values",
+    "observe",
+)  # positions belong to the method: they hold in all layers
 
 
 @dataclasses.dataclass(frozen=True)

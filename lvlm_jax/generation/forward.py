@@ -155,7 +155,9 @@ def _prompt_context(
     shift = None
     if method is not None:
         images_before = jnp.cumsum(image, axis=1, dtype=jnp.int32) - image
-        seen_at = method.positions(positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32))
+        seen_at = method.positions(
+            positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        )
         if seen_at is not None:
             shift = jnp.where(image, seen_at - positions, 0.0)
     return Context(

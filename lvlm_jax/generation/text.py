@@ -50,9 +50,9 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def first_stop(text: str, strings: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins."""
-    found = [place for string in strings if (place := text.find(string)) >= 0]
-    return min(found, default=None)
+    """Where the stop string begins that is complete first, so that the answer does not depend on when one looks."""
+    found = [(place + len(string), place) for string in strings if (place := text.find(string)) >= 0]
+    return min(found)[1] if found else None
 
 
 def tokens_before(tokenizer: Any, tokens: Sequence[int], cut: int) -> int:

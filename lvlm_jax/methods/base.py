@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import Transform
+from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 
 Strength = float | jax.Array
@@ -83,7 +84,7 @@ class Method(Transform):
 
     def branches(self) -> tuple[Transform | None, ...]:
         """The attention edits of the main branch and, if there is one, of the contrast branch; static structure."""
-        return (self,)
+        return (self if any(overrides(self, stage) for stage in STAGES) else None,)
 
     def positions(
         self, position: Int[Array, "..."], images_before: Int[Array, "..."], image_tokens: Int[Array, "..."]

@@ -30,7 +30,9 @@ DECODERS: dict[str, DecoderTraits] = {
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
-    "internlm3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "internlm3": DecoderTraits(
+        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
 }
 
 
