@@ -37,10 +37,9 @@ def mentioned(text: str) -> set[str]:
 
 
 def repeats(text: str) -> bool:
-    """Whether a text runs in circles: some five words occur in it twice."""
-    words = text.split()
-    runs = [tuple(words[i : i + 5]) for i in range(len(words) - 4)]
-    return len(set(runs)) < len(runs)
+    """Whether a text runs in circles: some sentence occurs in it twice."""
+    sentences = [part.strip() for part in text.split(".") if part.strip()]
+    return len(set(sentences)) < len(sentences)
 
 
 def interval(totals: np.ndarray, counts: np.ndarray) -> list[float]:

@@ -1,5 +1,7 @@
 """The CLIP vision tower (arXiv 2103.00020), up to its hidden states."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,16 @@ class ClipAttention(nn.Module):
     def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
+        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
         def project(name: str) -> Float[Array, "I P H D"]:
             return linear(width, self.dtype, name, use_bias=True)(x).reshape(*x.shape[:2], heads, -1)
 
-        mixed = jax.nn.dot_product_attention(project("q_proj"), project("k_proj"), project("v_proj"))
+        # Written out: jax.nn.dot_product_attention knows no float16 on CPUs.
+        product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+        logits = product("IPHD,IQHD->IHPQ", project("q_proj"), project("k_proj")) * (width // heads) ** -0.5
+        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
+        mixed = product("IHPQ,IQHD->IPHD", weights, project("v_proj")).astype(self.dtype)
         return linear(width, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 

@@ -45,6 +45,8 @@ def generate(model, inputs):
         return model.generate(prompts, methods.CMAC(alpha=alpha, beta=beta, gamma=gamma), **settings)
 
     run()
+    # Arrays of a method are copied one by one before the prefill; JAX traces its own `copy` once for all.
+    jnp.copy(jnp.float32(0))
     return run
 
 
@@ -89,12 +91,9 @@ def test_no_program_is_traced_again(generate, inputs, change):
     assert names == []
 
 
-@pytest.mark.parametrize(
-    "change", [{"top_k": 5}, {"max_new_tokens": 65}], ids=["another rule", "another bucket"]
-)
-def test_another_structure_is_another_program(generate, change):
+def test_another_rule_of_sampling_is_another_program(generate):
     with traced() as names:
-        generate(**change)
+        generate(top_k=5)
     assert names != []
 
 

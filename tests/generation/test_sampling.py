@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -182,7 +183,9 @@ def test_conversations_of_a_batch_have_their_own_streams(logits):
     ],
     ids=str,
 )
-def test_settings_out_of_range(model, mixed, settings, message):
+def test_settings_out_of_range(model, mixed, settings, message, monkeypatch):
+    # A user's own mistake is not met by the tests' type checks.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(LVLMError, match=message):
         model.generate(mixed, **settings)
 

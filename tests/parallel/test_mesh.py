@@ -66,7 +66,7 @@ def test_parameters_lie_where_the_table_says(spread, path, spec, shard):
 def test_every_matrix_is_split(spread):
     """What stays whole on every device are vectors, the patch filter and the tower's position table."""
     whole = {path for path, placed in spread[0].items() if set(placed["spec"]) <= {None}}
-    matrices = {path for path in whole if path.endswith(("kernel", "embedding"))}
+    matrices = {path for path in whole if path.endswith(("/kernel", "/embedding"))}
     assert matrices == {
         "vision_tower/patch_embedding/kernel",
         "vision_tower/position_embedding/embedding",

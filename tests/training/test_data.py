@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -83,3 +85,16 @@ def test_held_out_questions_ask_for_one_token():
         for token in made["existence"]["tokens"][made["existence"]["answers"]]
     ]
     assert set(spoken) == {" Yes", " No"}
+
+
+def test_drill_rows_hold_many_one_word_questions_of_existence(conversations):
+    drilled = dataclasses.replace(conversations, drill=2)(0)
+    plain = conversations(0)
+    encoder = conversations.encoder
+    for row in range(2):
+        tokens, answers = drilled["single"]["tokens"][row], drilled["single"]["answers"][row]
+        spoken = encoder.decode(tokens[answers]).split("</s>")[:-1]
+        assert len(spoken) >= 7 and set(spoken) <= {" Yes", " No"}
+    assert equal(drilled["several"], plain["several"])
+    assert np.array_equal(drilled["single"]["tokens"][2:], plain["single"]["tokens"][2:])
+    assert np.array_equal(drilled["single"]["images"], plain["single"]["images"])
