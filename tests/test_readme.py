@@ -15,7 +15,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def block_with(word: str) -> str:
     """The README's one Python block that holds a word."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if word in block]
+    (block,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if word in block
+    ]
     return block
 
 
