@@ -277,29 +277,14 @@ def test_a_real_process_prints_one_line_and_no_traceback(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
+def test_a_job_killed_three_times_ends_as_if_it_had_not_been(small, tmp_path):
     entries = ({"question_id": n, "image": "sample.png", "text": f"Is there a dog? {n}"} for n in range(200))
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
 
     def start(name):
-        words = [
-            sys.executable,
-            ROOT / "infer.py",
-            "--question-file",
-            "questions.jsonl",
-            "--answers-file",
-            name,
-        ]
-        words += [
-            "--image-folder",
-            POCKET.parent,
-            "--max_new_tokens",
-            "8",
-            "--batch-size",
-            "4",
-            "--temperature",
-            "1",
-        ]
+        words = [sys.executable, ROOT / "infer.py", "--model", small, "--image-folder", POCKET.parent]
+        words += ["--question-file", "questions.jsonl", "--answers-file", name]
+        words += ["--max_new_tokens", "8", "--batch-size", "4", "--temperature", "1"]
         return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
     assert start("whole.jsonl").wait() == 0
