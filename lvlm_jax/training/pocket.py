@@ -26,6 +26,7 @@ from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import loop, pocket_data, sft
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
+STAGES = ("tower", "connector", "everything")
 CLASSIFIER = "classifier"  # beside the model's own parameters, in the first stage only
 # Projections that write into the residual stream start smaller, so that its size does not grow with depth.
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
@@ -192,11 +193,7 @@ class Recipe:
         return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
 
     def task(self, stage: str, settings: ConfigDict) -> loop.Task:
-        """The task of a stage.
-
-        Raises:
-            LVLMError: there is no stage of that name.
-        """
+        """The task of one of `STAGES`."""
         seed, rows = self.config.seed, self.config.evaluation_rows
         if stage == "everything":
             objective = functools.partial(
@@ -210,10 +207,8 @@ class Recipe:
             )
         if stage == "tower":
             objective = functools.partial(tower_objective, self.module)
-        elif stage == "connector":
-            objective, seed = functools.partial(connector_objective, self.module, self.words), seed + 1
         else:
-            raise LVLMError(f"stage {stage!r} is unknown; expected tower, connector or everything")
+            objective, seed = functools.partial(connector_objective, self.module, self.words), seed + 1
         pictures = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
         score = evaluation(lambda params, batch: objective(params, batch)[1], pictures)
         return loop.Task(stage, objective, pocket_data.Pictures(seed, settings.batch), score)
@@ -244,6 +239,9 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         LVLMError: an unknown stage; see also `loop.train`.
         SystemExit: asked to stop.
     """
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.create(config)
     params = initial_parameters(recipe.module.config, config.seed)
