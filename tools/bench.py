@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax import cli, methods, models, weights
-from lvlm_jax.compilation import enable_cache
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -243,7 +242,7 @@ class Transformers:
 
 def measure(arguments: argparse.Namespace) -> dict:
     """All figures of one command."""
-    enable_cache()
+    # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
     if arguments.size == "pocket":
         from lvlm_jax import LVLM
 
