@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models, parallel, weights
+from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, inputs, text
 from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
-from lvlm_jax.generation.state import State, Step
+from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.weights.checkpoint import read_json
 
@@ -126,10 +127,15 @@ class LVLM:
         prompt, left-padded, for messages); logits at padding are meaningless.
         """
         prompt = self.prepare(prompt)
-        logits = drivers.full_logits(
-            self.params, self.config, self._embed(prompt), prompt.image_id, method, window=prompt.window
-        )
+        logits, _ = self._forward(prompt, method, Tap())
         return jnp.take_along_axis(logits, prompt.source_columns[..., None], axis=1)
+
+    def read(self, prompt: Any, tap: Tap, method: Method | None = None) -> Tapped:
+        """What `tap` asks for, from one forward pass over a prompt, without a cache.
+
+        `prompt` is anything `prepare` takes; rows and columns are those of the prepared layout (left-padded).
+        """
+        return self._forward(self.prepare(prompt), method, tap)[1]
 
     def prefill(
         self,
@@ -137,7 +143,7 @@ class LVLM:
         method: Method | None = None,
         max_length: int | None = None,
         share_prefix: bool = True,
-        tap: bool = False,
+        tap: Tap | bool = False,
     ) -> tuple[State, Step]:
         """Runs the prompt and returns the logits of the first answer token.
 
@@ -146,10 +152,20 @@ class LVLM:
             method: the method; None for plain decoding.
             max_length: tokens, prompt included, that the state must hold; default 128 more than the prompt.
             share_prefix: False runs the whole prompt once per branch, for comparison.
-            tap: whether steps carry attention weights.
+            tap: what steps return besides logits; True is the attention of the last row in all layers and heads.
 
         Raises:
             LVLMError: `max_length` leaves no room, or exceeds the context.
+        """
+        arguments, options = self.prefill_arguments(prompt, method, max_length)
+        return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=_as_tap(tap))
+
+    def prefill_arguments(
+        self, prompt: Any, method: Method | None = None, max_length: int | None = None
+    ) -> tuple[tuple, dict[str, Any]]:
+        """What `prefill` passes to `generation.forward.prefill`: positional arguments and options.
+
+        For those who lower, vmap or time the pure function themselves. Vision towers have run.
         """
         prompt = self.prepare(prompt)
         longest = int(prompt.lengths.max())
@@ -158,19 +174,16 @@ class LVLM:
             raise LVLMError(
                 f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
             )
-        # Steps donate their state: numbers of the method must not share a buffer with the caller's.
-        method = jax.tree.map(jnp.copy, method)
-        return drivers.prefill(
-            self.params,
-            self.config,
-            self._embed(prompt),
-            prompt.image_id,
-            method,
-            window=prompt.window,
-            capacity=bucket(prompt.tokens.shape[1] + room),
-            share_prefix=share_prefix,
-            tap=tap,
-        )
+        method = self._primed(prompt, method)
+        main = self._embed(prompt)
+        contrast, contrast_capacity = self._contrast(prompt, main, method, room)
+        return (self.params, self.config, main, method), {
+            "window": prompt.window,
+            "capacity": bucket(prompt.tokens.shape[1] + room),
+            "contrast": contrast,
+            "contrast_capacity": contrast_capacity,
+            "image_count": prompt.image_count,
+        }
 
     def decode(
         self, state: State, tokens: Int[Array, "B"] | np.ndarray | Sequence[int]
@@ -296,7 +309,7 @@ class LVLM:
         )
         rows: list[list[np.ndarray]] = [[] for _ in tokens]
         for index in range(longest):
-            seen = np.asarray(step.attention[:, 0])
+            seen = np.asarray(step.tapped.attention[:, 0, :, :, 0])
             for sample, row in enumerate(tokens):
                 if index < len(row):
                     rows[sample].append(seen[:, sample][:, :, image[sample, : seen.shape[-1]]])
@@ -313,11 +326,65 @@ class LVLM:
         """
         return weights.save_checkpoint(folder, self.params, self.config, self.folder, overwrite=overwrite)
 
-    def _embed(self, prompt: Inputs) -> Float[Array, "B T E"]:
+    def _embed(self, prompt: Inputs) -> Prompt:
         image_tokens = None
         if prompt.pixels is not None:
             image_tokens = drivers.encode_images(self.params, self.config, prompt.pixels)
-        return drivers.embed(self.params, self.config, prompt.tokens, image_tokens)
+        return Prompt(
+            drivers.embed(self.params, self.config, prompt.tokens, image_tokens), jnp.asarray(prompt.image_id)
+        )
+
+    def _forward(self, prompt: Inputs, method: Method | None, tap: Tap) -> tuple[jax.Array, Tapped]:
+        return drivers.full_forward(
+            self.params,
+            self.config,
+            self._embed(prompt),
+            self._primed(prompt, method),
+            window=prompt.window,
+            image_count=prompt.image_count,
+            tap=tap,
+        )
+
+    def _primed(self, prompt: Inputs, method: Method | None) -> Method | None:
+        """The method, ready for a prompt."""
+        if method is None:
+            return None
+        if method.primes:
+            tap = Tap(hidden=tuple(range(self.config.text.num_layers + 1)))
+            states = [
+                self._forward(version, None, tap)[1].hidden[:, 0, :, -1]
+                for version in (prompt, prompt.without_images(self.config.pad_token_id))
+            ]
+            method = method.primed(*states)
+        # Steps donate their state: numbers of the method must not share a buffer with the caller's.
+        return jax.tree.map(jnp.copy, method)
+
+    def _contrast(
+        self, prompt: Inputs, main: Prompt, method: Method | None, room: int
+    ) -> tuple[Prompt | None, int]:
+        """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not."""
+        kind = method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
+        if kind == "same":
+            return None, 0
+        if kind == "pixels":
+            if prompt.pixels is None:
+                return main, 0
+            pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
+            return self._embed(dataclasses.replace(prompt, pixels=pixels)), 0
+        if kind == "no_image":
+            other = prompt.without_images(self.config.pad_token_id)
+        else:
+            words = method.contrast_words()
+            if isinstance(words, str):
+                words = self.processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+            other = prompt.with_words(words, self.config.bos_token_id, self.config.pad_token_id)
+        longest, context = int(other.lengths.max()), self.config.text.max_position_embeddings
+        if longest >= context:
+            raise LVLMError(
+                f"the contrast branch's prompt has {longest} tokens and the model's context is {context}; "
+                "shorten the prompt"
+            )
+        return self._embed(other), bucket(other.tokens.shape[1] + room)
 
     def _begin(
         self,
@@ -368,6 +435,10 @@ class LVLM:
             raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
         return Output(texts, tokens, probabilities, reasons)
+
+
+def _as_tap(tap: Tap | bool) -> Tap:
+    return tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
 
 
 def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:

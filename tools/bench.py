@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax import cli, methods, models, weights
+from lvlm_jax import LVLM, cli, methods, models, weights
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -156,18 +156,16 @@ class Ours:
     """One way of decoding (a method, or None) of this library, ready to be timed."""
 
     def __init__(self, params: dict, config, inputs, method, new_tokens: int):
-        self.params, self.config, self.inputs, self.method = params, config, inputs, method
+        self.params, self.config, self.inputs = params, config, inputs
         self.limit = jnp.int32(new_tokens)
         self.room = bucket(new_tokens)
         self.stop = np.asarray([-1], np.int32)
-        self.image_tokens = drivers.encode_images(params, config, inputs.pixels)
+        model = LVLM(params, config)
+        longest = int(inputs.lengths.max())
+        self.arguments, self.options = model.prefill_arguments(inputs, method, longest + self.room)
 
     def prefill(self):
-        embedded = drivers.embed(self.params, self.config, self.inputs.tokens, self.image_tokens)
-        return drivers.prefill(
-            self.params, self.config, embedded, self.inputs.image_id, self.method, window=self.inputs.window,
-            capacity=self.inputs.tokens.shape[1] + self.room,
-        )  # fmt: skip
+        return drivers.prefill(*self.arguments, **self.options)
 
     def begin(self, prefilled):
         state, step = prefilled
@@ -186,11 +184,7 @@ class Ours:
 
     def peak_bytes(self) -> int:
         """The larger of the prefill's and the decode loop's footprint, from the compiler."""
-        embedded = drivers.embed(self.params, self.config, self.inputs.tokens, self.image_tokens)
-        prefill = drivers.prefill.lower(
-            self.params, self.config, embedded, self.inputs.image_id, self.method, window=self.inputs.window,
-            capacity=self.inputs.tokens.shape[1] + self.room,
-        ).compile()  # fmt: skip
+        prefill = drivers.prefill.lower(*self.arguments, **self.options).compile()
         answers = self.begin(self.prefill())
         decode = drivers.run.lower(self.params, self.config, answers, self.limit).compile()
         return max(program_bytes(prefill), program_bytes(decode))

@@ -3,6 +3,7 @@
 from lvlm_jax.attention.attend import attend
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
+from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Chain, Site, Transform
 
-__all__ = ["Block", "Chain", "Context", "LayerCache", "Site", "Transform", "attend"]
+__all__ = ["Block", "Chain", "Context", "LayerCache", "Site", "Tap", "Tapped", "Transform", "attend"]

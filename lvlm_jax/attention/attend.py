@@ -17,7 +17,10 @@ from jaxtyping import Array, Bool, Float
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import Rotation, rotate
+from lvlm_jax.attention.tap import Tap
 from lvlm_jax.attention.transform import Site, Transform, overrides
+
+CAUSAL_BLOCK = 64  # rows of one product in blocked attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,86 +31,142 @@ class LayerEdits:
         transforms: one (or None) per branch.
         carries: one per branch.
         layer, num_layers: index from 0, and the depth.
-        tap: whether to return the attention weights of the last row.
+        tap: what is asked of the attention weights.
     """
 
     transforms: tuple[Transform | None, ...]
     carries: tuple
     layer: int
     num_layers: int
-    tap: bool = False
+    tap: Tap | None = None
 
     def at(self, branch: int, phase: str) -> Transform | None:
+        """The transform whose stages run in this layer."""
         transform = self.transforms[branch]
-        return transform if transform and transform.active(self.layer, self.num_layers, phase) else None
+        if transform is None or not transform.attends():
+            return None
+        return transform if transform.active(self.layer, self.num_layers, phase) else None
+
+    @property
+    def tapped(self) -> bool:
+        return self.tap is not None and self.tap.wants(self.layer)
 
 
 def attend(
     queries: tuple[Float[Array, "B H T D"], ...],
     columns: LayerCache,
-    context: Context,
+    contexts: tuple[Context, ...],
     shift: Rotation | None,
     edits: LayerEdits,
     window: int | None = None,
-) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple, Float[Array, "N B H S"] | None]:
+) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple, Float[Array, "N B G R S"] | None]:
     """Attention of one layer for every branch.
 
     Args:
         queries: per branch, rotated to the ordinary positions.
         columns: keys rotated to their own positions, and values.
-        context: rows, columns, masks.
-        shift: the rotation of `context.image_shift`, or None.
+        contexts: rows, columns and masks of each branch; one and the same where they share a prompt.
+        shift: the rotation of `image_shift`, or None.
         edits: what each branch does to its rows.
         window: sliding-window width of this layer.
 
     Returns:
-        Per branch the mixed values; the carries for the next layer; the final weights of the last row if tapped.
+        Per branch the mixed values; the carries for the next layer; the final weights that are tapped.
     """
-    explicit = context.positions.shape[1] - context.explicit_rows
+    if contexts[0].blocked:
+        mask = contexts[0].mask(window)
+        mixed = tuple(_causal(query, own, mask) for query, own in zip(queries, columns.own, strict=True))
+        return mixed, edits.carries, None
     logits = (
-        _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, context, shift)
+        _logits(queries, columns)
+        if shift is None
+        else _calibrated_logits(queries, columns, contexts[0], shift)
     )
-    mask = context.mask(window)
-
     weights, sites = [], []
-    for branch, scores in enumerate(logits):
+    for branch, (scores, context) in enumerate(zip(logits, contexts, strict=True)):
+        mask = context.mask(window)
         transform = edits.at(branch, context.phase)
         if transform is None:
             weights.append(_softmax(scores, mask))
             sites.append(None)
             continue
-        site = Site(
-            layer=edits.layer,
-            num_layers=edits.num_layers,
-            phase=context.phase,
-            image_id=context.image_id,
-            image=context.image_columns(),
-            after_image=context.after_image_columns(),
-            post_image=context.post_image_rows(),
-            mask=mask[:, explicit:],
-            logits=scores[:, :, explicit:],
-            carry=edits.carries[branch],
-            read_values=lambda branch=branch: _all_values(columns, branch),
-        )
+        site = _site(context, edits, branch, scores, mask, columns)
         edited, site = _edit(transform, site)
-        plain = _softmax(scores[:, :, :explicit], mask[:, :explicit])
-        weights.append(jnp.concatenate([plain, edited], axis=2))
+        weights.append(_after(_softmax(_before(scores, site), _before(mask[:, None], site)), edited))
         sites.append(site)
 
     outputs = _mix(weights, columns)
     for branch, site in enumerate(sites):
         if site is None or not overrides(edits.transforms[branch], "values"):
             continue
+        rows = site.logits.shape[2]
         replaced = edits.transforms[branch].values(
             site,
-            weights[branch][:, :, explicit:],
+            weights[branch][:, :, -rows:],
             lambda rows, branch=branch: _mix_branch(rows, columns, branch),
         )
-        plain = outputs[branch][:, :, :explicit]
-        outputs[branch] = jnp.concatenate([plain, replaced.astype(plain.dtype)], axis=2)
+        outputs[branch] = _after(_before(outputs[branch], site), replaced.astype(outputs[branch].dtype))
     carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
-    tapped = jnp.stack([rows[:, :, -1] for rows in weights]) if edits.tap else None
-    return tuple(outputs), carries, tapped
+    return tuple(outputs), carries, _tapped(weights, contexts, edits)
+
+
+def _site(
+    context: Context,
+    edits: LayerEdits,
+    branch: int,
+    scores: Float[Array, "B H T S"],
+    mask: Bool[Array, "B T S"],
+    columns: LayerCache,
+) -> Site:
+    rows = 1 if edits.transforms[branch].rows == "last" else context.explicit_rows
+    return Site(
+        layer=edits.layer,
+        num_layers=edits.num_layers,
+        phase=context.phase,
+        image_id=context.image_id,
+        image_count=context.image_count,
+        image=context.image_columns(),
+        after_image=context.after_image_columns(),
+        system=context.system_columns(),
+        row_index=context.rows()[-rows:],
+        post_image=context.post_image_rows()[:, -rows:],
+        mask=mask[:, -rows:],
+        logits=scores[:, :, -rows:],
+        carry=edits.carries[branch],
+        read_values=lambda: _all_values(columns, branch),
+    )
+
+
+def _before(array: Array, site: Site) -> Array:
+    """Of an array `[B, ?, T, ...]` the rows ahead of those a transform sees."""
+    return array[:, :, : array.shape[2] - site.logits.shape[2]]
+
+
+def _after(plain: Array, edited: Array) -> Array:
+    """Rows that were left alone, then those that were edited."""
+    return jnp.concatenate([plain, edited], axis=2) if plain.shape[2] else edited
+
+
+def _tapped(
+    weights: list[Float[Array, "B H T S"]], contexts: tuple[Context, ...], edits: LayerEdits
+) -> Float[Array, "N B G R S"] | None:
+    if not edits.tapped:
+        return None
+    seen = weights if all(context is contexts[0] for context in contexts) else weights[:1]
+    return jnp.stack([edits.tap.select(rows) for rows in seen])
+
+
+def _causal(
+    query: Float[Array, "B H T D"], block: Block, mask: Bool[Array, "B T T"]
+) -> Float[Array, "B H T D"]:
+    """Plain causal attention in blocks of rows: what lies above the diagonal is mostly not computed."""
+    mixed = []
+    for start in range(0, query.shape[2], CAUSAL_BLOCK):
+        stop = min(start + CAUSAL_BLOCK, query.shape[2])
+        seen = Block(block.key[:, :, :stop], block.value[:, :, :stop])
+        weights = _softmax(_product(query[:, :, start:stop], seen), mask[:, start:stop, :stop])
+        mixed.append(_weighted(weights, seen))
+    return jnp.concatenate(mixed, axis=2)
 
 
 def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Site]:

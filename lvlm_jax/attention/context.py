@@ -22,7 +22,10 @@ class Context:
         image_shift: how much further each image column lies for post-image rows than its own position says (the
             *positions* stage), zero elsewhere; None when all positions are ordinary, or when the cached image keys
             are turned already, as they are in every decode step.
+        image_count: no sample has more images; static, so that a statistic may have an axis of images.
         phase: "prefill" or "decode".
+        blocked: whether attention goes by blocks of rows, which skips most of what lies above the diagonal: training
+            without edits. Rows and columns are the same tokens then. Other rounding than in one piece.
         explicit_rows: how many of the last rows a method's stages may touch; includes every post-image row.
     """
 
@@ -31,12 +34,14 @@ class Context:
     first_row: Int[Array, ""]
     image_end: Int[Array, "B"]
     image_shift: Float[Array, "B S"] | None = None
+    image_count: int = dataclasses.field(default=1, metadata={"static": True})
+    blocked: bool = dataclasses.field(default=False, metadata={"static": True})
     phase: str = dataclasses.field(default="prefill", metadata={"static": True})
     explicit_rows: int = dataclasses.field(default=0, metadata={"static": True})
 
     def mask(self, window: int | None = None) -> Bool[Array, "B T S"]:
         """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one."""
-        rows, columns = self._rows(), jnp.arange(self.image_id.shape[1])
+        rows, columns = self.rows(), jnp.arange(self.image_id.shape[1])
         visible = columns[None, :] <= rows[:, None]
         if window is not None:
             visible &= columns[None, :] > rows[:, None] - window
@@ -51,12 +56,18 @@ class Context:
         after = (columns[None, :] >= self.image_end[:, None]) & (self.image_end[:, None] > 0)
         return after & (self.image_id != PADDING)
 
+    def system_columns(self) -> Bool[Array, "B S"]:
+        """Text before the first image; none in a sample without an image."""
+        before = jnp.cumsum(self.image_id > 0, axis=1) == 0
+        return before & (self.image_id == 0) & (self.image_end[:, None] > 0)
+
     def post_image_rows(self) -> Bool[Array, "B R"]:
         """Which of the explicit rows lie after the last image; none in a sample without an image."""
-        rows = self._rows()[self.positions.shape[1] - self.explicit_rows :]
+        rows = self.rows()[self.positions.shape[1] - self.explicit_rows :]
         return (rows[None, :] >= self.image_end[:, None]) & (self.image_end[:, None] > 0)
 
-    def _rows(self) -> Int[Array, "T"]:
+    def rows(self) -> Int[Array, "T"]:
+        """Column index of each row."""
         return self.first_row + jnp.arange(self.positions.shape[1])
 
 

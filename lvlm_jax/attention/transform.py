@@ -9,6 +9,8 @@ replacement of the same shape; the site remembers the results so far (`site.logi
 the logits stage is over). Stages see only the rows they asked for (`rows`) in the layers they asked for
 (`layers`); everywhere else nothing is traced.
 
+Outside attention, `residual` may edit the stream between two layers.
+
 Statistics are per sample: reduce over heads, rows and columns, never over the batch axis. All arrays of a site are
 float32 or boolean.
 """
@@ -17,18 +19,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
 
 ROWS = ("all", "post_image", "last")
-STAGES = (
-    "logits",
-    "mask",
-    "weights",
-    "values",
-    "observe",
-)  # positions belong to the method: they hold in all layers
+# Positions belong to the method: they hold in all layers.
+ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
+STAGES = (*ATTENTION_STAGES, "residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Site:
         phase: "prefill" or "decode".
         image_id: per column: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
         image: columns that are image tokens.
+        image_count: no sample has more images than this; static.
         after_image: columns that are text after the last image.
+        system: columns that are text before the first image.
+        row_index: the column index of each row.
         post_image: rows after the last image.
         mask: which columns a row sees.
         logits: attention logits, scaled, as the stages so far left them.
@@ -54,8 +57,11 @@ class Site:
     num_layers: int
     phase: str
     image_id: Int[Array, "B S"]
+    image_count: int
     image: Bool[Array, "B S"]
     after_image: Bool[Array, "B S"]
+    system: Bool[Array, "B S"]
+    row_index: Int[Array, "R"]
     post_image: Bool[Array, "B R"]
     mask: Bool[Array, "B R S"]
     logits: Float[Array, "B H R S"]
@@ -82,8 +88,8 @@ class Transform:
         """Whether the stages run in this layer in this phase; static. A prefill-only method overrides it."""
         return layer in self.layers(num_layers)
 
-    def begin(self, context) -> Any:
-        """The carry of this branch before the first layer (a pytree of arrays)."""
+    def begin(self, context: Context, embeddings: Float[Array, "B T E"]) -> Any:
+        """The carry of this branch before the first layer (a pytree of arrays), from what enters that layer."""
         return ()
 
     def logits(self, site: Site, logits: Float[Array, "B H R S"]) -> Float[Array, "B H R S"]:
@@ -105,6 +111,16 @@ class Transform:
     def observe(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
         """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
         return site.carry
+
+    def residual(
+        self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]
+    ) -> Float[Array, "B T E"]:
+        """Edits the residual stream behind layer `layer`, in all rows of the call."""
+        return hidden
+
+    def attends(self) -> bool:
+        """Whether any stage inside attention is overridden."""
+        return any(overrides(self, stage) for stage in ATTENTION_STAGES)
 
 
 def overrides(transform: Transform, stage: str) -> bool:
@@ -133,38 +149,78 @@ class Chain(Transform):
     def active(self, layer: int, num_layers: int, phase: str) -> bool:
         return any(member.active(layer, num_layers, phase) for member in self.members)
 
-    def begin(self, context) -> tuple:
-        return tuple(member.begin(context) for member in self.members)
+    def begin(self, context, embeddings) -> tuple:
+        return tuple(member.begin(context, embeddings) for member in self.members)
 
     def logits(self, site: Site, logits):
         for member, own in self._at(site):
-            logits = member.logits(dataclasses.replace(own, logits=logits), logits)
+            own = dataclasses.replace(own, logits=logits)
+            edited = member.logits(narrowed(own, member), own_rows(logits, member))
+            logits = with_own_rows(logits, edited, member)
         return logits
 
     def mask(self, site: Site, mask):
         for member, own in self._at(site):
-            mask = member.mask(own, mask)
+            edited = member.mask(narrowed(own, member), own_rows(mask, member))
+            heads = max(mask.shape[1], edited.shape[1])
+            mask = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+            mask = with_own_rows(mask, jnp.broadcast_to(edited, (*mask.shape[:2], *edited.shape[2:])), member)
         return mask
 
     def weights(self, site: Site, weights):
         for member, own in self._at(site):
-            weights = member.weights(own, weights)
+            edited = member.weights(narrowed(own, member), own_rows(weights, member))
+            weights = with_own_rows(weights, edited, member)
         return weights
 
     def values(self, site: Site, weights, mix):
         for member, own in self._at(site):
             if overrides(member, "values"):
-                return member.values(own, weights, mix)
+                if member.rows != "last" or weights.shape[2] == 1:
+                    return member.values(own, weights, mix)
+                last = member.values(narrowed(own, member), weights[:, :, -1:], mix)
+                return jnp.concatenate([mix(weights[:, :, :-1]), last], axis=2)
         return mix(weights)
 
     def observe(self, site: Site, weights) -> tuple:
-        running = [member.active(site.layer, site.num_layers, site.phase) for member in self.members]
-        return tuple(
-            member.observe(dataclasses.replace(site, carry=carry), weights) if on else carry
-            for member, carry, on in zip(self.members, site.carry, running, strict=True)
-        )
+        carries = list(site.carry)
+        for index, member in enumerate(self.members):
+            if member.active(site.layer, site.num_layers, site.phase):
+                own = dataclasses.replace(narrowed(site, member), carry=site.carry[index])
+                carries[index] = member.observe(own, own_rows(weights, member))
+        return tuple(carries)
+
+    def residual(self, layer, num_layers, phase, hidden):
+        for member in self.members:
+            hidden = member.residual(layer, num_layers, phase, hidden)
+        return hidden
 
     def _at(self, site: Site):
         for member, carry in zip(self.members, site.carry, strict=True):
             if member.active(site.layer, site.num_layers, site.phase):
                 yield member, dataclasses.replace(site, carry=carry)
+
+
+def own_rows(array: Array, transform: Transform) -> Array:
+    """Of an array `[B, ?, R, ...]` the rows that a transform asked for, where others asked for more."""
+    return array[:, :, -1:] if transform.rows == "last" else array
+
+
+def with_own_rows(array: Array, edited: Array, transform: Transform) -> Array:
+    """`array` with the rows of `own_rows` replaced."""
+    if edited.shape[2] == array.shape[2]:
+        return edited
+    return jnp.concatenate([array[:, :, :-1], edited], axis=2)
+
+
+def narrowed(site: Site, transform: Transform) -> Site:
+    """The site with only the rows that a transform asked for."""
+    if transform.rows != "last":
+        return site
+    return dataclasses.replace(
+        site,
+        logits=site.logits[:, :, -1:],
+        mask=site.mask[:, -1:],
+        post_image=site.post_image[:, -1:],
+        row_index=site.row_index[-1:],
+    )

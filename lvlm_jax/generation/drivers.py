@@ -20,8 +20,14 @@ from lvlm_jax.generation.state import State
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
-full_logits = jax.jit(forward.full_logits, static_argnames=("config", "window"))
-prefill = jax.jit(forward.prefill, static_argnames=("config", "window", "capacity", "share_prefix", "tap"))
+full_forward = jax.jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
+prefill = jax.jit(
+    forward.prefill,
+    static_argnames=(
+        "config", "window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap",
+    ),
+)  # fmt: skip
+contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
 
 
 class DecodeProgram:

@@ -1,24 +1,26 @@
 """Pure functions from parameters and a prompt to logits: full forward, prefill, decode step.
 
-They know no model family: a module offers `encode_images`, `embed`, `decode` and `head`. The compute dtype is that
-of the parameters. `config` is static, `window`, `capacity` and switches too.
+They know no model family: a module offers `encode_images`, `embed`, `decode`, `head` and `exit_logits`. The compute
+dtype is that of the parameters. `config` is static, `window`, `capacity` and switches too.
 """
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models
-from lvlm_jax.attention import Context, LayerCache, Transform
+from lvlm_jax.attention import Context, LayerCache, Tap, Tapped, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.rotary import Rotation, frequencies
-from lvlm_jax.generation.state import State, Step
-from lvlm_jax.methods import Method
+from lvlm_jax.attention.transform import overrides
+from lvlm_jax.generation.state import Prompt, State, Step, Track
+from lvlm_jax.methods import Method, Readout
 from lvlm_jax.models.decoder import Decoded
+
+NOTHING = Tap()
 
 
 def encode_images(params: dict, config: Any, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
@@ -33,107 +35,141 @@ def embed(
     return _apply(params, config, "embed", tokens, image_tokens)
 
 
-def full_logits(
+def full_forward(
     params: dict,
     config: Any,
-    embeddings: Float[Array, "B T E"],
-    image_id: Int[Array, "B T"],
+    prompt: Prompt,
     method: Method | None,
     window: int,
-) -> Float[Array, "B T V"]:
-    """Logits of every row in one pass without a cache: the main branch, when a method has several."""
+    image_count: int = 1,
+    tap: Tap = NOTHING,
+) -> tuple[Float[Array, "B T V"], Tapped]:
+    """Logits of every row in one pass without a cache, of the main branch when a method has several, and the tap."""
     transforms = _branches(method)[:1]
-    context = _prompt_context(image_id, method, _explicit_rows(method, transforms, window, image_id.shape[1]))
-    decoded = _apply(params, config, "decode", embeddings[None], context, None, transforms)
-    return _apply(params, config, "head", decoded.hidden[0])
+    rows = _explicit_rows(method, transforms, window, prompt.image_id.shape[1])
+    context = _prompt_context(prompt.image_id, method, rows, image_count)
+    decoded = _apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
+    logits = _apply(params, config, "head", decoded.hidden[0])
+    return logits, _with_exit_logits(params, config, decoded.tapped)
 
 
 def prefill(
     params: dict,
     config: Any,
-    embeddings: Float[Array, "B T E"],
-    image_id: Int[Array, "B T"],
+    prompt: Prompt,
     method: Method | None,
     window: int,
     capacity: int,
+    contrast: Prompt | None = None,
+    contrast_capacity: int = 0,
+    image_count: int = 1,
     share_prefix: bool = True,
-    tap: bool = False,
+    tap: Tap = NOTHING,
 ) -> tuple[State, Step]:
     """Runs the prompt.
 
-    With a contrast branch, rows that no branch edits are run once and their columns shared; the last rows are run
-    for all branches together.
+    With a contrast branch that reads the same prompt, rows that no branch edits are run once and their columns
+    shared; the last rows are run for all branches together. Other pictures in the same places are one more row of
+    the batch; a prompt of another layout is run by itself.
 
     Args:
         window: how many of the last rows hold all post-image rows (`Inputs.window`).
         capacity: columns of the caches, prompt included.
+        contrast: what the contrast branch reads, if it is not `prompt`.
+        contrast_capacity: columns of its caches, where its layout is another.
+        image_count: no sample has more images.
         share_prefix: False runs the whole prompt for every branch.
-        tap: whether this step and later ones return attention weights.
+        tap: what this step and later ones return besides logits.
     """
-    total = image_id.shape[1]
+    total = prompt.image_id.shape[1]
     transforms = _branches(method)
-    rows = _explicit_rows(method, transforms, window, total)
-    split = total - rows if len(transforms) > 1 and share_prefix else 0
+    kind = method.contrast_prompt() if method and len(transforms) > 1 else "same"
+    apart = kind in ("no_image", "text")
+    together = transforms[:1] if apart else transforms
+    rows = _explicit_rows(method, together, window, total)
+    shared = len(together) > 1 and kind == "same" and share_prefix and tap.rows == "last"
+    split = total - rows if shared else 0
     caches = None
     if split:
-        before = _prompt_context(image_id[:, :split], None, 0)
-        seen = _apply(params, config, "decode", embeddings[None, :, :split], before).columns
+        before = _prompt_context(prompt.image_id[:, :split], None, 0, image_count)
+        seen = _apply(params, config, "decode", prompt.embeddings[None, :, :split], before).columns
         caches = tuple(LayerCache(columns.own[0], ()) for columns in seen)
-    context = _prompt_context(image_id, method, rows, first_row=split)
-    branched = jnp.broadcast_to(embeddings[None, :, split:], (len(transforms), *embeddings[:, split:].shape))
-    decoded = _apply(params, config, "decode", branched, context, caches, transforms, tap)
-    state = State(
-        caches=tuple(_cache(columns, config, context, capacity) for columns in decoded.columns),
-        image_id=jnp.pad(image_id, ((0, 0), (0, capacity - total)), constant_values=-1),
-        image_end=context.image_end,
-        position=(image_id >= 0).sum(axis=1, dtype=jnp.int32),
-        index=jnp.asarray(total, jnp.int32),
-        method=method,
-        memory=method.start(image_id.shape[0]) if method else (),
-        tap=tap,
-    )
-    return _finish(params, config, state, decoded)
+    context = _prompt_context(prompt.image_id, method, rows, image_count, first_row=split)
+    if kind == "pixels":
+        branched = jnp.stack([prompt.embeddings, contrast.embeddings])
+    else:
+        rest = prompt.embeddings[None, :, split:]
+        branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
+    asked = _with_method_exits(method, config, tap)
+    decoded = _apply(params, config, "decode", branched, context, caches, together, asked)
+    caches = tuple(_cache(columns, config, context, capacity) for columns in decoded.columns)
+    tracks = (Track.after(prompt.image_id, context, capacity),)
+    last = decoded.hidden[:, :, -1]
+    if apart:
+        other_context = _prompt_context(contrast.image_id, None, 0, image_count)
+        other = _apply(params, config, "decode", contrast.embeddings[None], other_context)
+        caches = tuple(
+            LayerCache(None, (*cache.own, columns.own[0].padded(contrast_capacity)))
+            for cache, columns in zip(caches, other.columns, strict=True)
+        )
+        tracks += (Track.after(contrast.image_id, other_context, contrast_capacity),)
+        last = jnp.concatenate([last, other.hidden[:, :, -1]])
+    memory = method.start(prompt.image_id.shape[0]) if method else ()
+    return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
 
 
 def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
-    method = state.method
-    transforms = _branches(method)
-    image_id = jax.lax.dynamic_update_slice(
-        state.image_id, jnp.zeros_like(state.image_id, shape=(tokens.shape[0], 1)), (0, state.index)
-    )
-    context = Context(
-        image_id=image_id,
-        positions=state.position[:, None],
-        first_row=state.index,
-        image_end=state.image_end,
-        phase="decode",
-        explicit_rows=1,
-    )
+    transforms = _branches(state.method)
+    tracks = tuple(track.with_token() for track in state.tracks)
+    contexts = tuple(track.newest() for track in tracks)
     embedded = embed(params, config, tokens[:, None], None)
     branched = jnp.broadcast_to(embedded[None], (len(transforms), *embedded.shape))
-    decoded = _apply(params, config, "decode", branched, context, state.caches, transforms, state.tap)
-    advanced = State(
-        caches=decoded.columns,
-        image_id=image_id,
-        image_end=state.image_end,
-        position=state.position + 1,
-        index=state.index + 1,
-        method=method,
-        memory=state.memory,
-        tap=state.tap,
+    decoded = _apply(
+        params,
+        config,
+        "decode",
+        branched,
+        contexts[0] if len(contexts) == 1 else contexts,
+        state.caches,
+        transforms,
+        _with_method_exits(state.method, config, state.tap),
     )
-    return _finish(params, config, advanced, decoded)
+    advanced = dataclasses.replace(state, caches=decoded.columns, tracks=tracks)
+    return _finish(params, config, advanced, decoded.hidden[:, :, -1], decoded)
 
 
-def _finish(params: dict, config: Any, state: State, decoded: Decoded) -> tuple[State, Step]:
-    """Head on the last row, then the method's combination of branches."""
-    logits = _apply(params, config, "head", decoded.hidden[:, :, -1])
+def _with_method_exits(method: Method | None, config: Any, tap: Tap) -> Tap:
+    """The tap with the hidden states added that the method's early exits need, behind those of the caller."""
+    depth = config.text.num_layers
+    return tap if method is None else dataclasses.replace(tap, exits=tap.exits + method.exits(depth))
+
+
+def _with_exit_logits(params: dict, config: Any, tapped: Tapped) -> Tapped:
+    """Hidden states of the caller's early exits turned into logits."""
+    if tapped.exits is None:
+        return tapped
+    return tapped._replace(exits=_apply(params, config, "exit_logits", tapped.exits, True))
+
+
+def _finish(
+    params: dict, config: Any, state: State, last: Float[Array, "N B E"], decoded: Decoded
+) -> tuple[State, Step]:
+    """Head on the last row, early exits, then the method's combination of branches."""
+    logits = _apply(params, config, "head", last)
     main, contrast = logits[0], logits[1] if logits.shape[0] > 1 else None
-    combined, memory = main, state.memory
+    combined, memory, tapped = main, state.memory, decoded.tapped
     if state.method is not None:
-        combined, memory = state.method.combine(main, contrast, decoded.carries[0], memory)
-    return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, decoded.attention)
+        exits, asked = tapped.exits, len(state.tap.exits)
+        if exits is not None:
+            tapped = tapped._replace(exits=exits[:asked] if asked else None)
+            exits = exits[asked:, 0] if exits.shape[0] > asked else None
+        if exits is not None:
+            exits = _apply(params, config, "exit_logits", exits, state.method.exit_norm)
+        readout = Readout(main, contrast, exits, decoded.carries[0])
+        combined, memory = state.method.combine(readout, memory)
+    tapped = _with_exit_logits(params, config, tapped)
+    return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
 
 
 def _cache(columns: LayerCache, config: Any, context: Context, capacity: int) -> LayerCache:
@@ -147,7 +183,11 @@ def _cache(columns: LayerCache, config: Any, context: Context, capacity: int) ->
 
 
 def _prompt_context(
-    image_id: Int[Array, "B S"], method: Method | None, explicit_rows: int, first_row: int = 0
+    image_id: Int[Array, "B S"],
+    method: Method | None,
+    explicit_rows: int,
+    image_count: int,
+    first_row: int = 0,
 ) -> Context:
     """The context of prompt rows `first_row ... S`, which see all S columns."""
     positions = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1, dtype=jnp.int32) - 1, 0)
@@ -166,6 +206,7 @@ def _prompt_context(
         first_row=jnp.asarray(first_row, jnp.int32),
         image_end=image_end(image_id),
         image_shift=shift,
+        image_count=image_count,
         phase="prefill",
         explicit_rows=explicit_rows,
     )
@@ -180,7 +221,8 @@ def _explicit_rows(
 ) -> int:
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
-    needed = [rows[transform.rows] for transform in transforms if transform is not None]
+    edits = [transform for transform in transforms if transform is not None]
+    needed = [total if overrides(edit, "residual") else rows[edit.rows] for edit in edits]
     if method is not None and method.positions(*jnp.zeros((3,), jnp.int32)) is not None:
         needed.append(window)
     return max(needed, default=0 if len(transforms) == 1 else 1)

@@ -56,6 +56,49 @@ class Inputs:
             window *= 2
         return min(window, self.tokens.shape[1])
 
+    @property
+    def image_count(self) -> int:
+        """The largest number of images of a sample, rounded up to a power of two; at least 1."""
+        count = 1
+        while count < self.image_id.max():
+            count *= 2
+        return count
+
+    @property
+    def image_index(self) -> np.ndarray:
+        """Which image of its sample each picture of `pixels` is, from 0; `Int[I]`."""
+        return np.concatenate([np.arange(row.max(initial=0)) for row in np.maximum(self.image_id, 0)])
+
+    def without_images(self, pad_token_id: int) -> "Inputs":
+        """The same prompts with their image tokens left out."""
+        kept = [np.flatnonzero(row == 0) for row in self.image_id]
+        return self._rebuilt(
+            [row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id
+        )
+
+    def with_words(self, words: Sequence[int], start: int, pad_token_id: int) -> "Inputs":
+        """The same prompts with tokens put before them, but after a leading `start` token."""
+        prompts, images = [], []
+        for tokens, ids in zip(self.tokens, self.image_id, strict=True):
+            tokens, ids = tokens[ids >= 0], ids[ids >= 0]
+            at = int(len(tokens) > 0 and tokens[0] == start)
+            prompts.append(np.insert(tokens, at, words))
+            images.append(np.insert(ids, at, np.zeros(len(words), ids.dtype)))
+        return dataclasses.replace(self._rebuilt(prompts, pad_token_id, images), pixels=self.pixels)
+
+    def _rebuilt(
+        self, prompts: list[np.ndarray], pad_token_id: int, images: list[np.ndarray] | None = None
+    ) -> "Inputs":
+        """Left-pads changed prompts; without `images` they hold no image token."""
+        total = bucket(max(len(prompt) for prompt in prompts))
+        tokens = np.full((self.batch, total), pad_token_id, np.int32)
+        image_id = np.full((self.batch, total), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            start = total - len(prompt)
+            tokens[row, start:] = prompt
+            image_id[row, start:] = 0 if images is None else images[row]
+        return Inputs(tokens, image_id, None, np.zeros((self.batch, 0), np.int64))
+
 
 def bucket(length: int, multiple: int = PROMPT_BUCKET) -> int:
     """`length` rounded up to a multiple, at least one of them."""

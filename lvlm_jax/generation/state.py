@@ -4,10 +4,25 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lvlm_jax.attention import LayerCache
+from lvlm_jax.attention import Context, LayerCache, Tap, Tapped
 from lvlm_jax.methods import Method
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the decoder reads before it answers.
+
+    Attributes:
+        embeddings: image tokens in their places.
+        image_id: per column: 0 text, k >= 1 the k-th image, -1 padding.
+    """
+
+    embeddings: Float[Array, "B T E"]
+    image_id: Int[Array, "B T"]
 
 
 @jax.tree_util.register_dataclass
@@ -19,14 +34,67 @@ class Step:
         main: of the main branch.
         contrast: of the contrast branch, None without one.
         combined: what to sample from: the method's combination, -inf where a token is ruled out.
-        attention: weights of the last row, head by head, over all columns, per layer and branch; None unless
-            the state was started with `tap=True`.
+        tapped: what the state's `Tap` asked for.
     """
 
     main: Float[Array, "B V"]
     contrast: Float[Array, "B V"] | None
     combined: Float[Array, "B V"]
-    attention: Float[Array, "L N B H C"] | None
+    tapped: Tapped
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """Columns written so far, and where the next token goes.
+
+    Attributes:
+        image_id: per column, -1 where nothing is written yet.
+        image_end: E per sample, 0 without an image.
+        position: ordinary position of the next token.
+        index: column of the next token, the same for all samples.
+        image_count: see `Context`.
+    """
+
+    image_id: Int[Array, "B C"]
+    image_end: Int[Array, "B"]
+    position: Int[Array, "B"]
+    index: Int[Array, ""]
+    image_count: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def after(cls, image_id: Int[Array, "B T"], context: Context, capacity: int) -> "Track":
+        """Behind a prompt."""
+        total = image_id.shape[1]
+        return cls(
+            image_id=jnp.pad(image_id, ((0, 0), (0, capacity - total)), constant_values=-1),
+            image_end=context.image_end,
+            position=(image_id >= 0).sum(axis=1, dtype=jnp.int32),
+            index=jnp.asarray(total, jnp.int32),
+            image_count=context.image_count,
+        )
+
+    def with_token(self) -> "Track":
+        """The same with one text token more."""
+        text = jnp.zeros((self.image_id.shape[0], 1), self.image_id.dtype)
+        return dataclasses.replace(
+            self,
+            image_id=jax.lax.dynamic_update_slice(self.image_id, text, (0, self.index)),
+            position=self.position + 1,
+            index=self.index + 1,
+        )
+
+    def newest(self) -> Context:
+        """The context of the newest token's row."""
+        return Context(
+            image_id=self.image_id,
+            positions=self.position[:, None] - 1,
+            first_row=self.index - 1,
+            image_end=self.image_end,
+            image_count=self.image_count,
+            phase="decode",
+            explicit_rows=1,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -36,25 +104,34 @@ class State:
 
     Attributes:
         caches: per layer. Image keys are turned to the method's calibrated positions, if it has any.
-        image_id: per column, -1 where nothing is written yet.
-        image_end: E per sample, 0 without an image.
-        position: ordinary position of the next token.
-        index: column of the next token, the same for all samples.
+        tracks: one for all branches, or one for each where the contrast branch has a prompt of its own layout.
         method: the method, or None.
         memory: what the method keeps from step to step.
-        tap: whether steps return attention weights.
+        tap: what steps return besides logits.
     """
 
     caches: tuple[LayerCache, ...]
-    image_id: Int[Array, "B C"]
-    image_end: Int[Array, "B"]
-    position: Int[Array, "B"]
-    index: Int[Array, ""]
+    tracks: tuple[Track, ...]
     method: Method | None
     memory: Any
-    tap: bool = dataclasses.field(metadata={"static": True})
+    tap: Tap = dataclasses.field(metadata={"static": True})
+
+    @property
+    def image_id(self) -> Int[Array, "B C"]:
+        """The main branch's columns."""
+        return self.tracks[0].image_id
+
+    @property
+    def position(self) -> Int[Array, "B"]:
+        """The ordinary position of the main branch's next token."""
+        return self.tracks[0].position
+
+    @property
+    def index(self) -> Int[Array, ""]:
+        """The column of the main branch's next token."""
+        return self.tracks[0].index
 
     @property
     def capacity(self) -> int:
-        """How many columns the caches hold."""
+        """How many columns the main branch's caches hold."""
         return self.image_id.shape[1]

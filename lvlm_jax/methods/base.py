@@ -12,8 +12,8 @@
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, dataclass_transform
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,26 @@ from lvlm_jax.errors import LVLMError
 
 Strength = float | jax.Array
 
+# How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared),
+# other pictures in the same places, no pictures, or words put before it.
+CONTRAST_PROMPTS = ("same", "pixels", "no_image", "text")
+
 _REGISTRY: dict[str, type["Method"]] = {}
+
+
+class Readout(NamedTuple):
+    """What a step has computed before the method makes one row of logits of it.
+
+    Attributes:
+        main, contrast: raw logits of the branches; `contrast` is None without a second branch.
+        exits: the main branch's early-exit logits, in the order of `Method.exits`; None without any.
+        carry: the main branch's carry after the last layer.
+    """
+
+    main: Float[Array, "B V"]
+    contrast: Float[Array, "B V"] | None
+    exits: Float[Array, "X B V"] | None
+    carry: Any
 
 
 def strength(default: float | None, doc: str, low: float = -np.inf, high: float = np.inf) -> Any:
@@ -43,10 +62,17 @@ class Method(Transform):
     """Base class: greedy decoding with the (identity) attention stages of `Transform`.
 
     A method with one branch overrides stages and is its own transform. A contrastive one overrides `branches`
-    and `combine`.
+    and `combine`, and `contrast_prompt` where the second branch reads something else.
+
+    Attributes:
+        PRESETS: settings by name.
+        exit_norm: whether the final norm stands before the head of an early exit.
+        primes: whether `primed` wants the prompt's hidden states before the generation begins.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    exit_norm: ClassVar[bool] = True
+    primes: ClassVar[bool] = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -101,24 +127,43 @@ class Method(Transform):
         """
         return None
 
+    def contrast_prompt(self) -> str:
+        """One of CONTRAST_PROMPTS; static. Except for "same" and "pixels" the contrast branch is not edited."""
+        return "same"
+
+    def contrast_pixels(
+        self, pixels: Float[Array, "I 3 Y X"], image_index: Int[Array, " I"]
+    ) -> Float[Array, "I 3 Y X"]:
+        """The contrast branch's pictures, for "pixels"; `image_index` counts each sample's pictures from 0."""
+        return pixels
+
+    def contrast_words(self) -> str | tuple[int, ...]:
+        """What is put before the contrast branch's prompt, for "text": a text, or token ids."""
+        return ()
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        """Hidden states whose logits `combine` wants: 0 the embeddings, i what layer i - 1 put out. Static."""
+        return ()
+
+    def primed(self, with_image: Float[Array, "L B E"], without_image: Float[Array, "L B E"]) -> "Method":
+        """The method to go on with, given all hidden states of the last prompt token with and without pictures."""
+        return self
+
     def start(self, batch: int) -> Any:
         """Memory from step to step of a generation of `batch` samples (a pytree of arrays)."""
         return ()
 
-    def combine(
-        self, main: Float[Array, "B V"], contrast: Float[Array, "B V"] | None, carry: Any, memory: Any
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """Next-token logits from those of the branches.
+    def combine(self, readout: Readout, memory: Any) -> tuple[Float[Array, "B V"], Any]:
+        """Next-token logits from what the step computed.
 
         Args:
-            main, contrast: raw logits of the branches; `contrast` is None without a second branch.
-            carry: the main branch's carry after the last layer.
+            readout: raw logits of the branches and early exits.
             memory: what `start` or the step before returned.
 
         Returns:
             Logits to sample from, -inf where a token is ruled out, and the memory for the next step.
         """
-        return main, memory
+        return readout.main, memory
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(strength, switch))
@@ -148,6 +193,35 @@ def get(name: str) -> type[Method]:
 def names() -> list[str]:
     """All registered method names, sorted."""
     return sorted(_REGISTRY)
+
+
+def layer_range(
+    start: int | float, end: int | float | None, layers: Sequence[int] | None, num_layers: int
+) -> tuple[int, ...]:
+    """The layers a method acts in.
+
+    Args:
+        start, end: first layer, and the one after the last (None: all the rest), counted from 0; a float in [0, 1]
+            is a share of the depth, so that a setting carries over to another model.
+        layers: explicit layers, which overrule both.
+
+    Raises:
+        LVLMError: no layer is left.
+    """
+
+    def absolute(bound: int | float) -> int:
+        return round(bound * num_layers) if isinstance(bound, float) else int(bound)
+
+    last = num_layers if end is None else absolute(end)
+    wanted = range(absolute(start), last) if layers is None else layers
+    found = tuple(layer for layer in wanted if 0 <= layer < num_layers)
+    if not found:
+        given = f"layers {list(layers)}" if layers is not None else f"layers from {start} to {end}"
+        raise LVLMError(
+            f"{given} are none of this model's {num_layers} layers (0 to {num_layers - 1}); "
+            "give others, or shares of the depth between 0.0 and 1.0"
+        )
+    return found
 
 
 def plausible(main: Float[Array, "B V"], beta: Strength) -> jax.Array:

@@ -95,7 +95,8 @@ class CMAC(Method):
     def start(self, batch: int) -> Any:
         return (jnp.zeros((batch,)), jnp.zeros(())) if self.imd and self.gate else ()
 
-    def combine(self, main, contrast, carry, memory):
+    def combine(self, readout, memory):
+        main, contrast, carry = readout.main, readout.contrast, readout.carry
         if contrast is None:
             return main, memory
         alpha = self.alpha
@@ -164,7 +165,7 @@ class ValueNoise(Transform):
 
     seed: Strength
 
-    def begin(self, context: Context):
+    def begin(self, context: Context, embeddings):
         # The first row's column differs from call to call, so that every step draws its own noise.
         return jax.random.fold_in(
             jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row
@@ -191,7 +192,7 @@ class ImageLogitMean(Transform):
 
     rows: ClassVar[str] = "last"
 
-    def begin(self, context: Context):
+    def begin(self, context: Context, embeddings):
         return jnp.zeros(context.image_id.shape[0])
 
     def observe(self, site, weights):

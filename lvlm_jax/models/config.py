@@ -152,6 +152,7 @@ class LlavaConfig:
         feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
         feature_select: "default" drops the class token, "full" keeps it.
         eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
         hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
@@ -164,6 +165,7 @@ class LlavaConfig:
     projector_bias: bool
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    bos_token_id: int = -1
     model_type: str = "llava"
     hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -206,6 +208,7 @@ class LlavaConfig:
             projector_bias=hf.multimodal_projector_bias,
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
             pad_token_id=pad,
+            bos_token_id=_first(getattr(hf, "bos_token_id", None), hf.text_config.bos_token_id, -1),
             hf=raw,
         )
 

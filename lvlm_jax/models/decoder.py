@@ -16,7 +16,8 @@ from lvlm_jax.attention.attend import LayerEdits, attend
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import Rotation, frequencies, rotate
-from lvlm_jax.attention.transform import Transform
+from lvlm_jax.attention.tap import Tap, Tapped
+from lvlm_jax.attention.transform import Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.layers import activation, linear, rms_norm
 
@@ -30,10 +31,14 @@ class Rotations:
     shift: Rotation | None
 
     @classmethod
-    def of(cls, config: DecoderConfig, context: Context) -> "Rotations":
+    def of(cls, config: DecoderConfig, contexts: tuple[Context, ...]) -> "Rotations":
+        """The rotations of all branches; a branch axis comes first where their positions differ."""
         frequency = frequencies(config.rope, config.head_dim)
-        rows = Rotation.at(context.positions, frequency, config.rope.scale()).heads(axis=1)
-        return cls(rows, None if context.image_shift is None else Rotation.at(context.image_shift, frequency))
+        positions, shift = contexts[0].positions, contexts[0].image_shift
+        if any(context is not contexts[0] for context in contexts):
+            positions = jnp.stack([context.positions for context in contexts])
+        rows = Rotation.at(positions, frequency, config.rope.scale()).heads(axis=positions.ndim - 1)
+        return cls(rows, None if shift is None else Rotation.at(shift, frequency))
 
 
 class Decoded(NamedTuple):
@@ -43,13 +48,13 @@ class Decoded(NamedTuple):
         hidden: final normalised hidden states.
         columns: per layer the columns that were seen: fresh ones in prefill, the updated caches in decode.
         carries: the last carry of each branch.
-        attention: the last row's weights in every layer, if tapped.
+        tapped: what was asked for; exits still as hidden states.
     """
 
     hidden: Float[Array, "N B T E"]
     columns: tuple[LayerCache, ...]
     carries: tuple
-    attention: Float[Array, "L N B H S"] | None
+    tapped: Tapped
 
 
 class DecoderAttention(nn.Module):
@@ -62,11 +67,11 @@ class DecoderAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N B T E"],
-        context: Context,
+        contexts: tuple[Context, ...],
         rotations: Rotations,
         cache: LayerCache | None,
         edits: LayerEdits,
-    ) -> tuple[Float[Array, "N B T E"], LayerCache, tuple, Float[Array, "N B H S"] | None]:
+    ) -> tuple[Float[Array, "N B T E"], LayerCache, tuple, Float[Array, "M B G R S"] | None]:
         config = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "N B H T D"]:
@@ -79,11 +84,11 @@ class DecoderAttention(nn.Module):
         query = project("q_proj", config.num_heads, "q_norm")
         key = rotate(project("k_proj", config.num_kv_heads, "k_norm"), rotations.rows)
         value = project("v_proj", config.num_kv_heads)
-        columns = _columns(cache, key, value, context)
+        columns = _columns(cache, key, value, contexts)
         mixed, carries, tapped = attend(
             tuple(rotate(query, rotations.rows)),
             columns,
-            context,
+            contexts,
             rotations.shift,
             edits,
             config.window(edits.layer),
@@ -93,17 +98,31 @@ class DecoderAttention(nn.Module):
         return output, columns, carries, tapped
 
 
-def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, context: Context) -> LayerCache:
+def _columns(
+    cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]
+) -> LayerCache:
     """What the rows see: in prefill the prefix and their own fresh columns, in decode the caches they write into."""
     fresh = tuple(Block(k, v) for k, v in zip(key, value, strict=True))
     if cache is None:
         return LayerCache(None, fresh)
-    if context.phase == "prefill":
+    if contexts[0].phase == "prefill":
         return LayerCache(cache.prefix, fresh)
-    index = context.first_row - (cache.prefix.length if cache.prefix else 0)
+    start = cache.prefix.length if cache.prefix else 0
+    own = zip(cache.own, fresh, contexts, strict=True)
     return LayerCache(
-        cache.prefix, tuple(own.write(new, index) for own, new in zip(cache.own, fresh, strict=True))
+        cache.prefix, tuple(block.write(new, context.first_row - start) for block, new, context in own)
     )
+
+
+def _steered(
+    x: Float[Array, "N B T E"], transforms: tuple[Transform | None, ...], layer: int, depth: int, phase: str
+) -> Float[Array, "N B T E"]:
+    """The residual stage of every branch that has one."""
+    edited = [
+        hidden if transform is None else transform.residual(layer, depth, phase, hidden)
+        for hidden, transform in zip(x, transforms, strict=True)
+    ]
+    return jnp.stack(edited).astype(x.dtype)
 
 
 class DecoderMlp(nn.Module):
@@ -132,11 +151,11 @@ class DecoderLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, context, rotations, cache, edits):
+    def __call__(self, x, contexts, rotations, cache, edits):
         epsilon = self.config.rms_norm_eps
         normed = rms_norm(epsilon, self.dtype, "input_layernorm")(x)
         mixed, columns, carries, tapped = DecoderAttention(self.config, self.dtype, name="self_attn")(
-            normed, context, rotations, cache, edits
+            normed, contexts, rotations, cache, edits
         )
         x = x + mixed
         normed = rms_norm(epsilon, self.dtype, "post_attention_layernorm")(x)
@@ -174,30 +193,49 @@ class Decoder(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N B T E"],
-        context: Context,
+        contexts: Context | tuple[Context, ...],
         caches: tuple[LayerCache, ...] | None = None,
         transforms: tuple[Transform | None, ...] | None = None,
-        tap: bool = False,
+        tap: Tap | None = None,
     ) -> Decoded:
         """Runs all layers.
 
         Args:
             x: input embeddings per branch.
-            context: rows, columns, masks, phase.
+            contexts: rows, columns, masks, phase; one for each branch, or one that all share.
             caches: per layer; None when the rows are all there is.
             transforms: one (or None) per branch; None for plain attention everywhere.
-            tap: whether to return the attention weights of the last row.
+            tap: what to return besides.
         """
         transforms = transforms or (None,) * x.shape[0]
-        rotations = Rotations.of(self.config, context)
-        carries = tuple(transform.begin(context) if transform else () for transform in transforms)
-        seen, taps = [], []
+        contexts = (contexts,) * x.shape[0] if isinstance(contexts, Context) else contexts
+        rotations = Rotations.of(self.config, contexts)
+        carries = tuple(
+            transform.begin(context, embeddings) if transform else ()
+            for transform, context, embeddings in zip(transforms, contexts, x, strict=True)
+        )
+        depth = self.config.num_layers
+        tap = tap or Tap()
+        seen, weights, streams = [], [], [x]
         for index, layer in enumerate(self.layers):
-            edits = LayerEdits(transforms, carries, index, self.config.num_layers, tap)
-            x, columns, carries, tapped = layer(x, context, rotations, caches and caches[index], edits)
+            edits = LayerEdits(transforms, carries, index, depth, tap)
+            x, columns, carries, tapped = layer(x, contexts, rotations, caches and caches[index], edits)
+            if any(transform is not None and overrides(transform, "residual") for transform in transforms):
+                x = _steered(x, transforms, index, depth, contexts[0].phase)
             seen.append(columns)
-            taps.append(tapped)
-        return Decoded(self.norm(x), tuple(seen), carries, jnp.stack(taps) if tap else None)
+            weights += [tapped] if tap.wants(index) else []
+            streams.append(x)
+        rows = slice(None) if tap.rows == "all" else slice(-1, None)
+        tapped = Tapped(
+            attention=jnp.stack(weights) if weights else None,
+            hidden=jnp.stack([streams[i][:, :, rows] for i in tap.hidden]) if tap.hidden else None,
+            exits=jnp.stack([streams[i][:, :, -1] for i in tap.exits]) if tap.exits else None,
+        )
+        return Decoded(self.norm(x), tuple(seen), carries, tapped)
+
+    def exit_logits(self, hidden: Float[Array, "*T E"], norm: bool) -> Float[Array, "*T V"]:
+        """Logits that a hidden state inside the stack would give, with or without the final norm."""
+        return self.head(self.norm(hidden) if norm else hidden)
 
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""

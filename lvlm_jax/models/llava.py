@@ -27,7 +27,7 @@ class Connector(nn.Module):
 
 
 class Llava(nn.Module):
-    """A family's module: `encode_images`, `embed`, `decode` and `head` are all that generation needs of it."""
+    """A family's module: generation needs `encode_images`, `embed`, `decode`, `head` and `exit_logits` of it."""
 
     config: LlavaConfig
     dtype: jnp.dtype = jnp.float32
@@ -60,9 +60,13 @@ class Llava(nn.Module):
         order = jnp.cumsum(placeholder.reshape(-1)).reshape(tokens.shape) - 1
         return jnp.where(placeholder[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embedded)
 
-    def decode(self, x, context, caches=None, transforms=None, tap=False) -> Decoded:
+    def decode(self, x, contexts, caches=None, transforms=None, tap=None) -> Decoded:
         """See `Decoder.__call__`."""
-        return self.language_model(x, context, caches, transforms, tap)
+        return self.language_model(x, contexts, caches, transforms, tap)
+
+    def exit_logits(self, hidden: Float[Array, "*T E"], norm: bool) -> Float[Array, "*T V"]:
+        """See `Decoder.exit_logits`."""
+        return self.language_model.exit_logits(hidden, norm)
 
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""

@@ -64,7 +64,7 @@ def sample_text(seed: int, index: int, split: str = "train") -> tuple[list[Scene
         return _several_images(rng, split)
     scene = sample_scene(rng, split)
     turns = _turns(lambda: _single_question(scene, rng), 6, rng)
-    turns.insert(0 if rng.random() < 0.5 else len(turns), _caption_turn(scene, rng, captions.NOISE))
+    turns.insert(0 if rng.random() < 0.5 else len(turns), caption_turn(scene, rng))
     return [scene], turns
 
 
@@ -111,8 +111,14 @@ def _turn(question: Question, rng: np.random.Generator) -> tuple[str, str]:
     return question.text + suffixes[rng.integers(len(suffixes))], question.short
 
 
-def _caption_turn(scene: Scene, rng: np.random.Generator, noise: float) -> tuple[str, str]:
-    noisy = bool(rng.random() < noise)
+def suffix(question: Question) -> str:
+    """The benchmark's suffix that asks for the short answer of `question`."""
+    return YES_NO_SUFFIX if question.short in ("Yes", "No") else SUFFIXES[0]
+
+
+def caption_turn(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A prompt for a short, detailed or listing description, and one, wrong as often as train captions are."""
+    noisy = bool(rng.random() < captions.NOISE)
     draw = rng.random()
     if draw < 0.35:
         style = captions.SHORT_STYLES[rng.integers(2)]

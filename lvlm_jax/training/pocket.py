@@ -3,7 +3,8 @@
 1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
 2. `connector`: the same labels, but read off the decoder's own word embeddings: image tokens come to lie beside
    the words for what they show.
-3. `everything`: conversations over one to four images, loss on the answers, and a small share of stage 2's loss.
+3. `everything`: conversations over one to four images, loss on the answers, and a share of stage 2's loss, with the
+   same for the words that say where in the image a patch lies.
 
 Without the first two the decoder learns to speak long before it looks.
 """
@@ -141,18 +142,37 @@ def connector_objective(
     return metrics["patch_loss"].value, metrics
 
 
+def place_loss(
+    module: nn.Module, params: dict, image_tokens: jax.Array, labels: jax.Array, columns: np.ndarray
+) -> Mean:
+    """Image tokens of object patches against the words for "left", "middle" and "right", each by its column."""
+    thirds, targets = np.unique(columns, return_inverse=True)
+    logits = word_logits(module, params, image_tokens, thirds)
+    side = len(columns)
+    targets = jnp.broadcast_to(jnp.tile(targets, side), labels.shape)
+    return cross_entropy(logits, targets, (labels >= 0) & (labels < pocket_data.CATEGORY_COUNT))
+
+
 def conversation_objective(
-    module: nn.Module, words: np.ndarray, patch_weight: float, params: dict, batch: dict
+    module: nn.Module,
+    words: np.ndarray,
+    columns: np.ndarray,
+    patch_weight: float,
+    params: dict,
+    batch: dict,
 ) -> tuple[jax.Array, dict[str, Mean]]:
-    """Stage 3: mean over the answer tokens of all rectangles of the batch, plus `patch_weight` times stage 2's loss."""
+    """Stage 3: mean over the answer tokens of all rectangles of the batch, plus `patch_weight` times the mean losses
+    of what and where patches are."""
     total: dict[str, Mean] = {}
     for part in batch.values():
         image_tokens = sft.encode(module, params, part["images"])
         logits = sft.next_token_logits(module, params, part["tokens"], image_tokens)
         found = sft.answer_metrics(logits, part)
         found |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
+        found["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
         total = {name: total[name] + mean if total else mean for name, mean in found.items()}
-    return total["loss"].value + patch_weight * total["patch_loss"].value, total
+    patches = total["patch_loss"].value + total["place_loss"].value
+    return total["loss"].value + patch_weight * patches, total
 
 
 def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str, dict]) -> Callable:
@@ -177,13 +197,15 @@ class Recipe:
     encoder: Any
     module: nn.Module
     words: np.ndarray
+    columns: np.ndarray
 
     @classmethod
     def create(cls, config: ConfigDict) -> "Recipe":
         """Trains the tokenizer and builds the module that `config.model` describes."""
         encoder = tokenizer.pocket_tokenizer()
         module = models.build(models.config_from_hf(hf_config(config.model, encoder)))
-        return cls(config, encoder, module, pocket_data.label_words(encoder))
+        words, columns = pocket_data.label_words(encoder), pocket_data.column_words(encoder)
+        return cls(config, encoder, module, words, columns)
 
     def initial(self, stage: str, params: dict) -> dict:
         """What a stage starts from: the parameters so far, and for the tower a classifier of its own."""
@@ -197,7 +219,7 @@ class Recipe:
         seed, rows = self.config.seed, self.config.evaluation_rows
         if stage == "everything":
             objective = functools.partial(
-                conversation_objective, self.module, self.words, settings.patch_weight
+                conversation_objective, self.module, self.words, self.columns, settings.patch_weight
             )
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
             source = pocket_data.Conversations(seed + 2, self.encoder, **parts, drill=settings.drill)

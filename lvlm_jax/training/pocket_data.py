@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_jax.pocket import catalogue, conversations, questions, tokenizer
-from lvlm_jax.pocket.captions import third
+from lvlm_jax.pocket.captions import THIRDS, third
 from lvlm_jax.pocket.scenes import Scene, patch_labels, render, sample_scene
 
 CATEGORY_COUNT = len(catalogue.CATEGORIES)
@@ -17,7 +17,8 @@ LABEL_COUNT = CATEGORY_COUNT + len(catalogue.SCENE_NAMES)
 
 # Conversations set aside per step, from which the two kinds are picked until each has its rows.
 RESERVED = 256
-DRILL_TURNS = 16
+DRILL_TURNS = 6
+POSITION_SHARE = 1 / 3  # of the drill questions
 ONE_WORD = conversations.SUFFIXES[0]
 
 
@@ -26,6 +27,15 @@ def place_labels(scene: Scene) -> np.ndarray:
     labels = patch_labels(scene)
     return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(
         np.int32
+    )
+
+
+def column_words(encoder: Any) -> np.ndarray:
+    """Per column of patches the token of the third of the image it lies in, int32 [8]."""
+    side = tokenizer.SIZE // tokenizer.PATCH
+    names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
+    return np.array(
+        [encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32
     )
 
 
@@ -68,8 +78,8 @@ class Part:
 class Conversations:
     """Conversations over one image and over several, in two rectangles, so that little of either is padding.
 
-    The first `drill` rows of `single` ask for nothing but the existence of objects, in as many short turns as fit:
-    in ordinary conversations too few of the answers depend on a yes or no for a small model to learn to look for it.
+    The first `drill` rows of `single` ask only whether and where objects are, in short turns beside the caption:
+    in ordinary conversations too few of the answers depend on that for a small model to learn to look for it.
     """
 
     seed: int
@@ -98,9 +108,14 @@ class Conversations:
 
 
 def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of existence with one-word answers, more than a row of conversation holds."""
-    asked = [questions.existence(scene, rng) for _ in range(DRILL_TURNS)]
-    return [(question.text + conversations.YES_NO_SUFFIX, question.short) for question in asked]
+    """Questions of existence and position with one-word answers, and a caption before or after them."""
+    asked = []
+    for _ in range(DRILL_TURNS):
+        where = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
+        asked.append(where or questions.existence(scene, rng))
+    turns = [(question.text + conversations.suffix(question), question.short) for question in asked]
+    turns.insert(int(rng.integers(2)) * len(turns), conversations.caption_turn(scene, rng))
+    return turns
 
 
 def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]]], part: Part) -> dict:

@@ -31,6 +31,7 @@ def context_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: in
         positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
         first_row=jnp.zeros((), jnp.int32),
         image_end=image_end(image_id),
+        blocked=True,
     )
 
 

@@ -34,12 +34,12 @@ def run(arrays, transform, layer=0, carry=None):
         image_end=jnp.asarray([4, 0], jnp.int32),
         explicit_rows=EXPLICIT,
     )
-    carry = transform.begin(context) if transform and carry is None else carry
+    carry = transform.begin(context, jnp.zeros((BATCH, ROWS, 4))) if transform and carry is None else carry
     columns = LayerCache(None, (Block(key, value),))
 
     def layer_outputs(query, columns, context, carry):
         edits = LayerEdits((transform,), (carry,), layer, 2)
-        outputs, carries, _ = attend((query,), columns, context, None, edits)
+        outputs, carries, _ = attend((query,), columns, (context,), None, edits)
         return outputs[0], carries[0]
 
     return jax.jit(layer_outputs)(query, columns, context, carry)

@@ -7,6 +7,7 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.generation import forward
+from lvlm_jax.generation.state import Prompt
 from tests.attention.toys import Edited, Identity, Witness
 
 MAX_LENGTH = 41 + 64  # of the mixed prompts: 64 columns of prompt, 128 of cache
@@ -111,9 +112,8 @@ def memory_after(model, mixed):
         def both(params, embeddings):
             options = {"window": prompt.window, "capacity": 128}
             method = Edited((transform,))
-            state, _ = forward.prefill(
-                params, model.config, embeddings, jnp.asarray(prompt.image_id), method, **options
-            )
+            embedded = Prompt(embeddings, jnp.asarray(prompt.image_id))
+            state, _ = forward.prefill(params, model.config, embedded, method, **options)
             return state.memory, forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))[
                 0
             ].memory

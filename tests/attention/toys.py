@@ -21,8 +21,8 @@ class Edited(Method):
     def branches(self):
         return self.transforms
 
-    def combine(self, main, contrast, carry, memory):
-        return main, carry
+    def combine(self, readout, memory):
+        return readout.main, readout.carry
 
 
 class Identity(Transform):
@@ -78,7 +78,7 @@ class Scale(Transform):
     def layers(self, num_layers):
         return range(num_layers) if self.only is None else self.only
 
-    def begin(self, context):
+    def begin(self, context, embeddings):
         return jnp.zeros((), jnp.int32)
 
     def logits(self, site, logits):
@@ -94,7 +94,7 @@ class Cap(Transform):
     def __init__(self, ceiling: float):
         self.ceiling = ceiling
 
-    def begin(self, context):
+    def begin(self, context, embeddings):
         return jnp.zeros(())
 
     def logits(self, site, logits):

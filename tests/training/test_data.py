@@ -87,14 +87,17 @@ def test_held_out_questions_ask_for_one_token():
     assert set(spoken) == {" Yes", " No"}
 
 
-def test_drill_rows_hold_many_one_word_questions_of_existence(conversations):
-    drilled = dataclasses.replace(conversations, drill=2)(0)
+def test_drill_rows_ask_whether_and_where_beside_a_caption(conversations):
+    drilled = dataclasses.replace(conversations, drill=4)(0)
     plain = conversations(0)
     encoder = conversations.encoder
-    for row in range(2):
+    words = {" Yes", " No", " left", " middle", " right"}
+    for row in range(4):
         tokens, answers = drilled["single"]["tokens"][row], drilled["single"]["answers"][row]
         spoken = encoder.decode(tokens[answers]).split("</s>")[:-1]
-        assert len(spoken) >= 7 and set(spoken) <= {" Yes", " No"}
+        captions = [answer for answer in spoken if answer not in words]
+        assert len(spoken) >= 6 and len(captions) <= 1
+        assert not captions or captions[0] in (spoken[0], spoken[-1])
     assert equal(drilled["several"], plain["several"])
-    assert np.array_equal(drilled["single"]["tokens"][2:], plain["single"]["tokens"][2:])
+    assert np.array_equal(drilled["single"]["tokens"][4:], plain["single"]["tokens"][4:])
     assert np.array_equal(drilled["single"]["images"], plain["single"]["images"])

@@ -1,0 +1,136 @@
+"""Several methods at once.
+
+    chain(EAH(), CMAC())
+
+Attention edits of the members are applied one after another, in the order given. They hold on the main branch and
+on a contrast branch that reads the same prompt; a contrast branch with a prompt of its own (VCD, ICD, PAI, M3ID) is
+left as its method has it. What only one member can decide is left to one: the contrast branch, the combination of
+logits, the positions; two members that each want their own are refused.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lvlm_jax.attention import Chain, Transform
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.base import Method, Readout
+
+
+def chain(*members: Method) -> Method:
+    """The composition of methods, itself a method; of a single one that one.
+
+    Raises:
+        LVLMError: nothing to compose, or members that contradict each other.
+    """
+    flat = [
+        one for member in members for one in (member.members if isinstance(member, Chained) else (member,))
+    ]
+    if not flat:
+        raise LVLMError("chain() needs at least one method")
+    return flat[0] if len(flat) == 1 else Chained(tuple(flat))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chained(Method):
+    """What `chain` returns."""
+
+    members: tuple[Method, ...]
+
+    def __post_init__(self):
+        self._only("contrast branch", lambda member: len(member.branches()) > 1)
+        self._only("combination of logits", _combines)
+        self._only("positions", lambda member: _has_own(member, "positions"))
+
+    def branches(self) -> tuple[Transform | None, ...]:
+        branches = [member.branches() for member in self.members]
+        main = _merged([transforms[0] for transforms in branches])
+        contrast = next((transforms[1] for transforms in branches if len(transforms) > 1), None)
+        if all(len(transforms) == 1 for transforms in branches):
+            return (main,)
+        if self.contrast_prompt() != "same":
+            return (main, contrast)
+        return (main, _merged([transforms[-1] for transforms in branches]))
+
+    def positions(self, position, images_before, image_tokens):
+        owner = self._owner("positions")
+        return owner and owner.positions(position, images_before, image_tokens)
+
+    def contrast_prompt(self) -> str:
+        prompts = (member.contrast_prompt() for member in self.members)
+        return next((prompt for prompt in prompts if prompt != "same"), "same")
+
+    def contrast_pixels(self, pixels, image_index):
+        owner = self._owner("contrast_pixels")
+        return owner.contrast_pixels(pixels, image_index) if owner else pixels
+
+    def contrast_words(self):
+        owner = self._owner("contrast_words")
+        return owner.contrast_words() if owner else ()
+
+    @property
+    def exit_norm(self) -> bool:
+        owner = self._combiner()
+        return owner.exit_norm if owner else True
+
+    @property
+    def primes(self) -> bool:
+        return any(member.primes for member in self.members)
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        owner = self._combiner()
+        return owner.exits(num_layers) if owner else ()
+
+    def primed(self, with_image, without_image) -> "Chained":
+        ready = (
+            member.primed(with_image, without_image) if member.primes else member for member in self.members
+        )
+        return Chained(tuple(ready))
+
+    def start(self, batch: int) -> Any:
+        owner = self._combiner()
+        return owner.start(batch) if owner else ()
+
+    def combine(self, readout: Readout, memory: Any):
+        owner = self._combiner()
+        if owner is None:
+            return readout.main, memory
+        edits = [member.branches()[0] for member in self.members]
+        index = next(place for place, member in enumerate(self.members) if member is owner)
+        if edits[index] is None:
+            carry = ()
+        elif isinstance(self.branches()[0], Chain) and sum(edit is not None for edit in edits) > 1:
+            carry = readout.carry[sum(edit is not None for edit in edits[:index])]
+        else:
+            carry = readout.carry
+        return owner.combine(readout._replace(carry=carry), memory)
+
+    def _owner(self, name: str) -> Method | None:
+        return next((member for member in self.members if _has_own(member, name)), None)
+
+    def _combiner(self) -> Method | None:
+        return next((member for member in self.members if _combines(member)), None)
+
+    def _only(self, what: str, wants) -> None:
+        owners = [type(member).__name__ for member in self.members if wants(member)]
+        if len(owners) > 1:
+            raise LVLMError(
+                f"{' and '.join(owners)} cannot be chained: each wants its own {what}; leave all but one out"
+            )
+
+
+def _has_own(member: Method, name: str) -> bool:
+    return getattr(type(member), name) is not getattr(Method, name)
+
+
+def _combines(member: Method) -> bool:
+    """Whether a member makes the logits: it has a rule, and something to apply it to."""
+    depth = 32  # any: whether there are early exits at all does not depend on it
+    return _has_own(member, "combine") and (len(member.branches()) > 1 or bool(member.exits(depth)))
+
+
+def _merged(transforms: list[Transform | None]) -> Transform | None:
+    given = [transform for transform in transforms if transform is not None]
+    return None if not given else given[0] if len(given) == 1 else Chain(tuple(given))
