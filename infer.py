@@ -55,7 +55,7 @@ def parse(words: list[str]):
         choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: float32 on a CPU, else bfloat16",
     )
-    add("--method", metavar="NAME", help="none, or a method from the list below")
+    add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
     add = cli.flags(parser, defaults, "one or more questions about the same pictures")
     add("--image", action="append", metavar="FILE", help="a picture; repeat it for several")
@@ -177,7 +177,7 @@ def ask(arguments) -> int:
     if arguments.method is None or arguments.compare:
         methods["greedy" if arguments.temperature == 0 else "plain"] = None
     if arguments.method is not None:
-        methods[type(arguments.method).__name__] = arguments.method
+        methods[arguments.method.label] = arguments.method
     width = max(map(len, methods))
     indent = "\n" + " " * (width + 4)  # of the further lines of an answer
     options = settings(arguments) | {"seed": arguments.seed}

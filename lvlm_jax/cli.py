@@ -157,8 +157,14 @@ def _methods_with_field(flag: str) -> list[str]:
     return [key for key in methods.names() if name in (field.name for field in _fields(key))]
 
 
-def _fields(name: str) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(methods.get(name.lower()))
+def _members(name: str) -> list[str]:
+    """`eah+cmac` names two methods, chained."""
+    return name.lower().split("+")
+
+
+def _fields(name: str) -> list[dataclasses.Field]:
+    """The fields of a method that a command line can set."""
+    return [field for field in dataclasses.fields(methods.get(name.lower())) if "data" not in field.metadata]
 
 
 def _shown(value) -> str:
@@ -176,61 +182,89 @@ def methods_help() -> str:
         for field in _fields(name):
             choices = field.metadata["choices"] if field.metadata.get("static") else None
             among = f" ({', '.join(map(_shown, choices))})" if choices else ""
-            lines.append(
-                f"      --{field.name.replace('_', '-'):12s} {_shown(field.default):11s} {field.metadata['doc']}{among}"
-            )
+            default = f"{field.default:g}" if isinstance(field.default, float) else _shown(field.default)
+            lines.append(f"      --{_flag(field):12s} {default:11.11s} {field.metadata['doc']}{among}")
         if method.PRESETS:
             lines.append(
                 f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}"
             )
+    lines += [
+        "",
+        "  Two methods at once: --method eah+cmac. A setting whose name is taken (by another method, or by a flag",
+        "  above) carries the method's name: --vcd-seed, --icd-prompt, --cmac-preset; it always may.",
+    ]
     return "\n".join(lines)
 
 
+def _flag(field: dataclasses.Field) -> str:
+    return field.name.strip("_").replace("_", "-")
+
+
 def add_method_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add `--preset` and one flag for each field of the method called `name`.
+    """Add `--preset` and one flag for each field of the method (or the methods, joined by +) called `name`.
 
-    Raises `LVLMError` when there is no such method.
+    Every flag exists as `--method-field`; as `--field` too, where that name is free.
+
+    Raises:
+        LVLMError: there is no such method.
     """
-    parser.add_argument("--preset", help=argparse.SUPPRESS)
-    for field in _fields(name):
-        choices = field.metadata["choices"] if field.metadata.get("static") else None
-        settings: dict[str, typing.Any] = {
-            "dest": f"field_{field.name}",
-            "default": None,
-            "help": argparse.SUPPRESS,
-        }
-        if isinstance(field.default, bool) or True in (choices or ()):
-            settings["action"] = Switch
-        elif not field.metadata.get("static"):
-            settings["type"] = float
-        elif isinstance(field.default, int):
-            settings["type"] = int
-        elif choices or isinstance(field.default, str):
-            settings["choices"] = choices
-        else:
-            settings["type"] = _numbers
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+    members = _members(name)
+    taken = {option for action in parser._actions for option in action.option_strings}
+    shared = [f"--{_flag(field)}" for member in members for field in _fields(member)]
+    for member in members:
+        for flag, settings in [("preset", {}), *((_flag(f), _flag_settings(f)) for f in _fields(member))]:
+            long, short = f"--{member.replace('_', '-')}-{flag}", f"--{flag}"
+            ambiguous = short in taken or shared.count(short) > 1 or (flag == "preset" and len(members) > 1)
+            names = [long] if ambiguous else [long, short]
+            dest = f"field_{member}.{flag}"
+            parser.add_argument(*names, dest=dest, default=None, help=argparse.SUPPRESS, **settings)
 
 
-def _numbers(text: str) -> int | tuple[int, ...] | None:
-    """`8` as a number, `8,9,10` as a tuple, `none` as None."""
+def _flag_settings(field: dataclasses.Field) -> dict[str, typing.Any]:
+    choices = field.metadata["choices"] if field.metadata.get("static") else None
+    if isinstance(field.default, bool) or True in (choices or ()):
+        return {"action": Switch}
+    if not field.metadata.get("static"):
+        return {"type": float}
+    if choices:
+        return {"choices": choices}
+    return {"type": _word_or_numbers if isinstance(field.default, str) else _numbers}
+
+
+def _numbers(text: str) -> int | float | tuple[int, ...] | None:
+    """`8` and `0.25` as numbers, `8,9,10` as a tuple, `none` as None."""
     if text == "none":
         return None
-    values = tuple(int(part) for part in text.split(","))
-    return values if "," in text else values[0]
+    if "," in text:
+        return tuple(int(part) for part in text.split(",") if part)
+    return float(text) if "." in text else int(text)
 
 
-def build_method(name: str, arguments: argparse.Namespace):
-    """The method called `name`, from its preset and the fields given as flags; None for "none"."""
+def _word_or_numbers(text: str) -> str | tuple[int, ...]:
+    """`low` as it is, `8,9,10` as a tuple."""
+    return tuple(int(part) for part in text.split(",")) if text.replace(",", "").isdigit() else text
+
+
+def build_method(name: str, arguments: argparse.Namespace) -> methods.Method | None:
+    """The method called `name` (several joined by + are chained), from presets and flags; None for "none".
+
+    Raises:
+        LVLMError: an unknown method or preset, a setting out of range, methods that contradict each other.
+    """
     if name.lower() == "none":
         return None
-    given = {
-        key.removeprefix("field_"): value
-        for key, value in vars(arguments).items()
-        if key.startswith("field_") and value is not None
-    }
-    method = methods.get(name.lower())
-    if arguments.preset is not None:
-        method.preset(arguments.preset)  # names the presets there are when this is none of them
-        given = method.PRESETS[arguments.preset] | given
+    return methods.chain(*(_build(member, arguments) for member in _members(name)))
+
+
+def _build(name: str, arguments: argparse.Namespace) -> methods.Method:
+    method = methods.get(name)
+    given = {}
+    preset = vars(arguments).get(f"field_{name}.preset")
+    if preset is not None:
+        method.preset(preset)  # names the presets there are when this is none of them
+        given |= method.PRESETS[preset]
+    for field in _fields(name):
+        value = vars(arguments).get(f"field_{name}.{_flag(field)}")
+        if value is not None:
+            given[field.name] = value
     return method(**given)

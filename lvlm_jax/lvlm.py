@@ -20,7 +20,7 @@ from lvlm_jax import models, parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers, inputs, text
+from lvlm_jax.generation import beam, drivers, inputs, opera, sweep, text
 from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
@@ -216,6 +216,8 @@ class LVLM:
         seed: int | list[int] = 0,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> Output:
         """Answers a batch of conversations.
 
@@ -228,15 +230,18 @@ class LVLM:
             seed: one number, or one per conversation.
             stop: strings that end an answer; they are not part of it.
             stop_token_ids: tokens that end an answer; default those of the checkpoint.
+            num_beams: more than one is a beam search, as transformers does it; OPERA has its own.
+            length_penalty: a beam search divides log-probabilities by length to this power.
 
         Raises:
             LVLMError: unusable messages or settings.
         """
         strings = _stop_strings(stop)
-        prompt, answers, limit = self._begin(
-            messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
-            stop_token_ids,
-        )  # fmt: skip
+        sampling = Sampling.of(temperature, top_k, top_p, repetition_penalty)
+        if num_beams != 1 or opera.wanted(method):
+            rule = beam.Rule.of(self._stops(stop_token_ids), max_new_tokens, length_penalty)
+            return self._output(self._search(messages, method, sampling, num_beams, rule), strings)
+        prompt, answers, limit = self._begin(messages, method, max_new_tokens, sampling, seed, stop_token_ids)
         if not strings:
             answers = drivers.run(self.params, self.config, answers, jnp.int32(limit))
             return self._output(answers, strings)
@@ -247,6 +252,57 @@ class LVLM:
             output = self._output(answers, strings)
             if pause == limit or all(reason == "stop" for reason in output.finish_reason):
                 return output
+
+    def sweep(
+        self,
+        messages: Any,
+        methods: Sequence[Method],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int | list[int] = 0,
+    ) -> list[Output]:
+        """Answers a batch once for every setting of a method, in one program and one pass over the weights.
+
+        Args:
+            messages, max_new_tokens, temperature, seed: as for `generate`.
+            methods: one method with different strengths; its switches, layers and variants must be the same.
+
+        Returns:
+            One output per setting, equal to that of `generate`.
+
+        Raises:
+            LVLMError: unusable messages or settings, or methods that differ in more than strengths.
+        """
+        prompt, limit, room = self._room(messages, max_new_tokens)
+        stacked = sweep.stack([self._primed(prompt, method) for method in methods])
+        main = self._embed(prompt)
+        prompts, capacity = zip(
+            *(self._contrast(prompt, main, method, room) for method in methods), strict=True
+        )
+        contrast = prompts[0]
+        varies = contrast is not None and methods[0].contrast_prompt() == "pixels"
+        if varies:
+            contrast = Prompt(jnp.stack([one.embeddings for one in prompts]), contrast.image_id)
+        options = {
+            "window": prompt.window,
+            "capacity": bucket(prompt.tokens.shape[1] + room),
+            "contrast_capacity": capacity[0],
+            "image_count": prompt.image_count,
+        }
+        stop = np.asarray(self.config.eos_token_ids or (-1,), np.int32)
+        answers = sweep.run(
+            self.params, self.config, main, stacked, contrast, prompt.tokens, Sampling.of(temperature),
+            sample_keys(seed, prompt.batch), stop, jnp.int32(limit),
+            room=room, contrast_axis=0 if varies else None, options=tuple(options.items()),
+        )  # fmt: skip
+        points = [
+            dataclasses.replace(
+                answers,
+                **{name: getattr(answers, name)[i] for name in ("tokens", "logprobs", "length", "finished")},
+            )
+            for i in range(len(methods))
+        ]
+        return [self._output(point, ()) for point in points]
 
     def stream(
         self,
@@ -266,6 +322,8 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings, or more than one conversation.
         """
+        if opera.wanted(method):
+            raise LVLMError("OPERA may take words back, so its answer cannot be streamed; use generate")
         strings = _stop_strings(stop)
         prompt, answers, limit = self._begin(
             messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
@@ -396,14 +454,9 @@ class LVLM:
         stop_token_ids: Sequence[int] | None,
     ) -> tuple[Inputs, drivers.Answers, int]:
         """Prefill and first token; also how many tokens may be written."""
-        if max_new_tokens < 1:
-            raise LVLMError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        prompt = self.prepare(messages)
-        longest = int(prompt.lengths.max())
-        limit = min(max_new_tokens, self.config.text.max_position_embeddings - longest)
-        room = bucket(limit)
-        state, step = self.prefill(prompt, method, longest + room)
-        stops = self.config.eos_token_ids if stop_token_ids is None else tuple(stop_token_ids)
+        prompt, limit, room = self._room(messages, max_new_tokens)
+        state, step = self.prefill(prompt, method, int(prompt.lengths.max()) + room)
+        stops = self._stops(stop_token_ids)
         keys = sample_keys(seed, prompt.batch)
         answers = drivers.begin(
             state,
@@ -416,7 +469,41 @@ class LVLM:
         )
         return prompt, answers, limit
 
-    def _output(self, answers: drivers.Answers, strings: tuple[str, ...]) -> Output:
+    def _stops(self, stop_token_ids: Sequence[int] | None) -> tuple[int, ...]:
+        return tuple(self.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
+
+    def _search(
+        self, messages: Any, method: Method | None, sampling: Sampling, num_beams: int, rule: beam.Rule
+    ) -> beam.Found:
+        """The best answers of a beam search."""
+        if sampling.rules:
+            raise LVLMError(
+                "a beam search does not sample and knows no repetition penalty; leave temperature and "
+                "repetition_penalty out, or use num_beams=1"
+            )
+        beam.check(method, num_beams)
+        prompt, limit, room = self._room(messages, int(rule.limit))
+        rule = dataclasses.replace(rule, limit=np.int32(limit))
+        length = int(prompt.lengths.max()) + room
+        if opera.wanted(method):
+            if num_beams not in (1, method.beams):
+                raise LVLMError(f"num_beams is {num_beams} and OPERA's beams {method.beams}; give one of them")
+            state, step = self.prefill(prompt, None, length, tap=opera.tap(self.config))
+            return opera.run(self.params, self.config, state, step.combined, method, rule, room)
+        state, step = self.prefill(prompt, method, length)
+        search = beam.begin(state, step.combined, beams=num_beams, room=room)
+        return beam.run(self.params, self.config, search, rule).hypotheses.found(rule.stop)
+
+    def _room(self, messages: Any, max_new_tokens: int) -> tuple[Inputs, int, int]:
+        """The prompt, how many tokens may be written behind it, and for how many there is room."""
+        if max_new_tokens < 1:
+            raise LVLMError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        prompt = self.prepare(messages)
+        longest = int(prompt.lengths.max())
+        limit = min(max_new_tokens, self.config.text.max_position_embeddings - longest)
+        return prompt, limit, bucket(limit)
+
+    def _output(self, answers: drivers.Answers | beam.Found, strings: tuple[str, ...]) -> Output:
         """Reads the answers so far from the device and cuts them at stop strings."""
         length, finished = np.asarray(answers.length), np.asarray(answers.finished)
         written, logprobs = np.asarray(answers.tokens), np.asarray(answers.logprobs)

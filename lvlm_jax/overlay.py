@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lvlm_jax.analysis import word_maps, words_of
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import text
 
@@ -72,23 +72,10 @@ def by_words(
 ) -> tuple[list[str], Float[np.ndarray, "W h w"]]:
     """Join the maps of the tokens of each word: their mean.
 
-    `decode` turns token ids into text. Which tokens make up a word is read off the decoded text, so it does not
-    matter how a tokenizer marks the beginning of a word; special tokens belong to none.
+    `decode` turns token ids into text; see `analysis.words_of`.
     """
-    # End of the text after each token; whatever a token adds lies between two of them.
-    ends = [len(decode(tokens[:count])) for count in range(len(tokens) + 1)]
-    words, joined = [], []
-    for match in re.finditer(r"\w+(?:['’-]\w+)*", decode(tokens)):
-        own = [
-            index
-            for index in range(len(tokens))
-            if ends[index] < match.end() and ends[index + 1] > match.start()
-        ]
-        if own:
-            words.append(match.group())
-            joined.append(maps[own].mean(0))
-    shape = (0, *maps.shape[1:])
-    return words, np.stack(joined) if joined else np.zeros(shape, np.float32)
+    _, words = words_of(tokens, decode)
+    return [word.text for word in words], word_maps(maps, words)
 
 
 def seen_region(width: int, height: int, crops: bool) -> tuple[float, float, float, float] | None:
@@ -142,13 +129,13 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
         axes = part.subplots(1, columns)
         for axis in axes:
             axis.set_axis_off()
-        _panel(axes[0], row, None, "image")
+        panel(axes[0], row, None, "image")
         if not len(row.words):
             continue
-        _panel(axes[1], row, row.maps.mean(0), "all words")
+        panel(axes[1], row, row.maps.mean(0), "all words")
         maps = relative(row.maps)
         for axis, index in zip(axes[2:], choose_words(row, words), strict=False):
-            _panel(axis, row, maps[index], row.words[index])
+            panel(axis, row, maps[index], row.words[index])
     try:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -161,7 +148,8 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
         ) from error
 
 
-def _panel(axis, row: Row, heat, title: str) -> None:
+def panel(axis, row: Row, heat, title: str) -> None:
+    """Draw a row's picture on a matplotlib axis, under a map if `heat` is one."""
     width, height = row.image.size
     # A photograph of 50 megapixels is not drawn sharper than one of this size.
     small = row.image.copy()

@@ -1,4 +1,4 @@
-"""The README's examples do what the README says."""
+"""The examples in the documentation do what is said of them."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,13 @@ from lvlm_jax import methods
 from lvlm_jax.methods import base
 from tests import small
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def block_with(word: str) -> str:
-    """The README's one Python block that holds a word."""
-    (block,) = [
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if word in block
-    ]
+def block_with(word: str, document: str = "README.md") -> str:
+    """A document's one Python block that holds a word."""
+    text = (ROOT / document).read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if word in block]
     return block
 
 
@@ -55,3 +54,21 @@ def test_the_first_example_runs(model, monkeypatch, tmp_path, capsys):
     code = re.sub(r"LVLM\.from_pretrained\(.*?\)", "small_model", code).replace("128", "4")
     exec(code, {"small_model": model})
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_the_page_about_writing_a_method(model, registry):
+    question = small.conversation("What?", seed=1)
+    names = {"model": model, "question": question}
+    for word in ("class Lift", "class Doubt"):
+        exec(block_with(word, "docs/write_a_method.md"), names)
+    assert names["lifted"].tokens and names["both"].tokens
+    lift, doubt = methods.get("lift"), methods.get("doubt")
+
+    def first_logits(method):
+        return np.asarray(model.prefill([question], method)[1].combined)
+
+    plain = first_logits(None)
+    np.testing.assert_array_equal(first_logits(lift(delta=0.0)), plain)
+    np.testing.assert_array_equal(first_logits(doubt(alpha=0.0)), plain)
+    for strong in (lift(delta=5.0), doubt(alpha=5.0), methods.chain(lift(delta=5.0), doubt())):
+        assert np.abs(first_logits(strong) - plain).max() > 1e-3

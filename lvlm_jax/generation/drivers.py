@@ -103,7 +103,7 @@ class Answers:
     sampling: Sampling
 
 
-def _begin(
+def choose_first(
     state: State,
     logits: Float[Array, "B V"],
     prompt: Int[Array, "B T"],
@@ -169,7 +169,7 @@ def _run(params: dict, config: Any, answers: Answers, limit: Int[Array, ""]) -> 
     return jax.lax.while_loop(unfinished, functools.partial(advance, params, config), answers)
 
 
-begin = jax.jit(_begin, static_argnames="room", donate_argnames="state")
+begin = jax.jit(choose_first, static_argnames="room", donate_argnames="state")
 run = DecodeProgram(_run, donated="answers")
 advance_once = DecodeProgram(advance, donated="answers")
 

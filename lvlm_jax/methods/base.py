@@ -58,6 +58,11 @@ def switch(default: Any, doc: str, choices: tuple | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "static": True})
 
 
+def data(doc: str) -> Any:
+    """An optional array leaf of a method that is no strength, such as a picture; None by default."""
+    return dataclasses.field(default=None, metadata={"doc": doc, "data": True})
+
+
 class Method(Transform):
     """Base class: greedy decoding with the (identity) attention stages of `Transform`.
 
@@ -84,7 +89,7 @@ class Method(Transform):
                         f"{type(self).__name__}: {field.name} is {value!r}; expected one of "
                         + ", ".join(map(repr, choices))
                     )
-            elif isinstance(value, int | float | np.number):
+            elif isinstance(value, int | float | np.number) and "low" in field.metadata:
                 self._check(field, value)
                 object.__setattr__(self, field.name, np.float32(value))
 
@@ -94,6 +99,11 @@ class Method(Transform):
             raise LVLMError(
                 f"{type(self).__name__}: {field.name} is {value}; expected a number in [{low}, {high}]"
             )
+
+    @property
+    def label(self) -> str:
+        """What a table or a plot calls the method."""
+        return type(self).__name__
 
     @classmethod
     def preset(cls, name: str) -> "Method":
@@ -166,7 +176,7 @@ class Method(Transform):
         return readout.main, memory
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch))
+@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data))
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: makes a method a frozen dataclass and a pytree, and lets the command line name it."""
 

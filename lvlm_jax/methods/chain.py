@@ -44,6 +44,10 @@ class Chained(Method):
         self._only("combination of logits", _combines)
         self._only("positions", lambda member: _has_own(member, "positions"))
 
+    @property
+    def label(self) -> str:
+        return " + ".join(member.label for member in self.members)
+
     def branches(self) -> tuple[Transform | None, ...]:
         branches = [member.branches() for member in self.members]
         main = _merged([transforms[0] for transforms in branches])

@@ -1,10 +1,9 @@
 """The recipe of the pocket model, in three stages.
 
 1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
-2. `connector`: the same labels, but read off the decoder's own word embeddings: image tokens come to lie beside
-   the words for what they show.
-3. `everything`: conversations over one to four images, loss on the answers, and a share of stage 2's loss, with the
-   same for the words that say where in the image a patch lies.
+2. `connector`: the same labels, but read off the decoder's own word embeddings, and the words "left", "middle" and
+   "right" by a patch's column: image tokens come to lie beside the words for what they show and where.
+3. `everything`: conversations over one to four images, loss on the answers, and a share of stage 2's loss.
 
 Without the first two the decoder learns to speak long before it looks.
 """
@@ -134,12 +133,13 @@ def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.A
 
 
 def connector_objective(
-    module: nn.Module, words: np.ndarray, params: dict, batch: dict
+    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
 ) -> tuple[jax.Array, dict[str, Mean]]:
-    """Stage 2."""
-    logits = word_logits(module, params, sft.encode(module, params, batch["images"]), words)
-    metrics = patch_metrics(logits, batch["labels"])
-    return metrics["patch_loss"].value, metrics
+    """Stage 2: what patches show and where they are."""
+    image_tokens = sft.encode(module, params, batch["images"])
+    metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
+    metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)
+    return metrics["patch_loss"].value + metrics["place_loss"].value, metrics
 
 
 def place_loss(
@@ -230,7 +230,8 @@ class Recipe:
         if stage == "tower":
             objective = functools.partial(tower_objective, self.module)
         else:
-            objective, seed = functools.partial(connector_objective, self.module, self.words), seed + 1
+            objective = functools.partial(connector_objective, self.module, self.words, self.columns)
+            seed += 1
         pictures = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
         score = evaluation(lambda params, batch: objective(params, batch)[1], pictures)
         return loop.Task(stage, objective, pocket_data.Pictures(seed, settings.batch), score)

@@ -1,0 +1,28 @@
+"""Readers of taps: what attention, hidden states and masks tell about where a model looks. Pure functions on arrays,
+and a page for people."""
+
+from lvlm_jax.analysis.flow import Flow, HideImages, divergence, information_flow, masking_probe
+from lvlm_jax.analysis.heads import Drift, drift_curve, sink_density
+from lvlm_jax.analysis.maps import image_mass, patch_maps, word_maps
+from lvlm_jax.analysis.readers import follow, head_sinks, mean_attention, with_answer
+from lvlm_jax.analysis.words import Word, words_of
+
+__all__ = [
+    "Drift",
+    "Flow",
+    "HideImages",
+    "Word",
+    "divergence",
+    "drift_curve",
+    "follow",
+    "head_sinks",
+    "image_mass",
+    "information_flow",
+    "masking_probe",
+    "mean_attention",
+    "patch_maps",
+    "sink_density",
+    "with_answer",
+    "word_maps",
+    "words_of",
+]

@@ -1,0 +1,95 @@
+"""Reads a model while it writes a given answer, token by token, through the same prefill and decode as generation."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lvlm_jax.analysis.heads import sink_density
+from lvlm_jax.attention import Tap, Tapped
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.layout import Inputs
+from lvlm_jax.methods import Method
+
+WEIGHTS_AT_ONCE = 2**28  # float32 attention weights held at a time by `head_sinks`: 1 GiB
+
+
+def follow(
+    model, prompt: Any, tokens: Sequence[int], tap: Tap, method: Method | None = None
+) -> Iterator[Tapped]:
+    """What `tap` asks for at each token of one answer: first what the prompt gives, then one decode step after another.
+
+    Args:
+        model: an `LVLM`.
+        prompt: anything `LVLM.prepare` takes, one conversation.
+        tokens: the answer, as `Output.tokens` has it.
+        tap: the request; with rows "all" the first item holds all prompt rows.
+        method: the method the answer was generated with.
+
+    Yields:
+        For each of the T answer tokens what the row that produced it gave; its last row, where the first has more.
+        S, the number of columns, is the prompt's in the first item and that of the cache in the others.
+
+    Raises:
+        LVLMError: more than one conversation.
+    """
+    prompt = model.prepare(prompt)
+    if prompt.batch != 1:
+        raise LVLMError(f"one conversation can be followed at a time; {prompt.batch} were given")
+    if not len(tokens):
+        return
+    state, step = model.prefill(prompt, method, int(prompt.lengths.max()) + len(tokens), tap=tap)
+    yield step.tapped
+    for token in tokens[:-1]:
+        state, step = model.decode(state, [token])
+        yield step.tapped
+
+
+def mean_attention(
+    model, prompt: Any, tokens: Sequence[int], method: Method | None = None
+) -> tuple[Float[np.ndarray, "L B S S"], Int[np.ndarray, "B S"]]:
+    """Head-mean attention of every row of a prompt and its answer, and what each row is, for `information_flow`.
+
+    Exactly what happened in generation: rows of the prompt as prefill computed them, each answer token's as its decode
+    step did, with all edits of the method's main branch. The last answer token has no row; it was never fed.
+    """
+    prompt = model.prepare(prompt)
+    total = prompt.tokens.shape[1]
+    size = total + max(len(tokens) - 1, 0)
+    tap = Tap(layers=None, rows="all", mean_heads=True)
+    weights = np.zeros((model.config.text.num_layers, 1, size, size), np.float32)
+    for index, tapped in enumerate(follow(model, prompt, tokens or [0], tap, method)):
+        rows = np.asarray(tapped.attention[:, 0, :, 0])
+        columns = min(rows.shape[-1], size)
+        place = slice(0, total) if index == 0 else slice(total + index - 1, total + index)
+        weights[:, :, place, :columns] = rows[..., :columns]
+    image_id = np.pad(prompt.image_id, ((0, 0), (0, size - total)))
+    return weights, image_id
+
+
+def head_sinks(model, prompt: Any, beta: float, method: Method | None = None) -> Float[np.ndarray, "L B H"]:
+    """`sink_density` of a prompt in every layer and head, a few layers at a time."""
+    prompt = model.prepare(prompt)
+    text = model.config.text
+    per_layer = prompt.batch * text.num_heads * prompt.tokens.shape[1] ** 2
+    at_once = max(1, WEIGHTS_AT_ONCE // per_layer)
+    found = []
+    for start in range(0, text.num_layers, at_once):
+        layers = tuple(range(start, min(start + at_once, text.num_layers)))
+        attention = model.read(prompt, Tap(layers=layers, rows="all"), method).attention[:, 0]
+        found.append(np.asarray(sink_density(attention, jnp.asarray(prompt.image_id), beta)))
+    return np.concatenate(found)
+
+
+def with_answer(model, prompt: Any, tokens: Sequence[int]) -> Inputs:
+    """One conversation's prompt with its answer behind it, to be read in one forward pass."""
+    prompt = model.prepare(prompt)
+    if prompt.batch != 1:
+        raise LVLMError(f"one conversation can be given an answer at a time; {prompt.batch} were given")
+    ids = np.concatenate([prompt.tokens[prompt.image_id >= 0], np.asarray(tokens, np.int32)])[None]
+    arrays: dict[str, Array | np.ndarray] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if prompt.pixels is not None:
+        arrays["pixel_values"] = prompt.pixels
+    return model.prepare(arrays)

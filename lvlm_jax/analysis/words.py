@@ -1,0 +1,46 @@
+"""Which tokens of an answer make up which word, read off the decoded text."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+# Chinese, Japanese and Korean are written without spaces: each of their characters counts as a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’-][^\W{_UNSPACED}]+)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """One word of an answer.
+
+    Attributes:
+        text: the word, without punctuation around it.
+        start, end: where it stands in the answer's text.
+        tokens: places of its tokens in the answer.
+    """
+
+    text: str
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+
+
+def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
+    """The text of an answer and its words.
+
+    `decode` turns token ids into text. How a tokenizer marks the beginning of a word does not matter; special tokens
+    belong to no word, and a token may belong to two.
+    """
+    text = decode(tokens)
+    # End of the text after each token; whatever a token adds lies between two of them.
+    ends = [len(decode(tokens[:count])) for count in range(len(tokens))] + [len(text)]
+    words = []
+    for match in _WORD.finditer(text):
+        own = [
+            index
+            for index in range(len(tokens))
+            if ends[index] < match.end() and ends[index + 1] > match.start()
+        ]
+        if own:
+            words.append(Word(match.group(), match.start(), match.end(), tuple(own)))
+    return text, words

@@ -1,0 +1,254 @@
+"""AMBER: descriptions (ids 1 to 1004) and yes/no questions on existence, attribute and relation (to 15220)
+(Wang et al. 2023, arXiv 2311.07397).
+
+Generative figures over the nouns of a description that AMBER's word lists know:
+  CHAIR  nouns that are neither in the picture nor harmless, over all; repeats count
+  Cover  annotated objects that are named
+  Hal    descriptions with such a noun
+  Cog    annotated temptations ("hallu") that are named
+Discriminative figures take "No" for the positive class.
+
+The official scorer tags words with nltk and also accepts words that spaCy's large English vectors find similar (above
+0.8). Here words are matched exactly unless `matching` is "spacy"; nouns are told by the word lists, without a tagger.
+The note "matching" says which. F1 is the harmonic mean; the official one divides by 0.0001 more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import binary, files, parsers
+from lvlm_jax.evaluation.chair_words import singular, tokens
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
+
+GENERATIVE = "generative"
+# Types of AMBER's annotations -> the kind of question they are, and the dimension they belong to.
+KINDS = {
+    "discriminative-hallucination": ("existence", "existence"),
+    "discriminative-attribute-state": ("state", "attribute"),
+    "discriminative-attribute-number": ("number", "attribute"),
+    "discriminative-attribute-action": ("action", "attribute"),
+    "discriminative-relation": ("relation", "relation"),
+    "relation": ("relation", "relation"),
+}
+DISCRIMINATIVE = ("existence", "state", "number", "action", "relation")
+SIMILARITY = 0.8
+QUERIES = ("query_all.json",)
+PLACES = (".", "data", "AMBER/data", "AMBER", "amber/data")
+IMAGE_PLACES = ("image", "images", "AMBER/image", "AMBER/images", "data/image", "data/images", ".")
+
+
+def _protocol(name: str, about: str, parser: str, groups: tuple[str, ...], length: int = 512) -> Protocol:
+    return Protocol(f"amber/{name}", "amber", about, parser, length, groups=groups)
+
+
+register(
+    _protocol("all", "descriptions and questions, answers exactly Yes or No (default)", "exact",
+              (GENERATIVE, *DISCRIMINATIVE)),
+    _protocol("generative", "descriptions", "none", (GENERATIVE,)),
+    _protocol("discriminative", "questions, answers exactly Yes or No", "exact", DISCRIMINATIVE, 16),
+    _protocol("discriminative-strict", "questions, one yes/no word counts", "strict", DISCRIMINATIVE, 16),
+)  # fmt: skip
+
+
+def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
+    """Questions, annotations and AMBER's two word lists."""
+    if data.question_file is not None:
+        questions = files.given(data.question_file, "question file")
+    else:
+        places = [f"{place}/query".removeprefix("./") for place in PLACES] + list(PLACES)
+        questions = files.find(data, QUERIES, places, "AMBER's question file")
+    found = {"questions": [questions]}
+    for role, name in (
+        ("annotations", "annotations.json"),
+        ("association", "relation.json"),
+        ("safe", "safe_words.txt"),
+    ):
+        found[role] = [files.find(data, [name], PLACES, f"AMBER's {name}")]
+    return found
+
+
+def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
+    """The questions of the protocol's kinds, by their ids.
+
+    Raises:
+      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice or is
+        not annotated.
+    """
+    found = question_files(data, protocol)
+    association = files.read_json(found["association"][0], "AMBER's relation.json")
+    if not isinstance(association, dict) or not all(
+        isinstance(words, list) for words in association.values()
+    ):
+        raise LVLMError(
+            f"{str(found['association'][0])!r} is not an object of word lists; expected AMBER's relation.json"
+        )
+    lists = {
+        "association": association,
+        "known": frozenset(association) | {word for words in association.values() for word in words},
+        "safe": frozenset(files.read_text(found["safe"][0], "AMBER's safe_words.txt").splitlines()),
+        "matching": data.matching,
+    }
+    similar_words(data.matching)  # says at once when spaCy or its vectors are not there
+    notes, listed = {}, set()
+    for line, row in files.read_rows(found["annotations"][0], "annotations"):
+        where = f"entry {line} of {str(found['annotations'][0])!r}"
+        number = files.field(row, ["id"], int, where)
+        files.unique(listed, number, where)
+        notes[number] = row
+    questions, seen = [], set()
+    for line, row in files.read_rows(found["questions"][0], "question file"):
+        where = f"entry {line} of question file {str(found['questions'][0])!r}"
+        number = files.field(row, ["id"], int, where)
+        files.unique(seen, number, where)
+        if number not in notes:
+            raise LVLMError(f"{where}: id {number} is not in {str(found['annotations'][0])!r}")
+        group, label, extra = _annotated(notes[number], number, lists)
+        if group in protocol.groups and (not data.groups or group in data.groups):
+            questions.append((number, files.field(row, ["image"], str, where),
+                              files.field(row, ["query", "text"], str, where), label, group, extra))  # fmt: skip
+    if not questions:
+        wanted = ", ".join(data.groups or protocol.groups)
+        raise LVLMError(f"question file {str(found['questions'][0])!r} has no question of {wanted}")
+    paths = files.locate_images(data, [row[1] for row in questions], IMAGE_PLACES, need_images, "AMBER")
+    return [
+        Question(number, (paths[image],), text, label, group, extra)
+        for number, image, text, label, group, extra in questions
+    ]
+
+
+def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, dict]:
+    where = f"annotation {number}"
+    kind = files.field(row, ["type"], str, where)
+    if kind != GENERATIVE:
+        if kind not in KINDS:
+            raise LVLMError(f"{where} has type {kind!r}; expected {GENERATIVE} or one of {', '.join(KINDS)}")
+        label = files.field(row, ["truth"], str, where).strip().lower()
+        if label not in ("yes", "no"):
+            raise LVLMError(f"{where}: truth is {label!r}; expected yes or no")
+        return KINDS[kind][0], label, {}
+    truth, temptations = (files.field(row, [name], list, where) for name in ("truth", "hallu"))
+    for word in (*truth, *temptations):
+        if word not in lists["association"]:
+            raise LVLMError(f"{where} names {word!r}, which AMBER's relation.json does not list")
+    return GENERATIVE, None, {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
+
+
+def prompt(question: Question, protocol: Protocol) -> str:
+    """The text put to a model."""
+    return protocol.prompt(question)
+
+
+@functools.cache
+def similar_words(matching: str) -> Callable[[str, str], bool]:
+    """Whether two different words mean the same: never under "exact", by spaCy's vectors under "spacy".
+
+    Raises:
+      LVLMError: spaCy or its large English vectors are not installed.
+    """
+    if matching == "exact":
+        return lambda first, second: False
+    if matching != "spacy":
+        raise LVLMError(f"matching {matching!r} is unknown; choose exact or spacy")
+    try:
+        import spacy
+
+        vectors = spacy.load("en_core_web_lg")
+    except (ImportError, OSError) as error:
+        raise LVLMError(
+            "matching 'spacy' needs the packages spacy and en_core_web_lg; install both, or use matching 'exact'"
+        ) from error
+    parsed = functools.cache(vectors)
+    return functools.cache(lambda first, second: parsed(first).similarity(parsed(second)) > SIMILARITY)
+
+
+def _first(noun: str, words: Sequence[str], association: Mapping, same: Callable) -> int | None:
+    """Place in `words` of the one that `noun` belongs to. As in AMBER's scorer, associated words come first."""
+    for i, word in enumerate(words):
+        if any(same(noun, other) for other in association[word]):
+            return i
+    return next((i for i, word in enumerate(words) if same(noun, word)), None)
+
+
+def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]], set[int], set[int]]:
+    """(noun, whether it is hallucinated) in order, and which annotated objects and temptations were named."""
+    lists, truth, temptations = (question.extra[name] for name in ("lists", "truth", "temptations"))
+    association, similar = lists["association"], similar_words(lists["matching"])
+
+    def equal(first: str, second: str) -> bool:
+        return first == second
+
+    judged, covered, tempted = [], set(), set()
+    for noun in (singular(token, lists["known"]) for token in tokens(text)):
+        if noun not in lists["known"]:
+            continue
+        if noun in lists["safe"]:
+            judged.append((noun, False))
+            continue
+        place = _first(noun, truth, association, equal)
+        if place is None:
+            for same in (equal, similar):
+                named = _first(noun, temptations, association, same)
+                if named is not None:
+                    tempted.add(named)
+            place = _first(noun, truth, association, similar)
+        if place is not None:
+            covered.add(place)
+        judged.append((noun, place is None))
+    return judged, covered, tempted
+
+
+def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
+    """Figures of the descriptions, and of the questions: all, by dimension and by kind."""
+    tally, unparsed = Tally(), 0
+    described = [question for question in questions if question.group == GENERATIVE]
+    asked = [question for question in questions if question.group != GENERATIVE]
+    for question in described:
+        judged, covered, tempted = nouns_judged(question, answers[question.key])
+        wrong = sum(hallucinated for _, hallucinated in judged)
+        tally.add(question.unit, descriptions=1, hallucinated=wrong > 0, nouns=len(judged), wrong=wrong,
+                  objects=len(question.extra["truth"]), covered=len(covered),
+                  temptations=len(question.extra["temptations"]), tempted=len(tempted))  # fmt: skip
+        tally.correct[question.key] = wrong == 0
+    parse = parsers.yes_no(protocol.parser) if asked else None
+    dimensions = {kind: dimension for kind, dimension in KINDS.values()}
+    prefixes = ["discriminative"] * bool(asked)
+    for question in asked:
+        said = parse(answers[question.key], binary.label_of(question))
+        unparsed += said is None
+        for prefix in dict.fromkeys(("discriminative", dimensions[question.group], question.group)):
+            binary.count(tally, question, said, "no", prefix)
+            prefixes.append(prefix)
+    figures = _generative() if described else {}
+    for prefix in dict.fromkeys(prefixes):
+        figures |= binary.table([prefix], "no")
+    matching = described[0].extra["lists"]["matching"] if described else None
+    counts = [
+        "descriptions",
+        "hallucinated",
+        "nouns",
+        "wrong",
+        "objects",
+        "covered",
+        "temptations",
+        "tempted",
+    ]
+    return tally.scores(
+        (counts if described else []) + binary.names(list(dict.fromkeys(prefixes))),
+        figures,
+        {"parser": protocol.parser, "unparsed": unparsed} | ({"matching": matching} if matching else {}),
+    )
+
+
+def _generative() -> dict[str, Figure]:
+    return {
+        "CHAIR": ratio(["wrong"], ["nouns"]),
+        "Cover": ratio(["covered"], ["objects"]),
+        "Hal": ratio(["hallucinated"], ["descriptions"]),
+        "Cog": ratio(["tempted"], ["temptations"]),
+    }

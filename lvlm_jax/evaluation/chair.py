@@ -1,0 +1,219 @@
+"""CHAIR: objects in captions that are not in the picture (Rohrbach et al. 2018, arXiv 1809.02156).
+
+C_S: share of captions with a hallucinated object. C_I: hallucinated mentions over all mentions, repeats counted.
+Recall: ground-truth objects named over all, summed over images; coverage: the same share, averaged over images.
+F1: harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of distinct objects and recall.
+Length counts what CHAIR's scorer counts (joined words and punctuation marks); words leaves the marks out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import files
+from lvlm_jax.evaluation.chair_truth import annotation_files, read_annotations, read_chair_pickle
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, combined, divide, ratio
+
+DESCRIBE = "Please describe this image in detail."
+HELP_DESCRIBE = "Please help me describe the image in detail."
+GROUP = "captions"
+
+
+def _protocol(name: str, about: str, length: int, text: str = DESCRIBE, **settings) -> Protocol:
+    return Protocol(
+        f"chair/{name}", "chair", about, "none", length, template=text, groups=(GROUP,), **settings
+    )
+
+
+register(
+    _protocol("opera-512", "OPERA's prompt, 512 tokens (default)", 512),
+    _protocol(
+        "opera-64", "OPERA's prompt, 64 tokens, the unfinished last sentence dropped", 64, truncate="sentence"
+    ),
+    _protocol("64", "OPERA's prompt, 64 tokens, nothing dropped", 64),
+    _protocol("1024", "OPERA's prompt, 1024 tokens", 1024),
+    _protocol("pai-512", "prompt 'Please help me describe ...', 512 tokens", 512, HELP_DESCRIBE),
+    _protocol("repaired-512", "as opera-512, slips of the synonym list mended", 512, synonym_list="repaired"),
+)
+
+
+def truncated(text: str, rule: str) -> str:
+    """A caption by a truncation rule: "none", or "sentence", which keeps what ends with the last full stop.
+
+    As in OPERA, a caption without any full stop becomes empty under "sentence".
+    """
+    if rule == "none":
+        return text
+    if rule != "sentence":
+        raise LVLMError(f"truncation rule {rule!r} is unknown; choose none or sentence")
+    return text[: text.rfind(".") + 1]
+
+
+def image_id(name: str | int) -> int:
+    """COCO's id of an image: the number itself, or the last run of digits in a file name."""
+    digits = re.findall(r"\d+", Path(str(name)).stem)
+    if not digits:
+        raise LVLMError(f"image {name!r} has no number in its name; expected an id or a COCO file name")
+    return int(digits[-1])
+
+
+def read_image_list(path: Path) -> list[str]:
+    """Names or ids of an explicit image list: one a line, a JSON list, or JSON lines with image or image_id."""
+    path = files.given(path, "image list")
+    text = files.read_text(path, "image list").strip()
+    if text.startswith("["):
+        rows = files.read_json(path, "image list")
+    elif text.startswith("{"):
+        rows = [
+            files.field(
+                row,
+                ["image", "image_id", "file_name"],
+                (str, int),
+                f"line {line} of image list {str(path)!r}",
+            )
+            for line, row in files.read_rows(path, "image list")
+        ]
+    else:
+        rows = [line.strip() for line in text.splitlines() if line.strip()]
+    return [str(row) for row in rows]
+
+
+def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
+    """The files that decide the figures: image list, ground truth, synonyms."""
+    if data.chair_pickle is not None:
+        found = {"chair_pickle": [files.given(data.chair_pickle, "chair.pkl")]}
+    else:
+        found = annotation_files(data)
+    for role in ("image_list", "synonyms"):
+        path = getattr(data, role)
+        if path is not None:
+            found[role] = [files.given(path, role.replace("_", " "))]
+    return found
+
+
+def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
+    """One question an image: those of the image list, else `data.only`, else all annotated images by their ids.
+
+    Raises:
+      LVLMError: missing or malformed files; an image is listed twice, or is not annotated.
+    """
+    listed = read_image_list(data.image_list) if data.image_list is not None else None
+    ids = [image_id(name) for name in listed] if listed is not None else None
+    if ids is None and data.only is not None:
+        ids = list(data.only)
+    seen: set = set()
+    for number in ids or ():
+        files.unique(seen, number, "image list")
+    if data.chair_pickle is not None:
+        by_id, lexicon = read_chair_pickle(files.given(data.chair_pickle, "chair.pkl"))
+        if ids is None:
+            raise LVLMError("a chair.pkl does not say which images to describe; give an image list too")
+        if not seen & by_id.keys():
+            raise LVLMError(
+                f"none of the {len(ids)} images is in the chair.pkl, first {ids[0]}; check their ids"
+            )
+        # The pickle knows no file names, and its dictionary leaves out images without any object.
+        truth = {
+            number: (f"COCO_val2014_{number:012d}.jpg", by_id.get(number, frozenset())) for number in ids
+        }
+    else:
+        truth, lexicon = read_annotations(data, protocol.synonym_list, seen if ids is not None else None)
+    if ids is None:
+        ids = sorted(truth)
+    unknown = [number for number in ids if number not in truth]
+    if unknown:
+        raise LVLMError(f"{len(unknown)} of {len(ids)} images are not in the annotations, first {unknown[0]}")
+    paths = files.locate_images(
+        data, [truth[number][0] for number in ids], files.COCO_IMAGES, need_images, "CHAIR"
+    )
+    return [
+        Question(
+            number,
+            (paths[truth[number][0]],),
+            "",
+            None,
+            GROUP,
+            {"objects": truth[number][1], "lexicon": lexicon},
+        )
+        for number in ids
+    ]
+
+
+def prompt(question: Question, protocol: Protocol) -> str:
+    """The text put to a model: the protocol's, the same for every image."""
+    return protocol.prompt(question)
+
+
+def caption_objects(question: Question, caption: str, protocol: Protocol) -> list[tuple[str, str, bool]]:
+    """(word, category, whether it is hallucinated) of every object that a caption names, in order."""
+    lexicon, there = question.extra["lexicon"], question.extra["objects"]
+    found = lexicon.mentions(lexicon.words(truncated(caption, protocol.truncate)))
+    return [(word, category, category not in there) for word, category in found]
+
+
+COUNTS = ("captions", "hallucinated", "mentions", "hallucinated_mentions", "objects", "covered", "named",
+          "length", "words", "coverage", "with_objects")  # fmt: skip
+
+
+def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
+    """All figures of the captions; `correct` holds whether a caption is free of hallucinated objects."""
+    tally = Tally()
+    for question in questions:
+        caption = answers[question.key]
+        mentions = caption_objects(question, caption, protocol)
+        there = question.extra["objects"]
+        named = {category for _, category, _ in mentions}
+        words = question.extra["lexicon"].words(truncated(caption, protocol.truncate))
+        wrong = sum(hallucinated for _, _, hallucinated in mentions)
+        tally.add(
+            question.unit,
+            captions=1,
+            hallucinated=wrong > 0,
+            mentions=len(mentions),
+            hallucinated_mentions=wrong,
+            objects=len(there),
+            covered=len(named & there),
+            named=len(named),
+            length=len(words),
+            words=sum(word[0].isalnum() for word in words),
+            coverage=len(named & there) / len(there) if there else 0,
+            with_objects=bool(there),
+        )
+        tally.correct[question.key] = wrong == 0
+    lexicon = questions[0].extra["lexicon"] if questions else None
+    return tally.scores(COUNTS, _figures(), {
+        "words": lexicon.origin if lexicon else "",
+        "synonym_list": protocol.synonym_list,
+        "truncate": protocol.truncate,
+        "without_ground_truth": sum(not question.extra["objects"] for question in questions),
+    })  # fmt: skip
+
+
+def _figures() -> dict[str, Figure]:
+    recall = ratio(["covered"], ["objects"])
+    faithful = Figure(
+        lambda totals: 1 - divide(totals["hallucinated_mentions"], totals["mentions"]), ("mentions",)
+    )
+    return {
+        "C_S": ratio(["hallucinated"], ["captions"]),
+        "C_I": ratio(["hallucinated_mentions"], ["mentions"]),
+        "recall": recall,
+        "F1": combined([faithful, recall], _harmonic, "share"),
+        "F1 (distinct)": combined([ratio(["covered"], ["named"]), recall], _harmonic, "share"),
+        "coverage": ratio(["coverage"], ["with_objects"]),
+        "length": ratio(["length"], ["captions"], "tokens"),
+        "words": ratio(["words"], ["captions"], "words"),
+    }
+
+
+def _harmonic(values: np.ndarray) -> np.ndarray:
+    """Harmonic mean of two shares [2, ...]; 0 where both are 0."""
+    both = values.sum(axis=0)
+    return np.where(both == 0, 0.0, divide(2 * values[0] * values[1], np.where(both == 0, 1.0, both)))

@@ -1,0 +1,193 @@
+"""CHAIR's ground truth: which objects each image has, from COCO annotations or from somebody's `chair.pkl`."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import files
+from lvlm_jax.evaluation.chair_words import Lexicon, parse_synonyms, plain_lexicon
+from lvlm_jax.evaluation.question import Data
+
+PLACES = (".", "annotations", "coco/annotations", "COCO_2014/annotations", "COCO/annotations",
+          "annotations_trainval2014/annotations")  # fmt: skip
+
+
+# All that a pickled CHAIR scorer is made of; none of these does more than hold values.
+_SAFE = {
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "list"): list,
+    ("builtins", "dict"): dict,
+    ("builtins", "object"): object,
+}
+_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_SCORER_MODULES = ("__main__", "chair", "utils.chair")
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Finds nothing but `_SAFE`, so that no opcode (GLOBAL, STACK_GLOBAL, INST, EXT) can reach anything to call."""
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content))
+        # Stands in for the scorer object: it holds the attributes and has no behaviour. One class a file, because a
+        # pickle can set attributes on it.
+        self.scorer = type("Scorer", (), {})
+
+    def find_class(self, module: str, name: str):
+        module = _OLD_NAMES.get(module, module)
+        if (module, name) in _SAFE:
+            return _SAFE[module, name]
+        if (module, name) == ("copyreg", "_reconstructor"):
+            return self._reconstruct
+        if name == "CHAIR" and module in _SCORER_MODULES:
+            return self.scorer
+        raise LVLMError(f"it asks for {module}.{name}, which no CHAIR scorer needs and which may do harm")
+
+    def _reconstruct(self, kind: type, base: type, state):
+        """What `copyreg._reconstructor` does, for the stand-in alone."""
+        if kind is not self.scorer or base is not object:
+            raise LVLMError("it builds an object that no CHAIR scorer has")
+        return self.scorer()
+
+    def persistent_load(self, key):
+        raise LVLMError("it refers to objects outside of itself")
+
+
+def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
+    """Objects by image id, and the word lists, of a `chair.pkl`.
+
+    Raises:
+      LVLMError: the file is no pickle, holds something else, or asks for anything that could run code.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LVLMError(f"pickle {str(path)!r} cannot be read: {error.strerror}") from error
+    advice = "give COCO annotations and a synonym list instead"
+    try:
+        unpickler = _RestrictedUnpickler(content)
+        stored = unpickler.load()
+    except LVLMError as error:
+        raise LVLMError(f"pickle {str(path)!r} is refused: {error}; {advice}") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise LVLMError(
+            f"pickle {str(path)!r} is damaged or no pickle ({type(error).__name__}); {advice}"
+        ) from error
+    state = stored.__dict__ if isinstance(stored, unpickler.scorer) else stored
+    try:
+        objects = {
+            int(image): frozenset(map(_word, names)) for image, names in state["imid_to_objects"].items()
+        }
+        categories = {_word(k): _word(v) for k, v in state["inverse_synonym_dict"].items() if k}
+        double_words = {_word(k): _word(v) for k, v in state["double_word_dict"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LVLMError(
+            f"pickle {str(path)!r} holds no CHAIR scorer (imid_to_objects, inverse_synonym_dict, double_word_dict)"
+        ) from error
+    if not objects:
+        raise LVLMError(f"pickle {str(path)!r} names no image; {advice}")
+    return objects, Lexicon(categories, double_words, path.name)
+
+
+def _word(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def annotation_files(data: Data) -> dict[str, list[Path]]:
+    """COCO's instances and captions; those of 2014 where there are any, else all."""
+    folder = files.data_folder(data)
+    for place in PLACES:
+        found = {
+            kind: sorted((folder / place).glob(f"{kind}_*2014.json"))
+            or sorted((folder / place).glob(f"{kind}_*.json"))
+            for kind in ("instances", "captions")
+        }
+        if all(found.values()):
+            return found
+        if any(found.values()):
+            kind = next(kind for kind, paths in found.items() if not paths)
+            raise LVLMError(f"CHAIR needs {kind}_val2014.json too; it is missing in {str(folder / place)!r}")
+    raise LVLMError(
+        f"CHAIR's ground truth is missing: no instances_val2014.json and captions_val2014.json in "
+        f"{str(folder)!r} or its folder annotations; or give a chair.pkl"
+    )
+
+
+def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
+    """The user's synonym list, which must know all categories; without one, the category names."""
+    if data.synonyms is None:
+        return plain_lexicon(categories)
+    path = files.given(data.synonyms, "synonym list")
+    lexicon = parse_synonyms(files.read_text(path, "synonym list"), synonym_list == "repaired", path.name)
+    missing = [name for name in categories if name not in lexicon.categories]
+    if missing:
+        raise LVLMError(
+            f"synonym list {str(path)!r} lacks {len(missing)} categories of the annotations, first {missing[0]!r}"
+        )
+    return lexicon
+
+
+def read_annotations(
+    data: Data, synonym_list: str, wanted: set[int] | None
+) -> tuple[dict[int, tuple[str, frozenset[str]]], Lexicon]:
+    """Image id -> (file name, objects of its instances and of its reference captions), and the lexicon.
+
+    Args:
+      wanted: only these ids; None for all.
+
+    Raises:
+      LVLMError: files are missing or malformed; an annotation has no category, or one that is not listed.
+    """
+    found = annotation_files(data)
+    contents = {path: _coco(path) for paths in found.values() for path in paths}
+    names: dict[int, str] = {}
+    categories: dict[int, str] = {}
+    for path in found["instances"]:
+        for row in contents[path].get("categories", []):
+            where = f"a category of {str(path)!r}"
+            categories[files.field(row, ["id"], int, where)] = files.field(row, ["name"], str, where)
+        for row in contents[path].get("images", []):
+            where = f"an image of {str(path)!r}"
+            names[files.field(row, ["id"], int, where)] = files.field(row, ["file_name"], str, where)
+    if not names or not categories:
+        raise LVLMError(f"annotations {str(found['instances'][0])!r} list no images or no categories")
+    lexicon = lexicon_of(data, synonym_list, list(categories.values()))
+    objects: dict[int, set[str]] = {image: set() for image in names if wanted is None or image in wanted}
+    for path in found["instances"]:
+        for row in contents[path]["annotations"]:
+            image = files.field(row, ["image_id"], int, f"an annotation of {str(path)!r}")
+            where = f"annotation {row.get('id')} (image {image}) of {str(path)!r}"
+            category = files.field(row, ["category_id"], int, where)
+            if category not in categories:
+                raise LVLMError(f"{where}: category_id {category} is not among the categories")
+            if image in objects:
+                objects[image].add(lexicon.categories[categories[category]])
+    for path in found["captions"]:
+        for row in contents[path]["annotations"]:
+            where = f"caption {row.get('id')} of {str(path)!r}"
+            image = files.field(row, ["image_id"], int, where)
+            if image in objects:
+                caption = files.field(row, ["caption"], str, where)
+                objects[image].update(name for _, name in lexicon.mentions(lexicon.words(caption)))
+    return {image: (names[image], frozenset(there)) for image, there in objects.items()}, lexicon
+
+
+def _coco(path: Path) -> Mapping:
+    content = files.read_json(path, "annotations")
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise LVLMError(f"annotations {str(path)!r} have no list 'annotations'; expected COCO's format")
+    if not all(
+        isinstance(row, dict)
+        for key in ("annotations", "images", "categories")
+        for row in content.get(key, [])
+    ):
+        raise LVLMError(f"annotations {str(path)!r} hold rows that are no objects; expected COCO's format")
+    return content

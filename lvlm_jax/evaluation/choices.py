@@ -1,0 +1,251 @@
+"""Multiple choice with one image or many: BLINK, MUIRBench, NLVR2, Q-Bench2, MIRB, MIBench.
+
+One reader for the three formats that users hold (a VLMEvalKit TSV, a Hugging Face folder of parquet files, JSON lines)
+and for their different column names; text and images may be interleaved. Answers are option letters.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import files, parsers, tables
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+
+# Benchmark -> how its files are called (beginnings, in lower case).
+FILES = {
+    "blink": ("blink",),
+    "muirbench": ("muirbench",),
+    "nlvr2": ("nlvr2",),
+    "qbench2": ("qbench2", "q-bench2", "q_bench2"),
+    "mirb": ("mirb",),
+    "mibench": ("mibench",),
+}
+LETTERS = string.ascii_uppercase
+SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+# The question_id of one benchmark is the index of another.
+IDS, TEXTS, ANSWERS = (
+    ("question_id", "index", "idx", "id"),
+    ("question", "text", "query", "sentence"),
+    ("answer", "label", "correct_choice", "gt"),
+)
+OPTIONS, GROUPS = ("options", "choices", "choice_list"), ("category", "sub_task", "task", "kind")
+IMAGES = ("images", "image_list", "image_path", "image", "image_paths")
+
+register(
+    *(
+        Protocol(
+            f"choices/{name}", "choices", f"{name}: letter of the right option", "letter", 16, suffix=SUFFIX
+        )
+        for name in FILES
+    ),
+    Protocol(
+        "choices/any",
+        "choices",
+        "any table of multiple choice, by --question-file",
+        "letter",
+        16,
+        suffix=SUFFIX,
+    ),
+)
+
+
+def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
+    """The table given, or the TSV, the JSON lines, or all parquet files of the benchmark found in the data folder."""
+    if data.question_file is not None:
+        return {"questions": [files.given(data.question_file, "question file")]}
+    folder, name = files.data_folder(data), protocol.name.split("/")[1]
+    if name not in FILES:
+        raise LVLMError("choices/any needs the question file by name; give --question-file")
+    beginnings = FILES[name]
+    for place in (folder, folder / "LMUData", folder / "data"):
+        entries = sorted(place.iterdir()) if place.is_dir() else []
+        matching = [entry for entry in entries if entry.name.lower().startswith(beginnings)]
+        named = [entry for entry in matching if entry.is_file() and entry.suffix in tables.ENDINGS]
+        within = [path for entry in matching if entry.is_dir() for path in sorted(entry.rglob("*.parquet"))]
+        if len(named) > 1 and {path.suffix for path in named} != {".parquet"}:
+            raise LVLMError(
+                f"{len(named)} files fit {protocol.name} in {str(place)!r}: {', '.join(path.name for path in named)}; "
+                "name the one that is meant with --question-file"
+            )
+        if named or within:
+            return {"questions": named or within}
+    if folder.name.lower().startswith(beginnings) and (found := sorted(folder.rglob("*.parquet"))):
+        return {"questions": found}
+    raise LVLMError(
+        f"{protocol.name} is missing: no {beginnings[0]}*.tsv, {beginnings[0]}*.jsonl or folder {beginnings[0]}*/ with "
+        f"parquet files in {str(folder)!r}"
+    )
+
+
+def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
+    """The questions with their options written below them, and each `<image>` at its place.
+
+    Raises:
+      LVLMError: a file is missing, a row is malformed, an id occurs twice, an answer is none of the options.
+    """
+    questions, seen = [], set()
+    for path in question_files(data, protocol)["questions"]:
+        folder = data.image_folder or path.parent
+        by_index: dict[str, str] = {}
+        for number, row in tables.rows(path):
+            where = f"row {number} of question file {str(path)!r}"
+            _follow_reference(row, by_index, where)
+            question = _question(row, number, folder, where)
+            files.unique(seen, question.key, where)
+            if not data.groups or question.group in data.groups:
+                questions.append(question)
+    if not questions:
+        raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
+    if need_images:
+        for question in questions:
+            for image in question.images:
+                if isinstance(image, Path) and not image.is_file():
+                    raise LVLMError(f"image {str(image)!r} of question {question.id} is missing")
+    return questions
+
+
+def _follow_reference(row: dict, by_index: dict[str, str], where: str) -> None:
+    """In VLMEvalKit's tables a short number in the image column means the picture of the row with that index."""
+    index, image = row.get("index"), row.get("image")
+    if not isinstance(index, str) or not isinstance(image, str):
+        return
+    if image.isdigit() and len(image) < 12:
+        if image not in by_index:
+            raise LVLMError(f"{where}: image refers to index {image}, which no earlier row has")
+        row["image"] = by_index[image]
+    else:
+        by_index[index] = image
+
+
+def _first(row: dict, names: Sequence[str]):
+    return next((row[name] for name in names if name in row), None)
+
+
+def _question(row: dict, number: int, folder: Path, where: str) -> Question:
+    options = _options(row, where)
+    text = _first(row, TEXTS)
+    if not isinstance(text, str) or not text.strip():
+        raise LVLMError(f"{where} has no question; expected one of the columns {', '.join(TEXTS)}")
+    hint = row.get("hint")
+    lines = ([f"Hint: {hint}"] if isinstance(hint, str) else []) + [text.strip()]
+    lines += [f"{letter}. {option}" for letter, option in options.items()]
+    text, images = interleave("\n".join(lines), _images(row, folder, where), where)
+    identity = _first(row, IDS)
+    return Question(
+        number if identity is None else identity,
+        images,
+        text,
+        _label(_first(row, ANSWERS), options, where),
+        str(_first(row, GROUPS) or "all"),
+        {"options": tuple(options)},
+    )
+
+
+def _options(row: dict, where: str) -> dict[str, str]:
+    """Letter -> text: from columns A, B, ..., from a list, or from option0, option1, ..."""
+    lettered = {letter: str(row[letter]) for letter in LETTERS if letter in row}
+    listed = _first(row, OPTIONS)
+    if isinstance(listed, dict):
+        lettered = {str(letter).upper(): str(text) for letter, text in listed.items()}
+    elif listed is not None:
+        lettered = dict(zip(LETTERS, map(str, tables.as_list(listed, where)), strict=False))
+    elif not lettered:
+        numbered = sorted((name for name in row if re.fullmatch(r"option_?\d+", name)), key=_number)
+        lettered = dict(zip(LETTERS, (str(row[name]) for name in numbered), strict=False))
+    if not lettered and _yes_no(_first(row, ANSWERS)) is not None:
+        lettered = {"A": "True", "B": "False"}  # NLVR2 as it was published: a statement about two images
+    if len(lettered) < 2 or any(letter not in LETTERS for letter in lettered):
+        raise LVLMError(
+            f"{where} has no options; expected columns A, B, ..., or a list 'options' or 'choices'"
+        )
+    return lettered
+
+
+def _number(name: str) -> int:
+    return int(re.search(r"\d+", name)[0])
+
+
+def _yes_no(value) -> bool | None:
+    return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).strip().lower())
+
+
+def _label(answer, options: dict[str, str], where: str) -> str:
+    """The letter of the right option, given as "B" or "(B)", as the option's text, or as its place counted from 0."""
+    if answer is None:
+        raise LVLMError(f"{where} has no answer; expected one of the columns {', '.join(ANSWERS)}")
+    said = str(answer).strip()
+    letter = said.strip("(). ").upper()
+    if letter in options:
+        return letter
+    texts = {text.strip().lower(): letter for letter, text in options.items()}
+    if said.lower() in texts:
+        return texts[said.lower()]
+    truth = _yes_no(answer)
+    if truth is not None and {"true", "false"} <= texts.keys():
+        return texts[str(truth).lower()]
+    if said.isdigit() and int(said) < len(options):
+        return list(options)[int(said)]
+    raise LVLMError(f"{where}: answer {said!r} is none of the options {', '.join(options)}")
+
+
+def _images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
+    value = _first(row, IMAGES)
+    if value is not None:
+        cells = tables.as_list(value, where)
+    else:
+        pair = [name for name in ("left_image", "right_image") if name in row]
+        numbered = sorted((name for name in row if re.fullmatch(r"(image|img)_?\d+", name)), key=_number)
+        cells = [row[name] for name in pair or numbered]
+    return tuple(tables.picture(cell, folder, f"{where}: image") for cell in cells if cell is not None)
+
+
+def interleave(text: str, images: tuple, where: str) -> tuple[str, tuple]:
+    """Placeholders of any writing (`<image>`, `<image 2>`, `<img1>`) as `<image>`, with the images in their order.
+
+    Images that no placeholder mentions come first. Raises `LVLMError` when a placeholder has no image.
+    """
+    places = list(re.finditer(r"<(?:image|img)[ _]?(\d*)>", text))
+    if not places:
+        return text, images
+    order = []
+    for place in places:
+        waiting = [i for i in range(len(images)) if i not in order]
+        index = int(place[1]) - 1 if place[1] else (waiting[0] if waiting else len(images))
+        if not 0 <= index < len(images):
+            raise LVLMError(f"{where} has the placeholder {place[0]!r} but {len(images)} images")
+        order.append(index)
+    unused = [i for i in range(len(images)) if i not in order]
+    text = "<image>" * len(unused) + re.sub(r"<(?:image|img)[ _]?(\d*)>", "<image>", text)
+    return text, tuple(images[i] for i in [*unused, *order])
+
+
+def prompt(question: Question, protocol: Protocol) -> str:
+    """The text put to a model."""
+    return protocol.prompt(question)
+
+
+def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
+    """Accuracy over all questions and of each category; an answer without an option letter is wrong and counted."""
+    tally, unparsed = Tally(), 0
+    groups = list(dict.fromkeys(question.group for question in questions))
+    for question in questions:
+        said = parsers.letter(answers[question.key], question.extra["options"])
+        unparsed += said is None
+        tally.correct[question.key] = said == question.label
+        counts = {"asked": 1, "right": said == question.label, "unparsed": said is None}
+        tally.add(question.unit, **{f"{question.group}/{name}": count for name, count in counts.items()})
+    figures = {
+        "accuracy": ratio([f"{group}/right" for group in groups], [f"{group}/asked" for group in groups]),
+        "unparsed": ratio([f"{group}/unparsed" for group in groups], [f"{group}/asked" for group in groups]),
+    }
+    for group in groups if len(groups) > 1 else ():
+        figures[f"{group}: accuracy"] = ratio([f"{group}/right"], [f"{group}/asked"])
+        figures[f"{group}: unparsed"] = ratio([f"{group}/unparsed"], [f"{group}/asked"])
+    names = [f"{group}/{name}" for group in groups for name in ("asked", "right", "unparsed")]
+    return tally.scores(names, figures, {"parser": "letter", "unparsed": unparsed})

@@ -1,0 +1,184 @@
+"""Reading and finding files, with one line that says which file, which line, and what was expected."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.question import Data
+from lvlm_jax.generation.record import file_hash
+
+# Where people keep the pictures of a benchmark, seen from the folder they name.
+COCO_IMAGES = (
+    "val2014",
+    "coco/val2014",
+    "COCO_2014/val2014",
+    "coco2014/val2014",
+    "COCO/val2014",
+    "images",
+    ".",
+)
+GQA_IMAGES = ("gqa/images", "GQA/images", "images", "gqa", "GQA", ".")
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file. `LVLMError` when it cannot be read, is not UTF-8, or is empty."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LVLMError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LVLMError(f"{what} {str(path)!r} is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise LVLMError(f"{what} {str(path)!r} is empty")
+    return text
+
+
+def read_json(path: Path, what: str):
+    """The value of a JSON file."""
+    try:
+        return json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise LVLMError(f"{what} {str(path)!r} is not JSON: {error}") from error
+
+
+def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:
+    """Objects of a JSON-lines file, or of one JSON list, each with its number (from 1; empty lines count)."""
+    text = read_text(path, what)
+    if text.lstrip().startswith("["):
+        rows = list(enumerate(read_json(path, what), start=1))
+    else:
+        rows = []
+        # Not splitlines: it also breaks at characters that JSON strings may hold.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except (ValueError, RecursionError) as error:
+                    raise LVLMError(
+                        f"line {number} of {what} {str(path)!r} is not JSON ({error}); repair or remove the line"
+                    ) from error
+    if not rows:
+        raise LVLMError(f"{what} {str(path)!r} is an empty list")
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise LVLMError(
+                f"line {number} of {what} {str(path)!r} is a JSON {type(row).__name__}; expected an object"
+            )
+    return rows
+
+
+def field(row: dict, names: Sequence[str], kinds: type | tuple, where: str):
+    """The first of `names` that `row` has. `LVLMError` (beginning with `where`) when it has none or another type."""
+    for name in names:
+        if name in row:
+            value = row[name]
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise LVLMError(f"{where}: {name} is {repr(value)[:60]}; expected {_kinds(kinds)}")
+            return value
+    raise LVLMError(f"{where} has no {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
+
+
+def _kinds(kinds: type | tuple) -> str:
+    words = {str: "a string", int: "a number", list: "a list", dict: "an object"}
+    return " or ".join(words[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+
+
+def unique(seen: set, key, where: str) -> None:
+    """Add `key` to `seen`. `LVLMError` when it is there already."""
+    if key in seen:
+        shown = key if isinstance(key, (str, int)) else " ".join(map(str, key))
+        raise LVLMError(f"{where}: id {shown} occurs twice; every id must occur once")
+    seen.add(key)
+
+
+def data_folder(data: Data) -> Path:
+    """`data.folder` as an existing folder."""
+    folder = data.folder.expanduser()
+    if not folder.is_dir():
+        raise LVLMError(f"data folder {str(folder)!r} is not a folder; give the one that holds the benchmark")
+    return folder
+
+
+def given(path: Path, what: str) -> Path:
+    """A path that the user named himself, as an existing file."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
+    return path
+
+
+def find(
+    data: Data, names: Sequence[str], places: Iterable[str], what: str, optional: bool = False
+) -> Path | None:
+    """The file called one of `names` in one of `places` below the data folder.
+
+    `LVLMError` when there is none (unless `optional`), or when several with different contents are found.
+    """
+    folder, places = data_folder(data), list(places)
+    found = [folder / place / name for place in places for name in names if (folder / place / name).is_file()]
+    if not found:
+        if optional:
+            return None
+        raise LVLMError(
+            f"{what} is missing: no file {' or '.join(names)} in {str(folder)!r} "
+            f"(looked in {', '.join(place if place != '.' else 'the folder itself' for place in places)})"
+        )
+    if len({path.resolve() for path in found}) > 1 and len({file_hash(path) for path in found}) > 1:
+        raise LVLMError(
+            f"{what}: {' and '.join(repr(str(path)) for path in found)} differ; "
+            "name the one that is meant, or give its own folder"
+        )
+    return found[0]
+
+
+def locate_images(
+    data: Data, names: Sequence[str], places: Sequence[str], needed: bool, what: str
+) -> dict[str, Path]:
+    """Image name -> path. The folder is `data.image_folder`, or the first of `places` that holds the first image.
+
+    With `needed`, every image must be there, else `LVLMError` names the first that is not. Without, a name that is
+    nowhere stays a bare name: scores need no pictures.
+    """
+    distinct = list(dict.fromkeys(names))
+    if data.image_folder is not None:
+        folders = [data.image_folder.expanduser()]
+        if not folders[0].is_dir():
+            raise LVLMError(f"image folder {str(folders[0])!r} is not a folder; check the path")
+    else:
+        folders = [data_folder(data) / place for place in places]
+    chosen = next((folder for folder in folders if distinct and (folder / distinct[0]).is_file()), None)
+    if not needed:
+        return {name: (chosen / name if chosen else Path(name)) for name in distinct}
+    if chosen is None:
+        where = ", ".join(repr(str(folder)) for folder in folders)
+        raise LVLMError(f"image {distinct[0]!r} of {what} is missing; looked in {where}")
+    paths = {name: chosen / name for name in distinct}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if missing:
+        raise LVLMError(
+            f"{len(missing)} of {len(distinct)} images of {what} are missing in {str(chosen)!r}, first {missing[0]!r}"
+        )
+    return paths
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either complete or absent. `LVLMError` when it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8", newline="\n", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise LVLMError(f"{str(path)!r} cannot be written: {error.strerror}") from error

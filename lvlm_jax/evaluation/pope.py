@@ -1,0 +1,141 @@
+"""POPE: is this object in the picture, yes or no (Li et al. 2023, arXiv 2305.10355).
+
+Question files are JSON lines of `question_id, image, text, label`; their name often ends in `.json`. Two different
+COCO files of the random split circulate, of 3000 rows (VCD's) and of 2910 (OPERA's and LLaVA's): the record's hash and
+the note "rows" tell them apart. The yes ratio is that of the answers; lmms-eval prints the labels' under that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import binary, files, parsers
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+
+SPLITS = ("random", "popular", "adversarial")
+SOURCES = ("coco", "aokvqa", "gqa")
+LLAVA_SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def _protocol(name: str, about: str, parser: str, max_new_tokens: int, **settings) -> Protocol:
+    return Protocol(f"pope/{name}", "pope", about, parser, max_new_tokens, groups=SPLITS, **settings)
+
+
+register(
+    _protocol(
+        "strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX
+    ),
+    _protocol("official", "POPE's and LLaVA's scorer, LLaVA's suffix", "official", 128, suffix=LLAVA_SUFFIX),
+    _protocol("opera", "OPERA's scorer, no suffix", "opera", 10),
+    _protocol(
+        "vcd",
+        "VCD's scorer and suffix, sampling at temperature 1",
+        "vcd",
+        64,
+        suffix=" Please answer this question with one word.",
+        temperature=1.0,
+    ),
+    _protocol(
+        "vcd-greedy",
+        "VCD's scorer and suffix, greedy",
+        "vcd",
+        64,
+        suffix=" Please answer this question with one word.",
+    ),
+    _protocol("lmms-eval", "lmms-eval's scorer, LLaVA's suffix", "lmms-eval", 128, suffix=LLAVA_SUFFIX),
+)
+
+
+def _groups(data: Data, protocol: Protocol) -> tuple[str, ...]:
+    unknown = set(data.groups) - set(protocol.groups)
+    if unknown:
+        raise LVLMError(
+            f"POPE has no split {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}"
+        )
+    return tuple(group for group in protocol.groups if not data.groups or group in data.groups)
+
+
+def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
+    """Split -> its question file. One file given by the user is for one split, named in its file name or `groups`."""
+    if data.source not in SOURCES:
+        raise LVLMError(f"POPE source {data.source!r} is unknown; choose one of {', '.join(SOURCES)}")
+    groups = _groups(data, protocol)
+    if data.question_file is not None:
+        path = files.given(data.question_file, "question file")
+        named = [group for group in groups if group in path.name.lower()]
+        groups = tuple(named) if len(named) == 1 else groups
+        if len(groups) > 1:
+            raise LVLMError(f"question file {str(path)!r} holds one split; say which: {', '.join(groups)}")
+        return {groups[0]: [path]}
+    source = data.source
+    places = [".", "POPE", "pope", source, f"POPE/{source}", f"pope/{source}", f"pope_{source}",
+              f"output/{source}", f"data/POPE/{source}", f"experiments/data/POPE/{source}"]  # fmt: skip
+    found = {}
+    for group in groups:
+        stems = [f"{source}_pope_{group}"] + [f"pope_{group}"] * (source == "coco")
+        wanted = [stem + ending for stem in stems for ending in (".json", ".jsonl")]
+        found[group] = [files.find(data, wanted, places, f"POPE {source} {group}")]
+    return found
+
+
+def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
+    """The questions of all splits asked, in the order of the files.
+
+    Raises:
+      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+    """
+    rows, seen = [], set()
+    for group, (path,) in question_files(data, protocol).items():
+        for line, row in files.read_rows(path, "question file"):
+            where = f"line {line} of question file {str(path)!r}"
+            number = files.field(row, ["question_id"], (int, str), where)
+            files.unique(seen, (group, str(number)), where)
+            label = files.field(row, ["label"], str, where)
+            if label.strip().lower() not in ("yes", "no"):
+                raise LVLMError(f"{where}: label is {label!r}; expected yes or no")
+            rows.append((group, number, files.field(row, ["image"], str, where),
+                         files.field(row, ["text"], str, where), label.strip().lower()))  # fmt: skip
+    places = files.GQA_IMAGES if data.source == "gqa" else files.COCO_IMAGES
+    paths = files.locate_images(data, [row[2] for row in rows], places, need_images, "POPE")
+    return [
+        Question(number, (paths[image],), text, label, group) for group, number, image, text, label in rows
+    ]
+
+
+def prompt(question: Question, protocol: Protocol) -> str:
+    """The text put to a model."""
+    return protocol.prompt(question)
+
+
+def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
+    """Figures of each split and their mean.
+
+    Beside the protocol's own parser, "strict yes ratio" and "strict unparsed" say what the model really answered:
+    parsers that take everything for yes or no hide it.
+
+    Args:
+      questions: those that were asked.
+      answers: `Question.key` -> text.
+    """
+    parse = parsers.yes_no(protocol.parser)
+    groups = list(dict.fromkeys(question.group for question in questions))
+    tally = Tally()
+    for question in questions:
+        text = answers[question.key]
+        binary.count(tally, question, parse(text, binary.label_of(question)))
+        plain = parsers.strict(text, "")
+        tally.add(question.unit, asked=1, strict_yes=plain == "yes", strict_unparsed=plain is None)
+    figures = binary.table(groups, unparsed_is_missed=protocol.parser != "lmms-eval")
+    figures["strict yes ratio"] = ratio(["strict_yes"], ["asked"])
+    figures["strict unparsed"] = ratio(["strict_unparsed"], ["asked"])
+    unparsed = sum(parse(answers[question.key], binary.label_of(question)) is None for question in questions)
+    rows = {group: sum(question.group == group for question in questions) for group in groups}
+    return tally.scores(
+        [*binary.names(groups), "asked", "strict_yes", "strict_unparsed"],
+        figures,
+        {"rows": rows, "parser": protocol.parser, "unparsed": unparsed},
+    )

@@ -1,0 +1,144 @@
+"""Protocols: everything that decides a score besides the model, under one name; and the record a score carries.
+
+Two people's figures of "POPE" differ because the question file, the prompt's suffix, the parser, the length limit or
+the image list differ. A protocol fixes what can be fixed, and the record hashes the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.question import Question, image_name
+from lvlm_jax.generation.record import file_hash, method_record
+from lvlm_jax.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a benchmark is asked and scored.
+
+    Attributes:
+      name: "benchmark/variant".
+      benchmark: key of `lvlm_jax.evaluation.BENCHMARKS`.
+      about: one line for people who choose.
+      template: the prompt; `{question}` is the question's text.
+      suffix: what follows the question.
+      parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words) or "none" (captions).
+      max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
+      truncate: captions: "none", or "sentence" to drop what follows the last full stop.
+      groups: the splits or subtasks asked.
+      synonym_list: CHAIR: "official" keeps the list's slips (words that never match), "repaired" mends them.
+    """
+
+    name: str
+    benchmark: str
+    about: str
+    parser: str
+    max_new_tokens: int
+    template: str = "{question}"
+    suffix: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    truncate: str = "none"
+    groups: tuple[str, ...] = ()
+    synonym_list: str = "official"
+
+    def prompt(self, question: Question) -> str:
+        """The text put to a model."""
+        # Not str.format: a question may hold braces.
+        return self.template.replace("{question}", question.text) + self.suffix
+
+
+_PROTOCOLS: dict[str, Protocol] = {}
+
+
+def register(*protocols: Protocol) -> None:
+    """Make protocols known by their names; a name can be given once."""
+    for protocol in protocols:
+        if protocol.name in _PROTOCOLS:
+            raise ValueError(f"protocol {protocol.name!r} is registered already")
+        _PROTOCOLS[protocol.name] = protocol
+
+
+def names() -> list[str]:
+    """Names of all protocols, benchmark by benchmark."""
+    return list(_PROTOCOLS)
+
+
+def get(name: str) -> Protocol:
+    """The protocol called `name`; a benchmark's name alone means its first one, the default.
+
+    Raises:
+      LVLMError: there is none; the message names those that come close.
+    """
+    if name in _PROTOCOLS:
+        return _PROTOCOLS[name]
+    family = [known for known in _PROTOCOLS if known.split("/")[0] == name.split("/")[0]]
+    if family and "/" not in name:
+        return _PROTOCOLS[family[0]]
+    close = family or difflib.get_close_matches(name, _PROTOCOLS, cutoff=0.4) or list(_PROTOCOLS)
+    raise LVLMError(f"protocol {name!r} is unknown; choose one of {', '.join(close)}")
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of one file; of several, one for their names and contents in sorted order."""
+    if len(paths) == 1:
+        return file_hash(paths[0])
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.parent.name}/{path.name}\0{file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def image_list_hash(questions: Sequence[Question]) -> str:
+    """SHA-256 of the distinct image names in the order asked, one a line (for encoded pictures, of their hashes)."""
+    listed = dict.fromkeys(image_name(image) for question in questions for image in question.images)
+    return hashlib.sha256("".join(f"{name}\n" for name in listed).encode()).hexdigest()
+
+
+def record(
+    protocol: Protocol,
+    questions: Sequence[Question],
+    files: Mapping[str, Sequence[Path]],
+    *,
+    model: str | None = None,
+    model_sha256: str | None = None,
+    revision: str | None = None,
+    method: object | Mapping | None = None,
+    seed: int | None = None,
+    more: Mapping | None = None,
+) -> dict:
+    """What every score carries, as plain JSON values.
+
+    Args:
+      protocol: the protocol as it was run, overrides included (`dataclasses.replace`).
+      questions: the questions asked, in order.
+      files: role -> files, as a benchmark's `files()` gives them.
+      model: path or hub id, with `model_sha256` of its files or its `revision`.
+      method: a method, or the record of one; None for none (or not known, when others' answers are scored).
+      seed: of sampling.
+      more: what else decides the figures (bootstrap seed, source of the images, ...).
+    """
+    images = {image_name(image) for question in questions for image in question.images}
+    return {
+        "protocol": dataclasses.asdict(protocol) | {"groups": list(protocol.groups)},
+        "questions": len(questions),
+        "files": {
+            role: {
+                "name": paths[0].name if len(paths) == 1 else f"{len(paths)} files",
+                "sha256": files_hash(paths),
+            }
+            for role, paths in files.items()
+            if paths
+        },
+        "images": {"count": len(images), "list_sha256": image_list_hash(questions)},
+        "model": {"name": model, "sha256": model_sha256, "revision": revision},
+        "method": dict(method) if isinstance(method, Mapping) else method_record(method),
+        "seed": seed,
+        "version": __version__,
+    } | dict(more or {})

@@ -1,0 +1,74 @@
+"""What every benchmark reads into: questions, and where the files of a benchmark lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question of a benchmark.
+
+    Attributes:
+      id: as the benchmark's file gives it; unique within its group.
+      images: files, or encoded pictures where the benchmark ships them inside its tables. In `text`, each
+        `<image>` is the place of the next one; without any, the images come first.
+      text: the question as the file has it, without the protocol's suffix.
+      label: the right answer in the benchmark's own words; None where there is none to compare with.
+      group: split, subtask or kind ("random", "existence", ...).
+      extra: what the benchmark's scorer needs besides.
+    """
+
+    id: int | str
+    images: tuple[Path | bytes, ...]
+    text: str
+    label: str | None
+    group: str
+    extra: Mapping = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Group and id as text, since answer files write one id now as a number, now as a string."""
+        return self.group, str(self.id)
+
+    @property
+    def unit(self) -> str:
+        """Name of the image, or of the images together: what a bootstrap resamples."""
+        return "+".join(image_name(image) for image in self.images)
+
+
+def image_name(image: Path | bytes) -> str:
+    """A file's name; for an encoded picture the beginning of its SHA-256."""
+    return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else image.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where a benchmark's files lie. Only `folder` is always needed; the rest overrules what is looked for in it.
+
+    Attributes:
+      folder: the folder that users have (of COCO, of MME, ...), searched in the places listed by each benchmark.
+      question_file: one question file instead of the ones looked for (POPE, MIHBench, multiple choice).
+      image_folder: folder of the images.
+      image_list: CHAIR: file with one image name or id a line; the images in this order.
+      synonyms: CHAIR: the user's synonym list, one category a line, its words separated by commas.
+      chair_pickle: CHAIR: `chair.pkl` with the ground truth of all images.
+      source: POPE: "coco", "aokvqa" or "gqa".
+      groups: only these splits or subtasks; empty for those of the protocol.
+      only: CHAIR: only these image ids (rescoring takes them from the captions).
+      matching: AMBER: "exact", or "spacy" for soft matching with spaCy's large English vectors.
+    """
+
+    folder: Path
+    question_file: Path | None = None
+    image_folder: Path | None = None
+    image_list: Path | None = None
+    synonyms: Path | None = None
+    chair_pickle: Path | None = None
+    source: str = "coco"
+    groups: tuple[str, ...] = ()
+    only: tuple[int, ...] | None = None
+    matching: str = "exact"

@@ -1,0 +1,229 @@
+"""Score answers that somebody else's model gave: no model is run, no picture is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import BENCHMARKS, answers, files, protocol, statistics
+from lvlm_jax.evaluation.question import Data
+from lvlm_jax.evaluation.scores import Scores
+from lvlm_jax.generation.record import file_hash
+
+
+def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str | None, Path]]:
+    """`GROUP=FILE`, or a file or folder alone, as (group or None, path)."""
+    found = []
+    for word in words:
+        group, equals, name = word.partition("=")
+        # A path may hold an equals sign itself.
+        if equals and group in groups and not Path(word).exists():
+            found.append((group, Path(name)))
+        else:
+            found.append((None, Path(word)))
+    return found
+
+
+def rescore(
+    settings: protocol.Protocol,
+    data: Data,
+    given: Sequence[str],
+    against: Sequence[str] = (),
+    *,
+    partial: bool = False,
+    resamples: int = statistics.RESAMPLES,
+    seed: int = 0,
+    model: str | None = None,
+) -> dict:
+    """Score answer files, with intervals and the protocol record; with `against`, compare two runs.
+
+    Args:
+      settings: the protocol.
+      given: answer files, as `answer_paths` reads them.
+      against: answer files of the run to compare with (greedy, say), over the same questions.
+      partial: score the questions that are answered, and say so, instead of raising.
+      seed: of the bootstrap.
+      model: name of the model that answered, for the record; else what the record beside the answers says.
+
+    Returns:
+      What goes into `scores.json`, plain JSON values.
+
+    Raises:
+      LVLMError: files are missing or malformed, or answers and questions do not belong together.
+    """
+    paths = answer_paths(given, settings.groups)
+    groups = [group for group, _ in paths]
+    if not data.groups and all(groups):
+        data = dataclasses.replace(data, groups=tuple(dict.fromkeys(groups)))
+    rows = answers.read(paths, settings)
+    if settings.benchmark == "chair" and data.image_list is None:
+        data = dataclasses.replace(data, only=_image_ids(rows))
+    benchmark = BENCHMARKS[settings.benchmark]
+    questions = benchmark.read(data, settings)
+    said = answers.match(questions, rows, partial)
+    answered = [question for question in questions if question.key in said]
+    scores = benchmark.score(answered, said, settings)
+    origin = _origin(paths)
+    more = {
+        "questions_given": len(questions),
+        "bootstrap": {"resamples": resamples, "seed": seed, "level": statistics.LEVEL, "over": "images"},
+        "answers": [{"name": path.name, "sha256": _hash(path)} for _, path in paths],
+        # How answers of others were decoded is not known; the protocol says how they should have been.
+        "decoding_known": bool(origin),
+        "answered_by": origin or None,
+    } | ({"source": data.source} if settings.benchmark == "pope" else {})
+    found = {
+        "record": protocol.record(
+            settings,
+            answered,
+            benchmark.question_files(data, settings),
+            model=model or origin.get("model"),
+            model_sha256=origin.get("model_sha256"),
+            method=origin.get("method"),
+            seed=origin.get("seed"),
+            more=more,
+        )
+    } | report(scores, resamples, seed)
+    if against:
+        others = answer_paths(against, settings.groups)
+        theirs = answers.match(questions, answers.read(others, settings), partial)
+        common = [question for question in answered if question.key in theirs]
+        pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
+        found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
+        found["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
+    return found
+
+
+def _image_ids(rows: Sequence[answers.Row]) -> tuple[int, ...]:
+    for row in rows:
+        if not row.id.isdigit():
+            raise LVLMError(f"{row.where}: image_id is {row.id!r}; expected COCO's number")
+    seen: set = set()
+    for row in rows:
+        files.unique(seen, int(row.id), row.where)
+    return tuple(int(row.id) for row in rows)
+
+
+def _hash(path: Path) -> str:
+    path = path.expanduser()
+    return (
+        protocol.files_hash([entry for entry in path.iterdir() if entry.is_file()])
+        if path.is_dir()
+        else file_hash(path)
+    )
+
+
+def _origin(paths: Sequence[tuple[str | None, Path]]) -> dict:
+    """The record that our own runs leave beside their answers, if there is one."""
+    beside = paths[0][1].with_name(paths[0][1].name + ".run.json") if paths else None
+    if beside is None or not beside.is_file():
+        return {}
+    stored = files.read_json(beside, "record of the run")
+    return stored if isinstance(stored, dict) else {}
+
+
+def _number(value) -> float | None:
+    """A number for JSON, which has no nan."""
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def report(scores: Scores, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict:
+    """Figures with intervals, notes, and what was counted at each image, as plain JSON values."""
+    values, sizes = scores.values(), scores.sizes()
+    intervals = statistics.bootstrap(scores, resamples, seed)
+    return {
+        "figures": {
+            name: {
+                "value": _number(values[name]),
+                "interval": [_number(bound) for bound in intervals[name]],
+                "n": sizes[name],
+                "unit": figure.unit,
+            }
+            for name, figure in scores.figures.items()
+        },
+        "notes": dict(scores.notes),
+        "per_image": {
+            "counts": list(scores.counts),
+            "images": {unit: row.tolist() for unit, row in zip(scores.units, scores.table, strict=True)},
+        },
+        "correct": [[group, number, bool(right)] for (group, number), right in scores.correct.items()],
+    }
+
+
+def compare(first: Scores, second: Scores, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict:
+    """First minus second for every figure, with a paired interval, and McNemar's test over the questions."""
+    differences = statistics.paired_bootstrap(first, second, resamples, seed)
+    test = statistics.mcnemar(first.correct, second.correct)
+    return {
+        "differences": {
+            name: {
+                "value": _number(found.value),
+                "interval": [_number(bound) for bound in found.interval],
+                "p": _number(found.p),
+            }
+            for name, found in differences.items()
+        },
+        "mcnemar": {"only_first_right": test.first, "only_second_right": test.second, "p": _number(test.p)},
+    }
+
+
+def table(found: dict) -> str:
+    """The figures as a table for a terminal, shares in per cent."""
+    figures = found["figures"]
+    against = found.get("against", {}).get("differences", {})
+    wide = max(map(len, figures), default=0)
+    heading = f"{'figure':{wide}}  {'value':>8}  {'95 % interval':>17}  {'n':>6}"
+    lines = [heading + ("  difference (95 %, p)" if against else "")]
+    for name, figure in figures.items():
+        scale = 100 if figure["unit"] == "share" else 1
+        low, high = (_shown(bound, scale) for bound in figure["interval"])
+        line = (
+            f"{name:{wide}}  {_shown(figure['value'], scale):>8}  {f'{low} to {high}':>17}  {figure['n']:>6}"
+        )
+        if name in against:
+            other = against[name]
+            low, high = (_shown(bound, scale) for bound in other["interval"])
+            line += f"  {_shown(other['value'], scale)} ({low} to {high}, p {other['p']:.3g})"
+        lines.append(line)
+    if against:
+        test = found["against"]["mcnemar"]
+        lines.append(
+            f"McNemar: right only here {test['only_first_right']}, only there {test['only_second_right']}, "
+            f"p {test['p']:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def _shown(value: float | None, scale: float) -> str:
+    return "-" if value is None else f"{value * scale:.1f}"
+
+
+def summary(found: dict) -> str:
+    """The lines below a table: which protocol, files and images the figures are of."""
+    record = found["record"]
+    settings = record["protocol"]
+    lines = [
+        f"protocol {settings['name']} (parser {settings['parser']}), lvlm_jax {record['version']}",
+        f"{record['questions']} questions of {record['questions_given']}, {record['images']['count']} images, "
+        f"image list {record['images']['list_sha256'][:12]}",
+    ]
+    lines += [f"{role} {entry['name']} {entry['sha256'][:12]}" for role, entry in record["files"].items()]
+    lines += [f"{name}: {_plain(value)}" for name, value in found["notes"].items()]
+    return "\n".join(lines)
+
+
+def _plain(value) -> str:
+    return (
+        ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else str(value)
+    )
+
+
+def write(found: dict, folder: Path) -> Path:
+    """Write `scores.json` into a folder, whole or not at all."""
+    path = folder / "scores.json"
+    files.write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return path

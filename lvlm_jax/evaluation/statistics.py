@@ -1,0 +1,120 @@
+"""How sure a score is, and whether two runs differ: bootstrap over images, paired bootstrap, McNemar's test.
+
+Questions about one image are not independent, so images are drawn, with all their questions (Efron and Tibshirani
+1993, "An Introduction to the Bootstrap", chapters 8 and 13: percentile intervals). Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.scores import Scores
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_CHUNK = 256  # resamples at a time: 256 by 3000 images are 6 MB
+
+
+def _weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image was drawn, [at most _CHUNK, units] at a time; each row sums to `units`."""
+    if resamples < 1:
+        raise LVLMError(f"{resamples} resamples asked for; expected 1 or more")
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        rows = min(_CHUNK, resamples - start)
+        drawn = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+
+
+def _resampled(scores: Scores, resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """Every figure of every resample, [resamples]."""
+    if not scores.units:
+        raise LVLMError("nothing was scored, so there is nothing to resample; give at least one answer")
+    parts = [scores.values(weights) for weights in _weights(len(scores.units), resamples, seed)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in scores.figures}
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentile interval; resamples where the figure is not defined are left out."""
+    defined = values[~np.isnan(values)]
+    if not defined.size:
+        return math.nan, math.nan
+    low, high = np.quantile(defined, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
+
+
+def bootstrap(
+    scores: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> dict[str, tuple[float, float]]:
+    """Confidence interval (low, high) of every figure, images drawn with replacement; nan where never defined."""
+    return {name: _interval(values, level) for name, values in _resampled(scores, resamples, seed).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """First minus second, its interval, and a two-sided p-value: how often resampling turns the sign, doubled."""
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+
+def paired_bootstrap(
+    first: Scores, second: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> dict[str, Difference]:
+    """Differences of the figures of two runs over the same images, the same images drawn for both.
+
+    Raises:
+      LVLMError: the two runs are not about the same images.
+    """
+    if set(first.units) != set(second.units):
+        only = sorted(set(first.units) ^ set(second.units))
+        raise LVLMError(f"the two runs are not about the same images ({len(only)} differ, first {only[0]!r})")
+    order = {unit: i for i, unit in enumerate(second.units)}
+    aligned = dataclasses.replace(
+        second, units=first.units, table=second.table[[order[unit] for unit in first.units]]
+    )
+    ours, theirs = (_resampled(scores, resamples, seed) for scores in (first, aligned))
+    values, others = first.values(), second.values()
+    found = {}
+    for name in first.figures:
+        if name in second.figures:
+            drawn = ours[name] - theirs[name]
+            defined = drawn[~np.isnan(drawn)]
+            tail = min((defined <= 0).sum(), (defined >= 0).sum())
+            p = min(1.0, 2 * (tail + 1) / (defined.size + 1)) if defined.size else math.nan
+            found[name] = Difference(float(values[name] - others[name]), _interval(drawn, level), float(p))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class McNemar:
+    """Questions that only the first, and only the second, got right; the exact two-sided p-value."""
+
+    first: int
+    second: int
+    p: float
+
+
+def mcnemar(first: Mapping, second: Mapping) -> McNemar:
+    """McNemar's exact test on right and wrong answers, by question (McNemar 1947; binomial with chance 1/2).
+
+    Raises:
+      LVLMError: the two runs answered different questions.
+    """
+    if first.keys() != second.keys():
+        raise LVLMError(
+            f"the two runs answered different questions ({len(first.keys() ^ second.keys())} differ)"
+        )
+    only_first = sum(right and not second[key] for key, right in first.items())
+    only_second = sum(right and not first[key] for key, right in second.items())
+    n, k = only_first + only_second, min(only_first, only_second)
+    # Logarithms, because 2**n of thousands of questions is no float.
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    tail = math.fsum(math.exp(value - n * math.log(2)) for value in logs)
+    return McNemar(only_first, only_second, min(1.0, 2 * tail))

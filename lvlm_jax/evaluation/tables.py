@@ -1,0 +1,105 @@
+"""Rows of the table files that users hold: VLMEvalKit's TSV, Hugging Face parquet folders, JSON lines."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import files
+
+ENDINGS = (".tsv", ".parquet", ".jsonl", ".json")
+# How base64 of PNG, JPEG, GIF and WebP pictures begins.
+_ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+_CELL_LIMIT = threading.Lock()  # the csv module has one limit for all threads
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number from 1, row) of a table file, by its ending. Cells of a TSV are strings, without the empty ones.
+
+    Raises:
+      LVLMError: the file is malformed, has another ending, or is parquet and pyarrow is not installed.
+    """
+    if path.suffix == ".tsv":
+        yield from _tsv(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        yield from files.read_rows(path, "question file")
+    else:
+        raise LVLMError(f"question file {str(path)!r} has another ending than {', '.join(ENDINGS)}")
+
+
+def _tsv(path: Path) -> Iterator[tuple[int, dict]]:
+    files.given(path, "question file")
+    with _CELL_LIMIT, open(path, encoding="utf-8-sig", newline="") as file:
+        before = csv.field_size_limit(2**31 - 1)  # pictures are cells here
+        try:
+            reader = csv.DictReader(file, delimiter="\t")
+            found = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise LVLMError(f"question file {str(path)!r} is not a table with tabs: {error}") from error
+        finally:
+            csv.field_size_limit(before)
+    if not found:
+        raise LVLMError(f"question file {str(path)!r} is empty; expected a heading and at least one row")
+    for number, row in enumerate(found, start=1):
+        if None in row or None in row.values():
+            raise LVLMError(
+                f"row {number} of question file {str(path)!r} has not as many cells as the heading"
+            )
+        yield number, {name: cell for name, cell in row.items() if cell != ""}
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise LVLMError(
+            f"question file {str(path)!r} is parquet, which needs the package pyarrow; install it, or give a TSV or "
+            "JSON-lines file"
+        ) from error
+    try:
+        table = parquet.read_table(path)
+    except (ArrowInvalid, OSError) as error:
+        raise LVLMError(f"question file {str(path)!r} cannot be read as parquet: {error}") from error
+    if not table.num_rows:
+        raise LVLMError(f"question file {str(path)!r} is empty")
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield number, {name: cell for name, cell in row.items() if cell is not None}
+
+
+def as_list(value, where: str) -> list:
+    """A list that may be written as text (JSON, or Python's way), or a single value as a list of one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(value)
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+        else:
+            raise LVLMError(f"{where} begins like a list but is none: {value[:40]!r}")
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def picture(value, folder: Path | None, where: str) -> Path | bytes:
+    """A picture out of a cell: `{bytes, path}` of Hugging Face, base64 of VLMEvalKit, bytes, or a file name."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return value
+    if not isinstance(value, str) or not value:
+        raise LVLMError(f"{where} is {str(value)[:40]!r}; expected a file name or an encoded picture")
+    if len(value) > 256 or value.startswith(_ENCODED):
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise LVLMError(f"{where} is neither a file name nor base64 ({error})") from error
+    return folder / value if folder else Path(value)

@@ -1,0 +1,90 @@
+"""CAPL's attention: images of one prompt that look at each other, or must not. arXiv 2603.07048.
+
+Selective cross-image attention (`mode="cross"`). Each image's ⌊ρ N⌋ tokens (at least one) with the largest L2 norm of
+the embedding that enters the decoder are selected, the earlier one on ties. With "cross pairs" the pairs of selected
+tokens of different images, whichever comes first,
+
+    out = (1 - σ) softmax(z over visible columns) V + σ softmax(z over visible columns and cross pairs) V
+
+in layers of even index; earlier images' selected tokens so look ahead at later images'. Both softmaxes share the
+values, so their mix is taken of the weights. Nothing changes inside an image, for text, or with one image.
+
+Truncated attention (`mode="truncated"`), which produces answers to be rejected in preference learning: a token of an
+image does not see other images, in every layer. `variant="code-qwen"`: an image token sees itself and earlier text
+only. The variant means nothing to `mode="cross"`.
+
+Rows: all of the prompt; decode steps are plain. Stages: weights (cross), mask (truncated).
+Cost: cross one more softmax of the prompt's attention map in half of the layers and one sort; nothing per token.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from lvlm_jax.attention import Site
+from lvlm_jax.methods import per_image
+from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
+
+
+@register("capl")
+class CAPL(Method):
+    """Selective cross-image attention, or truncated attention; see the module for the formulas."""
+
+    sigma: Strength = strength(0.5, "weight σ of the cross-image softmax", low=0, high=1)
+    rho: Strength = strength(0.95, "share ρ of each image's tokens that is selected", low=0, high=1)
+    mode: str = switch("cross", "images look at each other, or must not", choices=("cross", "truncated"))
+    variant: str = switch(
+        "paper",
+        "truncated: an image token sees its image, or only itself",
+        choices=("paper", "code-qwen"),
+    )
+    start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
+    end_layer: int | float | None = switch(None, "the layer after the last edited one")
+    layers: tuple[int, ...] | None = switch(
+        None, "explicit layers instead, of odd index too; without them mode 'cross' takes the even ones"
+    )
+
+    rows: ClassVar[str] = "all"
+    PRESETS: ClassVar = {
+        "qwen2.5-vl": dict(rho=0.95),
+        "internvl2.5": dict(rho=0.95),
+        "glm-4.1v": dict(rho=0.9),
+    }
+
+    def active(self, layer, num_layers, phase):
+        wanted = layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+        skipped = self.mode == "cross" and self.layers is None and layer % 2 == 1
+        return phase == "prefill" and layer in wanted and not skipped
+
+    def begin(self, context, embeddings):
+        if self.mode == "truncated" or context.phase == "decode":
+            return ()
+        # The square orders tokens like the norm itself.
+        norms = jnp.square(embeddings.astype(jnp.float32)).sum(axis=-1)
+        inside = per_image.members(context.image_id, context.image_count)
+        return per_image.largest(context.image_id, inside, norms, per_image.share(self.rho, inside))
+
+    def mask(self, site, mask):
+        if self.mode == "cross":
+            return mask
+        row_image = site.image_id[:, site.row_index][:, :, None]
+        same = row_image == site.image_id[:, None, :]
+        if self.variant == "code-qwen":
+            same = (site.row_index[:, None] == jnp.arange(site.image_id.shape[1])[None, :])[None]
+        hidden = (row_image > 0) & site.image[:, None, :] & ~same
+        return mask & ~hidden[:, None]
+
+    def weights(self, site, weights):
+        if self.mode == "truncated":
+            return weights
+        visible = site.mask | cross_pairs(site, site.carry)
+        logits = jnp.where(visible[:, None], site.logits, jnp.finfo(jnp.float32).min)
+        return (1 - self.sigma) * weights + self.sigma * jax.nn.softmax(logits, axis=-1)
+
+
+def cross_pairs(site: Site, selected: Bool[Array, "B S"]) -> Bool[Array, "B R S"]:
+    """Rows and columns that are selected tokens of different images."""
+    both = selected[:, site.row_index][:, :, None] & selected[:, None, :]
+    return both & (site.image_id[:, site.row_index][:, :, None] != site.image_id[:, None, :])

@@ -1,0 +1,36 @@
+"""What contrastive methods share besides `base.contrasted`: samples without an image are left alone.
+
+A contrast measures what the image contributes. Where there is none, the logits of such methods are the main
+branch's own, without a plausibility cut.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Context, Transform
+
+
+class ImagePresence(Transform):
+    """A main branch's transform that edits nothing and carries which samples have an image, `Bool[Array, "B"]`."""
+
+    rows: ClassVar[str] = "last"
+
+    def active(self, layer: int, num_layers: int, phase: str) -> bool:
+        return False
+
+    def begin(self, context: Context, embeddings):
+        return has_image(context)
+
+
+def has_image(context: Context) -> Bool[Array, "B"]:
+    """Which samples have an image."""
+    return context.image_end > 0
+
+
+def where_image(
+    present: Bool[Array, "B"], combined: Float[Array, "B V"], main: Float[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """`combined` for samples with an image, `main` for the others."""
+    return jnp.where(present[:, None], combined, main)

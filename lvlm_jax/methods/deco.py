@@ -1,0 +1,56 @@
+"""DeCo: the final logits, corrected by the layer that is surest of a likely token. arXiv 2410.11779.
+
+Candidates are the fewest most likely tokens of the final distribution that together reach `top_p`, at most
+`candidates` of them. Among the early exits (hidden states 20 to 28 of 32, numbered as Hugging Face's
+`hidden_states`, through the final norm and the head; as shares of the depth, so that other depths work) the one that
+gives any candidate the largest probability p* is chosen, per sample and step, and
+
+    l + α p* l_layer
+
+over the whole vocabulary.
+
+Nothing here looks at images: samples without one are treated alike.
+Rows, layers, stages: none. Cost: the head once more for every early exit.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, register, strength, switch
+
+
+@register("deco")
+class DeCo(Method):
+    """Dynamic correction decoding; see the module for the formulas."""
+
+    alpha: Strength = strength(0.6, "strength α of the correction", low=0)
+    top_p: Strength = strength(0.9, "probability that the candidates reach together", low=0, high=1)
+    candidates: Strength = strength(20, "how many candidates at most, a whole number", low=1)
+    start_layer: int | float = switch(20 / 32, "first early exit")
+    end_layer: int | float | None = switch(29 / 32, "the hidden state after the last early exit")
+    layers: tuple[int, ...] | None = switch(None, "explicit hidden states, which overrule both")
+
+    PRESETS: ClassVar = {"default": dict(alpha=0.6, top_p=0.9, candidates=20)}
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+
+    def combine(self, readout: Readout, memory):
+        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), self.top_p, self.candidates)
+        sure = jnp.where(likely, jax.nn.softmax(readout.exits, axis=-1), 0).max(axis=-1)
+        chosen = jnp.take_along_axis(readout.exits, sure.argmax(axis=0)[None, :, None], axis=0)[0]
+        return readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen, memory
+
+
+def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strength) -> Bool[Array, "B V"]:
+    """The fewest most likely tokens that together reach `top_p`, at most `most`; of equals the lower id first."""
+    order = jnp.argsort(-probabilities, axis=-1, stable=True)
+    descending = jnp.take_along_axis(probabilities, order, axis=-1)
+    before = jnp.cumsum(descending, axis=-1) - descending
+    kept = (before < top_p) & (jnp.arange(order.shape[-1]) < most)
+    # The likeliest token is always a candidate, even where top_p is 0.
+    kept = kept.at[:, 0].set(True)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)

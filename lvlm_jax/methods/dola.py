@@ -1,0 +1,81 @@
+"""DoLa: the final distribution against that of an early layer. arXiv 2309.03883.
+
+With p the final next-token distribution and p_i the one that hidden state i gives through the head, i* is the
+early exit of largest Jensen-Shannon divergence ½ KL(p | m) + ½ KL(p_i | m), m = ½ (p + p_i), chosen per sample and
+step (the first on ties), and
+
+    ln p - ln p_{i*}      where p >= β max p
+
+Early exits, numbered as Hugging Face's `hidden_states`: "low" the even ones below half the depth, "high" the even
+ones from there up to but not including the last, or those given. For 32 layers: 0, 2, ..., 14 and 16, ..., 30.
+`variant="paper"` puts the final norm before the head, `variant="code"` does not.
+
+Nothing here looks at images: samples without one are treated alike. The authors sample with a repetition penalty of
+1.2, which belongs to `generate`; nothing is set here.
+Rows, layers, stages: none. Cost: the head once more for every early exit.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.base import (
+    Method,
+    Readout,
+    Strength,
+    layer_range,
+    plausible,
+    register,
+    strength,
+    switch,
+)
+
+
+@register("dola")
+class DoLa(Method):
+    """Decoding by contrasting layers; see the module for the formulas."""
+
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    layers: str | tuple[int, ...] = switch("low", "early exits: 'low', 'high' or hidden states")
+    variant: str = switch("paper", "with or without the final norm", choices=("paper", "code"))
+
+    PRESETS: ClassVar = {"low": dict(layers="low"), "high": dict(layers="high")}
+
+    def __post_init__(self):
+        if not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        elif self.layers not in ("low", "high"):
+            raise LVLMError(
+                f"DoLa: layers is {self.layers!r}; expected 'low', 'high' or hidden-state indices"
+            )
+        super().__post_init__()
+
+    @property
+    def exit_norm(self) -> bool:
+        return self.variant == "paper"
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        even = range(0, num_layers, 2)
+        chosen = {
+            "low": tuple(index for index in even if 2 * index < num_layers),
+            "high": tuple(index for index in even if 2 * index >= num_layers),
+        }.get(self.layers, self.layers)
+        return layer_range(0, None, chosen, num_layers)
+
+    def combine(self, readout: Readout, memory):
+        final = jax.nn.log_softmax(readout.main, axis=-1)
+        early = jax.nn.log_softmax(readout.exits, axis=-1)
+        index = divergence(final, early).argmax(axis=0)
+        chosen = jnp.take_along_axis(early, index[None, :, None], axis=0)[0]
+        return jnp.where(plausible(final, self.beta), final - chosen, -jnp.inf), memory
+
+
+def divergence(final: Float[Array, "B V"], early: Float[Array, "X B V"]) -> Float[Array, "X B"]:
+    """Jensen-Shannon divergence, in nats, between distributions given as log-probabilities."""
+    middle = jnp.logaddexp(final, early) - jnp.log(2.0)
+    to_final = (jnp.exp(final) * (final - middle)).sum(axis=-1)
+    to_early = (jnp.exp(early) * (early - middle)).sum(axis=-1)
+    return (to_final + to_early) / 2

@@ -1,0 +1,88 @@
+"""EAH: one shallow layer takes the attention map of its head with most vision sinks. arXiv 2411.09968.
+
+For head h with weights w, and image column j of image k:
+
+    c_h[j] = sum of w_h[x, j] over later rows x > j of image k / number of those rows
+
+j is a vision sink of h if c_h[j] > β. Let h* be the head with most sinks, over all images of the sample, the first
+one on ties. If it has any, every head of the layer attends with the whole map of h* (text rows too), each with its
+own values.
+
+`variant="code"`: the sum goes over all later rows, text included, and is divided by S₀ + E - j with S₀ and E the
+image's first position and the one after its last; β is 0.0008 and the layer index 15; nothing happens when h* is
+head 0 either.
+
+A row that does not see j (sliding window) is not counted. Several images: each has its own rows, S₀ and E.
+Rows: all of the prompt. Layers: one. Stage: weights. Decode steps are plain.
+Cost: the prompt's attention map of that layer once more; nothing per token.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Site
+from lvlm_jax.methods import per_image
+from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
+
+PUBLISHED = {"paper": (1, 0.002), "code": (15, 0.0008)}  # layer, β
+
+
+@register("eah")
+class EAH(Method):
+    """Enhanced attention heads; see the module for the formulas."""
+
+    beta: Strength | None = strength(
+        None, "what makes a vision sink, β; default 0.002 (paper) or 0.0008 (code)", low=0
+    )
+    layer: int | float | None = switch(
+        None, "the edited layer (a float: share of the depth); default 1 (paper) or 15 (code)"
+    )
+    variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
+
+    rows: ClassVar[str] = "all"
+
+    def __post_init__(self):
+        if self.beta is None:
+            object.__setattr__(self, "beta", PUBLISHED[self.variant][1] if self.variant in PUBLISHED else 0)
+        super().__post_init__()
+
+    def active(self, layer, num_layers, phase):
+        wanted = PUBLISHED[self.variant][0] if self.layer is None else self.layer
+        return phase == "prefill" and layer == layer_range(wanted, None, None, num_layers)[0]
+
+    def weights(self, site, weights):
+        received = column_means(site, weights) if self.variant == "paper" else coded_means(site, weights)
+        sinks = (site.image[:, None, :] & (received > self.beta)).sum(axis=-1)
+        best = sinks.argmax(axis=1)
+        found = sinks.max(axis=1) > 0
+        if self.variant == "code":
+            found &= best > 0
+        chosen = jnp.take_along_axis(weights, best[:, None, None, None], axis=1)
+        return jnp.where(found[:, None, None, None], chosen, weights)
+
+
+def later_rows(site: Site) -> Bool[Array, "B R S"]:
+    """Rows behind a column that see it."""
+    columns = jnp.arange(site.image_id.shape[1])
+    return site.mask & (site.row_index[:, None] > columns[None, :])[None]
+
+
+def column_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H S"]:
+    """c of the paper: the mean weight that an image column receives from its image's later rows."""
+    row_image = site.image_id[:, site.row_index]
+    givers = later_rows(site) & (row_image[:, :, None] == site.image_id[:, None, :])
+    total = jnp.where(givers[:, None], weights, 0).sum(axis=2)
+    return total / jnp.maximum(givers.sum(axis=1), 1)[:, None]
+
+
+def coded_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H S"]:
+    """c of the authors' code: what all later rows give, over S₀ + E - j."""
+    total = jnp.where(later_rows(site)[:, None], weights, 0).sum(axis=2)
+    inside = per_image.members(site.image_id, site.image_count)
+    position = jnp.cumsum(site.image_id >= 0, axis=1) - 1  # padding on the left has none
+    first = jnp.where(inside, position[:, None], position.shape[1]).min(axis=-1)
+    end = jnp.where(inside, position[:, None], -1).max(axis=-1) + 1
+    divisor = per_image.spread(inside, first + end) - position
+    return total / jnp.maximum(divisor, 1)[:, None]

@@ -1,0 +1,46 @@
+"""ICD: contrast against the same prompt behind a disturbing instruction. arXiv 2403.18715.
+
+The contrast branch reads `prompt` (or the token ids in `tokens`, where there is no tokenizer) right after the
+token that begins every text, then the whole main prompt with its pictures; later tokens move on accordingly. Then
+(1 + α) l - α l̃ where l >= max l + ln β.
+
+Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
+Cost: a second prompt, and one more row through the weights per token. The vision pass is shared.
+"""
+
+from typing import ClassVar
+
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, register, strength, switch
+from lvlm_jax.methods.contrast import ImagePresence, where_image
+
+DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
+
+
+@register("icd")
+class ICD(Method):
+    """Instruction contrastive decoding; see the module for the formulas."""
+
+    alpha: Strength = strength(1.0, "contrast strength α", low=0)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    prompt: str = switch(DISTURBANCE, "the disturbing instruction")
+    tokens: tuple[int, ...] | None = switch(None, "its token ids; they overrule `prompt`")
+
+    PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1)}
+
+    def __post_init__(self):
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
+        super().__post_init__()
+
+    def branches(self):
+        return (ImagePresence(), None)
+
+    def contrast_prompt(self) -> str:
+        return "text"
+
+    def contrast_words(self):
+        return self.prompt if self.tokens is None else self.tokens
+
+    def combine(self, readout: Readout, memory):
+        combined = contrasted(readout.main, readout.contrast, self.alpha, self.beta)
+        return where_image(readout.carry, combined, readout.main), memory

@@ -1,0 +1,154 @@
+"""SEVI: attention heads aligned with where visual information has flowed to. arXiv 2505.14257.
+
+In the upper layers the text after the image already holds what was seen. For the last query row, with logits z,
+weights w = softmax(z), 𝒮 the text columns after the last image and 𝒪 all others that the row sees:
+
+    semantic heads  H_S = {h: Σ_𝒮 w_h >= Σ_𝒪 w_h}, the others are H_O
+    core heads      H_C = {h in H_S: max_𝒮 w_h > κ Σ_𝒮 w_h}, the other semantic ones are the global heads H_G
+    stage 1         h in H_O:  z_h <- (z_h + ω mean of z over H_G) / (1 + ω)
+    stage 2         h in H_G:  z_h <- (z_h + ω elementwise maximum of z over H_C) / (1 + ω)
+
+A stage whose giving or taking heads do not exist does nothing. Classes and what is given come from the original row;
+whole rows are mixed, core heads never change. A sample without an image has no 𝒮 and is left alone.
+
+Rows: the last of the prompt and every decoded one. Layers: from `start_layer` on. Stage: logits.
+Cost per token: one more softmax of that row in each such layer.
+
+CICD (`cicd=True`), a second branch with another picture and no edit. With p, p~ the next-token distributions and
+J = min(1, JSD(p, p~)), in nats:
+
+    α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
+
+`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~).
+The other picture is a fixed one, so an answer never depends on its neighbours in a batch.
+Cost: the prompt and each row twice.
+"""
+
+import functools
+from importlib import resources
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.base import (
+    Method,
+    Readout,
+    Strength,
+    contrasted,
+    data,
+    layer_range,
+    register,
+    strength,
+    switch,
+)
+from lvlm_jax.methods.contrast import has_image, where_image
+
+INDISTINCT = 1e-4  # below this divergence the branches say the same
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+@register("sevi")
+class SEVI(Method):
+    """Heads aligned with the flow of visual information; see the module for the formulas."""
+
+    omega: Strength = strength(4.0, "how far a head is drawn to the better ones, ω", low=0)
+    kappa: Strength = strength(0.2, "share of one token that makes a head a core head, κ", low=0)
+    start_layer: int | float = switch(4, "first edited layer (a float: share of the depth)")
+    end_layer: int | float | None = switch(None, "the layer after the last edited one")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
+    cicd: bool = switch(False, "contrast with another picture", choices=(True, False))
+    variant: str = switch(
+        "paper", "divergence of the paper or of the authors' code", choices=("paper", "code")
+    )
+    alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0)
+    beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1)
+    other_image: Float[Array, "3 Y X"] | None = data(
+        "CICD's other picture as the processor's pixel values; default a built-in one"
+    )
+
+    rows: ClassVar[str] = "last"
+    PRESETS: ClassVar = {
+        "focused": dict(omega=4.0, start_layer=4),
+        "balanced": dict(omega=0.5, start_layer=8),
+        "focused+cicd": dict(omega=4.0, start_layer=4, cicd=True),
+        "balanced+cicd": dict(omega=0.5, start_layer=8, cicd=True),
+    }
+
+    def active(self, layer, num_layers, phase):
+        return layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+
+    def branches(self):
+        return (self, None) if self.cicd else (self,)
+
+    def contrast_prompt(self):
+        return "pixels" if self.cicd else "same"
+
+    def contrast_pixels(self, pixels, image_index):
+        other = built_in_picture(*pixels.shape[2:]) if self.other_image is None else self.other_image
+        if jnp.shape(other) != pixels.shape[1:]:
+            raise LVLMError(
+                f"SEVI: other_image has shape {jnp.shape(other)}; expected {pixels.shape[1:]}, "
+                "a picture as the processor gives it"
+            )
+        return jnp.broadcast_to(jnp.asarray(other, pixels.dtype), pixels.shape)
+
+    def begin(self, context, embeddings):
+        return has_image(context)  # for `combine`
+
+    def logits(self, site, logits):
+        seen = site.mask[:, None]
+        after = site.after_image[:, None, None, :] & seen
+        weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1)
+        on_text = jnp.where(after, weights, 0).sum(axis=-1, keepdims=True)
+        elsewhere = jnp.where(seen & ~after, weights, 0).sum(axis=-1, keepdims=True)
+        peak = jnp.where(after, weights, 0).max(axis=-1, keepdims=True)
+
+        semantic = on_text >= elsewhere
+        core = semantic & (peak > self.kappa * on_text)
+        distributed = semantic & ~core  # H_G
+        global_count = distributed.sum(axis=1, keepdims=True)
+        mean = jnp.where(distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
+        any_core = core.any(axis=1, keepdims=True)
+        # The second `where` keeps the maximum finite, and with it the gradient, where there is no core head.
+        top = jnp.where(core, logits, -jnp.inf).max(axis=1, keepdims=True)
+        top = jnp.where(any_core, top, 0)
+
+        drawn = (logits + self.omega * jnp.where(semantic, top, mean)) / (1 + self.omega)
+        moved = jnp.where(semantic, distributed & any_core, global_count > 0)
+        return jnp.where(moved, drawn, logits)
+
+    def combine(self, readout: Readout, memory):
+        if readout.contrast is None:
+            return readout.main, memory
+        divergence = jensen_shannon(readout.main, readout.contrast, self.variant)
+        distinct = divergence > INDISTINCT
+        alpha = jnp.minimum(self.alpha_max, 1 - jnp.log10(jnp.where(distinct, jnp.minimum(divergence, 1), 1)))
+        alpha = jnp.where(distinct, alpha, 0)
+        combined = contrasted(readout.main, readout.contrast, alpha[:, None], self.beta)
+        return where_image(readout.carry, combined, readout.main), memory
+
+
+def jensen_shannon(
+    main: Float[Array, "B V"], contrast: Float[Array, "B V"], variant: str
+) -> Float[Array, "B"]:
+    """Divergence in nats of the distributions of two rows of logits; the module docstring has the variants."""
+    log_p, log_q = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    if variant == "code":
+        return (jnp.exp(log_m) * (log_m - (log_p + log_q) / 2)).sum(axis=-1)
+    return (jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m)).sum(axis=-1) / 2
+
+
+@functools.cache
+def built_in_picture(height: int, width: int) -> np.ndarray:
+    """The picture that stands in for another one, `Float[3, height, width]` as CLIP's processor would give it."""
+    with resources.files("lvlm_jax.pocket").joinpath("sample.png").open("rb") as file:
+        picture = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(picture, np.float32) / 255 - CLIP_MEAN) / CLIP_DEVIATION
+    return pixels.transpose(2, 0, 1).astype(np.float32)

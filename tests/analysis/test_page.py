@@ -1,0 +1,116 @@
+"""The page: what is packed into it can be unpacked, it stays small, and it refers to nothing outside."""
+
+import base64
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvlm_jax.analysis import Word, page
+from lvlm_jax.errors import LVLMError
+
+HOSTILE = '</script><img src="x" onerror="alert(1)"> & “so” \u2028on <b>x</b>'
+
+
+def picture(width=900, height=600, region=None):
+    noise = np.random.default_rng(0).integers(0, 255, (height // 20, width // 20, 3), np.uint8)
+    return page.Picture(Image.fromarray(noise).resize((width, height)), region)
+
+
+def answer(name="greedy", text="a red dog runs", words=4, layers=3, heads=2, images=2, grid=(4, 5), seed=0):
+    rng = np.random.default_rng(seed)
+    places = [Word("dog", 0, 3, (index,)) for index in range(words)]
+    curves = rng.random((words, layers))
+    maps = rng.exponential(size=(layers, heads, words, images, *grid)).astype(np.float32) / 1e4
+    return page.Answer(
+        name=name,
+        settings="alpha 3",
+        text=text,
+        words=places,
+        maps=maps,
+        mass=rng.random((layers, heads, words)),
+        sinks=rng.random((layers, heads)),
+        flow=rng.random(layers + 1),
+        probe=curves,
+        drift=(curves, curves),
+    )
+
+
+def read(built: str) -> dict:
+    """What the page's own script would read."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', built, re.S)
+    return json.loads(found)
+
+
+def test_maps_come_back_out():
+    given = answer()
+    built = read(page.build("t", "q", [picture(), picture()], [given]))
+    assert built["groups"] == ["mean", "max", "0", "1"] and built["band"] == 1
+    packed = built["answers"][0]
+    cells = np.frombuffer(base64.b64decode(packed["maps"]), np.uint8).reshape(4, 3, 4, -1) / 255
+    maps = cells**2 * np.frombuffer(base64.b64decode(packed["scales"]), "<f4").reshape(4, 3, 4, 1)
+    flat = given.maps.reshape(3, 2, 4, -1)
+    for group, expected in enumerate([flat.mean(1), flat.max(1), flat[:, 0], flat[:, 1]]):
+        np.testing.assert_allclose(maps[group], expected, atol=0.005 * expected.max())
+    mass = (np.frombuffer(base64.b64decode(packed["mass"]), np.uint8) / 255) ** 2
+    np.testing.assert_allclose(mass.reshape(4, 3, 2), given.mass.transpose(2, 0, 1), atol=0.005)
+
+
+def test_a_small_weight_beside_a_large_one_is_not_lost():
+    maps = np.array([1.0, 0.001, 0.0], np.float32).reshape(1, 1, 1, 3)
+    cells = np.frombuffer(base64.b64decode(page.pack(maps)[0]), np.uint8)
+    np.testing.assert_allclose((cells / 255) ** 2, maps.ravel(), rtol=0.02)
+
+
+def test_text_of_the_model_stays_text():
+    hostile = answer(name=HOSTILE, text=HOSTILE)
+    built = page.build(HOSTILE, HOSTILE, [picture(), picture()], [hostile])
+    assert "<img" not in built and 'alert(1)">' not in built.replace("\\u003e", ">x")
+    assert built.count("</script>") == 2
+    data = read(built)
+    assert data["answers"][0]["text"] == data["question"] == data["title"] == HOSTILE
+    assert f"<title>{html.escape(HOSTILE)}</title>" in built
+
+
+def test_nothing_outside_is_referred_to():
+    built = page.build("t", "q", [picture(), picture()], [answer()])
+    assert "http" not in built.replace("http-equiv", "")
+    assert "default-src 'none'" in built
+    assert not re.search(r"@import|url\(|<link|\bfetch\(|XMLHttp|import\(|src=|href=", built)
+    assert all(one["source"].startswith("data:image/") for one in read(built)["pictures"])
+
+
+@pytest.mark.parametrize(
+    "words, layers, heads, grid", [(40, 8, 8, (8, 8)), (40, 32, 32, (24, 24)), (400, 32, 32, (24, 24))]
+)
+def test_size_with_two_images_and_two_answers(words, layers, heads, grid):
+    size = dict(words=words, layers=layers, heads=1, grid=grid)
+    answers = [answer(name, **size) for name in ("greedy", "CMAC")]
+    noise = np.random.default_rng(0).integers(
+        0, 255, (640, 640, 3), np.uint8
+    )  # no picture is larger than this
+    # Memory of the test: heads that are all alike, without a copy of them.
+    for one in answers:
+        object.__setattr__(one, "maps", np.broadcast_to(one.maps, (layers, heads, *one.maps.shape[2:])))
+        object.__setattr__(one, "mass", np.broadcast_to(one.mass, (layers, heads, words)))
+    built = page.build("t", "q", [page.Picture(Image.fromarray(noise))] * 2, answers)
+    assert len(built.encode()) < 5_000_000
+    data = read(built)
+    assert (data["groups"] == ["mean"]) == (heads == 32)
+    assert (data["band"] > 1) == (words == 400)
+
+
+def test_the_part_that_was_seen():
+    seen = read(page.build("t", "q", [picture(region=(150, 0, 750, 600)), picture()], [answer()]))["pictures"]
+    np.testing.assert_allclose(seen[0]["region"], [1 / 6, 0, 2 / 3, 1])
+    assert seen[1]["region"] == [0, 0, 1, 1] and max(seen[0]["size"]) == page.LONGEST_SIDE
+
+
+def test_an_answer_without_words_is_refused():
+    with pytest.raises(LVLMError, match="CMAC has no words"):
+        page.build("t", "q", [picture(), picture()], [answer(), answer("CMAC", words=0)])
+    with pytest.raises(LVLMError, match="nothing has no words"):
+        page.build("t", "q", [picture()], [])

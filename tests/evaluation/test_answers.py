@@ -1,0 +1,172 @@
+"""Answer files: read as others write them, written as others read them, matched to questions without guessing."""
+
+import json
+
+import pytest
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import Data, amber, answers, chair, get, mme, pope
+from tests.evaluation.builders import (
+    amber_folder,
+    coco_folder,
+    mme_folder,
+    pope_answers,
+    pope_folder,
+    write_json,
+    write_lines,
+)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return pope.read(Data(pope_folder(tmp_path / "data", {"random": "yn", "popular": "yn", "adversarial": "yn"})),
+                     get("pope"))  # fmt: skip
+
+
+def read(*paths, protocol="pope"):
+    return answers.read(list(paths), get(protocol))
+
+
+def test_one_file_for_each_split(tmp_path, questions):
+    files = [(group, pope_answers(tmp_path / f"{group}.jsonl", [group, "no"])) for group in pope.SPLITS]
+    found = answers.match(questions, read(*files))
+    assert found["popular", "1"] == "popular" and len(found) == 6
+
+
+def test_a_folder_with_one_file_for_each_split(tmp_path, questions):
+    for group in pope.SPLITS:
+        pope_answers(tmp_path / "answers" / f"llava15_coco_pope_{group}_answers.jsonl", [group, "no"])
+    found = answers.match(questions, read((None, tmp_path / "answers")))
+    assert found["adversarial", "1"] == "adversarial"
+    pope_answers(tmp_path / "answers" / "random-2.jsonl", ["yes", "no"])
+    with pytest.raises(LVLMError, match="both look like answers of random"):
+        read((None, tmp_path / "answers"))
+
+
+@pytest.mark.parametrize(
+    "where", [{"category": "popular"}, {"metadata": {"group": "popular"}}, {"group": "popular"}]
+)
+def test_rows_that_name_their_split(tmp_path, questions, where):
+    path = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "yes"} | where])
+    assert answers.match(questions, read((None, path)), partial=True) == {("popular", "1"): "yes"}
+
+
+def test_ids_that_several_splits_share_are_not_guessed(tmp_path, questions):
+    path = pope_answers(tmp_path / "a.jsonl", ["yes", "no"])
+    with pytest.raises(
+        LVLMError, match="id 1 occurs in random, popular, adversarial; say which is meant with --group"
+    ):
+        answers.match(questions, read((None, path)))
+
+
+def test_image_and_prompt_tell_questions_of_one_id_apart(tmp_path):
+    folder = pope_folder(tmp_path, {"random": "y", "popular": "y", "adversarial": "y"})
+    write_lines(folder / "coco/coco_pope_popular.json",
+                [{"question_id": 1, "image": "other.jpg", "text": "Is there a cat?", "label": "no"}])  # fmt: skip
+    questions = pope.read(Data(folder, groups=("random", "popular")), get("pope"))
+    rows = [
+        {"question_id": 1, "text": "no", "prompt": "Is there a cat?\nAnswer.", "image": "val2014/other.jpg"},
+        {"question_id": 1, "text": "yes", "image": "COCO_val2014_000000000000.jpg"},
+    ]
+    found = answers.match(questions, read((None, write_lines(tmp_path / "a.jsonl", rows))))
+    assert found == {("popular", "1"): "no", ("random", "1"): "yes"}
+
+
+def test_missing_doubled_and_foreign_answers(tmp_path, questions):
+    random = [question for question in questions if question.group == "random"]
+    with pytest.raises(
+        LVLMError, match="1 of 2 questions have no answer, first 2 of random; complete the file"
+    ):
+        answers.match(random, read(("random", pope_answers(tmp_path / "a.jsonl", ["yes"]))))
+    path = write_lines(
+        tmp_path / "b.jsonl", [{"question_id": 1, "text": "a"}, {"question_id": 1, "text": "b"}]
+    )
+    with pytest.raises(LVLMError, match="line 2 of answer file .* 1 is answered twice"):
+        answers.match(random, read(("random", path)))
+    path = write_lines(tmp_path / "c.jsonl", [{"question_id": 77, "text": "a"}])
+    with pytest.raises(LVLMError, match="77 is none of the 2 questions; is it the right file"):
+        answers.match(random, read(("random", path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("[]", "is an empty list"),
+        ('{"question_id": 1, "text": "a"}\n{"question_id": 2, "te', "line 2 of answer file .* is not JSON"),
+        ('{"question_id": 1}', "has no text or caption or response"),
+        ('{"text": "a"}', "has no question_id or image_id"),
+        ('{"question_id": 1, "text": null}', "text is None; expected a string"),
+        ('"text"', "is a JSON str; expected an object"),
+    ],
+)
+def test_bad_answer_files(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(LVLMError, match=message):
+        read((None, path))
+    with pytest.raises(LVLMError, match="cannot be read: No such file"):
+        read((None, tmp_path / "none.jsonl"))
+
+
+def test_pope_round_trip(tmp_path, questions):
+    said = {question.key: f'{question.key} "ü\u2028' for question in questions}
+    (path,) = answers.write(tmp_path / "out" / "answers.jsonl", questions, said, get("pope/vcd"), "pocket")
+    assert answers.match(questions, read((None, path))) == said
+    first = json.loads(path.read_text().split("\n")[0])
+    assert first == {
+        "question_id": 1,
+        "prompt": "Is there a dog in the image? Please answer this question with one word.",
+        "text": said["random", "1"],
+        "model_id": "pocket",
+        "image": "COCO_val2014_000000000000.jpg",
+        "metadata": {"group": "random"},
+    }
+    assert [entry.name for entry in path.parent.iterdir()] == ["answers.jsonl"]
+
+
+def test_chair_round_trip_and_json_list(tmp_path):
+    folder = coco_folder(tmp_path / "coco", {1: ["dog"], 2: []}, {1: ["A dog."], 2: ["Grass."]})
+    captioned = chair.read(Data(folder), get("chair"))
+    said = {question.key: "A dog.\nAnd a cat." for question in captioned}
+    (path,) = answers.write(tmp_path / "c.jsonl", captioned, said, get("chair"))
+    assert json.loads(path.read_text().splitlines()[0]) == {"image_id": 1, "caption": "A dog.\nAnd a cat."}
+    assert answers.match(captioned, read((None, path), protocol="chair")) == said
+    listed = write_json(tmp_path / "c.json", [json.loads(line) for line in path.read_text().splitlines()])
+    assert answers.match(captioned, read((None, listed), protocol="chair")) == said
+
+
+def test_amber_round_trip(tmp_path):
+    asked = amber.read(Data(amber_folder(tmp_path)), get("amber"))
+    said = {question.key: "Yes" for question in asked}
+    (path,) = answers.write(tmp_path / "a.json", asked, said, get("amber"))
+    assert json.loads(path.read_text())[2] == {"id": 1005, "response": "Yes"}
+    assert answers.match(asked, read((None, path), protocol="amber")) == said
+
+
+def test_mme_round_trip(tmp_path):
+    tasks = {"existence": ["1", "2"], "count": ["1"], "position": ["3"], "color": ["4"]}
+    asked = mme.read(Data(mme_folder(tmp_path, tasks)), get("mme"))
+    said = {question.key: "Yes, it\tis.\n" for question in asked}
+    written = answers.write(tmp_path / "mme", asked, said, get("mme"))
+    assert [path.name for path in written] == ["existence.txt", "count.txt", "position.txt", "color.txt"]
+    assert (
+        written[0].read_text().splitlines()[0]
+        == "1.jpg\tIs it so? Please answer yes or no.\tYes\tYes, it is."
+    )
+    found = answers.match(asked, read((None, tmp_path / "mme"), protocol="mme"))
+    assert found == dict.fromkeys(said, "Yes, it is.")
+    # One subtask's file alone; others' name the picture as it was, whatever we know of it.
+    alone = [question for question in asked if question.group == "count"]
+    (tmp_path / "count.txt").write_text(written[1].read_text().replace("1.jpg", "1.png"))
+    assert len(answers.match(alone, read((None, tmp_path / "count.txt"), protocol="mme"))) == 2
+    (tmp_path / "count.txt").write_text("1.jpg\tquestion\tYes\n")
+    with pytest.raises(LVLMError, match="line 1 .* has 3 cells; expected image, question, truth, answer"):
+        read((None, tmp_path / "count.txt"), protocol="mme")
+
+
+def test_an_answer_that_cannot_be_written_leaves_nothing(tmp_path, questions):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LVLMError, match="cannot be written"):
+        answers.write(tmp_path / "file" / "a.jsonl", questions, {}, get("pope"))
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".part"] == []

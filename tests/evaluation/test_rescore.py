@@ -1,0 +1,180 @@
+"""`tools/evaluate.py --rescore`: the whole way, and one clear line for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lvlm_jax.errors import LVLMError
+from tests.evaluation.builders import coco_folder, mme_folder, pope_answers, pope_folder, write_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import evaluate  # noqa: E402
+
+
+def run(*words):
+    return evaluate.main([str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return pope_folder(
+        tmp_path / "data", {"random": "yynn" * 5, "popular": "yynn" * 5, "adversarial": "yynn" * 5}
+    )
+
+
+def test_three_splits(folder, capsys):
+    words = [f"{split}={pope_answers(Path(f'{split}.jsonl'), ['Yes', 'No', 'No', 'maybe'] * 5)}"
+             for split in ("random", "popular", "adversarial")]  # fmt: skip
+    assert (
+        run("--protocol", "pope/strict", "--data", folder, "--rescore", *words, "--model-name", "llava") == 0
+    )
+    out = capsys.readouterr().out
+    assert "mean: accuracy" in out and "50.0" in out and "protocol pope/strict (parser strict)" in out
+    found = json.loads(Path("runs/pope-strict/scores.json").read_text())
+    accuracy = found["figures"]["mean: accuracy"]
+    assert accuracy["value"] == 0.5 and accuracy["n"] == 60 and accuracy["unit"] == "share"
+    assert accuracy["interval"][0] <= 0.5 <= accuracy["interval"][1]
+    record = found["record"]
+    assert record["protocol"]["name"] == "pope/strict" and record["model"]["name"] == "llava"
+    assert set(record["files"]) == {"random", "popular", "adversarial"}
+    assert record["bootstrap"] == {"resamples": 2000, "seed": 0, "level": 0.95, "over": "images"}
+    assert [entry["name"] for entry in record["answers"]] == [
+        "random.jsonl",
+        "popular.jsonl",
+        "adversarial.jsonl",
+    ]
+    assert found["notes"]["unparsed"] == 15
+    assert len(found["correct"]) == 60 and len(found["per_image"]["images"]) == 10
+
+
+def test_against_another_run(folder, capsys):
+    ours = pope_answers(Path("ours.jsonl"), ["Yes", "Yes", "No", "No"] * 5)
+    greedy = pope_answers(Path("greedy.jsonl"), ["Yes", "No", "No", "No"] * 5)
+    run("--protocol", "pope", "--data", folder, "--group", "random", "--rescore", ours, "--against", greedy,
+        "--out", "out", "--resamples", "200")  # fmt: skip
+    against = json.loads(Path("out/scores.json").read_text())["against"]
+    assert against["differences"]["random: accuracy"]["value"] == 0.25
+    assert against["mcnemar"] == {"only_first_right": 5, "only_second_right": 0, "p": 0.0625}
+    assert "McNemar: right only here 5, only there 0, p 0.0625" in capsys.readouterr().out
+
+
+def test_against_a_run_that_answered_other_questions_too(folder):
+    ours = pope_answers(Path("ours.jsonl"), ["Yes"] * 12)
+    greedy = write_lines(Path("g.jsonl"), [{"question_id": i, "text": "No"} for i in range(5, 21)])
+    words = [
+        "--protocol",
+        "pope",
+        "--data",
+        folder,
+        "--group",
+        "random",
+        "--rescore",
+        ours,
+        "--against",
+        greedy,
+    ]
+    with pytest.raises(LVLMError, match="8 of 20 questions have no answer"):
+        run(*words)
+    run(*words, "--partial", "--out", "out")
+    found = json.loads(Path("out/scores.json").read_text())
+    assert found["record"]["questions"] == 12 and found["against"]["questions"] == 8
+    assert found["against"]["mcnemar"]["only_first_right"] == 4
+
+
+def test_the_record_of_our_own_runs_is_taken_over(folder):
+    path = pope_answers(Path("a.jsonl"), ["Yes"] * 20)
+    stored = {"model": "pocket", "model_sha256": "abc", "method": {"name": "CMAC", "alpha": 3.0}, "seed": 4}
+    Path("a.jsonl.run.json").write_text(json.dumps(stored))
+    run("--protocol", "pope", "--data", folder, "--group", "random", "--rescore", path, "--out", "out")
+    record = json.loads(Path("out/scores.json").read_text())["record"]
+    assert record["model"]["sha256"] == "abc" and record["method"]["alpha"] == 3.0 and record["seed"] == 4
+    assert record["decoding_known"] is True
+
+
+def test_partial(folder):
+    path = pope_answers(Path("a.jsonl"), ["Yes"] * 10)
+    words = ["--protocol", "pope", "--data", folder, "--group", "random", "--rescore", path, "--out", "out"]
+    with pytest.raises(LVLMError, match="10 of 20 questions have no answer"):
+        run(*words)
+    assert not Path("out").exists()
+    run(*words, "--partial")
+    record = json.loads(Path("out/scores.json").read_text())["record"]
+    assert (record["questions"], record["questions_given"]) == (10, 20)
+
+
+def test_chair_and_mme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    coco = coco_folder(tmp_path / "coco", {1: ["dog"], 2: ["cat"]}, {1: ["A dog."], 2: ["A cat."]})
+    captions = write_lines(Path("c.jsonl"), [{"image_id": 1, "caption": "A dog and a bear."},
+                                             {"image_id": 2, "caption": "A kitten."}])  # fmt: skip
+    run(
+        "--protocol",
+        "chair/opera-512",
+        "--data",
+        coco,
+        "--synonyms",
+        coco / "synonyms.txt",
+        "--rescore",
+        captions,
+    )
+    found = json.loads(Path("runs/chair-opera-512/scores.json").read_text())
+    assert found["figures"]["C_S"]["value"] == 0.5
+    assert found["record"]["files"].keys() == {"instances", "captions", "synonyms"}
+    assert found["notes"]["words"] == "synonyms.txt"
+    mme_folder(tmp_path / "mme", {task: ["1"] for task in ("existence", "count", "position", "color")})
+    for task in ("existence", "count", "position", "color"):
+        Path("given").mkdir(exist_ok=True)
+        Path(f"given/{task}.txt").write_text("1.jpg\tIs it so? Please answer yes or no.\tYes\tYes\n"
+                                             "1.jpg\tIs it not? Please answer yes or no.\tNo\tYes\n")  # fmt: skip
+    run("--protocol", "mme", "--data", tmp_path / "mme", "--rescore", "given")
+    found = json.loads(Path("runs/mme-hallucination/scores.json").read_text())
+    assert found["figures"]["hallucination"] == {
+        "value": 200.0,
+        "interval": [200.0, 200.0],
+        "n": 8,
+        "unit": "points",
+    }
+
+
+def test_list_names_every_protocol(capsys):
+    assert run("--list") == 0
+    out = capsys.readouterr().out
+    assert "pope/vcd" in out and "chair/opera-64" in out and "choices/muirbench" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no protocol given"),
+        (["--protocol", "pope"], "no answers given"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--data", "nowhere"], "cannot be read|not a folder"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--source", "flickr"], "source 'flickr' is unknown"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--group", "easy"], "no split 'easy'"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--colour"], "--colour is not known here"),
+    ],
+)
+def test_wrong_words(folder, words, message):
+    pope_answers(Path("a.jsonl"), ["Yes"])
+    with pytest.raises(LVLMError, match=message):
+        run(*words)
+
+
+def test_from_the_command_line_errors_are_one_line_and_code_2(folder):
+    """In a process of its own, with JAX told to use a platform that does not exist: no model is touched."""
+    pope_answers(Path("a.jsonl"), ["Yes"] * 20)
+    command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--protocol", "pope", "--data", str(folder),
+               "--group", "random", "--out", "out", "--rescore"]  # fmt: skip
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "none_such", "HOME": str(folder)}
+    done = subprocess.run([*command, "a.jsonl"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    Path("out/scores.json").unlink()
+    Path("b.jsonl").write_text('{"question_id": 1, "text": "Yes"}\n{"question')
+    done = subprocess.run([*command, "b.jsonl"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("evaluate.py: line 2 of answer file 'b.jsonl' is not JSON")
+    assert list(Path("out").iterdir()) == []

@@ -1,0 +1,44 @@
+"""A grid of strengths in one program gives what each setting gives alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lvlm_jax import methods
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import sweep
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        [methods.CMAC(alpha=a, gamma=g) for a, g in ((0.0, 1.0), (3.0, 2.0), (8.0, 0.5))],
+        [methods.MiddleLayers(alpha=a, start_layer=0) for a in (0.0, 9.0)],
+        [methods.VCD(alpha=4.0, noise_step=t) for t in (0, 900)],
+        [methods.PAI(alpha=a, start_layer=0) for a in (0.0, 5.0)],
+    ],
+    ids=["cmac", "middle_layers", "vcd", "pai"],
+)
+def test_a_sweep_equals_one_generation_after_another(model, mixed, grid):
+    together = model.sweep(mixed, grid, max_new_tokens=12)
+    alone = [model.generate(mixed, method=method, max_new_tokens=12) for method in grid]
+    assert [out.tokens for out in together] == [out.tokens for out in alone]
+    assert [out.finish_reason for out in together] == [out.finish_reason for out in alone]
+    for got, want in zip(together, alone, strict=True):
+        for ours, theirs in zip(got.logprobs, want.logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert together[0].tokens != together[-1].tokens  # the strengths do something
+
+
+def test_another_grid_of_the_same_size_compiles_nothing(model, mixed):
+    model.sweep(mixed, [methods.CMAC(alpha=a) for a in (1.0, 2.0)], max_new_tokens=4)
+    before = sweep.run._cache_size()
+    model.sweep(mixed, [methods.CMAC(alpha=a, beta=0.3) for a in (0.5, 4.0)], max_new_tokens=4)
+    assert sweep.run._cache_size() == before
+
+
+def test_switches_cannot_be_swept(model, mixed):
+    grid = [methods.CMAC(), dataclasses.replace(methods.CMAC(), imd=False)]
+    with pytest.raises(LVLMError, match="got 2 structures"):
+        model.sweep(mixed, grid, max_new_tokens=2)

@@ -1,0 +1,322 @@
+"""What holds for every registered method, on a model of three layers and images of four tokens.
+
+A new method needs an entry in ENTRIES; its formula has a test file of its own.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM, methods
+from lvlm_jax.generation import drivers, forward
+from tests import checkpoints
+from tests.checkpoints import IMAGE
+
+# Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of window.
+LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
+STEPS = 3
+NO_CUT = 1e-30  # a plausibility β that cuts nothing
+
+CUT = "a plausibility cut: tokens are in or out"
+SEED = "a seed"
+TWO_BRANCHES = "a second branch is multiplied along with the first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the tests must know about a method.
+
+    Attributes:
+        fields: settings under which it acts in three layers of four image tokens.
+        neutral: strengths, on top of them, that leave greedy decoding.
+        flat: numeric fields without a slope, and why. Their gradient must be zero.
+        inexact: why the main branch is not bit-equal to no method under neutral strengths; empty where it is.
+        logits: whether neutral strengths give back the very logits, not only their order.
+    """
+
+    fields: dict
+    neutral: dict
+    flat: dict = dataclasses.field(default_factory=dict)
+    inexact: str = ""
+    logits: bool = True
+
+
+ENTRIES = {
+    "capl": Entry({}, {"sigma": 0}, {"rho": "a number of tokens"}),
+    "clva": Entry({"noise_layers": 1, "rho": 0.5}, {"a": 0, "b": 0}, {"rho": "a number of tokens"}),
+    "cmac": Entry(
+        {"alpha": 1.0},
+        {"alpha": 0, "beta": NO_CUT, "gamma": 1},
+        {"beta": CUT, "noise_seed": SEED},
+        inexact=TWO_BRANCHES,
+    ),
+    "deco": Entry(
+        {"layers": (1, 2)}, {"alpha": 0}, {"top_p": "a number of tokens", "candidates": "a number of tokens"}
+    ),
+    "dola": Entry({"layers": (0, 2)}, {"beta": 1}, {"beta": CUT}, logits=False),
+    "eah": Entry({}, {"beta": 1e9}, {"beta": "a threshold: a head has sinks or not"}),
+    "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
+    "m3id": Entry({}, {"decay": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
+    "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}),
+    "pai": Entry(
+        {"start_layer": 1},
+        {"alpha": 0, "gamma": 1, "beta": NO_CUT},
+        {"beta": CUT},
+        inexact=TWO_BRANCHES,
+        logits=False,
+    ),
+    "sevi": Entry(
+        {"start_layer": 0, "cicd": True},
+        {"omega": 0, "alpha_max": 0, "beta": NO_CUT},
+        {"beta": CUT, "kappa": "a threshold: a head is a core head or not"},
+        inexact=TWO_BRANCHES,
+    ),
+    "sid": Entry(
+        {"start_layer": 1, "keep": 2},
+        {"alpha": 0, "beta": NO_CUT},
+        {"beta": CUT, "keep": "a number of tokens"},
+        inexact=TWO_BRANCHES,
+    ),
+    "vaf": Entry({"start_layer": 0, "end_layer": None}, {"enhance": 1, "suppress": 1}),
+    "vcd": Entry(
+        {},
+        {"alpha": 0, "beta": NO_CUT},
+        {"beta": CUT, "seed": SEED, "noise_step": "a whole number of steps"},
+        inexact=TWO_BRANCHES,
+    ),
+    "vista": Entry(
+        {"layers": (1, 2)},
+        {"lambda_": 0, "gamma": 0},
+        inexact="hidden states are scaled to length 1 and back",
+    ),
+}
+
+# Not a rule for single steps but a search of its own, with tests of its own.
+SEARCHES = {"opera"}
+
+every_method = pytest.mark.parametrize("name", [name for name in methods.names() if name not in SEARCHES])
+
+
+def test_every_method_has_an_entry():
+    assert set(ENTRIES) == set(methods.names()) - SEARCHES
+
+
+def build(name, neutral=False):
+    """The method with the settings of its entry."""
+    entry = ENTRIES[name]
+    return methods.get(name)(**entry.fields | (entry.neutral if neutral else {}))
+
+
+def strengths(method):
+    """Its numeric fields, by name."""
+    return {
+        field.name: getattr(method, field.name)
+        for field in dataclasses.fields(method)
+        if not field.metadata.get("static") and np.ndim(getattr(method, field.name)) == 0
+        and getattr(method, field.name) is not None
+    }  # fmt: skip
+
+
+class Bench:
+    """The model, its prompts, and forced runs of them."""
+
+    def __init__(self, folder):
+        theirs = checkpoints.make_llava(
+            folder,
+            seed=41,
+            text={"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+                  "num_key_value_heads": 2},
+            vision={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 14},
+        )  # fmt: skip
+        self.config = theirs.config
+        self.model = LVLM.from_pretrained(folder, dtype="float32")
+        self.inputs = checkpoints.random_inputs(self.config, seed=42, layouts=LAYOUTS)
+        self.forced = np.random.default_rng(43).integers(3, 59, (STEPS, len(LAYOUTS))).astype(np.int32)
+
+    def arguments(self, method, row=None):
+        """What the pure prefill takes, for the batch or for one sample, whose program then is that of the batch."""
+        inputs = self.inputs if row is None else checkpoints.select(self.config, self.inputs, row)
+        arguments, options = self.model.prefill_arguments(inputs, method, 64 + STEPS + 1)
+        return arguments, options | {"image_count": 2}
+
+    def run(self, method, row=None, prefill=drivers.prefill, decode=drivers.decode_step, steps=STEPS):
+        """The steps of a prefill and of forced tokens."""
+        arguments, options = self.arguments(method, row)
+        state, step = prefill(*arguments, **options)
+        taken = [step]
+        for tokens in self.forced[:steps]:
+            fed = tokens if row is None else tokens[row : row + 1]
+            state, step = decode(self.model.params, self.model.config, state, jnp.asarray(fed))
+            taken.append(step)
+        return [Numbers.of(step) for step in taken]
+
+    @functools.cached_property
+    def plain(self):
+        return self.run(None)
+
+    @functools.cache  # noqa: B019 - one bench per module
+    def acting(self, name):
+        return self.run(build(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """One step's logits on the host."""
+
+    main: np.ndarray
+    contrast: np.ndarray | None
+    combined: np.ndarray
+
+    @classmethod
+    def of(cls, step):
+        contrast = None if step.contrast is None else np.asarray(step.contrast)
+        return cls(np.asarray(step.main), contrast, np.asarray(step.combined))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("three_layers"))
+
+
+def assert_same(got, want, atol=1e-5):
+    """Main, contrast and combined logits of two runs; the same tokens are ruled out."""
+    for mine, theirs in zip(got, want, strict=False):
+        np.testing.assert_allclose(mine.main, theirs.main, rtol=0, atol=atol, err_msg="main")
+        if theirs.contrast is not None:
+            np.testing.assert_allclose(mine.contrast, theirs.contrast, rtol=0, atol=atol, err_msg="contrast")
+        np.testing.assert_allclose(mine.combined, theirs.combined, rtol=0, atol=3 * atol, err_msg="combined")
+
+
+@every_method
+def test_it_acts_and_leaves_samples_without_an_image_alone(bench, name):
+    """DoLa and DeCo look at no image and treat all samples alike."""
+    change = np.stack(
+        [
+            np.where(np.isfinite(step.combined), np.abs(step.combined - plain.combined), 0).max(axis=-1)
+            for step, plain in zip(bench.acting(name), bench.plain, strict=True)
+        ]
+    )
+    assert change[:, 0].max() > 0.01
+    if name not in ("dola", "deco"):
+        assert change[:, 1].max() < 1e-5
+
+
+@every_method
+def test_neutral_strengths_are_greedy_decoding(bench, name):
+    entry = ENTRIES[name]
+    for step, plain in zip(bench.run(build(name, neutral=True)), bench.plain, strict=True):
+        if entry.inexact:
+            np.testing.assert_allclose(step.main, plain.main, rtol=0, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(step.main, plain.main)
+        if entry.logits:
+            np.testing.assert_allclose(step.combined, plain.main, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
+
+
+@every_method
+def test_off_is_bit_equal_to_no_method(bench, name):
+    """Once a method has run, its absence is what it was: nothing of it stays in the model."""
+    plain = bench.plain
+    bench.acting(name)
+    for step, before in zip(bench.run(None), plain, strict=True):
+        np.testing.assert_array_equal(step.main, before.main)
+        np.testing.assert_array_equal(step.combined, before.main)
+
+
+@every_method
+def test_jit_equals_no_jit(bench, name):
+    pure = bench.run(build(name), prefill=forward.prefill, decode=forward.decode_step, steps=1)
+    assert_same(pure, bench.acting(name)[:2])
+
+
+@every_method
+def test_a_step_keeps_the_form_of_the_state(bench, name):
+    """So that the loop on the device can carry it. Traced only."""
+    arguments, options = bench.arguments(build(name))
+
+    def states(params, main, method, contrast):
+        given = options | {"contrast": contrast}
+        before, _ = forward.prefill(params, bench.model.config, main, method, **given)
+        after, _ = forward.decode_step(params, bench.model.config, before, jnp.asarray(bench.forced[0]))
+        return before, after
+
+    params, _, main, method = arguments
+    before, after = jax.eval_shape(states, params, main, method, options["contrast"])
+    assert before == after
+
+
+@every_method
+def test_a_batch_equals_its_samples_alone(bench, name):
+    together = bench.acting(name)
+    for row in range(len(LAYOUTS)):
+        alone = bench.run(build(name), row)
+        mine = [
+            Numbers(*(None if a is None else a[row : row + 1] for a in dataclasses.astuple(step)))
+            for step in together
+        ]
+        assert_same(alone, mine)
+
+
+@every_method
+def test_gradients_equal_finite_differences(bench, name):
+    """Of a fixed random mix of the combined logits of the prompt and of one token after it."""
+    method = build(name)
+    (params, config, main, ready), options = bench.arguments(method)
+    mix = jnp.asarray(np.random.default_rng(44).normal(size=(2, len(LAYOUTS), 60)).astype(np.float32))
+
+    @jax.jit
+    @jax.value_and_grad
+    def scalar(values):
+        edited = dataclasses.replace(ready, **values)
+        state, first = forward.prefill(params, config, main, edited, **options)
+        _, second = forward.decode_step(params, config, state, jnp.asarray(bench.forced[0]))
+        combined = jnp.stack([first.combined, second.combined])
+        return (jnp.where(jnp.isfinite(combined), combined, 0) * mix).sum()
+
+    values = {key: jnp.float32(value) for key, value in strengths(method).items()}
+    flat = ENTRIES[name].flat
+    assert set(flat) <= set(values)
+    at, gradients = scalar(values)
+    assert np.isfinite(at)
+    for key, gradient in gradients.items():
+        assert np.isfinite(gradient), key
+        if key in flat:
+            assert gradient == 0, f"{key} is {flat[key]}"
+            continue
+        width = 0.01 * max(abs(float(values[key])), 0.1)
+        above, below = (float(scalar(values | {key: values[key] + h})[0]) for h in (width, -width))
+        slope = (above - below) / (2 * width)
+        rounding = 1e-6 * max(abs(float(at)), 10) / width
+        print(f"{name}.{key}: {float(gradient):.4f} {slope:.4f} (rounding {rounding:.1e})")
+        assert abs(slope) > 10 * rounding, f"{key}: the slope is too small to be measured"
+        assert abs(slope - gradient) < 0.02 * abs(slope) + rounding, key
+
+
+def five_values(field, value):
+    """Five values of a numeric field, all allowed."""
+    low, high = field.metadata["low"], field.metadata["high"]
+    if np.isfinite(high):
+        return np.linspace(max(low, 0.01), high, 5)
+    return max(low, 0) + (abs(float(value)) or 1) * np.array([0.1, 0.5, 1, 1.7, 3])
+
+
+@every_method
+def test_another_strength_compiles_nothing(bench, name):
+    method = build(name)
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    bench.acting(name)
+
+    def programs():
+        jitted = (drivers.prefill, drivers.full_forward, drivers.contrast_pixels, drivers.encode_images)
+        return [one._cache_size() for one in jitted] + [drivers.decode_step.compiled_programs()]
+
+    before = programs()
+    for key, value in strengths(method).items():
+        for other in five_values(fields[key], value):
+            bench.run(type(method)(**ENTRIES[name].fields | {key: float(other)}), steps=1)
+    assert programs() == before

@@ -1,0 +1,73 @@
+"""DeCo through the public face against its NumPy reference."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax.methods.deco import DeCo, likeliest
+from tests.methods import peers
+from tests.methods.peers import MIXED
+from tests.reference import deco
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    return peers.loader(tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"exits": (2, 3)}, {}),
+        ({"exits": (0, 1, 3), "alpha": 2.0, "most": 3},
+         {"layers": (0, 1, 3), "alpha": 2.0, "candidates": 3}),
+        ({"exits": (0, 1, 2), "top_p": 0.3}, {"start_layer": 0, "end_layer": 3, "top_p": 0.3}),
+        ({"exits": (2, 3), "top_p": 1.0, "most": 120},
+         {"start_layer": 0.5, "end_layer": None, "top_p": 1.0, "candidates": 120}),
+    ],
+    ids=["default", "explicit", "range", "all_tokens"],
+)  # fmt: skip
+def test_equals_the_reference(load, settings, fields):
+    case = load(4, seed=23)
+    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
+    main, contrast, combined = case.library(inputs, forced, DeCo(**fields))
+    assert contrast is None
+    chosen, counts = set(), set()
+    for row, want in enumerate(case.references(deco.run, inputs, forced, **settings)):
+        if settings.get("most") != 120:  # else every token is a candidate, whatever its neighbours
+            assert want[4] > 1e-5, "a choice is too close; take another seed"
+        peers.assert_equal(main[row], want[0], f"main {row}")
+        peers.assert_equal(combined[row], want[1], f"combined {row}", 3)
+        assert np.abs(combined[row] - main[row]).max() > 0.2
+        chosen |= set(want[2])
+        counts |= set(want[3])
+    assert len(chosen) > 1, "samples and steps should disagree about the layer"
+    assert max(counts) <= settings.get("most", 20)
+    if not settings.get("most"):
+        assert len(counts) > 1
+
+
+def test_published_layers():
+    assert DeCo().exits(32) == tuple(range(20, 29))
+    assert DeCo().exits(8) == (5, 6) and DeCo().exits(4) == (2, 3) and DeCo().exits(2) == (1,)
+    assert DeCo(layers=(3,)).exits(32) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "most", "expected"),
+    [
+        (0.9, 20, [True, True, True, False]),
+        (0.8, 20, [True, True, False, False]),
+        (0.9, 2, [True, True, False, False]),
+        (0.0, 20, [True, False, False, False]),
+        (1.0, 1, [True, False, False, False]),
+        (0.2, 20, [True, False, False, False]),
+    ],
+)
+def test_candidates(top_p, most, expected):
+    """Probabilities in another order than the vocabulary's; 0.8 is reached by two tokens, the third is not needed."""
+    order = np.array([2, 0, 3, 1])
+    probabilities = np.array([[0.5, 0.3125, 0.125, 0.0625]], np.float32)[:, order]
+    np.testing.assert_array_equal(
+        likeliest(jnp.asarray(probabilities), top_p, most)[0], np.array(expected)[order]
+    )

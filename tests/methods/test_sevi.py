@@ -1,0 +1,149 @@
+"""SEVI and CICD against the NumPy reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvlm_jax import methods
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.sevi import SEVI, built_in_picture, jensen_shannon
+from tests.checkpoints import IMAGE
+from tests.methods import one_branch
+from tests.methods.one_branch import ATOL, EDGES, MIXED
+from tests.reference import sevi
+from tests.reference.one_branch import Plain
+
+DEPTH = 5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"omega": 0.5, "start_layer": 1, "kappa": 0.35}, {"omega": 4.0, "start_layer": 0, "kappa": 0.5}],
+    ids=["focused", "mild", "all_layers"],
+)
+def test_equals_the_reference(settings):
+    references = one_branch.assert_equal_to_reference(
+        one_branch.load(DEPTH), MIXED, SEVI(**settings), lambda: sevi.Sevi(**settings)
+    )
+    if settings:  # both stages are met
+        assert set().union(*(reference.stages for reference in references)) == {"text", "global"}
+
+
+def test_images_at_the_edges_of_the_prompt():
+    settings = {"omega": 2.0, "start_layer": 1, "kappa": 0.4}
+    one_branch.assert_equal_to_reference(
+        one_branch.load(DEPTH), EDGES, SEVI(**settings), lambda: sevi.Sevi(**settings)
+    )
+
+
+def test_sliding_window():
+    settings = {"omega": 2.0, "start_layer": 0, "kappa": 0.4}
+    one_branch.assert_equal_to_reference(
+        one_branch.load(3, "mistral_window"), MIXED, SEVI(**settings), lambda: sevi.Sevi(**settings)
+    )
+
+
+def test_omega_zero_changes_nothing():
+    one_branch.assert_plain(one_branch.load(DEPTH), MIXED, SEVI(omega=0.0, start_layer=0))
+
+
+def test_presets():
+    balanced = SEVI.preset("balanced")
+    assert [layer for layer in range(12) if balanced.active(layer, 12, "decode")] == [8, 9, 10, 11]
+    assert float(balanced.omega) == 0.5 and len(balanced.branches()) == 1
+    assert len(SEVI.preset("focused+cicd").branches()) == 2
+    assert dataclass_values(SEVI()) == dataclass_values(SEVI.preset("focused"))
+
+
+def dataclass_values(method):
+    leaves, structure = jax.tree_util.tree_flatten(method)
+    return [float(leaf) for leaf in leaves], structure
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("omega", [0.0, 1.0])
+def test_cicd_equals_the_reference(variant, omega):
+    model = one_branch.load(DEPTH)
+    theirs, ours, _, _ = model
+    inputs, forced = one_branch.prompt(theirs, MIXED)
+    size = inputs["pixel_values"].shape[-1]
+    other = np.random.default_rng(5).normal(size=(3, size, size)).astype(np.float32)
+    method = SEVI(cicd=True, variant=variant, omega=omega, start_layer=1, other_image=other)
+    main, contrast, combined = one_branch.run_library(ours, inputs, forced, method)
+    alphas = []
+    for row, layout in enumerate(MIXED):
+        edited = sevi.Sevi(omega=omega, start_layer=1)
+        want = one_branch.run_reference(model, inputs, forced, row, edited)
+        others = np.stack([other] * layout.count(IMAGE)) if IMAGE in layout else None
+        want_contrast = one_branch.run_reference(model, inputs, forced, row, Plain(), others)
+        assert edited.margin > 2e-6
+        np.testing.assert_allclose(main[row], want, rtol=0, atol=ATOL)
+        np.testing.assert_allclose(contrast[row], want_contrast, rtol=0, atol=ATOL)
+        if IMAGE not in layout:
+            np.testing.assert_array_equal(combined[row], main[row])
+            continue
+        for step in range(len(want)):
+            logits, alpha, _ = sevi.combine(want[step], want_contrast[step], variant)
+            alphas.append(alpha)
+            clear = np.abs(want[step] - want[step].max() - np.log(0.1)) > 2 * ATOL
+            np.testing.assert_allclose(combined[row, step][clear], logits[clear], rtol=0, atol=8 * ATOL)
+    assert min(alphas) >= 1 and len({round(alpha, 3) for alpha in alphas}) > 5
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_contrast_strength_over_the_whole_range_of_divergence(variant):
+    """From equal branches (no contrast) over small divergences (α at its bound) to opposite ones (J at its bound)."""
+    generator = np.random.default_rng(3)
+    main = generator.normal(size=(7, 40)) * 2
+    scale = np.array([0, 0.003, 0.02, 0.1, 0.5, 2, 12])[:, None]
+    contrast = main + scale * generator.normal(size=main.shape)
+    method = SEVI(cicd=True, variant=variant)
+    readout = methods.Readout(jnp.float32(main), jnp.float32(contrast), None, jnp.ones(len(main), bool))
+    got = jax.jit(lambda method, readout: method.combine(readout, ())[0])(method, readout)
+    want, alphas, divergences = zip(
+        *(sevi.combine(*rows, variant) for rows in zip(main, contrast, strict=True)), strict=True
+    )
+    np.testing.assert_allclose(got, np.stack(want), rtol=2e-4, atol=1e-3)
+    assert alphas[0] == alphas[1] == 0 and 3.0 in alphas and 1 <= min(alphas[3:]) < 2
+    assert variant == "paper" or max(divergences) == 1
+    np.testing.assert_allclose(
+        jensen_shannon(readout.main, readout.contrast, variant)[1:5],
+        [sevi.divergence(*rows, variant) for rows in zip(main, contrast, strict=True)][1:5],
+        rtol=1e-2,
+        atol=1e-7,
+    )
+
+
+def test_gradients_are_finite_for_equal_and_for_different_branches():
+    main = jnp.asarray(np.random.default_rng(4).normal(size=(2, 30)), jnp.float32)
+    contrast = main.at[1].set(main[1, ::-1])
+
+    def total(method, main, contrast):
+        logits, _ = method.combine(methods.Readout(main, contrast, None, jnp.ones(2, bool)), ())
+        return jnp.where(jnp.isfinite(logits), logits, 0).sum()
+
+    for gradient in jax.tree.leaves(jax.grad(total, argnums=(0, 1, 2))(SEVI(cicd=True), main, contrast)):
+        assert np.isfinite(gradient).all()
+
+
+def test_the_built_in_picture():
+    picture = built_in_picture(24, 32)
+    assert picture.shape == (3, 24, 32) and picture.dtype == np.float32
+    from importlib.resources import files
+
+    with files("lvlm_jax.pocket").joinpath("sample.png").open("rb") as file:
+        raw = np.asarray(Image.open(file).convert("RGB").resize((32, 24), Image.BICUBIC), float) / 255
+    green = (raw[..., 1] - 0.4578275) / 0.26130258
+    np.testing.assert_allclose(picture[1], green, atol=1e-5)
+    pixels = np.zeros((3, 3, 24, 32), np.float32)
+    np.testing.assert_array_equal(
+        SEVI(cicd=True).contrast_pixels(pixels, np.array([0, 1, 0])), np.stack([picture] * 3)
+    )
+
+
+def test_a_picture_of_another_size_is_refused():
+    method = SEVI(cicd=True, other_image=np.zeros((3, 8, 8), np.float32))
+    with pytest.raises(LVLMError, match=r"\(3, 8, 8\); expected \(3, 24, 24\)"):
+        method.contrast_pixels(np.zeros((1, 3, 24, 24), np.float32), np.array([0]))
