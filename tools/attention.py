@@ -94,12 +94,12 @@ def settings(method: methods.Method | None) -> str:
     """A method's numbers in words, and its switches where they are not as they come."""
     if method is None:
         return "the model as it is"
-    parts = []
+    parts, usual = [], type(method)()
     for field in dataclasses.fields(method):
         value, name = getattr(method, field.name), field.name.rstrip("_")
         if not field.metadata.get("static") and value is not None:
             parts.append(f"{name} {float(value):g}")
-        elif field.metadata.get("static") and value != field.default:
+        elif field.metadata.get("static") and value != getattr(usual, field.name):
             parts.append(f"{name} {value}")
     return ", ".join(parts)
 

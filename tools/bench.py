@@ -71,7 +71,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
     parser.add_argument(
-        "--methods", default="cmac", help="names, separated by commas (default cmac; empty for none)"
+        "--methods", default="cmac", help="names, separated by commas, or all (default cmac; empty for none)"
     )
     parser.add_argument(
         "--no-transformers", action="store_true", help="leave the comparison with transformers out"
@@ -247,9 +247,13 @@ def measure(arguments: argparse.Namespace) -> dict:
         params = random_parameters(config, jnp.dtype(arguments.dtype))
     inputs, tokens = random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
+    if chosen == ["all"]:
+        chosen = [name for name in methods.names() if name != "opera"]  # a beam search, no decoder to time beside
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
     for name in chosen:
-        runners[name] = Ours(params, config, inputs, methods.get(name)(), arguments.new_tokens)
+        # The random model has no tokenizer, so the disturbing instruction is given as token ids.
+        method = methods.ICD(tokens=tuple(range(100, 120))) if name == "icd" else methods.get(name)()
+        runners[name] = Ours(params, config, inputs, method, arguments.new_tokens)
     if not arguments.no_transformers:
         runners["transformers"] = Transformers(params, config, inputs, tokens, arguments.new_tokens)
     encode = lambda: drivers.encode_images(params, config, inputs.pixels)  # noqa: E731

@@ -82,9 +82,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """
     found = question_files(data, protocol)
     association = files.read_json(found["association"][0], "AMBER's relation.json")
-    if not isinstance(association, dict) or not all(
-        isinstance(words, list) for words in association.values()
-    ):
+    if not isinstance(association, dict) or not all(map(_are_words, association.values())):
         raise LVLMError(
             f"{str(found['association'][0])!r} is not an object of word lists; expected AMBER's relation.json"
         )
@@ -122,6 +120,10 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     ]
 
 
+def _are_words(value) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
 def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, dict]:
     where = f"annotation {number}"
     kind = files.field(row, ["type"], str, where)
@@ -134,7 +136,7 @@ def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, di
         return KINDS[kind][0], label, {}
     truth, temptations = (files.field(row, [name], list, where) for name in ("truth", "hallu"))
     for word in (*truth, *temptations):
-        if word not in lists["association"]:
+        if not isinstance(word, str) or word not in lists["association"]:
             raise LVLMError(f"{where} names {word!r}, which AMBER's relation.json does not list")
     return GENERATIVE, None, {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
 

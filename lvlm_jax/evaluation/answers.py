@@ -25,10 +25,13 @@ Answers = dict[tuple[str, str], str]  # Question.key -> text
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer of a file, not yet matched to its question; `group`, `prompt`, `image` where the file has them."""
+    """One answer of a file, not yet matched to its question; what the file does not say is None.
+
+    A row has an id, or (as MME's) group, prompt and image.
+    """
 
     where: str
-    id: str
+    id: str | None
     text: str
     group: str | None = None
     prompt: str | None = None
@@ -88,7 +91,7 @@ def _read_mme(path: Path, task: str) -> list[Row]:
             raise LVLMError(
                 f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs"
             )
-        rows.append(Row(where, "", cells[3], task, cells[1].strip(), cells[0].strip()))
+        rows.append(Row(where, None, cells[3], task, cells[1].strip(), cells[0].strip()))
     return rows
 
 
@@ -134,16 +137,15 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
         by_text.setdefault((question.group, name, question.text), []).append(question)
     found: Answers = {}
     for row in rows:
-        candidates = (
-            by_id.get(row.id, [])
-            if row.id
-            else by_text.get((row.group, Path(row.image).stem, row.prompt), [])
-        )
+        if row.id is None:
+            candidates = by_text.get((row.group, Path(row.image).stem, row.prompt), [])
+        else:
+            candidates = by_id.get(row.id, [])
         if row.group in groups:
             candidates = [question for question in candidates if question.group == row.group]
         if len(candidates) > 1:
             candidates = [question for question in candidates if _same(question, row)]
-        name = row.id or f"{row.image} {row.prompt!r}"
+        name = f"{row.image} {row.prompt!r}" if row.id is None else row.id
         if not candidates:
             raise LVLMError(
                 f"{row.where}: {name} is none of the {len(questions)} questions; is it the right file?"

@@ -184,10 +184,10 @@ def _coco(path: Path) -> Mapping:
     content = files.read_json(path, "annotations")
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise LVLMError(f"annotations {str(path)!r} have no list 'annotations'; expected COCO's format")
-    if not all(
-        isinstance(row, dict)
-        for key in ("annotations", "images", "categories")
-        for row in content.get(key, [])
-    ):
-        raise LVLMError(f"annotations {str(path)!r} hold rows that are no objects; expected COCO's format")
+    for name in ("annotations", "images", "categories"):
+        rows = content.get(name, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise LVLMError(
+                f"'{name}' of annotations {str(path)!r} is no list of objects; expected COCO's format"
+            )
     return content

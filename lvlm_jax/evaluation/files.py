@@ -86,7 +86,7 @@ def field(row: dict, names: Sequence[str], kinds: type | tuple, where: str):
 
 
 def _kinds(kinds: type | tuple) -> str:
-    words = {str: "a string", int: "a number", list: "a list", dict: "an object"}
+    words = {str: "a string", int: "a number", list: "a list", dict: "an object", bytes: "bytes"}
     return " or ".join(words[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 

@@ -100,7 +100,7 @@ def rescore(
 
 def _image_ids(rows: Sequence[answers.Row]) -> tuple[int, ...]:
     for row in rows:
-        if not row.id.isdigit():
+        if not (row.id.isdecimal() and row.id.isascii() and len(row.id) < 19):
             raise LVLMError(f"{row.where}: image_id is {row.id!r}; expected COCO's number")
     seen: set = set()
     for row in rows:
@@ -187,19 +187,23 @@ def table(found: dict) -> str:
         if name in against:
             other = against[name]
             low, high = (_shown(bound, scale) for bound in other["interval"])
-            line += f"  {_shown(other['value'], scale)} ({low} to {high}, p {other['p']:.3g})"
+            line += f"  {_shown(other['value'], scale)} ({low} to {high}, p {_p(other['p'])})"
         lines.append(line)
     if against:
         test = found["against"]["mcnemar"]
         lines.append(
             f"McNemar: right only here {test['only_first_right']}, only there {test['only_second_right']}, "
-            f"p {test['p']:.3g}"
+            f"p {_p(test['p'])}"
         )
     return "\n".join(lines)
 
 
 def _shown(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value * scale:.1f}"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def summary(found: dict) -> str:

@@ -93,7 +93,7 @@ class Method(Transform):
                 self._check(field, value)
                 object.__setattr__(self, field.name, np.float32(value))
 
-    def _check(self, field: dataclasses.Field, value: float) -> None:
+    def _check(self, field: dataclasses.Field, value: int | float | np.number) -> None:
         low, high = field.metadata["low"], field.metadata["high"]
         if not low <= value <= high:
             raise LVLMError(

@@ -97,6 +97,12 @@ def test_bad_files(tmp_path):
     assert "annotation 1 names 'spoon'" in message()
     notes.write_text(json.dumps([{"id": 1, "type": "poetic"}, *good_notes[1:]]))
     assert "type 'poetic'" in message()
+    notes.write_text(
+        json.dumps([{"id": 1, "type": "generative", "truth": [[]], "hallu": []}, *good_notes[1:]])
+    )
+    assert "annotation 1 names []" in message()
+    (folder / "data/relation.json").write_text(json.dumps(ASSOCIATION | {"cat": [{}]}))
+    assert "expected AMBER's relation.json" in message()
     (folder / "data/relation.json").write_text(json.dumps(list(ASSOCIATION)))
     assert "expected AMBER's relation.json" in message()
     (folder / "data/relation.json").unlink()

@@ -178,3 +178,27 @@ def test_from_the_command_line_errors_are_one_line_and_code_2(folder):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("evaluate.py: line 2 of answer file 'b.jsonl' is not JSON")
     assert list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("images", None, "'images' of annotations .* is no list of objects"),
+        ("categories", [1], "'categories' of annotations .* is no list of objects"),
+        ("annotations", {}, "have no list 'annotations'"),
+    ],
+)
+def test_annotations_of_another_shape(tmp_path, name, value, message):
+    coco = coco_folder(tmp_path, {1: ["dog"]}, {1: ["A dog."]})
+    path = coco / "annotations/instances_val2014.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    captions = write_lines(tmp_path / "c.jsonl", [{"image_id": 1, "caption": "A dog."}])
+    with pytest.raises(LVLMError, match=message):
+        run("--protocol", "chair", "--data", coco, "--rescore", captions, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_id_is_an_id(folder):
+    path = write_lines(Path("a.jsonl"), [{"question_id": "", "text": "Yes"}])
+    with pytest.raises(LVLMError, match="is none of the 20 questions"):
+        run("--protocol", "pope", "--data", folder, "--group", "random", "--rescore", path)

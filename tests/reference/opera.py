@@ -138,7 +138,9 @@ class Opera:
             if place is None or place >= count or (self.variant == "paper" and place < latest):
                 continue
             for target in (place, place - 1):
-                left = self.beams * self.candidates - len(banned.get(target, ())) - self.beams
+                alive = [beam.score > DEAD / 2 for beam in history[max(target, 0) + 1][0]]
+                used = sum(alive[beam] for beam, _ in banned.get(target, ()))
+                left = sum(alive) * self.candidates - used - self.beams
                 if target >= 0 and taken.get(target, 0) < self.max_rollbacks and left > 0:
                     break
             else:

@@ -1,0 +1,256 @@
+"""Beam search: the N best partial answers of every sample side by side, as B·N rows of one batch.
+
+Scores, stop tokens, length penalty and the end of the search are those of transformers (`early_stopping=False`): a
+sample keeps its N best finished answers by sum of log-probabilities / length^penalty, and stops once the best running
+beam, were it to stop now, is no better than the worst of them.
+
+    row b·N + n    beam n of sample b; all rows of a sample share its prompt, so a reordering copies what comes after
+
+`Hypotheses` knows nothing of models or caches: a search hands it scores of continuations and is told which to follow.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import forward
+from lvlm_jax.generation.drivers import DecodeProgram
+from lvlm_jax.generation.state import State
+from lvlm_jax.methods import Method
+
+RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences of scores are
+
+
+class Found(NamedTuple):
+    """The best answer of every sample; fields as in `drivers.Answers`."""
+
+    tokens: Int[Array, "B M"]
+    logprobs: Float[Array, "B M"]
+    length: Int[Array, "B"]
+    finished: Bool[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hypotheses:
+    """Answers under way and finished ones, N of each per sample.
+
+    Attributes:
+        tokens, logprobs, scores: of the running beams, best first; M columns reserved.
+        kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; their scores are divided
+            by length^penalty.
+        kept: which of those places hold an answer.
+        open: samples whose search goes on.
+        count: tokens in every running beam.
+    """
+
+    tokens: Int[Array, "B N M"]
+    logprobs: Float[Array, "B N M"]
+    scores: Float[Array, "B N"]
+    kept_tokens: Int[Array, "B N M"]
+    kept_logprobs: Float[Array, "B N M"]
+    kept_length: Int[Array, "B N"]
+    kept_scores: Float[Array, "B N"]
+    kept: Bool[Array, "B N"]
+    open: Bool[Array, "B"]
+    count: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, batch: int, beams: int, room: int) -> "Hypotheses":
+        """Before the first token: all beams are alike, so only the first may be continued."""
+        ruled_out = jnp.full((batch, beams), RULED_OUT, jnp.float32)
+        tokens = jnp.zeros((batch, beams, room), jnp.int32)
+        return cls(
+            tokens=tokens,
+            logprobs=jnp.zeros(tokens.shape, jnp.float32),
+            scores=ruled_out.at[:, 0].set(0.0),
+            kept_tokens=tokens,
+            kept_logprobs=jnp.zeros(tokens.shape, jnp.float32),
+            kept_length=jnp.zeros((batch, beams), jnp.int32),
+            kept_scores=ruled_out,
+            kept=jnp.zeros((batch, beams), bool),
+            open=jnp.ones((batch,), bool),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    def extended(
+        self,
+        gains: Float[Array, "B N C"],
+        candidates: Int[Array, "B N C"],
+        logprobs: Float[Array, "B N C"],
+        rule: "Rule",
+    ) -> tuple["Hypotheses", Int[Array, "B N"]]:
+        """One token more.
+
+        Args:
+            gains: what each of C continuations adds to the score of its beam.
+            candidates: their tokens.
+            logprobs: their log-probabilities, for the record.
+            rule: when and how the search ends.
+
+        Returns:
+            The new hypotheses, and which continuation each new running beam is: beam · C + its place.
+        """
+        batch, beams, width = gains.shape
+        flat = (self.scores[:, :, None] + gains).reshape(batch, -1)
+        # Enough that N go on even if every beam's best continuations are the stop tokens.
+        spare = beams * max(2, 1 + rule.stop.shape[0])
+        scores, places = jax.lax.top_k(flat, min(spare, beams * width))
+        token = jnp.take_along_axis(candidates.reshape(batch, -1), places, axis=1)
+        logprob = jnp.take_along_axis(logprobs.reshape(batch, -1), places, axis=1)
+        parents = places // width
+
+        def grown(history: jax.Array, newest: jax.Array) -> jax.Array:
+            followed = jnp.take_along_axis(history, parents[:, :, None], axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(followed, newest[:, :, None], self.count, axis=2)
+
+        tokens, history = grown(self.tokens, token), grown(self.logprobs, logprob)
+        count = self.count + 1
+        ends = (token[:, :, None] == rule.stop).any(axis=-1) | (count >= rule.limit)
+
+        running, order = jax.lax.top_k(scores + RULED_OUT * ends, beams)
+        best = jnp.arange(scores.shape[1]) < beams  # the others are there to go on in place of those that end
+        finishes = ends & best & self.open[:, None]
+        normalised = jnp.where(finishes, scores / count**rule.length_penalty, RULED_OUT)
+        kept_scores, kept_order = jax.lax.top_k(jnp.concatenate([self.kept_scores, normalised], 1), beams)
+
+        def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+            return _along(jnp.concatenate([old, new], axis=1), kept_order)
+
+        is_kept = kept(self.kept, finishes)
+        worst = jnp.where(is_kept, kept_scores.min(axis=1, keepdims=True), RULED_OUT)
+        improvable = (running[:, :1] / count**rule.length_penalty > worst).any(axis=1)
+        hypotheses = Hypotheses(
+            tokens=_along(tokens, order),
+            logprobs=_along(history, order),
+            scores=running,
+            kept_tokens=kept(self.kept_tokens, tokens),
+            kept_logprobs=kept(self.kept_logprobs, history),
+            kept_length=kept(self.kept_length, jnp.broadcast_to(count, token.shape)),
+            kept_scores=kept_scores,
+            kept=is_kept,
+            open=self.open & improvable & ~ends.all(axis=1),
+            count=count,
+        )
+        return hypotheses, _along(places, order)
+
+    def newest(self) -> Int[Array, "B N"]:
+        """The last token of every running beam."""
+        return jax.lax.dynamic_index_in_dim(self.tokens, self.count - 1, axis=2, keepdims=False)
+
+    def found(self, stop: Int[Array, "E"]) -> Found:
+        """The best finished answers."""
+        tokens, length = self.kept_tokens[:, 0], self.kept_length[:, 0]
+        last = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)
+        return Found(tokens, self.kept_logprobs[:, 0], length, (last == stop).any(axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """When and how a search ends.
+
+    Attributes:
+        stop: tokens that end an answer.
+        limit: longest answer.
+        length_penalty: exponent of the length that scores of finished answers are divided by.
+    """
+
+    stop: Int[Array, "E"]
+    limit: Int[Array, ""]
+    length_penalty: Float[Array, ""]
+
+    @classmethod
+    def of(cls, stop: tuple[int, ...], limit: int, length_penalty: float = 1.0) -> "Rule":
+        return cls(
+            np.asarray(stop or (-1,), np.int32), np.asarray(limit, np.int32), np.float32(length_penalty)
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A beam search under way: the caches of B·N rows, which hold every token, and the logits of the next."""
+
+    state: State
+    logits: Float[Array, "R V"]
+    hypotheses: Hypotheses
+
+
+def check(method: Method | None, num_beams: int) -> None:
+    """Whether a method's rows can be those of beams.
+
+    Raises:
+        LVLMError: they cannot, or there are no beams.
+    """
+    if num_beams < 1:
+        raise LVLMError(f"num_beams is {num_beams}; expected at least 1")
+    if method is not None and method.primes:
+        raise LVLMError(
+            f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1"
+        )
+
+
+def rows_of(state: State, rows: Int[Array, "R"]) -> State:
+    """The state of a batch made of rows of this one, in any order and as often as one likes."""
+
+    def taken(array: jax.Array) -> jax.Array:
+        return array[rows] if array.ndim else array
+
+    return dataclasses.replace(
+        state,
+        caches=jax.tree.map(taken, state.caches),
+        tracks=tuple(jax.tree.map(taken, track) for track in state.tracks),
+        memory=jax.tree.map(taken, state.memory),
+    )
+
+
+def _reordered(state: State, parents: Int[Array, "B N"]) -> State:
+    """The rows that the new beams continue; a prefix shared by branches belongs to the prompt and stays."""
+    batch, beams = parents.shape
+    rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
+    taken = rows_of(state, rows)
+    caches = zip(taken.caches, state.caches, strict=True)
+    return dataclasses.replace(
+        taken, caches=tuple(dataclasses.replace(new, prefix=old.prefix) for new, old in caches)
+    )
+
+
+def _begin(state: State, logits: Float[Array, "B V"], beams: int, room: int) -> Search:
+    """All beams behind the prompt."""
+    batch = logits.shape[0]
+    rows = jnp.repeat(jnp.arange(batch), beams)
+    return Search(rows_of(state, rows), logits[rows], Hypotheses.empty(batch, beams, room))
+
+
+def _step(params: dict, config: Any, search: Search, rule: Rule) -> Search:
+    """Chooses the next token of every beam and runs it."""
+    batch, beams = search.hypotheses.scores.shape
+    vocabulary = search.logits.shape[-1]
+    logprobs = jax.nn.log_softmax(search.logits).reshape(batch, beams, vocabulary)
+    candidates = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), logprobs.shape)
+    hypotheses, chosen = search.hypotheses.extended(logprobs, candidates, logprobs, rule)
+    state = _reordered(search.state, chosen // vocabulary)
+    state, step = forward.decode_step(params, config, state, hypotheses.newest().reshape(-1))
+    return Search(state, step.combined, hypotheses)
+
+
+def _run(params: dict, config: Any, search: Search, rule: Rule) -> Search:
+    def unfinished(search: Search) -> Bool[Array, ""]:
+        return search.hypotheses.open.any()
+
+    return jax.lax.while_loop(unfinished, lambda search: _step(params, config, search, rule), search)
+
+
+def _along(values: Array, places: Int[Array, "B K"]) -> Array:
+    """Entries of axis 1."""
+    return jnp.take_along_axis(values, places if values.ndim == 2 else places[:, :, None], axis=1)
+
+
+begin = jax.jit(_begin, static_argnames=("beams", "room"))
+run = DecodeProgram(_run, donated="search")

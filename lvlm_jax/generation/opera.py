@@ -1,0 +1,244 @@
+"""The search of OPERA (`methods.OPERA` has the formulas): a beam search that tries candidates and can go back.
+
+One sample at a time, because samples go back at times and to places of their own; its beams are the rows of a batch.
+A token is one program: run every candidate of every beam, score, choose, keep the rows that were chosen. What the
+host keeps of every step is small (no caches): to go back, the columns of the answer are declared unwritten and the
+beams of that step are run again token by token.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.attention import Tap
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import forward
+from lvlm_jax.generation.beam import RULED_OUT, Found, Hypotheses, Rule, rows_of
+from lvlm_jax.generation.state import State
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.opera import OPERA
+
+
+def wanted(method: Method | None) -> bool:
+    """Whether a method needs this search.
+
+    Raises:
+        LVLMError: it is chained with others, which do not know beams that go back.
+    """
+    if any(isinstance(member, OPERA) for member in getattr(method, "members", ())):
+        raise LVLMError("OPERA is a search of its own and cannot be chained; use it alone")
+    return isinstance(method, OPERA)
+
+
+def tap(config: Any) -> Tap:
+    """What the prefill must be asked for."""
+    return Tap(layers=(config.text.num_layers - 1,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a step leaves behind; N beams, M answer columns.
+
+    Attributes:
+        hypotheses: answers, a batch of one.
+        products: logarithms of the column products of every beam.
+        columns: c of every token of every beam.
+        parents: which beam each was before its newest token.
+    """
+
+    hypotheses: Hypotheses
+    products: Float[Array, "N M"]
+    columns: Int[Array, "N M"]
+    parents: Int[Array, "N"]
+
+    @classmethod
+    def empty(cls, beams: int, room: int) -> "Record":
+        return cls(
+            Hypotheses.empty(1, beams, room),
+            jnp.full((beams, room), -jnp.inf, jnp.float32),
+            jnp.zeros((beams, room), jnp.int32),
+            jnp.zeros((beams,), jnp.int32),
+        )
+
+
+def _step(
+    params: dict,
+    config: Any,
+    state: State,
+    logits: Float[Array, "N V"],
+    record: Record,
+    banned: Int[Array, "N X"],
+    method: OPERA,
+    rule: Rule,
+) -> tuple[State, Float[Array, "N V"], Record]:
+    """Runs all candidates, and goes on with the best of them.
+
+    Args:
+        state: caches of the N beams.
+        logits: next-token logits of every beam.
+        banned: tokens that a beam may not take; -1 is none.
+    """
+    beams, room = record.products.shape
+    newest = record.hypotheses.count
+    width = min(method.candidates, logits.shape[1])
+    candidate_logits, candidates = jax.lax.top_k(logits, width)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=1)
+
+    tried, step = forward.decode_step(
+        params, config, rows_of(state, jnp.repeat(jnp.arange(beams), width)), candidates.reshape(-1)
+    )
+    row = method.weights_of_rows(step.tapped.attention[0, 0, :, :, 0])
+    image_weight = jnp.where(tried.image_id > 0, row, 0).sum(axis=-1)
+    before = jnp.repeat(record.products, width, axis=0)
+    products = method.products(before, row[:, -room:], newest)
+    over_trust, column = method.over_trust(products, newest, image_weight)
+
+    gains = method.gains(candidate_logits, logprobs, over_trust.reshape(beams, width))
+    gains = jnp.where((candidates[:, :, None] == banned[:, None]).any(axis=-1), RULED_OUT, gains)
+    hypotheses, chosen = record.hypotheses.extended(gains[None], candidates[None], logprobs[None], rule)
+    rows = chosen[0]
+    columns = jax.lax.dynamic_update_slice(
+        record.columns[rows // width], column[rows][:, None], (jnp.zeros((), jnp.int32), newest)
+    )
+    after = Record(hypotheses, products[rows], columns, rows // width)
+    return rows_of(tried, rows), step.combined[rows], after
+
+
+def _replay(
+    params: dict, config: Any, state: State, hypotheses: Hypotheses
+) -> tuple[State, Float[Array, "N V"]]:
+    """Takes the answer's columns back, and runs the beams' tokens again."""
+    track, room = state.tracks[0], hypotheses.tokens.shape[2]
+    start = state.capacity - room
+    written = jnp.arange(state.capacity) < start
+    track = dataclasses.replace(
+        track,
+        image_id=jnp.where(written, track.image_id, -1),
+        position=track.position - (track.index - start),
+        index=jnp.full_like(track.index, start),
+    )
+
+    def run(place: Int[Array, ""], carried: tuple) -> tuple:
+        tokens = jax.lax.dynamic_index_in_dim(hypotheses.tokens[0], place, axis=1, keepdims=False)
+        state, step = forward.decode_step(params, config, carried[0], tokens)
+        return state, step.combined
+
+    beams, vocabulary = hypotheses.tokens.shape[1], config.text.vocab_size
+    blank = jnp.zeros((beams, vocabulary), jnp.float32)
+    cleared = dataclasses.replace(state, tracks=(track,))
+    return jax.lax.fori_loop(0, hypotheses.count, run, (cleared, blank))
+
+
+take = jax.jit(lambda state, logits, rows: (rows_of(state, rows), logits[rows]))
+step = jax.jit(_step, static_argnames="config", donate_argnames="state")
+replay = jax.jit(_replay, static_argnames="config", donate_argnames="state")
+
+
+class WaysBack:
+    """When a sample goes back, where to, and what must not be chosen again there; on the host."""
+
+    def __init__(self, method: OPERA):
+        self.method = method
+        self.taken: dict[int, int] = {}  # how often a position was gone back to
+        self.banned: dict[int, list[tuple[int, int]]] = {}  # (beam, token) pairs by position
+        self.latest = 0
+
+    def target(self, columns: Int[np.ndarray, "N T"], alive: list[Bool[np.ndarray, "N"]]) -> int | None:
+        """The last token that is kept, or None for no way back; `alive` are the beams that counted at every length."""
+        place = self.method.recurring(columns, alive[-1])
+        if place is None or place >= columns.shape[1] - 1:
+            return None
+        if self.method.variant == "paper" and place < self.latest:
+            return None
+        for target in (place, place - 1):
+            if target >= 0 and self._may(target, alive[target + 1]):
+                self.latest = place
+                return target
+        return None
+
+    def _may(self, target: int, alive: Bool[np.ndarray, "N"]) -> bool:
+        if self.taken.get(target, 0) >= self.method.max_rollbacks:
+            return False
+        # Something must be left to go on with, after this way back as well.
+        banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
+        return banned + self.method.beams < alive.sum() * self.method.candidates
+
+    def go(self, target: int, pairs: list[tuple[int, int]]) -> None:
+        """Notes a way back; `pairs` were chosen after token `target`. What was banned later on is allowed again."""
+        self.taken[target] = self.taken.get(target, 0) + 1
+        self.banned = {place: old for place, old in self.banned.items() if place <= target}
+        self.banned[target] = self.banned.get(target, []) + pairs
+
+    def tokens(self, target: int) -> Int[np.ndarray, "N X"]:
+        """What each beam may not take right after token `target`, filled up with -1."""
+        width = max(1, self.method.beams * self.method.max_rollbacks)
+        table = np.full((self.method.beams, width), -1, np.int32)
+        for place, (beam, token) in enumerate(self.banned.get(target, ())):
+            table[beam, place] = token
+        return table
+
+
+def search(
+    params: dict,
+    config: Any,
+    state: State,
+    logits: Float[Array, "N V"],
+    method: OPERA,
+    rule: Rule,
+    room: int,
+) -> tuple[Found, list[tuple[int, int]]]:
+    """Answers one sample.
+
+    Args:
+        state: behind the prompt, one row for every beam, with the `tap` of this module; donated. Its last `room`
+            columns are for the answer.
+        logits: next-token logits.
+
+    Returns:
+        The answer, and the ways back that were taken: from how many tokens to how many.
+    """
+    ways, taken = WaysBack(method), []
+    records, alive = [Record.empty(method.beams, room)], [np.arange(method.beams) == 0]
+    while True:
+        count = len(records) - 1
+        banned = ways.tokens(count - 1)
+        state, logits, record = step(params, config, state, logits, records[-1], banned, method, rule)
+        columns, scores, is_open = jax.device_get(
+            (record.columns, record.hypotheses.scores[0], record.hypotheses.open[0])
+        )
+        if not is_open:
+            return record.hypotheses.found(rule.stop), taken
+        records.append(record)
+        alive.append(scores > RULED_OUT / 2)
+        target = ways.target(columns[:, : count + 1], alive)
+        if target is None:
+            continue
+        after = records[target + 2]
+        pairs = zip(after.parents.tolist(), after.hypotheses.newest()[0].tolist(), strict=True)
+        ways.go(target, list(pairs))
+        taken.append((count + 1, target + 1))
+        records, alive = records[: target + 2], alive[: target + 2]
+        state, logits = replay(params, config, state, records[-1].hypotheses)
+
+
+def run(
+    params: dict,
+    config: Any,
+    state: State,
+    logits: Float[Array, "B V"],
+    method: OPERA,
+    rule: Rule,
+    room: int,
+) -> Found:
+    """Answers a batch, sample by sample; arguments as in `search`, with one row for every sample."""
+    found = []
+    for sample in range(logits.shape[0]):
+        rows = np.full((method.beams,), sample, np.int32)
+        answer, _ = search(params, config, *take(state, logits, rows), method, rule, room)
+        found.append(answer)
+    return Found(*(jnp.concatenate(parts) for parts in zip(*found, strict=True)))
