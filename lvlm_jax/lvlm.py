@@ -273,6 +273,10 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
+        if any(opera.wanted(method) for method in methods):
+            raise LVLMError(
+                "OPERA is a search of its own and cannot be swept; call generate for every setting"
+            )
         prompt, limit, room = self._room(messages, max_new_tokens)
         stacked = sweep.stack([self._primed(prompt, method) for method in methods])
         main = self._embed(prompt)
@@ -487,7 +491,9 @@ class LVLM:
         length = int(prompt.lengths.max()) + room
         if opera.wanted(method):
             if num_beams not in (1, method.beams):
-                raise LVLMError(f"num_beams is {num_beams} and OPERA's beams {method.beams}; give one of them")
+                raise LVLMError(
+                    f"num_beams is {num_beams} and OPERA's beams {method.beams}; give one of them"
+                )
             state, step = self.prefill(prompt, None, length, tap=opera.tap(self.config))
             return opera.run(self.params, self.config, state, step.combined, method, rule, room)
         state, step = self.prefill(prompt, method, length)

@@ -1,6 +1,7 @@
 """Score a benchmark, offline, from the folders people have; every figure carries the record that decides it.
 
     python tools/evaluate.py --list
+    python tools/evaluate.py --protocol pope/strict --data ~/data --model llava-1.5-7b-hf --method cmac --alpha 3
     python tools/evaluate.py --protocol pope/vcd --data ~/data --rescore random=a.jsonl popular=b.jsonl
     python tools/evaluate.py --protocol pope/strict --data ~/data --group random --rescore a.jsonl --against b.jsonl
     python tools/evaluate.py --protocol chair/opera-512 --data ~/coco --synonyms synonyms.txt --rescore captions.jsonl
@@ -9,22 +10,29 @@
 
 Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
 [{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no picture.
+
+With a model, answers are written in the same formats, beside a log of them: stopped and started again, a run goes on
+where it was.
 """
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import cli
+from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, get, names, statistics
+from lvlm_jax.evaluation import BENCHMARKS, Data, Protocol, answers, engine, get, names, record, statistics
 from lvlm_jax.evaluation import rescore as scoring
+from lvlm_jax.generation.record import run_record
 
 
-def build_parser() -> cli.Parser:
-    """The flags of scoring."""
-    parser = cli.Parser(prog="evaluate.py", description=__doc__)
+def build_parser(method: str) -> cli.Parser:
+    """The flags, among them those of the method."""
+    parser = cli.Parser(
+        prog="evaluate.py", description=__doc__, epilog="methods and settings:\n\n" + cli.methods_help()
+    )
     parser.add_argument("--list", action="store_true", help="print all protocols and stop")
     parser.add_argument("--protocol", metavar="NAME", help="what is asked and how it is scored; see --list")
     parser.add_argument("--data", type=Path, default=Path("."), metavar="DIR",
@@ -40,6 +48,27 @@ def build_parser() -> cli.Parser:
         "--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)"
     )
     parser.add_argument("--model-name", metavar="NAME", help="who answered, for the record")
+    run = parser.add_argument_group("answers by a model")
+    run.add_argument(
+        "--model-path", "--model", metavar="PATH", help="checkpoint folder or hub id; pocket: the one inside"
+    )
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                     help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
+    run.add_argument(
+        "--method", default="none", metavar="NAME", help="a method from the list below (default none)"
+    )
+    run.add_argument(
+        "--batch-size",
+        type=cli.number(int, 1),
+        default=16,
+        metavar="N",
+        help="questions at once (default 16)",
+    )
+    run.add_argument(
+        "--sampling-seed", type=cli.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
+    )
+    if method.lower() != "none":
+        cli.add_method_flags(parser, method)
     where = parser.add_argument_group("files, where they are not found in --data")
     where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
     where.add_argument("--image-folder", type=Path, metavar="DIR", help="the images")
@@ -73,32 +102,74 @@ def protocols() -> str:
     return "\n".join(f"{item.name:30s} {item.about}" for item in found)
 
 
+def answer(flags, protocol: Protocol, data: Data, out: Path) -> list[str]:
+    """Has the model answer, and writes the answers with their record; the files to score.
+
+    Raises:
+        LVLMError: an unusable model, method, benchmark folder or picture, or a log of another run.
+    """
+    method = cli.build_method(flags.method, flags)
+    benchmark = BENCHMARKS[protocol.benchmark]
+    questions = benchmark.read(data, protocol, need_images=True)
+    path, dtype = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype)
+    generation = {"protocol": protocol.name, "batch_size": flags.batch_size}
+    about = run_record(path, dtype, method, generation) | {"seed": flags.sampling_seed}
+    files = benchmark.question_files(data, protocol)
+    log_record = record(protocol, questions, files, model=about["model"], model_sha256=about["model_sha256"],
+                        method=method, seed=flags.sampling_seed, more={"dtype": dtype})  # fmt: skip
+    said = engine.ask(
+        LVLM.from_pretrained(path, dtype=dtype), questions, protocol, method, batch_size=flags.batch_size,
+        seed=flags.sampling_seed, log=out / "log.jsonl", record=log_record, title=protocol.name,
+    )  # fmt: skip
+    texts = {key: one.text for key, one in said.items()}
+    name = {"mme": "answers", "amber": "answers.json"}.get(protocol.benchmark, "answers.jsonl")
+    found = []
+    groups = list(dict.fromkeys(question.group for question in questions))
+    apart = protocol.benchmark not in ("mme", "amber", "chair") and len(groups) > 1
+    for group in groups if apart else [None]:
+        target = out / (f"{group}.jsonl" if apart else name)
+        chosen = [question for question in questions if group in (None, question.group)]
+        answers.write(target, chosen, texts, protocol, model_id=Path(flags.model_path).name)
+        target.with_name(target.name + ".run.json").write_text(json.dumps(about, indent=1) + "\n")
+        found.append(f"{group}={target}" if apart else str(target))
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Score what the arguments name, print the figures, and write scores.json."""
-    flags = build_parser().parse_args(arguments)
+    first = cli.Parser(add_help=False)
+    first.add_argument("--method", default="none")
+    chosen, _ = first.parse_known_args([cli.hyphenated(word) for word in arguments])
+    flags = build_parser(chosen.method).parse_args(arguments)
     if flags.list:
         print(protocols())
         return 0
     if not flags.protocol:
         raise LVLMError("no protocol given; choose one with --protocol, --list shows them")
-    if not flags.rescore:
-        raise LVLMError("no answers given; score answers with --rescore FILE")
+    if bool(flags.rescore) == bool(flags.model_path):
+        raise LVLMError("give a model that answers (--model), or answers to score (--rescore FILE)")
     protocol = get(flags.protocol)
     data = Data(
         flags.data, flags.question_file, flags.image_folder, flags.image_list, flags.synonyms, flags.chair_pickle,
         flags.source, tuple(flags.group), matching=flags.matching,
     )  # fmt: skip
+    out = flags.out or Path("runs") / "-".join(
+        (
+            protocol.name.replace("/", "-"),
+            *([Path(flags.model_path).name, flags.method] if flags.model_path else []),
+        )
+    )
     found = scoring.rescore(
         protocol,
         data,
-        flags.rescore,
+        flags.rescore or answer(flags, protocol, data, out),
         flags.against,
         partial=flags.partial,
         resamples=flags.resamples,
         seed=flags.seed,
         model=flags.model_name,
     )
-    path = scoring.write(found, flags.out or Path("runs") / protocol.name.replace("/", "-"))
+    path = scoring.write(found, out)
     print(scoring.table(found))
     print(f"\n{scoring.summary(found)}\nwritten to {path}")
     return 0

@@ -19,8 +19,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.beam import RULED_OUT, Found, Hypotheses, Rule, rows_of
 from lvlm_jax.generation.state import State
-from lvlm_jax.methods import Method
-from lvlm_jax.methods.opera import OPERA
+from lvlm_jax.methods import OPERA, Method
 
 
 def wanted(method: Method | None) -> bool:

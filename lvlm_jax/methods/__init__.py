@@ -11,6 +11,7 @@ from lvlm_jax.methods.eah import EAH
 from lvlm_jax.methods.icd import ICD
 from lvlm_jax.methods.m3id import M3ID
 from lvlm_jax.methods.middle_layers import MiddleLayers
+from lvlm_jax.methods.opera import OPERA
 from lvlm_jax.methods.pai import PAI
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.methods.sid import SID
@@ -25,6 +26,7 @@ __all__ = [
     "EAH",
     "ICD",
     "M3ID",
+    "OPERA",
     "PAI",
     "SEVI",
     "SID",

@@ -63,15 +63,15 @@ class Chained(Method):
         return owner and owner.positions(position, images_before, image_tokens)
 
     def contrast_prompt(self) -> str:
-        prompts = (member.contrast_prompt() for member in self.members)
-        return next((prompt for prompt in prompts if prompt != "same"), "same")
+        owner = self._contrasting()
+        return owner.contrast_prompt() if owner else "same"
 
     def contrast_pixels(self, pixels, image_index):
-        owner = self._owner("contrast_pixels")
+        owner = self._contrasting()
         return owner.contrast_pixels(pixels, image_index) if owner else pixels
 
     def contrast_words(self):
-        owner = self._owner("contrast_words")
+        owner = self._contrasting()
         return owner.contrast_words() if owner else ()
 
     @property
@@ -113,6 +113,9 @@ class Chained(Method):
 
     def _owner(self, name: str) -> Method | None:
         return next((member for member in self.members if _has_own(member, name)), None)
+
+    def _contrasting(self) -> Method | None:
+        return next((member for member in self.members if len(member.branches()) > 1), None)
 
     def _combiner(self) -> Method | None:
         return next((member for member in self.members if _combines(member)), None)

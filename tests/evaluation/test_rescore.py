@@ -151,7 +151,7 @@ def test_list_names_every_protocol(capsys):
     ("words", "message"),
     [
         ([], "no protocol given"),
-        (["--protocol", "pope"], "no answers given"),
+        (["--protocol", "pope"], "give a model that answers"),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--data", "nowhere"], "cannot be read|not a folder"),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--source", "flickr"], "source 'flickr' is unknown"),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--group", "easy"], "no split 'easy'"),

@@ -1,21 +1,23 @@
 """OPERA against its plain NumPy form: answers, their scores, and every way back, on a small LLaVA."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import opera as driver
-from lvlm_jax.methods import CMAC, chain
-from lvlm_jax.methods.opera import OPERA
+from lvlm_jax.methods import CMAC, OPERA, chain
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.reference import llava
 from tests.reference.opera import Opera
 
+VOCABULARY = 120
 LAYOUTS = [(4, IMAGE, 3), (2, IMAGE, 1, IMAGE, 6)]
 CLEAR = 1e-4  # the closest choice of every run below is further from a tie than rounding reaches
-SMALL = dict(beams=2, candidates=5, threshold=3, sigma=8.0, alpha=0.5)
+SMALL = dict(beams=2, candidates=5, threshold=3, sigma=8.0, alpha=0.5, variant="paper")
 
 
 class Case:
@@ -65,7 +67,7 @@ RUNS = {
     "one beam, the place before": (SMALL | dict(beams=1, candidates=4, sigma=4.0, max_rollbacks=1), 14, (), True),
     "stop tokens": (SMALL, 14, (90, 71), False),
     "window": (SMALL | dict(window=4, sigma=4.0, threshold=2), 14, (), True),
-    "authors' code": (dict(beams=2, candidates=5, threshold=2, window=6, variant="code"), 24, (), True),
+    "authors' code": (dict(beams=2, candidates=5, threshold=2, window=6), 24, (), True),
 }  # fmt: skip
 
 
@@ -93,14 +95,15 @@ def test_a_batch_equals_its_samples_alone(case, ways_back):
     assert ways_back[:2] == ways_back[2:] and ways_back[0] != ways_back[1]
 
 
-def test_without_penalty_and_ways_back_it_is_beam_search(case):
-    method = OPERA(alpha=0.0, beams=2, candidates=5, threshold=10**6)
+@pytest.mark.parametrize(("variant", "candidates"), [("paper", 5), ("code", VOCABULARY)])
+def test_without_penalty_and_ways_back_it_is_beam_search(case, variant, candidates):
+    method = OPERA(alpha=0.0, beams=2, candidates=candidates, threshold=10**6, variant=variant)
     out = case.model.generate(case.inputs, method, max_new_tokens=14)
     beams = case.model.generate(case.inputs, max_new_tokens=14, num_beams=2)
     assert out.tokens == beams.tokens
     for mine, theirs in zip(out.logprobs, beams.logprobs, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
-    acting = OPERA(alpha=0.5, sigma=8.0, beams=2, candidates=5, threshold=10**6)
+    acting = dataclasses.replace(method, alpha=np.float32(20.0))
     assert case.model.generate(case.inputs, acting, max_new_tokens=14).tokens != beams.tokens
 
 
@@ -135,3 +138,5 @@ def test_what_the_search_cannot_do_is_said(case):
         generate(chain(CMAC(), OPERA()))
     with pytest.raises(LVLMError, match="cannot be streamed"):
         next(case.model.stream(case.alone(0), OPERA()))
+    with pytest.raises(LVLMError, match="cannot be swept"):
+        case.model.sweep(case.inputs, [OPERA(), OPERA(alpha=2.0)])

@@ -25,7 +25,7 @@ class Opera:
         self.weights, self.config, self.ids, self.stop = weights, config, list(ids), stop
         self.__dict__.update(
             {"alpha": 1.0, "sigma": 50.0, "beams": 5, "candidates": 10, "threshold": 15, "max_rollbacks": 5,
-             "window": 512, "variant": "paper"} | settings
+             "window": 512, "variant": "code"} | settings
         )  # fmt: skip
         self.ways_back, self.margin, self.memo = [], np.inf, {}
         self.prompt = llava.embed(weights, config, ids, pixels)
