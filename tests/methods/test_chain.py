@@ -51,12 +51,6 @@ def test_a_branch_with_its_own_prompt_is_left_alone(model, mixed):
     assert np.abs(combined[kept] - without[kept]).max() > 1e-3
 
 
-def test_the_order_is_that_of_the_arguments(model, mixed):
-    first, second = MiddleLayers(alpha=3.0, **SMALL), VAF(enhance=3.0, suppress=1.0, **SMALL)
-    one, two = steps(model, mixed, chain(first, second))[0], steps(model, mixed, chain(second, first))[0]
-    assert np.abs(one - two).max() > 1e-3
-
-
 def test_a_member_keeps_to_its_own_rows(model, mixed):
     """EAH asks for all rows of the prompt; the member that edits the last row still edits only that."""
     last = MiddleLayers(alpha=4.0, **SMALL)
