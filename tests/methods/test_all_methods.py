@@ -86,6 +86,7 @@ ENTRIES = {
         {"start_layer": 0, "cicd": True, "alpha_max": 1.3},
         {"omega": 0, "alpha_max": 0, "beta": NO_CUT},
         {"beta": CUT, "kappa": "a threshold: a head is a core head or not"},
+        {"alpha_max": "a minimum of itself and what the divergence asks for"},
         inexact=TWO_BRANCHES,
     ),
     "sid": Entry(

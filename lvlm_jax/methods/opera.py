@@ -1,0 +1,128 @@
+"""OPERA: beam search with a penalty on over-trust and a way back from it. arXiv 2311.17911.
+
+An answer that leans on one summary token shows as a column in the attention among answer tokens. With w[i, j] the last
+layer's weight of answer token j for answer token i, the largest over heads, tokens counted from 0, and t the newest,
+
+    p[j] = Π_{i = j..t} σ w[i, j]        column products of the j among the newest `window` tokens
+    φ = max_j p[j],  c = argmax_j p[j]
+
+Each of a beam's `candidates` most likely tokens is run, and so gets a φ of its own; its score is log p - α φ, and no
+other token may follow. Every token of an answer keeps its c. Once one s makes up `threshold` of the newest `window` c
+in each beam, all beams go back to their answers up to token s and go on from there with other candidates than those
+they took then. That happens at most `max_rollbacks` times at a position; after that the position before it is tried,
+and after that none. Later rollbacks never go to an earlier s.
+
+That is `variant="paper"`. Its φ has no bound and soon outweighs every log p (here α φ ends at 1e5), so the default is
+`variant="code"`, the authors' program, where it differs: w is divided by its sum over all columns; φ is 1e-7 times the
+product; while an answer has at most 10 tokens φ is minus the weight on image columns instead; scores are
+log-softmax(l - α φ) over the candidates alone; s must occur more than `threshold` times and be at least 10; an
+earlier s may follow a later one. Unlike there, a beam's c are those of the tokens it holds, the way back runs nothing
+but the answer again, and what follows it is one of the candidates.
+
+With α = 0 and without ways back it is beam search: as long as the candidates are at least twice the beams, or under
+"code" the whole vocabulary.
+
+Rows, layers, stages: none; reads the last layer's attention. Cost: every token runs beams x candidates rows with a
+cache each, in one pass over the weights, and waits for the host; a way back runs up to the whole answer once more.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.base import Method, Strength, register, strength, switch
+
+LARGEST_EXPONENT = 80.0  # of a column product, so that it stays finite in float32
+LARGEST_PENALTY = (
+    1e5  # of a token: far beyond any difference of log-probabilities, and sums of it keep the order
+)
+CODE_FACTOR = 1e-7  # what the authors' code multiplies column products by
+CODE_IMAGE_TOKENS = 10  # for so many tokens the authors' code rewards looking at the image instead
+CODE_FIRST_COLUMN = 10  # the authors' code does not go back to earlier tokens
+
+
+@register("opera")
+class OPERA(Method):
+    """Over-trust penalty and retrospection-allocation; see the module for the formulas.
+
+    Attributes:
+        driver: the search that `generate` must use.
+    """
+
+    alpha: Strength = strength(1.0, "penalty weight α", low=0)
+    sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0)
+    beams: int = switch(5, "beams per sample")
+    candidates: int = switch(10, "tokens tried per beam")
+    threshold: int = switch(15, "how often a column must recur before the way back is taken")
+    max_rollbacks: int = switch(5, "ways back to one position")
+    window: int = switch(512, "newest answer tokens that count")
+    variant: str = switch("code", "formulas of the paper or of the authors' program", ("paper", "code"))
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": dict(candidates=5, variant="paper"),
+        "code": dict(candidates=5, variant="code"),
+    }
+    driver: ClassVar[str] = "opera"
+
+    def __post_init__(self):
+        super().__post_init__()
+        lowest = dict(beams=1, candidates=2, threshold=1, max_rollbacks=0, window=1)
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < low:
+                raise LVLMError(f"OPERA: {name} is {value!r}; expected a whole number >= {low}")
+
+    def weights_of_rows(self, attention: Float[Array, "R H S"]) -> Float[Array, "R S"]:
+        """w of the newest tokens' rows, all columns."""
+        strongest = attention.max(axis=1)
+        if self.variant == "code":
+            return strongest / strongest.sum(axis=-1, keepdims=True)
+        return strongest
+
+    def products(
+        self, before: Float[Array, "R M"], row: Float[Array, "R M"], newest: Int[Array, ""]
+    ) -> Float[Array, "R M"]:
+        """Logarithms of the column products with one row more, -inf in columns that are not written yet."""
+        columns = jnp.arange(row.shape[1])
+        factor = jnp.log(self.sigma * row)
+        started = jnp.where(columns == newest, factor, -jnp.inf)
+        return jnp.where(columns < newest, before + factor, started)
+
+    def over_trust(
+        self, products: Float[Array, "R M"], newest: Int[Array, ""], image_weight: Float[Array, "R"]
+    ) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
+        """φ and c of each row. `image_weight` is the sum of its w over image columns."""
+        inside = jnp.arange(products.shape[1]) > newest - self.window
+        products = jnp.where(inside, products, -jnp.inf)
+        largest = jnp.exp(jnp.minimum(products.max(axis=-1), LARGEST_EXPONENT))
+        if self.variant == "code":
+            largest = jnp.where(newest < CODE_IMAGE_TOKENS, -image_weight, CODE_FACTOR * largest)
+        return largest, products.argmax(axis=-1).astype(jnp.int32)
+
+    def gains(
+        self, logits: Float[Array, "N C"], logprobs: Float[Array, "N C"], over_trust: Float[Array, "N C"]
+    ) -> Float[Array, "N C"]:
+        """What candidates add to the scores of their beams."""
+        penalty = jnp.minimum(self.alpha * over_trust, LARGEST_PENALTY)
+        if self.variant == "code":
+            return jax.nn.log_softmax(logits - penalty, axis=-1)
+        return logprobs - penalty
+
+    def recurring(self, columns: Int[np.ndarray, "N T"], alive: Bool[np.ndarray, "N"]) -> int | None:
+        """s, if every beam that is alive has come back to it often enough; on the host.
+
+        Args:
+            columns: c of every token of every beam.
+            alive: beams that count; at least one.
+        """
+        recent = columns[alive, max(0, columns.shape[1] - self.window) :]
+        counts = (recent[:, :, None] == np.arange(columns.shape[1])).sum(axis=1)
+        place = int(np.bincount(counts.argmax(axis=1)).argmax())
+        least, first = (self.threshold, 0)
+        if self.variant == "code":
+            least, first = self.threshold + 1, CODE_FIRST_COLUMN
+        return place if place >= first and (counts[:, place] >= least).all() else None
