@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import infer
 from lvlm_jax import cli, methods
+from lvlm_jax.errors import LVLMError
 from tests.generation.test_images import png_with_header
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -156,13 +157,50 @@ def test_help_names_every_flag_and_every_methods_settings(command):
     for name in methods.names():
         assert f"  {name}: " in out
         for field in dataclasses.fields(methods.get(name)):
-            assert f"--{field.name.replace('_', '-')} " in out
+            shown = f"--{field.name.strip('_').replace('_', '-')} " in out
+            assert shown != ("data" in field.metadata)  # pictures and vectors are not for a command line
 
 
-def test_no_methods_setting_has_the_name_of_a_general_flag():
-    general = vars(infer.parse(["--prompt", "a"])).keys()
-    for name in methods.names():
-        assert not general & {field.name for field in dataclasses.fields(methods.get(name))}
+def test_a_methods_setting_may_have_the_name_of_a_general_flag():
+    words = ["--prompt", "a", "--method", "vcd", "--seed", "3", "--vcd-seed", "5"]
+    parsed = infer.parse(words)
+    assert (parsed.seed, parsed.method) == (3, methods.VCD(seed=5))
+
+
+def test_methods_joined_by_a_plus_are_chained():
+    words = [
+        "--prompt",
+        "a",
+        "--method",
+        "eah+cmac",
+        "--alpha",
+        "2",
+        "--eah-beta",
+        "0.5",
+        "--cmac-beta",
+        "0.4",
+    ]
+    members = infer.parse(words).method.members
+    assert members == (methods.EAH(beta=0.5), methods.CMAC(alpha=2.0, beta=0.4))
+    preset = infer.parse([*words[:4], "--cmac-preset", "llava-1.5/mme"]).method
+    assert preset.members == (methods.EAH(), methods.CMAC.preset("llava-1.5/mme"))
+    with pytest.raises(LVLMError, match="--beta is not known here"):
+        infer.parse([*words[:4], "--beta", "0.1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        (["sevi", "--start-layer", "0.25"], methods.SEVI(start_layer=0.25)),
+        (["sevi", "--layers", "1,3"], methods.SEVI(layers=(1, 3))),
+        (["dola", "--layers", "high"], methods.DoLa(layers="high")),
+        (["dola", "--layers", "0,2"], methods.DoLa(layers=(0, 2))),
+        (["vista", "--lambda", "0.3"], methods.VISTA(lambda_=0.3)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_of_every_kind(words, method):
+    assert infer.parse(["--prompt", "a", "--method", *words]).method == method
 
 
 def test_a_job_writes_llavas_answer_file(command, small, tmp_path):

@@ -248,7 +248,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     inputs, tokens = random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
-        chosen = [name for name in methods.names() if name != "opera"]  # a beam search, no decoder to time beside
+        chosen = [
+            name for name in methods.names() if name != "opera"
+        ]  # a beam search, no decoder to time beside
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
     for name in chosen:
         # The random model has no tokenizer, so the disturbing instruction is given as token ids.
