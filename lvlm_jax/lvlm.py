@@ -417,7 +417,9 @@ class LVLM:
                 self._forward(version, None, tap)[1].hidden[:, 0, :, -1]
                 for version in (prompt, prompt.without_images(self.config.pad_token_id))
             ]
-            method = method.primed(*states)
+            # Without an image both prompts are the same, however differently they are padded.
+            image = (prompt.image_id > 0).any(axis=1)[None, :, None]
+            method = method.primed(states[0], jnp.where(image, states[1], states[0]))
         # Steps donate their state: numbers of the method must not share a buffer with the caller's.
         return jax.tree.map(jnp.copy, method)
 
@@ -436,10 +438,12 @@ class LVLM:
         if kind == "no_image":
             other = prompt.without_images(self.config.pad_token_id)
         else:
-            words = method.contrast_words()
+            words, start = method.contrast_words(), self.config.bos_token_id
             if isinstance(words, str):
-                words = self.processor.tokenizer(words, add_special_tokens=False)["input_ids"]
-            other = prompt.with_words(words, self.config.bos_token_id, self.config.pad_token_id)
+                tokenizer = self.processor.tokenizer
+                words = tokenizer(words, add_special_tokens=False)["input_ids"]
+                start = tokenizer.bos_token_id if start < 0 else start
+            other = prompt.with_words(words, start, self.config.pad_token_id)
         longest, context = int(other.lengths.max()), self.config.text.max_position_embeddings
         if longest >= context:
             raise LVLMError(

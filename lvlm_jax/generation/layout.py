@@ -76,7 +76,7 @@ class Inputs:
             [row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id
         )
 
-    def with_words(self, words: Sequence[int], start: int, pad_token_id: int) -> "Inputs":
+    def with_words(self, words: Sequence[int], start: int | None, pad_token_id: int) -> "Inputs":
         """The same prompts with tokens put before them, but after a leading `start` token."""
         prompts, images = [], []
         for tokens, ids in zip(self.tokens, self.image_id, strict=True):

@@ -83,7 +83,7 @@ ENTRIES = {
         logits=False,
     ),
     "sevi": Entry(
-        {"start_layer": 0, "cicd": True, "alpha_max": 1.3},
+        {"start_layer": 0, "cicd": True, "kappa": 0.6, "alpha_max": 1.3},
         {"omega": 0, "alpha_max": 0, "beta": NO_CUT},
         {"beta": CUT, "kappa": "a threshold: a head is a core head or not"},
         {"alpha_max": "a minimum of itself and what the divergence asks for"},
