@@ -20,7 +20,7 @@ from lvlm_jax import models, parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import beam, drivers, inputs, opera, sweep, text
+from lvlm_jax.generation import beam, branches, drivers, inputs, opera, sweep, text
 from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
@@ -127,7 +127,7 @@ class LVLM:
         prompt, left-padded, for messages); logits at padding are meaningless.
         """
         prompt = self.prepare(prompt)
-        logits, _ = self._forward(prompt, method, Tap())
+        logits, _ = branches.full_forward(self.params, self.config, prompt, method, Tap())
         return jnp.take_along_axis(logits, prompt.source_columns[..., None], axis=1)
 
     def read(self, prompt: Any, tap: Tap, method: Method | None = None) -> Tapped:
@@ -135,7 +135,7 @@ class LVLM:
 
         `prompt` is anything `prepare` takes; rows and columns are those of the prepared layout (left-padded).
         """
-        return self._forward(self.prepare(prompt), method, tap)[1]
+        return branches.full_forward(self.params, self.config, self.prepare(prompt), method, tap)[1]
 
     def prefill(
         self,
@@ -174,8 +174,8 @@ class LVLM:
             raise LVLMError(
                 f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
             )
-        method = self._primed(prompt, method)
-        main = self._embed(prompt)
+        method = branches.primed(self.params, self.config, prompt, method)
+        main = branches.embedded(self.params, self.config, prompt)
         contrast, contrast_capacity = self._contrast(prompt, main, method, room)
         return (self.params, self.config, main, method), {
             "window": prompt.window,
@@ -278,8 +278,10 @@ class LVLM:
                 "OPERA is a search of its own and cannot be swept; call generate for every setting"
             )
         prompt, limit, room = self._room(messages, max_new_tokens)
-        stacked = sweep.stack([self._primed(prompt, method) for method in methods])
-        main = self._embed(prompt)
+        stacked = sweep.stack(
+            [branches.primed(self.params, self.config, prompt, method) for method in methods]
+        )
+        main = branches.embedded(self.params, self.config, prompt)
         prompts, capacity = zip(
             *(self._contrast(prompt, main, method, room) for method in methods), strict=True
         )
@@ -388,69 +390,13 @@ class LVLM:
         """
         return weights.save_checkpoint(folder, self.params, self.config, self.folder, overwrite=overwrite)
 
-    def _embed(self, prompt: Inputs) -> Prompt:
-        image_tokens = None
-        if prompt.pixels is not None:
-            image_tokens = drivers.encode_images(self.params, self.config, prompt.pixels)
-        return Prompt(
-            drivers.embed(self.params, self.config, prompt.tokens, image_tokens), jnp.asarray(prompt.image_id)
-        )
-
-    def _forward(self, prompt: Inputs, method: Method | None, tap: Tap) -> tuple[jax.Array, Tapped]:
-        return drivers.full_forward(
-            self.params,
-            self.config,
-            self._embed(prompt),
-            self._primed(prompt, method),
-            window=prompt.window,
-            image_count=prompt.image_count,
-            tap=tap,
-        )
-
-    def _primed(self, prompt: Inputs, method: Method | None) -> Method | None:
-        """The method, ready for a prompt."""
-        if method is None:
-            return None
-        if method.primes:
-            tap = Tap(hidden=tuple(range(self.config.text.num_layers + 1)))
-            states = [
-                self._forward(version, None, tap)[1].hidden[:, 0, :, -1]
-                for version in (prompt, prompt.without_images(self.config.pad_token_id))
-            ]
-            # Without an image both prompts are the same, however differently they are padded.
-            image = (prompt.image_id > 0).any(axis=1)[None, :, None]
-            method = method.primed(states[0], jnp.where(image, states[1], states[0]))
-        # Steps donate their state: numbers of the method must not share a buffer with the caller's.
-        return jax.tree.map(jnp.copy, method)
-
     def _contrast(
         self, prompt: Inputs, main: Prompt, method: Method | None, room: int
     ) -> tuple[Prompt | None, int]:
-        """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not."""
-        kind = method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
-        if kind == "same":
-            return None, 0
-        if kind == "pixels":
-            if prompt.pixels is None:
-                return main, 0
-            pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
-            return self._embed(dataclasses.replace(prompt, pixels=pixels)), 0
-        if kind == "no_image":
-            other = prompt.without_images(self.config.pad_token_id)
-        else:
-            words, start = method.contrast_words(), self.config.bos_token_id
-            if isinstance(words, str):
-                tokenizer = self.processor.tokenizer
-                words = tokenizer(words, add_special_tokens=False)["input_ids"]
-                start = tokenizer.bos_token_id if start < 0 else start
-            other = prompt.with_words(words, start, self.config.pad_token_id)
-        longest, context = int(other.lengths.max()), self.config.text.max_position_embeddings
-        if longest >= context:
-            raise LVLMError(
-                f"the contrast branch's prompt has {longest} tokens and the model's context is {context}; "
-                "shorten the prompt"
-            )
-        return self._embed(other), bucket(other.tokens.shape[1] + room)
+        def tokenizer() -> Any:
+            return self.processor.tokenizer
+
+        return branches.contrast(self.params, self.config, tokenizer, prompt, main, method, room)
 
     def _begin(
         self,

@@ -1,0 +1,100 @@
+"""What the branches of a generation read: image towers run, prompts of contrast branches made, methods primed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lvlm_jax.attention import Tap, Tapped
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import drivers
+from lvlm_jax.generation.layout import Inputs, bucket
+from lvlm_jax.generation.state import Prompt
+from lvlm_jax.methods import Method
+
+
+def embedded(params: dict, config: Any, prompt: Inputs) -> Prompt:
+    """What the decoder reads of a prompt."""
+    image_tokens = None
+    if prompt.pixels is not None:
+        image_tokens = drivers.encode_images(params, config, prompt.pixels)
+    embeddings = drivers.embed(params, config, prompt.tokens, image_tokens)
+    return Prompt(embeddings, jnp.asarray(prompt.image_id))
+
+
+def full_forward(
+    params: dict, config: Any, prompt: Inputs, method: Method | None, tap: Tap
+) -> tuple[jax.Array, Tapped]:
+    """`forward.full_forward` of a prompt, the method primed for it."""
+    return drivers.full_forward(
+        params,
+        config,
+        embedded(params, config, prompt),
+        primed(params, config, prompt, method),
+        window=prompt.window,
+        image_count=prompt.image_count,
+        tap=tap,
+    )
+
+
+def primed(params: dict, config: Any, prompt: Inputs, method: Method | None) -> Method | None:
+    """The method, ready for a prompt, in buffers of its own: steps donate theirs with the state."""
+    if method is None:
+        return None
+    if method.primes:
+        tap = Tap(hidden=tuple(range(config.text.num_layers + 1)))
+        states = [
+            full_forward(params, config, version, None, tap)[1].hidden[:, 0, :, -1]
+            for version in (prompt, prompt.without_images(config.pad_token_id))
+        ]
+        # Without an image both prompts are the same, however differently they are padded.
+        image = (prompt.image_id > 0).any(axis=1)[None, :, None]
+        method = method.primed(states[0], jnp.where(image, states[1], states[0]))
+    return jax.tree.map(jnp.copy, method)
+
+
+def contrast(
+    params: dict,
+    config: Any,
+    tokenizer: Callable[[], Any],
+    prompt: Inputs,
+    main: Prompt,
+    method: Method | None,
+    room: int,
+) -> tuple[Prompt | None, int]:
+    """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not.
+
+    Args:
+        tokenizer: gives the tokenizer, should words have to be encoded.
+        main: the main branch's prompt, made of `prompt`.
+        room: how many tokens must fit behind it.
+
+    Raises:
+        LVLMError: the prompt exceeds the context.
+    """
+    kind = method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
+    if kind == "same":
+        return None, 0
+    if kind == "pixels":
+        if prompt.pixels is None:
+            return main, 0
+        pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
+        return embedded(params, config, dataclasses.replace(prompt, pixels=pixels)), 0
+    if kind == "no_image":
+        other = prompt.without_images(config.pad_token_id)
+    else:
+        words, start = method.contrast_words(), config.bos_token_id
+        if isinstance(words, str):
+            encoder = tokenizer()
+            words = encoder(words, add_special_tokens=False)["input_ids"]
+            start = encoder.bos_token_id if start < 0 else start
+        other = prompt.with_words(words, start, config.pad_token_id)
+    longest, context = int(other.lengths.max()), config.text.max_position_embeddings
+    if longest >= context:
+        raise LVLMError(
+            f"the contrast branch's prompt has {longest} tokens and the model's context is {context}; "
+            "shorten the prompt"
+        )
+    return embedded(params, config, other), bucket(other.tokens.shape[1] + room)
