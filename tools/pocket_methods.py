@@ -78,7 +78,10 @@ def compared(found: dict, greedy: dict) -> dict:
     row = {}
     for column, (benchmark, figure) in FIGURES.items():
         scores = found[benchmark]["scores"]
-        row[column] = {"value": scores.values()[figure], "interval": statistics.bootstrap(scores)[figure]}
+        row[column] = {
+            "value": float(scores.values()[figure]),
+            "interval": statistics.bootstrap(scores)[figure],
+        }
         if found is not greedy:
             change = statistics.paired_bootstrap(scores, greedy[benchmark]["scores"])[figure]
             row[column]["change"] = {"value": change.value, "interval": change.interval}
