@@ -282,17 +282,16 @@ class LVLM:
             [branches.primed(self.params, self.config, prompt, method) for method in methods]
         )
         main = branches.embedded(self.params, self.config, prompt)
-        prompts, capacity = zip(
-            *(self._contrast(prompt, main, method, room) for method in methods), strict=True
-        )
-        contrast = prompts[0]
+        contrast, capacity = self._contrast(prompt, main, methods[0], room)
+        # Only pictures can depend on a strength; words and left-out images are the same for all.
         varies = contrast is not None and methods[0].contrast_prompt() == "pixels"
         if varies:
-            contrast = Prompt(jnp.stack([one.embeddings for one in prompts]), contrast.image_id)
+            others = [self._contrast(prompt, main, method, room)[0] for method in methods[1:]]
+            contrast = Prompt(jnp.stack([one.embeddings for one in (contrast, *others)]), contrast.image_id)
         options = {
             "window": prompt.window,
             "capacity": bucket(prompt.tokens.shape[1] + room),
-            "contrast_capacity": capacity[0],
+            "contrast_capacity": capacity,
             "image_count": prompt.image_count,
         }
         stop = np.asarray(self.config.eos_token_ids or (-1,), np.int32)

@@ -86,7 +86,7 @@ def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, method
     other = {} if beside == "none" else {"greedy": None}
     if beside not in ("greedy", "none"):
         other = {methods.get(beside).__name__: methods.get(beside)()}
-    title = type(method).__name__
+    title = method.label
     return other | {title if title not in other else f"{title}, set": method}
 
 
@@ -94,6 +94,8 @@ def settings(method: methods.Method | None) -> str:
     """A method's numbers in words, and its switches where they are not as they come."""
     if method is None:
         return "the model as it is"
+    if members := getattr(method, "members", ()):
+        return "; ".join(f"{member.label}: {settings(member)}" for member in members)
     parts, usual = [], type(method)()
     for field in dataclasses.fields(method):
         value, name = getattr(method, field.name), field.name.rstrip("_")

@@ -238,8 +238,6 @@ def measure(arguments: argparse.Namespace) -> dict:
     """All figures of one command."""
     # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
     if arguments.size == "pocket":
-        from lvlm_jax import LVLM
-
         model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=arguments.dtype)
         params, config = model.params, model.config
     else:

@@ -15,7 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +61,3 @@ class LayerCache:
 
     prefix: Block | None
     own: tuple[Block, ...]
-
-
-def stack_branches(blocks: tuple[Float[Array, "B K T D"], ...]) -> Float[Array, "B K NT D"]:
-    """Lays the rows of all branches side by side, so that one product reads the shared columns once."""
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)

@@ -9,6 +9,7 @@ import torch
 from lvlm_jax import LVLM, methods
 from tests import checkpoints
 from tests.checkpoints import IMAGE
+from tests.methods.one_branch import run_library
 from tests.reference import cmac, llava
 
 MIXED = [(4, IMAGE, 3, IMAGE, 6), (9,), (3, IMAGE, 11)]
@@ -35,22 +36,6 @@ def load(tmp_path_factory):
 def forced_tokens(config, rows, steps=STEPS):
     """Int[rows, steps] text tokens."""
     return np.random.default_rng(31).integers(3, config.text_config.vocab_size - 1, (rows, steps))
-
-
-def run_library(ours, inputs, forced, method):
-    """main, contrast (None without a branch), combined, each [B, 1 + steps, V]."""
-    length = inputs["input_ids"].shape[1] + forced.shape[1] + 1
-    state, step = ours.prefill(ours.prepare(inputs), method=method, max_length=length)
-    steps = [step]
-    for column in forced.T:
-        state, step = ours.decode(state, column.astype(np.int32))
-        steps.append(step)
-
-    def stacked(name):
-        arrays = [getattr(step, name) for step in steps]
-        return None if arrays[0] is None else np.stack([np.asarray(array) for array in arrays], axis=1)
-
-    return stacked("main"), stacked("contrast"), stacked("combined")
 
 
 def run_reference(theirs, weights, config, inputs, forced, settings, noise=None):
