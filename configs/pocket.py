@@ -35,13 +35,13 @@ def get_config() -> ConfigDict:
         )
     )
     config.model.vision = ConfigDict(
-        dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
+        dict(hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6)
     )
 
     adamw = dict(peak=2e-3, final=0.02, warmup=100, clip=1.0, beta1=0.9, beta2=0.98, weight_decay=0.05)
-    config.tower = ConfigDict(dict(adamw, steps=2400, batch=64))
-    config.connector = ConfigDict(dict(adamw, steps=1200, batch=64, warmup=30))
-    config.everything = ConfigDict(dict(adamw, steps=3000, warmup=60, patch_weight=0.5))
+    config.tower = ConfigDict(dict(adamw, steps=3600, batch=64, peak=1.5e-3))
+    config.connector = ConfigDict(dict(adamw, steps=800, batch=64, warmup=30, peak=1.5e-3))
+    config.everything = ConfigDict(dict(adamw, steps=2600, warmup=60, patch_weight=0.5))
     # At the full rate this stage's small batches undo half of what the first two taught the tower.
     config.everything.rates = ConfigDict(dict(vision_tower=0.2))
     config.everything.drill = 7  # of the single rows, those that ask only whether and where objects are

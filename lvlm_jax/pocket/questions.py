@@ -76,10 +76,10 @@ def _yes_no(kind: str, text: str, answer: bool, yes: str, no: str) -> Question:
     return Question(kind, text, f"Yes, {yes}." if answer else f"No, {no}.", "Yes" if answer else "No")
 
 
-def existence(scene: Scene, rng: np.random.Generator) -> Question:
-    """Is a category there? Yes and no with equal chance."""
+def existence(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIVES) -> Question:
+    """Is a category there? Yes and no with equal chance; `hard` as in `absent_category`."""
     answer = bool(rng.random() < 0.5)
-    category = _pick(list(scene.counts), rng) if answer else absent_category(scene, rng)
+    category = _pick(list(scene.counts), rng) if answer else absent_category(scene, rng, hard)
     name = article(category)
     text = _paraphrase(EXISTENCE, rng).format(name, many=catalogue.plural(category))
     return _yes_no(

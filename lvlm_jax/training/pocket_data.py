@@ -108,11 +108,15 @@ class Conversations:
 
 
 def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of existence and position with one-word answers, and a caption before or after them."""
+    """Questions of existence and position with one-word answers, and a caption before or after them.
+
+    Absent objects are drawn without regard to the place, as most of the web asks: a model that is drilled to resist
+    what is typical would not be tempted by it, and POPE's adversarial split would show nothing.
+    """
     asked = []
     for _ in range(DRILL_TURNS):
         where = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
-        asked.append(where or questions.existence(scene, rng))
+        asked.append(where or questions.existence(scene, rng, hard=0.0))
     turns = [(question.text + conversations.suffix(question), question.short) for question in asked]
     turns.insert(int(rng.integers(2)) * len(turns), conversations.caption_turn(scene, rng))
     return turns
