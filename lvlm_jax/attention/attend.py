@@ -8,6 +8,7 @@ the plain program is traced.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,12 @@ from lvlm_jax.attention.transform import Site, Transform, overrides
 CAUSAL_BLOCK = 64  # rows of one product in blocked attention
 
 
+# A pytree, because a layer that is computed again in the backward pass takes its arguments apart.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["transforms", "carries"],
+    meta_fields=["layer", "num_layers", "tap"],
+)
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
     """What is done to, and asked of, one layer.

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -129,6 +130,7 @@ def overrides(transform: Transform, stage: str) -> bool:
     return any(getattr(type(member), stage) is not getattr(Transform, stage) for member in members)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain(Transform):
     """Transforms of one branch applied one after another, stage by stage. The carry is a tuple, one entry each."""
