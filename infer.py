@@ -50,6 +50,7 @@ def parse(words: list[str]):
         metavar="PATH",
         help="checkpoint folder or hub id; pocket: the one inside the package",
     )
+    add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -118,7 +119,22 @@ def settings(arguments) -> dict:
 
 def load(arguments) -> LVLM:
     """The model named on the command line."""
-    return LVLM.from_pretrained(cli.checkpoint(arguments.model_path), dtype=cli.dtype(arguments.dtype))
+    return LVLM.from_pretrained(
+        cli.checkpoint(arguments.model_path),
+        dtype=cli.dtype(arguments.dtype),
+        adapter=arguments.adapter,
+    )
+
+
+def adapter_record(path: str | None) -> dict:
+    """What the record of a job says of its adapter; nothing without one."""
+    if path is None:
+        return {}
+    folder = pathlib.Path(path).expanduser()
+    return {
+        "adapter": path,
+        "adapter_sha256": record.checkpoint_hash(folder) if folder.is_dir() else None,
+    }
 
 
 def job(arguments) -> int:
@@ -150,7 +166,8 @@ def job(arguments) -> int:
             cli.dtype(arguments.dtype),
             arguments.method,
             settings(arguments),
-        ),
+        )
+        | adapter_record(arguments.adapter),
         image_folder=arguments.image_folder,
         batch_size=arguments.batch_size,
         seed=arguments.seed,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models, parallel, weights
@@ -25,7 +26,9 @@ from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
+from lvlm_jax.training import lora
 from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.peft import load_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
@@ -71,6 +74,7 @@ class LVLM:
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
         vision_tower: str | os.PathLike | None = None,
+        adapter: str | os.PathLike | None = None,
     ) -> "LVLM":
         """Loads a Hugging Face checkpoint.
 
@@ -79,9 +83,10 @@ class LVLM:
             dtype: "float32", "bfloat16" or "float16", of weights, caches and products.
             mesh: devices to spread the parameters over (`parallel.make_mesh`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
+            adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
 
         Raises:
-            LVLMError: anything about the checkpoint that cannot be used, named.
+            LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
         """
         if str(np.dtype(dtype) if dtype == np.float32 else dtype) not in DTYPES:
             raise LVLMError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
@@ -91,6 +96,8 @@ class LVLM:
         config = _with_stop_tokens(config, folder)
         place = parallel.parameter_sharding(mesh) if mesh is not None else None
         params = weights.load_parameters(folder, config, jnp.dtype(dtype), place, vision_tower)
+        if adapter is not None:
+            params = load_adapter(adapter, params, config)
         return cls(params, config, folder, mesh)
 
     @cached_property
@@ -119,6 +126,19 @@ class LVLM:
         if isinstance(messages, Mapping):
             return inputs.from_arrays(messages, self.config)
         return inputs.from_messages(self.processor, self.config, messages)
+
+    def encode_images(self, images: Sequence[Any]) -> list[inputs.EncodedImage]:
+        """Runs the tower over pictures, once for all the messages that are to hold them in place of the pictures.
+
+        Args:
+            images: paths, PIL images or arrays.
+
+        Raises:
+            LVLMError: an unreadable picture, or a model without a processor.
+        """
+        pixels = inputs.pixels_of(self.processor, images)
+        tokens = drivers.encode_images(self.params, self.config, self._spread(pixels))
+        return [inputs.EncodedImage(*both) for both in zip(pixels, np.asarray(tokens), strict=True)]
 
     def logits(self, prompt: Any, method: Method | None = None) -> Float[Array, "B U V"]:
         """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
@@ -175,7 +195,7 @@ class LVLM:
                 f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
             )
         method = branches.primed(self.params, self.config, prompt, method)
-        main = branches.embedded(self.params, self.config, prompt)
+        main = self._spread(branches.embedded(self.params, self.config, prompt))
         contrast, contrast_capacity = self._contrast(prompt, main, method, room)
         return (self.params, self.config, main, method), {
             "window": prompt.window,
@@ -281,7 +301,7 @@ class LVLM:
         stacked = sweep.stack(
             [branches.primed(self.params, self.config, prompt, method) for method in methods]
         )
-        main = branches.embedded(self.params, self.config, prompt)
+        main = self._spread(branches.embedded(self.params, self.config, prompt))
         contrast, capacity = self._contrast(prompt, main, methods[0], room)
         # Only pictures can depend on a strength; words and left-out images are the same for all.
         varies = contrast is not None and methods[0].contrast_prompt() == "pixels"
@@ -382,12 +402,13 @@ class LVLM:
         return [np.stack(taken, axis=1) if taken else np.zeros((0, 0, 0, 0)) for taken in rows]
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-        """Writes a Hugging Face checkpoint folder that transformers loads.
+        """Writes a Hugging Face checkpoint folder that transformers loads, adapters merged into the weights.
 
         Raises:
             LVLMError: the folder is in the way or cannot be written.
         """
-        return weights.save_checkpoint(folder, self.params, self.config, self.folder, overwrite=overwrite)
+        params = lora.merge(self.params)
+        return weights.save_checkpoint(folder, params, self.config, self.folder, overwrite=overwrite)
 
     def _contrast(
         self, prompt: Inputs, main: Prompt, method: Method | None, room: int
@@ -395,7 +416,22 @@ class LVLM:
         def tokenizer() -> Any:
             return self.processor.tokenizer
 
-        return branches.contrast(self.params, self.config, tokenizer, prompt, main, method, room)
+        contrast, capacity = branches.contrast(
+            self.params, self.config, tokenizer, prompt, main, method, room
+        )
+        return self._spread(contrast), capacity
+
+    def _spread(self, batch: Any) -> Any:
+        """Arrays with their first axis over the mesh's data axes, where these divide it; else as they are."""
+        if self.mesh is None:
+            return batch
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        place = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+        def placed(array: Any) -> Any:
+            return array if array.shape[0] % ways else jax.device_put(array, place)
+
+        return jax.tree.map(placed, batch)
 
     def _begin(
         self,

@@ -3,6 +3,7 @@
   python tools/convert.py llava-hf/llava-1.5-7b-hf out/llava-7b-bf16 --dtype bfloat16
   python tools/convert.py liuhaotian/llava-v1.5-7b out/llava-7b --vision-tower openai/clip-vit-large-patch14-336 \\
       --processor llava-hf/llava-1.5-7b-hf
+  python tools/convert.py llava-hf/llava-1.5-7b-hf out/llava-7b-tuned --adapter runs/capl/adapter
 """
 
 import os
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a conversion has no use for an accelerator's memory
 
 from lvlm_jax import cli, models, weights
+from lvlm_jax.training import lora
+from lvlm_jax.weights.peft import load_adapter
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +40,9 @@ def main(arguments: list[str]) -> int:
         "--processor", help="folder or hub id to take tokenizer and processor from; default: the source"
     )
     parser.add_argument(
+        "--adapter", metavar="FOLDER", help="PEFT LoRA adapter (folder or hub id) to merge into the weights"
+    )
+    parser.add_argument(
         "--max-shard-size", type=cli.number(float, above=0), default=5.0, help="in GB; default 5"
     )
     parser.add_argument(
@@ -48,6 +54,8 @@ def main(arguments: list[str]) -> int:
     processor = weights.resolve_checkpoint(flags.processor) if flags.processor else source
     config = models.config_from_hf(weights.read_config(source, flags.vision_tower))
     params = weights.load_parameters(source, config, flags.dtype, vision_tower=flags.vision_tower)
+    if flags.adapter:
+        params = lora.merge(load_adapter(flags.adapter, params, config))
     folder = weights.save_checkpoint(
         flags.target,
         params,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -14,16 +15,46 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
 }
 
+# The leaves of a LoRA adapter beside a kernel: A [in, r], B [r, out], the factor of their product, the dropout rate.
+LORA_LEAVES = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
+
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The elementwise function behind a Hugging Face activation name (`config.ACTIVATIONS`)."""
     return _ACTIVATIONS[name]
 
 
-def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = False) -> nn.Dense:
+class Linear(nn.Dense):
+    """`nn.Dense`, plus a low-rank term where its parameters hold one (LoRA, arXiv 2106.09685).
+
+    Beside `kernel` [in, out] there may lie `LORA_LEAVES`; the dropout rate is optional, and acts on the input of the
+    low-rank term alone, only when the module is applied with an rng "dropout". They are attached from outside
+    (`training.lora`, `weights.peft`), never initialised here. Without them this is `nn.Dense`, operation by operation.
+    """
+
+    def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        y = super().__call__(x)
+        return y + self._low_rank(x) if self.has_variable("params", "lora_a") else y
+
+    def _low_rank(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        def leaf(name: str) -> jax.Array:
+            return self.get_variable("params", name)
+
+        x, a, b = nn.dtypes.promote_dtype(x, leaf("lora_a"), leaf("lora_b"), dtype=self.dtype)
+        if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
+            kept = 1.0 - leaf("lora_dropout").astype(jnp.float32)
+            mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
+            x = jnp.where(mask, x / kept, 0).astype(x.dtype)
+        # Scaled between the products, in float32: the fewest numbers, and no rounding of the scale to bfloat16.
+        inner = jnp.dot(x, a, precision=self.precision, preferred_element_type=jnp.float32)
+        inner = (inner * leaf("lora_scale").astype(jnp.float32)).astype(x.dtype)
+        return jnp.dot(inner, b, precision=self.precision)
+
+
+def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = False) -> Linear:
     """A projection with kernel `[in, out]`; float32 products are exact on accelerators too."""
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return nn.Dense(
+    return Linear(
         features,
         use_bias=use_bias,
         dtype=dtype,

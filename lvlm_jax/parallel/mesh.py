@@ -1,7 +1,8 @@
 """One mesh with the axes `data`, `fsdp` and `tensor`, and one table of where each parameter is split.
 
 Names in the table are those of the parameter's own axes, `[in, out]` for kernels; the last table maps them to mesh
-axes. The compiler derives the placement of activations and caches from these.
+axes. The compiler derives the placement of activations and caches from these. The low-rank factors of LoRA are split
+like the kernel they belong to, along the axis that they share with it.
 """
 
 import re
@@ -60,9 +61,7 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
     """
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        names = next(
-            (axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path)), (None,) * len(shape)
-        )
+        names = _axes(path, len(shape))
         split = [MESH_AXES.get(name) if name else None for name in names]
         even = [
             axis if axis and size % mesh.shape[axis] == 0 else None
@@ -71,3 +70,26 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
         return NamedSharding(mesh, PartitionSpec(*even))
 
     return place
+
+
+def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+    """Where a parameter that is added beside another one lives: on the same mesh, as the table says.
+
+    Args:
+        neighbour: a parameter that has its place.
+        path, shape: of the new parameter.
+
+    Returns:
+        None where the neighbour is not on a mesh: the default device will do.
+    """
+    sharding = getattr(neighbour, "sharding", None)
+    return parameter_sharding(sharding.mesh)(path, shape) if isinstance(sharding, NamedSharding) else None
+
+
+def _axes(path: str, rank: int) -> tuple[str | None, ...]:
+    """The names of a parameter's axes, None for one that is never split."""
+    kernel = re.sub(r"/lora_[ab]$", "/kernel", path)
+    names = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), (None,) * rank)
+    if path.endswith("/lora_a"):
+        return (names[0], None)
+    return (None, names[-1]) if path.endswith("/lora_b") else names

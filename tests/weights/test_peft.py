@@ -1,0 +1,325 @@
+"""LoRA adapters that PEFT loads, and adapters that PEFT saved, with the same logits on both sides."""
+
+import json
+import runpy
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+from lvlm_jax import LVLM, cli
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training import lora, parts
+from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+from lvlm_jax.weights.tables import flatten, unflatten
+from tests import checkpoints
+from tests.checkpoints import IMAGE
+from tests.weights import checkpoints as make
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYWHERE = r"(_proj|fc\d|linear_\d|lm_head)$"
+DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def question(torch_model):
+    """One prompt with two images, unpadded."""
+    return checkpoints.random_inputs(torch_model.config, seed=9, layouts=[(3, IMAGE, 2, IMAGE, 5)])
+
+
+@pytest.fixture
+def base(checkpoint):
+    """A transformers model of the small checkpoint that PEFT may alter."""
+    return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def adapted(params, targets, rank=3, alpha=7.0, dropout=0.0, key=0):
+    """`params` with adapters whose B is not zero."""
+    adapters, frozen = lora.attach(params, rank, alpha, targets, dropout, jax.random.key(key))
+    rng = np.random.default_rng(key)
+    flat = {
+        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) if path.endswith("_b") else leaf
+        for path, leaf in flatten(adapters).items()
+    }
+    return parts.join(unflatten(flat), frozen)
+
+
+def load_with_peft(base, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # PEFT only warns of tensors that are missing or left over
+        return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def assert_equal_logits(theirs, params, model, question):
+    """Ours are theirs to 1e-5 of their spread, and not those of the base model."""
+    with torch.no_grad():
+        expected = theirs(**checkpoints.to_torch(question)).logits.numpy()
+    assert np.abs(np.asarray(model.logits(question)) - expected).max() > 0.05
+    got = np.asarray(LVLM(params, model.config).logits(question))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * expected.std())
+
+
+def saved_by_peft(base, folder, **settings):
+    """Folder of an adapter with random A and B that PEFT saved, and PEFT's model."""
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(folder, save_embedding_layers=False)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    """The small model with an adapter on the default targets."""
+    return adapted(model.params, lora.TARGETS)
+
+
+@pytest.fixture(scope="module")
+def exported(model, params, tmp_path_factory):
+    return save_adapter(tmp_path_factory.mktemp("exported"), params, model.config, "some/base")
+
+
+@pytest.fixture
+def adapter(exported, tmp_path):
+    """A folder with that adapter, for the test to alter."""
+    return Path(shutil.copytree(exported, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("targets", [lora.TARGETS, EVERYWHERE], ids=["default", "everywhere"])
+def test_peft_loads_what_we_save(targets, base, model, question, tmp_path):
+    params = adapted(model.params, targets, dropout=0.05)
+    folder = save_adapter(tmp_path / "new" / "adapter", params, model.config, "some/base")
+    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
+    theirs = load_with_peft(base, folder)
+    wrapped = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    if targets == lora.TARGETS:
+        assert wrapped == {
+            f"model.language_model.layers.{i}.{'self_attn' if index < 4 else 'mlp'}.{name}"
+            for i in (0, 1)
+            for index, name in enumerate(DECODER)
+        }
+    assert len(wrapped) == sum(path.endswith("/lora_a") for path in flatten(params))
+    assert_equal_logits(theirs, params, model, question)
+    settings = theirs.peft_config["default"]
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7, 0.05)
+    assert settings.base_model_name_or_path == "some/base"
+
+
+def test_what_we_save_we_load(model, params, adapter):
+    make.assert_same(load_adapter(adapter, model.params, model.config), params)
+
+
+def test_ranks_and_scales_of_each_kind_survive(base, model, question, tmp_path):
+    params = adapted(model.params, "layers_0/mlp", rank=2, alpha=10.0)
+    for targets, rank, alpha in (("vision_tower/.*q_proj$", 3, 10.0), ("layers_1/mlp", 2, 1.0)):
+        other = flatten(adapted(model.params, targets, rank, alpha, key=rank))
+        params = unflatten({**flatten(params), **other})
+    folder = save_adapter(tmp_path / "adapter", params, model.config)
+    assert_equal_logits(load_with_peft(base, folder), lora.merge(params), model, question)
+    make.assert_same(load_adapter(folder, model.params, model.config), params)
+
+
+SUFFIXES = {"target_modules": ["q_proj", "down_proj", "fc1", "linear_2"]}
+PEFT_SETTINGS = {
+    "suffixes": SUFFIXES | {"lora_dropout": 0.1},
+    "expression": {"target_modules": r".*language_model.*\.(o|up)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "head": {"target_modules": ["lm_head"]},
+    "patterns": SUFFIXES
+    | {
+        "rank_pattern": {"down_proj": 5, r"vision_tower\..*\.q_proj": 1},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+    },
+    "rslora": SUFFIXES | {"use_rslora": True, "init_lora_weights": "gaussian"},
+    "left out": SUFFIXES | {"exclude_modules": r".*vision_tower.*"},
+    "one layer": SUFFIXES | {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("name", PEFT_SETTINGS)
+def test_we_load_what_peft_saves(name, base, model, question, tmp_path):
+    theirs = saved_by_peft(base, tmp_path, r=3, lora_alpha=8, **PEFT_SETTINGS[name])
+    params = load_adapter(tmp_path, model.params, model.config)
+    assert_equal_logits(theirs, lora.merge(params), model, question)
+    rates = {float(leaf) for path, leaf in flatten(params).items() if path.endswith("lora_dropout")}
+    assert rates == ({np.float32(0.1)} if name == "suffixes" else set())
+
+
+@pytest.mark.parametrize("names", [make.HUB, make.ORIGINAL], ids=["transformers 4", "original"])
+def test_names_that_other_versions_give(names, model, params, adapter):
+    prefix = "base_model.model."
+    pairs = [(prefix + old, prefix + new) for old, new in names]
+    renamed = make.renamed(load_file(adapter / WEIGHTS), *pairs)
+    assert not renamed.keys() & load_file(adapter / WEIGHTS).keys()
+    save_file(renamed, adapter / WEIGHTS)
+    settings = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(settings | {"target_modules": None}))
+    make.assert_same(load_adapter(adapter, model.params, model.config), params)
+
+
+@pytest.mark.slow
+def test_peft_loads_an_adapter_of_the_pocket_model(tmp_path):
+    folder = cli.checkpoint("pocket")
+    model = LVLM.from_pretrained(folder)
+    base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    params = adapted(model.params, lora.TARGETS, rank=16, alpha=32.0)
+    theirs = load_with_peft(base, save_adapter(tmp_path, params, model.config, folder))
+    inputs = checkpoints.random_inputs(base.config, seed=2, layouts=[(3, IMAGE, 8)])
+    assert_equal_logits(theirs, params, model, inputs)
+
+
+def test_adapters_are_merged_when_saved(model, adapter, question, tmp_path):
+    ours = LVLM.from_pretrained(model.folder, adapter=adapter)
+    assert any("lora_a" in path for path in flatten(ours.params))
+    ours.save_pretrained(tmp_path / "saved")
+    main = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
+    arguments = [str(model.folder), str(tmp_path / "converted"), "--adapter", str(adapter)]
+    assert main(arguments) == 0
+    saved, converted = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "converted"))
+    assert saved.keys() == converted.keys()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in saved.items())
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert_equal_logits(loaded, lora.merge(ours.params), model, question)
+
+
+def test_the_command_line_takes_an_adapter(model, params, adapter):
+    names = runpy.run_path(str(ROOT / "infer.py"))
+    words = ["--model-path", str(model.folder), "--adapter", str(adapter), "--prompt", "?"]
+    loaded = names["load"](names["parse"](words))
+    make.assert_same(loaded.params, params)
+    # A job that goes on with another adapter would mix answers.
+    first = names["adapter_record"](str(adapter))
+    state = load_file(adapter / WEIGHTS)
+    save_file({name: -tensor for name, tensor in state.items()}, adapter / WEIGHTS)
+    assert first != names["adapter_record"](str(adapter)) and names["adapter_record"](None) == {}
+
+
+def test_bfloat16_parameters_take_a_float32_adapter(model, params, adapter):
+    ours = LVLM.from_pretrained(model.folder, dtype="bfloat16", adapter=adapter).params
+    for path, leaf in flatten(params).items():
+        expected = leaf if "lora" in path else leaf.astype(jnp.bfloat16)
+        assert flatten(ours)[path].dtype == expected.dtype
+        np.testing.assert_array_equal(flatten(ours)[path], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
+        ({"use_dora": True}, "use_dora = true, which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = "),
+        ({"bias": "all"}, 'bias = "all"'),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights = "pissa"'),
+        ({"layer_replication": [[0, 1]], "lora_bias": True}, "layer_replication = .*, lora_bias = true"),
+        ({"some_future_kind": {"a": 1}}, "some_future_kind = "),
+        ({"r": None}, "r is null; expected a positive number"),
+        ({"lora_alpha": "16"}, 'lora_alpha is "16"'),
+        ({"rank_pattern": {"q_proj": 0}}, "q_proj is 0"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
+        ({"target_modules": 3}, "3 is neither a list of modules nor an expression"),
+        ({"target_modules": "("}, "not a regular expression"),
+    ],
+    ids=str,
+)
+def test_kinds_of_adapters_that_are_not_supported(change, message, model, adapter):
+    settings = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(LVLMError, match=message) as caught:
+        load_adapter(adapter, model.params, model.config)
+    assert "\n" not in str(caught.value) and str(adapter) in str(caught.value)
+
+
+def test_all_that_is_wrong_with_the_tensors_is_said_at_once(model, adapter):
+    state = load_file(adapter / WEIGHTS)
+    start = "base_model.model.model.language_model.layers."
+    del state[f"{start}0.mlp.up_proj.lora_A.weight"]
+    for half in "AB":
+        del state[f"{start}1.mlp.up_proj.lora_{half}.weight"]
+    state[f"{start}7.mlp.up_proj.lora_A.weight"] = torch.zeros(3, 48)
+    state[f"{start}0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 48)
+    name = f"{start}0.self_attn.k_proj.lora_A.weight"
+    state[name] = state[name].to(torch.int32)
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(LVLMError) as caught:
+        load_adapter(adapter, model.params, model.config)
+    for part in (
+        f"1 unexpected: {start}7.mlp.up_proj.lora_A.weight",
+        "3 missing: ",
+        f"1 misshapen: {start}0.self_attn.q_proj.lora_A.weight [4, 48] instead of [3, 48]",
+        f"1 not floating-point: {name} int32",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_copies_of_base_weights_are_refused(base, model, tmp_path):
+    """PEFT stores the whole output layer beside its adapter, as it does when tokens were added and trained."""
+    theirs = saved_by_peft(base, tmp_path, r=3, target_modules=["lm_head"])
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(LVLMError, match=r"1 unexpected: base_model.model.lm_head.base_layer.weight"):
+        load_adapter(tmp_path, model.params, model.config)
+
+
+def test_an_adapter_of_another_model(base, model, tmp_path):
+    saved_by_peft(base, tmp_path, r=2, target_modules=["embed_tokens"])
+    with pytest.raises(LVLMError, match="unexpected: .*embed_tokens.lora_embedding_A"):
+        load_adapter(tmp_path, model.params, model.config)
+    save_file({}, tmp_path / WEIGHTS)
+    with pytest.raises(LVLMError, match="adapts no projection of this model"):
+        load_adapter(tmp_path, model.params, model.config)
+
+
+def test_files_that_are_not_there(model, adapter, tmp_path):
+    def refused(message):
+        with pytest.raises(LVLMError, match=message) as caught:
+            load_adapter(adapter, model.params, model.config)
+        assert "\n" not in str(caught.value)
+
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    refused(r"no adapter_model\.safetensors in .*, only adapter_model\.bin; .*safetensors")
+    (adapter / CONFIG).unlink()
+    refused(r"no adapter_config\.json")
+    with pytest.raises(LVLMError, match="no such folder"):
+        load_adapter(tmp_path / "absent", model.params, model.config)
+
+
+def test_one_kernel_takes_one_adapter(model, params, adapter):
+    with pytest.raises(LVLMError, match="hold a LoRA adapter already"):
+        load_adapter(adapter, params, model.config)
+    with pytest.raises(LVLMError, match="hold no LoRA adapter"):
+        save_adapter(adapter, model.params, model.config)
+
+
+def test_an_adapter_is_replaced_whole_or_not_at_all(model, adapter, monkeypatch):
+    before = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    other = adapted(model.params, lora.TARGETS, rank=2, key=8)
+
+    def full(path, tensors, fetch):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lvlm_jax.weights.peft.write_safetensors", full)
+        with pytest.raises(LVLMError, match="No space left"):
+            save_adapter(adapter, other, model.config)
+    assert {file.name: file.read_bytes() for file in adapter.iterdir()} == before
+    with pytest.raises(LVLMError, match="cannot write"):
+        save_adapter(adapter / CONFIG / "below", other, model.config)
+    save_adapter(adapter, other, model.config)
+    make.assert_same(load_adapter(adapter, model.params, model.config), other)
