@@ -1,0 +1,382 @@
+"""Runs for a report: every `scores.json` below a folder, and which of them may be subtracted from each other.
+
+Two figures are of the same thing only if protocol, question files, image list and parser are the same. The records say
+so, and what they say decides here: where they differ there is no difference of figures, only the reason why not.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import BENCHMARKS, files, rescore
+from lvlm_jax.evaluation.protocol import Protocol
+from lvlm_jax.evaluation.question import Question
+from lvlm_jax.evaluation.scores import Scores
+from lvlm_jax.evaluation.statistics import Difference
+from lvlm_jax.version import __version__
+
+LONGEST_SETTING = 6  # numbers; a method's list beyond that (steering vectors) is given by its length
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A figure as it was scored; nan where it is not defined."""
+
+    value: float
+    interval: tuple[float, float]
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control that ran beside a method: what it is, its figures, method minus control, and what was said of that."""
+
+    about: str
+    figures: Mapping[str, Value]
+    differences: Mapping[str, Difference]
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Mean tokens of an answer, milliseconds a token, the device, and prompts at once, as far as they were recorded."""
+
+    tokens: float | None = None
+    milliseconds: float | None = None
+    device: str | None = None
+    batch: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A run minus another over the same questions.
+
+    Attributes:
+      to: what it is compared with, in words.
+      baseline: the other run; None where only a stored comparison is there.
+      differences: by the names of figures.
+      only_here, only_there: questions that only one of the two got right.
+      p: of McNemar's exact test.
+    """
+
+    to: str
+    baseline: Run | None
+    differences: Mapping[str, Difference]
+    only_here: int
+    only_there: int
+    p: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One scored run.
+
+    Attributes:
+      path: its `scores.json`.
+      name: its folder, seen from the folder of the report.
+      protocol: as it was run.
+      record: the record that the scores carry.
+      figures: name -> value, in the order of the benchmark.
+      notes: of the scorer ("unparsed": 3, ...).
+      counts, units, table: what was counted at each image, [U, C].
+      correct: (group, id) -> whether the answer was right.
+      controls: by their names.
+      cost: of the answers.
+      against: the comparison that was made when the run was scored (`--against`).
+    """
+
+    path: Path
+    name: str
+    protocol: Protocol
+    record: Mapping
+    figures: Mapping[str, Value]
+    notes: Mapping
+    counts: tuple[str, ...]
+    units: tuple[str, ...]
+    table: np.ndarray
+    correct: Mapping[tuple[str, str], bool]
+    controls: Mapping[str, Control]
+    cost: Cost
+    against: Comparison | None
+
+    @property
+    def answered_by(self) -> Mapping:
+        """The record that a run of ours leaves beside its answers; empty for answers of others."""
+        return self.record.get("answered_by") or {}
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the model answered without any method."""
+        return not self.record.get("method") and bool(self.answered_by)
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """The model's name, and what tells it from others of that name: hash or revision, number format."""
+        said = self.record["model"]
+        version = said.get("sha256") or said.get("revision") or ""
+        more = version[:8], self.answered_by.get("dtype")
+        # As much of a path as a hub id has: "llava-hf/llava-1.5-7b-hf".
+        name = "/".join(Path(said.get("name") or "model not recorded").parts[-2:]).lstrip("/")
+        return name, ", ".join(filter(None, more))
+
+    @property
+    def method(self) -> tuple[str, str]:
+        """The method's name and its settings, in words; without a method, how the model decoded."""
+        if self.record.get("method"):
+            return _method_words(self.record["method"])
+        if not self.is_baseline:
+            return "method not recorded", ""
+        temperature = self.protocol.temperature
+        return ("greedy" if not temperature else f"temperature {temperature:g}"), ""
+
+    @functools.cached_property
+    def conditions(self) -> Mapping[str, str]:
+        """Everything besides model and method that decides the figures: words -> value."""
+        settings = dataclasses.asdict(self.protocol)
+        fields = {name: repr(value) for name, value in settings.items() if name not in ("name", "about")}
+        listed = self.record["files"].items()
+        return fields | {f"file {role}": entry["sha256"][:12] for role, entry in listed} | {
+            "image list": self.record["images"]["list_sha256"][:12],
+            "questions": str(self.record["questions"]),
+            "matching of words": str(self.notes.get("matching", "exact")),
+        }  # fmt: skip
+
+
+def _method_words(record: Mapping) -> tuple[str, str]:
+    if "members" in record:
+        members = [_method_words(member) for member in record["members"]]
+        settings = "; ".join(f"{name}: {words}" for name, words in members if words)
+        return " + ".join(name for name, _ in members), settings
+    shown = []
+    for name, value in record.items():
+        if name == "name" or value is None:
+            continue
+        if isinstance(value, list):
+            value = f"{len(value)} numbers" if len(value) > LONGEST_SETTING else ",".join(map(str, value))
+        shown.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return str(record.get("name", "?")), ", ".join(shown)
+
+
+def collect(folder: Path) -> list[Run]:
+    """All runs below a folder, by their paths. What cannot be read is left out with a warning that names it.
+
+    Raises:
+      LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.
+    """
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise LVLMError(
+            f"{str(folder)!r} is not a folder; give the one that holds the runs (tools/evaluate.py --out)"
+        )
+    paths = sorted(folder.rglob("scores.json"))
+    if not paths:
+        raise LVLMError(f"no scores.json in {str(folder)!r} or below; tools/evaluate.py writes them")
+    runs, wrong = [], []
+    for path in paths:
+        try:
+            runs.append(load(path, os.path.relpath(path.parent, folder)))
+        except LVLMError as error:
+            wrong.append(error)
+    if not runs:
+        more = f" ({len(wrong) - 1} more cannot be read either)" if len(wrong) > 1 else ""
+        raise LVLMError(f"{wrong[0]}{more}")
+    for error in wrong:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+    return runs
+
+
+def load(path: Path, name: str) -> Run:
+    """The run of one `scores.json`.
+
+    Raises:
+      LVLMError: it is no JSON, of another form, or written by a newer version of this package.
+    """
+    where = f"scores file {str(path)!r}"
+    found = files.read_json(path, "scores file")
+    try:
+        record = found["record"]
+        if _version(record["version"]) > _version(__version__):
+            raise LVLMError(
+                f"{where} was written by lvlm_jax {record['version']}; this is {__version__}: "
+                "update it, or score the answers again"
+            )
+        settings = record["protocol"]
+        protocol = Protocol(**settings | {"groups": tuple(settings["groups"])})
+        if protocol.benchmark not in BENCHMARKS:
+            raise LVLMError(
+                f"{where} is of benchmark {protocol.benchmark!r}, which this version does not know"
+            )
+        images = found["per_image"]["images"]
+        counts = tuple(found["per_image"]["counts"])
+        run = Run(
+            path, name, protocol, record, _values(found["figures"]), dict(found["notes"]), counts, tuple(images),
+            np.array(list(images.values()), float).reshape(len(images), len(counts)),
+            {(group, number): bool(right) for group, number, right in found["correct"]},
+            {control: _control(entry) for control, entry in (found.get("controls") or {}).items()},
+            _cost(found.get("cost") or {}, record),
+            _stored(found["against"], record) if found.get("against") else None,
+        )  # fmt: skip
+        _look_at(run)
+        return run
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise LVLMError(
+            f"{where} is not of the form that tools/evaluate.py writes ({said}); score it again"
+        ) from error
+
+
+def _look_at(run: Run) -> tuple:
+    """What the report reads later, read once, so that a file of another form is found out at once."""
+    bootstrap, entries = run.record["bootstrap"], run.record["answers"]
+    listed = [entry["name"] + entry["sha256"] for entry in entries]
+    return run.conditions, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _interval(bounds: Sequence[float | None]) -> tuple[float, float]:
+    low, high = bounds
+    return _number(low), _number(high)
+
+
+def _values(found: Mapping) -> dict[str, Value]:
+    return {
+        name: Value(_number(entry["value"]), _interval(entry["interval"]), str(entry["unit"]))
+        for name, entry in found.items()
+    }
+
+
+def _differences(found: Mapping) -> dict[str, Difference]:
+    return {
+        name: Difference(_number(entry["value"]), _interval(entry["interval"]), _number(entry["p"]))
+        for name, entry in found.items()
+    }
+
+
+def _control(entry: Mapping) -> Control:
+    differences = _differences((entry.get("against") or {}).get("differences", {}))
+    about, said = (str(entry.get(name) or "") for name in ("about", "words"))
+    return Control(about, _values(entry["figures"]), differences, said)
+
+
+def _cost(entry: Mapping, record: Mapping) -> Cost:
+    tokens, milliseconds = (
+        None if entry.get(name) is None else float(entry[name]) for name in ("tokens", "milliseconds")
+    )
+    settings = (record.get("answered_by") or {}).get("generation") or {}
+    return Cost(tokens, milliseconds, entry.get("device"), settings.get("batch_size"))
+
+
+def differing(first: Run, second: Run) -> list[str]:
+    """Why figures of two runs are not figures of the same thing, each reason in words; empty when they are."""
+    ours, theirs = first.conditions, second.conditions
+    return [
+        f"{name} {ours.get(name, 'none')} instead of {theirs.get(name, 'none')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def restored(run: Run) -> Scores:
+    """The scores as they were, with the functions of their figures, so that they can be resampled again.
+
+    A benchmark's `score` makes its figures for the groups of the questions it is shown. It is shown one stand-in of
+    each group, so that no formula is written twice, and the figures must then give the stored values.
+
+    Raises:
+      LVLMError: they do not: the run was scored by a version with other formulas.
+    """
+    protocol = run.protocol
+    groups = dict.fromkeys(group for group, _ in run.correct)
+    # CHAIR's figures do not depend on the questions, which would need a list of words.
+    stand_ins = [] if protocol.benchmark == "chair" else [_stand_in(group, run.counts) for group in groups]
+    made = BENCHMARKS[protocol.benchmark].score(stand_ins, {one.key: "yes" for one in stand_ins}, protocol)
+    figures = {name: made.figures[name] for name in run.figures if name in made.figures}
+    scores = Scores(run.units, run.counts, run.table, figures, run.correct, run.notes)
+    try:
+        values = scores.values()
+    except KeyError as error:
+        raise LVLMError(f"{run.name} was scored without the count {error}; score it again") from error
+    for name, value in values.items():
+        if not np.isclose(value, run.figures[name].value, rtol=0, atol=2e-6, equal_nan=True):
+            raise LVLMError(
+                f"{run.name} has {name} {run.figures[name].value}, this version finds {value:.6f}; score it again"
+            )
+    return scores
+
+
+def _stand_in(group: str, counts: Sequence[str]) -> Question:
+    """A question of a group that every scorer can read: yes/no, except where a group has only right and wrong."""
+    lists = {"association": {}, "known": frozenset(), "safe": frozenset(), "matching": "exact"}
+    extra = {"options": ("A",), "truth": (), "temptations": (), "lists": lists}
+    only_right_or_wrong = f"{group}/right" in counts and f"{group}/images" not in counts
+    return Question(0, (Path("stand-in"),), "", "word" if only_right_or_wrong else "yes", group, extra)
+
+
+def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
+    """Every run with a method, minus the same model without one; a string says why there is no difference.
+
+    The run without a method must have the same model, protocol, files, images and questions. Where there is none, the
+    comparison that was stored with the scores (`--against`) is taken.
+    """
+    scores = functools.cache(restored)
+    baselines = collections.defaultdict(list)
+    for run in runs:
+        if run.is_baseline:
+            baselines[run.protocol.name, run.model].append(run)
+    found: dict[Run, Comparison | str] = {}
+    for run in runs:
+        if run.is_baseline:
+            continue
+        others = baselines[run.protocol.name, run.model]
+        alike = [other for other in others if not differing(run, other)]
+        if alike:
+            # With the same seed, where there are several.
+            chosen = min(alike, key=lambda other: other.record.get("seed") != run.record.get("seed"))
+            found[run] = _minus(run, chosen, scores)
+        elif run.against:
+            found[run] = run.against
+        elif others:
+            found[run] = "; ".join(differing(run, others[0]))
+        else:
+            found[run] = "no run of this model without a method under this protocol"
+    return found
+
+
+def _minus(run: Run, baseline: Run, scores) -> Comparison | str:
+    bootstrap = run.record["bootstrap"]
+    try:
+        made = rescore.compare(scores(run), scores(baseline), bootstrap["resamples"], bootstrap["seed"])
+    except LVLMError as error:
+        return str(error)
+    return _comparison(baseline.method[0], baseline, made)
+
+
+def _stored(made: Mapping, record: Mapping) -> Comparison:
+    names = ", ".join(entry["name"] for entry in record.get("against", [])) or "another file"
+    return _comparison(f"the answers in {names}", None, made)
+
+
+def _comparison(to: str, baseline: Run | None, made: Mapping) -> Comparison:
+    test = made["mcnemar"]
+    return Comparison(
+        to, baseline, _differences(made["differences"]),
+        test["only_first_right"], test["only_second_right"], _number(test["p"]),
+    )  # fmt: skip

@@ -1,0 +1,627 @@
+"""The report: differences by hand, marks where figures are not of the same thing, and pages that text cannot break."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import (
+    BENCHMARKS,
+    Data,
+    answers,
+    examples,
+    get,
+    report,
+    report_cells,
+    report_runs,
+    rescore,
+)
+from lvlm_jax.evaluation.statistics import Difference
+from tests.evaluation.builders import (
+    amber_folder,
+    coco_folder,
+    mme_folder,
+    pope_folder,
+    write_json,
+    write_lines,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "Yes </script><script>alert(1)</script> <img src=x> | *bold* \u2028"
+CMAC = {"name": "CMAC", "alpha": 3.0, "beta": 0.2}
+SEVI = {"name": "SEVI", "kappa": None, "directions": [0.5] * 100}
+GREEDY = ["Yes", "No", "No", "No"] * 5
+BETTER = ["Yes", "Yes", "No", "No"] * 5
+SWAPPED = ["Yes", "Yes", "No", "Yes"] + ["Yes", "No", "No", "No"] * 4
+
+
+def run(
+    folder,
+    data,
+    said,
+    method=None,
+    protocol="pope/strict",
+    model="llava",
+    seed=0,
+    batch=16,
+    more=None,
+    **changes,
+):
+    """A folder as tools/evaluate.py leaves it: answers, their record, a log, scores. Returns the scores."""
+    settings = dataclasses.replace(get(protocol), **changes)
+    benchmark = BENCHMARKS[settings.benchmark]
+    questions = benchmark.read(data, settings)
+    texts = {question.key: text for question, text in zip(questions, said, strict=True)}
+    path = folder / ("answers" if settings.benchmark == "mme" else "answers.jsonl")
+    answers.write(path, questions, texts, settings)
+    origin = {"model": model, "model_sha256": "ab" * 32, "dtype": "float32", "method": method, "seed": seed,
+              "generation": {"batch_size": batch}}  # fmt: skip
+    write_json(folder / f"{path.name}.run.json", origin)
+    found = rescore.rescore(settings, data, [str(path)], resamples=200) | (more or {})
+    rescore.write(found, folder)
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    pope_folder(tmp_path / "data", {"random": "yynn" * 5})
+    return Data(tmp_path / "data", groups=("random",))
+
+
+@pytest.fixture
+def runs(data, tmp_path):
+    run(tmp_path / "runs/greedy", data, GREEDY)
+    run(tmp_path / "runs/cmac", data, BETTER, CMAC)
+    run(tmp_path / "runs/deep/sevi", data, SWAPPED, SEVI)
+    return tmp_path / "runs"
+
+
+def made(folder, **options):
+    """The page's data and the Markdown of a report."""
+    page, markdown = (
+        path.read_text(encoding="utf-8") for path in report.write(folder, folder / "report", **options)
+    )
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(found), markdown, page
+
+
+def table(found, heading, title=""):
+    (section,) = [section for section in found["sections"] if section["heading"] == heading]
+    return next(one for one in section["tables"] if one["title"] == title)
+
+
+def cells(found_table, name):
+    """Column -> [text, interval, difference, verdict, mark, order] of the row of a method."""
+    row = next(row for row in found_table["rows"] if row["name"] == name)
+    return dict(zip([column["name"] for column in found_table["columns"]], row["cells"], strict=True))
+
+
+def test_differences_are_the_hand_computed_ones(runs):
+    found, _, _ = made(runs)
+    overview = table(found, "Methods and benchmarks")
+    assert [row["name"] for row in overview["rows"]] == ["greedy", "CMAC", "SEVI"]
+    assert {row["group"] for row in overview["rows"]} == {"llava (abababab, float32)"}
+    assert [row["settings"] for row in overview["rows"]] == [
+        "",
+        "alpha 3, beta 0.2",
+        "directions 100 numbers",
+    ]
+    # Of 20 questions greedy has 15, CMAC all, SEVI 15: one mended and one spoilt.
+    greedy, cmac, sevi = (cells(overview, name) for name in ("greedy", "CMAC", "SEVI"))
+    assert greedy["accuracy"][0] == "75.0" and greedy["accuracy"][2:5] == ["", "", ""]
+    assert cmac["accuracy"][0] == "100.0" and cmac["accuracy"][2].startswith("+25.0 (+10.0 to ")
+    assert cmac["accuracy"][3] == "better"
+    assert sevi["accuracy"][0] == "75.0" and sevi["accuracy"][2].startswith("0.0 (−")
+    assert sevi["accuracy"][3] == "no difference shown"
+    # Said yes to 5 of 20, CMAC to 10, SEVI to 7: neither high nor low is good.
+    assert cmac["yes ratio"][2].startswith("+25.0 (") and cmac["yes ratio"][3] == "higher"
+    answered = table(found, "Answers", "pope/strict")
+    assert [cell[0] for cell in cells(answered, "CMAC").values()] == ["20", "0", "5", "0", "0.0625"]
+    assert [cell[0] for cell in cells(answered, "SEVI").values()] == ["20", "0", "1", "1", "1"]
+    assert [cell[0] for cell in cells(answered, "greedy").values()] == ["20", "0", "–", "–", "–"]
+
+
+def test_the_interval_of_a_difference_is_a_paired_bootstrap(runs):
+    """Against a straight one: ten images of two questions, of which every other one gains half a point."""
+    comparison = next(
+        found
+        for one, found in report_runs.compare(report_runs.collect(runs)).items()
+        if one.method[0] == "CMAC"
+    )
+    gains = np.array([1, 0] * 5)
+    drawn = np.random.default_rng(5).integers(0, 10, (20000, 10))
+    expected = np.quantile(gains[drawn].sum(1) / 20, (0.025, 0.975))
+    np.testing.assert_allclose(comparison.differences["random: accuracy"].interval, expected, atol=0.05)
+    assert comparison.baseline.method[0] == "greedy"
+
+
+def test_figures_of_other_files_are_marked_and_not_subtracted(runs, data, tmp_path):
+    other = pope_folder(tmp_path / "other", {"random": "ynyn" * 5})
+    run(runs / "vcd", Data(other, groups=("random",)), BETTER, {"name": "VCD"})
+    run(runs / "dola", data, BETTER, {"name": "DoLa"}, parser="official")
+    found, markdown, _ = made(runs)
+    overview = table(found, "Methods and benchmarks")
+    marks = {row["name"]: row["cells"][0][4] for row in overview["rows"]}
+    assert marks["greedy"] == marks["CMAC"] == marks["SEVI"] == ""
+    assert {marks["VCD"], marks["DoLa"]} == {"[1]", "[2]"}
+    for name in ("VCD", "DoLa"):
+        assert cells(overview, name)["accuracy"][2:4] == ["", "not compared"]
+    notes = "\n".join(overview["notes"])
+    mark = re.escape(marks["VCD"])
+    assert re.search(rf"{mark} other conditions: file random \w{{12}} instead of \w{{12}}(\n|$)", notes)
+    assert "parser 'official' instead of 'strict'" in notes
+    assert "VCD: not compared: file random" in notes and markdown.count("not compared") >= 4
+    by_figure = table(found, "By category", "pope/strict: random")
+    assert cells(by_figure, "VCD")["precision"][4] == marks["VCD"]
+
+
+def test_another_model_is_not_subtracted_either(runs, data):
+    run(runs / "big", data, BETTER, CMAC, model="llava-13b")
+    found, _, _ = made(runs)
+    overview = table(found, "Methods and benchmarks")
+    assert [row["group"][:9] for row in overview["rows"]] == ["llava (ab"] * 3 + ["llava-13b"]
+    assert overview["rows"][3]["cells"][0][3] == "not compared"
+    assert "no run of this model without a method under this protocol" in overview["notes"][0]
+
+
+def test_runs_that_differ_by_seed_have_a_row_each(runs, data):
+    run(runs / "again", data, SWAPPED, CMAC, seed=1)
+    found, _, _ = made(runs)
+    settings = [
+        row["settings"] for row in table(found, "Methods and benchmarks")["rows"] if row["name"] == "CMAC"
+    ]
+    assert settings == ["alpha 3, beta 0.2, seed 0, in cmac", "alpha 3, beta 0.2, seed 1, in again"]
+
+
+def test_answers_of_others_are_compared_as_they_were_scored(data, tmp_path):
+    ours = write_lines(
+        tmp_path / "a.jsonl", [{"question_id": i + 1, "text": t} for i, t in enumerate(BETTER)]
+    )
+    theirs = write_lines(
+        tmp_path / "b.jsonl", [{"question_id": i + 1, "text": t} for i, t in enumerate(GREEDY)]
+    )
+    found = rescore.rescore(
+        get("pope/strict"), data, [str(ours)], [str(theirs)], resamples=200, model="theirs"
+    )
+    rescore.write(found, tmp_path / "runs/others")
+    found, _, _ = made(tmp_path / "runs")
+    overview = table(found, "Methods and benchmarks")
+    assert cells(overview, "method not recorded")["accuracy"][2].startswith("+25.0 (")
+    assert overview["notes"] == [
+        "pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"
+    ]
+
+
+def test_controls_and_whether_the_method_beats_them(data, tmp_path):
+    figures = run(tmp_path / "runs/shift", data, BETTER)["figures"]
+
+    def difference(low, high):
+        return {"value": (low + high) / 2, "interval": [low, high], "p": 0.01}
+
+    controls = {
+        "threshold shift": {
+            "figures": figures,
+            "against": {"differences": {"random: accuracy": difference(0.01, 0.05),
+                                        "random: F1": difference(-0.02, 0.03),
+                                        "random: yes ratio": difference(-0.3, -0.1)}},
+            "about": "a threshold",
+        },
+        "cut alone": {"figures": figures, "against": {"differences": {"random: accuracy": difference(-0.1, -0.05)}}},
+        "temperature 1": {"figures": figures},
+        "greedy": {"figures": figures, "words": "The method beats greedy decoding."},
+    }  # fmt: skip
+    run(tmp_path / "runs/cmac", data, BETTER, CMAC, more={"controls": controls})
+    run(tmp_path / "runs/sevi", data, BETTER, SEVI)
+    found, markdown, _ = made(tmp_path / "runs")
+    listed = table(found, "Controls", "pope/strict")
+    shift = cells(listed, "threshold shift")
+    assert shift["accuracy"][0] == "100.0" and shift["accuracy"][2:4] == ["+3.0 (+1.0 to +5.0)", "better"]
+    assert shift["yes ratio"][3] == "lower"
+    assert shift["in words"][0] == "beats it: better in accuracy; no difference shown in F1"
+    assert cells(listed, "cut alone")["in words"][0] == "does less: worse in accuracy"
+    assert cells(listed, "temperature 1")["in words"][0] == "not compared"
+    assert cells(listed, "greedy")["in words"][0] == "The method beats greedy decoding."
+    words = [(row["group"].split(" · ")[1], row["cells"][-1][0]) for row in listed["rows"]]
+    assert ("SEVI", "no controls were run") in words and ("CMAC", "") in words
+    assert (
+        "| threshold shift (a threshold) | 100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) better |" in markdown
+    )
+
+
+def test_cost(data, tmp_path):
+    def cost(milliseconds, device="cpu"):
+        return {"cost": {"tokens": 2.25, "milliseconds": milliseconds, "seconds": 9.0, "device": device}}
+
+    run(tmp_path / "runs/greedy", data, GREEDY, more=cost(10.0))
+    run(tmp_path / "runs/cmac", data, BETTER, CMAC, more=cost(15.0))
+    run(tmp_path / "runs/vcd", data, BETTER, {"name": "VCD"}, more=cost(4.0, "gpu"))
+    run(tmp_path / "runs/eah", data, BETTER, {"name": "EAH"}, batch=1, more=cost(90.0))
+    run(tmp_path / "runs/sevi", data, SWAPPED, SEVI)
+    found, _, _ = made(tmp_path / "runs")
+    listed = table(found, "Cost", "pope/strict")
+    assert [cell[0] for cell in cells(listed, "greedy").values()] == ["2.2", "16", "10.0", "–"]
+    assert [cell[0] for cell in cells(listed, "CMAC").values()] == ["2.2", "16", "15.0", "1.50"]
+    assert [cell[0] for cell in cells(listed, "VCD").values()] == ["2.2", "16", "4.0", "on another device"]
+    assert [cell[0] for cell in cells(listed, "EAH").values()] == ["2.2", "1", "90.0", "in other batches"]
+    assert [cell[0] for cell in cells(listed, "SEVI").values()] == ["–", "16", "not recorded", "–"]
+
+
+def test_shorter_captions_are_pointed_out(tmp_path):
+    coco = coco_folder(
+        tmp_path / "coco", {i: ["dog"] for i in range(1, 9)}, {i: ["A dog."] for i in range(1, 9)}
+    )
+    data = Data(coco, synonyms=coco / "synonyms.txt")
+    run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 8, protocol="chair/opera-512")
+    run(tmp_path / "runs/cmac", data, ["A dog."] * 8, CMAC, protocol="chair/opera-512")
+    found, _, _ = made(tmp_path / "runs")
+    overview = table(found, "Methods and benchmarks")
+    ours = cells(overview, "CMAC")
+    assert ours["C_S"][0] == "0.0" and ours["C_S"][2:4] == ["−100.0 (−100.0 to −100.0)", "better"]
+    assert ours["words"][0] == "2.0" and ours["words"][2:4] == ["−3.0 (−3.0 to −3.0)", "lower"]
+    assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][0]
+
+
+def choices_file(path):
+    rows = [{"index": str(i), "question": f"Which {i}?", "A": "cat", "B": "dog", "answer": "AB"[i % 2],
+             "category": ("one", "two")[i // 4], "image_path": f"{i % 3}.jpg"} for i in range(8)]  # fmt: skip
+    return write_lines(path, rows)
+
+
+def several_file(path):
+    rows = [{"question_id": i, "images": [f"{i}.png"], "text": f"Is it {i}?", "label": ("yes", "no", "red")[i % 3],
+             "kind": "colour" if i % 3 == 2 else "existence"} for i in range(9)]  # fmt: skip
+    return write_lines(path, rows)
+
+
+def benchmark_data(name, folder):
+    """Data of a benchmark, small."""
+    if name.startswith("pope"):
+        return Data(pope_folder(folder, dict.fromkeys(("random", "popular", "adversarial"), "yynn" * 2)))
+    if name.startswith("chair"):
+        coco = coco_folder(folder, {1: ["dog"], 2: ["cat"], 3: ["dog"]}, {i: ["A bear."] for i in (1, 2, 3)})
+        return Data(coco, synonyms=coco / "synonyms.txt")
+    if name.startswith("mme"):
+        return Data(
+            mme_folder(folder, {task: ["1", "2"] for task in ("existence", "count", "position", "color")})
+        )
+    if name.startswith("amber"):
+        return Data(amber_folder(folder))
+    if name.startswith("choices"):
+        return Data(folder, choices_file(folder / "q.jsonl"))
+    return Data(folder, several_file(folder / "q.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pope/strict", "pope/lmms-eval", "pope/vcd", "chair/opera-64", "mme/hallucination", "amber/all",
+     "choices/any", "mihbench/short"],
+)  # fmt: skip
+def test_differences_from_the_files_equal_those_from_the_answers(name, tmp_path):
+    data, protocol = benchmark_data(name, tmp_path / "data"), get(name)
+    questions = BENCHMARKS[protocol.benchmark].read(data, protocol)
+    words = ["Yes", "No", "yes", "A", "B", "A dog and a bear", "red", "A tree."]
+    rng = np.random.default_rng(0)
+    ours, theirs = ([str(word) for word in rng.choice(words, len(questions))] for _ in range(2))
+    run(tmp_path / "runs/greedy", data, theirs, protocol=name)
+    run(tmp_path / "runs/cmac", data, ours, CMAC, protocol=name)
+    keys, score = [question.key for question in questions], BENCHMARKS[protocol.benchmark].score
+    pair = [score(questions, dict(zip(keys, said, strict=True)), protocol) for said in (ours, theirs)]
+    expected = rescore.compare(*pair, resamples=200)
+    ((_, found),) = report_runs.compare(report_runs.collect(tmp_path / "runs")).items()
+    assert {name: entry.value for name, entry in found.differences.items()} == pytest.approx(
+        {
+            name: np.nan if entry["value"] is None else entry["value"]
+            for name, entry in expected["differences"].items()
+        },
+        nan_ok=True,
+    )
+    for figure, entry in expected["differences"].items():
+        low, high = (np.nan if bound is None else bound for bound in entry["interval"])
+        np.testing.assert_allclose(found.differences[figure].interval, (low, high), atol=1e-6)
+    assert found.only_here == expected["mcnemar"]["only_first_right"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pope/strict", "chair/opera-64", "mme/hallucination", "amber/all", "choices/any", "mihbench/short"],
+)
+def test_answers_come_back_with_their_questions_and_images(name, tmp_path):
+    data, protocol = benchmark_data(name, tmp_path / "data"), get(name)
+    questions = BENCHMARKS[protocol.benchmark].read(data, protocol)
+    run(tmp_path / "runs/greedy", data, [f"answer {i}" for i in range(len(questions))], protocol=name)
+    (one,) = report_runs.collect(tmp_path / "runs")
+    found = examples.read(one)
+    assert found.keys() == {question.key for question in questions}
+    for i, question in enumerate(questions):
+        answer = found[question.key]
+        assert answer.text == f"answer {i}"
+        if (
+            name == "amber/all"
+        ):  # whose answer files have ids alone; those of descriptions are numbers of images
+            expected = (None, (question.unit,) if question.group == "generative" else ())
+        else:
+            # MME's files have the question as it is, without a suffix (its protocols have none).
+            expected = (protocol.prompt(question), tuple(image.name for image in question.images))
+        assert (answer.prompt, answer.images) == expected
+
+
+def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
+    data = mme_folder(tmp_path, {"count": ["1"]}, nested=True)
+    assert examples.picture("1.jpg", "count", [tmp_path / "no", data]).read_bytes() == b"picture"
+    assert examples.picture("1.jpg", "color", [data]) is None
+    assert examples.picture("../../count/images/1.jpg", "color", [data]) is None  # names lead nowhere else
+
+
+def test_scores_that_other_formulas_made_are_not_subtracted(runs):
+    path = runs / "cmac/scores.json"
+    stored = json.loads(path.read_text())
+    stored["figures"]["random: F1"]["value"] = 0.9
+    path.write_text(json.dumps(stored))
+    found, _, _ = made(runs)
+    overview = table(found, "Methods and benchmarks")
+    assert cells(overview, "CMAC")["accuracy"][3] == "not compared"
+    assert "CMAC: not compared: cmac has random: F1 0.9, this version finds 1.0" in "\n".join(
+        overview["notes"]
+    )
+
+
+def test_examples_show_what_was_fixed_and_broken(runs, data, tmp_path):
+    pictures = tmp_path / "val2014"
+    pictures.mkdir()
+    for name in ("COCO_val2014_000000000000.jpg", "COCO_val2014_000000000001.jpg"):
+        Image.effect_noise((500, 300), 80).convert("RGB").save(pictures / name)
+    found, _, _ = made(runs, images=[pictures], each=3)
+    by_method = {
+        name: [one for one in found["examples"] if one["method"] == name] for name in ("CMAC", "SEVI")
+    }
+    assert [one["fixed"] for one in by_method["CMAC"]] == [True] * 3
+    assert [one["fixed"] for one in by_method["SEVI"]] == [True, False]
+    mended, spoilt = by_method["SEVI"]
+    assert (mended["without"], mended["with"], mended["right"]) == ("No", "Yes", "yes")
+    assert (spoilt["without"], spoilt["with"], spoilt["right"]) == ("No", "Yes", "no")
+    assert mended["question"].startswith("Is there a dog in the image?\nAnswer the question")
+    assert mended["pictures"] != spoilt["pictures"] and len(mended["pictures"] + spoilt["pictures"]) == 2
+    assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
+    assert found["examples"] == made(runs, images=[pictures], each=3)[0]["examples"]
+    without, _, _ = made(runs, each=3)  # no folder of images
+    assert [one["pictures"] for one in without["examples"]] == [[]] * 5
+
+
+def test_answers_that_changed_give_no_examples(runs):
+    path = runs / "greedy/answers.jsonl"
+    path.write_text(path.read_text().replace("No", "Yes"))
+    with pytest.warns(UserWarning, match="no examples of greedy: .* has changed since it was scored"):
+        found, _, _ = made(runs)
+    assert found["examples"] == []
+
+
+@pytest.mark.parametrize(
+    ("parser", "right", "wrong", "expected"),
+    [
+        ("strict", "No, there is none.", "Yes", "no"),
+        ("vcd", "I know", "Yes", "no"),
+        ("letter", "The answer is B.", "A", "B"),
+        ("short", "A train.", "bus", "train"),
+        ("none", "A dog.", "A bear.", ""),
+        ("exact", "A tree.", "A dog.", ""),
+    ],
+)
+def test_the_right_answer_is_read_off_the_one_that_was_right(parser, right, wrong, expected):
+    assert examples.right_answer(parser, right, wrong) == expected
+
+
+def test_text_of_a_model_stays_text(data, tmp_path):
+    run(tmp_path / "runs/greedy", data, GREEDY)
+    run(
+        tmp_path / "runs/cmac",
+        data,
+        [HOSTILE, *BETTER[1:]],
+        {"name": "<b>|CMAC", "prompt": "a | b </script>"},
+    )
+    found, markdown, page = made(tmp_path / "runs", each=9, title="<i>Title</i> & more")
+    assert page.count("</script>") == 2 and "<script>alert" not in page and "<b>|" not in page
+    assert "<title>&lt;i&gt;Title" in page and "\u2028" not in page
+    assert found["title"] == "<i>Title</i> & more"
+    assert {one["method"] for one in found["examples"]} == {"<b>|CMAC"}
+    assert "# \\<i\\>Title\\</i\\> & more" in markdown and r"\<b\>\|CMAC (prompt a \| b" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(
+        len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", rows[0])) for line in rows[:4]
+    )
+
+
+def test_nothing_outside_is_referred_to(runs):
+    _, _, page = made(runs)
+    without_data = re.sub(r'id="data">.*?</script>', "", page, flags=re.S)
+    assert "http" not in without_data.replace("http-equiv", "")
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!\#)|url\(|@import""", without_data)
+    assert "default-src 'none'" in page
+
+
+def test_the_markdown_table_to_the_letter(runs):
+    _, markdown, _ = made(runs, title="T")
+    assert markdown.startswith("# T\n\n3 runs, 1 model, 1 protocol; lvlm\\_jax ")
+    begun = markdown.index("### pope/strict")
+    text = markdown[begun : markdown.index("## Controls")]
+    number = r"[+−]?\d+\.\d"
+    text = re.sub(rf"\({number} to {number}\)", "(…)", text)
+    assert text.strip() == (
+        "### pope/strict\n\n"
+        "|  | accuracy ↑ | F1 ↑ | yes ratio | unparsed ↓ |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| **llava (abababab, float32)** |  |  |  |  |\n"
+        "| greedy | 75.0 (…) | 66.7 (…) | 25.0 (…) | 0.0 (…) |\n"
+        "| CMAC (alpha 3, beta 0.2) | 100.0 (…); +25.0 (…) better | 100.0 (…); +33.3 (…) better "
+        "| 50.0 (…); +25.0 (…) higher | 0.0 (…); 0.0 (…) no difference shown |\n"
+        "| SEVI (directions 100 numbers) | 75.0 (…); 0.0 (…) no difference shown "
+        "| 70.6 (…); +3.9 (…) no difference shown | 35.0 (…); +10.0 (…) no difference shown "
+        "| 0.0 (…); 0.0 (…) no difference shown |"
+    )
+
+
+def test_a_figure_of_several_groups_has_a_table_of_its_own(data, tmp_path):
+    several = benchmark_data("pope/strict", tmp_path / "three")
+    run(tmp_path / "runs/greedy", several, ["Yes", "No", "No", "No"] * 6)
+    found, _, _ = made(tmp_path / "runs")
+    titles = [one["title"] for one in found["sections"][1]["tables"]]
+    assert titles[:3] == [
+        f"pope/strict: {name}" for name in ("all questions together", "accuracy", "precision")
+    ]
+    columns = [column["name"] for column in table(found, "By category", "pope/strict: accuracy")["columns"]]
+    assert columns == ["mean", "random", "popular", "adversarial"]
+    assert [section["heading"] for section in found["sections"]][1] == "By category"  # no method, no controls
+
+
+def test_only_what_tells_rows_apart_is_repeated(runs, data):
+    run(runs / "strong", data, SWAPPED, CMAC | {"alpha": 9.0})
+    found, _, _ = made(runs)
+    rows = [(row["name"], row["settings"]) for row in table(found, "Answers", "pope/strict")["rows"]]
+    assert rows == [("greedy", ""), ("CMAC", "alpha 3"), ("CMAC", "alpha 9"), ("SEVI", "")]
+    assert cells(table(found, "Records", "pope/strict"), "CMAC")["folder"][0] == "cmac"
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "interval", "expected"),
+    [
+        ("mean: accuracy", 0.1, (0.0, 0.2), report_cells.NONE_SHOWN),
+        ("mean: accuracy", 0.1, (0.01, 0.2), "better"),
+        ("C_I", 0.1, (0.01, 0.2), "worse"),
+        ("C_S", -0.1, (-0.2, -0.01), "better"),
+        ("length", -0.1, (-0.2, -0.01), "lower"),
+        ("mean: F1", np.nan, (np.nan, np.nan), report_cells.NOT_DEFINED),
+    ],
+)
+def test_what_a_difference_shows(figure, value, interval, expected):
+    assert report_cells.verdict(figure, Difference(value, interval, 0.1)) == expected
+
+
+def test_sixteen_methods_with_pictures_stay_below_five_megabytes(tmp_path):
+    pictures = tmp_path / "images"
+    pictures.mkdir()
+    names = ("pope/strict", "chair/opera-512", "mme/hallucination", "amber/all")
+    noise = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
+    for i in range(8):  # noise is what JPEG cannot make small
+        Image.fromarray(noise + np.uint8(i)).save(pictures / f"COCO_val2014_{i:012d}.jpg", quality=95)
+    for name in names:
+        data = benchmark_data(name, tmp_path / name)
+        count = len(BENCHMARKS[name.split("/")[0]].read(data, get(name)))
+        for method in (None, *({"name": f"M{i}", "alpha": i / 7} for i in range(16))):
+            said = (
+                ["No way, " + "a dog " * 400] * count
+                if method is None
+                else ["Yes " + "a bear " * 400] * count
+            )
+            run(tmp_path / "runs" / name / str(method and method["name"]), data, said, method, name)
+    found, markdown, page = made(tmp_path / "runs", images=[pictures], each=4)
+    assert len(table(found, "Methods and benchmarks")["rows"]) == 17
+    assert len(found["examples"]) > 100 and len(found["pictures"]) > 3
+    assert len(page.encode()) < 5_000_000 and len(markdown) < 1_000_000
+
+
+def test_pictures_share_a_budget(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (600, 800, 3), np.uint8)
+    paths = []
+    for i in range(40):
+        paths.append(tmp_path / f"{i}.bmp")
+        Image.fromarray(noise + np.uint8(i)).save(paths[-1])
+    before = examples.PICTURE_BYTES
+    examples.PICTURE_BYTES = 100_000
+    try:
+        found = examples.thumbnails(paths)
+    finally:
+        examples.PICTURE_BYTES = before
+    assert len(found) == 40 and sum(map(len, found.values())) < 140_000
+
+
+def test_a_picture_that_cannot_be_opened_is_left_out(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="a.jpg"):
+        assert examples.thumbnails([tmp_path / "a.jpg"]) == {}
+
+
+def broken(change):
+    """A change to the JSON of a scores file."""
+
+    def apply(path):
+        stored = json.loads(path.read_text())
+        change(stored)
+        path.write_text(json.dumps(stored))
+
+    return apply
+
+
+WRONG = {
+    "is not JSON": lambda path: path.write_text("{"),
+    "is empty": lambda path: path.write_text(""),
+    "written by lvlm_jax 9.0.0": broken(lambda stored: stored["record"].update(version="9.0.0")),
+    r"not of the form .*no 'figures'": broken(lambda stored: stored.pop("figures")),
+    r"not of the form .*unexpected keyword": broken(
+        lambda stored: stored["record"]["protocol"].update(shots=3)
+    ),
+    "benchmark 'vqa', which this version does not know": broken(
+        lambda stored: stored["record"]["protocol"].update(benchmark="vqa")
+    ),
+    "not of the form .*reshape": broken(lambda stored: stored["per_image"]["counts"].pop()),
+    "not of the form .*list": lambda path: path.write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_scores_that_cannot_be_read(data, tmp_path, message):
+    run(tmp_path / "runs/cmac", data, BETTER, CMAC)
+    WRONG[message](tmp_path / "runs/cmac/scores.json")
+    with pytest.raises(LVLMError, match=message) as error:
+        report.write(tmp_path / "runs", tmp_path / "out")
+    assert "cmac" in str(error.value) and not (tmp_path / "out").exists()
+    run(tmp_path / "runs/greedy", data, GREEDY)
+    with pytest.warns(UserWarning, match="left out: scores file .*cmac"):
+        found, _, _ = made(tmp_path / "runs")
+    assert [row["name"] for row in table(found, "Methods and benchmarks")["rows"]] == ["greedy"]
+
+
+def test_no_scores_and_no_folder(tmp_path):
+    with pytest.raises(LVLMError, match="no scores.json in"):
+        report.write(tmp_path, tmp_path / "out")
+    with pytest.raises(LVLMError, match="is not a folder; give the one that holds the runs"):
+        report.write(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(LVLMError, match="image folder .* is not a folder"):
+        report.write(tmp_path, tmp_path / "out", images=[tmp_path / "nowhere"])
+
+
+def test_from_the_command_line(runs, tmp_path):
+    """In a process of its own, with JAX told to use a platform that does not exist: no model is touched."""
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "none_such", "HOME": str(tmp_path)}
+
+    def call(*words):
+        command = [sys.executable, str(ROOT / "tools/report.py"), *map(str, words)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    done = call("runs", "--out", "out", "--title", "T")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "report.md"}
+    done = call("data")
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("report.py: no scores.json")
+        and done.stderr.count("\n") == 1
+    )
+    (runs / "cmac/scores.json").write_text("{")
+    done = call("runs")
+    assert done.returncode == 0 and done.stderr.startswith(
+        "warning: left out: scores file 'runs/cmac/scores.json'"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_warning_where_all_is_well(runs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(runs)
