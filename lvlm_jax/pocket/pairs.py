@@ -1,0 +1,105 @@
+"""Prompts of the pocket world to make preference pairs from: a question each, about new pictures, with its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.pocket import conversations, questions
+from lvlm_jax.pocket.questions import Question
+from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
+
+SINGLE = 0.2  # share of prompts about one picture, which keep a model from forgetting how to answer those
+
+
+def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float = SINGLE) -> Path:
+    """Write `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its pictures below `folder`.
+
+    The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can
+    be repeated.
+
+    Args:
+      count: how many prompts.
+      seed: another seed gives other pictures.
+      single: probability of a prompt about one picture instead of two to four.
+
+    Returns:
+      The file.
+
+    Raises:
+      LVLMError: the folder holds other prompts, or cannot be written.
+    """
+    path = Path(folder) / "prompts.jsonl"
+    drawn = [sample_prompt(index, seed, single) for index in range(count)]
+    names = [
+        [f"images/{index:06d}_{place + 1}.png" for place in range(len(scenes))]
+        for index, (scenes, _, _, _) in enumerate(drawn)
+    ]
+    rows = [
+        {"id": f"{kind}/{index:06d}", "images": names[index], "prompt": text, "truth": truth}
+        for index, (_, kind, text, truth) in enumerate(drawn)
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    try:
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_bytes() != content:
+            raise LVLMError(f"{str(path)!r} holds prompts of other settings; give another --out")
+        _replace(path, lambda part: part.write_bytes(content))
+        for (scenes, _, _, _), images in zip(drawn, names, strict=True):
+            for scene, name in zip(scenes, images, strict=True):
+                if not (path.parent / name).exists():
+                    picture = Image.fromarray(render(scene))
+                    _replace(path.parent / name, lambda part, picture=picture: picture.save(part, "PNG"))
+    except OSError as error:
+        raise LVLMError(
+            f"prompts cannot be written to {str(folder)!r}: {error.strerror}; give a folder that can be written"
+        ) from error
+    return path
+
+
+def sample_prompt(index: int, seed: int = 0, single: float = SINGLE) -> tuple[list[Scene], str, str, str]:
+    """Prompt `index` of the stream `seed`, over scenes that follow the train split.
+
+    Returns:
+      scenes: one to four.
+      kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`.
+      text: the question, `conversations.ONE_WORD` of them with the suffix that asks for one word.
+      truth: the right answer, in the form that is asked for.
+    """
+    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    rng = np.random.default_rng([13, SPLITS["train"], seed, index])
+    if rng.random() < single:
+        scenes = [sample_scene(rng, "train")]
+        question = _draw(questions.SINGLE, scenes[0], rng)
+    else:
+        size = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
+        first = sample_scene(rng, "train")
+        alike = rng.random() < 0.6  # pictures of one place share objects, so that both answers occur
+        others = [sample_scene(rng, "train", first.kind if alike else None) for _ in range(size - 1)]
+        scenes = [first, *others]
+        question = _draw(questions.MULTI, scenes, rng)
+    if rng.random() < conversations.ONE_WORD:
+        return scenes, question.kind, question.text + conversations.suffix(question), question.short
+    return scenes, question.kind, question.text, question.full
+
+
+def _draw(kinds: dict[str, Callable], about: Scene | list[Scene], rng: np.random.Generator) -> Question:
+    """A question of any kind that these scenes allow."""
+    makers = list(kinds.values())
+    while True:
+        question = makers[rng.integers(len(makers))](about, rng)
+        if question is not None:
+            return question
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is either complete or absent."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
