@@ -290,9 +290,7 @@ class Report:
         if not members:
             return None
         words = headlines([run for _, run in members])
-        columns = tuple(Column(word, protocol, good(word)) for word in words) + (
-            Column("in words", protocol),
-        )
+        columns = (Column("in words", protocol), *(Column(word, protocol, good(word)) for word in words))
         rows = []
         for line, run in members:
             group = " · ".join(filter(None, (line.model, line.name, line.which)))
@@ -303,7 +301,7 @@ class Report:
                     group,
                     "the method itself",
                     "",
-                    (*own, Cell("" if run.controls else "no controls were run")),
+                    (Cell("" if run.controls else "no controls were run"), *own),
                 )
             )
             for title, control in run.controls.items():
@@ -314,7 +312,7 @@ class Report:
                     for name in names
                 )
                 said = control.words or beats(control.differences, list(filter(None, names)))
-                rows.append(Row(group, title, control.about, (*cells, Cell(said))))
+                rows.append(Row(group, title, control.about, (Cell(said), *cells)))
         return Table(protocol, columns, tuple(rows))
 
     def answers(self, protocol: str) -> Table:

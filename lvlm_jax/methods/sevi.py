@@ -26,12 +26,12 @@ Cost: the prompt and each row twice.
 
 import functools
 from importlib import resources
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
@@ -102,26 +102,7 @@ class SEVI(Method):
         return has_image(context)  # for `combine`
 
     def logits(self, site, logits):
-        seen = site.mask[:, None]
-        after = site.after_image[:, None, None, :] & seen
-        weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1)
-        on_text = jnp.where(after, weights, 0).sum(axis=-1, keepdims=True)
-        elsewhere = jnp.where(seen & ~after, weights, 0).sum(axis=-1, keepdims=True)
-        peak = jnp.where(after, weights, 0).max(axis=-1, keepdims=True)
-
-        semantic = on_text >= elsewhere
-        core = semantic & (peak > self.kappa * on_text)
-        distributed = semantic & ~core  # H_G
-        global_count = distributed.sum(axis=1, keepdims=True)
-        mean = jnp.where(distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
-        any_core = core.any(axis=1, keepdims=True)
-        # The second `where` keeps the maximum finite, and with it the gradient, where there is no core head.
-        top = jnp.where(core, logits, -jnp.inf).max(axis=1, keepdims=True)
-        top = jnp.where(any_core, top, 0)
-
-        drawn = (logits + self.omega * jnp.where(semantic, top, mean)) / (1 + self.omega)
-        moved = jnp.where(semantic, distributed & any_core, global_count > 0)
-        return jnp.where(moved, drawn, logits)
+        return aligned(logits, site.mask, site.after_image, self.omega, self.kappa)[0]
 
     def combine(self, readout: Readout, memory):
         if readout.contrast is None:
@@ -132,6 +113,63 @@ class SEVI(Method):
         alpha = jnp.where(distinct, alpha, 0)
         combined = contrasted(readout.main, readout.contrast, alpha[:, None], self.beta)
         return where_image(readout.carry, combined, readout.main), memory
+
+
+class Heads(NamedTuple):
+    """The classes of the heads of each row; H_O are the heads that are not semantic."""
+
+    semantic: Bool[Array, "B H R 1"]  # H_S
+    core: Bool[Array, "B H R 1"]  # H_C
+    distributed: Bool[Array, "B H R 1"]  # H_G
+
+
+class Moved(NamedTuple):
+    """Which heads of each row are moved: those of H_O by stage 1, those of H_G by stage 2."""
+
+    first: Bool[Array, "B H R 1"]
+    second: Bool[Array, "B H R 1"]
+
+
+def classes(
+    logits: Float[Array, "B H R S"], seen: Bool[Array, "B R S"], after: Bool[Array, "B S"], kappa: Strength
+) -> Heads:
+    """The class of every head in rows of attention logits.
+
+    Args:
+        logits: of all columns, before the mask.
+        seen: which columns a row sees.
+        after: columns that are text after the last image; those that are seen are 𝒮.
+        kappa: share of one token that makes a head a core head, κ.
+    """
+    seen = seen[:, None]
+    after = after[:, None, None, :] & seen
+    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    on_text = jnp.where(after, weights, 0).sum(axis=-1, keepdims=True)
+    elsewhere = jnp.where(seen & ~after, weights, 0).sum(axis=-1, keepdims=True)
+    peak = jnp.where(after, weights, 0).max(axis=-1, keepdims=True)
+    semantic = on_text >= elsewhere
+    core = semantic & (peak > kappa * on_text)
+    return Heads(semantic, core, distributed=semantic & ~core)
+
+
+def aligned(
+    logits: Float[Array, "B H R S"],
+    seen: Bool[Array, "B R S"],
+    after: Bool[Array, "B S"],
+    omega: Strength,
+    kappa: Strength,
+) -> tuple[Float[Array, "B H R S"], Moved]:
+    """Rows of attention logits after both stages, and which heads each stage has moved; `classes` has the arguments."""
+    heads = classes(logits, seen, after, kappa)
+    global_count = heads.distributed.sum(axis=1, keepdims=True)
+    mean = jnp.where(heads.distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
+    any_core = heads.core.any(axis=1, keepdims=True)
+    # The second `where` keeps the maximum finite, and with it the gradient, where there is no core head.
+    top = jnp.where(heads.core, logits, -jnp.inf).max(axis=1, keepdims=True)
+    top = jnp.where(any_core, top, 0)
+    drawn = (logits + omega * jnp.where(heads.semantic, top, mean)) / (1 + omega)
+    moved = Moved(~heads.semantic & (global_count > 0), heads.distributed & any_core)
+    return jnp.where(moved.first | moved.second, drawn, logits), moved
 
 
 def jensen_shannon(

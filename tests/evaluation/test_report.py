@@ -229,7 +229,7 @@ def test_controls_and_whether_the_method_beats_them(data, tmp_path):
     assert cells(listed, "cut alone")["in words"][0] == "does less: worse in accuracy"
     assert cells(listed, "temperature 1")["in words"][0] == "not compared"
     assert cells(listed, "greedy")["in words"][0] == "The method beats greedy decoding."
-    words = [(row["group"].split(" · ")[1], row["cells"][-1][0]) for row in listed["rows"]]
+    words = [(row["group"].split(" · ")[1], row["cells"][0][0]) for row in listed["rows"]]
     assert ("SEVI", "no controls were run") in words and ("CMAC", "") in words
     assert (
         "| threshold shift (a threshold) | 100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) better |" in markdown

@@ -1,0 +1,42 @@
+"""Flow alignment: `python train.py --config configs/flow_alignment.py --config.data=prompts.jsonl --workdir runs/flow`.
+
+SEVI's effect is put into the weights, so that the exported checkpoint needs no method at inference.
+
+`data` and `validation` are JSON lines `{"images": [...], "prompt": ...}`. Answers are generated under SEVI before
+training begins, and kept in the work folder, unless the lines have them in a field `answer`. Files of conversations
+(`{"images", "messages"}`) and of preference pairs, whose chosen answers count, are taken as well.
+
+What `config.flow` means:
+
+    stage        which heads' attention is trained: "1" those that look elsewhere than at the text after the image,
+                 toward the mean of the global heads; "2" the global heads, toward the maximum of the core heads;
+                 "both" is stage 1 for the first half of the steps, then stage 2
+    omega        how far the teacher draws a head to the better ones, ω; the paper has 4 (focused) and 0.5 (balanced)
+    kappa        share of its attention to text that one token must have to make a core head, κ
+    start_layer  first edited layer as a share of the depth; the paper's is layer 4 of 32 (focused) or 8 (balanced)
+    mu           weight μ of the divergence of answer tokens from the teacher's; that of attention has weight 1, and is
+                 a sum over layers and heads. At 0 the teacher never runs, which saves a forward pass
+
+In the log: `attention_kl` and `answer_kl`, the two terms, in nats per answer token; `agreement`, the share of answer
+tokens where student and teacher would say the same; `moved_1` and `moved_2`, the share of heads that each stage moves,
+which falls as heads come to look where they should. Of `validation` also `base_answer_kl`, the untrained model's
+distance, and `closer`, by what factor the student is closer to the teacher than that.
+"""
+
+from ml_collections import ConfigDict
+
+from lvlm_jax.training import settings
+
+
+def get_config() -> ConfigDict:
+    """LoRA of rank 16 on the language model, both stages in one epoch, toward SEVI's focused setting."""
+    config = settings.base()
+    config.recipe = "flow_alignment"
+    config.optimizer.peak = 1e-4
+    config.length = 512
+    config.flow.stage = "both"
+    config.flow.omega = 4.0
+    config.flow.kappa = 0.2
+    config.flow.start_layer = 4 / 32
+    config.flow.mu = 1.0
+    return config
