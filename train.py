@@ -1,39 +1,43 @@
-"""Train a model: `python train.py --config configs/pocket.py --workdir runs/pocket`.
+"""Train a model: `python train.py --config configs/capl.py --workdir runs/capl --config.data=pairs.jsonl`.
 
-Started again with the same work folder, it goes on from its newest checkpoint.
+Every field of the config may be set on the command line, as in `--config.optimizer.peak=1e-4`. Started again with the
+same work folder, it goes on from its newest checkpoint.
+
+Several processes that SLURM, Open MPI or GKE has started join by themselves; elsewhere give each of them
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
+from lvlm_jax import cli, parallel
 from lvlm_jax.compilation import enable_cache
-from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import pocket
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train, a file of configs/; required.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and logs; required.")
-RECIPES = {"pocket": pocket.train}
+from lvlm_jax.training import finetune, pocket, settings
 
 
-def main(words: list[str]) -> None:
-    """Trains as the flags say; a known fault is one line on stderr and exit code 2."""
-    del words
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    try:
-        recipe = CONFIG.value.recipe
-        if recipe not in RECIPES:
-            raise LVLMError(f"recipe {recipe!r} is unknown; expected one of {', '.join(RECIPES)}")
-        enable_cache()
-        folder = RECIPES[recipe](CONFIG.value, Path(WORKDIR.value))
-    except LVLMError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(words: list[str]) -> int:
+    """Trains as the flags say."""
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="what to train, a file of configs/")
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="folder of checkpoints, logs and the result"
+    )
+    parser.add_argument(
+        "--distributed", action=cli.Switch, help="join other processes (default: if the environment has any)"
+    )
+    given, changes = parser.parse_known_args(words)
+    # Orbax tells of every file it writes; what goes wrong there is said once, by `training.checkpoints`.
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    config = settings.read(given.config, changes)
+    parallel.start(given.distributed)
+    enable_cache()
+    recipe = pocket.train if config.get("recipe") == "pocket" else finetune.train
+    folder = recipe(config, given.workdir)
     print(f"checkpoint written to {folder}")
+    return 0
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    cli.run(main)

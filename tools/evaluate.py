@@ -12,20 +12,28 @@ Answers are read in the benchmarks' own formats: answers.jsonl (question_id, tex
 [{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no picture.
 
 With a model, answers are written in the same formats, beside a log of them: stopped and started again, a run goes on
-where it was.
+where it was. Several processes, on one machine or on many with a common folder, share the work:
+
+    python tools/evaluate.py --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 0
+    python tools/evaluate.py --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 1
+
+`--controls` asks greedy decoding, sampling, the plausibility cut alone, a threshold on yes/no and greedy captions of
+the same length beside the method, and says whether the method beats them.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
+import lvlm_jax.evaluation.pocket  # noqa: F401 (its protocols)
 from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Data, Protocol, answers, engine, get, names, record, statistics
+from lvlm_jax.evaluation import Data, Protocol, get, names, statistics
 from lvlm_jax.evaluation import rescore as scoring
-from lvlm_jax.generation.record import run_record
+from lvlm_jax.evaluation.run import Options, Run
+from lvlm_jax.evaluation.shares import Share
+from lvlm_jax.parallel import make_mesh
 
 
 def build_parser(method: str) -> cli.Parser:
@@ -67,8 +75,19 @@ def build_parser(method: str) -> cli.Parser:
     run.add_argument(
         "--sampling-seed", type=cli.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
     )
-    if method.lower() != "none":
-        cli.add_method_flags(parser, method)
+    run.add_argument("--controls", nargs="?", const="", metavar="DIR",
+                     help="run the controls beside the method; DIR: a folder for them that several methods may share "
+                     "(default controls in --out)")  # fmt: skip
+    run.add_argument(
+        "--processes", type=cli.number(int, 1), metavar="N", help="how many processes share the questions"
+    )
+    run.add_argument(
+        "--process-index", type=cli.number(int, 0), metavar="K", help="which of them this is, from 0"
+    )
+    run.add_argument("--data-parallel", type=cli.number(int, 1), default=1, metavar="N",
+                     help="devices over which a batch is spread (default 1)")  # fmt: skip
+    run.add_argument("--tensor-parallel", type=cli.number(int, 1), default=1, metavar="N",
+                     help="devices over which the weights are spread (default 1)")  # fmt: skip
     where = parser.add_argument_group("files, where they are not found in --data")
     where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
     where.add_argument("--image-folder", type=Path, metavar="DIR", help="the images")
@@ -93,6 +112,9 @@ def build_parser(method: str) -> cli.Parser:
     sure.add_argument(
         "--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
     )
+    # Last, so that a method's --seed does not take the name from ours.
+    if method.lower() != "none":
+        cli.add_method_flags(parser, method)
     return parser
 
 
@@ -102,37 +124,25 @@ def protocols() -> str:
     return "\n".join(f"{item.name:30s} {item.about}" for item in found)
 
 
-def answer(flags, protocol: Protocol, data: Data, out: Path) -> list[str]:
-    """Has the model answer, and writes the answers with their record; the files to score.
+def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
+    """Has the model answer, scores and writes; None while other processes have not answered their shares.
 
     Raises:
         LVLMError: an unusable model, method, benchmark folder or picture, or a log of another run.
     """
     method = cli.build_method(flags.method, flags)
-    benchmark = BENCHMARKS[protocol.benchmark]
-    questions = benchmark.read(data, protocol, need_images=True)
-    path, dtype = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype)
-    generation = {"protocol": protocol.name, "batch_size": flags.batch_size}
-    about = run_record(path, dtype, method, generation) | {"seed": flags.sampling_seed}
-    files = benchmark.question_files(data, protocol)
-    log_record = record(protocol, questions, files, model=about["model"], model_sha256=about["model_sha256"],
-                        method=method, seed=flags.sampling_seed, more={"dtype": dtype})  # fmt: skip
-    said = engine.ask(
-        LVLM.from_pretrained(path, dtype=dtype), questions, protocol, method, batch_size=flags.batch_size,
-        seed=flags.sampling_seed, log=out / "log.jsonl", record=log_record, title=protocol.name,
+    controls = None if flags.controls is None else Path(flags.controls or out / "controls")
+    options = Options(
+        flags.batch_size, flags.sampling_seed, controls,
+        Share.of(flags.processes, flags.process_index), flags.against, flags.resamples, flags.seed,
     )  # fmt: skip
-    texts = {key: one.text for key, one in said.items()}
-    name = {"mme": "answers", "amber": "answers.json"}.get(protocol.benchmark, "answers.jsonl")
-    found = []
-    groups = list(dict.fromkeys(question.group for question in questions))
-    apart = protocol.benchmark not in ("mme", "amber", "chair") and len(groups) > 1
-    for group in groups if apart else [None]:
-        target = out / (f"{group}.jsonl" if apart else name)
-        chosen = [question for question in questions if group in (None, question.group)]
-        answers.write(target, chosen, texts, protocol, model_id=Path(flags.model_path).name)
-        target.with_name(target.name + ".run.json").write_text(json.dumps(about, indent=1) + "\n")
-        found.append(f"{group}={target}" if apart else str(target))
-    return found
+    path, dtype = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype)
+    run = Run(path, dtype, protocol, data, out, method, options)
+    if not run.complete():
+        ways = flags.data_parallel, flags.tensor_parallel
+        mesh = make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
+        run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh))
+    return run.score()
 
 
 def main(arguments: list[str]) -> int:
@@ -148,6 +158,10 @@ def main(arguments: list[str]) -> int:
         raise LVLMError("no protocol given; choose one with --protocol, --list shows them")
     if bool(flags.rescore) == bool(flags.model_path):
         raise LVLMError("give a model that answers (--model), or answers to score (--rescore FILE)")
+    if flags.model_path and (flags.partial or flags.model_name):
+        raise LVLMError("--partial and --model-name are about answers of others; use them with --rescore")
+    if flags.rescore and (flags.controls is not None or flags.processes):
+        raise LVLMError("--controls and --processes are about a model that answers; use them with --model")
     protocol = get(flags.protocol)
     data = Data(
         flags.data, flags.question_file, flags.image_folder, flags.image_list, flags.synonyms, flags.chair_pickle,
@@ -159,18 +173,21 @@ def main(arguments: list[str]) -> int:
             *([Path(flags.model_path).name, flags.method] if flags.model_path else []),
         )
     )
-    found = scoring.rescore(
-        protocol,
-        data,
-        flags.rescore or answer(flags, protocol, data, out),
-        flags.against,
-        partial=flags.partial,
-        resamples=flags.resamples,
-        seed=flags.seed,
-        model=flags.model_name,
-    )
-    path = scoring.write(found, out)
+    if flags.model_path:
+        found = answered(flags, protocol, data, out)
+        if found is None:
+            print("this share is answered; the process that finishes last writes scores.json")
+            return 0
+        path = out / "scores.json"
+    else:
+        found = scoring.rescore(
+            protocol, data, flags.rescore, flags.against, partial=flags.partial, resamples=flags.resamples,
+            seed=flags.seed, model=flags.model_name,
+        )  # fmt: skip
+        path = scoring.write(found, out)
     print(scoring.table(found))
+    for control in found.get("controls", {}).values():
+        print(control["words"])
     print(f"\n{scoring.summary(found)}\nwritten to {path}")
     return 0
 

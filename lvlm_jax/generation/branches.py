@@ -17,8 +17,8 @@ from lvlm_jax.methods import Method
 
 def embedded(params: dict, config: Any, prompt: Inputs) -> Prompt:
     """What the decoder reads of a prompt."""
-    image_tokens = None
-    if prompt.pixels is not None:
+    image_tokens = prompt.image_tokens
+    if image_tokens is None and prompt.pixels is not None:
         image_tokens = drivers.encode_images(params, config, prompt.pixels)
     embeddings = drivers.embed(params, config, prompt.tokens, image_tokens)
     return Prompt(embeddings, jnp.asarray(prompt.image_id))
@@ -81,7 +81,7 @@ def contrast(
         if prompt.pixels is None:
             return main, 0
         pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
-        return embedded(params, config, dataclasses.replace(prompt, pixels=pixels)), 0
+        return embedded(params, config, dataclasses.replace(prompt, pixels=pixels, image_tokens=None)), 0
     if kind == "no_image":
         other = prompt.without_images(config.pad_token_id)
     else:

@@ -47,7 +47,7 @@ def full_forward(
     """Logits of every row in one pass without a cache, of the main branch when a method has several, and the tap."""
     transforms = _branches(method)[:1]
     rows = _explicit_rows(method, transforms, window, prompt.image_id.shape[1])
-    context = _prompt_context(prompt.image_id, method, rows, image_count)
+    context = prompt_context(prompt.image_id, method, rows, image_count)
     decoded = _apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
     logits = _apply(params, config, "head", decoded.hidden[0])
     return logits, _with_exit_logits(params, config, decoded.tapped)
@@ -91,10 +91,10 @@ def prefill(
     split = total - rows if shared else 0
     caches = None
     if split:
-        before = _prompt_context(prompt.image_id[:, :split], None, 0, image_count)
+        before = prompt_context(prompt.image_id[:, :split], None, 0, image_count)
         seen = _apply(params, config, "decode", prompt.embeddings[None, :, :split], before).columns
         caches = tuple(LayerCache(columns.own[0], ()) for columns in seen)
-    context = _prompt_context(prompt.image_id, method, rows, image_count, first_row=split)
+    context = prompt_context(prompt.image_id, method, rows, image_count, first_row=split)
     if kind == "pixels":
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])
     else:
@@ -106,7 +106,7 @@ def prefill(
     tracks = (Track.after(prompt.image_id, context, capacity),)
     last = decoded.hidden[:, :, -1]
     if apart:
-        other_context = _prompt_context(contrast.image_id, None, 0, image_count)
+        other_context = prompt_context(contrast.image_id, None, 0, image_count)
         other = _apply(params, config, "decode", contrast.embeddings[None], other_context)
         caches = tuple(
             LayerCache(None, (*cache.own, columns.own[0].padded(contrast_capacity)))
@@ -137,6 +137,46 @@ def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]
     )
     advanced = dataclasses.replace(state, caches=decoded.columns, tracks=tracks)
     return _finish(params, config, advanced, decoded.hidden[:, :, -1], decoded)
+
+
+def prompt_context(
+    image_id: Int[Array, "B S"],
+    method: Method | None,
+    explicit_rows: int,
+    image_count: int,
+    first_row: int = 0,
+) -> Context:
+    """The context of prompt rows `first_row ... S`, which see all S columns.
+
+    Padding may be on either side; positions count the tokens of a sample.
+
+    Args:
+        image_id: 0 text, k >= 1 the k-th image, -1 padding.
+        method: whose positions stage moves image tokens; None moves none.
+        explicit_rows: how many of the last rows the method's stages see.
+        image_count: no sample has more images.
+        first_row: the column of the first row.
+    """
+    positions = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1, dtype=jnp.int32) - 1, 0)
+    image = image_id > 0
+    shift = None
+    if method is not None:
+        images_before = jnp.cumsum(image, axis=1, dtype=jnp.int32) - image
+        seen_at = method.positions(
+            positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        )
+        if seen_at is not None:
+            shift = jnp.where(image, seen_at - positions, 0.0)
+    return Context(
+        image_id=image_id,
+        positions=positions[:, first_row:],
+        first_row=jnp.asarray(first_row, jnp.int32),
+        image_end=image_end(image_id),
+        image_shift=shift,
+        image_count=image_count,
+        phase="prefill",
+        explicit_rows=explicit_rows,
+    )
 
 
 def _with_method_exits(method: Method | None, config: Any, tap: Tap) -> Tap:
@@ -180,36 +220,6 @@ def _cache(columns: LayerCache, config: Any, context: Context, capacity: int) ->
         columns = shifted(columns, Rotation.at(context.image_shift, frequency))
     own = capacity - (columns.prefix.length if columns.prefix else 0)
     return LayerCache(columns.prefix, tuple(block.padded(own) for block in columns.own))
-
-
-def _prompt_context(
-    image_id: Int[Array, "B S"],
-    method: Method | None,
-    explicit_rows: int,
-    image_count: int,
-    first_row: int = 0,
-) -> Context:
-    """The context of prompt rows `first_row ... S`, which see all S columns."""
-    positions = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1, dtype=jnp.int32) - 1, 0)
-    image = image_id > 0
-    shift = None
-    if method is not None:
-        images_before = jnp.cumsum(image, axis=1, dtype=jnp.int32) - image
-        seen_at = method.positions(
-            positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32)
-        )
-        if seen_at is not None:
-            shift = jnp.where(image, seen_at - positions, 0.0)
-    return Context(
-        image_id=image_id,
-        positions=positions[:, first_row:],
-        first_row=jnp.asarray(first_row, jnp.int32),
-        image_end=image_end(image_id),
-        image_shift=shift,
-        image_count=image_count,
-        phase="prefill",
-        explicit_rows=explicit_rows,
-    )
 
 
 def _branches(method: Method | None) -> tuple[Transform | None, ...]:

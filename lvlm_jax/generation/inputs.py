@@ -1,5 +1,6 @@
 """From what users have (chat messages, or a processor's arrays) to a token layout."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,35 @@ from lvlm_jax.generation.layout import Inputs, lay_out
 
 Message = dict[str, Any]
 Conversation = Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """A picture that the tower has run over, for use in several prompts. Host arrays.
+
+    Attributes:
+        pixels: `Float[3, Y, X]`, the picture as the tower receives it; contrast branches may change it.
+        tokens: `Float[P, E]`, its image tokens as the decoder receives them.
+    """
+
+    pixels: np.ndarray
+    tokens: np.ndarray
+
+
+def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:
+    """Pictures as the tower receives them, `Float[I, 3, Y, X]`.
+
+    Args:
+        processor: the checkpoint's transformers processor.
+        images: what `open_image` takes.
+
+    Raises:
+        LVLMError: an unreadable picture.
+    """
+    opened = [open_image(image) for image in images]
+    return np.asarray(
+        processor.image_processor(images=opened, return_tensors="np")["pixel_values"], np.float32
+    )
 
 
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
@@ -41,12 +71,14 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
     Args:
         processor: the checkpoint's transformers processor.
         config: the model's configuration.
-        messages: one conversation or a list of them; images as paths, PIL images or arrays under "image".
+        messages: one conversation or a list of them; images under "image" as paths, PIL images or arrays, or all of
+            them as `EncodedImage`.
 
     Raises:
-        LVLMError: malformed messages, an unreadable image, or placeholders that do not match the images.
+        LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
+            images beside others.
     """
-    prompts, pixels = [], []
+    prompts, pixels, encoded, found = [], [], [], 0
     for conversation in as_conversations(messages):
         bare, images = _split(conversation)
         continued = bare[-1]["role"] == "assistant"
@@ -59,11 +91,25 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
                 f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
                 f"give one image for each, and do not write {processor.image_token!r} into a message's text"
             )
+        found += len(images)
+        known = [image for image in images if isinstance(image, EncodedImage)]
+        if known:  # their placeholders are expanded below, by the layout
+            encoded += known
+            pixels += [image.pixels[None] for image in known]
+            prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
+            continue
         processed = processor(images=images or None, text=text, return_tensors="np")
         prompts.append(np.asarray(processed["input_ids"])[0])
         if images:
             pixels.append(np.asarray(processed["pixel_values"], np.float32))
-    return _lay_out(prompts, None, 0, np.concatenate(pixels) if pixels else None, config)
+    if encoded and len(encoded) < found:
+        raise LVLMError(
+            f"{len(encoded)} of {found} images are encoded; encode all images of a batch, or none"
+        )
+    laid_out = _lay_out(prompts, None, 0, np.concatenate(pixels) if pixels else None, config)
+    if not encoded:
+        return laid_out
+    return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
 
 
 def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
@@ -90,7 +136,7 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
                     raise LVLMError(
                         'an image part has no image; expected {"type": "image", "image": path or picture}'
                     )
-                images.append(open_image(source))
+                images.append(source if isinstance(source, EncodedImage) else open_image(source))
                 parts.append({"type": "image"})
             else:
                 raise LVLMError(

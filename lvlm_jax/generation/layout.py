@@ -29,12 +29,14 @@ class Inputs:
         pixels: `Float[I, 3, Y, X]` of all images of the batch in reading order, or None.
         source_columns: `Int[B, U]`, for each column of the arrays the user gave the column it has here
             (a padding column points to any padding column).
+        image_tokens: `Float[I, P, E]`, what the tower made of `pixels`, where it has run already; else None.
     """
 
     tokens: np.ndarray
     image_id: np.ndarray
     pixels: np.ndarray | None
     source_columns: np.ndarray
+    image_tokens: np.ndarray | None = None
 
     @property
     def batch(self) -> int:
@@ -84,7 +86,8 @@ class Inputs:
             at = int(len(tokens) > 0 and tokens[0] == start)
             prompts.append(np.insert(tokens, at, words))
             images.append(np.insert(ids, at, np.zeros(len(words), ids.dtype)))
-        return dataclasses.replace(self._rebuilt(prompts, pad_token_id, images), pixels=self.pixels)
+        rebuilt = self._rebuilt(prompts, pad_token_id, images)
+        return dataclasses.replace(rebuilt, pixels=self.pixels, image_tokens=self.image_tokens)
 
     def _rebuilt(
         self, prompts: list[np.ndarray], pad_token_id: int, images: list[np.ndarray] | None = None

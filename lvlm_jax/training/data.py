@@ -8,8 +8,14 @@ iterator state needs saving.
 import collections
 import concurrent.futures
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from lvlm_jax.errors import LVLMError
 
 _source: Callable[[int], Any] | None = None
 
@@ -17,6 +23,16 @@ _source: Callable[[int], Any] | None = None
 def _adopt(source: Callable[[int], Any]) -> None:
     global _source
     _source = source
+    # Schedulers and terminals signal a whole group; it is for the training process to say when to stop.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when the training process is killed; the pool's pipes alone would keep it waiting."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _make(step: int) -> Any:
@@ -29,6 +45,9 @@ def batches(source: Callable[[int], Any], start: int, stop: int, workers: int = 
     Args:
         source: step number -> batch.
         workers: processes that work ahead, two batches each; 0 makes every batch on the spot.
+
+    Raises:
+        LVLMError: a worker was killed, as happens when memory runs out.
     """
     if workers == 0:
         yield from map(source, range(start, stop))
@@ -45,5 +64,9 @@ def batches(source: Callable[[int], Any], start: int, stop: int, workers: int = 
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise LVLMError(
+            f"a process that makes batches has ended ({error}); if memory ran out, lower loop.workers"
+        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

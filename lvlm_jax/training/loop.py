@@ -1,25 +1,26 @@
-"""The training loop: one task, one jitted step with donated state, logs, checkpoints, and a clean stop."""
+"""The training loop: one task, one jitted step, logs, checkpoints, and a clean stop."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import signal
-import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
+from jax.experimental import multihost_utils
 
+from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import data, optimizer
-from lvlm_jax.training.checkpoints import Checkpoints
+from lvlm_jax.generation.record import differences
+from lvlm_jax.training import checkpoints, data, optimizer, placement
 from lvlm_jax.training.losses import Mean
-
-Metrics = dict[str, Mean]
+from lvlm_jax.training.monitor import Monitor, Pace, flops_per_token, token_count
+from lvlm_jax.training.step import Metrics, Objective, State, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,140 +29,222 @@ class Task:
 
     Attributes:
         name: of its folder and in the log.
-        objective: (params, batch) -> (scalar to minimise, metrics); pure.
-        source: step number -> batch; picklable.
-        evaluate: params -> metrics on held-out data.
+        objective: (trainable, frozen, batch, key) -> metrics; pure.
+        terms: which metrics are minimised, with their weights; see `step.loss`.
+        source: number of a step, from 0 -> batch, a pytree of NumPy arrays; picklable. With `accumulate` > 1 every
+            array has a leading axis of that size. Runs given in epochs ask it for `steps(epochs)`.
+        evaluate: (trainable, frozen) -> metrics on held-out data; None when there is none.
+        describe: number of a step, from 0 -> what its batch holds, for error messages.
     """
 
     name: str
-    objective: Callable[[Any, Any], tuple[jax.Array, Metrics]]
+    objective: Objective
+    terms: Mapping[str, float]
     source: Callable[[int], Any]
-    evaluate: Callable[[Any], Metrics]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """All that changes during training."""
-
-    step: Any  # an integer array, or what JAX puts in its place while it rebuilds a tree
-    params: Any
-    optimizer: optax.OptState
-
-    @classmethod
-    def create(cls, params: Any, transformation: optax.GradientTransformation) -> "State":
-        """Step 0."""
-        return cls(jnp.zeros((), jnp.int32), params, transformation.init(params))
-
-
-def make_step(
-    objective: Callable[[Any, Any], tuple[jax.Array, Metrics]], transformation: optax.GradientTransformation
-) -> Callable[[State, Any], tuple[State, Metrics]]:
-    """The jitted update; its first argument is donated."""
-
-    def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
-        updates, optimizer_state = transformation.update(gradient, state.optimizer, state.params)
-        one = jnp.ones(())
-        metrics |= {"objective": Mean(loss, one), "gradient_norm": Mean(optax.tree.norm(gradient), one)}
-        return State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
-
-    return jax.jit(step, donate_argnums=0)
+    evaluate: Callable[[Any, Any], Metrics] | None
+    describe: Callable[[int], str] | None = None
 
 
 class Stop:
-    """Within it, SIGTERM and SIGINT only set `requested`, so that the loop can save before it leaves."""
+    """Within it, SIGTERM and SIGINT only ask for a stop, so that the loop can save before it leaves.
+
+    Several processes stop after the same step: JAX's preemption service, which watches for SIGTERM, agrees on one.
+    """
 
     def __enter__(self) -> "Stop":
-        self.requested = False
-        self._before = {
-            number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._asked = False
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def wanted(self, step: int) -> bool:
+        """Whether to stop after `step`; every process asks once per step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-class Log:
-    """JSON lines in `log.jsonl` of a run: every record has the stage and the step it was made after."""
+class Tally:
+    """Sums of metrics since the last line of the log, as Python numbers: exact in a checkpoint's JSON."""
 
-    def __init__(self, workdir: Path, stage: str):
-        self._path, self._stage = workdir / "log.jsonl", stage
+    def __init__(self, sums: Mapping[str, list[float]] | None = None):
+        self.sums = {name: list(pair) for name, pair in (sums or {}).items()}
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one record."""
-        record = {
-            "stage": self._stage,
-            "step": step,
-            **{name: round(float(v), 6) for name, v in values.items()},
-        }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def add(self, metrics: Metrics) -> None:
+        """Adds the metrics of one step; waits for the device."""
+        for name, mean in jax.device_get(metrics).items():
+            total, count = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = [total + float(mean.total), count + float(mean.count)]
+
+    def finite(self) -> bool:
+        """Whether no loss and no gradient was NaN or infinite."""
+        return all(math.isfinite(self.sums[name][0]) for name in ("objective", "gradient_norm"))
+
+    def take(self) -> dict[str, float]:
+        """The means, as `Mean.value` has them; starts anew."""
+        means = {name: total / max(count, 1) for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
 
 
-def train(task: Task, params: Any, settings: Any, workdir: Path) -> Any:
-    """Trains from `params`, or from the newest checkpoint of the task in `workdir`, up to `settings.steps` steps.
+def train(
+    task: Task,
+    trainable: Any,
+    frozen: Any,
+    settings: Any,
+    workdir: Path,
+    mesh: jax.sharding.Mesh | None = None,
+    config: Mapping | None = None,
+) -> Any:
+    """Trains from `trainable`, or from the newest checkpoint of the task in `workdir`, up to `settings.steps` steps.
 
     Args:
-        settings: the optimizer's fields (see `optimizer`), and `log_every`, `evaluate_every`, `save_every` (steps),
-            `workers` (processes that make batches), `keep` (checkpoints).
+        trainable: parameters that are learned; they are copied.
+        frozen: the model's other parameters, in a disjoint nested dict.
+        settings: the optimizer's fields (see `optimizer`); `log_every`, `evaluate_every`, `save_every` (steps),
+            `workers` (processes that make batches), `keep` (checkpoints); optionally `seed`, `accumulate`, and
+            `keep_best`, a metric of the log such as "val/loss": the checkpoint where it was lowest is kept too.
+        mesh: devices to spread the run over; None: all of them, along `data`.
+        config: what checkpoints record as the run's configuration; None: `settings`.
 
     Returns:
-        The trained parameters.
+        The trained parameters, on the mesh.
 
     Raises:
-        LVLMError: the loss is NaN or infinite; the message names the step and the checkpoint to go back to.
+        LVLMError: the loss or its gradient is NaN or infinite (the message names the step, its batch and the checkpoint
+            to go back to), a checkpoint of another model, or a disk that cannot be written.
         SystemExit: code 0, after SIGTERM or SIGINT, with everything saved.
     """
-    transformation = optimizer.make(settings)
-    rate = optimizer.schedule(settings)
-    # A copy, because the step donates its state and the caller keeps `params`; placed for good, because a second
-    # step whose state is placed otherwise than the first one's would be compiled again.
-    state = jax.device_put(
-        State.create(jax.tree.map(jnp.copy, params), transformation), jax.local_devices()[0]
+    mesh = parallel.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
+    steps, accumulate = settings.steps, settings.get("accumulate", 1)
+    best = settings.get("keep_best", "")
+    if best and task.evaluate is None:
+        raise LVLMError(
+            f"keep_best is {best!r}, but {task.name} has no validation data; give some, or leave it empty"
+        )
+    config = json.loads(json.dumps(settings.to_dict() if config is None else dict(config), default=str))
+    transformation, rate = optimizer.make(settings), optimizer.schedule(settings)
+    template = placement.of_state(trainable, transformation, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    frozen = placement.put(frozen, placement.of_parameters(frozen, mesh))
+    update = make_step(
+        task.objective, task.terms, transformation, settings.get("seed", 0), accumulate,
+        (shardings, placement.everywhere(mesh)),
+    )  # fmt: skip
+
+    with Stop() as stop, checkpoints.Checkpoints(workdir / task.name, settings.keep, bool(best)) as saved:
+        identity = checkpoints.identity(trainable, frozen)
+        state, record = _begin(saved, template, identity, trainable, transformation, shardings)
+        _warn_of_changes(record.get("config", config), config)
+        start, tally = int(state.step), Tally(record.get("sums"))
+        pace = Pace(flops_per_token(trainable, frozen), list(mesh.devices.flat))
+
+        def settle(step: int, metrics: Metrics, tokens: int) -> None:
+            """Reads what a step has computed. Done while the next one runs, so that no device waits for the host."""
+            tally.add(metrics)
+            if not tally.finite():
+                saved.wait()
+                raise LVLMError(_not_finite(task, step, tally, saved.newest()))
+            monitor.advance()
+            if step == start + 1:
+                pace.restart()  # most of this step was compilation
+            else:
+                pace.count(tokens)
+            if step % settings.log_every == 0 or step == steps:
+                values = tally.take() | {"learning_rate": float(rate(step - 1))} | pace.read()
+                monitor.write(step, values)
+                monitor.show(values)
+
+        with (
+            Monitor(workdir, task.name, start, steps) as monitor,
+            contextlib.closing(data.batches(task.source, start, steps, settings.workers)) as batches,
+        ):
+            running = None
+            for step, batch in enumerate(batches, start + 1):
+                placed = placement.put(batch, placement.of_batch(batch, mesh, accumulate))
+                state, metrics = update(state, frozen, placed)
+                if running is not None:
+                    settle(*running)
+                running = (step, metrics, token_count(batch))
+                stopping, last = stop.wanted(step), step == steps
+                judge = task.evaluate is not None and (step % settings.evaluate_every == 0 or last)
+                keep = step % settings.save_every == 0 or last or stopping or (judge and bool(best))
+                if not (judge or keep):
+                    continue
+                settle(*running)
+                running, score = None, math.inf
+                if judge:
+                    found = _evaluated(task, state.trainable, frozen)
+                    monitor.write(step, found)
+                    monitor.say(step, found)
+                    score = _score(found, best) if best else score
+                if keep:
+                    monitor.secure()
+                    # The data's position is the number of the next batch, which is that of this step.
+                    position = {"step": step, "seed": settings.get("seed", 0), "next_batch": step}
+                    saved.save(
+                        step, state, identity | position | {"config": config, "sums": tally.sums}, score
+                    )
+                pace.restart()
+                if stopping:
+                    raise SystemExit(0)
+    return state.trainable
+
+
+def _begin(
+    saved: checkpoints.Checkpoints,
+    template: State,
+    identity: Mapping,
+    trainable: Any,
+    transformation: Any,
+    shardings: State,
+) -> tuple[State, Mapping]:
+    """The newest checkpoint and its record, or step 0 and an empty one."""
+    restored = saved.restore(template, identity)
+    if restored is not None:
+        return restored
+    # A copy, because the step donates its state and the caller keeps `trainable`.
+    own = placement.put(jax.tree.map(lambda leaf: leaf.copy(), trainable), shardings.trainable)
+    moments = jax.jit(transformation.init, out_shardings=shardings.optimizer)(own)
+    return State(placement.put(np.zeros((), np.int32), shardings.step), own, moments), {}
+
+
+def _evaluated(task: Task, trainable: Any, frozen: Any) -> dict[str, float]:
+    found = jax.device_get(task.evaluate(trainable, frozen))
+    return {f"val/{name}": float(Mean(*mean).value) for name, mean in found.items()}
+
+
+def _score(found: Mapping[str, float], best: str) -> float:
+    if best not in found:
+        raise LVLMError(
+            f"keep_best is {best!r}, which is not measured; expected one of {', '.join(sorted(found))}"
+        )
+    return found[best] if math.isfinite(found[best]) else math.inf
+
+
+def _not_finite(task: Task, step: int, tally: Tally, newest: int | None) -> str:
+    fault = next(name for name in ("objective", "gradient_norm") if not math.isfinite(tally.sums[name][0]))
+    what = {"objective": "the loss", "gradient_norm": "the norm of the gradient"}[fault]
+    batch = f"batch {step - 1}" if task.describe is None else task.describe(step - 1)
+    checkpoint = (
+        "there is no checkpoint yet"
+        if newest is None
+        else f"the last good checkpoint is that of step {newest}"
     )
-    checkpoints = Checkpoints(workdir / task.name, settings.keep)
-    state = checkpoints.restore(state) or state
-    start, saved = int(state.step), int(state.step)
-    step_fn = make_step(task.objective, transformation)
-    log = Log(workdir, task.name)
-    source = data.batches(task.source, start, settings.steps, settings.workers)
-    running: Metrics = {}
-    with Stop() as stop, tqdm(total=settings.steps, initial=start, desc=task.name, mininterval=10) as bar:
-        began = time.monotonic()
-        for step, batch in enumerate(source, start + 1):
-            state, metrics = step_fn(state, batch)
-            if not np.isfinite(metrics["objective"].total):
-                raise LVLMError(
-                    f"the loss of step {step} of {task.name} is {float(metrics['objective'].total)}; the last good "
-                    f"checkpoint is that of step {saved}: lower the learning rate, or look at batch {step - 1}"
-                )
-            running = {name: running[name] + mean if running else mean for name, mean in metrics.items()}
-            bar.update()
-            if step % settings.log_every == 0 or step == settings.steps:
-                elapsed, began = time.monotonic() - began, time.monotonic()
-                values = {name: float(mean.value) for name, mean in running.items()}
-                count = float(running["objective"].count)
-                log.write(step, values | {"rate": rate(step), "seconds_per_step": elapsed / count})
-                bar.set_postfix(loss=f"{values['objective']:.3f}")
-                running = {}
-            if step % settings.evaluate_every == 0 or step == settings.steps:
-                found = {
-                    f"val/{name}": float(mean.value) for name, mean in task.evaluate(state.params).items()
-                }
-                log.write(step, found)
-                bar.write(f"{task.name} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-                began = time.monotonic()
-            if step % settings.save_every == 0 or step == settings.steps or stop.requested:
-                checkpoints.save(step, state)
-                saved = step
-            if stop.requested:
-                checkpoints.close()
-                raise SystemExit(0)
-    checkpoints.close()
-    return state.params
+    return (
+        f"{what} of step {step} of {task.name} is {tally.sums[fault][0]} ({batch}); {checkpoint}: "
+        "lower the learning rate, or look at these examples"
+    )
+
+
+def _warn_of_changes(before: Mapping, now: Mapping) -> None:
+    changed = differences(dict(before), dict(now))
+    if changed and jax.process_index() == 0:
+        warnings.warn(f"the run goes on with another configuration: {'; '.join(changed[:5])}", stacklevel=3)

@@ -5,26 +5,31 @@ from typing import Any
 import jax
 import optax
 
+DECAYED = ("kernel", "lora_a", "lora_b")
+
 
 def schedule(settings: Any) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `peak`, then half a cosine down to `peak * final`.
 
     Args:
-        settings: with fields `steps`, `warmup` (steps), `peak`, `final` (fraction of the peak at the end).
+        settings: with fields `steps`, `warmup` (steps; below 1 a share of them), `peak`, `final` (fraction of the peak
+            at the end).
     """
-    warmup = min(settings.warmup, settings.steps // 3)  # a short trial run still reaches its peak
+    steps, warmup = settings.steps, settings.warmup
+    # A short trial run still reaches its peak.
+    warmup = min(round(warmup * steps) if warmup < 1 else int(warmup), steps // 3)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else settings.peak,
         peak_value=settings.peak,
         warmup_steps=warmup,
-        decay_steps=settings.steps,
+        decay_steps=steps,
         end_value=settings.peak * settings.final,
     )
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters take weight decay: projection kernels, not norms, biases or embeddings."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """Which parameters take weight decay: matrices of projections and adapters, not norms, biases or embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
 def make(settings: Any) -> optax.GradientTransformation:

@@ -124,22 +124,21 @@ def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words:
     return jnp.einsum("IPE,LE->IPL", image_tokens, embedded)
 
 
-def tower_objective(module: nn.Module, params: dict, batch: dict) -> tuple[jax.Array, dict[str, Mean]]:
+def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mean]:
     """Stage 1, read off the tower by a linear classifier that is thrown away afterwards."""
     features = module.apply({"params": params}, sft.pixels(batch["images"]), method="image_features")
     logits = features @ params[CLASSIFIER]["kernel"] + params[CLASSIFIER]["bias"]
-    metrics = patch_metrics(logits, batch["labels"])
-    return metrics["patch_loss"].value, metrics
+    return patch_metrics(logits, batch["labels"])
 
 
-def connector_objective(
+def connector_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
-) -> tuple[jax.Array, dict[str, Mean]]:
+) -> dict[str, Mean]:
     """Stage 2: what patches show and where they are."""
     image_tokens = sft.encode(module, params, batch["images"])
     metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
     metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)
-    return metrics["patch_loss"].value + metrics["place_loss"].value, metrics
+    return metrics
 
 
 def place_loss(
@@ -153,16 +152,10 @@ def place_loss(
     return cross_entropy(logits, targets, (labels >= 0) & (labels < pocket_data.CATEGORY_COUNT))
 
 
-def conversation_objective(
-    module: nn.Module,
-    words: np.ndarray,
-    columns: np.ndarray,
-    patch_weight: float,
-    params: dict,
-    batch: dict,
-) -> tuple[jax.Array, dict[str, Mean]]:
-    """Stage 3: mean over the answer tokens of all rectangles of the batch, plus `patch_weight` times the mean losses
-    of what and where patches are."""
+def conversation_metrics(
+    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
+) -> dict[str, Mean]:
+    """Stage 3: over the answer tokens of all rectangles of the batch, and what and where their patches are."""
     total: dict[str, Mean] = {}
     for part in batch.values():
         image_tokens = sft.encode(module, params, part["images"])
@@ -171,15 +164,23 @@ def conversation_objective(
         found |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
         found["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
         total = {name: total[name] + mean if total else mean for name, mean in found.items()}
-    patches = total["patch_loss"].value + total["place_loss"].value
-    return total["loss"].value + patch_weight * patches, total
+    return total
+
+
+def objective(
+    metrics: Callable[[dict, dict], dict[str, Mean]], params: dict, frozen: dict, batch: dict, key: jax.Array
+) -> dict[str, Mean]:
+    """A stage's metrics as `loop.Task` asks for them: everything is trained, and nothing is left to chance."""
+    del frozen, key
+    return metrics(params, batch)
 
 
 def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str, dict]) -> Callable:
     """An `evaluate` for `loop.Task`: the metrics of each named batch, by `name/metric`."""
     score = jax.jit(score)
 
-    def evaluate(params: dict) -> dict[str, Mean]:
+    def evaluate(params: dict, frozen: dict) -> dict[str, Mean]:
+        del frozen
         return {
             f"{name}/{metric}": mean
             for name, batch in batches.items()
@@ -217,24 +218,29 @@ class Recipe:
     def task(self, stage: str, settings: ConfigDict) -> loop.Task:
         """The task of one of `STAGES`."""
         seed, rows = self.config.seed, self.config.evaluation_rows
+        named = (self.module, self.words, self.columns)
         if stage == "everything":
-            objective = functools.partial(
-                conversation_objective, self.module, self.words, self.columns, settings.patch_weight
-            )
+            metrics = functools.partial(conversation_metrics, *named)
+            terms = {
+                "loss": 1.0,
+                "patch_loss": settings.patch_weight,
+                "place_loss": settings.patch_weight,
+            }
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
             source = pocket_data.Conversations(seed + 2, self.encoder, **parts, drill=settings.drill)
-            questions = pocket_data.held_out(self.encoder, rows)
-            return loop.Task(
-                stage, objective, source, evaluation(functools.partial(sft.metrics, self.module), questions)
-            )
-        if stage == "tower":
-            objective = functools.partial(tower_objective, self.module)
+            score = functools.partial(sft.metrics, self.module)
+            held_out = pocket_data.held_out(self.encoder, rows)
         else:
-            objective = functools.partial(connector_objective, self.module, self.words, self.columns)
-            seed += 1
-        pictures = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
-        score = evaluation(lambda params, batch: objective(params, batch)[1], pictures)
-        return loop.Task(stage, objective, pocket_data.Pictures(seed, settings.batch), score)
+            if stage == "tower":
+                metrics, terms = functools.partial(tower_metrics, self.module), {"patch_loss": 1.0}
+            else:
+                metrics = functools.partial(connector_metrics, *named)
+                terms = {"patch_loss": 1.0, "place_loss": 1.0}
+                seed += 1
+            source, score = pocket_data.Pictures(seed, settings.batch), metrics
+            held_out = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
+        pure = functools.partial(objective, metrics)
+        return loop.Task(stage, pure, terms, source, evaluation(score, held_out))
 
     def export(self, params: dict, folder: Path, workdir: Path) -> Path:
         """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
@@ -246,9 +252,10 @@ class Recipe:
 
 
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
-    """What `loop.train` reads of a stage: its own fields and the loop's, `config.steps` before its own steps."""
+    """What `loop.train` reads of a stage: its own fields, the loop's, the seed, and `config.steps` before its steps."""
     settings = ConfigDict({**config.loop, **config.get(stage, {})})
     settings.steps = config.steps or settings.get("steps", 0)
+    settings.seed = config.seed
     return settings
 
 
@@ -270,6 +277,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     params = initial_parameters(recipe.module.config, config.seed)
     for stage in config.stages:
         settings = settings_of(config, stage)
-        params = loop.train(recipe.task(stage, settings), recipe.initial(stage, params), settings, workdir)
+        task, initial = recipe.task(stage, settings), recipe.initial(stage, params)
+        params = loop.train(task, initial, {}, settings, workdir, config=config.to_dict())
     params = recipe.initial("", params)
     return recipe.export(params, Path(config.export or workdir / "export"), workdir)

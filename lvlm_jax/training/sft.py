@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
-from lvlm_jax.attention.context import Context, image_end
+from lvlm_jax.training import forward
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 # CLIP's own normalisation, per channel of RGB in 0 to 1.
@@ -21,33 +21,26 @@ def pixels(images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I 3 Y X"]:
     return ((images.astype(jnp.float32) / 255.0 - MEAN) / DEVIATION).transpose(0, 3, 1, 2)
 
 
-def context_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: int) -> Context:
-    """The context of right-padded rows: padding comes after every real token, so that no real row sees it."""
+def image_id_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: int) -> Int[Array, "B T"]:
+    """0 text, k >= 1 the row's k-th image. Padding on the right counts as text: no real row sees it."""
     placeholder = tokens == image_token
     order = (jnp.cumsum(placeholder, axis=1) - 1) // tokens_per_image + 1
-    image_id = jnp.where(placeholder, order, 0).astype(jnp.int32)
-    return Context(
-        image_id=image_id,
-        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
-        first_row=jnp.zeros((), jnp.int32),
-        image_end=image_end(image_id),
-        blocked=True,
-    )
+    return jnp.where(placeholder, order, 0).astype(jnp.int32)
 
 
 def next_token_logits(
     module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"]
 ) -> Float[Array, "B T V"]:
     """Logits of every row: row t predicts token t + 1."""
-    context = context_of(tokens, module.config.image_token_id, module.config.tokens_per_image)
-    x = module.apply({"params": params}, tokens, image_tokens, method="embed")
-    decoded = module.apply({"params": params}, x[None], context, method="decode")
+    image_id = image_id_of(tokens, module.config.image_token_id, module.config.tokens_per_image)
+    embedded = forward.embed(module, params, tokens, image_tokens)
+    decoded = forward.decode(module, params, image_id, embedded)
     return module.apply({"params": params}, decoded.hidden[0], method="head")
 
 
 def encode(module: nn.Module, params: Any, images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I P E"]:
     """Image tokens of 8-bit pictures."""
-    return module.apply({"params": params}, pixels(images), method="encode_images")
+    return forward.encode_images(module, params, pixels(images))
 
 
 def answer_metrics(logits: Float[Array, "B T V"], batch: dict[str, jax.Array]) -> dict[str, Mean]:

@@ -1,65 +1,186 @@
-"""Asking a model: questions put once, batches that do not matter, logs that survive a kill."""
+"""Asking a model: batches that do not matter, towers that run once a picture, logs that survive a kill."""
 
 import dataclasses
+from collections import Counter
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Data, engine, get
-from lvlm_jax.pocket.splits import write_split
+from lvlm_jax.evaluation import Question, engine, get
+from lvlm_jax.evaluation.engine import Work
+from lvlm_jax.evaluation.pictures import Pictures
+from lvlm_jax.evaluation.shares import Share
+from lvlm_jax.generation import drivers
+from tests import small
+from tests.evaluation.fakes import Oracle
+
+PROTOCOL = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    """Twelve POPE questions of all splits, and their protocol."""
-    folder = tmp_path_factory.mktemp("pocket") / "split"
-    write_split(folder, "test", 20)
-    protocol = dataclasses.replace(get("pope/strict"), max_new_tokens=4)
-    questions = BENCHMARKS["pope"].read(Data(folder), protocol, need_images=True)
-    return questions[:4] + questions[-8:], protocol
+def questions(tmp_path_factory):
+    """Twenty questions about seven pictures, one of them about two, one about none; lengths of two classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    paths = []
+    for number in range(7):
+        paths.append(folder / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(paths[-1])
+    asked = [((paths[i % 7],), f"Is it {'so ' * (i % 3)}{i}?") for i in range(18)]
+    asked += [((paths[1], paths[5]), "Are they?"), ((), "Is it?")]
+    return [Question(i, images, text, "yes", "random") for i, (images, text) in enumerate(asked)]
 
 
-class Counting:
-    """The pocket model, and how many conversations it was asked to answer."""
-
-    def __init__(self):
-        self.model, self.asked = LVLM.from_pretrained(cli.checkpoint("pocket")), 0
-
-    def generate(self, messages, **options):
-        self.asked += len(messages)
-        return self.model.generate(messages, **options)
+@pytest.fixture
+def tower(monkeypatch):
+    """How many pictures went through the tower, one number for each time it ran."""
+    seen, run = [], drivers.encode_images
+    monkeypatch.setattr(drivers, "encode_images", lambda *given: seen.append(len(given[2])) or run(*given))
+    return seen
 
 
-@pytest.fixture(scope="module")
-def model():
-    return Counting()
-
-
-def test_answers_do_not_depend_on_the_batch(model, asked):
-    questions, protocol = asked
-    whole = engine.ask(model, questions, protocol, batch_size=6)
+def test_answers_do_not_depend_on_the_batch(model, questions, tower):
+    """Nor on who encoded the pictures; and every picture is encoded once."""
+    questions = questions[:18]  # those about one picture: fewer programs
+    whole = engine.ask(model, questions, PROTOCOL, work=Work(batch_size=16))
     assert list(whole) == [question.key for question in questions]
-    assert whole == engine.ask(model, questions, protocol, batch_size=2)
-    twice = [dataclasses.replace(question, group="again") for question in questions]
-    before = model.asked
-    both = engine.ask(model, [*questions, *twice], protocol, batch_size=6)
-    assert model.asked - before <= 12  # the same question about the same picture is put once
-    assert [both[question.key] for question in twice] == list(whole.values())
+    assert tower == [7]
+    assert whole == engine.ask(model, questions, PROTOCOL, work=Work(batch_size=1))
+    assert tower == [7] + [1] * 7
+    for question in questions[:3]:
+        picture = {"type": "image", "image": str(question.images[0])}
+        messages = [{"role": "user", "content": [picture, {"type": "text", "text": question.text}]}]
+        assert model.generate(messages, max_new_tokens=4).text[0].strip() == whole[question.key].text
 
 
-def test_a_killed_run_goes_on_where_it_was(model, asked, tmp_path):
-    questions, protocol = asked
-    log, record = tmp_path / "log.jsonl", {"who": "pocket"}
-    whole = engine.ask(model, questions, protocol, batch_size=4, log=log, record=record)
-    lines = log.read_bytes().splitlines(keepends=True)
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.VCD(),  # other pixels
+        methods.ICD(tokens=(5, 6, 7)),  # words before the prompt
+        methods.VISTA(layers=(0, 1)),  # the prompt without pictures, before it begins
+    ],
+    ids=lambda method: method.label,
+)
+def test_methods_take_encoded_pictures(model, method, tower):
+    conversations = [small.conversation("Which of them?", seed=1), small.conversation("Is it so?", seed=2)]
+    plain = model.generate(conversations, method, max_new_tokens=4)
+    before = len(tower)
+    pictures = [one[0]["content"][0]["image"] for one in conversations]
+    encoded = model.encode_images(pictures)
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, one[0]["content"][1]]}]
+        for one, image in zip(conversations, encoded, strict=True)
+    ]
+    again = model.generate(messages, method, max_new_tokens=4)
+    assert again == plain
+    assert len(tower) - before == 1 + (method.contrast_prompt() == "pixels")
+    whole, laid_out = model.prepare(conversations), model.prepare(messages)
+    for name in ("tokens", "image_id", "pixels"):
+        np.testing.assert_array_equal(getattr(laid_out, name), getattr(whole, name))
+
+
+def test_encoded_pictures_do_not_mix_with_others(model):
+    picture = np.zeros((28, 28, 3), np.uint8)
+    (encoded,) = model.encode_images([picture])
+    parts = [{"type": "image", "image": image} for image in (encoded, picture)]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Same?"}]}]
+    with pytest.raises(LVLMError, match="1 of 2 images are encoded; encode all images of a batch, or none"):
+        model.prepare(messages)
+
+
+def test_questions_with_the_same_prompt_are_put_once(questions):
+    twice = [*questions, *(dataclasses.replace(question, group="popular") for question in questions)]
+    oracle = Oracle()
+    found = engine.ask(oracle, twice, PROTOCOL, work=Work(batch_size=5))
+    assert oracle.asked == 20
+    assert [found["random", str(i)] for i in range(20)] == [found["popular", str(i)] for i in range(20)]
+    drawn = dataclasses.replace(PROTOCOL, temperature=1.0)
+    found = engine.ask(oracle, twice, drawn, work=Work(batch_size=5))
+    assert oracle.asked == 60  # drawn answers differ
+    assert [found["random", str(i)] for i in range(20)] != [found["popular", str(i)] for i in range(20)]
+    assert found == engine.ask(Oracle(), twice[::-1], drawn, work=Work(batch_size=16))  # by key, not by place
+    assert found != engine.ask(Oracle(), twice, drawn, work=Work(batch_size=16, seed=1))
+
+
+def test_prompts_about_one_picture_follow_each_other(questions):
+    batches = engine.plan(questions, PROTOCOL, 4)
+    assert sorted(index for batch in batches for prompt in batch for index in prompt) == list(range(20))
+    assert [len(batch) for batch in batches] == [4] * 5
+    order = [questions[prompt[0]].images for batch in batches for prompt in batch]
+    changes = sum(one != other for one, other in zip(order, order[1:], strict=False))
+    assert changes == len(set(order)) - 1
+
+
+@pytest.mark.parametrize("processes", [2, 3, 30])
+def test_shares_are_disjoint_and_complete(questions, processes):
+    shares = [
+        [prompt for batch in engine.plan(questions, PROTOCOL, 4, Share(k, processes)) for prompt in batch]
+        for k in range(processes)
+    ]
+    times = Counter(index for share in shares for prompt in share for index in prompt)
+    assert times == Counter(range(20))
+    owners = Counter(image for share in shares for image in {questions[prompt[0]].images for prompt in share})
+    assert set(owners.values()) == {1}  # no picture is encoded by two
+
+
+def test_pictures_that_do_not_fit_are_encoded_again(questions):
+    paths = [question.images[0] for question in questions[:7]]
+    oracle = Oracle()
+    with Pictures(oracle, paths, 3, remembered=50) as pictures:  # one group of three takes 72 bytes
+        first = [pictures.encoded([path])[0].tokens for path in paths]
+        again = [pictures.encoded([path])[0].tokens for path in paths]
+    assert oracle.encoded == [3] * 6
+    np.testing.assert_array_equal(first, again)
+    means = [np.asarray(Image.open(path), np.float32).mean(axis=(0, 1))[None] for path in paths]
+    np.testing.assert_array_equal(first, means)
+    with (
+        Pictures(Oracle(), [b"no picture"], 3) as pictures,
+        pytest.raises(LVLMError, match="of a table cannot be"),
+    ):
+        pictures.encoded([b"no picture"])
+
+
+def test_a_killed_run_goes_on_where_it_was(questions, tmp_path):
+    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
+    log = tmp_path / "log.0.jsonl"
+    whole = engine.ask(Oracle(), questions, PROTOCOL, work=work)
+    lines = [line for line in log.read_bytes().splitlines(keepends=True) if b'"batch"' not in line]
+    assert len(lines) == 1 + 20
     log.write_bytes(b"".join(lines[:6]) + lines[6][:9])  # five answers and a piece of the sixth
-    before = model.asked
-    assert engine.ask(model, questions, protocol, batch_size=4, log=log, record=record) == whole
-    assert model.asked - before == 8  # seven questions were left, in two batches of four
-    assert sorted(log.read_bytes().splitlines(keepends=True)) == sorted(lines)
-    with pytest.raises(LVLMError, match=r"begun with other settings \(who: 'pocket', now 'another'\)"):
-        engine.ask(model, questions, protocol, log=log, record={"who": "another"})
-    log.write_text("not a log\n")
+    oracle = Oracle()
+    assert engine.ask(oracle, questions, PROTOCOL, work=work) == whole
+    assert oracle.asked == 16  # the second batch of four was not whole, so it is put again as it was
+    again = [line for line in log.read_bytes().splitlines(keepends=True) if b'"batch"' not in line]
+    assert sorted(again) == sorted(lines)
+    engine.ask(oracle, questions, PROTOCOL, work=work)
+    assert oracle.asked == 16
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_and_loses_nothing(questions, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(questions[4].images[0].read_bytes()[:200])
+    asked = [*questions, Question("last", (path,), "Is it?", "yes", "random")]
+    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
+    with pytest.raises(LVLMError, match=r"image '.*broken.png' cannot be decoded"):
+        engine.ask(Oracle(), asked, PROTOCOL, work=work)
+    path.write_bytes(questions[4].images[0].read_bytes())
+    oracle = Oracle()
+    found = engine.ask(oracle, asked, PROTOCOL, work=work)
+    assert len(found) == 21 and oracle.asked < 21
+
+
+def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path):
+    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
+    engine.ask(Oracle(), questions, PROTOCOL, work=work)
+    other = dataclasses.replace(work, record={"who": "another"})
+    with pytest.raises(LVLMError, match=r"begun with other settings \(who: 'oracle', now 'another'\)"):
+        engine.ask(Oracle(), questions, PROTOCOL, work=other)
+    with pytest.raises(LVLMError, match=r"log.0.jsonl' was begun with other settings"):
+        engine.ask(Oracle(), questions, PROTOCOL, work=dataclasses.replace(other, share=Share(1, 2)))
+    (tmp_path / "log.0.jsonl").write_text("not a log\n")
     with pytest.raises(LVLMError, match="is no log of answers"):
-        engine.ask(model, questions, protocol, log=log, record=record)
+        engine.ask(Oracle(), questions, PROTOCOL, work=work)

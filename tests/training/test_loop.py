@@ -1,49 +1,15 @@
 import json
 import os
-import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import loop
-from lvlm_jax.training.losses import Mean
-
-TARGET = np.linspace(-1, 1, 6).reshape(3, 2).astype(np.float32)
-
-
-def objective(params, batch):
-    error = batch["inputs"] @ (params["layer"]["kernel"] - TARGET)
-    loss = jnp.mean(error**2)
-    return loss, {"error": Mean(jnp.sum(jnp.abs(error)), jnp.float32(error.size))}
-
-
-def source(step):
-    return {"inputs": np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)}
-
-
-def task(source=source):
-    return loop.Task("line", objective, source, lambda params: objective(params, {"inputs": jnp.eye(3)})[1])
-
-
-def settings(**changes):
-    optimizer = dict(
-        steps=30, warmup=3, peak=0.1, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0
-    )
-    return ConfigDict(
-        optimizer | dict(log_every=5, evaluate_every=10, save_every=10, workers=0, keep=2) | changes
-    )
-
-
-def start():
-    return {"layer": {"kernel": jnp.zeros((3, 2))}}
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+from tests.training import line
 
 
 def stopping_at(step, number=signal.SIGTERM):
@@ -52,77 +18,187 @@ def stopping_at(step, number=signal.SIGTERM):
     def stopping(index):
         if index == step:
             os.kill(os.getpid(), number)
-        return source(index)
+        return line.source(index)
 
     return stopping
 
 
 def test_the_loss_falls_and_is_logged(tmp_path):
-    params = loop.train(task(), start(), settings(steps=200), tmp_path)
-    np.testing.assert_allclose(params["layer"]["kernel"], TARGET, atol=0.05)
-    logged = records(tmp_path)
+    kernel = line.train(line.task(), tmp_path, steps=200)
+    np.testing.assert_allclose(kernel, line.TARGET, atol=0.05)
+    logged = line.records(tmp_path)
     assert [r["step"] for r in logged if "objective" in r] == list(range(5, 201, 5))
     assert [r["step"] for r in logged if "val/error" in r] == list(range(10, 201, 10))
     assert logged[-1]["val/error"] < 0.05 < logged[0]["error"]
+    assert {"gradient_norm", "learning_rate", "seconds_per_step", "tokens_per_second"} <= logged[1].keys()
 
 
 def test_a_logged_mean_is_that_of_its_steps(tmp_path):
-    loop.train(task(), start(), settings(peak=0.0, steps=10), tmp_path)
-    errors = [np.abs(source(step)["inputs"] @ TARGET).mean() for step in range(5)]
-    np.testing.assert_allclose(records(tmp_path)[0]["error"], np.mean(errors), rtol=1e-4)
+    line.train(line.task(), tmp_path, peak=0.0, steps=10)
+    errors = [np.abs(line.source(step)["inputs"] @ line.TARGET).mean() for step in range(5)]
+    np.testing.assert_allclose(line.records(tmp_path)[0]["error"], np.mean(errors), rtol=1e-5)
+
+
+def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
+    line.train(line.task(), tmp_path, steps=4, warmup=0, peak=1e-7, log_every=1)
+    rates = [record["learning_rate"] for record in line.records(tmp_path) if "objective" in record]
+    cosine = [1e-7 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / 4))) for step in range(4)]
+    np.testing.assert_allclose(rates, cosine, rtol=1e-5)
+
+
+def test_what_was_given_stays_with_the_caller(tmp_path):
+    trainable, frozen = line.start()
+    line.train(line.task(), tmp_path, begin=(trainable, frozen), steps=3)
+    assert not np.any(trainable["layer"]["kernel"]) and np.array_equal(frozen["layer"]["target"], line.TARGET)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_leaves_with_code_0_and_goes_on_as_if_nothing_happened(tmp_path, number):
-    whole = loop.train(task(), start(), settings(), tmp_path / "whole_run")
+    whole = line.train(line.task(), tmp_path / "whole_run")
     with pytest.raises(SystemExit) as stop:
-        loop.train(task(stopping_at(16, number)), start(), settings(), tmp_path / "halves")
+        line.train(line.task(stopping_at(16, number)), tmp_path / "halves")
     assert stop.value.code == 0
     assert (tmp_path / "halves" / "line" / "17").is_dir()
-    resumed = loop.train(task(), start(), settings(), tmp_path / "halves")
-    np.testing.assert_array_equal(resumed["layer"]["kernel"], whole["layer"]["kernel"])
+    resumed = line.train(line.task(), tmp_path / "halves")
+    np.testing.assert_array_equal(resumed, whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # Stopped in the middle of five steps that make one line of the log: their mean is none the less that of five.
+    assert line.curve(tmp_path / "halves") == line.curve(tmp_path / "whole_run")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    first = loop.train(task(), start(), settings(), tmp_path)
-    before = records(tmp_path)
-    again = loop.train(task(lambda step: pytest.fail("a step was made")), start(), settings(), tmp_path)
-    np.testing.assert_array_equal(again["layer"]["kernel"], first["layer"]["kernel"])
-    assert records(tmp_path) == before
+    first = line.train(line.task(), tmp_path)
+    before = line.records(tmp_path)
+    again = line.train(line.task(lambda step: pytest.fail("a step was made")), tmp_path)
+    np.testing.assert_array_equal(again, first)
+    assert line.records(tmp_path) == before
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
-    def poisoned(step):
-        batch = source(step)
-        return {"inputs": batch["inputs"] * np.float32(np.nan)} if step == 13 else batch
+def poisoned(step):
+    batch = line.source(step)
+    return batch | {"inputs": batch["inputs"] * np.float32(np.nan)} if step == 13 else batch
 
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, log_every):
+    message = (
+        r"the loss of step 14 of line is nan \(rows 13 to 16\); the last good checkpoint is that of step 10"
+    )
+    with pytest.raises(LVLMError, match=message):
+        line.train(line.task(poisoned), tmp_path, log_every=log_every)
+    assert sorted(path.name for path in (tmp_path / "line").iterdir()) == ["10"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path):
+    def steep(trainable, frozen, batch, key):
+        metrics = line.objective(trainable, frozen, batch, key)
+        root = jnp.sqrt(jnp.sum(trainable["layer"]["kernel"] ** 2))  # 0, with an infinite slope
+        return metrics | {"square": metrics["square"]._replace(total=metrics["square"].total + root)}
+
+    task = line.loop.Task("line", steep, {"square": 1.0}, line.source, None)
+    message = r"the norm of the gradient of step 1 of line is nan \(batch 0\); there is no checkpoint yet"
+    with pytest.raises(LVLMError, match=message):
+        line.train(task, tmp_path, save_every=1)
+    assert not list((tmp_path / "line").iterdir())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    """The measured error is lowest after step 15, where nothing is due to be saved but for it."""
+    found = {5: 3.0, 10: 2.0, 15: 1.0, 20: 4.0, 25: 5.0, 30: 6.0}
+    steps = iter(found.values())
+    task = line.task(evaluate=lambda trainable, frozen: {"error": line.Mean(next(steps), 1.0)})
+    line.train(task, tmp_path, evaluate_every=5, keep=1, keep_best="val/error")
+    assert {path.name for path in (tmp_path / "line").iterdir()} == {"15", "30"}
+
+
+def test_a_best_metric_that_is_not_measured(tmp_path):
     with pytest.raises(
-        LVLMError, match=r"step 14 of line is nan; the last good checkpoint is that of step 10"
+        LVLMError, match="keep_best is 'val/loss', which is not measured; expected one of val/error"
     ):
-        loop.train(task(poisoned), start(), settings(), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "line").iterdir() if path.is_dir()) == ["10"]
+        line.train(line.task(), tmp_path, keep_best="val/loss")
+    with pytest.raises(LVLMError, match="line has no validation data"):
+        line.train(line.task(evaluate=None), tmp_path, keep_best="val/loss")
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    loop.train(task(), start(), settings(save_every=5), tmp_path)
-    kept = {path.name for path in (tmp_path / "line").iterdir() if path.is_dir()}
-    assert kept == {"25", "30"}
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path):
+    line.train(line.task(), tmp_path, steps=10)
+    with pytest.warns(UserWarning, match="another configuration: peak: 0.1, now 0.2"):
+        line.train(line.task(), tmp_path, steps=10, peak=0.2)
 
 
-def test_an_unreadable_newest_checkpoint_is_passed_over(tmp_path):
-    whole = loop.train(task(), start(), settings(), tmp_path)
-    for file in (tmp_path / "line" / "30").rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(b"")
-    resumed = loop.train(task(), start(), settings(), tmp_path)
-    np.testing.assert_array_equal(resumed["layer"]["kernel"], whole["layer"]["kernel"])
-    assert records(tmp_path)[-1]["step"] == 30 and sum(r["step"] == 25 for r in records(tmp_path)) == 2
+def events(folder):
+    """(step, name, value) of every scalar, in the order of the files' times; TensorBoard's record format."""
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            place += 16 + size
+            if event.session_log.status:
+                found = [entry for entry in found if entry[0] < event.step]
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
 
 
-def test_checkpoints_of_another_model_are_an_error(tmp_path):
-    loop.train(task(), start(), settings(steps=10), tmp_path)
-    shutil.move(tmp_path / "line", tmp_path / "other")
-    other = loop.Task("other", objective, source, lambda params: {})
-    with pytest.raises(LVLMError, match="use another --workdir"):
-        loop.train(other, {"layer": {"kernel": jnp.zeros((5, 2))}}, settings(), tmp_path)
+def test_tensorboard_shows_what_the_log_says(tmp_path):
+    """A run killed after its 12th step's line and gone on from the 10th: no step is there twice, in either."""
+
+    def killed(step):
+        if step == 13:
+            raise KeyError("killed")
+        return line.source(step)
+
+    with pytest.raises(KeyError):
+        line.train(line.task(killed), tmp_path, log_every=1)
+    assert line.records(tmp_path)[-1]["step"] == 12
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "line", "st')
+    line.train(line.task(), tmp_path, log_every=1)
+    logged = line.records(tmp_path)
+    assert [r["step"] for r in logged if "objective" in r] == list(range(1, 31))
+    shown = [
+        (record["step"], name, np.float32(value))
+        for record in logged
+        for name, value in record.items()
+        if name not in ("step", "stage")
+    ]
+    assert sorted(events(tmp_path / "tensorboard" / "line")) == sorted(shown)
+
+
+def test_only_records_of_the_own_task_are_taken_back(tmp_path):
+    line.train(line.task(name="before"), tmp_path, steps=10)
+    (tmp_path / "log.jsonl").open("a").write(json.dumps({"stage": "line", "step": 7}) + "\n")
+    line.train(line.task(), tmp_path, steps=10)
+    stages = [(record["stage"], record["step"]) for record in line.records(tmp_path)]
+    assert stages == [(stage, step) for stage in ("before", "line") for step in (5, 10, 10)]
+
+
+def test_a_full_disk_under_the_log(tmp_path, monkeypatch):
+    import pathlib
+
+    opened = pathlib.Path.open
+
+    def full(path, mode="r", *arguments, **options):
+        if path.name == "log.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", full)
+    with pytest.raises(LVLMError, match="cannot be written: No space left on device"):
+        line.train(line.task(), tmp_path)
+
+
+def test_dropout_differs_between_steps_and_repeats_with_the_seed(tmp_path):
+    def noisy(trainable, frozen, batch, key):
+        metrics = line.objective(trainable, frozen, batch, key)
+        return metrics | {"noise": line.Mean(jax.random.normal(key), jnp.ones(()))}
+
+    def noises(name, **changes):
+        task = line.loop.Task("line", noisy, {"square": 1.0}, line.source, None)
+        line.train(task, tmp_path / name, steps=4, log_every=1, **changes)
+        return [record["noise"] for record in line.records(tmp_path / name)]
+
+    first = noises("a", seed=1)
+    assert len(set(first)) == 4
+    assert first == noises("b", seed=1) and not set(first) & set(noises("c", seed=2))

@@ -1,0 +1,17 @@
+"""DPO on a file of pairs: `python train.py --config configs/dpo.py --config.data=pairs.jsonl --workdir runs/dpo`.
+
+Other losses: `--config.preference.loss=ipo` or `hinge`; conservative DPO: `--config.preference.label_smoothing=0.1`.
+"""
+
+from ml_collections import ConfigDict
+
+from lvlm_jax.training import settings
+
+
+def get_config() -> ConfigDict:
+    """LoRA of rank 16 on the language model, one epoch of 16 pairs a step, plain attention."""
+    config = settings.base()
+    config.recipe = "dpo"
+    config.preference.method = "none"
+    config.preference.nll = 0.0
+    return config

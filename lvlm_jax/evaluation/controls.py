@@ -1,0 +1,301 @@
+"""Trivial things that a method must beat: the controls beside it, and whether it does, in words.
+
+Most of what contrastive decoding gains on POPE comes from two side effects (Yin et al. 2025, arXiv 2504.10020): the
+share of "yes" moves, and sampling becomes nearly greedy because the plausibility cut leaves few tokens. Captions get a
+better CHAIR by getting shorter. Each control has one of these effects and nothing else:
+
+greedy         no method, temperature 0
+temperature    no method, drawn at temperature 1
+plausibility   no method but the cut: drawn at temperature 1 from the tokens v with l[v] >= max l + ln β, where β is
+               the method's own (0.1 for a method without a cut)
+threshold      yes/no questions: "yes" where greedy decoding's log-odds of yes against no, for the first token of the
+               answer, exceed a threshold; one for each group, chosen so that the share of yes is the method's
+length         captions: of the greedy caption of each image the first n words, n being the words of the method's
+               caption of that image (the whole, where it has fewer); both by the protocol's truncation rule, which
+               is not applied again to the cut text
+
+The first three are runs of the model (`decodings`), the fourth needs one pass over the prompts (`log_odds`), the last
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import parsers, rescore
+from lvlm_jax.evaluation.chair import truncated
+from lvlm_jax.evaluation.engine import DEFAULT, Work, collect
+from lvlm_jax.evaluation.protocol import Protocol
+from lvlm_jax.evaluation.question import Question
+from lvlm_jax.evaluation.scores import Scores
+from lvlm_jax.evaluation.shares import Key
+from lvlm_jax.methods import Method, Strength, strength
+from lvlm_jax.methods.base import plausible
+from lvlm_jax.methods.chain import Chained
+
+CUT = 0.1  # β for methods that have none
+ABOUT = {
+    "greedy": "greedy decoding",
+    "temperature": "sampling at temperature 1",
+    "plausibility": "the plausibility cut alone",
+    "threshold": "a yes/no threshold with the same share of yes",
+    "length": "greedy captions of the same length",
+}
+# Figures by which a method is judged, the first that a benchmark has of each line; of the second less is better.
+RIGHT = ("accuracy", "hallucination", "perception", "cognition", "score")
+WRONG = ("C_S", "Hal")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlausibilityCut(Method):
+    """Nothing but the plausibility cut of contrastive methods; not registered, for it is no method of its own."""
+
+    beta: Strength = strength(CUT, "plausibility cut β", low=0, high=1)
+
+    def combine(self, readout, memory):
+        return jnp.where(plausible(readout.main, self.beta), readout.main, -jnp.inf), memory
+
+
+def own_cut(method: Method) -> float:
+    """β of a method's plausibility cut (of the first member of a chain that has one); 0.1 without one."""
+    for member in method.members if isinstance(method, Chained) else (method,):
+        for field in dataclasses.fields(member):
+            if field.metadata.get("doc", "").startswith("plausibility cut"):
+                return float(str(getattr(member, field.name)))  # a float32 of 0.2 is 0.2
+    return CUT
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A control that is a run of the model.
+
+    Attributes:
+        folder: name of the folder for its answers, which tells it from those of other methods' controls.
+    """
+
+    name: str
+    folder: str
+    protocol: Protocol
+    method: Method | None
+
+
+def decodings(protocol: Protocol, method: Method) -> list[Decoding]:
+    """The controls of a method that are runs of the model."""
+    greedy = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
+    drawn = dataclasses.replace(protocol, temperature=1.0, top_p=1.0)
+    beta = own_cut(method)
+    return [
+        Decoding("greedy", "greedy", greedy, None),
+        Decoding("temperature", "temperature", drawn, None),
+        Decoding("plausibility", f"plausibility-{beta:g}", drawn, PlausibilityCut(beta)),
+    ]
+
+
+def is_yes_no(question: Question) -> bool:
+    """Whether the right answer is yes or no."""
+    return (question.label or "").strip().lower() in ("yes", "no")
+
+
+def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """First tokens of "yes" and of "no", in any case, with and without a blank before.
+
+    Writings that are one token decide; only where neither word has one, the first pieces of all writings do, without
+    those that both words share.
+
+    Raises:
+        LVLMError: the two words begin alike.
+    """
+
+    def pieces(word: str) -> list[list[int]]:
+        writings = [blank + form for blank in ("", " ") for form in (word, word.capitalize(), word.upper())]
+        return [tokenizer(writing, add_special_tokens=False)["input_ids"] for writing in writings]
+
+    by_word = [pieces(word) for word in ("yes", "no")]
+    whole = [{ids[0] for ids in found if len(ids) == 1} for found in by_word]
+    if not all(whole):
+        whole = [{ids[0] for ids in found} for found in by_word]
+    yes, no = whole[0] - whole[1], whole[1] - whole[0]
+    if not yes or not no:
+        raise LVLMError(
+            "the tokenizer gives yes and no the same first token, so the threshold control has no log-odds; "
+            "leave --controls out"
+        )
+    return sorted(yes), sorted(no)
+
+
+def log_odds(
+    model: Any,
+    questions: Sequence[Question],
+    protocol: Protocol,
+    work: Work = DEFAULT,
+    title: str = "yes/no log-odds",
+) -> dict[Key, float]:
+    """ln p(yes) - ln p(no) of the first answer token under plain decoding, by question.
+
+    Args:
+        questions: with yes/no answers.
+        work: its logs are called "odds".
+    """
+    yes, no = answer_words(model.processor.tokenizer)
+
+    def respond(messages: list[list[dict]], seeds: list[int]) -> list[dict]:
+        logits = np.asarray(model.prefill(messages)[1].combined, np.float64)
+        odds = np.logaddexp.reduce(logits[:, yes], axis=1) - np.logaddexp.reduce(logits[:, no], axis=1)
+        return [{"odds": round(float(value), 6)} for value in odds]
+
+    plain = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
+    found = collect(model, questions, plain, respond, work, "odds", title)
+    return {key: row["odds"] for key, row in found.items()}
+
+
+def said_yes(questions: Sequence[Question], answers: Mapping[Key, str], protocol: Protocol) -> list[bool]:
+    """Which answers the protocol's parser takes for yes."""
+    # "short" and "letter" are no yes/no parsers; there the one of `mihbench.score` is used.
+    parse = parsers.YES_NO.get(protocol.parser, parsers.strict)
+    return [parse(answers[one.key], one.label.strip().lower()) == "yes" for one in questions]
+
+
+def fitted_threshold(odds: Sequence[float], yes: int) -> float:
+    """The threshold above which as nearly as can be `yes` of the log-odds lie; the higher one of two.
+
+    It lies half-way between two log-odds, or beyond all of them.
+    """
+    levels = np.unique(np.asarray(odds, float))
+    between = np.concatenate([[levels[0] - 1], (levels[1:] + levels[:-1]) / 2, [levels[-1] + 1]])
+    above = (np.asarray(odds)[:, None] > between).sum(axis=0)
+    miss = np.abs(above - yes)
+    return float(between[np.flatnonzero(miss == miss.min())[-1]])
+
+
+def thresholded(
+    questions: Sequence[Question], odds: Mapping[Key, float], answers: Mapping[Key, str], protocol: Protocol
+) -> tuple[dict[Key, str], dict[str, float]]:
+    """The threshold control's answers ("Yes" or "No"), and the threshold of each group.
+
+    Args:
+        questions: with yes/no answers.
+        answers: the method's.
+    """
+    texts, thresholds = {}, {}
+    for group in dict.fromkeys(question.group for question in questions):
+        members = [question for question in questions if question.group == group]
+        values = [odds[question.key] for question in members]
+        thresholds[group] = fitted_threshold(values, sum(said_yes(members, answers, protocol)))
+        for question, value in zip(members, values, strict=True):
+            texts[question.key] = "Yes" if value > thresholds[group] else "No"
+    return texts, thresholds
+
+
+def length_matched(greedy: str, other: str, truncate: str = "none") -> str:
+    """The greedy caption, cut after as many words (between blanks) as the other caption has."""
+    kept = truncated(greedy, truncate).split()
+    return " ".join(kept[: len(truncated(other, truncate).split())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What the controls of one run said; `texts` by control, each by question, as far as it was asked."""
+
+    texts: Mapping[str, Mapping[Key, str]]
+    odds: Mapping[Key, float]
+
+
+def report(
+    benchmark: Any,
+    questions: Sequence[Question],
+    answers: Mapping[Key, str],
+    protocol: Protocol,
+    answered: Answered,
+    resamples: int,
+    seed: int = 0,
+) -> dict:
+    """Every control's figures and how the method compares, as plain JSON values, with a verdict in words.
+
+    Args:
+        benchmark: module of `lvlm_jax.evaluation.BENCHMARKS`.
+        answers: the method's.
+        answered: answers of greedy, temperature and plausibility to all questions; log-odds of the yes/no ones.
+        resamples, seed: of the bootstrap.
+    """
+    found = {}
+
+    def compare(name: str, asked: Sequence[Question], texts: Mapping, rule: Protocol, ours: Mapping) -> dict:
+        method, control = (benchmark.score(asked, said, rule) for said in (ours, texts))
+        against = rescore.compare(method, control, resamples, seed)
+        found[name] = {
+            "about": ABOUT[name],
+            "questions": len(asked),
+            "figures": rescore.report(control, resamples, seed)["figures"],
+            "against": against,
+            "verdicts": verdicts(against["differences"]),
+            "words": words(ABOUT[name], method, control, against["differences"]),
+        }
+        return found[name]
+
+    for name in ("greedy", "temperature", "plausibility"):
+        compare(name, questions, answered.texts[name], protocol, answers)
+    binary = [question for question in questions if is_yes_no(question)]
+    if binary:
+        texts, thresholds = thresholded(binary, answered.odds, answers, protocol)
+        compare("threshold", binary, texts, protocol, answers)["thresholds"] = thresholds
+    captions = [question for question in questions if question.label is None]
+    if captions:
+        ours = {one.key: truncated(answers[one.key], protocol.truncate) for one in captions}
+        theirs = answered.texts["greedy"]
+        cut = {
+            one.key: length_matched(theirs[one.key], answers[one.key], protocol.truncate) for one in captions
+        }
+        whole = dataclasses.replace(protocol, truncate="none")
+        shorter = sum(len(cut[one.key].split()) < len(ours[one.key].split()) for one in captions)
+        compare("length", captions, cut, whole, ours)["shorter_than_the_method"] = shorter
+    return found
+
+
+def headlines(names: Sequence[str]) -> list[str]:
+    """The figures by which runs are judged: the first about being right, and the first about being wrong."""
+    found = []
+    for family in (RIGHT, WRONG):
+        fitting = [name for name in names if name.rpartition(": ")[2] in family]
+        found += fitting[:1]
+    return found
+
+
+def verdicts(differences: Mapping) -> dict[str, str]:
+    """What paired differences (method minus control) of the headline figures say.
+
+    "beats" where the interval lies on the better side of 0, "does not beat" where it lies on the worse one, "cannot be
+    told from" where it holds 0. A figure that is not defined is left out.
+    """
+    found = {}
+    for name in headlines(list(differences)):
+        low, high = differences[name]["interval"]
+        if low is None:
+            continue
+        if name.rpartition(": ")[2] in WRONG:
+            low, high = -high, -low
+        found[name] = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
+    return found
+
+
+def words(about: str, method: Scores, control: Scores, differences: Mapping) -> str:
+    """The verdicts with their figures, one sentence for each."""
+    ours, theirs = method.values(), control.values()
+    sentences = []
+    for name, says in verdicts(differences).items():
+        scale = 100 if method.figures[name].unit == "share" else 1
+        value, low, high = (
+            scale * number for number in (differences[name]["value"], *differences[name]["interval"])
+        )
+        sentences.append(
+            f"The method {says} {about} on {name}: {ours[name] * scale:.1f} against {theirs[name] * scale:.1f}, "
+            f"difference {value:+.1f} (95 % interval {low:+.1f} to {high:+.1f})."
+        )
+    return " ".join(sentences)

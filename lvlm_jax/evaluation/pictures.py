@@ -1,0 +1,92 @@
+"""Pictures of a benchmark, opened in threads ahead of the model, and encoded once for all questions about them."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.question import image_name
+from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation.inputs import EncodedImage
+
+READERS = 4  # threads that open the pictures needed next
+REMEMBERED = 1 << 30  # bytes of encoded pictures: 160 of LLaVA-1.5-7B's in bfloat16
+
+
+class Pictures:
+    """The pictures of the questions to come, in the order in which they will be needed.
+
+    The tower takes them in groups of one size: neighbours in that order, whatever of them is known already. So it is
+    one program, and a run that goes on after a kill computes exactly what it would have computed. The groups used
+    last are remembered; a benchmark whose pictures fit is encoded once.
+    """
+
+    def __init__(self, model: Any, needed: Iterable[Path | bytes], size: int, remembered: int = REMEMBERED):
+        """Nothing is opened yet.
+
+        Args:
+            model: an `LVLM`.
+            needed: every picture in the order of its uses, as often as it is used.
+            size: of a group.
+            remembered: bytes of encoded pictures to keep; the newest group is kept in any case.
+        """
+        order = list(dict.fromkeys(needed))
+        size = max(1, min(size, len(order)))
+        self._groups = [order[start : start + size] for start in range(0, len(order), size)]
+        self._group_of = {picture: number for number, group in enumerate(self._groups) for picture in group}
+        self._model, self._size, self._limit = model, size, remembered
+        self._known: OrderedDict[int, dict[Path | bytes, EncodedImage]] = OrderedDict()
+        self._opening: dict[int, list[Future]] = {}
+        self._pool = ThreadPoolExecutor(READERS)
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encoded(self, pictures: Sequence[Path | bytes]) -> list[EncodedImage]:
+        """Some of the pictures, encoded.
+
+        Raises:
+            LVLMError: a picture of their groups cannot be read.
+        """
+        return [self._group(self._group_of[picture])[picture] for picture in pictures]
+
+    def _group(self, number: int) -> dict[Path | bytes, EncodedImage]:
+        if number not in self._known:
+            opening = self._opening.pop(number, None) or self._open(number)
+            images = [future.result() for future in opening]
+            if number + 1 < len(self._groups) and number + 1 not in self._known:
+                self._opening = {number + 1: self._open(number + 1)}
+            filled = images + [images[-1]] * (self._size - len(images))  # the last group has the same shape
+            encoded = self._model.encode_images(filled)[: len(images)]
+            self._known[number] = dict(zip(self._groups[number], encoded, strict=True))
+        self._known.move_to_end(number)
+        while len(self._known) > 1 and sum(map(_bytes, self._known.values())) > self._limit:
+            self._known.popitem(last=False)
+        return self._known[number]
+
+    def _open(self, number: int) -> list[Future]:
+        return [self._pool.submit(_opened, picture) for picture in self._groups[number]]
+
+
+def _opened(picture: Path | bytes) -> Image.Image:
+    if not isinstance(picture, bytes):
+        return open_image(picture)
+    try:
+        image = Image.open(io.BytesIO(picture))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise LVLMError(f"picture {image_name(picture)} of a table cannot be opened: {error}") from error
+    return open_image(image)
+
+
+def _bytes(group: dict[Any, EncodedImage]) -> int:
+    return sum(image.pixels.nbytes + image.tokens.nbytes for image in group.values())

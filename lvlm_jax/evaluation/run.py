@@ -1,0 +1,228 @@
+"""A run: a model answers a benchmark, with a method and beside its controls, and one folder holds what came of it.
+
+OUT/log.PROCESS.jsonl          answers as they came; what a run that was stopped goes on from
+OUT/answers.jsonl (or as the benchmark has it: a file for each split, answers.json, a folder)
+OUT/scores.json                figures, controls, cost, and the record of what decided them
+CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import statistics as numbers
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import BENCHMARKS, answers, controls, engine, files, rescore, shares, statistics
+from lvlm_jax.evaluation.controls import Answered
+from lvlm_jax.evaluation.engine import Work
+from lvlm_jax.evaluation.protocol import Protocol, record
+from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.shares import ALONE, Share
+from lvlm_jax.generation.record import run_record
+from lvlm_jax.methods import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What of a run does not belong to its protocol.
+
+    Attributes:
+        batch_size: prompts at once.
+        seed: of sampling.
+        controls: folder for the controls' logs; None for no controls.
+        share: the part of the questions that this process answers.
+        against: answer files of another run to compare with.
+        resamples, bootstrap_seed: of the intervals.
+    """
+
+    batch_size: int = 16
+    seed: int = 0
+    controls: Path | None = None
+    share: Share = ALONE
+    against: Sequence[str] = ()
+    resamples: int = statistics.RESAMPLES
+    bootstrap_seed: int = 0
+
+
+DEFAULT = Options()
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Questions put to a model under one protocol and method, and where the answers lie."""
+
+    protocol: Protocol
+    method: Method | None
+    work: Work
+
+    def logged(self, name: str = "log") -> shares.Logged:
+        """What is there by now, of all processes."""
+        return shares.read(self.work.folder, name, self.work.record)
+
+
+class Run:
+    """A benchmark, a model, a method: first `ask`, then `score`. Only asking needs the model.
+
+    Attributes:
+        questions: of the benchmark, with their pictures.
+        about: the record that lies beside the answers.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str,
+        protocol: Protocol,
+        data: Data,
+        out: Path,
+        method: Method | None = None,
+        options: Options = DEFAULT,
+    ):
+        """Reads the questions.
+
+        Args:
+            path, dtype: of the model, as they go into the records.
+            out: folder of the run.
+
+        Raises:
+            LVLMError: an unusable benchmark folder, or controls without a method.
+        """
+        if options.controls is not None and method is None:
+            raise LVLMError("controls run beside a method, and there is none; give a method, or no controls")
+        self.protocol, self.data, self.out, self.options = protocol, data, out, options
+        self._benchmark = BENCHMARKS[protocol.benchmark]
+        self.questions = self._benchmark.read(data, protocol, need_images=True)
+        settings = {"protocol": protocol.name, "batch_size": options.batch_size}
+        self.about = run_record(path, dtype, method, settings) | {"seed": options.seed}
+        listed = self._benchmark.question_files(data, protocol)
+
+        def decoded(rule: Protocol, how: Method | None, folder: Path) -> Decoded:
+            about = record(rule, self.questions, listed, model=path, model_sha256=self.about["model_sha256"],
+                           method=how, seed=options.seed, more={"dtype": dtype})  # fmt: skip
+            return Decoded(rule, how, Work(options.batch_size, options.seed, folder, about, options.share))
+
+        self._own = decoded(protocol, method, out)
+        self._controls: dict[str, Decoded] = {}
+        if options.controls is not None:
+            self._controls = {
+                one.name: decoded(one.protocol, one.method, options.controls / one.folder)
+                for one in controls.decodings(protocol, method)
+            }
+        self._yes_no = [question for question in self.questions if controls.is_yes_no(question)]
+
+    def complete(self) -> bool:
+        """Whether every answer is there, so that `score` has nothing to wait for.
+
+        Raises:
+            LVLMError: a log of another run is in the way.
+        """
+        everything = [self._own, *self._controls.values()]
+        if not all(one.logged().complete(self.questions) for one in everything):
+            return False
+        return not self._controls or self._controls["greedy"].logged("odds").complete(self._yes_no)
+
+    def ask(self, model: Any) -> None:
+        """Has the model answer this process's share, controls included.
+
+        Raises:
+            LVLMError: an unreadable picture, a method that the model cannot take, or a log of another run.
+        """
+        name = self.protocol.name
+        for title, one in {"": self._own, **self._controls}.items():
+            engine.ask(model, self.questions, one.protocol, one.method, one.work, f"{name} {title}".strip())
+        if self._controls and self._yes_no:
+            work = self._controls["greedy"].work
+            controls.log_odds(model, self._yes_no, self.protocol, work, f"{name} log-odds")
+
+    def score(self) -> dict | None:
+        """Scores the answers and writes all files.
+
+        Returns:
+            What stands in `scores.json`; None while other processes have not answered their shares.
+        """
+        if not self.complete():
+            return None
+        options, logged = self.options, self._own.logged()
+        texts = {key: row["text"] for key, row in logged.answers.items()}
+        with _one_at_a_time(self.out):
+            given = write_answers(self.out, self.questions, texts, self.protocol, self.about)
+            found = rescore.rescore(
+                self.protocol, self.data, given, options.against, resamples=options.resamples,
+                seed=options.bootstrap_seed,
+            )  # fmt: skip
+            found["cost"] = cost(logged)
+            if self._controls:
+                found["controls"] = controls.report(
+                    self._benchmark, self.questions, texts, self.protocol, self._answered(), options.resamples,
+                    options.bootstrap_seed,
+                )  # fmt: skip
+            rescore.write(found, self.out)
+        return found
+
+    def _answered(self) -> Answered:
+        texts = {
+            name: {key: row["text"] for key, row in one.logged().answers.items()}
+            for name, one in self._controls.items()
+        }
+        odds = self._controls["greedy"].logged("odds").answers
+        return Answered(texts, {key: row["odds"] for key, row in odds.items()})
+
+
+def write_answers(
+    out: Path, questions: Sequence[Question], texts: dict, protocol: Protocol, about: dict
+) -> list[str]:
+    """Writes answers in the benchmark's own format, each file with the record of the run beside it.
+
+    Returns:
+        The files as `--rescore` takes them: `GROUP=FILE` where each group has one of its own.
+    """
+    name = {"mme": "answers", "amber": "answers.json"}.get(protocol.benchmark, "answers.jsonl")
+    groups = list(dict.fromkeys(question.group for question in questions))
+    apart = (
+        protocol.benchmark in ("pope", "mihbench") and len(groups) > 1 and set(groups) <= set(protocol.groups)
+    )
+    found = []
+    for group in groups if apart else [None]:
+        target = out / (f"{group}.jsonl" if apart else name)
+        chosen = [question for question in questions if group in (None, question.group)]
+        answers.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
+        beside = target.with_name(target.name + ".run.json")
+        files.write_whole(beside, json.dumps(about, indent=1) + "\n")
+        found.append(f"{group}={target}" if apart else str(target))
+    return found
+
+
+def cost(logged: shares.Logged) -> dict:
+    """What answers cost: mean tokens of one, the median batch's milliseconds a token, all seconds, and the device.
+
+    The median, because the first batch of a shape waits for its program. Times include pictures and prompts.
+    """
+    timed = [1000 * batch["seconds"] / batch["tokens"] for batch in logged.batches if batch["tokens"]]
+    lengths = [row["tokens"] for row in logged.answers.values()]
+    return {
+        "tokens": round(sum(lengths) / len(lengths), 3) if lengths else None,
+        "milliseconds": round(numbers.median(timed), 3) if timed else None,
+        "seconds": round(sum(batch["seconds"] for batch in logged.batches), 1),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Two processes that finish at the same moment write the same files, so one after the other."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

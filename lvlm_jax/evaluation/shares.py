@@ -1,0 +1,99 @@
+"""Several processes that answer one benchmark: who answers what, and one log each in a folder that all can see.
+
+The processes do not talk to each other. Every one appends to `NAME.PROCESS.jsonl` and reads all of them, so a run that
+was killed may go on with another number of processes, and the totals depend on neither number nor order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.question import Question
+from lvlm_jax.generation.record import differences
+
+Key = tuple[str, str]  # Question.key
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of the work that process `index` of `processes` does."""
+
+    index: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.processes:
+            raise LVLMError(
+                f"process {self.index} of {self.processes} was asked for; processes are counted from 0 to "
+                f"{max(self.processes, 1) - 1}"
+            )
+
+    @classmethod
+    def of(cls, processes: int | None = None, index: int | None = None) -> Share:
+        """The numbers given; without any, those of `jax.distributed`, which are 0 of 1 where it was not set up.
+
+        Raises:
+            LVLMError: one number without the other, or an index out of range.
+        """
+        if (processes is None) != (index is None):
+            raise LVLMError("give both the number of processes and the index of this one, or neither")
+        return cls(jax.process_index(), jax.process_count()) if processes is None else cls(index, processes)
+
+    def path(self, folder: Path, name: str) -> Path:
+        """This process's log called `name`."""
+        return folder / f"{name}.{self.index}.jsonl"
+
+
+ALONE = Share()
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """What the logs of all processes hold.
+
+    Attributes:
+      answers: by question.
+      batches: what each batch cost.
+    """
+
+    answers: dict[Key, dict]
+    batches: list[dict]
+
+    def complete(self, questions: Sequence[Question]) -> bool:
+        """Whether every question is answered."""
+        return all(question.key in self.answers for question in questions)
+
+
+def read(folder: Path, name: str, record: Mapping) -> Logged:
+    """The logs called `name` in a folder; a line that is still being written, or that a kill has cut, is passed over.
+
+    Raises:
+      LVLMError: a file is no log, or one of other settings.
+    """
+    record = json.loads(json.dumps(record))
+    found = Logged({}, [])
+    for path in sorted(folder.glob(f"{name}.*.jsonl")):
+        try:
+            rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+            changed = differences(rows[0]["record"], record) if rows else []
+            for row in rows[1:]:
+                if "batch" in row:
+                    found.batches.append(row["batch"])
+                else:
+                    found.answers.setdefault((row["group"], row["id"]), row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LVLMError(
+                f"{str(path)!r} is no log of answers; give another --out, or remove it"
+            ) from error
+        if changed:
+            raise LVLMError(
+                f"{str(path)!r} was begun with other settings ({'; '.join(changed[:3])}); "
+                "give another --out, or remove it to start again"
+            )
+    return found

@@ -1,0 +1,80 @@
+"""Conversations as token ids, with the tokens marked that an answer consists of.
+
+The prompt is tokenised as at inference, so that the model learns to go on from exactly what it will be given. What the
+chat template writes between a prompt and what follows an answer is the answer, its stop token included.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lvlm_jax.errors import LVLMError
+
+
+class Tokens(NamedTuple):
+    """A conversation's token ids, one placeholder for each image, and which of them are learned."""
+
+    ids: Int[np.ndarray, " U"]
+    answers: Bool[np.ndarray, " U"]
+
+
+def encode(processor: Any, stops: Collection[int], messages: list[dict], last_only: bool) -> Tokens:
+    """Token ids of a conversation that ends with an answer.
+
+    Args:
+        processor: the checkpoint's transformers processor.
+        stops: tokens that end an answer. When the template writes none behind the last answer, the tokenizer's
+            own end token is added, or the first of these.
+        messages: `{"role", "content"}`, content a list of text and image parts, images without pictures.
+        last_only: whether the last answer alone is learned, or the assistant's every message.
+
+    Raises:
+        LVLMError: the chat template writes a prompt differently once it is answered, or there is no end token.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    text, ids, spans = "", [], []
+    for turn in turns[-1:] if last_only else turns:
+        asked = _render(processor, messages[:turn], True)
+        answered = _render(processor, messages[: turn + 1], False).rstrip()
+        if not asked.startswith(text) or not answered.startswith(asked):
+            raise LVLMError(
+                "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
+                "told apart; give the checkpoint a template that only appends (chat_template.jinja)"
+            )
+        ids = _extended(processor.tokenizer, ids, text, asked)
+        start = len(ids)
+        ids = _extended(processor.tokenizer, ids, asked, answered)
+        spans.append(slice(start, len(ids)))
+        text = answered
+    if ids[-1] not in (*stops, processor.tokenizer.eos_token_id):
+        ids = [*ids, _end(processor.tokenizer, stops)]
+        spans[-1] = slice(spans[-1].start, len(ids))
+    answers = np.zeros(len(ids), bool)
+    for span in spans:
+        answers[span] = True
+    return Tokens(np.asarray(ids, np.int32), answers)
+
+
+def _render(processor: Any, messages: list[dict], prompt: bool) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _extended(tokenizer: Any, ids: list[int], text: str, longer: str) -> list[int]:
+    """The ids of `text`, then those of what `longer` adds to it."""
+    together = list(tokenizer(longer)["input_ids"])
+    if together[: len(ids)] == ids:
+        return together
+    # A token would reach across the seam, which no prompt at inference has.
+    return ids + list(tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"])
+
+
+def _end(tokenizer: Any, stops: Collection[int]) -> int:
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    if not stops:
+        raise LVLMError(
+            "neither the tokenizer nor the model names a token that ends an answer; set eos_token_id in config.json"
+        )
+    return next(iter(stops))

@@ -1,0 +1,110 @@
+"""Fine-tuning of a checkpoint: load, adapt, train by a recipe, export.
+
+A recipe is a module of this package with `task(model, module, config, workdir) -> loop.Task`. One that needs the
+untrained model beside the trained one also has `with_base(trainable, frozen) -> frozen`, which full fine-tuning calls.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lvlm_jax import cli, models, parallel, weights
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.models.layers import LORA_LEAVES
+from lvlm_jax.training import loop, lora, parts, placement
+from lvlm_jax.training import settings as fields
+from lvlm_jax.weights import peft
+from lvlm_jax.weights.tables import flatten, unflatten
+
+# Imported when asked for: a recipe brings its own readers and methods.
+RECIPES = {
+    "capl": "preference_task",
+    "dpo": "preference_task",
+    "flow_alignment": "flow_alignment",
+    "sft": "sft_task",
+}
+
+
+def train(config: ConfigDict, workdir: Path) -> Path:
+    """Trains as `config` says (`training.settings`), from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+        The folder of the Hugging Face checkpoint, `export` in `workdir`, adapters merged. With LoRA `adapter` beside it
+        holds them alone, in PEFT's format.
+
+    Raises:
+        LVLMError: a setting, a model or data that cannot be used; see also `loop.train`.
+        SystemExit: asked to stop.
+    """
+    recipe = _recipe(config.recipe)
+    fields.check(config)
+    mesh = parallel.make_mesh(**config.mesh)
+    model = load(config, mesh)
+    trainable, frozen = divide(model.params, config)
+    module = models.build(model.config, jnp.dtype(config.dtype), remat=config.remat)
+    task = recipe.task(model, module, config, workdir)
+    beside = frozen
+    if not config.lora.enabled and hasattr(recipe, "with_base"):
+        beside = recipe.with_base(trainable, frozen)
+    settings = loop_settings(config, task)
+    trained = loop.train(task, trainable, beside, settings, workdir, mesh, config.to_dict())
+    return export(trained, frozen, model, config, workdir)
+
+
+def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
+    """The model to train, on the mesh; in the dtype of the master weights where any of them are the model's own."""
+    dtype = config.dtype if config.lora.enabled else config.master
+    return LVLM.from_pretrained(cli.checkpoint(config.model), dtype=dtype, mesh=mesh)
+
+
+def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
+    """(trainable, frozen): fresh adapters and all of `params`, or what `config.train` finds and the rest.
+
+    The first is in the master dtype, the second in that of products.
+    """
+    if config.lora.enabled:
+        of = config.lora
+        key = jax.random.key(config.seed)
+        trainable, frozen = lora.attach(params, of.rank, of.alpha, of.targets, of.dropout, key)
+    else:
+        trainable, frozen = parts.split(params, config.train)
+        frozen = _cast(frozen, config.dtype)
+    return _cast(trainable, config.master), frozen
+
+
+def loop_settings(config: ConfigDict, task: loop.Task) -> ConfigDict:
+    """What `loop.train` reads: fields of the loop and of the optimizer, and the number of steps."""
+    steps = config.steps or task.source.steps(config.epochs)
+    own = dict(steps=steps, seed=config.seed, accumulate=config.accumulate)
+    return ConfigDict({**config.loop, **config.optimizer, **own})
+
+
+def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
+    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does, for all."""
+    whole, folder, source = parts.join(trained, frozen), workdir / "export", cli.checkpoint(config.model)
+    leaves = {path: leaf for path, leaf in flatten(whole).items() if path.endswith(LORA_LEAVES)}
+    adapter, merged = placement.local(unflatten(leaves)), placement.local(lora.merge(whole))
+    if jax.process_index() == 0:
+        if config.lora.enabled:
+            peft.save_adapter(workdir / "adapter", adapter, model.config, source)
+        dtype = jnp.dtype(config.dtype)
+        weights.save_checkpoint(folder, merged, model.config, model.folder, dtype=dtype, overwrite=True)
+    multihost_utils.sync_global_devices("export")
+    return folder
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _recipe(name: str) -> ModuleType:
+    if name not in RECIPES:
+        raise LVLMError(f"recipe {name!r} is unknown; expected one of {', '.join(('pocket', *RECIPES))}")
+    return importlib.import_module(f"lvlm_jax.training.{RECIPES[name]}")

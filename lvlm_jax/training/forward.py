@@ -1,0 +1,107 @@
+"""The forward pass of training: whole rows at once, without a cache, and logits where they are needed.
+
+Rows are right-padded: prompt, answer, padding (`image_id` -1). What is computed for a row's tokens is what
+`generation.forward.full_forward` computes for the same tokens left-padded.
+
+A sequence is a dict of arrays, B rows of T columns, as `pair_batches` makes them:
+
+    tokens    Int[B, T]   right-padded with the pad token
+    answers   Bool[B, T]  the tokens that are learned, stop token included
+    image_id  Int[B, T]   0 text, k >= 1 the row's k-th image, -1 padding
+    columns   Int[B, A]   where the answer tokens stand, in order; 0, which is never an answer, behind the last
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.attention import Tap
+from lvlm_jax.generation.forward import prompt_context
+from lvlm_jax.methods import Method
+from lvlm_jax.models.decoder import Decoded
+
+Sequence = Mapping[str, jax.Array]
+Rngs = Mapping[str, jax.Array] | None  # {"dropout": key}, or None for no dropout
+
+NOTHING = Tap()
+
+
+def encode_images(
+    module: nn.Module, params: Any, pixels: Float[Array, "I 3 Y X"], rngs: Rngs = None
+) -> Float[Array, "I P E"]:
+    """Image tokens as the decoder receives them."""
+    return module.apply({"params": params}, pixels, method="encode_images", rngs=rngs)
+
+
+def embed(
+    module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"]
+) -> Float[Array, "B T E"]:
+    """Token embeddings with the image tokens in the places of the rows' placeholders, in reading order."""
+    return module.apply({"params": params}, tokens, image_tokens, method="embed")
+
+
+def decode(
+    module: nn.Module,
+    params: Any,
+    image_id: Int[Array, "B T"],
+    embeddings: Float[Array, "B T E"],
+    method: Method | None = None,
+    image_count: int = 1,
+    tap: Tap = NOTHING,
+    rngs: Rngs = None,
+) -> Decoded:
+    """One pass through the decoder, with the attention of the method's main branch in all rows.
+
+    Args:
+        image_id: 0 text, k >= 1 the k-th image, -1 padding.
+        method: None takes attention in blocks of rows, which is cheaper and rounds differently.
+        image_count: no row has more images.
+        tap: what to return besides; attention weights are seen only by attention in one piece.
+        rngs: randomness of adapters that have dropout.
+    """
+    total = image_id.shape[1]
+    context = prompt_context(image_id, method, total if method else 0, image_count)
+    transforms = method.branches()[:1] if method else None
+    plain = transforms is None and tap.layers == ()
+    return module.apply(
+        {"params": params},
+        embeddings[None],
+        dataclasses.replace(context, blocked=plain),
+        None,
+        transforms,
+        tap,
+        method="decode",
+        rngs=rngs,
+    )
+
+
+def answer_logits(
+    module: nn.Module,
+    params: Any,
+    hidden: Float[Array, "B T E"],
+    sequence: Sequence,
+    rngs: Rngs = None,
+) -> tuple[Float[Array, "B A V"], Int[Array, "B A"], Bool[Array, "B A"]]:
+    """Logits of the answer tokens alone, those tokens, and which of the A places hold one.
+
+    A vocabulary's worth of logits for every row would be most of a step's memory.
+    """
+    columns = sequence["columns"]
+    # Row t predicts token t + 1.
+    rows = jnp.take_along_axis(hidden, jnp.maximum(columns - 1, 0)[..., None], axis=1)
+    logits = module.apply({"params": params}, rows, method="head", rngs=rngs)
+    targets = jnp.take_along_axis(sequence["tokens"], columns, axis=1)
+    return logits, targets, jnp.take_along_axis(sequence["answers"], columns, axis=1)
+
+
+def token_logprobs(
+    logits: Float[Array, "*B A V"], targets: Int[Array, "*B A"], mask: Bool[Array, "*B A"]
+) -> Float[Array, "*B A"]:
+    """Log-probability in nats of each target, in float32; 0 outside the mask."""
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return jnp.where(mask, jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], 0.0)

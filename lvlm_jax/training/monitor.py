@@ -1,0 +1,225 @@
+"""What people watch: a progress bar, JSON lines, TensorBoard, and how much of the hardware a run uses.
+
+A run's speed is in tokens per second; padding counts, for it is computed too. Its model FLOP utilisation is
+
+    MFU = (4 P + 2 T) · tokens per second / (devices · peak)
+
+P: weights that every token meets (all but the vision tower's, the connector's and a separate embedding table); the
+forward pass and the gradients of activations take 2 FLOPs each per weight. T: those of them that are trained, another
+2 FLOPs each; with T = P this is the usual 6 P. Attention's own products, the tower and recomputation are left out, so
+the true utilisation is higher. The peak is that of dense bfloat16 products.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import tqdm
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.files import write_whole
+from lvlm_jax.weights.tables import flatten
+
+# Dense bfloat16 FLOP/s by a part of JAX's `device_kind`, from the makers' data sheets; the first that fits counts.
+PEAKS: tuple[tuple[str, float], ...] = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A10G", 70e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+)
+
+FLUSH_SECONDS = 5.0  # TensorBoard's files; a flush waits for the disk
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device; None when it is not in the table."""
+    return next((peak for name, peak in PEAKS if name.lower() in device_kind.lower()), None)
+
+
+def flops_per_token(trainable: Any, frozen: Any) -> float:
+    """4 P + 2 T, see the module."""
+    sizes = [
+        {path: math.prod(leaf.shape) for path, leaf in flatten(part).items()} for part in (trainable, frozen)
+    ]
+    untied = any("lm_head/" in path for part in sizes for path in part)
+
+    def met(path: str) -> bool:
+        beside = path.startswith(("vision_tower/", "connector/"))
+        return not beside and not (untied and path.endswith("embed_tokens/embedding"))
+
+    trained, fixed = (sum(size for path, size in part.items() if met(path)) for part in sizes)
+    return 4.0 * (trained + fixed) + 2.0 * trained
+
+
+def token_count(batch: Any) -> int:
+    """The size of all arrays of a batch that are called `tokens`."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return sum(leaf.size for path, leaf in leaves if getattr(path[-1], "key", None) == "tokens")
+
+
+class Pace:
+    """Seconds per step, tokens per second and MFU since the last look.
+
+    Args:
+        flops: per token.
+        devices: that share the work.
+    """
+
+    def __init__(self, flops: float, devices: list[jax.Device]):
+        peak = peak_flops(devices[0].device_kind)
+        self._flops, self._peak = flops, peak and peak * len(devices)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: the time before is not that of steps."""
+        self._began, self._steps, self._tokens = time.monotonic(), 0, 0
+
+    def count(self, tokens: int) -> None:
+        """One step is done."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """`seconds_per_step`, and where known `tokens_per_second` and `mfu`; starts anew."""
+        elapsed, steps, tokens = time.monotonic() - self._began, self._steps, self._tokens
+        self.restart()
+        found = {"seconds_per_step": elapsed / steps} if steps else {}
+        if steps and tokens:
+            found["tokens_per_second"] = tokens / elapsed
+            if self._peak:
+                found["mfu"] = self._flops * tokens / elapsed / self._peak
+        return found
+
+
+class Monitor:
+    """Bar, `log.jsonl` and TensorBoard files of one task. Only the first process shows and writes anything.
+
+    Args:
+        workdir: holds `log.jsonl`, shared by the tasks of a run, and `tensorboard/<task>`.
+        task: its name.
+        start: the step that the run goes on from; what was written of later ones is taken back.
+        steps: where it ends.
+
+    Raises:
+        LVLMError: here, in `write` and in `secure`, when the files cannot be written.
+    """
+
+    def __init__(self, workdir: Path, task: str, start: int, steps: int):
+        self._task, self._path, self._events = task, workdir / "log.jsonl", None
+        self._flushed = time.monotonic()
+        first = jax.process_index() == 0
+        if first and start < steps:
+            rewind(self._path, task, start)
+            self._events = _event_file(workdir / "tensorboard" / task, start)
+        self._bar = tqdm(total=steps, initial=start, desc=task, mininterval=10, disable=not first)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+        if self._events is not None:
+            self._events.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A record of `values` as they are after `step`."""
+        if self._events is None:
+            return
+        # Nine digits tell any two float32 numbers apart.
+        values = {name: float(f"{value:.9g}") for name, value in values.items()}
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self._task, "step": step} | values) + "\n")
+            for name, value in values.items():
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flush()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def secure(self) -> None:
+        """Everything that was written survives the end of this process. To be called before a checkpoint says that
+        it need not be written again."""
+        try:
+            if self._events is not None:
+                self._flush()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _flush(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
+
+    def _full(self, error: OSError) -> LVLMError:
+        return LVLMError(f"the logs in {self._path.parent} cannot be written: {error.strerror}")
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """The loss and the speed behind the bar."""
+        shown = {"loss": f"{values['objective']:.4g}"}
+        if "tokens_per_second" in values:
+            shown["tokens/s"] = f"{values['tokens_per_second']:.0f}"
+        if "mfu" in values:
+            shown["MFU"] = f"{values['mfu']:.1%}"
+        self._bar.set_postfix(shown)
+
+    def say(self, step: int, values: Mapping[str, float]) -> None:
+        """A line above the bar."""
+        if not self._bar.disable:
+            text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self._bar.write(f"{self._task} {step}: {text}")
+
+
+def _event_file(folder: Path, start: int) -> EventsWriter:
+    """TensorBoard's file for this process's events; its first one hides those of a former process after `start`.
+
+    Written in this thread: a thread of its own that a full disk has ended would let the training wait for ever.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+    except OSError as error:
+        raise LVLMError(f"{folder} cannot be written: {error.strerror}") from error
+    return events
+
+
+def rewind(log: Path, task: str, step: int) -> None:
+    """Takes a task's records after `step` out of a log, and what is no record, such as a line that a kill has cut."""
+    if not log.exists():
+        return
+    content = log.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
+    if kept != content:
+        write_whole(log, kept)
+
+
+def _stays(line: str, task: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return line.endswith("\n") and (record["stage"] != task or record["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,90 @@
+"""Where the arrays of a training run live: parameters by the table of `parallel`, batches by rows, the rest everywhere.
+
+Several processes hold one global array each in part. Every process makes the whole batch, which depends on nothing but
+its number, and keeps the rows of its own devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lvlm_jax import parallel
+from lvlm_jax.training.step import State
+
+ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_parameters(params: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter, from its path and shape."""
+    place = parallel.parameter_sharding(mesh)
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        return place("/".join(entry.key for entry in path), jnp.shape(leaf))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def of_state(trainable: Any, transformation: optax.GradientTransformation, mesh: Mesh) -> State:
+    """A training state as shapes, dtypes and shardings: moments lie like their parameters, counters everywhere."""
+    shapes = jax.eval_shape(lambda params: State.create(params, transformation), trainable)
+    parameters = of_parameters(trainable, mesh)
+    moments = optax.tree.map_params(
+        transformation,
+        lambda _, sharding: sharding,
+        shapes.optimizer,
+        parameters,
+        transform_non_params=lambda _: everywhere(mesh),
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        State(everywhere(mesh), parameters, moments),
+    )
+
+
+def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
+    """The sharding of every array of a batch: its rows over `ROWS` if they divide evenly, else everywhere.
+
+    Args:
+        accumulate: above 1, rows are the second axis; the first numbers the parts.
+    """
+    lead = (None,) if accumulate > 1 else ()
+
+    def sharding(leaf: np.ndarray) -> NamedSharding:
+        rows = leaf.shape[len(lead)] if leaf.ndim > len(lead) else 0
+        even = rows > 0 and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        return NamedSharding(mesh, PartitionSpec(*lead, ROWS)) if even else everywhere(mesh)
+
+    return jax.tree.map(sharding, batch)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Every array of `tree` where `shardings` say; all processes hold equal ones, or global ones already."""
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def local(tree: Any) -> Any:
+    """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are."""
+    return jax.tree.map(_local, tree)
+
+
+def _local(leaf: jax.Array) -> Any:
+    if leaf.is_fully_addressable:
+        return leaf
+    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere(leaf.sharding.mesh))(leaf))

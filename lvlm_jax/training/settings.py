@@ -1,0 +1,178 @@
+"""What a fine-tuning run can be told: every field with its default, and what its value must be.
+
+A file of `configs/` starts from `base()` and sets what is different; so does a command line.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lvlm_jax import cli
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training.lora import TARGETS
+
+DTYPES = ("float32", "bfloat16")
+
+
+def base() -> ConfigDict:
+    """The defaults; a key that is not among them cannot be set."""
+    config = ConfigDict()
+    config.recipe = ""  # "capl", "dpo", "flow_alignment" or "sft"
+    config.seed = 0  # of adapters, dropout and the order of the data
+    config.model = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
+    config.dtype = "float32"  # of products and frozen weights; trained ones follow `master`
+    config.master = "float32"  # dtype of the trained weights, and so of the optimizer's moments
+    config.remat = False  # recompute each layer in the backward pass: less memory, a third more time
+    config.data = ""  # the training file; required
+    config.validation = ""  # the held-out file; empty: nothing is evaluated
+
+    config.train = (
+        r"^(language_model|connector)/"  # without LoRA: parameters that are trained, a regex on paths
+    )
+    config.lora = ConfigDict(dict(enabled=True, rank=16, alpha=32.0, dropout=0.0, targets=TARGETS))
+
+    config.mesh = ConfigDict(
+        dict(data=1, fsdp=1, tensor=1)
+    )  # devices along each axis; one may be -1: the rest
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak = 1e-5  # learning rate
+    config.optimizer.final = 0.0  # its end, as a share of the peak
+    config.optimizer.warmup = 0.03  # steps; below 1 a share of them
+    config.optimizer.clip = 1.0  # largest norm of the gradient
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.weight_decay = 0.0
+
+    config.epochs = 1.0  # passes over the data
+    config.steps = 0  # updates; 0: as many as the epochs take
+    config.batch = 16  # rows of an update
+    config.accumulate = 1  # parts into which they are cut, to save memory
+    config.length = 1024  # tokens of the longest row, image tokens included
+    config.too_long = "error"  # longer rows: "error", or "drop" to leave them out and say how many
+
+    config.loop = ConfigDict()
+    config.loop.workers = 1  # processes that make batches
+    config.loop.log_every = 10  # steps, as the next two
+    config.loop.evaluate_every = 100
+    config.loop.save_every = 100
+    config.loop.keep = 2  # newest checkpoints
+    config.loop.keep_best = ""  # also the one where this metric of the log, such as "val/loss", was lowest
+
+    config.preference = ConfigDict()
+    config.preference.loss = "sigmoid"  # or "ipo", "hinge"
+    config.preference.beta = 0.1
+    config.preference.label_smoothing = 0.0
+    config.preference.nll = 1.0  # weight of the chosen answer's negative log-likelihood
+    config.preference.method = "capl"  # attention of policy and reference: "capl", or "none"
+    config.preference.sigma = 0.5  # of "capl": weight of the cross-image softmax
+    config.preference.rho = 0.95  # of "capl": share of each image's tokens that is selected
+    config.preference.reference = "adapter_off"  # or "precomputed"
+
+    config.flow = ConfigDict()
+    config.flow.stage = "both"  # or "1", "2"
+    config.flow.omega = 4.0  # the teacher is SEVI, here in its focused setting
+    config.flow.kappa = 0.2
+    config.flow.start_layer = 4 / 32  # share of the depth
+    config.flow.mu = 1.0  # weight of the divergence of answer tokens
+    return config.lock()
+
+
+# Name, what is expected of it, whether a value is that. Fields of one recipe are checked by the recipe.
+_CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("dtype", " or ".join(DTYPES), lambda value: value in DTYPES),
+    ("master", " or ".join(DTYPES), lambda value: value in DTYPES),
+    ("seed", "at least 0", lambda value: value >= 0),
+    ("epochs", "a number above 0", lambda value: 0 < value < math.inf),
+    ("steps", "at least 0; 0 is as many as the epochs take", lambda value: value >= 0),
+    ("batch", "at least 1", lambda value: value >= 1),
+    ("accumulate", "at least 1", lambda value: value >= 1),
+    ("length", "at least 2 tokens", lambda value: value >= 2),
+    ("too_long", "error or drop", lambda value: value in ("error", "drop")),
+    ("lora.rank", "at least 1", lambda value: value >= 1),
+    ("optimizer.peak", "a learning rate above 0", lambda value: 0 < value < math.inf),
+    ("optimizer.final", "a share from 0 to 1", lambda value: 0 <= value <= 1),
+    ("optimizer.warmup", "at least 0", lambda value: 0 <= value < math.inf),
+    ("optimizer.clip", "a norm above 0", lambda value: value > 0),
+    ("optimizer.beta1", "from 0 to below 1", lambda value: 0 <= value < 1),
+    ("optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
+    ("optimizer.weight_decay", "at least 0", lambda value: 0 <= value < math.inf),
+    ("loop.workers", "at least 0", lambda value: value >= 0),
+    ("loop.log_every", "at least 1", lambda value: value >= 1),
+    ("loop.evaluate_every", "at least 1", lambda value: value >= 1),
+    ("loop.save_every", "at least 1", lambda value: value >= 1),
+    ("loop.keep", "at least 1", lambda value: value >= 1),
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what no run can be made of.
+
+    Raises:
+        LVLMError: unknown or missing keys, or a value out of range.
+    """
+    expected, given = _flat(base()), _flat(config)
+    for key in given.keys() - expected.keys():
+        raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected))}")
+    for key in expected.keys() - given.keys():
+        raise LVLMError(f"the config has no {key}; begin it with lvlm_jax.training.settings.base()")
+    for key, wanted, holds in _CHECKS:
+        if key.startswith("lora.") and not config.lora.enabled:
+            continue
+        if not holds(given[key]):
+            raise LVLMError(f"{key} is {given[key]!r}; expected {wanted}")
+    if config.batch % config.accumulate:
+        raise LVLMError(
+            f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
+            "that many equal parts"
+        )
+
+
+def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, with the changes of a command line.
+
+    Args:
+        path: Python with a function `get_config()`.
+        words: such as "--config.optimizer.peak=1e-4".
+
+    Raises:
+        LVLMError: no such file, an unknown key, or a value of another kind.
+    """
+    config = cli.load_config(path)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    try:
+        rest = values(["", *words])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise LVLMError(f"{error}; settings are given as --config.key=value") from error
+    except (AttributeError, KeyError) as error:  # what ml_collections raises about keys
+        key = next((_key(word) for word in words if _key(word) not in _flat(config)), str(error))
+        raise LVLMError(f"the config has no key {key}{_hint(key, list(_flat(config)))}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise LVLMError(" ".join(str(error).split())) from error
+    if rest:
+        raise LVLMError(f"{rest[0]!r} is not understood; settings are given as --config.key=value")
+    return config
+
+
+def _key(word: str) -> str:
+    return word.lstrip("-").removeprefix("config.").partition("=")[0]
+
+
+def _hint(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = isinstance(value, ConfigDict)
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,40 @@
+"""Metrics of a held-out set, on whatever devices the parameters live."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lvlm_jax.training import placement
+from lvlm_jax.training.losses import Mean
+from lvlm_jax.training.pair_batches import Batch, Encoder, Row, in_order
+
+Objective = Callable[[Any, Any, Batch, jax.Array | None], dict[str, Mean]]
+
+
+def on_mesh(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch with its rows spread over the mesh; as it is without one."""
+    return batch if mesh is None else placement.put(batch, placement.of_batch(batch, mesh))
+
+
+def evaluation(
+    objective: Objective, rows: Sequence[Row], encoder: Encoder, size: int, mesh: Mesh | None
+) -> Callable[[Any, Any], dict[str, Mean]] | None:
+    """The `evaluate` of a `loop.Task`: the objective's metrics over all rows, without dropout; None without rows.
+
+    Args:
+        size: rows at a time.
+    """
+    if not rows:
+        return None
+    score = jax.jit(lambda trainable, frozen, batch: objective(trainable, frozen, batch, None))
+
+    def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
+        total: dict[str, Mean] = {}
+        for batch in in_order(rows, encoder, size):
+            found = score(trainable, frozen, on_mesh(batch, mesh))
+            total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+        return total
+
+    return evaluate

@@ -1,0 +1,64 @@
+"""A stand-in for a model: its answers follow from prompt, pictures, method and seed alone, and cost nothing."""
+
+import hashlib
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from lvlm_jax.generation.inputs import EncodedImage
+
+YES, NO = 1, 2
+VOCABULARY = 8
+
+
+def tokenizer(text, add_special_tokens=True):
+    """One token for yes and one for no, however written; bytes for anything else."""
+    word = {"yes": [YES], "no": [NO]}.get(text.strip().lower())
+    return {"input_ids": word or [3 + byte % (VOCABULARY - 3) for byte in text.encode()]}
+
+
+class Oracle:
+    """Says yes or no by a hash of what it is asked.
+
+    Attributes:
+        encoded: how many pictures went through the tower, one number for each time it ran.
+        asked: how many prompts were answered.
+    """
+
+    processor = SimpleNamespace(tokenizer=tokenizer)
+
+    def __init__(self, pause: float = 0.0, caption: str = ""):
+        self.pause, self.caption = pause, caption
+        self.encoded, self.asked = [], 0
+
+    def encode_images(self, images):
+        self.encoded.append(len(images))
+        means = [np.asarray(image, np.float32).mean(axis=(0, 1)) for image in images]
+        return [EncodedImage(mean[:, None, None], mean[None]) for mean in means]
+
+    def _digest(self, conversation, *more):
+        (message,) = conversation
+        digest = hashlib.sha256(repr(more).encode())
+        for part in message["content"]:
+            digest.update(part["text"].encode() if part["type"] == "text" else part["image"].tokens.tobytes())
+        return digest.digest()
+
+    def generate(self, messages, method, max_new_tokens, temperature, top_p, seed):
+        time.sleep(self.pause)
+        self.asked += len(messages)
+        drawn = seed if temperature else [None] * len(messages)
+        texts = []
+        for conversation, own in zip(messages, drawn, strict=True):
+            byte = self._digest(conversation, type(method).__name__, own)[0]
+            texts.append(self.caption if self.caption else f"{'Yes' if byte % 2 else 'No'}, it is {byte}.")
+        return SimpleNamespace(
+            text=texts, tokens=[text.split() for text in texts], finish_reason=["stop"] * len(texts)
+        )
+
+    def prefill(self, messages):
+        logits = np.zeros((len(messages), VOCABULARY), np.float32)
+        for row, conversation in enumerate(messages):
+            logits[row, YES] = self._digest(conversation, "logits")[0] / 64
+            logits[row, NO] = 2.0
+        return None, SimpleNamespace(combined=logits)

@@ -1,0 +1,82 @@
+import jax
+import numpy as np
+import pytest
+
+from lvlm_jax.training import monitor
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_found_by_the_name_that_jax_gives_a_device(kind, peak):
+    assert monitor.peak_flops(kind) == peak
+
+
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def test_weights_that_every_token_meets():
+    decoder = {"layers_0": {"mlp": {"up_proj": {"kernel": leaf(10, 20)}}}, "norm": {"scale": leaf(10)}}
+    frozen = {"vision_tower": {"fc": {"kernel": leaf(50, 50)}}, "connector": {"kernel": leaf(9, 9)}}
+    untied = {"embed_tokens": {"embedding": leaf(100, 10)}, "lm_head": {"kernel": leaf(10, 100)}}
+    tied = {"embed_tokens": {"embedding": leaf(100, 10)}}
+    for head in (tied, untied):
+        whole = {"language_model": decoder | head}
+        assert monitor.flops_per_token(whole, frozen) == 6 * (200 + 10 + 1000)
+    adapter = {
+        "language_model": {"layers_0": {"mlp": {"up_proj": {"lora_a": leaf(10, 2), "lora_b": leaf(2, 20)}}}}
+    }
+    with_adapter = monitor.flops_per_token(adapter, frozen | {"language_model": decoder | untied})
+    assert with_adapter == 4 * (1210 + 60) + 2 * 60
+
+
+class Device:
+    device_kind = "NVIDIA H200"
+
+
+def test_the_pace_is_per_step_and_per_second(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
+    pace = monitor.Pace(1e9, [Device(), Device()])
+    for _ in range(4):
+        clock[0] += 0.5
+        pace.count(1000)
+    found = pace.read()
+    assert found["seconds_per_step"] == 0.5 and found["tokens_per_second"] == 2000
+    np.testing.assert_allclose(found["mfu"], 1e9 * 2000 / (2 * 989e12))
+    assert pace.read() == {}  # nothing was done since
+    clock[0] += 9.0
+    pace.restart()
+    clock[0] += 1.0
+    pace.count(0)
+    assert pace.read() == {"seconds_per_step": 1.0}
+
+
+def test_tokens_are_those_of_every_array_of_that_name():
+    batch = {
+        "images": np.zeros(9),
+        "chosen": {"tokens": np.zeros((2, 3))},
+        "rejected": {"tokens": np.zeros((2, 5))},
+    }
+    assert monitor.token_count(batch) == 16
+
+
+def test_the_bar_shows_loss_speed_and_use(tmp_path, capsys):
+    with monitor.Monitor(tmp_path, "capl", start=0, steps=4) as watch:
+        watch.advance()
+        watch.show({"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321})
+    shown = capsys.readouterr().err
+    assert "capl" in shown and "loss=0.6931, tokens/s=12346, MFU=43.2%" in shown
