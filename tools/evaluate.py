@@ -26,7 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-import lvlm_jax.evaluation.pocket  # noqa: F401 (its protocols)
 from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, Protocol, get, names, statistics

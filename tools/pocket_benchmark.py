@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 
 import jax
 
-from lvlm_jax import LVLM, __version__, cli
+from lvlm_jax import LVLM, __version__, cli, files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files, get, pocket, statistics
+from lvlm_jax.evaluation import get, pocket, statistics
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.generation.record import checkpoint_hash
 

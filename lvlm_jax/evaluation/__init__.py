@@ -8,7 +8,7 @@ Every module of `BENCHMARKS` offers the same four functions:
     score(questions, answers, protocol) -> Scores                             answers: Question.key -> text
 """
 
-from lvlm_jax.evaluation import amber, chair, choices, mihbench, mme, pope
+from lvlm_jax.evaluation import amber, chair, choices, mihbench, mme, pocket, pope
 from lvlm_jax.evaluation.protocol import Protocol, get, names, record
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores
@@ -22,4 +22,15 @@ BENCHMARKS = {
     "choices": choices,
 }
 
-__all__ = ["BENCHMARKS", "Data", "Figure", "Protocol", "Question", "Scores", "get", "names", "record"]
+__all__ = [
+    "BENCHMARKS",
+    "Data",
+    "Figure",
+    "Protocol",
+    "Question",
+    "Scores",
+    "get",
+    "names",
+    "pocket",
+    "record",
+]

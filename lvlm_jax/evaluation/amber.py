@@ -19,8 +19,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import binary, files, parsers
+from lvlm_jax.evaluation import binary, folders, parsers
 from lvlm_jax.evaluation.chair_words import singular, tokens
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data, Question
@@ -62,14 +63,14 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
         questions = files.given(data.question_file, "question file")
     else:
         places = [f"{place}/query".removeprefix("./") for place in PLACES] + list(PLACES)
-        questions = files.find(data, QUERIES, places, "AMBER's question file")
+        questions = folders.find(data, QUERIES, places, "AMBER's question file")
     found = {"questions": [questions]}
     for role, name in (
         ("annotations", "annotations.json"),
         ("association", "relation.json"),
         ("safe", "safe_words.txt"),
     ):
-        found[role] = [files.find(data, [name], PLACES, f"AMBER's {name}")]
+        found[role] = [folders.find(data, [name], PLACES, f"AMBER's {name}")]
     return found
 
 
@@ -113,7 +114,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     if not questions:
         wanted = ", ".join(data.groups or protocol.groups)
         raise LVLMError(f"question file {str(found['questions'][0])!r} has no question of {wanted}")
-    paths = files.locate_images(data, [row[1] for row in questions], IMAGE_PLACES, need_images, "AMBER")
+    paths = folders.locate_images(data, [row[1] for row in questions], IMAGE_PLACES, need_images, "AMBER")
     return [
         Question(number, (paths[image],), text, label, group, extra)
         for number, image, text, label, group, extra in questions

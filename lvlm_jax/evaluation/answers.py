@@ -13,8 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question, image_name
 

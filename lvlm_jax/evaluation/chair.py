@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
+from lvlm_jax.evaluation import folders
 from lvlm_jax.evaluation.chair_truth import annotation_files, read_annotations, read_chair_pickle
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data, Question
@@ -130,8 +131,8 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     unknown = [number for number in ids if number not in truth]
     if unknown:
         raise LVLMError(f"{len(unknown)} of {len(ids)} images are not in the annotations, first {unknown[0]}")
-    paths = files.locate_images(
-        data, [truth[number][0] for number in ids], files.COCO_IMAGES, need_images, "CHAIR"
+    paths = folders.locate_images(
+        data, [truth[number][0] for number in ids], folders.COCO_IMAGES, need_images, "CHAIR"
     )
     return [
         Question(

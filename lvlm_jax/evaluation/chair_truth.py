@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
+from lvlm_jax.evaluation import folders
 from lvlm_jax.evaluation.chair_words import Lexicon, parse_synonyms, plain_lexicon
 from lvlm_jax.evaluation.question import Data
 
@@ -103,7 +104,7 @@ def _word(value) -> str:
 
 def annotation_files(data: Data) -> dict[str, list[Path]]:
     """COCO's instances and captions; those of 2014 where there are any, else all."""
-    folder = files.data_folder(data)
+    folder = folders.data_folder(data)
     for place in PLACES:
         found = {
             kind: sorted((folder / place).glob(f"{kind}_*2014.json"))

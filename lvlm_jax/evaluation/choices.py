@@ -11,8 +11,9 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files, parsers, tables
+from lvlm_jax.evaluation import folders, parsers, tables
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Scores, Tally, ratio
@@ -59,7 +60,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The table given, or the TSV, the JSON lines, or all parquet files of the benchmark found in the data folder."""
     if data.question_file is not None:
         return {"questions": [files.given(data.question_file, "question file")]}
-    folder, name = files.data_folder(data), protocol.name.split("/")[1]
+    folder, name = folders.data_folder(data), protocol.name.split("/")[1]
     if name not in FILES:
         raise LVLMError("choices/any needs the question file by name; give --question-file")
     beginnings = FILES[name]

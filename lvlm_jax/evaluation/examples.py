@@ -17,8 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import amber, answers, chair, choices, files, mihbench, mme, parsers
+from lvlm_jax.evaluation import amber, answers, chair, choices, folders, mihbench, mme, parsers
 from lvlm_jax.evaluation.protocol import files_hash
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.report_runs import Comparison, Run
@@ -28,7 +29,7 @@ LONGEST_TEXT = 600  # characters of an answer
 PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
 SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
 PLACES = dict.fromkeys(
-    (".", *files.COCO_IMAGES, *files.GQA_IMAGES, *amber.IMAGE_PLACES, *mihbench.IMAGE_PLACES)
+    (".", *folders.COCO_IMAGES, *folders.GQA_IMAGES, *amber.IMAGE_PLACES, *mihbench.IMAGE_PLACES)
 )
 
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import binary, files, parsers, tables
+from lvlm_jax.evaluation import binary, folders, parsers, tables
 from lvlm_jax.evaluation.choices import interleave
 from lvlm_jax.evaluation.pope import LLAVA_SUFFIX
 from lvlm_jax.evaluation.protocol import Protocol, register
@@ -21,7 +22,7 @@ from lvlm_jax.evaluation.scores import Scores, Tally, ratio
 
 GROUPS = ("existence_random", "existence_popular", "existence_adversarial", "count", "identity")
 PLACES = (".", "MIHBench", "mihbench", "data", "MIHBench/data", "questions")
-IMAGE_PLACES = (*files.COCO_IMAGES, "../images", "..")
+IMAGE_PLACES = (*folders.COCO_IMAGES, "../images", "..")
 
 register(
     Protocol("mihbench/strict", "mihbench", "existence, count, identity; one yes/no word counts (default)", "strict",
@@ -47,7 +48,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     wanted = [group for group in protocol.groups if not data.groups or group in data.groups]
     return {
         group: [
-            files.find(
+            folders.find(
                 data, [group + end for end in (".jsonl", ".json", ".parquet")], PLACES, f"MIHBench {group}"
             )
         ]
@@ -81,7 +82,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     if not rows:
         raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
     names = [str(image) for row in rows for image in row[1] if isinstance(image, Path)]
-    paths = files.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name) if names else {}
+    paths = folders.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name) if names else {}
     questions = []
     for identity, images, text, label, group, where in rows:
         found = tuple(image if isinstance(image, bytes) else paths[str(image)] for image in images)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import binary, files, parsers
+from lvlm_jax.evaluation import binary, folders, parsers
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio, total
@@ -37,7 +38,7 @@ register(
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """Subtask -> its text files, in the order of their names."""
-    folder = files.data_folder(data)
+    folder = folders.data_folder(data)
     unknown = set(data.groups) - set(protocol.groups)
     if unknown:
         raise LVLMError(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import binary, files, parsers
+from lvlm_jax.evaluation import binary, folders, parsers
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Scores, Tally, ratio
@@ -78,7 +79,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     for group in groups:
         stems = [f"{source}_pope_{group}"] + [f"pope_{group}"] * (source == "coco")
         wanted = [stem + ending for stem in stems for ending in (".json", ".jsonl")]
-        found[group] = [files.find(data, wanted, places, f"POPE {source} {group}")]
+        found[group] = [folders.find(data, wanted, places, f"POPE {source} {group}")]
     return found
 
 
@@ -99,8 +100,8 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
                 raise LVLMError(f"{where}: label is {label!r}; expected yes or no")
             rows.append((group, number, files.field(row, ["image"], str, where),
                          files.field(row, ["text"], str, where), label.strip().lower()))  # fmt: skip
-    places = files.GQA_IMAGES if data.source == "gqa" else files.COCO_IMAGES
-    paths = files.locate_images(data, [row[2] for row in rows], places, need_images, "POPE")
+    places = folders.GQA_IMAGES if data.source == "gqa" else folders.COCO_IMAGES
+    paths = folders.locate_images(data, [row[2] for row in rows], places, need_images, "POPE")
     return [
         Question(number, (paths[image],), text, label, group) for group, number, image, text, label in rows
     ]

@@ -13,8 +13,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import examples, files, report_runs
+from lvlm_jax.evaluation import examples, report_runs
 from lvlm_jax.evaluation.examples import Example
 from lvlm_jax.evaluation.report_cells import Cell
 from lvlm_jax.evaluation.report_tables import Column, Report, Row, Section, Table

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, files, rescore
+from lvlm_jax.evaluation import BENCHMARKS, rescore
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Scores

@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, answers, files, protocol, statistics
+from lvlm_jax.evaluation import BENCHMARKS, answers, protocol, statistics
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.generation.record import file_hash

@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, answers, controls, engine, files, rescore, shares, statistics
+from lvlm_jax.evaluation import BENCHMARKS, answers, controls, engine, rescore, shares, statistics
 from lvlm_jax.evaluation.controls import Answered
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record

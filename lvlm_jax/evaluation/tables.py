@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
 
 ENDINGS = (".tsv", ".parquet", ".jsonl", ".json")
 # How base64 of PNG, JPEG, GIF and WebP pictures begins.

@@ -25,7 +25,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.files import write_whole
+from lvlm_jax.files import write_whole
 from lvlm_jax.weights.tables import flatten
 
 # Dense bfloat16 FLOP/s by a part of JAX's `device_kind`, from the makers' data sheets; the first that fits counts.

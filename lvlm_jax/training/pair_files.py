@@ -16,8 +16,8 @@ from typing import Any
 
 import PIL.Image
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
 from lvlm_jax.training import pair_formats
 from lvlm_jax.training.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 

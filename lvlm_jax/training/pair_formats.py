@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.files import field
+from lvlm_jax.files import field
 
 Message = dict[str, Any]
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.files import write_whole
+from lvlm_jax.files import write_whole
 from lvlm_jax.generation.answer_log import AnswerLog, seed_of
 from lvlm_jax.generation.jobs import Answer
 from lvlm_jax.methods import Method

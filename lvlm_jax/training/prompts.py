@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import files
 from lvlm_jax.training import pair_files, pair_formats
 from lvlm_jax.training.pair_formats import Message
 

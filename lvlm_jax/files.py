@@ -1,28 +1,14 @@
-"""Reading and finding files, with one line that says which file, which line, and what was expected."""
+"""Reading and writing files, with one line that says which file, which line, and what was expected."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.question import Data
-from lvlm_jax.generation.record import file_hash
-
-# Where people keep the pictures of a benchmark, seen from the folder they name.
-COCO_IMAGES = (
-    "val2014",
-    "coco/val2014",
-    "COCO_2014/val2014",
-    "coco2014/val2014",
-    "COCO/val2014",
-    "images",
-    ".",
-)
-GQA_IMAGES = ("gqa/images", "GQA/images", "images", "gqa", "GQA", ".")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -98,74 +84,12 @@ def unique(seen: set, key, where: str) -> None:
     seen.add(key)
 
 
-def data_folder(data: Data) -> Path:
-    """`data.folder` as an existing folder."""
-    folder = data.folder.expanduser()
-    if not folder.is_dir():
-        raise LVLMError(f"data folder {str(folder)!r} is not a folder; give the one that holds the benchmark")
-    return folder
-
-
 def given(path: Path, what: str) -> Path:
     """A path that the user named himself, as an existing file."""
     path = path.expanduser()
     if not path.is_file():
         raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
     return path
-
-
-def find(
-    data: Data, names: Sequence[str], places: Iterable[str], what: str, optional: bool = False
-) -> Path | None:
-    """The file called one of `names` in one of `places` below the data folder.
-
-    `LVLMError` when there is none (unless `optional`), or when several with different contents are found.
-    """
-    folder, places = data_folder(data), list(places)
-    found = [folder / place / name for place in places for name in names if (folder / place / name).is_file()]
-    if not found:
-        if optional:
-            return None
-        raise LVLMError(
-            f"{what} is missing: no file {' or '.join(names)} in {str(folder)!r} "
-            f"(looked in {', '.join(place if place != '.' else 'the folder itself' for place in places)})"
-        )
-    if len({path.resolve() for path in found}) > 1 and len({file_hash(path) for path in found}) > 1:
-        raise LVLMError(
-            f"{what}: {' and '.join(repr(str(path)) for path in found)} differ; "
-            "name the one that is meant, or give its own folder"
-        )
-    return found[0]
-
-
-def locate_images(
-    data: Data, names: Sequence[str], places: Sequence[str], needed: bool, what: str
-) -> dict[str, Path]:
-    """Image name -> path. The folder is `data.image_folder`, or the first of `places` that holds the first image.
-
-    With `needed`, every image must be there, else `LVLMError` names the first that is not. Without, a name that is
-    nowhere stays a bare name: scores need no pictures.
-    """
-    distinct = list(dict.fromkeys(names))
-    if data.image_folder is not None:
-        folders = [data.image_folder.expanduser()]
-        if not folders[0].is_dir():
-            raise LVLMError(f"image folder {str(folders[0])!r} is not a folder; check the path")
-    else:
-        folders = [data_folder(data) / place for place in places]
-    chosen = next((folder for folder in folders if distinct and (folder / distinct[0]).is_file()), None)
-    if not needed:
-        return {name: (chosen / name if chosen else Path(name)) for name in distinct}
-    if chosen is None:
-        where = ", ".join(repr(str(folder)) for folder in folders)
-        raise LVLMError(f"image {distinct[0]!r} of {what} is missing; looked in {where}")
-    paths = {name: chosen / name for name in distinct}
-    missing = [name for name, path in paths.items() if not path.is_file()]
-    if missing:
-        raise LVLMError(
-            f"{len(missing)} of {len(distinct)} images of {what} are missing in {str(chosen)!r}, first {missing[0]!r}"
-        )
-    return paths
 
 
 def write_whole(path: Path, text: str) -> None:
