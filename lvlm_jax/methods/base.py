@@ -24,7 +24,7 @@ from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 
-Strength = float | jax.Array
+Strength = float | np.floating | jax.Array
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared),
 # other pictures in the same places, no pictures, or words put before it.

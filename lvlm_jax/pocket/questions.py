@@ -87,9 +87,9 @@ def existence(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIV
     )
 
 
-def choice(scene: Scene, rng: np.random.Generator) -> Question:
-    """Which of two categories is there? One is, one is not."""
-    present, absent = _pick(list(scene.counts), rng), absent_category(scene, rng)
+def choice(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIVES) -> Question:
+    """Which of two categories is there? One is, one is not; `hard` as in `absent_category`."""
+    present, absent = _pick(list(scene.counts), rng), absent_category(scene, rng, hard)
     pair = [article(present), article(absent)]
     if rng.random() < 0.5:
         pair.reverse()

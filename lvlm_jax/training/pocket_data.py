@@ -18,7 +18,8 @@ LABEL_COUNT = CATEGORY_COUNT + len(catalogue.SCENE_NAMES)
 # Conversations set aside per step, from which the two kinds are picked until each has its rows.
 RESERVED = 256
 DRILL_TURNS = 6
-POSITION_SHARE = 1 / 3  # of the drill questions
+POSITION_SHARE = 1 / 4  # of the drill questions
+CHOICE_SHARE = 1 / 2  # of the others: without it yes/no stays at chance for long
 ONE_WORD = conversations.SUFFIXES[0]
 
 
@@ -78,7 +79,7 @@ class Part:
 class Conversations:
     """Conversations over one image and over several, in two rectangles, so that little of either is padding.
 
-    The first `drill` rows of `single` ask only whether and where objects are, in short turns beside the caption:
+    The first `drill` rows of `single` ask only whether, which and where objects are, in short turns beside the caption:
     in ordinary conversations too few of the answers depend on that for a small model to learn to look for it.
     """
 
@@ -108,7 +109,7 @@ class Conversations:
 
 
 def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of existence and position with one-word answers, and a caption before or after them.
+    """Questions of existence, choice and position with one-word answers, and a caption before or after them.
 
     Absent objects are drawn without regard to the place, as most of the web asks: a model that is drilled to resist
     what is typical would not be tempted by it, and POPE's adversarial split would show nothing.
@@ -116,7 +117,8 @@ def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]
     asked = []
     for _ in range(DRILL_TURNS):
         where = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
-        asked.append(where or questions.existence(scene, rng, hard=0.0))
+        what = questions.choice(scene, rng, hard=0.0) if rng.random() < CHOICE_SHARE else None
+        asked.append(where or what or questions.existence(scene, rng, hard=0.0))
     turns = [(question.text + conversations.suffix(question), question.short) for question in asked]
     turns.insert(int(rng.integers(2)) * len(turns), conversations.caption_turn(scene, rng))
     return turns

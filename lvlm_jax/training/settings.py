@@ -144,14 +144,14 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
         LVLMError: no such file, an unknown key, or a value of another kind.
     """
     config = cli.load_config(path)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    values, words = flags.FlagValues(), ["", *words]
     try:
-        rest = values(["", *words])[1:]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        rest = values(words)[1:]
     except flags.UnrecognizedFlagError as error:
         raise LVLMError(f"{error}; settings are given as --config.key=value") from error
     except (AttributeError, KeyError) as error:  # what ml_collections raises about keys
-        key = next((_key(word) for word in words if _key(word) not in _flat(config)), str(error))
+        key = next((_key(word) for word in words[1:] if _key(word) not in _flat(config)), str(error))
         raise LVLMError(f"the config has no key {key}{_hint(key, list(_flat(config)))}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise LVLMError(" ".join(str(error).split())) from error
@@ -165,7 +165,10 @@ def _key(word: str) -> str:
 
 
 def _hint(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+    last = key.rpartition(".")[2]
+    close = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(
+        key, known, n=1
+    )
     return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
