@@ -23,6 +23,7 @@ from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam, branches, drivers, inputs, opera, sweep, text
 from lvlm_jax.generation.layout import Inputs, bucket
+from lvlm_jax.generation.output import Output, read_output, stop_strings
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
@@ -32,23 +33,6 @@ from lvlm_jax.weights.peft import load_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Answers, one entry per conversation.
-
-    Attributes:
-        text: the answers, without special tokens, cut before a stop string.
-        tokens: generated token ids, the stop token included.
-        logprobs: of those tokens under the distribution they were chosen from, before temperature and filters.
-        finish_reason: "stop" after a stop token or string, "length" otherwise.
-    """
-
-    text: list[str]
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    finish_reason: list[str]
 
 
 class LVLM:
@@ -256,7 +240,7 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings.
         """
-        strings = _stop_strings(stop)
+        strings = stop_strings(stop)
         sampling = Sampling.of(temperature, top_k, top_p, repetition_penalty)
         if num_beams != 1 or opera.wanted(method):
             rule = beam.Rule.of(self._stops(stop_token_ids), max_new_tokens, length_penalty)
@@ -349,7 +333,7 @@ class LVLM:
         """
         if opera.wanted(method):
             raise LVLMError("OPERA may take words back, so its answer cannot be streamed; use generate")
-        strings = _stop_strings(stop)
+        strings = stop_strings(stop)
         prompt, answers, limit = self._begin(
             messages, method, max_new_tokens, Sampling.of(temperature, top_k, top_p, repetition_penalty), seed,
             stop_token_ids,
@@ -496,34 +480,12 @@ class LVLM:
 
     def _output(self, answers: drivers.Answers | beam.Found, strings: tuple[str, ...]) -> Output:
         """Reads the answers so far from the device and cuts them at stop strings."""
-        length, finished = np.asarray(answers.length), np.asarray(answers.finished)
-        written, logprobs = np.asarray(answers.tokens), np.asarray(answers.logprobs)
-        tokens = [row[:count].tolist() for row, count in zip(written, length, strict=True)]
-        reasons = ["stop" if done else "length" for done in finished]
-        texts = [""] * len(tokens)
-        if self.folder is not None and text.has_processor(self.folder):
-            texts = [text.decode(self.processor.tokenizer, row) for row in tokens]
-            for sample, answer in enumerate(texts):
-                cut = text.first_stop(answer, strings)
-                if cut is not None:
-                    texts[sample], reasons[sample] = answer[:cut], "stop"
-                    kept = text.tokens_before(self.processor.tokenizer, tokens[sample], cut)
-                    tokens[sample] = tokens[sample][:kept]
-        elif strings:
-            raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-        probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
-        return Output(texts, tokens, probabilities, reasons)
+        known = self.folder is not None and text.has_processor(self.folder)
+        return read_output(answers, strings, self.processor.tokenizer if known else None)
 
 
 def _as_tap(tap: Tap | bool) -> Tap:
     return tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
-
-
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in strings:
-        raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
-    return strings
 
 
 def _with_stop_tokens(config: Any, folder: Path) -> Any:

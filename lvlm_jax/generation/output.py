@@ -1,0 +1,69 @@
+"""Answers as users get them: text, tokens, log-probabilities, and why each ended."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import text
+from lvlm_jax.generation.beam import Found
+from lvlm_jax.generation.drivers import Answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Answers, one entry per conversation.
+
+    Attributes:
+        text: the answers, without special tokens, cut before a stop string.
+        tokens: generated token ids, the stop token included.
+        logprobs: of those tokens under the distribution they were chosen from, before temperature and filters.
+        finish_reason: "stop" after a stop token or string, "length" otherwise.
+    """
+
+    text: list[str]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reason: list[str]
+
+
+def read_output(answers: Answers | Found, strings: tuple[str, ...], tokenizer: Any | None) -> Output:
+    """Reads the answers so far from the device and cuts them at stop strings.
+
+    Args:
+        strings: stop strings, as `stop_strings` gives them.
+        tokenizer: the checkpoint's; None leaves the texts empty.
+
+    Raises:
+        LVLMError: stop strings without a tokenizer.
+    """
+    length, finished = np.asarray(answers.length), np.asarray(answers.finished)
+    written, logprobs = np.asarray(answers.tokens), np.asarray(answers.logprobs)
+    tokens = [row[:count].tolist() for row, count in zip(written, length, strict=True)]
+    reasons = ["stop" if done else "length" for done in finished]
+    texts = [""] * len(tokens)
+    if tokenizer is not None:
+        texts = [text.decode(tokenizer, row) for row in tokens]
+        for sample, answer in enumerate(texts):
+            cut = text.first_stop(answer, strings)
+            if cut is not None:
+                texts[sample], reasons[sample] = answer[:cut], "stop"
+                tokens[sample] = tokens[sample][: text.tokens_before(tokenizer, tokens[sample], cut)]
+    elif strings:
+        raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+    probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
+    return Output(texts, tokens, probabilities, reasons)
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One or several stop strings as a tuple.
+
+    Raises:
+        LVLMError: an empty one.
+    """
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in strings:
+        raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
+    return strings
