@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.everything = ConfigDict(dict(adamw, steps=2600, warmup=60, patch_weight=0.5))
     # At the full rate this stage's small batches undo half of what the first two taught the tower.
     config.everything.rates = ConfigDict(dict(vision_tower=0.2))
-    config.everything.drill = 7  # of the single rows, those that ask only whether, which and where objects are
+    config.everything.drill = 7  # of the single rows, those that ask only whether, which and where things are
     # Two rectangles a step: conversations over one image, and over two to four.
     config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
     config.everything.several = ConfigDict(dict(rows=1, length=384, images=4))
