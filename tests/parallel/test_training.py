@@ -95,6 +95,7 @@ def two_processes(workdir, stop_in=-1):
         finish(process)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(alone, tmp_path):
     """Their checkpoint is then read by one process."""
     losses, trained = alone

@@ -1,9 +1,12 @@
 import dataclasses
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.pocket.catalogue import CATEGORIES, SCENE_NAMES
 from lvlm_jax.training import data, pocket_data
@@ -35,6 +38,25 @@ def failing(step):
 def test_an_error_in_a_worker_reaches_the_caller():
     with pytest.raises(ValueError, match="no batch 0"):
         list(data.batches(failing, 0, 3, workers=1))
+
+
+def killed(step):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_named():
+    with pytest.raises(LVLMError, match="a process that makes batches has ended .* lower loop.workers"):
+        list(data.batches(killed, 0, 3, workers=1))
+
+
+def asked_to_stop(step):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    return step
+
+
+def test_workers_leave_it_to_the_training_process_to_stop():
+    assert list(data.batches(asked_to_stop, 3, 6, workers=1)) == [3, 4, 5]
 
 
 def test_a_batch_holds_both_kinds_of_conversation(conversations):
@@ -87,11 +109,11 @@ def test_held_out_questions_ask_for_one_token():
     assert set(spoken) == {" Yes", " No"}
 
 
-def test_drill_rows_ask_whether_and_where_beside_a_caption(conversations):
+def test_drill_rows_ask_whether_which_and_where_beside_a_caption(conversations):
     drilled = dataclasses.replace(conversations, drill=4)(0)
     plain = conversations(0)
     encoder = conversations.encoder
-    words = {" Yes", " No", " left", " middle", " right"}
+    words = {" Yes", " No", " left", " middle", " right", *(f" {name}" for name in CATEGORIES)}
     for row in range(4):
         tokens, answers = drilled["single"]["tokens"][row], drilled["single"]["answers"][row]
         spoken = encoder.decode(tokens[answers]).split("</s>")[:-1]

@@ -38,7 +38,7 @@ def finish(process):
 
 
 def kill(process):
-    """Also waits for the processes that made its batches to notice."""
+    """Also waits for its children, such as those that make batches, to notice; how many they were."""
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.communicate()
@@ -46,6 +46,7 @@ def kill(process):
     while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
         assert time.monotonic() < deadline, f"{left} outlive the run"
         time.sleep(0.05)
+    return len(workers)
 
 
 def wait_until(holds, process):
@@ -61,21 +62,32 @@ def lines(workdir):
 
 def kill_after(workdir, seconds):
     """Starts the run and kills it some time after it has written to its log."""
-    before, process = lines(workdir), begin(workdir)
+    before, process = lines(workdir), begin(workdir, workers=0)
     wait_until(lambda: lines(workdir) != before, process)
     time.sleep(seconds)
     kill(process)
 
 
-def kill_while_saving(workdir):
-    """Starts the run and kills it with a checkpoint half written."""
-    process = begin(workdir)
-    wait_until(lambda: list((workdir / "line").glob("*tmp*")), process)
-    kill(process)
+def kill_while_saving(workdir, workers=0):
+    """Starts the run and kills it with a checkpoint half written; how many children it had."""
+
+    def unfinished():
+        return {(path, path.stat().st_ctime_ns) for path in (workdir / "line").glob("*tmp*")}
+
+    before, process = unfinished(), begin(workdir, workers)
+    wait_until(lambda: changed(unfinished, before), process)
+    return kill(process)
+
+
+def changed(unfinished, before):
+    try:
+        return unfinished() - before
+    except FileNotFoundError:  # finished while we looked
+        return False
 
 
 def test_a_run_that_is_killed_and_stopped_ends_like_one_that_was_not(whole, tmp_path):
-    kill_while_saving(tmp_path)
+    assert kill_while_saving(tmp_path, workers=1) == 2  # one makes batches, one is Python's resource tracker
     # A scheduler asks all processes of the run to stop; those that make batches leave it to the first.
     before, process = lines(tmp_path), begin(tmp_path)
     wait_until(lambda: lines(tmp_path) > before + 5, process)
@@ -94,9 +106,9 @@ def test_twenty_kills(whole, tmp_path):
     for run in range(5):
         workdir = tmp_path / str(run)
         for _ in range(4):
-            if rng.random() < 0.3:
+            if rng.random() < 0.4:
                 kill_while_saving(workdir)
             else:
                 kill_after(workdir, rng.uniform(0, 0.4))
-        finish(begin(workdir))
+        finish(begin(workdir, workers=0))
         assert line.curve(workdir) == whole

@@ -25,12 +25,20 @@ def test_a_trial_run_shorter_than_the_warm_up_still_reaches_the_peak():
     assert max(float(rate(step)) for step in range(7)) == np.float32(1e-2)
 
 
-def test_only_kernels_decay():
-    params = {"norm": {"scale": jnp.ones(3)}, "proj": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
+def test_a_warm_up_below_one_is_a_share_of_the_steps():
+    given, share = (optimizer.schedule(settings(warmup=warmup)) for warmup in (30, 0.3))
+    np.testing.assert_array_equal(*([rate(step) for step in range(100)] for rate in (given, share)))
+    assert optimizer.schedule(settings(warmup=0.001))(0) == np.float32(1e-2)  # less than half a step is none
+
+
+def test_only_matrices_decay():
+    proj = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3), "lora_a": jnp.ones((3, 2))}
+    params = {"norm": {"scale": jnp.ones(3)}, "proj": proj}
     transformation = optimizer.make(settings(warmup=0))
     nothing = jax.tree.map(jnp.zeros_like, params)
     updates, _ = transformation.update(nothing, transformation.init(params), params)
     np.testing.assert_allclose(updates["proj"]["kernel"], -1e-2 * 0.1 * np.ones((3, 3)), rtol=1e-5)
+    np.testing.assert_allclose(updates["proj"]["lora_a"], -1e-2 * 0.1 * np.ones((3, 2)), rtol=1e-5)
     assert not np.any(updates["proj"]["bias"]) and not np.any(updates["norm"]["scale"])
 
 

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import train
 from configs.pocket import get_config
 from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
@@ -96,17 +99,17 @@ def test_a_run_stopped_in_the_middle_of_a_stage_ends_in_the_same_weights(tmp_pat
     params = pocket.initial_parameters(recipe.module.config, 3)
     settings = pocket.settings_of(config, "everything")
     task = recipe.task("everything", settings)
-    uninterrupted = pocket.loop.train(task, params, settings, tmp_path / "whole")
+    uninterrupted = pocket.loop.train(task, params, {}, settings, tmp_path / "whole")
 
     def killed(step):
         if step == 21:
             raise KeyError("killed")
         return task.source(step)
 
-    broken = pocket.loop.Task(task.name, task.objective, killed, task.evaluate)
+    broken = dataclasses.replace(task, source=killed)
     with pytest.raises(KeyError, match="killed"):
-        pocket.loop.train(broken, params, settings, tmp_path / "halves")
-    resumed = pocket.loop.train(task, params, settings, tmp_path / "halves")
+        pocket.loop.train(broken, params, {}, settings, tmp_path / "halves")
+    resumed = pocket.loop.train(task, params, {}, settings, tmp_path / "halves")
     assert jax.tree.all(jax.tree.map(np.array_equal, resumed, uninterrupted))
 
 
@@ -137,12 +140,20 @@ def test_an_unknown_stage_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ("--config.recipe=soup", "recipe 'soup' is unknown"),
         ("--config.stages=('polish',)", "stage 'polish' is unknown"),
+        ("--config.everything.step=5", "no key everything.step; did you mean everything.steps?"),
+        ("--workdri=x", "Unknown command line flag 'workdri'"),
     ],
 )
-def test_the_command_line_complains_in_one_line(tmp_path, flag, complaint):
-    words = [sys.executable, "train.py", "--config", "configs/pocket.py", "--workdir", str(tmp_path), flag]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_line_complains(tmp_path, flag, complaint):
+    with pytest.raises(LVLMError, match=re.escape(complaint)):
+        train.main(["--config", str(ROOT / "configs/pocket.py"), "--workdir", str(tmp_path), flag])
+
+
+def test_a_complaint_is_one_line_and_exit_code_2(tmp_path):
+    words = ["--config", "configs/pocket.py", "--workdir", str(tmp_path), "--config.recipe=soup"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert complaint in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == [
+        "train.py: recipe 'soup' is unknown; expected one of pocket, capl, dpo, flow_alignment, sft"
+    ]

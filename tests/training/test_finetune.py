@@ -1,0 +1,144 @@
+"""A run from a checkpoint to an exported one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM, parallel
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training import finetune, flow_alignment
+from lvlm_jax.weights import peft
+from lvlm_jax.weights.tables import flatten
+from tests.training import pair_sets
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pair_sets.write(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def config_for(checkpoint, data, **changes):
+    config = pair_sets.config(data, **{"recipe": "sft", "steps": 3, "batch": 4} | changes)
+    config.model, config.optimizer.peak = checkpoint, 1e-2
+    config.loop.update(workers=0, log_every=1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(checkpoint, data, tmp_path_factory):
+    """(work folder, config) of three steps of DPO with LoRA, given in epochs: of 4 in 5 rows."""
+    config = config_for(checkpoint, data, recipe="dpo", steps=0, epochs=2.4, validation=str(data))
+    workdir = tmp_path_factory.mktemp("adapted")
+    assert finetune.train(config, workdir) == workdir / "export"
+    return workdir, config
+
+
+def logits(model, mixed):
+    return np.asarray(model.logits(mixed))[mixed["attention_mask"].astype(bool)]
+
+
+def test_the_export_holds_the_base_and_the_adapter(adapted, model, mixed):
+    workdir, config = adapted
+    merged = LVLM.from_pretrained(workdir / "export")
+    with_adapter = peft.load_adapter(workdir / "adapter", model.params, model.config)
+    unmerged = LVLM(with_adapter, model.config)
+    np.testing.assert_allclose(logits(merged, mixed), logits(unmerged, mixed), rtol=0, atol=1e-5)
+    assert np.abs(logits(merged, mixed) - logits(model, mixed)).max() > 1e-3
+    assert json.loads((workdir / "adapter" / "adapter_config.json").read_text())["r"] == 16
+
+
+def test_only_targeted_parameters_have_moved(adapted, model):
+    merged = flatten(LVLM.from_pretrained(adapted[0] / "export").params)
+    moved = {path for path, leaf in flatten(model.params).items() if not np.array_equal(merged[path], leaf)}
+    targeted = {path for path in merged if path.startswith("language_model/layers_") and "_proj" in path}
+    assert moved == targeted
+
+
+def test_what_is_logged_and_evaluated(adapted):
+    records = [json.loads(line) for line in (adapted[0] / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 3]
+    assert {"objective", "preference", "gradient_norm", "learning_rate"} <= records[0].keys()
+    assert "val/preference" in records[-1]
+    assert records[0]["preference"] == pytest.approx(np.log(2), abs=1e-6)  # policy and reference are the same
+
+
+def test_a_finished_run_is_exported_again_without_training(adapted, monkeypatch):
+    workdir, config = adapted
+    before = (workdir / "export" / "model.safetensors").read_bytes()
+    (workdir / "export" / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(finetune.loop, "make_step", lambda *a: lambda *b: pytest.fail("a step was made"))
+    finetune.train(config, workdir)
+    assert (workdir / "export" / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_rank_is_an_error(adapted):
+    workdir, config = adapted
+    other = config.copy_and_resolve_references()
+    other.lora.rank = 8
+    with pytest.raises(
+        LVLMError, match=r"another model \(.*lora_a is float32\[80, 16\] there and float32\[80, 8\] here\)"
+    ):
+        finetune.train(other, workdir)
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_float32_master_weights(checkpoint, data, model, tmp_path):
+    config = config_for(checkpoint, data, lora={"enabled": False}, dtype="bfloat16", steps=1)
+    config.train = r"^language_model/layers_1/|^connector/"
+    mesh = parallel.make_mesh(1, 1, 1)
+    trainable, frozen = finetune.divide(finetune.load(config, mesh).params, config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(
+        trainable["connector"]["linear_1"]["kernel"], model.params["connector"]["linear_1"]["kernel"]
+    )
+    folder = finetune.train(config, tmp_path)
+    exported = flatten(LVLM.from_pretrained(folder, dtype="bfloat16").params)
+    base = flatten(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
+    moved = {path for path, leaf in base.items() if not np.array_equal(exported[path], leaf)}
+    assert moved and all(path.startswith(("language_model/layers_1/", "connector/")) for path in moved)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_full_fine_tuning_keeps_the_base_for_a_recipe_that_needs_it(checkpoint, data, tmp_path, monkeypatch):
+    """Flow alignment's teacher is the untrained model: after three steps the frozen part still has it."""
+    seen = {}
+
+    def train(task, trainable, frozen, *rest):
+        seen.update(trainable=trainable, frozen=frozen)
+        return trainable
+
+    monkeypatch.setattr(finetune.loop, "train", train)
+    config = config_for(checkpoint, data, recipe="flow_alignment", lora={"enabled": False})
+    finetune.train(config, tmp_path)
+    kept = flatten(seen["frozen"][flow_alignment.BASE])
+    for path, leaf in flatten(seen["trainable"]).items():
+        np.testing.assert_array_equal(kept[path], leaf)
+    assert (tmp_path / "export" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(train="nothing", lora={"enabled": False}), "matches nothing"),
+        (dict(lora={"targets": "nothing"}), "matches nothing"),
+        (dict(model="/no/such/folder"), "/no/such/folder"),
+        (dict(data="/no/such/pairs.jsonl"), "/no/such/pairs.jsonl"),
+        (dict(mesh={"data": 3}), "does not cover 1 devices"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_one_line(checkpoint, data, tmp_path, changes, message):
+    config = config_for(checkpoint, data)
+    config.update(changes)
+    with pytest.raises(LVLMError, match=message):
+        finetune.train(config, tmp_path)

@@ -1,0 +1,113 @@
+import pytest
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training import finetune, settings
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A config file; call it with the lines that change the base."""
+
+    def write(*lines):
+        path = tmp_path / "config.py"
+        body = "".join(f"    {line}\n" for line in lines)
+        path.write_text(
+            "from lvlm_jax.training import settings\n"
+            "def get_config():\n    config = settings.base()\n"
+            f"{body}    return config\n"
+        )
+        return path
+
+    return write
+
+
+def test_a_file_and_a_command_line_change_the_base(file):
+    path = file('config.recipe = "dpo"', "config.optimizer.peak = 1")
+    words = ["--config.lora.rank=4", "--config.data", "a b.jsonl", "--config.optimizer.warmup=100"]
+    config = settings.read(path, words)
+    assert (config.recipe, config.lora.rank, config.data) == ("dpo", 4, "a b.jsonl")
+    assert (config.optimizer.peak, config.optimizer.warmup, config.batch) == (1.0, 100.0, 16)
+    settings.check(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.optimizer.pek=1"], "no key optimizer.pek; did you mean optimizer.peak?"),
+        (["--config.rank=1"], "no key rank; did you mean lora.rank?"),
+        (["--config.batch=many"], "--config.batch=many: invalid literal"),
+        (["--config.batch=1.5"], "--config.batch=1.5: invalid literal"),
+        (["--batch=3"], "Unknown command line flag 'batch'; settings are given as --config.key=value"),
+        (["batch=3"], "'batch=3' is not understood; settings are given as --config.key=value"),
+    ],
+    ids=str,
+)
+def test_words_that_change_nothing_there_is(file, words, message):
+    with pytest.raises(LVLMError, match=message) as raised:
+        settings.read(file(), words)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.rnak = 3", 'Key "rnak" does not exist'),
+        ("config.batch = 'many'", "batch"),
+        ("raise OSError('no such disk')", "no such disk"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_used(file, line, message):
+    with pytest.raises(LVLMError, match=message):
+        settings.read(file(line))
+
+
+def test_a_key_that_was_added_or_lost_is_named():
+    config = settings.base().unlock()
+    config.lora.ranks = 3
+    with pytest.raises(LVLMError, match="unknown key lora.ranks; did you mean lora.rank?"):
+        settings.check(config)
+    config = settings.base().unlock()
+    del config["accumulate"]
+    with pytest.raises(LVLMError, match="the config has no accumulate"):
+        settings.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch", 0, "batch is 0; expected at least 1"),
+        ("lora.rank", 0, "lora.rank is 0; expected at least 1"),
+        ("accumulate", 3, "batch is 16 and accumulate 3"),
+        ("dtype", "float16", "dtype is 'float16'; expected float32 or bfloat16"),
+        ("epochs", 0.0, "epochs is 0.0; expected a number above 0"),
+        ("steps", -1, "steps is -1"),
+        ("too_long", "cut", "too_long is 'cut'; expected error or drop"),
+        ("optimizer.peak", 0.0, "optimizer.peak is 0.0; expected a learning rate above 0"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2 is 1.0"),
+        ("loop.log_every", 0, "loop.log_every is 0"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense(key, value, message):
+    config = settings.base()
+    *parents, last = key.split(".")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(LVLMError, match=message):
+        settings.check(config)
+
+
+def test_a_rank_matters_only_with_adapters():
+    config = settings.base()
+    config.lora.update(enabled=False, rank=0)
+    settings.check(config)
+
+
+def test_an_unknown_recipe_is_named(tmp_path):
+    config = settings.base()
+    config.recipe = "soup"
+    with pytest.raises(LVLMError, match="recipe 'soup' is unknown; expected one of pocket, capl, dpo"):
+        finetune.train(config, tmp_path)
