@@ -36,9 +36,8 @@ def base() -> ConfigDict:
     )
     config.lora = ConfigDict(dict(enabled=True, rank=16, alpha=32.0, dropout=0.0, targets=TARGETS))
 
-    config.mesh = ConfigDict(
-        dict(data=1, fsdp=1, tensor=1)
-    )  # devices along each axis; one may be -1: the rest
+    # Devices along each axis; the one that is -1 takes what the others leave.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
 
     config.optimizer = ConfigDict()
     config.optimizer.peak = 1e-5  # learning rate

@@ -33,7 +33,8 @@ def evaluation(
     def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
         total: dict[str, Mean] = {}
         for batch in in_order(rows, encoder, size):
-            found = score(trainable, frozen, on_mesh(batch, mesh))
+            # Read before the next batch begins: what is under way stays bounded, and so does memory.
+            found = jax.device_get(score(trainable, frozen, on_mesh(batch, mesh)))
             total = {name: total[name] + mean if total else mean for name, mean in found.items()}
         return total
 
