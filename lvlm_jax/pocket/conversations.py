@@ -61,20 +61,20 @@ def sample_text(seed: int, index: int, split: str = "train") -> tuple[list[Scene
     # The leading number keeps this stream apart from the scenes of the written splits, whose seeds begin with 0 to 2.
     rng = np.random.default_rng([11, SPLITS[split], seed, index])
     if rng.random() < MULTI_IMAGE:
-        return _several_images(rng, split)
+        scenes = several_scenes(rng, split)
+        return scenes, _turns(lambda: _multi_question(scenes, rng), 5, rng)
     scene = sample_scene(rng, split)
     turns = _turns(lambda: _single_question(scene, rng), 6, rng)
     turns.insert(0 if rng.random() < 0.5 else len(turns), caption_turn(scene, rng))
     return [scene], turns
 
 
-def _several_images(rng: np.random.Generator, split: str) -> tuple[list[Scene], list[tuple[str, str]]]:
+def several_scenes(rng: np.random.Generator, split: str) -> list[Scene]:
+    """Two to four scenes to be asked about together."""
     count = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
     first = sample_scene(rng, split)
     alike = rng.random() < 0.6  # images of one place share objects, so that both answers occur
-    others = [sample_scene(rng, split, first.kind if alike else None) for _ in range(count - 1)]
-    scenes = [first, *others]
-    return scenes, _turns(lambda: _multi_question(scenes, rng), 5, rng)
+    return [first, *(sample_scene(rng, split, first.kind if alike else None) for _ in range(count - 1))]
 
 
 def _turns(draw: Callable[[], Question], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:

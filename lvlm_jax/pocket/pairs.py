@@ -78,11 +78,7 @@ def sample_prompt(index: int, seed: int = 0, single: float = SINGLE) -> tuple[li
         scenes = [sample_scene(rng, "train")]
         question = _draw(questions.SINGLE, scenes[0], rng)
     else:
-        size = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
-        first = sample_scene(rng, "train")
-        alike = rng.random() < 0.6  # pictures of one place share objects, so that both answers occur
-        others = [sample_scene(rng, "train", first.kind if alike else None) for _ in range(size - 1)]
-        scenes = [first, *others]
+        scenes = conversations.several_scenes(rng, "train")
         question = _draw(questions.MULTI, scenes, rng)
     if rng.random() < conversations.ONE_WORD:
         return scenes, question.kind, question.text + conversations.suffix(question), question.short

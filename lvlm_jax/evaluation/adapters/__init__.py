@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 
 from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
@@ -125,8 +124,3 @@ def options(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
         if name in given and given[name] == int(given[name]):
             given[name] = int(given[name])
     return {"max_new_tokens": max_new_tokens} | given | {"temperature": temperature}
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of one question's random stream, which does not depend on the questions around it."""
-    return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0] >> 1)

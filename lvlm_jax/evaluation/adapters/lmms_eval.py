@@ -22,8 +22,9 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.adapters import GENERATION, build_method, load, options, seed_of, whole
+from lvlm_jax.evaluation.adapters import GENERATION, build_method, load, options, whole
 from lvlm_jax.generation import opera
+from lvlm_jax.generation.answer_log import seed_of
 from lvlm_jax.generation.questions import PLACEHOLDER, conversation
 
 LONGEST_ANSWER = 1024  # tokens; what lmms-eval's own models write where a task names no limit

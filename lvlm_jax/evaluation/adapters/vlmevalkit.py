@@ -11,7 +11,8 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.adapters import GENERATION, build_method, load, options, seed_of, whole
+from lvlm_jax.evaluation.adapters import GENERATION, build_method, load, options, whole
+from lvlm_jax.generation.answer_log import seed_of
 
 LONGEST_ANSWER = 512  # tokens; what VLMEvalKit's own LLaVA writes at most
 
