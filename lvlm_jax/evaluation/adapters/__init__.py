@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-
 from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
