@@ -12,7 +12,6 @@ the true utilisation is higher. The peak is that of dense bfloat16 products.
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -200,7 +199,8 @@ def _event_file(folder: Path, start: int) -> EventsWriter:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        # The library's own name has the second and the host: two runs of one second would share a file.
+        events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
     except OSError as error:
         raise LVLMError(f"{folder} cannot be written: {error.strerror}") from error
