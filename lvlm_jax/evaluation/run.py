@@ -103,7 +103,8 @@ class Run:
         self._benchmark = BENCHMARKS[protocol.benchmark]
         self.questions = self._benchmark.read(data, protocol, need_images=True)
         settings = {"protocol": protocol.name, "batch_size": options.batch_size}
-        self.about = run_record(path, dtype, method, settings) | {"seed": options.seed}
+        place = str(data.folder.expanduser().resolve())  # where a report finds the pictures
+        self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         listed = self._benchmark.question_files(data, protocol)
 
         def decoded(rule: Protocol, how: Method | None, folder: Path) -> Decoded:
