@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from lvlm_jax.errors import LVLMError
 
@@ -94,11 +95,18 @@ def given(path: Path, what: str) -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is either complete or absent. `LVLMError` when it cannot be written."""
+    with whole(path) as file:
+        file.write(text.encode("utf-8", errors="replace"))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that appears at `path` complete or not at all. `LVLMError` when it cannot be written."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", newline="\n", errors="replace") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

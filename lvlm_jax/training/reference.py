@@ -5,7 +5,6 @@ file's name is a hash of everything that decides its content, so that it is foun
 never taken for another one's.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax import files
 from lvlm_jax.training import placement
 from lvlm_jax.training.pair_batches import Batch, Encoder, Row, in_order
 from lvlm_jax.training.validation import on_mesh
@@ -142,15 +141,5 @@ def _read(path: Path, lengths: list[int]) -> np.ndarray | None:
 
 
 def _write(path: Path, logprobs: np.ndarray, lengths: list[int]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            np.savez(file, logprobs=logprobs, counts=np.asarray(lengths, np.int64))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise LVLMError(f"reference cache {str(path)!r} cannot be written: {error.strerror}") from error
+    with files.whole(path) as file:
+        np.savez(file, logprobs=logprobs, counts=np.asarray(lengths, np.int64))
