@@ -291,7 +291,8 @@ class LVLM:
         varies = contrast is not None and methods[0].contrast_prompt() == "pixels"
         if varies:
             others = [self._contrast(prompt, main, method, room)[0] for method in methods[1:]]
-            contrast = Prompt(jnp.stack([one.embeddings for one in (contrast, *others)]), contrast.image_id)
+            grid = jnp.stack([one.embeddings for one in (contrast, *others)])
+            contrast = dataclasses.replace(contrast, embeddings=grid)
         options = {
             "window": prompt.window,
             "capacity": bucket(prompt.tokens.shape[1] + room),

@@ -27,6 +27,7 @@ from lvlm_jax import LVLM, cli, methods, models, weights
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.version import __version__
 
 CLIP_LARGE = dict(
@@ -113,7 +114,7 @@ def random_prompt(config, batch: int) -> tuple:
     pixels = rng.standard_normal((batch, 3, side, side)).astype(np.float32)
     columns = [np.arange(len(row)) for row in rows]
     inputs = lay_out(
-        rows, columns, len(rows[0]), pixels, config.image_token_id, config.tokens_per_image, 0,
+        rows, columns, len(rows[0]), whole_pictures(pixels, config.tokens_per_image), config.image_token_id, 0,
         config.text.max_position_embeddings,
     )  # fmt: skip
     return inputs, np.stack(rows)

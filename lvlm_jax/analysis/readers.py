@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from lvlm_jax.analysis.heads import sink_density
 from lvlm_jax.attention import Tap, Tapped
@@ -88,8 +88,4 @@ def with_answer(model, prompt: Any, tokens: Sequence[int]) -> Inputs:
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
         raise LVLMError(f"one conversation can be given an answer at a time; {prompt.batch} were given")
-    ids = np.concatenate([prompt.tokens[prompt.image_id >= 0], np.asarray(tokens, np.int32)])[None]
-    arrays: dict[str, Array | np.ndarray] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    if prompt.pixels is not None:
-        arrays["pixel_values"] = prompt.pixels
-    return model.prepare(arrays)
+    return prompt.with_answer(tokens, model.config.pad_token_id)

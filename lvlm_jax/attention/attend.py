@@ -66,6 +66,7 @@ def attend(
     shift: Rotation | None,
     edits: LayerEdits,
     window: int | None = None,
+    whole_images: bool = False,
 ) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple, Float[Array, "N B G R S"] | None]:
     """Attention of one layer for every branch.
 
@@ -76,11 +77,12 @@ def attend(
         shift: the rotation of `image_shift`, or None.
         edits: what each branch does to its rows.
         window: sliding-window width of this layer.
+        whole_images: image tokens see the later ones of their image too.
 
     Returns:
         Per branch the mixed values; the carries for the next layer; the final weights that are tapped.
     """
-    if contexts[0].blocked:
+    if contexts[0].blocked and not whole_images:
         mask = contexts[0].mask(window)
         mixed = tuple(_causal(query, own, mask) for query, own in zip(queries, columns.own, strict=True))
         return mixed, edits.carries, None
@@ -91,7 +93,7 @@ def attend(
     )
     weights, sites = [], []
     for branch, (scores, context) in enumerate(zip(logits, contexts, strict=True)):
-        mask = context.mask(window)
+        mask = context.mask(window, whole_images)
         transform = edits.at(branch, context.phase)
         if transform is None:
             weights.append(_softmax(scores, mask))
@@ -213,7 +215,9 @@ def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
 
     def turn(block: Block, start: int) -> Block:
         part = Rotation(
-            shift.cosine[:, start : start + block.length], shift.sine[:, start : start + block.length]
+            shift.cosine[:, start : start + block.length],
+            shift.sine[:, start : start + block.length],
+            shift.pairs,
         )
         return Block(rotate(block.key, part.heads(axis=1)), block.value)
 

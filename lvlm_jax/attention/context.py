@@ -16,12 +16,13 @@ class Context:
 
     Attributes:
         image_id: per column: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
-        positions: ordinary position of each row.
+        positions: ordinary position of each row; where the model counts along several axes, of its first one.
+        axes: position of each row along every axis, where prompt rows of the model have several.
         first_row: column index of the first row; rows are consecutive columns.
         image_end: E, the index of the first column after the sample's last image; 0 without an image.
-        image_shift: how much further each image column lies for post-image rows than its own position says (the
-            *positions* stage), zero elsewhere; None when all positions are ordinary, or when the cached image keys
-            are turned already, as they are in every decode step.
+        image_shift: how much further each image column lies for post-image rows, along every axis where there are
+            several, than its own position says (the *positions* stage), zero elsewhere; None when all positions are
+            ordinary, or when the cached image keys are turned already, as they are in every decode step.
         image_count: no sample has more images; static, so that a statistic may have an axis of images.
         phase: "prefill" or "decode".
         blocked: whether attention goes by blocks of rows, which skips most of what lies above the diagonal: training
@@ -33,19 +34,31 @@ class Context:
     positions: Int[Array, "B T"]
     first_row: Int[Array, ""]
     image_end: Int[Array, "B"]
-    image_shift: Float[Array, "B S"] | None = None
+    axes: Int[Array, "A B T"] | None = None
+    image_shift: Float[Array, "*A B S"] | None = None
     image_count: int = dataclasses.field(default=1, metadata={"static": True})
     blocked: bool = dataclasses.field(default=False, metadata={"static": True})
     phase: str = dataclasses.field(default="prefill", metadata={"static": True})
     explicit_rows: int = dataclasses.field(default=0, metadata={"static": True})
 
-    def mask(self, window: int | None = None) -> Bool[Array, "B T S"]:
-        """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one."""
+    def mask(self, window: int | None = None, whole_images: bool = False) -> Bool[Array, "B T S"]:
+        """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one.
+
+        With `whole_images` image tokens of the prompt see all of their uninterrupted run, later ones and those outside
+        the window included.
+        """
         rows, columns = self.rows(), jnp.arange(self.image_id.shape[1])
         visible = columns[None, :] <= rows[:, None]
         if window is not None:
             visible &= columns[None, :] > rows[:, None] - window
-        return visible[None] & (self.image_id != PADDING)[:, None, :]
+        visible = visible[None]
+        if whole_images and self.phase == "prefill":
+            image = self.image_columns()
+            begins = image & ~jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]
+            run = jnp.where(image, jnp.cumsum(begins, axis=1), 0)
+            own = jnp.take(run, rows, axis=1)
+            visible = visible | ((own[:, :, None] == run[:, None, :]) & (own > 0)[:, :, None])
+        return visible & (self.image_id != PADDING)[:, None, :]
 
     def image_columns(self) -> Bool[Array, "B S"]:
         return self.image_id > 0

@@ -32,6 +32,10 @@ class RopeConfig:
         beta_fast, beta_slow, truncate: the ramp of `yarn` (arXiv 2309.00071, section 3.2).
         attention_factor: factor on cosine and sine (`yarn`); None derives it from `factor`.
         mscale, mscale_all_dim: `yarn` variants of that derivation.
+        share: of each head vector, what turns at all; the components behind it stay.
+        pairs: a plane is formed by neighbouring components instead of one of each half.
+        sections: how many planes follow the first, second and third axis of multimodal positions; empty for one axis.
+        interleaved: those planes take turns, the first axis keeping what is left, instead of lying in blocks.
     """
 
     theta: float = 10000.0
@@ -46,6 +50,10 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    share: float = 1.0
+    pairs: bool = False
+    sections: tuple[int, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -68,8 +76,22 @@ class RopeConfig:
         return magnitude(1.0)
 
 
+def plane_axes(rope: RopeConfig, planes: int) -> np.ndarray | None:
+    """Which axis of multimodal positions turns each plane, `Int[planes]`; None where positions have one axis."""
+    if not rope.sections:
+        return None
+    count = len(rope.sections)
+    if not rope.interleaved:
+        return np.repeat(np.arange(count), rope.sections)
+    axes = np.zeros(planes, np.int64)
+    for axis in range(1, count):
+        axes[axis : count * rope.sections[axis] : count] = axis
+    return axes
+
+
 def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position, `Float[np.ndarray, "head_dim/2"]`, float32."""
+    """Radians per position, `Float[np.ndarray, "head_dim * share / 2"]`, float32."""
+    head_dim = int(head_dim * rope.share)
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
     if rope.kind == "linear":
@@ -109,10 +131,11 @@ def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine of some positions, `Float[Array, "*positions head_dim/2"]` each."""
+    """Cosine and sine of some positions, `Float[Array, "*positions planes"]` each; `pairs` as in `RopeConfig`."""
 
     cosine: jax.Array
     sine: jax.Array
+    pairs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def at(cls, positions: Num[Array, "*P"], frequency: np.ndarray, scale: float = 1.0) -> "Rotation":
@@ -120,19 +143,42 @@ class Rotation:
         angle = positions.astype(jnp.float32)[..., None] * frequency
         return cls(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
+    @classmethod
+    def of(
+        cls,
+        rope: RopeConfig,
+        head_dim: int,
+        positions: Num[Array, "..."],
+        axes: Num[Array, "A ..."] | None = None,
+        scale: float = 1.0,
+    ) -> "Rotation":
+        """The rotation of a decoder to `positions`, or to multimodal positions `axes` where they are given."""
+        frequency = frequencies(rope, head_dim)
+        if axes is not None:
+            positions = jnp.moveaxis(axes[plane_axes(rope, len(frequency))], 0, -1)
+        else:
+            positions = positions[..., None]
+        angle = positions.astype(jnp.float32) * frequency
+        return cls(jnp.cos(angle) * scale, jnp.sin(angle) * scale, rope.pairs)
+
     def heads(self, axis: int) -> "Rotation":
         """The same rotation with a head axis inserted at `axis`, to broadcast over heads."""
-        return Rotation(jnp.expand_dims(self.cosine, axis), jnp.expand_dims(self.sine, axis))
+        return Rotation(jnp.expand_dims(self.cosine, axis), jnp.expand_dims(self.sine, axis), self.pairs)
 
 
 def rotate(vector: Float[Array, "*S D"], rotation: Rotation) -> Float[Array, "*S D"]:
     """Turns head vectors; `rotation` broadcasts against the vectors' leading axes. Rotations compose exactly."""
-    first, second = jnp.split(vector.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate(
-        [
-            first * rotation.cosine - second * rotation.sine,
-            second * rotation.cosine + first * rotation.sine,
-        ],
-        axis=-1,
+    turning = 2 * rotation.cosine.shape[-1]
+    if turning < vector.shape[-1]:
+        turned = rotate(vector[..., :turning], rotation)
+        return jnp.concatenate([turned, vector[..., turning:]], axis=-1)
+    wide = vector.astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if rotation.pairs else jnp.split(wide, 2, axis=-1)
+    parts = [
+        first * rotation.cosine - second * rotation.sine,
+        second * rotation.cosine + first * rotation.sine,
+    ]
+    turned = (
+        jnp.stack(parts, axis=-1).reshape(wide.shape) if rotation.pairs else jnp.concatenate(parts, axis=-1)
     )
     return turned.astype(vector.dtype)

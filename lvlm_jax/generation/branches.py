@@ -19,9 +19,10 @@ def embedded(params: dict, config: Any, prompt: Inputs) -> Prompt:
     """What the decoder reads of a prompt."""
     image_tokens = prompt.image_tokens
     if image_tokens is None and prompt.pixels is not None:
-        image_tokens = drivers.encode_images(params, config, prompt.pixels)
+        image_tokens = drivers.encode_images(params, config, prompt.pixels, prompt.geometry)
     embeddings = drivers.embed(params, config, prompt.tokens, image_tokens)
-    return Prompt(embeddings, jnp.asarray(prompt.image_id))
+    axes = prompt.axes
+    return Prompt(embeddings, jnp.asarray(prompt.image_id), None if axes is None else jnp.asarray(axes))
 
 
 def full_forward(

@@ -14,18 +14,20 @@ from lvlm_jax import models
 from lvlm_jax.attention import Context, LayerCache, Tap, Tapped, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
-from lvlm_jax.attention.rotary import Rotation, frequencies
 from lvlm_jax.attention.transform import overrides
 from lvlm_jax.generation.state import Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
-from lvlm_jax.models.decoder import Decoded
+from lvlm_jax.models.config import DecoderConfig
+from lvlm_jax.models.decoder import Decoded, shift_rotation
 
 NOTHING = Tap()
 
 
-def encode_images(params: dict, config: Any, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
-    """Image tokens as the decoder receives them."""
-    return _apply(params, config, "encode_images", pixels)
+def encode_images(
+    params: dict, config: Any, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
+) -> Float[Array, "*N E"]:
+    """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
+    return _apply(params, config, "encode_images", pixels, **(geometry or {}))
 
 
 def embed(
@@ -47,7 +49,7 @@ def full_forward(
     """Logits of every row in one pass without a cache, of the main branch when a method has several, and the tap."""
     transforms = _branches(method)[:1]
     rows = _explicit_rows(method, transforms, window, prompt.image_id.shape[1])
-    context = prompt_context(prompt.image_id, method, rows, image_count)
+    context = prompt_context(prompt.image_id, method, rows, image_count, axes=prompt.axes)
     decoded = _apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
     logits = _apply(params, config, "head", decoded.hidden[0])
     return logits, _with_exit_logits(params, config, decoded.tapped)
@@ -91,10 +93,11 @@ def prefill(
     split = total - rows if shared else 0
     caches = None
     if split:
-        before = prompt_context(prompt.image_id[:, :split], None, 0, image_count)
+        axes = None if prompt.axes is None else prompt.axes[:, :, :split]
+        before = prompt_context(prompt.image_id[:, :split], None, 0, image_count, axes=axes)
         seen = _apply(params, config, "decode", prompt.embeddings[None, :, :split], before).columns
         caches = tuple(LayerCache(columns.own[0], ()) for columns in seen)
-    context = prompt_context(prompt.image_id, method, rows, image_count, first_row=split)
+    context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
     if kind == "pixels":
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])
     else:
@@ -102,17 +105,20 @@ def prefill(
         branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
     asked = _with_method_exits(method, config, tap)
     decoded = _apply(params, config, "decode", branched, context, caches, together, asked)
-    caches = tuple(_cache(columns, config, context, capacity) for columns in decoded.columns)
-    tracks = (Track.after(prompt.image_id, context, capacity),)
+    caches = tuple(
+        _cache(columns, config.text, layer, context, capacity)
+        for layer, columns in enumerate(decoded.columns)
+    )
+    tracks = (Track.after(prompt, context, capacity),)
     last = decoded.hidden[:, :, -1]
     if apart:
-        other_context = prompt_context(contrast.image_id, None, 0, image_count)
+        other_context = prompt_context(contrast.image_id, None, 0, image_count, axes=contrast.axes)
         other = _apply(params, config, "decode", contrast.embeddings[None], other_context)
         caches = tuple(
             LayerCache(None, (*cache.own, columns.own[0].padded(contrast_capacity)))
             for cache, columns in zip(caches, other.columns, strict=True)
         )
-        tracks += (Track.after(contrast.image_id, other_context, contrast_capacity),)
+        tracks += (Track.after(contrast, other_context, contrast_capacity),)
         last = jnp.concatenate([last, other.hidden[:, :, -1]])
     memory = method.start(prompt.image_id.shape[0]) if method else ()
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
@@ -145,6 +151,7 @@ def prompt_context(
     explicit_rows: int,
     image_count: int,
     first_row: int = 0,
+    axes: Int[Array, "A B S"] | None = None,
 ) -> Context:
     """The context of prompt rows `first_row ... S`, which see all S columns.
 
@@ -156,20 +163,26 @@ def prompt_context(
         explicit_rows: how many of the last rows the method's stages see.
         image_count: no sample has more images.
         first_row: the column of the first row.
+        axes: positions along every axis, where the model counts along several.
     """
-    positions = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1, dtype=jnp.int32) - 1, 0)
-    image = image_id > 0
+    valid, image = image_id >= 0, image_id > 0
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0) if axes is None else axes[0]
     shift = None
     if method is not None:
-        images_before = jnp.cumsum(image, axis=1, dtype=jnp.int32) - image
-        seen_at = method.positions(
-            positions, images_before, image.sum(axis=1, keepdims=True, dtype=jnp.int32)
-        )
+        # Text moves every axis on by one, so what is left of a position is what images have added to it: their
+        # tokens on the one ordinary axis; on several the extents of earlier images and the place inside its own.
+        everywhere = positions if axes is None else axes
+        text = valid & ~image
+        from_images = everywhere - (jnp.cumsum(text, axis=1, dtype=jnp.int32) - text)
+        last = jnp.where(valid, everywhere, -1).max(axis=-1)
+        added = (last if axes is None else last.max(axis=0)) + 1 - text.sum(axis=1, dtype=jnp.int32)
+        seen_at = method.positions(everywhere, from_images, added[:, None])
         if seen_at is not None:
-            shift = jnp.where(image, seen_at - positions, 0.0)
+            shift = jnp.where(image, seen_at - everywhere, 0.0)
     return Context(
         image_id=image_id,
         positions=positions[:, first_row:],
+        axes=None if axes is None else axes[:, :, first_row:],
         first_row=jnp.asarray(first_row, jnp.int32),
         image_end=image_end(image_id),
         image_shift=shift,
@@ -212,12 +225,14 @@ def _finish(
     return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
 
 
-def _cache(columns: LayerCache, config: Any, context: Context, capacity: int) -> LayerCache:
+def _cache(
+    columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int
+) -> LayerCache:
     """Fresh prompt columns as a decode cache: image keys calibrated, own blocks padded to the capacity."""
     if context.image_shift is not None:
         # Every later row comes after the images, so none needs the ordinary image keys again.
-        frequency = frequencies(config.text.rope, config.text.head_dim)
-        columns = shifted(columns, Rotation.at(context.image_shift, frequency))
+        rope = config.layer_rope(layer)
+        columns = shifted(columns, shift_rotation(rope, config.head_dim, context.image_shift))
     own = capacity - (columns.prefix.length if columns.prefix else 0)
     return LayerCache(columns.prefix, tuple(block.padded(own) for block in columns.own))
 
@@ -238,6 +253,6 @@ def _explicit_rows(
     return max(needed, default=0 if len(transforms) == 1 else 1)
 
 
-def _apply(params: dict, config: Any, function: str, *arguments: Any) -> Any:
+def _apply(params: dict, config: Any, function: str, *arguments: Any, **options: Any) -> Any:
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
-    return models.build(config, dtype).apply({"params": params}, *arguments, method=function)
+    return models.build(config, dtype).apply({"params": params}, *arguments, method=function, **options)

@@ -78,35 +78,35 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
         LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
             images beside others.
     """
-    prompts, pixels, encoded, found = [], [], [], 0
+    prompts, parts, encoded, found = [], [], [], 0
     for conversation in as_conversations(messages):
         bare, images = _split(conversation)
         continued = bare[-1]["role"] == "assistant"
         text = processor.apply_chat_template(
             bare, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
         )
-        placeholders = text.count(processor.image_token)
+        marker = str(getattr(processor, "boi_token", None) or processor.image_token)
+        placeholders = text.count(marker)
         if placeholders != len(images):
             raise LVLMError(
                 f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
-                f"give one image for each, and do not write {processor.image_token!r} into a message's text"
+                f"give one image for each, and do not write {marker!r} into a message's text"
             )
         found += len(images)
         known = [image for image in images if isinstance(image, EncodedImage)]
         if known:  # their placeholders are expanded below, by the layout
             encoded += known
-            pixels += [image.pixels[None] for image in known]
+            parts += [{"pixel_values": image.pixels[None]} for image in known]
             prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
             continue
-        processed = processor(images=images or None, text=text, return_tensors="np")
-        prompts.append(np.asarray(processed["input_ids"])[0])
-        if images:
-            pixels.append(np.asarray(processed["pixel_values"], np.float32))
+        processed = dict(processor(images=images or None, text=text, return_tensors="np"))
+        prompts.append(np.asarray(processed.pop("input_ids"))[0])
+        parts.append(processed if images else {})
     if encoded and len(encoded) < found:
         raise LVLMError(
             f"{len(encoded)} of {found} images are encoded; encode all images of a batch, or none"
         )
-    laid_out = _lay_out(prompts, None, 0, np.concatenate(pixels) if pixels else None, config)
+    laid_out = _lay_out(prompts, None, 0, parts, config)
     if not encoded:
         return laid_out
     return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
@@ -148,12 +148,13 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
 
 
 def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
-    """Lays out what a HF processor returns: `input_ids`, optional `attention_mask` and `pixel_values`.
+    """Lays out what a HF processor returns: `input_ids`, optional `attention_mask`, and what it made of the images.
 
     Padding may be on either side. Prompts whose placeholders are not yet expanded (one per image) are expanded.
 
     Args:
-        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, `pixel_values` `[I, 3, Y, X]`.
+        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, and for the images what `config.pictures` reads, for
+            LLaVA `pixel_values` `[I, 3, Y, X]`.
 
     Raises:
         LVLMError: a missing array, wrong shapes, token ids outside the vocabulary, or pixels that are not finite.
@@ -175,35 +176,28 @@ def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
         raise LVLMError(f"input_ids holds {tokens[stray & mask][0]}; expected 0 to {vocabulary - 1}")
     if not mask.any(axis=1).all():
         raise LVLMError(f"sample {int(np.argmin(mask.any(axis=1)))} of the batch has no tokens")
-    pixels = arrays.get("pixel_values")
-    pixels = None if pixels is None else _check_pixels(np.asarray(pixels, np.float32), config)
     columns = [np.flatnonzero(row) for row in mask]
     prompts = [row[kept] for row, kept in zip(tokens, columns, strict=True)]
-    return _lay_out(prompts, columns, tokens.shape[1], pixels, config)
-
-
-def _check_pixels(pixels: np.ndarray, config: Any) -> np.ndarray:
-    side = config.vision.image_size
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-        raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
-    if not np.isfinite(pixels).all():
-        raise LVLMError(
-            "pixel_values holds NaN or infinite numbers; check the pictures and their normalisation"
-        )
-    return pixels
+    return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
 
 
 def _lay_out(
     prompts: list[np.ndarray],
     columns: list[np.ndarray] | None,
     width: int,
-    pixels: np.ndarray | None,
+    parts: Sequence[Mapping[str, Any]],
     config: Any,
 ) -> Inputs:
-    size = config.tokens_per_image
-    placeholders = sum(int((prompt == config.image_token_id).sum()) for prompt in prompts)
-    if size > 1 and pixels is not None and placeholders == len(pixels):
-        prompts = [np.repeat(p, np.where(p == config.image_token_id, size, 1)) for p in prompts]
+    pictures = config.pictures(parts, prompts)
+    counts = [] if pictures is None else pictures.token_counts
+    placeholders = [prompt == config.image_token_id for prompt in prompts]
+    if sum(int(found.sum()) for found in placeholders) == len(counts) < sum(counts):
+        taken = 0
+        for row, found in enumerate(placeholders):
+            repeats = np.ones(len(found), np.int64)
+            repeats[found] = counts[taken : taken + found.sum()]
+            taken += int(found.sum())
+            prompts[row] = np.repeat(prompts[row], repeats)
         columns = None
     if columns is None:
         width = max(len(prompt) for prompt in prompts)
@@ -212,9 +206,8 @@ def _lay_out(
         prompts,
         columns,
         width,
-        pixels,
+        pictures,
         config.image_token_id,
-        size,
         config.pad_token_id,
         config.text.max_position_embeddings,
     )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.pictures import Pictures
 
 PROMPT_BUCKET = 64  # prompts and caches come in multiples of this many columns
 SMALLEST_WINDOW = 16  # windows of post-image rows come in powers of two from here
@@ -26,10 +27,10 @@ class Inputs:
     Attributes:
         tokens: `Int[B, T]`, left-padded; image placeholders expanded to one token per image token.
         image_id: `Int[B, T]`, 0 text, k >= 1 the sample's k-th image, -1 padding.
-        pixels: `Float[I, 3, Y, X]` of all images of the batch in reading order, or None.
+        pixels, owner, geometry, grids: the `Pictures` of all images of the batch in reading order; pixels None without.
         source_columns: `Int[B, U]`, for each column of the arrays the user gave the column it has here
             (a padding column points to any padding column).
-        image_tokens: `Float[I, P, E]`, what the tower made of `pixels`, where it has run already; else None.
+        image_tokens: `Float[*N, E]`, what the tower made of `pixels`, where it has run already; else None.
     """
 
     tokens: np.ndarray
@@ -37,6 +38,9 @@ class Inputs:
     pixels: np.ndarray | None
     source_columns: np.ndarray
     image_tokens: np.ndarray | None = None
+    owner: np.ndarray | None = None
+    geometry: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    grids: np.ndarray | None = None
 
     @property
     def batch(self) -> int:
@@ -68,8 +72,43 @@ class Inputs:
 
     @property
     def image_index(self) -> np.ndarray:
-        """Which image of its sample each picture of `pixels` is, from 0; `Int[I]`."""
-        return np.concatenate([np.arange(row.max(initial=0)) for row in np.maximum(self.image_id, 0)])
+        """Which picture (or tile) of its sample each row of `pixels` is, from 0; 0 for rows that fill. `Int[R]`."""
+        per_sample = np.maximum(self.image_id, 0).max(axis=1)
+        sample = np.repeat(np.arange(self.batch), per_sample)
+        index, seen = np.zeros(len(self.owner), np.int64), np.zeros(self.batch, np.int64)
+        for row, image in enumerate(self.owner):
+            if image >= 0:
+                index[row] = seen[sample[image]]
+                seen[sample[image]] += 1
+        return index
+
+    @property
+    def axes(self) -> np.ndarray | None:
+        """Positions along time, height and width, `Int[3, B, T]`; None where the model counts along one axis.
+
+        Text counts on along all three. An image begins where the text stopped and its tokens lie on a grid from there;
+        what follows begins behind its longer side.
+        """
+        if self.grids is None:
+            return None
+        axes = np.zeros((3, *self.image_id.shape), np.int32)
+        grids = iter(self.grids)
+        for row, ids in enumerate(self.image_id):
+            column, place = int((ids < 0).sum()), 0
+            while column < len(ids):
+                here = slice(column, column + 1)
+                if ids[column] > 0:
+                    height, width = (int(side) for side in next(grids))
+                    here = slice(column, column + height * width)
+                    axes[0, row, here] = place
+                    axes[1, row, here] = place + np.repeat(np.arange(height), width)
+                    axes[2, row, here] = place + np.tile(np.arange(width), height)
+                    place += max(height, width)
+                else:
+                    axes[:, row, here] = place
+                    place += 1
+                column = here.stop
+        return axes
 
     def without_images(self, pad_token_id: int) -> "Inputs":
         """The same prompts with their image tokens left out."""
@@ -77,6 +116,16 @@ class Inputs:
         return self._rebuilt(
             [row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id
         )
+
+    def with_answer(self, answer: Sequence[int], pad_token_id: int) -> "Inputs":
+        """The same prompts with the same tokens behind each."""
+        valid = [row >= 0 for row in self.image_id]
+        prompts = [np.append(row[kept], answer) for row, kept in zip(self.tokens, valid, strict=True)]
+        images = [
+            np.append(row[kept], np.zeros(len(answer)))
+            for row, kept in zip(self.image_id, valid, strict=True)
+        ]
+        return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
 
     def with_words(self, words: Sequence[int], start: int | None, pad_token_id: int) -> "Inputs":
         """The same prompts with tokens put before them, but after a leading `start` token."""
@@ -86,8 +135,11 @@ class Inputs:
             at = int(len(tokens) > 0 and tokens[0] == start)
             prompts.append(np.insert(tokens, at, words))
             images.append(np.insert(ids, at, np.zeros(len(words), ids.dtype)))
-        rebuilt = self._rebuilt(prompts, pad_token_id, images)
-        return dataclasses.replace(rebuilt, pixels=self.pixels, image_tokens=self.image_tokens)
+        return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
+
+    def _with_pictures(self, rebuilt: "Inputs") -> "Inputs":
+        pictures = ("pixels", "owner", "geometry", "grids", "image_tokens")
+        return dataclasses.replace(rebuilt, **{name: getattr(self, name) for name in pictures})
 
     def _rebuilt(
         self, prompts: list[np.ndarray], pad_token_id: int, images: list[np.ndarray] | None = None
@@ -112,9 +164,8 @@ def lay_out(
     prompts: Sequence[np.ndarray],
     columns: Sequence[np.ndarray],
     width: int,
-    pixels: np.ndarray | None,
+    pictures: Pictures | None,
     image_token_id: int,
-    tokens_per_image: int,
     pad_token_id: int,
     context_length: int,
 ) -> Inputs:
@@ -124,7 +175,7 @@ def lay_out(
         prompts: token ids of each sample, without padding.
         columns: where each of those tokens stood in the arrays the user gave.
         width: how many columns those arrays had.
-        pixels: images of all samples in reading order.
+        pictures: images of all samples in reading order.
 
     Raises:
         LVLMError: placeholders and images do not match, or a prompt exceeds the context.
@@ -139,22 +190,59 @@ def lay_out(
     tokens = np.full((len(prompts), total), pad_token_id, np.int32)
     image_id = np.full((len(prompts), total), -1, np.int32)
     source = np.zeros((len(prompts), width), np.int64)
-    found = 0
+    numbers = number_images([np.asarray(prompt) == image_token_id for prompt in prompts], pictures)
     for row, (prompt, given) in enumerate(zip(prompts, columns, strict=True)):
         start = total - len(prompt)
-        is_image = np.asarray(prompt) == image_token_id
-        if is_image.sum() % tokens_per_image:
-            raise LVLMError(
-                f"sample {row} has {is_image.sum()} image tokens, which is no multiple of the "
-                f"{tokens_per_image} tokens of one image; was it truncated?"
-            )
         tokens[row, start:] = prompt
-        image_id[row, start:] = np.where(is_image, 1 + (np.cumsum(is_image) - 1) // tokens_per_image, 0)
+        image_id[row, start:] = numbers[row]
         source[row, given] = np.arange(start, total)
-        found += int(is_image.sum()) // tokens_per_image
-    images = 0 if pixels is None else len(pixels)
-    if found != images:
-        raise LVLMError(
-            f"the prompt has {found} image placeholders and {images} images were given; give one image for each"
+    if pictures is None:
+        return Inputs(tokens, image_id, None, source)
+    return Inputs(
+        tokens,
+        image_id,
+        pictures.pixels,
+        source,
+        owner=pictures.owner,
+        geometry=pictures.geometry,
+        grids=pictures.grids,
+    )
+
+
+def number_images(placeholders: Sequence[np.ndarray], pictures: Pictures | None) -> list[np.ndarray]:
+    """`image_id` of every token of every sample, from where the placeholders are.
+
+    Raises:
+        LVLMError: placeholders and images do not match.
+    """
+    counts = np.zeros(0, np.int64) if pictures is None else pictures.token_counts
+    ends = np.cumsum(counts)
+    wanted = [int(found.sum()) for found in placeholders]
+    if sum(wanted) != ends[-1:].sum():
+        size = int(counts[0]) if len(set(counts.tolist())) == 1 else 0
+        raise LVLMError(_mismatch(sum(wanted), counts, size))
+    numbers, taken = [], 0
+    for row, (found, count) in enumerate(zip(placeholders, wanted, strict=True)):
+        image = np.searchsorted(ends, taken + np.arange(count), side="right")
+        taken += count
+        if count and taken not in ends:
+            raise LVLMError(
+                f"sample {row} has {count} image tokens, which ends inside image {image[-1] + 1} of the batch "
+                f"({counts[image[-1]]} tokens); was it truncated?"
+            )
+        number = np.zeros(len(found), np.int32)
+        number[found] = image - image[0] + 1 if count else 0
+        numbers.append(number)
+    return numbers
+
+
+def _mismatch(found: int, counts: np.ndarray, size: int) -> str:
+    if size and found % size == 0:
+        return (
+            f"the prompt has {found // size} image placeholders and {len(counts)} images were given; "
+            "give one image for each"
         )
-    return Inputs(tokens, image_id, pixels if images else None, source)
+    return (
+        f"the prompt has {found} image tokens and its {len(counts)} images take {counts.sum()}; "
+        "give one image for each placeholder, and do not truncate prompts"
+    )

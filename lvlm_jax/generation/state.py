@@ -19,10 +19,12 @@ class Prompt:
     Attributes:
         embeddings: image tokens in their places.
         image_id: per column: 0 text, k >= 1 the k-th image, -1 padding.
+        axes: position along every axis, where the model counts along several.
     """
 
     embeddings: Float[Array, "B T E"]
     image_id: Int[Array, "B T"]
+    axes: Int[Array, "A B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -63,13 +65,18 @@ class Track:
     image_count: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def after(cls, image_id: Int[Array, "B T"], context: Context, capacity: int) -> "Track":
+    def after(cls, prompt: Prompt, context: Context, capacity: int) -> "Track":
         """Behind a prompt."""
+        image_id = prompt.image_id
         total = image_id.shape[1]
+        if prompt.axes is None:
+            position = (image_id >= 0).sum(axis=1, dtype=jnp.int32)
+        else:
+            position = jnp.where(image_id >= 0, prompt.axes, -1).max(axis=(0, 2)).astype(jnp.int32) + 1
         return cls(
             image_id=jnp.pad(image_id, ((0, 0), (0, capacity - total)), constant_values=-1),
             image_end=context.image_end,
-            position=(image_id >= 0).sum(axis=1, dtype=jnp.int32),
+            position=position,
             index=jnp.asarray(total, jnp.int32),
             image_count=context.image_count,
         )

@@ -7,6 +7,7 @@ The grid is an axis of `vmap` over everything a strength can change (caches, tok
 Memory: G times the caches of one generation; split a large grid.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +67,7 @@ def generate(
     """
 
     def begin(method: Method, embeddings: Array | None) -> drivers.Answers:
-        other = contrast if embeddings is None else Prompt(embeddings, contrast.image_id)
+        other = contrast if embeddings is None else dataclasses.replace(contrast, embeddings=embeddings)
         state, step = forward.prefill(params, config, prompt, method, contrast=other, **dict(options))
         return drivers.choose_first(state, step.combined, tokens, sampling, keys, stop, room)
 

@@ -17,9 +17,14 @@ def has_processor(folder: Path) -> bool:
 def load_processor(folder: Path, config: Any) -> Any:
     """The checkpoint's own processor, with the sizes that older checkpoints leave out taken from the model.
 
+    A configuration with a `load_processor(folder)` makes its own, where transformers has none without remote code; one
+    with a `chat_template` lends it to a processor that has none.
+
     Raises:
         LVLMError: no processor files, or files that transformers cannot read.
     """
+    if hasattr(config, "load_processor"):
+        return config.load_processor(folder)
     if not has_processor(folder):
         raise LVLMError(
             f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}); give prepare() arrays, or copy the files "
@@ -31,12 +36,14 @@ def load_processor(folder: Path, config: Any) -> Any:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the first broken file provokes
         raise LVLMError(f"cannot read the processor of {folder}: {' '.join(str(error).split())}") from error
-    if getattr(processor, "patch_size", None) is None:
-        processor.patch_size = config.vision.patch_size
-    if getattr(processor, "vision_feature_select_strategy", None) is None:
-        processor.vision_feature_select_strategy = config.feature_select
+    if hasattr(config, "feature_select"):
+        if getattr(processor, "patch_size", None) is None:
+            processor.patch_size = config.vision.patch_size
+        if getattr(processor, "vision_feature_select_strategy", None) is None:
+            processor.vision_feature_select_strategy = config.feature_select
     if getattr(processor, "chat_template", None) is None:
-        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+        own = getattr(processor.tokenizer, "chat_template", None)
+        processor.chat_template = own or getattr(config, "chat_template", None)
     if processor.chat_template is None:
         raise LVLMError(
             f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository"

@@ -131,9 +131,10 @@ class Method(Transform):
         tokens by the opposite amount here. Elementwise; one answer for all layers and branches.
 
         Args:
-            position: ordinary positions of the image tokens.
-            images_before: how many image tokens of the sample come strictly before each.
-            image_tokens: how many image tokens the sample has.
+            position: ordinary positions of the image tokens, [B, S]; [A, B, S] where the model counts along A axes.
+            images_before: how much of each position is due to images: how many image tokens come strictly before it;
+                with several axes the extents of earlier images and the place inside its own, [A, B, S].
+            image_tokens: how much the sample's images add to the positions of what follows, [B, 1].
         """
         return None
 
@@ -142,9 +143,9 @@ class Method(Transform):
         return "same"
 
     def contrast_pixels(
-        self, pixels: Float[Array, "I 3 Y X"], image_index: Int[Array, " I"]
-    ) -> Float[Array, "I 3 Y X"]:
-        """The contrast branch's pictures, for "pixels"; `image_index` counts each sample's pictures from 0."""
+        self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]
+    ) -> Float[Array, "R ..."]:
+        """The contrast branch's pictures, for "pixels"; `image_index` counts each sample's rows of them from 0."""
         return pixels
 
     def contrast_words(self) -> str | tuple[int, ...]:

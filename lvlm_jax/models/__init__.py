@@ -1,20 +1,21 @@
 """Model families, keyed by the `model_type` of a Hugging Face `config.json`.
 
-A family is a configuration class (`from_hf`) and a Linen module with `encode_images`, `embed`, `decode`
-and `head`. Adding one is a file here, a line in `FAMILIES` and a key table in `weights/`.
+A family is a configuration class (`from_hf`, `pictures`, `blank`) and a `VisionLanguageModel` with its own `setup` and
+`encode_images`. Adding one is a file here, a line in `FAMILIES` and a key table in `weights/`.
 """
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from lvlm_jax.models.llava import Llava
+from lvlm_jax.models.clip import VisionConfig
+from lvlm_jax.models.config import DecoderConfig
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.llava import Llava, LlavaConfig
 
 __all__ = [
     "FAMILIES",
@@ -26,10 +27,10 @@ __all__ = [
     "config_from_hf",
 ]
 
-FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {"llava": (LlavaConfig, Llava)}
+FAMILIES: dict[str, tuple[type, type[VisionLanguageModel]]] = {"llava": (LlavaConfig, Llava)}
 
 
-def config_from_hf(raw: dict[str, Any]) -> LlavaConfig:
+def config_from_hf(raw: dict[str, Any]) -> Any:
     """Reads the dict of a Hugging Face `config.json`.
 
     Raises:
@@ -42,7 +43,8 @@ def config_from_hf(raw: dict[str, Any]) -> LlavaConfig:
     from transformers import CONFIG_MAPPING
 
     try:
-        hf = CONFIG_MAPPING[model_type].from_dict(raw)
+        # Families that transformers does not carry read their own dict.
+        hf = CONFIG_MAPPING[model_type].from_dict(raw) if model_type in CONFIG_MAPPING else None
     except Exception as error:  # transformers raises whatever the first bad field provokes
         raise LVLMError(
             f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}"
@@ -50,15 +52,15 @@ def config_from_hf(raw: dict[str, Any]) -> LlavaConfig:
     return FAMILIES[model_type][0].from_hf(raw, hf)
 
 
-def build(config: LlavaConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> nn.Module:
+def build(config: Any, dtype: DTypeLike = jnp.float32, remat: bool = False) -> VisionLanguageModel:
     """The Linen module of a configuration. `dtype` is the compute dtype."""
     return FAMILIES[config.model_type][1](config, jnp.dtype(dtype), remat)
 
 
-def abstract_parameters(config: LlavaConfig, dtype: DTypeLike = jnp.float32) -> dict:
+def abstract_parameters(config: Any, dtype: DTypeLike = jnp.float32) -> dict:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     module = build(config, dtype)
-    image = config.vision.image_size
+    blank = config.blank()
 
     def create(key: jax.Array) -> dict:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -68,7 +70,8 @@ def abstract_parameters(config: LlavaConfig, dtype: DTypeLike = jnp.float32) -> 
             first_row=jnp.zeros((), jnp.int32),
             image_end=jnp.zeros((1,), jnp.int32),
         )
-        return module.init(key, tokens, jnp.zeros((1, 3, image, image)), context)["params"]
+        pixels, geometry = jax.tree.map(jnp.asarray, (blank.pixels, blank.geometry))
+        return module.init(key, tokens, pixels, geometry, context)["params"]
 
     shapes = jax.eval_shape(create, jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -1,14 +1,58 @@
 """The CLIP vision tower (arXiv 2103.00020), up to its hidden states."""
 
-from functools import partial
+import dataclasses
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lvlm_jax.models.config import VisionConfig
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import activation_name
 from lvlm_jax.models.layers import activation, layer_norm, linear
+from lvlm_jax.models.vision import patch_attention, patch_convolution
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision tower. Sizes in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_hf(cls, vision: Any) -> "VisionConfig":
+        """Reads a transformers `CLIPVisionConfig`.
+
+        Raises:
+            LVLMError: unsupported `model_type` or activation.
+        """
+        if vision.model_type != "clip_vision_model":
+            raise LVLMError(
+                f"vision_config.model_type {vision.model_type!r} is not supported; expected 'clip_vision_model'"
+            )
+        if vision.num_channels != 3:
+            raise LVLMError(f"vision_config.num_channels {vision.num_channels} is not supported; expected 3")
+        return cls(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_layers=vision.num_hidden_layers,
+            num_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            hidden_act=activation_name("vision_config.hidden_act", vision.hidden_act),
+            layer_norm_eps=vision.layer_norm_eps,
+        )
 
 
 class ClipAttention(nn.Module):
@@ -21,16 +65,10 @@ class ClipAttention(nn.Module):
     def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
-        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
         def project(name: str) -> Float[Array, "I P H D"]:
             return linear(width, self.dtype, name, use_bias=True)(x).reshape(*x.shape[:2], heads, -1)
 
-        # Written out: jax.nn.dot_product_attention knows no float16 on CPUs.
-        product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-        logits = product("IPHD,IQHD->IHPQ", project("q_proj"), project("k_proj")) * (width // heads) ** -0.5
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        mixed = product("IHPQ,IQHD->IPHD", weights, project("v_proj")).astype(self.dtype)
+        mixed = patch_attention(project("q_proj"), project("k_proj"), project("v_proj"))
         return linear(width, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 
@@ -77,23 +115,16 @@ class ClipTower(nn.Module):
         once compiled.
         """
         config = self.config
-        patches = nn.Conv(
-            config.hidden_size,
-            kernel_size=(config.patch_size, config.patch_size),
-            strides=config.patch_size,
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
-            name="patch_embedding",
-        )(pixels.transpose(0, 2, 3, 1))
+        patches = patch_convolution(
+            pixels, config.hidden_size, config.patch_size, self.dtype, "patch_embedding", use_bias=False
+        )
         images = pixels.shape[0]
         initializer = nn.initializers.normal(0.02)
         token = self.param("class_embedding", initializer, (config.hidden_size,)).astype(self.dtype)
         x = jnp.concatenate(
             [
                 jnp.broadcast_to(token, (images, 1, config.hidden_size)),
-                patches.reshape(images, -1, config.hidden_size),
+                patches,
             ],
             axis=1,
         )

@@ -21,6 +21,11 @@ class DecoderTraits:
     output_bias: bool | str
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    output_norms: bool = False
+    norm_offset: bool = False
+    scaled_embedding: bool = False
+    whole_images: bool = False
+    rope_pairs: bool = False
 
 
 DECODERS: dict[str, DecoderTraits] = {
@@ -33,12 +38,39 @@ DECODERS: dict[str, DecoderTraits] = {
     "internlm3": DecoderTraits(
         attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
     ),
+    "qwen2_vl_text": DecoderTraits(attention_bias=True, output_bias=False),
+    "qwen2_5_vl_text": DecoderTraits(attention_bias=True, output_bias=False),
+    "qwen3_vl_text": DecoderTraits(
+        attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True
+    ),
+    "glm4v_text": DecoderTraits(
+        attention_bias="attention_bias", output_bias=False, output_norms=True, rope_pairs=True
+    ),
+    "gemma3_text": DecoderTraits(
+        attention_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        output_norms=True,
+        norm_offset=True,
+        scaled_embedding=True,
+        whole_images=True,
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA-like decoder. `sliding_window` holds one entry per layer: a width in tokens, or None."""
+    """A decoder.
+
+    Attributes:
+        local_rope: rotary positions of the layers with a sliding window, where they have their own.
+        sliding_window: one entry per layer: a width in tokens, or None; empty for full attention everywhere.
+        output_norms: attention and MLP are normalised again before they are added to the stream.
+        norm_offset: norms multiply by one plus their parameter.
+        embedding_scale: factor on token embeddings; image tokens are not scaled.
+        query_scale: factor on attention logits, where it is not head_dim ** -0.5.
+        whole_images: image tokens see the later ones of their image too.
+    """
 
     model_type: str
     vocab_size: int
@@ -58,6 +90,21 @@ class DecoderConfig:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     sliding_window: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    output_norms: bool = False
+    norm_offset: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    whole_images: bool = False
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotary positions of its layers."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def layer_rope(self, layer: int) -> RopeConfig:
+        """The rotary positions of a layer."""
+        return self.rope if self.local_rope is None or self.window(layer) is None else self.local_rope
 
     def window(self, layer: int) -> int | None:
         """Width of the sliding window of a layer, None for full attention."""
@@ -90,8 +137,11 @@ class DecoderConfig:
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             rms_norm_eps=text.rms_norm_eps,
-            rope=_rope_from_hf(text),
-            hidden_act=_activation("text_config.hidden_act", text.hidden_act),
+            rope=_rope_from_hf(text, "full_attention", traits.rope_pairs),
+            local_rope=_local_rope(text, traits.rope_pairs),
+            hidden_act=activation_name(
+                "text_config.hidden_act", getattr(text, "hidden_activation", None) or text.hidden_act
+            ),
             max_position_embeddings=text.max_position_embeddings,
             attention_bias=flag(traits.attention_bias),
             output_bias=flag(traits.output_bias),
@@ -99,125 +149,42 @@ class DecoderConfig:
             qk_norm=traits.qk_norm,
             tie_word_embeddings=bool(text.tie_word_embeddings),
             sliding_window=_sliding_window(text),
+            output_norms=traits.output_norms,
+            norm_offset=traits.norm_offset,
+            embedding_scale=text.hidden_size**0.5 if traits.scaled_embedding else 1.0,
+            query_scale=_query_scale(text),
+            whole_images=traits.whole_images,
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision tower. Sizes in pixels."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    hidden_act: str
-    layer_norm_eps: float
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_hf(cls, vision: Any) -> "VisionConfig":
-        """Reads a transformers `CLIPVisionConfig`.
-
-        Raises:
-            LVLMError: unsupported `model_type` or activation.
-        """
-        if vision.model_type != "clip_vision_model":
-            raise LVLMError(
-                f"vision_config.model_type {vision.model_type!r} is not supported; expected 'clip_vision_model'"
-            )
-        if vision.num_channels != 3:
-            raise LVLMError(f"vision_config.num_channels {vision.num_channels} is not supported; expected 3")
-        return cls(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_layers=vision.num_hidden_layers,
-            num_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            hidden_act=_activation("vision_config.hidden_act", vision.hidden_act),
-            layer_norm_eps=vision.layer_norm_eps,
-        )
+def special_tokens(hf: Any) -> dict[str, Any]:
+    """`eos_token_ids`, `pad_token_id` and `bos_token_id` of a configuration, from itself or from its `text_config`."""
+    text = hf.text_config
+    eos = first_given(getattr(hf, "eos_token_id", None), text.eos_token_id, ())
+    return {
+        "eos_token_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        "pad_token_id": first_given(getattr(hf, "pad_token_id", None), text.pad_token_id, 0),
+        "bos_token_id": first_given(getattr(hf, "bos_token_id", None), text.bos_token_id, -1),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class LlavaConfig:
-    """LLaVA-1.5: CLIP tower, two-layer connector, LLaMA-like decoder.
-
-    Attributes:
-        feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
-        feature_select: "default" drops the class token, "full" keeps it.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
-    """
-
-    text: DecoderConfig
-    vision: VisionConfig
-    image_token_id: int
-    feature_layers: tuple[int, ...]
-    feature_select: str
-    projector_act: str
-    projector_bias: bool
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
-    model_type: str = "llava"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def tokens_per_image(self) -> int:
-        return self.vision.num_patches + (self.feature_select == "full")
-
-    @classmethod
-    def from_hf(cls, raw: dict, hf: Any) -> "LlavaConfig":
-        """Reads a transformers `LlavaConfig` object; `raw` is the dict it came from.
-
-        Raises:
-            LVLMError: a part of the configuration is not supported.
-        """
-        layers = hf.vision_feature_layer
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        vision = VisionConfig.from_hf(hf.vision_config)
-        for layer in layers:
-            if not -vision.num_layers - 1 <= layer <= vision.num_layers:
-                raise LVLMError(
-                    f"vision_feature_layer {layer} is outside the tower's {vision.num_layers + 1} hidden states"
-                )
-        if hf.vision_feature_select_strategy not in ("default", "full"):
-            raise LVLMError(
-                f"vision_feature_select_strategy {hf.vision_feature_select_strategy!r} is not supported; "
-                "expected 'default' or 'full'"
-            )
-        text = DecoderConfig.from_hf(hf.text_config)
-        if hf.tie_word_embeddings != text.tie_word_embeddings:
-            text = dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings))
-        eos = _first(getattr(hf, "eos_token_id", None), hf.text_config.eos_token_id, ())
-        pad = _first(getattr(hf, "pad_token_id", None), hf.text_config.pad_token_id, 0)
-        return cls(
-            text=text,
-            vision=vision,
-            image_token_id=hf.image_token_index,
-            feature_layers=layers,
-            feature_select=hf.vision_feature_select_strategy,
-            projector_act=_activation("projector_hidden_act", hf.projector_hidden_act),
-            projector_bias=hf.multimodal_projector_bias,
-            eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            pad_token_id=pad,
-            bos_token_id=_first(getattr(hf, "bos_token_id", None), hf.text_config.bos_token_id, -1),
-            hf=raw,
-        )
+def decoder_config(hf: Any) -> DecoderConfig:
+    """The decoder of a composite configuration, which may tie embeddings in its text part or at its top."""
+    text = DecoderConfig.from_hf(hf.text_config)
+    return dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings))
 
 
-def _first(*values: Any) -> Any:
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 
-def _activation(field: str, name: str) -> str:
+def activation_name(field: str, name: str) -> str:
+    """A supported activation of the configuration.
+
+    Raises:
+        LVLMError: another one.
+    """
     if name not in ACTIVATIONS:
         raise LVLMError(f"{field} {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
     return name
@@ -235,10 +202,20 @@ def _sliding_window(text: Any) -> tuple[int | None, ...]:
     return tuple(width if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope_from_hf(text: Any) -> RopeConfig:
+def _query_scale(text: Any) -> float | None:
+    scalar = getattr(text, "query_pre_attn_scalar", None)
+    return None if scalar is None else scalar**-0.5
+
+
+def _local_rope(text: Any, pairs: bool) -> RopeConfig | None:
+    own = "sliding_attention" in (text.rope_parameters or {})
+    return _rope_from_hf(text, "sliding_attention", pairs) if own else None
+
+
+def _rope_from_hf(text: Any, layer_type: str, pairs: bool) -> RopeConfig:
+    """The rotary positions of a kind of layer, where the configuration tells kinds apart."""
     given = dict(text.rope_parameters or {})
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise LVLMError("text_config.rope_parameters.partial_rotary_factor other than 1 is not supported")
+    given = dict(given.get(layer_type, given))
     kind = given.pop("rope_type", given.pop("type", "default"))
     names = {
         "rope_theta": "theta",
@@ -255,4 +232,11 @@ def _rope_from_hf(text: Any) -> RopeConfig:
     }
     known = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
     known.setdefault("original_length", text.max_position_embeddings)
-    return RopeConfig(kind=kind, **known)
+    return RopeConfig(
+        kind="default" if kind == "mrope" else kind,
+        share=given.get("partial_rotary_factor", 1.0),
+        pairs=pairs,
+        sections=tuple(given.get("mrope_section") or ()),
+        interleaved=bool(given.get("mrope_interleaved")),
+        **known,
+    )

@@ -1,4 +1,4 @@
-"""The LLaMA-like decoder: LLaMA, Vicuna, Mistral, Qwen2, Qwen3 and InternLM differ by configuration only.
+"""The decoder: LLaMA, Vicuna, Mistral, InternLM, Qwen, GLM and Gemma differ by configuration only.
 
 Hidden states carry a leading branch axis, `Float[Array, "N B T E"]`: one pass over the weights serves greedy
 decoding (N = 1) and a contrastive method (N = 2) alike.
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax.attention.attend import LayerEdits, attend
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
-from lvlm_jax.attention.rotary import Rotation, frequencies, rotate
+from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
@@ -25,20 +25,26 @@ from lvlm_jax.models.layers import activation, linear, rms_norm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotations:
-    """The rotations of one forward pass, the same in every layer: of the rows, and of `Context.image_shift`."""
+    """The rotations of one forward pass in all layers of a kind: of the rows, and of `Context.image_shift`."""
 
     rows: Rotation
     shift: Rotation | None
 
     @classmethod
-    def of(cls, config: DecoderConfig, contexts: tuple[Context, ...]) -> "Rotations":
+    def of(cls, rope: RopeConfig, head_dim: int, contexts: tuple[Context, ...]) -> "Rotations":
         """The rotations of all branches; a branch axis comes first where their positions differ."""
-        frequency = frequencies(config.rope, config.head_dim)
         positions, shift = contexts[0].positions, contexts[0].image_shift
         if any(context is not contexts[0] for context in contexts):
             positions = jnp.stack([context.positions for context in contexts])
-        rows = Rotation.at(positions, frequency, config.rope.scale()).heads(axis=positions.ndim - 1)
-        return cls(rows, None if shift is None else Rotation.at(shift, frequency))
+        rows = Rotation.of(rope, head_dim, positions, contexts[0].axes, rope.scale())
+        return cls(rows.heads(axis=positions.ndim - 1), shift_rotation(rope, head_dim, shift))
+
+
+def shift_rotation(rope: RopeConfig, head_dim: int, shift: Float[Array, "*A B S"] | None) -> Rotation | None:
+    """The rotation of `Context.image_shift`."""
+    if shift is None:
+        return None
+    return Rotation.of(rope, head_dim, shift, shift if shift.ndim == 3 else None)
 
 
 class Decoded(NamedTuple):
@@ -78,10 +84,12 @@ class DecoderAttention(nn.Module):
             flat = linear(heads * config.head_dim, self.dtype, name, use_bias=config.attention_bias)(x)
             split = flat.reshape(*x.shape[:3], heads, config.head_dim)
             if norm and config.qk_norm:
-                split = rms_norm(config.rms_norm_eps, self.dtype, norm)(split)
+                split = rms_norm(config.rms_norm_eps, self.dtype, norm, config.norm_offset)(split)
             return split.swapaxes(2, 3)
 
         query = project("q_proj", config.num_heads, "q_norm")
+        if config.query_scale is not None:  # attention divides by the root of head_dim
+            query = query * (config.query_scale * config.head_dim**0.5)
         key = rotate(project("k_proj", config.num_kv_heads, "k_norm"), rotations.rows)
         value = project("v_proj", config.num_kv_heads)
         columns = _columns(cache, key, value, contexts)
@@ -92,6 +100,7 @@ class DecoderAttention(nn.Module):
             rotations.shift,
             edits,
             config.window(edits.layer),
+            config.whole_images,
         )
         merged = jnp.stack(mixed).swapaxes(2, 3).reshape(*x.shape[:3], -1).astype(self.dtype)
         output = linear(config.hidden_size, self.dtype, "o_proj", use_bias=config.output_bias)(merged)
@@ -152,14 +161,20 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, contexts, rotations, cache, edits):
-        epsilon = self.config.rms_norm_eps
-        normed = rms_norm(epsilon, self.dtype, "input_layernorm")(x)
+        config = self.config
+
+        def norm(name: str) -> nn.Module:
+            return rms_norm(config.rms_norm_eps, self.dtype, name, config.norm_offset)
+
+        normed = norm("input_layernorm")(x)
         mixed, columns, carries, tapped = DecoderAttention(self.config, self.dtype, name="self_attn")(
             normed, contexts, rotations, cache, edits
         )
-        x = x + mixed
-        normed = rms_norm(epsilon, self.dtype, "post_attention_layernorm")(x)
-        return x + DecoderMlp(self.config, self.dtype, name="mlp")(normed), columns, carries, tapped
+        x = x + (norm("attention_output_norm")(mixed) if config.output_norms else mixed)
+        normed = norm("post_attention_layernorm")(x)
+        mixed = DecoderMlp(config, self.dtype, name="mlp")(normed)
+        x = x + (norm("mlp_output_norm")(mixed) if config.output_norms else mixed)
+        return x, columns, carries, tapped
 
 
 class Decoder(nn.Module):
@@ -183,12 +198,14 @@ class Decoder(nn.Module):
         )
         layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         self.layers = [layer(config, self.dtype) for _ in range(config.num_layers)]
-        self.norm = rms_norm(config.rms_norm_eps, self.dtype, None)
+        self.norm = rms_norm(config.rms_norm_eps, self.dtype, None, config.norm_offset)
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.vocab_size, self.dtype, None)
 
     def embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T E"]:
-        return self.embed_tokens(tokens)
+        embedded = self.embed_tokens(tokens)
+        scale = self.config.embedding_scale
+        return embedded if scale == 1 else embedded * jnp.asarray(scale, embedded.dtype)
 
     def __call__(
         self,
@@ -201,7 +218,8 @@ class Decoder(nn.Module):
         """Runs all layers.
 
         Args:
-            x: input embeddings per branch.
+            x: input embeddings per branch; with deepstack layers E (1 + layers) channels in a prompt, of which the k-th
+                E are added to the stream behind layer k - 1.
             contexts: rows, columns, masks, phase; one for each branch, or one that all share.
             caches: per layer; None when the rows are all there is.
             transforms: one (or None) per branch; None for plain attention everywhere.
@@ -209,17 +227,21 @@ class Decoder(nn.Module):
         """
         transforms = transforms or (None,) * x.shape[0]
         contexts = (contexts,) * x.shape[0] if isinstance(contexts, Context) else contexts
-        rotations = Rotations.of(self.config, contexts)
+        config = self.config
+        rotations = {rope: Rotations.of(rope, config.head_dim, contexts) for rope in config.ropes}
+        x, *added = jnp.split(x, x.shape[-1] // config.hidden_size, axis=-1)
         carries = tuple(
             transform.begin(context, embeddings) if transform else ()
             for transform, context, embeddings in zip(transforms, contexts, x, strict=True)
         )
-        depth = self.config.num_layers
+        depth = config.num_layers
         tap = tap or Tap()
         seen, weights, streams = [], [], [x]
         for index, layer in enumerate(self.layers):
             edits = LayerEdits(transforms, carries, index, depth, tap)
-            x, columns, carries, tapped = layer(x, contexts, rotations, caches and caches[index], edits)
+            rotation = rotations[config.layer_rope(index)]
+            x, columns, carries, tapped = layer(x, contexts, rotation, caches and caches[index], edits)
+            x = x + added[index] if index < len(added) else x
             if any(transform is not None and overrides(transform, "residual") for transform in transforms):
                 x = _steered(x, transforms, index, depth, contexts[0].phase)
             seen.append(columns)

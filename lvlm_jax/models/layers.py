@@ -69,6 +69,24 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def rms_norm(epsilon: float, dtype: jnp.dtype, name: str | None) -> nn.RMSNorm:
-    """Root-mean-square normalisation with float32 statistics."""
-    return nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)
+class OffsetRMSNorm(nn.Module):
+    """Root-mean-square normalisation whose parameter is the scale's distance from one (Gemma)."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*T W"]) -> Float[Array, "*T W"]:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt((wide**2).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (wide * (1 + scale)).astype(self.dtype)
+
+
+def rms_norm(epsilon: float, dtype: jnp.dtype, name: str | None, offset: bool = False) -> nn.Module:
+    """Root-mean-square normalisation with float32 statistics; `offset` as in `OffsetRMSNorm`."""
+    return (
+        OffsetRMSNorm(epsilon, dtype, name=name)
+        if offset
+        else nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)
+    )

@@ -1,14 +1,120 @@
 """LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer connector, LLaMA-like decoder."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from lvlm_jax.models.clip import ClipTower
-from lvlm_jax.models.config import LlavaConfig
-from lvlm_jax.models.decoder import Decoded, Decoder
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.clip import ClipTower, VisionConfig
+from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_config, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import activation, linear
+from lvlm_jax.models.pictures import Arrays, Pictures, joined, whole_pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """LLaVA-1.5: CLIP tower, two-layer connector, LLaMA-like decoder.
+
+    Attributes:
+        feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
+        feature_select: "default" drops the class token, "full" keeps it.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: VisionConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...]
+    feature_select: str
+    projector_act: str
+    projector_bias: bool
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "llava"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many tokens every image takes."""
+        return self.vision.num_patches + (self.feature_select == "full")
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "LlavaConfig":
+        """Reads a transformers `LlavaConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        vision = VisionConfig.from_hf(hf.vision_config)
+        return cls(
+            text=decoder_config(hf),
+            vision=vision,
+            image_token_id=hf.image_token_index,
+            feature_layers=feature_layers(hf, vision.num_layers),
+            feature_select=feature_select(hf),
+            projector_act=activation_name("projector_hidden_act", hf.projector_hidden_act),
+            projector_bias=hf.multimodal_projector_bias,
+            hf=raw,
+            **special_tokens(hf),
+        )
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
+
+        Raises:
+            LVLMError: pixels of another shape, or that are not finite.
+        """
+        del prompts
+        pixels = joined(parts, "pixel_values")
+        if pixels is None:
+            return None
+        side = self.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
+        return whole_pictures(pixels, self.tokens_per_image)
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        side = self.vision.image_size
+        return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+
+def feature_layers(hf: Any, depth: int) -> tuple[int, ...]:
+    """`vision_feature_layer` as indices into the `depth` + 1 hidden states of a tower.
+
+    Raises:
+        LVLMError: an index outside them.
+    """
+    layers = hf.vision_feature_layer
+    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    for layer in layers:
+        if not -depth - 1 <= layer <= depth:
+            raise LVLMError(f"vision_feature_layer {layer} is outside the tower's {depth + 1} hidden states")
+    return layers
+
+
+def feature_select(hf: Any) -> str:
+    """`vision_feature_select_strategy`.
+
+    Raises:
+        LVLMError: neither "default" nor "full".
+    """
+    strategy = hf.vision_feature_select_strategy
+    if strategy not in ("default", "full"):
+        raise LVLMError(
+            f"vision_feature_select_strategy {strategy!r} is not supported; expected 'default' or 'full'"
+        )
+    return strategy
 
 
 class Connector(nn.Module):
@@ -26,8 +132,8 @@ class Connector(nn.Module):
         )
 
 
-class Llava(nn.Module):
-    """A family's module: generation needs `encode_images`, `embed`, `decode`, `head` and `exit_logits` of it."""
+class Llava(VisionLanguageModel):
+    """LLaVA-1.5."""
 
     config: LlavaConfig
     dtype: jnp.dtype = jnp.float32
@@ -47,32 +153,3 @@ class Llava(nn.Module):
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
         """Image tokens of I images, as the decoder receives them."""
         return self.connector(self.image_features(pixels))
-
-    def embed(
-        self, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"] | None = None
-    ) -> Float[Array, "B T E"]:
-        """Token embeddings, image placeholders replaced by the image tokens in reading order."""
-        embedded = self.language_model.embed(tokens)
-        if image_tokens is None:
-            return embedded
-        flat = image_tokens.reshape(-1, image_tokens.shape[-1]).astype(embedded.dtype)
-        placeholder = tokens == self.config.image_token_id
-        order = jnp.cumsum(placeholder.reshape(-1)).reshape(tokens.shape) - 1
-        return jnp.where(placeholder[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embedded)
-
-    def decode(self, x, contexts, caches=None, transforms=None, tap=None) -> Decoded:
-        """See `Decoder.__call__`."""
-        return self.language_model(x, contexts, caches, transforms, tap)
-
-    def exit_logits(self, hidden: Float[Array, "*T E"], norm: bool) -> Float[Array, "*T V"]:
-        """See `Decoder.exit_logits`."""
-        return self.language_model.exit_logits(hidden, norm)
-
-    def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
-        """Next-token logits in float32."""
-        return self.language_model.head(hidden)
-
-    def __call__(self, tokens: Int[Array, "B T"], pixels: Float[Array, "I 3 Y X"], context) -> jax.Array:
-        """Logits of every row, without a cache; also what creates the parameters."""
-        decoded = self.decode(self.embed(tokens, self.encode_images(pixels))[None], context)
-        return self.head(decoded.hidden[0])

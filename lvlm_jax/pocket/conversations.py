@@ -56,15 +56,21 @@ def sample_conversation(
     return [render(scene) for scene in scenes], turns
 
 
-def sample_text(seed: int, index: int, split: str = "train") -> tuple[list[Scene], list[tuple[str, str]]]:
-    """The scenes and turns of `sample_conversation`, without drawing the pictures."""
+def sample_text(
+    seed: int, index: int, split: str = "train", hard: float = questions.HARD_NEGATIVES
+) -> tuple[list[Scene], list[tuple[str, str]]]:
+    """The scenes and turns of `sample_conversation`, without drawing the pictures.
+
+    Questions of existence and choice about one image ask for absent objects as `questions.absent_category` does
+    with `hard`.
+    """
     # The leading number keeps this stream apart from the scenes of the written splits, whose seeds begin with 0 to 2.
     rng = np.random.default_rng([11, SPLITS[split], seed, index])
     if rng.random() < MULTI_IMAGE:
         scenes = several_scenes(rng, split)
         return scenes, _turns(lambda: _multi_question(scenes, rng), 5, rng)
     scene = sample_scene(rng, split)
-    turns = _turns(lambda: _single_question(scene, rng), 6, rng)
+    turns = _turns(lambda: _single_question(scene, rng, hard), 6, rng)
     turns.insert(0 if rng.random() < 0.5 else len(turns), caption_turn(scene, rng))
     return [scene], turns
 
@@ -95,10 +101,11 @@ def _multi_question(scenes: list[Scene], rng: np.random.Generator) -> Question:
             return question
 
 
-def _single_question(scene: Scene, rng: np.random.Generator) -> Question:
+def _single_question(scene: Scene, rng: np.random.Generator, hard: float) -> Question:
     while True:
         kind = _KINDS[min(int(_CUMULATIVE.searchsorted(rng.random())), len(_KINDS) - 1)]
-        question = questions.SINGLE[kind](scene, rng)
+        options = {"hard": hard} if kind in ("existence", "choice") else {}
+        question = questions.SINGLE[kind](scene, rng, **options)
         if question is not None:
             return question
 

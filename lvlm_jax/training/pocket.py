@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from lvlm_jax import models, weights
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import loop, pocket_data, sft
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
@@ -215,6 +216,21 @@ class Recipe:
         shape = (self.module.config.vision.hidden_size, pocket_data.LABEL_COUNT)
         return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
 
+    def start(self, checkpoint: str) -> dict:
+        """The parameters of a pocket checkpoint, to go on from.
+
+        Raises:
+            LVLMError: the checkpoint has other sizes or another vocabulary; see also `LVLM.from_pretrained`.
+        """
+        model = LVLM.from_pretrained(checkpoint)
+        if model.config != self.module.config:
+            raise LVLMError(
+                f"{checkpoint} has other sizes than config.model: {model.config} and {self.module.config}"
+            )
+        if model.processor.tokenizer.get_vocab() != self.encoder.get_vocab():
+            raise LVLMError(f"{checkpoint} has another vocabulary than the one trained for the pocket world")
+        return model.params
+
     def task(self, stage: str, settings: ConfigDict) -> loop.Task:
         """The task of one of `STAGES`."""
         seed, rows = self.config.seed, self.config.evaluation_rows
@@ -227,7 +243,9 @@ class Recipe:
                 "place_loss": settings.patch_weight,
             }
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
-            source = pocket_data.Conversations(seed + 2, self.encoder, **parts, drill=settings.drill)
+            source = pocket_data.Conversations(
+                seed + 2, self.encoder, **parts, drill=settings.drill, hard=settings.hard
+            )
             score = functools.partial(sft.metrics, self.module)
             held_out = pocket_data.held_out(self.encoder, rows)
         else:
@@ -274,7 +292,9 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.create(config)
-    params = initial_parameters(recipe.module.config, config.seed)
+    params = (
+        recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
+    )
     for stage in config.stages:
         settings = settings_of(config, stage)
         task, initial = recipe.task(stage, settings), recipe.initial(stage, params)

@@ -81,6 +81,7 @@ class Conversations:
 
     The first `drill` rows of `single` ask only whether, which and where objects are, in short turns beside the caption:
     in ordinary conversations too few of the answers depend on that for a small model to learn to look for it.
+    In the others a share `hard` of the absent objects asked for is typical of the scene.
     """
 
     seed: int
@@ -88,6 +89,7 @@ class Conversations:
     single: Part
     several: Part
     drill: int = 0
+    hard: float = 0.0
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -96,7 +98,7 @@ class Conversations:
         chosen: dict[str, list] = {name: [] for name in parts}
         free = {name: part.images for name, part in parts.items()}
         for index in range(step * RESERVED, (step + 1) * RESERVED):
-            scenes, turns = conversations.sample_text(self.seed, index, self.split)
+            scenes, turns = conversations.sample_text(self.seed, index, self.split, self.hard)
             name = "single" if len(scenes) == 1 else "several"
             if len(chosen[name]) < parts[name].rows and len(scenes) <= free[name]:
                 if name == "single" and len(chosen[name]) < self.drill:

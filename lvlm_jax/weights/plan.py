@@ -11,7 +11,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
-from lvlm_jax.weights.tables import Axes, Table, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Axes, Piece, Table, inverse, permuted, table_for
 
 TensorFile = SafetensorsFile | BinFile
 
@@ -27,12 +27,14 @@ class Source:
     Attributes:
         axes: the permutation that gives our array.
         appended: rows of the vocabulary to add behind the stored ones.
+        piece: cuts our part from a fused tensor; (piece, configuration).
     """
 
     file: TensorFile
     name: str
     axes: Axes
     appended: int = 0
+    piece: tuple[Piece, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,12 +42,15 @@ class Source:
         stored = self.file.shapes[self.name]
         if self.appended:
             stored = (stored[0] + self.appended, *stored[1:])
+        if self.piece:
+            stored = self.piece[0].shape(stored, self.piece[1])
         return permuted(stored, self.axes)
 
     def view(self) -> np.ndarray:
         """The parameter in our order of axes: a view of the file unless rows are appended."""
         stored = self.file.view(self.name)
         whole = append_rows(stored, self.appended) if self.appended else stored
+        whole = self.piece[0].take(whole, self.piece[1]) if self.piece else whole
         return whole if self.axes is None else whole.transpose(self.axes)
 
 
@@ -97,11 +102,10 @@ def plan(
     tied, embedding = table.tied if table.tied and table.tied[0] not in expected else (None, None)
     paths = [*expected, tied] if tied else [*expected]
     sources: dict[str, Source] = {}
-    _match(table, paths, files, sources, faults, passed_over="vision_tower/" if tower else None)
+    _match(table, config, paths, files, sources, faults, passed_over="vision_tower/" if tower else None)
     if tower:
-        _match(
-            table.tower, [path for path in paths if path.startswith("vision_tower/")], tower, sources, faults
-        )
+        inside = [path for path in paths if path.startswith("vision_tower/")]
+        _match(table.tower, config, inside, tower, sources, faults)
 
     tied_source = sources.pop(tied, None)
     scheme = scheme_in_use(table, expected, files)
@@ -127,23 +131,25 @@ def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[Tensor
     return max(table.schemes, key=lambda scheme: len(stored & table.names(paths, scheme).keys()))
 
 
-def _match(table: Table, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None) -> None:
+def _match(
+    table: Table, config, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
+) -> None:
     """Adds the source of every parameter found in `files`, whatever the naming scheme."""
-    by_name: dict[str, str] = {}
+    by_name: dict[str, list[str]] = {}
     for scheme in table.schemes:
         by_name |= table.names(paths, scheme)
     for file in files:
         for name in file.shapes:
-            path = by_name.get(name)
-            if path is None:
-                if not table.is_ignored(name):
-                    faults.add("unexpected", name)
-            elif passed_over and path.startswith(passed_over):
-                continue
-            elif path in sources:
-                faults.add("stored twice", f"{name} and {sources[path].name}")
-            else:
-                sources[path] = Source(file, name, table.row(path)[0].axes)
+            if name not in by_name and not table.is_ignored(name):
+                faults.add("unexpected", name)
+            for path in by_name.get(name, ()):
+                if passed_over and path.startswith(passed_over):
+                    continue
+                if path in sources:
+                    faults.add("stored twice", f"{name} and {sources[path].name}")
+                    continue
+                row, _ = table.row(path)
+                sources[path] = Source(file, name, row.axes, piece=row.piece and (row.piece, config))
 
 
 def _grown(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Source:
@@ -156,7 +162,9 @@ def _grown(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Sourc
 def _check_tensor(source: Source, shape: tuple[int, ...], faults: Faults) -> None:
     if source.shape != shape:
         wanted = list(permuted(shape, inverse(source.axes)))
-        faults.add("misshapen", f"{source.name} {list(source.file.shapes[source.name])} instead of {wanted}")
+        part = f"part {source.piece[0].index} of " if source.piece else ""
+        stored = list(source.file.shapes[source.name])
+        faults.add("misshapen", f"{part}{source.name} {stored} instead of {wanted}")
     elif (dtype := source.file.dtypes[source.name]) not in _FLOATS:
         faults.add("not floating-point", f"{source.name} {dtype}")
 

@@ -1,10 +1,13 @@
 """Saving: parameters on devices to a Hugging Face checkpoint that transformers loads, one tensor at a time."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.safetensors_file import write_safetensors
-from lvlm_jax.weights.tables import Row, flatten, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Row, flatten, fused, inverse, permuted, table_for
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -82,7 +85,7 @@ def save_checkpoint(
         raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         _write_weights(partial, tensors, max_shard_size)
-        hf_config = _hf_config(config, {array_dtype for _, _, array_dtype, _ in tensors.values()})
+        hf_config = _hf_config(config, {tensor.dtype for tensor in tensors.values()})
         _write_json(partial / "config.json", hf_config)
         _write_json(partial / "generation_config.json", _generation_config(config, processor_source))
         for name in PROCESSOR_FILES:
@@ -95,6 +98,12 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def stored_shapes(config, scheme: str = "hub") -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the Hugging Face checkpoint of a configuration under one of its naming schemes."""
+    tensors = _tensors(models.abstract_parameters(config), config, scheme, None)
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -112,10 +121,28 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _tensors(
-    params: dict, config, scheme: str, dtype
-) -> dict[str, tuple[Row, jax.Array, np.dtype, tuple[int, ...]]]:
-    """tensor name -> (its row, our array, dtype and shape as saved)."""
+@dataclasses.dataclass
+class _Tensor:
+    """A tensor to save: its parameters (several of a fused one, in order) with their rows, dtype and shape as saved."""
+
+    parts: list[tuple[Row, jax.Array]]
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    config: Any
+
+    def host(self) -> np.ndarray:
+        """The tensor in the order of axes of Hugging Face."""
+        arrays = [
+            host if row.axes is None else host.transpose(inverse(row.axes))
+            for row, host in ((row, np.asarray(array)) for row, array in self.parts)
+        ]
+        piece = self.parts[0][0].piece
+        whole = fused(arrays, piece.shares(self.config), piece.groups(self.config)) if piece else arrays[0]
+        return np.ascontiguousarray(whole, self.dtype)
+
+
+def _tensors(params: dict, config, scheme: str, dtype) -> dict[str, _Tensor]:
+    """tensor name -> the tensor."""
     table = table_for(config)
     if scheme not in table.schemes:
         raise LVLMError(f"naming scheme {scheme!r} is not known; expected one of {', '.join(table.schemes)}")
@@ -130,21 +157,21 @@ def _tensors(
             faults.add("misshapen", f"{path} {list(given[path].shape)} instead of {list(shape)}")
     faults.check("the parameters to save")
     tensors = {}
-    for path, array in given.items():
-        row, _ = table.row(path)
-        saved = np.dtype(array.dtype if dtype is None else dtype)
-        tensors[table.name(path, scheme)] = (row, array, saved, permuted(array.shape, inverse(row.axes)))
+    for name, paths in table.names(given, scheme).items():
+        parts = [(table.row(path)[0], given[path]) for path in paths]
+        parts.sort(key=lambda part: part[0].piece.index if part[0].piece else 0)
+        shapes = [permuted(array.shape, inverse(row.axes)) for row, array in parts]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]
+        saved = np.dtype(parts[0][1].dtype if dtype is None else dtype)
+        tensors[name] = _Tensor(parts, saved, shape, config)
     return tensors
 
 
-def _write_weights(folder: Path, tensors: dict, max_shard_size: int) -> None:
+def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: int) -> None:
     def fetch(name: str) -> np.ndarray:
-        row, array, dtype, _ = tensors[name]
-        host = np.asarray(array)
-        host = host if row.axes is None else host.transpose(inverse(row.axes))
-        return np.ascontiguousarray(host, dtype)
+        return tensors[name].host()
 
-    sizes = {name: array.size * dtype.itemsize for name, (_, array, dtype, _) in tensors.items()}
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -159,7 +186,7 @@ def _write_weights(folder: Path, tensors: dict, max_shard_size: int) -> None:
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
         write_safetensors(
-            folder / file, [(name, tensors[name][3], tensors[name][2]) for name in names], fetch
+            folder / file, [(name, tensors[name].shape, tensors[name].dtype) for name in names], fetch
         )
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

@@ -8,9 +8,11 @@ same rows, so whatever loads can be saved. The table of model type `x` is `TABLE
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 Axes = tuple[int, ...] | None
 
@@ -32,6 +34,43 @@ def permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """Which part of a fused tensor a row stands for, along the first axis of the Hugging Face tensor.
+
+    That axis is seen as [groups, sum(shares), unit], and the row is `shares[index]` of each group. Fused q, k and v
+    side by side are one group of shares (1, 1, 1); InternLM2 keeps (query heads per key head, 1, 1) for every key head.
+
+    Attributes:
+        index: the place in `shares`.
+        shares: gives the shares under a configuration.
+        groups: gives the number of groups.
+    """
+
+    index: int
+    shares: Callable[[Any], tuple[int, ...]]
+    groups: Callable[[Any], int] = lambda config: 1
+
+    def take(self, whole: np.ndarray, config: Any) -> np.ndarray:
+        """The piece of a whole tensor: a view where it is one run, as for a single group."""
+        shares, groups = self.shares(config), self.groups(config)
+        start, size = sum(shares[: self.index]), shares[self.index]
+        split = whole.reshape(groups, sum(shares), -1, *whole.shape[1:])
+        return split[:, start : start + size].reshape(-1, *whole.shape[1:])
+
+    def shape(self, whole: tuple[int, ...], config: Any) -> tuple[int, ...]:
+        """The shape of the piece of a tensor of shape `whole`."""
+        shares = self.shares(config)
+        return (whole[0] // sum(shares) * shares[self.index], *whole[1:]) if whole else whole
+
+
+def fused(pieces: Sequence[np.ndarray], shares: tuple[int, ...], groups: int) -> np.ndarray:
+    """The whole tensor of all its pieces, in the order of `shares`: the inverse of `Piece.take`."""
+    rest = pieces[0].shape[1:]
+    split = [piece.reshape(groups, share, -1, *rest) for piece, share in zip(pieces, shares, strict=True)]
+    return np.concatenate(split, axis=1).reshape(-1, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One kind of tensor.
 
@@ -40,12 +79,14 @@ class Row:
         path: our parameter path, keys joined by "/".
         name: the tensor's name behind the prefix.
         axes: the permutation of the Hugging Face tensor's axes that gives our array.
+        piece: the part of a fused tensor, which other rows of the same name make whole; None for all of it.
     """
 
     part: str
     path: str
     name: str
     axes: Axes = SAME
+    piece: Piece | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +114,8 @@ class Table:
     tower: "Table | None" = None
 
     def __post_init__(self):
-        for kind in ({row.path for row in self.rows}, {(row.part, row.name) for row in self.rows}):
+        names = {(row.part, row.name, row.piece and row.piece.index) for row in self.rows}
+        for kind in ({row.path for row in self.rows}, names):
             if len(kind) != len(self.rows):
                 raise ValueError("two rows of a key table claim the same tensor")
         object.__setattr__(self, "_by_path", MappingProxyType({row.path: row for row in self.rows}))
@@ -93,9 +135,12 @@ class Table:
         row, number = self.row(path)
         return self.schemes[scheme][row.part] + row.name.replace("{i}", number)
 
-    def names(self, paths: Iterable[str], scheme: str) -> dict[str, str]:
-        """Tensor name -> parameter path, of all `paths` under one scheme."""
-        return {self.name(path, scheme): path for path in paths}
+    def names(self, paths: Iterable[str], scheme: str) -> dict[str, list[str]]:
+        """Tensor name -> parameter paths (several of a fused tensor), of all `paths` under one scheme."""
+        found: dict[str, list[str]] = {}
+        for path in paths:
+            found.setdefault(self.name(path, scheme), []).append(path)
+        return found
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of this name carries no parameter."""

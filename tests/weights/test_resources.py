@@ -11,7 +11,7 @@ import pytest
 
 from lvlm_jax import models
 from lvlm_jax.weights.safetensors_file import DTYPES, write_safetensors
-from lvlm_jax.weights.tables import flatten, inverse, permuted, table_for
+from lvlm_jax.weights.save import stored_shapes
 from tests.weights import checkpoints as make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +46,7 @@ def write_large(folder: Path, dtype: str) -> Path:
         "head_dim": 128,
     }
     config = models.config_from_hf(hf)
-    shapes = {path: leaf.shape for path, leaf in flatten(models.abstract_parameters(config)).items()}
-    table, random = table_for(config), np.random.default_rng(0)
-    stored = {
-        name: permuted(shapes[path], inverse(table.row(path)[0].axes))
-        for name, path in table.names(shapes, "hub").items()
-    }
+    stored, random = stored_shapes(config), np.random.default_rng(0)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf))
     write_safetensors(
