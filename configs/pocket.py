@@ -3,7 +3,7 @@
 Any field may be set on the command line, as in `--config.everything.steps=500`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -46,8 +46,9 @@ def get_config() -> ConfigDict:
     # At the full rate this stage's small batches undo half of what the first two taught the tower.
     config.everything.rates = ConfigDict(dict(vision_tower=0.2))
     config.everything.drill = 7  # of the single rows, those that ask only whether, which and where things are
-    # Of the absent objects other rows ask for, the share typical of the scene: at 0.25 POPE's adversarial split misses.
-    config.everything.hard = 0.0
+    # Of the absent objects asked for, the share typical of the place; None: not one. Then what fits is expected to be
+    # there, as the web teaches it, and POPE's adversarial questions tempt.
+    config.everything.hard = config_dict.placeholder(float)
     # Two rectangles a step: conversations over one image, and over two to four.
     config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
     config.everything.several = ConfigDict(dict(rows=1, length=384, images=4))

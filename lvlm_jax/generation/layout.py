@@ -218,31 +218,27 @@ def number_images(placeholders: Sequence[np.ndarray], pictures: Pictures | None)
     counts = np.zeros(0, np.int64) if pictures is None else pictures.token_counts
     ends = np.cumsum(counts)
     wanted = [int(found.sum()) for found in placeholders]
-    if sum(wanted) != ends[-1:].sum():
-        size = int(counts[0]) if len(set(counts.tolist())) == 1 else 0
-        raise LVLMError(_mismatch(sum(wanted), counts, size))
+    size = int(counts[0]) if len(set(counts.tolist())) == 1 else 0
+    if size and sum(wanted) % size == 0 and sum(wanted) != ends[-1]:
+        raise LVLMError(
+            f"the prompt has {sum(wanted) // size} image placeholders and {len(counts)} images were given; "
+            "give one image for each"
+        )
     numbers, taken = [], 0
     for row, (found, count) in enumerate(zip(placeholders, wanted, strict=True)):
         image = np.searchsorted(ends, taken + np.arange(count), side="right")
         taken += count
         if count and taken not in ends:
             raise LVLMError(
-                f"sample {row} has {count} image tokens, which ends inside image {image[-1] + 1} of the batch "
-                f"({counts[image[-1]]} tokens); was it truncated?"
+                f"sample {row} has {count} image tokens, which do not end where one of the {len(counts)} images ends "
+                f"({', '.join(map(str, counts[:8])) or 'none was given'}); give one image for each, was it truncated?"
             )
         number = np.zeros(len(found), np.int32)
         number[found] = image - image[0] + 1 if count else 0
         numbers.append(number)
-    return numbers
-
-
-def _mismatch(found: int, counts: np.ndarray, size: int) -> str:
-    if size and found % size == 0:
-        return (
-            f"the prompt has {found // size} image placeholders and {len(counts)} images were given; "
-            "give one image for each"
+    if taken != ends[-1:].sum():
+        raise LVLMError(
+            f"the prompt has {taken} image tokens and its {len(counts)} images take {ends[-1]}; "
+            "give one image for each placeholder"
         )
-    return (
-        f"the prompt has {found} image tokens and its {len(counts)} images take {counts.sum()}; "
-        "give one image for each placeholder, and do not truncate prompts"
-    )
+    return numbers

@@ -57,7 +57,7 @@ def sample_conversation(
 
 
 def sample_text(
-    seed: int, index: int, split: str = "train", hard: float = questions.HARD_NEGATIVES
+    seed: int, index: int, split: str = "train", hard: float | None = questions.HARD_NEGATIVES
 ) -> tuple[list[Scene], list[tuple[str, str]]]:
     """The scenes and turns of `sample_conversation`, without drawing the pictures.
 
@@ -101,7 +101,7 @@ def _multi_question(scenes: list[Scene], rng: np.random.Generator) -> Question:
             return question
 
 
-def _single_question(scene: Scene, rng: np.random.Generator, hard: float) -> Question:
+def _single_question(scene: Scene, rng: np.random.Generator, hard: float | None) -> Question:
     while True:
         kind = _KINDS[min(int(_CUMULATIVE.searchsorted(rng.random())), len(_KINDS) - 1)]
         options = {"hard": hard} if kind in ("existence", "choice") else {}

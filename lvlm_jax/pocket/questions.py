@@ -53,13 +53,16 @@ def article(category: str) -> str:
     return ("an " if category[0] in "aeiou" else "a ") + category
 
 
-def absent_category(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIVES) -> str:
-    """A category not in `scene`: typical of the place with probability `hard`, else any."""
-    if rng.random() < hard:
+def absent_category(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> str:
+    """A category not in `scene`: typical of the place with probability `hard`, else any; with None never typical."""
+    if hard is not None and rng.random() < hard:
         return typical_absentee(scene, rng)
+    ruled_out = set(scene.counts)
+    if hard is None:
+        ruled_out |= set(catalogue.typical_weights(scene.kind)[0])
     while True:
         category = catalogue.CATEGORIES[rng.integers(len(catalogue.CATEGORIES))]
-        if category not in scene.counts:
+        if category not in ruled_out:
             return category
 
 
@@ -76,7 +79,7 @@ def _yes_no(kind: str, text: str, answer: bool, yes: str, no: str) -> Question:
     return Question(kind, text, f"Yes, {yes}." if answer else f"No, {no}.", "Yes" if answer else "No")
 
 
-def existence(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIVES) -> Question:
+def existence(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> Question:
     """Is a category there? Yes and no with equal chance; `hard` as in `absent_category`."""
     answer = bool(rng.random() < 0.5)
     category = _pick(list(scene.counts), rng) if answer else absent_category(scene, rng, hard)
@@ -87,7 +90,7 @@ def existence(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIV
     )
 
 
-def choice(scene: Scene, rng: np.random.Generator, hard: float = HARD_NEGATIVES) -> Question:
+def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> Question:
     """Which of two categories is there? One is, one is not; `hard` as in `absent_category`."""
     present, absent = _pick(list(scene.counts), rng), absent_category(scene, rng, hard)
     pair = [article(present), article(absent)]

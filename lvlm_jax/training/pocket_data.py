@@ -81,7 +81,8 @@ class Conversations:
 
     The first `drill` rows of `single` ask only whether, which and where objects are, in short turns beside the caption:
     in ordinary conversations too few of the answers depend on that for a small model to learn to look for it.
-    In the others a share `hard` of the absent objects asked for is typical of the scene.
+    The absent objects asked for are drawn as `questions.absent_category` says, by `hard`: a model that is drilled to
+    resist what is typical of a place would not be tempted by it, and POPE's adversarial split would show nothing.
     """
 
     seed: int
@@ -89,7 +90,7 @@ class Conversations:
     single: Part
     several: Part
     drill: int = 0
-    hard: float = 0.0
+    hard: float | None = None
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -102,7 +103,7 @@ class Conversations:
             name = "single" if len(scenes) == 1 else "several"
             if len(chosen[name]) < parts[name].rows and len(scenes) <= free[name]:
                 if name == "single" and len(chosen[name]) < self.drill:
-                    turns = drill_turns(scenes[0], np.random.default_rng([4, self.seed, index]))
+                    turns = drill_turns(scenes[0], np.random.default_rng([4, self.seed, index]), self.hard)
                 chosen[name].append((scenes, turns))
                 free[name] -= len(scenes)
             if all(len(chosen[name]) == part.rows for name, part in parts.items()):
@@ -110,17 +111,13 @@ class Conversations:
         return {name: rows_of(self.encoder, chosen[name], part) for name, part in parts.items()}
 
 
-def drill_turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of existence, choice and position with one-word answers, and a caption before or after them.
-
-    Absent objects are drawn without regard to the place, as most of the web asks: a model that is drilled to resist
-    what is typical would not be tempted by it, and POPE's adversarial split would show nothing.
-    """
+def drill_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[tuple[str, str]]:
+    """Questions of existence, choice and position with one-word answers, and a caption before or after them."""
     asked = []
     for _ in range(DRILL_TURNS):
         where = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
-        what = questions.choice(scene, rng, hard=0.0) if rng.random() < CHOICE_SHARE else None
-        asked.append(where or what or questions.existence(scene, rng, hard=0.0))
+        what = questions.choice(scene, rng, hard) if rng.random() < CHOICE_SHARE else None
+        asked.append(where or what or questions.existence(scene, rng, hard))
     turns = [(question.text + conversations.suffix(question), question.short) for question in asked]
     turns.insert(int(rng.integers(2)) * len(turns), conversations.caption_turn(scene, rng))
     return turns
