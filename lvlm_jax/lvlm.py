@@ -118,8 +118,14 @@ class LVLM:
             images: paths, PIL images or arrays.
 
         Raises:
-            LVLMError: an unreadable picture, or a model without a processor.
+            LVLMError: an unreadable picture, a model without a processor, or one whose image tokens depend on more than
+                the picture (`inputs.encodes_ahead`).
         """
+        if not inputs.encodes_ahead(self.config):
+            raise LVLMError(
+                f"pictures of {self.config.model_type} cannot be encoded ahead: their tokens depend on the prompt or "
+                "on the picture's size; give the pictures themselves"
+            )
         pixels = inputs.pixels_of(self.processor, images)
         tokens = drivers.encode_images(self.params, self.config, self._spread(pixels))
         return [inputs.EncodedImage(*both) for both in zip(pixels, np.asarray(tokens), strict=True)]
@@ -399,7 +405,8 @@ class LVLM:
         self, prompt: Inputs, main: Prompt, method: Method | None, room: int
     ) -> tuple[Prompt | None, int]:
         def tokenizer() -> Any:
-            return self.processor.tokenizer
+            # Where a tokenizer of its own reads the images' instruction, that is where the words go.
+            return getattr(self.processor, "qformer_tokenizer", self.processor.tokenizer)
 
         contrast, capacity = branches.contrast(
             self.params, self.config, tokenizer, prompt, main, method, room
@@ -492,7 +499,10 @@ def _as_tap(tap: Tap | bool) -> Tap:
 def _with_stop_tokens(config: Any, folder: Path) -> Any:
     """The configuration with the stop tokens of `generation_config.json`, which overrule those of `config.json`."""
     path = folder / "generation_config.json"
-    stops = read_json(path).get("eos_token_id") if path.is_file() else None
+    generation = read_json(path) if path.is_file() else {}
+    # A family may know of stop tokens that the published code adds by itself.
+    own = getattr(config, "stop_tokens", None)
+    stops = list(own(generation)) if own else generation.get("eos_token_id")
     if stops is None:
         return config
     return dataclasses.replace(config, eos_token_ids=tuple(stops) if isinstance(stops, list) else (stops,))

@@ -8,10 +8,14 @@ what is compared is measured in turns within one run, because shared machines dr
 """
 
 import argparse
+import contextlib
+import ctypes
 import datetime
+import gc
 import json
 import pathlib
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -95,17 +99,30 @@ def random_parameters(config, dtype: jnp.dtype) -> dict:
     )
 
 
+def model_of(size: str, dtype: str) -> tuple[dict, object]:
+    """Parameters and configuration: the pocket model, or random weights of a size in SIZES."""
+    if size == "pocket":
+        model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=dtype)
+        return model.params, model.config
+    config = models.config_from_hf(SIZES[size])
+    return random_parameters(config, jnp.dtype(dtype)), config
+
+
+def words_of(config) -> np.ndarray:
+    """All tokens but the image's placeholder."""
+    return np.setdiff1d(np.arange(config.text.vocab_size, dtype=np.int32), config.image_token_id)
+
+
 def random_prompt(config, batch: int) -> tuple:
     """Inputs of `batch` conversations with one image each, all alike in length."""
-    rng = np.random.default_rng(0)
+    rng, words = np.random.default_rng(0), words_of(config)
     before, after = TEXT_TOKENS
-    low, high = 5, min(config.image_token_id, config.text.vocab_size)
     rows = [
         np.concatenate(
             [
-                rng.integers(low, high, before),
+                rng.choice(words, before),
                 np.full(config.tokens_per_image, config.image_token_id),
-                rng.integers(low, high, after),
+                rng.choice(words, after),
             ]
         )
         for _ in range(batch)
@@ -151,6 +168,27 @@ def program_bytes(compiled) -> int:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
+
+
+def reset_peak() -> int:
+    """Forgets what this process held before, and returns the bytes that it holds now.
+
+    Linux alone can forget; elsewhere the peak is that of the whole process.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, such as a compiler's memory
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process since `reset_peak`."""
+    status = pathlib.Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Ours:
@@ -238,12 +276,7 @@ class Transformers:
 def measure(arguments: argparse.Namespace) -> dict:
     """All figures of one command."""
     # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
-    if arguments.size == "pocket":
-        model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=arguments.dtype)
-        params, config = model.params, model.config
-    else:
-        config = models.config_from_hf(SIZES[arguments.size])
-        params = random_parameters(config, jnp.dtype(arguments.dtype))
+    params, config = model_of(arguments.size, arguments.dtype)
     inputs, tokens = random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:

@@ -48,6 +48,10 @@ class Block:
         # cache for them. It does not fuse across a conditional; other platforms would pay a host round trip for one.
         return Block(*jax.lax.platform_dependent(self.key, self.value, cpu=guarded, default=update))
 
+    def first(self, length: int) -> "Block":
+        """The first `length` columns."""
+        return Block(self.key[:, :, :length], self.value[:, :, :length])
+
     def padded(self, length: int) -> "Block":
         """The same columns followed by zeros up to `length` columns."""
         width = ((0, 0), (0, 0), (0, length - self.length), (0, 0))

@@ -44,20 +44,19 @@ class Context:
     def mask(self, window: int | None = None, whole_images: bool = False) -> Bool[Array, "B T S"]:
         """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one.
 
-        With `whole_images` image tokens of the prompt see all of their uninterrupted run, later ones and those outside
-        the window included.
+        With `whole_images` image tokens of the prompt see later ones of their uninterrupted run too. The window bounds
+        how far back they see, as it does for text.
         """
         rows, columns = self.rows(), jnp.arange(self.image_id.shape[1])
-        visible = columns[None, :] <= rows[:, None]
-        if window is not None:
-            visible &= columns[None, :] > rows[:, None] - window
-        visible = visible[None]
+        visible = (columns[None, :] <= rows[:, None])[None]
         if whole_images and self.phase == "prefill":
             image = self.image_columns()
             begins = image & ~jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]
             run = jnp.where(image, jnp.cumsum(begins, axis=1), 0)
             own = jnp.take(run, rows, axis=1)
             visible = visible | ((own[:, :, None] == run[:, None, :]) & (own > 0)[:, :, None])
+        if window is not None:
+            visible = visible & (columns[None, :] > rows[:, None] - window)
         return visible & (self.image_id != PADDING)[:, None, :]
 
     def image_columns(self) -> Bool[Array, "B S"]:

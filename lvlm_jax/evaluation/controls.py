@@ -274,15 +274,18 @@ def verdicts(differences: Mapping) -> dict[str, str]:
     "beats" where the interval lies on the better side of 0, "does not beat" where it lies on the worse one, "cannot be
     told from" where it holds 0. A figure that is not defined is left out.
     """
-    found = {}
-    for name in headlines(list(differences)):
-        low, high = differences[name]["interval"]
-        if low is None:
-            continue
-        if name.rpartition(": ")[2] in WRONG:
-            low, high = -high, -low
-        found[name] = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
-    return found
+    said = {name: verdict(name, differences[name]["interval"]) for name in headlines(list(differences))}
+    return {name: says for name, says in said.items() if says is not None}
+
+
+def verdict(name: str, interval: Sequence[float | None]) -> str | None:
+    """What the interval of one figure's difference says, see `verdicts`; None where it is not defined."""
+    low, high = interval
+    if low is None:
+        return None
+    if name.rpartition(": ")[2] in WRONG:
+        low, high = -high, -low
+    return "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
 
 
 def words(about: str, method: Scores, control: Scores, differences: Mapping) -> str:

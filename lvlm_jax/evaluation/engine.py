@@ -2,7 +2,8 @@
 
 What is asked together depends on the questions, the batch size and the number of processes alone, never on what a log
 holds already: a batch whose answers are not all there is asked again whole, so that a run that was killed ends with the
-very answers of one that was not. Prompts about one picture follow each other, and its picture is encoded once.
+very answers of one that was not. Prompts about one picture follow each other, and its picture is encoded once where
+the model allows it.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def collect(
                 continue
             began = time.monotonic()
             first = [questions[prompt[0]] for prompt in batch]
-            messages = [conversation(pictures.encoded(one.images), protocol.prompt(one)) for one in first]
+            messages = [conversation(pictures.ready(one.images), protocol.prompt(one)) for one in first]
             seeds = [seed_of(work.seed, "/".join(one.key)) for one in first]
             spare = len(batches[0]) - len(batch)  # the last batch has the shape of the others
             rows = respond(messages + messages[-1:] * spare, seeds + seeds[-1:] * spare)

@@ -1,4 +1,7 @@
-"""Pictures of a benchmark, opened in threads ahead of the model, and encoded once for all questions about them."""
+"""Pictures of a benchmark, opened in threads ahead of the model, and encoded once for all questions about them.
+
+Where image tokens depend on more than the picture (`inputs.encodes_ahead`), they are only opened.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from PIL import Image
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import image_name
 from lvlm_jax.generation.images import open_image
-from lvlm_jax.generation.inputs import EncodedImage
+from lvlm_jax.generation.inputs import EncodedImage, encodes_ahead
 
 READERS = 4  # threads that open the pictures needed next
-REMEMBERED = 1 << 30  # bytes of encoded pictures: 160 of LLaVA-1.5-7B's in bfloat16
+REMEMBERED = 1 << 30  # bytes of pictures: 160 that LLaVA-1.5-7B has encoded in bfloat16
+
+Ready = EncodedImage | Image.Image
 
 
 class Pictures:
@@ -35,14 +40,14 @@ class Pictures:
             model: an `LVLM`.
             needed: every picture in the order of its uses, as often as it is used.
             size: of a group.
-            remembered: bytes of encoded pictures to keep; the newest group is kept in any case.
+            remembered: bytes of pictures to keep; the newest group is kept in any case.
         """
         order = list(dict.fromkeys(needed))
         size = max(1, min(size, len(order)))
         self._groups = [order[start : start + size] for start in range(0, len(order), size)]
         self._group_of = {picture: number for number, group in enumerate(self._groups) for picture in group}
         self._model, self._size, self._limit = model, size, remembered
-        self._known: OrderedDict[int, dict[Path | bytes, EncodedImage]] = OrderedDict()
+        self._known: OrderedDict[int, dict[Path | bytes, Ready]] = OrderedDict()
         self._opening: dict[int, list[Future]] = {}
         self._pool = ThreadPoolExecutor(READERS)
 
@@ -52,23 +57,24 @@ class Pictures:
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def encoded(self, pictures: Sequence[Path | bytes]) -> list[EncodedImage]:
-        """Some of the pictures, encoded.
+    def ready(self, pictures: Sequence[Path | bytes]) -> list[Ready]:
+        """Some of the pictures, as messages take them.
 
         Raises:
             LVLMError: a picture of their groups cannot be read.
         """
         return [self._group(self._group_of[picture])[picture] for picture in pictures]
 
-    def _group(self, number: int) -> dict[Path | bytes, EncodedImage]:
+    def _group(self, number: int) -> dict[Path | bytes, Ready]:
         if number not in self._known:
             opening = self._opening.pop(number, None) or self._open(number)
             images = [future.result() for future in opening]
             if number + 1 < len(self._groups) and number + 1 not in self._known:
                 self._opening = {number + 1: self._open(number + 1)}
-            filled = images + [images[-1]] * (self._size - len(images))  # the last group has the same shape
-            encoded = self._model.encode_images(filled)[: len(images)]
-            self._known[number] = dict(zip(self._groups[number], encoded, strict=True))
+            if encodes_ahead(self._model.config):
+                spare = self._size - len(images)  # the last group has the shape of the others
+                images = self._model.encode_images(images + images[-1:] * spare)[: len(images)]
+            self._known[number] = dict(zip(self._groups[number], images, strict=True))
         self._known.move_to_end(number)
         while len(self._known) > 1 and sum(map(_bytes, self._known.values())) > self._limit:
             self._known.popitem(last=False)
@@ -88,5 +94,10 @@ def _opened(picture: Path | bytes) -> Image.Image:
     return open_image(image)
 
 
-def _bytes(group: dict[Any, EncodedImage]) -> int:
-    return sum(image.pixels.nbytes + image.tokens.nbytes for image in group.values())
+def _bytes(group: dict[Any, Ready]) -> int:
+    return sum(
+        image.pixels.nbytes + image.tokens.nbytes
+        if isinstance(image, EncodedImage)
+        else image.width * image.height * len(image.getbands())
+        for image in group.values()
+    )

@@ -88,14 +88,7 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
     Args:
         found: method -> contents of its `scores.json`; "greedy" first, which has no controls.
     """
-    heading = ["method", *part.columns, "seconds"]
-    lines = [f"## {part.title}", "", _row(heading), "|---" * len(heading) + "|"]
-    for name, scores in found.items():
-        against = scores.get("controls", {}).get("greedy", {}).get("against", {}).get("differences", {})
-        cells = [
-            _cell(scores["figures"].get(figure), against.get(figure)) for figure in part.columns.values()
-        ]
-        lines.append(_row([name, *cells, f"{scores['cost']['seconds']:.0f}"]))
+    lines = [f"## {part.title}", "", *table(part.columns, found)]
     beside = {name: scores["controls"] for name, scores in found.items() if "controls" in scores}
     if beside:
         kinds = list(dict.fromkeys(kind for controls in beside.values() for kind in controls))
@@ -103,6 +96,26 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
         for name, controls in beside.items():
             lines.append(_row([name, *(_judged(controls.get(kind)) for kind in kinds)]))
     return "\n".join(lines) + "\n"
+
+
+def table(columns: Mapping[str, str], found: Mapping[str, Mapping], what: str = "method") -> list[str]:
+    """Lines of a table: figures with intervals, and below them the difference to the run compared with.
+
+    Args:
+        columns: headings -> names of figures.
+        found: run -> contents of its `scores.json`, compared with another by `against` there, or else with the greedy
+            control. Where they have a cost, the last column is the seconds of answering.
+        what: heading of the first column.
+    """
+    timed = ["seconds"] * any("cost" in scores for scores in found.values())
+    heading = [what, *columns, *timed]
+    lines = [_row(heading), "|---" * len(heading) + "|"]
+    for name, scores in found.items():
+        control = scores.get("controls", {}).get("greedy", {})
+        against = scores.get("against", control.get("against", {})).get("differences", {})
+        cells = [_cell(scores["figures"].get(figure), against.get(figure)) for figure in columns.values()]
+        lines.append(_row([name, *cells, *(f"{scores['cost']['seconds']:.0f}" for _ in timed)]))
+    return lines
 
 
 def _row(cells: list[str]) -> str:

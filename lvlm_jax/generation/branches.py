@@ -68,7 +68,7 @@ def contrast(
     """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not.
 
     Args:
-        tokenizer: gives the tokenizer, should words have to be encoded.
+        tokenizer: gives the tokenizer of the words, should they have to be encoded.
         main: the main branch's prompt, made of `prompt`.
         room: how many tokens must fit behind it.
 
@@ -91,7 +91,11 @@ def contrast(
             encoder = tokenizer()
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
-        other = prompt.with_words(words, start, config.pad_token_id)
+        if hasattr(config, "instructed"):  # images are read with the instruction in mind: it is disturbed there
+            geometry = config.instructed(prompt.geometry, words)
+            other = dataclasses.replace(prompt, geometry=geometry, image_tokens=None)
+        else:
+            other = prompt.with_words(words, start, config.pad_token_id)
     longest, context = int(other.lengths.max()), config.text.max_position_embeddings
     if longest >= context:
         raise LVLMError(

@@ -31,7 +31,7 @@ def encode_images(
 
 
 def embed(
-    params: dict, config: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"] | None
+    params: dict, config: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"] | None
 ) -> Float[Array, "B T E"]:
     """Decoder inputs: token embeddings with the image tokens in their places."""
     return _apply(params, config, "embed", tokens, image_tokens)
@@ -93,10 +93,12 @@ def prefill(
     split = total - rows if shared else 0
     caches = None
     if split:
-        axes = None if prompt.axes is None else prompt.axes[:, :, :split]
-        before = prompt_context(prompt.image_id[:, :split], None, 0, image_count, axes=axes)
-        seen = _apply(params, config, "decode", prompt.embeddings[None, :, :split], before).columns
-        caches = tuple(LayerCache(columns.own[0], ()) for columns in seen)
+        # Image tokens that see later ones need the rows behind the split too, where it may lie inside an image.
+        end = total if config.text.whole_images else split
+        axes = None if prompt.axes is None else prompt.axes[:, :, :end]
+        before = prompt_context(prompt.image_id[:, :end], None, 0, image_count, axes=axes)
+        seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], before).columns
+        caches = tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
     if kind == "pixels":
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])

@@ -27,6 +27,15 @@ class EncodedImage:
     tokens: np.ndarray
 
 
+def encodes_ahead(config: Any) -> bool:
+    """Whether image tokens follow from the picture alone and all pictures take as many, so that they can be reused.
+
+    Families for which they do not (tokens that depend on the picture's size or on the instruction) have no
+    `tokens_per_image`.
+    """
+    return hasattr(config, "tokens_per_image")
+
+
 def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:
     """Pictures as the tower receives them, `Float[I, 3, Y, X]`.
 
@@ -97,9 +106,13 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
         if known:  # their placeholders are expanded below, by the layout
             encoded += known
             parts += [{"pixel_values": image.pixels[None]} for image in known]
+            # Where one marker stands for more than image tokens, the processor says for what.
+            text = text.replace(marker, getattr(processor, "full_image_sequence", marker))
             prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
             continue
-        processed = dict(processor(images=images or None, text=text, return_tensors="np"))
+        # Some processors treat an image that comes alone in another way.
+        given = [images] if images and getattr(config, "nested_images", False) else images
+        processed = dict(processor(images=given or None, text=text, return_tensors="np"))
         prompts.append(np.asarray(processed.pop("input_ids"))[0])
         parts.append(processed if images else {})
     if encoded and len(encoded) < found:
@@ -188,6 +201,11 @@ def _lay_out(
     parts: Sequence[Mapping[str, Any]],
     config: Any,
 ) -> Inputs:
+    if hasattr(config, "mark_images"):  # a family whose tokenizer writes other tokens in the place of images
+        prompts = [config.mark_images(prompt) for prompt in prompts]
+    if hasattr(config, "placed"):  # a family whose processor may leave placeholders out
+        given, prompts = prompts, config.placed(parts, prompts)
+        columns = columns if prompts is given else None
     pictures = config.pictures(parts, prompts)
     counts = [] if pictures is None else pictures.token_counts
     placeholders = [prompt == config.image_token_id for prompt in prompts]

@@ -7,33 +7,35 @@ from typing import Any
 from lvlm_jax.errors import LVLMError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+OWN_PROCESSOR_FILES = ("qwen.tiktoken",)  # what the processors read that are made here
 
 
 def has_processor(folder: Path) -> bool:
     """Whether a checkpoint folder carries a processor."""
-    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+    return any((folder / name).is_file() for name in (*PROCESSOR_FILES, *OWN_PROCESSOR_FILES))
 
 
 def load_processor(folder: Path, config: Any) -> Any:
     """The checkpoint's own processor, with the sizes that older checkpoints leave out taken from the model.
 
-    A configuration with a `load_processor(folder)` makes its own, where transformers has none without remote code; one
-    with a `chat_template` lends it to a processor that has none.
+    A configuration with a `load_processor(folder)` makes its own, where transformers has none without remote code (None
+    says that it has one); one with a `chat_template` lends it to a processor that has none.
 
     Raises:
         LVLMError: no processor files, or files that transformers cannot read.
     """
-    if hasattr(config, "load_processor"):
-        return config.load_processor(folder)
+    own = config.load_processor(folder) if hasattr(config, "load_processor") else None
+    if own is not None:
+        return own
     if not has_processor(folder):
         raise LVLMError(
             f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}); give prepare() arrays, or copy the files "
             "from the checkpoint's Hugging Face repository"
         )
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = processor_class(config).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises whatever the first broken file provokes
         raise LVLMError(f"cannot read the processor of {folder}: {' '.join(str(error).split())}") from error
     if hasattr(config, "feature_select"):
@@ -49,6 +51,26 @@ def load_processor(folder: Path, config: Any) -> Any:
             f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository"
         )
     return processor
+
+
+def processor_class(config: Any) -> Any:
+    """What reads a processor: transformers' class for the model, without its part for videos if it has one.
+
+    A configuration with a `processor_name` takes another of its classes.
+
+    Nothing here reads videos, and those parts need torchvision, without which transformers gives no processor at all.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    if hasattr(config, "processor_name"):
+        return getattr(transformers, config.processor_name)
+    own = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type, ""), None)
+    attributes = own.get_attributes() if own else ()
+    if "video_processor" not in attributes:
+        return transformers.AutoProcessor
+    kept = [name for name in attributes if name != "video_processor"]
+    return type(own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept))})
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

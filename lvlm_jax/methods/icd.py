@@ -2,7 +2,9 @@
 
 The contrast branch reads `prompt` (or the token ids in `tokens`, where there is no tokenizer) right after the
 token that begins every text, then the whole main prompt with its pictures; later tokens move on accordingly. Then
-(1 + α) l - α l̃ where l >= max l + ln β.
+(1 + α) l - α l̃ where l >= max l + ln β. A model that reads its pictures with the instruction in mind (InstructBLIP's
+Q-Former) gets `prompt`, or `tokens` of the Q-Former's vocabulary, there instead, before the instruction; what its
+decoder reads besides the pictures stays, as in the authors' code.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second prompt, and one more row through the weights per token. The vision pass is shared.

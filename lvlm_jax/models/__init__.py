@@ -15,7 +15,18 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import VisionConfig
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.gemma3 import Gemma3, Gemma3Config
+from lvlm_jax.models.glm4v import Glm4v, Glm4vConfig
+from lvlm_jax.models.instructblip import InstructBlip, InstructBlipConfig
+from lvlm_jax.models.internvl import InternVl, InternVlConfig
 from lvlm_jax.models.llava import Llava, LlavaConfig
+from lvlm_jax.models.llava_next import LlavaNext, LlavaNextConfig
+from lvlm_jax.models.llava_onevision import LlavaOnevision, LlavaOnevisionConfig
+from lvlm_jax.models.qwen2_5_vl import Qwen25Vl, Qwen25VlConfig
+from lvlm_jax.models.qwen2_vl import Qwen2Vl, Qwen2VlConfig
+from lvlm_jax.models.qwen3_vl import Qwen3Vl, Qwen3VlConfig
+from lvlm_jax.models.qwen_vl import QwenVl, QwenVlConfig
+from lvlm_jax.models.smolvlm import SmolVlm, SmolVlmConfig
 
 __all__ = [
     "FAMILIES",
@@ -27,7 +38,24 @@ __all__ = [
     "config_from_hf",
 ]
 
-FAMILIES: dict[str, tuple[type, type[VisionLanguageModel]]] = {"llava": (LlavaConfig, Llava)}
+FAMILIES: dict[str, tuple[type, type[VisionLanguageModel]]] = {
+    "gemma3": (Gemma3Config, Gemma3),
+    "glm4v": (Glm4vConfig, Glm4v),
+    "idefics3": (SmolVlmConfig, SmolVlm),
+    "instructblip": (InstructBlipConfig, InstructBlip),
+    "internvl": (InternVlConfig, InternVl),
+    "llava": (LlavaConfig, Llava),
+    "llava_next": (LlavaNextConfig, LlavaNext),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevision),
+    "qwen2_5_vl": (Qwen25VlConfig, Qwen25Vl),
+    "qwen2_vl": (Qwen2VlConfig, Qwen2Vl),
+    "qwen3_vl": (Qwen3VlConfig, Qwen3Vl),
+    "qwen_vl": (QwenVlConfig, QwenVl),
+    "smolvlm": (SmolVlmConfig, SmolVlm),
+}
+
+# Families whose published `config.json` has another `model_type`.
+PUBLISHED_AS = {"qwen": "qwen_vl"}
 
 
 def config_from_hf(raw: dict[str, Any]) -> Any:
@@ -36,7 +64,7 @@ def config_from_hf(raw: dict[str, Any]) -> Any:
     Raises:
         LVLMError: the model type or a value in the configuration is not supported.
     """
-    model_type = raw.get("model_type")
+    model_type = PUBLISHED_AS.get(raw.get("model_type"), raw.get("model_type"))
     if model_type not in FAMILIES:
         raise LVLMError(f"model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}")
     # Imported here: reading a configuration is the only thing in this room that needs transformers.

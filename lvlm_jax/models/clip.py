@@ -1,11 +1,11 @@
 """The CLIP vision tower (arXiv 2103.00020), up to its hidden states."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import activation_name
@@ -25,6 +25,7 @@ class VisionConfig:
     patch_size: int
     hidden_act: str
     layer_norm_eps: float
+    qkv_bias: ClassVar[bool] = True  # a field of towers that may go without
 
     @property
     def num_patches(self) -> int:
@@ -62,13 +63,16 @@ class ClipAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
+    def __call__(
+        self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None
+    ) -> Float[Array, "I P W"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
         def project(name: str) -> Float[Array, "I P H D"]:
-            return linear(width, self.dtype, name, use_bias=True)(x).reshape(*x.shape[:2], heads, -1)
+            bias = self.config.qkv_bias
+            return linear(width, self.dtype, name, use_bias=bias)(x).reshape(*x.shape[:2], heads, -1)
 
-        mixed = patch_attention(project("q_proj"), project("k_proj"), project("v_proj"))
+        mixed = patch_attention(project("q_proj"), project("k_proj"), project("v_proj"), mask)
         return linear(width, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 
@@ -87,16 +91,18 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream."""
+    """Attention and MLP, each behind its norm and added to the stream; `mask` says which patches may be seen."""
 
     config: VisionConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
+    def __call__(
+        self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None
+    ) -> Float[Array, "I P W"]:
         epsilon = self.config.layer_norm_eps
         normed = layer_norm(epsilon, self.dtype, "layer_norm1")(x)
-        x = x + ClipAttention(self.config, self.dtype, name="self_attn")(normed)
+        x = x + ClipAttention(self.config, self.dtype, name="self_attn")(normed, mask)
         normed = layer_norm(epsilon, self.dtype, "layer_norm2")(x)
         return x + ClipMlp(self.config, self.dtype, name="mlp")(normed)
 

@@ -26,6 +26,8 @@ class DecoderTraits:
     scaled_embedding: bool = False
     whole_images: bool = False
     rope_pairs: bool = False
+    rope_sections: tuple[int, ...] = ()  # of multimodal positions, where the configuration does not say
+    rope_interleaved: bool = False
 
 
 DECODERS: dict[str, DecoderTraits] = {
@@ -33,18 +35,23 @@ DECODERS: dict[str, DecoderTraits] = {
         attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
     ),
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
+    "qwen": DecoderTraits(attention_bias=True, output_bias="projection_bias", mlp_bias="projection_bias"),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
     "internlm3": DecoderTraits(
         attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
     ),
-    "qwen2_vl_text": DecoderTraits(attention_bias=True, output_bias=False),
-    "qwen2_5_vl_text": DecoderTraits(attention_bias=True, output_bias=False),
+    "qwen2_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
+    "qwen2_5_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
     "qwen3_vl_text": DecoderTraits(
-        attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True
+        attention_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        rope_sections=(24, 20, 20),
+        rope_interleaved=True,
     ),
     "glm4v_text": DecoderTraits(
-        attention_bias="attention_bias", output_bias=False, output_norms=True, rope_pairs=True
+        attention_bias=True, output_bias=False, output_norms=True, rope_pairs=True, rope_sections=(8, 12, 12)
     ),
     "gemma3_text": DecoderTraits(
         attention_bias="attention_bias",
@@ -97,6 +104,16 @@ class DecoderConfig:
     query_scale: float | None = None
     whole_images: bool = False
 
+    def __post_init__(self):
+        for rope in self.ropes:
+            planes = int(self.head_dim * rope.share) // 2
+            whole = rope.interleaved or sum(rope.sections) == planes
+            if rope.sections and not (whole and len(rope.sections) == 3):
+                raise LVLMError(
+                    f"text_config.rope_parameters.mrope_section {list(rope.sections)} is not supported for heads of "
+                    f"{2 * planes} rotating channels; expected three numbers that sum to {planes}"
+                )
+
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary positions of its layers."""
@@ -137,8 +154,8 @@ class DecoderConfig:
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             rms_norm_eps=text.rms_norm_eps,
-            rope=_rope_from_hf(text, "full_attention", traits.rope_pairs),
-            local_rope=_local_rope(text, traits.rope_pairs),
+            rope=_rope_from_hf(text, "full_attention", traits),
+            local_rope=_local_rope(text, traits),
             hidden_act=activation_name(
                 "text_config.hidden_act", getattr(text, "hidden_activation", None) or text.hidden_act
             ),
@@ -147,7 +164,7 @@ class DecoderConfig:
             output_bias=flag(traits.output_bias),
             mlp_bias=flag(traits.mlp_bias),
             qk_norm=traits.qk_norm,
-            tie_word_embeddings=bool(text.tie_word_embeddings),
+            tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
             sliding_window=_sliding_window(text),
             output_norms=traits.output_norms,
             norm_offset=traits.norm_offset,
@@ -159,12 +176,15 @@ class DecoderConfig:
 
 def special_tokens(hf: Any) -> dict[str, Any]:
     """`eos_token_ids`, `pad_token_id` and `bos_token_id` of a configuration, from itself or from its `text_config`."""
-    text = hf.text_config
-    eos = first_given(getattr(hf, "eos_token_id", None), text.eos_token_id, ())
+
+    def given(name: str, default: Any) -> Any:
+        return first_given(getattr(hf, name, None), getattr(hf.text_config, name, None), default)
+
+    eos = given("eos_token_id", ())
     return {
         "eos_token_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        "pad_token_id": first_given(getattr(hf, "pad_token_id", None), text.pad_token_id, 0),
-        "bos_token_id": first_given(getattr(hf, "bos_token_id", None), text.bos_token_id, -1),
+        "pad_token_id": given("pad_token_id", 0),
+        "bos_token_id": given("bos_token_id", -1),
     }
 
 
@@ -207,12 +227,12 @@ def _query_scale(text: Any) -> float | None:
     return None if scalar is None else scalar**-0.5
 
 
-def _local_rope(text: Any, pairs: bool) -> RopeConfig | None:
+def _local_rope(text: Any, traits: DecoderTraits) -> RopeConfig | None:
     own = "sliding_attention" in (text.rope_parameters or {})
-    return _rope_from_hf(text, "sliding_attention", pairs) if own else None
+    return _rope_from_hf(text, "sliding_attention", traits) if own else None
 
 
-def _rope_from_hf(text: Any, layer_type: str, pairs: bool) -> RopeConfig:
+def _rope_from_hf(text: Any, layer_type: str, traits: DecoderTraits) -> RopeConfig:
     """The rotary positions of a kind of layer, where the configuration tells kinds apart."""
     given = dict(text.rope_parameters or {})
     given = dict(given.get(layer_type, given))
@@ -235,8 +255,8 @@ def _rope_from_hf(text: Any, layer_type: str, pairs: bool) -> RopeConfig:
     return RopeConfig(
         kind="default" if kind == "mrope" else kind,
         share=given.get("partial_rotary_factor", 1.0),
-        pairs=pairs,
-        sections=tuple(given.get("mrope_section") or ()),
-        interleaved=bool(given.get("mrope_interleaved")),
+        pairs=traits.rope_pairs,
+        sections=tuple(given.get("mrope_section") or traits.rope_sections),
+        interleaved=bool(given.get("mrope_interleaved", traits.rope_interleaved)),
         **known,
     )

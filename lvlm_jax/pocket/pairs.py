@@ -11,14 +11,17 @@ import numpy as np
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.pocket import conversations, questions
+from lvlm_jax.pocket import captions, conversations, questions
 from lvlm_jax.pocket.questions import Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
 SINGLE = 0.2  # share of prompts about one picture, which keep a model from forgetting how to answer those
+DESCRIPTION = "description"  # the kind of prompts that ask for one
 
 
-def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float = SINGLE) -> Path:
+def write_prompts(
+    folder: str | Path, count: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
+) -> Path:
     """Write `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its pictures below `folder`.
 
     The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can
@@ -28,6 +31,7 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
       count: how many prompts.
       seed: another seed gives other pictures.
       single: probability of a prompt about one picture instead of two to four.
+      describe: probability that a prompt about one picture asks for a detailed description.
 
     Returns:
       The file.
@@ -36,7 +40,7 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
       LVLMError: the folder holds other prompts, or cannot be written.
     """
     path = Path(folder) / "prompts.jsonl"
-    drawn = [sample_prompt(index, seed, single) for index in range(count)]
+    drawn = [sample_prompt(index, seed, single, describe) for index in range(count)]
     names = [
         [f"images/{index:06d}_{place + 1}.png" for place in range(len(scenes))]
         for index, (scenes, _, _, _) in enumerate(drawn)
@@ -63,12 +67,14 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
     return path
 
 
-def sample_prompt(index: int, seed: int = 0, single: float = SINGLE) -> tuple[list[Scene], str, str, str]:
-    """Prompt `index` of the stream `seed`, over scenes that follow the train split.
+def sample_prompt(
+    index: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
+) -> tuple[list[Scene], str, str, str]:
+    """Prompt `index` of the stream `seed`, over scenes that follow the train split; see `write_prompts`.
 
     Returns:
       scenes: one to four.
-      kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`.
+      kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
       text: the question, `conversations.ONE_WORD` of them with the suffix that asks for one word.
       truth: the right answer, in the form that is asked for.
     """
@@ -76,6 +82,9 @@ def sample_prompt(index: int, seed: int = 0, single: float = SINGLE) -> tuple[li
     rng = np.random.default_rng([13, SPLITS["train"], seed, index])
     if rng.random() < single:
         scenes = [sample_scene(rng, "train")]
+        if describe and rng.random() < describe:
+            asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+            return scenes, DESCRIPTION, asked, captions.caption(scenes[0], "detailed", rng)
         question = _draw(questions.SINGLE, scenes[0], rng)
     else:
         scenes = conversations.several_scenes(rng, "train")

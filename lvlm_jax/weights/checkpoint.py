@@ -16,7 +16,7 @@ _LAYOUTS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 
 
 def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:

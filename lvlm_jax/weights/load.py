@@ -15,7 +15,7 @@ import numpy as np
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights import original
+from lvlm_jax.weights import internvl_chat, original
 from lvlm_jax.weights.checkpoint import open_files, read_json, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
 from lvlm_jax.weights.tables import flatten, inverse, permuted, unflatten
@@ -24,16 +24,19 @@ Sharding = jax.sharding.Sharding
 Place = Callable[[str, tuple[int, ...]], Sharding]
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 
+# `model_type` of configurations that transformers does not carry -> what rewrites them, from (folder, configuration).
+_REWRITTEN = {internvl_chat.MODEL_TYPE: internvl_chat.to_hf_config}
+
 
 def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> dict:
-    """The Hugging Face configuration of a checkpoint folder, an original one rewritten as a `LlavaConfig` dict.
+    """The Hugging Face configuration of a checkpoint folder, that of an authors' own layout rewritten as such.
 
     Args:
         folder: the checkpoint folder.
         vision_tower: the CLIP checkpoint of an original checkpoint, if its configuration does not lead to it.
 
     Raises:
-        LVLMError: no readable `config.json`, or one that LLaVA-1.5 cannot have.
+        LVLMError: no readable `config.json`, or one with a value that cannot be rewritten.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -42,7 +45,8 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
     if original.is_original(config):
         return original.to_hf_config(folder, config, vision_tower)
     _check_no_tower(folder, vision_tower)
-    return config
+    rewrite = _REWRITTEN.get(config.get("model_type"))
+    return rewrite(folder, config) if rewrite else config
 
 
 def load_parameters(

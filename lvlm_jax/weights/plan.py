@@ -11,7 +11,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
-from lvlm_jax.weights.tables import Axes, Piece, Table, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Axes, Piece, Row, Table, inverse, permuted, table_for
 
 TensorFile = SafetensorsFile | BinFile
 
@@ -61,8 +61,10 @@ class Faults:
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, what: str) -> None:
-        """Notes one tensor."""
-        self.found.setdefault(kind, []).append(what)
+        """Notes one tensor, a fused one once for all its parts."""
+        tensors = self.found.setdefault(kind, [])
+        if what not in tensors:
+            tensors.append(what)
 
     def check(self, where: Any) -> None:
         """Raises an LVLMError of one line if anything was noted."""
@@ -135,20 +137,20 @@ def _match(
     table: Table, config, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
 ) -> None:
     """Adds the source of every parameter found in `files`, whatever the naming scheme."""
-    by_name: dict[str, list[str]] = {}
+    by_name: dict[str, list[tuple[str, Row]]] = {}
     for scheme in table.schemes:
-        by_name |= table.names(paths, scheme)
+        for name, known in table.names(paths, scheme).items():
+            by_name[name] = [(path, table.row(path, scheme)[0]) for path in known]
     for file in files:
         for name in file.shapes:
             if name not in by_name and not table.is_ignored(name):
                 faults.add("unexpected", name)
-            for path in by_name.get(name, ()):
+            for path, row in by_name.get(name, ()):
                 if passed_over and path.startswith(passed_over):
                     continue
                 if path in sources:
                     faults.add("stored twice", f"{name} and {sources[path].name}")
                     continue
-                row, _ = table.row(path)
                 sources[path] = Source(file, name, row.axes, piece=row.piece and (row.piece, config))
 
 
@@ -161,10 +163,11 @@ def _grown(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Sourc
 
 def _check_tensor(source: Source, shape: tuple[int, ...], faults: Faults) -> None:
     if source.shape != shape:
-        wanted = list(permuted(shape, inverse(source.axes)))
-        part = f"part {source.piece[0].index} of " if source.piece else ""
+        wanted = permuted(shape, inverse(source.axes))
+        if source.piece:
+            wanted = source.piece[0].whole(wanted, source.piece[1])
         stored = list(source.file.shapes[source.name])
-        faults.add("misshapen", f"{part}{source.name} {stored} instead of {wanted}")
+        faults.add("misshapen", f"{source.name} {stored} instead of {list(wanted)}")
     elif (dtype := source.file.dtypes[source.name]) not in _FLOATS:
         faults.add("not floating-point", f"{source.name} {dtype}")
 

@@ -1,4 +1,4 @@
-"""Rows of key tables that several model families share: linear maps, norms, the decoder, the CLIP tower."""
+"""Rows of key tables that several model families share: linear maps, norms, the decoder, CLIP and SigLIP towers."""
 
 from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, Row
 
@@ -41,15 +41,28 @@ def decoder_rows(norms: dict[str, str] = DECODER_NORMS) -> list[Row]:
 
 def clip_rows() -> list[Row]:
     """The rows of a CLIP tower (part "vision")."""
-    ours, theirs = "vision_tower/layers_{i}", "encoder.layers.{i}"
-    patches, positions = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
-    rows = [
+    return [
         Row("vision", "vision_tower/class_embedding", "embeddings.class_embedding"),
-        Row("vision", "vision_tower/patch_embedding/kernel", patches, CONVOLUTION),
-        Row("vision", "vision_tower/position_embedding/embedding", positions),
         *norm_rows(
             "vision", "vision_tower/pre_layernorm", "pre_layrnorm"
         ),  # the missing "e" is transformers' own
+        *_encoder_rows(),
+    ]
+
+
+def siglip_rows() -> list[Row]:
+    """The rows of a SigLIP tower (part "vision")."""
+    bias = "embeddings.patch_embedding.bias"
+    return [Row("vision", "vision_tower/patch_embedding/bias", bias), *_encoder_rows()]
+
+
+def _encoder_rows() -> list[Row]:
+    """What CLIP and SigLIP towers share: embeddings, layers and the last norm."""
+    ours, theirs = "vision_tower/layers_{i}", "encoder.layers.{i}"
+    patches, positions = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+    rows = [
+        Row("vision", "vision_tower/patch_embedding/kernel", patches, CONVOLUTION),
+        Row("vision", "vision_tower/position_embedding/embedding", positions),
         *norm_rows("vision", "vision_tower/post_layernorm", "post_layernorm"),
     ]
     for norm in ("layer_norm1", "layer_norm2"):

@@ -27,11 +27,13 @@ PROCESSOR_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "qwen.tiktoken",
     "processor_config.json",
     "preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
+PROCESSOR_FOLDERS = ("qformer_tokenizer",)  # of InstructBLIP's second tokenizer
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers
 
 # What `overwrite` may remove: everything a checkpoint folder holds, and nothing else.
@@ -41,6 +43,7 @@ _CHECKPOINT_FILES = (
     "*.bin",
     "*.jinja",
     "*.model",
+    "*.tiktoken",
     "*.txt",
     "*.md",
     ".gitattributes",
@@ -91,6 +94,9 @@ def save_checkpoint(
         for name in PROCESSOR_FILES:
             if processor_source is not None and (Path(processor_source) / name).is_file():
                 shutil.copyfile(Path(processor_source) / name, partial / name)
+        for name in PROCESSOR_FOLDERS:
+            if processor_source is not None and (Path(processor_source) / name).is_dir():
+                shutil.copytree(Path(processor_source) / name, partial / name)
         partial.chmod(0o777 & ~_umask())
         _swap(partial, folder)
     except OSError as error:
@@ -113,7 +119,10 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise LVLMError(f"{folder} exists and is not empty: name another folder, or pass overwrite=True")
     foreign = [
-        entry.name for entry in present if entry.is_dir() or not any(map(entry.match, _CHECKPOINT_FILES))
+        entry.name
+        for entry in present
+        if (entry.is_dir() and entry.name not in PROCESSOR_FOLDERS)
+        or not any(map(entry.match, (*_CHECKPOINT_FILES, *PROCESSOR_FOLDERS)))
     ]
     if foreign:
         raise LVLMError(
@@ -158,7 +167,7 @@ def _tensors(params: dict, config, scheme: str, dtype) -> dict[str, _Tensor]:
     faults.check("the parameters to save")
     tensors = {}
     for name, paths in table.names(given, scheme).items():
-        parts = [(table.row(path)[0], given[path]) for path in paths]
+        parts = [(table.row(path, scheme)[0], given[path]) for path in paths]
         parts.sort(key=lambda part: part[0].piece.index if part[0].piece else 0)
         shapes = [permuted(array.shape, inverse(row.axes)) for row, array in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]

@@ -58,9 +58,16 @@ class Piece:
         return split[:, start : start + size].reshape(-1, *whole.shape[1:])
 
     def shape(self, whole: tuple[int, ...], config: Any) -> tuple[int, ...]:
-        """The shape of the piece of a tensor of shape `whole`."""
+        """The shape of the piece of a tensor of shape `whole`; () where that cannot be cut in that way."""
         shares = self.shares(config)
-        return (whole[0] // sum(shares) * shares[self.index], *whole[1:]) if whole else whole
+        if not whole or whole[0] % (self.groups(config) * sum(shares)):
+            return ()
+        return whole[0] // sum(shares) * shares[self.index], *whole[1:]
+
+    def whole(self, shape: tuple[int, ...], config: Any) -> tuple[int, ...]:
+        """The shape of the tensor whose piece has this one: the inverse of `shape`."""
+        shares = self.shares(config)
+        return shape[0] // shares[self.index] * sum(shares), *shape[1:]
 
 
 def fused(pieces: Sequence[np.ndarray], shares: tuple[int, ...], groups: int) -> np.ndarray:
@@ -100,9 +107,12 @@ class Table:
         vocabulary: paths whose first Hugging Face axis counts tokens.
         optional: gives the path prefixes that a checkpoint may lack under a configuration, because nothing reads them.
         tower: the table of a vision tower that is stored as a checkpoint of its own.
+        own: scheme name -> the rows by which it stores some parameters otherwise than `rows` say: under other names,
+            with other axes, fused.
 
     Raises:
-        ValueError: two rows claim the same path, or the same name of the same part.
+        ValueError: under one scheme two rows claim the same path, or the same name of the same part, or the rows of a
+            fused tensor do not make it whole; or a scheme has a row of its own for a path that is not in `rows`.
     """
 
     rows: tuple[Row, ...]
@@ -112,27 +122,34 @@ class Table:
     vocabulary: tuple[str, ...] = ()
     optional: Callable[[Any], tuple[str, ...]] = lambda config: ()
     tower: "Table | None" = None
+    own: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        names = {(row.part, row.name, row.piece and row.piece.index) for row in self.rows}
-        for kind in ({row.path for row in self.rows}, names):
-            if len(kind) != len(self.rows):
-                raise ValueError("two rows of a key table claim the same tensor")
-        object.__setattr__(self, "_by_path", MappingProxyType({row.path: row for row in self.rows}))
+        common = _by_path(self.rows)
+        by_path = {
+            scheme: common | _by_path(self.own.get(scheme, ())) for scheme in {*self.schemes, *self.own}
+        }
+        for rows in (common, *by_path.values()):
+            if rows.keys() != common.keys():
+                raise ValueError(
+                    "a scheme of a key table has a row of its own for a path without a common one"
+                )
+            _check_names(rows.values())
+        object.__setattr__(self, "_by_path", MappingProxyType(by_path))
         object.__setattr__(self, "_ignored", re.compile("|".join(self.ignored or ("(?!)",))))
 
-    def row(self, path: str) -> tuple[Row, str]:
-        """The row of a parameter path and its layer number ("" where the row has none).
+    def row(self, path: str, scheme: str) -> tuple[Row, str]:
+        """The row of a parameter path under a scheme and its layer number ("" where the row has none).
 
         Raises:
             KeyError: no row describes the path.
         """
         numbers = _NUMBERED.findall(path)
-        return self._by_path[_NUMBERED.sub("layers_{i}", path)], (numbers or [""])[0]
+        return self._by_path[scheme][_NUMBERED.sub("layers_{i}", path)], (numbers or [""])[0]
 
     def name(self, path: str, scheme: str) -> str:
         """The tensor name of a parameter path under a scheme."""
-        row, number = self.row(path)
+        row, number = self.row(path, scheme)
         return self.schemes[scheme][row.part] + row.name.replace("{i}", number)
 
     def names(self, paths: Iterable[str], scheme: str) -> dict[str, list[str]]:
@@ -145,6 +162,27 @@ class Table:
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of this name carries no parameter."""
         return self._ignored.search(name) is not None
+
+
+def _by_path(rows: Iterable[Row]) -> dict[str, Row]:
+    """The rows by their paths."""
+    rows = tuple(rows)
+    found = {row.path: row for row in rows}
+    if len(found) != len(rows):
+        raise ValueError("two rows of a key table claim the same tensor")
+    return found
+
+
+def _check_names(rows: Iterable[Row]) -> None:
+    """Every tensor must have one row, or the rows of all its pieces."""
+    named: dict[tuple[str, str], list[int | None]] = {}
+    for row in rows:
+        named.setdefault((row.part, row.name), []).append(row.piece and row.piece.index)
+    for (_, name), pieces in named.items():
+        if len(pieces) != len(set(pieces)) or (None in pieces and len(pieces) > 1):
+            raise ValueError(f"two rows of a key table claim the same tensor ({name})")
+        if pieces != [None] and sorted(pieces) != list(range(len(pieces))):
+            raise ValueError(f"the rows of the fused tensor {name} do not make it whole")
 
 
 def table_for(config) -> Table:

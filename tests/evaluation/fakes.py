@@ -27,6 +27,7 @@ class Oracle:
     """
 
     processor = SimpleNamespace(tokenizer=tokenizer)
+    config = SimpleNamespace(tokens_per_image=1)
 
     def __init__(self, pause: float = 0.0, caption: str = ""):
         self.pause, self.caption = pause, caption
@@ -41,7 +42,10 @@ class Oracle:
         (message,) = conversation
         digest = hashlib.sha256(repr(more).encode())
         for part in message["content"]:
-            digest.update(part["text"].encode() if part["type"] == "text" else part["image"].tokens.tobytes())
+            if part["type"] == "text":
+                digest.update(part["text"].encode())
+            else:  # encoded, or as it is
+                digest.update(getattr(part["image"], "tokens", part["image"]).tobytes())
         return digest.digest()
 
     def generate(self, messages, method, max_new_tokens, temperature, top_p, seed):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,8 +132,8 @@ def test_pictures_that_do_not_fit_are_encoded_again(questions):
     paths = [question.images[0] for question in questions[:7]]
     oracle = Oracle()
     with Pictures(oracle, paths, 3, remembered=50) as pictures:  # one group of three takes 72 bytes
-        first = [pictures.encoded([path])[0].tokens for path in paths]
-        again = [pictures.encoded([path])[0].tokens for path in paths]
+        first = [pictures.ready([path])[0].tokens for path in paths]
+        again = [pictures.ready([path])[0].tokens for path in paths]
     assert oracle.encoded == [3] * 6
     np.testing.assert_array_equal(first, again)
     means = [np.asarray(Image.open(path), np.float32).mean(axis=(0, 1))[None] for path in paths]
@@ -141,7 +142,22 @@ def test_pictures_that_do_not_fit_are_encoded_again(questions):
         Pictures(Oracle(), [b"no picture"], 3) as pictures,
         pytest.raises(LVLMError, match="of a table cannot be"),
     ):
-        pictures.encoded([b"no picture"])
+        pictures.ready([b"no picture"])
+
+
+def test_models_whose_image_tokens_depend_on_the_prompt_get_plain_pictures(questions):
+    """Their configuration has no `tokens_per_image`; nothing is encoded, and batches do not matter either."""
+    oracle = Oracle()
+    oracle.config = SimpleNamespace()
+    paths = [question.images[0] for question in questions[:7]]
+    with Pictures(oracle, paths, 3, remembered=28 * 28 * 3) as pictures:
+        for path in paths * 2:
+            (picture,) = pictures.ready([path])
+            assert picture.tobytes() == Image.open(path).tobytes()
+    whole = engine.ask(oracle, questions, PROTOCOL, work=Work(batch_size=16))
+    assert whole == engine.ask(oracle, questions, PROTOCOL, work=Work(batch_size=3))
+    assert whole != engine.ask(Oracle(), questions, PROTOCOL, work=Work(batch_size=3))
+    assert oracle.encoded == []
 
 
 def test_a_killed_run_goes_on_where_it_was(questions, tmp_path):

@@ -67,17 +67,18 @@ def post_image_start(is_image):
     return int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
 
 
-def calibrated_scores(text, q, k, rows, is_image, settings):
+def calibrated_scores(text, q, k, rows, is_image, settings, places=calibrated_positions):
     """Attention logits [H, T, S] after CMPC, and the block Bool[T, S] = rows ≥ E × image columns.
 
-    `q` [H, T, D] stands at positions `rows` [T], `k` [K, S, D] at 0 ... S−1, both unrotated.
+    `q` [H, T, D] are the tokens `rows` [T], `k` [K, S, D] all tokens so far, both unrotated. `places` gives the
+    calibrated positions of all tokens, [S] or one row for each axis; with a gamma of 1 those are the ordinary ones.
     """
-    positions = np.arange(k.shape[1])
     block = (rows >= post_image_start(is_image))[:, None] & is_image[None, :]
-    z = llava.scores(text, q, k, rows, positions)
+    ordinary = places(is_image, 1.0)
+    z = llava.scores(text, q, k, ordinary[..., rows], ordinary)
     if settings.cmpc:
-        moved = calibrated_positions(is_image, settings.scale)
-        z = np.where(block, llava.scores(text, q, k, moved[rows], moved), z)
+        moved = places(is_image, settings.scale)
+        z = np.where(block, llava.scores(text, q, k, moved[..., rows], moved), z)
     return z, block
 
 
@@ -110,8 +111,8 @@ def distorted_output(z, v, block, is_image, settings, noise=None):
 class Branch:
     """One branch with its own growing keys and values; `distorted` says whether IMD acts on it."""
 
-    def __init__(self, weights, config, settings, distorted, noise):
-        self.weights, self.config, self.settings = weights, config, settings
+    def __init__(self, weights, config, settings, distorted, noise, places=calibrated_positions):
+        self.weights, self.config, self.settings, self.places = weights, config, settings, places
         self.distorted, self.noise = distorted, noise
         layers = config["text_config"]["num_hidden_layers"]
         self.keys, self.values = [None] * layers, [None] * layers
@@ -131,7 +132,7 @@ class Branch:
                 v = np.concatenate([self.values[layer], v], axis=1)
             self.keys[layer], self.values[layer] = k, v
             v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-            z, block = calibrated_scores(text, q, k, rows, is_image, self.settings)
+            z, block = calibrated_scores(text, q, k, rows, is_image, self.settings, self.places)
             seen = llava.visible(self.config, layer, rows, np.arange(len(is_image)))
             z, block = np.where(seen, z, -np.inf), block & seen
             sums.append(z[:, -1, is_image & seen[-1]].sum(axis=-1).mean())
@@ -155,21 +156,32 @@ def combine(main, contrast, alpha, beta):
     return np.where(keep, (1 + alpha) * main - alpha * contrast, -np.inf)
 
 
-def run(weights, config, input_ids, pixel_values, tokens, settings, noise=None):
+def run(
+    weights,
+    config,
+    input_ids,
+    pixel_values,
+    tokens,
+    settings,
+    noise=None,
+    embed=llava.embed,
+    places=calibrated_positions,
+):
     """Prefill one unpadded sample and decode the forced `tokens`; returns a Result of 1 + len(tokens) rows.
 
     `noise(call, layer, values)` draws the replacement for `values` [H, image tokens, D] under
-    distort="value_noise"; it is asked for by the contrast branch only.
+    distort="value_noise"; it is asked for by the contrast branch only. `embed` and `places` (see `calibrated_scores`)
+    are those of the model.
     """
     is_image = np.asarray(input_ids) == config["image_token_index"]
-    main = Branch(weights, config, settings, distorted=False, noise=None)
-    contrast = Branch(weights, config, settings, distorted=True, noise=noise)
-    rows = llava.embed(weights, config, input_ids, pixel_values)
+    main = Branch(weights, config, settings, distorted=False, noise=None, places=places)
+    contrast = Branch(weights, config, settings, distorted=True, noise=noise, places=places)
+    rows = embed(weights, config, input_ids, pixel_values)
     table = {"main": [], "contrast": [], "combined": []}
     gate, alphas, gate_margin = [], [], np.inf
     for step in range(len(tokens) + 1):
         if step:
-            rows = llava.embed(weights, config, [tokens[step - 1]], None)
+            rows = embed(weights, config, [tokens[step - 1]], None)
             is_image = np.append(is_image, False)
         hidden, statistic = main.call(rows, is_image)
         l_main = llava.head(weights, config, hidden[-1:])[0]

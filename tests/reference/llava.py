@@ -159,9 +159,15 @@ def inverse_frequencies(text):
 
 
 def rotate(text, x, positions):
-    """x [heads, T, D] turned to real `positions` [T]; channel d turns together with channel d + D/2."""
+    """x [heads, T, D] turned to real `positions` [T]; channel d turns together with channel d + D/2.
+
+    Multimodal positions are [3, T]: the first planes follow the first axis, the next the second, the last the third,
+    so many of each as `mrope_section` says.
+    """
     frequencies, scale = inverse_frequencies(text)
-    angle = np.asarray(positions, np.float64)[:, None] * frequencies
+    positions = np.atleast_2d(np.asarray(positions, np.float64))
+    sections = text["rope_parameters"].get("mrope_section") if len(positions) > 1 else [len(frequencies)]
+    angle = np.repeat(positions, sections, axis=0).T * frequencies
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -54,20 +54,40 @@ def image_ids(config, input_ids):
     return np.where(is_image, 1 + (np.cumsum(is_image) - 1) // config["image_seq_length"], 0)
 
 
-def run(weights, config, input_ids, pixel_values, tokens, method):
-    """Logits [1 + len(tokens), V]: of the next token after the prompt and after each of the forced `tokens`."""
+def in_a_row(is_image):
+    """Positions [S] that count tokens."""
+    return np.arange(len(is_image))
+
+
+def run(
+    weights,
+    config,
+    input_ids,
+    pixel_values,
+    tokens,
+    method,
+    embed=llava.embed,
+    image_ids=image_ids,
+    places=in_a_row,
+):
+    """Logits [1 + len(tokens), V]: of the next token after the prompt and after each of the forced `tokens`.
+
+    `embed`, `image_ids` and `places` are those of the model; `places(is_image)` gives the positions of all tokens so
+    far, [S] or one row for each axis.
+    """
     text = config["text_config"]
     depth = text["num_hidden_layers"]
     keys, values = [None] * depth, [None] * depth
     image_id = image_ids(config, input_ids)
-    hidden = llava.embed(weights, config, input_ids, pixel_values)
+    hidden = embed(weights, config, input_ids, pixel_values)
     results = []
     for step in range(len(tokens) + 1):
         if step:
-            hidden = llava.embed(weights, config, [tokens[step - 1]], None)
+            hidden = embed(weights, config, [tokens[step - 1]], None)
             image_id = np.append(image_id, 0)
         columns = np.arange(len(image_id))
         rows = columns[len(columns) - len(hidden) :]
+        positions = places(image_id > 0)
         for layer in range(depth):
             call = Call(layer, depth, step == 0, rows, image_id, llava.visible(config, layer, rows, columns))
             if layer == 0 and hasattr(method, "begin"):
@@ -78,7 +98,7 @@ def run(weights, config, input_ids, pixel_values, tokens, method):
                 v = np.concatenate([values[layer], v], axis=1)
             keys[layer], values[layer] = k, v
             v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-            w = method.weights(call, llava.scores(text, q, k, rows, columns))
+            w = method.weights(call, llava.scores(text, q, k, positions[..., rows], positions))
             hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v))
         results.append(llava.head(weights, config, hidden[-1:])[0])
     return np.stack(results)

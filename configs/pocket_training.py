@@ -1,0 +1,38 @@
+"""The pocket recipes of `tools/pocket_training.py`: CAPL, plain DPO and flow alignment, minutes each on two cores.
+
+Any field may be set on the command line, as in `--config.capl.optimizer.peak=1e-4`. The recipes begin with the files of
+their names in this folder; what is set here was chosen once, for so small a model and so few steps, and not tuned on
+the pocket benchmark.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lvlm_jax import cli
+
+
+def get_config() -> ConfigDict:
+    """Data, and a configuration (`lvlm_jax.training.settings`) for each training."""
+    config = ConfigDict()
+    config.model = "pocket"
+    config.seed = 0  # of the prompts; those held out are drawn from the next one
+
+    # Prompts over two to four images; a third of them or so become pairs, where the rejected answer is wrong.
+    config.pairs = ConfigDict(dict(prompts=2000, held_out=500, max_new_tokens=32, batch=32))
+    # Prompts over one image, a share of which asks for a description: hardly anything else changes under SEVI.
+    config.answers = ConfigDict(dict(prompts=800, held_out=150, describe=0.7))
+
+    for name in ("capl", "dpo", "flow_alignment"):
+        recipe = cli.load_config(Path(__file__).with_name(f"{name}.py"))
+        recipe.optimizer.peak = (
+            5e-4  # rates for models a thousand times as large would move nothing in so few steps
+        )
+        recipe.loop.update(workers=0, evaluate_every=1000, save_every=50)
+        config[name] = recipe
+    config.capl.update(batch=8, steps=150, length=512)
+    config.dpo.update(batch=8, steps=150, length=512)
+    config.flow_alignment.update(batch=16, steps=300, length=256)
+    # The answers' divergence is some hundredths of a nat, that of attention a nat, a sum over layers and heads.
+    config.flow_alignment.flow.mu = 30.0
+    return config.lock()

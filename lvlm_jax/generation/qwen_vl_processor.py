@@ -1,0 +1,266 @@
+"""The processor of Qwen-VL (arXiv 2308.12966), whose published one is code in its repository, which is never run.
+
+The tokenizer is made of `qwen.tiktoken`, byte sequences with their ranks: text is cut into words by a regular
+expression, and in each word the neighbours that together have the lowest rank are joined, again and again.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.checkpoint import read_json
+
+RANKS = "qwen.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
+CONTROLS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+BOXES = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+SPECIALS = (*CONTROLS, *BOXES, IMAGE_START, IMAGE_END, IMAGE_PAD)  # numbered on behind the ranks
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+_CONTENT = """\
+{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set seen.images = seen.images + 1 -%}
+{{ 'Picture ' ~ seen.images ~ ': <img><imgpad></img>\\n' }}
+{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+"""
+
+# Chat template by the `chat_format` of `generation_config.json`. Pictures are numbered through the conversation.
+TEMPLATES = {
+    # Qwen-VL-Chat.
+    "chatml": (
+        """\
+{%- set seen = namespace(images=0) -%}
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+"""
+        + _CONTENT
+        + """\
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+    ),
+    # Qwen-VL, which goes on with a text: an answer stands directly behind its question.
+    "raw": (
+        """\
+{%- set seen = namespace(images=0) -%}
+{%- for message in messages -%}
+{%- if not loop.first and message['role'] != 'assistant' -%}{{ '\\n' }}{%- endif -%}
+"""
+        + _CONTENT
+        + """\
+{%- endfor -%}
+"""
+    ),
+}
+
+
+class QwenVlImages:
+    """Pictures to pixels: stretched to a square, bicubic, then CLIP's mean and deviation.
+
+    Attributes:
+        side: of the square, in pixels.
+    """
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "np") -> dict[str, np.ndarray]:
+        """`pixel_values`, `Float[I, 3, Y, X]`, of RGB pictures."""
+        _check_kind(return_tensors)
+        size = (self.side, self.side)
+        pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
+        pixels = pixels.astype(np.float32) / np.float32(255)
+        pixels = (pixels - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
+        return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
+
+    def to_json_string(self) -> str:
+        """What the pixels of a picture depend on."""
+        return json.dumps(
+            {"size": self.side, "resample": "bicubic", "image_mean": MEAN, "image_std": DEVIATION}
+        )
+
+
+class QwenVlProcessor:
+    """Chat template, tokenizer and image processor in one, with the face of a transformers processor.
+
+    Attributes:
+        image_token: <imgpad>; the template writes one per picture, and a call repeats it for every image token.
+    """
+
+    image_token = IMAGE_PAD
+
+    def __init__(self, tokenizer: Any, side: int, tokens_per_image: int, chat_template: str):
+        self.tokenizer = tokenizer
+        self.image_processor = QwenVlImages(side)
+        self.tokens_per_image = tokens_per_image
+        self.chat_template = chat_template
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Any) -> "QwenVlProcessor":
+        """The processor of a checkpoint folder.
+
+        Args:
+            folder: with `qwen.tiktoken`, and `chat_template.jinja` or a `chat_format` in `generation_config.json`.
+            config: its `QwenVlConfig`.
+
+        Raises:
+            LVLMError: files that are missing, malformed, or of another vocabulary than the configuration.
+        """
+        folder = Path(folder)
+        tokenizer = build_tokenizer(read_ranks(folder / RANKS))
+        start = tokenizer.convert_tokens_to_ids(IMAGE_START)
+        if start != config.image_start_id:
+            raise LVLMError(
+                f"{folder / RANKS} makes {IMAGE_START} token {start}, and config.json has image_start_id "
+                f"{config.image_start_id}; take both from the same repository"
+            )
+        template = chat_template(folder)
+        return cls(tokenizer, config.vision.image_size, config.tokens_per_image, template)
+
+    def apply_chat_template(self, messages: Sequence[dict], **options: Any) -> Any:
+        """A conversation as text (or tokens): see `apply_chat_template` of transformers' tokenizers."""
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+
+    def __call__(
+        self, images: Sequence[Image.Image] | None = None, text: str = "", return_tensors: str = "np"
+    ) -> dict[str, np.ndarray]:
+        """`input_ids` `[1, T]`, and `pixel_values` if there are images.
+
+        Raises:
+            LVLMError: not one <imgpad> per image.
+        """
+        _check_kind(return_tensors)
+        images = images or []
+        if text.count(IMAGE_PAD) != len(images):
+            raise LVLMError(
+                f"the text has {text.count(IMAGE_PAD)} {IMAGE_PAD} and {len(images)} images were given; "
+                "give one image for each"
+            )
+        expanded = text.replace(IMAGE_PAD, IMAGE_PAD * self.tokens_per_image)
+        arrays = {"input_ids": np.asarray([self.tokenizer(expanded)["input_ids"]])}
+        return arrays | (self.image_processor(images) if images else {})
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template of a checkpoint folder: its own, or the one of its `chat_format`.
+
+    Raises:
+        LVLMError: neither is there.
+    """
+    own, generation = folder / "chat_template.jinja", folder / "generation_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    kind = read_json(generation).get("chat_format") if generation.is_file() else None
+    if kind not in TEMPLATES:
+        raise LVLMError(
+            f"chat_format in {generation} is {kind!r}; expected 'chatml' (Qwen-VL-Chat) or 'raw' (Qwen-VL): "
+            "copy the file from the checkpoint's repository"
+        )
+    return TEMPLATES[kind]
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Byte sequence -> rank, of a file of lines "base64 rank".
+
+    Raises:
+        LVLMError: the file cannot be read or is malformed.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise LVLMError(
+            f"cannot read {path}: {error.strerror or error}; copy it from the checkpoint's repository"
+        ) from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            word, rank = line.split()
+            ranks[base64.b64decode(word, validate=True)] = int(rank)
+        except ValueError as error:
+            raise LVLMError(
+                f"line {number} of {path} is malformed; expected a base64 word and its rank"
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(
+        bytes([byte]) not in ranks for byte in range(256)
+    ):
+        raise LVLMError(
+            f"{path} does not rank each word once, from 0, with all 256 single bytes; is it complete?"
+        )
+    return ranks
+
+
+def build_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a vocabulary of ranked byte sequences.
+
+    The markers of boxes stay in decoded text, as Qwen-VL answers with them; the other specials are left out of it.
+    """
+    letters = _byte_letters()
+    words = {word: "".join(letters[byte] for byte in word) for word in ranks}
+    # Any two neighbours may be joined whose union has a rank, not only the two that trained it.
+    splits = (
+        (ranks[word], word[:cut], word[cut:])
+        for word in ranks
+        for cut in range(1, len(word))
+        if word[:cut] in ranks and word[cut:] in ranks
+    )
+    merges = [(words[left], words[right]) for _, left, right in sorted(splits)]
+    vocabulary = {words[word]: rank for word, rank in ranks.items()}
+    # A word with a rank is one token, even if no sequence of joins leads there.
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    bare.normalizer = normalizers.NFC()
+    bare.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bare.decoder = decoders.ByteLevel()
+    bare.add_tokens([AddedToken(word, special=word not in BOXES, normalized=False) for word in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that `tokenizers` writes for each byte: its own where it has one, else one from 256 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    letters = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
+
+
+def _check_kind(return_tensors: str) -> None:
+    if return_tensors != "np":
+        raise LVLMError(
+            f"return_tensors is {return_tensors!r}; this processor returns NumPy arrays only ('np')"
+        )

@@ -1,0 +1,167 @@
+"""Gemma 3 (arXiv 2503.19786): SigLIP tower, averaged patches behind one projection, Gemma decoder.
+
+Every placeholder run of the prompt is one image. With pan and scan a processor cuts crops from long pictures and gives
+them runs of their own, which count as further images, unless the arrays say with `num_crops` whose they are.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.layers import linear, rms_norm
+from lvlm_jax.models.pictures import Arrays, Pictures, gathered, joined, whole_pictures
+from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Config:
+    """Gemma 3: SigLIP tower, averaging connector, Gemma decoder.
+
+    Attributes:
+        pool: side, in patches, of the square that is averaged to one image token.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: SiglipConfig
+    image_token_id: int
+    pool: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "gemma3"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many tokens every image takes, a crop of pan and scan counting as one."""
+        return (self.vision.side // self.pool) ** 2
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "Gemma3Config":
+        """Reads a transformers `Gemma3Config` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        _check_text(hf.text_config)
+        vision = SiglipConfig.from_hf(hf.vision_config)
+        tokens = hf.mm_tokens_per_image
+        pool = vision.side // max(1, int(tokens**0.5))
+        if pool == 0 or (vision.side // pool) ** 2 != tokens:
+            raise LVLMError(
+                f"mm_tokens_per_image {tokens} does not fit a grid of {vision.side} x {vision.side} patches; expected "
+                "the square of a number of squares of patches along one side"
+            )
+        return cls(
+            text=decoder_config(hf),
+            vision=vision,
+            image_token_id=hf.image_token_index,
+            pool=pool,
+            hf=raw,
+            **special_tokens(hf),
+        )
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` `[R, 3, Y, X]`; None without images.
+
+        `num_crops` `[I]`, where it is given, says how many of the rows behind each image are its crops.
+
+        Raises:
+            LVLMError: pixels of another shape, or that are not finite, or crops that are not the rows of the pixels.
+        """
+        del prompts
+        pixels = joined(parts, "pixel_values")
+        if pixels is None:
+            return None
+        side = self.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
+        if not gathered(parts, "num_crops"):
+            return whole_pictures(pixels, self.tokens_per_image)
+        rows = np.concatenate(
+            [_rows_per_image(part) for part in parts if part.get("pixel_values") is not None]
+        )
+        owner = np.repeat(np.arange(len(rows)), rows)
+        return Pictures(pixels, owner, rows * self.tokens_per_image)
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        side = self.vision.image_size
+        return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+
+def _check_text(text: Any) -> None:
+    """Refuses what Gemma 3 configurations can say and no Gemma 3 checkpoint says."""
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(text, name) is not None:
+            raise LVLMError(f"text_config.{name} {getattr(text, name)} is not supported; expected null")
+    if text.use_bidirectional_attention:
+        raise LVLMError("text_config.use_bidirectional_attention true is not supported; expected false")
+    if "sliding_attention" in text.layer_types and not text.sliding_window:
+        raise LVLMError(
+            f"text_config.sliding_window is {text.sliding_window} and layer_types names sliding_attention; "
+            "expected a width in tokens"
+        )
+
+
+def _rows_per_image(part: Arrays) -> np.ndarray:
+    """How many rows of a processor's pixels each of its images takes: itself and its crops."""
+    count, crops = len(part["pixel_values"]), part.get("num_crops")
+    if crops is None:
+        return np.ones(count, np.int64)
+    crops = np.asarray(crops, np.int64).reshape(-1)
+    if (crops < 0).any() or (1 + crops).sum() != count:
+        raise LVLMError(
+            f"num_crops {crops.tolist()} stands for {(1 + crops).sum()} rows of pixel_values, which has {count}; "
+            "expected one number for each image, its crops behind it"
+        )
+    return 1 + crops
+
+
+class Connector(nn.Module):
+    """Vision features to decoder embeddings: squares of patches averaged, normalised, projected."""
+
+    config: Gemma3Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "I P W"]) -> Float[Array, "I Q E"]:
+        vision, pool = self.config.vision, self.config.pool
+        images, _, width = features.shape
+        squares = vision.side // pool
+        grid = features.reshape(images, vision.side, vision.side, width)
+        grid = grid[:, : squares * pool, : squares * pool]  # patches that fill no square are left out
+        pooled = grid.reshape(images, squares, pool, squares, pool, width).mean(axis=(2, 4))
+        normed = rms_norm(vision.layer_norm_eps, self.dtype, "norm", offset=True)(pooled)
+        projected = linear(self.config.text.hidden_size, self.dtype, "projection")(normed)
+        return projected.reshape(images, squares**2, -1)
+
+
+class Gemma3(VisionLanguageModel):
+    """Gemma 3."""
+
+    config: Gemma3Config
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.vision_tower = SiglipTower(self.config.vision, self.dtype)
+        self.connector = Connector(self.config, self.dtype)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
+        """Image tokens of I images, as the decoder receives them."""
+        _, features = self.vision_tower(pixels.astype(self.dtype))
+        return self.connector(features)

@@ -1,0 +1,318 @@
+"""InstructBLIP (arXiv 2305.06500): EVA-CLIP tower, a Q-Former that reads the instruction, Vicuna.
+
+An image becomes the Q-Former's queries, 32 tokens, and what they say depends on the instruction: the text of a prompt
+is tokenised twice, for the decoder and for the Q-Former. So image tokens cannot be reused in another prompt, and the
+configuration has no `tokens_per_image`.
+
+Where the queries go. The model was trained on one image and the text behind it, the queries even before the token that
+begins the text: `<32 queries> </s> What is unusual about this image?`. Two layouts of checkpoints say so differently.
+Processors of today write the placeholders (`image_token_index`) in front. The first checkpoints on the hub know no
+placeholder: no `image_token_index`, no `<image>` in the tokenizer, no `num_query_tokens` in the processor; the model
+itself put the queries in front. Here both are the same: where no prompt of a batch has a placeholder, one for each of
+a sample's images is put in front of it, several images one behind the other. A conversation's images always come
+first, wherever they stand in its messages; each is read with all of the conversation's text in mind. Where there is no
+`image_token_index`, the placeholder is the first number behind the vocabulary. A prompt without images is text alone.
+
+InstructBLIP has no chat template: a prompt is the plain question. Decoders that are one half of an encoder-decoder
+(Flan-T5) are not supported.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import DecoderConfig, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.eva import EvaConfig, EvaTower
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.layers import linear
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined
+from lvlm_jax.models.qformer import QFormer, QFormerConfig
+
+IMAGE = "<image>"
+END = 2  # </s> of every LLaMA tokenizer
+SHORTEST_INSTRUCTION = 16  # instructions are padded to this many tokens times 1, 2, 3, 4, 6, ...
+
+# Turns one behind the other: an answer on the line of its question.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ ' ' if message['role'] == 'assistant' else '\\n' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructBlipConfig:
+    """InstructBLIP with a decoder for a language model.
+
+    Attributes:
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a text begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: EvaConfig
+    qformer: QFormerConfig
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "instructblip"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    chat_template: ClassVar[str] = CHAT_TEMPLATE
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "InstructBlipConfig":
+        """Reads a transformers `InstructBlipConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        if not hf.use_decoder_only_language_model:
+            raise LVLMError(
+                f"text_config.model_type {hf.text_config.model_type!r} is an encoder-decoder, which is not supported; "
+                "expected a decoder, as in Salesforce/instructblip-vicuna-7b"
+            )
+        text = DecoderConfig.from_hf(hf.text_config)
+        image = hf.image_token_index
+        tokens = special_tokens(hf)
+        tokens["pad_token_id"] = max(0, tokens["pad_token_id"])  # -1 in published checkpoints
+        if _misnumbered(raw):
+            tokens |= {"bos_token_id": END, "eos_token_ids": (END,)}
+        return cls(
+            text=text,
+            vision=EvaConfig.from_hf(hf.vision_config),
+            qformer=QFormerConfig.from_hf(hf.qformer_config, hf.num_query_tokens),
+            image_token_id=text.vocab_size if image is None else image,
+            hf=raw,
+            **tokens,
+        )
+
+    def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
+        """What ends an answer, given the checkpoint's `generation_config.json`."""
+        given = generation.get("eos_token_id")
+        if given is None or (given == 1 and _misnumbered(self.hf)):
+            return self.eos_token_ids
+        return tuple(given) if isinstance(given, list) else (given,)
+
+    def placed(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """The prompts, with a placeholder in front for each image if none of them has any.
+
+        Raises:
+            LVLMError: several prompts, and another number of images, which could belong to any of them.
+        """
+        if any((prompt == self.image_token_id).any() for prompt in prompts):
+            return prompts
+        counts = [0 if part.get("pixel_values") is None else len(part["pixel_values"]) for part in parts]
+        if not any(counts):
+            return prompts
+        if len(parts) != len(prompts):
+            if counts[0] != len(prompts):
+                raise LVLMError(
+                    f"{len(prompts)} prompts without placeholders and {counts[0]} images were given; expected one "
+                    f"image each, or token {self.image_token_id} in front of every prompt for each of its images"
+                )
+            counts = [1] * len(prompts)
+        return [
+            np.concatenate([np.full(count, self.image_token_id, prompt.dtype), prompt])
+            for count, prompt in zip(counts, prompts, strict=True)
+        ]
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What tower and Q-Former take; None without images.
+
+        Args:
+            parts: `pixel_values` `[I, 3, Y, X]`, `qformer_input_ids` `[N, L]` and `qformer_attention_mask` `[N, L]`
+                (default: all ones), a row for each image, as transformers' model takes them, or else one for each
+                prompt, as its processor gives them.
+            prompts: with their placeholders.
+
+        Raises:
+            LVLMError: arrays are missing, of another shape, or hold tokens outside the Q-Former's vocabulary.
+        """
+        pixels = joined(parts, "pixel_values")
+        if pixels is None:
+            return None
+        side = self.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
+        found = [int((prompt == self.image_token_id).sum()) for prompt in prompts]
+        each = 1 if sum(found) == len(pixels) else self.qformer.num_queries  # placeholders of an image
+        images = [count // each for count in found]
+        owned = [images] if len(parts) == 1 else [[count] for count in images]
+        rows = [
+            row
+            for part, own in zip(parts, owned, strict=True)
+            if part.get("pixel_values") is not None
+            for row in self._instructions(part, own)
+        ]
+        return self._pictures(pixels, rows)
+
+    def blank(self) -> Pictures:
+        """One empty image and an empty instruction, as `pictures` would give them."""
+        side = self.vision.image_size
+        return self._pictures(np.zeros((1, 3, side, side), np.float32), [np.zeros((2, 0), np.int32)])
+
+    def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int]) -> dict[str, np.ndarray]:
+        """The geometry of the same images, read with `words` put before each instruction, behind its `[CLS]`.
+
+        Args:
+            geometry: of `pictures`; empty without images.
+            words: ids of the Q-Former's vocabulary.
+
+        Raises:
+            LVLMError: words outside the vocabulary, or an instruction that becomes too long.
+        """
+        if not geometry:
+            return {}
+        rows = []
+        for tokens, mask in zip(geometry["words"], geometry["mask"], strict=True):
+            kept = np.insert(tokens[mask], min(1, int(mask.sum())), np.asarray(words, tokens.dtype))
+            rows.append(np.stack([kept, np.ones_like(kept)]))
+        return self._geometry(rows)
+
+    def _instructions(self, part: Arrays, images: Sequence[int]) -> list[np.ndarray]:
+        """`Int[2, L]` for each image of a part: the Q-Former's tokens and which of them are words.
+
+        Args:
+            images: how many images each of the part's prompts has.
+        """
+        if part.get("qformer_input_ids") is None:
+            raise LVLMError(
+                "qformer_input_ids is missing: InstructBLIP reads images with an instruction; give what its processor "
+                "makes of the text"
+            )
+        tokens = np.asarray(part["qformer_input_ids"])
+        given = part.get("qformer_attention_mask")
+        mask = np.ones_like(tokens) if given is None else np.asarray(given).astype(tokens.dtype)
+        count = len(part["pixel_values"])
+        if tokens.ndim != 2 or mask.shape != tokens.shape or len(tokens) not in (count, len(images)):
+            raise LVLMError(
+                f"qformer_input_ids has shape {tokens.shape} and qformer_attention_mask {mask.shape}; expected the "
+                f"same, and a row for each of {count} images or of {len(images)} prompts"
+            )
+        rows = np.stack([tokens, mask], axis=1)
+        return list(rows if len(rows) == count else np.repeat(rows, images, axis=0))
+
+    def _pictures(self, pixels: np.ndarray, rows: Sequence[np.ndarray]) -> Pictures:
+        count = len(pixels)
+        tokens = np.full(count, self.qformer.num_queries)
+        return Pictures(pixels, np.arange(count), tokens, self._geometry(rows))
+
+    def _geometry(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Instructions, padded on the right to a bucket; columns stay where they were, because they are positions."""
+        longest, limit = max((row.shape[1] for row in rows), default=0), self.qformer.max_position_embeddings
+        if longest > limit:
+            raise LVLMError(
+                f"the instruction has {longest} tokens and the Q-Former reads {limit}; shorten the prompt"
+            )
+        length = bucketed(longest, SHORTEST_INSTRUCTION)
+        words, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+        for place, (tokens, valid) in enumerate(rows):
+            words[place, : len(tokens)], mask[place, : len(tokens)] = tokens, valid
+        vocabulary = self.qformer.vocab_size
+        stray = mask & ((words < 0) | (words >= vocabulary))
+        if stray.any():
+            raise LVLMError(f"qformer_input_ids holds {words[stray][0]}; expected 0 to {vocabulary - 1}")
+        return {"words": np.where(mask, words, 0), "mask": mask}
+
+    def load_processor(self, folder: Path) -> "Processor":
+        """Reads a checkpoint's image processor and its two tokenizers.
+
+        Not through transformers' own class: published checkpoints name that of InstructBLIP for videos.
+
+        Raises:
+            LVLMError: files are missing or cannot be read.
+        """
+        from transformers import AutoTokenizer, BlipImageProcessorPil
+
+        parts = {"image_processor": (BlipImageProcessorPil, folder), "tokenizer": (AutoTokenizer, folder)}
+        parts["qformer_tokenizer"] = (AutoTokenizer, folder / "qformer_tokenizer")
+        read = {}
+        for name, (kind, place) in parts.items():
+            try:
+                read[name] = kind.from_pretrained(place, local_files_only=True)
+            except Exception as error:  # transformers raises whatever the first broken file provokes
+                raise LVLMError(
+                    f"cannot read the {name} of {folder}: {' '.join(str(error).split())}; copy the files (also the "
+                    "folder qformer_tokenizer) from the checkpoint's Hugging Face repository, or give prepare() arrays"
+                ) from error
+        return Processor(**read)
+
+
+def _misnumbered(raw: Mapping[str, Any]) -> bool:
+    """Whether special tokens are numbered as in the first conversion of LLaMA, which published checkpoints repeat.
+
+    Its numbers (begin 0, end 1, padding -1) are below those of every LLaMA tokenizer; token 1 is <s>, which nothing
+    ends with. With InstructBLIP's tokenizer a text begins and ends with </s>.
+    """
+    text = raw.get("text_config") or {}
+    return (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1)
+
+
+class Processor:
+    """What a conversation's text and images become; takes the place of transformers' `InstructBlipProcessor`.
+
+    Text is free of placeholders when it is tokenised: they are put in front later (`InstructBlipConfig.placed`).
+    """
+
+    image_token = IMAGE
+
+    def __init__(self, image_processor: Any, tokenizer: Any, qformer_tokenizer: Any):
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
+        self.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+
+    def apply_chat_template(self, messages: Sequence[Mapping], **options: Any) -> Any:
+        """As that of a transformers tokenizer, with the template of InstructBLIP."""
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+
+    def __call__(
+        self, images: Sequence[Any] | None = None, text: str = "", return_tensors: str = "np"
+    ) -> dict[str, Any]:
+        """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images."""
+        text = text.replace(IMAGE, "")
+        instruction = self.qformer_tokenizer(text)
+        arrays: dict[str, Any] = {
+            "input_ids": [self.tokenizer(text)["input_ids"]],
+            "qformer_input_ids": [instruction["input_ids"]],
+            "qformer_attention_mask": [instruction["attention_mask"]],
+        }
+        arrays = {name: np.asarray(value) for name, value in arrays.items()}
+        if images:
+            arrays |= self.image_processor(images=images, return_tensors=return_tensors)
+        return arrays
+
+
+class InstructBlip(VisionLanguageModel):
+    """InstructBLIP."""
+
+    config: InstructBlipConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.vision_tower = EvaTower(self.config.vision, self.dtype)
+        self.qformer = QFormer(self.config.qformer, self.dtype)
+        self.connector: nn.Module = linear(self.config.text.hidden_size, self.dtype, None, use_bias=True)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def encode_images(
+        self, pixels: Float[Array, "I 3 Y X"], words: Int[Array, "I L"], mask: Bool[Array, "I L"]
+    ) -> Float[Array, "I Q E"]:
+        """Image tokens of I images, each read with its own instruction in mind; see `QFormer`."""
+        patches = self.vision_tower(pixels.astype(self.dtype))
+        return self.connector(self.qformer(patches, words, mask))

@@ -1,0 +1,244 @@
+"""InternVL 2.5 and 3 (arXiv 2412.05271, 2504.10479): InternViT over tiles, pixel shuffle, a connector, a decoder."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import DecoderConfig, activation_name, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.internvit import InternVit, InternVitConfig
+from lvlm_jax.models.layers import activation, layer_norm, linear
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined
+
+CONNECTOR_NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVlConfig:
+    """InternVL.
+
+    Attributes:
+        shuffle: neighbouring patches along each axis that become one image token.
+        feature_layer: which hidden state of the tower is read: 0 the embeddings, i the output of layer i - 1, and one
+            beyond the last layer's output the final state.
+        template: name of the chat template in OpenGVLab's code, of a checkpoint in their layout; else None.
+        tiles: the fewest and the most tiles an image is cut into, without the thumbnail.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: InternVitConfig
+    image_token_id: int
+    shuffle: int
+    feature_layer: int
+    projector_act: str
+    template: str | None
+    tiles: tuple[int, int]
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "internvl"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """How many tokens each tile of an image takes."""
+        return (self.vision.side // self.shuffle) ** 2
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "InternVlConfig":
+        """Reads a transformers `InternVLConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        vision = InternVitConfig.from_hf(hf.vision_config)
+        strategy = hf.vision_feature_select_strategy
+        if strategy != "default":
+            raise LVLMError(
+                f"vision_feature_select_strategy {strategy!r} is not supported; expected 'default': with the class "
+                "token patches lie on no grid"
+            )
+        # Files of transformers 4 leave the outer flag out where it has that version's default, and mean the inner one.
+        tied = bool(raw.get("tie_word_embeddings", hf.text_config.tie_word_embeddings))
+        tiles = (raw.get("min_dynamic_patch", 1), raw.get("max_dynamic_patch", 12))
+        return cls(
+            text=dataclasses.replace(DecoderConfig.from_hf(hf.text_config), tie_word_embeddings=tied),
+            vision=vision,
+            image_token_id=hf.image_token_id,
+            shuffle=_shuffle(hf.downsample_ratio, vision.side),
+            feature_layer=_feature_layer(hf.vision_feature_layer, vision.num_layers),
+            projector_act=activation_name("projector_hidden_act", hf.projector_hidden_act),
+            template=raw.get("template"),
+            tiles=tiles,
+            hf=raw | {"tie_word_embeddings": tied},
+            **special_tokens(hf),
+        )
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` `[tiles, 3, Y, X]`; None without images.
+
+        An image is an uninterrupted run of placeholders. Where prompts hold one placeholder per image, every image has
+        one tile, or the only image has all tiles, or `num_patches` `[images]` says how many each has.
+
+        Raises:
+            LVLMError: pixels of another shape or not finite, or placeholders that do not match the tiles.
+        """
+        pixels = joined(parts, "pixel_values")
+        if pixels is None:
+            return None
+        side = self.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [tiles, 3, {side}, {side}]")
+        given = joined(parts, "num_patches")
+        if given is not None:
+            counts = _checked(given, len(pixels))
+        else:
+            placeholders = [np.asarray(prompt) == self.image_token_id for prompt in prompts]
+            counts = _tile_counts(placeholders, len(pixels), self.tokens_per_tile)
+        return _tiled(pixels, counts, self.tokens_per_tile)
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        side = self.vision.image_size
+        return _tiled(np.zeros((1, 3, side, side), np.float32), np.ones(1, np.int64), self.tokens_per_tile)
+
+    def load_processor(self, folder: Path) -> Any:
+        """The processor of a checkpoint in OpenGVLab's layout; None for one that transformers reads itself.
+
+        Raises:
+            LVLMError: a chat template, or files of a tokenizer, that are not supported.
+        """
+        if self.template is None:
+            return None
+        # Imported here: processors are nothing that a model needs.
+        from lvlm_jax.generation.internvl_processor import load_chat_processor
+
+        return load_chat_processor(folder, self)
+
+
+def _shuffle(ratio: float, side: int) -> int:
+    """Patches along each axis that become one token.
+
+    Raises:
+        LVLMError: not a whole number of them, or one that does not divide a tile.
+    """
+    shuffle = round(1 / ratio) if ratio > 0 else 0
+    if shuffle < 1 or abs(shuffle * ratio - 1) > 1e-6 or side % shuffle:
+        raise LVLMError(
+            f"downsample_ratio {ratio} is not supported; expected one over a divisor of the {side} patches along a "
+            "tile's side"
+        )
+    return shuffle
+
+
+def _feature_layer(layer: Any, depth: int) -> int:
+    """`vision_feature_layer` as an index into the tower's states, of which -1 means the final one.
+
+    Raises:
+        LVLMError: several layers, or one outside the tower.
+    """
+    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise LVLMError(
+            f"vision_feature_layer {layer!r} is not supported; expected one of the tower's {depth + 1} hidden states"
+        )
+    return depth + 1 if layer == -1 else layer % (depth + 1)
+
+
+def _checked(counts: np.ndarray, tiles: int) -> Int[np.ndarray, "N"]:
+    """Tiles of each image as given.
+
+    Raises:
+        LVLMError: not whole positive numbers that add up to all tiles.
+    """
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 1).any() or counts.sum() != tiles:
+        raise LVLMError(
+            f"num_patches is {counts.tolist()} and pixel_values has {tiles} tiles; expected the tiles of each image, "
+            "which add up to them"
+        )
+    return counts.astype(np.int64)
+
+
+def _tile_counts(placeholders: Sequence[np.ndarray], tiles: int, tokens: int) -> Int[np.ndarray, "N"]:
+    """Tiles of each image, from a mask of the placeholders of each prompt; `tokens` of them to an expanded tile.
+
+    Raises:
+        LVLMError: placeholders that do not match the tiles.
+    """
+    found = sum(int(mask.sum()) for mask in placeholders)
+    if found == tiles * tokens:
+        # Around each prompt a zero, so that no run goes on into the next.
+        steps = np.diff(np.concatenate([np.pad(mask.astype(np.int8), 1) for mask in placeholders]))
+        runs = np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
+        if (runs % tokens).any():
+            raise LVLMError(
+                f"image {int(np.argmax(runs % tokens > 0)) + 1} of the batch has {runs[runs % tokens > 0][0]} tokens; "
+                f"expected whole tiles of {tokens} tokens: do not truncate prompts"
+            )
+        return runs // tokens
+    if found == tiles:
+        return np.ones(tiles, np.int64)
+    if found == 1:
+        return np.array([tiles])
+    raise LVLMError(
+        f"the prompts have {found} image tokens and pixel_values has {tiles} tiles of {tokens} tokens each; expected "
+        f"{tiles * tokens} tokens, or one for each image and num_patches, the tiles of each"
+    )
+
+
+def _tiled(pixels: Float[np.ndarray, "R 3 Y X"], counts: Int[np.ndarray, "N"], tokens: int) -> Pictures:
+    """One row per tile, filled up to a bucket with empty tiles."""
+    filler = bucketed(len(pixels), 1) - len(pixels)
+    owner = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(filler, -1)])
+    return Pictures(np.pad(pixels, [(0, filler), (0, 0), (0, 0), (0, 0)]), owner, counts * tokens)
+
+
+def pixel_shuffle(x: Float[Array, "R P W"], shuffle: int) -> Float[Array, "R Q V"]:
+    """Stacks each square of `shuffle` x `shuffle` neighbouring patches into the channels of one token, row by row."""
+    side = round(x.shape[1] ** 0.5) // shuffle
+    squares = x.reshape(len(x), side, shuffle, side, shuffle, x.shape[-1])
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), side**2, -1)
+
+
+class InternVlConnector(nn.Module):
+    """Shuffled vision features to decoder embeddings: a layer norm and two projections around the activation."""
+
+    config: InternVlConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "R Q V"]) -> Float[Array, "R Q E"]:
+        width = self.config.text.hidden_size
+        normed = layer_norm(CONNECTOR_NORM_EPS, self.dtype, "layer_norm")(features)
+        hidden = linear(width, self.dtype, "linear_1", use_bias=True)(normed)
+        return linear(width, self.dtype, "linear_2", use_bias=True)(
+            activation(self.config.projector_act)(hidden)
+        )
+
+
+class InternVl(VisionLanguageModel):
+    """InternVL 2.5 and 3."""
+
+    config: InternVlConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.vision_tower = InternVit(self.config.vision, self.dtype)
+        self.connector = InternVlConnector(self.config, self.dtype)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def encode_images(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R Q E"]:
+        """Image tokens of R tiles, as the decoder receives them."""
+        features = self.vision_tower(pixels.astype(self.dtype))[self.config.feature_layer][:, 1:]
+        return self.connector(pixel_shuffle(features, self.config.shuffle))

@@ -1,0 +1,147 @@
+"""LLaVA-NeXT, or LLaVA-1.6 (llava-vl.github.io/blog/2024-01-30-llava-next): LLaVA-1.5 on tiles of any resolution.
+
+Its decoders are Vicuna, Mistral, Llama 3 and Qwen; its tower is CLIP's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.clip import ClipTower, VisionConfig
+from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_config, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.llava import Connector, Llava, feature_layers, feature_select
+from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.tiles import NEWLINE, Tiling, with_newlines
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaNextConfig:
+    """LLaVA-NeXT: CLIP tower over tiles, two-layer connector, LLaMA-like decoder.
+
+    Attributes:
+        tiling: how images are cut into tiles.
+        feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
+        feature_select: "default": the class token is dropped, so that the patches of a tile fill a square.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: VisionConfig
+    tiling: Tiling
+    image_token_id: int
+    feature_layers: tuple[int, ...]
+    feature_select: str
+    projector_act: str
+    projector_bias: bool
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "llava_next"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "LlavaNextConfig":
+        """Reads a transformers `LlavaNextConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        if feature_select(hf) != "default":
+            raise LVLMError(
+                "vision_feature_select_strategy 'full' is not supported with tiles; expected 'default': a class token "
+                "has no place among a tile's patches"
+            )
+        return cls(vision=VisionConfig.from_hf(hf.vision_config), **shared_fields(raw, hf))
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` `[I, tiles, 3, Y, X]` and `image_sizes` `[I, 2]`.
+
+        Raises:
+            LVLMError: arrays that are missing, of other shapes, or not finite.
+        """
+        del prompts
+        if (found := self.tiling.read(parts)) is None:
+            return None
+        tiles, index = [], []
+        for size in found[1]:
+            first, (down, across) = sum(tiles), self.tiling.grid(size)
+            tiles.append(1 + down * across)
+            large = with_newlines(self.tiling.enlarged(first + 1, size), NEWLINE)
+            index.append(np.concatenate([self.tiling.overview(first), large]))
+        return self.tiling.packed(found[0], tiles, index=index)
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        return self.pictures([self.tiling.blank()], [])
+
+
+def shared_fields(raw: dict, hf: Any) -> dict[str, Any]:
+    """The fields of a configuration that all models on tiles have but `vision`.
+
+    Raises:
+        LVLMError: a part of the configuration is not supported.
+    """
+    return {
+        "text": decoder_config(hf),
+        "tiling": Tiling.from_hf(hf),
+        "image_token_id": hf.image_token_index,
+        "feature_layers": feature_layers(hf, hf.vision_config.num_hidden_layers),
+        "feature_select": feature_select(hf),
+        "projector_act": activation_name("projector_hidden_act", hf.projector_hidden_act),
+        "projector_bias": hf.multimodal_projector_bias,
+        "hf": raw,
+        **special_tokens(hf),
+    }
+
+
+class TileConnector(Connector):
+    """Vision features to decoder embeddings, patch by patch, and the token that ends a row of patches."""
+
+    config: LlavaNextConfig
+
+    def setup(self):
+        width = self.config.text.hidden_size
+        self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT."""
+
+    config: LlavaNextConfig
+
+    def setup(self):
+        self.vision_tower = ClipTower(self.config.vision, self.dtype)
+        self.connector = TileConnector(self.config, self.dtype)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def encode_images(
+        self,
+        pixels: Float[Array, "R 3 Y X"],
+        index: Int[Array, "N *K"],
+        weights: Float[Array, "N K"] | None = None,
+    ) -> Float[Array, "N E"]:
+        """Image tokens of all images, in order, from R tiles.
+
+        Args:
+            pixels: the tiles.
+            index: the row of each token in the table that `models.tiles` describes; several to mix where there are
+                `weights`.
+            weights: how much of each row a token takes.
+        """
+        patches = self.connector(self.image_features(pixels))
+        newline = self.connector.image_newline.astype(patches.dtype)
+        rows = jnp.concatenate([newline[None], patches.reshape(-1, patches.shape[-1])])
+        if weights is None:
+            return rows[index]
+        # Row by row: all K at once would be K times as large.
+        mixed = sum(weights[:, k, None] * rows[index[:, k]] for k in range(index.shape[1]))
+        return mixed.astype(rows.dtype)

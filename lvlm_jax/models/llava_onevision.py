@@ -1,0 +1,142 @@
+"""LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with a SigLIP tower, a Qwen2 decoder and many more tiles.
+
+An image that comes alone is tiled; where its large view takes more tokens than a few tiles have patches, that view's
+map of features is shrunk. Images that come together are seen whole only, one tile each.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.llava import feature_select
+from lvlm_jax.models.llava_next import LlavaNext, LlavaNextConfig, TileConnector, shared_fields
+from lvlm_jax.models.pictures import Arrays, Pictures, joined
+from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
+from lvlm_jax.models.tiles import NEWLINE, bilinear, with_newlines
+
+UNTOUCHED = 1.1  # a map that exceeds its bound by no more than this along each side is left as it is
+ONE_ROW = np.array([1, 0, 0, 0], np.float32)  # the weights of a token that mixes nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaOnevisionConfig(LlavaNextConfig):
+    """LLaVA-OneVision: SigLIP tower over tiles, two-layer connector, Qwen2 decoder.
+
+    Attributes:
+        feature_select: "full": the tower has no class token to drop.
+        most_tiles: an image's large view takes about as many tokens as this number of tiles has patches, at most.
+        nested_images: processors are told which images come together.
+    """
+
+    vision: SiglipConfig
+    most_tiles: int = 9
+    model_type: str = "llava_onevision"
+    nested_images: ClassVar[bool] = True
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "LlavaOnevisionConfig":
+        """Reads a transformers `LlavaOnevisionConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        if feature_select(hf) != "full":
+            raise LVLMError(
+                "vision_feature_select_strategy 'default' is not supported with a SigLIP tower, which has no "
+                "class token to drop; expected 'full'"
+            )
+        bound = re.fullmatch(r"anyres_max_([1-9]\d*)", hf.vision_aspect_ratio)
+        if bound is None:
+            raise LVLMError(
+                f"vision_aspect_ratio {hf.vision_aspect_ratio!r} is not supported; expected 'anyres_max_' and a number "
+                "of tiles, as 'anyres_max_9'"
+            )
+        vision = SiglipConfig.from_hf(hf.vision_config)
+        return cls(vision=vision, most_tiles=int(bound[1]), **shared_fields(raw, hf))
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's arrays.
+
+        These are `pixel_values` `[I, tiles, 3, Y, X]`, `image_sizes` `[I, 2]` and `batch_num_images`, how many images
+        come together, one number for each prompt that has any. Without those, each image counts as alone.
+
+        Raises:
+            LVLMError: arrays that are missing, of other shapes, or not finite; videos.
+        """
+        del prompts
+        if any(part.get("pixel_values_videos") is not None for part in parts):
+            raise LVLMError(
+                "pixel_values_videos is not supported: videos cannot be read, give frames as images"
+            )
+        if (found := self.tiling.read(parts)) is None:
+            return None
+        pixels, sizes = found
+        tiles, index, weights = [], [], []
+        for size, alone in zip(sizes, _alone(parts, len(sizes)), strict=True):
+            first, (down, across) = sum(tiles), self.tiling.grid(size) if alone else (0, 0)
+            tiles.append(1 + down * across)
+            whole = _unmixed(self.tiling.overview(first))
+            if alone:
+                rows, shares = self._bounded(self.tiling.enlarged(first + 1, size))
+                large = with_newlines(rows, NEWLINE), with_newlines(shares, ONE_ROW)
+            else:
+                large = _unmixed(np.array([NEWLINE]))
+            index.append(np.concatenate([whole[0], large[0]]))
+            weights.append(np.concatenate([whole[1], large[1]]))
+        return self.tiling.packed(pixels, tiles, index=index, weights=weights)
+
+    def _bounded(
+        self, patches: Int[np.ndarray, "H W"]
+    ) -> tuple[Int[np.ndarray, "Y X 4"], Float[np.ndarray, "Y X 4"]]:
+        """A map of patches, shrunk where it takes too many tokens: the rows that each token mixes, and the shares."""
+        height, width = patches.shape
+        ratio = math.sqrt(height * width / (self.most_tiles * self.tiling.side**2))
+        if ratio <= UNTOUCHED:
+            return _unmixed(patches)
+        return bilinear(patches, int(height // ratio), int(width // ratio))
+
+
+def _unmixed(rows: Int[np.ndarray, "*N"]) -> tuple[Int[np.ndarray, "*N 4"], Float[np.ndarray, "*N 4"]]:
+    """Tokens of one row each, in the form of mixed ones."""
+    return np.repeat(rows[..., None], 4, axis=-1), np.broadcast_to(ONE_ROW, (*rows.shape, 4))
+
+
+def _alone(parts: Sequence[Arrays], images: int) -> np.ndarray:
+    """Whether each image is the only one of its prompt."""
+    together = joined(parts, "batch_num_images")
+    if together is None:
+        return np.ones(images, bool)
+    if (
+        together.ndim != 1
+        or together.dtype.kind not in "iu"
+        or (together < 0).any()
+        or together.sum() != images
+    ):
+        raise LVLMError(
+            f"batch_num_images is {together.tolist()}; expected the number of images of each prompt, {images} in all"
+        )
+    return np.repeat(together == 1, together)
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision."""
+
+    config: LlavaOnevisionConfig
+
+    def setup(self):
+        self.vision_tower = SiglipTower(self.config.vision, self.dtype)
+        self.connector = TileConnector(self.config, self.dtype)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def image_features(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R P W"]:
+        """The chosen hidden states of the tower, side by side in the channels."""
+        states, _ = self.vision_tower(pixels.astype(self.dtype))
+        return jnp.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)

@@ -1,0 +1,121 @@
+"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with windows in most layers of the tower, gated MLPs and RMS norms there."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.attention.rotary import Rotation
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.layers import rms_norm
+from lvlm_jax.models.qwen2_vl import EPSILON, Qwen2Vl, Qwen2VlConfig
+from lvlm_jax.models.qwen_vision import (
+    GatedMlp,
+    PatchAttention,
+    PatchEmbedding,
+    PatchMerger,
+    PatchTowerConfig,
+    axial_rotation,
+    picture_groups,
+    tower_sizes,
+    window_groups,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowTowerConfig(PatchTowerConfig):
+    """A tower over loose patches, most of whose layers attend inside windows.
+
+    Attributes:
+        window: side of a window in patches, a multiple of `merge`.
+        full_layers: the layers that attend over the whole picture.
+    """
+
+    window: int
+    full_layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen25VlConfig(Qwen2VlConfig):
+    """Qwen2.5-VL; attributes as those of Qwen2-VL."""
+
+    vision: WindowTowerConfig
+    model_type: str = "qwen2_5_vl"
+
+    @staticmethod
+    def tower_from_hf(vision: Any) -> WindowTowerConfig:
+        """Reads a transformers `Qwen2_5_VLVisionConfig`.
+
+        Raises:
+            LVLMError: a value that is not supported.
+        """
+        sizes = tower_sizes(vision, vision.hidden_size, vision.intermediate_size)
+        # Windows hold whole tokens; a size that is no multiple of a token's is cut down to one.
+        tokens = vision.window_size // sizes["merge"] // sizes["patch_size"]
+        if tokens < 1:
+            raise LVLMError(
+                f"vision_config.window_size {vision.window_size} is not supported; expected at least "
+                f"{sizes['merge'] * sizes['patch_size']} pixels, the side of a token"
+            )
+        return WindowTowerConfig(
+            **sizes,
+            window=tokens * sizes["merge"],
+            full_layers=tuple(vision.fullatt_block_indexes),
+        )
+
+
+class TowerLayer(nn.Module):
+    """Attention and gated MLP, each behind its norm and added to the stream."""
+
+    config: WindowTowerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "R P W"], rotation: Rotation, groups: Int[Array, "R P"]
+    ) -> Float[Array, "R P W"]:
+        normed = rms_norm(EPSILON, self.dtype, "norm1")(x)
+        x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, groups)
+        normed = rms_norm(EPSILON, self.dtype, "norm2")(x)
+        return x + GatedMlp(self.config, self.dtype, name="mlp")(normed)
+
+
+class WindowTower(nn.Module):
+    """Patches to features."""
+
+    config: WindowTowerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, patches: Float[Array, "R P C"], coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"]
+    ) -> Float[Array, "R P W"]:
+        config = self.config
+        x = PatchEmbedding(config, self.dtype, name="patch_embedding")(patches)
+        rotation = axial_rotation(coordinates, config.head_dim, config.rope_theta)
+        picture, window = picture_groups(valid), window_groups(coordinates, valid, config.window)
+        for index in range(config.num_layers):
+            groups = picture if index in config.full_layers else window
+            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, groups)
+        return x
+
+
+class Qwen25Vl(Qwen2Vl):
+    """Qwen2.5-VL."""
+
+    config: Qwen25VlConfig
+
+    def setup(self):
+        config = self.config
+        self.vision_tower = WindowTower(config.vision, self.dtype)
+        self.connector = PatchMerger(
+            config.text.hidden_size,
+            config.vision.merge**2,
+            self.dtype,
+            root_mean_square=True,
+            epsilon=EPSILON,
+        )
+        self.language_model = Decoder(config.text, self.dtype, self.remat)

@@ -1,0 +1,197 @@
+"""Qwen3-VL (arXiv 2511.21631): a tower for pictures of any size, of which several layers speak to the decoder.
+
+The last layer's patches, merged, are the image tokens. Patches of earlier layers, merged on their own, are added to
+the stream at the image tokens behind the first layers of the decoder (DeepStack, arXiv 2406.04334).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, linear_taps, with_positions
+from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
+from lvlm_jax.models.qwen_vision import (
+    PatchEmbedding,
+    PatchMerger,
+    PatchTowerConfig,
+    axial_rotation,
+    blank_patches,
+    in_reading_order,
+    patch_rows,
+    picture_groups,
+    refuse_videos,
+    tower_sizes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VlConfig:
+    """Qwen3-VL with a dense decoder.
+
+    Attributes:
+        position_count: entries of the tower's table of positions, of which the largest square is used.
+        deepstack: layers of the tower whose patches go to the decoder, in the order of their mergers.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: PatchTowerConfig
+    position_count: int
+    deepstack: tuple[int, ...]
+    image_token_id: int
+    video_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "qwen3_vl"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any) -> "Qwen3VlConfig":
+        """Reads a transformers `Qwen3VLConfig` object; `raw` is the dict it came from.
+
+        Raises:
+            LVLMError: a part of the configuration is not supported.
+        """
+        vision, text = hf.vision_config, decoder_config(hf)
+        if not text.rope.interleaved:
+            raise LVLMError("rope_parameters.mrope_interleaved false is not supported; expected true")
+        if vision.out_hidden_size != text.hidden_size:
+            raise LVLMError(
+                f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected the decoder's hidden_size "
+                f"{text.hidden_size}"
+            )
+        return cls(
+            text=text,
+            vision=PatchTowerConfig(**tower_sizes(vision, vision.hidden_size, vision.intermediate_size)),
+            position_count=vision.num_position_embeddings,
+            deepstack=_deepstack(vision, text),
+            image_token_id=hf.image_token_id,
+            video_token_id=hf.video_token_id,
+            hf=raw,
+            **special_tokens(hf),
+        )
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
+
+        Raises:
+            LVLMError: videos, or patches and grids that do not fit together.
+        """
+        refuse_videos(parts, prompts, self.video_token_id)
+        return self._placed(patch_rows(parts, self.vision.channels, self.vision.merge))
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        return self._placed(blank_patches(self.vision.channels, self.vision.merge))
+
+    def _placed(self, pictures: Pictures | None) -> Pictures | None:
+        if pictures is None:
+            return None
+        side = math.isqrt(self.position_count)
+        return with_positions(pictures, self.vision.merge, side, corner_aligned, linear_taps)
+
+
+def _deepstack(vision: Any, text: DecoderConfig) -> tuple[int, ...]:
+    """`deepstack_visual_indexes`.
+
+    Raises:
+        LVLMError: a layer that the tower does not have, one named twice, or more than the decoder has layers.
+    """
+    layers = tuple(vision.deepstack_visual_indexes)
+    if len(set(layers)) < len(layers) or not set(layers) <= set(range(vision.depth)):
+        raise LVLMError(
+            f"vision_config.deepstack_visual_indexes {list(layers)} is not supported; expected different layers "
+            f"from 0 to {vision.depth - 1}"
+        )
+    if len(layers) > text.num_layers:
+        raise LVLMError(
+            f"vision_config.deepstack_visual_indexes names {len(layers)} layers; expected at most one for each of "
+            f"the decoder's {text.num_layers}"
+        )
+    return layers
+
+
+class Tower(nn.Module):
+    """Patches to the output of every layer."""
+
+    config: Qwen3VlConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        pixels: Float[Array, "R P C"],
+        coordinates: Int[Array, "R P 2"],
+        valid: Bool[Array, "R P"],
+        entries: Int[Array, "R P 4"],
+        weights: Float[Array, "R P 4"],
+    ) -> list[Float[Array, "R P W"]]:
+        vision = self.config.vision
+        x = PatchEmbedding(vision, self.dtype, use_bias=True, name="patch_embedding")(pixels)
+        table = ResampledPositions(self.config.position_count, vision.hidden_size, name="position_embedding")
+        x = x + table(entries, weights).astype(self.dtype)
+        rotation = axial_rotation(coordinates, vision.head_dim, vision.rope_theta)
+        outputs = []
+        for index in range(vision.num_layers):
+            x = TowerLayer(vision, self.dtype, name=f"layers_{index}")(x, rotation, picture_groups(valid))
+            outputs.append(x)
+        return outputs
+
+
+class Connector(nn.Module):
+    """Tower outputs to image tokens: what the decoder embeds, then what is added behind its first layers."""
+
+    config: Qwen3VlConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, outputs: list[Float[Array, "R P W"]]) -> Float[Array, "R M E_and_added"]:
+        features, unit = self.config.text.hidden_size, self.config.vision.merge**2
+        tokens = [PatchMerger(features, unit, self.dtype, epsilon=EPSILON, name="merger")(outputs[-1])]
+        # The decoder takes them in the order of the tower's layers, whichever order names their mergers.
+        for layer in sorted(self.config.deepstack):
+            name = f"deepstack_layers_{self.config.deepstack.index(layer)}"
+            # These normalise all patches of a token together.
+            blocks = outputs[layer].reshape(outputs[layer].shape[0], -1, unit * outputs[layer].shape[2])
+            tokens.append(PatchMerger(features, 1, self.dtype, epsilon=EPSILON, name=name)(blocks))
+        return jnp.concatenate(tokens, axis=-1)
+
+
+class Qwen3Vl(VisionLanguageModel):
+    """Qwen3-VL with a dense decoder."""
+
+    config: Qwen3VlConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.vision_tower = Tower(self.config, self.dtype)
+        self.connector = Connector(self.config, self.dtype)
+        self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def encode_images(
+        self,
+        pixels: Float[Array, "R P C"],
+        coordinates: Int[Array, "R P 2"],
+        valid: Bool[Array, "R P"],
+        order: Int[Array, "N"],
+        entries: Int[Array, "R P 4"],
+        weights: Float[Array, "R P 4"],
+    ) -> Float[Array, "N E_and_added"]:
+        """Image tokens in reading order, then filler; the geometry is that of `patch_rows` and `with_positions`."""
+        outputs = self.vision_tower(pixels, coordinates, valid, entries, weights)
+        return in_reading_order(self.connector(outputs), order)

@@ -1,0 +1,284 @@
+"""Qwen-VL of 2023 (arXiv 2308.12966): ViT-bigG, a 256-query resampler, Qwen-7B.
+
+Hub repositories Qwen/Qwen-VL and Qwen/Qwen-VL-Chat. Their `config.json` has the model type "qwen", which it shares
+with the text models, and no class in transformers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.clip import VisionConfig
+from lvlm_jax.models.config import DecoderConfig, first_given
+from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.pictures import Arrays, Pictures, joined, whole_pictures
+from lvlm_jax.models.qwen_vl_vision import POOL_HEAD_DIM, QwenVisionTower, Resampler
+
+# Tokens behind the vocabulary's ranks, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
+# for boxes, then <img>, </img>, <imgpad>. What a configuration names is <img>.
+END_OF_TEXT, TURN_START, TURN_END = -214, -213, -212
+IMAGE_END, IMAGE_PAD = 1, 2
+
+# What the published configuration class takes where the file is silent.
+_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 8192,
+    "seq_length": 2048,
+    "rotary_pct": 1.0,
+    "rotary_emb_base": 10000,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+}
+_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "kv_channels",
+    "max_position_embeddings", "seq_length",
+)  # fmt: skip
+_VISUAL_COUNTS = ("image_size", "patch_size", "width", "layers", "heads", "n_queries", "output_dim")
+_NORM_EPSILON = 1e-6  # of the tower and the resampler; not in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVlConfig:
+    """Qwen-VL: ViT-bigG, resampler, Qwen decoder.
+
+    Attributes:
+        tokens_per_image: number of the resampler's queries.
+        image_token_id: <imgpad>; stands between <img> and </img>.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: -1, a prompt begins with no special token.
+        hf: the configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: VisionConfig
+    tokens_per_image: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str = "qwen_vl"
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_hf(cls, raw: dict, hf: Any = None) -> "QwenVlConfig":
+        """Reads a published `config.json`; transformers has no class of it.
+
+        Beyond `seq_length` (2048) tokens the published model stretches its rotary positions by the length of the prompt
+        (`use_dynamic_ntk`) and scales attention (`use_logn_attn`). Within it both do nothing. Here the context ends
+        there if one of them is on, so longer prompts are refused.
+
+        Raises:
+            LVLMError: a text model without `visual`, or a value that is not supported.
+        """
+        del hf
+        visual = raw.get("visual")
+        if not isinstance(visual, dict):
+            raise LVLMError(
+                "config.json of model_type 'qwen' has no 'visual': a text model without a vision tower; "
+                "expected Qwen-VL or Qwen-VL-Chat"
+            )
+        if raw.get("quantization_config"):
+            raise LVLMError(
+                "quantization_config is not supported; take the checkpoint with full weights, Qwen/Qwen-VL-Chat"
+            )
+        text = _decoder(raw)
+        vision, queries = _vision(visual, text.hidden_size)
+        start = _count("visual.image_start_id", visual.get("image_start_id"))
+        if start + END_OF_TEXT < 0:
+            raise LVLMError(
+                f"visual.image_start_id is {start}; expected at least {-END_OF_TEXT}, the special tokens before <img>"
+            )
+        end = raw.get("eos_token_id", start + END_OF_TEXT)
+        return cls(
+            text=text,
+            vision=vision,
+            tokens_per_image=queries,
+            image_token_id=start + IMAGE_PAD,
+            eos_token_ids=tuple(end) if isinstance(end, list) else (end,),
+            pad_token_id=raw.get("pad_token_id", start + END_OF_TEXT),
+            hf=raw,
+        )
+
+    @property
+    def image_start_id(self) -> int:
+        """<img>; </img> is the next."""
+        return self.image_token_id - IMAGE_PAD
+
+    def stop_tokens(self, generation: dict) -> tuple[int, ...]:
+        """Tokens that end an answer under a `generation_config.json`: a chat model's turn ends with <|im_end|>.
+
+        Raises:
+            LVLMError: a stop word of several tokens.
+        """
+        end = first_given(generation.get("eos_token_id"), list(self.eos_token_ids))
+        words = [[token] for token in (end if isinstance(end, list) else [end])]
+        words += generation.get("stop_words_ids") or []
+        if any(len(word) != 1 for word in words):
+            raise LVLMError(
+                "generation_config.json has stop_words_ids of several tokens, which are not supported; "
+                "remove them and give generate(stop=...) the words"
+            )
+        if generation.get("chat_format") == "chatml":
+            words += [[self.image_start_id + TURN_END], [self.image_start_id + TURN_START]]
+        return tuple(dict.fromkeys(word[0] for word in words))
+
+    def load_processor(self, folder: Any) -> Any:
+        """The processor of a checkpoint folder, made here: transformers has none without remote code.
+
+        Raises:
+            LVLMError: files that are missing or malformed.
+        """
+        # Imported here: it needs transformers, and the models do not.
+        from lvlm_jax.generation.qwen_vl_processor import QwenVlProcessor
+
+        return QwenVlProcessor.from_folder(folder, self)
+
+    def mark_images(self, prompt: np.ndarray) -> np.ndarray:
+        """The prompt with placeholders between each <img> and </img>.
+
+        The published tokenizer writes the bytes of the image's path there and fills up with <imgpad>.
+
+        Raises:
+            LVLMError: an <img> without its </img>.
+        """
+        starts = np.flatnonzero(prompt == self.image_start_id)
+        ends = np.flatnonzero(prompt == self.image_start_id + IMAGE_END)
+        if len(starts) != len(ends) or (starts > ends).any() or (starts[1:] < ends[:-1]).any():
+            raise LVLMError(
+                f"the prompt has {len(starts)} <img> and {len(ends)} </img>, not in pairs; was it truncated?"
+            )
+        marked = np.array(prompt)
+        for start, end in zip(starts, ends, strict=True):
+            marked[start + 1 : end] = self.image_token_id
+        return marked
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
+
+        Raises:
+            LVLMError: pixels of another shape, or that are not finite.
+        """
+        del prompts
+        pixels = joined(parts, "pixel_values")
+        if pixels is None:
+            return None
+        side = self.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
+            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
+        return whole_pictures(pixels, self.tokens_per_image)
+
+    def blank(self) -> Pictures:
+        """One empty image, as `pictures` would give it."""
+        side = self.vision.image_size
+        return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+
+def _decoder(raw: dict) -> DecoderConfig:
+    """The decoder of a published configuration."""
+    given = {name: first_given(raw.get(name), default) for name, default in _DEFAULTS.items()}
+    for name in _COUNTS:
+        _count(name, given[name])
+    if not given["scale_attn_weights"]:
+        raise LVLMError("scale_attn_weights false is not supported; expected true")
+    heads, head_dim, width = given["num_attention_heads"], given["kv_channels"], given["hidden_size"]
+    if heads * head_dim != width:
+        raise LVLMError(
+            f"num_attention_heads {heads} times kv_channels {head_dim} is not hidden_size {width}; "
+            "the published model has no other form"
+        )
+    context = given["max_position_embeddings"]
+    if given["use_dynamic_ntk"] or given["use_logn_attn"]:
+        context = min(context, given["seq_length"])
+    return DecoderConfig.from_hf(
+        SimpleNamespace(
+            model_type="qwen",
+            vocab_size=given["vocab_size"],
+            hidden_size=width,
+            intermediate_size=given["intermediate_size"] // 2,  # the file counts both halves of the gated MLP
+            num_hidden_layers=given["num_hidden_layers"],
+            num_attention_heads=heads,
+            head_dim=head_dim,
+            rms_norm_eps=given["layer_norm_epsilon"],
+            rope_parameters={
+                "rope_theta": given["rotary_emb_base"],
+                "partial_rotary_factor": given["rotary_pct"],
+            },
+            hidden_act="silu",
+            max_position_embeddings=context,
+            projection_bias=not given["no_bias"],
+            tie_word_embeddings=given["tie_word_embeddings"],
+        )
+    )
+
+
+def _vision(visual: dict, width: int) -> tuple[VisionConfig, int]:
+    """(tower, number of queries) of `visual`; `width` is the decoder's."""
+    given = {"n_queries": 256, **visual}
+    for name in _VISUAL_COUNTS:
+        _count(f"visual.{name}", given.get(name))
+    output, queries = given["output_dim"], given["n_queries"]
+    if output != width:
+        raise LVLMError(f"visual.output_dim {output} is not the decoder's hidden_size {width}")
+    if output % POOL_HEAD_DIM:
+        raise LVLMError(f"visual.output_dim {output} is not a multiple of {POOL_HEAD_DIM}")
+    if math.isqrt(queries) ** 2 != queries:
+        raise LVLMError(f"visual.n_queries {queries} is not a square number")
+    if given["width"] % given["heads"]:
+        raise LVLMError(f"visual.width {given['width']} is not a multiple of visual.heads {given['heads']}")
+    ratio = given.get("mlp_ratio")
+    if not isinstance(ratio, int | float) or ratio <= 0:
+        raise LVLMError(f"visual.mlp_ratio is {ratio!r}; expected a positive number")
+    vision = VisionConfig(
+        hidden_size=given["width"],
+        intermediate_size=int(given["width"] * ratio),
+        num_layers=given["layers"],
+        num_heads=given["heads"],
+        image_size=given["image_size"],
+        patch_size=given["patch_size"],
+        hidden_act="gelu",
+        layer_norm_eps=_NORM_EPSILON,
+    )
+    return vision, queries
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LVLMError(f"{name} is {value!r}; expected a positive whole number")
+    return value
+
+
+class QwenVl(VisionLanguageModel):
+    """Qwen-VL."""
+
+    config: QwenVlConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        config = self.config
+        self.vision_tower = QwenVisionTower(config.vision, self.dtype)
+        self.connector = Resampler(
+            config.tokens_per_image, config.text.hidden_size, config.vision.layer_norm_eps, self.dtype
+        )
+        self.language_model = Decoder(config.text, self.dtype, self.remat)
+
+    def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
+        """Image tokens of I images, as the decoder receives them."""
+        return self.connector(self.vision_tower(pixels))

@@ -1,0 +1,195 @@
+"""Any-resolution tiling (LLaVA-NeXT, llava-vl.github.io/blog/2024-01-30-llava-next): what each image token shows.
+
+An image is seen twice: whole, squeezed into one tile, and enlarged into the best of a list of resolutions, which is cut
+into tiles. Its tokens are the patches of the first view, then those of the second, row by row across the tiles, without
+the border that keeps its aspect ratio, each row followed by one token that ends it. All of that is arithmetic on sizes,
+done here on the host: a model runs its tower over the tiles and looks its tokens up in a table of rows, row `NEWLINE`
+the token that ends a row, behind it the patches of all tiles in order.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.interpolation import linear_taps
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, gathered, joined
+
+NEWLINE = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How images are cut.
+
+    Attributes:
+        tile: pixels along a tile's side.
+        side: patches along a tile's side.
+        resolutions: what an image may be enlarged to, (height, width) in pixels.
+    """
+
+    tile: int
+    side: int
+    resolutions: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "Tiling":
+        """Reads the `image_grid_pinpoints` and `vision_config` of a transformers configuration.
+
+        Raises:
+            LVLMError: resolutions that are not whole numbers of tiles.
+        """
+        tile = hf.vision_config.image_size
+        resolutions = tuple(tuple(sides) for sides in hf.image_grid_pinpoints)
+        for sides in resolutions or ((),):
+            if len(sides) != 2 or any(side < 1 or side % tile for side in sides):
+                raise LVLMError(
+                    f"image_grid_pinpoints entry {list(sides)} is not supported; expected [height, width], multiples "
+                    f"of the tower's image_size {tile}"
+                )
+        return cls(tile, tile // hf.vision_config.patch_size, resolutions)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tiles of the resolution that keeps most of an image, and of those wastes least.
+
+        Args:
+            size: of the image, (height, width) in pixels.
+
+        Raises:
+            LVLMError: an image so narrow that no resolution keeps any of it.
+        """
+        height, width = size
+
+        def kept_and_waste(resolution: tuple[int, int]) -> tuple[int, int]:
+            scale = min(resolution[1] / width, resolution[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - resolution[0] * resolution[1]
+
+        best = max(self.resolutions, key=kept_and_waste)
+        if kept_and_waste(best)[0] == 0:
+            raise LVLMError(
+                f"an image of {width} x {height} pixels is too narrow to be cut into tiles; crop it"
+            )
+        return best[0] // self.tile, best[1] // self.tile
+
+    def overview(self, tile: int) -> Int[np.ndarray, "N"]:
+        """The rows of a tile's patches."""
+        return NEWLINE + 1 + tile * self.side**2 + np.arange(self.side**2)
+
+    def enlarged(self, first: int, size: tuple[int, int]) -> Int[np.ndarray, "Y X"]:
+        """The rows of the patches that show an image of `size` in its tiles from `first` on, as a map without border.
+
+        Raises:
+            LVLMError: as `grid`.
+        """
+        down, across = self.grid(size)
+        patches = NEWLINE + 1 + first * self.side**2 + np.arange(down * across * self.side**2)
+        patches = patches.reshape(down, across, self.side, self.side).swapaxes(1, 2)
+        return unpadded(patches.reshape(down * self.side, across * self.side), size)
+
+    def read(self, parts: Sequence[Arrays]) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+        """Tiles `[I, tiles, 3, Y, X]` and sizes in pixels of all images; None without images.
+
+        Raises:
+            LVLMError: arrays that are missing, of other shapes, or not finite.
+        """
+        images = gathered(parts, "pixel_values")
+        if not images:
+            return None
+        for array in images:
+            if array.ndim != 5 or array.shape[2:] != (3, self.tile, self.tile):
+                raise LVLMError(
+                    f"pixel_values has shape {array.shape}; expected [images, tiles, 3, {self.tile}, {self.tile}]"
+                )
+        most = max(array.shape[1] for array in images)
+        images = [np.pad(array, [(0, 0), (0, most - array.shape[1])] + [(0, 0)] * 3) for array in images]
+        pixels, sizes = np.concatenate(images), joined(parts, "image_sizes")
+        if sizes is None:
+            raise LVLMError(
+                "image_sizes is missing; give the processor's [images, 2], heights and widths in pixels"
+            )
+        if sizes.shape != (len(pixels), 2) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
+            raise LVLMError(
+                f"image_sizes has shape {sizes.shape} and dtype {sizes.dtype}; expected one positive height and width "
+                f"for each of the {len(pixels)} images of pixel_values"
+            )
+        return pixels, [(int(height), int(width)) for height, width in sizes]
+
+    def blank(self) -> Arrays:
+        """What a processor would give of one empty image, of the fewest tiles."""
+        size = min(self.resolutions, key=math.prod)
+        down, across = self.grid(size)
+        pixels = np.zeros((1, 1 + down * across, 3, self.tile, self.tile), np.float32)
+        return {"pixel_values": pixels, "image_sizes": np.array([size])}
+
+    def packed(self, pixels: np.ndarray, tiles: Sequence[int], **tokens: Sequence[np.ndarray]) -> Pictures:
+        """The first `tiles[i]` of the tiles of image i, with what says how each of its tokens is made.
+
+        No image has more tokens than patches and one newline for each row of each tile, so the number of tiles
+        alone decides on the program.
+
+        Args:
+            pixels: `Float[I, tiles, 3, Y, X]`.
+            tiles: how many tiles each image has.
+            tokens: arrays of one row per token, one for each image, put end to end under their name.
+
+        Raises:
+            LVLMError: an image with fewer tiles than its size calls for.
+        """
+        if max(tiles) > pixels.shape[1]:
+            raise LVLMError(
+                f"image {int(np.argmax(tiles)) + 1} of the batch has {pixels.shape[1]} tiles and its image_sizes call "
+                f"for {max(tiles)}; give pixel_values and image_sizes of the same processor call"
+            )
+        count = sum(tiles)
+        rows = bucketed(count, 1)
+        chosen = np.arange(pixels.shape[1]) < np.asarray(tiles)[:, None]
+        filled = np.zeros((rows, *pixels.shape[2:]), np.float32)
+        filled[:count] = pixels[chosen]
+        owner = np.full(rows, -1)
+        owner[:count] = np.repeat(np.arange(len(tiles)), tiles)
+        length = rows * self.side * (self.side + 1)
+
+        def joint(arrays: Sequence[np.ndarray]) -> np.ndarray:
+            flat = np.concatenate(arrays)
+            return np.pad(flat, [(0, length - len(flat))] + [(0, 0)] * (flat.ndim - 1))
+
+        counts = np.array([len(array) for array in next(iter(tokens.values()))])
+        return Pictures(filled, owner, counts, {name: joint(arrays) for name, arrays in tokens.items()})
+
+
+def unpadded(patches: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndarray, "Y X"]:
+    """The middle part of a map that an image of `size` (height, width) fills when it keeps its aspect ratio."""
+    (down, across), (height, width) = patches.shape, size
+    if width / height > across / down:
+        # Rounded as the processors round, which is how many placeholders they write.
+        border = (down - int(round(height * (across / width), 7))) // 2
+        return patches[border : down - border]
+    border = (across - int(round(width * (down / height), 7))) // 2
+    return patches[:, border : across - border]
+
+
+def bilinear(
+    patches: Int[np.ndarray, "H W"], height: int, width: int
+) -> tuple[Int[np.ndarray, "Y X 4"], Float[np.ndarray, "Y X 4"]]:
+    """The four rows that each point of a resized map mixes, and how much of each; nothing is smoothed before."""
+
+    def taps(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        # Centers, not corners, are aligned. Rounded to float32 where torch rounds, which far out shows in the shares.
+        scale = float(np.float32(size) / np.float32(wanted))
+        return linear_taps(((np.arange(wanted) + 0.5) * scale - 0.5).astype(np.float32), size)
+
+    (rows, down), (columns, across) = taps(patches.shape[0], height), taps(patches.shape[1], width)
+    index = patches[rows[:, None, :, None], columns[None, :, None, :]]
+    weights = (down[:, None, :, None] * across[None, :, None, :]).astype(np.float32)
+    return index.reshape(height, width, 4), weights.reshape(height, width, 4)
+
+
+def with_newlines(tokens: np.ndarray, newline: Any) -> np.ndarray:
+    """A map `[Y, X, ...]` row by row, each row followed by `newline`, as `[Y (X + 1), ...]`."""
+    end = np.broadcast_to(np.asarray(newline, tokens.dtype), (len(tokens), 1, *tokens.shape[2:]))
+    return np.concatenate([tokens, end], axis=1).reshape(-1, *tokens.shape[2:])

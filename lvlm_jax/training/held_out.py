@@ -1,0 +1,122 @@
+"""What training changed on held-out rows, as scores: one unit a row, so that figures come with bootstrap intervals.
+
+Preference pairs: whether a model finds the chosen answer more likely than the rejected one, and whether training has
+moved it that way (DPO's reward accuracy: log π - log π_ref is larger for the chosen answer).
+
+Answers under flow alignment: how far the next-token distributions of base and student are from the edited teacher's,
+KL(teacher ‖ model) in nats per answer token.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lvlm_jax import models
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, divide, ratio
+from lvlm_jax.generation.record import method_record
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.sevi import SEVI
+from lvlm_jax.training import pair_batches, reference
+from lvlm_jax.training.flow_alignment import BASE, Alignment
+from lvlm_jax.training.pair_batches import Encoder, Row
+from lvlm_jax.training.preference_task import Scorer
+
+# Of base and student: the sum of divergences, and at how many tokens the most likely one is the teacher's.
+DISTANCES = ("base_answer_kl", "answer_kl", "base_agreement", "agreement")
+MILLI = 1000.0
+
+
+def pair_logprobs(
+    model: LVLM, rows: tuple[Row, ...], encoder: Encoder, method: Method | None, folder: Path, size: int
+) -> Float[np.ndarray, "R 2"]:
+    """Log-probability of each pair's chosen and rejected answer, the sum over its tokens, stop token included.
+
+    Args:
+        method: whose attention is active, or None.
+        folder: of the cache, see `reference.with_reference`.
+        size: pairs at a time.
+    """
+    dtype = _dtype(model)
+    scorer = Scorer(models.build(model.config, dtype), method, pair_batches.image_count(rows))
+    identity = {"method": method_record(method), "dtype": str(dtype)}
+    known = reference.with_reference(rows, encoder, scorer.alone, model.params, identity, folder, size)
+    return np.array([[answer.sum(dtype=np.float64) for answer in row.reference] for row in known])
+
+
+def pair_scores(
+    ids: Mapping[str, Sequence[str]],
+    policy: Mapping[str, Float[np.ndarray, "R 2"]],
+    before: Mapping[str, Float[np.ndarray, "R 2"]] | None = None,
+) -> Scores:
+    """Figures "SET: prefers", the share of pairs whose chosen answer is the more likely one, and "SET: moved", that of
+    pairs whose chosen answer has gained more on `before` than the rejected one has.
+
+    Args:
+        ids: of the pairs of each set, by its name; pairs of one prompt in several sets have one id.
+        policy: what `pair_logprobs` found for each set.
+        before: the same of the model that training began with; None leaves "moved" undefined.
+    """
+    tally = Tally()
+    for name, members in ids.items():
+        margins = policy[name][:, 0] - policy[name][:, 1]
+        gains = None if before is None else margins - (before[name][:, 0] - before[name][:, 1])
+        for place, identity in enumerate(members):
+            preferred = bool(margins[place] > 0)
+            tally.correct[name, identity] = preferred
+            counts = {"asked": 1, "preferred": preferred}
+            if gains is not None:
+                counts |= {"trained": 1, "moved": bool(gains[place] > 0)}
+            tally.add(identity, **{f"{name}/{count}": value for count, value in counts.items()})
+    counts = [f"{name}/{count}" for name in ids for count in ("asked", "preferred", "trained", "moved")]
+    figures = {}
+    for name in ids:
+        figures[f"{name}: prefers"] = ratio([f"{name}/preferred"], [f"{name}/asked"])
+        figures[f"{name}: moved"] = ratio([f"{name}/moved"], [f"{name}/trained"])
+    return tally.scores(counts, figures, {})
+
+
+def distances(student: LVLM, base: LVLM, rows: Sequence[Row], encoder: Encoder, sevi: SEVI) -> list[dict]:
+    """Of each answer `id`, `tokens` and DISTANCES, sums over its tokens; the teacher is `base` under `sevi`."""
+    alignment = Alignment(models.build(base.config, _dtype(base)), sevi, mu=1.0)
+    measure = jax.jit(alignment.measure)
+    found = []
+    for row, batch in zip(rows, pair_batches.in_order(rows, encoder, 1), strict=True):
+        means = jax.device_get(measure(student.params, {BASE: base.params}, batch))
+        sums = {name: float(means[name].total) for name in DISTANCES}
+        found.append({"id": row.id, "tokens": float(means["answer_kl"].count)} | sums)
+    return found
+
+
+def closeness(measured: Sequence[Mapping[str, Any]]) -> Scores:
+    """Figures of what `distances` found.
+
+    Returns:
+        base, student: the mean divergence in thousandths of a nat per token; closer: how many times smaller the
+        student's is than the base's; base agrees, student agrees: share of tokens with the teacher's most likely one.
+    """
+    tally = Tally()
+    for row in measured:
+        tally.add(row["id"], **{name: row[name] for name in ("tokens", *DISTANCES)})
+
+    def mean(name: str) -> Figure:
+        return Figure(lambda totals: MILLI * divide(totals[name], totals["tokens"]), ("tokens",), "mnat")
+
+    figures = {
+        "base": mean("base_answer_kl"),
+        "student": mean("answer_kl"),
+        "closer": Figure(
+            lambda totals: divide(totals["base_answer_kl"], totals["answer_kl"]), ("tokens",), "times"
+        ),
+        "base agrees": ratio(["base_agreement"], ["tokens"]),
+        "student agrees": ratio(["agreement"], ["tokens"]),
+    }
+    return tally.scores(["tokens", *DISTANCES], figures, {})
+
+
+def _dtype(model: LVLM) -> np.dtype:
+    return model.params["language_model"]["embed_tokens"]["embedding"].dtype

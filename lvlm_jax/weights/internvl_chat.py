@@ -1,0 +1,217 @@
+"""OpenGVLab's own checkpoint layout (`model_type` internvl_chat) as a normal InternVL configuration.
+
+The models are those of the "-hf" repositories under other names; `weights/internvl.py` knows both. Their configuration
+differs in four ways:
+
+- the tower's fields have names and defaults of their own;
+- the decoder may be an InternLM2 or InternLM3, whose code transformers does not carry or need: both compute what LLaMA
+  computes, their bias flags aside;
+- the image token is known to the tokenizer alone, and answers end with the chat format's own token, whatever the
+  decoder's configuration says;
+- how images are cut into tiles and how prompts are written is part of it. Both are kept in the new configuration, under
+  the names they had.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.checkpoint import read_json
+
+MODEL_TYPE = "internvl_chat"
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+END_TOKEN = "<|im_end|>"
+# For folders without a tokenizer: where all checkpoints with these decoders have the image token.
+_IMAGE_TOKEN_IDS = {"InternLM2ForCausalLM": 92546, "Qwen2ForCausalLM": 151667}
+
+_DECODERS = {
+    "InternLM2ForCausalLM": "llama",
+    "InternLM3ForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_DECODER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "attention_bias",
+    "mlp_bias",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "torch_dtype",
+    "dtype",
+)
+
+# Their name of a tower's field -> (transformers' name, their default).
+_TOWER_FIELDS = {
+    "hidden_size": ("hidden_size", 3200),
+    "intermediate_size": ("intermediate_size", 12800),
+    "num_hidden_layers": ("num_hidden_layers", 48),
+    "num_attention_heads": ("num_attention_heads", 25),
+    "num_channels": ("num_channels", 3),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 14),
+    "hidden_act": ("hidden_act", "gelu"),
+    "norm_type": ("norm_type", "rms_norm"),
+    "layer_norm_eps": ("layer_norm_eps", 1e-6),
+    "qkv_bias": ("attention_bias", False),
+    "qk_normalization": ("use_qk_norm", True),
+    "dropout": ("hidden_dropout_prob", 0.0),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "initializer_range": ("initializer_range", 0.02),
+    "initializer_factor": ("layer_scale_init_value", 0.1),
+}
+
+
+def to_hf_config(folder: Path, config: dict) -> dict:
+    """The `InternVLConfig` dict of transformers that a configuration of OpenGVLab's means.
+
+    Args:
+        folder: the checkpoint's folder, whose tokenizer files are read.
+        config: its `config.json`.
+
+    Raises:
+        LVLMError: a value that the models of this layout in transformers do not have, or no image token.
+    """
+    decoder = config.get("llm_config") or {}
+    kind = (decoder.get("architectures") or [None])[0]
+    if kind not in _DECODERS:
+        raise LVLMError(
+            f"llm_config.architectures {kind!r} of {folder} is not supported; expected one of {', '.join(_DECODERS)}"
+        )
+    _check(folder, config)
+    text, vision = _text_config(folder, decoder, kind), _vision_config(folder, config)
+    ratio, side = config.get("downsample_ratio", 0.5), vision["image_size"] // vision["patch_size"]
+    image_token = token_id(folder, IMAGE_TOKEN)
+    if image_token is None:
+        image_token = _IMAGE_TOKEN_IDS.get(kind)
+    if image_token is None or image_token >= text["vocab_size"]:
+        raise LVLMError(
+            f"the tokenizer files of {folder} do not name {IMAGE_TOKEN}; copy added_tokens.json or tokenizer.json from "
+            "the checkpoint's repository"
+        )
+    hf = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": image_token,
+        "image_seq_length": round((side * ratio) ** 2),
+        "downsample_ratio": ratio,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("select_layer", -1),
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "template": config.get("template"),
+        "min_dynamic_patch": config.get("min_dynamic_patch", 1),
+        "max_dynamic_patch": config.get("max_dynamic_patch", 6) if config.get("dynamic_image_size") else 1,
+    }
+    return hf | {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
+
+
+def _check(folder: Path, config: dict) -> None:
+    """Refuses what transformers' InternVL cannot do."""
+    side = (config.get("vision_config") or {}).get("image_size", 224)
+    # field -> (its value, the values it may have)
+    required: dict[str, tuple[Any, tuple]] = {
+        "ps_version": (config.get("ps_version", "v1"), ("v2",)),  # v1 transposes the map of patches
+        "force_image_size": (config.get("force_image_size") or side, (side,)),
+        "use_backbone_lora": (config.get("use_backbone_lora") or 0, (0,)),
+        "use_llm_lora": (config.get("use_llm_lora") or 0, (0,)),
+        "pad2square": (bool(config.get("pad2square")), (False,)),
+    }
+    if config.get("dynamic_image_size") and config.get("max_dynamic_patch", 6) > 1:
+        required["use_thumbnail"] = (bool(config.get("use_thumbnail")), (True,))
+    for name, (value, allowed) in required.items():
+        if value not in allowed:
+            raise LVLMError(f"{name} {value!r} of {folder} is not supported; expected {allowed[0]!r}")
+
+
+def _text_config(folder: Path, decoder: dict, kind: str) -> dict:
+    """The decoder as a configuration that transformers carries."""
+    text = {name: decoder[name] for name in _DECODER_FIELDS if decoder.get(name) is not None}
+    # What their configuration classes mean where a file says nothing, and transformers' say otherwise.
+    if kind == "InternLM2ForCausalLM":
+        version = decoder.get("rope_pos_id_version", "default")
+        if version != "default":
+            raise LVLMError(
+                f"llm_config.rope_pos_id_version {version!r} of {folder} is not supported; expected 'default'"
+            )
+        text = {"vocab_size": 103168, **text, "attention_bias": bool(decoder.get("bias", True))}
+    elif kind == "InternLM3ForCausalLM":
+        biases = bool(decoder.get("qkv_bias", False)), bool(decoder.get("bias", False))
+        if biases[0] != biases[1]:
+            raise LVLMError(
+                f"llm_config of {folder} has qkv_bias {biases[0]} and bias {biases[1]}; only equal ones are supported"
+            )
+        text |= {"attention_bias": biases[0], "mlp_bias": biases[1]}
+    for name in ("rope_scaling", "rope_parameters"):
+        if name in text and "rope_type" not in text[name]:
+            text[name] = text[name] | {"rope_type": text[name].get("type", "default")}
+    end = token_id(folder, END_TOKEN)
+    if end is not None:
+        text["eos_token_id"] = end
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [name for name in required if name not in text]
+    if missing:
+        raise LVLMError(f"llm_config of {folder} lacks {', '.join(missing)}")
+    tied = bool(decoder.get("tie_word_embeddings", False))
+    return text | {"model_type": _DECODERS[kind], "tie_word_embeddings": tied}
+
+
+def _vision_config(folder: Path, config: dict) -> dict:
+    """The tower's configuration under transformers' names."""
+    tower = config.get("vision_config") or {}
+    kind = tower.get("model_type", "intern_vit_6b")
+    if kind != "intern_vit_6b":
+        raise LVLMError(
+            f"vision_config.model_type {kind!r} of {folder} is not supported; expected 'intern_vit_6b'"
+        )
+    vision = {name: tower.get(theirs, default) for theirs, (name, default) in _TOWER_FIELDS.items()}
+    if vision["use_qk_norm"] and vision["layer_norm_eps"] != 1e-6:
+        raise LVLMError(
+            f"vision_config.layer_norm_eps {vision['layer_norm_eps']} of {folder} is not supported; expected 1e-06, "
+            "which queries and keys are normalised with"
+        )
+    return vision | {
+        "model_type": "internvl_vision",
+        "architectures": ["InternVLVisionModel"],
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,  # transformers' name for a tower without a final norm
+    }
+
+
+def token_id(folder: Path, token: str) -> int | None:
+    """The id of an added token according to a folder's tokenizer files; None where they do not name it."""
+    path = folder / "added_tokens.json"
+    added = read_json(path) if path.is_file() else {}
+    if token in added:
+        return int(added[token])
+    path = folder / "tokenizer_config.json"
+    known = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    for number, entry in known.items():
+        if entry.get("content") == token:
+            return int(number)
+    path = folder / "tokenizer.json"
+    entries = read_json(path).get("added_tokens", []) if path.is_file() else []
+    return next((int(entry["id"]) for entry in entries if entry.get("content") == token), None)

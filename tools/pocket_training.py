@@ -1,0 +1,336 @@
+"""The pocket recipes of training, from making the data to what they changed on the pocket benchmark.
+
+    python tools/pocket_training.py --out runs/pocket_training                  about an hour on two quiet cores
+    python tools/pocket_training.py --steps 20 --images 40 --out runs/short
+    python tools/pocket_training.py --markdown docs/pocket_training.md          also write the tables there
+
+CAPL learns on pairs whose rejected answers come from truncated attention; DPO, the paper's ablation, on pairs whose
+rejected answers the unmodified model gives; chosen answers are the truth in both. Flow alignment puts SEVI's effect
+into the weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
+
+    OUT/prompts/, OUT/pairs/               prompts, and pairs as tools/preferences.py writes them, to learn and held out
+    OUT/capl/, dpo/, flow_alignment/       work folders of train.py: logs, checkpoints, adapter, export
+    OUT/benchmark/PART/MODEL/              answers and scores
+    OUT/table.md                           the tables, and in words what helped
+
+Stopped or killed, the same command goes on where it was.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
+sys.path.append(str(Path(__file__).resolve().parent))  # tools/preferences.py
+
+import preferences
+from absl import logging
+from ml_collections import ConfigDict
+
+from lvlm_jax import LVLM, cli, files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import get, pocket, pocket_training, rescore, statistics
+from lvlm_jax.evaluation.pocket_training import Arm, Findings
+from lvlm_jax.evaluation.run import Options, Run
+from lvlm_jax.generation.record import checkpoint_hash, differences, file_hash
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.sevi import SEVI
+from lvlm_jax.pocket.pairs import DESCRIPTION, write_prompts
+from lvlm_jax.training import finetune, flow_data, held_out, pair_batches, preference_task, settings
+from lvlm_jax.training.pair_batches import Encoder, Row
+from lvlm_jax.training.pair_files import read_pairs
+
+SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_training.py"
+RECIPES = ("capl", "dpo", "flow_alignment")
+# Flags of tools/preferences.py for each set of pairs, by how their rejected answers come about.
+REJECTED = {"truncated": (), "plain": ("--rejected-by", "plain")}
+LEARNT = {"capl": "truncated", "dpo": "plain"}  # recipe -> its pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all parts of a run share."""
+
+    config: ConfigDict
+    out: Path
+    batch_size: int
+    resamples: int
+    images: int
+
+    @property
+    def base(self) -> str:
+        """Folder of the checkpoint that every training begins with."""
+        return cli.checkpoint(self.config.model)
+
+    def stage(self, name: str, about: Mapping[str, Any], work: Callable[[], object]) -> float:
+        """Does a piece of work once, whatever stops it in between.
+
+        Args:
+            about: everything that decides its outcome.
+
+        Returns:
+            Seconds that it took, those of earlier attempts included unless they were killed.
+
+        Raises:
+            LVLMError: the folder holds the outcome of something else.
+        """
+        path = self.out / name / "stage.json"
+        about = json.loads(json.dumps(about, default=str))
+        known = (
+            files.read_json(path, "stage of the run") if path.exists() else {"about": about, "seconds": 0.0}
+        )
+        if changed := differences(known["about"], about):
+            raise LVLMError(
+                f"{str(path.parent)!r} was made with other settings ({'; '.join(changed[:3])}); repeat those, give "
+                "another --out, or remove it"
+            )
+        if known.get("done"):
+            return known["seconds"]
+        print(f"{name} ...", flush=True)
+        began, done = time.monotonic(), False
+        try:
+            work()
+            done = True
+        finally:
+            known |= {"seconds": round(known["seconds"] + time.monotonic() - began, 1), "done": done}
+            files.write_whole(path, json.dumps(known, indent=1) + "\n")
+        return known["seconds"]
+
+    def prompts(self, name: str) -> Path:
+        """File of prompts, "several" or "one" image, or those held out."""
+        return self.out / "prompts" / name / "prompts.jsonl"
+
+    def pairs(self, rejected: str, held: bool = False) -> Path:
+        """File of pairs, by how the rejected answers came about."""
+        return self.out / "pairs" / (f"{rejected}-held-out" if held else rejected) / "pairs.jsonl"
+
+    def trained(self, recipe: str) -> str:
+        """The checkpoint that a recipe's training has left."""
+        return str(self.out / recipe / "export")
+
+    def about_model(self) -> dict[str, str]:
+        """The base model, for records."""
+        return {"model": checkpoint_hash(self.base), "dtype": cli.dtype("auto")}
+
+    @property
+    def capl(self) -> Method:
+        """CAPL's attention, at inference as in training."""
+        return preference_task.method_of(self.config.capl.preference)
+
+    @property
+    def sevi(self) -> SEVI:
+        """The teacher's method."""
+        flow = self.config.flow_alignment.flow
+        return SEVI(omega=flow.omega, kappa=flow.kappa, start_layer=flow.start_layer)
+
+
+def draw_prompts(setup: Setup) -> float:
+    """Prompts about several images and about one, to learn on and held out: other pictures, another seed."""
+    config = setup.config
+    wanted = {
+        "several": (config.pairs.prompts, config.seed, 0.0, 0.0),
+        "several-held-out": (config.pairs.held_out, config.seed + 1, 0.0, 0.0),
+        "one": (config.answers.prompts, config.seed, 1.0, config.answers.describe),
+        "one-held-out": (config.answers.held_out, config.seed + 1, 1.0, config.answers.describe),
+    }
+
+    def work() -> None:
+        for name, arguments in wanted.items():
+            write_prompts(setup.out / "prompts" / name, *arguments)
+
+    return setup.stage("prompts", {"drawn": wanted}, work)
+
+
+def make_pairs(setup: Setup) -> float:
+    """Both sets of pairs, and held-out pairs for each, by tools/preferences.py."""
+    pairs, attention = setup.config.pairs, setup.config.capl.preference
+    common = (
+        "--model", setup.base, "--corrector", "pocket", "--seed", setup.config.seed, "--batch-size", pairs.batch,
+        "--max-new-tokens", pairs.max_new_tokens, "--rho", attention.rho, "--sigma", attention.sigma,
+    )  # fmt: skip
+
+    def work() -> None:
+        for rejected, more in REJECTED.items():
+            for held in (False, True):
+                prompts = setup.prompts("several-held-out" if held else "several")
+                out = setup.pairs(rejected, held).parent
+                preferences.main([str(word) for word in ("--prompts", prompts, "--out", out, *common, *more)])
+
+    hashes = [file_hash(setup.prompts(name)) for name in ("several", "several-held-out")]
+    return setup.stage("pairs", setup.about_model() | {"flags": common[2:], "prompts": hashes}, work)
+
+
+def train(setup: Setup, recipe: str) -> float:
+    """One training, by the same code as train.py."""
+    config = setup.config[recipe].copy_and_resolve_references()
+    config.model = setup.config.model
+    if recipe in LEARNT:
+        data = [setup.pairs(LEARNT[recipe], held) for held in (False, True)]
+    else:
+        data = [setup.prompts(name) for name in ("one", "one-held-out")]
+    config.data, config.validation = map(str, data)
+    about = setup.about_model() | {"config": config.to_dict(), "data": [file_hash(path) for path in data]}
+    return setup.stage(recipe, about, lambda: finetune.train(config, setup.out / recipe))
+
+
+def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
+    """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
+    world, protocol = setup.out / f"world-{setup.images}", get(part.protocol)
+    folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
+    found, first = {}, next(iter(arms))
+    for name, arm in arms.items():
+        against = () if name == first else answer_files(folders[first], protocol)
+        options = Options(setup.batch_size, against=against, resamples=setup.resamples)
+        data = part.data(world)
+        run = Run(arm.path, cli.dtype("auto"), protocol, data, folders[name], arm.method, options)
+        if not run.complete():
+            run.ask(load(arm.path))
+        found[name] = run.score()
+
+    def compare(one: str, other: str) -> Mapping:
+        given = [answer_files(folders[name], protocol) for name in (one, other)]
+        scores = rescore.rescore(protocol, part.data(world), *given, resamples=setup.resamples)
+        return scores["against"]["differences"]
+
+    return Findings(found, compare)
+
+
+def answer_files(folder: Path, protocol: Any) -> list[str]:
+    """The answers in a folder of `Run`, as `rescore` takes them."""
+    whole = folder / "answers.jsonl"
+    if whole.exists():
+        return [str(whole)]
+    return [f"{group}={folder / group}.jsonl" for group in protocol.groups]
+
+
+def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Findings:
+    """Accuracy of the models of `arms` on both sets of held-out pairs; the first one is where training began."""
+    encoder = Encoder(load(setup.base).processor, load(setup.base).config)
+    length = min(setup.config[recipe].length for recipe in LEARNT)
+    rows: dict[str, tuple[Row, ...]] = {
+        name: pair_batches.rows_of(
+            read_pairs(setup.pairs(name, True)), encoder.pair, encoder, length, "error"
+        )
+        for name in REJECTED
+    }
+    ids = {name: [row.id for row in members] for name, members in rows.items()}
+
+    @functools.cache
+    def logprobs(path: str, attention: bool) -> dict[str, Any]:
+        method = setup.capl if attention else None
+        return {
+            name: held_out.pair_logprobs(
+                load(path),
+                members,
+                encoder,
+                method,
+                setup.out / "benchmark" / "pairs",
+                setup.config.capl.batch,
+            )
+            for name, members in rows.items()
+        }
+
+    scores = {}
+    for name, arm in arms.items():
+        attention = arm.method is not None
+        before = None if arm.path == setup.base else logprobs(setup.base, attention)
+        scores[name] = held_out.pair_scores(ids, logprobs(arm.path, attention), before)
+
+    def compare(one: str, other: str) -> Mapping:
+        return rescore.compare(scores[one], scores[other], setup.resamples)["differences"]
+
+    found = {name: rescore.report(one, setup.resamples) for name, one in scores.items()}
+    first, *others = scores
+    for name in others:
+        found[name]["against"] = {"differences": compare(name, first)}
+    return Findings(found, compare)
+
+
+def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
+    """How much closer than the base the student is to the edited teacher, on held-out answers of each kind."""
+    path = setup.out / "benchmark" / "closeness" / "distances.json"
+    prompts, student = setup.prompts("one-held-out"), setup.trained("flow_alignment")
+    config = setup.config.flow_alignment
+
+    def work() -> None:
+        base = load(setup.base)
+        encoder = Encoder(base.processor, base.config)
+        # The answers that training's own validation has generated.
+        answers = flow_data.read(
+            prompts, base, setup.sevi, config.length, config.batch, setup.out / "flow_alignment" / "answers"
+        )
+        rows = pair_batches.rows_of(answers, encoder.conversation, encoder, config.length, config.too_long)
+        measured = held_out.distances(load(student), base, rows, encoder, setup.sevi)
+        files.write_whole(path, json.dumps(measured, indent=1) + "\n")
+
+    about = setup.about_model() | {"student": checkpoint_hash(student), "prompts": file_hash(prompts)}
+    setup.stage("benchmark/closeness", about, work)
+    measured = files.read_json(path, "distances")
+    kinds = {
+        "all": measured,
+        "descriptions": [row for row in measured if row["id"].startswith(f"{DESCRIPTION}/")],
+        "questions": [row for row in measured if not row["id"].startswith(f"{DESCRIPTION}/")],
+    }
+    return {
+        kind: rescore.report(held_out.closeness(rows), setup.resamples)
+        for kind, rows in kinds.items()
+        if rows
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Do what is missing, and write the tables."""
+    parser = cli.Parser(prog="pocket_training.py", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
+                        help="folder of everything (default runs/pocket_training)")  # fmt: skip
+    parser.add_argument("--steps", type=cli.number(int, 1), metavar="N",
+                        help="of every training (default as the settings say)")  # fmt: skip
+    parser.add_argument("--images", type=cli.number(int, 10), default=200, metavar="N",
+                        help="test images of the benchmark (default 200)")  # fmt: skip
+    parser.add_argument("--batch-size", type=cli.number(int, 1), default=64, metavar="N",
+                        help="questions at once (default 64)")  # fmt: skip
+    parser.add_argument("--resamples", type=cli.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+                        help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    flags, changes = parser.parse_known_args(arguments)
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    config = settings.read(SETTINGS, changes)
+    if flags.steps:
+        for recipe in RECIPES:
+            config[recipe].steps = flags.steps
+    for recipe in RECIPES:
+        settings.check(config[recipe])
+    setup = Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images)
+    load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype=cli.dtype("auto")))
+
+    seconds = {"prompts": draw_prompts(setup), "pairs": make_pairs(setup)}
+    seconds |= {recipe: train(setup, recipe) for recipe in RECIPES}
+    pocket.write_world(flags.out / f"world-{flags.images}", flags.images)
+    several, one = pocket_training.arms(setup.base, setup.trained, setup.capl, setup.sevi)
+    found = {
+        part.name: benchmark(setup, part, several if part is pocket_training.SEVERAL else one, load)
+        for part in pocket_training.PARTS
+    }
+    pairs, close = held_out_pairs(setup, several, load), closeness(setup, load)
+    statistic = {
+        name: files.read_json(setup.pairs(name).with_name("statistics.json"), "statistics")
+        for name in REJECTED
+    }
+    command = " ".join(["python tools/pocket_training.py", *arguments])
+    text = pocket_training.document(config, setup.base, command, seconds, statistic, found, pairs, close)
+    files.write_whole(flags.out / "table.md", text)
+    if flags.markdown:
+        files.write_whole(flags.markdown, text)
+    print(text)
+    print(f"tables in {flags.out / 'table.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
