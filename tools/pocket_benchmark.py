@@ -1,6 +1,7 @@
 """Every method on every benchmark of the pocket world, with intervals, differences to greedy, and controls.
 
     python tools/pocket_benchmark.py                                          all methods, 200 images
+    python tools/pocket_benchmark.py --images 60                              fewer to ask about, 200 to describe
     python tools/pocket_benchmark.py --methods vcd sevi-focused --images 100
     python tools/pocket_benchmark.py --markdown docs/pocket_benchmark.md      also write the tables there
 
@@ -58,14 +59,15 @@ def document(flags, found: dict[str, dict], path: str) -> str:
     about = (
         f"{datetime.date.today().isoformat()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
         f"{jax.devices()[0].device_kind}, Python {platform.python_version()}, jax {jax.__version__}, "
-        f"lvlm_jax {__version__}, model {Path(path).name} {checkpoint_hash(path)[:12]}, {flags.images} images."
+        f"lvlm_jax {__version__}, model {Path(path).name} {checkpoint_hash(path)[:12]}, {flags.images} images to ask "
+        f"about, {flags.captions} to describe."
     )
     tables = [pocket.markdown(part, found[part.name]) for part in pocket.PARTS if found[part.name]]
     return "\n".join(
         [
             "# Pocket benchmark",
             "",
-            f"    python tools/pocket_benchmark.py --images {flags.images}{chosen}",
+            f"    python tools/pocket_benchmark.py --images {flags.images} --captions {flags.captions}{chosen}",
             "",
             about,
             "",
@@ -84,6 +86,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--images", type=cli.number(int, 1), default=200, metavar="N", help="test images (default 200)"
     )
+    parser.add_argument("--captions", type=cli.number(int, 1), default=200, metavar="N",
+                        help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
                         help="another checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
     parser.add_argument(
@@ -97,8 +101,9 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     began = time.monotonic()
     chosen = settings(flags.methods)
-    world = flags.out / f"world-{flags.images}"
-    pocket.write_world(world, flags.images)
+    worlds = {part.name: flags.captions if part.name == "chair" else flags.images for part in pocket.PARTS}
+    for count in set(worlds.values()):
+        pocket.write_world(flags.out / f"world-{count}", count)
     path = cli.checkpoint(flags.model_path)
     dtype = cli.dtype("auto")
     model = LVLM.from_pretrained(path, dtype=dtype)
@@ -110,6 +115,7 @@ def main(arguments: list[str]) -> int:
                 flags.batch_size, controls=folder if method is not None else None, resamples=flags.resamples
             )
             # The greedy control is the greedy row itself: both have the same log.
+            world = flags.out / f"world-{worlds[part.name]}"
             run = Run(path, dtype, get(part.protocol), part.data(world), folder / name, method, options)
             run.ask(model)
             found[part.name][name] = run.score()

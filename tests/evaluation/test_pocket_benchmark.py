@@ -19,7 +19,7 @@ import pocket_benchmark  # noqa: E402
 
 
 def run(out, *words):
-    return pocket_benchmark.main(["--out", str(out), "--images", "10", "--resamples", "20", *words])
+    return pocket_benchmark.main(["--out", str(out), "--images", "10", "--captions", "8", "--resamples", "20", *words])
 
 
 def tables(path: Path) -> list[list[list[str]]]:
@@ -36,7 +36,7 @@ def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
     assert run(out, "--methods", "vcd", "CAPL", "--markdown", str(target)) == 0
     assert "# Pocket benchmark" in capsys.readouterr().out
     assert target.read_text() == (out / "table.md").read_text()
-    assert "--images 10 --methods vcd CAPL" in target.read_text()
+    assert "--images 10 --captions 8 --methods vcd CAPL" in target.read_text()
     found = tables(target)
     assert len(found) == 2 * len(pocket.PARTS) == 8
     for part, figures, controls in zip(pocket.PARTS, found[::2], found[1::2], strict=True):
