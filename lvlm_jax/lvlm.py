@@ -27,6 +27,7 @@ from lvlm_jax.generation.output import Output, read_output, stop_strings
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.base import OTHER_PICTURES
 from lvlm_jax.training import lora
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.peft import load_adapter
@@ -294,7 +295,7 @@ class LVLM:
         main = self._spread(branches.embedded(self.params, self.config, prompt))
         contrast, capacity = self._contrast(prompt, main, methods[0], room)
         # Only pictures can depend on a strength; words and left-out images are the same for all.
-        varies = contrast is not None and methods[0].contrast_prompt() == "pixels"
+        varies = contrast is not None and methods[0].contrast_prompt() in OTHER_PICTURES
         if varies:
             others = [self._contrast(prompt, main, method, room)[0] for method in methods[1:]]
             grid = jnp.stack([one.embeddings for one in (contrast, *others)])

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lvlm_jax.analysis import word_maps, words_of
+from lvlm_jax.analysis import patch_maps, token_places, word_maps, words_of
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import text
 
@@ -35,7 +35,7 @@ class Row:
         text: the answer.
         words: the answer's words, W of them.
         maps: attention of each word over the image's patches, `[W, h, w]`, averaged over layers and heads.
-        region: the part of the picture that the model saw, `(left, top, right, bottom)` in pixels; None for all.
+        region: what the maps cover, `(left, top, right, bottom)` in pixels; None for the whole picture.
     """
 
     title: str
@@ -53,17 +53,14 @@ def rows_of(
 
     `images` are the pictures of `messages` in reading order, `method` the one that the answer was produced with.
     """
-    config, processor = model.config, model.processor
-    side = config.vision.image_size // config.vision.patch_size
-    weights = model.attention(messages, [tokens], method)[0].mean((0, 2))
-    # With feature selection "full" a class token stands before an image's patches.
-    maps = weights.reshape(len(tokens), len(images), -1)[:, :, -side * side :]
-    decode = functools.partial(text.decode, processor.tokenizer)
-    crops = bool(getattr(processor.image_processor, "do_center_crop", False))
-    rows = []
-    for index, image in enumerate(images):
-        words, joined = by_words(tokens, decode, maps[:, index].reshape(-1, side, side))
-        rows.append(Row(title, image, decode(tokens), words, joined, seen_region(*image.size, crops)))
+    prompt = model.prepare(messages)
+    places = token_places(model.config, prompt, len(images))
+    weights = model.attention(prompt, [tokens], method)[0].mean((0, 2))
+    decode = functools.partial(text.decode, model.processor.tokenizer)
+    rows, fit = [], fitted(model, len(images))
+    for image, maps in zip(images, patch_maps(weights, places), strict=True):
+        words, joined = by_words(tokens, decode, maps.reshape(-1, *maps.shape[-2:]))
+        rows.append(Row(title, image, decode(tokens), words, joined, seen_region(*image.size, fit)))
     return rows
 
 
@@ -78,11 +75,28 @@ def by_words(
     return [word.text for word in words], word_maps(maps, words)
 
 
-def seen_region(width: int, height: int, crops: bool) -> tuple[float, float, float, float] | None:
-    """What a processor lets the model see of a picture: its middle square if it `crops`, all of it if it stretches."""
-    if not crops:
+def fitted(model, images: int) -> str:
+    """How the view of a whole picture that a model has maps of is fitted: "stretch", "crop" or "pad".
+
+    Args:
+        model: an `LVLM`.
+        images: how many pictures its conversation has.
+    """
+    if getattr(model.config, "nested_images", False) and images > 1:
+        return "pad"
+    crops = getattr(model.processor.image_processor, "do_center_crop", False)
+    # Where pictures are cut into tiles that setting acts on views that fit already.
+    return "crop" if crops and not hasattr(model.config, "tiling") else "stretch"
+
+
+def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float, float] | None:
+    """What of a picture, and of what surrounds it, a map covers: all if the processor stretches pictures (None).
+
+    If it crops them, their middle square; if it pads them, the square around them.
+    """
+    if fit == "stretch":
         return None
-    side = min(width, height)
+    side = min(width, height) if fit == "crop" else max(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 

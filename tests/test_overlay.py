@@ -29,10 +29,11 @@ def test_no_words_no_maps():
     assert words == [] and joined.shape == (0, 2, 3)
 
 
-def test_cropping_processors_see_the_middle_square():
-    assert overlay.seen_region(300, 200, crops=True) == (50, 0, 250, 200)
-    assert overlay.seen_region(200, 300, crops=True) == (0, 50, 200, 250)
-    assert overlay.seen_region(300, 200, crops=False) is None
+def test_what_maps_cover():
+    assert overlay.seen_region(300, 200, "crop") == (50, 0, 250, 200)
+    assert overlay.seen_region(200, 300, "crop") == (0, 50, 200, 250)
+    assert overlay.seen_region(300, 200, "pad") == (0, -50, 300, 250)
+    assert overlay.seen_region(300, 200, "stretch") is None
 
 
 def test_relative_maps_take_away_what_all_words_share():

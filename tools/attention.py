@@ -23,6 +23,7 @@ from lvlm_jax.analysis import figures, page
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import text
 from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation.layout import Inputs
 from lvlm_jax.generation.questions import conversation
 
 SINK_WEIGHT = 0.002 * 576  # EAH's threshold times LLaVA's tokens of one image, for which it was found
@@ -67,7 +68,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     add("--answer", metavar="TEXT", help="look at this answer instead of letting the model write its own")
     add("--beta-sinks", type=cli.number(float, low=0), metavar="B", help="weight above which a patch is a vision sink "
-        f"(default {SINK_WEIGHT:.3f} / tokens of an image)")  # fmt: skip
+        f"(default {SINK_WEIGHT:.3f} / tokens of the largest image)")  # fmt: skip
     add("--out", default="runs/attention", metavar="FOLDER", help="where to write (default runs/attention)")
     if name.lower() != "none":
         cli.add_method_flags(parser, name)
@@ -106,48 +107,40 @@ def settings(method: methods.Method | None) -> str:
     return ", ".join(parts)
 
 
-def answer_tokens(model: LVLM, messages: list, method, arguments) -> list[int]:
+def answer_tokens(model: LVLM, prompt: Inputs, method, arguments) -> list[int]:
     """The tokens of the answer: given, or generated greedily."""
     if arguments.answer is None:
-        return model.generate(messages, method=method, max_new_tokens=arguments.max_new_tokens).tokens[0]
+        return model.generate(prompt, method=method, max_new_tokens=arguments.max_new_tokens).tokens[0]
     tokens = model.processor.tokenizer(arguments.answer, add_special_tokens=False)["input_ids"]
     return list(tokens)
 
 
 def look(
-    model: LVLM, messages: list, images: int, tokens: list[int], name: str, method, beta: float
+    model: LVLM, prompt: Inputs, places: list, tokens: list[int], name: str, method, beta: float
 ) -> page.Answer:
-    """Everything the page shows of one answer."""
-    vision = model.config.vision
-    grid = (vision.image_size // vision.patch_size,) * 2
+    """Everything the page shows of one answer; `places` are those of `analysis.token_places`."""
     answer, words = analysis.words_of(tokens, functools.partial(text.decode, model.processor.tokenizer))
     if not words:
         raise LVLMError(f"{name} answered {answer!r}, which has no words to look at; ask another question")
-    weights = model.attention(messages, [tokens], method)[0].swapaxes(
-        1, 2
-    )  # layers, heads, tokens, image tokens
     by_word = functools.partial(analysis.word_maps, words=words)
-    mass = by_word(weights.sum(-1).transpose(2, 0, 1)).transpose(1, 2, 0)
-    maps = by_word(analysis.patch_maps(weights, images, grid).transpose(2, 0, 1, 3, 4, 5)).transpose(
-        1, 2, 0, 3, 4, 5
-    )
-    probe = analysis.masking_probe(
-        model, analysis.with_answer(model, messages, tokens[:-1]), rows=len(tokens)
-    )
-    each = maps.reshape(*maps.shape[:4], -1).transpose(2, 3, 0, 1, 4)  # words, images, layers, heads, patches
-    drift = jax.jit(jax.vmap(jax.vmap(analysis.drift_curve)))(each)
-    rows, image_id = analysis.mean_attention(model, messages, tokens, method)
+    # Words, layers, heads, image tokens.
+    weights = by_word(model.attention(prompt, [tokens], method)[0].transpose(1, 0, 2, 3))
+    maps = analysis.patch_maps(weights, places)
+    probe = analysis.masking_probe(model, analysis.with_answer(model, prompt, tokens[:-1]), rows=len(tokens))
+    curves = jax.jit(jax.vmap(analysis.drift_curve))
+    drifts = [curves(one.reshape(*one.shape[:3], -1)) for one in maps]
+    rows, image_id = analysis.mean_attention(model, prompt, tokens, method)
     return page.Answer(
         name=name,
         settings=settings(method),
         text=answer,
         words=words,
-        maps=maps,
-        mass=mass,
-        sinks=analysis.head_sinks(model, messages, beta, method)[:, 0],
+        maps=[one.transpose(1, 2, 0, 3, 4) for one in maps],
+        mass=weights.sum(-1).transpose(1, 2, 0),
+        sinks=analysis.head_sinks(model, prompt, beta, method)[:, 0],
         flow=np.asarray(analysis.information_flow(rows, image_id).text_share[:, 0]),
         probe=by_word(probe[:, 0].T),
-        drift=(np.asarray(drift.noise.mean(1)), np.asarray(drift.anchor.mean(1))),
+        drift=tuple(np.mean([getattr(one, name) for one in drifts], axis=0) for name in ("noise", "anchor")),
     )
 
 
@@ -178,7 +171,7 @@ def draw(folder: pathlib.Path, pictures: list[page.Picture], answers: list[page.
     files = ["image_mass.png", "sinks.png", "flow.png", "probe.png", "drift.png"]
     for answer in answers:
         for number, picture in enumerate(pictures):
-            maps = answer.maps.mean((0, 1))[:, number]
+            maps = answer.maps[number].mean((0, 1))
             title = f"{answer.name}, image {number + 1}: each word against the mean of all; share of its attention here"
             shown = [word.text for word in answer.words]
             row = overlay.Row(title, picture.image, answer.text, shown, maps, picture.region)
@@ -198,15 +191,17 @@ def main(words: list[str]) -> int:
     except OSError as error:
         raise LVLMError(f"--out {arguments.out!r} cannot be made: {error.strerror or error}") from error
     model = LVLM.from_pretrained(cli.checkpoint(arguments.model_path), dtype=cli.dtype(arguments.dtype))
+    prompt = model.prepare(messages)
+    places = analysis.token_places(model.config, prompt, len(images))
     beta = arguments.beta_sinks
     if beta is None:
-        beta = SINK_WEIGHT / model.config.tokens_per_image
-    crops = bool(getattr(model.processor.image_processor, "do_center_crop", False))
-    pictures = [page.Picture(image, overlay.seen_region(*image.size, crops)) for image in images]
+        beta = SINK_WEIGHT / int(prompt.pictures.token_counts.max())
+    fit = overlay.fitted(model, len(images))
+    pictures = [page.Picture(image, overlay.seen_region(*image.size, fit)) for image in images]
     answers = []
     for name, method in arguments.methods.items():
-        tokens = answer_tokens(model, messages, method, arguments)
-        answers.append(look(model, messages, len(images), tokens, name, method, beta))
+        tokens = answer_tokens(model, prompt, method, arguments)
+        answers.append(look(model, prompt, places, tokens, name, method, beta))
         print(f"{name}: {answers[-1].text}")
     title = f"Where {pathlib.Path(arguments.model_path).name} looked"
     built = page.build(title, arguments.prompt.replace("<image>", "▣"), pictures, answers)

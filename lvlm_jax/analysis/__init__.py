@@ -3,7 +3,7 @@ and a page for people."""
 
 from lvlm_jax.analysis.flow import Flow, HideImages, divergence, information_flow, masking_probe
 from lvlm_jax.analysis.heads import Drift, drift_curve, sink_density
-from lvlm_jax.analysis.maps import image_mass, patch_maps, word_maps
+from lvlm_jax.analysis.maps import image_mass, patch_maps, token_places, word_maps
 from lvlm_jax.analysis.readers import follow, head_sinks, mean_attention, with_answer
 from lvlm_jax.analysis.words import Word, words_of
 
@@ -22,6 +22,7 @@ __all__ = [
     "mean_attention",
     "patch_maps",
     "sink_density",
+    "token_places",
     "with_answer",
     "word_maps",
     "words_of",

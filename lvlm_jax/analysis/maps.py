@@ -4,11 +4,16 @@ Attention here is that of one branch, `step.tapped.attention[:, 0]`: Float[L B H
 `image_id` says what the S columns are: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax.analysis.words import Word
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.layout import Inputs
 
 
 def image_mass(
@@ -31,20 +36,48 @@ def image_mass(
     return on_image / jnp.where(total > 0, total, 1.0)
 
 
+def token_places(config: Any, prompt: Inputs, images: int) -> list[Int[np.ndarray, "h w"]]:
+    """For each image of one conversation, which of its image tokens shows each place of it, row by row.
+
+    Of an image that is cut into tiles it is those of the view of the whole image. Places are numbered as
+    `LVLM.attention` orders tokens, those of all images one behind the other.
+
+    Args:
+        config: of the model.
+        prompt: what `LVLM.prepare` made of the conversation.
+        images: how many pictures the conversation has.
+
+    Raises:
+        LVLMError: a family whose image tokens show no place of the image, or a prompt with more images than pictures.
+    """
+    pictures = prompt.pictures
+    if pictures is None:
+        return []
+    if len(pictures.token_counts) != images:
+        raise LVLMError(
+            f"the prompt has {len(pictures.token_counts)} images for {images} pictures, so that no map belongs to a "
+            "picture; turn off that the processor adds crops as images (do_pan_and_scan)"
+        )
+    maps = [config.token_map(pictures, image) for image in range(len(pictures.token_counts))]
+    if any(places is None for places in maps):
+        raise LVLMError(
+            f"image tokens of {config.model_type} are queries over the whole image and lie on no grid of it, so there "
+            "is no map to draw; LVLM.attention() has their weights"
+        )
+    first = np.cumsum(pictures.token_counts) - pictures.token_counts
+    return [start + places for start, places in zip(first, maps, strict=True)]
+
+
 def patch_maps(
-    attention: Float[np.ndarray, "*any N"], images: int, grid: tuple[int, int]
-) -> Float[np.ndarray, "*any I h w"]:
-    """Weights on the N image tokens of one conversation, as a map over each image's patches.
+    attention: Float[np.ndarray, "*any N"], places: Sequence[Int[np.ndarray, "h w"]]
+) -> list[Float[np.ndarray, "*any h w"]]:
+    """Weights on the N image tokens of one conversation, as a map over each image.
 
     Args:
         attention: weights on image tokens in order, those of all images, as `LVLM.attention` returns them.
-        images: how many images the tokens belong to.
-        grid: rows and columns of patches of one image. A class token before them, which feature selection "full"
-            keeps, is left out.
+        places: of each image, as `token_places` gives them.
     """
-    height, width = grid
-    each = attention.reshape(*attention.shape[:-1], images, -1)
-    return each[..., -height * width :].reshape(*attention.shape[:-1], images, height, width)
+    return [attention[..., grid] for grid in places]
 
 
 def word_maps(maps: Float[np.ndarray, "T *any"], words: list[Word]) -> Float[np.ndarray, "W *any"]:

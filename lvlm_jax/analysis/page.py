@@ -31,7 +31,7 @@ class Answer:
         settings: its numbers, in words.
         text: the answer.
         words: its W words.
-        maps: weight of each layer and head on the patches of the I images, for each word; edits included.
+        maps: for each image, the weight of each layer and head on its places, for each word; edits included.
         mass: share of a row's weight on all image columns.
         sinks: `sink_density` of the prompt.
         flow: `Flow.text_share`.
@@ -43,7 +43,7 @@ class Answer:
     settings: str
     text: str
     words: list[Word]
-    maps: Float[np.ndarray, "L H W I h w"]
+    maps: Sequence[Float[np.ndarray, "L H W h w"]]
     mass: Float[np.ndarray, "L H W"]
     sinks: Float[np.ndarray, "L H"]
     flow: Float[np.ndarray, "L+1"]
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture and the part of it that the model saw, `(left, top, right, bottom)` in its pixels; None for all."""
+    """A picture and what its maps cover, `(left, top, right, bottom)` in its pixels; None for all of it."""
 
     image: Image.Image
     region: tuple[float, float, float, float] | None = None
@@ -68,15 +68,16 @@ def build(title: str, question: str, pictures: Sequence[Picture], answers: Seque
     if not answers or not all(answer.words for answer in answers):
         named = ", ".join(answer.name for answer in answers if not answer.words) or "nothing"
         raise LVLMError(f"{named} has no words to show; ask a question that is answered in words")
-    layers, heads, _, *cells = answers[0].maps.shape
-    per_map = sum(len(answer.words) for answer in answers) * int(np.prod(cells))
+    layers, heads = answers[0].maps[0].shape[:2]
+    grids = [maps.shape[3:] for maps in answers[0].maps]
+    per_map = sum(len(answer.words) for answer in answers) * sum(height * width for height, width in grids)
     mass = sum(answer.mass.size for answer in answers)
     with_heads, band = plan(layers, heads, per_map, MAP_BYTES - mass)
     data = {
         "title": title,
         "question": question,
         "pictures": [_picture(picture, PICTURE_BYTES / len(pictures)) for picture in pictures],
-        "grid": cells[1:],
+        "grids": grids,
         "layers": layers,
         "heads": heads,
         "band": band,
@@ -107,7 +108,7 @@ def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]
     return False, band
 
 
-def pack(maps: Float[np.ndarray, "G L W *cells"]) -> tuple[str, str]:
+def pack(maps: Float[np.ndarray, "G L W cells"]) -> tuple[str, str]:
     """Maps as base64: one byte a cell, and a float32 scale for each map.
 
         value = scale · (byte / 255)²
@@ -115,18 +116,16 @@ def pack(maps: Float[np.ndarray, "G L W *cells"]) -> tuple[str, str]:
     The square keeps small weights apart from zero beside a large one: steps are 0.8 % of the largest at the top and
     0.002 % at the bottom.
     """
-    flat = maps.reshape(*maps.shape[:3], -1).astype(np.float32)
-    scale = flat.max(-1)
-    shares = flat / np.where(scale > 0, scale, 1.0)[..., None]
+    maps = maps.astype(np.float32)
+    scale = maps.max(-1)
+    shares = maps / np.where(scale > 0, scale, 1.0)[..., None]
     return _base64(np.rint(255 * np.sqrt(shares)).astype(np.uint8)), _base64(scale.astype("<f4"))
 
 
 def _answer(answer: Answer, with_heads: bool, band: int) -> dict:
-    maps = answer.maps
-    groups = maps.mean(1, keepdims=True)
-    if with_heads:
-        groups = np.concatenate([groups, maps.max(1, keepdims=True), maps], axis=1)
-    starts = range(0, len(maps), band)
+    grouped = [_groups(maps, with_heads) for maps in answer.maps]
+    groups = np.concatenate([maps.reshape(*maps.shape[:3], -1) for maps in grouped], axis=-1)
+    starts = range(0, len(groups), band)
     banded = np.stack([groups[start : start + band].mean(0) for start in starts], axis=1)
     cells, scales = pack(banded)
     return {
@@ -142,6 +141,12 @@ def _answer(answer: Answer, with_heads: bool, band: int) -> dict:
         "probe": _numbers(answer.probe),
         "drift": [_numbers(curve) for curve in answer.drift],
     }
+
+
+def _groups(maps: Float[np.ndarray, "L H W h w"], with_heads: bool) -> Float[np.ndarray, "L G W h w"]:
+    """The mean over heads; with heads also their maximum and each of them."""
+    mean = maps.mean(1, keepdims=True)
+    return np.concatenate([mean, maps.max(1, keepdims=True), maps], axis=1) if with_heads else mean
 
 
 def _shares(values: np.ndarray) -> np.ndarray:

@@ -56,7 +56,9 @@ class Context:
             own = jnp.take(run, rows, axis=1)
             visible = visible | ((own[:, :, None] == run[:, None, :]) & (own > 0)[:, :, None])
         if window is not None:
-            visible = visible & (columns[None, :] > rows[:, None] - window)
+            # Tokens are counted, not columns: between a prompt and its answer some may be unused.
+            place = jnp.cumsum(self.image_id != PADDING, axis=1)
+            visible = visible & (place[:, None, :] > jnp.take(place, rows, axis=1)[:, :, None] - window)
         return visible & (self.image_id != PADDING)[:, None, :]
 
     def image_columns(self) -> Bool[Array, "B S"]:

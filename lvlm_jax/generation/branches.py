@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
@@ -13,6 +15,7 @@ from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.base import OTHER_PICTURES
 
 
 def embedded(params: dict, config: Any, prompt: Inputs) -> Prompt:
@@ -78,10 +81,13 @@ def contrast(
     kind = method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
     if kind == "same":
         return None, 0
-    if kind == "pixels":
+    if kind in OTHER_PICTURES:
         if prompt.pixels is None:
             return main, 0
-        pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
+        if kind == "pixels":
+            pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
+        else:
+            pixels = shown(config, prompt, method.contrast_picture)
         return embedded(params, config, dataclasses.replace(prompt, pixels=pixels, image_tokens=None)), 0
     if kind == "no_image":
         other = prompt.without_images(config.pad_token_id)
@@ -91,7 +97,7 @@ def contrast(
             encoder = tokenizer()
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
-        if hasattr(config, "instructed"):  # images are read with the instruction in mind: it is disturbed there
+        if hasattr(config, "instructed"):  # the instruction that images are read with is disturbed
             geometry = config.instructed(prompt.geometry, words)
             other = dataclasses.replace(prompt, geometry=geometry, image_tokens=None)
         else:
@@ -103,3 +109,16 @@ def contrast(
             "shorten the prompt"
         )
     return embedded(params, config, other), bucket(other.tokens.shape[1] + room)
+
+
+def shown(
+    config: Any, prompt: Inputs, picture: Callable[[int, int], np.ndarray]
+) -> Float[np.ndarray, "R ..."]:
+    """What the tower would take if all images of a prompt showed one picture.
+
+    Args:
+        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+    """
+    if hasattr(config, "shown"):  # a family whose rows are not pictures
+        return config.shown(prompt.pictures, picture)
+    return np.broadcast_to(picture(*prompt.pixels.shape[2:]), prompt.pixels.shape)

@@ -17,6 +17,7 @@ from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.transform import overrides
 from lvlm_jax.generation.state import Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
+from lvlm_jax.methods.base import OTHER_PICTURES
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
 
@@ -100,7 +101,7 @@ def prefill(
         seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], before).columns
         caches = tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
-    if kind == "pixels":
+    if kind in OTHER_PICTURES:
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])
     else:
         rest = prompt.embeddings[None, :, split:]

@@ -71,6 +71,14 @@ class Inputs:
         return count
 
     @property
+    def pictures(self) -> Pictures | None:
+        """The images of all samples, as the family's configuration made them; None without."""
+        if self.pixels is None:
+            return None
+        counts = [np.bincount(row[row > 0])[1:] for row in self.image_id]
+        return Pictures(self.pixels, self.owner, np.concatenate(counts), self.geometry, self.grids)
+
+    @property
     def image_index(self) -> np.ndarray:
         """Which picture (or tile) of its sample each row of `pixels` is, from 0; 0 for rows that fill. `Int[R]`."""
         per_sample = np.maximum(self.image_id, 0).max(axis=1)

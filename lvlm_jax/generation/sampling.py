@@ -65,7 +65,7 @@ class Sampling:
         self,
         logits: Float[Array, "B V"],
         keys: Key[Array, "B"],
-        step: Int[Array, ""],
+        step: Int[Array, ""] | Int[Array, "B"],
         seen: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         """One token per sample, and its log-probability under the unmodified logits.
@@ -73,7 +73,7 @@ class Sampling:
         Args:
             logits: `Step.combined`.
             keys: one random key per sample; the draw depends on the key and the step alone.
-            step: how many tokens were generated before.
+            step: how many tokens were generated before; one number, or one per sample.
             seen: tokens of prompt and answer so far; needed by the repetition penalty only.
         """
         scores = logits
@@ -83,7 +83,7 @@ class Sampling:
             )
             scores = jnp.where(seen, penalised, scores)
         if "sample" in self.rules:
-            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+            drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
             tokens = jax.vmap(jax.random.categorical)(drawn, self._filter(scores / self.temperature))
         else:
             tokens = scores.argmax(axis=-1)

@@ -26,9 +26,10 @@ from lvlm_jax.errors import LVLMError
 
 Strength = float | np.floating | jax.Array
 
-# How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared),
-# other pictures in the same places, no pictures, or words put before it.
-CONTRAST_PROMPTS = ("same", "pixels", "no_image", "text")
+# How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
+# pictures changed, another picture in the place of each, no pictures, or words put before it.
+CONTRAST_PROMPTS = ("same", "pixels", "picture", "no_image", "text")
+OTHER_PICTURES = ("pixels", "picture")  # the same layout, other image tokens
 
 _REGISTRY: dict[str, type["Method"]] = {}
 
@@ -139,14 +140,23 @@ class Method(Transform):
         return None
 
     def contrast_prompt(self) -> str:
-        """One of CONTRAST_PROMPTS; static. Except for "same" and "pixels" the contrast branch is not edited."""
+        """One of CONTRAST_PROMPTS; static. With "no_image" and "text" the contrast branch is not edited."""
         return "same"
 
     def contrast_pixels(
         self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]
     ) -> Float[Array, "R ..."]:
-        """The contrast branch's pictures, for "pixels"; `image_index` counts each sample's rows of them from 0."""
+        """The contrast branch's pictures, for "pixels".
+
+        Args:
+            pixels: as the tower takes them: whole pictures or tiles [3, Y, X], or one row of patches a picture [P, C].
+            image_index: counts each sample's rows of them from 0.
+        """
         return pixels
+
+    def contrast_picture(self, height: int, width: int) -> Float[np.ndarray, "3 Y X"]:
+        """The contrast branch's picture, for "picture", in pixel values of that size; here an empty one."""
+        return np.zeros((3, height, width), np.float32)
 
     def contrast_words(self) -> str | tuple[int, ...]:
         """What is put before the contrast branch's prompt, for "text": a text, or token ids."""
@@ -161,8 +171,16 @@ class Method(Transform):
         return self
 
     def start(self, batch: int) -> Any:
-        """Memory from step to step of a generation of `batch` samples (a pytree of arrays)."""
+        """Memory from step to step of a generation of `batch` samples (a pytree of arrays, `[B, ...]` each)."""
         return ()
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether a sample's answer follows from its own row alone, in whatever columns its tokens lie; static.
+
+        Continuous batching needs that: it gives the row of an answer that has ended to another prompt.
+        """
+        return not self.primes
 
     def combine(self, readout: Readout, memory: Any) -> tuple[Float[Array, "B V"], Any]:
         """Next-token logits from what the step computed.

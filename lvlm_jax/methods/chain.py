@@ -70,6 +70,9 @@ class Chained(Method):
         owner = self._contrasting()
         return owner.contrast_pixels(pixels, image_index) if owner else pixels
 
+    def contrast_picture(self, height, width):
+        return self._contrasting().contrast_picture(height, width)
+
     def contrast_words(self):
         owner = self._contrasting()
         return owner.contrast_words() if owner else ()
@@ -86,6 +89,10 @@ class Chained(Method):
     def exits(self, num_layers: int) -> tuple[int, ...]:
         owner = self._combiner()
         return owner.exits(num_layers) if owner else ()
+
+    @property
+    def independent_rows(self) -> bool:
+        return all(member.independent_rows for member in self.members)
 
     def primed(self, with_image, without_image) -> "Chained":
         ready = (

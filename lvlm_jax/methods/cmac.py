@@ -93,7 +93,12 @@ class CMAC(Method):
         return position + (1 - 1 / self.gamma) * (image_tokens - images_before)
 
     def start(self, batch: int) -> Any:
-        return (jnp.zeros((batch,)), jnp.zeros(())) if self.imd and self.gate else ()
+        return (jnp.zeros((batch,)), jnp.zeros((batch,))) if self.imd and self.gate else ()
+
+    @property
+    def independent_rows(self) -> bool:
+        # That noise is drawn for all rows at once, from the number of a column.
+        return not (self.imd and self.distort == "value_noise")
 
     def combine(self, readout, memory):
         main, contrast, carry = readout.main, readout.contrast, readout.carry

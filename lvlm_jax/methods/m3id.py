@@ -35,9 +35,9 @@ class M3ID(Method):
         return "no_image"
 
     def start(self, batch: int):
-        return jnp.zeros(())
+        return jnp.zeros((batch,))
 
     def combine(self, readout: Readout, memory):
-        alpha = jnp.expm1(jnp.minimum(self.decay * memory, LARGEST_EXPONENT))
+        alpha = jnp.expm1(jnp.minimum(self.decay * memory, LARGEST_EXPONENT))[:, None]
         combined = contrasted(readout.main, readout.contrast, alpha, self.beta)
         return where_image(readout.carry, combined, readout.main), memory + 1

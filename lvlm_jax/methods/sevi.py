@@ -20,7 +20,8 @@ J = min(1, JSD(p, p~)), in nats:
     α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
 
 `variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~).
-The other picture is a fixed one, so an answer never depends on its neighbours in a batch.
+The other picture is a fixed one, so an answer never depends on its neighbours in a batch. It takes the size of each
+picture that it stands for; where pictures are cut into tiles, each tile shows the whole of it.
 Cost: the prompt and each row twice.
 """
 
@@ -69,7 +70,7 @@ class SEVI(Method):
     alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0)
     beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1)
     other_image: Float[Array, "3 Y X"] | None = data(
-        "CICD's other picture as the processor's pixel values; default a built-in one"
+        "CICD's other picture as a processor's pixel values, of any size; default a built-in one"
     )
 
     rows: ClassVar[str] = "last"
@@ -87,16 +88,17 @@ class SEVI(Method):
         return (self, None) if self.cicd else (self,)
 
     def contrast_prompt(self):
-        return "pixels" if self.cicd else "same"
+        return "picture" if self.cicd else "same"
 
-    def contrast_pixels(self, pixels, image_index):
-        other = built_in_picture(*pixels.shape[2:]) if self.other_image is None else self.other_image
-        if jnp.shape(other) != pixels.shape[1:]:
+    def contrast_picture(self, height, width):
+        if self.other_image is None:
+            return built_in_picture(height, width)
+        if jnp.ndim(self.other_image) != 3 or jnp.shape(self.other_image)[0] != 3:
             raise LVLMError(
-                f"SEVI: other_image has shape {jnp.shape(other)}; expected {pixels.shape[1:]}, "
-                "a picture as the processor gives it"
+                f"SEVI: other_image has shape {jnp.shape(self.other_image)}; expected [3, height, width], a picture's "
+                "pixel values as a processor gives them"
             )
-        return jnp.broadcast_to(jnp.asarray(other, pixels.dtype), pixels.shape)
+        return resized(np.asarray(self.other_image, np.float32), height, width)
 
     def begin(self, context, embeddings):
         return has_image(context)  # for `combine`
@@ -183,7 +185,15 @@ def jensen_shannon(
     return (jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m)).sum(axis=-1) / 2
 
 
-@functools.cache
+def resized(pixels: Float[np.ndarray, "3 Y X"], height: int, width: int) -> Float[np.ndarray, "3 H W"]:
+    """Pixel values of a picture at another size, smoothed where it shrinks; bit-equal at its own."""
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    channels = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in pixels]
+    return np.stack([np.asarray(channel) for channel in channels])
+
+
+@functools.lru_cache(maxsize=16)
 def built_in_picture(height: int, width: int) -> np.ndarray:
     """The picture that stands in for another one, `Float[3, height, width]` as CLIP's processor would give it."""
     with resources.files("lvlm_jax.pocket").joinpath("sample.png").open("rb") as file:

@@ -6,7 +6,8 @@ Pictures x of the contrast branch, as the vision tower receives them, are diffus
     β = sigmoid(linspace(-6, 6, 1000)) (.005 - 1e-5) + 1e-5
 
 so that `noise_step=500` is the product of the first 501 factors. The noise ε of a sample's k-th picture depends on
-`seed` and k alone. Then (1 + α) l - α l̃ where l >= max l + ln β.
+`seed` and k alone (of its k-th tile, where pictures are cut into tiles; of the k-th picture and each patch's place,
+where they are loose patches). Then (1 + α) l - α l̃ where l >= max l + ln β.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second vision pass and a second prompt, and one more row through the weights per token.

@@ -11,14 +11,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import linear, rms_norm
-from lvlm_jax.models.pictures import Arrays, Pictures, gathered, joined, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, gathered, joined, square_map, whole_pictures
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 
 
@@ -100,6 +100,11 @@ class Gemma3Config:
         """One empty image, as `pictures` would give it."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it, in the view of the whole image."""
+        del pictures, image
+        return square_map(self.tokens_per_image)
 
 
 def _check_text(text: Any) -> None:

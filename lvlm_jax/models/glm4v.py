@@ -5,7 +5,7 @@ to each picture by cubic convolution.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.interpolation import ResampledPositions, center_aligned, cubic_taps, with_positions
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
-from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
 from lvlm_jax.models.qwen_vision import (
     GatedMlp,
     PatchAttention,
@@ -31,6 +31,7 @@ from lvlm_jax.models.qwen_vision import (
     blank_patches,
     in_reading_order,
     patch_rows,
+    patches_of,
     picture_groups,
     refuse_videos,
     tower_sizes,
@@ -117,6 +118,16 @@ class Glm4vConfig:
     def blank(self) -> Pictures:
         """One empty image, as `pictures` would give it."""
         return self._placed(blank_patches(self.vision.channels, self.vision.merge))
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it."""
+        return grid_map(pictures, image)
+
+    def shown(
+        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
+    ) -> Float[np.ndarray, "R P C"]:
+        """The pixels if all images were one picture, which is asked for at a height and a width."""
+        return patches_of(picture, self.vision, pictures.geometry)
 
     def _placed(self, pictures: Pictures | None) -> Pictures | None:
         if pictures is None:

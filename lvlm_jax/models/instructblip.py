@@ -13,16 +13,15 @@ a sample's images is put in front of it, several images one behind the other. A 
 first, wherever they stand in its messages; each is read with all of the conversation's text in mind. Where there is no
 `image_token_index`, the placeholder is the first number behind the vocabulary. A prompt without images is text alone.
 
-InstructBLIP has no chat template: a prompt is the plain question. Decoders that are one half of an encoder-decoder
-(Flan-T5) are not supported.
+InstructBLIP has no chat template: a prompt is the plain question, and `CHAT_TEMPLATE` writes nothing else but the
+markers of images. Decoders that are one half of an encoder-decoder (Flan-T5) are not supported.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -70,8 +69,6 @@ class InstructBlipConfig:
     bos_token_id: int = -1
     model_type: str = "instructblip"
     hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    chat_template: ClassVar[str] = CHAT_TEMPLATE
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "InstructBlipConfig":
@@ -164,6 +161,9 @@ class InstructBlipConfig:
         """One empty image and an empty instruction, as `pictures` would give them."""
         side = self.vision.image_size
         return self._pictures(np.zeros((1, 3, side, side), np.float32), [np.zeros((2, 0), np.int32)])
+
+    def token_map(self, pictures: Pictures, image: int) -> None:
+        """None: each query looks over the whole image, and shows no place of it."""
 
     def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int]) -> dict[str, np.ndarray]:
         """The geometry of the same images, read with `words` put before each instruction, behind its `[CLS]`.
@@ -307,7 +307,7 @@ class InstructBlip(VisionLanguageModel):
     def setup(self):
         self.vision_tower = EvaTower(self.config.vision, self.dtype)
         self.qformer = QFormer(self.config.qformer, self.dtype)
-        self.connector: nn.Module = linear(self.config.text.hidden_size, self.dtype, None, use_bias=True)
+        self.connector = linear(self.config.text.hidden_size, self.dtype, None, use_bias=True)
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def encode_images(

@@ -16,7 +16,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.internvit import InternVit, InternVitConfig
 from lvlm_jax.models.layers import activation, layer_norm, linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined, square_map
 
 CONNECTOR_NORM_EPS = 1e-5
 
@@ -112,6 +112,10 @@ class InternVlConfig:
         """One empty image, as `pictures` would give it."""
         side = self.vision.image_size
         return _tiled(np.zeros((1, 3, side, side), np.float32), np.ones(1, np.int64), self.tokens_per_tile)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
+        return square_map(self.tokens_per_tile, first=pictures.token_counts[image] - self.tokens_per_tile)
 
     def load_processor(self, folder: Path) -> Any:
         """The processor of a checkpoint in OpenGVLab's layout; None for one that transformers reads itself.

@@ -1,11 +1,14 @@
 """Pieces that towers, connectors and decoders share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lvlm_jax.models import int8
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -18,10 +21,25 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # The leaves of a LoRA adapter beside a kernel: A [in, r], B [r, out], the factor of their product, the dropout rate.
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
 
+# What takes the place of `kernel` [in, out] in a quantized projection: integers [out, in] and scales [out] (`int8`).
+INT8_LEAVES = ("kernel_int8", "kernel_scale")
+
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """The elementwise function behind a Hugging Face activation name (`config.ACTIVATIONS`)."""
     return _ACTIVATIONS[name]
+
+
+def matrices(flat: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """The projections of a flat tree (path -> leaf): module path -> (its weight as stored, (in, out))."""
+    found = {}
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        if name == "kernel" and leaf.ndim == 2:
+            found[module] = leaf, tuple(leaf.shape)
+        elif name == INT8_LEAVES[0]:
+            found[module] = leaf, tuple(leaf.shape[::-1])
+    return found
 
 
 class Linear(nn.Dense):
@@ -30,11 +48,19 @@ class Linear(nn.Dense):
     Beside `kernel` [in, out] there may lie `LORA_LEAVES`; the dropout rate is optional, and acts on the input of the
     low-rank term alone, only when the module is applied with an rng "dropout". They are attached from outside
     (`training.lora`, `weights.peft`), never initialised here. Without them this is `nn.Dense`, operation by operation.
+
+    In place of `kernel` there may be `INT8_LEAVES` (`weights.quantize`); biases and low-rank terms stay as they are.
     """
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        y = super().__call__(x)
+        quantized = self.has_variable("params", INT8_LEAVES[0])
+        y = self._quantized(x) if quantized else super().__call__(x)
         return y + self._low_rank(x) if self.has_variable("params", "lora_a") else y
+
+    def _quantized(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        kernel, scale = (self.get_variable("params", name) for name in INT8_LEAVES)
+        y = (int8.dot(x.astype(self.dtype), kernel) * scale).astype(self.dtype)
+        return y + self.get_variable("params", "bias").astype(self.dtype) if self.use_bias else y
 
     def _low_rank(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         def leaf(name: str) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import ClipTower, VisionConfig
@@ -15,7 +15,7 @@ from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_confi
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import activation, linear
-from lvlm_jax.models.pictures import Arrays, Pictures, joined, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, joined, square_map, whole_pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,11 @@ class LlavaConfig:
         """One empty image, as `pictures` would give it."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it."""
+        del pictures, image
+        return square_map(self.vision.num_patches, first=int(self.feature_select == "full"))
 
 
 def feature_layers(hf: Any, depth: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from lvlm_jax.models.clip import ClipTower, VisionConfig
 from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.llava import Connector, Llava, feature_layers, feature_select
-from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, square_map
 from lvlm_jax.models.tiles import NEWLINE, Tiling, with_newlines
 
 
@@ -82,6 +82,11 @@ class LlavaNextConfig:
     def blank(self) -> Pictures:
         """One empty image, as `pictures` would give it."""
         return self.pictures([self.tiling.blank()], [])
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it in the first view, that of the whole image."""
+        del pictures, image
+        return square_map(self.tiling.side**2)
 
 
 def shared_fields(raw: dict, hf: Any) -> dict[str, Any]:

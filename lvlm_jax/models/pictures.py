@@ -5,9 +5,11 @@ Processors hand out whole pictures, tiles or loose patches. Each family's config
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
 
@@ -37,6 +39,18 @@ def whole_pictures(pixels: np.ndarray, tokens_per_image: int) -> Pictures:
     """One row per image, the same number of tokens for each."""
     count = len(pixels)
     return Pictures(pixels, np.arange(count), np.full(count, tokens_per_image))
+
+
+def square_map(tokens: int, first: int = 0) -> Int[np.ndarray, "H W"]:
+    """Which token of an image shows each place of it, where `tokens` from `first` on fill a square row by row."""
+    side = math.isqrt(tokens)
+    return first + np.arange(side * side).reshape(side, side)
+
+
+def grid_map(pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+    """Which token of an image shows each place of it, where all of its tokens fill its grid row by row."""
+    height, width = pictures.grids[image]
+    return np.arange(height * width).reshape(height, width)
 
 
 def gathered(parts: Sequence[Arrays], name: str) -> list[np.ndarray]:

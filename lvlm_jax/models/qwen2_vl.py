@@ -1,7 +1,7 @@
 """Qwen2-VL (arXiv 2409.12191): a tower over patches of any picture size, multimodal positions in a Qwen2 decoder."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import layer_norm
-from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
 from lvlm_jax.models.qwen_vision import (
     PatchAttention,
     PatchEmbedding,
@@ -25,6 +25,7 @@ from lvlm_jax.models.qwen_vision import (
     blank_patches,
     in_reading_order,
     patch_rows,
+    patches_of,
     picture_groups,
     refuse_videos,
     tower_sizes,
@@ -92,6 +93,16 @@ class Qwen2VlConfig:
     def blank(self) -> Pictures:
         """The smallest image, as `pictures` would give it."""
         return blank_patches(self.vision.channels, self.vision.merge)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it."""
+        return grid_map(pictures, image)
+
+    def shown(
+        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
+    ) -> Float[np.ndarray, "R P C"]:
+        """The pixels if all images were one picture, which is asked for at a height and a width."""
+        return patches_of(picture, self.vision, pictures.geometry)
 
 
 class TowerLayer(nn.Module):

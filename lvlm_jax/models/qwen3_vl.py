@@ -6,7 +6,7 @@ the stream at the image tokens behind the first layers of the decoder (DeepStack
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, linear_taps, with_positions
-from lvlm_jax.models.pictures import Arrays, Pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
 from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
 from lvlm_jax.models.qwen_vision import (
     PatchEmbedding,
@@ -29,6 +29,7 @@ from lvlm_jax.models.qwen_vision import (
     blank_patches,
     in_reading_order,
     patch_rows,
+    patches_of,
     picture_groups,
     refuse_videos,
     tower_sizes,
@@ -97,6 +98,16 @@ class Qwen3VlConfig:
     def blank(self) -> Pictures:
         """One empty image, as `pictures` would give it."""
         return self._placed(blank_patches(self.vision.channels, self.vision.merge))
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it."""
+        return grid_map(pictures, image)
+
+    def shown(
+        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
+    ) -> Float[np.ndarray, "R P C"]:
+        """The pixels if all images were one picture, which is asked for at a height and a width."""
+        return patches_of(picture, self.vision, pictures.geometry)
 
     def _placed(self, pictures: Pictures | None) -> Pictures | None:
         if pictures is None:

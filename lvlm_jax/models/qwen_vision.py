@@ -10,7 +10,7 @@ it is one at all) is worked out on the host and has the same shape for all pictu
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -162,6 +162,29 @@ def blank_patches(channels: int, merge: int) -> Pictures:
     return patch_rows(
         [{"pixel_values": pixels, "image_grid_thw": np.array([[1, merge, merge]])}], channels, merge
     )
+
+
+def patches_of(
+    picture: Callable[[int, int], np.ndarray], config: PatchTowerConfig, geometry: Mapping[str, np.ndarray]
+) -> Float[np.ndarray, "R P C"]:
+    """The pixels of `patch_rows` if all images were one picture.
+
+    Args:
+        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+        config: sizes of patches.
+        geometry: of `patch_rows`.
+    """
+    side, valid = config.patch_size, geometry["valid"]
+    pixels = np.zeros((*valid.shape, config.channels), np.float32)
+    for row, kept in enumerate(valid):
+        if not kept.any():
+            continue
+        places = geometry["coordinates"][row, kept]
+        height, width = places.max(axis=0) + 1
+        whole = picture(height * side, width * side).reshape(3, height, side, width, side)
+        patches = whole.transpose(1, 3, 0, 2, 4)[tuple(places.T)]
+        pixels[row, kept] = np.repeat(patches[:, :, None], config.frames, axis=2).reshape(len(places), -1)
+    return pixels
 
 
 def _checked_grids(

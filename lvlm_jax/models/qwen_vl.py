@@ -12,14 +12,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import VisionConfig
 from lvlm_jax.models.config import DecoderConfig, first_given
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
-from lvlm_jax.models.pictures import Arrays, Pictures, joined, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, joined, square_map, whole_pictures
 from lvlm_jax.models.qwen_vl_vision import POOL_HEAD_DIM, QwenVisionTower, Resampler
 
 # Tokens behind the vocabulary's ranks, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
@@ -188,6 +188,11 @@ class QwenVlConfig:
         """One empty image, as `pictures` would give it."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens has its place there: queries carry places of a square, and look further too."""
+        del pictures, image
+        return square_map(self.tokens_per_image)
 
 
 def _decoder(raw: dict) -> DecoderConfig:

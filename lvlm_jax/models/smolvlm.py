@@ -24,7 +24,7 @@ from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, gathered
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, gathered, square_map
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 
 VISION_TYPES = (
@@ -129,6 +129,11 @@ class SmolVlmConfig:
         side = self.scale * self.vision.patch_size
         geometry = {"positions": patch_positions(mask, self.vision.side), "mask": mask.reshape(1, -1)}
         return Pictures(np.zeros((1, 3, side, side), np.float32), np.zeros(1, int), np.ones(1, int), geometry)
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
+        tile = (pictures.pixels.shape[-1] // self.vision.patch_size // self.scale) ** 2
+        return square_map(tile, first=pictures.token_counts[image] - tile)
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
         """The pixels, if they are square tiles whose patches can be shuffled."""

@@ -2,7 +2,8 @@
 
 Names in the table are those of the parameter's own axes, `[in, out]` for kernels; the last table maps them to mesh
 axes. The compiler derives the placement of activations and caches from these. The low-rank factors of LoRA are split
-like the kernel they belong to, along the axis that they share with it.
+like the kernel they belong to, along the axis that they share with it; int8 kernels, which lie as `[out, in]`, and
+their scales like the kernel they stand for.
 """
 
 import re
@@ -20,15 +21,13 @@ AXES = ("data", "fsdp", "tensor")
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed_tokens/embedding$", ("vocabulary", "embed")),
     (r"lm_head/kernel$", ("embed", "vocabulary")),
-    (r"self_attn/[qkv]_proj/kernel$", ("embed", "heads")),
-    (r"self_attn/[qkv]_proj/bias$", ("heads",)),
-    (r"self_attn/(o|out)_proj/kernel$", ("heads", "embed")),
-    (r"mlp/(gate_proj|up_proj|fc1)/kernel$", ("embed", "hidden")),
-    (r"mlp/(gate_proj|up_proj|fc1)/bias$", ("hidden",)),
-    (r"mlp/(down_proj|fc2)/kernel$", ("hidden", "embed")),
-    (r"connector/linear_1/kernel$", ("embed", "hidden")),
-    (r"connector/linear_1/bias$", ("hidden",)),
-    (r"connector/linear_2/kernel$", ("hidden", "embed")),
+    (r"/([qkv]|kv)_proj/kernel$", ("embed", "heads")),
+    (r"/([qkv]|kv)_proj/bias$", ("heads",)),
+    (r"/(o|out)_proj/kernel$", ("heads", "embed")),
+    (r"/(gate_proj|up_proj|fc1|linear_1)/kernel$", ("embed", "hidden")),
+    (r"/(gate_proj|up_proj|fc1|linear_1)/bias$", ("hidden",)),
+    (r"/(down_proj|fc2|linear_2)/kernel$", ("hidden", "embed")),
+    (r"(^connector|/proj|/projection)/kernel$", (None, "embed")),
 )
 MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "embed": "fsdp"}
 
@@ -88,8 +87,12 @@ def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedShardi
 
 def _axes(path: str, rank: int) -> tuple[str | None, ...]:
     """The names of a parameter's axes, None for one that is never split."""
-    kernel = re.sub(r"/lora_[ab]$", "/kernel", path)
+    kernel = re.sub(r"/(lora_[ab]|kernel_int8|kernel_scale)$", "/kernel", path)
     names = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), (None,) * rank)
     if path.endswith("/lora_a"):
         return (names[0], None)
+    if path.endswith("/kernel_int8"):
+        return names[::-1]
+    if path.endswith("/kernel_scale"):
+        return names[-1:]
     return (None, names[-1]) if path.endswith("/lora_b") else names

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.layers import LORA_LEAVES
+from lvlm_jax.models.layers import INT8_LEAVES, LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.training.parts import matching
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -55,12 +55,12 @@ def attach(
         raise LVLMError(
             f"the parameters hold a LoRA adapter already ({present}); merge it before adding another"
         )
-    paths = _target_kernels(flat, targets)
+    kernels = _target_kernels(flat, targets)
 
     leaves = {}
-    for path, fresh in zip(paths, jax.random.split(key, len(paths)), strict=True):
-        kernel = flat[f"{path}/kernel"]
-        shapes = {"lora_a": (kernel.shape[0], rank), "lora_b": (rank, kernel.shape[1]), "lora_scale": ()}
+    for path, fresh in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        kernel, (inputs, outputs) = kernels[path]
+        shapes = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), "lora_scale": ()}
         place = {name: sharding_beside(kernel, f"{path}/{name}", shape) for name, shape in shapes.items()}
         draw = jax.jit(_uniform, static_argnames="shape", out_shardings=place["lora_a"])
         leaves[f"{path}/lora_a"] = draw(fresh, shape=shapes["lora_a"])
@@ -83,10 +83,18 @@ def merge(params: Mapping) -> dict:
 
     Kernels keep their dtype and place. A tree without adapters comes back as it is, and so does a frozen part, which
     loses its constants.
+
+    Raises:
+        LVLMError: an adapter lies beside an int8 kernel, whose steps are larger than what it adds.
     """
     flat, merged = flatten(params), {}
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
+        if name == INT8_LEAVES[0] and f"{module}/lora_a" in flat:
+            raise LVLMError(
+                f"the adapter of {module} cannot be merged into an int8 kernel; save the adapter alone "
+                "(weights.peft.save_adapter), or merge it into the model loaded without quant"
+            )
         if name == "kernel" and f"{module}/lora_a" in flat:
             factors = (flat[f"{module}/{factor}"] for factor in ("lora_a", "lora_b", "lora_scale"))
             sharding = getattr(leaf, "sharding", None)
@@ -113,14 +121,14 @@ def _check_settings(rank: int, alpha: float, dropout: float) -> None:
         raise LVLMError(f"LoRA dropout {dropout} is out of range; expected a rate from 0 to below 1")
 
 
-def _target_kernels(flat: Mapping, targets: str) -> list[str]:
-    """Paths of the targeted modules, each of which holds a matrix `kernel`."""
+def _target_kernels(flat: Mapping, targets: str) -> dict[str, tuple[jax.Array, tuple[int, int]]]:
+    """The targeted modules, each of which holds a matrix: path -> `matrices`."""
     modules = dict.fromkeys(path.rpartition("/")[0] for path in flat)
-    kernels = [path for path in modules if f"{path}/kernel" in flat and flat[f"{path}/kernel"].ndim == 2]
+    kernels = matrices(flat)
     found = matching(targets, modules, "the pattern of LoRA targets")
     if others := [path for path in found if path not in kernels]:
         raise LVLMError(
             f"the pattern of LoRA targets, {targets!r}, also matches {others[0]!r}, which has no matrix to adapt; "
             f"expected one that finds only linear layers, such as {TARGETS!r}"
         )
-    return found
+    return {path: kernels[path] for path in found}

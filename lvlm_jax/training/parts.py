@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.layers import INT8_LEAVES
 from lvlm_jax.weights.tables import flatten, unflatten
 
 
@@ -15,10 +16,14 @@ def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
         pattern: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj/kernel".
 
     Raises:
-        LVLMError: not a regular expression, or one that finds no parameter.
+        LVLMError: not a regular expression, one that finds no parameter, or one that finds quantized ones.
     """
     flat = flatten(params)
     chosen = set(matching(pattern, flat, "the pattern of trained parameters"))
+    if quantized := next((path for path in flat if path in chosen and path.endswith(INT8_LEAVES)), None):
+        raise LVLMError(
+            f"{quantized} is quantized and cannot be trained; load the model without quant, or train LoRA adapters"
+        )
     trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     return unflatten(trainable), unflatten(frozen)

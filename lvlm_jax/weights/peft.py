@@ -2,28 +2,34 @@
 
 An adapter's tensors carry the names of the torch modules they belong to, which the model's key table knows:
 `base_model.model.` + module + `.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
+
+Where a torch module holds several projections of ours (`Adapted.pieces`), each gets the whole A and its rows of B. Out
+of the projections' own adapters comes one whose A stacks theirs and whose B is zero but for theirs, block by block.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.layers import LORA_LEAVES
+from lvlm_jax.models.layers import LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
-from lvlm_jax.weights.tables import Table, flatten, table_for, unflatten
+from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fused, table_for, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -71,17 +77,17 @@ def save_adapter(
     Raises:
         LVLMError: no adapters in `params`, or the folder cannot be written.
     """
-    folder, table, flat = Path(folder).expanduser(), table_for(config), flatten(params)
-    modules = {
-        _module(table, path.removesuffix("/lora_a"), _SCHEME): path.removesuffix("/lora_a")
-        for path in flat
-        if path.endswith("/lora_a")
-    }
-    if not modules:
+    folder, flat = Path(folder).expanduser(), flatten(params)
+    paths = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
+    if not paths:
         raise LVLMError(f"nothing to save to {folder}: the parameters hold no LoRA adapter")
+    modules = _modules(table_for(config), paths, _SCHEME)
+    if lost := sorted(set(paths).difference(*(module.paths for module in modules.values()))):
+        raise LVLMError(f"the adapter of {lost[0]} cannot be saved: PEFT knows no linear module for it")
+    whole = {name: module.joined(flat, config) for name, module in modules.items()}
     tensors = {
-        f"{_PREFIX}{module}{suffix}": flat[f"{path}/{leaf}"]
-        for module, path in modules.items()
+        f"{_PREFIX}{name}{suffix}": getattr(factors, leaf)
+        for name, factors in whole.items()
         for leaf, suffix in _FACTORS.items()
     }
 
@@ -91,7 +97,8 @@ def save_adapter(
     parts = {name: folder / f"{name}.part" for name in (CONFIG, WEIGHTS)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = _settings(flat, modules, base_model_name)
+        dropout = float(flat.get(f"{paths[0]}/lora_dropout", 0.0))
+        settings = _settings(whole, dropout, base_model_name)
         parts[CONFIG].write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         entries = [(name, array.shape[::-1], np.dtype(array.dtype)) for name, array in tensors.items()]
         write_safetensors(parts[WEIGHTS], entries, fetch)
@@ -129,47 +136,108 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config) -> dict:
             f"the parameters hold a LoRA adapter already ({present}); merge it before loading {folder}"
         )
     settings = _read_settings(folder)
-    file = _open(folder)
-    modules = _modules_in_use(table_for(config), flat, file)
-    targeted = {module: path for module, path in modules.items() if _is_targeted(module, settings, file)}
+    file, kernels = _open(folder), matrices(flat)
+    modules = _modules_in_use(table_for(config), kernels, file)
+    targeted = {name: module for name, module in modules.items() if _is_targeted(name, settings, file)}
     shapes = {}
-    for module, path in targeted.items():
-        rank, (rows, columns) = _rank(module, settings), flat[f"{path}/kernel"].shape
-        shapes[f"{_PREFIX}{module}{_FACTORS['lora_a']}"] = (rank, rows)
-        shapes[f"{_PREFIX}{module}{_FACTORS['lora_b']}"] = (columns, rank)
+    for name, module in targeted.items():
+        rank, (rows, columns) = _rank(name, settings), module.shape(kernels, config)
+        shapes[f"{_PREFIX}{name}{_FACTORS['lora_a']}"] = (rank, rows)
+        shapes[f"{_PREFIX}{name}{_FACTORS['lora_b']}"] = (columns, rank)
     _check_tensors(folder, file, shapes)
 
     def put(path: str, value: np.ndarray) -> None:
-        kernel = flat[f"{path.rpartition('/')[0]}/kernel"]
+        kernel, _ = kernels[path.rpartition("/")[0]]
         flat[path] = jax.device_put(value.astype(np.float32), sharding_beside(kernel, path, value.shape))
 
-    for module, path in targeted.items():
-        for leaf, suffix in _FACTORS.items():
-            put(f"{path}/{leaf}", file.view(f"{_PREFIX}{module}{suffix}").T)
-        put(f"{path}/lora_scale", np.asarray(_scale(module, settings)))
-        if settings["lora_dropout"]:
-            put(f"{path}/lora_dropout", np.asarray(settings["lora_dropout"]))
+    for name, module in targeted.items():
+        lora_a, lora_b = (file.view(f"{_PREFIX}{name}{suffix}") for suffix in _FACTORS.values())
+        for path, piece in zip(module.paths, module.pieces, strict=True):
+            put(f"{path}/lora_a", lora_a.T)
+            put(f"{path}/lora_b", (lora_b if piece is None else piece.take(lora_b, config)).T)
+            put(f"{path}/lora_scale", np.asarray(_scale(name, settings)))
+            if settings["lora_dropout"]:
+                put(f"{path}/lora_dropout", np.asarray(settings["lora_dropout"]))
     return unflatten(flat)
 
 
-def _module(table: Table, path: str, scheme: str) -> str:
-    """The torch module of a projection of ours."""
-    return table.name(f"{path}/kernel", scheme).removesuffix(".weight")
+class Factors(NamedTuple):
+    """The adapter of one torch module, in our orientation; W + scale · A B."""
+
+    lora_a: Float[np.ndarray, "in r"]
+    lora_b: Float[np.ndarray, "r out"]
+    scale: float
 
 
-def _settings(flat: Mapping, modules: Mapping[str, str], base_model_name: str | None) -> dict:
-    """`adapter_config.json` of adapters: torch module -> path in `flat`.
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A torch module that PEFT can adapt.
+
+    Attributes:
+        paths: our projections that are in it, in the order in which it stacks them.
+        pieces: which part of its fused weight each is; None for all of it.
+    """
+
+    paths: tuple[str, ...]
+    pieces: tuple[Piece | None, ...]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Piece | None]) -> "Adapted":
+        """From the pieces of paths."""
+        paths = sorted(parts, key=lambda path: parts[path].index if parts[path] else 0)
+        return cls(tuple(paths), tuple(parts[path] for path in paths))
+
+    def shape(self, kernels: Mapping, config) -> tuple[int, int]:
+        """Inputs and outputs of the module; kernels are `layers.matrices`."""
+        _, (rows, columns) = kernels[self.paths[0]]
+        piece = self.pieces[0]
+        return rows, columns if piece is None else piece.whole((columns,), config)[0]
+
+    def joined(self, flat: Mapping, config) -> Factors:
+        """One adapter for the module; of a fused one, that of a single A where all of its projections share it."""
+        own = [
+            Factors(flat[f"{path}/lora_a"], flat[f"{path}/lora_b"], float(flat[f"{path}/lora_scale"]))
+            for path in self.paths
+        ]
+        first, piece = own[0], self.pieces[0]
+        if piece is None:
+            return first
+        own = [one._replace(lora_a=np.asarray(one.lora_a), lora_b=np.asarray(one.lora_b)) for one in own]
+        shares, groups = piece.shares(config), piece.groups(config)
+        if len(own) == len(shares) and all(
+            one.scale == first.scale and np.array_equal(one.lora_a, first.lora_a) for one in own
+        ):
+            blocks = [one.lora_b.T for one in own]
+            return Factors(np.asarray(first.lora_a), fused(blocks, shares, groups).T, first.scale)
+        ends = np.cumsum([one.lora_a.shape[1] for one in own])
+        unit = first.lora_b.shape[1] // shares[piece.index]  # outputs of a share
+        blocks = [np.zeros((unit * share, ends[-1]), np.float32) for share in shares]
+        for one, part, end in zip(own, self.pieces, ends, strict=True):
+            place = slice(end - one.lora_a.shape[1], end)
+            blocks[part.index][:, place] = one.lora_b.T * (one.scale / first.scale)
+        stacked = np.concatenate([one.lora_a for one in own], axis=1)
+        return Factors(stacked, fused(blocks, shares, groups).T, first.scale)
+
+
+def _modules(table: Table, paths: Iterable[str], scheme: str) -> dict[str, Adapted]:
+    """The torch modules of projections of ours by their names; a parameter that is no module's weight has none."""
+    found: dict[str, dict[str, Piece | None]] = {}
+    for path in paths:
+        row, name = table.row(f"{path}/kernel", scheme)[0], table.name(f"{path}/kernel", scheme)
+        if row.axes == LINEAR and name.endswith(".weight"):
+            found.setdefault(name.removesuffix(".weight"), {})[path] = row.piece
+    return {name: Adapted.of(parts) for name, parts in found.items()}
+
+
+def _settings(modules: Mapping[str, Factors], dropout: float, base_model_name: str | None) -> dict:
+    """`adapter_config.json` of the adapters of torch modules.
 
     Targets are the modules' full names: the endings that PEFT's users write ("q_proj") would find the vision tower's
     modules too.
     """
-    ranks = {module: flat[f"{path}/lora_a"].shape[1] for module, path in modules.items()}
-    alphas = {
-        module: _readable(float(flat[f"{path}/lora_scale"]) * ranks[module])
-        for module, path in modules.items()
-    }
+    ranks = {name: factors.lora_a.shape[1] for name, factors in modules.items()}
+    alphas = {name: _readable(factors.scale * ranks[name]) for name, factors in modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    dropout = flat.get(f"{next(iter(modules.values()))}/lora_dropout", 0.0)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -177,7 +245,7 @@ def _settings(flat: Mapping, modules: Mapping[str, str], base_model_name: str | 
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": _readable(float(dropout)),
+        "lora_dropout": _readable(dropout),
         "target_modules": sorted(modules),
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
@@ -250,14 +318,9 @@ def _check_types(path: Path, settings: Mapping) -> None:
             raise LVLMError(f"{path}: {expression!r} is not a regular expression: {error}") from error
 
 
-def _modules_in_use(table: Table, flat: Mapping, file: SafetensorsFile) -> dict[str, str]:
-    """Torch module -> path of all projections, under the naming scheme that most tensors of the file follow."""
-    paths = [
-        path.removesuffix("/kernel")
-        for path, leaf in flat.items()
-        if path.endswith("/kernel") and leaf.ndim == 2
-    ]
-    schemes = [{_module(table, path, scheme): path for path in paths} for scheme in table.schemes]
+def _modules_in_use(table: Table, paths: Iterable[str], file: SafetensorsFile) -> dict[str, Adapted]:
+    """All torch modules by name, under the naming scheme that most tensors of the file follow."""
+    schemes = [_modules(table, paths, scheme) for scheme in table.schemes]
     return max(schemes, key=lambda modules: sum(_stored(module, file) for module in modules))
 
 

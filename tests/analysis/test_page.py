@@ -24,7 +24,8 @@ def answer(name="greedy", text="a red dog runs", words=4, layers=3, heads=2, ima
     rng = np.random.default_rng(seed)
     places = [Word("dog", 0, 3, (index,)) for index in range(words)]
     curves = rng.random((words, layers))
-    maps = rng.exponential(size=(layers, heads, words, images, *grid)).astype(np.float32) / 1e4
+    sizes = [(grid[0] + index, grid[1]) for index in range(images)]  # pictures have grids of their own
+    maps = [rng.exponential(size=(layers, heads, words, *size)).astype(np.float32) / 1e4 for size in sizes]
     return page.Answer(
         name=name,
         settings="alpha 3",
@@ -52,7 +53,8 @@ def test_maps_come_back_out():
     packed = built["answers"][0]
     cells = np.frombuffer(base64.b64decode(packed["maps"]), np.uint8).reshape(4, 3, 4, -1) / 255
     maps = cells**2 * np.frombuffer(base64.b64decode(packed["scales"]), "<f4").reshape(4, 3, 4, 1)
-    flat = given.maps.reshape(3, 2, 4, -1)
+    assert built["grids"] == [[4, 5], [5, 5]]
+    flat = np.concatenate([maps.reshape(3, 2, 4, -1) for maps in given.maps], axis=-1)
     for group, expected in enumerate([flat.mean(1), flat.max(1), flat[:, 0], flat[:, 1]]):
         np.testing.assert_allclose(maps[group], expected, atol=0.005 * expected.max())
     mass = (np.frombuffer(base64.b64decode(packed["mass"]), np.uint8) / 255) ** 2
@@ -94,7 +96,8 @@ def test_size_with_two_images_and_two_answers(words, layers, heads, grid):
     )  # no picture is larger than this
     # Memory of the test: heads that are all alike, without a copy of them.
     for one in answers:
-        object.__setattr__(one, "maps", np.broadcast_to(one.maps, (layers, heads, *one.maps.shape[2:])))
+        maps = [np.broadcast_to(image, (layers, heads, *image.shape[2:])) for image in one.maps]
+        object.__setattr__(one, "maps", maps)
         object.__setattr__(one, "mass", np.broadcast_to(one.mass, (layers, heads, words)))
     built = page.build("t", "q", [page.Picture(Image.fromarray(noise))] * 2, answers)
     assert len(built.encode()) < 5_000_000

@@ -44,12 +44,14 @@ def test_image_mass(image):
     assert (found[:, 2] == 0).all() and found[:, 0, :, -1].min() >= 0
 
 
-def test_patch_maps_leave_out_class_tokens():
-    weights = np.arange(2 * 2 * (1 + 6)).reshape(2, 14)  # two images of one class token and 2 x 3 patches
-    maps = analysis.patch_maps(weights, 2, (2, 3))
-    assert maps.shape == (2, 2, 2, 3)
-    np.testing.assert_array_equal(maps[0, 0], [[1, 2, 3], [4, 5, 6]])
-    np.testing.assert_array_equal(maps[1, 1], [[22, 23, 24], [25, 26, 27]])
+def test_patch_maps_take_the_tokens_of_places():
+    # Two images: a class token and 2 x 3 places; a tile of 4 tokens and one of 3 x 1 places.
+    weights = np.arange(2 * 14).reshape(2, 14)
+    places = [1 + np.arange(6).reshape(2, 3), 11 + np.arange(3).reshape(3, 1)]
+    maps = analysis.patch_maps(weights, places)
+    assert [one.shape for one in maps] == [(2, 2, 3), (2, 3, 1)]
+    np.testing.assert_array_equal(maps[0][0], [[1, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(maps[1][1], [[25], [26], [27]])
 
 
 def test_information_flow_is_the_rollout_with_all_its_entries():

@@ -15,6 +15,7 @@ from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.pictures import Pictures
 from lvlm_jax.evaluation.shares import Share
 from lvlm_jax.generation import drivers
+from lvlm_jax.methods.base import OTHER_PICTURES
 from tests import small
 from tests.evaluation.fakes import Oracle
 
@@ -78,7 +79,7 @@ def test_methods_take_encoded_pictures(model, method, tower):
     ]
     again = model.generate(messages, method, max_new_tokens=4)
     assert again == plain
-    assert len(tower) - before == 1 + (method.contrast_prompt() == "pixels")
+    assert len(tower) - before == 1 + (method.contrast_prompt() in OTHER_PICTURES)
     whole, laid_out = model.prepare(conversations), model.prepare(messages)
     for name in ("tokens", "image_id", "pixels"):
         np.testing.assert_array_equal(getattr(laid_out, name), getattr(whole, name))

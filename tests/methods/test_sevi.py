@@ -137,13 +137,18 @@ def test_the_built_in_picture():
         raw = np.asarray(Image.open(file).convert("RGB").resize((32, 24), Image.BICUBIC), float) / 255
     green = (raw[..., 1] - 0.4578275) / 0.26130258
     np.testing.assert_allclose(picture[1], green, atol=1e-5)
-    pixels = np.zeros((3, 3, 24, 32), np.float32)
-    np.testing.assert_array_equal(
-        SEVI(cicd=True).contrast_pixels(pixels, np.array([0, 1, 0])), np.stack([picture] * 3)
-    )
+    np.testing.assert_array_equal(SEVI(cicd=True).contrast_picture(24, 32), picture)
 
 
-def test_a_picture_of_another_size_is_refused():
-    method = SEVI(cicd=True, other_image=np.zeros((3, 8, 8), np.float32))
-    with pytest.raises(LVLMError, match=r"\(3, 8, 8\); expected \(3, 24, 24\)"):
-        method.contrast_pixels(np.zeros((1, 3, 24, 24), np.float32), np.array([0]))
+def test_a_given_picture_takes_the_size_that_is_asked_for():
+    given = np.random.default_rng(6).normal(size=(3, 8, 12)).astype(np.float32)
+    method = SEVI(cicd=True, other_image=given)
+    np.testing.assert_array_equal(method.contrast_picture(8, 12), given)
+    smaller = method.contrast_picture(4, 6)
+    assert smaller.shape == (3, 4, 6) and smaller.dtype == np.float32
+    np.testing.assert_allclose(smaller.mean((1, 2)), given.mean((1, 2)), atol=0.1)
+
+
+def test_a_picture_of_another_form_is_refused():
+    with pytest.raises(LVLMError, match=r"\(8, 12\); expected \[3, height, width\]"):
+        SEVI(cicd=True, other_image=np.zeros((8, 12), np.float32)).contrast_picture(4, 4)

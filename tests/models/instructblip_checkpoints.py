@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     BertTokenizer,
@@ -12,6 +13,7 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from tests import small
@@ -184,9 +186,6 @@ def write_processor(folder: Path, published: bool) -> InstructBlipProcessor:
         kept = json.loads(bare.backend_tokenizer.to_str())
         del kept["model"]["vocab"]["<image>"]
         kept["added_tokens"] = [token for token in kept["added_tokens"] if token["content"] != "<image>"]
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast
-
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(kept)),
             pad_token="<pad>", bos_token="<s>", eos_token="</s>",

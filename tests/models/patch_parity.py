@@ -92,20 +92,23 @@ def assert_cached_decoding_equals_one_pass(theirs, ours, layouts, steps=4):
     np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=0, atol=ATOL)
 
 
-def assert_saved_models_load(theirs, ours, folder, layouts):
-    """In transformers with equal logits; under every naming scheme here with the same parameters."""
-    ours.save_pretrained(folder / "saved")
+def assert_saved_model_loads_in_transformers(theirs, ours, folder, layouts):
+    ours.save_pretrained(folder)
     model, report = type(theirs).from_pretrained(
-        folder / "saved", attn_implementation="eager", output_loading_info=True
+        folder, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     inputs = inputs_of(theirs, layouts)
     np.testing.assert_allclose(
         their_logits(model.float().eval(), inputs), their_logits(theirs, inputs), rtol=0, atol=ATOL
     )
+
+
+def assert_every_naming_scheme_loads(ours, folder):
     for scheme in table_for(ours.config).schemes:
         save_checkpoint(folder / scheme, ours.params, ours.config, scheme=scheme)
-        jax.tree.map(np.testing.assert_array_equal, LVLM.from_pretrained(folder / scheme).params, ours.params)
+        loaded = LVLM.from_pretrained(folder / scheme)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
 
 
 def assert_batched_image_tokens_equal_single(ours, theirs, layouts):

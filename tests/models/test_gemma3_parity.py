@@ -155,7 +155,7 @@ def arrays_of(ours, layouts):
     return arrays
 
 
-@pytest.mark.parametrize("layouts", [ALONE, PADDED], ids=["alone", "padded"])
+@pytest.mark.parametrize("layouts", [ALONE, PADDED, [(11,)]], ids=["alone", "padded", "text"])
 def test_logits(pair, layouts):
     theirs, ours = pair
     inputs = random_inputs(theirs.config, 5, layouts)

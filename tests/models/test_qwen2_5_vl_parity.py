@@ -78,8 +78,12 @@ def test_image_tokens_do_not_depend_on_the_batch(pair):
     patch_parity.assert_batched_image_tokens_equal_single(ours, theirs, LAYOUTS["padded"])
 
 
-def test_saved_models_load(pair, tmp_path):
-    patch_parity.assert_saved_models_load(*pair, tmp_path, LAYOUTS["two"])
+def test_a_saved_model_loads_in_transformers(pair, tmp_path):
+    patch_parity.assert_saved_model_loads_in_transformers(*pair, tmp_path / "saved", LAYOUTS["two"])
+
+
+def test_every_naming_scheme_loads(pair, tmp_path):
+    patch_parity.assert_every_naming_scheme_loads(pair[1], tmp_path)
 
 
 # What the config.json of the Qwen repositories says; parameters in billions.

@@ -130,7 +130,7 @@ def pair(request, tmp_path_factory):
     return theirs, LVLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("layouts", [ALONE, PADDED], ids=["alone", "padded"])
+@pytest.mark.parametrize("layouts", [ALONE, PADDED, [(11,)]], ids=["alone", "padded", "text"])
 def test_logits(pair, layouts):
     theirs, ours = pair
     inputs = random_inputs(theirs.config, 5, layouts)

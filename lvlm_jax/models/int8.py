@@ -1,0 +1,124 @@
+"""int8 kernels of linear layers, one scale per output channel: W[o, i] ≈ kernel[o, i] · scale[o], activations in float.
+
+Weight-only and symmetric, so a product is x · kernelᵀ of the integers, and the scales follow. Done here rather than by a
+library: AQT is being retired for Qwix, and Qwix replaces the arrays of a parameter tree by objects of its own and the
+products of a module by intercepting its calls, where adapters, key tables and sharding rules want plain leaves; both
+convert the kernel to float before a product, which is the one thing that must not happen on a CPU (below).
+
+Kernels lie as [out, in], as Hugging Face stores them and unlike our float ones: a product reads each row from end to
+end. How it is done is the backend's matter:
+
+- GPU and TPU: a dot of x and the converted kernel. XLA converts inside the product's loop, and int8 is what is read.
+- CPU: XLA would write the converted kernel to memory first, and is seven times slower than float32 then. For few rows
+  (decoding) x is split into three int8 numbers of 7 bits each, and three rows of int8 · int8 -> int32 make its product,
+  exactly: x is rounded to 22 bits of its row's largest value, about what a float32 sum loses anyway. For many rows
+  (prompts) the kernel is converted, one layer at a time.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+LARGEST = 127  # of a kernel's integers; -128 is left out, so that the range is symmetric
+# Up to so many rows three int8 rows each are faster on a CPU than converting the kernel (measured: equal at 16 to 32).
+FEW_ROWS = 16
+
+_LIMB = 7  # bits
+_LIMBS = 3
+
+
+def quantize(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float32[Array, "O"]]:
+    """The nearest kernel and its scales: the largest weight of every output channel becomes ±127."""
+    weight = weight.astype(jnp.float32)
+    scale = jnp.abs(weight).max(axis=1) / LARGEST
+    steps = jnp.round(weight / jnp.where(scale > 0, scale, 1)[:, None])
+    return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), scale
+
+
+def dequantize(kernel: Int8[Array, "O I"], scale: Float[Array, "O"]) -> Float32[Array, "I O"]:
+    """The float kernel that it stands for, in the order of axes of float kernels."""
+    return (kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]).T
+
+
+@jax.custom_vjp
+def dot(x: Float[Array, "*T I"], kernel: Int8[Array, "O I"]) -> Float32[Array, "*T O"]:
+    """x · kernelᵀ in float32, before scales. Differentiable in x, as the product with the converted kernel is."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_dot_on_cpu, default=_dot_converted)
+
+
+def _dot_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    # Of x the backward pass needs the dtype alone. A converted kernel must not be kept for it.
+    return dot(x, kernel), (kernel, jnp.zeros((0,), x.dtype))
+
+
+def _dot_backward(kept: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
+    kernel, like = kept
+    gradient = gradient.astype(like.dtype)
+
+    def on_cpu(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _contract(gradient.astype(jnp.float32), _converted_late(kernel, gradient), 0)
+
+    def converted(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _contract(gradient, kernel.astype(gradient.dtype), 0)
+
+    back = jax.lax.platform_dependent(gradient, kernel, cpu=on_cpu, default=converted)
+    return back.astype(like.dtype), None
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _contract(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+    """The last axis of x with an axis of a matrix, summed in float32; exact products of float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contracted = ((x.ndim - 1,), (axis,)), ((), ())
+    return jax.lax.dot_general(x, matrix, contracted, precision, preferred_element_type=jnp.float32)
+
+
+def _dot_converted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(x, kernel.astype(x.dtype), 1)
+
+
+def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    return _dot_limbs(x, kernel) if few else _contract(x, _converted_late(kernel, x), 1)
+
+
+def _converted_late(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """The kernel in float32, in an expression that nothing can compute before `x` is there.
+
+    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
+    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
+    """
+    never = x[(0,) * x.ndim] > jnp.inf
+    return (kernel + never.astype(jnp.int8)).astype(jnp.float32)
+
+
+def _dot_limbs(x: Float32[Array, "*T I"], kernel: Int8[Array, "O I"]) -> Float32[Array, "*T O"]:
+    """The product by integers: x = step · (2^14 · high + 2^7 · middle + low), each of the three in int8."""
+    largest = LARGEST << _LIMB * (_LIMBS - 1)
+    step = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-30) / largest
+    rest = jnp.round(x / step[..., None]).astype(jnp.int32)
+    limbs = []
+    for _ in range(_LIMBS - 1):
+        low = _lowest(rest)
+        limbs.append(low.astype(jnp.int8))
+        rest = (rest - low) >> _LIMB
+    limbs.append(rest.astype(jnp.int8))
+    # The kernel comes first: it is streamed then, and the few rows are what the product rearranges for itself. A sum of
+    # 127 · 127 · in fits into int32 up to 133,000 channels.
+    contracted = ((1,), (x.ndim,)), ((), ())
+    sums = jax.lax.dot_general(kernel, jnp.stack(limbs), contracted, preferred_element_type=jnp.int32)
+    total = jnp.zeros((), jnp.float32)
+    for limb in reversed(range(_LIMBS)):
+        total = total * (1 << _LIMB) + sums[:, limb].astype(jnp.float32)
+    return jnp.moveaxis(total, 0, -1) * step[..., None]
+
+
+def _lowest(number: Int32[Array, "*S"]) -> Int32[Array, "*S"]:
+    """The remainder by 2^7 that lies in [-64, 63]."""
+    half = 1 << (_LIMB - 1)
+    return ((number + half) & ((1 << _LIMB) - 1)) - half
