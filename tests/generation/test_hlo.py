@@ -1,0 +1,38 @@
+"""The compiled decode step moves no more than it must: no copy, transposition or conversion of a weight or a cache."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import methods
+from lvlm_jax.generation import drivers
+from lvlm_jax.weights.tables import flatten
+
+MOVES = ("copy", "transpose", "convert", "copy-start")
+# "%copy.3 = f32[3,2,128,12]{3,2,1,0} copy(...)"; fusions carry the names of what they hold.
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)
+
+
+def moves(compiled) -> list[tuple[str, int]]:
+    """Name and number of elements of everything in a compiled program that only moves or converts an array."""
+    found = []
+    for name, shape, operation in INSTRUCTION.findall(compiled.as_text()):
+        moving = operation in MOVES or (operation == "fusion" and name.split("_")[0].startswith(MOVES))
+        if moving:
+            found.append((name, int(np.prod([int(size) for size in shape.split(",") if size]))))
+    return found
+
+
+@pytest.mark.parametrize("method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"])
+def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
+    state, _ = model.prefill(mixed, method, 41 + 64)
+    step = drivers.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
+    language_model = flatten(model.params["language_model"])
+    sizes = {leaf.size for path, leaf in language_model.items() if path.endswith(("kernel", "embedding"))}
+    sizes |= {
+        block.key.size for cache in state.caches for block in (cache.prefix, *cache.own) if block is not None
+    }
+    assert [move for move in moves(step) if move[1] in sizes] == []
+    assert moves(step), "the pattern finds nothing at all: has the text of programs changed?"
