@@ -8,9 +8,10 @@ import time
 
 from lvlm_jax import LVLM, cli, overlay
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import jobs, record
+from lvlm_jax.generation import jobs, record, scheduler
 from lvlm_jax.generation.images import open_image
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.weights.quantize import QUANTS
 
 EXAMPLES = """\
 examples:
@@ -56,6 +57,7 @@ def parse(words: list[str]):
         choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: float32 on a CPU, else bfloat16",
     )
+    add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
     add = cli.flags(parser, defaults, "one or more questions about the same pictures")
@@ -85,6 +87,12 @@ def parse(words: list[str]):
         help="JSON lines {question_id, prompt, text, model_id, image, metadata}",
     )
     add("--batch-size", type=cli.number(int, low=1), metavar="N", help="questions answered at once")
+    add(
+        "--schedule",
+        choices=scheduler.SCHEDULES,
+        help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
+        "auto: continuous where answers may be long and the method allows it",
+    )
 
     add = cli.flags(parser, defaults, "generation")
     add("--temperature", type=cli.number(float, low=0), metavar="T", help="0: always the most probable token")
@@ -123,6 +131,7 @@ def load(arguments) -> LVLM:
         cli.checkpoint(arguments.model_path),
         dtype=cli.dtype(arguments.dtype),
         adapter=arguments.adapter,
+        quant=cli.quant(arguments.quant),
     )
 
 
@@ -146,15 +155,35 @@ def job(arguments) -> int:
             "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
         )
 
+    streams = scheduler.chosen(
+        arguments.schedule, arguments.method, None, arguments.max_new_tokens, arguments.batch_size
+    )
+    options = {"method": arguments.method} | settings(arguments)
+
+    def answers_of(out):
+        triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
+        return [jobs.Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
+
     def answerer():
         model = load(arguments)
 
         def answer(conversations, seeds):
-            out = model.generate(conversations, method=arguments.method, seed=seeds, **settings(arguments))
-            triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
-            return [jobs.Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
+            return answers_of(model.generate(conversations, seed=seeds, **options))
 
-        return answer
+        def stream(batches):
+            lines = []
+
+            def requests():
+                for batch in batches:
+                    for line, messages, seed in batch:
+                        lines.append(line)
+                        yield messages, seed
+
+            for number, out in model.generate_many(requests(), batch_size=arguments.batch_size, **options):
+                failed = isinstance(out, LVLMError)
+                yield [(lines[number], out if failed else answers_of(out)[0])]
+
+        return stream if streams else answer
 
     start = time.monotonic()
     summary = jobs.run_job(
@@ -163,7 +192,7 @@ def job(arguments) -> int:
         arguments.answers_file,
         record.run_record(
             cli.checkpoint(arguments.model_path),
-            cli.dtype(arguments.dtype),
+            cli.precision(cli.dtype(arguments.dtype), cli.quant(arguments.quant)),
             arguments.method,
             settings(arguments),
         )
@@ -172,6 +201,7 @@ def job(arguments) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         model_id=pathlib.Path(arguments.model_path).name,
+        streams=streams,
     )
     print(
         f"{arguments.answers_file}: {summary.before} answered before, {summary.now} now, "

@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dtype = (
         "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
     )
+    config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
     config.method = "none"  # see `infer.py --help` for the names; the method's own settings are flags
     config.compare = True  # with a method: also answer without it, for comparison (not in a job)
@@ -27,6 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.image_folder = "."  # where the images of a question file are
     config.batch_size = 8  # questions answered at once in a job
+    config.schedule = (
+        "auto"  # how a job fills its batches: continuous, batches, or auto (see docs/batching.md)
+    )
 
     # What `python infer.py` alone does.
     config.demo = demo = ml_collections.ConfigDict()

@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
     config.capl.update(batch=8, steps=150, length=512)
     config.dpo.update(batch=8, steps=150, length=512)
     config.flow_alignment.update(batch=16, steps=300, length=256)
-    # The answers' divergence is some hundredths of a nat, that of attention a nat, a sum over layers and heads.
-    config.flow_alignment.flow.mu = 30.0
+    # The answers' divergence is a hundredth of a nat, that of attention some nats, a sum over layers and heads.
+    config.flow_alignment.flow.mu = 100.0
     return config.lock()

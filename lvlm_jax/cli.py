@@ -15,6 +15,7 @@ import ml_collections
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.parallel import processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +46,10 @@ def hyphenated(word: str) -> str:
 
 
 def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
-    """Call `main(arguments)` and leave with its exit code; an `LVLMError` is one line on stderr and code 2."""
+    """Call `main(arguments)` and leave with its exit code; an `LVLMError` is one line on stderr and code 2.
+
+    Where this is one of several processes and another one is gone, that is one line too, and code 134.
+    """
     # Its remarks (such as on long prompts) come before errors of ours that say the same.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
@@ -55,8 +59,11 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except LVLMError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
-        code = 2
+        if processes.lost(error):
+            code = processes.account_for(error)
+        else:
+            print(f"{pathlib.Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
+            code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -64,6 +71,12 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
         # The reader of our output has gone (`| head`); the interpreter must not try to write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except Exception as error:
+        if not processes.joined():
+            raise
+        code = processes.account_for(error)
+    if code and processes.joined():
+        processes.leave(code)
     sys.exit(code)
 
 
@@ -127,6 +140,16 @@ def dtype(name: str) -> str:
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def quant(name: str) -> str | None:
+    """What `LVLM.from_pretrained` takes for `--quant`."""
+    return None if name == "none" else name
+
+
+def precision(dtype: str, quant: str | None) -> str:
+    """How the record of a run names the precision of its model."""
+    return dtype if quant is None else f"{dtype} with {quant} kernels"
 
 
 def number(

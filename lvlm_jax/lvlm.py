@@ -6,7 +6,7 @@ differentiate themselves.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lvlm_jax import models, parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import beam, branches, drivers, inputs, opera, sweep, text
+from lvlm_jax.generation import beam, branches, drivers, inputs, opera, scheduler, sweep, text
 from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.output import Output, read_output, stop_strings
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -29,6 +29,7 @@ from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
 from lvlm_jax.training import lora
+from lvlm_jax.weights import quantize
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.peft import load_adapter
 
@@ -60,6 +61,7 @@ class LVLM:
         mesh: jax.sharding.Mesh | None = None,
         vision_tower: str | os.PathLike | None = None,
         adapter: str | os.PathLike | None = None,
+        quant: str | None = None,
     ) -> "LVLM":
         """Loads a Hugging Face checkpoint.
 
@@ -69,6 +71,7 @@ class LVLM:
             mesh: devices to spread the parameters over (`parallel.make_mesh`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
+            quant: "int8" keeps the decoder's weights as 8-bit integers and computes in `dtype` (`weights.quantize`).
 
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
@@ -80,7 +83,7 @@ class LVLM:
         config = models.config_from_hf(weights.read_config(folder, vision_tower))
         config = _with_stop_tokens(config, folder)
         place = parallel.parameter_sharding(mesh) if mesh is not None else None
-        params = weights.load_parameters(folder, config, jnp.dtype(dtype), place, vision_tower)
+        params = weights.load_parameters(folder, config, jnp.dtype(dtype), place, vision_tower, quant)
         if adapter is not None:
             params = load_adapter(adapter, params, config)
         return cls(params, config, folder, mesh)
@@ -264,6 +267,48 @@ class LVLM:
             if pause == limit or all(reason == "stop" for reason in output.finish_reason):
                 return output
 
+    def generate_many(
+        self,
+        requests: Iterable[scheduler.Request],
+        method: Method | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop_token_ids: Sequence[int] | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[tuple[int, Output | LVLMError]]:
+        """Answers any number of conversations by continuous batching: an answer that ends makes room for another.
+
+        Args:
+            requests: conversations, each with its seed; drawn as they are needed.
+            method, max_new_tokens, ..., stop_token_ids: as for `generate`.
+            batch_size: answers under way at once.
+
+        Yields:
+            The number of a conversation, from 0, and its answer, as it would be alone, or what is wrong with it; in
+            the order in which answers end.
+
+        Raises:
+            LVLMError: unusable settings, or a method whose rows cannot be replaced (`scheduler.obstacle`).
+        """
+        why = scheduler.obstacle(method, self.mesh)
+        if why:
+            raise LVLMError(f"continuous batching is not possible: {why}; use generate")
+        work = scheduler.Scheduler(
+            self.params,
+            self.config,
+            self.prepare,
+            lambda prompt: self.prefill(prompt, method, int(prompt.lengths.max())),
+            Sampling.of(temperature, top_k, top_p, repetition_penalty),
+            self._stops(stop_token_ids),
+            max_new_tokens,
+            batch_size,
+        )
+        for number, found in work.answers(requests):
+            yield number, found if isinstance(found, LVLMError) else self._output(found, ())
+
     def sweep(
         self,
         messages: Any,
@@ -397,8 +442,9 @@ class LVLM:
         """Writes a Hugging Face checkpoint folder that transformers loads, adapters merged into the weights.
 
         Raises:
-            LVLMError: the folder is in the way or cannot be written.
+            LVLMError: the folder is in the way or cannot be written, or the model is quantized.
         """
+        quantize.refuse(self.params)
         params = lora.merge(self.params)
         return weights.save_checkpoint(folder, params, self.config, self.folder, overwrite=overwrite)
 

@@ -2,20 +2,17 @@
 
     python tools/bench.py --size 0.5b --methods cmac --out bench.json
     python tools/bench.py --size 7b --dtype bfloat16 --methods cmac --no-transformers
+    python tools/bench.py --size 0.5b --quant int8 --methods "" --no-transformers
 
 Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum;
 what is compared is measured in turns within one run, because shared machines drift.
 """
 
 import argparse
-import contextlib
-import ctypes
 import datetime
-import gc
 import json
 import pathlib
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -33,6 +30,7 @@ from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.version import __version__
+from lvlm_jax.weights.quantize import QUANTS, quantize
 
 CLIP_LARGE = dict(
     model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
@@ -70,6 +68,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches"
     )
+    parser.add_argument(
+        "--quant", choices=("none", *QUANTS), default="none",
+        help="of the decoder's kernels; --dtype alone and transformers are measured beside it (default none)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch", type=int, default=1, help="conversations at once, one image each (default 1)"
     )
@@ -170,27 +172,6 @@ def program_bytes(compiled) -> int:
     )
 
 
-def reset_peak() -> int:
-    """Forgets what this process held before, and returns the bytes that it holds now.
-
-    Linux alone can forget; elsewhere the peak is that of the whole process.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, such as a compiler's memory
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process since `reset_peak`."""
-    status = pathlib.Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Ours:
     """One way of decoding (a method, or None) of this library, ready to be timed."""
 
@@ -277,6 +258,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     """All figures of one command."""
     # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
     params, config = model_of(arguments.size, arguments.dtype)
+    count, wide = sum(leaf.size for leaf in jax.tree.leaves(params)), params
+    params = params if arguments.quant == "none" else quantize(params)
     inputs, tokens = random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
@@ -284,12 +267,14 @@ def measure(arguments: argparse.Namespace) -> dict:
             name for name in methods.names() if name != "opera"
         ]  # a beam search, no decoder to time beside
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
+    if arguments.quant != "none":  # what it is compared with
+        runners[arguments.dtype] = Ours(wide, config, inputs, None, arguments.new_tokens)
     for name in chosen:
         # The random model has no tokenizer, so the disturbing instruction is given as token ids.
         method = methods.ICD(tokens=tuple(range(100, 120))) if name == "icd" else methods.get(name)()
         runners[name] = Ours(params, config, inputs, method, arguments.new_tokens)
     if not arguments.no_transformers:
-        runners["transformers"] = Transformers(params, config, inputs, tokens, arguments.new_tokens)
+        runners["transformers"] = Transformers(wide, config, inputs, tokens, arguments.new_tokens)
     encode = lambda: drivers.encode_images(params, config, inputs.pixels)  # noqa: E731
     for runner in runners.values():
         runner.run()  # compiles, and warms up
@@ -311,8 +296,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     needed = runners["greedy"].bytes_per_token()
     result = {
         "size": arguments.size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": count,
         "dtype": arguments.dtype,
+        "quant": arguments.quant,
         "batch": arguments.batch,
         "prompt_tokens": tokens.shape[1],
         "new_tokens": arguments.new_tokens,

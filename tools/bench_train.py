@@ -17,13 +17,17 @@ and weights, and `peak_bytes` in the steps; `program_bytes` is what the compiler
 """
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import functools
+import gc
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
+import resource
 import sys
 import tempfile
 
@@ -50,9 +54,7 @@ BETA = 0.1
 ALPHA_OVER_RANK = 2.0
 TOLERANCE = 1e-4  # of losses, in nats
 # A constant rate; the fields are those of `training.optimizer`.
-ADAMW = dict(
-    steps=1, peak=1e-5, final=1.0, warmup=0, clip=1.0, beta1=0.9, beta2=0.999, weight_decay=0.0
-)  # fmt: skip
+ADAMW = dict(steps=1, peak=1e-5, final=1.0, warmup=0, clip=1.0, beta1=0.9, beta2=0.999, weight_decay=0.0)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -154,7 +156,7 @@ class Ours:
             "peak_flops": monitor.peak_flops(device.device_kind),
             "program_bytes": bench.program_bytes(self.program),
             "versions": {"jax": jax.__version__},
-            "resident_bytes": bench.reset_peak(),
+            "resident_bytes": reset_peak(),
         }
 
     def step(self) -> tuple[float, float]:
@@ -163,8 +165,8 @@ class Ours:
         return taken, float(metrics["objective"].value)
 
     def peak_bytes(self) -> int:
-        """The most that was held since the program was compiled: on the device, or of the process on a CPU."""
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or bench.peak_bytes()
+        """The most that was held: by the process on a CPU since it was set up, else on the device."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_bytes()
 
 
 class Peft:
@@ -194,7 +196,7 @@ class Peft:
         self.about = {
             "versions": versions,
             "threads": torch.get_num_threads(),
-            "resident_bytes": bench.reset_peak(),
+            "resident_bytes": reset_peak(),
         }
 
     def step(self) -> tuple[float, float]:
@@ -233,7 +235,7 @@ class Peft:
 
     def peak_bytes(self) -> int:
         """The most that the process held since it was set up."""
-        return bench.peak_bytes()
+        return peak_bytes()
 
 
 def prepare(arguments: argparse.Namespace, folder: pathlib.Path) -> None:
@@ -246,6 +248,24 @@ def prepare(arguments: argparse.Namespace, folder: pathlib.Path) -> None:
     tokens = {name: batch[name]["tokens"] for name in PAIR}
     answer = batch[PAIR[0]]["columns"].shape[1]
     np.savez(folder / "batch.npz", images=batch["images"], answer=answer, **tokens)
+
+
+def reset_peak() -> int:
+    """Forgets what this process held before, as Linux alone can, and returns the bytes that it holds now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, such as a compiler's memory
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process since `reset_peak`."""
+    status = pathlib.Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve(kind: str, arguments: argparse.Namespace, folder: pathlib.Path, pipe) -> None:

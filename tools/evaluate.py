@@ -32,7 +32,9 @@ from lvlm_jax.evaluation import Data, Protocol, get, names, statistics
 from lvlm_jax.evaluation import rescore as scoring
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.evaluation.shares import Share
+from lvlm_jax.generation import scheduler
 from lvlm_jax.parallel import make_mesh
+from lvlm_jax.weights.quantize import QUANTS
 
 
 def build_parser(method: str) -> cli.Parser:
@@ -61,6 +63,8 @@ def build_parser(method: str) -> cli.Parser:
     )
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                      help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
+    run.add_argument("--quant", default="none", choices=("none", *QUANTS),
+                     help="int8: keep the decoder's weights as 8-bit integers (default none)")  # fmt: skip
     run.add_argument(
         "--method", default="none", metavar="NAME", help="a method from the list below (default none)"
     )
@@ -71,6 +75,9 @@ def build_parser(method: str) -> cli.Parser:
         metavar="N",
         help="questions at once (default 16)",
     )
+    run.add_argument("--schedule", default="auto", choices=scheduler.SCHEDULES,
+                     help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
+                     "auto: continuous where answers may be long and the method allows it")  # fmt: skip
     run.add_argument(
         "--sampling-seed", type=cli.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
     )
@@ -134,13 +141,14 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     options = Options(
         flags.batch_size, flags.sampling_seed, controls,
         Share.of(flags.processes, flags.process_index), flags.against, flags.resamples, flags.seed,
+        flags.schedule,
     )  # fmt: skip
-    path, dtype = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype)
-    run = Run(path, dtype, protocol, data, out, method, options)
+    path, dtype, quant = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype), cli.quant(flags.quant)
+    run = Run(path, cli.precision(dtype, quant), protocol, data, out, method, options)
     if not run.complete():
         ways = flags.data_parallel, flags.tensor_parallel
         mesh = make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
-        run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh))
+        run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh, quant=quant))
     return run.score()
 
 

@@ -1,7 +1,7 @@
 """The pocket recipes of training, from making the data to what they changed on the pocket benchmark.
 
     python tools/pocket_training.py --out runs/pocket_training                  about an hour on two quiet cores
-    python tools/pocket_training.py --steps 20 --images 40 --out runs/short
+    python tools/pocket_training.py --steps 20 --images 40 --captions 40 --out runs/short
     python tools/pocket_training.py --markdown docs/pocket_training.md          also write the tables there
 
 CAPL learns on pairs whose rejected answers come from truncated attention; DPO, the paper's ablation, on pairs whose
@@ -54,13 +54,27 @@ LEARNT = {"capl": "truncated", "dpo": "plain"}  # recipe -> its pairs
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all parts of a run share."""
+    """What all parts of a run share.
+
+    Attributes:
+        config: of configs/pocket_training.py.
+        batch_size: questions at once.
+        images, captions: test images to ask about and to describe.
+    """
 
     config: ConfigDict
     out: Path
     batch_size: int
     resamples: int
     images: int
+    captions: int
+
+    def world(self, part: str) -> Path:
+        """Folder of the test images that a part of the benchmark is about."""
+        count = self.captions if part == "chair" else self.images
+        folder = self.out / f"world-{count}"
+        pocket.write_world(folder, count)
+        return folder
 
     @property
     def base(self) -> str:
@@ -180,7 +194,7 @@ def train(setup: Setup, recipe: str) -> float:
 
 def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
     """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
-    world, protocol = setup.out / f"world-{setup.images}", get(part.protocol)
+    world, protocol = setup.world(part.name), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
     found, first = {}, next(iter(arms))
     for name, arm in arms.items():
@@ -291,7 +305,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=cli.number(int, 1), metavar="N",
                         help="of every training (default as the settings say)")  # fmt: skip
     parser.add_argument("--images", type=cli.number(int, 10), default=200, metavar="N",
-                        help="test images of the benchmark (default 200)")  # fmt: skip
+                        help="test images to ask about (default 200)")  # fmt: skip
+    parser.add_argument("--captions", type=cli.number(int, 10), default=200, metavar="N",
+                        help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--batch-size", type=cli.number(int, 1), default=64, metavar="N",
                         help="questions at once (default 64)")  # fmt: skip
     parser.add_argument("--resamples", type=cli.number(int, 1), default=statistics.RESAMPLES, metavar="N",
@@ -306,12 +322,11 @@ def main(arguments: list[str]) -> int:
             config[recipe].steps = flags.steps
     for recipe in RECIPES:
         settings.check(config[recipe])
-    setup = Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images)
+    setup = Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
     load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype=cli.dtype("auto")))
 
     seconds = {"prompts": draw_prompts(setup), "pairs": make_pairs(setup)}
     seconds |= {recipe: train(setup, recipe) for recipe in RECIPES}
-    pocket.write_world(flags.out / f"world-{flags.images}", flags.images)
     several, one = pocket_training.arms(setup.base, setup.trained, setup.capl, setup.sevi)
     found = {
         part.name: benchmark(setup, part, several if part is pocket_training.SEVERAL else one, load)

@@ -1,4 +1,4 @@
-"""Asks a model the questions of a benchmark: in batches of alike prompts, with a log that survives a kill.
+"""Asks a model the questions of a benchmark: alike prompts together, with a log that survives a kill.
 
 What is asked together depends on the questions, the batch size and the number of processes alone, never on what a log
 holds already: a batch whose answers are not all there is asked again whole, so that a run that was killed ends with the
@@ -11,24 +11,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.pictures import Pictures
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.shares import ALONE, Key, Share, read
+from lvlm_jax.generation import scheduler
 from lvlm_jax.generation.answer_log import AnswerLog, seed_of
-from lvlm_jax.generation.questions import conversation
+from lvlm_jax.generation.output import Output
+from lvlm_jax.generation.questions import conversation, length_class
+from lvlm_jax.generation.scheduler import Request
 from lvlm_jax.methods import Method
 
-SHORTEST = 64  # characters: prompts up to here, and from here to twice as many and so on, go together
-
+Prompt = list[int]  # by the numbers of the questions that it answers
 # From conversations, with a random seed for each, to what is kept of their answers; plain JSON values.
 Respond = Callable[[list[list[dict]], list[int]], list[dict]]
+# From batches of prompts, the size of a whole one, and what makes a request of a prompt, to prompts with what is kept
+# of their answers, some at a time.
+Rounds = Callable[[list[list[Prompt]], int, Callable[[Prompt], Request]], Iterator[list[tuple[Prompt, dict]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Work:
         folder: where answers are kept as they come, and read from on the next start; None for nowhere.
         record: what decides the answers; the first line of every log, required with a folder.
         share: the part of the questions that this process answers.
+        schedule: "batches", "continuous" (an answer that ends makes room for the next prompt), or "auto":
+            continuous where answers may be long and the method allows it.
     """
 
     batch_size: int = 16
@@ -57,6 +65,7 @@ class Work:
     folder: Path | None = None
     record: Mapping = dataclasses.field(default_factory=dict)
     share: Share = ALONE
+    schedule: str = "auto"
 
 
 DEFAULT = Work()
@@ -84,24 +93,28 @@ def ask(
     Raises:
         LVLMError: an unreadable picture, or a log of another run.
     """
-
-    def respond(messages: list[list[dict]], seeds: list[int]) -> list[dict]:
-        output = model.generate(
-            messages,
-            method=method,
-            max_new_tokens=protocol.max_new_tokens,
-            temperature=protocol.temperature,
-            top_p=protocol.top_p,
-            seed=seeds,
+    settings = {
+        "method": method,
+        "max_new_tokens": protocol.max_new_tokens,
+        "temperature": protocol.temperature,
+        "top_p": protocol.top_p,
+    }
+    if scheduler.chosen(work.schedule, method, model.mesh, protocol.max_new_tokens, work.batch_size):
+        rounds = _continuously(
+            lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings)
         )
-        said = zip(output.text, output.tokens, output.finish_reason, strict=True)
-        return [
-            {"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"}
-            for text, tokens, reason in said
-        ]
-
-    found = collect(model, questions, protocol, respond, work, "log", title)
+    else:
+        rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))
+    found = _collect(model, questions, protocol, rounds, work, "log", title)
     return {key: Said(row["text"], row["tokens"], row["ended"]) for key, row in found.items()}
+
+
+def _kept(output: Output) -> list[dict]:
+    said = zip(output.text, output.tokens, output.finish_reason, strict=True)
+    return [
+        {"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"}
+        for text, tokens, reason in said
+    ]
 
 
 def collect(
@@ -113,12 +126,57 @@ def collect(
     name: str,
     title: str,
 ) -> dict[Key, dict]:
-    """What `respond` says to questions, by `Question.key`; `ask` and the controls are made of this.
+    """What `respond` says to batches of questions, by `Question.key`.
 
     Args:
         respond: the last batch is filled up with copies, whose answers are dropped.
         name: of the logs.
     """
+    return _collect(model, questions, protocol, _in_batches(respond), work, name, title)
+
+
+def _in_batches(respond: Respond) -> Rounds:
+    def rounds(
+        batches: list[list[Prompt]], size: int, request: Callable[[Prompt], Request]
+    ) -> Iterator[list[tuple[Prompt, dict]]]:
+        for batch in batches:
+            messages, seeds = map(list, zip(*map(request, batch), strict=True))
+            spare = size - len(batch)  # the last batch has the shape of the others
+            rows = respond(messages + messages[-1:] * spare, seeds + seeds[-1:] * spare)
+            yield list(zip(batch, rows, strict=False))
+
+    return rounds
+
+
+def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Output | LVLMError]]]) -> Rounds:
+    def rounds(
+        batches: list[list[Prompt]], size: int, request: Callable[[Prompt], Request]
+    ) -> Iterator[list[tuple[Prompt, dict]]]:
+        prompts = [prompt for batch in batches for prompt in batch]
+        answered = []
+        for number, output in answer(map(request, prompts)):
+            if isinstance(output, LVLMError):
+                raise output
+            answered.append((prompts[number], *_kept(output)))
+            if len(answered) == size:
+                yield answered
+                answered = []
+        if answered:
+            yield answered
+
+    return rounds
+
+
+def _collect(
+    model: Any,
+    questions: Sequence[Question],
+    protocol: Protocol,
+    rounds: Rounds,
+    work: Work,
+    name: str,
+    title: str,
+) -> dict[Key, dict]:
+    """What `rounds` gives for all questions, by `Question.key`: logged as it comes, known answers passed over."""
     batches = plan(questions, protocol, work.batch_size, work.share)
     ours = [questions[index] for batch in batches for prompt in batch for index in prompt]
     with contextlib.ExitStack() as stack:
@@ -131,30 +189,36 @@ def collect(
         pictures = stack.enter_context(Pictures(model, needed, work.batch_size))
         done = sum(question.key in known for question in ours)
         bar = stack.enter_context(tqdm(total=len(ours), initial=done, desc=title, mininterval=2))
-        for batch in batches:
-            if all(questions[index].key in known for prompt in batch for index in prompt):
-                continue
-            began = time.monotonic()
-            first = [questions[prompt[0]] for prompt in batch]
-            messages = [conversation(pictures.ready(one.images), protocol.prompt(one)) for one in first]
-            seeds = [seed_of(work.seed, "/".join(one.key)) for one in first]
-            spare = len(batches[0]) - len(batch)  # the last batch has the shape of the others
-            rows = respond(messages + messages[-1:] * spare, seeds + seeds[-1:] * spare)
+        waiting = [
+            batch
+            for batch in batches
+            if not all(questions[index].key in known for prompt in batch for index in prompt)
+        ]
+
+        def request(prompt: Prompt) -> Request:
+            first = questions[prompt[0]]
+            messages = conversation(pictures.ready(first.images), protocol.prompt(first))
+            return messages, seed_of(work.seed, "/".join(first.key))
+
+        began = time.monotonic()
+        for answered in rounds(waiting, max(map(len, batches), default=0), request):
             fresh = {
                 questions[index].key: row
-                for prompt, row in zip(batch, rows, strict=False)
+                for prompt, row in answered
                 for index in prompt
                 if questions[index].key not in known
             }
             if log is not None:
                 cost = {
-                    "prompts": len(batch),
-                    "tokens": sum(row.get("tokens", 1) for row in rows[: len(batch)]),
+                    "prompts": len(answered),
+                    "tokens": sum(row.get("tokens", 1) for _, row in answered),
+                    "seconds": round(time.monotonic() - began, 4),
                 }
                 log.append(
                     [{"group": group, "id": number} | row for (group, number), row in fresh.items()]
-                    + [{"batch": cost | {"seconds": round(time.monotonic() - began, 4)}}]
+                    + [{"batch": cost}]
                 )
+            began = time.monotonic()
             known |= fresh
             bar.update(len(fresh))
     return {question.key: known[question.key] for question in questions if question.key in known}
@@ -165,7 +229,7 @@ def plan(
     protocol: Protocol,
     batch_size: int,
     share: Share = ALONE,
-) -> list[list[list[int]]]:
+) -> list[list[Prompt]]:
     """Batches of prompts, a prompt being the numbers of the questions that it answers.
 
     Questions that are the same text about the same pictures (POPE's splits share half of theirs) are one prompt, unless
@@ -181,10 +245,6 @@ def plan(
     for same in prompts:
         place.setdefault(same[0] or same, len(place))
     ours = [same for same in prompts if place[same[0] or same] % share.processes == share.index]
-    ours.sort(key=lambda same: (len(same[0]), _length_class(same[1]), place[same[0] or same], len(same[1])))
+    ours.sort(key=lambda same: (len(same[0]), length_class(same[1]), place[same[0] or same], len(same[1])))
     listed = [prompts[same] for same in ours]
     return [listed[start : start + batch_size] for start in range(0, len(listed), batch_size)]
-
-
-def _length_class(text: str) -> int:
-    return max(0, (len(text) - 1) // SHORTEST).bit_length()

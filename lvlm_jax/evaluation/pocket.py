@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lvlm_jax.evaluation.chair import DESCRIBE, GROUP
-from lvlm_jax.evaluation.pope import SPLITS
+from lvlm_jax.evaluation.pope import LLAVA_SUFFIX, SPLITS
 from lvlm_jax.evaluation.protocol import Protocol, register
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.pocket import splits
@@ -22,7 +22,9 @@ register(
     Protocol("pope/pocket", "pope", "pocket world: no suffix, one yes/no word counts", "strict", 16, groups=SPLITS),
     Protocol("chair/pocket", "chair", "pocket world: OPERA's prompt, 160 tokens", "none", 160, template=DESCRIBE,
              groups=(GROUP,)),
-    Protocol("mihbench/pocket", "mihbench", "pocket world: several images, no suffix, by --question-file", "short", 16),
+    # Without the suffix the model answers in sentences, and no sentence is the word that is right.
+    Protocol("mihbench/pocket", "mihbench", "pocket world: several images, one word asked for, by --question-file",
+             "short", 16, suffix=LLAVA_SUFFIX),
 )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ SEVERAL = dataclasses.replace(
 )
 PARTS = (SEVERAL, _BY_NAME["pope"], _BY_NAME["chair"])
 PAIR_COLUMNS = {
-    "truncated: chosen is likelier": "truncated: prefers",
+    "truncated: chosen likelier": "truncated: chosen likelier",
     "truncated: moved to chosen": "truncated: moved",
-    "plain: chosen is likelier": "plain: prefers",
+    "plain: chosen likelier": "plain: chosen likelier",
     "plain: moved to chosen": "plain: moved",
 }
 CLOSE_COLUMNS = {
@@ -182,12 +182,14 @@ def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Ma
         scores = found[part.name].scores
         for one, other in _pairs_of(scores):
             against = found[part.name].compare(one, other)
-            for figure in controls.headlines(list(against)):
+            headlines = controls.headlines(list(against))
+            # Who names less, names less that is not there.
+            for figure in (*headlines, *(name for name in against if name == "recall")):
                 says, sentence = _sentence(one, other, figure, scores, against[figure])
-                if other == BASE:
+                if other == BASE and figure in headlines:
                     tally[says].append(f"{one} ({part.name})")
                 yield f"- {part.name}: {sentence}"
-    for figure in (name for name in PAIR_COLUMNS.values() if name.endswith("prefers")):
+    for figure in (name for name in PAIR_COLUMNS.values() if name.endswith("likelier")):
         for one in (CAPL_WITH, CAPL, DPO):
             sentence = _sentence(one, BASE, figure, pairs.scores, pairs.compare(one, BASE)[figure])[1]
             yield f"- held-out pairs: {sentence}"

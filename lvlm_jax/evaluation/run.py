@@ -43,6 +43,7 @@ class Options:
         share: the part of the questions that this process answers.
         against: answer files of another run to compare with.
         resamples, bootstrap_seed: of the intervals.
+        schedule: as in `engine.Work`.
     """
 
     batch_size: int = 16
@@ -52,6 +53,7 @@ class Options:
     against: Sequence[str] = ()
     resamples: int = statistics.RESAMPLES
     bootstrap_seed: int = 0
+    schedule: str = "auto"
 
 
 DEFAULT = Options()
@@ -110,7 +112,8 @@ class Run:
         def decoded(rule: Protocol, how: Method | None, folder: Path) -> Decoded:
             about = record(rule, self.questions, listed, model=path, model_sha256=self.about["model_sha256"],
                            method=how, seed=options.seed, more={"dtype": dtype})  # fmt: skip
-            return Decoded(rule, how, Work(options.batch_size, options.seed, folder, about, options.share))
+            work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
+            return Decoded(rule, how, work)
 
         self._own = decoded(protocol, method, out)
         self._controls: dict[str, Decoded] = {}

@@ -153,11 +153,11 @@ def _empty(
 def _place(
     slots: Slots,
     state: State,
-    logits: Float[Array, "G V"],
-    prompt: Int[Array, "G T"],
-    keys: Key[Array, "G"],
-    limit: Int[Array, "G"],
-    rows: Int[Array, "G"],
+    logits: Float[Array, "R V"],
+    prompt: Int[Array, "R T"],
+    keys: Key[Array, "R"],
+    limit: Int[Array, "R"],
+    rows: Int[Array, "R"],
 ) -> Slots:
     """Puts prompts that were prefilled without room for an answer into rows, and chooses their first tokens.
 
@@ -180,9 +180,7 @@ def _place(
     def put_cache(old: LayerCache, new: LayerCache) -> LayerCache:
         laid_out = _resized(new, _prompts(slots.prompt, new), _shared(old))
         prefix = old.prefix and put_block(old.prefix, laid_out.prefix)
-        return LayerCache(
-            prefix, tuple(put_block(*both) for both in zip(old.own, laid_out.own, strict=True))
-        )
+        return LayerCache(prefix, tuple(put_block(*both) for both in zip(old.own, laid_out.own, strict=True)))
 
     def put_track(old: Track, new: Track, columns: int) -> Track:
         before = columns - new.image_id.shape[1]
@@ -259,9 +257,7 @@ def _compact(slots: Slots) -> Slots:
         return jax.lax.dynamic_update_slice_in_dim(array, jnp.roll(answers, -shift, axis), start, axis)
 
     def cache(old: LayerCache) -> LayerCache:
-        return LayerCache(
-            old.prefix, tuple(Block(moved(own.key, 2), moved(own.value, 2)) for own in old.own)
-        )
+        return LayerCache(old.prefix, tuple(Block(moved(own.key, 2), moved(own.value, 2)) for own in old.own))
 
     def track(old: Track) -> Track:
         # The columns that are free again come from the left end and hold what was there before.

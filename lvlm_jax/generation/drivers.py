@@ -17,6 +17,7 @@ from lvlm_jax.compilation import few_row_options
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State
+from lvlm_jax.models.layers import INT8_LEAVES
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
@@ -40,18 +41,19 @@ class DecodeProgram:
         self._function, self._donated = function, donated
         functools.update_wrapper(self, function)
 
-    def jitted(self, config: Any) -> Any:
-        """The jitted function that serves a configuration."""
-        # Tied embeddings are multiplied from their other side, which XLA's own routine is bad at.
-        return self._plain if config.text.tie_word_embeddings else self._few_rows
+    def jitted(self, params: dict, config: Any) -> Any:
+        """The jitted function that serves a model."""
+        # Tied embeddings are multiplied from their other side, which XLA's own routine is bad at; for int8 it has none.
+        quantized = INT8_LEAVES[0] in params["language_model"]["layers_0"]["self_attn"]["q_proj"]
+        return self._plain if quantized or config.text.tie_word_embeddings else self._few_rows
 
     def __call__(self, params: dict, config: Any, *arguments: Any) -> Any:
         """Runs the program; the first argument after the configuration is donated."""
-        return self.jitted(config)(params, config, *arguments)
+        return self.jitted(params, config)(params, config, *arguments)
 
     def lower(self, params: dict, config: Any, *arguments: Any) -> Any:
         """`jax.jit(...).lower` of the program."""
-        return self.jitted(config).lower(params, config, *arguments)
+        return self.jitted(params, config).lower(params, config, *arguments)
 
     def compiled_programs(self) -> int:
         """How many programs were compiled so far; for tests and curiosity."""

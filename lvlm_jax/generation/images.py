@@ -5,14 +5,19 @@ import pathlib
 import re
 import struct
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lvlm_jax.errors import LVLMError
 
 # Above any camera's picture, and 300 MB once decoded: a larger header is a mistake or an attack.
 MAX_PIXELS = 100_000_000
+LYING = (5, 6, 7, 8)  # orientations of the EXIF record that swap width and height
+# What a damaged file raises depends on its format's decoder.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error)
 
 
 def open_image(source) -> Image.Image:
@@ -31,7 +36,7 @@ def open_image(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the PIL image")
     if isinstance(source, (str, os.PathLike)):
-        return _read(source)
+        return _read(source, _to_rgb)
     if hasattr(source, "__array__"):
         return _from_array(np.asarray(source))
     raise LVLMError(
@@ -39,7 +44,20 @@ def open_image(source) -> Image.Image:
     )
 
 
-def _read(source) -> Image.Image:
+def image_size(source) -> tuple[int, int]:
+    """(width, height) of what `open_image` makes of a picture; of most files the header alone is read.
+
+    Raises `LVLMError` as `open_image` does, unless the header does not tell.
+    """
+    if isinstance(source, Image.Image):
+        return _upright_size(source, "the PIL image")
+    if isinstance(source, (str, os.PathLike)):
+        return _read(source, _upright_size)
+    return open_image(source).size
+
+
+def _read(source: str | os.PathLike, read: Callable[[Image.Image, str], Any]) -> Any:
+    """What `read(image, name)` makes of a picture file."""
     if re.match(r"(https?|ftp|data|s3|gs):", str(source)):
         raise LVLMError(
             f"image {str(source)[:100]!r} is an address; only local files are read: download it first"
@@ -54,7 +72,7 @@ def _read(source) -> Image.Image:
             # Pillow warns between its limit and ours; ours is the one that decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return _to_rgb(image, str(path))
+                return read(image, str(path))
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise LVLMError(_too_large(f"{int(pixels[0]):,}" if pixels else "too many", path)) from error
@@ -74,20 +92,36 @@ def _too_large(pixels: str, name) -> str:
     )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _check_size(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise LVLMError(_too_large(f"{image.width:,} x {image.height:,}", name))
     if image.width == 0 or image.height == 0:
         raise LVLMError(f"image {name!r} is empty ({image.width} x {image.height}); give one with pixels")
+
+
+def _damaged(name: str, error: Exception) -> LVLMError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return LVLMError(
+        f"image {name!r} cannot be decoded ({reason}); it may be truncated or damaged: copy it again"
+    )
+
+
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    _check_size(image, name)
+    try:
+        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
+    except DAMAGE as error:
+        raise _damaged(name, error) from error
+    return image.size[::-1] if lying else image.size
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    # Which of these a damaged file raises depends on its format's decoder.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise LVLMError(
-            f"image {name!r} cannot be decoded ({reason}); it may be truncated or damaged: copy it again"
-        ) from error
+    except DAMAGE as error:
+        raise _damaged(name, error) from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode))
     return image.convert("RGB")

@@ -94,7 +94,7 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
         text = processor.apply_chat_template(
             bare, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
         )
-        marker = str(getattr(processor, "boi_token", None) or processor.image_token)
+        marker = image_marker(processor)
         placeholders = text.count(marker)
         if placeholders != len(images):
             raise LVLMError(
@@ -110,11 +110,9 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
             text = text.replace(marker, getattr(processor, "full_image_sequence", marker))
             prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
             continue
-        # Some processors treat an image that comes alone in another way.
-        given = [images] if images and getattr(config, "nested_images", False) else images
-        processed = dict(processor(images=given or None, text=text, return_tensors="np"))
-        prompts.append(np.asarray(processed.pop("input_ids"))[0])
-        parts.append(processed if images else {})
+        ids, part = processed(processor, config, text, images)
+        prompts.append(ids)
+        parts.append(part)
     if encoded and len(encoded) < found:
         raise LVLMError(
             f"{len(encoded)} of {found} images are encoded; encode all images of a batch, or none"
@@ -123,6 +121,26 @@ def from_messages(processor: Any, config: Any, messages: Conversation | Sequence
     if not encoded:
         return laid_out
     return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
+
+
+def image_marker(processor: Any) -> str:
+    """What stands for an image in the text that a chat template makes."""
+    return str(getattr(processor, "boi_token", None) or processor.image_token)
+
+
+def processed(
+    processor: Any, config: Any, text: str, images: Sequence[Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Token ids `Int[T]` of a text, and what the processor makes of its images; no arrays without images.
+
+    Args:
+        images: PIL images, one for each marker in the text.
+    """
+    # Some processors treat an image that comes alone in another way.
+    given = [images] if images and getattr(config, "nested_images", False) else images
+    arrays = dict(processor(images=given or None, text=text, return_tensors="np"))
+    ids = np.asarray(arrays.pop("input_ids"))[0]
+    return ids, arrays if images else {}
 
 
 def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
@@ -194,6 +212,21 @@ def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
     return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
 
 
+def with_placeholders(
+    prompts: Sequence[np.ndarray], parts: Sequence[Mapping[str, Any]], config: Any
+) -> list[np.ndarray]:
+    """Prompts with placeholders where images belong, also in families whose tokenizer or processor writes others.
+
+    Args:
+        parts: what the processor made of the images.
+    """
+    if hasattr(config, "mark_images"):  # a family whose tokenizer writes other tokens in the place of images
+        prompts = [config.mark_images(prompt) for prompt in prompts]
+    if hasattr(config, "placed"):  # a family whose processor may leave placeholders out
+        prompts = config.placed(parts, prompts)
+    return list(prompts)
+
+
 def _lay_out(
     prompts: list[np.ndarray],
     columns: list[np.ndarray] | None,
@@ -201,11 +234,9 @@ def _lay_out(
     parts: Sequence[Mapping[str, Any]],
     config: Any,
 ) -> Inputs:
-    if hasattr(config, "mark_images"):  # a family whose tokenizer writes other tokens in the place of images
-        prompts = [config.mark_images(prompt) for prompt in prompts]
-    if hasattr(config, "placed"):  # a family whose processor may leave placeholders out
-        given, prompts = prompts, config.placed(parts, prompts)
-        columns = columns if prompts is given else None
+    given, prompts = prompts, with_placeholders(prompts, parts, config)
+    if any(len(prompt) != len(before) for prompt, before in zip(prompts, given, strict=True)):
+        columns = None
     pictures = config.pictures(parts, prompts)
     counts = [] if pictures is None else pictures.token_counts
     placeholders = [prompt == config.image_token_id for prompt in prompts]

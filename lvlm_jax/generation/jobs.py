@@ -1,8 +1,12 @@
 """A file of questions to a file of answers, in LLaVA's format, that survives being killed.
 
-The answers file only ever grows, by whole batches, each on the disk before the next begins. Beside it lies
-`<answers file>.run.json`, the record of everything that decides an answer. Started again, a job drops a last line that
-was cut short, passes over the questions already answered, and goes on; with other settings it refuses.
+The answers file only ever grows, by answers that stand in the order of their questions, each on the disk before what
+comes of a later batch. Beside it lies `<answers file>.run.json`, the record of everything that decides an answer.
+Started again, a job drops a last line that was cut short, passes over the questions already answered, and goes on; with
+other settings it refuses.
+
+Prompts of about one size go together: within every `WINDOW` batches questions are sorted, and an answer waits for
+those of earlier questions. So a kill costs no more than these.
 """
 
 import contextlib
@@ -12,14 +16,18 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.images import open_image
-from lvlm_jax.generation.questions import Question, conversation, read_questions
+from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
 from lvlm_jax.generation.record import differences, file_hash
+
+WINDOW = 16  # batches within which questions are sorted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +39,18 @@ class Answer:
     tokens: int  # number of tokens generated, the end token included
 
 
+class Request(NamedTuple):
+    """A question as it is put to a model."""
+
+    line: int
+    conversation: list[dict]
+    seed: int
+
+
 # From conversations and one seed for each, to one answer for each.
 Answerer = Callable[[list[list[dict]], list[int]], list[Answer]]
+# From batches of requests, drawn when they are needed, to answers (or what is wrong) by line, some at a time.
+Stream = Callable[[Iterator[list[Request]]], Iterator[list[tuple[int, Answer | LVLMError]]]]
 
 
 @dataclasses.dataclass
@@ -138,35 +156,54 @@ def _line_of(question: Question, answer: Answer, model_id: str, method: dict | N
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
 
 
-def _answer(chunk: list[Question], answer: Answerer, folder: pathlib.Path, seed: int, fail) -> list:
-    """`(question, answer)` for the questions of one batch that can be answered; `fail(line, reason)` for the others."""
-    ready = []
-    for question in chunk:
-        try:
-            images = [open_image(folder / name) for name in question.image_names]
-            ready.append((question, conversation(images, question.text)))
-        except LVLMError as error:
-            fail(question.line, str(error))
-    return _answer_ready(ready, answer, seed, fail)
+def in_batches(answer: Answerer) -> Stream:
+    """A stream that answers batch after batch."""
+
+    def stream(batches: Iterable[list[Request]]) -> Iterator[list[tuple[int, Answer | LVLMError]]]:
+        for batch in batches:
+            yield _answered(answer, batch)
+
+    return stream
 
 
-def _answer_ready(ready: list, answer: Answerer, seed: int, fail) -> list:
-    if not ready:
-        return []
-    questions, conversations = zip(*ready, strict=True)
+def _answered(answer: Answerer, batch: list[Request]) -> list[tuple[int, Answer | LVLMError]]:
     try:
-        answers = answer(list(conversations), [seed + question.line for question in questions])
+        answers = answer([one.conversation for one in batch], [one.seed for one in batch])
     except LVLMError as error:
-        if len(ready) == 1:
-            fail(questions[0].line, str(error))
-            return []
+        if len(batch) == 1:
+            return [(batch[0].line, error)]
         # One of them does not fit; asked alone, each fails or succeeds for itself.
-        return [pair for single in ready for pair in _answer_ready([single], answer, seed, fail)]
-    return list(zip(questions, answers, strict=True))
+        return [pair for one in batch for pair in _answered(answer, [one])]
+    return [(one.line, said) for one, said in zip(batch, answers, strict=True)]
+
+
+def _batches(questions: list[Question], done: set[int], size: int) -> Iterator[list[Question]]:
+    """Batches of questions that are not done, those of about one size together."""
+    for start in range(0, len(questions), WINDOW * size):
+        window = [one for one in questions[start : start + WINDOW * size] if one.line not in done]
+        window.sort(key=lambda one: (len(one.image_names), length_class(one.text)))
+        yield from (window[first : first + size] for first in range(0, len(window), size))
+
+
+def _requests(
+    batches: Iterable[list[Question]], folder: pathlib.Path, seed: int, fail: Callable[[int, str], None]
+) -> Iterator[list[Request]]:
+    """The questions of each batch with their pictures opened; `fail(line, reason)` for those that cannot be."""
+    for batch in batches:
+        ready = []
+        for question in batch:
+            try:
+                images = [open_image(folder / name) for name in question.image_names]
+                asked = conversation(images, question.text)
+                ready.append(Request(question.line, asked, seed + question.line))
+            except LVLMError as error:
+                fail(question.line, str(error))
+        if ready:
+            yield ready
 
 
 def run_job(
-    load: Callable[[], Answerer],
+    load: Callable[[], Answerer | Stream],
     question_file,
     answers_file,
     record: dict,
@@ -174,12 +211,13 @@ def run_job(
     batch_size: int = 1,
     seed: int = 0,
     model_id: str = "",
+    streams: bool = False,
 ) -> Summary:
     """Answer every question of `question_file` that `answers_file` does not answer yet.
 
-    `load` is called once, and only when something is left to do; `record` holds everything else that decides an
-    answer (the hash of the question file is added here). Each question draws from the seed `seed + line number`, so
-    an answer does not depend on where a run was interrupted.
+    `load` is called once, and only when something is left to do; with `streams` it gives a `Stream`, else an
+    `Answerer`. `record` holds everything else that decides an answer (the hash of the question file is added here).
+    Each question draws from the seed `seed + line number`, so an answer does not depend on where a run was interrupted.
 
     A line that is no question, a broken picture, a prompt that does not fit: each is reported on stderr with its line
     number, the others are answered. Raises `LVLMError` when the job as a whole cannot be done.
@@ -204,16 +242,34 @@ def run_job(
         # Before anything is dropped from the file: it may be somebody else's.
         _check_record(answers_path, record, bool(content))
         done = _answered_lines(file, content, answers_path)
-        waiting = [question for question in questions if question.line not in done]
-        answer = load() if waiting else None
+        waiting = deque(question for question in questions if question.line not in done)
         summary = Summary(len(done), 0, failures)
+        if not waiting:
+            return summary
+        stream = load() if streams else in_batches(load())
+        batches = _batches(questions, done, batch_size)
+        requests = _requests(batches, pathlib.Path(image_folder), seed, fail)
+        known: dict[int, Answer] = {}
         with tqdm(total=len(questions), initial=len(done), unit="answer", disable=None) as bar:
-            for start in range(0, len(waiting), batch_size):
-                chunk = waiting[start : start + batch_size]
-                answered = _answer(chunk, answer, pathlib.Path(image_folder), seed, fail)
-                file.write(b"".join(_line_of(*pair, model_id, record.get("method")) for pair in answered))
+
+            def write() -> None:
+                ready = []
+                while waiting and (waiting[0].line in known or waiting[0].line in failures):
+                    question = waiting.popleft()
+                    bar.update()
+                    if question.line in known:
+                        ready.append((question, known.pop(question.line)))
+                file.write(b"".join(_line_of(*pair, model_id, record.get("method")) for pair in ready))
                 file.flush()
                 os.fsync(file.fileno())
-                summary.now += len(answered)
-                bar.update(len(chunk))
+                summary.now += len(ready)
+
+            for answers in stream(requests):
+                for line, answer in answers:
+                    if isinstance(answer, LVLMError):
+                        fail(line, str(answer))
+                    else:
+                        known[line] = answer
+                write()
+            write()  # the last questions may have failed
     return summary

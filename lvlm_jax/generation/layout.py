@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.pictures import Pictures
@@ -92,31 +93,8 @@ class Inputs:
 
     @property
     def axes(self) -> np.ndarray | None:
-        """Positions along time, height and width, `Int[3, B, T]`; None where the model counts along one axis.
-
-        Text counts on along all three. An image begins where the text stopped and its tokens lie on a grid from there;
-        what follows begins behind its longer side.
-        """
-        if self.grids is None:
-            return None
-        axes = np.zeros((3, *self.image_id.shape), np.int32)
-        grids = iter(self.grids)
-        for row, ids in enumerate(self.image_id):
-            column, place = int((ids < 0).sum()), 0
-            while column < len(ids):
-                here = slice(column, column + 1)
-                if ids[column] > 0:
-                    height, width = (int(side) for side in next(grids))
-                    here = slice(column, column + height * width)
-                    axes[0, row, here] = place
-                    axes[1, row, here] = place + np.repeat(np.arange(height), width)
-                    axes[2, row, here] = place + np.tile(np.arange(width), height)
-                    place += max(height, width)
-                else:
-                    axes[:, row, here] = place
-                    place += 1
-                column = here.stop
-        return axes
+        """Positions along time, height and width, `Int[3, B, T]`; None where the model counts along one axis."""
+        return None if self.grids is None else multimodal_positions(self.image_id, self.grids)
 
     def without_images(self, pad_token_id: int) -> "Inputs":
         """The same prompts with their image tokens left out."""
@@ -166,6 +144,40 @@ class Inputs:
 def bucket(length: int, multiple: int = PROMPT_BUCKET) -> int:
     """`length` rounded up to a multiple, at least one of them."""
     return max(1, -(-length // multiple)) * multiple
+
+
+def multimodal_positions(
+    image_id: Int[np.ndarray, "B T"], grids: Int[np.ndarray, "I 2"]
+) -> Int[np.ndarray, "3 B T"]:
+    """Positions along time, height and width.
+
+    Text counts on along all three. An image begins where the text stopped and its tokens lie on a grid from there;
+    what follows begins behind its longer side.
+
+    Args:
+        image_id: 0 text, k >= 1 the sample's k-th image, -1 padding, on either side.
+        grids: rows and columns of each image's tokens, in reading order.
+    """
+    axes = np.zeros((3, *image_id.shape), np.int32)
+    sizes = iter(grids.tolist())
+    for row, ids in enumerate(image_id):
+        tokens = np.flatnonzero(ids >= 0)
+        column, end = (tokens[0], tokens[-1] + 1) if len(tokens) else (0, 0)
+        place = 0
+        while column < end:
+            here = slice(column, column + 1)
+            if ids[column] > 0:
+                height, width = next(sizes)
+                here = slice(column, column + height * width)
+                axes[0, row, here] = place
+                axes[1, row, here] = place + np.repeat(np.arange(height), width)
+                axes[2, row, here] = place + np.tile(np.arange(width), height)
+                place += max(height, width)
+            else:
+                axes[:, row, here] = place
+                place += 1
+            column = here.stop
+    return axes
 
 
 def lay_out(

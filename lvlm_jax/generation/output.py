@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import text
 from lvlm_jax.generation.beam import Found
@@ -39,8 +40,8 @@ def read_output(answers: Answers | Found, strings: tuple[str, ...], tokenizer: A
     Raises:
         LVLMError: stop strings without a tokenizer.
     """
-    length, finished = np.asarray(answers.length), np.asarray(answers.finished)
-    written, logprobs = np.asarray(answers.tokens), np.asarray(answers.logprobs)
+    found = parallel.local((answers.length, answers.finished, answers.tokens, answers.logprobs))
+    length, finished, written, logprobs = map(np.asarray, found)
     tokens = [row[:count].tolist() for row, count in zip(written, length, strict=True)]
     reasons = ["stop" if done else "length" for done in finished]
     texts = [""] * len(tokens)

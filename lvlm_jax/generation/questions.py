@@ -7,6 +7,7 @@ import pathlib
 from lvlm_jax.errors import LVLMError
 
 PLACEHOLDER = "<image>"
+SHORTEST = 64  # characters: prompts up to here, and from here to twice as many and so on, go together
 
 
 def conversation(images, text: str) -> list[dict]:
@@ -32,6 +33,11 @@ def conversation(images, text: str) -> list[dict]:
     if not any(part["type"] == "text" for part in content):
         raise LVLMError("the prompt is empty; ask something")
     return [{"role": "user", "content": content}]
+
+
+def length_class(text: str) -> int:
+    """A small number that texts of about the same length share."""
+    return max(0, (len(text) - 1) // SHORTEST).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)

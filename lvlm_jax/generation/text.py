@@ -69,8 +69,25 @@ def processor_class(config: Any) -> Any:
     attributes = own.get_attributes() if own else ()
     if "video_processor" not in attributes:
         return transformers.AutoProcessor
-    kept = [name for name in attributes if name != "video_processor"]
-    return type(own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept))})
+    return _without_videos(own)
+
+
+def _without_videos(own: type) -> type:
+    kept = [name for name in own.get_attributes() if name != "video_processor"]
+
+    def reduced(processor: Any) -> tuple:
+        return _revived, (own, vars(processor))  # no module holds the class below, for pickle to find it
+
+    return type(
+        own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept)), "__reduce__": reduced}
+    )
+
+
+def _revived(own: type, fields: dict[str, Any]) -> Any:
+    """A processor without its part for videos, as it was before it went to another process."""
+    processor = object.__new__(_without_videos(own))
+    vars(processor).update(fields)
+    return processor
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

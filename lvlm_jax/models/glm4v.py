@@ -230,7 +230,7 @@ class Glm4v(VisionLanguageModel):
         pixels: Float[Array, "R P C"],
         coordinates: Int[Array, "R P 2"],
         valid: Bool[Array, "R P"],
-        order: Int[Array, "N"],
+        order: Int[Array, "N 2"],
         entries: Int[Array, "R P 16"],
         weights: Float[Array, "R P 16"],
     ) -> Float[Array, "N E"]:

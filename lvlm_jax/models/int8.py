@@ -1,18 +1,18 @@
-"""int8 kernels of linear layers, one scale per output channel: W[o, i] ≈ kernel[o, i] · scale[o], activations in float.
+"""int8 kernels of linear layers with one scale per output channel: W[n, k] ≈ kernel[n, k] · scale[n].
 
-Weight-only and symmetric, so a product is x · kernelᵀ of the integers, and the scales follow. Done here rather than by a
-library: AQT is being retired for Qwix, and Qwix replaces the arrays of a parameter tree by objects of its own and the
-products of a module by intercepting its calls, where adapters, key tables and sharding rules want plain leaves; both
-convert the kernel to float before a product, which is the one thing that must not happen on a CPU (below).
+Weights only, and symmetric: a product is x · kernelᵀ with x in float, and the scales follow. Done here rather than by a
+library: AQT is given up for Qwix, and Qwix puts objects of its own in place of a tree's arrays and intercepts the
+module's products, where adapters, key tables and sharding rules want plain leaves; it leaves the product of a float x
+and an int8 kernel to XLA, which is what a CPU must be spared (below).
 
-Kernels lie as [out, in], as Hugging Face stores them and unlike our float ones: a product reads each row from end to
-end. How it is done is the backend's matter:
+Kernels are [out, in] here, as Hugging Face stores them and unlike our float ones: a product reads row after row. How it
+is done is the backend's matter:
 
 - GPU and TPU: a dot of x and the converted kernel. XLA converts inside the product's loop, and int8 is what is read.
-- CPU: XLA would write the converted kernel to memory first, and is seven times slower than float32 then. For few rows
-  (decoding) x is split into three int8 numbers of 7 bits each, and three rows of int8 · int8 -> int32 make its product,
-  exactly: x is rounded to 22 bits of its row's largest value, about what a float32 sum loses anyway. For many rows
-  (prompts) the kernel is converted, one layer at a time.
+- CPU: XLA would write the converted kernel to memory first, and be six times slower than with a float32 one. For few
+  rows (decoding) x is rounded to 22 bits of its row's largest value, about what a float32 sum loses anyway, and split
+  into three int8 numbers, whose int8 · int8 -> int32 products are exact. For many rows (prompts) the kernel is
+  converted, one layer at a time.
 """
 
 import math
@@ -29,7 +29,7 @@ _LIMB = 7  # bits
 _LIMBS = 3
 
 
-def quantize(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float32[Array, "O"]]:
+def quantize(weight: Float[Array, "N K"]) -> tuple[Int8[Array, "N K"], Float32[Array, "N"]]:
     """The nearest kernel and its scales: the largest weight of every output channel becomes ±127."""
     weight = weight.astype(jnp.float32)
     scale = jnp.abs(weight).max(axis=1) / LARGEST
@@ -37,13 +37,13 @@ def quantize(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float32[A
     return jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), scale
 
 
-def dequantize(kernel: Int8[Array, "O I"], scale: Float[Array, "O"]) -> Float32[Array, "I O"]:
+def dequantize(kernel: Int8[Array, "N K"], scale: Float[Array, "N"]) -> Float32[Array, "K N"]:
     """The float kernel that it stands for, in the order of axes of float kernels."""
     return (kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]).T
 
 
 @jax.custom_vjp
-def dot(x: Float[Array, "*T I"], kernel: Int8[Array, "O I"]) -> Float32[Array, "*T O"]:
+def dot(x: Float[Array, "*T K"], kernel: Int8[Array, "N K"]) -> Float32[Array, "*T N"]:
     """x · kernelᵀ in float32, before scales. Differentiable in x, as the product with the converted kernel is."""
     return jax.lax.platform_dependent(x, kernel, cpu=_dot_on_cpu, default=_dot_converted)
 
@@ -97,7 +97,7 @@ def _converted_late(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return (kernel + never.astype(jnp.int8)).astype(jnp.float32)
 
 
-def _dot_limbs(x: Float32[Array, "*T I"], kernel: Int8[Array, "O I"]) -> Float32[Array, "*T O"]:
+def _dot_limbs(x: Float32[Array, "*T K"], kernel: Int8[Array, "N K"]) -> Float32[Array, "*T N"]:
     """The product by integers: x = step · (2^14 · high + 2^7 · middle + low), each of the three in int8."""
     largest = LARGEST << _LIMB * (_LIMBS - 1)
     step = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-30) / largest

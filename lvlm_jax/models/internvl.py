@@ -115,7 +115,8 @@ class InternVlConfig:
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
         """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
-        return square_map(self.tokens_per_tile, first=pictures.token_counts[image] - self.tokens_per_tile)
+        tile = self.tokens_per_tile
+        return square_map(tile, first=int(pictures.token_counts[image]) - tile)
 
     def load_processor(self, folder: Path) -> Any:
         """The processor of a checkpoint in OpenGVLab's layout; None for one that transformers reads itself.

@@ -24,7 +24,8 @@ class Pictures:
         pixels: `Float[R, ...]`, the R rows of the tower's batch: whole images, tiles, or one row of patches an image.
         owner: `Int[R]`, the image each row belongs to; -1 for a row that only fills a bucket.
         token_counts: `Int[I]`, how many tokens each image takes in the prompt.
-        geometry: what `encode_images` must know besides, by its keywords.
+        geometry: what `encode_images` must know besides, by its keywords. Arrays with R as their first axis belong to
+            the rows, others to image tokens. Zeros behind the end of any axis only add filler.
         grids: `Int[I, 2]`, rows and columns of each image's tokens, where positions have several axes; else None.
     """
 

@@ -160,7 +160,7 @@ class Qwen2Vl(VisionLanguageModel):
         pixels: Float[Array, "R P C"],
         coordinates: Int[Array, "R P 2"],
         valid: Bool[Array, "R P"],
-        order: Int[Array, "N"],
+        order: Int[Array, "N 2"],
     ) -> Float[Array, "N E"]:
         """Image tokens as the decoder receives them, filler behind; arguments as `patch_rows` makes them."""
         features = self.vision_tower(pixels, coordinates, valid)

@@ -199,7 +199,7 @@ class Qwen3Vl(VisionLanguageModel):
         pixels: Float[Array, "R P C"],
         coordinates: Int[Array, "R P 2"],
         valid: Bool[Array, "R P"],
-        order: Int[Array, "N"],
+        order: Int[Array, "N 2"],
         entries: Int[Array, "R P 4"],
         weights: Float[Array, "R P 4"],
     ) -> Float[Array, "N E_and_added"]:

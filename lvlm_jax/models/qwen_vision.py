@@ -124,8 +124,7 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
         Pictures with pixels `Float[R, P, channels]`; grids of tokens; and the geometry
             coordinates `Int[R, P, 2]`: row and column of each patch in its picture, 0 for filler;
             valid `Bool[R, P]`: False for patches that only fill;
-            order `Int[R * P / M²]`: for each image token in reading order its place among those of all rows, then
-            filler.
+            order `Int[R * P / M², 2]`: for each image token in reading order its row and its place there, then filler.
 
     Raises:
         LVLMError: patches and grids that do not fit together, or several frames.
@@ -142,7 +141,7 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
     valid = np.arange(width) < np.pad(counts, (0, rows - len(sizes)))[:, None]
     padded[valid] = pixels
     coordinates[valid] = np.concatenate([patch_coordinates(*size, merge) for size in sizes.tolist()])
-    tokens = np.flatnonzero(valid[:, ::unit].reshape(-1))
+    tokens = np.argwhere(valid[:, ::unit])
     return Pictures(
         pixels=padded,
         owner=np.where(np.arange(rows) < len(sizes), np.arange(rows), -1),
@@ -150,7 +149,7 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
         geometry={
             "coordinates": coordinates,
             "valid": valid,
-            "order": np.pad(tokens, (0, rows * width // unit - len(tokens))).astype(np.int32),
+            "order": np.pad(tokens, ((0, rows * width // unit - len(tokens)), (0, 0))).astype(np.int32),
         },
         grids=sizes // merge,
     )
@@ -370,6 +369,6 @@ class PatchMerger(nn.Module):
         return linear(self.features, self.dtype, "linear_2", use_bias=True)(hidden)
 
 
-def in_reading_order(tokens: Float[Array, "R M E"], order: Int[Array, "N"]) -> Float[Array, "N E"]:
+def in_reading_order(tokens: Float[Array, "R M E"], order: Int[Array, "N 2"]) -> Float[Array, "N E"]:
     """The tokens of all rows, those of images first; see `patch_rows`."""
-    return tokens.reshape(-1, tokens.shape[-1])[order]
+    return tokens[order[:, 0], order[:, 1]]

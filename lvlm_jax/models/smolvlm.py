@@ -133,7 +133,7 @@ class SmolVlmConfig:
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
         """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
         tile = (pictures.pixels.shape[-1] // self.vision.patch_size // self.scale) ** 2
-        return square_map(tile, first=pictures.token_counts[image] - tile)
+        return square_map(tile, first=int(pictures.token_counts[image]) - tile)
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
         """The pixels, if they are square tiles whose patches can be shuffled."""

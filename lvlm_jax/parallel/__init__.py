@@ -1,6 +1,6 @@
 """Meshes, where parameters live on them, and the start of several processes."""
 
-from lvlm_jax.parallel.mesh import AXES, make_mesh, parameter_sharding
-from lvlm_jax.parallel.processes import start
+from lvlm_jax.parallel.mesh import AXES, local, make_mesh, parameter_sharding
+from lvlm_jax.parallel.processes import lost, start
 
-__all__ = ["AXES", "make_mesh", "parameter_sharding", "start"]
+__all__ = ["AXES", "local", "lost", "make_mesh", "parameter_sharding", "start"]

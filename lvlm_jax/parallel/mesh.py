@@ -6,8 +6,10 @@ like the kernel they belong to, along the axis that they share with it; int8 ker
 their scales like the kernel they stand for.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,6 +85,25 @@ def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedShardi
     """
     sharding = getattr(neighbour, "sharding", None)
     return parameter_sharding(sharding.mesh)(path, shape) if isinstance(sharding, NamedSharding) else None
+
+
+def local(tree: Any) -> Any:
+    """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are.
+
+    All processes call it together, each with its part of the same arrays.
+    """
+    return jax.tree.map(_local, tree)
+
+
+def _local(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    return np.asarray(_gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf))
+
+
+@functools.cache
+def _gather(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=everywhere)
 
 
 def _axes(path: str, rank: int) -> tuple[str | None, ...]:

@@ -4,7 +4,7 @@ The prompt is tokenised as at inference, so that the model learns to go on from 
 chat template writes between a prompt and what follows an answer is the answer, its stop token included.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,19 @@ from lvlm_jax.errors import LVLMError
 
 
 class Tokens(NamedTuple):
-    """A conversation's token ids, one placeholder for each image, and which of them are learned."""
+    """A conversation's token ids, and which of them are learned."""
 
     ids: Int[np.ndarray, " U"]
     answers: Bool[np.ndarray, " U"]
 
 
-def encode(processor: Any, stops: Collection[int], messages: list[dict], last_only: bool) -> Tokens:
+def encode(
+    processor: Any,
+    stops: Collection[int],
+    messages: list[dict],
+    last_only: bool,
+    expanded: Callable[[str], str] = str,
+) -> Tokens:
     """Token ids of a conversation that ends with an answer.
 
     Args:
@@ -29,6 +35,7 @@ def encode(processor: Any, stops: Collection[int], messages: list[dict], last_on
             own end token is added, or the first of these.
         messages: `{"role", "content"}`, content a list of text and image parts, images without pictures.
         last_only: whether the last answer alone is learned, or the assistant's every message.
+        expanded: what the processor makes of a text before it is tokenised, if it has images.
 
     Raises:
         LVLMError: the chat template writes a prompt differently once it is answered, or there is no end token.
@@ -36,16 +43,16 @@ def encode(processor: Any, stops: Collection[int], messages: list[dict], last_on
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     text, ids, spans = "", [], []
     for turn in turns[-1:] if last_only else turns:
-        asked = _render(processor, messages[:turn], True)
-        answered = _render(processor, messages[: turn + 1], False).rstrip()
+        asked = render(processor, messages[:turn], True)
+        answered = render(processor, messages[: turn + 1], False).rstrip()
         if not asked.startswith(text) or not answered.startswith(asked):
             raise LVLMError(
                 "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
                 "told apart; give the checkpoint a template that only appends (chat_template.jinja)"
             )
-        ids = _extended(processor.tokenizer, ids, text, asked)
+        ids = _extended(processor.tokenizer, ids, expanded(text), expanded(asked))
         start = len(ids)
-        ids = _extended(processor.tokenizer, ids, asked, answered)
+        ids = _extended(processor.tokenizer, ids, expanded(asked), expanded(answered))
         spans.append(slice(start, len(ids)))
         text = answered
     if ids[-1] not in (*stops, processor.tokenizer.eos_token_id):
@@ -57,7 +64,8 @@ def encode(processor: Any, stops: Collection[int], messages: list[dict], last_on
     return Tokens(np.asarray(ids, np.int32), answers)
 
 
-def _render(processor: Any, messages: list[dict], prompt: bool) -> str:
+def render(processor: Any, messages: list[dict], prompt: bool) -> str:
+    """The text of messages; with `prompt` up to where an answer begins."""
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 

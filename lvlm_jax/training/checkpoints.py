@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.version import __version__
 from lvlm_jax.weights.tables import flatten
@@ -61,6 +62,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        if parallel.lost(error):
+            return  # Orbax would wait for the one that is gone
         try:
             self.wait()
             self._manager.close()

@@ -18,7 +18,7 @@ from lvlm_jax import cli, models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
-from lvlm_jax.training import loop, lora, parts, placement
+from lvlm_jax.training import loop, lora, parts
 from lvlm_jax.training import settings as fields
 from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -90,7 +90,7 @@ def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: 
     """Writes the merged checkpoint and, with LoRA, the adapter; the first process does, for all."""
     whole, folder, source = parts.join(trained, frozen), workdir / "export", cli.checkpoint(config.model)
     leaves = {path: leaf for path, leaf in flatten(whole).items() if path.endswith(LORA_LEAVES)}
-    adapter, merged = placement.local(unflatten(leaves)), placement.local(lora.merge(whole))
+    adapter, merged = parallel.local(unflatten(leaves)), parallel.local(lora.merge(whole))
     if jax.process_index() == 0:
         if config.lora.enabled:
             peft.save_adapter(workdir / "adapter", adapter, model.config, source)

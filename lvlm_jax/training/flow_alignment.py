@@ -223,9 +223,9 @@ class Alignment:
         self, trainable: Mapping, params: dict, base: dict, batch: Mapping, rngs: forward.Rngs = None
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens for the student and for the base: the same, unless training changes how pictures are read."""
-        own = forward.encode_images(self.module, params, batch["images"], rngs)
+        own = forward.image_tokens(self.module, params, batch, rngs)
         alike = trainable.keys() <= {"language_model"}
-        return own, own if alike else forward.encode_images(self.module, base, batch["images"])
+        return own, own if alike else forward.image_tokens(self.module, base, batch)
 
     def _student(
         self, params: dict, pictures: jax.Array, batch: Mapping, rngs: forward.Rngs = None
@@ -243,7 +243,7 @@ class Alignment:
     def _answers(
         self,
         params: dict,
-        pictures: Float[Array, "I P E"],
+        pictures: Float[Array, "*N E"],
         batch: Mapping,
         method: AnswerRows | None,
         rngs: forward.Rngs = None,
@@ -251,7 +251,8 @@ class Alignment:
         """Logits of the answer tokens, and the method's carry."""
         sequence = batch[SEQUENCE]
         embeddings = forward.embed(self.module, params, sequence["tokens"], pictures)
-        decoded = forward.decode(self.module, params, sequence["image_id"], embeddings, method, rngs=rngs)
+        image_id, axes = sequence["image_id"], sequence.get("axes")
+        decoded = forward.decode(self.module, params, image_id, embeddings, method, rngs=rngs, axes=axes)
         logits, _, _ = forward.answer_logits(self.module, params, decoded.hidden[0], sequence, rngs)
         return logits, decoded.carries[0]
 

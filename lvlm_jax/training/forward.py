@@ -9,6 +9,7 @@ A sequence is a dict of arrays, B rows of T columns, as `pair_batches` makes the
     answers   Bool[B, T]  the tokens that are learned, stop token included
     image_id  Int[B, T]   0 text, k >= 1 the row's k-th image, -1 padding
     columns   Int[B, A]   where the answer tokens stand, in order; 0, which is never an answer, behind the last
+    axes      Int[B, 3, T]   positions along time, height and width, of models that count along these; else absent
 """
 
 import dataclasses
@@ -32,14 +33,25 @@ NOTHING = Tap()
 
 
 def encode_images(
-    module: nn.Module, params: Any, pixels: Float[Array, "I 3 Y X"], rngs: Rngs = None
-) -> Float[Array, "I P E"]:
-    """Image tokens as the decoder receives them."""
-    return module.apply({"params": params}, pixels, method="encode_images", rngs=rngs)
+    module: nn.Module,
+    params: Any,
+    pixels: Float[Array, "R ..."],
+    rngs: Rngs = None,
+    geometry: Mapping[str, jax.Array] | None = None,
+) -> Float[Array, "*N E"]:
+    """Image tokens as the decoder receives them; `pixels` and `geometry` as in `models.pictures.Pictures`."""
+    return module.apply({"params": params}, pixels, **(geometry or {}), method="encode_images", rngs=rngs)
+
+
+def image_tokens(
+    module: nn.Module, params: Any, batch: Mapping[str, Any], rngs: Rngs = None
+) -> Float[Array, "*N E"]:
+    """Those of a batch as `pair_batches` makes it."""
+    return encode_images(module, params, batch["images"], rngs, batch.get("geometry"))
 
 
 def embed(
-    module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"]
+    module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"]
 ) -> Float[Array, "B T E"]:
     """Token embeddings with the image tokens in the places of the rows' placeholders, in reading order."""
     return module.apply({"params": params}, tokens, image_tokens, method="embed")
@@ -54,6 +66,7 @@ def decode(
     image_count: int = 1,
     tap: Tap = NOTHING,
     rngs: Rngs = None,
+    axes: Int[Array, "B A T"] | None = None,
 ) -> Decoded:
     """One pass through the decoder, with the attention of the method's main branch in all rows.
 
@@ -63,9 +76,11 @@ def decode(
         image_count: no row has more images.
         tap: what to return besides; attention weights are seen only by attention in one piece.
         rngs: randomness of adapters that have dropout.
+        axes: positions along each of the axes that the model has, if it has several.
     """
     total = image_id.shape[1]
-    context = prompt_context(image_id, method, total if method else 0, image_count)
+    axes = None if axes is None else axes.swapaxes(0, 1)
+    context = prompt_context(image_id, method, total if method else 0, image_count, axes=axes)
     transforms = method.branches()[:1] if method else None
     plain = transforms is None and tap.layers == ()
     return module.apply(

@@ -53,8 +53,8 @@ def pair_scores(
     policy: Mapping[str, Float[np.ndarray, "R 2"]],
     before: Mapping[str, Float[np.ndarray, "R 2"]] | None = None,
 ) -> Scores:
-    """Figures "SET: prefers", the share of pairs whose chosen answer is the more likely one, and "SET: moved", that of
-    pairs whose chosen answer has gained more on `before` than the rejected one has.
+    """Figures "SET: chosen likelier", a share of pairs, and "SET: moved", that of pairs whose chosen answer has gained
+    more on `before` than the rejected one has.
 
     Args:
         ids: of the pairs of each set, by its name; pairs of one prompt in several sets have one id.
@@ -75,7 +75,7 @@ def pair_scores(
     counts = [f"{name}/{count}" for name in ids for count in ("asked", "preferred", "trained", "moved")]
     figures = {}
     for name in ids:
-        figures[f"{name}: prefers"] = ratio([f"{name}/preferred"], [f"{name}/asked"])
+        figures[f"{name}: chosen likelier"] = ratio([f"{name}/preferred"], [f"{name}/asked"])
         figures[f"{name}: moved"] = ratio([f"{name}/moved"], [f"{name}/trained"])
     return tally.scores(counts, figures, {})
 

@@ -4,7 +4,7 @@ A run's speed is in tokens per second; padding counts, for it is computed too. I
 
     MFU = (4 P + 2 T) · tokens per second / (devices · peak)
 
-P: weights that every token meets (all but the vision tower's, the connector's and a separate embedding table); the
+P: weights that every token meets (all but those that read pictures and a separate embedding table); the
 forward pass and the gradients of activations take 2 FLOPs each per weight. T: those of them that are trained, another
 2 FLOPs each; with T = P this is the usual 6 P. Attention's own products, the tower and recomputation are left out, so
 the true utilisation is higher. The peak is that of dense bfloat16 products.
@@ -63,7 +63,7 @@ def flops_per_token(trainable: Any, frozen: Any) -> float:
     untied = any("lm_head/" in path for part in sizes for path in part)
 
     def met(path: str) -> bool:
-        beside = path.startswith(("vision_tower/", "connector/"))
+        beside = path.startswith(("vision_tower/", "connector/", "qformer/"))
         return not beside and not (untied and path.endswith("embed_tokens/embedding"))
 
     trained, fixed = (sum(size for path, size in part.items() if met(path)) for part in sizes)

@@ -3,15 +3,16 @@
 Text is tokenised once, when training begins, so that every length is known; pictures are opened when their batch is
 made. A batch depends on nothing but its number: grain shuffles each epoch anew and wraps into the next one.
 
-    images    Float[I, 3, Y, X]   those of all rows in reading order, then zeros
-    chosen    } dicts `tokens`, `answers`, `image_id`, `columns`, see `training.forward`;
+    images    Float[R, ...]   pixels of all rows' pictures in reading order as the tower takes them, then zeros
+    geometry  dict            what the tower must know besides, see `models.pictures.Pictures`; absent where nothing
+    chosen    } dicts `tokens`, `answers`, `image_id`, `columns` and maybe `axes`, see `training.forward`;
     rejected  } `answer` alone in batches of conversations
     reference Float[B, 2, A]      log-probabilities of the answer tokens, where they were computed beforehand
     ids       Int[B]              number of the row in the file, dropped ones not counted
     weight    Float[B]            1, or 0 for a row that fills up an evaluation's last batch
 
-With `accumulate` > 1 every array has a leading axis of that size. T, A and I come in few sizes, because every new
-combination compiles a program.
+With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of pictures come in buckets,
+because every new combination compiles a program.
 """
 
 import dataclasses
@@ -25,10 +26,13 @@ from absl import logging
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import inputs
-from lvlm_jax.generation.layout import bucket
-from lvlm_jax.training import answer_tokens
+from lvlm_jax.generation.images import image_size, open_image
+from lvlm_jax.generation.layout import bucket, multimodal_positions, number_images
+from lvlm_jax.models.pictures import Pictures
+from lvlm_jax.training import answer_tokens, pictures
 from lvlm_jax.training.answer_tokens import Tokens
 from lvlm_jax.training.pair_files import Conversation, Pair, assistant, pictures_of
+from lvlm_jax.training.pictures import Placeholders, Runs
 
 PAIR = ("chosen", "rejected")  # a pair's sequences
 CONVERSATION = ("answer",)  # a conversation's one
@@ -45,17 +49,19 @@ class Row:
         images: its pictures, as in `pair_files.Pair`.
         sequences: by name, one of PAIR or CONVERSATION.
         reference: log-probabilities of the answer tokens of each sequence, in their order; None when not known.
+        prompt: the text up to the last answer, as the chat template writes it.
     """
 
     id: str
     images: tuple
-    sequences: dict[str, Tokens]
+    sequences: dict[str, Runs]
     reference: tuple[np.ndarray, ...] | None = None
+    prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static sizes of a batch: rows B, tokens T, answer tokens A, images I."""
+    """The static sizes of a batch: rows B, tokens T, answer tokens A, at least so many rows of the tower."""
 
     rows: int
     length: int
@@ -76,43 +82,107 @@ class Encoder:
     config: Any
 
     def pair(self, pair: Pair) -> Row:
-        """A pair's two sequences: the prompt, and behind it an answer to be learned."""
-        answers = zip(PAIR, (pair.chosen, pair.rejected), strict=True)
-        sequences = {
-            name: self._tokens([*pair.prompt, assistant(text.strip())], last_only=True)
-            for name, text in answers
-        }
-        return Row(pair.id, pair.images, sequences)
+        """A pair's two sequences: the prompt, and behind it an answer to be learned.
+
+        Raises:
+            LVLMError: naming the pair: a picture that cannot be read, or an image's placeholder in a text.
+        """
+        answers = {name: assistant(getattr(pair, name).strip()) for name in PAIR}
+        return self._row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True)
 
     def conversation(self, conversation: Conversation) -> Row:
-        """A conversation whose every answer is learned."""
-        tokens = self._tokens(conversation.messages, last_only=False)
-        return Row(conversation.id, conversation.images, {CONVERSATION[0]: tokens})
+        """A conversation whose every answer is learned.
+
+        Raises:
+            LVLMError: as `pair`; or several answers about pictures that the model reads anew with each question.
+        """
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        if answers > 1 and conversation.images and hasattr(self.config, "instructed"):
+            raise LVLMError(
+                f"row {conversation.id} has {answers} answers about its pictures, which {self.config.model_type} "
+                "reads anew with each question; give each answer a row of its own, as the chosen one of a pair"
+            )
+        return self._row(conversation, {CONVERSATION[0]: conversation.messages}, False)
 
     def length(self, row: Row) -> int:
         """Tokens of the row's longest sequence, those of its images included."""
-        more = len(row.images) * (self.config.tokens_per_image - 1)
-        return max(len(tokens.ids) for tokens in row.sequences.values()) + more
+        return max(sequence.length for sequence in row.sequences.values())
 
-    def pixels(self, row: Row) -> np.ndarray | None:
-        """`Float[n, 3, Y, X]` of a row's pictures; None without any."""
-        if not row.images:
-            return None
+    def pictures(self, rows: Sequence[Row], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes of the pictures of some rows; None without any.
+
+        Args:
+            prompts: the tokens of one sequence of each row.
+
+        Raises:
+            LVLMError: naming the row: a picture that cannot be read.
+        """
+        parts = [self._part(row) for row in rows]
         try:
-            return inputs.pixels_of(self.processor, pictures_of(row.images))
+            found = self.config.pictures(parts, prompts)
         except LVLMError as error:
+            raise LVLMError(f"rows {_names(rows)}: {error}") from error
+        images = sum(len(row.images) for row in rows)
+        if found is not None and len(found.token_counts) != images:
+            raise LVLMError(
+                f"rows {_names(rows)}: the processor makes {len(found.token_counts)} images of {images}; training "
+                "does not take crops, set do_pan_and_scan to false in the checkpoint's preprocessor_config.json"
+            )
+        return found
+
+    def _row(self, example: Pair | Conversation, messages: dict[str, list[dict]], last_only: bool) -> Row:
+        row = f"row {example.id}"
+        known = self._placeholders(example)
+        marker = inputs.image_marker(self.processor)
+        sequences = {}
+        for name, said in messages.items():
+            found = answer_tokens.render(self.processor, said, False).count(marker)
+            if found != len(example.images):
+                raise LVLMError(
+                    f"{row} ({name}) has {found} image placeholders for {len(example.images)} images once the chat "
+                    "template has been applied; do not write the placeholder into a message's text"
+                )
+            tokens = self._tokens(said, last_only, known)
+            try:
+                sequences[name] = known.laid_out(tokens, self.config)
+            except LVLMError as error:
+                raise LVLMError(f"{row} ({name}): {error}") from error
+        asked = next(iter(messages.values()))[:-1]
+        prompt = answer_tokens.render(self.processor, asked, True)
+        return Row(example.id, example.images, sequences, prompt=prompt)
+
+    def _placeholders(self, example: Pair | Conversation) -> Placeholders:
+        try:
+            if inputs.encodes_ahead(self.config):  # whatever their sizes
+                sizes = ((1, 1),) * len(example.images)
+            else:
+                sizes = tuple(image_size(image) for image in pictures_of(example.images))
+            if sizes not in self._by_sizes:
+                self._by_sizes[sizes] = pictures.placeholders(self.processor, self.config, sizes)
+            return self._by_sizes[sizes]
+        except (LVLMError, ValueError) as error:  # the latter from processors of transformers
+            raise LVLMError(f"row {example.id}: {error}") from error
+
+    @functools.cached_property
+    def _by_sizes(self) -> dict[tuple, Placeholders]:
+        return {}
+
+    def __reduce__(self) -> tuple:
+        return Encoder, (self.processor, self.config)  # sizes are known once rows are made
+
+    def _tokens(self, messages: list[dict], last_only: bool, known: Placeholders) -> Tokens:
+        stops = self.config.eos_token_ids
+        return answer_tokens.encode(self.processor, stops, messages, last_only, known.expanded)
+
+    def _part(self, row: Row) -> dict[str, Any]:
+        """What the processor makes of a row's pictures."""
+        if not row.images:
+            return {}
+        try:
+            opened = [open_image(image) for image in pictures_of(row.images)]
+            return inputs.processed(self.processor, self.config, row.prompt, opened)[1]
+        except (LVLMError, ValueError) as error:
             raise LVLMError(f"row {row.id}: {error}") from error
-
-    def arrays(self, tokens: Tokens, pixels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`tokens`, `answers` and `image_id` of a sequence without padding, images expanded as at inference."""
-        given = {"input_ids": tokens.ids[None]} | ({} if pixels is None else {"pixel_values": pixels})
-        laid_out = inputs.from_arrays(given, self.config)
-        kept = laid_out.image_id[0] >= 0
-        repeats = np.where(tokens.ids == self.config.image_token_id, self.config.tokens_per_image, 1)
-        return laid_out.tokens[0, kept], np.repeat(tokens.answers, repeats), laid_out.image_id[0, kept]
-
-    def _tokens(self, messages: list[dict], last_only: bool) -> Tokens:
-        return answer_tokens.encode(self.processor, self.config.eos_token_ids, messages, last_only)
 
 
 def rows_of(
@@ -132,8 +202,6 @@ def rows_of(
         raise LVLMError(f"too_long is {too_long!r}; expected 'error' or 'drop'")
     limit = min(longest, encoder.config.text.max_position_embeddings - 1)
     rows = [encode(example) for example in examples]
-    for row in rows:
-        _check_placeholders(row, encoder.config.image_token_id)
     kept = tuple(row for row in rows if encoder.length(row) <= limit)
     if len(kept) < len(rows):
         first = next(row for row in rows if encoder.length(row) > limit)
@@ -166,20 +234,29 @@ def image_count(rows: Sequence[Row]) -> int:
 
 
 def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: Shape) -> Batch:
-    """Up to `shape.rows` rows as one batch; the places behind the last row are padding of weight 0."""
-    pixels = [encoder.pixels(row) for row in rows]
-    side = encoder.config.vision.image_size
-    images = np.zeros((shape.images, 3, side, side), np.float32)
-    shown = [own for own in pixels if own is not None]
-    if shown:
-        together = np.concatenate(shown)
-        images[: len(together)] = together
+    """Up to `shape.rows` rows as one batch; the places behind the last row are padding of weight 0.
+
+    Raises:
+        LVLMError: naming the row: a picture that cannot be read.
+    """
+    sequences = {name: [row.sequences[name].tokens() for row in rows] for name in rows[0].sequences}
+    first = next(iter(sequences.values()))
+    seen = encoder.pictures(rows, [tokens.ids for tokens in first])
+    # A tower takes something in any case.
+    shown = encoder.config.blank() if seen is None else seen
+    batch = pictures.arrays_of(shown, max(shape.images, bucket(len(shown.pixels), shape.rows)))
     number, weight = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
     number[: len(rows)], weight[: len(rows)] = ids, 1
-    batch = {"images": images, "ids": number, "weight": weight}
-    for name in rows[0].sequences:
-        laid_out = [encoder.arrays(row.sequences[name], own) for row, own in zip(rows, pixels, strict=True)]
-        batch[name] = _padded(laid_out, shape, encoder.config.pad_token_id)
+    batch |= {"ids": number, "weight": weight}
+    for name, tokens in sequences.items():
+        try:
+            image_id = number_images([own.ids == encoder.config.image_token_id for own in tokens], seen)
+        except LVLMError as error:
+            raise LVLMError(f"rows {_names(rows)}: {error}") from error
+        batch[name] = _padded(tokens, image_id, shape, encoder.config.pad_token_id)
+        if shown.grids is not None:
+            # Rows come first, as everywhere in a batch.
+            batch[name]["axes"] = multimodal_positions(batch[name]["image_id"], shown.grids).swapaxes(0, 1)
     if rows[0].reference is not None:
         batch["reference"] = np.zeros((shape.rows, len(rows[0].reference), shape.answers), np.float32)
         for index, row in enumerate(rows):
@@ -250,17 +327,13 @@ def in_order(rows: Sequence[Row], encoder: Encoder, size: int) -> Iterator[Batch
         yield assemble(encoder, chunk, range(start, start + len(chunk)), shape)
 
 
-def _check_placeholders(row: Row, image_token: int) -> None:
-    for name, tokens in row.sequences.items():
-        found = int((tokens.ids == image_token).sum())
-        if found != len(row.images):
-            raise LVLMError(
-                f"row {row.id} ({name}) has {found} image placeholders for {len(row.images)} images once the chat "
-                "template has been applied; do not write the placeholder into a message's text"
-            )
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(row.id for row in rows)
 
 
-def _padded(laid_out: Sequence[tuple], shape: Shape, pad_token: int) -> dict[str, np.ndarray]:
+def _padded(
+    sequences: Sequence[Tokens], image_id: Sequence[np.ndarray], shape: Shape, pad_token: int
+) -> dict[str, np.ndarray]:
     """Sequences as arrays, padded on the right."""
     size = (shape.rows, shape.length)
     padded = {
@@ -269,11 +342,11 @@ def _padded(laid_out: Sequence[tuple], shape: Shape, pad_token: int) -> dict[str
         "image_id": np.full(size, -1, np.int32),
         "columns": np.zeros((shape.rows, shape.answers), np.int32),
     }
-    for row, (tokens, answers, image_id) in enumerate(laid_out):
+    for row, ((tokens, answers), numbers) in enumerate(zip(sequences, image_id, strict=True)):
         kept = slice(len(tokens))
         padded["tokens"][row, kept] = tokens
         padded["answers"][row, kept] = answers
-        padded["image_id"][row, kept] = image_id
+        padded["image_id"][row, kept] = numbers
         places = np.flatnonzero(answers)
         padded["columns"][row, : len(places)] = places
     return padded
@@ -284,6 +357,6 @@ def _stacked(parts: Sequence[Batch]) -> Batch:
     return {
         name: _stacked([part[name] for part in parts])
         if isinstance(first[name], dict)
-        else np.stack([part[name] for part in parts])
+        else pictures.stacked([part[name] for part in parts])
         for name in first
     }

@@ -54,17 +54,23 @@ def of_state(trainable: Any, transformation: optax.GradientTransformation, mesh:
 def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
     """The sharding of every array of a batch: its rows over `ROWS` if they divide evenly, else everywhere.
 
+    Rows of the tower are rows too; what `geometry` says of image tokens, and not of them, is everywhere.
+
     Args:
         accumulate: above 1, rows are the second axis; the first numbers the parts.
     """
     lead = (None,) if accumulate > 1 else ()
 
-    def sharding(leaf: np.ndarray) -> NamedSharding:
-        rows = leaf.shape[len(lead)] if leaf.ndim > len(lead) else 0
-        even = rows > 0 and rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-        return NamedSharding(mesh, PartitionSpec(*lead, ROWS)) if even else everywhere(mesh)
+    def rows(leaf: np.ndarray) -> int:
+        return leaf.shape[len(lead)] if leaf.ndim > len(lead) else 0
 
-    return jax.tree.map(sharding, batch)
+    def sharding(path: tuple, leaf: np.ndarray) -> NamedSharding:
+        of_tokens = getattr(path[0], "key", None) == "geometry" and rows(leaf) != rows(batch["images"])
+        even = rows(leaf) > 0 and rows(leaf) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        split = even and not of_tokens
+        return NamedSharding(mesh, PartitionSpec(*lead, ROWS)) if split else everywhere(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, batch)
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -77,14 +83,3 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def local(tree: Any) -> Any:
-    """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are."""
-    return jax.tree.map(_local, tree)
-
-
-def _local(leaf: jax.Array) -> Any:
-    if leaf.is_fully_addressable:
-        return leaf
-    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere(leaf.sharding.mesh))(leaf))

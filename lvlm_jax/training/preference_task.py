@@ -49,12 +49,12 @@ class Scorer:
     method: Method | None
     image_count: int
 
-    def image_tokens(self, params: Any, batch: Batch, rngs: forward.Rngs = None) -> Float[Array, "I P E"]:
+    def image_tokens(self, params: Any, batch: Batch, rngs: forward.Rngs = None) -> Float[Array, "*N E"]:
         """The tower over each picture once, for both answers."""
-        return forward.encode_images(self.module, params, batch["images"], rngs)
+        return forward.image_tokens(self.module, params, batch, rngs)
 
     def logprobs(
-        self, params: Any, batch: Batch, image_tokens: Float[Array, "I P E"], rngs: forward.Rngs = None
+        self, params: Any, batch: Batch, image_tokens: Float[Array, "*N E"], rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B 2 A"], Bool[Array, "B 2 A"]]:
         """Of every answer token, chosen first, and which of the A places hold one. One pass through the decoder."""
         embedded = {
@@ -69,6 +69,7 @@ class Scorer:
             self.method,
             self.image_count,
             rngs=rngs,
+            axes=both.get("axes"),
         )
         logits, targets, mask = forward.answer_logits(self.module, params, decoded.hidden[0], both, rngs)
         found = forward.token_logprobs(logits, targets, mask)

@@ -22,8 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lvlm_jax import files
-from lvlm_jax.training import placement
+from lvlm_jax import files, parallel
 from lvlm_jax.training.pair_batches import Batch, Encoder, Row, in_order
 from lvlm_jax.training.validation import on_mesh
 
@@ -86,7 +85,7 @@ def fingerprint(params: Any) -> str:
     """A hash of a parameter tree, computed where the parameters live; the same however they are spread."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     checksums = jax.jit(lambda arrays: jnp.stack([_checksum(array) for array in arrays]))
-    sums = np.asarray(placement.local(checksums([leaf for _, leaf in leaves])))
+    sums = np.asarray(parallel.local(checksums([leaf for _, leaf in leaves])))
     hasher = hashlib.sha256()
     for (path, leaf), checksum in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path)
@@ -120,7 +119,7 @@ def _compute(
     pieces = []
     batches = in_order(rows, encoder, size)
     for batch in tqdm(batches, "reference", total=-(-len(rows) // size), mininterval=10):
-        logprobs = np.asarray(placement.local(score(params, on_mesh(batch, mesh))))
+        logprobs = np.asarray(parallel.local(score(params, on_mesh(batch, mesh))))
         for index in np.flatnonzero(batch["weight"]):
             for sequence, name in enumerate(rows[0].sequences):
                 pieces.append(logprobs[index, sequence, : batch[name]["answers"][index].sum()])

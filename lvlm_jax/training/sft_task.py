@@ -27,9 +27,10 @@ def objective(
     """
     rngs = None if key is None else {"dropout": key}
     params, sequence = parts.join(trainable, frozen), batch[CONVERSATION[0]]
-    image_tokens = forward.encode_images(module, params, batch["images"], rngs)
+    image_tokens = forward.image_tokens(module, params, batch, rngs)
     embedded = forward.embed(module, params, sequence["tokens"], image_tokens)
-    decoded = forward.decode(module, params, sequence["image_id"], embedded, rngs=rngs)
+    image_id, axes = sequence["image_id"], sequence.get("axes")
+    decoded = forward.decode(module, params, image_id, embedded, rngs=rngs, axes=axes)
     logits, targets, mask = forward.answer_logits(module, params, decoded.hidden[0], sequence, rngs)
     return {
         "loss": cross_entropy(logits, targets, mask),

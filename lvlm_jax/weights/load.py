@@ -1,9 +1,11 @@
 """Streaming load: Hugging Face files to parameters on devices, one tensor at a time.
 
 Peak host memory is the parameters that live on the host plus one tensor: files are mapped, a tensor's pages are given
-back as soon as it is on its device, and of a sharded tensor only the slices that this process holds are read.
+back as soon as it is on its device, and of a sharded tensor only the slices that this process holds are read. With
+quantization a tensor goes to its device as it is stored, is quantized there, and is gone before the next one comes.
 """
 
+import dataclasses
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +17,10 @@ import numpy as np
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights import internvl_chat, original
+from lvlm_jax.weights import internvl_chat, original, quantize
 from lvlm_jax.weights.checkpoint import open_files, read_json, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
-from lvlm_jax.weights.tables import flatten, inverse, permuted, unflatten
+from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permuted, unflatten
 
 Sharding = jax.sharding.Sharding
 Place = Callable[[str, tuple[int, ...]], Sharding]
@@ -55,6 +57,7 @@ def load_parameters(
     dtype=None,
     sharding: Sharding | Place | Mapping | None = None,
     vision_tower: str | os.PathLike | None = None,
+    quant: str | None = None,
 ) -> dict:
     """Loads a checkpoint into the parameter tree of a configuration.
 
@@ -67,6 +70,7 @@ def load_parameters(
             uncommitted.
         vision_tower: the CLIP checkpoint (folder or hub id) of an original checkpoint that has no tower inside. One
             given here is used even if there is a tower inside.
+        quant: "int8" quantizes the decoder (`weights.quantize`); shardings are those of the quantized tree then.
 
     Returns:
         A nested dict of arrays. Parameters that no chosen feature layer reads (the tower's last layers) are zeros where
@@ -74,8 +78,9 @@ def load_parameters(
 
     Raises:
         LVLMError: a file cannot be read, or tensors are missing, unexpected, misshapen or not floating-point; all of
-            them are reported at once.
+            them are reported at once. Or `quant` is unknown.
     """
+    quantize.check(quant)
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
     files, tower = _open(folder_or_files, vision_tower)
     single = isinstance(folder_or_files, str | os.PathLike)
@@ -85,7 +90,9 @@ def load_parameters(
     dtype = None if dtype is None else np.dtype(dtype)
     flat = {}
     for path, shape in expected.items():
-        if path in sources:
+        if quant is not None and quantize.is_quantized(path):
+            flat |= _load_quantized(path, sources[path], place)
+        elif path in sources:
             flat[path] = _load(sources[path], dtype, place(path, shape))
         else:
             flat[path] = jnp.zeros(shape, dtype or jnp.float32, device=place(path, shape))
@@ -123,6 +130,16 @@ def _placement(sharding) -> Callable[[str, tuple[int, ...]], Sharding | None]:
         by_path = flatten(sharding)
         return lambda path, shape: by_path[path]
     return sharding
+
+
+def _load_quantized(path: str, source: Source, place: Callable) -> dict[str, jax.Array]:
+    """The leaves of a quantized kernel."""
+    turned = dataclasses.replace(source, axes=None if source.axes == LINEAR else LINEAR)  # [out, in]
+    wide = _load(turned, None, place(quantize.leaf_paths(path)[0], turned.shape))
+    made = quantize.leaves(path, wide, place)
+    jax.block_until_ready(made)
+    wide.delete()
+    return made
 
 
 def _load(source: Source, dtype: np.dtype | None, sharding: Sharding | None) -> jax.Array:

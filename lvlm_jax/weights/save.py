@@ -16,6 +16,7 @@ from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.plan import Faults
+from lvlm_jax.weights.quantize import refuse
 from lvlm_jax.weights.safetensors_file import write_safetensors
 from lvlm_jax.weights.tables import Row, flatten, fused, inverse, permuted, table_for
 
@@ -76,8 +77,10 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        LVLMError: the folder is in the way, parameters do not fit the configuration, unknown scheme, or no space.
+        LVLMError: the folder is in the way, parameters do not fit the configuration or are quantized, unknown scheme,
+            or no space.
     """
+    refuse(params)
     folder = Path(folder).expanduser()
     _check_target(folder, overwrite)
     tensors = _tensors(params, config, scheme, dtype)

@@ -28,6 +28,7 @@ class Oracle:
 
     processor = SimpleNamespace(tokenizer=tokenizer)
     config = SimpleNamespace(tokens_per_image=1)
+    mesh = None
 
     def __init__(self, pause: float = 0.0, caption: str = ""):
         self.pause, self.caption = pause, caption
@@ -59,6 +60,10 @@ class Oracle:
         return SimpleNamespace(
             text=texts, tokens=[text.split() for text in texts], finish_reason=["stop"] * len(texts)
         )
+
+    def generate_many(self, requests, batch_size, **settings):
+        for number, (messages, seed) in enumerate(requests):
+            yield number, self.generate([messages], seed=[seed], **settings)
 
     def prefill(self, messages):
         logits = np.zeros((len(messages), VOCABULARY), np.float32)

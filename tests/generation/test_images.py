@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation.images import image_size, open_image
 
 
 def png_with_header(width, height):
@@ -67,6 +67,9 @@ def test_orientation_record_is_applied(tmp_path):
     exif[0x0112] = 6  # stored lying on its side
     image.save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (4, 8)
+    with Image.open(tmp_path / "a.jpg") as lying:
+        for source in (tmp_path / "a.jpg", lying, np.asarray(open_image(tmp_path / "a.jpg"))):
+            assert image_size(source) == (4, 8)
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000)])
@@ -74,6 +77,8 @@ def test_a_huge_header_is_refused_before_decoding(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png_with_header(*size))
     with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
         open_image(tmp_path / "bomb.png")
+    with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
+        image_size(tmp_path / "bomb.png")
 
 
 def test_files_that_are_no_pictures(pixels, tmp_path):

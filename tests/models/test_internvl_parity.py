@@ -65,8 +65,11 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
+    return with_processor(tmp_path_factory.mktemp("processor"))
+
+
+def with_processor(folder):
     """A model with a processor beside it, whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("processor")
     first = 259
     build(folder, 12, text={"vocab_size": first + 4}, image_token_id=first)
     tokenizer = byte_tokenizer(

@@ -258,18 +258,21 @@ def test_positions_of_patches(seen, side):
 
 @pytest.fixture(scope="module", params=list(CLASSES))
 def ours(request, tmp_path_factory):
+    return with_processor(request.param, tmp_path_factory.mktemp("processor"))
+
+
+def with_processor(kind, folder):
     """A model with a processor beside it, whose tokens are bytes; Idefics3 writes its marks letter by letter."""
-    folder = tmp_path_factory.mktemp("processor")
     special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>"]
-    if request.param == "smolvlm":
+    if kind == "smolvlm":
         special += ["<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3))]
     text = {"vocab_size": 259 + len(special), "max_position_embeddings": 2048}
-    build(request.param, folder, 12, text=text, image_token_id=259)
+    build(kind, folder, 12, text=text, image_token_id=259)
     template = (
         "{% for message in messages %}{% for part in message['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
     )
-    pil = {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}[request.param]
+    pil = {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}[kind]
     processor = Idefics3Processor(
         pil(size={"longest_edge": 72}, max_image_size={"longest_edge": 24}),
         byte_tokenizer(special),
@@ -279,7 +282,7 @@ def ours(request, tmp_path_factory):
     processor.save_pretrained(folder)
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.is_file() and request.param == "smolvlm":  # as its repositories name it
+        if path.is_file() and kind == "smolvlm":  # as its repositories name it
             path.write_text(path.read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
     return LVLM.from_pretrained(folder)
 

@@ -17,7 +17,6 @@ def main(workdir: Path, stop_in: int) -> None:
     assert parallel.start()
     import jax
 
-    from lvlm_jax.training import placement
     from tests.parallel import small_run
 
     assert jax.process_count() == 2 and len(jax.local_devices()) == 1
@@ -25,7 +24,7 @@ def main(workdir: Path, stop_in: int) -> None:
     trained = small_run.train(parallel.make_mesh(data=1, fsdp=2, tensor=1), workdir, stop_in=mine)
     kernel = trained["language_model"]["lm_head"]["kernel"]
     assert not kernel.is_fully_addressable and kernel.addressable_shards[0].data.shape == (8, 64)
-    whole = placement.local(trained)["language_model"]["lm_head"]["kernel"]
+    whole = parallel.local(trained)["language_model"]["lm_head"]["kernel"]
     if jax.process_index() == 0:
         np.save(workdir / "kernel.npy", whole)
 

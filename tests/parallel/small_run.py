@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,15 @@ class Talk:
 
     Args:
         images: shape of the array of one image.
+        seconds: that a batch takes, to leave time for being killed.
     """
 
-    def __init__(self, images, image_token=IMAGE_TOKEN, patches=PATCHES, stop_in=None):
+    def __init__(self, images, image_token=IMAGE_TOKEN, patches=PATCHES, stop_in=None, seconds=0.0):
         self.images, self.image_token, self.patches, self.stop_in = images, image_token, patches, stop_in
+        self.seconds = seconds
 
     def __call__(self, step):
+        time.sleep(self.seconds)
         if step == self.stop_in:
             os.kill(os.getpid(), signal.SIGTERM)
         rng = np.random.default_rng([7, step])
@@ -83,10 +87,10 @@ def settings(**changes):
     return ConfigDict(fields | changes)
 
 
-def train(mesh, workdir, stop_in=None, **changes):
+def train(mesh, workdir, stop_in=None, seconds=0.0, **changes):
     """The trained parameters of the miniature, all but its tower."""
     params, objective = miniature()
-    task = loop.Task("talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), stop_in=stop_in), None)
+    task = loop.Task("talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), stop_in=stop_in, seconds=seconds), None)
     return loop.train(task, *parts.split(params, TRAINED), settings(**changes), workdir, mesh)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import get, pocket, pocket_training, rescore
+from lvlm_jax.evaluation import get, pocket_training, rescore
 from lvlm_jax.evaluation.pocket_training import BASE, Arm, Findings
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.pocket.pairs import DESCRIPTION, sample_prompt
@@ -31,7 +31,7 @@ SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answ
 
 
 def setup(out, *words):
-    return tool.Setup(settings.read(tool.SETTINGS, [*SMALL, *words]), out, 16, 20, 10)
+    return tool.Setup(settings.read(tool.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
 
 
 def test_the_settings_are_recipes():
@@ -88,7 +88,6 @@ def test_pairs_to_learn_from_and_held_out(tmp_path, monkeypatch):
 
 def test_models_on_the_benchmark(tmp_path):
     own, oracle, sevi = setup(tmp_path), Oracle(), SEVI()
-    pocket.write_world(tmp_path / "world-10", 10)
     asked_of = {BASE: None, "other": sevi, "same": None}
     arms = {name: Arm(own.base, method, name) for name, method in asked_of.items()}
     for part in pocket_training.PARTS:
@@ -114,10 +113,10 @@ def test_accuracy_of_pairs():
     before = {"set": np.array([[-1.0, -2.5], [-5.0, -2.0], [-4.0, -2.0]])}
     ids = {"set": ["a", "b", "c"]}
     trained = rescore.report(held_out.pair_scores(ids, policy, before), 20)["figures"]
-    assert trained["set: prefers"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert trained["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert trained["set: moved"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     first = rescore.report(held_out.pair_scores(ids, before), 20)["figures"]
-    assert first["set: prefers"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert first["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
     assert first["set: moved"]["value"] is None
 
 
@@ -213,15 +212,18 @@ def test_what_is_said_follows_from_the_intervals():
         "pope": findings(one_names, "mean: accuracy", 0.0),
         "chair": findings(one_names, "C_S", 0.05),  # here less is better
     }
-    preferred = findings(several_names, "truncated: prefers", 0.1)
+    preferred = findings(several_names, "truncated: chosen likelier", 0.1)
     both = Findings(
         {
-            name: {"figures": own["figures"] | {"plain: prefers": own["figures"]["truncated: prefers"]}}
+            name: {
+                "figures": own["figures"]
+                | {"plain: chosen likelier": own["figures"]["truncated: chosen likelier"]}
+            }
             for name, own in preferred.scores.items()
         },
         lambda one, other: {
-            name: preferred.compare(one, other)["truncated: prefers"]
-            for name in ("truncated: prefers", "plain: prefers")
+            name: preferred.compare(one, other)["truncated: chosen likelier"]
+            for name in ("truncated: chosen likelier", "plain: chosen likelier")
         },
     )
     rows = [
@@ -276,7 +278,8 @@ def test_settings_that_cannot_be(tmp_path, words, message):
 def test_the_whole_path(tmp_path, monkeypatch):
     target = tmp_path / "page.md"
     words = [
-        "--out", str(tmp_path / "run"), "--steps", "2", "--images", "10", "--resamples", "20", "--batch-size", "16",
+        "--out", str(tmp_path / "run"), "--steps", "2", "--images", "10", "--captions", "10", "--resamples", "20",
+        "--batch-size", "16",
         "--markdown", str(target), "--config.pairs.prompts=24", "--config.pairs.held_out=16",
         "--config.pairs.batch=8", "--config.answers.prompts=8", "--config.answers.held_out=4",
         "--config.capl.batch=2", "--config.dpo.batch=2", "--config.flow_alignment.batch=4",

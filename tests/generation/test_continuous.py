@@ -1,0 +1,323 @@
+"""Continuous batching: the answers of plain batches, whatever shares a batch with whom, from a bounded set of programs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import infer
+from lvlm_jax import LVLM, methods
+from lvlm_jax.attention import Context
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import Question, engine, get
+from lvlm_jax.generation import continuous, drivers, jobs, scheduler
+from lvlm_jax.methods import Method
+from tests import checkpoints, small
+from tests.small import conversation
+
+LIMIT = 24
+SAMPLED = {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_columns():
+    """Columns for little more than one answer, so that rows move again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuous, "rooms", lambda limit: (64, limit + 4))
+        yield
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Fourteen conversations, every third without a picture."""
+    return [conversation("What" + "?" * (i % 5), seed=i if i % 3 else None) for i in range(14)]
+
+
+@pytest.fixture(scope="module")
+def stop(model, asked):
+    """Tokens that end some greedy answers early."""
+    tokens = model.generate(asked, max_new_tokens=LIMIT).tokens
+    return [tokens[0][3], tokens[4][9], tokens[5][15]]
+
+
+def many(model, asked, **settings):
+    """What `generate_many` says, in the order of the conversations, seeds being their numbers."""
+    found = dict(model.generate_many([(one, seed) for seed, one in enumerate(asked)], **settings))
+    assert sorted(found) == list(range(len(asked)))
+    return [found[number] for number in range(len(asked))]
+
+
+def assert_equal(outputs, batch):
+    for row, output in enumerate(outputs):
+        assert output.tokens == [batch.tokens[row]]
+        assert output.text == [batch.text[row]] and output.finish_reason == [batch.finish_reason[row]]
+        np.testing.assert_allclose(output.logprobs[0], batch.logprobs[row], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (None, {}),
+        (None, SAMPLED),
+        (methods.CMAC(alpha=1.0, variant="code"), {}),  # a shared prefix, and the gate's memory
+        (methods.VCD(), {}),
+        (methods.PAI(start_layer=0), {}),  # a second layout
+        *(
+            pytest.param(method, {}, marks=pytest.mark.slow)
+            for method in (
+                methods.M3ID(decay=0.3),
+                methods.ICD(tokens=(5, 6, 7)),
+                methods.DoLa(layers=(0, 1)),
+                methods.SID(start_layer=1, keep=3),
+                methods.chain(methods.EAH(), methods.CMAC(alpha=1.0)),
+            )
+        ),
+    ],
+    ids=lambda value: value.label if isinstance(value, Method) else "sampled" if value else "",
+)
+def test_answers_are_those_of_a_plain_batch(model, asked, stop, method, settings):
+    settings = {"method": method, "max_new_tokens": LIMIT, "stop_token_ids": stop} | settings
+    batch = model.generate(asked, seed=list(range(len(asked))), **settings)
+    assert len({len(tokens) for tokens in batch.tokens}) > 2
+    assert_equal(many(model, asked, batch_size=3, **settings), batch)
+
+
+def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch):
+    settings = {"max_new_tokens": LIMIT, "stop_token_ids": stop, "batch_size": 4}
+    moves, compact = [], continuous.compact
+    monkeypatch.setattr(continuous, "compact", lambda slots: moves.append(1) or compact(slots))
+
+    def programs():
+        jitted = (drivers.prefill, continuous.empty, continuous.place, compact)
+        return [one._cache_size() for one in jitted] + [continuous.run.compiled_programs()]
+
+    pictured = [one for number, one in enumerate(asked) if number % 3]  # one kind of prompt
+    drivers.prefill.clear_cache()
+    before = programs()
+    first = many(model, pictured * 2, **settings)
+    assert [now - then for now, then in zip(programs(), before, strict=True)] == [1] * 5
+    assert len(moves) > 1
+    again = many(model, pictured[::-1], **settings)
+    assert programs() == [then + 1 for then in before]
+    assert [one.tokens for one in again[::-1]] == [one.tokens for one in first[: len(again)]]
+
+
+def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
+    def sized(tokens, **more):
+        """A prompt of so many tokens, one of which is a letter."""
+        spare = tokens - int(model.prepare(conversation("a", **more)).lengths[0])
+        return conversation("a" * (1 + spare), **more)
+
+    pictures = [conversation("a", seed=seed)[0]["content"][0] for seed in (7, 8)]
+    words = {"type": "text", "text": "Both?"}
+    two = [{"role": "user", "content": [*pictures, words]}]
+    asked = [sized(50, seed=1), sized(40), two, sized(70, seed=2), sized(45, seed=3), sized(68)] * 2
+    assert model.prepare(asked[3]).tokens.shape[1] == 128 and model.prepare(asked[0]).tokens.shape[1] == 64
+    settings = {"method": methods.CMAC(alpha=1.0), "max_new_tokens": LIMIT, "stop_token_ids": stop}
+    assert_equal(many(model, asked, batch_size=3, **settings), model.generate(asked, **settings))
+
+
+def test_a_prompt_that_does_not_fit_fails_alone(model, asked, stop):
+    settings = {"max_new_tokens": LIMIT, "stop_token_ids": stop}
+    mixed = [*asked[:5], conversation("a" * 200), *asked[5:]]
+    outputs = many(model, mixed, batch_size=16, **settings)  # sixteen rows take prompts by two
+    error = outputs.pop(5)
+    assert isinstance(error, LVLMError) and "the model's context is 96" in str(error)
+    assert_equal(outputs, model.generate(asked, **settings))
+
+
+def test_answers_come_when_they_end_and_prompts_go_in_when_there_is_room(model, asked, stop):
+    drawn = []
+
+    def requests():
+        for number, one in enumerate(asked):
+            drawn.append(number)
+            yield one, number
+
+    order, ahead = [], []
+    settings = {"max_new_tokens": LIMIT, "stop_token_ids": stop, "batch_size": 3}
+    for number, _ in model.generate_many(requests(), **settings):
+        order.append(number)
+        ahead.append(len(drawn) - len(order))
+    assert order != sorted(order)
+    assert max(ahead) <= 3 + 3  # under way, ended but not handed out, and one laid out in advance
+
+
+def test_a_limit_of_one_token_and_an_answer_that_stops_at_once(model, asked):
+    single = many(model, asked[:5], max_new_tokens=1, batch_size=2)
+    assert [len(one.tokens[0]) for one in single] == [1] * 5
+    first = [one.tokens[0][0] for one in single]
+    stopped = many(model, asked[:5], max_new_tokens=LIMIT, stop_token_ids=first, batch_size=2)
+    assert [one.tokens[0] for one in stopped] == [[token] for token in first]
+    assert [one.finish_reason for one in stopped] == [["stop"]] * 5
+
+
+def test_rows_are_written_in_place(model, asked):
+    state, step = model.prefill(asked[1:3], methods.CMAC(), int(model.prepare(asked[1:3]).lengths.max()))
+    slots = jax.eval_shape(
+        lambda state: continuous._empty(
+            state, scheduler.Sampling.of(), np.asarray([-1], np.int32), 4, LIMIT, step.combined.shape[1]
+        ),
+        state,
+    )
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots.state.caches))
+    tokens, numbers = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    place = continuous.place.lower(slots, state, step.combined, tokens, keys, numbers, numbers).compile()
+    assert place.memory_analysis().alias_size_in_bytes >= held
+    assert place.memory_analysis().temp_size_in_bytes < held
+    compact = continuous.compact.lower(slots).compile()
+    assert compact.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_a_sliding_window_counts_tokens_and_not_columns():
+    def mask(image_id, row):
+        context = Context(
+            image_id=jnp.asarray([image_id]),
+            positions=jnp.zeros((1, 1), jnp.int32),
+            first_row=jnp.int32(row),
+            image_end=jnp.zeros((1,), jnp.int32),
+            phase="decode",
+        )
+        return np.asarray(context.mask(window=3)[0, 0]).astype(int).tolist()
+
+    assert mask([-1, 0, 0, 0, 0], 4) == [0, 0, 1, 1, 1]
+    assert mask([-1, 0, 0, -1, -1, 0, 0, -1], 6) == [0, 0, 1, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.slow
+def test_layers_with_a_sliding_window(tmp_path):
+    overrides = dict(checkpoints.VARIETIES["mistral_window"])
+    overrides["text"] = overrides["text"] | {"vocab_size": small.IMAGE_TOKEN_ID + 1}
+    overrides["vision"] = {}
+    checkpoints.make_llava(tmp_path, seed=5, **overrides)
+    small.write_processor(tmp_path)
+    model = LVLM.from_pretrained(tmp_path)
+    assert model.config.text.window(1) is not None
+    asked = [conversation("What" + "?" * (i % 5), seed=i if i % 3 else None) for i in range(9)]
+    tokens = model.generate(asked, max_new_tokens=LIMIT).tokens
+    settings = {"max_new_tokens": LIMIT, "stop_token_ids": [tokens[0][3], tokens[4][9], tokens[5][15]]}
+    assert_equal(many(model, asked, batch_size=3, **settings), model.generate(asked, **settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Method):
+    """Keeps one number for the whole batch."""
+
+    def start(self, batch):
+        return jnp.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (methods.VISTA(), "VISTA keeps something for a batch"),
+        (methods.OPERA(), "OPERA is a search of its own"),
+        (methods.CMAC(distort="value_noise"), "CMAC keeps"),
+        (methods.chain(methods.EAH(), methods.VISTA()), "EAH . VISTA keeps"),
+        (Shared(), "Shared keeps"),
+    ],
+    ids=lambda value: value.label if isinstance(value, Method) else "",
+)
+def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked, method, reason):
+    with pytest.raises(LVLMError, match=f"continuous batching is not possible: {reason}"):
+        next(model.generate_many([(asked[0], 0)], method))
+    with pytest.raises(LVLMError, match=f"{reason}.*use the schedule batches"):
+        scheduler.chosen("continuous", method, None, 512, 8)
+    assert not scheduler.chosen("auto", method, None, 512, 8)
+
+
+def test_the_schedule_follows_the_length_of_answers():
+    assert scheduler.chosen("auto", methods.CMAC(), None, 512, 8)
+    assert not scheduler.chosen("auto", methods.CMAC(), None, 10, 8)
+    assert not scheduler.chosen("auto", None, None, 512, 1)
+    assert not scheduler.chosen("batches", None, None, 512, 8)
+    assert scheduler.chosen("continuous", None, None, 10, 1)
+    with pytest.raises(LVLMError, match="schedule is 'both'; expected one of auto, continuous, batches"):
+        scheduler.chosen("both", None, None, 10, 8)
+
+
+def test_settings_are_checked(model, asked):
+    for name in ("max_new_tokens", "batch_size"):
+        with pytest.raises(LVLMError, match=f"{name} is 0; expected at least 1"):
+            next(model.generate_many([(asked[0], 0)], **{name: 0}))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures in a folder."""
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        pixels = generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def stopping(monkeypatch, stop):
+    """Stop tokens for whoever names none."""
+    monkeypatch.setattr(LVLM, "_stops", lambda self, given: tuple(stop))
+
+
+def test_a_job_writes_the_same_file_by_either_schedule(checkpoint, pictures, stopping, monkeypatch, capsys):
+    entries = [{"question_id": i, "image": f"{i % 3}.png", "text": "What?" + "!" * (i % 4)} for i in range(9)]
+    entries[4]["image"] = "missing.png"
+    entries[6]["text"] = "a" * 200
+    (pictures / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    monkeypatch.chdir(pictures)
+
+    def job(name, schedule):
+        words = ["--model", checkpoint, "--question-file", "questions.jsonl", "--answers-file", name]
+        words += ["--batch-size", "3", "--max_new_tokens", str(LIMIT), "--schedule", schedule]
+        assert infer.main(words) == 2
+        assert "2 failed" in capsys.readouterr().out
+        return Path(name).read_bytes()
+
+    plain = job("plain.jsonl", "batches")
+    assert [json.loads(line)["question_id"] for line in plain.splitlines()] == [0, 1, 2, 3, 5, 7, 8]
+    assert len({json.loads(line)["metadata"]["tokens"] for line in plain.splitlines()}) > 1
+    assert job("flowing.jsonl", "continuous") == plain
+    cut = b"".join(plain.splitlines(keepends=True)[:3]) + b'{"question_id": 3, "te'
+    Path("flowing.jsonl").write_bytes(cut)
+    assert job("flowing.jsonl", "continuous") == plain
+
+
+def test_a_job_answers_alike_prompts_together_and_writes_them_in_order(tmp_path):
+    texts = ["short", "long" * 40, "brief", "wide" * 40, "tiny", "more" * 40]
+    lines = [json.dumps({"question_id": number, "text": text}) for number, text in enumerate(texts)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    batches = []
+
+    def answer(conversations, seeds):
+        batches.append(seeds)
+        return [jobs.Answer(str(seed), "stop", 1) for seed in seeds]
+
+    arguments = (tmp_path / "questions.jsonl", tmp_path / "answers.jsonl", {})
+    jobs.run_job(lambda: answer, *arguments, image_folder=tmp_path, batch_size=3)
+    assert batches == [[1, 3, 5], [2, 4, 6]]
+    written = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in written] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_the_engine_gets_the_same_answers_by_either_schedule(model, pictures, stopping, tmp_path):
+    questions = [
+        Question(i, (pictures / f"{i % 3}.png",), "What?" + "!" * (i % 4), None, "captions") for i in range(8)
+    ]
+    protocol = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=LIMIT)
+
+    def answers(schedule):
+        folder = tmp_path / schedule
+        work = engine.Work(3, folder=folder, record={"who": "small"}, schedule=schedule)
+        found = engine.ask(model, questions, protocol, work=work)
+        rows = [json.loads(line) for line in (folder / "log.0.jsonl").read_text().splitlines()[1:]]
+        assert [row["batch"]["prompts"] for row in rows if "batch" in row] == [3, 3, 2]
+        return found
+
+    plain = answers("batches")
+    assert len({said.tokens for said in plain.values()}) > 1
+    assert answers("continuous") == plain

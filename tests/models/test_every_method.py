@@ -1,0 +1,350 @@
+"""Every method on every family: eight tokens on a batch of two images, no image and one image.
+
+The tables in docs/models.md say what ran. To write them anew (some ten minutes of one core):
+
+    python -m tests.models.test_every_method --write
+"""
+
+import argparse
+import contextlib
+import functools
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lvlm_jax import methods, models
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import branches, drivers
+from lvlm_jax.models.pictures import bucketed
+from tests.models import zoo
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+NEW_TOKENS = 8
+TWO, NONE, ONE = range(3)  # samples of the batch, by their images
+
+# Column -> method and the settings under which it acts in two decoder layers and on images of a few tokens.
+METHODS = {
+    "capl": ("capl", {}),
+    "capl truncated": ("capl", {"mode": "truncated"}),
+    "clva": (
+        "clva",
+        {"noise_layers": 1, "anchor_start": 0.0, "anchor_end": 0.0, "lambda_": 0.5, "rho": 0.5, "layers": (1,),
+         "gate": False},
+    ),
+    "cmac": ("cmac", {}),
+    "deco": ("deco", {"layers": (0, 1)}),
+    "dola": ("dola", {"layers": (0, 1)}),
+    "eah": ("eah", {}),
+    "icd": ("icd", {"tokens": (5, 7, 11)}),
+    "m3id": ("m3id", {}),
+    "middle_layers": ("middle_layers", {"start_layer": 0, "end_layer": None}),
+    "opera": ("opera", {"beams": 2, "candidates": 2}),
+    "pai": ("pai", {"start_layer": 1}),
+    "sevi + cicd": ("sevi", {"start_layer": 0, "cicd": True, "kappa": 0.6}),
+    "sid": ("sid", {"start_layer": 1, "keep": 2}),
+    "vaf": ("vaf", {"start_layer": 0, "end_layer": None}),
+    "vcd": ("vcd", {}),
+    "vista": ("vista", {"layers": (0, 1)}),
+}  # fmt: skip
+
+# In the quick suite each family has CMAC and one more method, and each method a family.
+QUICK = {
+    "gemma3": "capl",
+    "glm4v": "sid",
+    "idefics3": "dola",
+    "instructblip": "icd",
+    "internvl": "capl truncated",
+    "internvl_chat": "deco",
+    "llava": "vaf",
+    "llava_next": "pai",
+    "llava_onevision": "middle_layers",
+    "qwen2_5_vl": "m3id",
+    "qwen2_vl": "eah",
+    "qwen3_vl": "vista",
+    "qwen_vl": "clva",
+    "smolvlm": "sevi + cicd",
+}
+TEXT_TOO = ("deco", "dola")  # look at no image, and treat all samples alike
+
+RAN = "✓"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with quick_compiler():
+        yield
+
+
+@contextlib.contextmanager
+def quick_compiler():
+    """Programs that run a few times on tiny arrays are not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Gives the tiny model of a family."""
+    return functools.cache(lambda name: zoo.load(name, tmp_path_factory.mktemp(name)))
+
+
+def build(column: str) -> methods.Method:
+    name, settings = METHODS[column]
+    return methods.get(name)(**settings)
+
+
+def first_step(case: zoo.Case, method: methods.Method | None, *rows: int):
+    """The logits behind the prompts, with room for the answer as `generate` makes it."""
+    prompt = case.prompt(*rows)
+    return case.model.prefill(prompt, method, int(prompt.lengths.max()) + 64)[1]
+
+
+def assert_generates(case: zoo.Case, method: methods.Method) -> None:
+    """Eight tokens for each sample; a logit that is not a number would make their log-probabilities none."""
+    out = case.model.generate(case.prompt(), method, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    assert [len(tokens) for tokens in out.tokens] == [NEW_TOKENS] * 3
+    assert np.isfinite(np.concatenate(out.logprobs)).all()
+
+
+def assert_acts(case: zoo.Case, column: str, plain: np.ndarray) -> None:
+    """Samples with images are changed, the one without is not. `plain` are the logits without a method."""
+    step = first_step(case, build(column))
+    main, combined = np.asarray(step.main), np.asarray(step.combined)
+    assert np.isfinite(main).all() and not np.isnan(combined).any() and (combined < np.inf).all()
+    kept = np.isfinite(combined)
+    changed = np.where(kept, np.abs(combined - plain), 0).max(axis=1)
+    if step.contrast is not None:
+        apart = np.abs(np.asarray(step.contrast) - main).max(axis=1)
+        # M3ID begins to contrast with the second token; the first is only cut.
+        changed = apart if column == "m3id" else np.minimum(changed, apart)
+    assert min(changed[TWO], changed[ONE]) > 1e-3, f"nothing changed: {changed}"
+    if column not in TEXT_TOO:
+        alone = kept[NONE]  # CMAC cuts there too, with nothing to contrast
+        np.testing.assert_allclose(combined[NONE][alone], plain[NONE][alone], rtol=0, atol=1e-4)
+
+
+def measured(case: zoo.Case) -> dict[str, str]:
+    """A row of the table: for each method that it runs, or the reason why it does not."""
+    plain = np.asarray(first_step(case, None).main)
+    cells = {}
+    for column in METHODS:
+        try:
+            assert_generates(case, build(column))
+            if column != "opera":
+                assert_acts(case, column, plain)
+            cells[column] = RAN
+        except LVLMError as error:
+            cells[column] = str(error)
+    return cells
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """Families by methods in Markdown; reasons stand below it."""
+    lines = [f"| | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
+    reasons: list[str] = []
+    for name, cells in sorted(rows.items()):
+        shown = []
+        for column in METHODS:
+            if cells[column] != RAN and cells[column] not in reasons:
+                reasons.append(cells[column])
+            shown.append(RAN if cells[column] == RAN else f"no ({reasons.index(cells[column]) + 1})")
+        lines.append(f"| `{name}` | {' | '.join(shown)} |")
+    lines += [f"\n({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def committed(part: str) -> str:
+    """What docs/models.md holds between the marks of a generated part."""
+    found = re.search(
+        rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", DOCUMENT.read_text(encoding="utf-8"), re.S
+    )
+    assert found, f"docs/models.md has no part {part!r}"
+    return found[0]
+
+
+def committed_row(name: str) -> str:
+    return next(line for line in committed("methods").splitlines() if line.startswith(f"| `{name}` |"))
+
+
+def test_the_zoo_has_every_family():
+    assert set(zoo.FAMILIES) == {*models.FAMILIES, "internvl_chat"} == set(QUICK)
+    assert {name for name, _ in METHODS.values()} == set(methods.names())
+    assert set(QUICK.values()) | {"cmac", "opera", "vcd"} == set(METHODS)
+
+
+def test_the_table_has_every_family_and_method():
+    header, _, *rows = committed("methods").split("\n\n")[0].strip().splitlines()
+    assert header == table({}).splitlines()[0]
+    assert [re.match(r"\| `(\w+)` \|", row)[1] for row in rows] == sorted(zoo.FAMILIES)
+
+
+@pytest.mark.parametrize("name", list(zoo.FAMILIES))
+def test_cmac_and_one_more(load, name):
+    """One generates, and the first token of the other has finite logits."""
+    assert_generates(load(name), build("cmac"))
+    step = first_step(load(name), build(QUICK[name]))
+    assert np.isfinite(step.main).all() and not np.isnan(step.combined).any()
+    cells = dict(zip(METHODS, committed_row(name).split(" | ")[1:], strict=True))
+    assert cells["cmac"] == RAN and cells[QUICK[name]].startswith(RAN)
+
+
+@pytest.mark.parametrize("column", ["opera", "vcd"])
+def test_methods_that_no_family_above_has(load, column):
+    assert_generates(load("qwen2_vl"), build(column))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(zoo.FAMILIES))
+def test_every_method(load, name):
+    """What the committed table says of a family is what runs."""
+    row = table({name: measured(load(name))}).splitlines()[2]
+    assert row == committed_row(name)
+
+
+# Methods whose second branch is another one in each family: pixels, pictures, no images, words.
+@pytest.mark.slow
+@pytest.mark.parametrize("column", ["vcd", "sevi + cicd", "m3id", "icd"])
+@pytest.mark.parametrize("name", list(zoo.FAMILIES))
+def test_a_batch_equals_its_samples_alone(load, name, column):
+    together, alone = first_step(load(name), build(column)), first_step(load(name), build(column), ONE)
+    for logits in ("main", "contrast"):
+        np.testing.assert_allclose(
+            getattr(together, logits)[ONE], getattr(alone, logits)[0], rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", list(zoo.FAMILIES))
+def test_noise_belongs_to_a_sample_and_its_rows(load, name):
+    """Each row of a sample has noise of its own, the same in a batch as alone, whatever bucket it is in."""
+    case = load(name)
+
+    def noise(*rows):
+        prompt = case.prompt(*rows)
+        pixels = drivers.contrast_pixels(methods.VCD(), np.zeros_like(prompt.pixels), prompt.image_index)
+        return prompt, np.asarray(pixels)
+
+    prompt, together = noise()
+    samples = np.repeat([TWO, ONE], [2, 1])[prompt.owner]
+    for sample in (TWO, ONE):
+        mine = together[(samples == sample) & (prompt.owner >= 0)]
+        alone, own = noise(sample)
+        own = own[alone.owner >= 0]
+        assert len(own) == len(mine) and (len(mine) > 1 or sample == ONE)
+        np.testing.assert_array_equal(mine[:, : own.shape[1]], own)
+        assert len({row.tobytes() for row in own}) == len(own)
+        assert own.std() > 0.5
+
+
+def test_the_other_picture_stands_in_the_place_of_each(load):
+    """Loose patches show it as the processor would cut it, at the size of each picture."""
+    case = load("qwen2_vl")
+    prompt, vision = case.prompt(), case.model.config.vision
+    asked = []
+
+    def picture(height, width):
+        asked.append((height, width))
+        return np.arange(3 * height * width, dtype=np.float32).reshape(3, height, width)
+
+    pixels = branches.shown(case.model.config, prompt, picture)
+    side = vision.patch_size
+    assert asked == [(4 * side, 20 * side), (8 * side, 4 * side), (4 * side, 4 * side)]
+    assert pixels.shape == prompt.pixels.shape and not pixels[~prompt.geometry["valid"]].any()
+    # The second picture, 8 x 4 patches: its third patch begins the second row of the first block.
+    patch = pixels[1, 2].reshape(3, vision.frames, side, side)
+    np.testing.assert_array_equal(patch[:, 0], picture(8 * side, 4 * side)[:, side : 2 * side, :side])
+    np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
+    tiles = load("internvl")
+    np.testing.assert_array_equal(
+        branches.shown(tiles.model.config, tiles.prompt(), picture)[3],
+        picture(*tiles.prompt().pixels.shape[2:]),
+    )
+
+
+@pytest.mark.parametrize("name", list(zoo.FAMILIES))
+def test_the_map_of_an_image_is_made_of_its_tokens(load, name):
+    case = load(name)
+    pictures = case.prompt().pictures
+    assert pictures.token_counts.sum() == (case.prompt().image_id > 0).sum()
+    for image, count in enumerate(pictures.token_counts):
+        places = case.model.config.token_map(pictures, image)
+        if name == "instructblip":
+            assert places is None
+            continue
+        if pictures.grids is not None:
+            assert places.shape == tuple(pictures.grids[image]) and places.size == count
+        np.testing.assert_array_equal(places.ravel(), places.min() + np.arange(places.size))
+        # Whole views stand first where newlines are tokens, last where pictures are cut otherwise.
+        assert places.min() == 0 or places.max() == count - 1
+
+
+def sizes(most: int, smallest: int = 1) -> list[int]:
+    return sorted({bucketed(count, smallest) for count in range(1, most + 1)})
+
+
+# Family -> what decides on the programs of its tower for up to eight images in a batch, and the buckets of each.
+BUCKETS: dict[str, dict[str, list[int]]] = {
+    "`llava_next`": {"tiles of all images (5 an image)": sizes(5 * 8)},
+    "`llava_onevision`": {"tiles of all images (37 an image that comes alone)": sizes(37 * 8)},
+    "`internvl`": {"tiles of all images (13 an image)": sizes(13 * 8)},
+    "`smolvlm`, `idefics3`": {"tiles of all images (17 an image)": sizes(17 * 8)},
+    "`instructblip`": {
+        "images": list(range(1, 9)),
+        "Q-Former words of the longest instruction": sizes(512, 16),
+    },
+    "`qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`": {
+        "images": sizes(8),
+        "tokens of the largest image (16384 at most)": sizes(16384, 16),
+    },
+    "`glm4v`": {"images": sizes(8), "tokens of the largest image (7500 at most)": sizes(7500, 16)},
+    "`llava`, `qwen_vl`, `gemma3`": {"images": list(range(1, 9))},
+}
+
+
+def program_table() -> str:
+    """Bounds on the number of programs of the towers, in Markdown."""
+    lines = ["| family | what decides | sizes | programs at most |", "|---|---|---|---|"]
+    for family, buckets in BUCKETS.items():
+        for place, (what, found) in enumerate(buckets.items()):
+            count = str(np.prod([len(sizes) for sizes in buckets.values()])) if place == 0 else ""
+            lines.append(
+                f"| {family if place == 0 else ''} | {what} | {', '.join(map(str, found))} | {count} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def test_the_number_of_programs():
+    print(program_table())
+    assert committed("programs") == program_table()
+
+
+def written(text: str, part: str, content: str) -> str:
+    """The document with a generated part replaced."""
+    pattern = rf"(<!-- {part} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda found: found[1] + content + found[2], text, flags=re.S)
+
+
+def main(words: list[str], load: Callable[[str, Path], zoo.Case] = zoo.load) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the tables in docs/models.md")
+    arguments = parser.parse_args(words)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder, quick_compiler():
+        for name in zoo.FAMILIES:
+            (Path(folder) / name).mkdir()
+            rows[name] = measured(load(name, Path(folder) / name))
+            print(name, *(cell for cell in rows[name].values()), flush=True)
+    if arguments.write:
+        text = written(DOCUMENT.read_text(encoding="utf-8"), "methods", table(rows))
+        DOCUMENT.write_text(written(text, "programs", program_table()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

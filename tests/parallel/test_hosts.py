@@ -1,0 +1,224 @@
+"""Several processes on one machine, as many hosts would run them: equal to one, and what happens when one is gone."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM, parallel
+from lvlm_jax.parallel import processes, witness
+from tests import checkpoints
+from tests.parallel import infer_over_processes, small_run
+
+ROOT = pathlib.Path(__file__).parents[2]
+PATIENCE = 600  # seconds for what takes ten: the machine may be busy
+SILENCE = 10  # seconds after which JAX counts a process as gone, in these tests
+
+
+def begin(script, count, *words, errors):
+    """`count` processes of a script in tests/parallel; standard error of each goes to a file in the folder `errors`."""
+    errors.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    common = {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count), processes.PEER_TIMEOUT: str(SILENCE),
+        processes.JOIN_TIMEOUT: str(PATIENCE),
+    }  # fmt: skip
+    begun = []
+    for index in range(count):
+        with (errors / str(index)).open("w") as file:
+            begun.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", f"tests.parallel.{script}", *map(str, words)],
+                    env=os.environ | common | {"JAX_PROCESS_ID": str(index)},
+                    cwd=ROOT,
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
+                )
+            )
+    return begun
+
+
+def codes(begun):
+    """Exit codes; none of them outlives the test."""
+    try:
+        return [process.wait(PATIENCE) for process in begun]
+    finally:
+        for process in begun:
+            process.kill()
+
+
+def said(errors, index):
+    """The lines on standard error of a process, without its progress bar."""
+    text = (errors / str(index)).read_text().replace("\r", "\n")
+    return [line for line in text.splitlines() if line and not line.startswith("talk: ")]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(checkpoint, file of inputs, what `infer_over_processes` finds on one device)."""
+    folder = tmp_path_factory.mktemp("small")
+    image = checkpoints.IMAGE
+    torch_model = checkpoints.make_llava(
+        folder / "model", seed=5, text={"num_key_value_heads": 2}, vision={"image_size": 14, "patch_size": 7}
+    )
+    layouts = [(4, image, 3), (9,), (2, image, 1, image, 6), (3, image, 2)]
+    inputs = checkpoints.random_inputs(torch_model.config, seed=6, layouts=layouts)
+    np.savez(folder / "inputs.npz", **inputs)
+    return (
+        folder / "model",
+        folder / "inputs.npz",
+        infer_over_processes.answers(LVLM.from_pretrained(folder / "model"), inputs),
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 2, 1),
+        pytest.param((2, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 2, 2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_model_over_processes_answers_as_on_one_device(small, tmp_path, sizes):
+    folder, inputs, expected = small
+    words = [folder, inputs, tmp_path / "found.npz", ",".join(map(str, sizes))]
+    begun = begin("infer_over_processes", int(np.prod(sizes)), *words, errors=tmp_path / "errors")
+    assert set(codes(begun)) == {0}, said(tmp_path / "errors", 0)[-20:]
+    found = np.load(tmp_path / "found.npz")
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        atol = 0 if name.endswith("tokens") else 1e-4
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    """Losses of the miniature on one device, which nobody kills."""
+    workdir = tmp_path_factory.mktemp("alone")
+    small_run.train(None, workdir)
+    return small_run.losses(workdir)
+
+
+def kill_in_the_middle(begun, victim, log):
+    """Kills a process once eight steps of twenty are in the log."""
+    deadline = time.monotonic() + PATIENCE
+    while not log.exists() or log.read_text().count("\n") < 8:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in begun)
+        time.sleep(0.05)
+    begun[victim].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(2, 1), (2, 0), (4, 2)], ids=str)
+def test_one_is_killed_the_others_say_so_and_all_go_on(curve, tmp_path, count, victim):
+    workdir, errors = tmp_path / "run", tmp_path / "errors"
+    begun = begin("train_over_processes", count, workdir, 0.3, errors=errors)
+    kill_in_the_middle(begun, victim, workdir / "log.jsonl")
+    killed = time.monotonic()
+    ended = codes(begun)
+    # Twice, because the signs of life of all processes share two busy cores.
+    assert time.monotonic() - killed < 2 * SILENCE + 30
+    assert ended.pop(victim) == -signal.SIGKILL
+    assert all(code in (processes.LOST, -signal.SIGABRT) for code in ended)  # 134 in the words of a shell
+    for index in set(range(count)) - {victim}:
+        (line,) = said(errors, index)
+        assert re.match(
+            rf"train_over_processes.py: process ({victim}|0) of this run.* died or cannot be reached", line
+        )
+        assert "start all of them again" in line and "newest checkpoint" in line
+    saved = [int(path.name) for path in (workdir / "talk").iterdir() if path.name.isdigit()]
+    assert saved and max(saved) < 20
+    again = begin("train_over_processes", count, workdir, 0, errors=errors)
+    assert set(codes(again)) == {0}, said(errors, 0)[-20:]
+    np.testing.assert_allclose(small_run.losses(workdir), curve, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "words"), [("error", 1, "ZeroDivisionError: of"), ("mistake", 2, "a mistake that")]
+)
+def test_an_error_of_one_alone_ends_all(tmp_path, fault, code, words):
+    """It does not wait for the others, which wait for it."""
+    begun = begin("train_over_processes", 2, tmp_path, 0.1, "--fault", fault, errors=tmp_path / "errors")
+    ended = codes(begun)
+    assert ended[0] in (processes.LOST, -signal.SIGABRT) and ended[1] == code
+    assert words in said(tmp_path / "errors", 1)[-1]
+    (line,) = said(tmp_path / "errors", 0)
+    assert "process 1 of this run died or cannot be reached" in line
+
+
+WATCH = "E1121 17:13:59.829274   19475 coordination_service.cc:1549] [287] Use error polling to propagate the following error"
+FATAL = "F1121 17:13:59.830006   19486 client.h:80] " + witness.REPORT.decode() + ". This most likely"
+TRACE = "*** Check failure stack trace: ***\n    @     0x7f51d6840634  absl::LogMessage::SendToLog()\n"
+SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}\nThe tasks have crashed."
+LEADER = "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was preempted/died"
+APART = "DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination.CoordinationService/RegisterTask\n"
+
+
+def passed_on(*pieces, pause=0.0):
+    """What the witness writes when it reads pieces one after the other."""
+    words = [sys.executable, "-I", "-S", witness.__file__, "train.py", "node7", "30", "300"]
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(words, **pipes) as process:
+        for piece in pieces:
+            process.stdin.write(piece.encode())
+            process.stdin.flush()
+            time.sleep(pause)
+        process.stdin.close()
+        return process.stderr.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("report", "what"),
+    [
+        (SILENT.format(3), "process 3 of this run died or cannot be reached (no sign of life for 30 s)"),
+        (SILENT.format("/job:jax_worker/replica:0/task:12"), "process 12 of this run died"),
+        (SILENT.format("11\n2"), "process 2 and 11 of this run died"),
+        ("Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout. This", "process 1 of this run died"),
+        (LEADER, "process 0 of this run, to which all others report, died"),
+        (APART, "not all processes of this run came together within 300 s"),
+        ("INTERNAL: of a kind unseen so far", "another process of this run died"),
+    ],
+)
+def test_a_report_of_jax_becomes_one_line(report, what):
+    text = passed_on("step 7\n", f"{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02)
+    assert text.startswith(f"step 7\ntrain.py: {what}") and text.count("\n") == 2
+    assert "the one on node7 ends too (exit code 134)" in text
+
+
+def test_everything_else_is_passed_on_as_it_comes():
+    lines = ["a bar \r 1/2", "E1121 17:13:59.8 1 other.cc:1] x\n", "é", "\n", f"{WATCH}\nalone\n", "end"]
+    assert passed_on(*lines) == "".join(lines)
+
+
+def test_a_sign_without_a_report_is_held_back_for_a_moment_only():
+    assert passed_on("before\n", WATCH + "\n", "after\n", pause=0.8) == f"before\n{WATCH}\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Read error [::1]:4: Connection reset by peer"), True),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (ValueError("shapes do not match"), False),
+        (None, False),
+    ],
+)
+def test_what_says_that_a_process_is_gone(monkeypatch, error, lost):
+    assert parallel.lost(error) is False  # alone, nobody can be gone
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    assert parallel.lost(error) is lost
+    wrapped = OSError("cannot be written")
+    wrapped.__cause__ = error
+    assert parallel.lost(wrapped) is lost
