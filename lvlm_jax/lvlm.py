@@ -132,7 +132,7 @@ class LVLM:
             )
         pixels = inputs.pixels_of(self.processor, images)
         tokens = drivers.encode_images(self.params, self.config, self._spread(pixels))
-        return [inputs.EncodedImage(*both) for both in zip(pixels, np.asarray(tokens), strict=True)]
+        return [inputs.EncodedImage(*both) for both in zip(pixels, np.asarray(parallel.local(tokens)), strict=True)]
 
     def logits(self, prompt: Any, method: Method | None = None) -> Float[Array, "B U V"]:
         """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
@@ -429,7 +429,7 @@ class LVLM:
         )
         rows: list[list[np.ndarray]] = [[] for _ in tokens]
         for index in range(longest):
-            seen = np.asarray(step.tapped.attention[:, 0, :, :, 0])
+            seen = np.asarray(parallel.local(step.tapped.attention[:, 0, :, :, 0]))
             for sample, row in enumerate(tokens):
                 if index < len(row):
                     rows[sample].append(seen[:, sample][:, :, image[sample, : seen.shape[-1]]])

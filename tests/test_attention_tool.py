@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lvlm_jax import cli
+from tests.models import qwen2_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -103,6 +104,28 @@ def test_pictures_are_written(written):
     for name in names - {"index.html"}:
         with Image.open(written / name) as image:
             assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
+
+
+@pytest.mark.slow
+def test_pictures_with_grids_of_their_own(tool, tmp_path):
+    """Qwen2-VL: two pictures of different sizes on one page."""
+    model = tmp_path / "model"
+    tokenizer = qwen2_checkpoints.write_processor(model, "Qwen2VLProcessor")
+    specials = ("vision_start", "vision_end", "image", "video")
+    ids = tokenizer.convert_tokens_to_ids(list(qwen2_checkpoints.SPECIALS))
+    tokens = {f"{name}_token_id": number for name, number in zip(specials, ids, strict=True)}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 4}
+    qwen2_checkpoints.make(model, "qwen2_vl", seed=5, text=text, **tokens)
+    words = ["--model", model, "--answer", "a red dog", "--method", "vaf", "--start-layer", "0"]
+    for number, size in enumerate(((40, 16), (16, 24))):
+        Image.new("RGB", size, (40, 80, 120)).save(tmp_path / f"{number}.png")
+        words += ["--image", tmp_path / f"{number}.png"]
+    assert tool.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
+    _, data = page_data(tmp_path / "out")
+    assert data["grids"] == [[2, 5], [3, 2]] and len(data["pictures"]) == 2
+    assert {path.name for path in (tmp_path / "out").glob("words_*")} == {
+        f"words_{answer}_{image}.png" for answer in ("greedy", "vaf") for image in (1, 2)
+    }
 
 
 @pytest.mark.parametrize(

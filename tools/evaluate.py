@@ -17,6 +17,10 @@ where it was. Several processes, on one machine or on many with a common folder,
     python tools/evaluate.py --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 0
     python tools/evaluate.py --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 1
 
+A model too large for one host is held in common: processes that SLURM, Open MPI or GKE has started (elsewhere give
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join when --tensor-parallel or --data-parallel ask for the
+devices of all, and answer every question together. See docs/scaling.md.
+
 `--controls` asks greedy decoding, sampling, the plausibility cut alone, a threshold on yes/no and greedy captions of
 the same length beside the method, and says whether the method beats them.
 """
@@ -26,14 +30,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import LVLM, cli, parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, Protocol, get, names, statistics
 from lvlm_jax.evaluation import rescore as scoring
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.evaluation.shares import Share
 from lvlm_jax.generation import scheduler
-from lvlm_jax.parallel import make_mesh
 from lvlm_jax.weights.quantize import QUANTS
 
 
@@ -130,6 +133,12 @@ def protocols() -> str:
     return "\n".join(f"{item.name:30s} {item.about}" for item in found)
 
 
+def joined(flags) -> bool:
+    """Joins the processes that the environment shows, where they are to hold one model in common."""
+    spread = max(flags.data_parallel, flags.tensor_parallel) > 1
+    return spread and flags.processes is None and parallel.start()
+
+
 def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     """Has the model answer, scores and writes; None while other processes have not answered their shares.
 
@@ -138,16 +147,17 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     """
     method = cli.build_method(flags.method, flags)
     controls = None if flags.controls is None else Path(flags.controls or out / "controls")
+    share = Share(together=True) if joined(flags) else Share.of(flags.processes, flags.process_index)
     options = Options(
         flags.batch_size, flags.sampling_seed, controls,
-        Share.of(flags.processes, flags.process_index), flags.against, flags.resamples, flags.seed,
+        share, flags.against, flags.resamples, flags.seed,
         flags.schedule,
     )  # fmt: skip
     path, dtype, quant = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype), cli.quant(flags.quant)
     run = Run(path, cli.precision(dtype, quant), protocol, data, out, method, options)
     if not run.complete():
         ways = flags.data_parallel, flags.tensor_parallel
-        mesh = make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
+        mesh = parallel.make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
         run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh, quant=quant))
     return run.score()
 
@@ -183,7 +193,7 @@ def main(arguments: list[str]) -> int:
     if flags.model_path:
         found = answered(flags, protocol, data, out)
         if found is None:
-            print("this share is answered; the process that finishes last writes scores.json")
+            print("this process has answered; another one writes scores.json")
             return 0
         path = out / "scores.json"
     else:

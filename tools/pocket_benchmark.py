@@ -109,6 +109,7 @@ def main(arguments: list[str]) -> int:
     model = LVLM.from_pretrained(path, dtype=dtype)
     found: dict[str, dict] = {part.name: {} for part in pocket.PARTS}
     for name, method in {"greedy": None, **chosen}.items():
+        jax.clear_caches()  # the programs of all methods together are gigabytes
         for part in pocket.PARTS:
             folder = flags.out / part.name
             options = Options(

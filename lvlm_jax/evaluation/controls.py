@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import parsers, rescore
 from lvlm_jax.evaluation.chair import truncated
@@ -147,7 +148,7 @@ def log_odds(
     yes, no = answer_words(model.processor.tokenizer)
 
     def respond(messages: list[list[dict]], seeds: list[int]) -> list[dict]:
-        logits = np.asarray(model.prefill(messages)[1].combined, np.float64)
+        logits = np.asarray(parallel.local(model.prefill(messages)[1].combined), np.float64)
         odds = np.logaddexp.reduce(logits[:, yes], axis=1) - np.logaddexp.reduce(logits[:, no], axis=1)
         return [{"odds": round(float(value), 6)} for value in odds]
 

@@ -183,12 +183,18 @@ def _collect(
         known: dict[Key, dict] = {}
         log = None
         if work.folder is not None:
-            log = stack.enter_context(AnswerLog(work.share.path(work.folder, name), work.record))
+            if work.share.writes:
+                log = stack.enter_context(AnswerLog(work.share.path(work.folder, name), work.record))
+            work.share.meet()  # the log is there
             known = read(work.folder, name, work.record).answers
+            work.share.meet()  # all have read the same, for nobody has appended
         needed = [image for batch in batches for prompt in batch for image in questions[prompt[0]].images]
         pictures = stack.enter_context(Pictures(model, needed, work.batch_size))
         done = sum(question.key in known for question in ours)
-        bar = stack.enter_context(tqdm(total=len(ours), initial=done, desc=title, mininterval=2))
+        quiet = not work.share.writes
+        bar = stack.enter_context(
+            tqdm(total=len(ours), initial=done, desc=title, mininterval=2, disable=quiet)
+        )
         waiting = [
             batch
             for batch in batches

@@ -152,9 +152,10 @@ class Run:
         """Scores the answers and writes all files.
 
         Returns:
-            What stands in `scores.json`; None while other processes have not answered their shares.
+            What stands in `scores.json`; None while other processes have not answered their shares, or where another
+            one writes.
         """
-        if not self.complete():
+        if not self.options.share.writes or not self.complete():
             return None
         options, logged = self.options, self._own.logged()
         texts = {key: row["text"] for key, row in logged.answers.items()}

@@ -2,6 +2,9 @@
 
 The processes do not talk to each other. Every one appends to `NAME.PROCESS.jsonl` and reads all of them, so a run that
 was killed may go on with another number of processes, and the totals depend on neither number nor order.
+
+Processes that hold one model in common (`parallel`, a mesh over the devices of all) answer every question together
+instead, and the first keeps the log.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
@@ -22,10 +26,15 @@ Key = tuple[str, str]  # Question.key
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The part of the work that process `index` of `processes` does."""
+    """The part of the work that process `index` of `processes` does.
+
+    Attributes:
+        together: the processes that JAX has joined do all of it in step; `index` and `processes` count them as one.
+    """
 
     index: int = 0
     processes: int = 1
+    together: bool = False
 
     def __post_init__(self):
         if not 0 <= self.index < self.processes:
@@ -44,6 +53,16 @@ class Share:
         if (processes is None) != (index is None):
             raise LVLMError("give both the number of processes and the index of this one, or neither")
         return cls(jax.process_index(), jax.process_count()) if processes is None else cls(index, processes)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps the log and writes scores."""
+        return not self.together or jax.process_index() == 0
+
+    def meet(self) -> None:
+        """Returns when all processes that work together are here."""
+        if self.together:
+            multihost_utils.sync_global_devices("share")
 
     def path(self, folder: Path, name: str) -> Path:
         """This process's log called `name`."""

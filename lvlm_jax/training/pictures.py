@@ -148,9 +148,11 @@ def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
         LVLMError: tiles of several sizes.
     """
     shape = np.max([array.shape for array in arrays], axis=0)
-    if any(array.ndim == 4 and array.shape[1:] != tuple(shape[1:]) for array in arrays):
-        sides = ", ".join(str(array.shape[-1]) for array in arrays)
+    # The blank picture of a part without any is of the smallest size.
+    sides = {array.shape[-1] for array in arrays if array.ndim == 4 and array.any()}
+    if len(sides) > 1:
         raise LVLMError(
-            f"the pictures of a step have {sides} pixels a side; expected one size, or accumulate=1"
+            f"the tiles of a step's pictures have {', '.join(map(str, sides))} pixels a side; expected one size, or "
+            "accumulate=1"
         )
     return np.stack([np.pad(array, [(0, n) for n in shape - array.shape]) for array in arrays])

@@ -114,7 +114,10 @@ def assert_generates(case: zoo.Case, method: methods.Method) -> None:
 
 
 def assert_acts(case: zoo.Case, column: str, plain: np.ndarray) -> None:
-    """Samples with images are changed, the one without is not. `plain` are the logits without a method."""
+    """Samples with images are changed, the one without is not; CAPL, by images that look at each other.
+
+    `plain` are the logits without a method.
+    """
     step = first_step(case, build(column))
     main, combined = np.asarray(step.main), np.asarray(step.combined)
     assert np.isfinite(main).all() and not np.isnan(combined).any() and (combined < np.inf).all()
@@ -124,10 +127,11 @@ def assert_acts(case: zoo.Case, column: str, plain: np.ndarray) -> None:
         apart = np.abs(np.asarray(step.contrast) - main).max(axis=1)
         # M3ID begins to contrast with the second token; the first is only cut.
         changed = apart if column == "m3id" else np.minimum(changed, apart)
-    assert min(changed[TWO], changed[ONE]) > 1e-3, f"nothing changed: {changed}"
-    if column not in TEXT_TOO:
-        alone = kept[NONE]  # CMAC cuts there too, with nothing to contrast
-        np.testing.assert_allclose(combined[NONE][alone], plain[NONE][alone], rtol=0, atol=1e-4)
+    acts = {TWO} if column.startswith("capl") else {TWO, NONE, ONE} if column in TEXT_TOO else {TWO, ONE}
+    assert min(changed[sample] for sample in acts) > 1e-3, f"nothing changed: {changed}"
+    for sample in {TWO, NONE, ONE} - acts:
+        alone = kept[sample]  # CMAC cuts there too, with nothing to contrast
+        np.testing.assert_allclose(combined[sample][alone], plain[sample][alone], rtol=0, atol=1e-4)
 
 
 def measured(case: zoo.Case) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Several processes on one machine, as many hosts would run them: equal to one, and what happens when one is gone."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,8 +15,11 @@ import pytest
 
 from lvlm_jax import LVLM, parallel
 from lvlm_jax.parallel import processes, witness
+from lvlm_jax.pocket.splits import write_split
 from tests import checkpoints
+from tests import small as small_model
 from tests.parallel import infer_over_processes, small_run
+from tests.weights.test_resources import MB, write_large
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 600  # seconds for what takes ten: the machine may be busy
@@ -158,7 +162,7 @@ def test_an_error_of_one_alone_ends_all(tmp_path, fault, code, words):
     assert "process 1 of this run died or cannot be reached" in line
 
 
-WATCH = "E1121 17:13:59.829274   19475 coordination_service.cc:1549] [287] Use error polling to propagate the following error"
+WATCH = "E1121 17:13:59.829274   19475 coordination_service.cc:1549] [287] Use error polling to propagate"
 FATAL = "F1121 17:13:59.830006   19486 client.h:80] " + witness.REPORT.decode() + ". This most likely"
 TRACE = "*** Check failure stack trace: ***\n    @     0x7f51d6840634  absl::LogMessage::SendToLog()\n"
 SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}\nThe tasks have crashed."
@@ -222,3 +226,59 @@ def test_what_says_that_a_process_is_gone(monkeypatch, error, lost):
     wrapped = OSError("cannot be written")
     wrapped.__cause__ = error
     assert parallel.lost(wrapped) is lost
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_each_process_loads_its_half(small, tmp_path):
+    large = write_large(tmp_path / "large", "F32")
+    begun = begin("load_over_processes", 2, small[0], large, tmp_path, errors=tmp_path / "errors")
+    assert set(codes(begun)) == {0}, said(tmp_path / "errors", 0)[-20:]
+    for index in range(2):
+        found = json.loads((tmp_path / f"{index}.json").read_text())
+        print(json.dumps(found, indent=1))  # the figures of docs/scaling.md, with pytest -s
+        for name, one in found.items():
+            assert one["model"] > 150 * MB
+            if name != "one device":
+                assert one["held"] == one["slices"] < 0.52 * one["model"]
+            # As on one device: what stays, and one tensor as it is in the file and as it goes to the device.
+            assert one["peak"] < one["held"] + 3 * one["largest"] + 25 * MB, (name, one)
+            assert one["resident"] < one["held"] + 15 * MB, (name, one)
+
+
+@pytest.mark.slow
+def test_a_benchmark_over_processes_is_that_of_one(tmp_path):
+    """Killed nowhere, but stopped once: what process 0 has logged all of them know when they go on."""
+    text = small_model.OVERRIDES["text"] | {"max_position_embeddings": 512}
+    checkpoints.make_llava(tmp_path / "model", seed=3, text=text)
+    small_model.write_processor(tmp_path / "model")
+    write_split(tmp_path / "world", "test", 3)
+
+    def words(out, ways):
+        flags = (
+            f"--protocol pope/strict --batch-size 4 --resamples 10 --dtype float32 --tensor-parallel {ways}"
+        )
+        places = {"--data": "world", "--model": "model", "--out": out}
+        return flags.split() + [
+            str(word) for pair in places.items() for word in (pair[0], tmp_path / pair[1])
+        ]
+
+    evaluate = ["evaluate_over_processes", 2]
+    assert set(codes(begin(*evaluate, *words("two", 2), errors=tmp_path / "errors"))) == {0}
+    log = tmp_path / "two" / "log.0.jsonl"
+    whole = log.read_text()
+    lines = whole.splitlines(keepends=True)
+    log.write_text("".join(lines[: len(lines) // 2]))
+    assert set(codes(begin(*evaluate, *words("two", 2), errors=tmp_path / "errors"))) == {0}
+
+    def answers(text):
+        rows = map(json.loads, text.splitlines()[1:])
+        return {(row["group"], row["id"]): row["text"] for row in rows if "batch" not in row}
+
+    assert answers(log.read_text()) == answers(whole) and not (tmp_path / "two" / "log.1.jsonl").exists()
+    assert set(codes(begin("evaluate_over_processes", 1, *words("one", 1), errors=tmp_path / "errors"))) == {
+        0
+    }
+    for split in ("random", "popular", "adversarial"):
+        one, two = (tmp_path / out / f"{split}.jsonl" for out in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()

@@ -1,9 +1,6 @@
 """Tiny random models of all families with processors beside them, for tests of training."""
 
-from transformers import Qwen3VLForConditionalGeneration
-
 from lvlm_jax import LVLM
-from tests import small
 from tests.generation import test_qwen_vl_processor as qwen_vl
 from tests.models import (
     instructblip_checkpoints,
