@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.capl.update(batch=8, steps=150, length=512)
     config.dpo.update(batch=8, steps=150, length=512)
     config.flow_alignment.update(batch=16, steps=300, length=256)
-    # The answers' divergence is a hundredth of a nat, that of attention some nats, a sum over layers and heads.
-    config.flow_alignment.flow.mu = 100.0
+    # The answers' divergence is a hundredth of a nat, that of attention some nats, a sum over layers and heads. At 100
+    # the student's attention came closer and its answers went farther away (0.69 on held-out prompts, 120 steps).
+    config.flow_alignment.flow.mu = 2000.0
     return config.lock()

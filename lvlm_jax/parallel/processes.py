@@ -20,6 +20,7 @@ import traceback
 from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.parallel import witness
@@ -77,6 +78,9 @@ def start(wanted: bool | None = None) -> bool:
             f"the processes of this run cannot be joined ({_brief(error)}); start them with "
             "SLURM, Open MPI or on GKE, or give each JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    # Connections are made by the first program that all take part in. Now they are all here, and a network that lets
+    # none through shows before a model is loaded. (On CPUs whoever comes 30 s late would find nobody there any more.)
+    multihost_utils.sync_global_devices("start")
     return jax.process_count() > 1
 
 

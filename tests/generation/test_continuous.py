@@ -15,7 +15,7 @@ from lvlm_jax import LVLM, methods
 from lvlm_jax.attention import Context
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Question, engine, get
-from lvlm_jax.generation import continuous, drivers, jobs, scheduler
+from lvlm_jax.generation import continuous, drivers, forward, jobs, scheduler
 from lvlm_jax.methods import Method
 from tests import checkpoints, small
 from tests.small import conversation
@@ -28,7 +28,7 @@ SAMPLED = {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.2}
 def few_columns():
     """Columns for little more than one answer, so that rows move again and again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continuous, "rooms", lambda limit: (64, limit + 4))
+        patch.setattr(continuous, "rooms", lambda limit: (64, LIMIT + 4))
         yield
 
 
@@ -99,29 +99,35 @@ def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch):
         return [one._cache_size() for one in jitted] + [continuous.run.compiled_programs()]
 
     pictured = [one for number, one in enumerate(asked) if number % 3]  # one kind of prompt
-    drivers.prefill.clear_cache()
     before = programs()
     first = many(model, pictured * 2, **settings)
-    assert [now - then for now, then in zip(programs(), before, strict=True)] == [1] * 5
+    compiled = programs()
+    prefills, *others = [now - then for now, then in zip(compiled, before, strict=True)]
+    assert prefills <= 1 and others == [1] * 4  # other tests may have prefilled such prompts
     assert len(moves) > 1
     again = many(model, pictured[::-1], **settings)
-    assert programs() == [then + 1 for then in before]
+    assert programs() == compiled
     assert [one.tokens for one in again[::-1]] == [one.tokens for one in first[: len(again)]]
 
 
 def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
-    def sized(tokens, **more):
-        """A prompt of so many tokens, one of which is a letter."""
-        spare = tokens - int(model.prepare(conversation("a", **more)).lengths[0])
-        return conversation("a" * (1 + spare), **more)
+    def two(seed):
+        """Two pictures, and words enough for a second bucket of columns."""
+        pictures = [conversation("", seed=seed + more)[0]["content"][0] for more in (0, 1)]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": "Both" + "?" * 16}]}]
 
-    pictures = [conversation("a", seed=seed)[0]["content"][0] for seed in (7, 8)]
-    words = {"type": "text", "text": "Both?"}
-    two = [{"role": "user", "content": [*pictures, words]}]
-    asked = [sized(50, seed=1), sized(40), two, sized(70, seed=2), sized(45, seed=3), sized(68)] * 2
-    assert model.prepare(asked[3]).tokens.shape[1] == 128 and model.prepare(asked[0]).tokens.shape[1] == 64
+    asked = [
+        conversation("Eh?", seed=1),
+        conversation("Oh", seed=2),
+        two(3),
+        conversation("Eh", seed=5),
+        two(6),
+    ]
+    sizes = [(one.tokens.shape[1], one.window, one.image_count) for one in map(model.prepare, asked)]
+    assert set(sizes) == {(64, 16, 1), (128, 32, 2)}
     settings = {"method": methods.CMAC(alpha=1.0), "max_new_tokens": LIMIT, "stop_token_ids": stop}
-    assert_equal(many(model, asked, batch_size=3, **settings), model.generate(asked, **settings))
+    outputs = many(model, asked, batch_size=2, **settings)
+    assert_equal(outputs, model.generate(asked, **settings))
 
 
 def test_a_prompt_that_does_not_fit_fails_alone(model, asked, stop):
@@ -151,16 +157,20 @@ def test_answers_come_when_they_end_and_prompts_go_in_when_there_is_room(model, 
 
 
 def test_a_limit_of_one_token_and_an_answer_that_stops_at_once(model, asked):
-    single = many(model, asked[:5], max_new_tokens=1, batch_size=2)
+    single = many(model, asked[:5], max_new_tokens=1, batch_size=3)
     assert [len(one.tokens[0]) for one in single] == [1] * 5
     first = [one.tokens[0][0] for one in single]
-    stopped = many(model, asked[:5], max_new_tokens=LIMIT, stop_token_ids=first, batch_size=2)
+    stopped = many(model, asked[:5], max_new_tokens=LIMIT, stop_token_ids=first, batch_size=3)
     assert [one.tokens[0] for one in stopped] == [[token] for token in first]
     assert [one.finish_reason for one in stopped] == [["stop"]] * 5
 
 
 def test_rows_are_written_in_place(model, asked):
-    state, step = model.prefill(asked[1:3], methods.CMAC(), int(model.prepare(asked[1:3]).lengths.max()))
+    inputs = model.prepare(asked[1:3])
+    (params, config, *given), options = model.prefill_arguments(
+        inputs, methods.CMAC(), int(inputs.lengths.max())
+    )
+    state, step = jax.eval_shape(lambda *given: forward.prefill(params, config, *given, **options), *given)
     slots = jax.eval_shape(
         lambda state: continuous._empty(
             state, scheduler.Sampling.of(), np.asarray([-1], np.int32), 4, LIMIT, step.combined.shape[1]
@@ -267,9 +277,8 @@ def stopping(monkeypatch, stop):
 
 
 def test_a_job_writes_the_same_file_by_either_schedule(checkpoint, pictures, stopping, monkeypatch, capsys):
-    entries = [{"question_id": i, "image": f"{i % 3}.png", "text": "Eh" + "!" * (i % 3)} for i in range(9)]
-    entries[4]["image"] = "missing.png"
-    entries[6]["text"] = "a" * 200
+    entries = [{"question_id": i, "image": f"{i % 3}.png", "text": "Eh" + "!" * (i // 3)} for i in range(7)]
+    entries[4]["text"] = "a" * 200
     (pictures / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
     monkeypatch.chdir(pictures)
 
@@ -277,11 +286,11 @@ def test_a_job_writes_the_same_file_by_either_schedule(checkpoint, pictures, sto
         words = ["--model", checkpoint, "--question-file", "questions.jsonl", "--answers-file", name]
         words += ["--batch-size", "3", "--max_new_tokens", str(LIMIT), "--schedule", schedule]
         assert infer.main(words) == 2
-        assert "2 failed" in capsys.readouterr().out
+        assert "1 failed" in capsys.readouterr().out
         return Path(name).read_bytes()
 
     plain = job("plain.jsonl", "batches")
-    assert [json.loads(line)["question_id"] for line in plain.splitlines()] == [0, 1, 2, 3, 5, 7, 8]
+    assert [json.loads(line)["question_id"] for line in plain.splitlines()] == [0, 1, 2, 3, 5, 6]
     assert len({json.loads(line)["metadata"]["tokens"] for line in plain.splitlines()}) > 1
     assert job("flowing.jsonl", "continuous") == plain
     cut = b"".join(plain.splitlines(keepends=True)[:3]) + b'{"question_id": 3, "te'
@@ -308,7 +317,7 @@ def test_a_job_answers_alike_prompts_together_and_writes_them_in_order(tmp_path)
 
 def test_the_engine_gets_the_same_answers_by_either_schedule(model, pictures, stopping, tmp_path):
     questions = [
-        Question(i, (pictures / f"{i % 3}.png",), "Eh" + "!" * (i % 3), None, "captions") for i in range(8)
+        Question(i, (pictures / f"{i % 3}.png",), "Eh" + "!" * (i // 3), None, "captions") for i in range(8)
     ]
     protocol = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=LIMIT)
 

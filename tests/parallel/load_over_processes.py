@@ -1,10 +1,12 @@
 """Run by `test_hosts` in each of two processes that JAX joins: loads a checkpoint onto meshes of both, and measures.
 
-Arguments: a small checkpoint, the one to be measured, folder for results. Each process writes `INDEX.json`, per mesh: bytes
-of the model, of what this process holds and of its largest tensor; the peak and the end of its resident memory; bytes of
-the slices it read, and bytes that came from the disk, the file not being in memory before.
+Arguments: a small checkpoint, the one to be measured, folder for results. Each process writes `INDEX.json`, per mesh:
+bytes of the model, of what this process holds and of its largest tensor; the peak and the end of its resident memory;
+bytes of the slices it read, and bytes that came from the disk, the file not being in memory before.
 """
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -56,6 +58,8 @@ def measured(small: str, large: str, sizes: tuple | None) -> dict:
     load(small)  # everything that is imported or compiled once
     forget(large)
     Recorder.read = 0
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the load before has freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
     resident, disk = number("status", "VmRSS"), number("io", "read_bytes")
     leaves = jax.tree.leaves(load(large))

@@ -230,9 +230,10 @@ def test_what_says_that_a_process_is_gone(monkeypatch, error, lost):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_each_process_loads_its_half(small, tmp_path):
+def test_each_process_loads_its_half(tmp_path):
+    checkpoints.make_llava(tmp_path / "small", seed=3)
     large = write_large(tmp_path / "large", "F32")
-    begun = begin("load_over_processes", 2, small[0], large, tmp_path, errors=tmp_path / "errors")
+    begun = begin("load_over_processes", 2, tmp_path / "small", large, tmp_path, errors=tmp_path / "errors")
     assert set(codes(begun)) == {0}, said(tmp_path / "errors", 0)[-20:]
     for index in range(2):
         found = json.loads((tmp_path / f"{index}.json").read_text())

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from PIL import Image
 
-from lvlm_jax import models
+from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
 from lvlm_jax.training import (
+    finetune,
     flow_alignment,
     lora,
     pair_files,
@@ -182,15 +183,20 @@ def assert_scored(found, mask, expected):
 def test_answers_have_the_log_probabilities_of_inference(case, pairs):
     scorer = scorer_of(case.model)
     score = jax.jit(lambda params, batch: scorer.logprobs(params, batch, scorer.image_tokens(params, batch)))
-    expected = logprobs_of(case.model, pairs, case.rows)
-    assert_scored(*score(case.model.params, case.batch), expected)
-    # As a part of a larger step: each row alone, its pictures filled up to those of the others.
+    assert_scored(*score(case.model.params, case.batch), logprobs_of(case.model, pairs, case.rows))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow)])
+def test_so_they_have_in_parts_of_a_step(loaded, pairs, family):
+    """Each row alone, its pictures filled up to those of the others."""
+    case = case_of(loaded(family), pairs)
+    score, expected = scorer_of(case.model).alone, logprobs_of(case.model, pairs, case.rows)
     parts = Batches(case.rows, case.encoder, 4, 4)(0)
     scored = jax.jit(lambda params, parts: jax.lax.map(lambda part: score(params, part), parts))
-    found, mask = scored(case.model.params, parts)
-    own = {index: place for place, index in enumerate(parts["ids"][:, 0])}
+    found = scored(case.model.params, parts)[:, 0]
+    places = {index: place for place, index in enumerate(parts["ids"][:, 0])}
     assert_scored(
-        found[:, 0], mask[:, 0], {(own[index], name): rows for (index, name), rows in expected.items()}
+        found, found != 0, {(places[index], name): rows for (index, name), rows in expected.items()}
     )
 
 
@@ -240,7 +246,11 @@ def test_a_capl_step_moves_adapters_alone(case, pairs, tmp_path):
     assert metrics["preference"] == pytest.approx(np.log(2), abs=1e-6) and metrics["nll"] > 1
 
 
-def test_an_sft_step_moves_adapters_alone(case, pairs, tmp_path):
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "llava_next", pytest.param("internvl", marks=pytest.mark.slow)]
+)
+def test_an_sft_step_moves_adapters_alone(loaded, pairs, tmp_path, family):
+    case = case_of(loaded(family), pairs)
     task, trainable, frozen = task_of("sft", case, pairs, tmp_path)
     moved, metrics = updated(task, trainable, frozen)
     assert moved == {path for path in flatten(trainable) if path.endswith("lora_b")}
@@ -308,3 +318,54 @@ def test_pictures_that_are_read_anew_with_each_question_teach_one_answer_a_row(l
     prompt = encoder.processor.qformer_tokenizer("What?")["input_ids"]
     words, mask = batch["geometry"]["words"], batch["geometry"]["mask"]
     np.testing.assert_array_equal(words[0, mask[0]], prompt)
+
+
+def run_config(model, pairs, folder, **changes):
+    """The configuration of a run of one step over the pairs that have pictures."""
+    data = folder / "pairs.jsonl"
+    pair_files.write_pairs(data, [pair for pair in pairs if pair.images])
+    config = pair_sets.config(data, **{"recipe": "capl", "method": "capl", "length": 2048} | changes)
+    config.model, config.steps, config.optimizer.peak = str(model.folder), 1, 1e-2
+    return config
+
+
+def test_a_run_that_cannot_begin_says_why(loaded, pairs, tmp_path):
+    config = run_config(loaded("llava_next"), pairs, tmp_path, length=50)
+    with pytest.raises(LVLMError, match="3 of 3 rows are longer than 50 tokens, first 0 with"):
+        finetune.train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_from_one_end_to_the_other(loaded, pairs, tmp_path):
+    model = loaded("qwen2_5_vl")
+    config = run_config(model, pairs, tmp_path, batch=2)
+    config.loop.workers = 1  # batches come from another process
+    base, merged = flatten(model.params), flatten(trained(config, tmp_path).params)
+    moved = {path for path, leaf in base.items() if not np.array_equal(merged[path], leaf)}
+    assert moved == {path for path in base if "language_model/layers_" in path and "_proj/kernel" in path}
+    adapter = LVLM.from_pretrained(model.folder, adapter=tmp_path / "run" / "adapter")
+    conversation = pairs[0].conversation()
+    np.testing.assert_allclose(
+        adapter.logits(conversation),
+        LVLM.from_pretrained(tmp_path / "run" / "export").logits(conversation),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_full_fine_tuning_with_held_out_rows(loaded, pairs, tmp_path):
+    """The tower and the connector, in parts, against log-probabilities that were computed before."""
+    model = loaded("glm4v")
+    config = run_config(model, pairs, tmp_path, batch=2, accumulate=2, lora={"enabled": False})
+    config.preference.reference, config.train = "precomputed", r"^(vision_tower|connector)/"
+    config.validation, config.loop.workers = config.data, 0
+    base, after = flatten(model.params), flatten(trained(config, tmp_path).params)
+    moved = {path for path, leaf in base.items() if not np.array_equal(after[path], leaf)}
+    assert {path.split("/")[0] for path in moved} == {"vision_tower", "connector"}
+    assert all(np.isfinite(leaf).all() for leaf in after.values())
+
+
+def trained(config, folder):
+    """The exported model of a run in `folder / "run"`."""
+    return LVLM.from_pretrained(finetune.train(config, folder / "run"))
