@@ -132,7 +132,10 @@ class LVLM:
             )
         pixels = inputs.pixels_of(self.processor, images)
         tokens = drivers.encode_images(self.params, self.config, self._spread(pixels))
-        return [inputs.EncodedImage(*both) for both in zip(pixels, np.asarray(parallel.local(tokens)), strict=True)]
+        return [
+            inputs.EncodedImage(*both)
+            for both in zip(pixels, np.asarray(parallel.local(tokens)), strict=True)
+        ]
 
     def logits(self, prompt: Any, method: Method | None = None) -> Float[Array, "B U V"]:
         """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.

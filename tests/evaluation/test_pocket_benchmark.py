@@ -19,7 +19,9 @@ import pocket_benchmark  # noqa: E402
 
 
 def run(out, *words):
-    return pocket_benchmark.main(["--out", str(out), "--images", "10", "--captions", "8", "--resamples", "20", *words])
+    return pocket_benchmark.main(
+        ["--out", str(out), "--images", "10", "--captions", "8", "--resamples", "20", *words]
+    )
 
 
 def tables(path: Path) -> list[list[list[str]]]:

@@ -25,7 +25,9 @@ def moves(compiled) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"])
+@pytest.mark.parametrize(
+    "method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"]
+)
 def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
     state, _ = model.prefill(mixed, method, 41 + 64)
     step = drivers.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
