@@ -18,9 +18,10 @@ import time
 
 PATIENCE = 1.0  # seconds between the first sign of a report and its end
 
-# Lines of those parts of XLA that watch over the processes: the time, a thread, and the source file.
+# How those parts of XLA that watch over the processes begin a line (or go on with one that a progress bar has begun): the
+# time, a thread, and the source file.
 SIGN = re.compile(
-    rb"^[WEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]", re.M
+    rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]"
 )
 REPORT = b"Terminating process because the JAX distributed service detected fatal errors"
 END = b"*** Check failure stack trace"  # comes at once, and takes a tenth of a second to be written
@@ -67,7 +68,7 @@ def main(program: str, *facts: str) -> None:
         signal.SIGHUP,
     ):  # a whole group gets them; this one waits for the end
         signal.signal(number, signal.SIG_IGN)
-    held, deadline = b"", None
+    held, deadline, column = b"", None, 0
     while True:
         wait = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = select.select([0], [], [], wait)[0]
@@ -76,25 +77,28 @@ def main(program: str, *facts: str) -> None:
         held += chunk
         if deadline is None and (sign := SIGN.search(held)):
             deadline = time.monotonic() + PATIENCE
-            _write(held[: sign.start()])
+            column = _write(held[: sign.start()], column)
             held = held[sign.start() :]
         late = over or (deadline is not None and time.monotonic() > deadline)
         if REPORT in held and (END in held or late):
-            report = held.decode(errors="replace")
-            _write(f"{program}: {explanation(report, *facts)}\n".encode())
+            line = f"{program}: {explanation(held.decode(errors='replace'), *facts)}\n".encode()
+            _write(b"\n" + line if column else line)  # a progress bar leaves its line open
             while os.read(0, 1 << 16):  # what its other threads still say about it
                 pass
             return
         if deadline is None or late:
-            _write(held)
+            column = _write(held, column)
             held, deadline = b"", None
         if over:
             return
 
 
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(2, data) :]
+def _write(data: bytes, column: int = 0) -> int:
+    """Writes to standard error from a column on; in which column that ends."""
+    left = data
+    while left:
+        left = left[os.write(2, left) :]
+    return len(data) - 1 - data.rfind(b"\n") if b"\n" in data else column + len(data)
 
 
 if __name__ == "__main__":

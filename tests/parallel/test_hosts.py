@@ -196,8 +196,10 @@ def passed_on(*pieces, pause=0.0):
     ],
 )
 def test_a_report_of_jax_becomes_one_line(report, what):
-    text = passed_on("step 7\n", f"{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02)
-    assert text.startswith(f"step 7\ntrain.py: {what}") and text.count("\n") == 2
+    text = passed_on(
+        "step 6\r", "step 7", f"{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02
+    )
+    assert text.startswith(f"step 6\rstep 7\ntrain.py: {what}") and text.count("\n") == 2
     assert "the one on node7 ends too (exit code 134)" in text
 
 

@@ -247,7 +247,8 @@ def test_a_capl_step_moves_adapters_alone(case, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", "llava_next", pytest.param("internvl", marks=pytest.mark.slow)]
+    "family",
+    ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "llava_next"))],
 )
 def test_an_sft_step_moves_adapters_alone(loaded, pairs, tmp_path, family):
     case = case_of(loaded(family), pairs)
