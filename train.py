@@ -4,7 +4,8 @@ Every field of the config may be set on the command line, as in `--config.optimi
 same work folder, it goes on from its newest checkpoint.
 
 Several processes that SLURM, Open MPI or GKE has started join by themselves; elsewhere give each of them
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one of them is gone, LVLM_JAX_PEER_TIMEOUT seconds
+(default 30) without a sign of life, the others end with exit code 134, to be started again; see docs/scaling.md.
 """
 
 from pathlib import Path

@@ -87,18 +87,22 @@ def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedShardi
     return parameter_sharding(sharding.mesh)(path, shape) if isinstance(sharding, NamedSharding) else None
 
 
-def local(tree: Any) -> Any:
+def local(tree: Any, wanted: bool = True) -> Any:
     """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are.
 
     All processes call it together, each with its part of the same arrays.
+
+    Args:
+        wanted: a process that says no takes part, and gets None for such an array.
     """
-    return jax.tree.map(_local, tree)
 
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        gathered = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        return np.asarray(gathered) if wanted else None
 
-def _local(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return leaf
-    return np.asarray(_gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf))
+    return jax.tree.map(whole, tree)
 
 
 @functools.cache

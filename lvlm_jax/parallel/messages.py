@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIZES = {"pred": 1, "bf16": 2, "c64": 8, "token": 0}  # bytes; other types have their bits in their name
-OPERATIONS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+from lvlm_jax.parallel.module_text import Instruction, computations, size_of
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) .*\{$")
-_MESSAGE = re.compile(rf" = (.*?) ({OPERATIONS})(?:-start)?\(")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+_OPERATIONS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _STRIDED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
@@ -37,47 +39,25 @@ class Messages(NamedTuple):
 
 def read(text: str, devices: int) -> Messages:
     """Reads the text of a compiled (partitioned) module that runs on so many devices."""
-    computations: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[1]
-            entry = name if line.startswith("ENTRY") else entry
-        computations.setdefault(name, []).append(line)
+    found, entry = computations(text)
     # A computation stands behind those that it calls, so from the last on all its callers are known.
-    runs = dict.fromkeys(computations, 0) | {entry: 1}
+    runs = dict.fromkeys(found, 0) | {entry: 1}
     received: dict[int, float] = {}
     count = 0.0
-    for name, lines in reversed(computations.items()):
-        for line in lines if runs[name] else ():
-            for called, times in _calls(line):
-                runs[called] = runs.get(called, 0) + times * runs[name]
-            if found := _MESSAGE.search(line):
-                group = _group(line, devices)
-                size = _received(found[2], _bytes(found[1]), len(group)) * runs[name]
+    for name in reversed(found):
+        for one in found[name] if runs[name] else ():
+            trips = _TRIPS.search(one.rest)
+            for called in one.called:
+                runs[called] = runs.get(called, 0) + runs[name] * (int(trips[1]) if trips else 1)
+            operation = one.operation.removesuffix("-start")
+            if operation in _OPERATIONS:
+                group = _group(one, devices)
+                size = _received(operation, size_of(one.type), len(group)) * runs[name]
                 if size:
                     reach = max(group) + 1
                     received[reach] = received.get(reach, 0.0) + size
                     count += runs[name]
     return Messages(received, count)
-
-
-def _calls(line: str) -> list[tuple[str, int]]:
-    called = [(name, 1) for name in _CALLED.findall(line)]
-    for names in _BRANCHES.findall(line):
-        called += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
-    trips = _TRIPS.search(line)
-    return [(name, int(trips[1])) for name, _ in called] if trips else called
-
-
-def _bytes(shapes: str) -> int:
-    """Of the arrays that a type names."""
-    total = 0
-    for kind, sizes in _SHAPE.findall(shapes):
-        bits = re.search(r"\d+", kind)
-        size = SIZES[kind] if kind in SIZES else int(bits[0]) // 8
-        total += size * math.prod(int(size) for size in sizes.split(",") if size)
-    return total
 
 
 def _received(operation: str, result: int, group: int) -> float:
@@ -90,19 +70,19 @@ def _received(operation: str, result: int, group: int) -> float:
     return result if operation.startswith("collective") else result * others
 
 
-def _group(line: str, devices: int) -> list[int]:
+def _group(one: Instruction, devices: int) -> list[int]:
     """The devices that exchange something with device 0 in an operation; all, where the text does not say."""
-    if found := _LISTED.search(line):
+    if found := _LISTED.search(one.rest):
         return [int(device) for device in found[1].split(",")]
-    if found := _STRIDED.search(line):
+    if found := _STRIDED.search(one.rest):
         return _arranged(found[1])[0].tolist()
-    if found := _MESH.search(line):
+    if found := _MESH.search(one.rest):
         axes = re.findall(r"'(.*?)'=(\d+)", found[1])
         mesh = _arranged(found[2]).reshape(-1) if found[2] else np.arange(math.prod(int(n) for _, n in axes))
         mesh = mesh.reshape([int(size) for _, size in axes])
         along = re.findall(r"'(.*?)'", found[3])
         return mesh[tuple(slice(None) if axis in along else 0 for axis, _ in axes)].reshape(-1).tolist()
-    if found := _PAIRS.search(line):
+    if found := _PAIRS.search(one.rest):
         return sorted({int(device) for device in re.findall(r"\d+", found[1])})
     return list(range(devices))
 

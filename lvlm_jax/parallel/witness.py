@@ -18,8 +18,8 @@ import time
 
 PATIENCE = 1.0  # seconds between the first sign of a report and its end
 
-# How those parts of XLA that watch over the processes begin a line (or go on with one that a progress bar has begun): the
-# time, a thread, and the source file.
+# How those parts of XLA that watch over the processes begin a line, or go on in one that a progress bar has begun: with
+# the time, a thread, and the source file.
 SIGN = re.compile(
     rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]"
 )

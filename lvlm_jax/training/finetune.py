@@ -90,8 +90,9 @@ def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: 
     """Writes the merged checkpoint and, with LoRA, the adapter; the first process does, for all."""
     whole, folder, source = parts.join(trained, frozen), workdir / "export", cli.checkpoint(config.model)
     leaves = {path: leaf for path, leaf in flatten(whole).items() if path.endswith(LORA_LEAVES)}
-    adapter, merged = parallel.local(unflatten(leaves)), parallel.local(lora.merge(whole))
-    if jax.process_index() == 0:
+    first = jax.process_index() == 0
+    adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(whole), first)
+    if first:
         if config.lora.enabled:
             peft.save_adapter(workdir / "adapter", adapter, model.config, source)
         dtype = jnp.dtype(config.dtype)

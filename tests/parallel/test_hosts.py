@@ -162,6 +162,37 @@ def test_an_error_of_one_alone_ends_all(tmp_path, fault, code, words):
     assert "process 1 of this run died or cannot be reached" in line
 
 
+JOINED = """
+from lvlm_jax import parallel
+assert parallel.start()
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.slow
+def test_the_variables_of_slurm_are_enough():
+    def free(port):
+        with socket.socket() as one:
+            return one.connect_ex(("localhost", port)) != 0
+
+    job = next(job for job in range(100, 4096) if free(61440 + job))  # as JAX chooses the port
+    common = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    common |= {"JAX_PLATFORMS": "cpu", "SLURM_STEP_NUM_NODES": "1", processes.JOIN_TIMEOUT: str(PATIENCE)}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED],
+            env=os.environ | common | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    printed = [process.communicate(timeout=PATIENCE)[0].splitlines()[-1] for process in begun]
+    assert printed == ["0 2 2", "1 2 2"]
+
+
 WATCH = "E1121 17:13:59.829274   19475 coordination_service.cc:1549] [287] Use error polling to propagate"
 FATAL = "F1121 17:13:59.830006   19486 client.h:80] " + witness.REPORT.decode() + ". This most likely"
 TRACE = "*** Check failure stack trace: ***\n    @     0x7f51d6840634  absl::LogMessage::SendToLog()\n"
@@ -196,10 +227,9 @@ def passed_on(*pieces, pause=0.0):
     ],
 )
 def test_a_report_of_jax_becomes_one_line(report, what):
-    text = passed_on(
-        "step 6\r", "step 7", f"{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02
-    )
-    assert text.startswith(f"step 6\rstep 7\ntrain.py: {what}") and text.count("\n") == 2
+    bar = "step 6\rstep 7 "
+    text = passed_on(f"{bar}{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02)
+    assert text.startswith(f"{bar}\ntrain.py: {what}") and text.count("\n") == 2
     assert "the one on node7 ends too (exit code 134)" in text
 
 
