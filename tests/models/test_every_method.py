@@ -343,6 +343,7 @@ def main(words: list[str], load: Callable[[str, Path], zoo.Case] = zoo.load) -> 
         for name in zoo.FAMILIES:
             (Path(folder) / name).mkdir()
             rows[name] = measured(load(name, Path(folder) / name))
+            jax.clear_caches()  # the programs of all families together exceed a process's mappings
             print(name, *(cell for cell in rows[name].values()), flush=True)
     if arguments.write:
         text = written(DOCUMENT.read_text(encoding="utf-8"), "methods", table(rows))
