@@ -59,11 +59,11 @@ def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program,
         runs: int = 1,
     ) -> None:
         parts = {"parameters": held, "cache": cache, "inputs and results": rest}
-        parts["temporaries"] = made.temporaries
         found.append(
             Program(
                 name,
                 parts,
+                made.orders,
                 runs * made.flops,
                 runs * (weights + moved),
                 {reach: runs * one for reach, one in made.messages.received.items()},

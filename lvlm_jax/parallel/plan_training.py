@@ -50,18 +50,18 @@ def training(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere(mesh)
     update = make_step(objective, terms, transformation, 0, of.accumulate, shardings)
     arguments = (state, frozen, rows)
-    made = programs.compile_for(
-        update.trace(*arguments), arguments, mesh.size, native, donated=0, shardings=shardings
-    )
+    with jax.set_mesh(mesh):  # as the loop does
+        traced = update.trace(*arguments)
+    made = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
     held = {
         "parameters": size((state.trainable, frozen)),
         "optimizer": size(state.optimizer),
         "copy": kept,
-        "batch": size(rows),
-        "temporaries": made.temporaries + made.fresh,
+        "batch and results": size(rows) + made.fresh,
     }
     moved = 2 * size(state) + size((frozen, rows))
-    return (Program("step", held, made.flops, moved, made.messages.received, made.messages.count),)
+    told = made.messages
+    return (Program("step", held, made.orders, made.flops, moved, told.received, told.count),)
 
 
 def divided(job: Any, config: Any, mesh: Mesh) -> tuple[Any, Any, float]:

@@ -4,8 +4,9 @@ Arguments are `jax.ShapeDtypeStruct`s with shardings. Two kinds of machines are 
 CPUs, the one compiler that makes programs for hundreds of devices that are not there:
 
 - this CPU itself: the program that would run here, as it would;
-- accelerators: products in 16 bits where the program says so (`wider`), and the order of operations that holds the
-  least, as the schedulers of GPUs and TPUs seek it. XLA's own order for CPUs gathers every sharded weight at once.
+- accelerators: products in 16 bits where the program says so (`wider`), and an order of operations that holds little,
+  as the schedulers of GPUs and TPUs seek it: XLA's own for the least memory, or that of `schedule`, whichever takes
+  less. What XLA takes for CPUs by itself gathers every sharded weight at once, and has no use for recomputation.
 
 What an accelerator's own compiler fuses, tiles or pads is not seen.
 """
@@ -18,9 +19,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lvlm_jax.parallel import messages, wider
+from lvlm_jax.parallel import messages, schedule, wider
 
-LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+LEAST_MEMORY = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    # Without its barriers a program that recomputes in its backward pass would do so long before.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Program:
 
     Attributes:
         name: what it is called.
-        parts: bytes in memory while it runs, by what they hold.
+        held: bytes in memory while it runs, by what they hold, but for temporaries.
+        orders: bytes of temporaries, in each order of operations that was looked at.
         flops: of its products.
         moved: bytes that its memory must give or take at least: every argument that it uses and every result, once.
         received: bytes from other devices, as in `messages.Messages`.
@@ -37,11 +43,17 @@ class Program:
     """
 
     name: str
-    parts: Mapping[str, float]
+    held: Mapping[str, float]
+    orders: tuple[float, ...]
     flops: float
     moved: float
     received: Mapping[int, float]
     count: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes in memory, in the order that takes least."""
+        return {**self.held, "temporaries": min(self.orders)}
 
     @property
     def total(self) -> float:
@@ -60,7 +72,8 @@ class Program:
 
         return Program(
             self.name,
-            far_each(self.parts, other.parts),
+            far_each(self.held, other.held),
+            tuple(far(*both) for both in zip(self.orders, other.orders, strict=True)),
             far(self.flops, other.flops),
             far(self.moved, other.moved),
             far_each(self.received, other.received),
@@ -75,13 +88,12 @@ class Compiled:
     Attributes:
         results: shapes, dtypes and shardings.
         kept: bytes of results that lie in an argument's place.
-        temporaries: bytes.
-        flops, messages: see `Program`.
+        orders, flops, messages: see `Program`.
     """
 
     results: Any
     kept: float
-    temporaries: float
+    orders: tuple[float, ...]
     flops: float
     messages: messages.Messages
 
@@ -124,11 +136,14 @@ def compile_for(
         for leaf, place in zip(leaves, placed, strict=True)
     ]
     memory = compiled.memory_analysis()
-    told = messages.read(compiled.as_text(), devices)
+    text = compiled.as_text()
+    told, orders = messages.read(text, devices), [memory.temp_size_in_bytes]
+    if not native:
+        orders.append(schedule.temporaries(text))
     return Compiled(
         jax.tree.unflatten(tree, results),
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
-        scale * memory.temp_size_in_bytes,
+        tuple(scale * order for order in orders),
         compiled.cost_analysis()["flops"],
         messages.Messages({reach: scale * one for reach, one in told.received.items()}, told.count),
     )

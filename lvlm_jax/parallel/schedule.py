@@ -14,6 +14,7 @@ from typing import Any
 from lvlm_jax.parallel.module_text import Instruction, computations, sizes_of
 
 ALIASES = ("bitcast", "tuple", "get-tuple-element", "opt-barrier", "parameter", "constant")
+RUNS = ("while", "conditional", "call")  # other operations work what they call into themselves
 
 
 def temporaries(text: str) -> int:
@@ -79,12 +80,13 @@ class _Order:
             nonlocal live, highest
             done.add(name)
             takes = self._takes(name)
-            inside = max((self._inner.get(one, 0) for one in self._all[name].called), default=0)
+            one = self._all[name]
+            inside = (
+                max((self._inner[other] for other in one.called), default=0) if one.operation in RUNS else 0
+            )
             dying = [buffer for buffer in self._reads[name] if left[buffer] == 1]
             freed = sum(self._sizes[buffer] for buffer in dying)
-            in_place = "kind=kLoop" in self._all[name].rest and any(
-                self._sizes[buffer] == takes for buffer in dying
-            )
+            in_place = "kind=kLoop" in one.rest and any(self._sizes[buffer] == takes for buffer in dying)
             highest = max(highest, live + inside + (0 if in_place else takes))
             live += takes - freed
             live -= sum(self._sizes[buffer] for buffer in self._made.get(name, ()) if not left[buffer])

@@ -25,6 +25,7 @@ from lvlm_jax.attention import Tap
 from lvlm_jax.generation.forward import prompt_context
 from lvlm_jax.methods import Method
 from lvlm_jax.models.decoder import Decoded
+from lvlm_jax.training import placement
 
 Sequence = Mapping[str, jax.Array]
 Rngs = Mapping[str, jax.Array] | None  # {"dropout": key}, or None for no dropout
@@ -53,8 +54,11 @@ def image_tokens(
 def embed(
     module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"]
 ) -> Float[Array, "B T E"]:
-    """Token embeddings with the image tokens in the places of the rows' placeholders, in reading order."""
-    return module.apply({"params": params}, tokens, image_tokens, method="embed")
+    """Token embeddings with the image tokens in the places of the rows' placeholders, in reading order.
+
+    From here on every device of a mesh has its own rows (`placement.by_rows`).
+    """
+    return placement.by_rows(module.apply({"params": params}, tokens, image_tokens, method="embed"))
 
 
 def decode(

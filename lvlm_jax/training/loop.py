@@ -169,7 +169,8 @@ def train(
             running = None
             for step, batch in enumerate(batches, start + 1):
                 placed = placement.put(batch, placement.of_batch(batch, mesh, accumulate))
-                state, metrics = update(state, frozen, placed)
+                with jax.set_mesh(mesh):
+                    state, metrics = update(state, frozen, placed)
                 if running is not None:
                     settle(*running)
                 running = (step, metrics, token_count(batch))
@@ -181,7 +182,8 @@ def train(
                 settle(*running)
                 running, score = None, math.inf
                 if judge:
-                    found = _evaluated(task, state.trainable, frozen)
+                    with jax.set_mesh(mesh):
+                        found = _evaluated(task, state.trainable, frozen)
                     monitor.write(step, found)
                     monitor.say(step, found)
                     score = _score(found, best) if best else score

@@ -4,6 +4,7 @@ Several processes hold one global array each in part. Every process makes the wh
 its number, and keeps the rows of its own devices.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -72,6 +73,17 @@ def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
         return NamedSharding(mesh, PartitionSpec(*lead, ROWS)) if split else everywhere(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, batch)
+
+
+def by_rows(array: jax.Array) -> jax.Array:
+    """An array inside a program, its rows over `ROWS` of the mesh in use (`jax.set_mesh`) if they divide evenly.
+
+    Left to itself, the compiler may split channels as the weights are split, and hold all rows on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or array.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(ROWS))
 
 
 def put(tree: Any, shardings: Any) -> Any:
