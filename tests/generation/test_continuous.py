@@ -72,7 +72,7 @@ def assert_equal(outputs, batch):
         *(
             pytest.param(method, {}, marks=pytest.mark.slow)
             for method in (
-                methods.M3ID(decay=0.3),
+                methods.M3ID(decay=0.05),  # at larger ones rounding grows with its strength
                 methods.ICD(tokens=(5, 6, 7)),
                 methods.DoLa(layers=(0, 1)),
                 methods.SID(start_layer=1, keep=3),
