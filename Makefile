@@ -14,7 +14,7 @@ demo: $(VENV)/.run-installed
 	$(BIN)/python infer.py
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

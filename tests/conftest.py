@@ -1,10 +1,13 @@
 """Checks the shapes in signatures while tests run, and makes the small model that many tests share."""
 
+import gc
 import os
+from pathlib import Path
 
 # Tests count compilations, and must not leave programs behind in the user's cache.
 os.environ["LVLM_JAX_COMPILATION_CACHE"] = "0"
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -24,6 +27,19 @@ install_import_hook(
     ],
     f"{tests.signatures.__name__}.check",
 )
+
+
+MAPPINGS = 15_000  # of the 65,530 that Linux allows a process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops compiled programs between files: each maps memory, and all of them more than Linux allows."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

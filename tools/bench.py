@@ -1,11 +1,15 @@
 """Measures prefill, decoding and methods against greedy decoding, transformers and the machine's memory bandwidth.
 
     python tools/bench.py --size 0.5b --methods cmac --out bench.json
-    python tools/bench.py --size 7b --dtype bfloat16 --methods cmac --no-transformers
-    python tools/bench.py --size 0.5b --quant int8 --methods "" --no-transformers
+    python tools/bench.py --size 7b --dtype bfloat16 --methods cmac --transformers none
+    python tools/bench.py --size 0.5b --quant int8 --methods "" --transformers float32,bfloat16
 
 Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum;
-what is compared is measured in turns within one run, because shared machines drift.
+what is compared is measured in turns within one run, because shared machines drift. Beside each stands its roofline:
+
+    least time  =  max(bytes that must move / read bandwidth, FLOPs of the products / peak)
+
+with the weights and caches read once, and both ceilings measured in the same turns.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
@@ -25,10 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax import LVLM, cli, methods, models, weights
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket, lay_out
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.models.pictures import whole_pictures
+from lvlm_jax.parallel.programs import weights_read
 from lvlm_jax.version import __version__
 from lvlm_jax.weights.quantize import QUANTS, quantize
 
@@ -56,6 +63,7 @@ SIZES = {
         ),
     ),
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16")
 TEXT_TOKENS = (8, 40)  # before and after the image, as in a chat template with a question
 
 
@@ -65,9 +73,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--size", choices=("pocket", *SIZES), default="0.5b", help="model (default 0.5b)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches")
     parser.add_argument(
         "--quant", choices=("none", *QUANTS), default="none",
         help="of the decoder's kernels; --dtype alone and transformers are measured beside it (default none)",
@@ -81,10 +87,18 @@ def parse(words: list[str]) -> argparse.Namespace:
         "--methods", default="cmac", help="names, separated by commas, or all (default cmac; empty for none)"
     )
     parser.add_argument(
-        "--no-transformers", action="store_true", help="leave the comparison with transformers out"
-    )
+        "--transformers", metavar="DTYPES",
+        help="float32, bfloat16, both with a comma, or none: its `generate` beside ours (default that of --dtype)",
+    )  # fmt: skip
     parser.add_argument("--out", help="write the JSON there too")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    named = arguments.dtype if arguments.transformers is None else arguments.transformers
+    arguments.transformers = [] if named == "none" else named.split(",")
+    if unknown := set(arguments.transformers) - set(DTYPES):
+        raise LVLMError(
+            f"--transformers is {named!r}, with {min(unknown)!r}; expected {', '.join(DTYPES)} or none"
+        )
+    return arguments
 
 
 def random_parameters(config, dtype: jnp.dtype) -> dict:
@@ -161,6 +175,15 @@ def bandwidth(copy: bool) -> float:
     return array.nbytes * (2 if copy else 1) / typical / 1e9
 
 
+def peak(dtype: str) -> float:
+    """GFLOP/s of one large product of matrices, exact to float32 if they are."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((side, side), dtype)
+    call = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
+    call(matrix).block_until_ready()
+    return 2 * side**3 / statistics.median(seconds(lambda: call(matrix))[0] for _ in range(3)) / 1e9
+
+
 def program_bytes(compiled) -> int:
     """What a program holds at its peak: arguments, results that are not aliased to them, temporaries."""
     memory = compiled.memory_analysis()
@@ -202,33 +225,46 @@ class Ours:
         steps = int(self.limit) - 1
         return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
 
-    def peak_bytes(self) -> int:
-        """The larger of the prefill's and the decode loop's footprint, from the compiler."""
+    def needs(self) -> "Needs":
+        """What the compiler says of the prefill and of the decode loop, whose FLOPs are those of one token."""
         prefill = drivers.prefill.lower(*self.arguments, **self.options).compile()
-        answers = self.begin(self.prefill())
+        state, step = self.prefill()
+        cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
+        answers = self.begin((state, step))
         decode = drivers.run.lower(self.params, self.config, answers, self.limit).compile()
-        return max(program_bytes(prefill), program_bytes(decode))
+        return Needs(
+            max(program_bytes(prefill), program_bytes(decode)),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(weights_read(self.params))) + cache,
+            prefill.cost_analysis()["flops"],
+            decode.cost_analysis()["flops"],
+        )
 
-    def bytes_per_token(self) -> int:
-        """What must be read for one token of each conversation: decoder weights once, caches once."""
-        decoder = dict(self.params["language_model"])
-        if "lm_head" in decoder:
-            del decoder["embed_tokens"]  # one row of it is read
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
-        state, _ = self.prefill()
-        return weights + sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
+
+class Needs(NamedTuple):
+    """What a way of decoding needs of the machine.
+
+    Attributes:
+        peak_bytes: the larger footprint of its two programs.
+        moved: bytes of a step, one token of each conversation; a prefill moves as many: weights once, caches once.
+        prefill_flops, step_flops: of all operations.
+    """
+
+    peak_bytes: int
+    moved: int
+    prefill_flops: float
+    step_flops: float
 
 
 class Transformers:
     """`generate` of transformers on the same weights, ready to be timed."""
 
-    def __init__(self, params: dict, config, inputs, tokens: np.ndarray, new_tokens: int):
+    def __init__(self, params: dict, config, inputs, tokens: np.ndarray, new_tokens: int, dtype: str):
         import torch
         from transformers import LlavaForConditionalGeneration
 
         self.torch, self.new_tokens = torch, new_tokens
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, str(jax.tree.leaves(params)[0].dtype))
+        dtype = getattr(torch, dtype)
         with tempfile.TemporaryDirectory() as folder:
             weights.save_checkpoint(pathlib.Path(folder) / "model", params, config)
             model = LlavaForConditionalGeneration.from_pretrained(pathlib.Path(folder) / "model", dtype=dtype)
@@ -273,18 +309,20 @@ def measure(arguments: argparse.Namespace) -> dict:
         # The random model has no tokenizer, so the disturbing instruction is given as token ids.
         method = methods.ICD(tokens=tuple(range(100, 120))) if name == "icd" else methods.get(name)()
         runners[name] = Ours(params, config, inputs, method, arguments.new_tokens)
-    if not arguments.no_transformers:
-        runners["transformers"] = Transformers(wide, config, inputs, tokens, arguments.new_tokens)
+    theirs = {f"transformers {dtype}": dtype for dtype in arguments.transformers}
+    for name, dtype in theirs.items():
+        runners[name] = Transformers(wide, config, inputs, tokens, arguments.new_tokens, dtype)
     encode = lambda: drivers.encode_images(params, config, inputs.pixels)  # noqa: E731
     for runner in runners.values():
         runner.run()  # compiles, and warms up
     jax.block_until_ready(encode())
 
     figures = {name: {"prefill": [], "decode": []} for name in runners}
-    encoded, read, copied = [], [], []
+    encoded, read, copied, peaks = [], [], [], []
     for _ in range(arguments.runs):
         read.append(bandwidth(copy=False))
         copied.append(bandwidth(copy=True))
+        peaks.append(peak(arguments.dtype))
         encoded.append(seconds(encode)[0] * 1e3)
         for name, runner in runners.items():
             prefill, decode, generated = runner.run()
@@ -293,7 +331,8 @@ def measure(arguments: argparse.Namespace) -> dict:
             figures[name]["tokens"] = generated
 
     greedy = figures["greedy"]
-    needed = runners["greedy"].bytes_per_token()
+    needs = {name: runner.needs() for name, runner in runners.items() if name not in theirs}
+    ceilings = statistics.median(read) * 1e6, statistics.median(peaks) * 1e6  # of a millisecond
     result = {
         "size": arguments.size,
         "parameters": count,
@@ -305,16 +344,14 @@ def measure(arguments: argparse.Namespace) -> dict:
         "runs": arguments.runs,
         "read_gb_per_s": summary(read),
         "copy_gb_per_s": summary(copied),
+        "peak_gflop_per_s": summary(peaks),
         "encode_images_ms": summary(encoded),
-        "bytes_per_step": needed,
         "methods": {},
         "machine": machine(),
         "versions": {"lvlm_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "date": datetime.date.today().isoformat(),
         "command": "python tools/bench.py " + " ".join(sys.argv[1:]),
     }
-    base = statistics.median(greedy["decode"])
-    base_peak = runners["greedy"].peak_bytes()
     for name, values in figures.items():
         decode = statistics.median(values["decode"])
         entry = {
@@ -322,7 +359,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             "decode_ms_per_token": summary(values["decode"]),
             "tokens_per_s": round(arguments.batch * 1e3 / decode, 2),
         }
-        if name == "transformers":
+        if name in theirs:
             import transformers
 
             result["versions"] |= {
@@ -333,17 +370,33 @@ def measure(arguments: argparse.Namespace) -> dict:
             entry["same_tokens_as_greedy"] = bool((values["tokens"] == greedy["tokens"]).all())
             entry["ours_over_theirs"] = summary(_ratios(values["decode"], greedy["decode"]))
         else:
-            peak = base_peak if name == "greedy" else runners[name].peak_bytes()
-            entry["peak_bytes"] = peak
-            entry["peak_over_greedy"] = round(peak / base_peak, 3)
+            need = needs[name]
+            entry["peak_bytes"] = need.peak_bytes
+            entry["peak_over_greedy"] = round(need.peak_bytes / needs["greedy"].peak_bytes, 3)
             entry["decode_over_greedy"] = summary(_ratios(values["decode"], greedy["decode"]), 3)
             entry["prefill_over_greedy"] = summary(_ratios(values["prefill"], greedy["prefill"]), 3)
+            entry["roofline"] = {
+                "prefill": roofline(
+                    need.moved, need.prefill_flops, *ceilings, statistics.median(values["prefill"])
+                ),
+                "decode": roofline(need.moved, need.step_flops, *ceilings, decode),
+            }
         result["methods"][name] = entry
-    achieved = needed / base / 1e6
+    achieved = needs["greedy"].moved / statistics.median(greedy["decode"]) / 1e6
     result["decode_gb_per_s"] = round(achieved, 2)
     result["decode_over_read_bandwidth"] = round(achieved / statistics.median(read), 3)
     result["decode_over_copy_bandwidth"] = round(achieved / statistics.median(copied), 3)
     return result
+
+
+def roofline(moved: float, flops: float, bandwidth: float, peak: float, taken: float) -> dict:
+    """What must move and be computed, the least milliseconds for it, and their share in those it took.
+
+    Args:
+        bandwidth, peak: bytes and FLOPs of a millisecond.
+    """
+    least = max(moved / bandwidth, flops / peak)
+    return {"bytes": moved, "flops": flops, "least_ms": round(least, 2), "reached": round(least / taken, 3)}
 
 
 def _ratios(these: list[float], those: list[float]) -> list[float]:

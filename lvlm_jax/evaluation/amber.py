@@ -10,7 +10,8 @@ Discriminative figures take "No" for the positive class.
 
 The official scorer tags words with nltk and also accepts words that spaCy's large English vectors find similar (above
 0.8). Here words are matched exactly unless `matching` is "spacy"; nouns are told by the word lists, without a tagger.
-The note "matching" says which. F1 is the harmonic mean; the official one divides by 0.0001 more.
+The note "matching" says which. A word that the lists have in the plural ("sunglasses") is found; the official scorer
+makes every noun singular first and never finds it. F1 is the harmonic mean; the official one divides by 0.0001 more.
 """
 
 from __future__ import annotations

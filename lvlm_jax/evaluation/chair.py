@@ -66,12 +66,14 @@ def image_id(name: str | int) -> int:
 
 
 def read_image_list(path: Path) -> list[str]:
-    """Names or ids of an explicit image list: one a line, a JSON list, or JSON lines with image or image_id."""
+    """Names or ids of an explicit image list: one a line, a JSON list, or JSON objects with image or image_id."""
     path = files.given(path, "image list")
     text = files.read_text(path, "image list").strip()
     if text.startswith("["):
         rows = files.read_json(path, "image list")
-    elif text.startswith("{"):
+    else:
+        rows = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.startswith("{") or any(isinstance(row, dict) for row in rows):
         rows = [
             files.field(
                 row,
@@ -81,8 +83,8 @@ def read_image_list(path: Path) -> list[str]:
             )
             for line, row in files.read_rows(path, "image list")
         ]
-    else:
-        rows = [line.strip() for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise LVLMError(f"image list {str(path)!r} is an empty list; expected names or ids of images")
     return [str(row) for row in rows]
 
 

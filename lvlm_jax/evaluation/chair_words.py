@@ -52,7 +52,8 @@ DOUBLE_WORDS = (
 
 _IRREGULAR = {
     "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot",
-    "teeth": "tooth", "oxen": "ox", "people": "person", "dice": "die", "lice": "louse",
+    "teeth": "tooth", "oxen": "ox", "people": "person", "dice": "die", "lice": "louse", "leaves": "leaf",
+    "grandchildren": "grandchild",
 }  # fmt: skip
 # Parts that a tokenizer of English splits from the word before them.
 _ENDINGS = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
@@ -79,7 +80,9 @@ def singular(word: str, known: AbstractSet[str]) -> str:
     """
     if word in known:
         return word
-    candidates = [_IRREGULAR[word]] if word in _IRREGULAR else []
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    candidates = []
     if word.endswith("men"):
         candidates.append(word[:-3] + "man")
     if word.endswith("ies"):
@@ -88,7 +91,8 @@ def singular(word: str, known: AbstractSet[str]) -> str:
         candidates += [word[:-3] + "f", word[:-3] + "fe"]
     if re.search(r"(s|x|z|ch|sh|o)es$", word):
         candidates.append(word[:-2])
-    if word.endswith("s") and not re.search(r"(ss|us|is)$", word) and len(word) > 2:
+    # "taxis" and "zebus" are plurals where "taxi" and "zebu" are known; of others with these endings few are.
+    if word.endswith("s") and len(word) > 2 and (word[:-1] in known or not re.search(r"(ss|us|is)$", word)):
         candidates.append(word[:-1])
     return next((candidate for candidate in candidates if candidate in known), (candidates or [word])[0])
 

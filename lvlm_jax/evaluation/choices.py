@@ -15,7 +15,7 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import folders, parsers, tables
 from lvlm_jax.evaluation.protocol import Protocol, register
-from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.question import Data, Question, listed_name
 from lvlm_jax.evaluation.scores import Scores, Tally, ratio
 
 # Benchmark -> how its files are called (beginnings, in lower case).
@@ -136,15 +136,16 @@ def _question(row: dict, number: int, folder: Path, where: str) -> Question:
     hint = row.get("hint")
     lines = ([f"Hint: {hint}"] if isinstance(hint, str) else []) + [text.strip()]
     lines += [f"{letter}. {option}" for letter, option in options.items()]
-    text, images = interleave("\n".join(lines), _images(row, folder, where), where)
+    text, images = interleave("\n".join(lines), _images(row, where), where)
     identity = _first(row, IDS)
     return Question(
         number if identity is None else identity,
-        images,
+        tuple(folder / image if isinstance(image, Path) else image for image in images),
         text,
         _label(_first(row, ANSWERS), options, where),
         str(_first(row, GROUPS) or "all"),
         {"options": tuple(options)},
+        tuple(map(listed_name, images)),
     )
 
 
@@ -158,7 +159,9 @@ def _options(row: dict, where: str) -> dict[str, str]:
         lettered = dict(zip(LETTERS, map(str, tables.as_list(listed, where)), strict=False))
     elif not lettered:
         numbered = sorted((name for name in row if re.fullmatch(r"option_?\d+", name)), key=_number)
-        lettered = dict(zip(LETTERS, (str(row[name]) for name in numbered), strict=False))
+        # Q-Bench2 fills the columns that a question does not need.
+        texts = (str(row[name]) for name in numbered if row[name] != "N/A")
+        lettered = dict(zip(LETTERS, texts, strict=False))
     if not lettered and _yes_no(_first(row, ANSWERS)) is not None:
         lettered = {"A": "True", "B": "False"}  # NLVR2 as it was published: a statement about two images
     if len(lettered) < 2 or any(letter not in LETTERS for letter in lettered):
@@ -195,7 +198,7 @@ def _label(answer, options: dict[str, str], where: str) -> str:
     raise LVLMError(f"{where}: answer {said!r} is none of the options {', '.join(options)}")
 
 
-def _images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
+def _images(row: dict, where: str) -> tuple[Path | bytes, ...]:
     value = _first(row, IMAGES)
     if value is not None:
         cells = tables.as_list(value, where)
@@ -203,7 +206,7 @@ def _images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
         pair = [name for name in ("left_image", "right_image") if name in row]
         numbered = sorted((name for name in row if re.fullmatch(r"(image|img)_?\d+", name)), key=_number)
         cells = [row[name] for name in pair or numbered]
-    return tuple(tables.picture(cell, folder, f"{where}: image") for cell in cells if cell is not None)
+    return tuple(tables.picture(cell, f"{where}: image") for cell in cells if cell is not None)
 
 
 def interleave(text: str, images: tuple, where: str) -> tuple[str, tuple]:

@@ -203,7 +203,10 @@ def right_answer(parser: str, right: str, wrong: str) -> str:
 def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
     """The file of an image in one of the folders, or where benchmarks keep theirs below it; None if it is nowhere."""
     within = [*PLACES, *(f"{top}{group}{end}" for top in ("", f"{mme.RELEASE}/") for end in ("", "/images"))]
-    paths = (place / folder / Path(name).name for place in places for folder in within)
+    written = Path(name)
+    inside = not written.is_absolute() and ".." not in written.parts  # a name leads nowhere else
+    names = dict.fromkeys([written] * inside + [Path(written.name)])
+    paths = (place / folder / one for place in places for folder in within for one in names)
     return next((path for path in paths if path.is_file()), None)
 
 

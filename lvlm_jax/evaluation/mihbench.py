@@ -1,8 +1,9 @@
 """Yes/no and one-word questions over several images: MIHBench (existence, count, identity) and the pocket world's.
 
-MIHBench: JSON lines over val2014 and CO3D; existence 3 x 800 (random, popular, adversarial), count 800, identity 800.
-The same reader takes its parquet edition, and any rows of `images` (or `image`), `question` (or `text`) and `label`;
-kinds come from a column `task` or `kind`, else from the file's name.
+MIHBench (Li et al. 2025, arXiv 2508.00726): JSON lines over val2014 and CO3D; existence 3 x 800 (random, popular,
+adversarial), count 800, identity 800. The files are found under their published names (`RELEASED`) or those of the
+kinds. The same reader takes the parquet edition, and any rows of `images` (or `image_list`, `image`), `question` (or
+`text`) and `label`; kinds come from a column `task` or `kind`, else from the file's name.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ from lvlm_jax.evaluation import binary, folders, parsers, tables
 from lvlm_jax.evaluation.choices import interleave
 from lvlm_jax.evaluation.pope import LLAVA_SUFFIX
 from lvlm_jax.evaluation.protocol import Protocol, register
-from lvlm_jax.evaluation.question import Data, Question
+from lvlm_jax.evaluation.question import Data, Question, listed_name
 from lvlm_jax.evaluation.scores import Scores, Tally, ratio
 
 GROUPS = ("existence_random", "existence_popular", "existence_adversarial", "count", "identity")
-PLACES = (".", "MIHBench", "mihbench", "data", "MIHBench/data", "questions")
-IMAGE_PLACES = (*folders.COCO_IMAGES, "../images", "..")
+# Kind -> its file in the folder `Questions` of github.com/pgtrece/DAB, spelled as it is there.
+RELEASED = {
+    "existence_random": "Existence/new_ran/coco_pope_random_3.jsonl",
+    "existence_popular": "Existence/new_pop/coco_pope_popular_3.jsonl",
+    "existence_adversarial": "Existence/new_adv/coco_pope_adversarial_3.jsonl",
+    "count": "Count/comparison_same_2.jsonl",
+    "identity": "Id_Consitency/clip_questions_most_different_4.jsonl",
+}
+KIND_OF = {Path(name).stem: group for group, name in RELEASED.items()}
+PLACES = (".", "MIHBench", "mihbench", "data", "MIHBench/data", "questions", "Questions", "MIHBench/Questions",
+          "DAB/Questions")  # fmt: skip
+IMAGE_PLACES = (*folders.COCO_IMAGES, "CO3D", "co3d", "../images", "..")
 
 register(
     Protocol("mihbench/strict", "mihbench", "existence, count, identity; one yes/no word counts (default)", "strict",
@@ -35,7 +46,7 @@ register(
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The question file given, or the file of each kind: `existence_random.jsonl` and so on."""
+    """The question file given, or the file of each kind: as published, or `existence_random.jsonl` and so on."""
     if data.question_file is not None:
         return {"questions": [files.given(data.question_file, "question file")]}
     if not protocol.groups:
@@ -49,7 +60,10 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     return {
         group: [
             folders.find(
-                data, [group + end for end in (".jsonl", ".json", ".parquet")], PLACES, f"MIHBench {group}"
+                data,
+                [*(group + end for end in (".jsonl", ".json", ".parquet")), RELEASED[group]],
+                PLACES,
+                f"MIHBench {group}",
             )
         ]
         for group in wanted
@@ -67,28 +81,39 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         for number, row in tables.rows(path):
             where = f"row {number} of question file {str(path)!r}"
             cells = tables.as_list(
-                files.field(row, ["images", "image"], (list, str, dict, bytes), where), where
+                files.field(row, ["images", "image_list", "image"], (list, str, dict, bytes), where), where
             )
             text = files.field(row, ["question", "text", "query"], str, where)
             label = str(files.field(row, ["label", "answer", "gt"], (str, int), where)).strip()
-            group = role if role != "questions" else str(row.get("kind") or row.get("task") or path.stem)
+            own = row.get("kind") or row.get("task") or KIND_OF.get(path.stem, path.stem)
+            group = role if role != "questions" else str(own)
             identity = next((row[name] for name in ("question_id", "id", "index") if name in row), number)
             files.unique(seen, (group, str(identity)), where)
             if not label:
                 raise LVLMError(f"{where} has an empty label")
             if not data.groups or group in data.groups:
-                images = [tables.picture(cell, None, f"{where}: image") for cell in cells]
-                rows.append((identity, images, text, label, group, where))
+                images = tuple(tables.picture(cell, f"{where}: image") for cell in cells)
+                rows.append((identity, *interleave(text, images, where), label, group))
     if not rows:
         raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
-    names = [str(image) for row in rows for image in row[1] if isinstance(image, Path)]
-    paths = folders.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name) if names else {}
-    questions = []
-    for identity, images, text, label, group, where in rows:
-        found = tuple(image if isinstance(image, bytes) else paths[str(image)] for image in images)
-        text, found = interleave(text, found, where)
-        questions.append(Question(identity, found, text, label, group))
-    return questions
+    paths = {}
+    # Group by group, for the pictures of identity lie apart from those of COCO.
+    for group in dict.fromkeys(row[4] for row in rows):
+        names = [str(image) for row in rows if row[4] == group for image in row[2] if isinstance(image, Path)]
+        if names:
+            located = folders.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name)
+            paths |= {(group, name): path for name, path in located.items()}
+    return [
+        Question(
+            identity,
+            tuple(image if isinstance(image, bytes) else paths[group, str(image)] for image in images),
+            text,
+            label,
+            group,
+            names=tuple(map(listed_name, images)),
+        )
+        for identity, text, images, label, group in rows
+    ]
 
 
 def prompt(question: Question, protocol: Protocol) -> str:

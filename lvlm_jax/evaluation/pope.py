@@ -19,6 +19,7 @@ from lvlm_jax.evaluation.scores import Scores, Tally, ratio
 
 SPLITS = ("random", "popular", "adversarial")
 SOURCES = ("coco", "aokvqa", "gqa")
+ENDINGS = (".json", ".jsonl")
 LLAVA_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
@@ -73,13 +74,18 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
             raise LVLMError(f"question file {str(path)!r} holds one split; say which: {', '.join(groups)}")
         return {groups[0]: [path]}
     source = data.source
-    places = [".", "POPE", "pope", source, f"POPE/{source}", f"pope/{source}", f"pope_{source}",
-              f"output/{source}", f"data/POPE/{source}", f"experiments/data/POPE/{source}"]  # fmt: skip
+    nested = (source, f"pope_{source}", f"output/{source}", f"output/seem/{source}")
+    places = [".", "POPE", "pope", *(top + place for top in ("", "POPE/", "pope/") for place in nested),
+              f"data/POPE/{source}", f"experiments/data/POPE/{source}"]  # fmt: skip
     found = {}
     for group in groups:
         stems = [f"{source}_pope_{group}"] + [f"pope_{group}"] * (source == "coco")
-        wanted = [stem + ending for stem in stems for ending in (".json", ".jsonl")]
-        found[group] = [folders.find(data, wanted, places, f"POPE {source} {group}")]
+        wanted = [stem + ending for stem in stems for ending in ENDINGS]
+        # SEEM found the objects of A-OKVQA and GQA; older copies of their files have it in the name.
+        older = [f"{source}_pope_seem_{group}{ending}" for ending in ENDINGS if source != "coco"]
+        what = f"POPE {source} {group}"
+        path = folders.find(data, wanted, places, what, optional=True)
+        found[group] = [path or folders.find(data, wanted + older, places, what)]
     return found
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.question import Question, image_name
+from lvlm_jax.evaluation.question import Question
 from lvlm_jax.generation.record import file_hash, method_record
 from lvlm_jax.version import __version__
 
@@ -97,7 +97,7 @@ def files_hash(paths: Sequence[Path]) -> str:
 
 def image_list_hash(questions: Sequence[Question]) -> str:
     """SHA-256 of the distinct image names in the order asked, one a line (for encoded pictures, of their hashes)."""
-    listed = dict.fromkeys(image_name(image) for question in questions for image in question.images)
+    listed = dict.fromkeys(name for question in questions for name in question.image_names)
     return hashlib.sha256("".join(f"{name}\n" for name in listed).encode()).hexdigest()
 
 
@@ -124,7 +124,7 @@ def record(
       seed: of sampling.
       more: what else decides the figures (bootstrap seed, source of the images, ...).
     """
-    images = {image_name(image) for question in questions for image in question.images}
+    images = {name for question in questions for name in question.image_names}
     return {
         "protocol": dataclasses.asdict(protocol) | {"groups": list(protocol.groups)},
         "questions": len(questions),

@@ -20,6 +20,8 @@ class Question:
       label: the right answer in the benchmark's own words; None where there is none to compare with.
       group: split, subtask or kind ("random", "existence", ...).
       extra: what the benchmark's scorer needs besides.
+      names: of the images, where a file name alone does not tell them apart (CO3D's frames are numbered in every
+        folder anew); empty for the file names.
     """
 
     id: int | str
@@ -28,6 +30,7 @@ class Question:
     label: str | None
     group: str
     extra: Mapping = dataclasses.field(default_factory=dict, compare=False)
+    names: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -37,12 +40,22 @@ class Question:
     @property
     def unit(self) -> str:
         """Name of the image, or of the images together: what a bootstrap resamples."""
-        return "+".join(image_name(image) for image in self.images)
+        return "+".join(self.image_names)
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """What the images are called in answer files and records."""
+        return self.names or tuple(map(image_name, self.images))
 
 
 def image_name(image: Path | bytes) -> str:
     """A file's name; for an encoded picture the beginning of its SHA-256."""
     return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else image.name
+
+
+def listed_name(image: Path | bytes) -> str:
+    """As `image_name`, with the folders that a question file writes before the name ("vase/64_439/frame001.jpg")."""
+    return image_name(image) if isinstance(image, bytes) or image.is_absolute() else image.as_posix()
 
 
 @dataclasses.dataclass(frozen=True)

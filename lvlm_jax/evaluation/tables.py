@@ -89,7 +89,7 @@ def as_list(value, where: str) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def picture(value, folder: Path | None, where: str) -> Path | bytes:
+def picture(value, where: str) -> Path | bytes:
     """A picture out of a cell: `{bytes, path}` of Hugging Face, base64 of VLMEvalKit, bytes, or a file name."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -102,4 +102,4 @@ def picture(value, folder: Path | None, where: str) -> Path | bytes:
             return base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
             raise LVLMError(f"{where} is neither a file name nor base64 ({error})") from error
-    return folder / value if folder else Path(value)
+    return Path(value)

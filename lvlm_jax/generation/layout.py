@@ -131,14 +131,15 @@ class Inputs:
         self, prompts: list[np.ndarray], pad_token_id: int, images: list[np.ndarray] | None = None
     ) -> "Inputs":
         """Left-pads changed prompts; without `images` they hold no image token."""
-        total = bucket(max(len(prompt) for prompt in prompts))
+        longest = max(len(prompt) for prompt in prompts)
+        total = bucket(longest)
         tokens = np.full((self.batch, total), pad_token_id, np.int32)
         image_id = np.full((self.batch, total), -1, np.int32)
         for row, prompt in enumerate(prompts):
             start = total - len(prompt)
             tokens[row, start:] = prompt
             image_id[row, start:] = 0 if images is None else images[row]
-        return Inputs(tokens, image_id, None, np.zeros((self.batch, 0), np.int64))
+        return Inputs(tokens, image_id, None, np.tile(np.arange(total - longest, total), (self.batch, 1)))
 
 
 def bucket(length: int, multiple: int = PROMPT_BUCKET) -> int:

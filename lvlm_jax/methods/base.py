@@ -84,6 +84,8 @@ class Method(Transform):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("static"):
+                if isinstance(value, list):  # has no hash, which structure needs
+                    object.__setattr__(self, field.name, tuple(value))
                 choices = field.metadata["choices"]
                 if choices and value not in choices:
                     raise LVLMError(
@@ -114,9 +116,8 @@ class Method(Transform):
             LVLMError: there is no preset of that name.
         """
         if name not in cls.PRESETS:
-            raise LVLMError(
-                f"{cls.__name__} has no preset {name!r}; expected one of {', '.join(cls.PRESETS)}"
-            )
+            known = f"expected one of {', '.join(cls.PRESETS)}" if cls.PRESETS else "it has none at all"
+            raise LVLMError(f"{cls.__name__} has no preset {name!r}; {known}")
         return cls(**cls.PRESETS[name])
 
     def branches(self) -> tuple[Transform | None, ...]:
@@ -225,23 +226,27 @@ def names() -> list[str]:
 
 
 def layer_range(
-    start: int | float, end: int | float | None, layers: Sequence[int] | None, num_layers: int
+    start: int | float | np.floating,
+    end: int | float | np.floating | None,
+    layers: Sequence[int] | int | None,
+    num_layers: int,
 ) -> tuple[int, ...]:
     """The layers a method acts in.
 
     Args:
         start, end: first layer, and the one after the last (None: all the rest), counted from 0; a float in [0, 1]
             is a share of the depth, so that a setting carries over to another model.
-        layers: explicit layers, which overrule both.
+        layers: explicit layers, or a single one, which overrule both.
 
     Raises:
         LVLMError: no layer is left.
     """
 
-    def absolute(bound: int | float) -> int:
-        return round(bound * num_layers) if isinstance(bound, float) else int(bound)
+    def absolute(bound: int | float | np.floating) -> int:
+        return round(bound * num_layers) if isinstance(bound, float | np.floating) else int(bound)
 
     last = num_layers if end is None else absolute(end)
+    layers = (layers,) if isinstance(layers, int) else layers
     wanted = range(absolute(start), last) if layers is None else layers
     found = tuple(layer for layer in wanted if 0 <= layer < num_layers)
     if not found:

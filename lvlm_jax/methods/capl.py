@@ -7,7 +7,8 @@ tokens of different images, whichever comes first,
     out = (1 - σ) softmax(z over visible columns) V + σ softmax(z over visible columns and cross pairs) V
 
 in layers of even index; earlier images' selected tokens so look ahead at later images'. Both softmaxes share the
-values, so their mix is taken of the weights. Nothing changes inside an image, for text, or with one image.
+values, so their mix is taken of the weights. Nothing changes inside an image, for text, or with one image. With
+`tile` the share is taken in each tile of so many tokens, and an image selects what its tiles do (InternVL2.5).
 
 Truncated attention (`mode="truncated"`), which produces answers to be rejected in preference learning: a token of an
 image does not see other images, in every layer. `variant="code-qwen"`: an image token sees itself and earlier text
@@ -21,9 +22,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from lvlm_jax.attention import Site
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import per_image
 from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
 
@@ -45,13 +47,21 @@ class CAPL(Method):
     layers: tuple[int, ...] | None = switch(
         None, "explicit layers instead, of odd index too; without them mode 'cross' takes the even ones"
     )
+    tile: int | None = switch(
+        None, "tokens of a tile, where the share is taken in each; default whole images"
+    )
 
     rows: ClassVar[str] = "all"
     PRESETS: ClassVar = {
         "qwen2.5-vl": dict(rho=0.95),
-        "internvl2.5": dict(rho=0.95),
+        "internvl2.5": dict(rho=0.95, tile=256),
         "glm-4.1v": dict(rho=0.9),
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 1):
+            raise LVLMError(f"CAPL: tile is {self.tile!r}; expected a whole number >= 1, or None")
 
     def active(self, layer, num_layers, phase):
         wanted = layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
@@ -63,8 +73,12 @@ class CAPL(Method):
             return ()
         # The square orders tokens like the norm itself.
         norms = jnp.square(embeddings.astype(jnp.float32)).sum(axis=-1)
-        inside = per_image.members(context.image_id, context.image_count)
-        return per_image.largest(context.image_id, inside, norms, per_image.share(self.rho, inside))
+        image_id, image_count = context.image_id, context.image_count
+        if self.tile is not None:  # tiles select like images of their own
+            image_count += image_id.shape[1] // self.tile
+            image_id = tiles(image_id, context.image_count, self.tile)
+        inside = per_image.members(image_id, image_count)
+        return per_image.largest(image_id, inside, norms, per_image.share(self.rho, inside))
 
     def mask(self, site, mask):
         if self.mode == "cross":
@@ -82,6 +96,15 @@ class CAPL(Method):
         visible = site.mask | cross_pairs(site, site.carry)
         logits = jnp.where(visible[:, None], site.logits, jnp.finfo(jnp.float32).min)
         return (1 - self.sigma) * weights + self.sigma * jax.nn.softmax(logits, axis=-1)
+
+
+def tiles(image_id: Int[Array, "B S"], image_count: int, tokens: int) -> Int[Array, "B S"]:
+    """`image_id` with tiles of so many tokens in the place of images, counted through each sample."""
+    inside = per_image.members(image_id, image_count)
+    of_image = -(-inside.sum(axis=-1) // tokens)
+    before = jnp.cumsum(of_image, axis=-1) - of_image
+    number = before[:, :, None] + (jnp.cumsum(inside, axis=-1) - 1) // tokens + 1
+    return jnp.where(image_id > 0, jnp.where(inside, number, 0).sum(axis=1), image_id)
 
 
 def cross_pairs(site: Site, selected: Bool[Array, "B S"]) -> Bool[Array, "B R S"]:

@@ -141,8 +141,7 @@ def _has_own(member: Method, name: str) -> bool:
 
 def _combines(member: Method) -> bool:
     """Whether a member makes the logits: it has a rule, and something to apply it to."""
-    depth = 32  # any: whether there are early exits at all does not depend on it
-    return _has_own(member, "combine") and (len(member.branches()) > 1 or bool(member.exits(depth)))
+    return _has_own(member, "combine") and (len(member.branches()) > 1 or _has_own(member, "exits"))
 
 
 def _merged(transforms: list[Transform | None]) -> Transform | None:

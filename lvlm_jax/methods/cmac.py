@@ -150,10 +150,11 @@ class ScalarValueMask(Transform):
 
     def values(self, site, weights, mix):
         mask = above_mean(site)
-        mean = mix(jnp.broadcast_to(image_uniform(site), (*weights.shape[:2], 1, weights.shape[3])))
-        return mix(jnp.where(mask, 0, weights)) + masked_mass(weights, mask) * mean.mean(
-            axis=-1, keepdims=True
-        )
+        # A sum first: ones are exact in whatever dtype the values have, a share of one image token is not.
+        image = site.image[:, None, None, :].astype(jnp.float32)
+        total = mix(jnp.broadcast_to(image, (*weights.shape[:2], 1, weights.shape[3])))
+        mean = total.mean(axis=-1, keepdims=True) / jnp.maximum(image.sum(axis=-1, keepdims=True), 1)
+        return mix(jnp.where(mask, 0, weights)) + masked_mass(weights, mask) * mean
 
 
 class AttentionMask(Transform):

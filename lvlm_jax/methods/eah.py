@@ -8,11 +8,11 @@ j is a vision sink of h if c_h[j] > β. Let h* be the head with most sinks, over
 one on ties. If it has any, every head of the layer attends with the whole map of h* (text rows too), each with its
 own values.
 
-`variant="code"`: the sum goes over all later rows, text included, and is divided by S₀ + E - j with S₀ and E the
-image's first position and the one after its last; β is 0.0008 and the layer index 15; nothing happens when h* is
-head 0 either.
+`variant="code"`: the sum goes over all later rows, text included, and is divided by S₀ + E - j with S₀ the sample's
+first image position and E the one after its last; β is 0.0008 and the layer index 15; nothing happens when h* is head
+0 either.
 
-A row that does not see j (sliding window) is not counted. Several images: each has its own rows, S₀ and E.
+A row that does not see j (sliding window) is not counted.
 Rows: all of the prompt. Layers: one. Stage: weights. Decode steps are plain.
 Cost: the prompt's attention map of that layer once more; nothing per token.
 """
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Site
-from lvlm_jax.methods import per_image
 from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
 
 PUBLISHED = {"paper": (1, 0.002), "code": (15, 0.0008)}  # layer, β
@@ -80,9 +79,7 @@ def column_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "
 def coded_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H S"]:
     """c of the authors' code: what all later rows give, over S₀ + E - j."""
     total = jnp.where(later_rows(site)[:, None], weights, 0).sum(axis=2)
-    inside = per_image.members(site.image_id, site.image_count)
     position = jnp.cumsum(site.image_id >= 0, axis=1) - 1  # padding on the left has none
-    first = jnp.where(inside, position[:, None], position.shape[1]).min(axis=-1)
-    end = jnp.where(inside, position[:, None], -1).max(axis=-1) + 1
-    divisor = per_image.spread(inside, first + end) - position
-    return total / jnp.maximum(divisor, 1)[:, None]
+    first = jnp.where(site.image, position, position.shape[1]).min(axis=1, keepdims=True)
+    end = jnp.where(site.image, position, -1).max(axis=1, keepdims=True) + 1
+    return total / jnp.maximum(first + end - position, 1)[:, None]

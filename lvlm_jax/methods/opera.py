@@ -7,17 +7,17 @@ layer's weight of answer token j for answer token i, the largest over heads, tok
     φ = max_j p[j],  c = argmax_j p[j]
 
 Each of a beam's `candidates` most likely tokens is run, and so gets a φ of its own; its score is log p - α φ, and no
-other token may follow. Every token of an answer keeps its c. Once one s makes up `threshold` of the newest `window` c
-in each beam, all beams go back to their answers up to token s and go on from there with other candidates than those
-they took then. That happens at most `max_rollbacks` times at a position; after that the position before it is tried,
-and after that none. Later rollbacks never go to an earlier s.
+other token may follow. Every token of an answer keeps its c. Once one s makes up more than `threshold` of the newest
+`window` c in each beam, all beams go back to their answers up to token s and go on from there with other candidates
+than those they took then. That happens at most `max_rollbacks` times at a position; after that the position before it
+is tried, and after that none. Later rollbacks never go to an earlier s.
 
 That is `variant="paper"`. Its φ has no bound and soon outweighs every log p (here α φ ends at 1e5), so the default is
 `variant="code"`, the authors' program, where it differs: w is divided by its sum over all columns; φ is 1e-7 times the
 product; while an answer has at most 10 tokens φ is minus the weight on image columns instead; scores are
-log-softmax(l - α φ) over the candidates alone; s must occur more than `threshold` times and be at least 10; an
-earlier s may follow a later one. Unlike there, a beam's c are those of the tokens it holds, the way back runs nothing
-but the answer again, and what follows it is one of the candidates.
+log-softmax(l - α φ) over the candidates alone; s must be at least 10; an earlier s may follow a later one. Unlike
+there, a beam's c are those of the tokens it holds, the way back runs nothing but the answer again, and what follows it
+is one of the candidates.
 
 With α = 0 and without ways back it is beam search: as long as the candidates are at least twice the beams, or under
 "code" the whole vocabulary.
@@ -57,7 +57,7 @@ class OPERA(Method):
     sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0)
     beams: int = switch(5, "beams per sample")
     candidates: int = switch(10, "tokens tried per beam")
-    threshold: int = switch(15, "how often a column must recur before the way back is taken")
+    threshold: int = switch(15, "how often a column may recur before the way back is taken")
     max_rollbacks: int = switch(5, "ways back to one position")
     window: int = switch(512, "newest answer tokens that count")
     variant: str = switch("code", "formulas of the paper or of the authors' program", ("paper", "code"))
@@ -122,7 +122,5 @@ class OPERA(Method):
         recent = columns[alive, max(0, columns.shape[1] - self.window) :]
         counts = (recent[:, :, None] == np.arange(columns.shape[1])).sum(axis=1)
         place = int(np.bincount(counts.argmax(axis=1)).argmax())
-        least, first = (self.threshold, 0)
-        if self.variant == "code":
-            least, first = self.threshold + 1, CODE_FIRST_COLUMN
-        return place if place >= first and (counts[:, place] >= least).all() else None
+        first = CODE_FIRST_COLUMN if self.variant == "code" else 0
+        return place if place >= first and (counts[:, place] > self.threshold).all() else None

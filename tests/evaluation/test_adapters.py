@@ -540,6 +540,17 @@ def test_vlmevalkit_keeps_pictures_and_text_in_their_order(vlmevalkit, pocket, p
     assert isinstance(made, base) and made.INTERLEAVE and not made.INSTALL_REQ
 
 
+def test_vlmevalkit_draws_alike_wherever_the_pictures_lie(vlmevalkit):
+    made = vlmevalkit.LVLMJax("pocket", do_sample=True)
+    made.model = Recording()
+    for folder, text in (("/a/LMUData/images/POPE", DOG), ("/b/data", DOG), ("/b/data", BOTH)):
+        made.generate(
+            [{"type": "image", "value": f"{folder}/7.jpg"}, {"type": "text", "value": text}], "POPE"
+        )
+    first, moved, other = (options["seed"] for _, options in made.model.calls)
+    assert first == moved != other
+
+
 def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
     made = vlmevalkit.LVLMJax(
         "pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2

@@ -32,6 +32,16 @@ def test_descriptions_by_hand(tmp_path):
     assert scores.notes["matching"] == "exact"
 
 
+def test_leaves_are_not_the_word_leave_of_the_list(tmp_path):
+    """AMBER's list has "leave"; WordNet's singular of leaves is leaf, so that the official scorer passes them over."""
+    folder = amber_folder(tmp_path)
+    (folder / "data/relation.json").write_text(json.dumps(ASSOCIATION | {"tree": ["leave"], "leave": []}))
+    questions = read(folder, "amber/generative")
+    judged, covered, _ = amber.nouns_judged(questions[1], "A dog in the leaves, a leave.")
+    assert judged == [("dog", False), ("leave", True)]
+    assert covered == {0}
+
+
 def test_questions_by_hand(tmp_path):
     questions = read(amber_folder(tmp_path), "amber/discriminative")
     found, scores = values(

@@ -88,6 +88,45 @@ def test_missing_doubled_and_foreign_answers(tmp_path, questions):
         answers.match(random, read(("random", path)))
 
 
+def test_popes_own_format_goes_by_order(tmp_path, questions):
+    texts = [question.text for question in questions if question.group == "random"]
+    rows = [{"question": texts[0].lower(), "answer": "yes"}, {"question": texts[1], "answer": "No, none."}]
+    found = answers.match(questions, read(("random", write_lines(tmp_path / "a.jsonl", rows))), partial=True)
+    assert found == {("random", "1"): "yes", ("random", "2"): "No, none."}
+    with pytest.raises(LVLMError, match="line 1 of .* occurs in random, popular, adversarial; say which"):
+        answers.match(questions, read((None, tmp_path / "a.jsonl")))
+    path = write_lines(tmp_path / "b.jsonl", [rows[0], {"question": "Is there a whale?", "answer": "no"}])
+    with pytest.raises(
+        LVLMError, match="line 2 of .*: question 'Is there a whale[?]' is none of the 6 questions"
+    ):
+        answers.match(questions, read(("random", path)))
+    with pytest.raises(LVLMError, match="line 1 of .* has no answer"):
+        read(("random", write_lines(tmp_path / "c.jsonl", [{"question": "Is there?"}])))
+
+
+def test_a_question_is_not_taken_for_its_answer(tmp_path, questions):
+    """A question file to which somebody added the answers has the question in the column that answers have here."""
+    row = {"question_id": 1, "text": questions[0].text, "label": "yes", "answer": "no"}
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    with pytest.raises(LVLMError, match="line 1 of .*: the answer is the question itself; is it in answer"):
+        answers.match(questions, read(("random", path)), partial=True)
+    # A model may repeat the question.
+    path = write_lines(tmp_path / "b.jsonl", [{"question_id": 1, "text": questions[0].text}])
+    assert answers.match(questions, read(("random", path)), partial=True)["random", "1"] == questions[0].text
+
+
+def test_chair_goes_by_the_image(tmp_path):
+    """By its number in any writing, whatever other ids and texts a row has."""
+    rows = [
+        {"question_id": 1, "image_id": 7, "text": "Describe it.", "caption": "a"},
+        {"image_id": "COCO_val2014_000000000042.jpg", "caption": "b"},
+        {"image_id": "000000000043", "caption": "c"},
+        {"image_id": "x", "caption": "d"},
+    ]
+    found = read((None, write_lines(tmp_path / "c.jsonl", rows)), protocol="chair")
+    assert [(row.id, row.text) for row in found] == [("7", "a"), ("42", "b"), ("43", "c"), ("x", "d")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -80,10 +80,12 @@ def test_wine_glas_is_what_some_singularisers_make():
 @pytest.mark.parametrize(
     ("word", "expected"),
     [("buses", "bus"), ("bus", "bus"), ("scissors", "scissors"), ("children", "child"), ("policemen", "policeman"),
-     ("leaves", "leaf"), ("ponies", "pony"), ("benches", "bench"), ("canoes", "canoe"), ("glass", "glass")],
+     ("leaves", "leaf"), ("ponies", "pony"), ("benches", "bench"), ("canoes", "canoe"), ("glass", "glass"),
+     ("taxis", "taxi"), ("zebus", "zebu"), ("axis", "axis"),
+     ("grandchildren", "grandchild")],
 )  # fmt: skip
 def test_singular(word, expected):
-    known = {"bus", "scissors", "child", "policeman", "leaf", "pony", "bench", "canoe"}
+    known = {"bus", "scissors", "child", "policeman", "leaf", "pony", "bench", "canoe", "taxi", "zebu"}
     assert singular(word, known) == expected
 
 
@@ -170,6 +172,7 @@ def test_truncation_rules():
         "COCO_val2014_000000000002.jpg\n1\n",
         '["COCO_val2014_000000000002.jpg", 1]',
         '{"image_id": 2}\n{"image": "x_1.jpg"}',
+        '[{"image": "x_2.jpg", "id": 9},\n {"image_id": 1}]',
     ],
 )
 def test_image_list_decides_images_and_order(folder, content):
@@ -183,6 +186,7 @@ def test_image_lists_that_are_wrong(folder):
         ("1\n1\n", "id 1 occurs twice"),
         ("9\n", "1 of 1 images are not in the annotations, first 9"),
         ("dog.jpg\n", "has no number in its name"),
+        ("[]", "is an empty list; expected names or ids"),
     ):
         path.write_text(content)
         with pytest.raises(LVLMError, match=message):

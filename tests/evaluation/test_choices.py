@@ -77,6 +77,31 @@ def test_columns_of_hugging_face_sets(tmp_path):
     assert found[0].group == "Depth"
 
 
+def test_options_that_are_not_there(tmp_path):
+    """Q-Bench2 writes N/A into the columns of options that a question does not have."""
+    row = {"id": 1, "question": "Sharper?", "option0": "first", "option1": "second", "option2": "N/A",
+           "option3": "N/A", "correct_choice": "B", "image1": "a.png", "image2": "b.png"}  # fmt: skip
+    (question,) = read_lines(tmp_path, row)
+    assert (question.text, question.label) == ("Sharper?\nA. first\nB. second", "B")
+
+
+def test_pictures_of_one_name_in_different_folders(tmp_path):
+    rows = [
+        {
+            "id": i,
+            "question": "?",
+            "options": ["x", "y"],
+            "answer": "A",
+            "images": [f"{i}/a.png", f"{i}/b.png"],
+        }
+        for i in range(2)
+    ]
+    questions = read_lines(tmp_path, *rows)
+    assert questions[1].images == (tmp_path / "1/a.png", tmp_path / "1/b.png")
+    scores = choices.score(questions, {q.key: "A" for q in questions}, ANY)
+    assert scores.units == ("0/a.png+0/b.png", "1/a.png+1/b.png")
+
+
 def test_interleaved_placeholders():
     text, images = choices.interleave("See <image 2> and <img1>: <image>", ("a", "b", "c", "d"), "row 1")
     assert text == "<image>See <image> and <image>: <image>"

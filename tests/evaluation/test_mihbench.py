@@ -3,7 +3,7 @@
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, get, mihbench
+from lvlm_jax.evaluation import Data, get, mihbench, record
 from tests.evaluation.builders import write_lines
 
 
@@ -30,6 +30,50 @@ def test_all_kinds(folder):
     assert found["accuracy"] == found["mean: accuracy"] == found["count: precision"] == 0.5
     assert found["identity: recall"] == found["mean: yes ratio"] == 1.0
     assert scores.units == ("0a.jpg+0b.jpg", "1a.jpg+1b.jpg")
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The folder as its authors publish it, with COCO's and CO3D's pictures beside: two rows of each kind."""
+    frames = [
+        ["vase/64_43/frame1.jpg", "vase/64_43/frame5.jpg"],
+        ["ball/20_78/frame1.jpg", "ball/20_78/frame5.jpg"],
+    ]
+    for group, name in mihbench.RELEASED.items():
+        images = frames if group == "identity" else [["1.jpg", "2.jpg"], ["2.jpg", "3.jpg"]]
+        write_lines(tmp_path / "DAB/Questions" / name, [
+            {"question_id": 1 + i, "label": label, "text": "In all 2 images?", "num_images": 2, "image_list": images[i]}
+            for i, label in enumerate(("yes", "no"))
+        ])  # fmt: skip
+    for folder, names in (("val2014", ["1.jpg", "2.jpg", "3.jpg"]), ("CO3D", [*frames[0], *frames[1]])):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(b"picture")
+    return tmp_path
+
+
+def test_the_published_folder(published):
+    questions = mihbench.read(Data(published), get("mihbench"), need_images=True)
+    assert [q.group for q in questions[::2]] == list(mihbench.GROUPS)
+    assert questions[0].images == (published / "val2014/1.jpg", published / "val2014/2.jpg")
+    assert questions[-1].images[0] == published / "CO3D/ball/20_78/frame1.jpg"
+
+
+def test_one_published_file_alone(published):
+    path = published / "DAB/Questions" / mihbench.RELEASED["count"]
+    questions = mihbench.read(Data(published, path, groups=("count",)), get("mihbench"))
+    assert [q.key for q in questions] == [("count", "1"), ("count", "2")]
+
+
+def test_frames_of_one_number_are_different_images(published):
+    """Four pairs of pictures, though the two of identity have the same file names."""
+    questions = mihbench.read(Data(published), get("mihbench"))
+    scores = mihbench.score(questions, {q.key: "yes" for q in questions}, get("mihbench"))
+    assert scores.units == ("1.jpg+2.jpg", "2.jpg+3.jpg", "vase/64_43/frame1.jpg+vase/64_43/frame5.jpg",
+                            "ball/20_78/frame1.jpg+ball/20_78/frame5.jpg")  # fmt: skip
+    asked = list(scores.counts).index("asked")
+    assert scores.table[:, asked].tolist() == [4, 4, 1, 1]
+    assert record(get("mihbench"), questions, {})["images"]["count"] == 3 + 4
 
 
 def test_words_and_yes_no_mixed(tmp_path):

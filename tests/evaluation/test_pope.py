@@ -53,6 +53,24 @@ def test_lmms_eval_leaves_what_it_does_not_understand_out_of_recall(tmp_path):
     assert values(questions, texts)[0]["random: recall"] == 2 / 3
 
 
+@pytest.mark.parametrize("place", [".", "aokvqa", "output/seem/aokvqa", "POPE/output/seem/aokvqa"])
+def test_older_names_of_aokvqa_and_gqa(tmp_path, place):
+    for split, label in (("random", "yes"), ("popular", "no"), ("adversarial", "no")):
+        row = {
+            "question_id": 1,
+            "image": "COCO_val2014_000000000001.jpg",
+            "text": "Is there?",
+            "label": label,
+        }
+        write_lines(tmp_path / place / f"aokvqa_pope_seem_{split}.json", [row])
+    assert [q.label for q in read(tmp_path, source="aokvqa")] == ["yes", "no", "no"]
+    with pytest.raises(LVLMError, match="POPE coco random is missing: no file coco_pope_random.json or"):
+        read(tmp_path)
+    # Where there is a file of the newer name, it is the one.
+    write_lines(tmp_path / place / "aokvqa_pope_popular.json", [row | {"label": "yes"}])
+    assert [q.label for q in read(tmp_path, source="aokvqa")] == ["yes", "yes", "no"]
+
+
 def test_mean_is_over_splits(tmp_path):
     folder = pope_folder(tmp_path, {"random": "yyyy", "popular": "nn", "adversarial": "yn"})
     questions = read(folder)

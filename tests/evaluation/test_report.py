@@ -359,6 +359,9 @@ def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
     assert examples.picture("1.jpg", "count", [tmp_path / "no", data]).read_bytes() == b"picture"
     assert examples.picture("1.jpg", "color", [data]) is None
     assert examples.picture("../../count/images/1.jpg", "color", [data]) is None  # names lead nowhere else
+    (data / "CO3D/vase/64_43").mkdir(parents=True)
+    (data / "CO3D/vase/64_43/frame1.jpg").write_bytes(b"frame")
+    assert examples.picture("vase/64_43/frame1.jpg", "identity", [data]).read_bytes() == b"frame"
 
 
 def test_scores_that_other_formulas_made_are_not_subtracted(runs):

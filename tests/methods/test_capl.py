@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax.attention import Context
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import per_image
 from lvlm_jax.methods.capl import CAPL
 from tests.checkpoints import IMAGE
@@ -34,6 +35,18 @@ def test_cross_image_attention(rho):
 @pytest.mark.parametrize("layouts", [EDGES, THREE], ids=["edges", "three_images"])
 def test_cross_image_attention_between_other_layouts(layouts):
     check(layouts, sigma=0.8, rho="0.5")
+
+
+@pytest.mark.parametrize(("tile", "keep"), [(4, (2, 2, 1)), (3, (1, 1, 1)), (100, (5,))])
+def test_the_share_is_taken_in_each_tile(tile, keep):
+    """Nine tokens an image: whole tiles and a rest. "A tile" longer than the image is the image."""
+    references = check(MIXED, rho="0.6", tile=tile)
+    assert [len(reference.chosen) for reference in references] == [2 * sum(keep), 0, sum(keep)]
+
+
+def test_impossible_tiles_are_refused():
+    with pytest.raises(LVLMError, match="tile is 0; expected a whole number >= 1"):
+        CAPL(tile=0)
 
 
 def test_explicit_layers():
@@ -66,6 +79,7 @@ def test_layers_and_phases():
     assert [layer for layer in range(6) if truncated.active(layer, 6, "prefill")] == [0, 1, 2, 3, 4, 5]
     assert not any(method.active(0, 6, "decode") for method in (cross, truncated))
     assert float(CAPL.preset("glm-4.1v").rho) == pytest.approx(0.9)
+    assert CAPL.preset("internvl2.5").tile == 256 and CAPL.preset("qwen2.5-vl").tile is None
 
 
 def test_of_equal_norms_the_earlier_token_is_selected():

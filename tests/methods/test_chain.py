@@ -90,6 +90,13 @@ def test_contradictions_are_refused(members, message):
         chain(*members)
 
 
+def test_layers_of_a_deep_model_are_no_obstacle():
+    deep = chain(EAH(), methods.DeCo(layers=(60, 70)))
+    assert deep.exits(80) == (60, 70)
+    with pytest.raises(LVLMError, match="each wants its own combination of logits"):
+        chain(CMAC(), methods.DeCo(layers=(60, 70)))
+
+
 def test_chains_of_chains_are_flat():
     inner = chain(VAF(), MiddleLayers())
     assert [type(one) for one in chain(EAH(), inner).members] == [EAH, VAF, MiddleLayers]

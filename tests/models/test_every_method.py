@@ -6,7 +6,6 @@ The tables in docs/models.md say what ran. To write them anew (some ten minutes 
 """
 
 import argparse
-import contextlib
 import functools
 import re
 import sys
@@ -23,6 +22,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.models.pictures import bucketed
 from tests.models import zoo
+from tests.quick import quick_compiler
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 NEW_TOKENS = 8
@@ -79,14 +79,6 @@ RAN = "✓"
 def compiled_quickly():
     with quick_compiler():
         yield
-
-
-@contextlib.contextmanager
-def quick_compiler():
-    """Programs that run a few times on tiny arrays are not worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

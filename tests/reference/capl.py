@@ -21,6 +21,7 @@ class Capl:
     mode: str = "cross"  # | "truncated"
     variant: str = "paper"  # | "code-qwen"
     layers: tuple = None  # explicit ones
+    tile: int = None  # tokens of a tile, where the share is taken in each
     margin: float = np.inf  # distance between the last token selected and the first left out
     chosen: list = None
 
@@ -29,7 +30,8 @@ class Capl:
             return
         norms = np.linalg.norm(embeddings, axis=-1)
         self.chosen = []
-        for tokens in call.images():
+        size = self.tile or len(call.rows)
+        for tokens in (own[at : at + size] for own in call.images() for at in range(0, len(own), size)):
             keep = max(1, math.floor(fractions.Fraction(self.rho) * len(tokens)))
             order = sorted(tokens, key=lambda j: (-norms[j], j))
             self.chosen += order[:keep]

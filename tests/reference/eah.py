@@ -1,7 +1,7 @@
 """EAH (arXiv 2411.09968) in plain NumPy float64.
 
-Readings of the text that are open to choice: with several images every image is judged by its own rows (paper) or
-its own S₀ and E (code) and a head's sinks are counted over all of them; a later row that cannot see a column
+Readings of the text that are open to choice: with several images every image is judged by its own rows (paper), S₀
+and E (code) enclose all of them, and a head's sinks are counted over all of them; a later row that cannot see a column
 (sliding window) is not counted for it; a column without later rows is no sink.
 """
 
@@ -24,7 +24,8 @@ class Eah:
     def received(self, call, w, tokens, j):
         """c[j] of every head, for a column of the image with columns `tokens`."""
         if self.variant == "code":
-            first, end = tokens[0], tokens[-1] + 1
+            images = np.flatnonzero(call.image_id > 0)
+            first, end = images[0], images[-1] + 1
             return (
                 sum(w[:, x, j] for x in call.rows[j + 1 :]) / (first + end - j)
                 if j + 1 < len(call.rows)

@@ -118,9 +118,8 @@ class Opera:
         modes = [np.bincount(row).argmax() for row in columns]
         place = int(np.bincount(modes).argmax())
         counts = (columns == place).sum(axis=1)
-        if self.variant == "code":
-            return place if place >= 10 and (counts > self.threshold).all() else None
-        return place if (counts >= self.threshold).all() else None
+        first = 10 if self.variant == "code" else 0
+        return place if place >= first and (counts > self.threshold).all() else None
 
     def answer(self, limit):
         """The best answer as a Beam."""

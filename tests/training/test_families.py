@@ -26,6 +26,7 @@ from lvlm_jax.training.pair_batches import PAIR, Batches, Encoder, assemble, row
 from lvlm_jax.training.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.weights.tables import flatten
+from tests.quick import quick_compiler
 from tests.training import pair_sets
 from tests.training.family_models import MAKERS
 from tests.training.pair_sets import user
@@ -41,11 +42,9 @@ TRAINED = ["qwen2_5_vl", "internvl", "llava_next"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs run for milliseconds here and are compiled for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compiler():
+        yield
 
 
 @pytest.fixture(scope="module")

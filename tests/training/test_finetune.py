@@ -12,6 +12,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.training import finetune, flow_alignment
 from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten
+from tests.quick import quick_compiler
 from tests.training import pair_sets
 
 
@@ -21,10 +22,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compiler():
+        yield
 
 
 def config_for(checkpoint, data, **changes):

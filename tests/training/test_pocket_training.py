@@ -19,6 +19,7 @@ from lvlm_jax.training import flow_alignment, held_out, pair_batches, settings
 from lvlm_jax.training.pair_batches import Encoder
 from lvlm_jax.training.pair_files import read_pairs
 from tests.evaluation.fakes import Oracle
+from tests.quick import quick_compiler
 from tests.training import pair_sets
 from tests.training.stand_in import StandIn
 
@@ -146,8 +147,7 @@ def test_closeness_is_of_tokens():
 
 
 def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with quick_compiler():
         encoder = Encoder(model.processor, model.config)
         pairs = read_pairs(pair_sets.write(tmp_path))
         rows = pair_batches.rows_of(pairs, encoder.pair, encoder, 95, "error")
@@ -169,8 +169,6 @@ def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
         assert sum(row["tokens"] for row in measured) == whole["answer_kl"].count
         total = sum(row["base_answer_kl"] for row in measured)
         assert total == pytest.approx(float(whole["base_answer_kl"].total), rel=1e-3) and total > 1e-3
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pair_sets_conversations(pairs):

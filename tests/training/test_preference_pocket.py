@@ -11,6 +11,7 @@ from lvlm_jax import LVLM, cli, models
 from lvlm_jax.training import lora, parts, preference, preference_task
 from lvlm_jax.training.pair_batches import PAIR
 from lvlm_jax.weights.tables import flatten, unflatten
+from tests.quick import quick_compiler
 from tests.reference import capl, llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
 from tests.training import pair_sets
@@ -22,10 +23,9 @@ PLAIN = [("sigmoid", 0.1), ("ipo", 0.3), ("hinge", 0.01)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compiler():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from lvlm_jax.methods import CAPL
 from lvlm_jax.training import forward, lora, pair_batches, parts, preference_task, settings
 from lvlm_jax.training.step import loss
 from lvlm_jax.weights.tables import flatten, unflatten
+from tests.quick import quick_compiler
 from tests.reference import capl as reference
 from tests.reference import llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
@@ -56,11 +57,9 @@ def make(model, module, data, tmp_path, **changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs run for milliseconds here and are compiled for seconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly():
+    with quick_compiler():
+        yield
 
 
 def values(metrics):

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from lvlm_jax import models
 from lvlm_jax.generation.layout import lay_out
+from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import pocket, sft
 
@@ -68,9 +69,8 @@ def test_image_numbers_are_those_of_generation(tiny):
         [tokens[0]],
         [np.arange(192)],
         192,
-        np.zeros((2, 3, 96, 96)),
+        whole_pictures(np.zeros((2, 3, 96, 96), np.float32), 64),
         config.image_token_id,
-        64,
         config.pad_token_id,
         1024,
     )

@@ -6,6 +6,7 @@ A message is a list of `{"type": "image" | "text", "value": path or text}`; VLME
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel
@@ -65,7 +66,9 @@ class LVLMJax(BaseModel):
                 "the message is empty; expected a list of {'type': 'image' or 'text', 'value': ...}"
             )
         content = [_part(part) for part in message]
-        seed = seed_of(self.seed, "\n".join(str(part["value"]) for part in message))
+        # Of a picture only its name, for the folder of VLMEvalKit's data differs from machine to machine.
+        said = (Path(part["value"]).name if part["type"] == "image" else part["value"] for part in message)
+        seed = seed_of(self.seed, "\n".join(map(str, said)))
         conversation = [{"role": "user", "content": content}]
         return self.model.generate([conversation], method=self.method, seed=[seed], **self.options).text[0]
 
