@@ -1,5 +1,6 @@
 """Checks the shapes in signatures while tests run, and makes the small model that many tests share."""
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.signatures
+from tests.quick import quick_compiler
 
 # The rooms whose signatures are shapes. The public face is not among them: it answers for wrong types itself.
 install_import_hook(
@@ -33,9 +35,13 @@ MAPPINGS = 15_000  # of the 65,530 that Linux allows a process
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """Drops compiled programs between files: each maps memory, and all of them more than Linux allows."""
-    yield
+def programs(request):
+    """Compiles as a file wants it, and drops programs behind it: they map memory, all of them more than Linux allows.
+
+    In files marked `quick_compiler` programs are hardly optimised.
+    """
+    with quick_compiler() if request.node.get_closest_marker("quick_compiler") else contextlib.nullcontext():
+        yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
         jax.clear_caches()

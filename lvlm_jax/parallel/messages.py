@@ -2,11 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from lvlm_jax.parallel.module_text import Instruction, computations, size_of
+from lvlm_jax.parallel.module_text import Computations, Instruction, size_of
 
 _OPERATIONS = (
     "all-gather",
@@ -16,7 +17,6 @@ _OPERATIONS = (
     "collective-permute",
     "collective-broadcast",
 )
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _STRIDED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}")
@@ -37,26 +37,25 @@ class Messages(NamedTuple):
     count: float
 
 
-def read(text: str, devices: int) -> Messages:
-    """Reads the text of a compiled (partitioned) module that runs on so many devices."""
-    found, entry = computations(text)
-    # A computation stands behind those that it calls, so from the last on all its callers are known.
-    runs = dict.fromkeys(found, 0) | {entry: 1}
+def read(found: Computations, times: Mapping[str, int], devices: int) -> Messages:
+    """What a partitioned module has one of its devices receive.
+
+    Args:
+        found, times: see `module_text.computations` and `runs`.
+        devices: how many run it.
+    """
     received: dict[int, float] = {}
     count = 0.0
-    for name in reversed(found):
-        for one in found[name] if runs[name] else ():
-            trips = _TRIPS.search(one.rest)
-            for called in one.called:
-                runs[called] = runs.get(called, 0) + runs[name] * (int(trips[1]) if trips else 1)
+    for name, instructions in found.items():
+        for one in instructions if times[name] else ():
             operation = one.operation.removesuffix("-start")
-            if operation in _OPERATIONS:
-                group = _group(one, devices)
-                size = _received(operation, size_of(one.type), len(group)) * runs[name]
-                if size:
-                    reach = max(group) + 1
-                    received[reach] = received.get(reach, 0.0) + size
-                    count += runs[name]
+            if operation not in _OPERATIONS:
+                continue
+            group = _group(one, devices)
+            if size := _received(operation, size_of(one.type), len(group)) * times[name]:
+                reach = max(group) + 1
+                received[reach] = received.get(reach, 0.0) + size
+                count += times[name]
     return Messages(received, count)
 
 

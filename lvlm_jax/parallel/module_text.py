@@ -10,6 +10,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+Computations = dict[str, list["Instruction"]]
 
 
 class Instruction(NamedTuple):
@@ -29,9 +32,9 @@ class Instruction(NamedTuple):
         return _CALLED.findall(self.rest) + [name.strip().lstrip("%") for name in branches if name.strip()]
 
 
-def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def computations(text: str) -> tuple[Computations, str]:
     """The computations of a module by their names, callees before callers, and the name of the first to run."""
-    found: dict[str, list[Instruction]] = {}
+    found: Computations = {}
     name = entry = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -44,6 +47,23 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
             operands = tuple(re.findall(r"%([\w.\-]+)", inside))
             found[name].append(Instruction(own, kind, operation, operands, rest, bool(root)))
     return found, entry
+
+
+def runs(found: Computations, entry: str) -> dict[str, int]:
+    """How often each computation runs in a run of the module; a loop of unknown length counts as one round."""
+    # A computation stands behind those that it calls, so from the last on all its callers are known.
+    times = dict.fromkeys(found, 0) | {entry: 1}
+    for name in reversed(found):
+        for one in found[name] if times[name] else ():
+            trips = _TRIPS.search(one.rest)
+            for called in one.called:
+                times[called] = times.get(called, 0) + times[name] * (int(trips[1]) if trips else 1)
+    return times
+
+
+def dimensions(kind: str) -> list[int]:
+    """The shape of the first array that a type names."""
+    return [int(size) for size in _SHAPE.search(kind)[2].split(",") if size]
 
 
 def sizes_of(kind: str) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lvlm_jax.parallel import messages, schedule, wider
+from lvlm_jax.parallel import messages, module_text, products, schedule, wider
 
 LEAST_MEMORY = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -136,15 +136,16 @@ def compile_for(
         for leaf, place in zip(leaves, placed, strict=True)
     ]
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    told, orders = messages.read(text, devices), [memory.temp_size_in_bytes]
+    found, entry = module_text.computations(compiled.as_text())
+    times, orders = module_text.runs(found, entry), [memory.temp_size_in_bytes]
+    told = messages.read(found, times, devices)
     if not native:
-        orders.append(schedule.temporaries(text))
+        orders.append(schedule.temporaries(found, entry))
     return Compiled(
         jax.tree.unflatten(tree, results),
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
-        compiled.cost_analysis()["flops"],
+        products.flops(found, times),
         messages.Messages({reach: scale * one for reach, one in told.received.items()}, told.count),
     )
 

@@ -8,21 +8,26 @@ a gathered weight, only when something needs it. Barriers, which recomputation i
 """
 
 import heapq
+import itertools
 import re
 from typing import Any
 
-from lvlm_jax.parallel.module_text import Instruction, computations, sizes_of
+from lvlm_jax.parallel.module_text import Computations, Instruction, sizes_of
 
 ALIASES = ("bitcast", "tuple", "get-tuple-element", "opt-barrier", "parameter", "constant")
 RUNS = ("while", "conditional", "call")  # other operations work what they call into themselves
 
 
-def temporaries(text: str) -> int:
-    """Bytes, at the most, besides the arguments and results of a compiled module."""
-    found, entry = computations(text)
+def temporaries(found: Computations, entry: str) -> int:
+    """Bytes, at the most, besides the arguments and results of a compiled module, as `computations` reads it."""
+    ran = {entry}  # a computation stands behind those that it calls
+    for name in reversed(found):
+        if name in ran:
+            ran |= {called for one in found[name] if one.operation in RUNS for called in one.called}
     inner: dict[str, int] = {}
-    for name, instructions in found.items():
-        inner[name] = _Order(instructions, inner).peak()
+    for name in found:
+        if name in ran:
+            inner[name] = _Order(found[name], inner).peak()
     return inner[entry]
 
 
@@ -51,9 +56,12 @@ class _Order:
                 for buffer in read:
                     self._users[buffer].append(one.name)
         self._lazy: set[str] = set()
+        self._before: dict[str, list[str]] = {}  # lazy operations that one rests on, in order
         for one in instructions:
             if self._is_lazy(one):
                 self._lazy.add(one.name)
+            rests = ((*self._before[name], name) for name in one.operands if name in self._lazy)
+            self._before[one.name] = list(dict.fromkeys(itertools.chain(*rests)))
 
     def peak(self) -> int:
         """Bytes, all operations done in this order."""
@@ -139,22 +147,17 @@ class _Order:
         return bool(made) and all(name in self._lazy for name in read)
 
     def _needs(self, name: str) -> set[str]:
-        """What must have been done before; for lazy operands, what they need."""
-        found: set[str] = set()
-        for operand in self._all[name].operands:
-            if operand in self._lazy:
-                found |= self._needs(operand)
-            elif operand in self._all:
-                found.add(operand)
-        return found
+        """What must have been done before; for lazy operations, what they need."""
+        return {
+            operand
+            for one in (name, *self._before[name])
+            for operand in self._all[one].operands
+            if operand in self._all and operand not in self._lazy
+        }
 
     def _pending(self, name: str, done: set[str]) -> list[str]:
-        """Lazy operands that have not been made yet, in order."""
-        found: list[str] = []
-        for one in self._all[name].operands:
-            if one in self._lazy and one not in done:
-                found += [*self._pending(one, done), one]
-        return list(dict.fromkeys(found))
+        """Lazy operations that it rests on and that have not been done yet, in order."""
+        return [one for one in self._before[name] if one not in done]
 
     def _takes(self, name: str) -> int:
         return sum(self._sizes[buffer] for buffer in self._made.get(name, ()))

@@ -9,6 +9,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam
 from tests import checkpoints
 
+pytestmark = pytest.mark.quick_compiler
+
 LIMIT = 12
 
 

@@ -9,6 +9,8 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import sweep
 
+pytestmark = pytest.mark.quick_compiler
+
 
 @pytest.mark.parametrize(
     "grid",

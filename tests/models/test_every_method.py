@@ -24,6 +24,8 @@ from lvlm_jax.models.pictures import bucketed
 from tests.models import zoo
 from tests.quick import quick_compiler
 
+pytestmark = pytest.mark.quick_compiler
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 NEW_TOKENS = 8
 TWO, NONE, ONE = range(3)  # samples of the batch, by their images
@@ -73,12 +75,6 @@ QUICK = {
 TEXT_TOO = ("deco", "dola")  # look at no image, and treat all samples alike
 
 RAN = "✓"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

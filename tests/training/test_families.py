@@ -26,10 +26,11 @@ from lvlm_jax.training.pair_batches import PAIR, Batches, Encoder, assemble, row
 from lvlm_jax.training.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.weights.tables import flatten
-from tests.quick import quick_compiler
 from tests.training import pair_sets
 from tests.training.family_models import MAKERS
 from tests.training.pair_sets import user
+
+pytestmark = pytest.mark.quick_compiler
 
 # (question, width and height of each picture, chosen, rejected)
 PAIRS = [
@@ -39,12 +40,6 @@ PAIRS = [
     ("Where?", ((60, 20),), "left", "right"),
 ]
 TRAINED = ["qwen2_5_vl", "internvl", "llava_next"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

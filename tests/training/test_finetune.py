@@ -12,19 +12,14 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.training import finetune, flow_alignment
 from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten
-from tests.quick import quick_compiler
 from tests.training import pair_sets
+
+pytestmark = pytest.mark.quick_compiler
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return pair_sets.write(tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 def config_for(checkpoint, data, **changes):

@@ -11,21 +11,14 @@ from lvlm_jax import LVLM, cli, models
 from lvlm_jax.training import lora, parts, preference, preference_task
 from lvlm_jax.training.pair_batches import PAIR
 from lvlm_jax.weights.tables import flatten, unflatten
-from tests.quick import quick_compiler
 from tests.reference import capl, llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
 from tests.training import pair_sets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.quick_compiler]
 
 SCALE = 2.0  # alpha / rank
 PLAIN = [("sigmoid", 0.1), ("ipo", 0.3), ("hinge", 0.01)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from lvlm_jax.methods import CAPL
 from lvlm_jax.training import forward, lora, pair_batches, parts, preference_task, settings
 from lvlm_jax.training.step import loss
 from lvlm_jax.weights.tables import flatten, unflatten
-from tests.quick import quick_compiler
 from tests.reference import capl as reference
 from tests.reference import llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
 from tests.training import pair_sets
 from tests.training.pair_sets import PAIRS, config
+
+pytestmark = pytest.mark.quick_compiler
 
 RHO = 0.6  # of 16 tokens of an image; a share that leaves several out
 RANK = 4
@@ -54,12 +55,6 @@ def adapted(model):
 
 def make(model, module, data, tmp_path, **changes):
     return preference_task.task(model, module, config(data, **changes), tmp_path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quick_compiler():
-        yield
 
 
 def values(metrics):
