@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
 
     for name in ("capl", "dpo", "flow_alignment"):
         recipe = cli.load_config(Path(__file__).with_name(f"{name}.py"))
-        # Rates for models a thousand times as large would move nothing in so few steps. At 5e-4 CAPL's pairs, whose rejected
-        # answers the base prefers in 96 of 100, taught the model to contradict itself on everything (73 to 30).
+        # Rates for models a thousand times as large would move nothing in so few steps. At 5e-4 CAPL's pairs, whose
+        # rejected answers the base prefers in 96 of 100, taught it to contradict itself on everything (73 to 30).
         recipe.optimizer.peak = 5e-4 if name == "flow_alignment" else 5e-5
         recipe.loop.update(workers=0, evaluate_every=1000, save_every=50)
         config[name] = recipe
