@@ -20,51 +20,26 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench_parts.py
 
+import bench_parts
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax import LVLM, cli, methods, models, weights
+from lvlm_jax import LVLM, cli, methods, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
-from lvlm_jax.generation.layout import bucket, lay_out
+from lvlm_jax.generation.layout import bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
-from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.parallel.programs import weights_read
 from lvlm_jax.version import __version__
 from lvlm_jax.weights.quantize import QUANTS, quantize
 
-CLIP_LARGE = dict(
-    model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-    num_attention_heads=16, image_size=336, patch_size=14,
-)  # fmt: skip
-SIZES = {
-    # LLaVA-1.5's shape at half a billion decoder parameters, and LLaVA-1.5-7B itself: CLIP ViT-L/14 at 336 pixels in
-    # front (576 image tokens), multi-head attention, untied embeddings of 32064 tokens.
-    "0.5b": dict(
-        model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
-        text_config=dict(
-            model_type="llama", hidden_size=1024, intermediate_size=4864, num_hidden_layers=24,
-            num_attention_heads=16, num_key_value_heads=16, vocab_size=32064, max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ),
-    ),
-    "7b": dict(
-        model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
-        text_config=dict(
-            model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=32, vocab_size=32064, max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ),
-    ),
-}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
-TEXT_TOKENS = (8, 40)  # before and after the image, as in a chat template with a question
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -72,7 +47,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--size", choices=("pocket", *SIZES), default="0.5b", help="model (default 0.5b)")
+    parser.add_argument(
+        "--size", choices=("pocket", *bench_parts.SIZES), default="0.5b", help="model (default 0.5b)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches")
     parser.add_argument(
         "--quant", choices=("none", *QUANTS), default="none",
@@ -101,100 +78,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def random_parameters(config, dtype: jnp.dtype) -> dict:
-    """Normal weights of deviation 0.02, made on the device; norms are one."""
-    leaves, tree = jax.tree.flatten_with_path(models.abstract_parameters(config, dtype))
-    draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(
-        tree,
-        [
-            jnp.ones(leaf.shape, dtype) if path[-1].key == "scale" else draw(key, leaf.shape)
-            for (path, leaf), key in zip(leaves, keys, strict=True)
-        ],
-    )
-
-
-def model_of(size: str, dtype: str) -> tuple[dict, object]:
-    """Parameters and configuration: the pocket model, or random weights of a size in SIZES."""
-    if size == "pocket":
-        model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=dtype)
-        return model.params, model.config
-    config = models.config_from_hf(SIZES[size])
-    return random_parameters(config, jnp.dtype(dtype)), config
-
-
-def words_of(config) -> np.ndarray:
-    """All tokens but the image's placeholder."""
-    return np.setdiff1d(np.arange(config.text.vocab_size, dtype=np.int32), config.image_token_id)
-
-
-def random_prompt(config, batch: int) -> tuple:
-    """Inputs of `batch` conversations with one image each, all alike in length."""
-    rng, words = np.random.default_rng(0), words_of(config)
-    before, after = TEXT_TOKENS
-    rows = [
-        np.concatenate(
-            [
-                rng.choice(words, before),
-                np.full(config.tokens_per_image, config.image_token_id),
-                rng.choice(words, after),
-            ]
-        )
-        for _ in range(batch)
-    ]
-    side = config.vision.image_size
-    pixels = rng.standard_normal((batch, 3, side, side)).astype(np.float32)
-    columns = [np.arange(len(row)) for row in rows]
-    inputs = lay_out(
-        rows, columns, len(rows[0]), whole_pictures(pixels, config.tokens_per_image), config.image_token_id, 0,
-        config.text.max_position_embeddings,
-    )  # fmt: skip
-    return inputs, np.stack(rows)
-
-
-def seconds(call) -> tuple[float, object]:
-    """How long a call takes until its arrays are ready, and what it returns."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return time.perf_counter() - start, result
-
-
-def summary(values: list[float], digits: int = 2) -> dict:
-    """Median and range, rounded."""
-    rounded = [round(value, digits) for value in values]
-    return {"median": round(statistics.median(values), digits), "min": min(rounded), "max": max(rounded)}
-
-
-def bandwidth(copy: bool) -> float:
-    """GB/s of one pass over a gigabyte: read only, or read and written."""
-    array = jnp.ones((2**28,), jnp.float32)
-    call = jax.jit((lambda x: x + 1) if copy else jnp.sum)
-    call(array).block_until_ready()
-    typical = statistics.median(seconds(lambda: call(array))[0] for _ in range(5))
-    return array.nbytes * (2 if copy else 1) / typical / 1e9
-
-
-def peak(dtype: str) -> float:
-    """GFLOP/s of one large product of matrices, exact to float32 if they are."""
-    side = 2048 if jax.default_backend() == "cpu" else 8192
-    matrix = jnp.ones((side, side), dtype)
-    call = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
-    call(matrix).block_until_ready()
-    return 2 * side**3 / statistics.median(seconds(lambda: call(matrix))[0] for _ in range(3)) / 1e9
-
-
-def program_bytes(compiled) -> int:
-    """What a program holds at its peak: arguments, results that are not aliased to them, temporaries."""
-    memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-
-
 class Ours:
     """One way of decoding (a method, or None) of this library, ready to be timed."""
 
@@ -219,9 +102,11 @@ class Ours:
 
     def run(self) -> tuple[float, float, np.ndarray]:
         """Milliseconds of the prefill and per decoded token, and the tokens."""
-        prefill, prefilled = seconds(self.prefill)
+        prefill, prefilled = bench_parts.seconds(self.prefill)
         answers = jax.block_until_ready(self.begin(prefilled))
-        decode, answers = seconds(lambda: drivers.run(self.params, self.config, answers, self.limit))
+        decode, answers = bench_parts.seconds(
+            lambda: drivers.run(self.params, self.config, answers, self.limit)
+        )
         steps = int(self.limit) - 1
         return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
 
@@ -233,7 +118,7 @@ class Ours:
         answers = self.begin((state, step))
         decode = drivers.run.lower(self.params, self.config, answers, self.limit).compile()
         return Needs(
-            max(program_bytes(prefill), program_bytes(decode)),
+            max(bench_parts.program_bytes(prefill), bench_parts.program_bytes(decode)),
             sum(leaf.nbytes for leaf in jax.tree.leaves(weights_read(self.params))) + cache,
             prefill.cost_analysis()["flops"],
             decode.cost_analysis()["flops"],
@@ -285,18 +170,18 @@ class Transformers:
 
     def run(self) -> tuple[float, float, np.ndarray]:
         """Milliseconds of image, prefill and first token together, and per further token; the tokens."""
-        first, _ = seconds(lambda: self.generate(1))
-        whole, tokens = seconds(lambda: self.generate(self.new_tokens))
+        first, _ = bench_parts.seconds(lambda: self.generate(1))
+        whole, tokens = bench_parts.seconds(lambda: self.generate(self.new_tokens))
         return first * 1e3, (whole - first) * 1e3 / (self.new_tokens - 1), tokens
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """All figures of one command."""
     # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
-    params, config = model_of(arguments.size, arguments.dtype)
+    params, config = bench_parts.model_of(arguments.size, arguments.dtype)
     count, wide = sum(leaf.size for leaf in jax.tree.leaves(params)), params
     params = params if arguments.quant == "none" else quantize(params)
-    inputs, tokens = random_prompt(config, arguments.batch)
+    inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
         chosen = [
@@ -320,10 +205,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     figures = {name: {"prefill": [], "decode": []} for name in runners}
     encoded, read, copied, peaks = [], [], [], []
     for _ in range(arguments.runs):
-        read.append(bandwidth(copy=False))
-        copied.append(bandwidth(copy=True))
-        peaks.append(peak(arguments.dtype))
-        encoded.append(seconds(encode)[0] * 1e3)
+        read.append(bench_parts.bandwidth(copy=False))
+        copied.append(bench_parts.bandwidth(copy=True))
+        peaks.append(bench_parts.peak(arguments.dtype))
+        encoded.append(bench_parts.seconds(encode)[0] * 1e3)
         for name, runner in runners.items():
             prefill, decode, generated = runner.run()
             figures[name]["prefill"].append(prefill)
@@ -342,12 +227,12 @@ def measure(arguments: argparse.Namespace) -> dict:
         "prompt_tokens": tokens.shape[1],
         "new_tokens": arguments.new_tokens,
         "runs": arguments.runs,
-        "read_gb_per_s": summary(read),
-        "copy_gb_per_s": summary(copied),
-        "peak_gflop_per_s": summary(peaks),
-        "encode_images_ms": summary(encoded),
+        "read_gb_per_s": bench_parts.summary(read),
+        "copy_gb_per_s": bench_parts.summary(copied),
+        "peak_gflop_per_s": bench_parts.summary(peaks),
+        "encode_images_ms": bench_parts.summary(encoded),
         "methods": {},
-        "machine": machine(),
+        "machine": bench_parts.machine(),
         "versions": {"lvlm_jax": __version__, "jax": jax.__version__, "python": platform.python_version()},
         "date": datetime.date.today().isoformat(),
         "command": "python tools/bench.py " + " ".join(sys.argv[1:]),
@@ -355,8 +240,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     for name, values in figures.items():
         decode = statistics.median(values["decode"])
         entry = {
-            "prefill_ms": summary(values["prefill"], 1),
-            "decode_ms_per_token": summary(values["decode"]),
+            "prefill_ms": bench_parts.summary(values["prefill"], 1),
+            "decode_ms_per_token": bench_parts.summary(values["decode"]),
             "tokens_per_s": round(arguments.batch * 1e3 / decode, 2),
         }
         if name in theirs:
@@ -368,13 +253,15 @@ def measure(arguments: argparse.Namespace) -> dict:
             }
             entry["prefill_includes_images"] = True
             entry["same_tokens_as_greedy"] = bool((values["tokens"] == greedy["tokens"]).all())
-            entry["ours_over_theirs"] = summary(_ratios(values["decode"], greedy["decode"]))
+            entry["ours_over_theirs"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]))
         else:
             need = needs[name]
             entry["peak_bytes"] = need.peak_bytes
             entry["peak_over_greedy"] = round(need.peak_bytes / needs["greedy"].peak_bytes, 3)
-            entry["decode_over_greedy"] = summary(_ratios(values["decode"], greedy["decode"]), 3)
-            entry["prefill_over_greedy"] = summary(_ratios(values["prefill"], greedy["prefill"]), 3)
+            entry["decode_over_greedy"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]), 3)
+            entry["prefill_over_greedy"] = bench_parts.summary(
+                _ratios(values["prefill"], greedy["prefill"]), 3
+            )
             entry["roofline"] = {
                 "prefill": roofline(
                     need.moved, need.prefill_flops, *ceilings, statistics.median(values["prefill"])
@@ -402,20 +289,6 @@ def roofline(moved: float, flops: float, bandwidth: float, peak: float, taken: f
 def _ratios(these: list[float], those: list[float]) -> list[float]:
     """Ratios of measurements taken in the same turn."""
     return [a / b for a, b in zip(these, those, strict=True)]
-
-
-def machine() -> str:
-    """The device in words."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{len(jax.devices())} x {device.device_kind}"
-    lines = (
-        pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        if pathlib.Path("/proc/cpuinfo").exists()
-        else []
-    )
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
 def main(words: list[str]) -> int:

@@ -21,9 +21,9 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench.py
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench_parts.py
 
-import bench
+import bench_parts
 import jax
 import numpy as np
 from PIL import Image
@@ -172,9 +172,9 @@ def curve(ways: dict, asked: list[list[dict]], batches: list[int], runs: int) ->
                 tokens = way(asked, batch)
                 rates[name].append(sum(map(len, tokens)) / (time.perf_counter() - start))
         found[str(batch)] = {
-            name: {"tokens_per_s": bench.summary(values), "same_answers": round(same[name], 4)}
+            name: {"tokens_per_s": bench_parts.summary(values), "same_answers": round(same[name], 4)}
             | {
-                f"over_{other}": bench.summary(
+                f"over_{other}": bench_parts.summary(
                     [one / two for one, two in zip(values, rates[other], strict=True)]
                 )
                 for other in ways
@@ -220,7 +220,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "max_new_tokens": limit,
         "runs": arguments.runs,
         **curve(ways, asked, batches, arguments.runs),
-        "machine": bench.machine(),
+        "machine": bench_parts.machine(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "command": "python tools/bench_throughput.py " + " ".join(sys.argv[1:]),

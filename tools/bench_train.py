@@ -32,9 +32,9 @@ import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench.py
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench_parts.py
 
-import bench
+import bench_parts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ ADAMW = dict(steps=1, peak=1e-5, final=1.0, warmup=0, clip=1.0, beta1=0.9, beta2
 def parse(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(prog="tools/bench_train.py", description=__doc__)
-    parser.add_argument("--size", choices=("pocket", *bench.SIZES), default="pocket",
+    parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="pocket",
                         help="model, as tools/bench.py has them (default pocket)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of products and frozen weights; adapters are float32 (default float32)")  # fmt: skip
@@ -87,7 +87,7 @@ def problem(arguments: argparse.Namespace) -> tuple[object, dict, dict, dict]:
 
     B of the adapters is drawn too: were it 0, policy and reference would be equal, and so any two losses.
     """
-    params, config = bench.model_of(arguments.size, arguments.dtype)
+    params, config = bench_parts.model_of(arguments.size, arguments.dtype)
     adapters, frozen = lora.attach(
         params, arguments.rank, ALPHA_OVER_RANK * arguments.rank, lora.TARGETS, 0.0, jax.random.key(0)
     )
@@ -104,7 +104,7 @@ def random_pairs(config, count: int, length: int | None) -> dict:
     Raises:
         LVLMError: no room for an answer, or for the row in the model's context.
     """
-    (before, after), image = bench.TEXT_TOKENS, config.tokens_per_image
+    (before, after), image = bench_parts.TEXT_TOKENS, config.tokens_per_image
     prompt = before + image + after
     length = image + 128 if length is None else length
     if not prompt < length <= config.text.max_position_embeddings:
@@ -112,7 +112,7 @@ def random_pairs(config, count: int, length: int | None) -> dict:
             f"length is {length}; expected more than the {prompt} tokens of image and prompt, and at most the context "
             f"of {config.text.max_position_embeddings}"
         )
-    rng, words = np.random.default_rng(0), bench.words_of(config)
+    rng, words = np.random.default_rng(0), bench_parts.words_of(config)
     tokens = rng.choice(words, (count, length))
     tokens[:, before : before + image] = config.image_token_id
     image_id = (tokens == config.image_token_id).astype(np.int32)
@@ -146,7 +146,7 @@ class Ours:
         device, count = jax.devices()[0], 2 * batch[PAIR[0]]["tokens"].size
         self.about = {
             "platform": device.platform,
-            "machine": bench.machine(),
+            "machine": bench_parts.machine(),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(frozen)),
             "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(adapters)),
             "length": batch[PAIR[0]]["tokens"].shape[1],
@@ -154,14 +154,14 @@ class Ours:
             "tokens": count,
             "flops": monitor.flops_per_token(adapters, frozen) * count,
             "peak_flops": monitor.peak_flops(device.device_kind),
-            "program_bytes": bench.program_bytes(self.program),
+            "program_bytes": bench_parts.program_bytes(self.program),
             "versions": {"jax": jax.__version__},
             "resident_bytes": reset_peak(),
         }
 
     def step(self) -> tuple[float, float]:
         """Seconds, and the loss."""
-        taken, (self.state, metrics) = bench.seconds(lambda: self.program(self.state, *self.rest))
+        taken, (self.state, metrics) = bench_parts.seconds(lambda: self.program(self.state, *self.rest))
         return taken, float(metrics["objective"].value)
 
     def peak_bytes(self) -> int:
@@ -201,7 +201,7 @@ class Peft:
 
     def step(self) -> tuple[float, float]:
         """Seconds, and the loss."""
-        return bench.seconds(self._step)
+        return bench_parts.seconds(self._step)
 
     def _step(self) -> float:
         torch = self.torch
@@ -344,8 +344,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     for kind, found in timed.items():
         taken = [seconds for seconds, _ in found[1:]]
         result[kind] = {
-            "seconds": bench.summary(taken, 4),
-            "tokens_per_s": bench.summary([about["tokens"] / seconds for seconds in taken], 1),
+            "seconds": bench_parts.summary(taken, 4),
+            "tokens_per_s": bench_parts.summary([about["tokens"] / seconds for seconds in taken], 1),
             "resident_bytes": workers[kind].about["resident_bytes"],
             "peak_bytes": peaks[kind],
             "losses": [loss for _, loss in found],
@@ -354,13 +354,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     if about["peak_flops"] and arguments.dtype == "bfloat16":  # the known peaks are those of bfloat16
         # As train.py logs it: the reference's pass, the tower and attention's own products are not counted.
         shares = [about["flops"] / seconds / about["peak_flops"] for seconds, _ in timed["ours"][1:]]
-        ours["mfu"] = bench.summary(shares, 4)
+        ours["mfu"] = bench_parts.summary(shares, 4)
     result["ours"] = ours
     if "peft" in timed:
         both = list(zip(timed["ours"], timed["peft"], strict=True))
         apart = max(abs(one - other) for (_, one), (_, other) in both)
         result |= {
-            "speed_over_peft": bench.summary([theirs / own for (own, _), (theirs, _) in both[1:]], 3),
+            "speed_over_peft": bench_parts.summary([theirs / own for (own, _), (theirs, _) in both[1:]], 3),
             "peak_over_peft": round(peaks["ours"] / peaks["peft"], 3),
             "largest_loss_difference": apart,
             "losses_agree": bool(apart <= TOLERANCE),

@@ -5,69 +5,50 @@ to each picture by cubic convolution.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.rotary import Rotation
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.interpolation import ResampledPositions, center_aligned, cubic_taps, with_positions
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
-from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
+from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
+from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen_vision import (
     GatedMlp,
     PatchAttention,
     PatchEmbedding,
-    PatchTowerConfig,
     axial_rotation,
-    blank_patches,
     in_reading_order,
-    patch_rows,
-    patches_of,
     picture_groups,
-    refuse_videos,
-    tower_sizes,
 )
 
 CONNECTOR_EPSILON = 1e-5  # no configuration tells
 
 
-@dataclasses.dataclass(frozen=True)
-class Glm4vConfig:
-    """GLM-4.1V.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Glm4vConfig(LoosePatchConfig):
+    """GLM-4.1V; its videos are told by what they begin with, for their frames share the token of images.
 
     Attributes:
         side: entries along each axis of the tower's table of positions.
         connector_width: between gate and down projection of the connector.
         attention_bias: of queries, keys and values of the tower.
         rms_norm_eps: of the tower's norms.
-        video_start_token_id: what a video begins with; its frames share the token of images.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
-    vision: PatchTowerConfig
     side: int
     connector_width: int
     attention_bias: bool
     rms_norm_eps: float
-    image_token_id: int
-    video_start_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "glm4v"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Glm4vConfig":
@@ -82,11 +63,7 @@ class Glm4vConfig:
                 "current repository"
             )
         vision, text = hf.vision_config, decoder_config(hf)
-        if vision.out_hidden_size != text.hidden_size:
-            raise LVLMError(
-                f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected the decoder's hidden_size "
-                f"{text.hidden_size}"
-            )
+        check_width(vision, text)
         if not isinstance(vision.image_size, int):
             raise LVLMError(
                 f"vision_config.image_size {vision.image_size} is not supported; expected one number"
@@ -101,37 +78,13 @@ class Glm4vConfig:
             attention_bias=vision.attention_bias,
             rms_norm_eps=vision.rms_norm_eps,
             image_token_id=hf.image_token_id,
-            video_start_token_id=hf.video_start_token_id,
+            video_token_id=hf.video_start_token_id,
             hf=raw,
             **special_tokens(hf),
         )
 
-    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
-
-        Raises:
-            LVLMError: videos, or patches and grids that do not fit together.
-        """
-        refuse_videos(parts, prompts, self.video_start_token_id)
-        return self._placed(patch_rows(parts, self.vision.channels, self.vision.merge))
-
-    def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
-        return self._placed(blank_patches(self.vision.channels, self.vision.merge))
-
-    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it."""
-        return grid_map(pictures, image)
-
-    def shown(
-        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
-    ) -> Float[np.ndarray, "R P C"]:
-        """The pixels if all images were one picture, which is asked for at a height and a width."""
-        return patches_of(picture, self.vision, pictures.geometry)
-
-    def _placed(self, pictures: Pictures | None) -> Pictures | None:
-        if pictures is None:
-            return None
+    def with_geometry(self, pictures: Pictures) -> Pictures:
+        """The same with each patch's place in the tower's table of positions."""
         return with_positions(pictures, self.vision.merge, self.side, center_aligned, cubic_taps)
 
 

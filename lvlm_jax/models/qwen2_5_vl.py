@@ -11,16 +11,15 @@ from lvlm_jax.attention.rotary import Rotation
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.layers import rms_norm
+from lvlm_jax.models.loose_patches import PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen2_vl import EPSILON, Qwen2Vl, Qwen2VlConfig
 from lvlm_jax.models.qwen_vision import (
     GatedMlp,
     PatchAttention,
     PatchEmbedding,
     PatchMerger,
-    PatchTowerConfig,
     axial_rotation,
     picture_groups,
-    tower_sizes,
     window_groups,
 )
 
@@ -38,7 +37,7 @@ class WindowTowerConfig(PatchTowerConfig):
     full_layers: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen25VlConfig(Qwen2VlConfig):
     """Qwen2.5-VL; attributes as those of Qwen2-VL."""
 

@@ -1,58 +1,36 @@
 """Qwen2-VL (arXiv 2409.12191): a tower over patches of any picture size, multimodal positions in a Qwen2 decoder."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.rotary import Rotation
-from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.layers import layer_norm
-from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
+from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen_vision import (
     PatchAttention,
     PatchEmbedding,
     PatchMerger,
-    PatchTowerConfig,
     PlainMlp,
     axial_rotation,
-    blank_patches,
     in_reading_order,
-    patch_rows,
-    patches_of,
     picture_groups,
-    refuse_videos,
-    tower_sizes,
 )
 
 EPSILON = 1e-6  # of all norms of the tower
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen2VlConfig:
-    """Qwen2-VL.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2VlConfig(LoosePatchConfig):
+    """Qwen2-VL."""
 
-    Attributes:
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
-    """
-
-    text: DecoderConfig
-    vision: PatchTowerConfig
-    image_token_id: int
-    video_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "qwen2_vl"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Qwen2VlConfig":
@@ -80,29 +58,6 @@ class Qwen2VlConfig:
         return PatchTowerConfig(
             **tower_sizes(vision, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio))
         )
-
-    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
-
-        Raises:
-            LVLMError: videos, or patches and grids that do not fit together.
-        """
-        refuse_videos(parts, prompts, self.video_token_id)
-        return patch_rows(parts, self.vision.channels, self.vision.merge)
-
-    def blank(self) -> Pictures:
-        """The smallest image, as `pictures` would give it."""
-        return blank_patches(self.vision.channels, self.vision.merge)
-
-    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it."""
-        return grid_map(pictures, image)
-
-    def shown(
-        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
-    ) -> Float[np.ndarray, "R P C"]:
-        """The pixels if all images were one picture, which is asked for at a height and a width."""
-        return patches_of(picture, self.vision, pictures.geometry)
 
 
 class TowerLayer(nn.Module):

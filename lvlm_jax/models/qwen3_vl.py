@@ -6,12 +6,10 @@ the stream at the image tokens behind the first layers of the decoder (DeepStack
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
@@ -19,46 +17,30 @@ from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import VisionLanguageModel
 from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, linear_taps, with_positions
-from lvlm_jax.models.pictures import Arrays, Pictures, grid_map
+from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
+from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
 from lvlm_jax.models.qwen_vision import (
     PatchEmbedding,
     PatchMerger,
-    PatchTowerConfig,
     axial_rotation,
-    blank_patches,
     in_reading_order,
-    patch_rows,
-    patches_of,
     picture_groups,
-    refuse_videos,
-    tower_sizes,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen3VlConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3VlConfig(LoosePatchConfig):
     """Qwen3-VL with a dense decoder.
 
     Attributes:
         position_count: entries of the tower's table of positions, of which the largest square is used.
         deepstack: layers of the tower whose patches go to the decoder, in the order of their mergers.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
-    vision: PatchTowerConfig
     position_count: int
     deepstack: tuple[int, ...]
-    image_token_id: int
-    video_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "qwen3_vl"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Qwen3VlConfig":
@@ -70,11 +52,7 @@ class Qwen3VlConfig:
         vision, text = hf.vision_config, decoder_config(hf)
         if not text.rope.interleaved:
             raise LVLMError("rope_parameters.mrope_interleaved false is not supported; expected true")
-        if vision.out_hidden_size != text.hidden_size:
-            raise LVLMError(
-                f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected the decoder's hidden_size "
-                f"{text.hidden_size}"
-            )
+        check_width(vision, text)
         return cls(
             text=text,
             vision=PatchTowerConfig(**tower_sizes(vision, vision.hidden_size, vision.intermediate_size)),
@@ -86,32 +64,8 @@ class Qwen3VlConfig:
             **special_tokens(hf),
         )
 
-    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
-
-        Raises:
-            LVLMError: videos, or patches and grids that do not fit together.
-        """
-        refuse_videos(parts, prompts, self.video_token_id)
-        return self._placed(patch_rows(parts, self.vision.channels, self.vision.merge))
-
-    def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
-        return self._placed(blank_patches(self.vision.channels, self.vision.merge))
-
-    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it."""
-        return grid_map(pictures, image)
-
-    def shown(
-        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
-    ) -> Float[np.ndarray, "R P C"]:
-        """The pixels if all images were one picture, which is asked for at a height and a width."""
-        return patches_of(picture, self.vision, pictures.geometry)
-
-    def _placed(self, pictures: Pictures | None) -> Pictures | None:
-        if pictures is None:
-            return None
+    def with_geometry(self, pictures: Pictures) -> Pictures:
+        """The same with each patch's place in the tower's table of positions."""
         side = math.isqrt(self.position_count)
         return with_positions(pictures, self.vision.merge, side, corner_aligned, linear_taps)
 

@@ -246,7 +246,7 @@ def test_the_processor_of_a_checkpoint(tmp_path):
     config = dataclasses.replace(
         models.config_from_hf(tiny_config().to_dict()),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
-        video_start_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_video|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_video|>"),
     )
     model = LVLM({}, config, tmp_path)
     generator = np.random.default_rng(2)

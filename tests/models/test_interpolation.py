@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lvlm_jax.models import interpolation
-from lvlm_jax.models.qwen_vision import patch_rows
+from lvlm_jax.models.loose_patches import patch_rows
 
 SIZES = [(6, 6), (4, 14), (12, 2), (30, 18)]  # as large as the table, above and below it
 

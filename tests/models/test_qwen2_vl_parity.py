@@ -11,7 +11,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models import qwen_vision
+from lvlm_jax.models import loose_patches, qwen_vision
 from lvlm_jax.models.pictures import bucketed
 from lvlm_jax.weights.save import stored_shapes
 from tests.models import patch_parity, qwen2_checkpoints
@@ -89,10 +89,10 @@ def test_every_naming_scheme_loads(pair, tmp_path):
 
 def test_pictures_of_all_sizes_take_few_shapes():
     """Each shape is a program of the tower: up to 16384 tokens, the largest picture the published processors give."""
-    shapes = {bucketed(tokens, qwen_vision.SMALLEST_ROW) for tokens in range(1, 16385)}
+    shapes = {bucketed(tokens, loose_patches.SMALLEST_ROW) for tokens in range(1, 16385)}
     assert len(shapes) == 20 and max(shapes) == 16384
     rows = [
-        qwen_vision.patch_rows(
+        loose_patches.patch_rows(
             [
                 {
                     "pixel_values": np.zeros((height * width, 12)),

@@ -19,7 +19,7 @@ CONFIG = SimpleNamespace(
     vision=SimpleNamespace(image_size=8),
     text=SimpleNamespace(vocab_size=40, max_position_embeddings=100),
 )
-PROMPT = sum(bench_train.bench.TEXT_TOKENS) + CONFIG.tokens_per_image
+PROMPT = sum(bench_train.bench_parts.TEXT_TOKENS) + CONFIG.tokens_per_image
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,281 @@
+"""Pictures of any size as loose patches (Qwen2-VL, arXiv 2409.12191, and its descendants): what happens on the host.
+
+Processors hand out the patches of all images one behind the other, with `image_grid_thw`, each image's frames, rows and
+columns of patches. M x M neighbours become one token: patches come block by block, blocks in reading order, and in
+reading order inside a block, so that M² consecutive patches make the next token.
+
+Towers run over one padded row of patches per image (`qwen_vision`). What a patch needs to know of its picture (row,
+column, whether it is one at all) is worked out here and has the same shape for all pictures of a bucket.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.config import DecoderConfig, activation_name
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, grid_map, joined
+
+SMALLEST_ROW = 16  # tokens of an image, rounded up to buckets from here
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchTowerConfig:
+    """Sizes of a tower over loose patches.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        frames: frames that a patch is deep; a still image repeats its one.
+        merge: M, the side in patches of what becomes one token.
+        rope_theta: base wavelength of rows and columns.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    frames: int
+    merge: int
+    hidden_act: str
+    rope_theta: float
+
+    @property
+    def channels(self) -> int:
+        """Numbers in a patch."""
+        return 3 * self.frames * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
+    """The fields of `PatchTowerConfig` of a transformers vision configuration, whose names for widths differ.
+
+    Raises:
+        LVLMError: a value that is not supported.
+    """
+    if vision.in_channels != 3:
+        raise LVLMError(f"vision_config.in_channels {vision.in_channels} is not supported; expected 3")
+    for name in ("patch_size", "temporal_patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise LVLMError(
+                f"vision_config.{name} {getattr(vision, name)} is not supported; expected one number"
+            )
+    rope = getattr(vision, "rope_parameters", None) or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise LVLMError(
+            f"vision_config.rope_parameters of type {rope['rope_type']!r} are not supported; expected 'axial'"
+        )
+    if hidden_size % (4 * vision.num_heads):
+        raise LVLMError(
+            f"a vision tower of width {hidden_size} with {vision.num_heads} heads is not supported; "
+            "expected heads of a multiple of 4 channels"
+        )
+    return dict(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=vision.depth,
+        num_heads=vision.num_heads,
+        patch_size=vision.patch_size,
+        frames=vision.temporal_patch_size,
+        merge=vision.spatial_merge_size,
+        hidden_act=activation_name("vision_config.hidden_act", vision.hidden_act),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoosePatchConfig:
+    """What the families whose towers take loose patches have in common.
+
+    Attributes:
+        video_token_id: what tells of a video in a prompt.
+        eos_token_ids: tokens that end an answer.
+        bos_token_id: what a prompt begins with; -1 for none.
+        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
+    """
+
+    text: DecoderConfig
+    vision: PatchTowerConfig
+    image_token_id: int
+    video_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int = -1
+    model_type: str
+    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
+        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
+
+        Raises:
+            LVLMError: videos, or patches and grids that do not fit together.
+        """
+        refuse_videos(parts, prompts, self.video_token_id)
+        found = patch_rows(parts, self.vision.channels, self.vision.merge)
+        return None if found is None else self.with_geometry(found)
+
+    def with_geometry(self, pictures: Pictures) -> Pictures:
+        """The same with what else the tower needs to know of where patches lie: here nothing."""
+        return pictures
+
+    def blank(self) -> Pictures:
+        """The smallest image, as `pictures` would give it."""
+        return self.with_geometry(blank_patches(self.vision.channels, self.vision.merge))
+
+    def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
+        """Which of an image's tokens shows each place of it."""
+        return grid_map(pictures, image)
+
+    def shown(
+        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
+    ) -> Float[np.ndarray, "R P C"]:
+        """The pixels if all images were one picture, which is asked for at a height and a width."""
+        return patches_of(picture, self.vision, pictures.geometry)
+
+
+def check_width(vision: Any, text: DecoderConfig) -> None:
+    """A tower must end with the decoder's width.
+
+    Raises:
+        LVLMError: it does not.
+    """
+    if vision.out_hidden_size != text.hidden_size:
+        raise LVLMError(
+            f"vision_config.out_hidden_size is {vision.out_hidden_size}; expected the decoder's hidden_size "
+            f"{text.hidden_size}"
+        )
+
+
+def refuse_videos(parts: Sequence[Arrays], prompts: Sequence[np.ndarray], video_token_id: int) -> None:
+    """Videos are not read.
+
+    Raises:
+        LVLMError: a prompt or a processor's arrays hold one.
+    """
+    given = [name for part in parts for name, array in part.items() if "video" in name and array is not None]
+    if given:
+        raise LVLMError(f"{given[0]} is given, but videos are not supported; give still images")
+    if any((np.asarray(prompt) == video_token_id).any() for prompt in prompts):
+        raise LVLMError(
+            f"a prompt holds the video token {video_token_id}, but videos are not supported; give still images"
+        )
+
+
+def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures | None:
+    """One padded row of patches per image; None without images.
+
+    Args:
+        parts: with `pixel_values` `[patches, channels]` and `image_grid_thw` `[images, 3]` of a processor.
+        channels: numbers in a patch.
+        merge: M.
+
+    Returns:
+        Pictures with pixels `Float[R, P, channels]`; grids of tokens; and the geometry
+            coordinates `Int[R, P, 2]`: row and column of each patch in its picture, 0 for filler;
+            valid `Bool[R, P]`: False for patches that only fill;
+            order `Int[R * P / M², 2]`: for each image token in reading order its row and its place there, then filler.
+
+    Raises:
+        LVLMError: patches and grids that do not fit together, or several frames.
+    """
+    pixels, grids = joined(parts, "pixel_values"), joined(parts, "image_grid_thw")
+    if pixels is None and grids is None:
+        return None
+    sizes = _checked_grids(pixels, grids, channels, merge)
+    counts = sizes.prod(axis=1)
+    unit = merge**2
+    rows, width = bucketed(len(sizes), 1), bucketed(int(counts.max()) // unit, SMALLEST_ROW) * unit
+    padded = np.zeros((rows, width, channels), np.float32)
+    coordinates = np.zeros((rows, width, 2), np.int32)
+    valid = np.arange(width) < np.pad(counts, (0, rows - len(sizes)))[:, None]
+    padded[valid] = pixels
+    coordinates[valid] = np.concatenate([patch_coordinates(*size, merge) for size in sizes.tolist()])
+    tokens = np.argwhere(valid[:, ::unit])
+    return Pictures(
+        pixels=padded,
+        owner=np.where(np.arange(rows) < len(sizes), np.arange(rows), -1),
+        token_counts=counts // unit,
+        geometry={
+            "coordinates": coordinates,
+            "valid": valid,
+            "order": np.pad(tokens, ((0, rows * width // unit - len(tokens)), (0, 0))).astype(np.int32),
+        },
+        grids=sizes // merge,
+    )
+
+
+def blank_patches(channels: int, merge: int) -> Pictures:
+    """The smallest image, as `patch_rows` would give it."""
+    pixels = np.zeros((merge**2, channels), np.float32)
+    return patch_rows(
+        [{"pixel_values": pixels, "image_grid_thw": np.array([[1, merge, merge]])}], channels, merge
+    )
+
+
+def patches_of(
+    picture: Callable[[int, int], np.ndarray], config: PatchTowerConfig, geometry: Mapping[str, np.ndarray]
+) -> Float[np.ndarray, "R P C"]:
+    """The pixels of `patch_rows` if all images were one picture.
+
+    Args:
+        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+        config: sizes of patches.
+        geometry: of `patch_rows`.
+    """
+    side, valid = config.patch_size, geometry["valid"]
+    pixels = np.zeros((*valid.shape, config.channels), np.float32)
+    for row, kept in enumerate(valid):
+        if not kept.any():
+            continue
+        places = geometry["coordinates"][row, kept]
+        height, width = places.max(axis=0) + 1
+        whole = picture(height * side, width * side).reshape(3, height, side, width, side)
+        patches = whole.transpose(1, 3, 0, 2, 4)[tuple(places.T)]
+        pixels[row, kept] = np.repeat(patches[:, :, None], config.frames, axis=2).reshape(len(places), -1)
+    return pixels
+
+
+def _checked_grids(
+    pixels: np.ndarray | None, grids: np.ndarray | None, channels: int, merge: int
+) -> np.ndarray:
+    """Rows and columns of patches of each image, `Int[I, 2]`, which fit the pixels."""
+    if pixels is None or grids is None:
+        missing = "pixel_values" if pixels is None else "image_grid_thw"
+        raise LVLMError(
+            f"{missing} is missing; give the processor's pixel_values and image_grid_thw together"
+        )
+    if pixels.ndim != 2 or pixels.shape[1] != channels:
+        raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [patches, {channels}]")
+    if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer):
+        raise LVLMError(
+            f"image_grid_thw has shape {grids.shape} and dtype {grids.dtype}; expected whole numbers [images, 3]"
+        )
+    for frames, *size in grids.tolist():
+        if frames != 1:
+            raise LVLMError(
+                f"image_grid_thw holds an image of {frames} frames; videos are not supported, give still images"
+            )
+        if min(size) < 1 or any(side % merge for side in size):
+            raise LVLMError(
+                f"image_grid_thw holds a grid of {size[0]} x {size[1]} patches; expected multiples of {merge}"
+            )
+    sizes = grids[:, 1:].astype(np.int64)
+    if sizes.prod(axis=1).sum() != len(pixels):
+        raise LVLMError(
+            f"pixel_values has {len(pixels)} patches and image_grid_thw asks for {sizes.prod(axis=1).sum()}; "
+            "give both as the processor returned them"
+        )
+    return sizes
+
+
+def patch_coordinates(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
+    """Row and column of each patch of a picture, in the order of the processor."""
+    places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
+    blocks = places.reshape(height // merge, merge, width // merge, merge, 2)
+    return blocks.swapaxes(1, 2).reshape(-1, 2)
