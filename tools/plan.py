@@ -27,6 +27,7 @@ from lvlm_jax.parallel.sizes import SIZES
 from lvlm_jax.weights.quantize import QUANTS
 
 COUNTS = (1, 8, 64, 512)  # devices in tables
+TIMED = "h100"  # what the times of a table are of, where no device is named
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -134,8 +135,8 @@ def main(words: list[str]) -> int:
             print(f"{number} of {len(jobs)}: {job.name} on {job.devices}", file=sys.stderr, flush=True)
         plans.append(plan.plan(job, native, arguments.exact))
     if arguments.table:
-        # Fits are of the whole table of devices, times of the one that was named.
-        print(plan_report.table(plans, held[0], held if native else devices.DEVICES), end="")
+        timed = held[0] if arguments.device else devices.find(TIMED)
+        print(plan_report.table(plans, timed, held), end="")
     else:
         print(plan_report.text(plans[0], held), end="")
     if arguments.out:

@@ -16,7 +16,10 @@ Computations = dict[str, list["Instruction"]]
 
 
 class Instruction(NamedTuple):
-    """One operation: its name, the type of its result, what it does, on what, the rest of its line, is it the root."""
+    """One operation: its name, the type of its result, what it does, on what, the rest of its line, is it the root.
+
+    The one operand of a parameter is its number.
+    """
 
     name: str
     type: str
@@ -44,7 +47,7 @@ def computations(text: str) -> tuple[Computations, str]:
         elif parts := _INSTRUCTION.match(line):
             root, own, kind, operation, behind = parts.groups()
             inside, rest = _closed(behind)
-            operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+            operands = (inside,) if operation == "parameter" else tuple(re.findall(r"%([\w.\-]+)", inside))
             found[name].append(Instruction(own, kind, operation, operands, rest, bool(root)))
     return found, entry
 

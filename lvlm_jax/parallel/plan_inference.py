@@ -42,7 +42,7 @@ def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program,
         raise LVLMError(
             "OPERA is a beam search that turns back, which is not planned; expected another method"
         )
-    prompt, params = example(job, config), parameters(config, job.dtype, mesh, job.quant)
+    prompt, params = example(job, config, job.batch), parameters(config, job.dtype, mesh, job.quant)
     held, read = size(params), size(programs.weights_read(params))
     found: list[Program] = []
 
@@ -145,14 +145,14 @@ def abstract(config: Any, dtype: str) -> dict:
     return models.abstract_parameters(config, dtype)
 
 
-def example(job: Any, config: Any) -> Inputs:
-    """Prompts of the wanted size: some text, the images, text. Pixels take no memory.
+def example(job: Any, config: Any, rows: int) -> Inputs:
+    """So many prompts of the wanted size: some text, the images, text. Pixels take no memory.
 
     Raises:
         LVLMError: too few tokens for the images, or more than the model's context.
     """
-    shown = pictures(config, job.batch * job.images)
-    counts = [] if shown is None else shown.token_counts[: len(shown.token_counts) // job.batch].tolist()
+    shown = pictures(config, rows * job.images)
+    counts = [] if shown is None else shown.token_counts[: len(shown.token_counts) // rows].tolist()
     least = TEXT_BEFORE + sum(counts)
     length = least + TEXT_BEHIND if job.prompt_tokens is None else job.prompt_tokens
     context = config.text.max_position_embeddings
@@ -165,9 +165,9 @@ def example(job: Any, config: Any) -> Inputs:
     row[len(row) - length :] = 0
     start = len(row) - length + TEXT_BEFORE
     row[start : start + sum(counts)] = np.repeat(np.arange(len(counts)) + 1, counts)
-    image_id = np.tile(row, (job.batch, 1))
+    image_id = np.tile(row, (rows, 1))
     tokens = np.where(image_id > 0, config.image_token_id, 0).astype(np.int32)
-    inputs = Inputs(tokens, image_id, None, np.zeros((job.batch, 0), np.int64))
+    inputs = Inputs(tokens, image_id, None, np.zeros((rows, 0), np.int64))
     if shown is None:
         return inputs
     return dataclasses.replace(

@@ -98,9 +98,8 @@ def batch(job: Any, config: Any, mesh: Mesh) -> dict[str, Any]:
     """The shapes of a batch as `pair_batches` makes them, and where they lie."""
     of = job.training
     length, answers = row_length(job, config), bucket(job.new_tokens)
-    part = job.replaced(batch=job.batch // of.accumulate)
-    shown = example(part, config)
-    count = part.batch
+    count = job.batch // of.accumulate
+    shown = example(job, config, count)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(((of.accumulate,) if of.accumulate > 1 else ()) + shape, dtype)
@@ -129,7 +128,7 @@ def batch(job: Any, config: Any, mesh: Mesh) -> dict[str, Any]:
 
 def row_length(job: Any, config: Any) -> int:
     """Tokens of a row, prompt and answer, as batches are padded."""
-    return bucket(int(example(job.replaced(batch=1), config).lengths.max()) + job.new_tokens)
+    return bucket(int(example(job, config, 1).lengths.max()) + job.new_tokens)
 
 
 def tokens(job: Any, config: Any) -> int:

@@ -19,12 +19,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lvlm_jax.parallel import messages, module_text, products, schedule, wider
+from lvlm_jax.parallel import messages, module_text, products, scattered_sums, schedule, wider
 
 LEAST_MEMORY = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     # Without its barriers a program that recomputes in its backward pass would do so long before.
-    "xla_disable_hlo_passes": "cse_barrier_expander",
+    "xla_disable_hlo_passes": "cse_barrier_expander,cpu-all-reduce-combiner",
 }
 
 
@@ -137,6 +137,7 @@ def compile_for(
     ]
     memory = compiled.memory_analysis()
     found, entry = module_text.computations(compiled.as_text())
+    found = found if native else scattered_sums.scattered(found)
     times, orders = module_text.runs(found, entry), [memory.temp_size_in_bytes]
     told = messages.read(found, times, devices)
     if not native:

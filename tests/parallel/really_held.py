@@ -6,7 +6,6 @@ Arguments: how many simulated devices, a work folder, names of CASES. Prints, fo
 import contextlib
 import functools
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lvlm_jax.generation import drivers
 from lvlm_jax.parallel import plan
 from lvlm_jax.training import finetune, loop, settings
 
-NEW_TOKENS = 64
+NEW_TOKENS = {False: 64, True: 16}  # of answers; of learned ones, with which rows have 128 tokens
 ANSWERS = {"chosen": "a dog beside a tree", "rejected": "a cat"}
 QUESTION = "What is in the picture?"
 
@@ -85,19 +84,20 @@ def watched(owner, names, found):
             setattr(owner, attribute, jitted)
 
 
-def answered(job) -> dict[str, int]:
-    """Bytes by program while the pocket model answers about pictures."""
+def answered(job) -> tuple[dict[str, int], int]:
+    """Bytes by program while the pocket model answers about pictures, and the tokens of a prompt."""
     mesh = None if job.devices == 1 else parallel.make_mesh(*job.mesh)
     model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=job.dtype, mesh=mesh, quant=job.quant)
     picture = np.zeros((96, 96, 3), np.uint8)
-    said = {
+    asked = {
         "role": "user",
         "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}],
     }
     found, programs = {}, {"encode_images": "images", "embed": "embed", "prefill": "prefill", "run": "decode"}
+    prompt = model.prepare([[asked]] * job.batch)
     with watched(drivers, programs, found):
-        model.generate([[said]] * job.batch, job.method, max_new_tokens=job.new_tokens, stop_token_ids=())
-    return found
+        model.generate(prompt, job.method, max_new_tokens=job.new_tokens, stop_token_ids=())
+    return found, int(prompt.lengths.max())
 
 
 def trained(job, workdir) -> dict[str, int]:
@@ -132,13 +132,18 @@ def _pairs(folder: Path, count: int) -> Path:
 
 def main(devices: int, workdir: Path, names: list[str]) -> None:
     name, config, folder = plan.read(cli.checkpoint("pocket"))
-    whole = functools.partial(plan.Job, name, config, devices, folder=folder, new_tokens=NEW_TOKENS)
+    whole = functools.partial(plan.Job, name, config, devices, folder=folder)
     for case in names:
         fields = {"mesh": (1, 1, 1), "dtype": "float32"} | CASES[case]
+        fields["new_tokens"] = NEW_TOKENS["training" in fields]
         job = whole(**fields)
+        if job.training is None:
+            real, tokens = answered(job)
+            job = job.replaced(prompt_tokens=tokens)
+        else:
+            (place := workdir / case.replace(" ", "_").replace(",", "")).mkdir()
+            real = trained(job, place)
         planned = plan.plan(job, native=True)
-        (place := workdir / case.replace(" ", "_").replace(",", "")).mkdir()
-        real = answered(job) if job.training is None else trained(job, place)
         figures = {"plan": {one.name: one.total for one in planned.programs}, "real": real}
         print(json.dumps({"case": case} | figures), flush=True)
         jax.clear_caches()

@@ -1,6 +1,7 @@
 """Run by `test_plan` in a process of its own: by how much a process grows in a job, and what its plan says.
 
-Argument: "answer" or "learn". The model is LLaVA's shape with 80 million parameters, 320 MB, all of one value.
+Argument: "answer" or "learn". The model has LLaVA's shape, with weights that are all of one value: 680 MB that answer,
+320 MB that learn.
 """
 
 import ctypes
@@ -24,11 +25,17 @@ HF = dict(
     model_type="llava", image_token_index=4,
     vision_config=dict(model_type="clip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, image_size=56, patch_size=14),
-    text_config=dict(model_type="llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=5,
+    text_config=dict(model_type="llama", hidden_size=1024, intermediate_size=2816,
         num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, max_position_embeddings=2048,
         bos_token_id=None, eos_token_id=None, pad_token_id=0),
 )  # fmt: skip
+LAYERS = {"answer": 12, "learn": 5}
 PROMPT, BATCH = 448, 8
+
+
+def config_of(layers: int):
+    """The model's configuration with so many layers in its decoder."""
+    return models.config_from_hf(HF | {"text_config": HF["text_config"] | {"num_hidden_layers": layers}})
 
 
 def resident(field: str) -> int:
@@ -97,8 +104,9 @@ def learning(job):
 
 
 def main(kind: str) -> None:
-    config = models.config_from_hf(HF)
-    job = plan.Job("80m", config, 1, (1, 1, 1), "float32", BATCH, prompt_tokens=PROMPT, new_tokens=64)
+    job = plan.Job(
+        kind, config_of(LAYERS[kind]), 1, (1, 1, 1), "float32", BATCH, prompt_tokens=PROMPT, new_tokens=64
+    )
     job = job.replaced(training=plan.Training("sft", lora=False)) if kind == "learn" else job
     real = growth((learning if kind == "learn" else answering)(job))
     print(json.dumps({"plan": plan.plan(job, native=True).total, "real": real}))

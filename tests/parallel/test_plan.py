@@ -7,11 +7,9 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from lvlm_jax import cli, models
-from lvlm_jax.errors import LVLMError
+from lvlm_jax import cli
 from lvlm_jax.parallel import devices, plan
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +39,9 @@ def compare(names, count, folder):
     """Every case's largest program is planned within a tenth of what it holds."""
     for found in in_a_process("really_held", count, folder, *names, count=count):
         planned, real = (max(found[side].values()) for side in ("plan", "real"))
-        print(f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}")
+        print(
+            f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}"
+        )
         assert planned == pytest.approx(real, rel=0.1), found
 
 
@@ -66,6 +66,26 @@ def test_a_process_grows_by_what_was_planned(kind):
     (found,) = in_a_process("resident_growth", kind)
     print(f"{kind}: planned {found['plan']:.0f}, grew by {found['real']:.0f}")
     assert found["plan"] == pytest.approx(found["real"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_a_device_has_falls_with_their_number():
+    """Parameters, optimizer, cache and FLOPs are a share of 1/N; along `tensor` for answers, `fsdp` for learning."""
+    found = in_a_process("shares", count=8)
+    alone = {one["kind"]: one for one in found if one["devices"] == 1}
+    for one in found:
+        shares = {
+            part: one["devices"] * size / alone[one["kind"]]["share"][part]
+            for part, size in one["share"].items()
+        }
+        print(
+            one["kind"],
+            one["devices"],
+            {part: round(share, 3) for part, share in shares.items()},
+            one["total"],
+        )
+        for part, share in shares.items():
+            assert share == pytest.approx(1, rel=0.15), (one["kind"], one["devices"], part)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +121,10 @@ def test_a_token_takes_as_long_as_its_bytes_take_to_be_read(seven):
     """The decoder without its table of embeddings, and the cache, over 3.35 TB/s."""
     read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096) + 32 * 2 * 4096 * 2 * 768
     assert seven.seconds(devices.find("h100"))["token"] == pytest.approx(read / 3.35e12, rel=0.01)
-    assert devices.find("h100").holds(seven.total) and not devices.find("tpu-v5e").holds(seven.total)
+    assert devices.find("tpu-v5e").holds(seven.total) and not devices.find("mine=14,1,1").holds(seven.total)
 
 
+@pytest.mark.slow
 def test_two_depths_say_what_all_layers_say():
     name, config, folder = plan.read(POCKET)
     for training in (None, plan.Training("sft", lora=False)):
@@ -137,7 +158,9 @@ def command(monkeypatch, capsys):
 
 def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
     out = tmp_path / "plan.json"
-    code, printed, _ = command(POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out)
+    code, printed, _ = command(
+        POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out
+    )
     assert code == 0
     assert "batch 1, CMAC" in printed and "decode" in printed
     (found,) = json.loads(out.read_text())["plans"]
