@@ -11,9 +11,9 @@ receives; a device's ceilings turn these into times.
     time of a program    =  max(bytes moved / bandwidth, FLOPs / peak) + bytes received / link
 
 The decoder's layers are alike and written out one after the other. So two depths are compiled, of the model's own
-widths and on the whole mesh, and every figure is extended by what one layer adds; `exact` compiles all layers instead.
-Arguments and results grow by equal steps by their nature. What temporaries add is the compiler's choice, which settles
-from the second layer on; a test compares both ways.
+widths and on the whole mesh, and every figure is extended by what one layer adds. Arguments and results grow by equal
+steps by their nature. What temporaries add is the compiler's choice, which settles from the second layer on; a test
+compares both ways. All layers are compiled where `exact` asks for it, or where a method edits some of them only.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ from lvlm_jax.parallel.sizes import SHORT, SIZES
 from lvlm_jax.training import settings
 from lvlm_jax.weights.checkpoint import read_json
 
-DEPTHS = (2, 3)  # that are compiled instead of the whole
+# That are compiled instead of the whole. Two apart: there are methods that edit every second layer.
+DEPTHS = (2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
         raise LVLMError(f"{job.devices} devices are planned for and this process has {len(found)}")
     mesh = parallel.make_mesh(*job.mesh, devices=found[: job.devices])
     layers, build = job.config.text.num_layers, inference if job.training is None else training
-    if exact or layers <= DEPTHS[1]:
+    if exact or layers <= DEPTHS[1] or not alike_in_all_layers(job.method, layers):
         programs = build(job, job.config, mesh, native)
         parameters = _count(job.config)
     else:
@@ -175,6 +176,23 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
         programs = tuple(one.extended(two, steps) for one, two in pairs)
         parameters = _count(near) + (_count(other) - _count(near)) * steps
     return Plan(job, tuple(mesh.shape.values()), parameters, programs)
+
+
+def alike_in_all_layers(method: Method | None, layers: int) -> bool:
+    """Whether a method does in every layer what it does two layers on, so that two depths say what all do.
+
+    Raises:
+        LVLMError: it edits layers that the model does not have.
+    """
+    if method is None:
+        return True
+    edits = [transform for transform in method.branches() if transform is not None]
+    active = [
+        [transform.active(layer, layers, phase) for layer in range(layers)]
+        for transform in edits
+        for phase in ("prefill", "decode")
+    ]
+    return all(found[2:] == found[:-2] for found in active) and not method.exits(layers)
 
 
 def at_depth(config: Any, layers: int) -> Any:

@@ -72,25 +72,14 @@ def table(plans: Sequence[Plan], timed: Device, devices: Sequence[Device]) -> st
     speed = [f"s per step, {timed.name}", "tokens/s"] if trains else [
         f"prefill ms, {timed.name}", "ms per token", "tokens/s"
     ]  # fmt: skip
-    heads = [
-        "model",
-        "devices",
-        "data x fsdp x tensor",
-        "batch",
-        *parts,
-        "other",
-        "GiB in all",
-        "fits",
-        *speed,
-    ]
+    heads = ["model", "devices", "data x fsdp x tensor", "batch", *parts, "GiB in all", "fits", *speed]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for plan in plans:
-        held = plan.largest.parts
-        other = plan.total - sum(held[part] for part in parts)
+        held = plan.programs[-1].parts  # which has a cache, where there is one; the largest may be another
         mesh, fits = " x ".join(map(str, plan.mesh)), [one.name for one in devices if one.holds(plan.total)]
         cells = [plan.job.name, plan.job.devices, mesh, plan.job.batch, *(_gib(held[part]) for part in parts)]
-        cells += [_gib(other), _gib(plan.total), ", ".join(fits) or "none", *_speed(plan, timed)[3:]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells += [f"{_gib(plan.total)} ({plan.largest.name})", ", ".join(fits) or "none"]
+        lines.append(f"| {' | '.join(map(str, [*cells, *_speed(plan, timed)[3:]]))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +146,9 @@ def _speed(plan: Plan, device: Device) -> list[str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= 0.995 * GIB or size == 0 else f"{size / GIB:.3f}"
+    """Three digits, and whole numbers from 100 on."""
+    gib = size / GIB
+    return f"{gib:.0f}" if gib >= 100 else f"{gib:.3g}"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:

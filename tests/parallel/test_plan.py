@@ -9,15 +9,16 @@ import sys
 
 import pytest
 
-from lvlm_jax import cli
+from lvlm_jax import cli, methods
 from lvlm_jax.parallel import devices, plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 POCKET = cli.checkpoint("pocket")
 
 # One device: quick enough for every run of the tests. The others are slow.
-FEW = ["greedy", "dpo, adapters"]
+FEW = ["greedy"]
 MANY = [
+    "dpo, adapters",
     "greedy of eight", "cmac", "vcd", "int8", "bfloat16", "sft, all of it", "sft, recomputed", "sft, in parts",
 ]  # fmt: skip
 SPREAD = ["greedy, tensor", "greedy, data", "sft, fsdp", "dpo, fsdp"]
@@ -138,6 +139,18 @@ def test_two_depths_say_what_all_layers_say():
                 assert getattr(one, figure) == expected, (one.name, figure)
 
 
+@pytest.mark.parametrize(
+    ("method", "alike"),
+    [
+        (None, True), (methods.CMAC(), True), (methods.VCD(), True), (methods.CAPL(), True),
+        (methods.SEVI(), False), (methods.EAH(), False), (methods.DoLa(), False), (methods.CLVA(), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_methods_that_edit_some_layers_take_all_layers(method, alike):
+    assert plan.alike_in_all_layers(method, 32) is alike
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `tools/plan.py` in this process: exit code, stdout, stderr."""
@@ -190,6 +203,7 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--tensor", "-1"], "say of how many --devices"),
         (["7b", "--prompt-tokens", "500"], "a prompt of 500 tokens is not possible; expected more than 584"),
         (["7b", "--prompt-tokens", "5000"], "less than the context of 4096"),
+        (["7b", "--method", "sevi", "--start-layer", "40"], "are none of this model's 32 layers"),
         (["7b", "--method", "opera"], "OPERA is a beam search"),
         (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
         (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method are of inference"),
