@@ -12,6 +12,8 @@ from lvlm_jax.version import __version__
 _SAMPLES = 64
 _SAMPLE_BYTES = 16 * 1024
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# Which hash says what a name stands for: a folder that was moved, with the same in it, is the same.
+_HASH_OF = {"name": "sha256", "model": "model_sha256"}
 
 
 def file_hash(path) -> str:
@@ -81,9 +83,15 @@ def _plain(value):
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """What differs between two records, as `name: old, now new`, nested names joined by dots."""
+    """What differs between two records, as `name: old, now new`, nested names joined by dots.
+
+    Names of things that are hashed beside them may differ where the hashes do not.
+    """
     found = []
     for key in sorted(old.keys() | new.keys()):
+        digest = old.get(_HASH_OF.get(key))
+        if digest is not None and digest == new.get(_HASH_OF[key]):
+            continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{key}.")

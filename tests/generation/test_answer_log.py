@@ -56,6 +56,21 @@ def test_other_settings(tmp_path):
     assert read(path, {"seed": 0, "model": "pocket"}) == [{"id": 1}]
 
 
+def test_a_checkpoint_that_was_moved_is_the_same(tmp_path):
+    path = tmp_path / "log"
+    record = {"model": {"name": "/old/pocket", "sha256": "a"}, "method": {"name": "VCD"}}
+    with AnswerLog(path, record) as log:
+        log.append([{"id": 1}])
+    assert read(path, record | {"model": {"name": "/new/pocket", "sha256": "a"}}) == [{"id": 1}]
+    for changed in (
+        {"model": {"name": "/old/pocket", "sha256": "b"}},
+        {"model": {"name": "/new/pocket", "sha256": None}},
+        {"method": {"name": "CMAC"}},
+    ):
+        with pytest.raises(LVLMError, match="begun with other settings"):
+            read(path, record | changed)
+
+
 @pytest.mark.parametrize(
     "content",
     [
