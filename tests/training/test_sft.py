@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from lvlm_jax.generation.layout import lay_out
 from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import pocket, sft
+
+pytestmark = pytest.mark.quick_compiler
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +39,9 @@ def rows(config, lengths, images, width):
     return tokens, rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def logits(module, params, tokens, images):
-    return sft.next_token_logits(
-        module, params, jnp.asarray(tokens), sft.encode(module, params, jnp.asarray(images))
-    )
+    return sft.next_token_logits(module, params, tokens, sft.encode(module, params, images))
 
 
 def test_padding_after_a_row_changes_nothing(tiny):
@@ -90,6 +93,7 @@ def test_only_answers_have_a_gradient(tiny):
     answers = np.zeros((1, 90), bool)
     answers[0, 80:84] = True
 
+    @jax.jit
     def loss(params, tokens):
         return sft.metrics(
             module, params, {"tokens": tokens, "answers": jnp.asarray(answers), "images": jnp.asarray(images)}
@@ -102,5 +106,5 @@ def test_only_answers_have_a_gradient(tiny):
     changed = tokens.copy()
     changed[0, 83] = 7
     assert loss(params, jnp.asarray(changed)) != value
-    gradient = jax.grad(loss)(params, jnp.asarray(tokens))
+    gradient = jax.jit(jax.grad(loss))(params, jnp.asarray(tokens))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["connector"]))
