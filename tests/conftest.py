@@ -1,6 +1,5 @@
 """Checks the shapes in signatures while tests run, and makes the small model that many tests share."""
 
-import contextlib
 import gc
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.signatures
-from tests.quick import quick_compiler
+from tests.compiler import optimised
 
 # The rooms whose signatures are shapes. The public face is not among them: it answers for wrong types itself.
 install_import_hook(
@@ -31,6 +30,9 @@ install_import_hook(
 )
 
 
+# Tests run programs for milliseconds and compile them for seconds; files that want theirs whole are marked.
+jax.config.update("jax_disable_most_optimizations", True)
+
 MAPPINGS = 15_000  # of the 65,530 that Linux allows a process
 
 
@@ -38,9 +40,9 @@ MAPPINGS = 15_000  # of the 65,530 that Linux allows a process
 def programs(request):
     """Compiles as a file wants it, and drops programs behind it: they map memory, all of them more than Linux allows.
 
-    In files marked `quick_compiler` programs are hardly optimised.
+    In files marked `full_compiler` programs are those of a user; in the others they are hardly optimised.
     """
-    with quick_compiler() if request.node.get_closest_marker("quick_compiler") else contextlib.nullcontext():
+    with optimised(request.node.get_closest_marker("full_compiler") is not None):
         yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:

@@ -9,8 +9,6 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam
 from tests import checkpoints
 
-pytestmark = pytest.mark.quick_compiler
-
 LIMIT = 12
 
 

@@ -10,6 +10,8 @@ from lvlm_jax import methods
 from lvlm_jax.generation import drivers
 from lvlm_jax.weights.tables import flatten
 
+pytestmark = pytest.mark.full_compiler
+
 MOVES = ("copy", "transpose", "convert", "copy-start")
 # "%copy.3 = f32[3,2,128,12]{3,2,1,0} copy(...)"; fusions carry the names of what they hold.
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)

@@ -9,8 +9,6 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import sweep
 
-pytestmark = pytest.mark.quick_compiler
-
 
 @pytest.mark.parametrize(
     "grid",

@@ -16,8 +16,6 @@ from lvlm_jax.generation import drivers, forward
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 
-pytestmark = pytest.mark.quick_compiler
-
 # Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of window.
 LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
 STEPS = 3

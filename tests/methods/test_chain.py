@@ -7,8 +7,6 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CMAC, EAH, PAI, SEVI, VAF, VCD, DoLa, MiddleLayers, chain
 
-pytestmark = pytest.mark.quick_compiler
-
 SMALL = {"start_layer": 0, "end_layer": None}
 
 

@@ -21,10 +21,8 @@ from lvlm_jax import methods, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.models.pictures import bucketed
+from tests.compiler import optimised
 from tests.models import zoo
-from tests.quick import quick_compiler
-
-pytestmark = pytest.mark.quick_compiler
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 NEW_TOKENS = 8
@@ -327,7 +325,7 @@ def main(words: list[str], load: Callable[[str, Path], zoo.Case] = zoo.load) -> 
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/models.md")
     arguments = parser.parse_args(words)
     rows = {}
-    with tempfile.TemporaryDirectory() as folder, quick_compiler():
+    with tempfile.TemporaryDirectory() as folder, optimised(False):
         for name in zoo.FAMILIES:
             (Path(folder) / name).mkdir()
             rows[name] = measured(load(name, Path(folder) / name))

@@ -245,7 +245,10 @@ TOWER = dict(
 )
 
 
-@pytest.mark.parametrize("size", ["4b", pytest.param("12b", marks=pytest.mark.slow), "27b"])
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ("12b", "27b")]
+
+
+@pytest.mark.parametrize("size", ["4b", *LARGE])
 def test_every_tensor_of_the_published_sizes(size):
     billions, text = SIZES[size]
     raw = {

@@ -184,6 +184,7 @@ def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
         assert f"\n  {device}" in printed
 
 
+@pytest.mark.slow
 def test_a_table_has_a_row_for_every_count(command):
     code, printed, _ = command(POCKET, "--table", "--counts", "1", "--objective", "dpo", "--device", "l4")
     assert code == 0

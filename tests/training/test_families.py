@@ -30,8 +30,6 @@ from tests.training import pair_sets
 from tests.training.family_models import MAKERS
 from tests.training.pair_sets import user
 
-pytestmark = pytest.mark.quick_compiler
-
 # (question, width and height of each picture, chosen, rejected)
 PAIRS = [
     ("Same?", ((40, 21), (17, 50)), "no", "yes they are"),

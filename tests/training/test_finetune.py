@@ -14,8 +14,6 @@ from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten
 from tests.training import pair_sets
 
-pytestmark = pytest.mark.quick_compiler
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -55,6 +55,7 @@ def logged(folder, stage, name):
     return [record[name] for record in records if record["stage"] == stage and name in record]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tower", "connector", "everything"])
 def test_thirty_steps_lower_the_loss_of_every_stage(run, stage):
     losses = logged(run[0], stage, "objective")
@@ -72,6 +73,7 @@ def test_thirty_steps_lower_the_loss_of_every_stage(run, stage):
     )
 
 
+@pytest.mark.slow
 def test_the_exported_checkpoint_answers_a_question(run):
     model = LVLM.from_pretrained(run[1])
     picture = render(scene_at("test", 0))

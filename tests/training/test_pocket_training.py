@@ -19,13 +19,14 @@ from lvlm_jax.training import flow_alignment, held_out, pair_batches, settings
 from lvlm_jax.training.pair_batches import Encoder
 from lvlm_jax.training.pair_files import read_pairs
 from tests.evaluation.fakes import Oracle
-from tests.quick import quick_compiler
 from tests.training import pair_sets
 from tests.training.stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import pocket_training as tool  # noqa: E402
+
+pytestmark = pytest.mark.full_compiler  # a test of the whole path runs for minutes
 
 SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answers.prompts=3",
          "--config.answers.held_out=2", "--config.answers.describe=0.5"]  # fmt: skip
@@ -147,28 +148,27 @@ def test_closeness_is_of_tokens():
 
 
 def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
-    with quick_compiler():
-        encoder = Encoder(model.processor, model.config)
-        pairs = read_pairs(pair_sets.write(tmp_path))
-        rows = pair_batches.rows_of(pairs, encoder.pair, encoder, 95, "error")
-        found = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
-        assert found.shape == (5, 2) and (found < 0).all()
-        again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
-        np.testing.assert_array_equal(found, again)
-        conversations = pair_batches.rows_of(
-            pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error"
-        )
-        sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
-        measured = held_out.distances(model, model, conversations, encoder, sevi)
-        assert [row["id"] for row in measured] == [row.id for row in conversations]
-        for row in measured:
-            assert row["answer_kl"] == pytest.approx(row["base_answer_kl"], rel=1e-4, abs=1e-7)
-        (batch,) = pair_batches.in_order(conversations, encoder, 5)
-        alignment = flow_alignment.Alignment(models.build(model.config), sevi, 1.0)
-        whole = jax.jit(alignment.measure)(model.params, {flow_alignment.BASE: model.params}, batch)
-        assert sum(row["tokens"] for row in measured) == whole["answer_kl"].count
-        total = sum(row["base_answer_kl"] for row in measured)
-        assert total == pytest.approx(float(whole["base_answer_kl"].total), rel=1e-3) and total > 1e-3
+    encoder = Encoder(model.processor, model.config)
+    pairs = read_pairs(pair_sets.write(tmp_path))
+    rows = pair_batches.rows_of(pairs, encoder.pair, encoder, 95, "error")
+    found = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
+    assert found.shape == (5, 2) and (found < 0).all()
+    again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
+    np.testing.assert_array_equal(found, again)
+    conversations = pair_batches.rows_of(
+        pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error"
+    )
+    sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
+    measured = held_out.distances(model, model, conversations, encoder, sevi)
+    assert [row["id"] for row in measured] == [row.id for row in conversations]
+    for row in measured:
+        assert row["answer_kl"] == pytest.approx(row["base_answer_kl"], rel=1e-4, abs=1e-7)
+    (batch,) = pair_batches.in_order(conversations, encoder, 5)
+    alignment = flow_alignment.Alignment(models.build(model.config), sevi, 1.0)
+    whole = jax.jit(alignment.measure)(model.params, {flow_alignment.BASE: model.params}, batch)
+    assert sum(row["tokens"] for row in measured) == whole["answer_kl"].count
+    total = sum(row["base_answer_kl"] for row in measured)
+    assert total == pytest.approx(float(whole["base_answer_kl"].total), rel=1e-3) and total > 1e-3
 
 
 def pair_sets_conversations(pairs):

@@ -15,7 +15,7 @@ from tests.reference import capl, llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
 from tests.training import pair_sets
 
-pytestmark = [pytest.mark.slow, pytest.mark.quick_compiler]
+pytestmark = pytest.mark.slow
 
 SCALE = 2.0  # alpha / rank
 PLAIN = [("sigmoid", 0.1), ("ipo", 0.3), ("hinge", 0.01)]

@@ -20,8 +20,6 @@ from tests.reference.preference import Losses, sequence_logits, token_logprobs
 from tests.training import pair_sets
 from tests.training.pair_sets import PAIRS, config
 
-pytestmark = pytest.mark.quick_compiler
-
 RHO = 0.6  # of 16 tokens of an image; a share that leaves several out
 RANK = 4
 

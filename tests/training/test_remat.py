@@ -8,8 +8,6 @@ import pytest
 from lvlm_jax import methods, models
 from lvlm_jax.training import forward
 
-pytestmark = pytest.mark.quick_compiler
-
 IMAGES = 2
 
 

@@ -12,8 +12,6 @@ from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.training import pocket, sft
 
-pytestmark = pytest.mark.quick_compiler
-
 
 @pytest.fixture(scope="module")
 def tiny():

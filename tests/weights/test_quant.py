@@ -80,7 +80,9 @@ def test_logits_are_those_of_the_dequantized_kernels(model, quantized, wide, mix
 
 
 @pytest.mark.parametrize(
-    "method", [None, methods.CMAC(alpha=1.0), methods.VCD()], ids=["greedy", "CMAC", "VCD"]
+    "method",
+    [None, methods.CMAC(alpha=1.0), pytest.param(methods.VCD(), marks=pytest.mark.slow)],
+    ids=["greedy", "CMAC", "VCD"],
 )
 def test_methods_decode_as_on_the_dequantized_kernels(quantized, wide, mixed, method):
     forced = np.random.default_rng(3).integers(3, 250, (3, 3)).astype(np.int32)

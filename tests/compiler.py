@@ -1,0 +1,26 @@
+"""How much the compiler does: little for tests, which run programs for milliseconds and compile them for seconds."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def optimised(wanted: bool) -> Iterator[None]:
+    """Programs are compiled in here with all of XLA's optimisations, or with hardly any; by JAX's default, with all.
+
+    None of them is used on the other side: the two kinds differ in the last bits, and what is compiled already is kept
+    by shapes alone.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    if before is not wanted:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+        jax.clear_caches()
