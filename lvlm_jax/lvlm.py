@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models, parallel, weights
@@ -131,7 +130,7 @@ class LVLM:
                 "on the picture's size; give the pictures themselves"
             )
         pixels = inputs.pixels_of(self.processor, images)
-        tokens = drivers.encode_images(self.params, self.config, self._spread(pixels))
+        tokens = drivers.encode_images(self.params, self.config, parallel.spread(pixels, self.mesh))
         return [
             inputs.EncodedImage(*both)
             for both in zip(pixels, np.asarray(parallel.local(tokens)), strict=True)
@@ -144,7 +143,7 @@ class LVLM:
         prompt, left-padded, for messages); logits at padding are meaningless.
         """
         prompt = self.prepare(prompt)
-        logits, _ = branches.full_forward(self.params, self.config, prompt, method, Tap())
+        logits, _ = branches.full_forward(self.params, self.config, prompt, method, Tap(), self.mesh)
         return jnp.take_along_axis(logits, prompt.source_columns[..., None], axis=1)
 
     def read(self, prompt: Any, tap: Tap, method: Method | None = None) -> Tapped:
@@ -152,7 +151,9 @@ class LVLM:
 
         `prompt` is anything `prepare` takes; rows and columns are those of the prepared layout (left-padded).
         """
-        return branches.full_forward(self.params, self.config, self.prepare(prompt), method, tap)[1]
+        return branches.full_forward(self.params, self.config, self.prepare(prompt), method, tap, self.mesh)[
+            1
+        ]
 
     def prefill(
         self,
@@ -191,8 +192,8 @@ class LVLM:
             raise LVLMError(
                 f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
             )
-        method = branches.primed(self.params, self.config, prompt, method)
-        main = self._spread(branches.embedded(self.params, self.config, prompt))
+        method = branches.primed(self.params, self.config, prompt, method, self.mesh)
+        main = branches.embedded(self.params, self.config, prompt, self.mesh)
         contrast, contrast_capacity = self._contrast(prompt, main, method, room)
         return (self.params, self.config, main, method), {
             "window": prompt.window,
@@ -338,9 +339,9 @@ class LVLM:
             )
         prompt, limit, room = self._room(messages, max_new_tokens)
         stacked = sweep.stack(
-            [branches.primed(self.params, self.config, prompt, method) for method in methods]
+            [branches.primed(self.params, self.config, prompt, method, self.mesh) for method in methods]
         )
-        main = self._spread(branches.embedded(self.params, self.config, prompt))
+        main = branches.embedded(self.params, self.config, prompt, self.mesh)
         contrast, capacity = self._contrast(prompt, main, methods[0], room)
         # Only pictures can depend on a strength; words and left-out images are the same for all.
         varies = contrast is not None and methods[0].contrast_prompt() in OTHER_PICTURES
@@ -458,22 +459,7 @@ class LVLM:
             # Where a tokenizer of its own reads the images' instruction, that is where the words go.
             return getattr(self.processor, "qformer_tokenizer", self.processor.tokenizer)
 
-        contrast, capacity = branches.contrast(
-            self.params, self.config, tokenizer, prompt, main, method, room
-        )
-        return self._spread(contrast), capacity
-
-    def _spread(self, batch: Any) -> Any:
-        """Arrays with their first axis over the mesh's data axes, where these divide it; else as they are."""
-        if self.mesh is None:
-            return batch
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        place = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-
-        def placed(array: Any) -> Any:
-            return array if array.shape[0] % ways else jax.device_put(array, place)
-
-        return jax.tree.map(placed, batch)
+        return branches.contrast(self.params, self.config, tokenizer, prompt, main, method, room, self.mesh)
 
     def _begin(
         self,

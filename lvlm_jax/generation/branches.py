@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
+from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
@@ -18,39 +20,42 @@ from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
 
 
-def embedded(params: dict, config: Any, prompt: Inputs) -> Prompt:
-    """What the decoder reads of a prompt."""
-    image_tokens = prompt.image_tokens
-    if image_tokens is None and prompt.pixels is not None:
-        image_tokens = drivers.encode_images(params, config, prompt.pixels, prompt.geometry)
-    embeddings = drivers.embed(params, config, prompt.tokens, image_tokens)
-    axes = prompt.axes
-    return Prompt(embeddings, jnp.asarray(prompt.image_id), None if axes is None else jnp.asarray(axes))
+def embedded(params: dict, config: Any, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
+    """What the decoder reads of a prompt; each device of a mesh looks at its part of the images."""
+    tokens, image_tokens = prompt.tokens, prompt.image_tokens
+    tokens, pixels, geometry = parallel.spread((tokens, prompt.pixels, prompt.geometry), mesh)
+    if image_tokens is None and pixels is not None:
+        image_tokens = drivers.encode_images(params, config, pixels, geometry)
+    embeddings = drivers.embed(params, config, tokens, image_tokens)
+    image_id, axes = jax.tree.map(jnp.asarray, (prompt.image_id, prompt.axes))
+    return parallel.spread(Prompt(embeddings, image_id, axes), mesh)
 
 
 def full_forward(
-    params: dict, config: Any, prompt: Inputs, method: Method | None, tap: Tap
+    params: dict, config: Any, prompt: Inputs, method: Method | None, tap: Tap, mesh: Mesh | None = None
 ) -> tuple[jax.Array, Tapped]:
     """`forward.full_forward` of a prompt, the method primed for it."""
     return drivers.full_forward(
         params,
         config,
-        embedded(params, config, prompt),
-        primed(params, config, prompt, method),
+        embedded(params, config, prompt, mesh),
+        primed(params, config, prompt, method, mesh),
         window=prompt.window,
         image_count=prompt.image_count,
         tap=tap,
     )
 
 
-def primed(params: dict, config: Any, prompt: Inputs, method: Method | None) -> Method | None:
+def primed(
+    params: dict, config: Any, prompt: Inputs, method: Method | None, mesh: Mesh | None = None
+) -> Method | None:
     """The method, ready for a prompt, in buffers of its own: steps donate theirs with the state."""
     if method is None:
         return None
     if method.primes:
         tap = Tap(hidden=tuple(range(config.text.num_layers + 1)))
         states = [
-            full_forward(params, config, version, None, tap)[1].hidden[:, 0, :, -1]
+            full_forward(params, config, version, None, tap, mesh)[1].hidden[:, 0, :, -1]
             for version in (prompt, prompt.without_images(config.pad_token_id))
         ]
         # Without an image both prompts are the same, however differently they are padded.
@@ -67,6 +72,7 @@ def contrast(
     main: Prompt,
     method: Method | None,
     room: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Prompt | None, int]:
     """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not.
 
@@ -74,6 +80,7 @@ def contrast(
         tokenizer: gives the tokenizer of the words, should they have to be encoded.
         main: the main branch's prompt, made of `prompt`.
         room: how many tokens must fit behind it.
+        mesh: the devices, where there are several.
 
     Raises:
         LVLMError: the prompt exceeds the context.
@@ -88,7 +95,8 @@ def contrast(
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
         else:
             pixels = shown(config, prompt, method.contrast_picture)
-        return embedded(params, config, dataclasses.replace(prompt, pixels=pixels, image_tokens=None)), 0
+        other = dataclasses.replace(prompt, pixels=pixels, image_tokens=None)
+        return embedded(params, config, other, mesh), 0
     if kind == "no_image":
         other = prompt.without_images(config.pad_token_id)
     else:
@@ -108,7 +116,7 @@ def contrast(
             f"the contrast branch's prompt has {longest} tokens and the model's context is {context}; "
             "shorten the prompt"
         )
-    return embedded(params, config, other), bucket(other.tokens.shape[1] + room)
+    return embedded(params, config, other, mesh), bucket(other.tokens.shape[1] + room)
 
 
 def shown(

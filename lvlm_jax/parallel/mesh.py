@@ -87,6 +87,32 @@ def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedShardi
     return parameter_sharding(sharding.mesh)(path, shape) if isinstance(sharding, NamedSharding) else None
 
 
+def spread(batch: Any, mesh: Mesh | None) -> Any:
+    """Arrays with their first axis over the mesh's data axes, where these divide it; else as they are.
+
+    In several processes each holds all of `batch`, and gives its devices their part.
+    """
+    if mesh is None:
+        return batch
+    place = batch_sharding(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def placed(array: Any) -> jax.Array:
+        if array.shape[0] % ways:
+            return array
+        if place.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+            return jax.device_put(array, place)
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(placed, batch)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where arrays live that have a row for each conversation, or for each image."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
 def local(tree: Any, wanted: bool = True) -> Any:
     """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are.
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from lvlm_jax import models
+from lvlm_jax import models, parallel
 from lvlm_jax.attention import Tap
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, opera
@@ -23,7 +23,6 @@ from lvlm_jax.training import placement
 from lvlm_jax.weights import quantize
 
 TEXT_BEFORE, TEXT_BEHIND = 8, 40  # tokens around the images, as in a chat template with a question
-ROWS = PartitionSpec(("data", "fsdp"))
 
 
 def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, ...]:
@@ -73,14 +72,14 @@ def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program,
 
     pixels, image_tokens = None, None
     if prompt.pixels is not None:
-        pixels, geometry = jax.tree.map(_shape, (prompt.pixels, prompt.geometry))
+        pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
         made = compiled(drivers.encode_images.trace(params, config, pixels, geometry), pixels, geometry)
         image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1
         twice = other and job.method.contrast_prompt() == "pixels"
         add("images", made, own, beside, own, runs=1 + twice)
-    tokens = _shape(prompt.tokens)
+    tokens = _spread(_shape(prompt.tokens), mesh)
     made = compiled(drivers.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)
     embeddings, own = made.results, size((tokens, image_tokens)) + made.fresh
     add("embed", made, own, 0, own)
@@ -203,8 +202,8 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _spread(batch: Any, mesh: Mesh) -> Any:
-    """As LVLM spreads a batch: the first axis over the mesh's data axes where they divide it."""
-    ways, place = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, ROWS)
+    """As `parallel.spread` would."""
+    ways, place = mesh.shape["data"] * mesh.shape["fsdp"], parallel.batch_sharding(mesh)
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if leaf.shape[0] % ways else place)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lvlm_jax import LVLM, methods
+from lvlm_jax.generation import drivers
 from lvlm_jax.parallel import make_mesh
 
 
@@ -27,15 +28,26 @@ def main(folder: str, inputs_file: str, results_file: str) -> None:
     inputs = dict(np.load(inputs_file))
     greedy = model.generate(inputs, max_new_tokens=8)
     contrasted = model.generate(inputs, methods.CMAC(alpha=1.0), max_new_tokens=8)
+    logits = np.asarray(model.logits(inputs))
+    twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
+    encode, shares = drivers.encode_images, []
+
+    def watched(params, config, pixels, *geometry):
+        shares.append(pixels.sharding.shard_shape(pixels.shape))
+        return encode(params, config, pixels, *geometry)
+
+    drivers.encode_images = watched
+    step = model.prefill(twice, methods.VCD())[1]
     np.savez(
         results_file,
-        logits=np.asarray(model.logits(inputs)),
+        vcd=np.stack([step.main, step.contrast]),
+        logits=logits,
         greedy=greedy.tokens,
         greedy_logprobs=greedy.logprobs,
         cmac=contrasted.tokens,
         cmac_logprobs=contrasted.logprobs,
     )
-    print(json.dumps(placements))
+    print(json.dumps({"parameters": placements, "images": shares}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def spread(checkpoint, mixed, tmp_path_factory):
-    """(placements of the parameters, results) from the process with eight devices."""
+    """(placements of parameters and images, results) from the process with eight devices."""
     folder = tmp_path_factory.mktemp("mesh")
     np.savez(folder / "inputs.npz", **mixed)
     environment = os.environ | {
@@ -59,13 +59,13 @@ def spread(checkpoint, mixed, tmp_path_factory):
     ],
 )
 def test_parameters_lie_where_the_table_says(spread, path, spec, shard):
-    placed = spread[0][path]
+    placed = spread[0]["parameters"][path]
     assert placed == {"spec": spec, "shard": shard, "devices": 8}
 
 
 def test_every_matrix_is_split(spread):
     """What stays whole on every device are vectors, the patch filter and the tower's position table."""
-    whole = {path for path, placed in spread[0].items() if set(placed["spec"]) <= {None}}
+    whole = {path for path, placed in spread[0]["parameters"].items() if set(placed["spec"]) <= {None}}
     matrices = {path for path in whole if path.endswith(("/kernel", "/embedding"))}
     assert matrices == {
         "vision_tower/patch_embedding/kernel",
@@ -82,6 +82,15 @@ def test_results_equal_those_of_one_device(spread, model, mixed):
         alone = model.generate(mixed, method, max_new_tokens=8)
         np.testing.assert_array_equal(results[name], alone.tokens)
         np.testing.assert_allclose(results[f"{name}_logprobs"], alone.logprobs, rtol=0, atol=1e-3)
+
+
+def test_each_device_looks_at_its_share_of_the_images(spread, model, mixed):
+    """Six images, and six disturbed ones of the contrast branch, over two devices along `fsdp`."""
+    placed, results = spread
+    assert placed["images"] == [[3, *mixed["pixel_values"].shape[1:]]] * 2
+    twice = {name: np.concatenate([array, array]) for name, array in mixed.items()}
+    step = model.prefill(twice, methods.VCD())[1]
+    np.testing.assert_allclose(results["vcd"], np.stack([step.main, step.contrast]), rtol=0, atol=1e-4)
 
 
 def test_one_axis_takes_what_the_others_leave():
