@@ -19,6 +19,8 @@ from lvlm_jax import cli, methods
 from lvlm_jax.errors import LVLMError
 from tests.generation.test_images import png_with_header
 
+pytestmark = pytest.mark.full_compiler  # the answers of another process
+
 ROOT = pathlib.Path(__file__).parents[1]
 POCKET = cli.pocket_file("checkpoint")
 SAMPLE = str(cli.pocket_file("sample.png"))

@@ -10,6 +10,8 @@ from lvlm_jax import methods
 from lvlm_jax.methods import base
 from tests import small
 
+pytestmark = pytest.mark.full_compiler  # what readers would see
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -16,6 +16,8 @@ from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.pocket.splits import write_split
 from tests.evaluation.fakes import Oracle
 
+pytestmark = pytest.mark.full_compiler  # the answers of another process
+
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 5
 SPLITS = ("random", "popular", "adversarial")

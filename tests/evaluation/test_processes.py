@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import evaluate  # noqa: E402
 
+pytestmark = pytest.mark.full_compiler  # the answers of other processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

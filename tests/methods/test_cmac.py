@@ -12,6 +12,8 @@ from tests.checkpoints import IMAGE
 from tests.methods.one_branch import run_library
 from tests.reference import cmac, llava
 
+pytestmark = pytest.mark.full_compiler  # bit-equal to plain generation, as users have it
+
 MIXED = [(4, IMAGE, 3, IMAGE, 6), (9,), (3, IMAGE, 11)]
 # An image that opens the prompt, two images side by side, an image that ends the prompt.
 EDGES = [(IMAGE, 7), (2, IMAGE, IMAGE, 1), (5, IMAGE)]

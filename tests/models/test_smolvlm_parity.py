@@ -195,6 +195,7 @@ BASE = dict(
 LARGE = dict(
     hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14
 )
+QUICK = "256m"
 SIZES = {
     "256m": ("smolvlm", 64, 0.256, BASE | {"patch_size": 16}, 4, dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -215,7 +216,9 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize(
+    "size", [size if size == QUICK else pytest.param(size, marks=pytest.mark.slow) for size in SIZES]
+)
 def test_every_tensor_of_the_published_sizes(size):
     kind, tokens, billions, vision, scale, text = SIZES[size]
     raw = {

@@ -21,6 +21,8 @@ from tests import small as small_model
 from tests.parallel import infer_over_processes, small_run
 from tests.weights.test_resources import MB, write_large
 
+pytestmark = pytest.mark.full_compiler  # the answers of other processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 600  # seconds for what takes ten: the machine may be busy
 SILENCE = 10  # seconds after which JAX counts a process as gone, in these tests

@@ -14,6 +14,8 @@ import pytest
 from lvlm_jax import parallel
 from tests.parallel import small_run
 
+pytestmark = pytest.mark.full_compiler  # what other processes learn
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

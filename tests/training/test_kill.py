@@ -12,6 +12,8 @@ import pytest
 
 from tests.training import interrupted, line
 
+pytestmark = pytest.mark.full_compiler  # bit-equal to what another process learns
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 0.03  # per step
 

@@ -17,6 +17,8 @@ from lvlm_jax.pocket import catalogue
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.training import pocket, pocket_data
 
+pytestmark = pytest.mark.full_compiler  # bit-equal to what another process learns
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
