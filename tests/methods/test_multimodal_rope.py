@@ -75,8 +75,12 @@ def test_calibrated_positions():
 
 @pytest.mark.parametrize(
     "strengths",
-    [{}, {"variant": "code", "alpha": 1.0}, {"cmpc": False}, {"imd": False}],
-    ids=["paper", "code", "imd_only", "cmpc_only"],
+    [
+        pytest.param({}, id="paper"),
+        pytest.param({"variant": "code", "alpha": 1.0}, id="code"),
+        pytest.param({"cmpc": False}, id="imd_only", marks=pytest.mark.slow),
+        pytest.param({"imd": False}, id="cmpc_only", marks=pytest.mark.slow),
+    ],
 )
 def test_cmac(case, strengths):
     _, ours, weights, config, inputs, forced, samples = case

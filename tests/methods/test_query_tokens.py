@@ -64,7 +64,13 @@ def reference(case, row, method):
     return one_branch.run(weights, config, ids, tokens, forced[row], method, embed=embed, image_ids=image_ids)
 
 
-@pytest.mark.parametrize("strengths", [{}, {"variant": "code", "alpha": 1.0}], ids=["paper", "code"])
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        pytest.param({}, id="paper"),
+        pytest.param({"variant": "code", "alpha": 1.0}, id="code", marks=pytest.mark.slow),
+    ],
+)
 def test_cmac(case, strengths):
     ours, weights, config, inputs, forced, samples = case
     settings = cmac.Settings(**strengths)

@@ -96,6 +96,7 @@ def seven():
     return plan.plan(plan.Job(name, config, mesh=(1, 1, 1)))
 
 
+@pytest.mark.slow
 def test_figures_of_llava_7b_by_hand(seven):
     # Decoder: two vocabularies, 32 layers of four attention and three MLP kernels and two norms, the last norm.
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
@@ -118,6 +119,7 @@ def test_figures_of_llava_7b_by_hand(seven):
     assert prefill.flops == pytest.approx(2 * rows, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_token_takes_as_long_as_its_bytes_take_to_be_read(seven):
     """The decoder without its table of embeddings, and the cache, over 3.35 TB/s."""
     read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096) + 32 * 2 * 4096 * 2 * 768

@@ -208,6 +208,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(quantized, mixed, tmp_path):
     np.savez(tmp_path / "inputs.npz", **mixed)
     placed = run(SHARDED, quantized.folder, tmp_path / "inputs.npz", tmp_path / "out.npz", devices=8)
