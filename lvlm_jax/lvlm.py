@@ -151,9 +151,9 @@ class LVLM:
 
         `prompt` is anything `prepare` takes; rows and columns are those of the prepared layout (left-padded).
         """
-        return branches.full_forward(self.params, self.config, self.prepare(prompt), method, tap, self.mesh)[
-            1
-        ]
+        prompt = self.prepare(prompt)
+        _, tapped = branches.full_forward(self.params, self.config, prompt, method, tap, self.mesh)
+        return tapped
 
     def prefill(
         self,
