@@ -4,13 +4,13 @@ import importlib.util
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
 from lvlm_jax import cli, methods
 from lvlm_jax.parallel import devices, plan
+from tests.parallel.simulated import in_a_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 POCKET = cli.checkpoint("pocket")
@@ -22,18 +22,6 @@ MANY = [
     "greedy of eight", "cmac", "vcd", "int8", "bfloat16", "sft, all of it", "sft, recomputed", "sft, in parts",
 ]  # fmt: skip
 SPREAD = ["greedy, tensor", "greedy, data", "sft, fsdp", "dpo, fsdp"]
-
-
-def in_a_process(script, *words, count=1):
-    """The lines of JSON that a module of this folder prints on so many simulated devices."""
-    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "LVLM_JAX_COMPILATION_CACHE": "0"}
-    variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.parallel.{script}", *map(str, words)],
-        env=os.environ | variables, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def compare(names, count, folder):
