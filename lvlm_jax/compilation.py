@@ -1,10 +1,9 @@
 """A persistent cache of compiled programs, so that a second run of the same model starts without compiling.
 
-The folder is private to the user: what lies in it is run as machine code, so a folder that somebody else owns or may
-write to is never used.
+Its folders are private to the user: what lies in them is run as machine code, so a folder that somebody else owns or
+may write to is never used.
 """
 
-import functools
 import os
 import pathlib
 import stat
@@ -16,13 +15,18 @@ import jax
 SWITCH = "LVLM_JAX_COMPILATION_CACHE"
 
 
-def cache_folder() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/lvlm_jax/xla`, or the same under `~/.cache`."""
+def off(switch: str) -> bool:
+    """Whether an environment variable says no."""
+    return os.environ.get(switch, "").strip().lower() in ("0", "off", "false", "no")
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """`$XDG_CACHE_HOME/lvlm_jax/name`, or the same under `~/.cache`."""
     # The XDG rule: a relative path in the variable counts as unset.
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
         base = pathlib.Path.home() / ".cache"
-    return base / "lvlm_jax" / "xla"
+    return base / "lvlm_jax" / name
 
 
 def _why_unsafe(folder: pathlib.Path) -> str | None:
@@ -37,6 +41,31 @@ def _why_unsafe(folder: pathlib.Path) -> str | None:
     return None
 
 
+def private_folder(name: str, switch: str) -> pathlib.Path | None:
+    """Makes a cache folder, and the one around it, for programs that only this user can have put there.
+
+    None, with a warning that says why and names the variable that silences it, where there can be no such folder.
+    """
+    try:
+        folder = cache_folder(name)
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if reason := _why_unsafe(path):
+                warnings.warn(
+                    f"compiled programs are not kept: {path} is not used because {reason}; "
+                    f"remove it, or silence this with {switch}=0",
+                    stacklevel=3,
+                )
+                return None
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder can be found
+        warnings.warn(
+            f"compiled programs are not kept: {error}; silence this with {switch}=0",
+            stacklevel=3,
+        )
+        return None
+    return folder
+
+
 def enable_cache() -> pathlib.Path | None:
     """Keep compiled programs on disk from now on; safe to call more than once.
 
@@ -44,47 +73,14 @@ def enable_cache() -> pathlib.Path | None:
     folder cannot be made or is not safe to use (a warning says which). A folder already chosen by the user through
     JAX's own `jax_compilation_cache_dir` is left as it is.
     """
-    if os.environ.get(SWITCH, "").strip().lower() in ("0", "off", "false", "no"):
+    if off(SWITCH):
         return None
     chosen = jax.config.jax_compilation_cache_dir
     if chosen:
         return pathlib.Path(chosen)
-    try:
-        folder = cache_folder()
-        for path in (folder.parent, folder):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if reason := _why_unsafe(path):
-                warnings.warn(
-                    f"compiled programs are not kept: {path} is not used because {reason}; "
-                    f"remove it, or silence this with {SWITCH}=0",
-                    stacklevel=2,
-                )
-                return None
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder can be found
-        warnings.warn(
-            f"compiled programs are not kept: {error}; silence this with {SWITCH}=0",
-            stacklevel=2,
-        )
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Start-up runs many programs that compile in a few hundredths of a second each; together they are seconds.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    folder = private_folder("xla", SWITCH)
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Start-up runs many programs that compile in a few hundredths of a second each; together they are seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
-
-
-@functools.cache
-def few_row_options() -> dict[str, str]:
-    """Compiler options for programs whose products have few rows, as decoding has.
-
-    On a CPU, XLA hands products of two or more rows to a library that reads weights 15 % slower than XLA's own
-    routine does up to some 16 rows (measured with jaxlib 0.10.2). Empty on other platforms, and where XLA no longer
-    knows the option.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
-    except Exception:  # whatever XLA raises about an option it does not know
-        return {}
-    return options

@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Tests count compilations, and must not leave programs behind in the user's cache.
 os.environ["LVLM_JAX_COMPILATION_CACHE"] = "0"
+# Where the one library lies that tests build too.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "user")
 
 import jax
 import pytest

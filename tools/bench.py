@@ -35,6 +35,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.layout import bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.parallel import products
 from lvlm_jax.parallel.programs import weights_read
 from lvlm_jax.version import __version__
 from lvlm_jax.weights.quantize import QUANTS, quantize
@@ -120,8 +121,8 @@ class Ours:
         return Needs(
             max(bench_parts.program_bytes(prefill), bench_parts.program_bytes(decode)),
             sum(leaf.nbytes for leaf in jax.tree.leaves(weights_read(self.params))) + cache,
-            prefill.cost_analysis()["flops"],
-            decode.cost_analysis()["flops"],
+            products.flops_of(prefill),
+            products.flops_of(decode),
         )
 
 
@@ -131,7 +132,7 @@ class Needs(NamedTuple):
     Attributes:
         peak_bytes: the larger footprint of its two programs.
         moved: bytes of a step, one token of each conversation; a prefill moves as many: weights once, caches once.
-        prefill_flops, step_flops: of all operations.
+        prefill_flops, step_flops: of the products.
     """
 
     peak_bytes: int

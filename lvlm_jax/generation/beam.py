@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
-from lvlm_jax.generation.drivers import DecodeProgram
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import Method
 
@@ -253,4 +252,4 @@ def _along(values: Array, places: Int[Array, "B K"]) -> Array:
 
 
 begin = jax.jit(_begin, static_argnames=("beams", "room"))
-run = DecodeProgram(_run, donated="search")
+run = jax.jit(_run, static_argnames="config", donate_argnames="search")

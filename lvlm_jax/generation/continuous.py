@@ -337,6 +337,6 @@ def _resized(cache: LayerCache, columns: tuple[int, ...], shared: int) -> LayerC
 
 empty = jax.jit(_empty, static_argnames=("batch", "limit", "vocabulary"))
 place = jax.jit(_place, donate_argnames="slots")
-run = drivers.DecodeProgram(_run, donated="slots")
+run = jax.jit(_run, static_argnames="config", donate_argnames="slots")
 compact = jax.jit(_compact, donate_argnames="slots")
 widen = jax.jit(_widen, static_argnames="size")

@@ -6,18 +6,16 @@ look for stop strings now and then without another program.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lvlm_jax.compilation import few_row_options
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State
-from lvlm_jax.models.layers import INT8_LEAVES
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
@@ -31,49 +29,7 @@ prefill = jax.jit(
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
 
 
-class DecodeProgram:
-    """`jax.jit` of a function of decoding, whose compiler options are known once the platform is.
-
-    Called as `program(params, config, donated, *more)`.
-    """
-
-    def __init__(self, function: Callable, donated: str):
-        self._function, self._donated = function, donated
-        functools.update_wrapper(self, function)
-
-    def jitted(self, params: dict, config: Any) -> Any:
-        """The jitted function that serves a model."""
-        # Tied embeddings are multiplied from their other side, which XLA's own routine is bad at; for int8 it has none.
-        quantized = INT8_LEAVES[0] in params["language_model"]["layers_0"]["self_attn"]["q_proj"]
-        return self._plain if quantized or config.text.tie_word_embeddings else self._few_rows
-
-    def __call__(self, params: dict, config: Any, *arguments: Any) -> Any:
-        """Runs the program; the first argument after the configuration is donated."""
-        return self.jitted(params, config)(params, config, *arguments)
-
-    def lower(self, params: dict, config: Any, *arguments: Any) -> Any:
-        """`jax.jit(...).lower` of the program."""
-        return self.jitted(params, config).lower(params, config, *arguments)
-
-    def compiled_programs(self) -> int:
-        """How many programs were compiled so far; for tests and curiosity."""
-        return self._plain._cache_size() + self._few_rows._cache_size()
-
-    @functools.cached_property
-    def _plain(self) -> Any:
-        return jax.jit(self._function, static_argnames="config", donate_argnames=self._donated)
-
-    @functools.cached_property
-    def _few_rows(self) -> Any:
-        return jax.jit(
-            self._function,
-            static_argnames="config",
-            donate_argnames=self._donated,
-            compiler_options=few_row_options(),
-        )
-
-
-decode_step = DecodeProgram(forward.decode_step, donated="state")
+decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
 
 
 @jax.tree_util.register_dataclass
@@ -172,8 +128,8 @@ def _run(params: dict, config: Any, answers: Answers, limit: Int[Array, ""]) -> 
 
 
 begin = jax.jit(choose_first, static_argnames="room", donate_argnames="state")
-run = DecodeProgram(_run, donated="answers")
-advance_once = DecodeProgram(advance, donated="answers")
+run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
+advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
 
 
 def stream(params: dict, config: Any, answers: Answers, limit: int) -> Iterator[Answers]:

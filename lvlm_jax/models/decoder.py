@@ -19,7 +19,7 @@ from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.layers import activation, linear, rms_norm
+from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head
 
 
 @jax.tree_util.register_dataclass
@@ -262,7 +262,7 @@ class Decoder(nn.Module):
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""
         if self.config.tie_word_embeddings:
-            logits = self.embed_tokens.attend(hidden)
+            logits = tied_head(hidden.astype(self.dtype), self.embed_tokens.embedding)
         else:
             logits = self.lm_head(hidden)
         return logits.astype(jnp.float32)

@@ -9,10 +9,11 @@ Kernels are [out, in] here, as Hugging Face stores them and unlike our float one
 is done is the backend's matter:
 
 - GPU and TPU: a dot of x and the converted kernel. XLA converts inside the product's loop, and int8 is what is read.
-- CPU: XLA would write the converted kernel to memory first, and be six times slower than with a float32 one. For few
-  rows (decoding) x is rounded to 22 bits of its row's largest value, about what a float32 sum loses anyway, and split
-  into three int8 numbers, whose int8 · int8 -> int32 products are exact. For many rows (prompts) the kernel is
-  converted, one layer at a time.
+- CPU: few rows (decoding) are multiplied by `native`, as float32, while the kernel passes. XLA would write the
+  converted kernel to memory first, and be six times slower than with a float32 one. Where `native` is not to be had, x
+  is rounded to 22 bits of its row's largest value, about what a float32 sum loses anyway, and split into three int8
+  numbers, whose int8 · int8 -> int32 products are exact. For many rows (prompts) the kernel is converted, one layer at
+  a time.
 """
 
 import math
@@ -21,8 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from lvlm_jax.native import few_rows_dot
+
 LARGEST = 127  # of a kernel's integers; -128 is left out, so that the range is symmetric
-# Up to so many rows three int8 rows each are faster on a CPU than converting the kernel (measured: equal at 16 to 32).
+# Up to so many rows `native` and, without it, three int8 rows each are faster on a CPU than converting the kernel.
+NATIVE_ROWS = 32
 FEW_ROWS = 16
 
 _LIMB = 7  # bits
@@ -82,7 +86,10 @@ def _dot_converted(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
+    return few_rows_dot(x.astype(jnp.float32), kernel, True, _dot_by_xla, at_most=NATIVE_ROWS)
+
+
+def _dot_by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
     few = math.prod(x.shape[:-1]) <= FEW_ROWS
     return _dot_limbs(x, kernel) if few else _contract(x, _converted_late(kernel, x), 1)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.models import int8
+from lvlm_jax.native import few_rows_dot
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -77,17 +78,44 @@ class Linear(nn.Dense):
         return jnp.dot(inner, b, precision=self.precision)
 
 
+def _exact(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(x, kernel, 0)
+
+
+def _exact_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _contract(x, kernel, 1)
+
+
+def _contract(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    contracted = ((x.ndim - 1,), (axis,)), ((), ())
+    return jax.lax.dot_general(x, kernel, contracted, precision=jax.lax.Precision.HIGHEST)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """The product of a float32 `Linear`, in the place of `jax.lax.dot_general`."""
+    return few_rows_dot(x, kernel, False, _exact)
+
+
 def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = False) -> Linear:
     """A projection with kernel `[in, out]`; float32 products are exact on accelerators too."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    exact = dtype == jnp.float32
     return Linear(
         features,
         use_bias=use_bias,
         dtype=dtype,
-        precision=precision,
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        dot_general=_dot_general if exact else None,
         kernel_init=nn.initializers.normal(0.02),
         name=name,
     )
+
+
+def tied_head(hidden: Float[Array, "*T E"], embedding: Float[Array, "V E"]) -> Float[Array, "*T V"]:
+    """Logits by the table of embeddings; float32 products are exact on accelerators too."""
+    embedding = embedding.astype(hidden.dtype)
+    if hidden.dtype == jnp.float32:
+        return few_rows_dot(hidden, embedding, True, _exact_transposed)
+    return jnp.dot(hidden, embedding.T)
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:

@@ -117,7 +117,7 @@ def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program,
 
     answers = jax.eval_shape(functools.partial(_begun, room=room), state, step.combined, tokens)
     answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
-    traced = drivers.run.jitted(params, config).trace(params, config, answers, limit)
+    traced = drivers.run.trace(params, config, answers, limit)
     made = compiled(traced, answers, limit, donated=1)
     add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
     return tuple(found)

@@ -88,7 +88,7 @@ def test_beams_of_a_method_follow_its_own_distribution(model, mixed):
 
 def test_lengths_and_penalties_are_data(model, mixed):
     def programs():
-        return beam.run.compiled_programs(), beam.begin._cache_size()
+        return beam.run._cache_size(), beam.begin._cache_size()
 
     model.generate(mixed, max_new_tokens=3, num_beams=2, stop_token_ids=[5])
     before = programs()

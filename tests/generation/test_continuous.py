@@ -96,7 +96,7 @@ def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch):
 
     def programs():
         jitted = (drivers.prefill, continuous.empty, continuous.place, compact)
-        return [one._cache_size() for one in jitted] + [continuous.run.compiled_programs()]
+        return [one._cache_size() for one in jitted] + [continuous.run._cache_size()]
 
     pictured = [one for number, one in enumerate(asked) if number % 3]  # one kind of prompt
     before = programs()

@@ -1,0 +1,9 @@
+"""What a CPU does better by a program of ours than by XLA's: C++, compiled on the user's machine when it is first used.
+
+Nothing here is needed: where there is no C++ compiler, and on every other platform, XLA does the same.
+"""
+
+from lvlm_jax.native.build import available
+from lvlm_jax.native.few_rows import FEW_ROWS, few_rows_dot
+
+__all__ = ["FEW_ROWS", "available", "few_rows_dot"]

@@ -1,0 +1,112 @@
+"""Compiles `few_rows.cc` for the machine at hand, once, and makes it known to XLA.
+
+The library lies in the user's own cache folder, named by all that decides what it is: the source, the compiler with
+what it knows of the processor, and jaxlib. Several processes may build it at once; each puts a whole file in place.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import jax
+import jaxlib
+
+from lvlm_jax.compilation import off, private_folder
+
+# Set to 0, off, false or no: nothing is compiled, and XLA does it all.
+SWITCH = "LVLM_JAX_NATIVE"
+
+TARGET = "lvlm_jax_few_rows"
+
+_SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
+_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_SECONDS = 120  # a compiler that takes longer hangs
+
+
+@functools.cache
+def available() -> bool:
+    """Whether products of few rows are done here; builds the library and makes it known to XLA the first time."""
+    found = library()
+    if found is None:
+        return False
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(found.few_rows), platform="cpu")
+    return True
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, built unless it lies in the cache folder; None where it cannot be had.
+
+    A compiler that is there and fails is worth a warning; one that is not there is not.
+    """
+    chosen = None if off(SWITCH) else compiler()
+    if chosen is None:
+        return None
+    try:
+        return _loaded(chosen)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"products of few rows are left to XLA, which is slower: {chosen} could not compile {_SOURCE.name}: "
+            f"{next((line for line in told if 'error' in line), told[0])}; silence this with {SWITCH}=0",
+            stacklevel=2,
+        )
+        return None
+
+
+def compiler() -> str | None:
+    """The C++ compiler: what $CXX names, or the first found of the usual names."""
+    names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _loaded(compiler: str) -> ctypes.CDLL:
+    folder = private_folder("native", SWITCH)
+    if folder is not None:
+        return ctypes.CDLL(str(_built(compiler, folder)))
+    with tempfile.TemporaryDirectory(prefix="lvlm_jax-") as own:  # for this process alone
+        return ctypes.CDLL(str(_built(compiler, pathlib.Path(own))))
+
+
+def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
+    """The library's file in a folder, compiled unless it lies there."""
+    processor, knows = _processor_option(compiler)
+    name = hashlib.sha256()
+    for part in (_SOURCE.read_bytes(), knows, *(o.encode() for o in (*_OPTIONS, jaxlib.__version__))):
+        name.update(hashlib.sha256(part).digest())
+    library = folder / f"few_rows-{name.hexdigest()[:16]}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        files = f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(unfinished)
+        try:
+            _run((compiler, *_OPTIONS, processor, *files))
+            os.replace(unfinished, library)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return library
+
+
+def _processor_option(compiler: str) -> tuple[str, bytes]:
+    """The option that allows all the processor can do, and the macros that the compiler defines with it."""
+
+    def macros(option: str) -> bytes:
+        return _run((compiler, *_OPTIONS[:1], option, "-dM", "-E", "-x", "c++", os.devnull))
+
+    try:
+        return "-march=native", macros("-march=native")
+    except subprocess.CalledProcessError:  # clang on some ARM
+        return "-mcpu=native", macros("-mcpu=native")
+
+
+def _run(command: tuple[str, ...]) -> bytes:
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(
+            done.returncode, command, stderr=done.stderr.decode(errors="replace")
+        )
+    return done.stdout

@@ -1,0 +1,101 @@
+"""The product of few rows with a matrix, as a primitive that is lowered to `few_rows.cc` where that is faster."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+from lvlm_jax.native import build
+
+# Above so many rows XLA's product with a float32 matrix is as fast: reading is no longer what takes the time.
+FEW_ROWS = 16
+
+_KINDS = (jnp.dtype("float32"), jnp.dtype("int8"))
+
+
+def few_rows_dot(
+    x: Float[Array, "*T K"],
+    matrix: Array,
+    out_first: bool,
+    otherwise: Callable[[jax.Array, jax.Array], jax.Array],
+    at_most: int = FEW_ROWS,
+) -> Float[Array, "*T N"]:
+    """x · matrix, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
+
+    Ours are few rows of float32 on a CPU's single device, and matrices of float32 or int8. Differentiable and batched
+    as `otherwise` is; a batch of x alone is more rows.
+
+    Args:
+        x: rows.
+        matrix: [K, N], or [N, K] if `out_first`.
+        otherwise: the same product in XLA's words, for any number of leading axes; a function of a module, not a new
+            one for each call.
+        at_most: how many rows are few.
+    """
+    few = 0 < math.prod(x.shape[:-1]) <= at_most
+    if not few or x.dtype != jnp.float32 or matrix.dtype not in _KINDS:
+        return otherwise(x, matrix)
+    return _product.bind(x, matrix, out_first=out_first, otherwise=otherwise, at_most=at_most)
+
+
+_product = Primitive("few_rows_dot")
+
+
+@_product.def_impl
+def _run(x, matrix, **how):
+    return _compiled(**how)(x, matrix)
+
+
+@functools.cache
+def _compiled(**how: Any) -> Callable:
+    return jax.jit(functools.partial(_product.bind, **how))
+
+
+@_product.def_abstract_eval
+def _shape(x, matrix, *, out_first, **_):
+    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), jnp.float32)
+
+
+def _lower_plain(context, x, matrix, *, otherwise, **_):
+    return mlir.lower_fun(otherwise, multiple_results=False)(context, x, matrix)
+
+
+def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, **_):
+    # Over several devices the compiler divides a product, and could not divide a call.
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    call = functools.partial(_call, out_first=out_first) if alone and build.available() else otherwise
+    return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
+
+
+def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    shape = jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0 if out_first else 1]), jnp.float32)
+    product = jax.ffi.ffi_call(build.TARGET, shape)(rows, matrix, out_first=out_first)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+mlir.register_lowering(_product, _lower_plain)
+mlir.register_lowering(_product, _lower_on_cpu, platform="cpu")
+
+# Linear in each of the two; the product with a tangent is XLA's, which can be transposed.
+ad.defjvp(
+    _product,
+    lambda tangent, x, matrix, *, otherwise, **_: otherwise(tangent, matrix),
+    lambda tangent, x, matrix, *, otherwise, **_: otherwise(x, tangent),
+)
+
+
+def _batch(operands, axes, *, otherwise, **how):
+    (x, matrix), (x_axis, matrix_axis) = operands, axes
+    if matrix_axis is not None:
+        return jax.vmap(otherwise, axes)(x, matrix), 0
+    return few_rows_dot(jnp.moveaxis(x, x_axis, 0), matrix, otherwise=otherwise, **how), 0
+
+
+batching.primitive_batchers[_product] = _batch

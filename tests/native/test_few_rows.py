@@ -1,0 +1,208 @@
+"""Products of few rows against the same in float64, and when they are ours and when XLA's."""
+
+import functools
+import re
+from concurrent import futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import native
+from lvlm_jax.models import layers
+from lvlm_jax.native import build
+from tests.parallel.simulated import in_a_process
+
+# Less than a vector, no whole number of vectors, several pieces of memory in both directions.
+SHAPES = [(5, 3), (64, 48), (130, 1031), (301, 2070), (700, 33)]
+BY_XLA = {False: layers._exact, True: layers._exact_transposed}
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler on this machine")
+
+
+def random(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def ours(x, matrix, out_first=False):
+    return native.few_rows_dot(x, matrix, out_first, BY_XLA[out_first])
+
+
+def calls(function, *arguments):
+    """How often the compiled program calls the library."""
+    return jax.jit(function).lower(*arguments).compile().as_text().count(build.TARGET)
+
+
+@needs_compiler
+def test_this_machine_can_build_it():
+    assert native.available()
+    assert calls(ours, jnp.ones((1, 64)), jnp.ones((64, 48))) == 1
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, native.FEW_ROWS])
+def test_products_of_float32(shape, rows, out_first):
+    x, matrix = random((rows, shape[0]), 1), random(shape, 2)
+    expected = np.float64(x) @ np.float64(matrix)
+    got = ours(jnp.asarray(x), jnp.asarray(matrix.T if out_first else matrix), out_first)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6 * np.sqrt(shape[0]))
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_products_with_int8(rows, out_first):
+    x, matrix = (
+        random((rows, 150), 3),
+        np.random.default_rng(4).integers(-127, 128, (150, 1040)).astype(np.int8),
+    )
+    by_xla = _int8_transposed if out_first else _int8
+    got = native.few_rows_dot(
+        jnp.asarray(x), jnp.asarray(matrix.T if out_first else matrix), out_first, by_xla
+    )
+    np.testing.assert_allclose(got, np.float64(x) @ matrix, rtol=0, atol=2e-3)
+
+
+def _int8(x, matrix):
+    return layers._exact(x, matrix.astype(jnp.float32))
+
+
+def _int8_transposed(x, matrix):
+    return _int8(x, matrix.T)
+
+
+@needs_compiler
+@pytest.mark.parametrize("out_first", [False, True])
+def test_a_row_is_the_same_in_any_company(out_first):
+    """To the last bit, and a row of numbers that are none spoils no other."""
+    x, matrix = (
+        jnp.asarray(random((8, 300), 5)),
+        jnp.asarray(random((2070, 300) if out_first else (300, 2070), 6)),
+    )
+    together = jax.jit(functools.partial(ours, out_first=out_first))
+    for row in range(8):
+        spoilt = jnp.full_like(x, jnp.nan).at[row].set(x[row])
+        alone = together(x[row][None], matrix)[0]
+        np.testing.assert_array_equal(alone, together(x, matrix)[row])
+        np.testing.assert_array_equal(alone, together(spoilt, matrix)[row])
+        np.testing.assert_array_equal(alone, together(x[row : row + 3], matrix)[0])
+
+
+def test_leading_axes_are_rows():
+    x, matrix = jnp.asarray(random((2, 3, 1, 64), 7)), jnp.asarray(random((64, 48), 8))
+    assert calls(ours, x, matrix) == native.available()
+    np.testing.assert_allclose(jax.jit(ours)(x, matrix), layers._exact(x, matrix), rtol=0, atol=1e-5)
+    assert ours(x[0, 0, 0], matrix).shape == (48,)
+
+
+def test_many_rows_and_other_kinds_are_left_to_xla():
+    matrix = jnp.ones((64, 48))
+    assert calls(ours, jnp.ones((native.FEW_ROWS + 1, 64)), matrix) == 0
+    assert calls(ours, jnp.ones((2, 64), jnp.float16), matrix.astype(jnp.float16)) == 0
+    assert ours(jnp.ones((0, 64)), matrix).shape == (0, 48)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_are_given_a_product(platform):
+    traced = jax.jit(ours).trace(jnp.ones((1, 64)), jnp.ones((64, 48)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == 1 and "custom_call" not in text
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+def test_derivatives_are_those_of_the_product(out_first):
+    x, matrix = jnp.asarray(random((3, 40), 9)), jnp.asarray(random((48, 40) if out_first else (40, 48), 10))
+
+    def of(product):
+        def value(x, matrix):
+            return jnp.sin(product(x, matrix)).sum()
+
+        tangents = jnp.cos(x), jnp.sin(matrix)
+        return jax.grad(value, (0, 1))(x, matrix), jax.jvp(value, (x, matrix), tangents)[1]
+
+    got, expected = of(functools.partial(ours, out_first=out_first)), of(BY_XLA[out_first])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), got, expected)
+
+
+def test_a_batch_of_rows_is_more_rows():
+    xs, matrix = jnp.asarray(random((2, 3, 64), 11)), jnp.asarray(random((64, 48), 12))
+    for axis in (0, 1):
+        batched = jax.vmap(ours, (axis, None), axis)
+        assert calls(batched, xs, matrix) == native.available()
+        np.testing.assert_allclose(batched(xs, matrix), layers._exact(xs, matrix), rtol=0, atol=1e-5)
+    assert calls(jax.vmap(ours, (0, None)), jnp.ones((native.FEW_ROWS + 1, 1, 64)), matrix) == 0
+    matrices = jnp.stack([matrix, 2 * matrix])
+    np.testing.assert_allclose(jax.vmap(ours)(xs, matrices)[1], 2 * layers._exact(xs[1], matrix), atol=2e-5)
+    gradients = jax.vmap(jax.grad(lambda x, matrix: jnp.sin(ours(x, matrix)).sum()), (0, None))(xs, matrix)
+    np.testing.assert_allclose(gradients, jnp.cos(layers._exact(xs, matrix)) @ matrix.T, rtol=0, atol=1e-4)
+
+
+def test_several_devices_share_a_product():
+    (told,) = in_a_process("few_rows_on_devices", count=2)
+    assert told["calls"] == 0 and told["error"] < 1e-5 and told["alone"] == native.available()
+
+
+@needs_compiler
+def test_programs_that_run_at_once_do_not_meet():
+    x, matrices = jnp.asarray(random((3, 300), 13)), jnp.asarray(random((6, 300, 2070), 14))
+    product = jax.jit(ours)
+    expected = [np.asarray(product(x, matrix)) for matrix in matrices]
+    with futures.ThreadPoolExecutor(6) as pool:
+        for _ in range(10):
+            for got, wanted in zip(pool.map(functools.partial(product, x), matrices), expected, strict=True):
+                np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing built, nothing remembered, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.available.cache_clear()
+    yield tmp_path / "lvlm_jax" / "native"
+    build.available.cache_clear()
+
+
+def test_one_variable_switches_it_off(fresh, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert not native.available() and not fresh.exists()
+    x, matrix = jnp.asarray(random((2, 51), 15)), jnp.asarray(random((51, 48), 16))
+    assert calls(ours, x, matrix) == 0
+    np.testing.assert_array_equal(ours(x, matrix), layers._exact(x, matrix))
+
+
+def test_without_a_compiler_nothing_is_said(fresh, monkeypatch, recwarn):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert not native.available() and not recwarn.list
+
+
+def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'no such option: today' >&2; exit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(
+        UserWarning, match="broken could not compile few_rows.cc: no such option: today; silence"
+    ):
+        assert not native.available()
+    assert not any(fresh.glob("*"))
+
+
+@needs_compiler
+def test_a_library_is_built_once(fresh):
+    assert build.library() is not None
+    (file,) = fresh.iterdir()
+    assert re.fullmatch(r"few_rows-[0-9a-f]{16}\.so", file.name)
+    before = file.stat().st_mtime_ns
+    assert build.library() is not None and file.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_a_folder_that_others_write_to_is_not_used(fresh):
+    fresh.mkdir(parents=True)
+    fresh.parent.chmod(0o700)
+    fresh.chmod(0o777)
+    with pytest.warns(UserWarning, match="other users may write"):
+        assert build.library() is not None
+    assert not any(fresh.iterdir())
