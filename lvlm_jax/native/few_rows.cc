@@ -59,6 +59,8 @@ inline float Sum(Lanes lanes) {
   return part[0];
 }
 
+inline int64_t Ceil(int64_t number, int64_t of) { return (number + of - 1) / of; }
+
 // x [rows, in], y [rows, out], and w either [in, out] or [out, in].
 template <class W>
 struct Product {
@@ -102,9 +104,11 @@ void InGroups(int64_t rows, const F& multiply) {
 
 // ---- w [in, out] ----------------------------------------------------------------------------------------------------
 
-// A piece of w: so many of its rows and columns, together a megabyte of float32.
-constexpr int64_t kPieceIn = 128;
+// A piece of w: so many of its columns, and of its rows at least so many, together a megabyte of float32; more rows where
+// there are pieces enough, because every piece has sums of its own.
 constexpr int64_t kPieceOut = 2048;
+constexpr int64_t kPieceIn = 128;
+constexpr int64_t kPieces = 64;
 
 // y[r, :] += sum over u of x[r, u] w[u, :], for R rows and U channels.
 template <int R, int U, class W>
@@ -137,15 +141,15 @@ void AddPiece(const Product<W>& p, int64_t row, int64_t in, int64_t end, int64_t
 
 template <class W>
 void MultiplyInOut(ffi::ThreadPool& pool, const Product<W>& p) {
-  const int64_t deep = (p.in + kPieceIn - 1) / kPieceIn, wide = (p.out + kPieceOut - 1) / kPieceOut;
-  // Every piece has sums of its own. They are kept by the calling thread, which outwaits those who write them.
+  const int64_t wide = Ceil(p.out, kPieceOut), deep = std::min(Ceil(p.in, kPieceIn), Ceil(kPieces, wide));
+  // The sums are kept by the calling thread, which outwaits those who write them.
   static thread_local std::vector<float> kept;
   if (kept.size() < static_cast<size_t>(deep * p.rows * p.out)) kept.resize(deep * p.rows * p.out);
   float* const sums = kept.data();  // per column of pieces: [deep, rows, columns]
   std::vector<std::atomic<int64_t>> finished(wide);
   ForEach(pool, wide * deep, [&](int64_t item) {
     const int64_t out = item / deep * kPieceOut, columns = std::min(kPieceOut, p.out - out);
-    const int64_t in = item % deep * kPieceIn, end = std::min(in + kPieceIn, p.in);
+    const int64_t in = item % deep * p.in / deep, end = (item % deep + 1) * p.in / deep;
     float* const stack = sums + out * deep * p.rows;
     const int64_t size = p.rows * columns;
     float* y = stack + item % deep * size;
@@ -206,7 +210,7 @@ template <class W>
 void MultiplyOutIn(ffi::ThreadPool& pool, const Product<W>& p) {
   const int64_t bytes = p.in * static_cast<int64_t>(sizeof(W));
   const int64_t piece = std::max<int64_t>(24, kPieceBytes / bytes / 24 * 24);  // 24: whole groups of 6 and of 8
-  ForEach(pool, (p.out + piece - 1) / piece, [&](int64_t item) {
+  ForEach(pool, Ceil(p.out, piece), [&](int64_t item) {
     const int64_t out = item * piece, end = std::min(out + piece, p.out);
     InGroups(p.rows, [&](int64_t row, auto group) { DotsOfPiece<group()>(p, row, out, end); });
   });

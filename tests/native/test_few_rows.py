@@ -50,6 +50,13 @@ def test_products_of_float32(shape, rows, out_first):
     np.testing.assert_allclose(got, expected, rtol=0, atol=4e-6 * np.sqrt(shape[0]))
 
 
+def test_a_wide_matrix():
+    """Cut into more rows at a time than a narrow one."""
+    x, matrix = random((2, 300), 17), random((300, 40_001), 18)
+    got = ours(jnp.asarray(x), jnp.asarray(matrix))
+    np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix), rtol=0, atol=7e-5)
+
+
 @pytest.mark.parametrize("out_first", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
 def test_products_with_int8(rows, out_first):
