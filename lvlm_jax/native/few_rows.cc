@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -23,7 +23,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+#ifdef __AVX512F__
 constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef int8_t ByteLanes __attribute__((vector_size(kLanes)));
@@ -35,11 +39,13 @@ inline Lanes Load(const float* from) {
 }
 
 inline Lanes Load(const int8_t* from) {
+#if defined(__AVX512F__)  // GCC 12 would convert vectors of bytes number by number
+  return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
   ByteLanes bytes;
   std::memcpy(&bytes, from, sizeof bytes);
-#ifdef __AVX512F__  // GCC 12 converts vectors of bytes number by number
-  return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
-#else
   return __builtin_convertvector(__builtin_convertvector(bytes, IntLanes), Lanes);
 #endif
 }
@@ -131,12 +137,14 @@ inline void AddChannels(const float* x, int64_t x_stride, const W* w, int64_t w_
 
 constexpr int kChannels = 8;  // read at a time
 
-template <int R, class W>
-void AddPiece(const Product<W>& p, int64_t row, int64_t in, int64_t end, int64_t out, float* y, int64_t columns) {
-  const float* x = p.x + row * p.in;
-  for (; in + kChannels <= end; in += kChannels)
-    AddChannels<R, kChannels>(x + in, p.in, p.w + in * p.out + out, p.out, y, columns);
-  for (; in < end; ++in) AddChannels<R, 1>(x + in, p.in, p.w + in * p.out + out, p.out, y, columns);
+// y [rows, columns] += x[:, in to end] w[in to end, columns from `out` on].
+template <int U, class W>
+void AddPiece(const Product<W>& p, int64_t in, int64_t end, int64_t out, float* y, int64_t columns) {
+  for (; in + U <= end; in += U)
+    InGroups(p.rows, [&](int64_t row, auto group) {
+      AddChannels<group(), U>(p.x + row * p.in + in, p.in, p.w + in * p.out + out, p.out, y + row * columns, columns);
+    });
+  if (in < end) AddPiece<1>(p, in, end, out, y, columns);
 }
 
 template <class W>
@@ -154,9 +162,7 @@ void MultiplyInOut(ffi::ThreadPool& pool, const Product<W>& p) {
     const int64_t size = p.rows * columns;
     float* y = stack + item % deep * size;
     std::memset(y, 0, size * sizeof(float));
-    InGroups(p.rows, [&](int64_t row, auto group) {
-      AddPiece<group()>(p, row, in, end, out, y + row * columns, columns);
-    });
+    AddPiece<kChannels>(p, in, end, out, y, columns);
     if (finished[out / kPieceOut].fetch_add(1, std::memory_order_acq_rel) + 1 < deep) return;
     for (int64_t other = 1; other < deep; ++other)
       for (int64_t i = 0; i < size; ++i) stack[i] += stack[other * size + i];
