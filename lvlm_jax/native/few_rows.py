@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lvlm_jax.native import build
 
 # Above so many rows XLA's product with a float32 matrix is as fast: reading is no longer what takes the time.
-FEW_ROWS = 12
+FEW_ROWS = 8
 
 _KINDS = (jnp.dtype("float32"), jnp.dtype("int8"))
 
