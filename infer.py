@@ -6,11 +6,13 @@ See `python infer.py --help`; the defaults are in `configs/infer.py`.
 import pathlib
 import time
 
-from lvlm_jax import LVLM, cli, overlay
+from lvlm_jax import LVLM, cli
+from lvlm_jax.analysis import overlay
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import jobs, record, scheduler
-from lvlm_jax.generation.images import open_image
+from lvlm_jax.generation import jobs, scheduler
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.journal import record
+from lvlm_jax.processors.images import open_image
 from lvlm_jax.weights.quantize import QUANTS
 
 EXAMPLES = """\

@@ -14,7 +14,8 @@ from absl import logging
 
 from lvlm_jax import cli, parallel
 from lvlm_jax.compilation import enable_cache
-from lvlm_jax.training import finetune, pocket, settings
+from lvlm_jax.pocket import recipe as pocket
+from lvlm_jax.training import finetune, settings
 
 
 def main(words: list[str]) -> int:

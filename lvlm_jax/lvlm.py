@@ -20,15 +20,15 @@ from lvlm_jax import models, parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import beam, branches, drivers, inputs, opera, scheduler, sweep, text
-from lvlm_jax.generation.layout import Inputs, bucket
+from lvlm_jax.generation import beam, branches, drivers, opera, scheduler, sweep
 from lvlm_jax.generation.output import Output, read_output, stop_strings
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
-from lvlm_jax.training import lora
-from lvlm_jax.weights import quantize
+from lvlm_jax.processors import inputs, text
+from lvlm_jax.processors.layout import Inputs, bucket
+from lvlm_jax.weights import lora, quantize
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.peft import load_adapter
 

@@ -22,7 +22,7 @@ install_import_hook(
         "lvlm_jax.attention",
         "lvlm_jax.generation.drivers",
         "lvlm_jax.generation.forward",
-        "lvlm_jax.generation.layout",
+        "lvlm_jax.processors.layout",
         "lvlm_jax.generation.sampling",
         "lvlm_jax.generation.state",
         "lvlm_jax.methods",

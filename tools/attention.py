@@ -18,13 +18,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone 
 import jax
 import numpy as np
 
-from lvlm_jax import LVLM, analysis, cli, methods, overlay
-from lvlm_jax.analysis import figures, page
+from lvlm_jax import LVLM, analysis, cli, methods
+from lvlm_jax.analysis import figures, overlay, page
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import text
-from lvlm_jax.generation.images import open_image
-from lvlm_jax.generation.layout import Inputs
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.processors import text
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.processors.layout import Inputs
 
 SINK_WEIGHT = 0.002 * 576  # EAH's threshold times LLaVA's tokens of one image, for which it was found
 

@@ -33,10 +33,10 @@ import numpy as np
 from lvlm_jax import LVLM, cli, methods, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
-from lvlm_jax.generation.layout import bucket
 from lvlm_jax.generation.sampling import Sampling, sample_keys
-from lvlm_jax.parallel import products
-from lvlm_jax.parallel.programs import weights_read
+from lvlm_jax.planning import products
+from lvlm_jax.planning.programs import weights_read
+from lvlm_jax.processors.layout import bucket
 from lvlm_jax.version import __version__
 from lvlm_jax.weights.quantize import QUANTS, quantize
 

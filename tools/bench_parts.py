@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax import LVLM, cli, models
-from lvlm_jax.generation.layout import lay_out
 from lvlm_jax.models.pictures import whole_pictures
+from lvlm_jax.processors.layout import lay_out
 
 CLIP_LARGE = dict(
     model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,

@@ -43,11 +43,12 @@ from ml_collections import ConfigDict
 from lvlm_jax import cli, compilation, models, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
-from lvlm_jax.training import lora, monitor, optimizer, parts, preference_task
-from lvlm_jax.training.pair_batches import PAIR
+from lvlm_jax.training import monitor, optimizer
+from lvlm_jax.training.data.pair_batches import PAIR
+from lvlm_jax.training.objectives import preference as preference_task
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.version import __version__
-from lvlm_jax.weights import peft
+from lvlm_jax.weights import lora, parts, peft
 from lvlm_jax.weights.tables import flatten, unflatten
 
 BETA = 0.1

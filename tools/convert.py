@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a conversion has no use for an accelerator's memory
 
 from lvlm_jax import cli, models, weights
-from lvlm_jax.training import lora
+from lvlm_jax.weights import lora
 from lvlm_jax.weights.peft import load_adapter
 
 

@@ -23,9 +23,10 @@ import jax
 
 from lvlm_jax import LVLM, __version__, cli, files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import get, pocket, statistics
+from lvlm_jax.evaluation import get, statistics
 from lvlm_jax.evaluation.run import Options, Run
-from lvlm_jax.generation.record import checkpoint_hash
+from lvlm_jax.journal.record import checkpoint_hash
+from lvlm_jax.pocket import benchmark as pocket
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_benchmark.py"
 NOTES = """\

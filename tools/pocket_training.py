@@ -34,16 +34,20 @@ from ml_collections import ConfigDict
 
 from lvlm_jax import LVLM, cli, files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import get, pocket, pocket_training, rescore, statistics
-from lvlm_jax.evaluation.pocket_training import Arm, Findings
+from lvlm_jax.evaluation import get, rescore, statistics
 from lvlm_jax.evaluation.run import Options, Run
-from lvlm_jax.generation.record import checkpoint_hash, differences, file_hash
+from lvlm_jax.journal.record import checkpoint_hash, differences, file_hash
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI
+from lvlm_jax.pocket import benchmark as pocket
+from lvlm_jax.pocket import training_report as pocket_training
 from lvlm_jax.pocket.pairs import DESCRIPTION, write_prompts
-from lvlm_jax.training import finetune, flow_data, held_out, pair_batches, preference_task, settings
-from lvlm_jax.training.pair_batches import Encoder, Row
-from lvlm_jax.training.pair_files import read_pairs
+from lvlm_jax.pocket.training_report import Arm, Findings
+from lvlm_jax.training import finetune, held_out, settings
+from lvlm_jax.training.data import flow_data, pair_batches
+from lvlm_jax.training.data.pair_batches import Encoder, Row
+from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.objectives import preference as preference_task
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_training.py"
 RECIPES = ("capl", "dpo", "flow_alignment")

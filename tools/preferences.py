@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 
 from lvlm_jax import LVLM, cli, methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.record import file_hash, method_record, run_record
+from lvlm_jax.journal.record import file_hash, method_record, run_record
 from lvlm_jax.pocket.pairs import SINGLE, write_prompts
-from lvlm_jax.training import correctors, pairs
-from lvlm_jax.training.pair_files import read_pairs
-from lvlm_jax.training.pair_filters import Candidate, Filters
-from lvlm_jax.training.prompts import Prompt, of_pair, read_prompts
+from lvlm_jax.training.data import correctors, pairs
+from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.data.pair_filters import Candidate, Filters
+from lvlm_jax.training.data.prompts import Prompt, of_pair, read_prompts
 from lvlm_jax.version import __version__
 
 FILTERS = Filters()

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
 from lvlm_jax import cli
-from lvlm_jax.evaluation import report
+from lvlm_jax.evaluation.report import page as report
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lvlm_jax import overlay
+from lvlm_jax.analysis import overlay
 from lvlm_jax.errors import LVLMError
 
 COLOURS = ("#2f6f8f", "#b4532a", "#6b8e4e", "#7a5c99")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.analysis.words import Word
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.layout import Inputs
+from lvlm_jax.processors.layout import Inputs
 
 
 def image_mass(

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from lvlm_jax.analysis.heads import sink_density
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.layout import Inputs
 from lvlm_jax.methods import Method
+from lvlm_jax.processors.layout import Inputs
 
 WEIGHTS_AT_ONCE = 2**28  # float32 attention weights held at a time by `head_sinks`: 1 GiB
 

@@ -8,10 +8,11 @@ Every module of `BENCHMARKS` offers the same four functions:
     score(questions, answers, protocol) -> Scores                             answers: Question.key -> text
 """
 
-from lvlm_jax.evaluation import amber, chair, choices, mihbench, mme, pocket, pope
+from lvlm_jax.evaluation.benchmarks import amber, chair, choices, mihbench, mme, pope
 from lvlm_jax.evaluation.protocol import Protocol, get, names, record
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores
+from lvlm_jax.pocket import benchmark as pocket
 
 BENCHMARKS = {
     "pope": pope,

@@ -31,7 +31,7 @@ import numpy as np
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import parsers, rescore
-from lvlm_jax.evaluation.chair import truncated
+from lvlm_jax.evaluation.benchmarks.chair import truncated
 from lvlm_jax.evaluation.engine import DEFAULT, Work, collect
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question

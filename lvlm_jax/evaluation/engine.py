@@ -23,10 +23,10 @@ from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.shares import ALONE, Key, Share, read
 from lvlm_jax.generation import scheduler
-from lvlm_jax.generation.answer_log import AnswerLog, seed_of
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import conversation, length_class
 from lvlm_jax.generation.scheduler import Request
+from lvlm_jax.journal.log import AnswerLog, seed_of
 from lvlm_jax.methods import Method
 
 Prompt = list[int]  # by the numbers of the questions that it answers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Data
-from lvlm_jax.generation.record import file_hash
+from lvlm_jax.journal.record import file_hash
 
 # Where people keep the pictures of a benchmark, seen from the folder they name.
 COCO_IMAGES = (

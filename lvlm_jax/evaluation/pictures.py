@@ -16,8 +16,8 @@ from PIL import Image
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import image_name
-from lvlm_jax.generation.images import open_image
-from lvlm_jax.generation.inputs import EncodedImage, encodes_ahead
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.processors.inputs import EncodedImage, encodes_ahead
 
 READERS = 4  # threads that open the pictures needed next
 REMEMBERED = 1 << 30  # bytes of pictures: 160 that LLaVA-1.5-7B has encoded in bfloat16

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.generation.record import file_hash, method_record
+from lvlm_jax.journal.record import file_hash, method_record
 from lvlm_jax.version import __version__
 
 

@@ -13,7 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, answers, protocol, statistics
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.evaluation.scores import Scores
-from lvlm_jax.generation.record import file_hash
+from lvlm_jax.journal.record import file_hash
 
 
 def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str | None, Path]]:

@@ -28,7 +28,7 @@ from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.shares import ALONE, Share
-from lvlm_jax.generation.record import run_record
+from lvlm_jax.journal.record import run_record
 from lvlm_jax.methods import Method
 
 

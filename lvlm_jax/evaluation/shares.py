@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.generation.record import differences
+from lvlm_jax.journal.record import differences
 
 Key = tuple[str, str]  # Question.key
 

@@ -14,10 +14,10 @@ from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
-from lvlm_jax.generation.layout import Inputs, bucket
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.processors.layout import Inputs, bucket
 
 
 def embedded(params: dict, config: Any, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:

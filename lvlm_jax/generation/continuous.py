@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.attention import Block, LayerCache
 from lvlm_jax.generation import drivers, forward
-from lvlm_jax.generation.layout import PROMPT_BUCKET, bucket
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State, Track
+from lvlm_jax.processors.layout import PROMPT_BUCKET, bucket
 
 
 @jax.tree_util.register_dataclass

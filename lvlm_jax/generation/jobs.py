@@ -23,9 +23,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.images import open_image
 from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
-from lvlm_jax.generation.record import differences, file_hash
+from lvlm_jax.journal.record import differences, file_hash
+from lvlm_jax.processors.images import open_image
 
 WINDOW = 16  # batches within which questions are sorted
 

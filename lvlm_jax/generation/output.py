@@ -8,9 +8,9 @@ import numpy as np
 
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import text
 from lvlm_jax.generation.beam import Found
 from lvlm_jax.generation.drivers import Answers
+from lvlm_jax.processors import text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import continuous, opera
 from lvlm_jax.generation.beam import Found
-from lvlm_jax.generation.inputs import Conversation
-from lvlm_jax.generation.layout import Inputs
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
+from lvlm_jax.processors.inputs import Conversation
+from lvlm_jax.processors.layout import Inputs
 
 SCHEDULES = ("auto", "continuous", "batches")
 SHORT_ANSWER = (

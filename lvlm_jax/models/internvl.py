@@ -127,7 +127,7 @@ class InternVlConfig:
         if self.template is None:
             return None
         # Imported here: processors are nothing that a model needs.
-        from lvlm_jax.generation.internvl_processor import load_chat_processor
+        from lvlm_jax.processors.internvl import load_chat_processor
 
         return load_chat_processor(folder, self)
 

@@ -146,7 +146,7 @@ class QwenVlConfig:
             LVLMError: files that are missing or malformed.
         """
         # Imported here: it needs transformers, and the models do not.
-        from lvlm_jax.generation.qwen_vl_processor import QwenVlProcessor
+        from lvlm_jax.processors.qwen_vl import QwenVlProcessor
 
         return QwenVlProcessor.from_folder(folder, self)
 

@@ -18,9 +18,9 @@ from lvlm_jax import cli, models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
-from lvlm_jax.training import loop, lora, parts
+from lvlm_jax.training import loop
 from lvlm_jax.training import settings as fields
-from lvlm_jax.weights import peft
+from lvlm_jax.weights import lora, parts, peft
 from lvlm_jax.weights.tables import flatten, unflatten
 
 # Imported when asked for: a recipe brings its own readers and methods.

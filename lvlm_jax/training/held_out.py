@@ -17,14 +17,14 @@ from jaxtyping import Float
 
 from lvlm_jax import models
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, divide, ratio
-from lvlm_jax.generation.record import method_record
+from lvlm_jax.journal.record import method_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI
-from lvlm_jax.training import pair_batches, reference
-from lvlm_jax.training.flow_alignment import BASE, Alignment
-from lvlm_jax.training.pair_batches import Encoder, Row
-from lvlm_jax.training.preference_task import Scorer
+from lvlm_jax.training.data import pair_batches, reference
+from lvlm_jax.training.data.pair_batches import Encoder, Row
+from lvlm_jax.training.objectives.flow_alignment import BASE, Alignment
+from lvlm_jax.training.objectives.preference import Scorer
 
 # Of base and student: the sum of divergences, and at how many tokens the most likely one is the teacher's.
 DISTANCES = ("base_answer_kl", "answer_kl", "base_agreement", "agreement")

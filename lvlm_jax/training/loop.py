@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.record import differences
-from lvlm_jax.training import checkpoints, data, optimizer, placement
+from lvlm_jax.journal.record import differences
+from lvlm_jax.training import checkpoints, optimizer, placement
+from lvlm_jax.training.data import workers as data
 from lvlm_jax.training.losses import Mean
 from lvlm_jax.training.monitor import Monitor, Pace, flops_per_token, token_count
 from lvlm_jax.training.step import Metrics, Objective, State, make_step

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lvlm_jax import cli
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training.lora import TARGETS
+from lvlm_jax.weights.lora import TARGETS
 
 DTYPES = ("float32", "bfloat16")
 

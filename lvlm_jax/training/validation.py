@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from lvlm_jax.training import placement
+from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
 from lvlm_jax.training.losses import Mean
-from lvlm_jax.training.pair_batches import Batch, Encoder, Row, in_order
 
 Objective = Callable[[Any, Any, Batch, jax.Array | None], dict[str, Mean]]
 

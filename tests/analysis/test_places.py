@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_jax import LVLM, models, overlay
-from lvlm_jax.analysis import token_places
+from lvlm_jax import LVLM, models
+from lvlm_jax.analysis import overlay, token_places
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation
 from tests.models import instructblip_checkpoints, qwen2_checkpoints, test_llava_next_parity

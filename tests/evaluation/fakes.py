@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lvlm_jax.generation.inputs import EncodedImage
+from lvlm_jax.processors.inputs import EncodedImage
 
 YES, NO = 1, 2
 VOCABULARY = 8

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, amber, answers, chair, get, mme, pope
+from lvlm_jax.evaluation import Data, answers, get
+from lvlm_jax.evaluation.benchmarks import amber, chair, mme, pope
 from tests.evaluation.builders import (
     amber_folder,
     coco_folder,

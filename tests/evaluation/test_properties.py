@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lvlm_jax.evaluation import amber, binary, chair, choices, get, mihbench, mme, pope
+from lvlm_jax.evaluation import binary, get
+from lvlm_jax.evaluation.benchmarks import amber, chair, choices, mihbench, mme, pope
 from lvlm_jax.evaluation.chair_words import Lexicon
 from lvlm_jax.evaluation.parsers import letter
 from lvlm_jax.evaluation.question import Question

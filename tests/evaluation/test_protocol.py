@@ -8,7 +8,8 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Data, get, names, pope, protocol, record
+from lvlm_jax.evaluation import BENCHMARKS, Data, get, names, protocol, record
+from lvlm_jax.evaluation.benchmarks import pope
 from lvlm_jax.evaluation.parsers import YES_NO
 from tests.evaluation.builders import pope_folder
 

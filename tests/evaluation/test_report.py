@@ -13,17 +13,11 @@ import pytest
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import (
-    BENCHMARKS,
-    Data,
-    answers,
-    examples,
-    get,
-    report,
-    report_cells,
-    report_runs,
-    rescore,
-)
+from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get, rescore
+from lvlm_jax.evaluation.report import cells as report_cells
+from lvlm_jax.evaluation.report import examples
+from lvlm_jax.evaluation.report import page as report
+from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.statistics import Difference
 from tests.evaluation.builders import (
     amber_folder,

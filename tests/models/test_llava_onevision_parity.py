@@ -15,8 +15,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import text
 from lvlm_jax.pocket.tokenizer import CHAT_TEMPLATE
+from lvlm_jax.processors import text
 from lvlm_jax.weights.save import stored_shapes
 from tests import small
 from tests.models import tile_checkpoints as tiles

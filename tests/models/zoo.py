@@ -9,8 +9,8 @@ import numpy as np
 from transformers import LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 
 from lvlm_jax import LVLM
-from lvlm_jax.generation import inputs
-from lvlm_jax.generation.layout import Inputs
+from lvlm_jax.processors import inputs
+from lvlm_jax.processors.layout import Inputs
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.models import (

@@ -2,8 +2,8 @@
 
 import json
 
-from lvlm_jax.parallel import plan
-from tests.parallel.resident_growth import config_of
+from lvlm_jax.planning import plan
+from tests.planning.resident_growth import config_of
 
 COUNTS = (1, 2, 4, 8)
 

@@ -11,8 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lvlm_jax import LVLM, models
-from lvlm_jax.training import loop, parts, sft
+from lvlm_jax.pocket import recipe_losses as sft
+from lvlm_jax.training import loop
 from lvlm_jax.training.losses import cross_entropy
+from lvlm_jax.weights import parts
 
 ROWS, TOKENS, TEXT = 8, 40, 3
 WORDS, IMAGE_TOKEN, PATCHES, WIDTH = 64, 63, 16, 16

@@ -1,7 +1,6 @@
 """Tiny random models of all families with processors beside them, for tests of training."""
 
 from lvlm_jax import LVLM
-from tests.generation import test_qwen_vl_processor as qwen_vl
 from tests.models import (
     instructblip_checkpoints,
     qwen2_checkpoints,
@@ -14,6 +13,7 @@ from tests.models import (
     test_qwen3_vl_parity,
     test_smolvlm_parity,
 )
+from tests.processors import test_qwen_vl as qwen_vl
 
 
 def _qwen(make, processor_class):

@@ -5,8 +5,8 @@ from PIL import Image
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import Output
-from lvlm_jax.training.pairs import Plan, Side
-from lvlm_jax.training.prompts import Prompt
+from lvlm_jax.training.data.pairs import Plan, Side
+from lvlm_jax.training.data.prompts import Prompt
 
 PLAN = Plan(Side(methods.CAPL(rho=0.9)), Side(methods.CAPL(mode="truncated")), max_new_tokens=7, seed=5)
 

@@ -13,18 +13,15 @@ from PIL import Image
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
-from lvlm_jax.training import (
-    finetune,
-    flow_alignment,
-    lora,
-    pair_files,
-    placement,
-    preference_task,
-    sft_task,
-)
-from lvlm_jax.training.pair_batches import PAIR, Batches, Encoder, assemble, rows_of, shape_of
-from lvlm_jax.training.pair_files import Conversation, Pair, assistant
+from lvlm_jax.training import finetune, placement
+from lvlm_jax.training.data import pair_files
+from lvlm_jax.training.data.pair_batches import PAIR, Batches, Encoder, assemble, rows_of, shape_of
+from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
+from lvlm_jax.training.objectives import flow_alignment
+from lvlm_jax.training.objectives import preference as preference_task
+from lvlm_jax.training.objectives import sft as sft_task
 from lvlm_jax.training.step import State, make_step
+from lvlm_jax.weights import lora
 from lvlm_jax.weights.tables import flatten
 from tests.training import pair_sets
 from tests.training.family_models import MAKERS

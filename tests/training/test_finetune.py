@@ -9,7 +9,8 @@ import pytest
 
 from lvlm_jax import LVLM, parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import finetune, flow_alignment
+from lvlm_jax.training import finetune
+from lvlm_jax.training.objectives import flow_alignment
 from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten
 from tests.training import pair_sets

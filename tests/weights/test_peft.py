@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import LVLM, cli
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import lora, parts
+from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests import checkpoints

@@ -8,7 +8,7 @@ from transformers import Glm4vForConditionalGeneration
 
 from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import lora
+from lvlm_jax.weights import lora
 from lvlm_jax.weights.peft import WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.models import grid_checkpoints, qwen_vl_checkpoints

@@ -15,8 +15,7 @@ from lvlm_jax.generation import drivers, forward
 from lvlm_jax.models import int8
 from lvlm_jax.pocket.questions import existence
 from lvlm_jax.pocket.scenes import render, scene_at
-from lvlm_jax.training import lora, parts
-from lvlm_jax.weights import quantize
+from lvlm_jax.weights import lora, parts, quantize
 from lvlm_jax.weights.peft import load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten
 from tests.weights import checkpoints as make

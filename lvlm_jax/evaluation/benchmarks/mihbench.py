@@ -1,0 +1,158 @@
+"""Yes/no and one-word questions over several images: MIHBench (existence, count, identity) and the pocket world's.
+
+MIHBench (Li et al. 2025, arXiv 2508.00726): JSON lines over val2014 and CO3D; existence 3 x 800 (random, popular,
+adversarial), count 800, identity 800. The files are found under their published names (`RELEASED`) or those of the
+kinds. The same reader takes the parquet edition, and any rows of `images` (or `image_list`, `image`), `question` (or
+`text`) and `label`; kinds come from a column `task` or `kind`, else from the file's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import binary, folders, parsers, tables
+from lvlm_jax.evaluation.benchmarks.choices import interleave
+from lvlm_jax.evaluation.benchmarks.pope import LLAVA_SUFFIX
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data, Question, listed_name
+from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+
+GROUPS = ("existence_random", "existence_popular", "existence_adversarial", "count", "identity")
+# Kind -> its file in the folder `Questions` of github.com/pgtrece/DAB, spelled as it is there.
+RELEASED = {
+    "existence_random": "Existence/new_ran/coco_pope_random_3.jsonl",
+    "existence_popular": "Existence/new_pop/coco_pope_popular_3.jsonl",
+    "existence_adversarial": "Existence/new_adv/coco_pope_adversarial_3.jsonl",
+    "count": "Count/comparison_same_2.jsonl",
+    "identity": "Id_Consitency/clip_questions_most_different_4.jsonl",
+}
+KIND_OF = {Path(name).stem: group for group, name in RELEASED.items()}
+PLACES = (".", "MIHBench", "mihbench", "data", "MIHBench/data", "questions", "Questions", "MIHBench/Questions",
+          "DAB/Questions")  # fmt: skip
+IMAGE_PLACES = (*folders.COCO_IMAGES, "CO3D", "co3d", "../images", "..")
+
+register(
+    Protocol("mihbench/strict", "mihbench", "existence, count, identity; one yes/no word counts (default)", "strict",
+             16, suffix=LLAVA_SUFFIX, groups=GROUPS),
+    Protocol("mihbench/official", "mihbench", "the same, with POPE's official parser", "official", 128,
+             suffix=LLAVA_SUFFIX, groups=GROUPS),
+    Protocol("mihbench/short", "mihbench", "any yes/no or one-word questions over images, by --question-file",
+             "short", 16, suffix=LLAVA_SUFFIX),
+)  # fmt: skip
+
+
+def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
+    """The question file given, or the file of each kind: as published, or `existence_random.jsonl` and so on."""
+    if data.question_file is not None:
+        return {"questions": [files.given(data.question_file, "question file")]}
+    if not protocol.groups:
+        raise LVLMError(f"{protocol.name} needs the question file by name; give --question-file")
+    unknown = set(data.groups) - set(protocol.groups)
+    if unknown:
+        raise LVLMError(
+            f"MIHBench has no kind {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}"
+        )
+    wanted = [group for group in protocol.groups if not data.groups or group in data.groups]
+    return {
+        group: [
+            folders.find(
+                data,
+                [*(group + end for end in (".jsonl", ".json", ".parquet")), RELEASED[group]],
+                PLACES,
+                f"MIHBench {group}",
+            )
+        ]
+        for group in wanted
+    }
+
+
+def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
+    """The questions, each with its images in order.
+
+    Raises:
+      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+    """
+    rows, seen = [], set()
+    for role, (path,) in question_files(data, protocol).items():
+        for number, row in tables.rows(path):
+            where = f"row {number} of question file {str(path)!r}"
+            cells = tables.as_list(
+                files.field(row, ["images", "image_list", "image"], (list, str, dict, bytes), where), where
+            )
+            text = files.field(row, ["question", "text", "query"], str, where)
+            label = str(files.field(row, ["label", "answer", "gt"], (str, int), where)).strip()
+            own = row.get("kind") or row.get("task") or KIND_OF.get(path.stem, path.stem)
+            group = role if role != "questions" else str(own)
+            identity = next((row[name] for name in ("question_id", "id", "index") if name in row), number)
+            files.unique(seen, (group, str(identity)), where)
+            if not label:
+                raise LVLMError(f"{where} has an empty label")
+            if not data.groups or group in data.groups:
+                images = tuple(tables.picture(cell, f"{where}: image") for cell in cells)
+                rows.append((identity, *interleave(text, images, where), label, group))
+    if not rows:
+        raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
+    paths = {}
+    # Group by group, for the pictures of identity lie apart from those of COCO.
+    for group in dict.fromkeys(row[4] for row in rows):
+        names = [str(image) for row in rows if row[4] == group for image in row[2] if isinstance(image, Path)]
+        if names:
+            located = folders.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name)
+            paths |= {(group, name): path for name, path in located.items()}
+    return [
+        Question(
+            identity,
+            tuple(image if isinstance(image, bytes) else paths[group, str(image)] for image in images),
+            text,
+            label,
+            group,
+            names=tuple(map(listed_name, images)),
+        )
+        for identity, text, images, label, group in rows
+    ]
+
+
+def prompt(question: Question, protocol: Protocol) -> str:
+    """The text put to a model."""
+    return protocol.prompt(question)
+
+
+def bare(text: str) -> str:
+    """A short answer without case, article, and full stop."""
+    return re.sub(r"^(an?|the) |[.!]$", "", text.strip().lower())
+
+
+def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
+    """For yes/no kinds the figures of POPE; for others how often the answer is the label, article and case aside.
+
+    Under the parser "short" yes/no questions are parsed by "strict".
+    """
+    by_group: dict[str, list[Question]] = {}
+    for question in questions:
+        by_group.setdefault(question.group, []).append(question)
+    binary_groups = [
+        group for group, members in by_group.items() if all(q.label.lower() in ("yes", "no") for q in members)
+    ]
+    other_groups = [group for group in by_group if group not in binary_groups]
+    parse = parsers.yes_no("strict" if protocol.parser == "short" else protocol.parser)
+    tally, unparsed = Tally(), 0
+    for question in questions:
+        text = answers[question.key]
+        if question.group in binary_groups:
+            said = parse(text, binary.label_of(question))
+            unparsed += said is None
+            binary.count(tally, question, said)
+        else:
+            tally.correct[question.key] = bare(text) == bare(question.label)
+            tally.add(question.unit, **{f"{question.group}/right": tally.correct[question.key]})
+        tally.add(question.unit, asked=1, right=tally.correct[question.key], **{f"{question.group}/asked": 1})
+    figures = {"accuracy": ratio(["right"], ["asked"])}
+    figures |= binary.table(binary_groups)
+    figures |= {f"{group}: accuracy": ratio([f"{group}/right"], [f"{group}/asked"]) for group in other_groups}
+    names = ["asked", "right", *binary.names(binary_groups), *(f"{group}/right" for group in other_groups),
+             *(f"{group}/asked" for group in by_group)]  # fmt: skip
+    return tally.scores(names, figures, {"parser": protocol.parser, "unparsed": unparsed})

@@ -1,0 +1,1 @@
+"""Reports: everything that was scored, as one page and as Markdown."""

@@ -1,0 +1,239 @@
+"""Examples for a report: questions where a method mended an answer or spoilt one, drawn by a seed and not by hand.
+
+Answers come from the answer files beside the scores, and only if these are the files that were scored (by their
+hashes). Which of two answers is right is known from the scores; so the right answer is the one that got it right.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import answers, folders, parsers
+from lvlm_jax.evaluation.benchmarks import amber, chair, choices, mihbench, mme
+from lvlm_jax.evaluation.protocol import files_hash
+from lvlm_jax.evaluation.question import Question
+from lvlm_jax.evaluation.report.runs import Comparison, Run
+from lvlm_jax.processors.images import open_image
+
+LONGEST_TEXT = 600  # characters of an answer
+PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
+SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
+PLACES = dict.fromkeys(
+    (".", *folders.COCO_IMAGES, *folders.GQA_IMAGES, *amber.IMAGE_PLACES, *mihbench.IMAGE_PLACES)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer of a file: its text, the prompt and the names of the images as far as the file says."""
+
+    text: str
+    prompt: str | None
+    images: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A question that only one of two runs got right.
+
+    Attributes:
+      group: its split or subtask.
+      question: the prompt; its number where the answer file does not have it (AMBER).
+      without, with_method: the two answers.
+      fixed: whether the one with the method is right; else the one without is.
+      right: the right answer, where it is a word; empty for captions.
+      pictures: files of the images that were found.
+    """
+
+    run: Run
+    group: str
+    question: str
+    without: str
+    with_method: str
+    fixed: bool
+    right: str
+    pictures: tuple[Path, ...]
+
+
+def choose(
+    comparisons: Mapping[Run, Comparison | str], folders: Sequence[Path], each: int = 2, seed: int = 0
+) -> list[Example]:
+    """At most `each` fixed and `each` broken questions of every run that is compared with the model alone.
+
+    Args:
+      folders: where images are looked for, before the data folder of the record.
+      seed: of the draw; the same runs and seed give the same examples.
+    """
+    known: dict[Run, dict[tuple[str, str], Answer]] = {}
+
+    def said(run: Run) -> dict[tuple[str, str], Answer]:
+        if run not in known:
+            try:
+                known[run] = read(run)
+            except LVLMError as error:
+                warnings.warn(f"no examples of {run.name}: {error}", stacklevel=2)
+                known[run] = {}
+        return known[run]
+
+    found = []
+    for run, compared in comparisons.items():
+        if isinstance(compared, str) or compared.baseline is None or each < 1:
+            continue
+        other = compared.baseline
+        ours, theirs = said(run), said(other)
+        places = [folder.expanduser() for folder in folders]
+        if run.answered_by.get("data"):
+            places.append(Path(str(run.answered_by["data"])))
+        for fixed in (True, False):
+            keys = [
+                key
+                for key, right in run.correct.items()
+                if right == fixed != other.correct[key] and key in ours and key in theirs
+                if ours[key].prompt == theirs[key].prompt
+            ]
+            drawn = random.Random(f"{seed} {run.protocol.name} {fixed}").sample(keys, min(each, len(keys)))
+            found += [_example(run, key, ours[key], theirs[key], fixed, places) for key in drawn]
+    return found
+
+
+def _example(
+    run: Run, key: tuple[str, str], ours: Answer, theirs: Answer, fixed: bool, places: Sequence[Path]
+) -> Example:
+    mended, spoilt = (ours.text, theirs.text) if fixed else (theirs.text, ours.text)
+    group = key[0]
+    pictures = (picture(name, group, places) for name in ours.images)
+    return Example(
+        run,
+        group,
+        (ours.prompt or f"{group}, question {key[1]}").strip(),
+        _shortened(theirs.text),
+        _shortened(ours.text),
+        fixed,
+        right_answer(run.protocol.parser, mended, spoilt),
+        tuple(filter(None, pictures)),
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rstrip() + " …"
+
+
+def read(run: Run) -> dict[tuple[str, str], Answer]:
+    """The answers of a run by question, from the files beside its scores.
+
+    Raises:
+      LVLMError: a file is not there, is malformed, or is not the one that was scored.
+    """
+    by_id: dict[str, list[tuple[str, str]]] = {}
+    for key in run.correct:
+        by_id.setdefault(key[1], []).append(key)
+    image_of = {_number(unit): unit for unit in run.units}
+    found = {}
+    for entry in run.record["answers"]:
+        path = run.path.parent / Path(entry["name"]).name
+        if not path.exists():
+            raise LVLMError(f"its answers {entry['name']!r} are not in {str(run.path.parent)!r}")
+        content = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+        if files_hash(content) != entry["sha256"]:
+            raise LVLMError(f"{str(path)!r} has changed since it was scored")
+        for identity, group, answer in _rows(path, run):
+            keys = [key for key in by_id.get(identity, []) if group in (None, key[0])]
+            if len(keys) != 1:
+                continue
+            # A description is known by the number of its image.
+            if keys[0][0] in (chair.GROUP, amber.GENERATIVE) and _number(identity) in image_of:
+                answer = dataclasses.replace(answer, images=(image_of[_number(identity)],))
+            found[keys[0]] = answer
+    return found
+
+
+def _number(name: str) -> int | None:
+    """COCO's or AMBER's number of an image."""
+    try:
+        return chair.image_id(name)
+    except LVLMError:
+        return None
+
+
+def _rows(path: Path, run: Run) -> Iterator[tuple[str, str | None, Answer]]:
+    """(id, group or None, answer) of the rows of an answer file or folder."""
+    protocol = run.protocol
+    groups = {group for group, _ in run.correct}
+    described = protocol.prompt(Question(0, (), "", None, "")) if protocol.benchmark == "chair" else None
+    rows = answers.read([(None, path)], protocol)
+    # A row's list of images is not among what the reader keeps.
+    is_json = path.is_file() and path.suffix != ".txt"
+    raw = [row for _, row in files.read_rows(path, "answer file")] if is_json else []
+    nth: Counter = Counter()
+    for place, row in enumerate(rows):
+        listed = raw[place].get("image") if raw else row.image
+        images = listed if isinstance(listed, list) else [listed]
+        nth[row.group, row.image] += 1
+        # MME's rows have no ids: a question is known by its image, and by whether it is the first or the second.
+        identity = f"{row.image}/{nth[row.group, row.image]}" if row.id is None else row.id
+        answer = Answer(
+            row.text, row.prompt or described, tuple(name for name in images if isinstance(name, str))
+        )
+        yield identity, row.group if row.group in groups else None, answer
+
+
+def right_answer(parser: str, right: str, wrong: str) -> str:
+    """The label, of which a parser takes the one text for right and the other for wrong; empty where there is none."""
+    if parser == "letter":
+        return parsers.letter(right, choices.LETTERS) or ""
+    if parser == "short":
+        return mihbench.bare(right)
+    if parser not in parsers.YES_NO:
+        return ""
+    parse = parsers.yes_no(parser)
+    fitting = [label for label in ("yes", "no") if parse(right, label) == label != parse(wrong, label)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
+    """The file of an image in one of the folders, or where benchmarks keep theirs below it; None if it is nowhere."""
+    within = [*PLACES, *(f"{top}{group}{end}" for top in ("", f"{mme.RELEASE}/") for end in ("", "/images"))]
+    written = Path(name)
+    inside = not written.is_absolute() and ".." not in written.parts  # a name leads nowhere else
+    names = dict.fromkeys([written] * inside + [Path(written.name)])
+    paths = (place / folder / one for place in places for folder in within for one in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def thumbnails(paths: Sequence[Path]) -> dict[Path, str]:
+    """Pictures as small data URIs that together stay within `PICTURE_BYTES`; one that cannot be opened is left out."""
+    distinct = list(dict.fromkeys(paths))
+    found = {}
+    for path in distinct:
+        try:
+            image = open_image(path)
+        except LVLMError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        kind, content = _encoded(image, PICTURE_BYTES / len(distinct))
+        found[path] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return found
+
+
+def _encoded(image: Image.Image, budget: float) -> tuple[str, bytes]:
+    """The format and the bytes of a picture: PNG for a small drawing, else the largest JPEG in the budget."""
+    attempts = [("png", max(image.size), {"optimize": True})] * (max(image.size) <= 128)
+    attempts += [("jpeg", side, {"quality": quality}) for side in SIDES for quality in QUALITIES]
+    for kind, side, options in attempts:
+        small, file = image.copy(), io.BytesIO()
+        small.thumbnail((side, side))
+        small.save(file, kind, **options)
+        if file.tell() <= budget:
+            break
+    return kind, file.getvalue()

@@ -1,0 +1,172 @@
+"""Reports: a folder of scored runs as one HTML page without any reference to the outside, and as one Markdown file.
+
+`report_runs` reads the runs and subtracts them, `report_tables` makes the tables, `examples` draws the examples; here
+they are put together and written down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.report import examples
+from lvlm_jax.evaluation.report import runs as report_runs
+from lvlm_jax.evaluation.report.cells import Cell
+from lvlm_jax.evaluation.report.examples import Example
+from lvlm_jax.evaluation.report.tables import Column, Report, Row, Section, Table
+from lvlm_jax.version import __version__
+
+TEMPLATE = Path(__file__).with_name("report.html")
+TITLE = "Methods against hallucination"
+
+
+def write(
+    folder: Path,
+    out: Path,
+    *,
+    title: str = TITLE,
+    images: Sequence[Path] = (),
+    each: int = 2,
+    seed: int = 0,
+) -> list[Path]:
+    """Write the report of all runs below a folder: `index.html` and `report.md`.
+
+    Args:
+      out: the folder that they go to.
+      images: folders with the images of the examples.
+      each: fixed and broken examples of a method under a protocol, at most.
+      seed: of the draw of examples.
+
+    Returns:
+      The two files.
+
+    Raises:
+      LVLMError: no run can be read, an image folder is none, or a file cannot be written.
+    """
+    for place in images:
+        if not place.expanduser().is_dir():
+            raise LVLMError(f"image folder {str(place)!r} is not a folder; check the path")
+    runs = report_runs.collect(folder)
+    comparisons = report_runs.compare(runs)
+    report = Report(runs, comparisons)
+    sections = report.sections()
+    chosen = examples.choose(comparisons, images, each, seed)
+    targets = [out / "index.html", out / "report.md"]
+    files.write_whole(targets[0], page(title, report, sections, chosen))
+    files.write_whole(targets[1], markdown(title, report, sections))
+    return targets
+
+
+def _about(report: Report) -> str:
+    models = len({line.model for line in report.lines})
+    counted = ((len(report.runs), "run"), (models, "model"), (len(report.protocols), "protocol"))
+    words = ", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in counted)
+    return f"{words}; lvlm_jax {__version__}"
+
+
+def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequence[Example]) -> str:
+    """The HTML page. Everything that runs or users named is data in it, never markup."""
+    pictures = examples.thumbnails([path for example in chosen for path in example.pictures])
+    number = {path: i for i, path in enumerate(pictures)}
+    line_of = {run: line for line in report.lines for run in line.runs.values()}
+    data = {
+        "title": title,
+        "about": _about(report),
+        "protocols": report.protocols,
+        "sections": [_plain(section) for section in sections],
+        "examples": [
+            {
+                "protocol": example.run.protocol.name,
+                "model": line_of[example.run].model,
+                "method": line_of[example.run].name,
+                "which": line_of[example.run].which,
+                "group": example.group,
+                "question": example.question,
+                "without": example.without,
+                "with": example.with_method,
+                "fixed": example.fixed,
+                "right": example.right,
+                "pictures": [number[path] for path in example.pictures if path in number],
+            }
+            for example in chosen
+        ],
+        "pictures": list(pictures.values()),
+    }
+    # "<" would let a model's text end the script element; the line separators break older parsers.
+    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", encoded)
+
+
+def _plain(section: Section) -> dict:
+    """A section as JSON values; a cell is a list of its fields, for there are thousands."""
+    tables = [
+        dataclasses.asdict(dataclasses.replace(table, rows=()))
+        | {
+            "rows": [
+                vars(row) | {"cells": [list(vars(cell).values()) for cell in row.cells]} for row in table.rows
+            ]
+        }
+        for table in section.tables
+    ]
+    return {"heading": section.heading, "intro": section.intro, "tables": tables}
+
+
+def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
+    """The same tables in Markdown; the overview as one table for each protocol, as wide as a page of paper holds."""
+    parts = [f"# {escaped(title)}", escaped(_about(report))]
+    for section in sections:
+        parts += [f"## {section.heading}", escaped(section.intro)]
+        for table in section.tables:
+            for protocol in dict.fromkeys(column.protocol for column in table.columns):
+                parts += [f"### {escaped(table.title or protocol)}", _pipes(_only(table, protocol))]
+            if table.notes:
+                parts.append("\n".join(f"- {escaped(note)}" for note in table.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _only(table: Table, protocol: str) -> Table:
+    """The columns of one protocol, and the rows that have something there."""
+    places = [i for i, column in enumerate(table.columns) if column.protocol == protocol]
+    rows = (dataclasses.replace(row, cells=tuple(row.cells[i] for i in places)) for row in table.rows)
+    kept = tuple(row for row in rows if any(cell != Cell() for cell in row.cells))
+    return dataclasses.replace(table, columns=tuple(table.columns[i] for i in places), rows=kept)
+
+
+def _pipes(table: Table) -> str:
+    """A table with pipes; each group of rows begins with a row that names it."""
+    lines = [["", *(_head(column) for column in table.columns)], ["---"] * (len(table.columns) + 1)]
+    group = None
+    for row in table.rows:
+        if row.group != group:
+            group = row.group
+            lines.append([f"**{escaped(group)}**"] + [""] * len(row.cells))
+        lines.append([_name(row), *map(_words, row.cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _head(column: Column) -> str:
+    return escaped(column.name) + {1: " ↑", -1: " ↓", 0: ""}[column.good]
+
+
+def _name(row: Row) -> str:
+    return escaped(row.name) + (f" ({escaped(row.settings)})" if row.settings else "")
+
+
+def _words(cell: Cell) -> str:
+    """A cell in one line: "86.0 (84.1 to 87.9); +1.2 (0.3 to 2.1) better"."""
+    value = escaped(cell.text + cell.mark) + (f" ({cell.interval})" if cell.interval else "")
+    return "; ".join(filter(None, (value, " ".join(filter(None, (cell.difference, cell.verdict))))))
+
+
+def escaped(text: str) -> str:
+    """Text as it is, in Markdown: nothing of it becomes markup, and it stays on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,378 @@
+"""The tables of a report, once for the page and the Markdown file: what stands in every cell, and what it is called.
+
+A figure that was scored under other conditions than most figures of its column carries a mark, and a note says which.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from lvlm_jax.evaluation.report.cells import Cell, beats, between, cell, good, number, shown
+from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
+
+# The figures that stand for a benchmark; of a figure that each split has, the mean of the splits.
+HEADLINES = {
+    "pope": ("accuracy", "F1", "yes ratio", "unparsed"),
+    "chair": ("C_S", "C_I", "recall", "F1", "words"),
+    "mme": ("hallucination", "perception", "cognition"),
+    "amber": ("CHAIR", "Cover", "Hal", "Cog", "discriminative: accuracy", "discriminative: F1"),
+    "mihbench": ("accuracy", "F1"),
+    "choices": ("accuracy", "unparsed"),
+}
+FALLBACK = 4  # figures of a run that has none of the above
+SHORTER = (
+    "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column's head, the protocol it belongs to, and whether high (1) or low (-1) values are good."""
+
+    name: str
+    protocol: str
+    good: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row: the group it stands in (a model, or a method), its name, its settings, and a cell for each column."""
+
+    group: str
+    name: str
+    settings: str
+    cells: tuple[Cell, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table and the remarks below it."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Tables under a heading."""
+
+    heading: str
+    intro: str
+    tables: tuple[Table, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A model with a method and what it did under each protocol: a row of most tables.
+
+    Attributes:
+      settings: of the method, all of them.
+      which: those that tell the line from others of the same method.
+    """
+
+    model: str
+    name: str
+    settings: str
+    which: str
+    runs: Mapping[str, Run]
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """Runs by model and method, the model alone first. Runs that only seed or folder tell apart have a line each."""
+    places: dict[tuple, dict[str, list[Run]]] = {}
+    for run in runs:
+        method = json.dumps(run.record.get("method"), sort_keys=True)
+        own = places.setdefault((run.model, run.method, method), collections.defaultdict(list))
+        own[run.protocol.name].append(run)
+    found = []
+    for ((model, version), (name, settings), _), by_protocol in places.items():
+        count = max(map(len, by_protocol.values()))
+        for i in range(count):
+            own = {protocol: members[i] for protocol, members in by_protocol.items() if i < len(members)}
+            origin = _told_apart(list(own.values())) if count > 1 else ""
+            words = ", ".join(filter(None, (settings, origin)))
+            found.append(Line(f"{model} ({version})" if version else model, name, words, "", own))
+    found = [dataclasses.replace(line, which=_which(line, found)) for line in found]
+    return sorted(found, key=lambda line: (line.model, not _is_baseline(line), line.name, line.settings))
+
+
+def _which(line: Line, among: Sequence[Line]) -> str:
+    alike = [
+        set(one.settings.split(", ")) for one in among if (one.model, one.name) == (line.model, line.name)
+    ]
+    shared = set.intersection(*alike)
+    return ", ".join(word for word in line.settings.split(", ") if word not in shared)
+
+
+def _is_baseline(line: Line) -> bool:
+    return next(iter(line.runs.values())).is_baseline
+
+
+def _told_apart(runs: Sequence[Run]) -> str:
+    seeds = {run.record.get("seed") for run in runs} - {None}
+    folders = ", ".join(run.name for run in runs)
+    return f"seed {seeds.pop()}, in {folders}" if len(seeds) == 1 else f"in {folders}"
+
+
+def marks(runs: Sequence[Run]) -> tuple[dict[Run, str], list[tuple[str, str]]]:
+    """Marks of runs whose conditions are not those of most runs of their protocol.
+
+    Returns:
+      run -> mark, and (protocol, note) of each mark.
+    """
+    by_protocol: dict[str, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        alike = by_protocol.setdefault(run.protocol.name, {})
+        alike.setdefault(tuple(run.conditions.items()), []).append(run)
+    found, notes = {}, []
+    for protocol, alike in by_protocol.items():
+        usual, *others = sorted(alike.values(), key=len, reverse=True)
+        for members in others:
+            mark = f"[{len(notes) + 1}]"
+            found |= dict.fromkeys(members, mark)
+            notes.append((protocol, f"{mark} other conditions: {'; '.join(differing(members[0], usual[0]))}"))
+    return found, notes
+
+
+def headline(run: Run, word: str) -> str | None:
+    """The name that a headline figure has in a run: its own, the mean of the splits, or that of the only split."""
+    ending = [name for name in run.figures if name.endswith(f": {word}")]
+    named = [name for name in (word, f"mean: {word}") if name in run.figures]
+    return (named or (ending if len(ending) == 1 else [None]))[0]
+
+
+def headlines(runs: Sequence[Run]) -> list[str]:
+    """The headline figures that runs of one protocol have."""
+    words = [
+        word
+        for word in HEADLINES.get(runs[0].protocol.benchmark, ())
+        if any(headline(run, word) for run in runs)
+    ]
+    return words or list(runs[0].figures)[:FALLBACK]
+
+
+def arranged(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Figures as tables: title -> column -> the figure's name.
+
+    First those of the whole benchmark, then for each figure that groups have ("random: accuracy") a table with a column
+    a group; where there is one group only, one table with a column a figure.
+    """
+    names = list(dict.fromkeys(names))
+    groups = {name.partition(": ")[0] for name in names if ": " in name}
+    whole: dict[str, str] = {}
+    tables: dict[str, dict[str, str]] = {}
+    for name in names:
+        group, colon, figure = name.partition(": ")
+        if not colon:
+            whole[name] = name
+        elif len(groups) == 1:
+            tables.setdefault(group, {})[figure] = name
+        else:
+            tables.setdefault(figure, {})[group] = name
+    return ({"all questions together": whole} if whole else {}) | tables
+
+
+class Report:
+    """All tables of some runs.
+
+    Args:
+      runs: as `report_runs.collect` gives them.
+      comparisons: as `report_runs.compare` gives them.
+    """
+
+    def __init__(self, runs: Sequence[Run], comparisons: Mapping[Run, Comparison | str]):
+        self.runs, self.comparisons = list(runs), comparisons
+        self.lines = lines(runs)
+        self.protocols = list(dict.fromkeys(run.protocol.name for run in runs))
+        self.marks, self.mark_notes = marks(runs)
+
+    def of(self, protocol: str) -> Iterator[tuple[Line, Run]]:
+        """The lines that have a run under a protocol, with the run."""
+        return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
+
+    def figure(self, run: Run | None, name: str | None) -> Cell:
+        """The cell of one figure of a run."""
+        if run is None or name not in run.figures:
+            return Cell()
+        compared = self.comparisons.get(run)
+        difference = compared.differences.get(name) if isinstance(compared, Comparison) else None
+        found = cell(run.figures[name], name, difference, self.marks.get(run, ""))
+        not_compared = compared is not None and difference is None
+        return dataclasses.replace(found, verdict="not compared") if not_compared else found
+
+    def sections(self) -> list[Section]:
+        """The whole report."""
+        return [section for section in (
+            Section(
+                "Methods and benchmarks",
+                "Shares in per cent, below them 95 % intervals (images resampled), then the difference to the same "
+                "model without a method, on the same questions, paired. Intervals are not widened for the number of "
+                "comparisons.",
+                (self.overview(),),
+            ),
+            Section(
+                "Controls",
+                "What a method must beat: the figures of each control, and the method minus the control, paired.",
+                tuple(filter(None, map(self.controls, self.protocols))),
+            ),
+            Section("By category", "Every figure, by split, subtask or kind.",
+                    tuple(table for protocol in self.protocols for table in self.categories(protocol))),
+            Section(
+                "Answers",
+                "Answers that the parser does not understand count as wrong. Fixed and broken: questions that only "
+                "the method, or only the model without it, got right (a caption is right without invented objects).",
+                tuple(map(self.answers, self.protocols)),
+            ),
+            Section(
+                "Cost",
+                "Time over tokens generated, prompts and pictures included; and over that of the same model alone.",
+                tuple(map(self.cost, self.protocols)),
+            ),
+            Section("Records", "What decides the figures besides the method: beginnings of SHA-256 hashes.",
+                    tuple(map(self.records, self.protocols))),
+        ) if section.tables]  # fmt: skip
+
+    def overview(self) -> Table:
+        """Rows methods, columns the headline figures of all protocols."""
+        words = {protocol: headlines([run for _, run in self.of(protocol)]) for protocol in self.protocols}
+        columns = tuple(Column(word, protocol, good(word)) for protocol in words for word in words[protocol])
+        rows = []
+        for line in self.lines:
+            runs = [line.runs.get(column.protocol) for column in columns]
+            cells = tuple(
+                self.figure(run, run and headline(run, column.name))
+                for run, column in zip(runs, columns, strict=True)
+            )
+            rows.append(Row(line.model, line.name, line.settings, cells))
+        return Table("", columns, tuple(rows), tuple(self.remarks()))
+
+    def remarks(self) -> Iterator[str]:
+        """Notes to the marks, why runs were not compared or with what, and captions that got shorter."""
+        for protocol, note in self.mark_notes:
+            yield f"{protocol} {note}"
+        for protocol in self.protocols:
+            for line, run in self.of(protocol):
+                who, compared = f"{protocol}, {line.model}, {line.name}", self.comparisons.get(run)
+                if isinstance(compared, str):
+                    yield f"{who}: not compared: {compared}"
+                elif compared is not None:
+                    if compared.baseline is None:
+                        yield f"{who}: compared with {compared.to}"
+                    words = compared.differences.get("words")
+                    if words is not None and words.interval[1] < 0:
+                        fewer = shown(-words.value, "words"), between(words.interval, "words", True)
+                        yield f"{who}: {SHORTER.format(*fewer)}"
+
+    def categories(self, protocol: str) -> Iterator[Table]:
+        """Every figure that a run of a protocol has, arranged by split, subtask or kind."""
+        members = list(self.of(protocol))
+        for title, named in arranged(name for _, run in members for name in run.figures).items():
+            columns = tuple(Column(column, protocol, good(name)) for column, name in named.items())
+            rows = tuple(
+                Row(
+                    line.model,
+                    line.name,
+                    line.which,
+                    tuple(self.figure(run, name) for name in named.values()),
+                )
+                for line, run in members
+            )
+            yield Table(f"{protocol}: {title}", columns, rows)
+
+    def controls(self, protocol: str) -> Table | None:
+        """Under each method its controls; None where nothing but models without a method ran."""
+        members = [(line, run) for line, run in self.of(protocol) if not run.is_baseline]
+        if not members:
+            return None
+        words = headlines([run for _, run in members])
+        columns = (Column("in words", protocol), *(Column(word, protocol, good(word)) for word in words))
+        rows = []
+        for line, run in members:
+            group = " · ".join(filter(None, (line.model, line.name, line.which)))
+            names = [headline(run, word) for word in words]
+            own = (cell(run.figures[name], name) if name else Cell() for name in names)
+            rows.append(
+                Row(
+                    group,
+                    "the method itself",
+                    "",
+                    (Cell("" if run.controls else "no controls were run"), *own),
+                )
+            )
+            for title, control in run.controls.items():
+                cells = (
+                    cell(control.figures[name], name, control.differences.get(name))
+                    if name in control.figures
+                    else Cell()
+                    for name in names
+                )
+                said = control.words or beats(control.differences, list(filter(None, names)))
+                rows.append(Row(group, title, control.about, (Cell(said), *cells)))
+        return Table(protocol, columns, tuple(rows))
+
+    def answers(self, protocol: str) -> Table:
+        """How many questions, answers not understood, and answers that a method turned."""
+        names = ("questions", "unparsed", "fixed", "broken", "McNemar p")
+        rows = []
+        for line, run in self.of(protocol):
+            compared = self.comparisons.get(run)
+            cells = [number(run.record["questions"]), number(run.notes.get("unparsed"))]
+            if isinstance(compared, Comparison):
+                cells += [number(compared.only_here), number(compared.only_there)]
+                cells += [number(compared.p, f"{compared.p:.3g}")]
+            cells += [number(None)] * (len(names) - len(cells))
+            rows.append(Row(line.model, line.name, line.which, tuple(cells)))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
+
+    def cost(self, protocol: str) -> Table:
+        """Tokens an answer, time a token, and that time against the same model without a method."""
+        names = {"tokens an answer": 0, "prompts at once": 0, "ms a token": -1, "against no method": -1}
+        rows = []
+        for line, run in self.of(protocol):
+            own, compared = run.cost, self.comparisons.get(run)
+            baseline = compared.baseline if isinstance(compared, Comparison) else None
+            plain = baseline.cost if baseline else Cost()
+            if not (own.milliseconds and plain.milliseconds):
+                ratio = number(None)
+            elif own.device != plain.device:
+                ratio = Cell("on another device")
+            elif own.batch != plain.batch:
+                ratio = Cell("in other batches")
+            else:
+                against = own.milliseconds / plain.milliseconds
+                ratio = number(against, f"{against:.2f}")
+            length = number(own.tokens, None if own.tokens is None else f"{own.tokens:.1f}")
+            time = number(own.milliseconds, f"{own.milliseconds:.1f}" if own.milliseconds else "not recorded")
+            cells = (length, number(own.batch), time, ratio)
+            rows.append(Row(line.model, line.name, line.which, cells))
+        columns = tuple(Column(name, protocol, good) for name, good in names.items())
+        return Table(protocol, columns, tuple(rows))
+
+    def records(self, protocol: str) -> Table:
+        """Folder, files, decoding and version of every run."""
+        names = ("folder", "questions", "files", "image list", "parser", "prompt", "tokens at most", "seed",
+                 "lvlm_jax")  # fmt: skip
+        rows = []
+        for line, run in self.of(protocol):
+            listed = run.record["files"].items()
+            found = (
+                run.name,
+                run.record["questions"],
+                ", ".join(f"{role} {entry['sha256'][:8]}" for role, entry in listed),
+                run.record["images"]["list_sha256"][:8],
+                run.protocol.parser,
+                json.dumps(run.protocol.template + run.protocol.suffix, ensure_ascii=False),
+                run.protocol.max_new_tokens,
+                run.record.get("seed"),
+                run.record["version"],
+            )
+            cells = (
+                Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found)
+            )
+            rows.append(Row(line.model, line.name, line.settings, tuple(cells)))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))

@@ -1,0 +1,125 @@
+"""Our models and methods inside other people's harnesses, one module for each, imported by that harness alone.
+
+What the modules share stands here: settings as a harness passes them on (text from a command line, or Python values
+from its own configuration) become a method, and the options of `LVLM.generate`. Sources: lmms-eval 0.7.3 and the
+development guide of VLMEvalKit; `docs/adapters.md` says how each is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from lvlm_jax import LVLM, cli
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import Method
+
+# What harnesses call the settings of a generation; `options` turns them into ours.
+GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams",
+              "length_penalty")  # fmt: skip
+SAMPLING = ("top_p", "top_k")  # without meaning under greedy decoding, where harnesses write 0 for them
+
+
+def manifest() -> Any:
+    """What the entry point tells lmms-eval: our model's name, and where its class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        "lvlm_jax", simple_class_path="lvlm_jax.integrations.lmms_eval.LVLMJax", aliases=("lvlm-jax",)
+    )
+
+
+def load(pretrained: Any, dtype: str) -> LVLM:
+    """The model called `pretrained`: "pocket" for the one inside the package, a folder, or a hub id.
+
+    Raises:
+        LVLMError: no name, or a checkpoint that cannot be used.
+    """
+    if pretrained is None:
+        raise LVLMError("no model is named; give pretrained= a checkpoint folder, a hub id, or pocket")
+    return LVLM.from_pretrained(cli.checkpoint(str(pretrained)), dtype=cli.dtype(str(dtype)))
+
+
+def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) -> Method | None:
+    """The method called `name` (several joined by +; None for "none") with the settings given.
+
+    Settings are those of the command line: `alpha`, `preset`, and `vcd_seed` where the name is taken otherwise.
+
+    Args:
+        fields: values as text, numbers, booleans or sequences; None leaves the default.
+        reserved: settings of the adapter itself, whose names a method's field cannot have.
+
+    Raises:
+        LVLMError: an unknown method or setting, or a value out of range.
+    """
+    parser = _Settings(add_help=False)
+    for own in reserved:
+        parser.add_argument(cli.hyphenated(f"--{own}".replace("_", "-")))
+    if name.lower() != "none":
+        cli.add_method_flags(parser, name)
+    words = [_word(key, value) for key, value in fields.items() if value is not None]
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = [field.rpartition(".")[2].replace("-", "_") for field in vars(given)]
+        raise LVLMError(
+            f"{unknown[0].removeprefix('--').partition('=')[0].replace('-', '_')} is no setting of the adapter or "
+            f"of method {name}; expected one of {', '.join(dict.fromkeys(known))}"
+        )
+    return cli.build_method(name, given)
+
+
+class _Settings(cli.Parser):
+    def error(self, message):  # noqa: D102
+        raise LVLMError(f"{message}; `python infer.py --help` lists the settings of methods")
+
+
+def _word(key: str, value: Any) -> str:
+    """A setting as the command line has it; "[8,9]", which keeps lmms-eval from cutting at the comma, as 8,9."""
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    if isinstance(value, (tuple, list)):
+        value = ",".join(map(str, value))
+    return f"{flag}={str(value).strip('[]')}"
+
+
+def whole(name: str, value: Any, low: int) -> int:
+    """A whole number from text or a number.
+
+    Raises:
+        LVLMError: something else, or less than `low`.
+    """
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = low - 1
+    if number < low:
+        raise LVLMError(f"{name} is {value!r}; expected a whole number of at least {low}")
+    return number
+
+
+def options(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """Options of `LVLM.generate` from a harness's settings (keys of `GENERATION`; None leaves the default).
+
+    Sampled where `do_sample` says so, and without it where the temperature is above 0; `do_sample=False` is greedy
+    whatever the temperature, `do_sample=True` without one takes temperature 1, as in transformers.
+
+    Args:
+        max_new_tokens: longest answer where `given` names none.
+
+    Raises:
+        LVLMError: a value that is no number.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, Real):
+            raise LVLMError(f"{name} is {value!r}; expected a number")
+    sampled = given.pop("do_sample", given.get("temperature", 0) > 0)
+    temperature = given.pop("temperature", 1.0) if sampled else 0.0
+    if not temperature:
+        given = {name: value for name, value in given.items() if name not in SAMPLING}
+    for name in ("max_new_tokens", "num_beams", "top_k"):
+        if name in given and given[name] == int(given[name]):
+            given[name] = int(given[name])
+    return {"max_new_tokens": max_new_tokens} | given | {"temperature": temperature}

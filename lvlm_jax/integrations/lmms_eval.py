@@ -1,0 +1,345 @@
+"""Our models in lmms-eval (EvolvingLMMs-Lab/lmms-eval 0.7), where they are called `lvlm_jax`.
+
+A request names a document, from which `doc_to_visual` gets the pictures, and a text; a `<image>` in the text is the
+place of the next picture, without any they come first. Requests are answered in batches: alike settings together,
+short texts before long ones, pictures read when their batch is due. The answers come back in the order asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from lmms_eval.api.model import lmms
+from lmms_eval.utils import simple_parse_args_string
+from tqdm import tqdm
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import opera
+from lvlm_jax.generation.questions import PLACEHOLDER, conversation
+from lvlm_jax.integrations import GENERATION, build_method, load, options, whole
+from lvlm_jax.journal.log import seed_of
+
+LONGEST_ANSWER = 1024  # tokens; what lmms-eval's own models write where a task names no limit
+OWN = ("pretrained", "dtype", "method", "batch_size", "seed", "likelihood")
+LIKELIHOODS = ("logprob", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question before its pictures are read.
+
+    Attributes:
+        text: as the task made it.
+        visuals: gives the pictures.
+        options: of `LVLM.generate`, as sorted pairs.
+        seed: of sampling.
+    """
+
+    text: str
+    visuals: Callable[[], Sequence]
+    options: tuple[tuple[str, Any], ...]
+    seed: int
+
+    @property
+    def messages(self) -> list[dict]:
+        return _messages(self.visuals(), self.text)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return _size(self.text)
+
+
+class LVLMJax(lmms):
+    """A model of this package, with or without a method, as lmms-eval calls it.
+
+    Args:
+        pretrained: "pocket", a checkpoint folder, or a hub id.
+        dtype: "auto" (float32 on a CPU, else bfloat16), "float32", "bfloat16" or "float16".
+        method: "none", a method's name, or several joined by +.
+        batch_size: requests answered at once.
+        seed: of sampling; every document has a random stream of its own.
+        likelihood: what `loglikelihood` returns: "logprob", the sum over the continuation that lmms-eval documents,
+            or "loss", minus its mean, which lmms-eval's own models return and its multiple-choice tasks expect.
+        fields: settings of the method (`alpha=3`, `preset=llava-1.5/pope`).
+
+    Raises:
+        LVLMError: a model, method or setting that cannot be used.
+    """
+
+    is_simple = True
+    # Where lmms-eval keeps counts of its own when it runs as several processes; JAX chooses the model's devices.
+    device = "cpu"
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        dtype: str = "auto",
+        method: str = "none",
+        batch_size: int | str = 1,
+        seed: int = 0,
+        likelihood: str = "logprob",
+        **fields: Any,
+    ):
+        super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise LVLMError(f"likelihood is {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
+        self.method = build_method(str(method), fields, OWN)
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.seed = whole("seed", seed, 0)
+        self.likelihood = likelihood
+        self.model = load(pretrained, dtype)
+        self._ignored: set[str] = set()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> LVLMJax:
+        """The model of `--model_args`; what stands there goes before flags (`--batch_size` is always given).
+
+        Raises:
+            LVLMError: not `key=value` pairs, or what the constructor refuses.
+        """
+        try:
+            given = simple_parse_args_string(arg_string)
+        except ValueError as error:
+            raise LVLMError(f"model arguments are {arg_string!r}; expected key=value,key=value") from error
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**flags | given)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answers, in the order of the requests `(text, settings, doc_to_visual, doc_id, task, split)`.
+
+        Raises:
+            LVLMError: settings, pictures or placeholders that cannot be used.
+        """
+        streams = self._streams([request.args[3:6] for request in requests])
+        asked = []
+        for request, seed in zip(requests, streams, strict=True):
+            text, settings, doc_to_visual, *place = request.args
+            asked.append(Asked(text, self._visuals(doc_to_visual, *place), self._options(settings), seed))
+        answers = [""] * len(requests)
+        for number, answer in self._answers(asked):
+            answers[number] = answer
+            self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer)
+        return answers
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """For each request the answers of its rounds.
+
+        A request is `(text, settings, doc_to_visual, doc_to_text, doc_id, task, split)`. After each round
+        `doc_to_text` gives the next pictures and text, whether that was all, the answers so far and what it wants to
+        see again.
+
+        Raises:
+            LVLMError: settings, pictures or placeholders that cannot be used.
+        """
+        streams = self._streams([request.args[4:7] for request in requests])
+        asked = {}
+        for number, request in enumerate(requests):
+            text, settings, doc_to_visual, _, *place = request.args
+            visuals = self._visuals(doc_to_visual, *place)
+            asked[number] = Asked(text, visuals, self._options(settings), streams[number])
+        answers: list[list[str]] = [[] for _ in requests]
+        kept: list[Any] = [None] * len(requests)
+        index = 0
+        while asked:
+            numbers = list(asked)
+            for place, answer in self._answers(list(asked.values())):
+                answers[numbers[place]].append(answer)
+            index += 1
+            for number in numbers:
+                doc_to_text, *place = requests[number].args[3:]
+                visuals, text, last, said, kept[number] = doc_to_text(
+                    self._document(*place),
+                    previous_output=answers[number],
+                    round_idx=index,
+                    previous_round_info=kept[number],
+                )
+                answers[number] = list(said)
+                if last:
+                    del asked[number]
+                    self.cache_hook.add_partial(
+                        "generate_until_multi_round", requests[number].args[:2], answers[number]
+                    )
+                else:
+                    asked[number] = dataclasses.replace(
+                        asked[number], text=text, visuals=lambda visuals=visuals: visuals or ()
+                    )
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """How likely each continuation is after its pictures and text, and whether greedy decoding would write it.
+
+        A request is `(text, continuation or function of the document, doc_to_visual, doc_id, task, split)`, or
+        `(text, continuation)` about nothing. The continuation stands where the chat template puts answers; its
+        tokens alone count, without the stop token. With a method every token is scored by the logits that the method
+        would choose it from.
+
+        Raises:
+            LVLMError: an empty continuation, pictures or placeholders that cannot be used, or OPERA, which has no
+                next-token probabilities.
+        """
+        if opera.wanted(self.method):
+            raise LVLMError("OPERA is a search and gives no log-likelihoods; use another method, or none")
+        if self.likelihood == "logprob" and any(isinstance(request.args[1], str) for request in requests):
+            warnings.warn(
+                "lmms-eval 0.7 takes the choice with the lowest value as the answer to a multiple-choice question; "
+                "give likelihood=loss for such tasks",
+                stacklevel=2,
+            )
+        pairs = [self._pair(*request.args) for request in requests]
+        order = sorted(range(len(pairs)), key=lambda number: _size("".join(pairs[number][:2])))
+        found: list[Any] = [None] * len(pairs)
+        with tqdm(total=len(pairs), desc="lvlm_jax", disable=self.rank != 0) as bar:
+            for numbers in self._batches(order):
+                batch = [pairs[number] for number in numbers]
+                spare = min(self.batch_size, len(pairs)) - len(batch)
+                scored = self._likelihoods(batch + batch[-1:] * spare)
+                for number, one in zip(numbers, scored[: len(batch)], strict=True):
+                    found[number] = one
+                    self.cache_hook.add_partial("loglikelihood", pairs[number][:2], one)
+                bar.update(len(numbers))
+        return found
+
+    def _document(self, doc_id: Any, task: str, split: str) -> Any:
+        return self.task_dict[task][split][doc_id]
+
+    def _visuals(self, doc_to_visual: Callable | None, *place: Any) -> Callable[[], Sequence]:
+        """Reads a document's pictures; tasks without pictures have no function, or one that gives None."""
+        return lambda: (doc_to_visual(self._document(*place)) or ()) if doc_to_visual else ()
+
+    def _streams(self, places: Sequence[tuple]) -> list[int]:
+        """A seed for each document, and another one each time that it is asked again (`--repeats`)."""
+        times: Counter = Counter()
+        seeds = []
+        for doc_id, task, split in places:
+            name = f"{task}/{split}/{doc_id}"
+            seeds.append(seed_of(self.seed, f"{name}/{times[name]}"))
+            times[name] += 1
+        return seeds
+
+    def _options(self, settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+        """A task's `generation_kwargs` as options of `LVLM.generate`; keys of other models are named and left out."""
+        until = settings.get("until") or ()
+        stop = (until,) if isinstance(until, str) else tuple(until)
+        ignored = set(settings) - {*GENERATION, "until"} - self._ignored
+        if ignored:
+            warnings.warn(
+                f"lvlm_jax has no use for the generation settings {', '.join(sorted(ignored))}", stacklevel=3
+            )
+            self._ignored |= ignored
+        known = {name: settings[name] for name in GENERATION if name in settings}
+        return tuple(sorted((options(known, LONGEST_ANSWER) | {"stop": stop}).items()))
+
+    def _answers(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str]]:
+        """(place in `asked`, answer) of all, batch by batch."""
+        alike: dict[tuple, list[int]] = {}
+        for number, one in enumerate(asked):
+            alike.setdefault(one.options, []).append(number)
+        with tqdm(total=len(asked), desc="lvlm_jax", disable=self.rank != 0) as bar:
+            for settings, numbers in alike.items():
+                for batch in self._batches(sorted(numbers, key=lambda number: asked[number].size)):
+                    questions = [asked[number].messages for number in batch]
+                    seeds = [asked[number].seed for number in batch]
+                    # The last batch keeps the shape of those before, so that no program is compiled for it.
+                    spare = min(self.batch_size, len(numbers)) - len(batch)
+                    output = self.model.generate(
+                        questions + questions[-1:] * spare,
+                        method=self.method,
+                        seed=seeds + seeds[-1:] * spare,
+                        **dict(settings),
+                    )
+                    yield from zip(batch, output.text[: len(batch)], strict=True)
+                    bar.update(len(batch))
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        for start in range(0, len(numbers), self.batch_size):
+            yield numbers[start : start + self.batch_size]
+
+    def _pair(self, text: str, continuation: Any, *rest: Any) -> tuple[str, str, Callable[[], Sequence]]:
+        """Text, continuation, and what reads the pictures, of a request for a log-likelihood."""
+        doc_to_visual, *place = rest or (None,)
+        if callable(continuation):
+            continuation = continuation(self._document(*place))
+        if not str(continuation).strip():
+            raise LVLMError(
+                "a continuation is empty, so it has no likelihood; check the task's doc_to_target"
+            )
+        return text, str(continuation).strip(), self._visuals(doc_to_visual, *place)
+
+    def _likelihoods(
+        self, pairs: Sequence[tuple[str, str, Callable[[], Sequence]]]
+    ) -> list[tuple[float, bool]]:
+        questions = [_messages(visuals(), text) for text, _, visuals in pairs]
+        answers = [_answer(continuation) for _, continuation, _ in pairs]
+        whole_prompt = self.model.prepare([[*q, a] for q, a in zip(questions, answers, strict=True)])
+        counts = np.array([self._answer_length(answer) for answer in answers])[:, None]
+        longest = int(counts.max())
+        # Prompts are left-padded: a continuation of n tokens is its row's last n columns.
+        tokens = whole_prompt.tokens[:, -longest:]
+        inside = np.arange(longest) >= longest - counts
+        if self.method is None:
+            logits = self.model.logits(whole_prompt)[:, -longest - 1 : -1]
+        else:
+            logits = self._logits_of_method(questions, tokens, counts)
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        said = np.asarray(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
+        greedy = np.asarray(logits.argmax(axis=-1)) == tokens
+        sums = np.where(inside, said, 0.0).sum(axis=1, dtype=np.float64)
+        values = sums if self.likelihood == "logprob" else -sums / counts[:, 0]
+        return list(zip(values.tolist(), (greedy | ~inside).all(axis=1).tolist(), strict=True))
+
+    def _logits_of_method(
+        self, questions: Sequence[list[dict]], tokens: np.ndarray, counts: np.ndarray
+    ) -> Float[Array, "B T V"]:
+        """The logits that a method chooses the last tokens of each row from, fed one by one as decoding does.
+
+        Methods treat prompt and answer differently, and contrastive ones combine branches, so that no single pass
+        over both would do.
+        """
+        longest = tokens.shape[1]
+        prompt = self.model.prepare(list(questions))
+        state, step = self.model.prefill(prompt, self.method, int(prompt.lengths.max()) + longest)
+        # Here answers begin together and end apart; those that have ended are fed on, and their logits not read.
+        begin = longest - counts
+        rows = []
+        for index in range(longest):
+            rows.append(step.combined)
+            if index + 1 < longest:
+                fed = np.take_along_axis(tokens, np.minimum(begin + index, longest - 1), axis=1)[:, 0]
+                state, step = self.model.decode(state, fed)
+        stacked = jnp.stack(rows, axis=1)
+        return jnp.take_along_axis(stacked, jnp.maximum(np.arange(longest) - begin, 0)[..., None], axis=1)
+
+    def _answer_length(self, answer: dict) -> int:
+        """How many tokens an answer adds to a prompt: what follows the tokens that both have in common."""
+        question = {"role": "user", "content": "?"}
+        with_answer, without = (
+            prompt.tokens[0][prompt.image_id[0] >= 0]
+            for prompt in (self.model.prepare([question, answer]), self.model.prepare([question]))
+        )
+        shared = min(len(with_answer), len(without))
+        apart = np.flatnonzero(with_answer[:shared] != without[:shared])
+        return len(with_answer) - int(apart[0] if len(apart) else shared)
+
+
+def _messages(visuals: Sequence, text: str) -> list[dict]:
+    """One user turn. A text may be empty here: lmms-eval scores choices without any context."""
+    if text.strip():
+        return conversation(list(visuals), text)
+    content = [{"type": "image", "image": visual} for visual in visuals]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": ""}]}]
+
+
+def _answer(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _size(text: str) -> tuple[int, int]:
+    return text.count(PLACEHOLDER), len(text)

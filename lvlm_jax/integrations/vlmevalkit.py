@@ -1,0 +1,82 @@
+"""Our models in VLMEvalKit (open-compass/VLMEvalKit): a `BaseModel` that keeps pictures and text in their order.
+
+A message is a list of `{"type": "image" | "text", "value": path or text}`; VLMEvalKit asks one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmeval.vlm.base import BaseModel
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.integrations import GENERATION, build_method, load, options, whole
+from lvlm_jax.journal.log import seed_of
+
+LONGEST_ANSWER = 512  # tokens; what VLMEvalKit's own LLaVA writes at most
+
+
+class LVLMJax(BaseModel):
+    """A model of this package, with or without a method, as VLMEvalKit calls it.
+
+    Args:
+        model_path: "pocket", a checkpoint folder, or a hub id.
+        dtype: "auto" (float32 on a CPU, else bfloat16), "float32", "bfloat16" or "float16".
+        method: "none", a method's name, or several joined by +.
+        seed: of sampling; a message has the same random stream wherever it stands in a benchmark.
+        stop: strings that end an answer.
+        settings: those of the method (`alpha=3.0`, `preset="llava-1.5/pope"`), and of generation as transformers
+            names them (`max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`, ...).
+
+    Raises:
+        LVLMError: a model, method or setting that cannot be used.
+    """
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+    allowed_types = ("text", "image")
+
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str = "auto",
+        method: str = "none",
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        **settings: Any,
+    ):
+        super().__init__()
+        generation = {name: settings.pop(name) for name in GENERATION if name in settings}
+        reserved = ("model_path", "dtype", "method", "seed", "stop", *GENERATION)
+        self.method = build_method(str(method), settings, reserved)
+        self.options = options(generation, LONGEST_ANSWER) | {"stop": stop}
+        self.seed = whole("seed", seed, 0)
+        self.model = load(model_path, dtype)
+
+    def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
+        """The answer to one message; `dataset` changes nothing.
+
+        Raises:
+            LVLMError: an empty message, a part that is neither text nor image, or an unreadable picture.
+        """
+        if not message:
+            raise LVLMError(
+                "the message is empty; expected a list of {'type': 'image' or 'text', 'value': ...}"
+            )
+        content = [_part(part) for part in message]
+        # Of a picture only its name, for the folder of VLMEvalKit's data differs from machine to machine.
+        said = (Path(part["value"]).name if part["type"] == "image" else part["value"] for part in message)
+        seed = seed_of(self.seed, "\n".join(map(str, said)))
+        conversation = [{"role": "user", "content": content}]
+        return self.model.generate([conversation], method=self.method, seed=[seed], **self.options).text[0]
+
+
+def _part(part: Mapping[str, str]) -> dict[str, str]:
+    """A part of a message as chat messages have it."""
+    if part.get("type") not in LVLMJax.allowed_types or "value" not in part:
+        raise LVLMError(
+            f"a message part has type {part.get('type')!r}; expected {{'type': 'image' or 'text', 'value': ...}}"
+        )
+    return {"type": part["type"], part["type"]: part["value"]}

@@ -1,0 +1,211 @@
+"""The programs of an answer, as `LVLM.generate` runs them one after the other, compiled without a model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lvlm_jax import models, parallel
+from lvlm_jax.attention import Tap
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import drivers, opera
+from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.models.pictures import Pictures
+from lvlm_jax.planning import programs
+from lvlm_jax.planning.programs import Compiled, Program, size
+from lvlm_jax.processors.layout import Inputs, bucket
+from lvlm_jax.training import placement
+from lvlm_jax.weights import quantize
+
+TEXT_BEFORE, TEXT_BEHIND = 8, 40  # tokens around the images, as in a chat template with a question
+
+
+def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+    """Images, embedding, what a method primes itself with, prefill, decoding.
+
+    Args:
+        job: a `plan.Job`.
+        config: the model's configuration, of any depth.
+        mesh: the devices.
+        native: see `programs.compile_for`.
+
+    Raises:
+        LVLMError: a method that cannot be planned, or a prompt without room for its images.
+    """
+    if opera.wanted(job.method):
+        raise LVLMError(
+            "OPERA is a beam search that turns back, which is not planned; expected another method"
+        )
+    prompt, params = example(job, config, job.batch), parameters(config, job.dtype, mesh, job.quant)
+    held, read = size(params), size(programs.weights_read(params))
+    found: list[Program] = []
+
+    def compiled(traced: Any, *arguments: Any, donated: int | None = None) -> Compiled:
+        return programs.compile_for(traced, (params, *arguments), mesh.size, native, donated)
+
+    def add(
+        name: str,
+        made: Compiled,
+        rest: float,
+        weights: float,
+        moved: float,
+        cache: float = 0.0,
+        runs: int = 1,
+    ) -> None:
+        parts = {"parameters": held, "cache": cache, "inputs and results": rest}
+        found.append(
+            Program(
+                name,
+                parts,
+                made.orders,
+                runs * made.flops,
+                runs * (weights + moved),
+                {reach: runs * one for reach, one in made.messages.received.items()},
+                runs * made.messages.count,
+            )
+        )
+
+    pixels, image_tokens = None, None
+    if prompt.pixels is not None:
+        pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
+        made = compiled(drivers.encode_images.trace(params, config, pixels, geometry), pixels, geometry)
+        image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
+        beside = sum(size(part) for name, part in params.items() if name != "language_model")
+        other = job.method is not None and len(job.method.branches()) > 1
+        twice = other and job.method.contrast_prompt() == "pixels"
+        add("images", made, own, beside, own, runs=1 + twice)
+    tokens = _spread(_shape(prompt.tokens), mesh)
+    made = compiled(drivers.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)
+    embeddings, own = made.results, size((tokens, image_tokens)) + made.fresh
+    add("embed", made, own, 0, own)
+
+    options: dict[str, Any] = {}
+    room = bucket(job.new_tokens)
+
+    def prepared(params: dict, pixels: Any) -> tuple:
+        shown = dataclasses.replace(prompt, pixels=pixels)
+        length = int(prompt.lengths.max()) + room
+        (_, _, *traced), static = LVLM(params, config, job.folder).prefill_arguments(
+            shown, job.method, length
+        )
+        contrast = static.pop("contrast")
+        options.update(static)
+        return *traced, contrast
+
+    main, method, contrast = jax.eval_shape(prepared, params, pixels)
+    main, contrast = _spread(main, mesh), _spread(contrast, mesh)
+    if main.embeddings.sharding is None:
+        main = dataclasses.replace(main, embeddings=embeddings)
+    if job.method is not None and job.method.primes:
+        looks = {name: options[name] for name in ("window", "image_count")}
+        looks["tap"] = Tap(hidden=tuple(range(config.text.num_layers + 1)))
+        made = compiled(drivers.full_forward.trace(params, config, main, None, **looks), main)
+        own = size(main) + made.fresh
+        add("prime", made, own, read, own, runs=2)  # with the images and without them
+
+    arguments = (main, method, contrast)
+    traced = drivers.prefill.trace(params, config, main, method, contrast=contrast, **options)
+    made = compiled(traced, *arguments)
+    state, step = made.results
+    cache, own = size(state.caches), size(arguments) + made.fresh
+    add("prefill", made, own - cache, read, own, cache)
+
+    answers = jax.eval_shape(functools.partial(_begun, room=room), state, step.combined, tokens)
+    answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
+    traced = drivers.run.trace(params, config, answers, limit)
+    made = compiled(traced, answers, limit, donated=1)
+    add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
+    return tuple(found)
+
+
+def parameters(config: Any, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:
+    """The shapes of a model's parameters where `LVLM.from_pretrained` puts them."""
+    params = abstract(config, dtype)
+    if quant is not None:
+        params = jax.eval_shape(quantize.quantize, params)
+    return placed(params, placement.of_parameters(params, mesh))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their places."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def abstract(config: Any, dtype: str) -> dict:
+    """`models.abstract_parameters`, which traces the whole model, once for each configuration."""
+    return models.abstract_parameters(config, dtype)
+
+
+def example(job: Any, config: Any, rows: int) -> Inputs:
+    """So many prompts of the wanted size: some text, the images, text. Pixels take no memory.
+
+    Raises:
+        LVLMError: too few tokens for the images, or more than the model's context.
+    """
+    shown = pictures(config, rows * job.images)
+    counts = [] if shown is None else shown.token_counts[: len(shown.token_counts) // rows].tolist()
+    least = TEXT_BEFORE + sum(counts)
+    length = least + TEXT_BEHIND if job.prompt_tokens is None else job.prompt_tokens
+    context = config.text.max_position_embeddings
+    if not least < length < context:
+        raise LVLMError(
+            f"a prompt of {length} tokens is not possible; expected more than {least} ({sum(counts)} of images and "
+            f"{TEXT_BEFORE} before them) and less than the context of {context}"
+        )
+    row = np.full(bucket(length), -1, np.int32)
+    row[len(row) - length :] = 0
+    start = len(row) - length + TEXT_BEFORE
+    row[start : start + sum(counts)] = np.repeat(np.arange(len(counts)) + 1, counts)
+    image_id = np.tile(row, (rows, 1))
+    tokens = np.where(image_id > 0, config.image_token_id, 0).astype(np.int32)
+    inputs = Inputs(tokens, image_id, None, np.zeros((rows, 0), np.int64))
+    if shown is None:
+        return inputs
+    return dataclasses.replace(
+        inputs, pixels=shown.pixels, owner=shown.owner, geometry=shown.geometry, grids=shown.grids
+    )
+
+
+def pictures(config: Any, count: int) -> Pictures | None:
+    """So many of the smallest images of a family, which for families with images of one size are those."""
+    if count == 0:
+        return None
+    blank = config.blank()
+
+    def repeated(array: np.ndarray) -> np.ndarray:
+        return np.tile(array, (count, *[1] * (array.ndim - 1)))
+
+    pixels = np.broadcast_to(np.float32(0), (count * len(blank.pixels), *blank.pixels.shape[1:]))
+    images = len(blank.token_counts)
+    owner = np.concatenate([np.where(blank.owner < 0, -1, blank.owner + i * images) for i in range(count)])
+    geometry = {name: repeated(array) for name, array in blank.geometry.items()}
+    grids = None if blank.grids is None else repeated(blank.grids)
+    return Pictures(pixels, owner, repeated(blank.token_counts), geometry, grids)
+
+
+def _begun(state: Any, logits: Any, tokens: Any, room: int) -> drivers.Answers:
+    stop = jnp.zeros((1,), jnp.int32)
+    keys = sample_keys(0, logits.shape[0])
+    return drivers.choose_first(state, logits, tokens, Sampling.of(), keys, stop, room)
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _spread(batch: Any, mesh: Mesh) -> Any:
+    """As `parallel.spread` would."""
+    ways, place = mesh.shape["data"] * mesh.shape["fsdp"], parallel.batch_sharding(mesh)
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if leaf.shape[0] % ways else place)
+
+    return jax.tree.map(shape, batch)

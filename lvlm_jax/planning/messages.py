@@ -1,0 +1,98 @@
+"""What a compiled program has devices send to one another, read from its text."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lvlm_jax.planning.module_text import Computations, Instruction, size_of
+
+_OPERATIONS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_STRIDED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+_MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+_ARRANGED = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
+
+
+class Messages(NamedTuple):
+    """What one device receives in a run of a program; loops whose length is not known run once.
+
+    Attributes:
+        received: bytes, by reach: the devices that exchange them lie in one block of so many devices. Algorithms on
+            rings are assumed: a gather brings what the others have, a sum twice as much.
+        count: how many messages.
+    """
+
+    received: dict[int, float]
+    count: float
+
+
+def read(found: Computations, times: Mapping[str, int], devices: int) -> Messages:
+    """What a partitioned module has one of its devices receive.
+
+    Args:
+        found, times: see `module_text.computations` and `runs`.
+        devices: how many run it.
+    """
+    received: dict[int, float] = {}
+    count = 0.0
+    for name, instructions in found.items():
+        for one in instructions if times[name] else ():
+            operation = one.operation.removesuffix("-start")
+            if operation not in _OPERATIONS:
+                continue
+            group = _group(one, devices)
+            if size := _received(operation, size_of(one.type), len(group)) * times[name]:
+                reach = max(group) + 1
+                received[reach] = received.get(reach, 0.0) + size
+                count += times[name]
+    return Messages(received, count)
+
+
+def _received(operation: str, result: int, group: int) -> float:
+    """Bytes that reach one of `group` devices, from those of its result."""
+    others = (group - 1) / group
+    if operation == "all-reduce":
+        return 2 * result * others
+    if operation == "reduce-scatter":
+        return result * (group - 1)
+    return result if operation.startswith("collective") else result * others
+
+
+def _group(one: Instruction, devices: int) -> list[int]:
+    """The devices that exchange something with device 0 in an operation; all, where the text does not say."""
+    if found := _LISTED.search(one.rest):
+        return [int(device) for device in found[1].split(",")]
+    if found := _STRIDED.search(one.rest):
+        return _arranged(found[1])[0].tolist()
+    if found := _MESH.search(one.rest):
+        axes = re.findall(r"'(.*?)'=(\d+)", found[1])
+        mesh = _arranged(found[2]).reshape(-1) if found[2] else np.arange(math.prod(int(n) for _, n in axes))
+        mesh = mesh.reshape([int(size) for _, size in axes])
+        along = re.findall(r"'(.*?)'", found[3])
+        return mesh[tuple(slice(None) if axis in along else 0 for axis, _ in axes)].reshape(-1).tolist()
+    if found := _PAIRS.search(one.rest):
+        return sorted({int(device) for device in re.findall(r"\d+", found[1])})
+    return list(range(devices))
+
+
+def _arranged(text: str) -> np.ndarray:
+    """Devices as XLA writes them: `[2,4]<=[4,2]T(1,0)` or, of all in their order first, `[4,2]T(1,0)`."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    shape, source, order = _ARRANGED.match(text).groups()
+    devices = np.arange(math.prod(numbers(source or shape))).reshape(numbers(source or shape))
+    devices = devices.transpose(numbers(order)) if order else devices
+    return devices.reshape(numbers(shape)) if source else devices

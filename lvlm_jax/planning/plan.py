@@ -1,0 +1,242 @@
+"""What a model needs on a mesh of devices, and how fast it can be there, before any device is rented.
+
+The programs that `LVLM.generate` or `train.py` would run are compiled for so many simulated devices, with shapes in the
+place of arrays: nothing is allocated. From each come the bytes that one device holds and what it computes, moves and
+receives; a device's ceilings turn these into times.
+
+    memory of a program  =  parameters + cache + inputs and results + temporaries              (inference)
+                            parameters + optimizer + copy + batch + temporaries                (training)
+    memory of the job    =  that of its largest program; programs run one after the other
+
+    time of a program    =  max(bytes moved / bandwidth, FLOPs / peak) + bytes received / link
+
+The decoder's layers are alike and written out one after the other. So two depths are compiled, of the model's own
+widths and on the whole mesh, and every figure is extended by what one layer adds. Arguments and results grow by equal
+steps by their nature. What temporaries add is the compiler's choice, which settles from the second layer on; a test
+compares both ways. All layers are compiled where `exact` asks for it, or where a method edits some of them only.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lvlm_jax import cli, models, parallel, weights
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import Method
+from lvlm_jax.planning.devices import Device
+from lvlm_jax.planning.inference import abstract, inference
+from lvlm_jax.planning.programs import Program
+from lvlm_jax.planning.sizes import SHORT, SIZES
+from lvlm_jax.planning.training import RECIPES, tokens, training
+from lvlm_jax.training import settings
+from lvlm_jax.weights.checkpoint import read_json
+
+# That are compiled instead of the whole. Two apart: there are methods that edit every second layer.
+DEPTHS = (2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a model is trained; fields as in `training.settings`.
+
+    Attributes:
+        recipe: one of RECIPES.
+        lora: adapters on all projections of the decoder, or the parameters that `train` finds.
+    """
+
+    recipe: str
+    lora: bool = True
+    rank: int = 16
+    dropout: float = 0.0
+    train: str = settings.base().train
+    master: str = "float32"
+    accumulate: int = 1
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done, and on how many devices.
+
+    Attributes:
+        name: of the model.
+        config: its configuration.
+        devices: how many.
+        mesh: sizes of the axes data, fsdp and tensor; one may be -1.
+        dtype: of weights and products.
+        batch: conversations, or rows (pairs) of an update.
+        images: of each conversation.
+        prompt_tokens: of each, those of images included; None: the images' and 48.
+        new_tokens: longest answer.
+        method: of inference.
+        quant: None or "int8", of inference.
+        training: None for inference.
+        folder: of the checkpoint, if there is one; methods that add words ask its tokenizer.
+    """
+
+    name: str
+    config: Any
+    devices: int = 1
+    mesh: tuple[int, int, int] = (1, 1, -1)
+    dtype: str = "bfloat16"
+    batch: int = 1
+    images: int = 1
+    prompt_tokens: int | None = None
+    new_tokens: int = 128
+    method: Method | None = None
+    quant: str | None = None
+    training: Training | None = None
+    folder: Path | None = None
+
+    def __post_init__(self):
+        of = self.training
+        if of is not None and of.recipe not in RECIPES:
+            raise LVLMError(f"objective {of.recipe!r} is not planned; expected infer, {', '.join(RECIPES)}")
+        if of is not None and self.batch % of.accumulate:
+            raise LVLMError(
+                f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that can be cut into that "
+                "many equal parts"
+            )
+        if of is not None and (self.quant is not None or self.method is not None):
+            raise LVLMError("quant and method are of inference; leave them out of a plan for training")
+
+    def replaced(self, **changes: Any) -> "Job":
+        """The same but for some fields."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Figures of one of the devices.
+
+    Attributes:
+        job: what was planned.
+        mesh: sizes of data, fsdp and tensor.
+        parameters: of the model, on all devices together; adapters not counted.
+        programs: in the order in which they run.
+    """
+
+    job: Job
+    mesh: tuple[int, int, int]
+    parameters: float
+    programs: tuple[Program, ...]
+
+    @property
+    def largest(self) -> Program:
+        """The program that holds the most."""
+        return max(self.programs, key=lambda program: program.total)
+
+    @property
+    def total(self) -> float:
+        """Bytes that a device must have."""
+        return self.largest.total
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an update, or one for each conversation."""
+        return self.job.batch if self.job.training is None else tokens(self.job, self.job.config)
+
+    def seconds(self, device: Device) -> dict[str, float]:
+        """`prefill` (images included) and `token`, or `step`."""
+        taken = {
+            program.name: device.seconds(program.moved, program.flops, self.job.dtype, program.received)
+            for program in self.programs
+        }
+        if self.job.training is not None:
+            return taken
+        last = taken.pop("decode")
+        return {"prefill": sum(taken.values()), "token": last}
+
+
+def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
+    """Plans a job; the process must have as many (simulated) devices, see `simulate`.
+
+    Args:
+        native: for this CPU, else for accelerators; see `programs`.
+        exact: compiles all layers.
+
+    Raises:
+        LVLMError: a mesh that does not multiply to the devices, or a job that cannot be planned.
+    """
+    found = jax.devices()
+    if len(found) < job.devices:
+        raise LVLMError(f"{job.devices} devices are planned for and this process has {len(found)}")
+    mesh = parallel.make_mesh(*job.mesh, devices=found[: job.devices])
+    layers, build = job.config.text.num_layers, inference if job.training is None else training
+    if exact or layers <= DEPTHS[1] or not alike_in_all_layers(job.method, layers):
+        programs = build(job, job.config, mesh, native)
+        parameters = _count(job.config)
+    else:
+        near, other = (at_depth(job.config, depth) for depth in DEPTHS)
+        steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        pairs = zip(*(build(job, config, mesh, native) for config in (near, other)), strict=True)
+        programs = tuple(one.extended(two, steps) for one, two in pairs)
+        parameters = _count(near) + (_count(other) - _count(near)) * steps
+    return Plan(job, tuple(mesh.shape.values()), parameters, programs)
+
+
+def alike_in_all_layers(method: Method | None, layers: int) -> bool:
+    """Whether a method does in every layer what it does two layers on, so that two depths say what all do.
+
+    Raises:
+        LVLMError: it edits layers that the model does not have.
+    """
+    if method is None:
+        return True
+    edits = [transform for transform in method.branches() if transform is not None]
+    active = [
+        [transform.active(layer, layers, phase) for layer in range(layers)]
+        for transform in edits
+        for phase in ("prefill", "decode")
+    ]
+    return all(found[2:] == found[:-2] for found in active) and not method.exits(layers)
+
+
+def at_depth(config: Any, layers: int) -> Any:
+    """The same model with fewer layers in its decoder."""
+    text = config.text
+    windows = text.sliding_window[:layers]
+    return dataclasses.replace(
+        config, text=dataclasses.replace(text, num_layers=layers, sliding_window=windows)
+    )
+
+
+def simulate(count: int) -> None:
+    """Makes this process one on CPU with so many devices; before anything has touched a device.
+
+    Raises:
+        LVLMError: JAX has started already, with fewer.
+    """
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    )
+    jax.config.update("jax_platforms", "cpu")
+    if len(jax.devices()) < count:
+        raise LVLMError(
+            f"JAX has started with {len(jax.devices())} devices and {count} are planned for; plan in a new process"
+        )
+
+
+def read(name: str) -> tuple[str, Any, Path | None]:
+    """(name, configuration, folder) of a published size, a checkpoint folder, or a config.json.
+
+    Raises:
+        LVLMError: none of these, or a configuration that is no model's.
+    """
+    if (size := SHORT.get(name, name)) in SIZES:
+        return size, models.config_from_hf(SIZES[size]), None
+    path = Path(cli.checkpoint(name))
+    if path.is_dir():
+        return path.name, models.config_from_hf(weights.read_config(path)), path
+    if path.is_file():
+        return path.parent.name or path.stem, models.config_from_hf(read_json(path)), None
+    raise LVLMError(
+        f"model {name!r} is not known; expected a checkpoint folder, a config.json, or one of {', '.join(SIZES)}"
+    )
+
+
+def _count(config: Any) -> float:
+    return float(sum(leaf.size for leaf in jax.tree.leaves(abstract(config, "float32"))))

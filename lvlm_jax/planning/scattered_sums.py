@@ -1,0 +1,52 @@
+"""Sums over devices of which each device goes on with a slice alone, as gradients of sharded weights are.
+
+The compilers of GPUs and TPUs make one message of sum and slice (XLA's `reduce-scatter-creator`), so that the whole sum
+is on no device. The one of CPUs does not, and works the slices into what uses them, which keeps the whole sums of all
+layers until the end.
+"""
+
+import math
+
+from lvlm_jax.planning.module_text import Computations, Instruction, dimensions
+
+# What may stand between a sum and its slice.
+_BETWEEN = ("bitcast", "convert", "copy")
+WHOLE = 0
+
+
+def scattered(found: Computations) -> Computations:
+    """The same computations with such sums as `reduce-scatter` of the slice."""
+    return {
+        name: [_replaced(one, instructions, found) for one in instructions]
+        for name, instructions in found.items()
+    }
+
+
+def _replaced(one: Instruction, instructions: list[Instruction], found: Computations) -> Instruction:
+    if one.operation != "all-reduce" or one.type.startswith("("):
+        return one
+    counts = _taken(one.name, instructions, found)
+    if len(counts) != 1 or WHOLE in counts:
+        return one
+    return one._replace(operation="reduce-scatter", type=f"{one.type.partition('[')[0]}[{counts.pop()}]")
+
+
+def _taken(name: str, instructions: list[Instruction], found: Computations) -> set[int]:
+    """How many numbers the users of a value take of it; WHOLE for one that takes all."""
+    counts: set[int] = set()
+    for user in instructions:
+        for place, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.operation == "fusion":
+                inside = found[user.called[0]]
+                given = (str(place),)
+                own = next(one for one in inside if one.operation == "parameter" and one.operands == given)
+                counts |= _taken(own.name, inside, found)
+            elif user.operation in _BETWEEN and not user.root:
+                counts |= _taken(user.name, instructions, found)
+            elif user.operation == "dynamic-slice" and place == 0:
+                counts.add(math.prod(dimensions(user.type)))
+            else:
+                counts.add(WHOLE)
+    return counts

@@ -1,0 +1,152 @@
+"""The step of a training run, as `train.py` runs it, compiled without a model and without data."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lvlm_jax import models
+from lvlm_jax.planning import programs
+from lvlm_jax.planning.inference import abstract, example, placed
+from lvlm_jax.planning.programs import Program, size
+from lvlm_jax.processors.layout import bucket
+from lvlm_jax.training import optimizer, placement, settings
+from lvlm_jax.training.data.pair_batches import CONVERSATION, PAIR
+from lvlm_jax.training.objectives import preference as preference_task
+from lvlm_jax.training.objectives import sft as sft_task
+from lvlm_jax.training.step import make_step
+from lvlm_jax.weights import lora, parts
+from lvlm_jax.weights.tables import flatten, unflatten
+
+RECIPES = ("sft", "dpo", "capl")
+
+
+def training(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+    """One update of all rows of a batch.
+
+    Args:
+        job: a `plan.Job` with `training`.
+        config: the model's configuration, of any depth.
+        mesh: the devices.
+        native: see `programs.compile_for`.
+
+    Raises:
+        LVLMError: see `example`, `lora.attach` and `parts.split`.
+    """
+    of, defaults = job.training, settings.base()
+    trainable, frozen, kept = divided(job, config, mesh)
+    transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
+    state = placement.of_state(trainable, transformation, mesh)
+    rows = batch(job, config, mesh)
+    objective, terms = _objective(job, config, defaults)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere(mesh)
+    update = make_step(objective, terms, transformation, 0, of.accumulate, shardings)
+    arguments = (state, frozen, rows)
+    with jax.set_mesh(mesh):  # as the loop does
+        traced = update.trace(*arguments)
+    made = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
+    held = {
+        "parameters": size((state.trainable, frozen)),
+        "optimizer": size(state.optimizer),
+        "copy": kept,
+        "batch and results": size(rows) + made.fresh,
+    }
+    moved = 2 * size(state) + size((frozen, rows))
+    told = made.messages
+    return (Program("step", held, made.orders, made.flops, moved, told.received, told.count),)
+
+
+def divided(job: Any, config: Any, mesh: Mesh) -> tuple[Any, Any, float]:
+    """(trainable, frozen, kept): shapes as `finetune` divides a model, and the bytes that it holds beside them.
+
+    The loop trains a copy, so that what it was given stays: the adapters as they were drawn, or with full fine-tuning
+    the loaded weights, which hold the frozen ones in the master dtype too where products are in another.
+    """
+    of = job.training
+    if not of.lora:
+        loaded = parts.split(abstract(config, of.master), of.train)
+        trainable, first = (placed(part, placement.of_parameters(part, mesh)) for part in loaded)
+        frozen = _cast(first, job.dtype)
+        return trainable, frozen, size(trainable) + size(first) * (job.dtype != of.master)
+
+    base = abstract(config, job.dtype)
+
+    def attached(kind: tuple[str, ...]) -> dict:
+        key = jax.random.key(0)
+        whole = lora.attach(base, of.rank, 2.0 * of.rank, lora.TARGETS, of.dropout, key)
+        return {path: leaf for part in whole for path, leaf in flatten(part).items() if path.endswith(kind)}
+
+    adapters, constants = (
+        jax.eval_shape(functools.partial(attached, kind))
+        for kind in (("/lora_a", "/lora_b"), ("/lora_scale", "/lora_dropout"))
+    )
+    trainable, frozen = unflatten(adapters), unflatten(flatten(base) | constants)
+    trainable, frozen = (placed(part, placement.of_parameters(part, mesh)) for part in (trainable, frozen))
+    trainable = _cast(trainable, of.master)
+    return trainable, frozen, size(trainable)
+
+
+def batch(job: Any, config: Any, mesh: Mesh) -> dict[str, Any]:
+    """The shapes of a batch as `pair_batches` makes them, and where they lie."""
+    of = job.training
+    length, answers = row_length(job, config), bucket(job.new_tokens)
+    count = job.batch // of.accumulate
+    shown = example(job, config, count)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(((of.accumulate,) if of.accumulate > 1 else ()) + shape, dtype)
+
+    def sequence() -> dict[str, Any]:
+        found = {"tokens": array(jnp.int32, count, length), "answers": array(bool, count, length)}
+        found["image_id"] = array(jnp.int32, count, length)
+        found["columns"] = array(jnp.int32, count, answers)
+        return found | ({} if shown.grids is None else {"axes": array(jnp.int32, count, 3, length)})
+
+    blank = config.blank()
+    images = (count, *blank.pixels.shape[1:]) if shown.pixels is None else shown.pixels.shape
+    found = {"images": array(jnp.float32, *images), "ids": array(jnp.int32, count)}
+    found["weight"] = array(jnp.float32, count)
+    geometry = blank.geometry if shown.pixels is None else shown.geometry
+    if geometry:
+        found["geometry"] = {
+            name: array(jax.dtypes.canonicalize_dtype(leaf.dtype), *leaf.shape)
+            for name, leaf in geometry.items()
+        }
+    found |= {name: sequence() for name in (CONVERSATION if of.recipe == "sft" else PAIR)}
+    if of.recipe != "sft" and not of.lora:
+        found["reference"] = array(jnp.float32, count, 2, answers)
+    return placed(found, placement.of_batch(found, mesh, of.accumulate))
+
+
+def row_length(job: Any, config: Any) -> int:
+    """Tokens of a row, prompt and answer, as batches are padded."""
+    return bucket(int(example(job, config, 1).lengths.max()) + job.new_tokens)
+
+
+def tokens(job: Any, config: Any) -> int:
+    """Of all rows of an update."""
+    return job.batch * row_length(job, config) * (1 if job.training.recipe == "sft" else 2)
+
+
+def _objective(job: Any, config: Any, defaults: ConfigDict) -> tuple[Any, dict[str, float]]:
+    module = models.build(config, jnp.dtype(job.dtype), remat=job.training.remat)
+    if job.training.recipe == "sft":
+        return functools.partial(sft_task.objective, module), {"loss": 1.0}
+    preference = defaults.preference.unlock() if defaults.preference.is_locked else defaults.preference
+    preference.method = "capl" if job.training.recipe == "capl" else "none"
+    images = 1 << max(job.images - 1, 0).bit_length()
+    scorer = preference_task.Scorer(module, preference_task.method_of(preference), images)
+    chosen = {name: preference[name] for name in ("loss", "beta", "label_smoothing")}
+    return functools.partial(preference_task.objective, scorer, chosen), {
+        "preference": 1.0,
+        "nll": preference.nll,
+    }
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), tree
+    )

@@ -1,0 +1,154 @@
+"""The pocket benchmark: every kind of benchmark in the pocket world, small enough for a laptop's processor.
+
+The test split is written in the formats that real data comes in, and asked and scored by the same code: POPE's three
+splits, descriptions by CHAIR, existence, counting, position and colour in MME's layout, and questions over two to four
+images about existence, count and identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from lvlm_jax.evaluation.benchmarks.chair import DESCRIBE, GROUP
+from lvlm_jax.evaluation.benchmarks.pope import LLAVA_SUFFIX, SPLITS
+from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.question import Data
+from lvlm_jax.pocket import splits
+
+register(
+    Protocol("pope/pocket", "pope", "pocket world: no suffix, one yes/no word counts", "strict", 16, groups=SPLITS),
+    Protocol("chair/pocket", "chair", "pocket world: OPERA's prompt, 160 tokens", "none", 160, template=DESCRIBE,
+             groups=(GROUP,)),
+    # Without the suffix the model answers in sentences, and no sentence is the word that is right.
+    Protocol("mihbench/pocket", "mihbench", "pocket world: several images, one word asked for, by --question-file",
+             "short", 16, suffix=LLAVA_SUFFIX),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One benchmark of the pocket world.
+
+    Attributes:
+        name: of its folder.
+        protocol: name of the protocol.
+        columns: headings of the table -> names of figures.
+        question_file: below the world's folder, where the benchmark does not find it itself.
+    """
+
+    name: str
+    title: str
+    protocol: str
+    columns: Mapping[str, str]
+    question_file: str | None = None
+
+    def data(self, world: Path) -> Data:
+        """Where its files lie."""
+        return Data(world, question_file=self.question_file and world / self.question_file)
+
+
+PARTS = (
+    Part("pope", "Is it there? (POPE: accuracy by split, F1 and share of yes over all)", "pope/pocket", {
+        "random": "random: accuracy", "popular": "popular: accuracy", "adversarial": "adversarial: accuracy",
+        "F1": "mean: F1", "yes": "mean: yes ratio",
+    }),
+    Part("chair", "Descriptions (CHAIR)", "chair/pocket", {
+        "C_S": "C_S", "C_I": "C_I", "recall": "recall", "F1": "F1", "words": "words",
+    }),
+    Part("mme", "Existence, count, position, colour (MME: 200 points each)", "mme/hallucination", {
+        "sum": "hallucination", "existence": "existence: score", "count": "count: score",
+        "position": "position: score", "colour": "color: score",
+    }),
+    Part("multi_image", "Two to four images (accuracy)", "mihbench/pocket", {
+        "all": "accuracy", "in all of them": "in_all_images: accuracy", "in one": "in_one_image: accuracy",
+        "which one": "which_image: accuracy", "how many": "how_many_images: accuracy",
+        "the same object": "same_object: accuracy",
+    }, "questions/multi_image.jsonl"),
+)  # fmt: skip
+
+
+def write_world(folder: Path, images: int) -> None:
+    """The first `images` scenes of the test split, unless the folder is there; it is complete or absent.
+
+    Raises:
+        LVLMError: too few images for POPE, or a folder that cannot be written.
+    """
+    if folder.exists():
+        return
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    splits.write_split(part, "test", images)
+    part.rename(folder)
+
+
+def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
+    """Two tables of a part: the figures of all methods, and how they fare against their controls.
+
+    Args:
+        found: method -> contents of its `scores.json`; "greedy" first, which has no controls.
+    """
+    lines = [f"## {part.title}", "", *table(part.columns, found)]
+    beside = {name: scores["controls"] for name, scores in found.items() if "controls" in scores}
+    if beside:
+        kinds = list(dict.fromkeys(kind for controls in beside.values() for kind in controls))
+        lines += ["", _row(["method against", *kinds]), "|---" * (len(kinds) + 1) + "|"]
+        for name, controls in beside.items():
+            lines.append(_row([name, *(_judged(controls.get(kind)) for kind in kinds)]))
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Mapping[str, str], found: Mapping[str, Mapping], what: str = "method") -> list[str]:
+    """Lines of a table: figures with intervals, and below them the difference to the run compared with.
+
+    Args:
+        columns: headings -> names of figures.
+        found: run -> contents of its `scores.json`, compared with another by `against` there, or else with the greedy
+            control. Where they have a cost, the last column is the seconds of answering.
+        what: heading of the first column.
+    """
+    timed = ["seconds"] * any("cost" in scores for scores in found.values())
+    heading = [what, *columns, *timed]
+    lines = [_row(heading), "|---" * len(heading) + "|"]
+    for name, scores in found.items():
+        control = scores.get("controls", {}).get("greedy", {})
+        against = scores.get("against", control.get("against", {})).get("differences", {})
+        cells = [_cell(scores["figures"].get(figure), against.get(figure)) for figure in columns.values()]
+        lines.append(_row([name, *cells, *(f"{scores['cost']['seconds']:.0f}" for _ in timed)]))
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(figure: Mapping | None, difference: Mapping | None) -> str:
+    """A figure with its interval and, below it, its difference to greedy with the paired interval."""
+    if figure is None or figure["value"] is None:
+        return "–"
+    unit = figure["unit"]
+    text = f"{_number(figure['value'], unit)} ({_between(figure['interval'], unit)})"
+    if difference is not None and difference["value"] is not None:
+        change = _number(difference["value"], unit, "+"), _between(difference["interval"], unit, "+")
+        text += f"<br>{change[0]} ({change[1]})"
+    return text
+
+
+def _judged(control: Mapping | None) -> str:
+    if control is None:
+        return "–"
+    differences, figures = control["against"]["differences"], control["figures"]
+    return "<br>".join(
+        f"{says} ({_number(differences[name]['value'], figures[name]['unit'], '+')} {name})"
+        for name, says in control["verdicts"].items()
+    ) or "not defined"  # fmt: skip
+
+
+def _number(value: float | None, unit: str, sign: str = "") -> str:
+    return "–" if value is None else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
+
+
+def _between(interval: list, unit: str, sign: str = "") -> str:
+    return " to ".join(_number(bound, unit, sign) for bound in interval)

@@ -1,0 +1,305 @@
+"""The recipe of the pocket model, in three stages.
+
+1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
+2. `connector`: the same labels, but read off the decoder's own word embeddings, and the words "left", "middle" and
+   "right" by a patch's column: image tokens come to lie beside the words for what they show and where.
+3. `everything`: conversations over one to four images, loss on the answers, and a share of stage 2's loss.
+
+Without the first two the decoder learns to speak long before it looks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from lvlm_jax import models, weights
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.pocket import recipe_data as pocket_data
+from lvlm_jax.pocket import recipe_losses as sft
+from lvlm_jax.pocket import tokenizer
+from lvlm_jax.training import loop
+from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
+
+STAGES = ("tower", "connector", "everything")
+CLASSIFIER = "classifier"  # beside the model's own parameters, in the first stage only
+# Projections that write into the residual stream start smaller, so that its size does not grow with depth.
+RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
+
+
+def hf_config(settings: Any, encoder: Any) -> dict:
+    """The model's `config.json`, sizes from `settings` (the config's `model`), token ids from the tokenizer."""
+    image_token = encoder.convert_tokens_to_ids(tokenizer.IMAGE)
+    special = {
+        "bos_token_id": encoder.bos_token_id,
+        "eos_token_id": encoder.eos_token_id,
+        "pad_token_id": encoder.pad_token_id,
+    }
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": image_token,
+        "image_seq_length": tokenizer.IMAGE_TOKENS,
+        "vision_feature_layer": settings.vision_feature_layer,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": True,
+        **special,
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": len(encoder),
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            **special,
+            **settings.text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": tokenizer.SIZE,
+            "patch_size": tokenizer.PATCH,
+            "hidden_act": "quick_gelu",
+            **settings.vision,
+        },
+    }
+
+
+def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
+    """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length, half the heads alike."""
+    depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
+    shapes = models.abstract_parameters(config)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def fill(path: tuple, shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        if names[-1] == "scale":
+            return jnp.ones(shape.shape)
+        if names[-1] == "bias":
+            return jnp.zeros(shape.shape)
+        if names[-1] != "kernel":  # embeddings
+            return jax.random.normal(key, shape.shape) * shape.shape[-1] ** -0.5
+        scale = np.prod(shape.shape[:-1]) ** -0.5
+        if names[-2] in RESIDUAL:
+            scale *= (2 * depth[names[0]]) ** -0.5
+        return jax.random.normal(key, shape.shape) * scale
+
+    params = jax.tree.unflatten(
+        structure, [fill(path, shape, key) for (path, shape), key in zip(leaves, keys, strict=True)]
+    )
+    for index in range(config.text.num_layers):
+        _look_for_alike(params["language_model"][f"layers_{index}"]["self_attn"], config.text)
+    return params
+
+
+def _look_for_alike(attention: dict, config: models.DecoderConfig) -> None:
+    """Lets the first half of a layer's heads begin by attending to tokens like their own, in place.
+
+    With equal query and key projections a token's logit with its like is far above that with others (mimetic
+    initialisation, arXiv 2305.09828). The word in a question then finds the image tokens beside it from the start.
+    """
+    width = config.num_kv_heads // 2 * config.head_dim
+    query, key = attention["q_proj"]["kernel"], attention["k_proj"]["kernel"]
+    attention["k_proj"]["kernel"] = key.at[:, :width].set(query[:, :width])
+
+
+def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
+    """`patch_loss` over all labelled patches, `patch_accuracy` over those that show an object."""
+    known = labels >= 0
+    safe = jnp.maximum(labels, 0)
+    return {
+        "patch_loss": cross_entropy(logits, safe, known),
+        "patch_accuracy": accuracy(logits, safe, known & (labels < pocket_data.CATEGORY_COUNT)),
+    }
+
+
+def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words: np.ndarray) -> jax.Array:
+    """Image tokens against the decoder's embeddings of the labels' words."""
+    embedded = module.apply({"params": params}, jnp.asarray(words)[None], method="embed")[0]
+    return jnp.einsum("IPE,LE->IPL", image_tokens, embedded)
+
+
+def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mean]:
+    """Stage 1, read off the tower by a linear classifier that is thrown away afterwards."""
+    features = module.apply({"params": params}, sft.pixels(batch["images"]), method="image_features")
+    logits = features @ params[CLASSIFIER]["kernel"] + params[CLASSIFIER]["bias"]
+    return patch_metrics(logits, batch["labels"])
+
+
+def connector_metrics(
+    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
+) -> dict[str, Mean]:
+    """Stage 2: what patches show and where they are."""
+    image_tokens = sft.encode(module, params, batch["images"])
+    metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
+    metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)
+    return metrics
+
+
+def place_loss(
+    module: nn.Module, params: dict, image_tokens: jax.Array, labels: jax.Array, columns: np.ndarray
+) -> Mean:
+    """Image tokens of object patches against the words for "left", "middle" and "right", each by its column."""
+    thirds, targets = np.unique(columns, return_inverse=True)
+    logits = word_logits(module, params, image_tokens, thirds)
+    side = len(columns)
+    targets = jnp.broadcast_to(jnp.tile(targets, side), labels.shape)
+    return cross_entropy(logits, targets, (labels >= 0) & (labels < pocket_data.CATEGORY_COUNT))
+
+
+def conversation_metrics(
+    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
+) -> dict[str, Mean]:
+    """Stage 3: over the answer tokens of all rectangles of the batch, and what and where their patches are."""
+    total: dict[str, Mean] = {}
+    for part in batch.values():
+        image_tokens = sft.encode(module, params, part["images"])
+        logits = sft.next_token_logits(module, params, part["tokens"], image_tokens)
+        found = sft.answer_metrics(logits, part)
+        found |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
+        found["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
+        total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+    return total
+
+
+def objective(
+    metrics: Callable[[dict, dict], dict[str, Mean]], params: dict, frozen: dict, batch: dict, key: jax.Array
+) -> dict[str, Mean]:
+    """A stage's metrics as `loop.Task` asks for them: everything is trained, and nothing is left to chance."""
+    del frozen, key
+    return metrics(params, batch)
+
+
+def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str, dict]) -> Callable:
+    """An `evaluate` for `loop.Task`: the metrics of each named batch, by `name/metric`."""
+    score = jax.jit(score)
+
+    def evaluate(params: dict, frozen: dict) -> dict[str, Mean]:
+        del frozen
+        return {
+            f"{name}/{metric}": mean
+            for name, batch in batches.items()
+            for metric, mean in score(params, batch).items()
+        }
+
+    return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the stages share."""
+
+    config: ConfigDict
+    encoder: Any
+    module: nn.Module
+    words: np.ndarray
+    columns: np.ndarray
+
+    @classmethod
+    def create(cls, config: ConfigDict) -> "Recipe":
+        """Trains the tokenizer and builds the module that `config.model` describes."""
+        encoder = tokenizer.pocket_tokenizer()
+        module = models.build(models.config_from_hf(hf_config(config.model, encoder)))
+        words, columns = pocket_data.label_words(encoder), pocket_data.column_words(encoder)
+        return cls(config, encoder, module, words, columns)
+
+    def initial(self, stage: str, params: dict) -> dict:
+        """What a stage starts from: the parameters so far, and for the tower a classifier of its own."""
+        if stage != "tower":
+            return {key: value for key, value in params.items() if key != CLASSIFIER}
+        shape = (self.module.config.vision.hidden_size, pocket_data.LABEL_COUNT)
+        return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
+
+    def start(self, checkpoint: str) -> dict:
+        """The parameters of a pocket checkpoint, to go on from.
+
+        Raises:
+            LVLMError: the checkpoint has other sizes or another vocabulary; see also `LVLM.from_pretrained`.
+        """
+        model = LVLM.from_pretrained(checkpoint)
+        if model.config != self.module.config:
+            raise LVLMError(
+                f"{checkpoint} has other sizes than config.model: {model.config} and {self.module.config}"
+            )
+        if model.processor.tokenizer.get_vocab() != self.encoder.get_vocab():
+            raise LVLMError(f"{checkpoint} has another vocabulary than the one trained for the pocket world")
+        return model.params
+
+    def task(self, stage: str, settings: ConfigDict) -> loop.Task:
+        """The task of one of `STAGES`."""
+        seed, rows = self.config.seed, self.config.evaluation_rows
+        named = (self.module, self.words, self.columns)
+        if stage == "everything":
+            metrics = functools.partial(conversation_metrics, *named)
+            terms = {
+                "loss": 1.0,
+                "patch_loss": settings.patch_weight,
+                "place_loss": settings.patch_weight,
+            }
+            parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
+            source = pocket_data.Conversations(
+                seed + 2, self.encoder, **parts, drill=settings.drill, hard=settings.hard
+            )
+            score = functools.partial(sft.metrics, self.module)
+            held_out = pocket_data.held_out(self.encoder, rows)
+        else:
+            if stage == "tower":
+                metrics, terms = functools.partial(tower_metrics, self.module), {"patch_loss": 1.0}
+            else:
+                metrics = functools.partial(connector_metrics, *named)
+                terms = {"patch_loss": 1.0, "place_loss": 1.0}
+                seed += 1
+            source, score = pocket_data.Pictures(seed, settings.batch), metrics
+            held_out = {"pictures": pocket_data.Pictures(0, rows, "val")(0)}
+        pure = functools.partial(objective, metrics)
+        return loop.Task(stage, pure, terms, source, evaluation(score, held_out))
+
+    def export(self, params: dict, folder: Path, workdir: Path) -> Path:
+        """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
+        processor = workdir / "processor"
+        tokenizer.write_processor(processor, self.encoder)
+        return weights.save_checkpoint(
+            folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True
+        )
+
+
+def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
+    """What `loop.train` reads of a stage: its own fields, the loop's, the seed, and `config.steps` before its steps."""
+    settings = ConfigDict({**config.loop, **config.get(stage, {})})
+    settings.steps = config.steps or settings.get("steps", 0)
+    settings.seed = config.seed
+    return settings
+
+
+def train(config: ConfigDict, workdir: Path) -> Path:
+    """Runs the stages of `config.stages` in order, each from its newest checkpoint, and exports the result.
+
+    Returns:
+        The folder of the Hugging Face checkpoint: `config.export`, or `export` in `workdir`.
+
+    Raises:
+        LVLMError: an unknown stage; see also `loop.train`.
+        SystemExit: asked to stop.
+    """
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.create(config)
+    params = (
+        recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
+    )
+    for stage in config.stages:
+        settings = settings_of(config, stage)
+        task, initial = recipe.task(stage, settings), recipe.initial(stage, params)
+        params = loop.train(task, initial, {}, settings, workdir, config=config.to_dict())
+    params = recipe.initial("", params)
+    return recipe.export(params, Path(config.export or workdir / "export"), workdir)

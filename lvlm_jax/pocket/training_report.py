@@ -1,0 +1,240 @@
+"""What training changes on the pocket benchmark: which models are compared, the tables, and what they say in words.
+
+CAPL and its ablation, plain DPO, are judged by questions over several images; flow alignment by POPE and CHAIR. Trained
+models stand beside the model they began as and beside the method that needs no training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lvlm_jax.evaluation import controls
+from lvlm_jax.journal.record import checkpoint_hash, differences
+from lvlm_jax.methods import Method
+from lvlm_jax.pocket import benchmark as pocket
+from lvlm_jax.training import settings
+from lvlm_jax.version import __version__
+
+_BY_NAME = {part.name: part for part in pocket.PARTS}
+# One word is asked for: a sentence about which image it is would be no label.
+SEVERAL = dataclasses.replace(
+    _BY_NAME["multi_image"],
+    title="Questions over two to four images, to be answered by one word (accuracy)",
+    protocol="mihbench/short",
+)
+PARTS = (SEVERAL, _BY_NAME["pope"], _BY_NAME["chair"])
+PAIR_COLUMNS = {
+    "truncated: chosen likelier": "truncated: chosen likelier",
+    "truncated: moved to chosen": "truncated: moved",
+    "plain: chosen likelier": "plain: chosen likelier",
+    "plain: moved to chosen": "plain: moved",
+}
+CLOSE_COLUMNS = {
+    "base, 10⁻³ nat": "base",
+    "student, 10⁻³ nat": "student",
+    "closer by the factor": "closer",
+    "base: same token": "base agrees",
+    "student: same token": "student agrees",
+}
+
+BASE = "base"
+WITH_CAPL, CAPL, CAPL_WITH, DPO = (
+    "base, CAPL's attention",
+    "CAPL-trained",
+    "CAPL-trained, CAPL's attention",
+    "DPO-trained",
+)
+WITH_SEVI, ALIGNED = "base, SEVI", "flow-aligned"
+# What is put into words besides each model's difference to the base.
+BESIDE = ((CAPL_WITH, WITH_CAPL), (CAPL_WITH, DPO), (CAPL, DPO), (ALIGNED, WITH_SEVI))
+
+NOTES = """\
+Shares are in per cent, with 95 % bootstrap intervals (images, or prompts, resampled); below them the difference to the
+base with its paired interval. One "beats" the other where the paired interval of their difference lies on the better
+side of 0, "does not beat" it where it lies on the worse one, and "cannot be told from" it otherwise. Each interval is
+wrong once in twenty times, so with many of them some say more than there is."""
+PAIR_NOTES = """\
+Pairs about pictures that no training has seen. The chosen answer is the truth, the rejected one what the base said
+otherwise, under truncated attention or (plain) unmodified and sampled: most of the former it prefers by their making.
+"Moved": the chosen answer has gained more likelihood over the base than the rejected one, both models under the
+attention of the row; half of the pairs would by chance."""
+CLOSE_NOTES = """\
+KL(teacher ‖ model) of the next token, mean over the tokens of held-out answers that the teacher gave. The teacher is
+the base under SEVI, the student runs without any method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model under a method (None for none), and the name of the folder for its answers."""
+
+    path: str
+    method: Method | None
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What models were found to do in one place.
+
+    Attributes:
+        scores: model -> contents of its `scores.json`.
+        compare: (one, other) -> paired differences of their figures.
+    """
+
+    scores: Mapping[str, Mapping]
+    compare: Callable[[str, str], Mapping]
+
+
+def arms(
+    base: str, trained: Callable[[str], str], capl: Method, sevi: Method
+) -> tuple[dict[str, Arm], dict[str, Arm]]:
+    """The models that are asked about several images, and those asked about one.
+
+    Args:
+        trained: recipe -> checkpoint.
+    """
+    several = {
+        BASE: Arm(base, None, "base"),
+        WITH_CAPL: Arm(base, capl, "base-capl"),
+        CAPL_WITH: Arm(trained("capl"), capl, "capl-capl"),
+        CAPL: Arm(trained("capl"), None, "capl"),
+        DPO: Arm(trained("dpo"), None, "dpo"),
+    }
+    one = {
+        BASE: several[BASE],
+        WITH_SEVI: Arm(base, sevi, "base-sevi"),
+        ALIGNED: Arm(trained("flow_alignment"), None, "flow_alignment"),
+    }
+    return several, one
+
+
+def document(
+    config: ConfigDict,
+    base: str,
+    command: str,
+    seconds: Mapping[str, float],
+    statistics: Mapping[str, Mapping],
+    found: Mapping[str, Findings],
+    pairs: Findings,
+    close: Mapping[str, Mapping],
+) -> str:
+    """The page: what was done, what came of it in words, and the tables.
+
+    Args:
+        config: of `configs/pocket_training.py`.
+        base: checkpoint folder.
+        command: that made it.
+        seconds: of each stage.
+        statistics: of each set of pairs, as `training.pairs` writes them.
+        found: by name of a part of PARTS.
+        pairs: held-out pairs.
+        close: kind of answers -> report of `training.held_out.closeness`.
+    """
+    about = (
+        f"{datetime.date.today().isoformat()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
+        f"{jax.devices()[0].device_kind}, Python {platform.python_version()}, jax {jax.__version__}, "
+        f"lvlm_jax {__version__}, model {Path(base).name} {checkpoint_hash(base)[:12]}."
+    )
+    kept = [
+        f"{name} {figures['kept']} of {figures['prompts']} prompts" for name, figures in statistics.items()
+    ]
+    took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    lines = ["# What training changes on the pocket model", "", f"    {command}", "", about, ""]
+    lines += [f"Seconds, programs compiled and data made on the way included: {took}.", ""]
+    lines += [f"Pairs to learn from: {', '.join(kept)}. Other settings than the recipes' defaults:", ""]
+    lines += [*changes(config), "", NOTES, "", "## What came of it", "", *words(found, pairs, close), ""]
+    lines += [pocket.markdown(part, found[part.name].scores) for part in PARTS]
+    lines += ["## Held-out pairs (accuracy)", "", PAIR_NOTES, "", *pocket.table(PAIR_COLUMNS, pairs.scores)]
+    lines += ["", "## How close to the edited teacher", "", CLOSE_NOTES, ""]
+    return "\n".join([*lines, *pocket.table(CLOSE_COLUMNS, close, "answers"), ""])
+
+
+def changes(config: ConfigDict) -> Iterator[str]:
+    """A list of what a run's settings are, those of a recipe as far as they differ from the defaults."""
+    recipes = {name: value for name, value in config.items() if "recipe" in _fields(value)}
+    data = [
+        " ".join(f"{word}" for word in (name, key, inner) if word != "")
+        for name, value in config.items()
+        for key, inner in _fields(value).items()
+        if name not in recipes
+    ]
+    yield f"- data: {', '.join(data)}"
+    for name, value in recipes.items():
+        yield f"- {name}: {'; '.join(differences(settings.base().to_dict(), value.to_dict()))}"
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, ConfigDict) else {"": value}
+
+
+def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Mapping]) -> Iterator[str]:
+    """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
+    tally: dict[str, list[str]] = {"beats": [], "does not beat": [], "cannot be told from": []}
+    for part in PARTS:
+        scores = found[part.name].scores
+        for one, other in _pairs_of(scores):
+            against = found[part.name].compare(one, other)
+            headlines = controls.headlines(list(against))
+            # Who names less, names less that is not there.
+            for figure in (*headlines, *(name for name in against if name == "recall")):
+                says, sentence = _sentence(one, other, figure, scores, against[figure])
+                if other == BASE and figure in headlines:
+                    tally[says].append(f"{one} ({part.name})")
+                yield f"- {part.name}: {sentence}"
+    for figure in (name for name in PAIR_COLUMNS.values() if name.endswith("likelier")):
+        for one in (CAPL_WITH, CAPL, DPO):
+            sentence = _sentence(one, BASE, figure, pairs.scores, pairs.compare(one, BASE)[figure])[1]
+            yield f"- held-out pairs: {sentence}"
+    for kind, report in close.items():
+        yield f"- {_closer(kind, report['figures'])}"
+    count = sum(map(len, tally.values()))
+    yield (
+        f"- Of {count} comparisons with the base, {len(tally['beats'])} are for the model "
+        f"({', '.join(tally['beats']) or 'none'}), {len(tally['does not beat'])} against it "
+        f"({', '.join(tally['does not beat']) or 'none'}), and {len(tally['cannot be told from'])} say nothing."
+    )
+
+
+def _pairs_of(scores: Mapping) -> Iterator[tuple[str, str]]:
+    yield from ((name, BASE) for name in scores if name != BASE)
+    yield from (both for both in BESIDE if all(name in scores for name in both))
+
+
+def _sentence(
+    one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping
+) -> tuple[str, str]:
+    """The verdict, and a sentence with the figures behind it."""
+    says = controls.verdict(figure, difference["interval"]) or "cannot be told from"
+    values = [scores[name]["figures"][figure] for name in (one, other)]
+    if difference["value"] is None or any(value["value"] is None for value in values):
+        return "cannot be told from", f"{one} cannot be compared with {other} on {figure}."
+    scale = 100 if values[0]["unit"] == "share" else 1
+    ours, theirs = (scale * value["value"] for value in values)
+    change, low, high = (scale * number for number in (difference["value"], *difference["interval"]))
+    return says, (
+        f"{one} {says} {other} on {figure}: {ours:.1f} against {theirs:.1f}, difference {change:+.1f} "
+        f"({low:+.1f} to {high:+.1f})."
+    )
+
+
+def _closer(kind: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the factor says of one kind of answers."""
+    factor = figures["closer"]
+    if factor["value"] is None or factor["interval"][0] is None:
+        return f"closer to the teacher ({kind}): not defined, there is no distance to divide by."
+    low, high = factor["interval"]
+    says = "closer than" if low > 1 else "farther than" if high < 1 else "not told from"
+    return (
+        f"closer to the teacher ({kind}): the student is {says} the base, by the factor {factor['value']:.2f} "
+        f"({low:.2f} to {high:.2f}): {figures['student']['value']:.2f} against {figures['base']['value']:.2f} "
+        "thousandths of a nat per token."
+    )

@@ -1,0 +1,262 @@
+"""From what users have (chat messages, or a processor's arrays) to a token layout."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.processors.layout import Inputs, lay_out
+
+Message = dict[str, Any]
+Conversation = Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """A picture that the tower has run over, for use in several prompts. Host arrays.
+
+    Attributes:
+        pixels: `Float[3, Y, X]`, the picture as the tower receives it; contrast branches may change it.
+        tokens: `Float[P, E]`, its image tokens as the decoder receives them.
+    """
+
+    pixels: np.ndarray
+    tokens: np.ndarray
+
+
+def encodes_ahead(config: Any) -> bool:
+    """Whether image tokens follow from the picture alone and all pictures take as many, so that they can be reused.
+
+    Families for which they do not (tokens that depend on the picture's size or on the instruction) have no
+    `tokens_per_image`.
+    """
+    return hasattr(config, "tokens_per_image")
+
+
+def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:
+    """Pictures as the tower receives them, `Float[I, 3, Y, X]`.
+
+    Args:
+        processor: the checkpoint's transformers processor.
+        images: what `open_image` takes.
+
+    Raises:
+        LVLMError: an unreadable picture.
+    """
+    opened = [open_image(image) for image in images]
+    return np.asarray(
+        processor.image_processor(images=opened, return_tensors="np")["pixel_values"], np.float32
+    )
+
+
+def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """A list of conversations, from one or several.
+
+    Raises:
+        LVLMError: neither a list of messages nor a list of such lists.
+    """
+    if isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping):
+        messages = [messages]
+    good = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
+    if not good or not all(
+        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one)
+        for one in messages
+    ):
+        raise LVLMError(
+            'messages must be a conversation, [{"role": "user", "content": [{"type": "image", "image": ...}, '
+            '{"type": "text", "text": ...}]}], or a list of conversations'
+        )
+    return list(messages)
+
+
+def from_messages(processor: Any, config: Any, messages: Conversation | Sequence[Conversation]) -> Inputs:
+    """Lays out HF chat messages through the checkpoint's own processor.
+
+    A conversation that ends with an assistant message is continued, any other gets the prompt for an answer.
+
+    Args:
+        processor: the checkpoint's transformers processor.
+        config: the model's configuration.
+        messages: one conversation or a list of them; images under "image" as paths, PIL images or arrays, or all of
+            them as `EncodedImage`.
+
+    Raises:
+        LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
+            images beside others.
+    """
+    prompts, parts, encoded, found = [], [], [], 0
+    for conversation in as_conversations(messages):
+        bare, images = _split(conversation)
+        continued = bare[-1]["role"] == "assistant"
+        text = processor.apply_chat_template(
+            bare, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+        )
+        marker = image_marker(processor)
+        placeholders = text.count(marker)
+        if placeholders != len(images):
+            raise LVLMError(
+                f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
+                f"give one image for each, and do not write {marker!r} into a message's text"
+            )
+        found += len(images)
+        known = [image for image in images if isinstance(image, EncodedImage)]
+        if known:  # their placeholders are expanded below, by the layout
+            encoded += known
+            parts += [{"pixel_values": image.pixels[None]} for image in known]
+            # Where one marker stands for more than image tokens, the processor says for what.
+            text = text.replace(marker, getattr(processor, "full_image_sequence", marker))
+            prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
+            continue
+        ids, part = processed(processor, config, text, images)
+        prompts.append(ids)
+        parts.append(part)
+    if encoded and len(encoded) < found:
+        raise LVLMError(
+            f"{len(encoded)} of {found} images are encoded; encode all images of a batch, or none"
+        )
+    laid_out = _lay_out(prompts, None, 0, parts, config)
+    if not encoded:
+        return laid_out
+    return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
+
+
+def image_marker(processor: Any) -> str:
+    """What stands for an image in the text that a chat template makes."""
+    return str(getattr(processor, "boi_token", None) or processor.image_token)
+
+
+def processed(
+    processor: Any, config: Any, text: str, images: Sequence[Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Token ids `Int[T]` of a text, and what the processor makes of its images; no arrays without images.
+
+    Args:
+        images: PIL images, one for each marker in the text.
+    """
+    # Some processors treat an image that comes alone in another way.
+    given = [images] if images and getattr(config, "nested_images", False) else images
+    arrays = dict(processor(images=given or None, text=text, return_tensors="np"))
+    ids = np.asarray(arrays.pop("input_ids"))[0]
+    return ids, arrays if images else {}
+
+
+def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
+    """The conversation with its images taken out, and the images in reading order."""
+    bare, images = [], []
+    for message in conversation:
+        content = message.get("content")
+        if "role" not in message or not isinstance(content, str | Sequence):
+            raise LVLMError(
+                f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}"
+            )
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        parts = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                source = next(
+                    (part[key] for key in ("image", "path", "url") if part.get(key) is not None), None
+                )
+                if source is None:
+                    raise LVLMError(
+                        'an image part has no image; expected {"type": "image", "image": path or picture}'
+                    )
+                images.append(source if isinstance(source, EncodedImage) else open_image(source))
+                parts.append({"type": "image"})
+            else:
+                raise LVLMError(
+                    f"a message part of type {kind!r} is not supported; expected "
+                    '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+                )
+        bare.append({"role": message["role"], "content": parts})
+    return bare, images
+
+
+def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
+    """Lays out what a HF processor returns: `input_ids`, optional `attention_mask`, and what it made of the images.
+
+    Padding may be on either side. Prompts whose placeholders are not yet expanded (one per image) are expanded.
+
+    Args:
+        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, and for the images what `config.pictures` reads, for
+            LLaVA `pixel_values` `[I, 3, Y, X]`.
+
+    Raises:
+        LVLMError: a missing array, wrong shapes, token ids outside the vocabulary, or pixels that are not finite.
+    """
+    if "input_ids" not in arrays:
+        raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
+    tokens = np.asarray(arrays["input_ids"])
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise LVLMError(
+            f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]"
+        )
+    vocabulary = config.text.vocab_size
+    stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
+    given = arrays.get("attention_mask")
+    mask = np.ones(tokens.shape, bool) if given is None else np.asarray(given).astype(bool)
+    if mask.shape != tokens.shape:
+        raise LVLMError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {tokens.shape}")
+    if (stray & mask).any():
+        raise LVLMError(f"input_ids holds {tokens[stray & mask][0]}; expected 0 to {vocabulary - 1}")
+    if not mask.any(axis=1).all():
+        raise LVLMError(f"sample {int(np.argmin(mask.any(axis=1)))} of the batch has no tokens")
+    columns = [np.flatnonzero(row) for row in mask]
+    prompts = [row[kept] for row, kept in zip(tokens, columns, strict=True)]
+    return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
+
+
+def with_placeholders(
+    prompts: Sequence[np.ndarray], parts: Sequence[Mapping[str, Any]], config: Any
+) -> list[np.ndarray]:
+    """Prompts with placeholders where images belong, also in families whose tokenizer or processor writes others.
+
+    Args:
+        parts: what the processor made of the images.
+    """
+    if hasattr(config, "mark_images"):  # a family whose tokenizer writes other tokens in the place of images
+        prompts = [config.mark_images(prompt) for prompt in prompts]
+    if hasattr(config, "placed"):  # a family whose processor may leave placeholders out
+        prompts = config.placed(parts, prompts)
+    return list(prompts)
+
+
+def _lay_out(
+    prompts: list[np.ndarray],
+    columns: list[np.ndarray] | None,
+    width: int,
+    parts: Sequence[Mapping[str, Any]],
+    config: Any,
+) -> Inputs:
+    given, prompts = prompts, with_placeholders(prompts, parts, config)
+    if any(len(prompt) != len(before) for prompt, before in zip(prompts, given, strict=True)):
+        columns = None
+    pictures = config.pictures(parts, prompts)
+    counts = [] if pictures is None else pictures.token_counts
+    placeholders = [prompt == config.image_token_id for prompt in prompts]
+    if sum(int(found.sum()) for found in placeholders) == len(counts) < sum(counts):
+        taken = 0
+        for row, found in enumerate(placeholders):
+            repeats = np.ones(len(found), np.int64)
+            repeats[found] = counts[taken : taken + found.sum()]
+            taken += int(found.sum())
+            prompts[row] = np.repeat(prompts[row], repeats)
+        columns = None
+    if columns is None:
+        width = max(len(prompt) for prompt in prompts)
+        columns = [np.arange(width - len(prompt), width) for prompt in prompts]
+    return lay_out(
+        prompts,
+        columns,
+        width,
+        pictures,
+        config.image_token_id,
+        config.pad_token_id,
+        config.text.max_position_embeddings,
+    )

@@ -1,0 +1,154 @@
+"""The processor of a checkpoint in OpenGVLab's layout, made without the code that comes with it.
+
+Their repositories carry a tokenizer, the normalisation of pixels, and Python files for the rest: cutting images into
+tiles by the closest aspect ratio, and the chat format. transformers' InternVL processor does the same, so one is made
+of the parts that are there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors.text import processor_class
+from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
+
+# What transformers' processor asks of a tokenizer -> the tokens of these checkpoints.
+_MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE_TOKEN}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+# Name of a conversation format -> its system message. An image stands on a line of its own.
+_SYSTEM = {
+    "internvl2_5": "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+}
+_CHAT = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def load_chat_processor(folder: Path, config: Any) -> Any:
+    """transformers' InternVL processor, made of a folder's tokenizer and the model's configuration.
+
+    Args:
+        folder: the checkpoint folder.
+        config: an `InternVlConfig` with a `template`.
+
+    Raises:
+        LVLMError: an unknown template, no readable tokenizer, or one without the image token.
+    """
+    import transformers
+
+    if config.template not in _SYSTEM:
+        raise LVLMError(
+            f"the chat template {config.template!r} of {folder} is not supported; expected {' or '.join(_SYSTEM)}; "
+            "give prepare() arrays instead"
+        )
+    tokenizer = _tokenizer(folder)
+    for name, token in _MARKERS.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer.video_token = "<video>"  # asked for, though nothing here reads videos
+    if tokenizer.context_image_token_id != config.image_token_id:
+        raise LVLMError(
+            f"the tokenizer of {folder} has {IMAGE_TOKEN} at {tokenizer.context_image_token_id} and the configuration "
+            f"at {config.image_token_id}"
+        )
+    path = folder / "preprocessor_config.json"
+    pixels = read_json(path) if path.is_file() else {}
+    side = config.vision.image_size
+    image_processor = transformers.GotOcr2ImageProcessorPil(
+        size={"height": side, "width": side},
+        image_mean=pixels.get("image_mean", _MEAN),
+        image_std=pixels.get("image_std", _STD),
+        min_patches=config.tiles[0],
+        max_patches=config.tiles[1],
+    )
+    return processor_class(config)(
+        image_processor,
+        tokenizer,
+        image_seq_length=config.tokens_per_tile,
+        chat_template=_CHAT.replace("SYSTEM", _SYSTEM[config.template]).replace("IMAGE", IMAGE_TOKEN),
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer.
+
+    Raises:
+        LVLMError: one that transformers carries no code for, or that cannot be read.
+    """
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    kind = settings.get("tokenizer_class", "")
+    own = getattr(transformers, kind, None)
+    try:
+        if own is not None:
+            return own.from_pretrained(folder, local_files_only=True)
+        if (folder / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if (
+            kind in ("InternLM2Tokenizer", "InternLM2TokenizerFast")
+            and (folder / "tokenizer.model").is_file()
+        ):
+            return _internlm2_tokenizer(folder, settings)
+    except Exception as error:  # transformers raises whatever the first broken file provokes
+        raise LVLMError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error
+    raise LVLMError(
+        f"the tokenizer of {folder} ({kind or 'of no named class'}) needs code that comes with the checkpoint and is "
+        "not run; copy tokenizer.json from the checkpoint's -hf repository"
+    )
+
+
+def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
+    """The tokenizer that InternLM2's SentencePiece file describes: byte-pair merges over ▁ for blanks, bytes last.
+
+    Text before and after a special token is encoded on its own, with a blank before it if the file says so.
+    """
+    import transformers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
+
+    described = import_protobuf().ModelProto()
+    described.ParseFromString((folder / "tokenizer.model").read_bytes())
+    added = {int(number): entry["content"] for number, entry in settings["added_tokens_decoder"].items()}
+    # Special tokens have taken the places of unused pieces.
+    names = [added.get(number, piece.piece) for number, piece in enumerate(described.pieces)]
+    numbers = {name: number for number, name in enumerate(names)}
+    scores = {name: piece.score for name, piece in zip(names, described.pieces, strict=True)}
+    merges = generate_merges(numbers, scores)
+    tokenizer = Tokenizer(
+        models.BPE(
+            numbers, merges, unk_token=described.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True
+        )
+    )
+    prefix = described.normalizer_spec.add_dummy_prefix
+    blanks = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks]) if prefix else blanks
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    tokenizer.add_special_tokens(
+        [AddedToken(added[number], special=True, normalized=False) for number in sorted(added)]
+    )
+    stray = {number: token for number, token in added.items() if tokenizer.token_to_id(token) != number}
+    if stray:
+        raise ValueError(f"added_tokens_decoder does not go on where tokenizer.model ends: {stray}")
+    if settings.get("add_bos_token", True):
+        start = settings.get("bos_token", "<s>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        **{name: settings[name] for name in roles if isinstance(settings.get(name), str)},
+    )

@@ -1,0 +1,1 @@
+"""Training rows: files, formats, pairs, and batches of them."""

@@ -1,0 +1,282 @@
+"""Files of preference pairs and of conversations: reading them with every fault named by its line, and writing pairs.
+
+Images are paths relative to the file, or `{"bytes": base64}` inside it. Placeholders are image parts of messages, or
+"<image>" in their text; a prompt without any has its images before the first user message's text.
+"""
+
+import base64
+import binascii
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training.data import pair_formats
+from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
+
+PLACEHOLDER = "<image>"
+DATASET_INFO = "dataset_info.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Chat messages about images; the assistant's are what supervised fine-tuning learns.
+
+    Attributes:
+        images: picture files in reading order; the encoded picture itself where the file held it.
+        messages: `{"role", "content"}`; content a list of `{"type": "text", "text"}` and `{"type": "image"}`, one of
+            the latter for each image.
+        id: the row's own id, or its number in the file.
+        extra: what else the row had.
+    """
+
+    images: tuple[Path | bytes, ...]
+    messages: list[Message]
+    id: str
+    extra: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A prompt with a chosen and a rejected answer.
+
+    Attributes:
+        images: picture files in reading order; the encoded picture itself where the file held it.
+        prompt: chat messages as `Conversation.messages`, up to the one that is answered.
+        chosen, rejected: the texts of the two answers.
+        id: the row's own id, or its number in the file.
+        extra: what else the row had; `write_pairs` keeps it.
+    """
+
+    images: tuple[Path | bytes, ...]
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    id: str
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    def conversation(self) -> list[Message]:
+        """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
+        pictures = iter(pictures_of(self.images))
+        return [
+            {**message, "content": [_filled(part, pictures) for part in message["content"]]}
+            for message in self.prompt
+        ]
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The pairs of a file, in its order.
+
+    Args:
+        path: JSON lines or one JSON list in any format of `pair_formats`, or LLaMA-Factory's `dataset_info.json`; the
+            entry of one with several is named behind a colon, as in "data/dataset_info.json:my_pairs".
+
+    Raises:
+        LVLMError: naming the line: a malformed row, a pair without image, a missing or unreadable image, placeholders
+            that do not match the images, an empty answer, or two equal ones.
+    """
+    path, folder, entry = _resolved(path)
+    pairs = []
+    for where, number, row in read_rows(path, "preference file"):
+        row = row if entry is None else pair_formats.renamed(row, entry)
+        found = pair_formats.read_row(row, where)
+        images = row_images(row, folder, where)
+        if not images:
+            raise LVLMError(
+                f"{where} has no image; a preference pair needs at least one, in the field images"
+            )
+        for name in pair_formats.ANSWERS:
+            _check_answer(getattr(found, name), name, where)
+        if found.chosen.strip() == found.rejected.strip():
+            raise LVLMError(f"{where}: chosen and rejected are equal; remove the pair, it teaches nothing")
+        if not found.prompt or found.prompt[-1]["role"] != "user":
+            raise LVLMError(
+                f"{where}: the prompt does not end with a user message; there is nothing to answer"
+            )
+        prompt = place_images(found.prompt, len(images), where)
+        extra = {key: row[key] for key in row if key not in (*found.used, *IMAGE_KEYS, ID_KEYS[0])}
+        pairs.append(Pair(images, prompt, found.chosen, found.rejected, row_id(row, number), extra))
+    return pairs
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """The conversations of a file: rows `{"images", "messages"}`, or the chosen answers of a file of pairs.
+
+    Raises:
+        LVLMError: naming the line: what `read_pairs` refuses, a conversation without an answer, an empty answer.
+    """
+    file, folder, _ = _resolved(path)
+    if "messages" not in next(read_rows(file, "conversation file"))[2]:
+        return [
+            Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id, pair.extra)
+            for pair in read_pairs(path)
+        ]
+    conversations = []
+    for where, number, row in read_rows(file, "conversation file"):
+        given = files.field(row, ("messages",), list, where)
+        messages = [pair_formats.as_message(message, where) for message in given]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not answers or messages[-1] is not answers[-1]:
+            raise LVLMError(f"{where}: the conversation does not end with an assistant message to learn")
+        for answer in answers:
+            _check_answer(pair_formats.answer_text(answer, "an answer", where), "an answer", where)
+        images = row_images(row, folder, where)
+        extra = {key: row[key] for key in row if key not in ("messages", *IMAGE_KEYS, ID_KEYS[0])}
+        conversations.append(
+            Conversation(images, place_images(messages, len(images), where), row_id(row, number), extra)
+        )
+    return conversations
+
+
+def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
+    """Writes TRL's format, `{"id", "images", "prompt", "chosen", "rejected"}` as JSON lines, whole or not at all.
+
+    Raises:
+        LVLMError: the file cannot be written.
+    """
+    path = Path(path)
+    lines = [json.dumps(row_of(pair, path.parent), ensure_ascii=False) for pair in pairs]
+    files.write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def row_of(pair: Pair, folder: Path) -> dict:
+    """A pair as a row of TRL's format, for a file in `folder`; images inside the folder by their relative path."""
+    return {
+        "id": pair.id,
+        "images": [_written(image, folder) for image in pair.images],
+        "prompt": pair.prompt,
+        "chosen": [assistant(pair.chosen)],
+        "rejected": [assistant(pair.rejected)],
+        **pair.extra,
+    }
+
+
+def assistant(text: str) -> Message:
+    """An answer as a chat message."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def pictures_of(images: Sequence[Path | bytes]) -> list[Path | PIL.Image.Image]:
+    """Images as `generation.images.open_image` takes them."""
+    return [PIL.Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image for image in images]
+
+
+def _resolved(path: str | Path) -> tuple[Path, Path, dict | None]:
+    """The file of pairs, what its images are relative to, and the entry of `dataset_info.json`, if one was given."""
+    before, found, name = str(path).rpartition(DATASET_INFO)
+    if not found or (name and not name.startswith(":")):
+        path = Path(path).expanduser()
+        return path, path.parent, None
+    info = Path(before + DATASET_INFO).expanduser()
+    entries = files.read_json(info, "LLaMA-Factory's description")
+    entries = entries if isinstance(entries, dict) else {}
+    ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
+    wanted = name.removeprefix(":") or (ranked[0] if len(ranked) == 1 else "")
+    if not isinstance(entries.get(wanted), dict) or "file_name" not in entries[wanted]:
+        raise LVLMError(
+            f"{str(path)!r} names no set of pairs; expected {DATASET_INFO}:NAME, NAME an entry with a file_name: "
+            + (", ".join(ranked) or "there is none with ranking")
+        )
+    return info.parent / entries[wanted]["file_name"], info.parent, entries[wanted]
+
+
+def read_rows(path: Path, what: str) -> Iterator[tuple[str, str, dict]]:
+    """(beginning of an error message, number, row) of each row."""
+    rows = files.read_rows(path, what)
+    with path.open("rb") as file:
+        unit = "entry" if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "line"
+    for number, row in rows:
+        yield f"{unit} {number} of {str(path)!r}", str(number), row
+
+
+def row_id(row: dict, number: str) -> str:
+    """The row's own id; without one its number in the file."""
+    return str(next((row[key] for key in ID_KEYS if row.get(key) is not None), number))
+
+
+def _check_answer(text: str, name: str, where: str) -> None:
+    if not text.strip():
+        raise LVLMError(f"{where}: {name} is empty; remove the row or give it an answer")
+    if PLACEHOLDER in text:
+        raise LVLMError(f"{where}: {name} contains {PLACEHOLDER}; an answer is text alone")
+
+
+def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
+    """The images of a row under the first of IMAGE_KEYS that it has."""
+    given = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), [])
+    return tuple(_image(one, folder, where) for one in (given if isinstance(given, list) else [given]))
+
+
+def _image(given: Any, folder: Path, where: str) -> Path | bytes:
+    if isinstance(given, dict) and given.get("bytes") is not None:
+        try:
+            data = base64.b64decode(given["bytes"], validate=True)
+            PIL.Image.open(io.BytesIO(data))
+        except (TypeError, binascii.Error, OSError, PIL.Image.DecompressionBombError) as error:
+            raise LVLMError(
+                f"{where}: an image's bytes are no base64 of a picture that can be opened"
+            ) from error
+        return data
+    name = given.get("path") if isinstance(given, dict) else given
+    if not isinstance(name, str) or not name:
+        raise LVLMError(f'{where}: an image is {repr(given)[:60]}; expected a path or {{"bytes": base64}}')
+    path = folder / Path(name).expanduser()
+    if not path.is_file():
+        raise LVLMError(
+            f"{where}: image {str(path)!r} does not exist; paths are relative to the file of pairs"
+        )
+    return path
+
+
+def _written(image: Path | bytes, folder: Path) -> str | dict:
+    if isinstance(image, bytes):
+        return {"bytes": base64.b64encode(image).decode("ascii")}
+    image, folder = Path(os.path.abspath(image)), Path(os.path.abspath(folder))
+    return str(image.relative_to(folder) if image.is_relative_to(folder) else image)
+
+
+def place_images(messages: list[Message], images: int, where: str) -> list[Message]:
+    """Messages whose content is a list of parts, with one image part for each image."""
+    placed = [{"role": message["role"], "content": _parts(message["content"], where)} for message in messages]
+    found = sum(part["type"] == "image" for message in placed for part in message["content"])
+    if found == 0 and images:
+        asked = next((message for message in placed if message["role"] == "user"), None)
+        if asked is None:
+            raise LVLMError(f"{where} has images and no user message to put them in")
+        asked["content"] = [{"type": "image"}] * images + asked["content"]
+    elif found != images:
+        raise LVLMError(
+            f"{where} has {found} image placeholders and {images} images; expected one for each, or no placeholder"
+        )
+    return placed
+
+
+def _parts(content: str | list, where: str) -> list[dict]:
+    """The parts of a message; text is split at placeholders, and the line break behind one is the template's."""
+    parts = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            for index, text in enumerate(part["text"].split(PLACEHOLDER)):
+                parts += [{"type": "image"}] * (index > 0)
+                text = text.removeprefix("\n") if index else text
+                parts += [{"type": "text", "text": text}] if text else []
+        else:
+            raise LVLMError(
+                f'{where}: a part of a message is {repr(part)[:60]}; expected {{"type": "text", "text": ...}} '
+                'or {"type": "image"}'
+            )
+    return parts
+
+
+def _filled(part: dict, pictures: Iterator) -> dict:
+    return {"type": "image", "image": next(pictures)} if part["type"] == "image" else part

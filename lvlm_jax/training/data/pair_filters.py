@@ -1,0 +1,196 @@
+"""Which candidates become preference pairs, which of those are held out, and figures about both."""
+
+import dataclasses
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training.data.prompts import Prompt
+
+# Why a candidate is dropped; the first that applies counts.
+REASONS = {
+    "empty": "one of the answers is empty",
+    "equal": "both say the same but for case, blanks and closing punctuation",
+    "unfinished": "an answer was cut at --max-new-tokens",
+    "too_long": "an answer has more words than --max-words",
+    "near_duplicate": "the word overlap is above --near-duplicate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Two answers to one prompt.
+
+    Attributes:
+        chosen: the answer to learn from, corrected.
+        rejected: the answer to learn to avoid.
+        corrected: whether the corrector changed the chosen answer.
+        unfinished: whether one of the answers stops in the middle.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    corrected: bool = False
+    unfinished: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What is dropped beside empty and equal answers, which no trainer can use.
+
+    Attributes:
+        near_duplicate: the largest allowed `overlap`; 1 allows all.
+        max_words: of either answer; 0 allows any number.
+        unfinished: whether answers that stop in the middle are dropped; training would teach to stop there.
+    """
+
+    near_duplicate: float = 0.98
+    max_words: int = 300
+    unfinished: bool = True
+
+    def reason(self, candidate: Candidate) -> str | None:
+        """The name in REASONS of what speaks against a candidate; None when nothing does."""
+        answers = (candidate.chosen, candidate.rejected)
+        if not all(answer.strip() for answer in answers):
+            return "empty"
+        if normalised(candidate.chosen) == normalised(candidate.rejected):
+            return "equal"
+        if self.unfinished and candidate.unfinished:
+            return "unfinished"
+        if self.max_words and max(len(words(answer)) for answer in answers) > self.max_words:
+            return "too_long"
+        if self.near_duplicate < 1 and overlap(*answers) > self.near_duplicate:
+            return "near_duplicate"
+        return None
+
+
+def normalised(text: str) -> str:
+    """A text in lower case, with single blanks, without quotation marks around it and punctuation behind it."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return folded.strip("\"'").rstrip(" .,;:!\"'")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def overlap(first: str, second: str) -> float:
+    """ROUGE-L's F1 of the words: 2 · LCS / (n + m), LCS the longest common subsequence; 1 for the same words."""
+    first, second = words(first), words(second)
+    if not first or not second:
+        return float(first == second)
+    lengths = [0] * (len(second) + 1)  # of the LCS of the words so far and each beginning of `second`
+    for word in first:
+        diagonal = 0
+        for column, other in enumerate(second, start=1):
+            above = lengths[column]
+            lengths[column] = diagonal + 1 if word == other else max(above, lengths[column - 1])
+            diagonal = above
+    return 2 * lengths[-1] / (len(first) + len(second))
+
+
+def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candidate], dict[str, int]]:
+    """The candidates that are kept, and how many are dropped for each of REASONS."""
+    reasons = [filters.reason(candidate) for candidate in candidates]
+    counts = Counter(reasons)
+    kept = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
+    return kept, {reason: counts[reason] for reason in REASONS}
+
+
+def hold_out(
+    candidates: Sequence[Candidate], share: float, seed: int = 0
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Training and validation candidates, in order, without a picture in common.
+
+    Candidates that share pictures, directly or through others, stay together. Such groups are drawn in random order,
+    and each is held out that does not take more than `share` of all candidates.
+
+    Raises:
+        LVLMError: the groups are too large, so that one of the sides would be empty.
+    """
+    groups = _image_groups(candidates)
+    wanted = min(max(1, round(share * len(candidates))), len(candidates) - 1)
+    held: set[int] = set()
+    for index in np.random.default_rng([seed, len(groups)]).permutation(len(groups)):
+        if len(held) + len(groups[index]) <= wanted:
+            held.update(groups[index])
+    if not held:
+        raise LVLMError(
+            f"{share:g} of {len(candidates)} pairs cannot be held out: pairs with a picture in common stay together, "
+            f"and the fewest that do are {min(map(len, groups))}; give more prompts, a larger --holdout, or --holdout 0"
+        )
+    training = [candidate for place, candidate in enumerate(candidates) if place not in held]
+    return training, [candidates[place] for place in sorted(held)]
+
+
+def _image_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """Places of candidates that share pictures, directly or through others."""
+    parent: dict[Path | bytes, Path | bytes] = {}
+
+    def root(image: Path | bytes) -> Path | bytes:
+        while parent.setdefault(image, image) != image:
+            parent[image] = parent[parent[image]]
+            image = parent[image]
+        return image
+
+    images = [
+        [image if isinstance(image, bytes) else image.resolve() for image in candidate.prompt.images]
+        for candidate in candidates
+    ]
+    for first, *others in images:
+        for other in others:
+            parent[root(other)] = root(first)
+    groups: dict[Path | bytes, list[int]] = {}
+    for place, (first, *_) in enumerate(images):
+        groups.setdefault(root(first), []).append(place)
+    return list(groups.values())
+
+
+def statistics(
+    prompts: int, candidates: Sequence[Candidate], kept: Sequence[Candidate], dropped: dict[str, int]
+) -> dict:
+    """Figures about a set of pairs, as JSON values.
+
+    Returns:
+        prompts: how many were asked; failed: how many of them could not be answered.
+        kept: how many pairs there are; dropped: how many candidates there were for each of REASONS less.
+        corrected: share of the kept pairs whose chosen answer the corrector changed.
+        chosen_longer: share of the kept pairs whose chosen answer has more words.
+        words: of the kept answers, mean, median and largest number.
+        images: how many kept pairs have one picture, two, and so on.
+    """
+    counts = Counter(len(candidate.prompt.images) for candidate in kept)
+    lengths = {
+        side: np.array([len(words(getattr(candidate, side))) for candidate in kept])
+        for side in ("chosen", "rejected")
+    }
+    return {
+        "prompts": prompts,
+        "failed": prompts - len(candidates),
+        "kept": len(kept),
+        "dropped": dropped,
+        "corrected": _share([candidate.corrected for candidate in kept]),
+        "chosen_longer": _share(lengths["chosen"] > lengths["rejected"]),
+        "words": {
+            side: {
+                "mean": round(float(values.mean()), 2),
+                "median": float(np.median(values)),
+                "largest": int(values.max()),
+            }
+            for side, values in lengths.items()
+            if len(values)
+        },
+        "images": {str(count): counts[count] for count in sorted(counts)},
+    }
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    """The mean of flags; None without any."""
+    return round(float(np.mean(flags)), 4) if len(flags) else None

@@ -1,0 +1,256 @@
+"""Preference pairs from a model's own answers: CAPL's data, arXiv 2603.07048, section "Preference learning".
+
+Each prompt is answered twice: once as a model should attend (CAPL: selective cross-image attention), then corrected;
+that is the chosen answer. And once as it should not (CAPL: truncated attention, so that no image sees another); that
+is the rejected one. Candidates pass the filters of `pair_filters` and are written in TRL's format. In one folder:
+
+    answers.jsonl       log of both answers to each prompt; a run that is killed goes on from it
+    corrections.jsonl   log of corrections that a function of the user's made
+    pairs.jsonl, validation.jsonl, statistics.json, pairs.jsonl.run.json    what came out, and the record of the run
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.files import write_whole
+from lvlm_jax.generation.jobs import Answer
+from lvlm_jax.journal.log import AnswerLog, seed_of
+from lvlm_jax.methods import Method
+from lvlm_jax.training.data.correctors import Corrector
+from lvlm_jax.training.data.pair_files import write_pairs
+from lvlm_jax.training.data.pair_filters import Candidate, Filters, hold_out, normalised, sift, statistics
+from lvlm_jax.training.data.prompts import Prompt
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """How one of the two answers is generated: the method (None for the unmodified model) and the temperature."""
+
+    method: Method | None
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How both answers are generated.
+
+    Attributes:
+        chosen, rejected: the two sides.
+        top_p: of both, where they sample.
+        max_new_tokens: longest answer.
+        seed: each answer draws from a seed made of this one, its side and its prompt's id.
+    """
+
+    chosen: Side
+    rejected: Side
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a model said to one prompt, before any correction."""
+
+    id: str
+    chosen: Answer
+    rejected: Answer
+
+    def entry(self) -> dict[str, Any]:
+        """As a line of the log: `{id, chosen, chosen_finish_reason, chosen_tokens, rejected, ...}`."""
+        entry: dict[str, Any] = {"id": self.id}
+        for side in SIDES:
+            answer = getattr(self, side)
+            entry |= {
+                side: answer.text,
+                f"{side}_finish_reason": answer.finish_reason,
+                f"{side}_tokens": answer.tokens,
+            }
+        return entry
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> "Answers":
+        """From a line of the log."""
+        sides = {
+            side: Answer(entry[side], entry[f"{side}_finish_reason"], entry[f"{side}_tokens"])
+            for side in SIDES
+        }
+        return cls(entry["id"], **sides)
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    load: Callable[[], Any],
+    log: Path,
+    record: Mapping[str, Any],
+    batch_size: int = 16,
+) -> dict[str, Answers]:
+    """Both answers to each prompt, by its id, from the log or from the model.
+
+    A prompt that cannot be answered (it does not fit the context, a picture is broken) is reported on stderr and left
+    out, and tried again by the next run.
+
+    Args:
+        load: makes the `LVLM`; called once, and only when something is left to do.
+        log: where answers are kept as they come.
+        record: everything that decides an answer, as JSON values.
+
+    Raises:
+        LVLMError: the log is another run's, or cannot be written.
+    """
+    with AnswerLog(log, record, Answers.of_entry) as answers:
+        known = {found.id: found for found in answers.found}
+        waiting = [prompt for prompt in prompts if prompt.id not in known]
+        # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
+        waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
+        model = load() if waiting else None
+        with tqdm(total=len(prompts), initial=len(known), desc="prompts", mininterval=2) as bar:
+            for start in range(0, len(waiting), batch_size):
+                batch = waiting[start : start + batch_size]
+                fresh = _answer_batch(model, batch, plan, batch_size)
+                answers.append(found.entry() for found in fresh)
+                known |= {found.id: found for found in fresh}
+                bar.update(len(batch))
+    return known
+
+
+def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
+    """Answers to those prompts of a batch that can be answered."""
+    try:
+        return _generate(model, batch, plan, batch_size)
+    except LVLMError as error:
+        if len(batch) == 1:
+            tqdm.write(f"prompt {batch[0].id}: {error}", file=sys.stderr)
+            return []
+        # One of them cannot be answered; asked alone, each succeeds or fails for itself.
+        return [found for prompt in batch for found in _answer_batch(model, [prompt], plan, batch_size)]
+
+
+def _generate(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
+    filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch keeps its shape
+    prepared = model.prepare([prompt.conversation() for prompt in filled])
+    said = {}
+    for name in SIDES:
+        side: Side = getattr(plan, name)
+        output = model.generate(
+            prepared,
+            method=side.method,
+            max_new_tokens=plan.max_new_tokens,
+            temperature=side.temperature,
+            top_p=plan.top_p,
+            seed=[seed_of(plan.seed, f"{name}/{prompt.id}") for prompt in filled],
+        )
+        said[name] = [
+            Answer(text.strip(), reason, len(tokens))
+            for text, reason, tokens in zip(output.text, output.finish_reason, output.tokens, strict=True)
+        ]
+    return [
+        Answers(prompt.id, chosen, rejected)
+        for prompt, chosen, rejected in zip(batch, said["chosen"], said["rejected"], strict=False)
+    ]
+
+
+def correct(
+    prompts: Sequence[Prompt],
+    texts: Mapping[str, str],
+    corrector: Corrector | None,
+    log: Path,
+    record: Mapping[str, Any],
+) -> dict[str, str]:
+    """The chosen answers by prompt id, corrected; as they are without a corrector.
+
+    Args:
+        texts: the answers by prompt id; prompts without one are left out.
+        log: where the corrections of a function are kept as they come.
+        record: what decides the answers; with the corrector's own record it begins that log.
+
+    Raises:
+        LVLMError: the corrector fails, or the log is another run's or cannot be written.
+    """
+    answered = [prompt for prompt in prompts if prompt.id in texts]
+    if corrector is None:
+        return {prompt.id: texts[prompt.id] for prompt in answered}
+    if not corrector.logged:
+        return {prompt.id: corrector.correct(prompt, texts[prompt.id]).strip() for prompt in answered}
+    about = {"corrector": dict(corrector.record), "answers": dict(record)}
+    with AnswerLog(log, about, lambda entry: (entry["id"], entry["chosen"])) as corrections:
+        known = dict(corrections.found)
+        waiting = [prompt for prompt in answered if prompt.id not in known]
+        for prompt in tqdm(
+            waiting, total=len(answered), initial=len(known), desc="corrections", mininterval=2
+        ):
+            known[prompt.id] = corrector.correct(prompt, texts[prompt.id]).strip()
+            corrections.append([{"id": prompt.id, "chosen": known[prompt.id]}])
+    return known
+
+
+def candidates(
+    prompts: Sequence[Prompt], answers: Mapping[str, Answers], corrected: Mapping[str, str]
+) -> list[Candidate]:
+    """The candidates of all prompts that were answered, in the order of the prompts."""
+    found = []
+    for prompt in prompts:
+        if prompt.id not in answers:
+            continue
+        said, chosen = answers[prompt.id], corrected[prompt.id]
+        changed = normalised(chosen) != normalised(said.chosen.text)
+        # A corrected answer is taken to be whole.
+        cut = said.rejected.finish_reason != "stop" or (not changed and said.chosen.finish_reason != "stop")
+        found.append(Candidate(prompt, chosen, said.rejected.text, changed, cut))
+    return found
+
+
+def write(
+    out: Path,
+    found: Sequence[Candidate],
+    prompts: int,
+    record: Mapping[str, Any],
+    filters: Filters,
+    holdout: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Filters candidates, splits what is kept, and writes the pairs with their statistics and record.
+
+    Args:
+        out: the folder.
+        found: the candidates.
+        prompts: how many prompts there were.
+        record: what decided the candidates; the settings of this step are added.
+        holdout: share of the pairs that goes to validation.jsonl; 0 writes no such file.
+        seed: of the draw of those.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        LVLMError: no candidate passes the filters, nothing can be held out, or a file cannot be written.
+    """
+    kept, dropped = sift(found, filters)
+    if not kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
+        raise LVLMError(
+            f"none of {prompts} prompts became a pair ({reasons or 'none was answered'}); "
+            "give more prompts, sample with --temperature, or loosen the filters"
+        )
+    training, validation = hold_out(kept, holdout, seed) if holdout else (kept, [])
+    figures = statistics(prompts, found, kept, dropped)
+    figures |= {"training": len(training), "validation": len(validation)}
+    settings = {"filters": dataclasses.asdict(filters), "holdout": {"share": holdout, "seed": seed}}
+    for name, chosen in (("pairs.jsonl", training), ("validation.jsonl", validation)):
+        if chosen:
+            write_pairs(out / name, [one.prompt.paired(one.chosen, one.rejected) for one in chosen])
+        else:
+            (out / name).unlink(missing_ok=True)  # an earlier run's would share pictures with pairs.jsonl
+    write_whole(out / "pairs.jsonl.run.json", json.dumps({**record, **settings}, indent=1) + "\n")
+    write_whole(out / "statistics.json", json.dumps(figures, indent=1) + "\n")
+    return figures

@@ -1,0 +1,158 @@
+"""Pictures of training rows: what they take of a sequence, known before they are opened, and what the tower takes.
+
+In every family the number of tokens of a picture follows from its size. So sizes are read when training begins, and
+white pictures of these sizes go through the checkpoint's processor, which says what stands in the text for each. The
+pictures themselves are opened when their batch is made, and processed as at inference.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.pictures import Pictures
+from lvlm_jax.processors import inputs
+from lvlm_jax.training.data.answer_tokens import Tokens
+
+SEPARATOR = "\x1e"  # in no text that a processor writes
+
+
+class Runs(NamedTuple):
+    """A sequence in which tokens of images that lie side by side are kept as one.
+
+    Attributes:
+        ids, answers: as in `Tokens`.
+        repeats: how often each stands in the sequence.
+    """
+
+    ids: Int[np.ndarray, " U"]
+    answers: Bool[np.ndarray, " U"]
+    repeats: Int[np.ndarray, " U"]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return int(self.repeats.sum())
+
+    def tokens(self) -> Tokens:
+        """The sequence in full."""
+        return Tokens(np.repeat(self.ids, self.repeats), np.repeat(self.answers, self.repeats))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placeholders:
+    """What stands in a row for its pictures.
+
+    Attributes:
+        marker: what the chat template writes for each.
+        texts: what the processor writes in the place of each marker.
+        counts: `Int[I]`, how many image tokens each takes.
+    """
+
+    marker: str
+    texts: tuple[str, ...]
+    counts: Int[np.ndarray, " I"]
+
+    def expanded(self, text: str) -> str:
+        """A text of the chat template as the processor tokenises it."""
+        first, *rest = text.split(self.marker)
+        return first + "".join(written + piece for written, piece in zip(self.texts, rest, strict=False))
+
+    def laid_out(self, tokens: Tokens, config: Any) -> Runs:
+        """A sequence as the model of `config` reads it.
+
+        Raises:
+            LVLMError: image tokens that are not those of the pictures.
+        """
+        # Where a family adds placeholders, it counts pictures, and puts them in front.
+        part = {"pixel_values": self.counts} if len(self.counts) else {}
+        (ids,) = inputs.with_placeholders([tokens.ids], [part], config)
+        answers = np.pad(tokens.answers, (len(ids) - len(tokens.ids), 0))
+        placeholder = ids == config.image_token_id
+        found = int(placeholder.sum())
+        if found == len(self.counts):
+            repeats = np.ones(len(ids), np.int32)
+            repeats[placeholder] = self.counts
+            return Runs(ids, answers, repeats)
+        if found != self.counts.sum():
+            raise LVLMError(
+                f"it has {found} image tokens and its {len(self.counts)} images take {self.counts.sum()}; do not "
+                "write the tokenizer's image token into a message's text"
+            )
+        begins = np.flatnonzero(~(placeholder & np.insert(placeholder[:-1], 0, False)))
+        repeats = np.diff(begins, append=len(ids)).astype(np.int32)
+        return Runs(ids[begins], answers[begins], repeats)
+
+
+class _Overheard:
+    """A tokenizer that keeps the text it was given last."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.text = ""
+
+    def __call__(self, text: str | list[str], *arguments: Any, **options: Any) -> Any:
+        self.text = text if isinstance(text, str) else text[0]
+        return self.tokenizer(text, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+def placeholders(processor: Any, config: Any, sizes: Sequence[tuple[int, int]]) -> Placeholders:
+    """What stands for the pictures of one row.
+
+    Args:
+        processor: the checkpoint's.
+        config: the model's configuration.
+        sizes: width and height of each, in pixels.
+
+    Raises:
+        LVLMError: a size that the family cannot read.
+    """
+    marker, count = inputs.image_marker(processor), len(sizes)
+    if not count or inputs.encodes_ahead(config):
+        text = getattr(processor, "full_image_sequence", marker)
+        each = config.tokens_per_image if count else 0
+        return Placeholders(marker, (text,) * count, np.full(count, each))
+    listening = copy.copy(processor)
+    listening.tokenizer = overheard = _Overheard(processor.tokenizer)
+    white = [Image.new("RGB", size, "white") for size in sizes]
+    ids, part = inputs.processed(listening, config, SEPARATOR.join([marker] * count), white)
+    prompts = inputs.with_placeholders([ids], [part], config)
+    counts = config.pictures([part], prompts).token_counts
+    return Placeholders(marker, tuple(overheard.text.split(SEPARATOR)), counts)
+
+
+def arrays_of(pictures: Pictures, rows: int) -> dict[str, Any]:
+    """`images` and, where the tower must know more, `geometry` of a batch, filled up to `rows` rows of the tower."""
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        array = array.astype(np.int32) if array.dtype.kind == "i" else array
+        missing = rows - len(array) if len(array) == len(pictures.pixels) else 0
+        return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    geometry = {name: filled(array) for name, array in pictures.geometry.items()}
+    return {"images": filled(pictures.pixels)} | ({"geometry": geometry} if geometry else {})
+
+
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of the parts of a batch as one, zeros behind those that are smaller.
+
+    Raises:
+        LVLMError: tiles of several sizes.
+    """
+    shape = np.max([array.shape for array in arrays], axis=0)
+    # The blank picture of a part without any is of the smallest size.
+    sides = {array.shape[-1] for array in arrays if array.ndim == 4 and array.any()}
+    if len(sides) > 1:
+        raise LVLMError(
+            f"the tiles of a step's pictures have {', '.join(map(str, sides))} pixels a side; expected one size, or "
+            "accumulate=1"
+        )
+    return np.stack([np.pad(array, [(0, n) for n in shape - array.shape]) for array in arrays])

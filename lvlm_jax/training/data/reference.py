@@ -1,0 +1,144 @@
+"""Log-probabilities under the reference model, computed once and kept on disk.
+
+Where nothing of the base weights stays (full fine-tuning), a second copy of the model would be the only other way. The
+file's name is a hash of everything that decides its content, so that it is found again when a run is continued and
+never taken for another one's.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lvlm_jax import files, parallel
+from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
+from lvlm_jax.training.validation import on_mesh
+
+
+def with_reference(
+    rows: tuple[Row, ...],
+    encoder: Encoder,
+    score: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    settings: dict,
+    folder: Path,
+    size: int,
+    mesh: Mesh | None = None,
+) -> tuple[Row, ...]:
+    """Rows with their answer tokens' log-probabilities under `params`, from the cache where it has them.
+
+    Args:
+        score: (params, batch) -> log-probabilities, one row of `Float[B, 2, A]` for each sequence; pure.
+        params: the reference model.
+        settings: whatever else decides the log-probabilities, such as the method and the dtype; plain JSON values.
+        folder: of the cache; made when missing.
+        size: rows at a time.
+
+    Raises:
+        LVLMError: the cache cannot be written.
+    """
+    path = folder / f"{digest(rows, encoder, params, settings)}.npz"
+    lengths = [int(tokens.answers.sum()) for row in rows for tokens in row.sequences.values()]
+    found = _read(path, lengths)
+    # All processes compute, or none does: a program over their common mesh waits for every one of them.
+    if not np.all(multihost_utils.process_allgather(np.asarray(found is not None))):
+        found = _compute(rows, encoder, jax.jit(score), params, size, mesh)
+        if jax.process_index() == 0:
+            _write(path, found, lengths)
+    per_row = len(rows[0].sequences)
+    pieces = np.split(found, np.cumsum(lengths)[:-1])
+    return tuple(
+        replace(row, reference=tuple(pieces[per_row * index : per_row * (index + 1)]))
+        for index, row in enumerate(rows)
+    )
+
+
+def digest(rows: Sequence[Row], encoder: Encoder, params: Any, settings: dict) -> str:
+    """A hash of the parameters, the rows' tokens and pictures, the image processor and the settings.
+
+    Picture files are told apart by path, size and time of change; their contents are not read.
+    """
+    hasher = hashlib.sha256(fingerprint(params).encode())
+    hasher.update(json.dumps(settings, sort_keys=True).encode())
+    hasher.update(encoder.processor.image_processor.to_json_string().encode())
+    for row in rows:
+        for tokens in row.sequences.values():
+            hasher.update(b"tokens" + tokens.ids.tobytes() + b"answers" + tokens.answers.tobytes())
+        for image in row.images:
+            hasher.update(b"image" + (image if isinstance(image, bytes) else _stamp(image)))
+    return hasher.hexdigest()[:32]
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of a parameter tree, computed where the parameters live; the same however they are spread."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    checksums = jax.jit(lambda arrays: jnp.stack([_checksum(array) for array in arrays]))
+    sums = np.asarray(parallel.local(checksums([leaf for _, leaf in leaves])))
+    hasher = hashlib.sha256()
+    for (path, leaf), checksum in zip(leaves, sums, strict=True):
+        name = jax.tree_util.keystr(path)
+        hasher.update(f"{name} {leaf.shape} {leaf.dtype} {int(checksum)}\n".encode())
+    return hasher.hexdigest()
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """The sum modulo 2^32 of every element's bits, mixed with its place; exact in whatever order it is taken."""
+    width = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    # MurmurHash3's last step. It is one to one, so that a change of any single element shows.
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def _stamp(image: Path) -> bytes:
+    status = os.stat(image)
+    return f"{os.path.abspath(image)} {status.st_size} {status.st_mtime_ns}".encode()
+
+
+def _compute(
+    rows: tuple[Row, ...], encoder: Encoder, score: Callable, params: Any, size: int, mesh: Mesh | None
+) -> np.ndarray:
+    """The log-probabilities of all answer tokens of all rows, one behind the other."""
+    pieces = []
+    batches = in_order(rows, encoder, size)
+    for batch in tqdm(batches, "reference", total=-(-len(rows) // size), mininterval=10):
+        logprobs = np.asarray(parallel.local(score(params, on_mesh(batch, mesh))))
+        for index in np.flatnonzero(batch["weight"]):
+            for sequence, name in enumerate(rows[0].sequences):
+                pieces.append(logprobs[index, sequence, : batch[name]["answers"][index].sum()])
+    return np.concatenate(pieces).astype(np.float32)
+
+
+def _read(path: Path, lengths: list[int]) -> np.ndarray | None:
+    """The cached log-probabilities; None when there are none, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            logprobs, counts = arrays["logprobs"], arrays["counts"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("reference cache %s cannot be read (%s) and is computed again", path, error)
+        return None
+    return logprobs if counts.tolist() == lengths and logprobs.shape == (sum(lengths),) else None
+
+
+def _write(path: Path, logprobs: np.ndarray, lengths: list[int]) -> None:
+    with files.whole(path) as file:
+        np.savez(file, logprobs=logprobs, counts=np.asarray(lengths, np.int64))

@@ -1,0 +1,351 @@
+"""Flow-alignment training: the effect of SEVI put into the weights. The edit is that of arXiv 2505.14257.
+
+SEVI mixes the attention logits z of heads that look elsewhere with those of heads that look where visual information
+has flowed to (`methods.sevi`), which costs explicit attention at inference and cannot be served by other software. Here
+the edited model is the teacher and the student is the same model without any edit:
+
+    L = 1/R Σ_t Σ_l Σ_h KL(sg softmax(ẑ_lht) ‖ softmax(z_lht))  +  μ 1/R Σ_t KL(sg p̂_t ‖ p_t)
+
+t: the R rows of the batch that predict an answer token. While an answer is generated SEVI edits exactly these rows, the
+    prompt's last and every decoded one, so one pass over prompt and answer sees what generation would.
+l, h: layers that SEVI edits, and the heads that the current stage moves: stage 1 those outside the semantic ones
+    (toward the global heads' mean), stage 2 the global ones (toward the core heads' maximum). The sum over them is not
+    divided by their number: a row with more misplaced heads weighs more.
+z, ẑ: the student's own attention logits over the columns that the row sees, and SEVI's edit of them (both stages);
+    sg: no gradient.
+p̂, p: next-token distributions of the teacher, which is the base model under the whole edit, and of the student.
+
+Samples without an image have no moved heads, nor have rows before a conversation's last image: there only the second
+term speaks, and keeps the student where the base is. Answers only say which rows are compared, a wrong one is not
+imitated: both terms are divergences of distributions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.sevi import SEVI, Moved, aligned
+from lvlm_jax.training import forward, loop
+from lvlm_jax.training.data import flow_data, pair_batches
+from lvlm_jax.training.data.pair_batches import CONVERSATION, Batches, Encoder, Row
+from lvlm_jax.training.losses import Mean
+from lvlm_jax.training.validation import evaluation
+from lvlm_jax.weights import parts
+
+STAGES = (1, 2)
+(SEQUENCE,) = CONVERSATION
+BASE = "base"  # in the frozen part: the trained parameters as they were, unless adapters are what is trained
+
+
+class Flow(NamedTuple):
+    """What the student's layers add up, per sample and stage: sums over edited layers, heads and answer rows.
+
+    Attributes:
+        divergence: KL(edited ‖ own attention) of the heads that the stage moves, in nats.
+        moved: how many heads it moves.
+    """
+
+    divergence: Float[Array, "B 2"]
+    moved: Float[Array, "B 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnswerRows(Method):
+    """The rows of right-padded samples that predict answer tokens, and SEVI's edit of them.
+
+    Attributes:
+        sevi: the edit.
+        index: the rows of each sample; an index behind the last row is none.
+    """
+
+    sevi: SEVI
+    index: Int[Array, "B A"]
+
+    rows: ClassVar[str] = "all"
+
+    @classmethod
+    def of(cls, sevi: SEVI, sequence: forward.Sequence, **more: Any) -> "AnswerRows":
+        """For a sequence as `forward` describes them: row t predicts token t + 1."""
+        columns = sequence["columns"]
+        strengths = jax.tree.map(jnp.asarray, sevi)  # as every method has them inside a compiled program
+        return cls(strengths, jnp.where(columns > 0, columns - 1, sequence["tokens"].shape[1]), **more)
+
+    def active(self, layer, num_layers, phase):
+        return self.sevi.active(layer, num_layers, phase)
+
+    def edit(
+        self, site, logits: Float[Array, "B H T S"]
+    ) -> tuple[Float[Array, "B H A S"], Float[Array, "B H A S"], Moved, Bool[Array, "B A S"]]:
+        """Of these rows: the logits; the edited ones, without a gradient; the moved heads; what the rows see."""
+        own = jnp.take_along_axis(logits, self.index[:, None, :, None], axis=2, mode="clip")
+        seen = jnp.take_along_axis(site.mask, self.index[:, :, None], axis=1, mode="clip")
+        fixed = jax.lax.stop_gradient(own)
+        edited, moved = aligned(fixed, seen, site.after_image, self.sevi.omega, self.sevi.kappa)
+        return own, edited, moved, seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Teacher(AnswerRows):
+    """SEVI in these rows: in one pass what generation computes token by token."""
+
+    def logits(self, site, logits):
+        def put(
+            rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]
+        ) -> jax.Array:
+            return rows.at[:, index].set(new, mode="drop")
+
+        return jax.vmap(put)(logits, self.index, self.edit(site, logits)[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Student(AnswerRows):
+    """No edit, but a carry: how far the attention of these rows is from the edited one, as a `Flow`.
+
+    Attributes:
+        weight: of each row; 0 where `index` is none.
+    """
+
+    weight: Float[Array, "B A"]
+
+    def begin(self, context, embeddings):
+        zeros = jnp.zeros((embeddings.shape[0], len(STAGES)), jnp.float32)
+        return Flow(zeros, zeros)
+
+    def observe(self, site, weights):
+        own, edited, moved, seen = self.edit(site, site.logits)
+        heads = jnp.stack([stage[..., 0] for stage in moved], axis=-1) * self.weight[:, None, :, None]
+        divergence = kl_divergence(edited, own, seen[:, None])[..., None] * heads
+        carry: Flow = site.carry
+        return Flow(
+            carry.divergence + divergence.sum(axis=(1, 2)),
+            carry.moved + heads.sum(axis=(1, 2)),
+        )
+
+
+def kl_divergence(
+    target: Float[Array, "*R S"], logits: Float[Array, "*R S"], mask: Bool[Array, "*#R S"] | None = None
+) -> Float[Array, "*R"]:
+    """KL(softmax(target) ‖ softmax(logits)) in nats over the last axis, or over the part of it that `mask` leaves."""
+    if mask is not None:
+        floor = jnp.finfo(jnp.float32).min
+        target, logits = jnp.where(mask, target, floor), jnp.where(mask, logits, floor)
+    wanted, found = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
+    terms = jnp.exp(wanted) * (wanted - found)
+    return (terms if mask is None else jnp.where(mask, terms, 0)).sum(axis=-1)
+
+
+def with_base(trainable: Mapping, frozen: Mapping) -> dict:
+    """The frozen part of full fine-tuning, with copies of the parameters that training will change.
+
+    The teacher needs them: with adapters the frozen part is the base model by itself, without them it has gaps.
+    """
+    return {**frozen, BASE: jax.tree.map(jnp.copy, trainable)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """The objective, and how it is judged, on batches of conversations (`pair_batches`) with `stage` Int[B] added.
+
+    Attributes:
+        module: the model.
+        sevi: the teacher's edit.
+        mu: weight of the second term; at 0 the teacher never runs.
+    """
+
+    module: nn.Module
+    sevi: SEVI
+    mu: float
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """What is minimised, with weights."""
+        return {"attention_kl": 1.0} | ({"answer_kl": self.mu} if self.mu else {})
+
+    def objective(
+        self, trainable: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array | None
+    ) -> dict[str, Mean]:
+        """The terms over a batch, in nats per answer token, and what else tells how training goes. Pure.
+
+        Args:
+            trainable, frozen: the two parts of the parameters; without adapters the latter is that of `with_base`.
+            key: of the adapters' dropout; None for none.
+
+        Returns:
+            attention_kl: of the heads that the sample's stage moves, summed over edited layers and heads.
+            answer_kl, agreement: KL(teacher ‖ student) of answer tokens, and the share of them that have the same
+                most likely token; only with `mu`.
+            moved_1, moved_2: share of heads, of those in edited layers and answer rows, that each stage would move.
+        """
+        base, params = _models(trainable, frozen)
+        rngs = None if key is None else {"dropout": key}
+        pictures, base_pictures = self._pictures(trainable, params, base, batch, rngs)
+        logits, flow, weight = self._student(params, pictures, batch, rngs)
+        current = jnp.take_along_axis(flow.divergence, batch["stage"][:, None] - 1, axis=1)
+        metrics = {"attention_kl": Mean(current.sum(), weight.sum())} | self._shares(flow, weight)
+        if self.mu:
+            metrics |= compared(self._teacher(base, base_pictures, batch), logits, weight)
+        return metrics
+
+    def measure(self, trainable: Mapping, frozen: Mapping, batch: Mapping) -> dict[str, Mean]:
+        """Student and base against the teacher on held-out answers; means per answer token as in `objective`.
+
+        Returns:
+            answer_kl, agreement, moved_1, moved_2: of the student.
+            attention_kl_1, attention_kl_2: the student's first term in either stage.
+            base_answer_kl, base_agreement: of the base model without edit, which is where training began.
+        """
+        base, params = _models(trainable, frozen)
+        pictures, base_pictures = self._pictures(trainable, params, base, batch)
+        teacher = self._teacher(base, base_pictures, batch)
+        logits, flow, weight = self._student(params, pictures, batch)
+        plain, _ = self._answers(base, base_pictures, batch, None)
+        divergence = flow.divergence.sum(axis=0)
+        return {
+            **compared(teacher, logits, weight),
+            **{f"base_{name}": mean for name, mean in compared(teacher, plain, weight).items()},
+            **{f"attention_kl_{stage}": Mean(divergence[stage - 1], weight.sum()) for stage in STAGES},
+            **self._shares(flow, weight),
+        }
+
+    def _pictures(
+        self, trainable: Mapping, params: dict, base: dict, batch: Mapping, rngs: forward.Rngs = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Image tokens for the student and for the base: the same, unless training changes how pictures are read."""
+        own = forward.image_tokens(self.module, params, batch, rngs)
+        alike = trainable.keys() <= {"language_model"}
+        return own, own if alike else forward.image_tokens(self.module, base, batch)
+
+    def _student(
+        self, params: dict, pictures: jax.Array, batch: Mapping, rngs: forward.Rngs = None
+    ) -> tuple[Float[Array, "B A V"], Flow, Float[Array, "B A"]]:
+        """Logits of the answer tokens, the attention's way to go, and the weight of the tokens."""
+        weight = (batch[SEQUENCE]["columns"] > 0) * batch["weight"][:, None]
+        logits, flow = self._answers(
+            params, pictures, batch, Student.of(self.sevi, batch[SEQUENCE], weight=weight), rngs
+        )
+        return logits, flow, weight
+
+    def _teacher(self, base: dict, pictures: jax.Array, batch: Mapping) -> Float[Array, "B A V"]:
+        return self._answers(base, pictures, batch, Teacher.of(self.sevi, batch[SEQUENCE]))[0]
+
+    def _answers(
+        self,
+        params: dict,
+        pictures: Float[Array, "*N E"],
+        batch: Mapping,
+        method: AnswerRows | None,
+        rngs: forward.Rngs = None,
+    ) -> tuple[Float[Array, "B A V"], Any]:
+        """Logits of the answer tokens, and the method's carry."""
+        sequence = batch[SEQUENCE]
+        embeddings = forward.embed(self.module, params, sequence["tokens"], pictures)
+        image_id, axes = sequence["image_id"], sequence.get("axes")
+        decoded = forward.decode(self.module, params, image_id, embeddings, method, rngs=rngs, axes=axes)
+        logits, _, _ = forward.answer_logits(self.module, params, decoded.hidden[0], sequence, rngs)
+        return logits, decoded.carries[0]
+
+    def _shares(self, flow: Flow, weight: Float[Array, "B A"]) -> dict[str, Mean]:
+        text = self.module.config.text
+        layers = sum(self.sevi.active(layer, text.num_layers, "prefill") for layer in range(text.num_layers))
+        heads = weight.sum() * layers * text.num_heads
+        return {f"moved_{stage}": Mean(flow.moved[:, stage - 1].sum(), heads) for stage in STAGES}
+
+
+def compared(
+    teacher: Float[Array, "B A V"], logits: Float[Array, "B A V"], weight: Float[Array, "B A"]
+) -> dict[str, Mean]:
+    """`answer_kl` and `agreement` of a model with the teacher."""
+    same = (teacher.argmax(axis=-1) == logits.argmax(axis=-1)).astype(jnp.float32)
+    return {
+        "answer_kl": Mean((kl_divergence(teacher, logits) * weight).sum(), weight.sum()),
+        "agreement": Mean((same * weight).sum(), weight.sum()),
+    }
+
+
+def _models(trainable: Mapping, frozen: Mapping) -> tuple[dict, dict]:
+    """Parameters of the base and of the student."""
+    rest = {name: part for name, part in frozen.items() if name != BASE}
+    return parts.join(frozen.get(BASE, {}), rest), parts.join(trainable, rest)
+
+
+def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
+    """The task of recipe "flow_alignment".
+
+    Args:
+        model: the base model.
+        module: its module for training.
+        config: fields `recipe`, `seed`, `data`, `validation`, `steps`, `epochs`, `batch`, `accumulate`, `length`,
+            `too_long` and `flow`, see `training.settings`. Both files are such as `flow_data.read` takes.
+        workdir: of the run; answers that had to be generated are kept in `answers` below it.
+
+    Raises:
+        LVLMError: a setting or data that cannot be used.
+    """
+    alignment = _alignment(model, module, config.flow)
+    encoder = Encoder(model.processor, model.config)
+
+    def rows(path: str) -> tuple[Row, ...]:
+        longest = min(config.length, model.config.text.max_position_embeddings - 1)
+        folder = workdir / "answers"
+        conversations = flow_data.read(path, model, alignment.sevi, longest, config.batch, folder)
+        return pair_batches.rows_of(
+            conversations, encoder.conversation, encoder, config.length, config.too_long
+        )
+
+    if not config.data:
+        raise LVLMError(
+            "data is not set; give a file of prompts or conversations, as in --config.data=prompts.jsonl"
+        )
+    batches = Batches(rows(config.data), encoder, config.batch, config.accumulate, config.seed)
+    source = flow_data.Staged(batches, config.flow.stage, config.steps or batches.steps(config.epochs))
+    held_out = rows(config.validation) if config.validation else ()
+    measured = evaluation(
+        lambda trainable, frozen, batch, _: alignment.measure(trainable, frozen, batch),
+        held_out,
+        encoder,
+        config.batch // config.accumulate,
+        model.mesh,
+    )
+    return loop.Task(
+        name=config.recipe,
+        objective=alignment.objective,
+        terms=alignment.terms,
+        source=source,
+        evaluate=None if measured is None else _with_ratio(measured),
+        describe=source.describe,
+    )
+
+
+def _alignment(model: LVLM, module: nn.Module, settings: ConfigDict) -> Alignment:
+    if settings.stage not in flow_data.STAGES:
+        raise LVLMError(f"flow.stage is {settings.stage!r}; expected one of {', '.join(flow_data.STAGES)}")
+    if not (settings.mu >= 0 and math.isfinite(settings.mu)):
+        raise LVLMError(f"flow.mu is {settings.mu}; expected a weight of at least 0")
+    sevi = SEVI(omega=settings.omega, kappa=settings.kappa, start_layer=settings.start_layer)
+    sevi.active(0, model.config.text.num_layers, "prefill")  # refuses layers that the model does not have
+    return Alignment(module, sevi, float(settings.mu))
+
+
+def _with_ratio(measured: Callable[[Any, Any], dict[str, Mean]]) -> Callable[[Any, Any], dict[str, Mean]]:
+    """`measured` and `closer`: by what factor the student's answer tokens are closer to the teacher than the base's."""
+
+    def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
+        found = measured(trainable, frozen)
+        base, own = found["base_answer_kl"].total, found["answer_kl"].total
+        return found | {"closer": Mean(base / jnp.maximum(own, jnp.finfo(jnp.float32).tiny), jnp.ones(()))}
+
+    return evaluate

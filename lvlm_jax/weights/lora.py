@@ -1,0 +1,134 @@
+"""LoRA (arXiv 2106.09685): a kernel W [in, out] is left alone and W + scale · A B is trained through A and B.
+
+An adapter is leaves beside a kernel, `{"kernel", "lora_a", "lora_b", "lora_scale", "lora_dropout"}`, which
+`models.layers.Linear` looks for. So a tree with adapters runs wherever one without does, the tree without `lora_a` and
+`lora_b` is the base model on the same arrays, and training, saving and placement treat them as parameters like any
+others.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.layers import INT8_LEAVES, LORA_LEAVES, matrices
+from lvlm_jax.parallel.mesh import sharding_beside
+from lvlm_jax.weights.parts import matching
+from lvlm_jax.weights.tables import flatten, unflatten
+
+# All linear layers of the language model but its head.
+TARGETS = r"language_model/.*(q|k|v|o|gate|up|down)_proj$"
+
+
+def attach(
+    params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array
+) -> tuple[dict, dict]:
+    """Fresh adapters for the kernels that `targets` finds; the model computes what it did, bit for bit.
+
+    A is uniform in ±1/√in (Kaiming's rule as PEFT applies it), B zero. Both are float32 whatever the kernel is: small
+    updates must not be lost to rounding.
+
+    Args:
+        params: nested dict of parameters without adapters, of arrays or of their shapes.
+        rank: columns of A and rows of B.
+        alpha: the term is scaled by alpha / rank.
+        targets: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj".
+        dropout: rate at which inputs of A are dropped while training; at 0 there is no `lora_dropout` leaf, and
+            nothing is drawn.
+        key: for A.
+
+    Returns:
+        (adapters, frozen): the trainable leaves `lora_a` and `lora_b`; all of `params` with the constants `lora_scale`
+        and `lora_dropout`. `parts.join` makes them one tree. They live on the mesh of `params`, if there is one.
+
+    Raises:
+        LVLMError: a setting out of range, targets that match nothing or something that is not a matrix, or parameters
+            that hold adapters already.
+    """
+    _check_settings(rank, alpha, dropout)
+    flat = flatten(params)
+    if present := next((path for path in flat if path.endswith(LORA_LEAVES)), None):
+        raise LVLMError(
+            f"the parameters hold a LoRA adapter already ({present}); merge it before adding another"
+        )
+    kernels = _target_kernels(flat, targets)
+
+    leaves = {}
+    for path, fresh in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        kernel, (inputs, outputs) = kernels[path]
+        shapes = {"lora_a": (inputs, rank), "lora_b": (rank, outputs), "lora_scale": ()}
+        place = {name: sharding_beside(kernel, f"{path}/{name}", shape) for name, shape in shapes.items()}
+        draw = jax.jit(_uniform, static_argnames="shape", out_shardings=place["lora_a"])
+        leaves[f"{path}/lora_a"] = draw(fresh, shape=shapes["lora_a"])
+        leaves[f"{path}/lora_b"] = jnp.zeros(shapes["lora_b"], device=place["lora_b"])
+        leaves[f"{path}/lora_scale"] = jax.device_put(np.float32(alpha / rank), place["lora_scale"])
+        if dropout > 0:
+            leaves[f"{path}/lora_dropout"] = jax.device_put(np.float32(dropout), place["lora_scale"])
+    adapters = {path: leaf for path, leaf in leaves.items() if path.endswith(("/lora_a", "/lora_b"))}
+    constants = {path: leaf for path, leaf in leaves.items() if path not in adapters}
+    return unflatten(adapters), unflatten(flat | constants)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    bound = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def merge(params: Mapping) -> dict:
+    """The parameters with every adapter added to its kernel, W + scale · A B in float32, and its leaves gone.
+
+    Kernels keep their dtype and place. A tree without adapters comes back as it is, and so does a frozen part, which
+    loses its constants.
+
+    Raises:
+        LVLMError: an adapter lies beside an int8 kernel, whose steps are larger than what it adds.
+    """
+    flat, merged = flatten(params), {}
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        if name == INT8_LEAVES[0] and f"{module}/lora_a" in flat:
+            raise LVLMError(
+                f"the adapter of {module} cannot be merged into an int8 kernel; save the adapter alone "
+                "(weights.peft.save_adapter), or merge it into the model loaded without quant"
+            )
+        if name == "kernel" and f"{module}/lora_a" in flat:
+            factors = (flat[f"{module}/{factor}"] for factor in ("lora_a", "lora_b", "lora_scale"))
+            sharding = getattr(leaf, "sharding", None)
+            place = sharding if isinstance(sharding, NamedSharding) else None
+            leaf = jax.jit(_sum, out_shardings=place)(leaf, *factors)
+        if name not in LORA_LEAVES:
+            merged[path] = leaf
+    return unflatten(merged)
+
+
+def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    low_rank = jnp.dot(a.astype(jnp.float32) * scale, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + low_rank).astype(kernel.dtype)
+
+
+def _check_settings(rank: int, alpha: float, dropout: float) -> None:
+    if rank < 1:
+        raise LVLMError(f"LoRA rank {rank} is out of range; expected at least 1, such as 16")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise LVLMError(
+            f"LoRA alpha {alpha} is out of range; expected a number above 0, such as twice the rank"
+        )
+    if not 0 <= dropout < 1:
+        raise LVLMError(f"LoRA dropout {dropout} is out of range; expected a rate from 0 to below 1")
+
+
+def _target_kernels(flat: Mapping, targets: str) -> dict[str, tuple[jax.Array, tuple[int, int]]]:
+    """The targeted modules, each of which holds a matrix: path -> `matrices`."""
+    modules = dict.fromkeys(path.rpartition("/")[0] for path in flat)
+    kernels = matrices(flat)
+    found = matching(targets, modules, "the pattern of LoRA targets")
+    if others := [path for path in found if path not in kernels]:
+        raise LVLMError(
+            f"the pattern of LoRA targets, {targets!r}, also matches {others[0]!r}, which has no matrix to adapt; "
+            f"expected one that finds only linear layers, such as {TARGETS!r}"
+        )
+    return {path: kernels[path] for path in found}

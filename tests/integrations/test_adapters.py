@@ -1,0 +1,607 @@
+"""Adapters for lmms-eval and VLMEvalKit, against stand-ins that follow their documented contracts, and the real one."""
+
+import abc
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import types
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvlm_jax import LVLM, cli, methods
+from lvlm_jax import integrations as adapters
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import BENCHMARKS, Data, engine, get
+from lvlm_jax.generation.questions import conversation
+from lvlm_jax.pocket.scenes import render, scene_at
+from lvlm_jax.pocket.splits import write_split
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SUFFIX = "\nAnswer the question using a single word or phrase."
+DOG, BOTH = f"Is there a dog in the image?{SUFFIX}", f"Is there a cup in both images?{SUFFIX}"
+
+
+def modules(**contents):
+    """Modules to put into `sys.modules`: dotted names with `__` for dots."""
+    made = {}
+    for name, members in contents.items():
+        name = name.replace("__", ".")
+        made[name] = types.ModuleType(name)
+        vars(made[name]).update(members)
+    return made
+
+
+def stand_in_for_lmms_eval():
+    class Hook:
+        def __init__(self):
+            self.added = []
+
+        def add_partial(self, attribute, request, result):
+            self.added.append((attribute, request, result))
+
+    class lmms(abc.ABC):  # noqa: N801
+        is_simple = True
+
+        def __init__(self):
+            self._rank, self._world_size, self.cache_hook, self.task_dict = 0, 1, Hook(), {}
+
+        rank = property(lambda self: self._rank)
+        world_size = property(lambda self: self._world_size)
+
+        @abc.abstractmethod
+        def loglikelihood(self, requests): ...
+
+        @abc.abstractmethod
+        def generate_until(self, requests): ...
+
+        @abc.abstractmethod
+        def generate_until_multi_round(self, requests): ...
+
+    @dataclasses.dataclass(frozen=True)
+    class ModelManifest:
+        model_id: str
+        simple_class_path: str | None = None
+        chat_class_path: str | None = None
+        aliases: tuple[str, ...] = ()
+
+    def value(text):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        try:
+            return int(text) if text.isnumeric() else float(text)
+        except ValueError:
+            return text
+
+    def simple_parse_args_string(text):
+        parts = re.findall(r"(?:\[[^]]*\]|[^,])+", text)
+        return {key: value(rest) for key, rest in (part.split("=", 1) for part in parts)}
+
+    return modules(
+        lmms_eval={},
+        lmms_eval__api={},
+        lmms_eval__api__model={"lmms": lmms},
+        lmms_eval__models={},
+        lmms_eval__models__registry_v2={"ModelManifest": ModelManifest},
+        lmms_eval__utils={"simple_parse_args_string": simple_parse_args_string},
+    )
+
+
+def stand_in_for_vlmevalkit():
+    class BaseModel:
+        INTERLEAVE = False
+        allowed_types = ["text", "image", "video"]
+
+        def __init__(self):
+            self.dump_image_func = None
+
+        def generate(self, message, dataset=None):
+            assert all(part["type"] in self.allowed_types for part in message)
+            return self.generate_inner(message, dataset)
+
+    return modules(vlmeval={}, vlmeval__vlm={}, vlmeval__vlm__base={"BaseModel": BaseModel})
+
+
+def adapter(stand_in, name):
+    """A module of the adapters, imported beside a stand-in and forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, content in stand_in.items():
+            patch.setitem(sys.modules, module, content)
+        patch.delitem(sys.modules, f"lvlm_jax.integrations.{name}", raising=False)
+        yield importlib.import_module(f"lvlm_jax.integrations.{name}")
+        sys.modules.pop(f"lvlm_jax.integrations.{name}")
+
+
+@pytest.fixture(scope="module")
+def lmms_eval():
+    yield from adapter(stand_in_for_lmms_eval(), "lmms_eval")
+
+
+@pytest.fixture(scope="module")
+def vlmevalkit():
+    yield from adapter(stand_in_for_vlmevalkit(), "vlmevalkit")
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return LVLM.from_pretrained(cli.checkpoint("pocket"))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.fromarray(render(scene_at("test", index))) for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def documents(pictures):
+    """One picture, two pictures, none."""
+    return [{"pictures": pictures[:1]}, {"pictures": pictures[1:]}, {"pictures": None}]
+
+
+@pytest.fixture(scope="module")
+def questions(pictures):
+    """(document, text, conversation): one batch of all kinds, so that tests share its programs."""
+    between = "First <image> then <image>. How many of the images show a dog?"
+    return [
+        (1, BOTH, conversation(pictures[1:], BOTH)),
+        (0, DOG, conversation(pictures[:1], DOG)),
+        (1, between, conversation(pictures[1:], between)),
+        (2, "Hello", conversation([], "Hello")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def said(pocket, questions):
+    """What the model itself answers to them."""
+    return pocket.generate([messages for *_, messages in questions], max_new_tokens=6)
+
+
+def visuals(document):
+    return document["pictures"]
+
+
+@dataclasses.dataclass
+class Request:
+    args: tuple
+
+
+class Recording:
+    """A model that answers with the number of the conversation, and keeps what it was asked."""
+
+    def __init__(self):
+        self.calls, self.count = [], 0
+
+    def generate(self, messages, **options):
+        self.calls.append((messages, options))
+        numbers = range(self.count, self.count + len(messages))
+        self.count += len(messages)
+        return types.SimpleNamespace(text=[str(number) for number in numbers])
+
+    def texts(self):
+        """The text of each conversation, batch by batch."""
+        return [[one[0]["content"][-1]["text"] for one in messages] for messages, _ in self.calls]
+
+
+def ready(module, documents, model, **settings):
+    """The adapter around `model`, with a task loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load", lambda pretrained, dtype: model)
+        made = module.LVLMJax(pretrained="pocket", **settings)
+    made.task_dict = {"task": {"test": documents}}
+    return made
+
+
+def ask(text, settings, document=0):
+    return Request((text, settings, visuals, document, "task", "test"))
+
+
+def test_entry_point_leads_to_the_model(lmms_eval):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["lvlm_jax"].partition(":")
+    manifest = getattr(importlib.import_module(module), name)()
+    assert manifest.model_id == "lvlm_jax"
+    module, _, name = manifest.simple_class_path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    base = sys.modules["lmms_eval.api.model"].lmms
+    assert issubclass(found, base) and found.is_simple and not found.__abstractmethods__
+
+
+def test_answers_are_those_of_generate(lmms_eval, documents, questions, said):
+    made = lmms_eval.LVLMJax(pretrained="pocket", batch_size=4)
+    made.task_dict = {"task": {"test": documents}}
+    settings = {"max_new_tokens": 6, "temperature": 0, "top_p": 0, "do_sample": False, "num_beams": 1}
+    requests = [ask(text, settings, document) for document, text, _ in questions]
+    assert made.generate_until(requests) == said.text and len(set(said.text)) > 2
+    assert (made.rank, made.world_size) == (0, 1)
+
+    word = said.text[3].split()[1]
+    for until in (word, [word, "never"]):
+        requests = [ask(text, settings | {"until": until}, document) for document, text, _ in questions]
+        cut = [text.partition(word)[0] for text in said.text]
+        assert made.generate_until(requests) == cut != said.text
+
+
+def test_batches_are_of_alike_settings_and_lengths(lmms_eval, documents):
+    model = Recording()
+    made = ready(lmms_eval, documents, model, batch_size=2)
+    few, many = {"max_new_tokens": 4, "until": "."}, {"max_new_tokens": 4.0, "until": ["."], "temperature": 0}
+    texts = ["ccc", "a", "<image> b", "eeeee", "bb", "dddd", "other"]
+    requests = [ask(text, many if index % 2 else few) for index, text in enumerate(texts[:-1])]
+    requests.append(ask("other", {"max_new_tokens": 5}))
+    answers = made.generate_until(requests)
+    assert model.texts() == [["a", "bb"], ["ccc", "dddd"], ["eeeee", "b"], ["other"]]
+    assert answers == ["2", "0", "5", "4", "1", "3", "6"]
+    same = {"method": None, "temperature": 0.0, "stop": (".",), "max_new_tokens": 4}
+    for _, options in model.calls[:3]:
+        assert {name: value for name, value in options.items() if name != "seed"} == same
+    assert model.calls[3][1]["max_new_tokens"] == 5 and model.calls[3][1]["stop"] == ()
+    hooked = {request[0]: (name, request[1], answer) for name, request, answer in made.cache_hook.added}
+    assert hooked["a"] == ("generate_until", many, "0") and len(hooked) == 7
+
+    model.calls.clear()
+    made.generate_until([ask(text, few) for text in ("a", "b", "c")])
+    assert model.texts() == [["a", "b"], ["c", "c"]]  # the last batch keeps the shape of those before
+
+
+def test_sampling_depends_on_the_document_alone(lmms_eval, documents):
+    def seeds(numbers, **settings):
+        model = Recording()
+        made = ready(lmms_eval, documents, model, **settings)
+        made.generate_until(
+            [ask(f"question {n}", {"temperature": 1.0, "do_sample": True}, n) for n in numbers]
+        )
+        given = [seed for _, options in model.calls for seed in options["seed"]]
+        return dict(zip([text for batch in model.texts() for text in batch], given, strict=True)), given
+
+    first, _ = seeds([0, 1, 2], batch_size=3)
+    assert first == seeds([2, 1, 0], batch_size=1)[0] and len(set(first.values())) == 3
+    assert not set(first.values()) & set(seeds([0, 1, 2], seed=1)[1])
+    repeated = seeds([0, 0, 0])[1]
+    assert repeated[0] == first["question 0"] and len(set(repeated)) == 3
+
+
+def test_settings_that_mean_nothing_here_are_named_once(lmms_eval, documents):
+    model = Recording()
+    made = ready(lmms_eval, documents, model)
+    request = ask(DOG, {"max_new_tokens": 1, "image_aspect_ratio": "pad"})
+    with pytest.warns(UserWarning, match="no use for the generation settings image_aspect_ratio"):
+        made.generate_until([request])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.generate_until([request])
+    assert model.calls[0][1] == model.calls[1][1] and "image_aspect_ratio" not in model.calls[0][1]
+
+
+def test_rounds_go_on_until_the_task_says_so(lmms_eval, pictures, documents):
+    """The second document has two rounds more than the first; its rounds show another picture, or none."""
+    model = Recording()
+    made = ready(lmms_eval, documents, model, batch_size=2)
+    seen = []
+
+    def next_round(document, previous_output, round_idx, previous_round_info):
+        number = documents.index(document)
+        seen.append((number, round_idx, tuple(previous_output), previous_round_info))
+        shown = [pictures[0]] if round_idx == 1 else None
+        return shown, f"round {round_idx}", round_idx > 2 * number, previous_output, f"after {round_idx}"
+
+    requests = [Request((DOG, {}, visuals, next_round, number, "task", "test")) for number in range(2)]
+    assert made.generate_until_multi_round(requests) == [["0"], ["1", "2", "3"]]
+    assert model.texts() == [[DOG, DOG], ["round 1"], ["round 2"]]
+    counts = [[len(one[0]["content"]) - 1 for one in messages] for messages, _ in model.calls]
+    assert counts == [[1, 2], [1], [0]]
+    assert seen == [
+        (0, 1, ("0",), None),
+        (1, 1, ("1",), None),
+        (1, 2, ("1", "2"), "after 1"),
+        (1, 3, ("1", "2", "3"), "after 2"),
+    ]
+    assert [(name, answers) for name, _, answers in made.cache_hook.added] == [
+        ("generate_until_multi_round", ["0"]),
+        ("generate_until_multi_round", ["1", "2", "3"]),
+    ]
+
+
+def independent(pocket, cases):
+    """(sum, tokens, greedy) of each (pictures, text, continuation): the processor's ids, right-padded, in NumPy."""
+    rows, starts, pixels = [], [], []
+    for images, text, continuation in cases:
+        prompt = "USER: " + "<image>\n" * len(images) + text + " ASSISTANT:"
+        whole, before = (
+            pocket.processor(images=images or None, text=words, return_tensors="np")
+            for words in (f"{prompt} {continuation}", prompt)
+        )
+        rows.append(whole["input_ids"][0])
+        starts.append(before["input_ids"].shape[1])
+        pixels += list(whole.get("pixel_values", ()))
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    mask = np.arange(ids.shape[1]) < np.array([len(row) for row in rows])[:, None]
+    ids[mask] = np.concatenate(rows)
+    arrays = {"input_ids": ids, "attention_mask": mask, "pixel_values": np.stack(pixels)}
+    found = []
+    for logits, row, start in zip(np.asarray(pocket.logits(arrays), np.float64), rows, starts, strict=True):
+        logits, chosen = logits[start - 1 : len(row) - 1], row[start:]
+        normal = np.log(np.exp(logits).sum(axis=-1))
+        total = (logits[np.arange(len(chosen)), chosen] - normal).sum()
+        found.append((total, len(chosen), bool((logits.argmax(axis=-1) == chosen).all())))
+    return found
+
+
+def test_loglikelihood_is_that_of_an_independent_computation(lmms_eval, pocket, pictures, documents, said):
+    greedy = said.text[1]
+    cases = [
+        (pictures[:1], DOG, "There is a dog on the left."),
+        (pictures[:1], DOG, greedy),
+        (pictures[1:], BOTH, {"Yes": "No", "No": "Yes"}[said.text[0]]),
+        ([], "", "Yes"),
+    ]
+    expected = independent(pocket, cases)
+    assert [best for *_, best in expected] == [False, True, False, False]
+    requests = [
+        Request((text, f" {answer}", visuals, 1 if len(images) == 2 else 0, "task", "test"))
+        for images, text, answer in cases[:3]
+    ]
+    requests.append(Request(("", "Yes")))  # a choice by itself comes without a document
+    made = ready(lmms_eval, documents, pocket, batch_size=4)
+    with pytest.warns(UserWarning, match="lowest value"):
+        found = made.loglikelihood(requests)
+    np.testing.assert_allclose(
+        [value for value, _ in found], [total for total, *_ in expected], rtol=0, atol=2e-4
+    )
+    assert [best for _, best in found] == [best for *_, best in expected]
+    assert (("loglikelihood", (DOG, greedy), found[1])) in made.cache_hook.added
+
+    # The same as functions of the document, and as the loss that lmms-eval's own models return.
+    made = ready(lmms_eval, documents, pocket, batch_size=4, likelihood="loss")
+    computed = [
+        Request((request.args[0], lambda _, text=answer: text, *request.args[2:]))
+        for request, (*_, answer) in zip(requests, cases, strict=True)
+    ]
+    computed[3] = Request(("", "Yes"))
+    losses = made.loglikelihood(computed)
+    np.testing.assert_allclose(
+        [loss for loss, _ in losses], [-total / count for total, count, _ in expected], rtol=0, atol=2e-4
+    )
+
+
+class Bigrams:
+    """A method's decoding in which a table of the last token gives the next logits."""
+
+    def __init__(self, pocket):
+        self.prepare = pocket.prepare
+        self.table = 3 * np.random.default_rng(0).standard_normal((pocket.config.text.vocab_size,) * 2)
+
+    def _step(self, tokens):
+        return types.SimpleNamespace(combined=jnp.asarray(self.table[tokens], jnp.float32))
+
+    def prefill(self, prompt, method, max_length):
+        self.room = max_length - int(prompt.lengths.max())
+        return 1, self._step(prompt.tokens[:, -1])
+
+    def decode(self, state, tokens):
+        assert state < self.room
+        return state + 1, self._step(tokens)
+
+
+def test_with_a_method_each_token_is_scored_by_the_step_that_would_choose_it(lmms_eval, pocket, documents):
+    model = Bigrams(pocket)
+    made = ready(lmms_eval, documents, model, batch_size=3, method="cmac")
+    answers = ["Yes", "There is a dog on the left.", "A cup"]
+    requests = [
+        Request((DOG, lambda _, answer=answer: answer, visuals, 0, "task", "test")) for answer in answers
+    ]
+    expected = []
+    for answer in answers:
+        before, whole = (
+            pocket.processor.tokenizer(f"{DOG} ASSISTANT:{end}")["input_ids"] for end in ("", f" {answer}")
+        )
+        assert whole[: len(before)] == before
+        rows = model.table[whole[len(before) - 1 : -1]]
+        normal = np.log(np.exp(rows).sum(axis=-1))
+        expected.append((rows[np.arange(len(rows)), whole[len(before) :]] - normal).sum())
+    found = made.loglikelihood(requests)
+    np.testing.assert_allclose([value for value, _ in found], expected, rtol=1e-5)
+    assert not any(best for _, best in found)
+
+    # Make the second answer what greedy decoding writes: each of its tokens the best after the one before.
+    before, whole = (
+        pocket.processor.tokenizer(f"{DOG} ASSISTANT:{end}")["input_ids"] for end in ("", f" {answers[1]}")
+    )
+    path = whole[len(before) - 1 :]
+    assert len(set(path)) == len(path)
+    model.table[path[:-1], path[1:]] = 99.0
+    assert [best for _, best in made.loglikelihood(requests)] == [False, True, False]
+
+
+@pytest.mark.slow
+def test_a_method_scores_tokens_as_it_chooses_them(lmms_eval, pocket, pictures, documents):
+    """What a contrastive method wrote by itself has the log-probability that it reported, and is greedy."""
+    method = methods.CMAC(alpha=3.0, beta=0.2)
+    made = ready(lmms_eval, documents, pocket, batch_size=2, method="cmac", alpha=3, beta=0.2)
+    assert made.method == method
+    texts = ("Please describe this image in detail.", DOG)
+    output = pocket.generate([conversation(pictures[:1], text) for text in texts], method, max_new_tokens=6)
+    ended = [
+        len(row) - (reason == "stop") for row, reason in zip(output.tokens, output.finish_reason, strict=True)
+    ]
+    assert ended[0] != ended[1]
+    expected = [sum(row[:count]) for row, count in zip(output.logprobs, ended, strict=True)]
+    found = made.loglikelihood(
+        [
+            Request((text, lambda _, answer=answer: answer, visuals, 0, "task", "test"))
+            for text, answer in zip(texts, output.text, strict=True)
+        ]
+    )
+    np.testing.assert_allclose([value for value, _ in found], expected, rtol=0, atol=2e-4)
+    assert [best for _, best in found] == [True, True]
+    far = [Request((text, lambda _: "kitchen", visuals, 0, "task", "test")) for text in texts]
+    assert made.loglikelihood(far) == [(-np.inf, False)] * 2  # below the cut of plausible tokens
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("pretrained", r"expected key=value,key=value"),
+        ("method=cmac", r"no model is named; give pretrained="),
+        ("pretrained=/nowhere/at/all", r"/nowhere/at/all"),
+        ("pretrained=pocket,dtype=int8", r"dtype 'int8' is not supported"),
+        ("pretrained=pocket,method=magic", r"there is no method 'magic'"),
+        ("pretrained=pocket,alpha=3", r"alpha is no setting of the adapter or of method none; .*batch_size"),
+        ("pretrained=pocket,method=cmac,device=cuda", r"device is no setting .*, alpha, beta, gamma"),
+        ("pretrained=pocket,method=cmac,alpha=much", r"invalid float value: 'much'"),
+        ("pretrained=pocket,method=cmac,beta=2", r"CMAC: beta is 2.0; expected a number in \[0, 1\]"),
+        ("pretrained=pocket,batch_size=auto", r"batch_size is 'auto'; expected a whole number of at least 1"),
+        ("pretrained=pocket,batch_size=0", r"batch_size is 0; expected"),
+        ("pretrained=pocket,seed=-1", r"seed is -1.0; expected a whole number of at least 0"),
+        ("pretrained=pocket,likelihood=high", r"likelihood is 'high'; expected one of logprob, loss"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(lmms_eval, given, message):
+    with pytest.raises(LVLMError, match=message) as caught:
+        lmms_eval.LVLMJax.create_from_arg_string(given, {"batch_size": 1, "device": None})
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_requests_are_one_clear_line(lmms_eval, pocket, documents):
+    made = ready(lmms_eval, documents, pocket)
+    for settings, text, message in (
+        ({"temperature": "hot"}, DOG, "temperature is 'hot'; expected a number"),
+        ({"max_new_tokens": 0}, DOG, "max_new_tokens is 0"),
+        ({}, "<image> <image> Same?", "2 <image> placeholders but 1 images"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            made.generate_until([ask(text, settings)])
+    with pytest.raises(LVLMError, match="continuation is empty"):
+        made.loglikelihood([Request((DOG, lambda _: " ", visuals, 0, "task", "test"))])
+    with pytest.raises(LVLMError, match=r"given as int; expected a path, a PIL image"):
+        made.generate_until([Request((DOG, {}, lambda _: [7], 0, "task", "test"))])
+    searching = ready(lmms_eval, documents, pocket, method="opera")
+    with pytest.raises(LVLMError, match="OPERA is a search"):
+        searching.loglikelihood([Request((DOG, "Yes", visuals, 0, "task", "test"))])
+
+
+def test_model_arguments_go_before_flags(lmms_eval):
+    made = lmms_eval.LVLMJax.create_from_arg_string(
+        "pretrained=pocket,method=vcd+middle_layers,vcd_seed=3,layers=[2,3],batch_size=4,seed=7",
+        {"batch_size": 1, "max_batch_size": None},
+    )
+    assert (made.batch_size, made.seed) == (4, 7)
+    vcd, middle = made.method.members
+    assert vcd.seed == 3 and tuple(middle.layers) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, {"temperature": 0.0}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"temperature": 0.7, "do_sample": False, "top_k": 5}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_k": 5.0}, {"temperature": 1.0, "top_k": 5}),
+        ({"do_sample": True, "temperature": 0, "top_p": 0}, {"temperature": 0}),
+        ({"max_new_tokens": 8, "top_p": None, "num_beams": 3}, {"max_new_tokens": 8, "num_beams": 3,
+                                                               "temperature": 0.0}),
+    ],
+)  # fmt: skip
+def test_settings_of_a_generation(given, expected):
+    assert adapters.options(given, 64) == {"max_new_tokens": 64} | expected
+
+
+def test_vlmevalkit_keeps_pictures_and_text_in_their_order(vlmevalkit, pocket, pictures, questions, tmp_path):
+    paths = []
+    for index, picture in enumerate(pictures[:2]):
+        paths.append(str(tmp_path / f"{index}.png"))
+        picture.save(paths[-1])
+    parts = [("text", "First "), ("image", paths[0]), ("text", "then "), ("image", paths[1]), ("text", BOTH)]
+    message = [{"type": kind, "value": value} for kind, value in parts]
+    expected = [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in parts]}]
+    others = [messages for *_, messages in questions[1:]]
+
+    class InCompany(Recording):
+        """The pocket model, asked together with the questions whose program is compiled already."""
+
+        def generate(self, messages, **options):
+            super().generate(messages, **options)
+            return pocket.generate([*messages, *others], **options | {"seed": 0})
+
+    made = vlmevalkit.LVLMJax("pocket", max_new_tokens=6, do_sample=False, temperature=0, top_p=None)
+    made.model = InCompany()
+    answer = made.generate(message, dataset="POPE")
+    assert made.model.calls[0][0] == [expected]
+    assert answer == pocket.generate([expected, *others], max_new_tokens=6).text[0] != ""
+    base = sys.modules["vlmeval.vlm.base"].BaseModel
+    assert isinstance(made, base) and made.INTERLEAVE and not made.INSTALL_REQ
+
+
+def test_vlmevalkit_draws_alike_wherever_the_pictures_lie(vlmevalkit):
+    made = vlmevalkit.LVLMJax("pocket", do_sample=True)
+    made.model = Recording()
+    for folder, text in (("/a/LMUData/images/POPE", DOG), ("/b/data", DOG), ("/b/data", BOTH)):
+        made.generate(
+            [{"type": "image", "value": f"{folder}/7.jpg"}, {"type": "text", "value": text}], "POPE"
+        )
+    first, moved, other = (options["seed"] for _, options in made.model.calls)
+    assert first == moved != other
+
+
+def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
+    made = vlmevalkit.LVLMJax(
+        "pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2
+    )
+    assert made.method == methods.CMAC(alpha=1.0, imd=False)
+    assert made.options == {"max_new_tokens": 512, "num_beams": 2, "temperature": 0.0, "stop": ["."]}
+    with pytest.raises(LVLMError, match="use_vllm is no setting of the adapter or of method none"):
+        vlmevalkit.LVLMJax("pocket", use_vllm=True)
+    with pytest.raises(LVLMError, match="type 'video'; expected"):
+        made.generate_inner([{"type": "video", "value": "a.mp4"}])
+    with pytest.raises(LVLMError, match="the message is empty"):
+        made.generate_inner([])
+
+
+def documented_task():
+    """The files of the task in docs/adapters.md, by name."""
+    text = (REPOSITORY / "docs" / "adapters.md").read_text()
+    return dict(re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+def test_lmms_eval_itself_gives_our_score(pocket, tmp_path):
+    """The task of the documentation, asked by lmms-eval through the entry point and by our own engine."""
+    folder = tmp_path / "data"
+    write_split(folder, "test", 14)
+    files = documented_task()
+    assert set(files) == {"pope_local.yaml", "local.py"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    command = [
+        sys.executable, "-m", "lmms_eval", "--model", "lvlm_jax", "--model_args", "pretrained=pocket,dtype=float32",
+        "--tasks", "pope_local", "--batch_size", "12", "--include_path", str(folder),
+        "--output_path", str(tmp_path / "out"), "--log_samples",
+    ]  # fmt: skip
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run(command, check=True, env=os.environ | offline, cwd=folder)
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    theirs = json.loads(results.read_text())["results"]["pope_local"]
+
+    protocol = get("pope/lmms-eval")
+    questions = BENCHMARKS["pope"].read(Data(folder, groups=("random",)), protocol, need_images=True)
+    said = engine.ask(pocket, questions, protocol)
+    answers = {key: one.text for key, one in said.items()}
+    ours = BENCHMARKS["pope"].score(questions, answers, protocol).values()
+    assert len(questions) == 60
+    for name, figure in (("accuracy", "accuracy"), ("precision", "precision"), ("recall", "recall"),
+                         ("f1_score", "F1")):  # fmt: skip
+        assert theirs[f"pope_{name},none"] == pytest.approx(ours[f"random: {figure}"], abs=1e-9)
+    (samples,) = (tmp_path / "out").rglob("*_samples_pope_local.jsonl")
+    rows = [json.loads(line)["pope_accuracy"] for line in samples.read_text().splitlines()]
+    asked = {("random", str(row["question_id"])): row["prediction"] for row in rows}
+    assert asked == {key: text.lower() for key, text in answers.items()}

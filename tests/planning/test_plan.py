@@ -1,0 +1,211 @@
+"""Plans: figures worked out by hand, memory that running jobs hold, the command and its one-line errors."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+import pytest
+
+from lvlm_jax import cli, methods
+from lvlm_jax.planning import devices, plan
+from tests.parallel.simulated import in_a_process
+
+ROOT = pathlib.Path(__file__).parents[2]
+POCKET = cli.checkpoint("pocket")
+
+# One device: quick enough for every run of the tests. The others are slow.
+FEW = ["greedy"]
+MANY = [
+    "dpo, adapters",
+    "greedy of eight", "cmac", "vcd", "int8", "bfloat16", "sft, all of it", "sft, recomputed", "sft, in parts",
+]  # fmt: skip
+SPREAD = ["greedy, tensor", "greedy, data", "sft, fsdp", "dpo, fsdp"]
+
+
+def compare(names, count, folder):
+    """Every case's largest program is planned within a tenth of what it holds."""
+    for found in in_a_process("really_held", count, folder, *names, count=count):
+        planned, real = (max(found[side].values()) for side in ("plan", "real"))
+        print(
+            f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}"
+        )
+        assert planned == pytest.approx(real, rel=0.1), found
+
+
+def test_a_plan_is_what_a_job_holds(tmp_path):
+    compare(FEW, 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_other_jobs_hold(tmp_path):
+    compare(MANY, 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_plan_is_what_one_of_many_devices_holds(tmp_path, count):
+    compare(SPREAD, count, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["answer", "learn"])
+def test_a_process_grows_by_what_was_planned(kind):
+    (found,) = in_a_process("resident_growth", kind)
+    print(f"{kind}: planned {found['plan']:.0f}, grew by {found['real']:.0f}")
+    assert found["plan"] == pytest.approx(found["real"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_a_device_has_falls_with_their_number():
+    """Parameters, optimizer, cache and FLOPs are a share of 1/N; along `tensor` for answers, `fsdp` for learning."""
+    found = in_a_process("shares", count=8)
+    alone = {one["kind"]: one for one in found if one["devices"] == 1}
+    for one in found:
+        shares = {
+            part: one["devices"] * size / alone[one["kind"]]["share"][part]
+            for part, size in one["share"].items()
+        }
+        print(
+            one["kind"],
+            one["devices"],
+            {part: round(share, 3) for part, share in shares.items()},
+            one["total"],
+        )
+        for part, share in shares.items():
+            assert share == pytest.approx(1, rel=0.15), (one["kind"], one["devices"], part)
+
+
+@pytest.fixture(scope="module")
+def seven():
+    """The plan of LLaVA-1.5-7B in bfloat16 on one accelerator."""
+    name, config, _ = plan.read("7b")
+    return plan.plan(plan.Job(name, config, mesh=(1, 1, 1)))
+
+
+@pytest.mark.slow
+def test_figures_of_llava_7b_by_hand(seven):
+    # Decoder: two vocabularies, 32 layers of four attention and three MLP kernels and two norms, the last norm.
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    decoder = 2 * 32064 * 4096 + 32 * layer + 4096
+    # Tower: patches, class, positions, norms around 24 layers; connector of two layers with biases.
+    block = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    tower = 3 * 14**2 * 1024 + 1024 + 577 * 1024 + 24 * block + 2 * 2 * 1024
+    connector = 1024 * 4096 + 4096 + 4096**2 + 4096
+    assert seven.parameters == decoder + tower + connector == 7_063_427_072
+    (decode,) = (one for one in seven.programs if one.name == "decode")
+    # 8 + 576 + 40 tokens and 128 more, each in columns of 64.
+    assert decode.held["cache"] == 32 * 2 * 4096 * 2 * (640 + 128)
+    assert decode.held["parameters"] == 2 * seven.parameters
+    # One token meets every kernel of the decoder, and 768 columns of keys and values.
+    kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096
+    assert decode.flops == pytest.approx(2 * kernels + 32 * 2 * 2 * 4096 * 768, rel=0.01)
+    (prefill,) = (one for one in seven.programs if one.name == "prefill")
+    attended = sum(64 * stop for stop in range(64, 641, 64))  # rows in blocks of 64 see no later block
+    rows = 640 * (kernels - 32064 * 4096) + 32064 * 4096 + 32 * 2 * 4096 * attended
+    assert prefill.flops == pytest.approx(2 * rows, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_token_takes_as_long_as_its_bytes_take_to_be_read(seven):
+    """The decoder without its table of embeddings, and the cache, over 3.35 TB/s."""
+    read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096) + 32 * 2 * 4096 * 2 * 768
+    assert seven.seconds(devices.find("h100"))["token"] == pytest.approx(read / 3.35e12, rel=0.01)
+    assert devices.find("tpu-v5e").holds(seven.total) and not devices.find("mine=14,1,1").holds(seven.total)
+
+
+@pytest.mark.slow
+def test_two_depths_say_what_all_layers_say():
+    name, config, folder = plan.read(POCKET)
+    for training in (None, plan.Training("sft", lora=False)):
+        job = plan.Job(name, config, 1, (1, 1, 1), "bfloat16", 4, folder=folder, training=training)
+        near, exact = plan.plan(job), plan.plan(job, exact=True)
+        assert near.parameters == exact.parameters
+        for one, other in zip(near.programs, exact.programs, strict=True):
+            assert one.name == other.name
+            for figure in ("total", "flops", "moved"):
+                expected = pytest.approx(getattr(other, figure), rel=0.05)
+                assert getattr(one, figure) == expected, (one.name, figure)
+
+
+@pytest.mark.parametrize(
+    ("method", "alike"),
+    [
+        (None, True), (methods.CMAC(), True), (methods.VCD(), True), (methods.CAPL(), True),
+        (methods.SEVI(), False), (methods.EAH(), False), (methods.DoLa(), False), (methods.CLVA(), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_methods_that_edit_some_layers_take_all_layers(method, alike):
+    assert plan.alike_in_all_layers(method, 32) is alike
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `tools/plan.py` in this process: exit code, stdout, stderr."""
+    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which it adds to
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.run(tool.main)
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return run
+
+
+def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
+    out = tmp_path / "plan.json"
+    code, printed, _ = command(
+        POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out
+    )
+    assert code == 0
+    assert "batch 1, CMAC" in printed and "decode" in printed
+    (found,) = json.loads(out.read_text())["plans"]
+    largest = found["programs"][found["largest"]]["bytes"]
+    assert found["bytes"] == pytest.approx(sum(largest.values()), abs=9)
+    assert found["on"]["h100"]["fits"] and set(found["on"]) == {"h100", "mine"}
+    for device in found["on"]:
+        assert f"\n  {device}" in printed
+
+
+@pytest.mark.slow
+def test_a_table_has_a_row_for_every_count(command):
+    code, printed, _ = command(POCKET, "--table", "--counts", "1", "--objective", "dpo", "--device", "l4")
+    assert code == 0
+    head, line, row = printed.splitlines()
+    assert head.count("|") == line.count("|") == row.count("|")
+    assert "s per step, l4" in head and row.startswith("| checkpoint | 1 | 1 x 1 x 1 | 1 |")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no-such-model"], "model 'no-such-model' is not known; expected a checkpoint folder"),
+        (["7b", "--device", "h1000"], "device 'h1000' is not known; expected one of l4"),
+        (["7b", "--device", "mine=1,x,3"], "device 'mine=1,x,3' is malformed"),
+        (["7b", "--device", "cpu", "--device", "h100"], "plan for --device cpu alone"),
+        (["7b", "--devices", "1", "--tensor", "3"], "does not cover 1 devices"),
+        (["7b", "--tensor", "-1"], "say of how many --devices"),
+        (["7b", "--prompt-tokens", "500"], "a prompt of 500 tokens is not possible; expected more than 584"),
+        (["7b", "--prompt-tokens", "5000"], "less than the context of 4096"),
+        (["7b", "--method", "sevi", "--start-layer", "40"], "are none of this model's 32 layers"),
+        (["7b", "--method", "opera"], "OPERA is a beam search"),
+        (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
+        (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method are of inference"),
+        (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "cut into that many equal parts"),
+        (["7b", "13b"], "2 models were given; expected one, or --table"),
+        (["7b", "--table", "--counts", "8,x"], "--counts is '8,x'"),
+        (["7b", "--objective", "sft", "--full", "--train", "nothing"], "matches nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line(command, words, message):
+    code, printed, errors = command(*words)
+    assert (code, printed) == (2, "")
+    assert message in errors and errors.count("\n") == 1 and errors.startswith("plan.py: ")

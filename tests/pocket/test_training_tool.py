@@ -1,0 +1,301 @@
+"""The pocket recipes: data, stages that are done once, the benchmark, what is said of it, and the whole path."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lvlm_jax import models
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import get, rescore
+from lvlm_jax.methods.sevi import SEVI
+from lvlm_jax.pocket import training_report as pocket_training
+from lvlm_jax.pocket.pairs import DESCRIPTION, sample_prompt
+from lvlm_jax.pocket.training_report import BASE, Arm, Findings
+from lvlm_jax.training import held_out, settings
+from lvlm_jax.training.data import pair_batches
+from lvlm_jax.training.data.pair_batches import Encoder
+from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.objectives import flow_alignment
+from tests.evaluation.fakes import Oracle
+from tests.training import pair_sets
+from tests.training.stand_in import StandIn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import pocket_training as tool  # noqa: E402
+
+pytestmark = pytest.mark.full_compiler  # a test of the whole path runs for minutes
+
+SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answers.prompts=3",
+         "--config.answers.held_out=2", "--config.answers.describe=0.5"]  # fmt: skip
+
+
+def setup(out, *words):
+    return tool.Setup(settings.read(tool.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
+
+
+def test_the_settings_are_recipes():
+    config = settings.read(tool.SETTINGS)
+    for recipe in tool.RECIPES:
+        settings.check(config[recipe])
+        assert config[recipe].recipe == recipe and config[recipe].steps > 0
+    assert (config.capl.preference.method, config.dpo.preference.method) == ("capl", "none")
+    lines = list(pocket_training.changes(config))
+    assert "model pocket" in lines[0] and "pairs prompts 2000" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == [f"- {recipe}" for recipe in tool.RECIPES]
+
+
+def test_a_stage_is_done_once_and_goes_on(tmp_path):
+    done, own = [], setup(tmp_path)
+
+    def broken():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.stage("a", {"n": 1}, broken)
+    assert own.stage("a", {"n": 1}, lambda: done.append(1)) >= 0
+    assert own.stage("a", {"n": 1}, lambda: done.append(2)) >= 0
+    assert done == [1]
+    with pytest.raises(LVLMError, match=r"a' was made with other settings \(n: 1, now 2\); repeat those"):
+        own.stage("a", {"n": 2}, lambda: done.append(3))
+
+
+def test_pairs_to_learn_from_and_held_out(tmp_path, monkeypatch):
+    model, own = StandIn(), setup(tmp_path)
+    monkeypatch.setattr(tool.preferences.LVLM, "from_pretrained", lambda path, dtype: model)
+    tool.draw_prompts(own)
+    tool.make_pairs(own)
+    for rejected in tool.REJECTED:
+        for held, seed, count in ((False, 0, 4), (True, 1, 3)):
+            pairs = read_pairs(own.pairs(rejected, held))
+            assert len(pairs) == count
+            for pair in pairs:
+                index = int(pair.id.split("/")[1])
+                scenes, _, text, truth = sample_prompt(index, seed, single=0.0)
+                assert pair.chosen == truth and len(pair.images) == len(scenes) > 1
+                assert pair.rejected.startswith(f"{rejected} {text}")
+    prompts = [json.loads(line) for line in own.prompts("one").read_text().splitlines()]
+    assert len(prompts) == 3 and all(len(row["images"]) == 1 for row in prompts)
+    drawn = [sample_prompt(index, 0, 1.0, 0.5) for index in range(3)]
+    assert [row["prompt"] for row in prompts] == [text for _, _, text, _ in drawn]
+    assert {kind == DESCRIPTION for _, kind, _, _ in drawn} == {True, False}
+    asked = len(model.calls)
+    tool.make_pairs(own)
+    assert len(model.calls) == asked
+    with pytest.raises(LVLMError, match=r"prompts' was made with other settings"):
+        tool.draw_prompts(setup(tmp_path, "--config.pairs.prompts=5"))
+
+
+def test_models_on_the_benchmark(tmp_path):
+    own, oracle, sevi = setup(tmp_path), Oracle(), SEVI()
+    asked_of = {BASE: None, "other": sevi, "same": None}
+    arms = {name: Arm(own.base, method, name) for name, method in asked_of.items()}
+    for part in pocket_training.PARTS:
+        found = tool.benchmark(own, part, arms, lambda path: oracle)
+        assert "against" not in found.scores[BASE]
+        figures, against = found.scores["other"]["figures"], found.scores["other"]["against"]["differences"]
+        for name in part.columns.values():
+            if figures[name]["value"] is not None:
+                change = figures[name]["value"] - found.scores[BASE]["figures"][name]["value"]
+                assert against[name]["value"] == pytest.approx(change, abs=1e-5)
+                assert found.scores["same"]["against"]["differences"][name]["value"] == 0
+        assert found.compare("other", "same") == against
+        given = tool.answer_files(tmp_path / "benchmark" / part.name / "other", get(part.protocol))
+        assert all(Path(name.rpartition("=")[2]).is_file() for name in given)
+    asked = oracle.asked
+    tool.benchmark(own, part, arms, lambda path: pytest.fail("a model was loaded"))
+    assert oracle.asked == asked
+
+
+def test_accuracy_of_pairs():
+    """Three pairs: chosen likelier, rejected likelier but less than before, rejected likelier and more so."""
+    policy = {"set": np.array([[-1.0, -2.0], [-3.0, -2.0], [-9.0, -2.0]])}
+    before = {"set": np.array([[-1.0, -2.5], [-5.0, -2.0], [-4.0, -2.0]])}
+    ids = {"set": ["a", "b", "c"]}
+    trained = rescore.report(held_out.pair_scores(ids, policy, before), 20)["figures"]
+    assert trained["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert trained["set: moved"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    first = rescore.report(held_out.pair_scores(ids, before), 20)["figures"]
+    assert first["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
+    assert first["set: moved"]["value"] is None
+
+
+def test_closeness_is_of_tokens():
+    rows = [
+        {
+            "id": "a",
+            "tokens": 3,
+            "base_answer_kl": 0.6,
+            "answer_kl": 0.1,
+            "base_agreement": 1,
+            "agreement": 3,
+        },
+        {
+            "id": "b",
+            "tokens": 1,
+            "base_answer_kl": 0.2,
+            "answer_kl": 0.1,
+            "base_agreement": 1,
+            "agreement": 1,
+        },
+    ]
+    figures = rescore.report(held_out.closeness(rows), 50)["figures"]
+    expected = {"base": 200, "student": 50, "closer": 4, "base agrees": 0.5, "student agrees": 1}
+    assert {name: figure["value"] for name, figure in figures.items()} == pytest.approx(expected)
+    assert 2 <= figures["closer"]["interval"][0] <= figures["closer"]["interval"][1] <= 6
+
+
+def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
+    encoder = Encoder(model.processor, model.config)
+    pairs = read_pairs(pair_sets.write(tmp_path))
+    rows = pair_batches.rows_of(pairs, encoder.pair, encoder, 95, "error")
+    found = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
+    assert found.shape == (5, 2) and (found < 0).all()
+    again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
+    np.testing.assert_array_equal(found, again)
+    conversations = pair_batches.rows_of(
+        pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error"
+    )
+    sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
+    measured = held_out.distances(model, model, conversations, encoder, sevi)
+    assert [row["id"] for row in measured] == [row.id for row in conversations]
+    for row in measured:
+        assert row["answer_kl"] == pytest.approx(row["base_answer_kl"], rel=1e-4, abs=1e-7)
+    (batch,) = pair_batches.in_order(conversations, encoder, 5)
+    alignment = flow_alignment.Alignment(models.build(model.config), sevi, 1.0)
+    whole = jax.jit(alignment.measure)(model.params, {flow_alignment.BASE: model.params}, batch)
+    assert sum(row["tokens"] for row in measured) == whole["answer_kl"].count
+    total = sum(row["base_answer_kl"] for row in measured)
+    assert total == pytest.approx(float(whole["base_answer_kl"].total), rel=1e-3) and total > 1e-3
+
+
+def pair_sets_conversations(pairs):
+    """The prompts with their chosen answers."""
+    return [
+        tool.flow_data.Conversation(
+            pair.images, [*pair.prompt, tool.flow_data.pair_files.assistant(pair.chosen)], pair.id
+        )
+        for pair in pairs
+    ]
+
+
+def scores(**values):
+    return {
+        "figures": {
+            name: {"value": value, "interval": [value, value], "n": 9, "unit": "share"}
+            for name, value in values.items()
+        },
+        "cost": {"seconds": 1.0},
+    }
+
+
+def findings(names, figure, change):
+    """Every model is better than the one before by `change`, which is certain."""
+    values = {name: 0.5 + change * place for place, name in enumerate(names)}
+
+    def compare(one, other):
+        apart = values[one] - values[other]
+        return {figure: {"value": apart, "interval": [apart - 0.01, apart + 0.01], "p": 0.0}}
+
+    return Findings({name: scores(**{figure: value}) for name, value in values.items()}, compare)
+
+
+def test_what_is_said_follows_from_the_intervals():
+    several, one = pocket_training.arms("base", str, None, None)
+    several_names, one_names = list(several), list(one)
+    found = {
+        "multi_image": findings(several_names, "accuracy", 0.05),
+        "pope": findings(one_names, "mean: accuracy", 0.0),
+        "chair": findings(one_names, "C_S", 0.05),  # here less is better
+    }
+    preferred = findings(several_names, "truncated: chosen likelier", 0.1)
+    both = Findings(
+        {
+            name: {
+                "figures": own["figures"]
+                | {"plain: chosen likelier": own["figures"]["truncated: chosen likelier"]}
+            }
+            for name, own in preferred.scores.items()
+        },
+        lambda one, other: {
+            name: preferred.compare(one, other)["truncated: chosen likelier"]
+            for name in ("truncated: chosen likelier", "plain: chosen likelier")
+        },
+    )
+    rows = [
+        {
+            "id": name,
+            "tokens": 2,
+            "base_answer_kl": 0.4,
+            "answer_kl": 0.1,
+            "base_agreement": 1,
+            "agreement": 2,
+        }
+        for name in "ab"
+    ]
+    close = {"all": rescore.report(held_out.closeness(rows), 20)}
+    said = list(pocket_training.words(found, both, close))
+    figures = "60.0 against 50.0, difference +10.0 (+9.0 to +11.0)."
+    assert f"- multi_image: {pocket_training.CAPL_WITH} beats base on accuracy: {figures}" in said
+    assert any("DPO-trained on accuracy" in line and "does not beat" in line for line in said)
+    for sentence in (
+        "- pope: flow-aligned cannot be told from base on mean: accuracy",
+        "- chair: flow-aligned does not beat base on C_S",
+        "- closer to the teacher (all): the student is closer than the base, by the factor 4.00 (4.00 to 4.00)",
+    ):
+        assert any(line.startswith(sentence) for line in said)
+    assert "Of 8 comparisons with the base, 4 are for the model" in said[-1]
+    assert "2 against it (base, SEVI (chair), flow-aligned (chair))" in said[-1]
+    statistics = {"truncated": {"kept": 3, "prompts": 9}}
+    config = settings.read(tool.SETTINGS)
+    page = pocket_training.document(
+        config, str(ROOT / "lvlm_jax/pocket/checkpoint"), "command", {"pairs": 2.0}, statistics, found, both, close
+    )  # fmt: skip
+    assert "truncated 3 of 9 prompts" in page and "## How close to the edited teacher" in page
+    assert len(re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)) == 5
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config.nothing=1"], "has no key nothing"),
+        (["--config.capl.lora.rank=0"], "lora.rank is 0; expected at least 1"),
+        (["--steps", "0"], "0 is out of range"),
+        (["--nothing"], "nothing"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, words, message):
+    with pytest.raises(LVLMError, match=message):
+        tool.main(["--out", str(tmp_path), *words])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_whole_path(tmp_path, monkeypatch):
+    target = tmp_path / "page.md"
+    words = [
+        "--out", str(tmp_path / "run"), "--steps", "2", "--images", "10", "--captions", "10", "--resamples", "20",
+        "--batch-size", "16",
+        "--markdown", str(target), "--config.pairs.prompts=24", "--config.pairs.held_out=16",
+        "--config.pairs.batch=8", "--config.answers.prompts=8", "--config.answers.held_out=4",
+        "--config.capl.batch=2", "--config.dpo.batch=2", "--config.flow_alignment.batch=4",
+    ]  # fmt: skip
+    assert tool.main(words) == 0
+    page = target.read_text()
+    for title in ("What came of it", "Descriptions (CHAIR)", "Held-out pairs", "How close to the edited"):
+        assert f"## {title}" in page
+    assert "- Of 8 comparisons with the base" in page and "model checkpoint" in page
+    for recipe in tool.RECIPES:
+        assert (tmp_path / "run" / recipe / "adapter" / "adapter_config.json").is_file()
+    monkeypatch.setattr(tool.finetune, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(tool.preferences, "main", lambda *_: pytest.fail("asked again"))
+    assert tool.main(words) == 0
+    tables = [text[text.index("## What came of it") :] for text in (page, target.read_text())]
+    assert tables[0] == tables[1]
+    with pytest.raises(LVLMError, match=r"capl' was made with other settings \(config.optimizer.peak"):
+        tool.main([*words, "--config.capl.optimizer.peak=1e-3"])
