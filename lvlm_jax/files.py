@@ -1,7 +1,5 @@
 """Reading and writing files, with one line that says which file, which line, and what was expected."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

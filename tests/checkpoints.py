@@ -159,9 +159,9 @@ def random_inputs(config, seed, layouts):
     """Left-padded arrays for a batch whose prompts are drawn at random.
 
     Args:
-      config: the LlavaConfig of the model.
-      seed: seed of tokens and pixels.
-      layouts: one tuple per sample; an integer stands for that many text tokens, IMAGE for one image.
+        config: the LlavaConfig of the model.
+        seed: seed of tokens and pixels.
+        layouts: one tuple per sample; an integer stands for that many text tokens, IMAGE for one image.
 
     Returns a dict of NumPy arrays: input_ids, attention_mask [B, S], and pixel_values [images, 3, h, w], the
     images of all samples in reading order (absent when no sample has one).

@@ -7,8 +7,6 @@ AMBER           a JSON list of `{id, response}`
 MME             a folder with one text file per subtask, of lines "image, tab, question, tab, truth, tab, answer"
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -37,8 +35,8 @@ class Row:
     A row has an id, or (as MME's) group, prompt and image, or (as POPE's own) its place in the file and a prompt.
 
     Attributes:
-      place: counted from 0.
-      other: name of a second column that could be the answer.
+        place: counted from 0.
+        other: name of a second column that could be the answer.
     """
 
     where: str
@@ -55,7 +53,7 @@ def read(paths: Sequence[tuple[str | None, Path]], protocol: Protocol) -> list[R
     """All rows of answer files, each file given with the group it is for (or None).
 
     Raises:
-      LVLMError: a file is missing, empty or malformed.
+        LVLMError: a file is missing, empty or malformed.
     """
     rows = []
     for group, path in paths:
@@ -148,11 +146,11 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
     each must repeat its question.
 
     Args:
-      partial: leave questions without an answer out, instead of raising.
+        partial: leave questions without an answer out, instead of raising.
 
     Raises:
-      LVLMError: an answer belongs to no question, to several, or to one that is answered already, or is the question
-        itself beside another column that may be the answer; a question has none.
+        LVLMError: an answer belongs to no question, to several, or to one that is answered already, or is the question
+          itself beside another column that may be the answer; a question has none.
     """
     groups = {question.group for question in questions}
     by_id: dict[str, list[Question]] = {}
@@ -219,10 +217,10 @@ def write(
     """Write answers in the format of the protocol's benchmark; each file is complete or absent.
 
     Args:
-      path: the file; for MME a folder.
+        path: the file; for MME a folder.
 
     Returns:
-      What was written.
+        What was written.
     """
     answered = [question for question in questions if question.key in answers]
     if protocol.benchmark == "mme":

@@ -1,7 +1,5 @@
 """Counting yes/no answers: the confusion counts that POPE, MIHBench and AMBER share, and the figures made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lvlm_jax.errors import LVLMError

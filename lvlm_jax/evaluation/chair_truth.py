@@ -1,7 +1,5 @@
 """CHAIR's ground truth: which objects each image has, from COCO annotations or from somebody's `chair.pkl`."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections import defaultdict
@@ -64,7 +62,7 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
     """Objects by image id, and the word lists, of a `chair.pkl`.
 
     Raises:
-      LVLMError: the file is no pickle, holds something else, or asks for anything that could run code.
+        LVLMError: the file is no pickle, holds something else, or asks for anything that could run code.
     """
     try:
         content = path.read_bytes()
@@ -142,10 +140,10 @@ def read_annotations(
     """Image id -> (file name, objects of its instances and of its reference captions), and the lexicon.
 
     Args:
-      wanted: only these ids; None for all.
+        wanted: only these ids; None for all.
 
     Raises:
-      LVLMError: files are missing or malformed; an annotation has no category, or one that is not listed.
+        LVLMError: files are missing or malformed; an annotation has no category, or one that is not listed.
     """
     found = annotation_files(data)
     contents = {path: _coco(path) for paths in found.values() for path in paths}

@@ -11,8 +11,6 @@ Slips of the list that circulates, kept by `repair=False` because published figu
 leading blank, a capital letter, or as three words never match; an empty line makes an empty word (which no text holds).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -102,9 +100,9 @@ class Lexicon:
     """Which words name which categories.
 
     Attributes:
-      categories: word, or pair of words, -> category.
-      double_words: pair of words -> the word it is treated as.
-      origin: where the list comes from, for the record.
+        categories: word, or pair of words, -> category.
+        double_words: pair of words -> the word it is treated as.
+        origin: where the list comes from, for the record.
     """
 
     categories: Mapping[str, str]
@@ -141,11 +139,11 @@ def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
     """The lexicon of a synonym list: one category a line, words separated by a comma and a blank.
 
     Args:
-      repair: mend blanks and capitals, and treat pairs of words as one word even where CHAIR's own list of pairs
-        lacks them.
+        repair: mend blanks and capitals, and treat pairs of words as one word even where CHAIR's own list of pairs
+          lacks them.
 
     Raises:
-      LVLMError: a word stands for two categories, or there are none.
+        LVLMError: a word stands for two categories, or there are none.
     """
     categories: dict[str, str] = {}
     double_words = dict(DOUBLE_WORDS)

@@ -18,8 +18,6 @@ The first three are runs of the model (`decodings`), the fourth needs one pass o
 nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

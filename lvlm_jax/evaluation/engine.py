@@ -6,8 +6,6 @@ very answers of one that was not. Prompts about one picture follow each other, a
 the model allows it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """Finding a benchmark's files in the folders people have; what is missing is named with where it was looked for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

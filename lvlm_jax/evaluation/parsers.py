@@ -4,8 +4,6 @@ A yes/no parser takes the text and the right answer (which only "vcd" looks at) 
 answer it does not understand.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 
@@ -88,10 +86,10 @@ def letter(text: str, options: Sequence[str]) -> str | None:
     "A" or "I" before a word in small letters is passed over as a word of English.
 
     Args:
-      options: the letters there are.
+        options: the letters there are.
 
     Returns:
-      One of `options`; None where no letter stands alone.
+        One of `options`; None where no letter stands alone.
     """
     alone = text.strip(" \t\r\n().:[]*\"'").upper()
     if alone in options:

@@ -3,8 +3,6 @@
 Where image tokens depend on more than the picture (`inputs.encodes_ahead`), they are only opened.
 """
 
-from __future__ import annotations
-
 import io
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -51,7 +49,7 @@ class Pictures:
         self._opening: dict[int, list[Future]] = {}
         self._pool = ThreadPoolExecutor(READERS)
 
-    def __enter__(self) -> Pictures:
+    def __enter__(self) -> "Pictures":
         return self
 
     def __exit__(self, *_: Any) -> None:

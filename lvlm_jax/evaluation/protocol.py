@@ -4,8 +4,6 @@ Two people's figures of "POPE" differ because the question file, the prompt's su
 the image list differ. A protocol fixes what can be fixed, and the record hashes the rest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import hashlib
@@ -23,16 +21,16 @@ class Protocol:
     """How a benchmark is asked and scored.
 
     Attributes:
-      name: "benchmark/variant".
-      benchmark: key of `lvlm_jax.evaluation.BENCHMARKS`.
-      about: one line for people who choose.
-      template: the prompt; `{question}` is the question's text.
-      suffix: what follows the question.
-      parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words) or "none" (captions).
-      max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
-      truncate: captions: "none", or "sentence" to drop what follows the last full stop.
-      groups: the splits or subtasks asked.
-      synonym_list: CHAIR: "official" keeps the list's slips (words that never match), "repaired" mends them.
+        name: "benchmark/variant".
+        benchmark: key of `lvlm_jax.evaluation.BENCHMARKS`.
+        about: one line for people who choose.
+        template: the prompt; `{question}` is the question's text.
+        suffix: what follows the question.
+        parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words) or "none" (captions).
+        max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
+        truncate: captions: "none", or "sentence" to drop what follows the last full stop.
+        groups: the splits or subtasks asked.
+        synonym_list: CHAIR: "official" keeps the list's slips (words that never match), "repaired" mends them.
     """
 
     name: str
@@ -74,7 +72,7 @@ def get(name: str) -> Protocol:
     """The protocol called `name`; a benchmark's name alone means its first one, the default.
 
     Raises:
-      LVLMError: there is none; the message names those that come close.
+        LVLMError: there is none; the message names those that come close.
     """
     if name in _PROTOCOLS:
         return _PROTOCOLS[name]
@@ -116,13 +114,13 @@ def record(
     """What every score carries, as plain JSON values.
 
     Args:
-      protocol: the protocol as it was run, overrides included (`dataclasses.replace`).
-      questions: the questions asked, in order.
-      files: role -> files, as a benchmark's `files()` gives them.
-      model: path or hub id, with `model_sha256` of its files or its `revision`.
-      method: a method, or the record of one; None for none (or not known, when others' answers are scored).
-      seed: of sampling.
-      more: what else decides the figures (bootstrap seed, source of the images, ...).
+        protocol: the protocol as it was run, overrides included (`dataclasses.replace`).
+        questions: the questions asked, in order.
+        files: role -> files, as a benchmark's `files()` gives them.
+        model: path or hub id, with `model_sha256` of its files or its `revision`.
+        method: a method, or the record of one; None for none (or not known, when others' answers are scored).
+        seed: of sampling.
+        more: what else decides the figures (bootstrap seed, source of the images, ...).
     """
     images = {name for question in questions for name in question.image_names}
     return {

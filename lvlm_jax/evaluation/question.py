@@ -1,7 +1,5 @@
 """What every benchmark reads into: questions, and where the files of a benchmark lie."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -13,15 +11,15 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-      id: as the benchmark's file gives it; unique within its group.
-      images: files, or encoded pictures where the benchmark ships them inside its tables. In `text`, each
-        `<image>` is the place of the next one; without any, the images come first.
-      text: the question as the file has it, without the protocol's suffix.
-      label: the right answer in the benchmark's own words; None where there is none to compare with.
-      group: split, subtask or kind ("random", "existence", ...).
-      extra: what the benchmark's scorer needs besides.
-      names: of the images, where a file name alone does not tell them apart (CO3D's frames are numbered in every
-        folder anew); empty for the file names.
+        id: as the benchmark's file gives it; unique within its group.
+        images: files, or encoded pictures where the benchmark ships them inside its tables. In `text`, each
+          `<image>` is the place of the next one; without any, the images come first.
+        text: the question as the file has it, without the protocol's suffix.
+        label: the right answer in the benchmark's own words; None where there is none to compare with.
+        group: split, subtask or kind ("random", "existence", ...).
+        extra: what the benchmark's scorer needs besides.
+        names: of the images, where a file name alone does not tell them apart (CO3D's frames are numbered in every
+          folder anew); empty for the file names.
     """
 
     id: int | str
@@ -63,16 +61,16 @@ class Data:
     """Where a benchmark's files lie. Only `folder` is always needed; the rest overrules what is looked for in it.
 
     Attributes:
-      folder: the folder that users have (of COCO, of MME, ...), searched in the places listed by each benchmark.
-      question_file: one question file instead of the ones looked for (POPE, MIHBench, multiple choice).
-      image_folder: folder of the images.
-      image_list: CHAIR: file with one image name or id a line; the images in this order.
-      synonyms: CHAIR: the user's synonym list, one category a line, its words separated by commas.
-      chair_pickle: CHAIR: `chair.pkl` with the ground truth of all images.
-      source: POPE: "coco", "aokvqa" or "gqa".
-      groups: only these splits or subtasks; empty for those of the protocol.
-      only: CHAIR: only these image ids (rescoring takes them from the captions).
-      matching: AMBER: "exact", or "spacy" for soft matching with spaCy's large English vectors.
+        folder: the folder that users have (of COCO, of MME, ...), searched in the places listed by each benchmark.
+        question_file: one question file instead of the ones looked for (POPE, MIHBench, multiple choice).
+        image_folder: folder of the images.
+        image_list: CHAIR: file with one image name or id a line; the images in this order.
+        synonyms: CHAIR: the user's synonym list, one category a line, its words separated by commas.
+        chair_pickle: CHAIR: `chair.pkl` with the ground truth of all images.
+        source: POPE: "coco", "aokvqa" or "gqa".
+        groups: only these splits or subtasks; empty for those of the protocol.
+        only: CHAIR: only these image ids (rescoring takes them from the captions).
+        matching: AMBER: "exact", or "spacy" for soft matching with spaCy's large English vectors.
     """
 
     folder: Path

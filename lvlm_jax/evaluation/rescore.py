@@ -1,7 +1,5 @@
 """Score answers that somebody else's model gave: no model is run, no picture is opened."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -43,18 +41,18 @@ def rescore(
     """Score answer files, with intervals and the protocol record; with `against`, compare two runs.
 
     Args:
-      settings: the protocol.
-      given: answer files, as `answer_paths` reads them.
-      against: answer files of the run to compare with (greedy, say), over the same questions.
-      partial: score the questions that are answered, and say so, instead of raising.
-      seed: of the bootstrap.
-      model: name of the model that answered, for the record; else what the record beside the answers says.
+        settings: the protocol.
+        given: answer files, as `answer_paths` reads them.
+        against: answer files of the run to compare with (greedy, say), over the same questions.
+        partial: score the questions that are answered, and say so, instead of raising.
+        seed: of the bootstrap.
+        model: name of the model that answered, for the record; else what the record beside the answers says.
 
     Returns:
-      What goes into `scores.json`, plain JSON values.
+        What goes into `scores.json`, plain JSON values.
 
     Raises:
-      LVLMError: files are missing or malformed, or answers and questions do not belong together.
+        LVLMError: files are missing or malformed, or answers and questions do not belong together.
     """
     paths = answer_paths(given, settings.groups)
     groups = [group for group, _ in paths]

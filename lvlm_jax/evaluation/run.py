@@ -6,8 +6,6 @@ OUT/scores.json                figures, controls, cost, and the record of what d
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

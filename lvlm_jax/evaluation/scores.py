@@ -1,7 +1,5 @@
 """Scores as sums of counts over images, so that every figure can be computed again from resampled images."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +16,9 @@ class Figure:
     """One named number of a benchmark, as a function of summed counts.
 
     Attributes:
-      compute: from totals to values of the totals' shape; nan where it is not defined (nothing to divide by).
-      over: the counts whose sum is the number of things the figure is about ("n" in tables).
-      unit: "share" (0 to 1, shown in per cent) or the word for what is counted ("points", "words").
+        compute: from totals to values of the totals' shape; nan where it is not defined (nothing to divide by).
+        over: the counts whose sum is the number of things the figure is about ("n" in tables).
+        unit: "share" (0 to 1, shown in per cent) or the word for what is counted ("points", "words").
     """
 
     compute: Callable[[Totals], np.ndarray]
@@ -68,12 +66,12 @@ class Scores:
     """What a benchmark found.
 
     Attributes:
-      units: names of the images (or of sets of images asked about together), [U].
-      counts: names of the counts, [C].
-      table: what was counted at each image, [U, C].
-      figures: name -> figure, in the order of a report.
-      correct: (group, id) -> whether the answer was right, where answers are right or wrong.
-      notes: what a reader of the figures must know ("unparsed": 3, "matching": "exact", ...).
+        units: names of the images (or of sets of images asked about together), [U].
+        counts: names of the counts, [C].
+        table: what was counted at each image, [U, C].
+        figures: name -> figure, in the order of a report.
+        correct: (group, id) -> whether the answer was right, where answers are right or wrong.
+        notes: what a reader of the figures must know ("unparsed": 3, "matching": "exact", ...).
     """
 
     units: tuple[str, ...]

@@ -7,8 +7,6 @@ Processes that hold one model in common (`parallel`, a mesh over the devices of 
 instead, and the first keeps the log.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -44,7 +42,7 @@ class Share:
             )
 
     @classmethod
-    def of(cls, processes: int | None = None, index: int | None = None) -> Share:
+    def of(cls, processes: int | None = None, index: int | None = None) -> "Share":
         """The numbers given; without any, those of `jax.distributed`, which are 0 of 1 where it was not set up.
 
         Raises:
@@ -77,8 +75,8 @@ class Logged:
     """What the logs of all processes hold.
 
     Attributes:
-      answers: by question.
-      batches: what each batch cost.
+        answers: by question.
+        batches: what each batch cost.
     """
 
     answers: dict[Key, dict]
@@ -93,7 +91,7 @@ def read(folder: Path, name: str, record: Mapping) -> Logged:
     """The logs called `name` in a folder; a line that is still being written, or that a kill has cut, is passed over.
 
     Raises:
-      LVLMError: a file is no log, or one of other settings.
+        LVLMError: a file is no log, or one of other settings.
     """
     record = json.loads(json.dumps(record))
     found = Logged({}, [])

@@ -4,8 +4,6 @@ Questions about one image are not independent, so images are drawn, with all the
 1993, "An Introduction to the Bootstrap", chapters 8 and 13: percentile intervals). Everything is seeded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -70,7 +68,7 @@ def paired_bootstrap(
     """Differences of the figures of two runs over the same images, the same images drawn for both.
 
     Raises:
-      LVLMError: the two runs are not about the same images.
+        LVLMError: the two runs are not about the same images.
     """
     if set(first.units) != set(second.units):
         only = sorted(set(first.units) ^ set(second.units))
@@ -105,7 +103,7 @@ def mcnemar(first: Mapping, second: Mapping) -> McNemar:
     """McNemar's exact test on right and wrong answers, by question (McNemar 1947; binomial with chance 1/2).
 
     Raises:
-      LVLMError: the two runs answered different questions.
+        LVLMError: the two runs answered different questions.
     """
     if first.keys() != second.keys():
         raise LVLMError(

@@ -1,7 +1,5 @@
 """Rows of the table files that users hold: VLMEvalKit's TSV, Hugging Face parquet folders, JSON lines."""
 
-from __future__ import annotations
-
 import ast
 import base64
 import binascii
@@ -24,7 +22,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(number from 1, row) of a table file, by its ending. Cells of a TSV are strings, without the empty ones.
 
     Raises:
-      LVLMError: the file is malformed, has another ending, or is parquet and pyarrow is not installed.
+        LVLMError: the file is malformed, has another ending, or is parquet and pyarrow is not installed.
     """
     if path.suffix == ".tsv":
         yield from _tsv(path)

@@ -5,8 +5,6 @@ from its own configuration) become a method, and the options of `LVLM.generate`.
 development guide of VLMEvalKit; `docs/adapters.md` says how each is started.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any

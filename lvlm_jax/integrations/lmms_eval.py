@@ -5,8 +5,6 @@ place of the next picture, without any they come first. Requests are answered in
 short texts before long ones, pictures read when their batch is due. The answers come back in the order asked.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections import Counter
@@ -99,7 +97,7 @@ class LVLMJax(lmms):
         self._ignored: set[str] = set()
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> LVLMJax:
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "LVLMJax":
         """The model of `--model_args`; what stands there goes before flags (`--batch_size` is always given).
 
         Raises:

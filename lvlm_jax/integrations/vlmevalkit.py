@@ -3,8 +3,6 @@
 A message is a list of `{"type": "image" | "text", "value": path or text}`; VLMEvalKit asks one at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ splits, descriptions by CHAIR, existence, counting, position and colour in MME's
 images about existence, count and identity.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping

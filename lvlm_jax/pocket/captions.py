@@ -1,7 +1,5 @@
 """Captions of scenes: short ones, lists, detailed ones; true, or wrong the way web captions are."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from lvlm_jax.pocket import catalogue
@@ -68,10 +66,10 @@ def caption(scene: Scene, style: str, rng: np.random.Generator, noisy: bool = Fa
     """One caption of `scene`.
 
     Args:
-      style: "with", "in", "there" (one sentence naming up to three categories), "list" (all of them), "detailed"
-        (the place, then every category by its third of the image) or "sides" (the place and all categories, then where
-        the largest one is).
-      noisy: also mention one absent object that is typical of the place.
+        style: "with", "in", "there" (one sentence naming up to three categories), "list" (all of them), "detailed"
+          (the place, then every category by its third of the image) or "sides" (the place and all categories, then
+          where the largest one is).
+        noisy: also mention one absent object that is typical of the place.
     """
     named = phrases(scene)
     absent = typical_absentee(scene, rng) if noisy else None

@@ -1,7 +1,5 @@
 """What the pocket world is made of: categories, sprites, and the scene types with their own object distributions."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -58,9 +56,9 @@ class SceneType:
     """One kind of place.
 
     Attributes:
-      name: word used in captions, with its article ("a kitchen").
-      upper, lower: base RGB colours of the part above and below the horizon.
-      objects: category names, most typical first; weights fall with the place in the list.
+        name: word used in captions, with its article ("a kitchen").
+        upper, lower: base RGB colours of the part above and below the horizon.
+        objects: category names, most typical first; weights fall with the place in the list.
     """
 
     name: str

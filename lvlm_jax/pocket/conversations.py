@@ -1,7 +1,5 @@
 """Training conversations: a caption and several questions over the same image, or questions over a few images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -49,8 +47,8 @@ def sample_conversation(
     """Conversation `index` of the stream `seed`.
 
     Returns:
-      images: one to four uint8 arrays [96, 96, 3].
-      turns: (question, answer) pairs, all about these images; the chat template puts the images before the first.
+        images: one to four uint8 arrays [96, 96, 3].
+        turns: (question, answer) pairs, all about these images; the chat template puts the images before the first.
     """
     scenes, turns = sample_text(seed, index, split)
     return [render(scene) for scene in scenes], turns

@@ -1,7 +1,5 @@
 """Prompts of the pocket world to make preference pairs from: a question each, about new pictures, with its answer."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -28,16 +26,16 @@ def write_prompts(
     be repeated.
 
     Args:
-      count: how many prompts.
-      seed: another seed gives other pictures.
-      single: probability of a prompt about one picture instead of two to four.
-      describe: probability that a prompt about one picture asks for a detailed description.
+        count: how many prompts.
+        seed: another seed gives other pictures.
+        single: probability of a prompt about one picture instead of two to four.
+        describe: probability that a prompt about one picture asks for a detailed description.
 
     Returns:
-      The file.
+        The file.
 
     Raises:
-      LVLMError: the folder holds other prompts, or cannot be written.
+        LVLMError: the folder holds other prompts, or cannot be written.
     """
     path = Path(folder) / "prompts.jsonl"
     drawn = [sample_prompt(index, seed, single, describe) for index in range(count)]
@@ -73,10 +71,10 @@ def sample_prompt(
     """Prompt `index` of the stream `seed`, over scenes that follow the train split; see `write_prompts`.
 
     Returns:
-      scenes: one to four.
-      kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
-      text: the question, `conversations.ONE_WORD` of them with the suffix that asks for one word.
-      truth: the right answer, in the form that is asked for.
+        scenes: one to four.
+        kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
+        text: the question, `conversations.ONE_WORD` of them with the suffix that asks for one word.
+        truth: the right answer, in the form that is asked for.
     """
     # The leading number keeps this stream apart from those of conversations and of the written splits.
     rng = np.random.default_rng([13, SPLITS["train"], seed, index])

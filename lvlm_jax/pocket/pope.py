@@ -1,8 +1,6 @@
 """POPE questions by the official sampling rule (Li et al. 2023, "Evaluating Object Hallucination in Large
 Vision-Language Models", section 5), for any set of images whose objects are known."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import permutations
@@ -29,16 +27,16 @@ def pope_rows(
     fall in the order of `categories`. No category is asked about twice for one image.
 
     Args:
-      images: (file name, distinct categories present); the first three categories are asked about.
-      strategy: one of `STRATEGIES`.
-      categories: all category names.
-      rng: used by "random" alone.
+        images: (file name, distinct categories present); the first three categories are asked about.
+        strategy: one of `STRATEGIES`.
+        categories: all category names.
+        rng: used by "random" alone.
 
     Returns:
-      Rows of a POPE file: `question_id` (from 1), `image`, `text`, `label`.
+        Rows of a POPE file: `question_id` (from 1), `image`, `text`, `label`.
 
     Raises:
-      LVLMError: the strategy is unknown, or no image shows three categories.
+        LVLMError: the strategy is unknown, or no image shows three categories.
     """
     if strategy not in STRATEGIES:
         raise LVLMError(f"POPE strategy {strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")

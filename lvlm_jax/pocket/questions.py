@@ -1,7 +1,5 @@
 """Questions with checkable answers over one image or several, made from what a scene contains."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Scenes of the pocket world: what is in a picture, and the picture itself (96 x 96 RGB), from a seed."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 
@@ -27,17 +25,17 @@ class Placed:
     """One object of a scene.
 
     Attributes:
-      category: COCO category name.
-      colour: colour name, or None where the drawing has no single one.
-      sprite: place of the drawing in `catalogue.sprites()`.
-      x, y: left and top of the drawing on the image, pixels; may be negative.
-      size: longer side of the upright drawing, pixels.
-      flip: mirrored left to right.
-      rotation: degrees, counter-clockwise.
-      brightness: factor on the RGB values.
-      box: (left, top, width, height) of the visible pixels.
-      area: number of visible pixels.
-      visible: visible pixels / pixels of the drawing.
+        category: COCO category name.
+        colour: colour name, or None where the drawing has no single one.
+        sprite: place of the drawing in `catalogue.sprites()`.
+        x, y: left and top of the drawing on the image, pixels; may be negative.
+        size: longer side of the upright drawing, pixels.
+        flip: mirrored left to right.
+        rotation: degrees, counter-clockwise.
+        brightness: factor on the RGB values.
+        box: (left, top, width, height) of the visible pixels.
+        area: number of visible pixels.
+        visible: visible pixels / pixels of the drawing.
     """
 
     category: str
@@ -65,13 +63,13 @@ class Scene:
     """A scene: its background, and its objects from back to front.
 
     Attributes:
-      kind: scene type as in `catalogue.SCENE_NAMES`; the background follows it.
-      against_type: the objects were drawn from another scene type's distribution.
-      horizon: row (pixels from the top) where the lower part of the background begins.
-      upper, lower: RGB of the two parts.
-      texture_seed: seed of the background's grain.
-      objects: from back to front.
-      owner: uint8 [96, 96], 1 + index of the object seen at a pixel, 0 for background.
+        kind: scene type as in `catalogue.SCENE_NAMES`; the background follows it.
+        against_type: the objects were drawn from another scene type's distribution.
+        horizon: row (pixels from the top) where the lower part of the background begins.
+        upper, lower: RGB of the two parts.
+        texture_seed: seed of the background's grain.
+        objects: from back to front.
+        owner: uint8 [96, 96], 1 + index of the object seen at a pixel, 0 for background.
     """
 
     kind: str

@@ -8,8 +8,6 @@ questions/{choice,counting,position,color,place,multi_image}.jsonl
 MME_Benchmark_release_version/{existence,count,position,color}/NAME.png and NAME.txt
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,15 +34,15 @@ def write_split(folder: str | Path, split: str, images: int, seed: int = 0) -> d
     """Write the first `images` scenes of a split; the same arguments always write the same data.
 
     Args:
-      folder: new or empty.
-      split: "train" (a quarter of its captions wrong), "val" or "test" (a share of its scenes against type).
-      seed: another seed gives another world's worth of scenes.
+        folder: new or empty.
+        split: "train" (a quarter of its captions wrong), "val" or "test" (a share of its scenes against type).
+        seed: another seed gives another world's worth of scenes.
 
     Returns:
-      How many images, objects and captions were written, and how many questions of each file.
+        How many images, objects and captions were written, and how many questions of each file.
 
     Raises:
-      LVLMError: unknown split, no images asked for, too few for POPE, or a folder that cannot be made or is not empty.
+        LVLMError: unknown split, no images asked for, too few for POPE, or a folder that cannot be made or used.
     """
     if split not in SPLITS:
         raise LVLMError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")

@@ -4,8 +4,6 @@ The tokenizer is byte-level BPE trained on the world's own text, so every word o
 text still encodes. Everything is saved in Hugging Face's format; nothing here needs torch.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -178,18 +176,18 @@ def encode_conversation(
     """Token ids of a training conversation and the places that carry loss.
 
     Args:
-      images: the images, or how many there are.
-      turns: (question, answer) pairs. Turns from the first that does not fit `max_length` on are left out.
-      max_length: most tokens to return.
-      image_tokens: tokens that each `<image>` becomes.
+        images: the images, or how many there are.
+        turns: (question, answer) pairs. Turns from the first that does not fit `max_length` on are left out.
+        max_length: most tokens to return.
+        image_tokens: tokens that each `<image>` becomes.
 
     Returns:
-      input_ids: int32 [L], beginning with `<s>`.
-      loss_mask: bool [L], true at the tokens of answers and their `</s>`, that is at targets, not at the positions
-        that predict them.
+        input_ids: int32 [L], beginning with `<s>`.
+        loss_mask: bool [L], true at the tokens of answers and their `</s>`, that is at targets, not at the positions
+          that predict them.
 
     Raises:
-      LVLMError: not even the first turn fits.
+        LVLMError: not even the first turn fits.
     """
     count = images if isinstance(images, int) else len(images)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)

@@ -4,8 +4,6 @@ CAPL and its ablation, plain DPO, are judged by questions over several images; f
 models stand beside the model they began as and beside the method that needs no training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import os

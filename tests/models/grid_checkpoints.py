@@ -7,10 +7,10 @@ def random_inputs(config, seed, layouts):
     """Left-padded arrays for a batch whose prompts are drawn at random.
 
     Args:
-      config: the transformers configuration of the model.
-      seed: seed of tokens and pixels.
-      layouts: one tuple per sample; an integer stands for that many text tokens, a pair for an image of so many rows
-        and columns of patches.
+        config: the transformers configuration of the model.
+        seed: seed of tokens and pixels.
+        layouts: one tuple per sample; an integer stands for that many text tokens, a pair for an image of so many rows
+          and columns of patches.
 
     Returns a dict of NumPy arrays: input_ids, attention_mask, mm_token_type_ids [B, S], and, where there are images,
     pixel_values [patches, patch size] and image_grid_thw [images, 3] of all samples in reading order.

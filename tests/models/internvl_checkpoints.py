@@ -58,10 +58,10 @@ def random_inputs(config, seed, layouts, image_token=IMAGE_TOKEN):
     """Left-padded arrays for a batch whose prompts are drawn at random.
 
     Args:
-      config: the InternVLConfig of the model.
-      seed: seed of tokens and pixels.
-      layouts: one tuple per sample; an integer stands for that many text tokens, (n,) for an image of n tiles.
-      image_token: the placeholder.
+        config: the InternVLConfig of the model.
+        seed: seed of tokens and pixels.
+        layouts: one tuple per sample; an integer stands for that many text tokens, (n,) for an image of n tiles.
+        image_token: the placeholder.
 
     Returns a dict of NumPy arrays: input_ids, attention_mask [B, S], and pixel_values [tiles, 3, h, w] of the images of
     all samples in reading order (absent when no sample has one).

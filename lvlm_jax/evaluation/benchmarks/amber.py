@@ -14,8 +14,6 @@ The note "matching" says which. A word that the lists have in the plural ("sungl
 makes every noun singular first and never finds it. F1 is the harmonic mean; the official one divides by 0.0001 more.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,8 +77,8 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions of the protocol's kinds, by their ids.
 
     Raises:
-      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice or is
-        not annotated.
+        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice or is
+          not annotated.
     """
     found = question_files(data, protocol)
     association = files.read_json(found["association"][0], "AMBER's relation.json")
@@ -153,7 +151,7 @@ def similar_words(matching: str) -> Callable[[str, str], bool]:
     """Whether two different words mean the same: never under "exact", by spaCy's vectors under "spacy".
 
     Raises:
-      LVLMError: spaCy or its large English vectors are not installed.
+        LVLMError: spaCy or its large English vectors are not installed.
     """
     if matching == "exact":
         return lambda first, second: False

@@ -6,8 +6,6 @@ F1: harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of dist
 Length counts what CHAIR's scorer counts (joined words and punctuation marks); words leaves the marks out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +103,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """One question an image: those of the image list, else `data.only`, else all annotated images by their ids.
 
     Raises:
-      LVLMError: missing or malformed files; an image is listed twice, or is not annotated.
+        LVLMError: missing or malformed files; an image is listed twice, or is not annotated.
     """
     listed = read_image_list(data.image_list) if data.image_list is not None else None
     ids = [image_id(name) for name in listed] if listed is not None else None

@@ -4,8 +4,6 @@ One reader for the three formats that users hold (a VLMEvalKit TSV, a Hugging Fa
 and for their different column names; text and images may be interleaved. Answers are option letters.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -88,7 +86,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions with their options written below them, and each `<image>` at its place.
 
     Raises:
-      LVLMError: a file is missing, a row is malformed, an id occurs twice, an answer is none of the options.
+        LVLMError: a file is missing, a row is malformed, an id occurs twice, an answer is none of the options.
     """
     questions, seen = [], set()
     for path in question_files(data, protocol)["questions"]:

@@ -6,8 +6,6 @@ kinds. The same reader takes the parquet edition, and any rows of `images` (or `
 `text`) and `label`; kinds come from a column `task` or `kind`, else from the file's name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +72,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions, each with its images in order.
 
     Raises:
-      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
     """
     rows, seen = [], set()
     for role, (path,) in question_files(data, protocol).items():

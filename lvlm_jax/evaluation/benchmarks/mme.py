@@ -5,8 +5,6 @@ A subtask's score is 100 * (accuracy + accuracy+), where accuracy+ is the share 
 and `questions_answers_YN/`; a text file has two lines "question, tab, Yes or No".
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,8 +65,8 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """Two questions an image; ids are "IMAGE/1" and "IMAGE/2".
 
     Raises:
-      LVLMError: a subtask, or the picture of a text file (with `need_images`), is missing; a text file is not two
-        lines of a question and Yes or No.
+        LVLMError: a subtask, or the picture of a text file (with `need_images`), is missing; a text file is not two
+          lines of a question and Yes or No.
     """
     questions = []
     for task, texts in question_files(data, protocol).items():

@@ -5,8 +5,6 @@ COCO files of the random split circulate, of 3000 rows (VCD's) and of 2910 (OPER
 the note "rows" tell them apart. The yes ratio is that of the answers; lmms-eval prints the labels' under that name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +91,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions of all splits asked, in the order of the files.
 
     Raises:
-      LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
     """
     rows, seen = [], set()
     for group, (path,) in question_files(data, protocol).items():
@@ -125,8 +123,8 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     parsers that take everything for yes or no hide it.
 
     Args:
-      questions: those that were asked.
-      answers: `Question.key` -> text.
+        questions: those that were asked.
+        answers: `Question.key` -> text.
     """
     parse = parsers.yes_no(protocol.parser)
     groups = list(dict.fromkeys(question.group for question in questions))

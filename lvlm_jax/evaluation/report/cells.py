@@ -4,8 +4,6 @@ A difference is called better or worse (higher or lower, where neither is good) 
 else it is "no difference shown". Where a figure has nothing to divide by, it is "not defined".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

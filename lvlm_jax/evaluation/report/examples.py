@@ -4,8 +4,6 @@ Answers come from the answer files beside the scores, and only if these are the 
 hashes). Which of two answers is right is known from the scores; so the right answer is the one that got it right.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io
@@ -48,12 +46,12 @@ class Example:
     """A question that only one of two runs got right.
 
     Attributes:
-      group: its split or subtask.
-      question: the prompt; its number where the answer file does not have it (AMBER).
-      without, with_method: the two answers.
-      fixed: whether the one with the method is right; else the one without is.
-      right: the right answer, where it is a word; empty for captions.
-      pictures: files of the images that were found.
+        group: its split or subtask.
+        question: the prompt; its number where the answer file does not have it (AMBER).
+        without, with_method: the two answers.
+        fixed: whether the one with the method is right; else the one without is.
+        right: the right answer, where it is a word; empty for captions.
+        pictures: files of the images that were found.
     """
 
     run: Run
@@ -72,8 +70,8 @@ def choose(
     """At most `each` fixed and `each` broken questions of every run that is compared with the model alone.
 
     Args:
-      folders: where images are looked for, before the data folder of the record.
-      seed: of the draw; the same runs and seed give the same examples.
+        folders: where images are looked for, before the data folder of the record.
+        seed: of the draw; the same runs and seed give the same examples.
     """
     known: dict[Run, dict[tuple[str, str], Answer]] = {}
 
@@ -133,7 +131,7 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
     """The answers of a run by question, from the files beside its scores.
 
     Raises:
-      LVLMError: a file is not there, is malformed, or is not the one that was scored.
+        LVLMError: a file is not there, is malformed, or is not the one that was scored.
     """
     by_id: dict[str, list[tuple[str, str]]] = {}
     for key in run.correct:

@@ -4,8 +4,6 @@
 they are put together and written down.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json
@@ -38,16 +36,16 @@ def write(
     """Write the report of all runs below a folder: `index.html` and `report.md`.
 
     Args:
-      out: the folder that they go to.
-      images: folders with the images of the examples.
-      each: fixed and broken examples of a method under a protocol, at most.
-      seed: of the draw of examples.
+        out: the folder that they go to.
+        images: folders with the images of the examples.
+        each: fixed and broken examples of a method under a protocol, at most.
+        seed: of the draw of examples.
 
     Returns:
-      The two files.
+        The two files.
 
     Raises:
-      LVLMError: no run can be read, an image folder is none, or a file cannot be written.
+        LVLMError: no run can be read, an image folder is none, or a file cannot be written.
     """
     for place in images:
         if not place.expanduser().is_dir():

@@ -4,8 +4,6 @@ Two figures are of the same thing only if protocol, question files, image list a
 so, and what they say decides here: where they differ there is no difference of figures, only the reason why not.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -64,15 +62,15 @@ class Comparison:
     """A run minus another over the same questions.
 
     Attributes:
-      to: what it is compared with, in words.
-      baseline: the other run; None where only a stored comparison is there.
-      differences: by the names of figures.
-      only_here, only_there: questions that only one of the two got right.
-      p: of McNemar's exact test.
+        to: what it is compared with, in words.
+        baseline: the other run; None where only a stored comparison is there.
+        differences: by the names of figures.
+        only_here, only_there: questions that only one of the two got right.
+        p: of McNemar's exact test.
     """
 
     to: str
-    baseline: Run | None
+    baseline: "Run | None"
     differences: Mapping[str, Difference]
     only_here: int
     only_there: int
@@ -84,17 +82,17 @@ class Run:
     """One scored run.
 
     Attributes:
-      path: its `scores.json`.
-      name: its folder, seen from the folder of the report.
-      protocol: as it was run.
-      record: the record that the scores carry.
-      figures: name -> value, in the order of the benchmark.
-      notes: of the scorer ("unparsed": 3, ...).
-      counts, units, table: what was counted at each image, [U, C].
-      correct: (group, id) -> whether the answer was right.
-      controls: by their names.
-      cost: of the answers.
-      against: the comparison that was made when the run was scored (`--against`).
+        path: its `scores.json`.
+        name: its folder, seen from the folder of the report.
+        protocol: as it was run.
+        record: the record that the scores carry.
+        figures: name -> value, in the order of the benchmark.
+        notes: of the scorer ("unparsed": 3, ...).
+        counts, units, table: what was counted at each image, [U, C].
+        correct: (group, id) -> whether the answer was right.
+        controls: by their names.
+        cost: of the answers.
+        against: the comparison that was made when the run was scored (`--against`).
     """
 
     path: Path
@@ -173,7 +171,7 @@ def collect(folder: Path) -> list[Run]:
     """All runs below a folder, by their paths. What cannot be read is left out with a warning that names it.
 
     Raises:
-      LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.
+        LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.
     """
     folder = folder.expanduser()
     if not folder.is_dir():
@@ -201,7 +199,7 @@ def load(path: Path, name: str) -> Run:
     """The run of one `scores.json`.
 
     Raises:
-      LVLMError: it is no JSON, of another form, or written by a newer version of this package.
+        LVLMError: it is no JSON, of another form, or written by a newer version of this package.
     """
     where = f"scores file {str(path)!r}"
     found = files.read_json(path, "scores file")
@@ -302,7 +300,7 @@ def restored(run: Run) -> Scores:
     each group, so that no formula is written twice, and the figures must then give the stored values.
 
     Raises:
-      LVLMError: they do not: the run was scored by a version with other formulas.
+        LVLMError: they do not: the run was scored by a version with other formulas.
     """
     protocol = run.protocol
     groups = dict.fromkeys(group for group, _ in run.correct)
@@ -375,7 +373,7 @@ def _stored(made: Mapping, record: Mapping) -> Comparison:
     return _comparison(f"the answers in {names}", None, made)
 
 
-def _comparison(to: str, baseline: Run | None, made: Mapping) -> Comparison:
+def _comparison(to: str, baseline: "Run | None", made: Mapping) -> Comparison:
     test = made["mcnemar"]
     return Comparison(
         to, baseline, _differences(made["differences"]),

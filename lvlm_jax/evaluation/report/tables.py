@@ -3,8 +3,6 @@
 A figure that was scored under other conditions than most figures of its column carries a mark, and a note says which.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -71,8 +69,8 @@ class Line:
     """A model with a method and what it did under each protocol: a row of most tables.
 
     Attributes:
-      settings: of the method, all of them.
-      which: those that tell the line from others of the same method.
+        settings: of the method, all of them.
+        which: those that tell the line from others of the same method.
     """
 
     model: str
@@ -123,7 +121,7 @@ def marks(runs: Sequence[Run]) -> tuple[dict[Run, str], list[tuple[str, str]]]:
     """Marks of runs whose conditions are not those of most runs of their protocol.
 
     Returns:
-      run -> mark, and (protocol, note) of each mark.
+        run -> mark, and (protocol, note) of each mark.
     """
     by_protocol: dict[str, dict[tuple, list[Run]]] = {}
     for run in runs:
@@ -181,8 +179,8 @@ class Report:
     """All tables of some runs.
 
     Args:
-      runs: as `report_runs.collect` gives them.
-      comparisons: as `report_runs.compare` gives them.
+        runs: as `report_runs.collect` gives them.
+        comparisons: as `report_runs.compare` gives them.
     """
 
     def __init__(self, runs: Sequence[Run], comparisons: Mapping[Run, Comparison | str]):
