@@ -6,13 +6,16 @@ See `python infer.py --help`; the defaults are in `configs/infer.py`.
 import pathlib
 import time
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import LVLM, config_files
 from lvlm_jax.analysis import overlay
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import jobs, scheduler
 from lvlm_jax.generation.questions import conversation
 from lvlm_jax.journal import record
+from lvlm_jax.methods import parse
 from lvlm_jax.processors.images import open_image
+from lvlm_jax.weights import names
 from lvlm_jax.weights.quantize import QUANTS
 
 EXAMPLES = """\
@@ -31,21 +34,21 @@ methods (none, or one of these) and their settings with defaults, flags once --m
 CONFIG = pathlib.Path(__file__).with_name("configs") / "infer.py"
 
 
-def parse(words: list[str]):
+def command_line(words: list[str]):
     """The command line as a namespace: defaults from the config, the demo filled in, `method` built (or None)."""
     # The config holds the defaults, and the method's fields become flags, so both are looked up first.
-    first = cli.Parser(add_help=False)
+    first = common.Parser(add_help=False)
     first.add_argument("--config", default=CONFIG)
     for name in ("--method", "--image", "--prompt", "--question-file", "--answers-file"):
         first.add_argument(name)
-    chosen, _ = first.parse_known_args([cli.hyphenated(word) for word in words])
-    defaults = cli.load_config(chosen.config)
+    chosen, _ = first.parse_known_args([parse.hyphenated(word) for word in words])
+    defaults = config_files.load_config(chosen.config)
     demo = not (chosen.image or chosen.prompt or chosen.question_file or chosen.answers_file)
 
-    parser = cli.Parser(
-        prog="infer.py", description=__doc__.split("\n")[0], epilog=EXAMPLES + cli.methods_help()
+    parser = common.Parser(
+        prog="infer.py", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
     )
-    add = cli.flags(parser, defaults)
+    add = common.flags(parser, defaults)
     add("--config", metavar="FILE", help="take the defaults from this file; as it comes, configs/infer.py")
     add(
         "--model-path",
@@ -62,7 +65,7 @@ def parse(words: list[str]):
     add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
-    add = cli.flags(parser, defaults, "one or more questions about the same pictures")
+    add = common.flags(parser, defaults, "one or more questions about the same pictures")
     add("--image", action="append", metavar="FILE", help="a picture; repeat it for several")
     add(
         "--prompt",
@@ -70,13 +73,13 @@ def parse(words: list[str]):
         metavar="TEXT",
         help="a question, with <image> where a picture belongs (without it pictures come first); repeat it for several",
     )
-    add("--compare", action=cli.Switch, help="with a method: also answer without it")
+    add("--compare", action=parse.Switch, help="with a method: also answer without it")
     add("--stream", action="store_true", help="print the words as they come")
     add(
         "--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked"
     )
 
-    add = cli.flags(parser, defaults, "a file of questions")
+    add = common.flags(parser, defaults, "a file of questions")
     add(
         "--question-file",
         metavar="FILE",
@@ -88,7 +91,7 @@ def parse(words: list[str]):
         metavar="FILE",
         help="JSON lines {question_id, prompt, text, model_id, image, metadata}",
     )
-    add("--batch-size", type=cli.number(int, low=1), metavar="N", help="questions answered at once")
+    add("--batch-size", type=common.number(int, low=1), metavar="N", help="questions answered at once")
     add(
         "--schedule",
         choices=scheduler.SCHEDULES,
@@ -96,25 +99,35 @@ def parse(words: list[str]):
         "auto: continuous where answers may be long and the method allows it",
     )
 
-    add = cli.flags(parser, defaults, "generation")
-    add("--temperature", type=cli.number(float, low=0), metavar="T", help="0: always the most probable token")
+    add = common.flags(parser, defaults, "generation")
+    add(
+        "--temperature",
+        type=common.number(float, low=0),
+        metavar="T",
+        help="0: always the most probable token",
+    )
     add(
         "--top-p",
-        type=cli.number(float, above=0, high=1),
+        type=common.number(float, above=0, high=1),
         metavar="P",
         help="sample from this share of probability",
     )
-    add("--top-k", type=cli.number(int, low=0), metavar="K", help="sample from this many tokens; 0: from all")
-    add("--repetition-penalty", type=cli.number(float, above=0), metavar="R", help="1: none")
-    add("--max-new-tokens", type=cli.number(int, low=1), metavar="N", help="longest answer")
-    add("--seed", type=cli.number(int, low=0), metavar="N", help="of sampling")
+    add(
+        "--top-k",
+        type=common.number(int, low=0),
+        metavar="K",
+        help="sample from this many tokens; 0: from all",
+    )
+    add("--repetition-penalty", type=common.number(float, above=0), metavar="R", help="1: none")
+    add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
+    add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
     name = chosen.method or (defaults.demo.method if demo else defaults.method)
     if name.lower() != "none":
-        cli.add_method_flags(parser, name)
+        parse.add_method_flags(parser, name)
     arguments = parser.parse_args(words)
-    arguments.method = cli.build_method(name, arguments)
+    arguments.method = parse.build_method(name, arguments)
     if demo:
-        arguments.image = [str(cli.pocket_file("sample.png"))]
+        arguments.image = [str(names.pocket_file("sample.png"))]
         arguments.prompt = list(defaults.demo.prompts)
         if not arguments.stream:
             arguments.attention_map = arguments.attention_map or defaults.demo.attention_map
@@ -130,10 +143,10 @@ def settings(arguments) -> dict:
 def load(arguments) -> LVLM:
     """The model named on the command line."""
     return LVLM.from_pretrained(
-        cli.checkpoint(arguments.model_path),
-        dtype=cli.dtype(arguments.dtype),
+        names.checkpoint(arguments.model_path),
+        dtype=names.dtype(arguments.dtype),
         adapter=arguments.adapter,
-        quant=cli.quant(arguments.quant),
+        quant=names.quant(arguments.quant),
     )
 
 
@@ -193,8 +206,8 @@ def job(arguments) -> int:
         arguments.question_file,
         arguments.answers_file,
         record.run_record(
-            cli.checkpoint(arguments.model_path),
-            cli.precision(cli.dtype(arguments.dtype), cli.quant(arguments.quant)),
+            names.checkpoint(arguments.model_path),
+            names.precision(names.dtype(arguments.dtype), names.quant(arguments.quant)),
             arguments.method,
             settings(arguments),
         )
@@ -260,9 +273,9 @@ def ask(arguments) -> int:
 
 def main(words: list[str]) -> int:
     """Parse the command line and do what it asks."""
-    arguments = parse(words)
+    arguments = command_line(words)
     return job(arguments) if arguments.question_file or arguments.answers_file else ask(arguments)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -12,21 +12,25 @@ from pathlib import Path
 
 from absl import logging
 
-from lvlm_jax import cli, parallel
+from lvlm_jax import parallel
+from lvlm_jax.cli import common
 from lvlm_jax.compilation import enable_cache
+from lvlm_jax.methods import parse
 from lvlm_jax.pocket import recipe as pocket
 from lvlm_jax.training import finetune, settings
 
 
 def main(words: list[str]) -> int:
     """Trains as the flags say."""
-    parser = cli.Parser(description=__doc__)
+    parser = common.Parser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="what to train, a file of configs/")
     parser.add_argument(
         "--workdir", required=True, type=Path, help="folder of checkpoints, logs and the result"
     )
     parser.add_argument(
-        "--distributed", action=cli.Switch, help="join other processes (default: if the environment has any)"
+        "--distributed",
+        action=parse.Switch,
+        help="join other processes (default: if the environment has any)",
     )
     given, changes = parser.parse_known_args(words)
     # Orbax tells of every file it writes; what goes wrong there is said once, by `training.checkpoints`.
@@ -42,4 +46,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lvlm_jax import cli
+from lvlm_jax import config_files
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.answers = ConfigDict(dict(prompts=800, held_out=150, describe=0.7))
 
     for name in ("capl", "dpo", "flow_alignment"):
-        recipe = cli.load_config(Path(__file__).with_name(f"{name}.py"))
+        recipe = config_files.load_config(Path(__file__).with_name(f"{name}.py"))
         # Rates for models a thousand times as large would move nothing in so few steps. At 5e-4 CAPL's pairs, whose
         # rejected answers the base prefers in 96 of 100, taught it to contradict itself on everything (73 to 30).
         recipe.optimizer.peak = 5e-4 if name == "flow_alignment" else 5e-5

@@ -18,26 +18,29 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone 
 import jax
 import numpy as np
 
-from lvlm_jax import LVLM, analysis, cli, methods
+from lvlm_jax import LVLM, analysis, methods
 from lvlm_jax.analysis import figures, overlay, page
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.methods import parse
 from lvlm_jax.processors import text
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.layout import Inputs
+from lvlm_jax.weights import names
 
 SINK_WEIGHT = 0.002 * 576  # EAH's threshold times LLaVA's tokens of one image, for which it was found
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def command_line(words: list[str]) -> argparse.Namespace:
     """The command line, with the methods to look at."""
-    first = cli.Parser(add_help=False)
+    first = common.Parser(add_help=False)
     first.add_argument("--method", default="none")
-    name = first.parse_known_args([cli.hyphenated(word) for word in words])[0].method
-    parser = cli.Parser(
+    name = first.parse_known_args([parse.hyphenated(word) for word in words])[0].method
+    parser = common.Parser(
         prog="tools/attention.py",
         description=__doc__,
-        epilog="methods and their settings, flags once --method names the method:\n" + cli.methods_help(),
+        epilog="methods and their settings, flags once --method names the method:\n" + parse.methods_help(),
     )
     add = parser.add_argument
     add(
@@ -61,26 +64,31 @@ def parse(words: list[str]) -> argparse.Namespace:
         "method with its default settings (default greedy)")  # fmt: skip
     add(
         "--max-new-tokens",
-        type=cli.number(int, low=1),
+        type=common.number(int, low=1),
         default=128,
         metavar="N",
         help="longest answer (default 128)",
     )
     add("--answer", metavar="TEXT", help="look at this answer instead of letting the model write its own")
-    add("--beta-sinks", type=cli.number(float, low=0), metavar="B", help="weight above which a patch is a vision sink "
-        f"(default {SINK_WEIGHT:.3f} / tokens of the largest image)")  # fmt: skip
+    add(
+        "--beta-sinks",
+        type=common.number(float, low=0),
+        metavar="B",
+        help="weight above which a patch is a vision sink "
+        f"(default {SINK_WEIGHT:.3f} / tokens of the largest image)",
+    )
     add("--out", default="runs/attention", metavar="FOLDER", help="where to write (default runs/attention)")
     if name.lower() != "none":
-        cli.add_method_flags(parser, name)
+        parse.add_method_flags(parser, name)
     arguments = parser.parse_args(words)
-    arguments.image = arguments.image or [str(cli.pocket_file("sample.png"))]
+    arguments.image = arguments.image or [str(names.pocket_file("sample.png"))]
     arguments.methods = chosen_methods(name, arguments)
     return arguments
 
 
 def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, methods.Method | None]:
     """The answers to show, from left to right: the one to compare with, then the method."""
-    method = cli.build_method(name, arguments)
+    method = parse.build_method(name, arguments)
     if method is None:
         return {"greedy": None}
     beside = arguments.compare.lower()
@@ -182,7 +190,7 @@ def draw(folder: pathlib.Path, pictures: list[page.Picture], answers: list[page.
 
 def main(words: list[str]) -> int:
     """Answer, look, write."""
-    arguments = parse(words)
+    arguments = command_line(words)
     images = [open_image(path) for path in arguments.image]
     messages = conversation(images, arguments.prompt)
     folder = pathlib.Path(arguments.out)
@@ -190,7 +198,7 @@ def main(words: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LVLMError(f"--out {arguments.out!r} cannot be made: {error.strerror or error}") from error
-    model = LVLM.from_pretrained(cli.checkpoint(arguments.model_path), dtype=cli.dtype(arguments.dtype))
+    model = LVLM.from_pretrained(names.checkpoint(arguments.model_path), dtype=names.dtype(arguments.dtype))
     prompt = model.prepare(messages)
     places = analysis.token_places(model.config, prompt, len(images))
     beta = arguments.beta_sinks
@@ -217,4 +225,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

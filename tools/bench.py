@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax import LVLM, cli, methods, weights
+from lvlm_jax import LVLM, methods, weights
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -43,9 +44,9 @@ from lvlm_jax.weights.quantize import QUANTS, quantize
 DTYPES = ("float32", "bfloat16")
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = cli.Parser(
+    parser = common.Parser(
         prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
@@ -294,7 +295,7 @@ def _ratios(these: list[float], those: list[float]) -> list[float]:
 
 def main(words: list[str]) -> int:
     """Measures, prints the JSON and writes it where `--out` says."""
-    arguments = parse(words)
+    arguments = command_line(words)
     report = json.dumps(measure(arguments), indent=2)
     print(report)
     if arguments.out:
@@ -303,4 +304,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

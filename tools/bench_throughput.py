@@ -28,21 +28,24 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lvlm_jax import LVLM, cli, compilation
+from lvlm_jax import LVLM, compilation
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import scheduler
 from lvlm_jax.generation.questions import conversation, length_class
+from lvlm_jax.methods import parse
 from lvlm_jax.pocket.conversations import DETAILED_PROMPTS, LIST_PROMPTS, SHORT_PROMPTS
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.version import __version__
+from lvlm_jax.weights import names
 
 PROMPTS = (*SHORT_PROMPTS, *DETAILED_PROMPTS, *LIST_PROMPTS)
 BATCHES = "1,2,4,8,16,32,64"
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = cli.Parser(
+    parser = common.Parser(
         prog="tools/bench_throughput.py",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -56,12 +59,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--batches", default=BATCHES, help=f"batch sizes, by commas (default {BATCHES})")
     parser.add_argument(
-        "--prompts", type=cli.number(int, 1), default=128, help="captions asked for (default 128)"
+        "--prompts", type=common.number(int, 1), default=128, help="captions asked for (default 128)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=cli.number(int, 1), default=128, help="longest answer (default 128)"
+        "--max-new-tokens", type=common.number(int, 1), default=128, help="longest answer (default 128)"
     )
-    parser.add_argument("--runs", type=cli.number(int, 1), default=3, help="runs per figure (default 3)")
+    parser.add_argument("--runs", type=common.number(int, 1), default=3, help="runs per figure (default 3)")
     parser.add_argument(
         "--no-transformers", action="store_true", help="leave the comparison with transformers out"
     )
@@ -193,13 +196,13 @@ def measure(arguments: argparse.Namespace) -> dict:
         batches = [int(size) for size in arguments.batches.split(",")]
     except ValueError as error:
         raise LVLMError(f"batches are {arguments.batches!r}; expected numbers, by commas") from error
-    method = cli.build_method(arguments.method, arguments)
+    method = parse.build_method(arguments.method, arguments)
     why = scheduler.obstacle(method, None)
     if why:
         raise LVLMError(f"continuous batching is not possible: {why}; choose another method")
     # Programs that XLA's CPU backend loads from the persistent cache run slower.
     os.environ[compilation.SWITCH] = "0"
-    model = LVLM.from_pretrained(cli.checkpoint(arguments.model), dtype=arguments.dtype)
+    model = LVLM.from_pretrained(names.checkpoint(arguments.model), dtype=arguments.dtype)
     limit = arguments.max_new_tokens
     ways = {name: Ours(model, method, limit, name == "continuous") for name in ("batches", "continuous")}
     versions = {"lvlm_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}
@@ -229,7 +232,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def main(words: list[str]) -> int:
     """Measures, prints the JSON and writes it where `--out` says."""
-    arguments = parse(words)
+    arguments = command_line(words)
     report = json.dumps(measure(arguments), indent=2)
     print(report)
     if arguments.out:
@@ -238,4 +241,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

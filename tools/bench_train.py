@@ -40,7 +40,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lvlm_jax import cli, compilation, models, weights
+from lvlm_jax import compilation, models, weights
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.training import monitor, optimizer
@@ -58,21 +59,21 @@ TOLERANCE = 1e-4  # of losses, in nats
 ADAMW = dict(steps=1, peak=1e-5, final=1.0, warmup=0, clip=1.0, beta1=0.9, beta2=0.999, weight_decay=0.0)
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = cli.Parser(prog="tools/bench_train.py", description=__doc__)
+    parser = common.Parser(prog="tools/bench_train.py", description=__doc__)
     parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="pocket",
                         help="model, as tools/bench.py has them (default pocket)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of products and frozen weights; adapters are float32 (default float32)")  # fmt: skip
-    parser.add_argument("--batch", type=cli.number(int, 1), default=4, metavar="N",
+    parser.add_argument("--batch", type=common.number(int, 1), default=4, metavar="N",
                         help="pairs of a step (default 4)")  # fmt: skip
-    parser.add_argument("--length", type=cli.number(int, 1), metavar="N",
+    parser.add_argument("--length", type=common.number(int, 1), metavar="N",
                         help="tokens of a row: the image's, 48 of the prompt, and the answer's "
                         "(default 128 and the image's)")  # fmt: skip
-    parser.add_argument("--rank", type=cli.number(int, 1), default=16, metavar="N",
+    parser.add_argument("--rank", type=common.number(int, 1), default=16, metavar="N",
                         help="of the adapters (default 16)")  # fmt: skip
-    parser.add_argument("--runs", type=cli.number(int, 1), default=5, metavar="N",
+    parser.add_argument("--runs", type=common.number(int, 1), default=5, metavar="N",
                         help="steps per figure, after one to warm up (default 5)")  # fmt: skip
     parser.add_argument("--against", choices=("peft", "none"),
                         help="what to compare with (default: peft on a CPU in float32, else none)")  # fmt: skip
@@ -380,7 +381,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def main(words: list[str]) -> int:
     """Measures, prints the JSON and writes it where `--out` says; 1 where losses do not agree."""
-    arguments = parse(words)
+    arguments = command_line(words)
     found = measure(arguments)
     report = json.dumps(found, indent=2)
     print(report)
@@ -397,4 +398,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

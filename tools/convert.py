@@ -13,14 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a conversion has no use for an accelerator's memory
 
-from lvlm_jax import cli, models, weights
+from lvlm_jax import models, weights
+from lvlm_jax.cli import common
 from lvlm_jax.weights import lora
 from lvlm_jax.weights.peft import load_adapter
 
 
 def main(arguments: list[str]) -> int:
     """Reads the checkpoint that the arguments name, writes the other one, and says what it wrote."""
-    parser = cli.Parser(prog="convert.py", description=__doc__)
+    parser = common.Parser(prog="convert.py", description=__doc__)
     parser.add_argument("source", help="checkpoint folder or hub id")
     parser.add_argument("target", help="folder to write")
     parser.add_argument(
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         "--adapter", metavar="FOLDER", help="PEFT LoRA adapter (folder or hub id) to merge into the weights"
     )
     parser.add_argument(
-        "--max-shard-size", type=cli.number(float, above=0), default=5.0, help="in GB; default 5"
+        "--max-shard-size", type=common.number(float, above=0), default=5.0, help="in GB; default 5"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the target if it holds a checkpoint"
@@ -72,4 +73,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -30,20 +30,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import LVLM, cli, parallel
+from lvlm_jax import LVLM, evaluation, parallel
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, Protocol, get, names, statistics
+from lvlm_jax.evaluation import Data, Protocol, get, statistics
 from lvlm_jax.evaluation import rescore as scoring
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.evaluation.shares import Share
 from lvlm_jax.generation import scheduler
+from lvlm_jax.methods import parse
+from lvlm_jax.weights import names
 from lvlm_jax.weights.quantize import QUANTS
 
 
-def build_parser(method: str) -> cli.Parser:
+def build_parser(method: str) -> common.Parser:
     """The flags, among them those of the method."""
-    parser = cli.Parser(
-        prog="evaluate.py", description=__doc__, epilog="methods and settings:\n\n" + cli.methods_help()
+    parser = common.Parser(
+        prog="evaluate.py", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )
     parser.add_argument("--list", action="store_true", help="print all protocols and stop")
     parser.add_argument("--protocol", metavar="NAME", help="what is asked and how it is scored; see --list")
@@ -73,7 +76,7 @@ def build_parser(method: str) -> cli.Parser:
     )
     run.add_argument(
         "--batch-size",
-        type=cli.number(int, 1),
+        type=common.number(int, 1),
         default=16,
         metavar="N",
         help="questions at once (default 16)",
@@ -82,20 +85,20 @@ def build_parser(method: str) -> cli.Parser:
                      help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
                      "auto: continuous where answers may be long and the method allows it")  # fmt: skip
     run.add_argument(
-        "--sampling-seed", type=cli.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
+        "--sampling-seed", type=common.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
     )
     run.add_argument("--controls", nargs="?", const="", metavar="DIR",
                      help="run the controls beside the method; DIR: a folder for them that several methods may share "
                      "(default controls in --out)")  # fmt: skip
     run.add_argument(
-        "--processes", type=cli.number(int, 1), metavar="N", help="how many processes share the questions"
+        "--processes", type=common.number(int, 1), metavar="N", help="how many processes share the questions"
     )
     run.add_argument(
-        "--process-index", type=cli.number(int, 0), metavar="K", help="which of them this is, from 0"
+        "--process-index", type=common.number(int, 0), metavar="K", help="which of them this is, from 0"
     )
-    run.add_argument("--data-parallel", type=cli.number(int, 1), default=1, metavar="N",
+    run.add_argument("--data-parallel", type=common.number(int, 1), default=1, metavar="N",
                      help="devices over which a batch is spread (default 1)")  # fmt: skip
-    run.add_argument("--tensor-parallel", type=cli.number(int, 1), default=1, metavar="N",
+    run.add_argument("--tensor-parallel", type=common.number(int, 1), default=1, metavar="N",
                      help="devices over which the weights are spread (default 1)")  # fmt: skip
     where = parser.add_argument_group("files, where they are not found in --data")
     where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
@@ -116,20 +119,20 @@ def build_parser(method: str) -> cli.Parser:
         "--matching", default="exact", metavar="NAME", help="AMBER: exact or spacy (default exact)"
     )
     sure = parser.add_argument_group("intervals")
-    sure.add_argument("--resamples", type=cli.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+    sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                       help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip
     sure.add_argument(
-        "--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
     )
     # Last, so that a method's --seed does not take the name from ours.
     if method.lower() != "none":
-        cli.add_method_flags(parser, method)
+        parse.add_method_flags(parser, method)
     return parser
 
 
 def protocols() -> str:
     """All protocols, one a line."""
-    found = [get(name) for name in names()]
+    found = [get(name) for name in evaluation.names()]
     return "\n".join(f"{item.name:30s} {item.about}" for item in found)
 
 
@@ -145,7 +148,7 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     Raises:
         LVLMError: an unusable model, method, benchmark folder or picture, or a log of another run.
     """
-    method = cli.build_method(flags.method, flags)
+    method = parse.build_method(flags.method, flags)
     controls = None if flags.controls is None else Path(flags.controls or out / "controls")
     share = Share(together=True) if joined(flags) else Share.of(flags.processes, flags.process_index)
     options = Options(
@@ -153,8 +156,12 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
         share, flags.against, flags.resamples, flags.seed,
         flags.schedule,
     )  # fmt: skip
-    path, dtype, quant = cli.checkpoint(flags.model_path), cli.dtype(flags.dtype), cli.quant(flags.quant)
-    run = Run(path, cli.precision(dtype, quant), protocol, data, out, method, options)
+    path, dtype, quant = (
+        names.checkpoint(flags.model_path),
+        names.dtype(flags.dtype),
+        names.quant(flags.quant),
+    )
+    run = Run(path, names.precision(dtype, quant), protocol, data, out, method, options)
     if not run.complete():
         ways = flags.data_parallel, flags.tensor_parallel
         mesh = parallel.make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
@@ -164,9 +171,9 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
 
 def main(arguments: list[str]) -> int:
     """Score what the arguments name, print the figures, and write scores.json."""
-    first = cli.Parser(add_help=False)
+    first = common.Parser(add_help=False)
     first.add_argument("--method", default="none")
-    chosen, _ = first.parse_known_args([cli.hyphenated(word) for word in arguments])
+    chosen, _ = first.parse_known_args([parse.hyphenated(word) for word in arguments])
     flags = build_parser(chosen.method).parse_args(arguments)
     if flags.list:
         print(protocols())
@@ -210,4 +217,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

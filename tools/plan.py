@@ -18,10 +18,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.lvlm import DTYPES
+from lvlm_jax.methods import parse
 from lvlm_jax.planning import devices, plan
 from lvlm_jax.planning import report as plan_report
 from lvlm_jax.planning.sizes import SIZES
@@ -31,14 +32,14 @@ COUNTS = (1, 8, 64, 512)  # devices in tables
 TIMED = "h100"  # what the times of a table are of, where no device is named
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    first = cli.Parser(add_help=False)
+    first = common.Parser(add_help=False)
     first.add_argument("--method", default="none")
-    name = first.parse_known_args([cli.hyphenated(word) for word in words])[0].method
-    epilog = f"published sizes: {', '.join(SIZES)}\n\nmethods and their settings:\n{cli.methods_help()}"
-    parser = cli.Parser(prog="tools/plan.py", description=__doc__, epilog=epilog)
-    add, count = parser.add_argument, cli.number(int, 1)
+    name = first.parse_known_args([parse.hyphenated(word) for word in words])[0].method
+    epilog = f"published sizes: {', '.join(SIZES)}\n\nmethods and their settings:\n{parse.methods_help()}"
+    parser = common.Parser(prog="tools/plan.py", description=__doc__, epilog=epilog)
+    add, count = parser.add_argument, common.number(int, 1)
     add("model", nargs="+", help="folder, config.json or published size; several with --table")
     add("--devices", type=count, metavar="N", help="how many (default: as many as the mesh's sizes make)")
     for axis in ("data", "fsdp", "tensor"):
@@ -52,7 +53,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--quant", choices=QUANTS, help="of the decoder's weights, for inference")
     add("--batch", type=count, default=1, metavar="N",
         help="conversations, or pairs of an update; in tables those of a group of devices (default 1)")  # fmt: skip
-    add("--images", type=cli.number(int, 0), default=1, metavar="N", help="of each (default 1)")
+    add("--images", type=common.number(int, 0), default=1, metavar="N", help="of each (default 1)")
     add(
         "--prompt-tokens",
         type=count,
@@ -87,9 +88,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--counts", metavar="N,N", help="numbers of devices of the table")
     add("--out", type=pathlib.Path, metavar="FILE", help="write the plans as JSON there too")
     if name.lower() != "none":
-        cli.add_method_flags(parser, name)
+        parse.add_method_flags(parser, name)
     arguments = parser.parse_args(words)
-    arguments.method = cli.build_method(name, arguments)
+    arguments.method = parse.build_method(name, arguments)
     if len(arguments.model) > 1 and not arguments.table:
         raise LVLMError(f"{len(arguments.model)} models were given; expected one, or --table")
     arguments.counts = _counts(arguments.counts)
@@ -114,7 +115,7 @@ def job_of(arguments: argparse.Namespace, model: str) -> plan.Job:
 
 def main(words: list[str]) -> int:
     """Plans and prints."""
-    arguments = parse(words)
+    arguments = command_line(words)
     names = arguments.device or [one.name for one in devices.DEVICES]
     native = any(name.lower() == devices.CPU for name in names)
     if native and len(names) > 1:
@@ -175,4 +176,4 @@ def _counts(given: str | None) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

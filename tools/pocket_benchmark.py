@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 
 import jax
 
-from lvlm_jax import LVLM, __version__, cli, files
+from lvlm_jax import LVLM, __version__, files
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import get, statistics
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.journal.record import checkpoint_hash
 from lvlm_jax.pocket import benchmark as pocket
+from lvlm_jax.weights import names
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_benchmark.py"
 NOTES = """\
@@ -81,20 +83,24 @@ def document(flags, found: dict[str, dict], path: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run what is missing, and write the tables after every method."""
-    parser = cli.Parser(prog="pocket_benchmark.py", description=__doc__)
+    parser = common.Parser(prog="pocket_benchmark.py", description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME",
                         help="all, or names from configs/pocket_benchmark.py (default all)")  # fmt: skip
     parser.add_argument(
-        "--images", type=cli.number(int, 1), default=200, metavar="N", help="test images (default 200)"
+        "--images", type=common.number(int, 1), default=200, metavar="N", help="test images (default 200)"
     )
-    parser.add_argument("--captions", type=cli.number(int, 1), default=200, metavar="N",
+    parser.add_argument("--captions", type=common.number(int, 1), default=200, metavar="N",
                         help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
                         help="another checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=cli.number(int, 1), default=64, metavar="N", help="prompts at once (default 64)"
+        "--batch-size",
+        type=common.number(int, 1),
+        default=64,
+        metavar="N",
+        help="prompts at once (default 64)",
     )
-    parser.add_argument("--resamples", type=cli.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+    parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_benchmark"), metavar="DIR",
                         help="world, answers, scores and tables (default runs/pocket_benchmark)")  # fmt: skip
@@ -105,8 +111,8 @@ def main(arguments: list[str]) -> int:
     worlds = {part.name: flags.captions if part.name == "chair" else flags.images for part in pocket.PARTS}
     for count in set(worlds.values()):
         pocket.write_world(flags.out / f"world-{count}", count)
-    path = cli.checkpoint(flags.model_path)
-    dtype = cli.dtype("auto")
+    path = names.checkpoint(flags.model_path)
+    dtype = names.dtype("auto")
     model = LVLM.from_pretrained(path, dtype=dtype)
     found: dict[str, dict] = {part.name: {} for part in pocket.PARTS}
     for name, method in {"greedy": None, **chosen}.items():
@@ -131,4 +137,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not
 import numpy as np
 from tqdm import tqdm
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import LVLM
+from lvlm_jax.cli import common
 from lvlm_jax.pocket import catalogue, splits
 from lvlm_jax.pocket.scenes import scene_at
+from lvlm_jax.weights import names
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 DETAILED = "Please describe this image in detail."
@@ -191,22 +193,22 @@ def markdown(figures: dict, about: dict) -> str:
 
 def main(arguments: list[str]) -> int:
     """Examine the checkpoint that the arguments name and write what was found."""
-    parser = cli.Parser(prog="pocket_report.py", description=__doc__)
+    parser = common.Parser(prog="pocket_report.py", description=__doc__)
     parser.add_argument(
         "--model", default="pocket", help="checkpoint folder (default: the one inside the package)"
     )
     parser.add_argument(
-        "--images", type=cli.number(int, 20), default=300, metavar="N", help="test images (default 300)"
+        "--images", type=common.number(int, 20), default=300, metavar="N", help="test images (default 300)"
     )
     parser.add_argument(
-        "--batch", type=cli.number(int, 1), default=32, metavar="N", help="questions at once (default 32)"
+        "--batch", type=common.number(int, 1), default=32, metavar="N", help="questions at once (default 32)"
     )
     parser.add_argument(
-        "--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the test split (default 0)"
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the test split (default 0)"
     )
     parser.add_argument("--out", default="runs/pocket_report", metavar="DIR", help="where the report goes")
     flags = parser.parse_args(arguments)
-    model = LVLM.from_pretrained(cli.checkpoint(flags.model))
+    model = LVLM.from_pretrained(names.checkpoint(flags.model))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "split"
@@ -230,4 +232,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # drawing has no use for an accel
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 
 CELL = 48
@@ -139,7 +139,7 @@ def draw(emoji: str, colour: str | None, font: ImageFont.FreeTypeFont) -> Image.
 
 def main(arguments: list[str]) -> int:
     """Draw every emoji and write the sheet and its index."""
-    parser = cli.Parser(prog="pocket_sprites.py", description=__doc__)
+    parser = common.Parser(prog="pocket_sprites.py", description=__doc__)
     parser.add_argument("--font", required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--out", type=Path, required=True, help="folder for sprites.png and sprites.json")
     flags = parser.parse_args(arguments)
@@ -173,4 +173,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

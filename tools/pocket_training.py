@@ -32,7 +32,8 @@ import preferences
 from absl import logging
 from ml_collections import ConfigDict
 
-from lvlm_jax import LVLM, cli, files
+from lvlm_jax import LVLM, files
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import get, rescore, statistics
 from lvlm_jax.evaluation.run import Options, Run
@@ -48,6 +49,7 @@ from lvlm_jax.training.data import flow_data, pair_batches
 from lvlm_jax.training.data.pair_batches import Encoder, Row
 from lvlm_jax.training.data.pair_files import read_pairs
 from lvlm_jax.training.objectives import preference as preference_task
+from lvlm_jax.weights import names
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_training.py"
 RECIPES = ("capl", "dpo", "flow_alignment")
@@ -83,7 +85,7 @@ class Setup:
     @property
     def base(self) -> str:
         """Folder of the checkpoint that every training begins with."""
-        return cli.checkpoint(self.config.model)
+        return names.checkpoint(self.config.model)
 
     def stage(self, name: str, about: Mapping[str, Any], work: Callable[[], object]) -> float:
         """Does a piece of work once, whatever stops it in between.
@@ -133,7 +135,7 @@ class Setup:
 
     def about_model(self) -> dict[str, str]:
         """The base model, for records."""
-        return {"model": checkpoint_hash(self.base), "dtype": cli.dtype("auto")}
+        return {"model": checkpoint_hash(self.base), "dtype": names.dtype("auto")}
 
     @property
     def capl(self) -> Method:
@@ -205,7 +207,7 @@ def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Ca
         against = () if name == first else answer_files(folders[first], protocol)
         options = Options(setup.batch_size, against=against, resamples=setup.resamples)
         data = part.data(world)
-        run = Run(arm.path, cli.dtype("auto"), protocol, data, folders[name], arm.method, options)
+        run = Run(arm.path, names.dtype("auto"), protocol, data, folders[name], arm.method, options)
         if not run.complete():
             run.ask(load(arm.path))
         found[name] = run.score()
@@ -303,18 +305,18 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
 
 def main(arguments: list[str]) -> int:
     """Do what is missing, and write the tables."""
-    parser = cli.Parser(prog="pocket_training.py", description=__doc__)
+    parser = common.Parser(prog="pocket_training.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
                         help="folder of everything (default runs/pocket_training)")  # fmt: skip
-    parser.add_argument("--steps", type=cli.number(int, 1), metavar="N",
+    parser.add_argument("--steps", type=common.number(int, 1), metavar="N",
                         help="of every training (default as the settings say)")  # fmt: skip
-    parser.add_argument("--images", type=cli.number(int, 10), default=200, metavar="N",
+    parser.add_argument("--images", type=common.number(int, 10), default=200, metavar="N",
                         help="test images to ask about (default 200)")  # fmt: skip
-    parser.add_argument("--captions", type=cli.number(int, 10), default=200, metavar="N",
+    parser.add_argument("--captions", type=common.number(int, 10), default=200, metavar="N",
                         help="test images to describe (default 200)")  # fmt: skip
-    parser.add_argument("--batch-size", type=cli.number(int, 1), default=64, metavar="N",
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=64, metavar="N",
                         help="questions at once (default 64)")  # fmt: skip
-    parser.add_argument("--resamples", type=cli.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+    parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     flags, changes = parser.parse_known_args(arguments)
@@ -327,7 +329,7 @@ def main(arguments: list[str]) -> int:
     for recipe in RECIPES:
         settings.check(config[recipe])
     setup = Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
-    load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype=cli.dtype("auto")))
+    load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype=names.dtype("auto")))
 
     seconds = {"prompts": draw_prompts(setup), "pairs": make_pairs(setup)}
     seconds |= {recipe: train(setup, recipe) for recipe in RECIPES}
@@ -352,4 +354,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

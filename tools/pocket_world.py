@@ -15,23 +15,23 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # drawing has no use for an accel
 
 from PIL import Image
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import scenes, splits
 
 
 def main(arguments: list[str]) -> int:
     """Write the split, or the demo's picture, that the arguments ask for, and say what was written."""
-    parser = cli.Parser(prog="pocket_world.py", description=__doc__)
+    parser = common.Parser(prog="pocket_world.py", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="DIR", help="new or empty folder for a split")
     what.add_argument("--sample", metavar="FILE", help="write only the demo's picture (PNG)")
     parser.add_argument("--split", default="test", help=f"{', '.join(scenes.SPLITS)} (default test)")
     parser.add_argument(
-        "--images", type=cli.number(int, 1), default=500, metavar="N", help="how many (default 500)"
+        "--images", type=common.number(int, 1), default=500, metavar="N", help="how many (default 500)"
     )
     parser.add_argument(
-        "--seed", type=cli.number(int, 0), default=0, metavar="N", help="of all scenes (default 0)"
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of all scenes (default 0)"
     )
     flags = parser.parse_args(arguments)
     if flags.sample:
@@ -47,4 +47,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

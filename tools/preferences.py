@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import LVLM, cli, methods
+from lvlm_jax import LVLM, methods
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.record import file_hash, method_record, run_record
 from lvlm_jax.pocket.pairs import SINGLE, write_prompts
@@ -31,26 +32,27 @@ from lvlm_jax.training.data.pair_files import read_pairs
 from lvlm_jax.training.data.pair_filters import Candidate, Filters
 from lvlm_jax.training.data.prompts import Prompt, of_pair, read_prompts
 from lvlm_jax.version import __version__
+from lvlm_jax.weights import names
 
 FILTERS = Filters()
 
 
-def build_parser() -> cli.Parser:
+def build_parser() -> common.Parser:
     """The flags."""
-    parser = cli.Parser(prog="preferences.py", description=__doc__)
+    parser = common.Parser(prog="preferences.py", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to answer")
-    source.add_argument("--pocket", type=cli.number(int, 1), metavar="N",
+    source.add_argument("--pocket", type=common.number(int, 1), metavar="N",
                         help="draw this many prompts from the pocket world, with their truth")  # fmt: skip
     source.add_argument("--pairs", metavar="FILE",
                         help="take pairs that are there (TRL, LLaMA-Factory, RLHF-V), no model")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"), metavar="DIR",
                         help="folder of everything that is written (default runs/preferences)")  # fmt: skip
-    parser.add_argument("--pocket-single", type=cli.number(float, 0, 1), default=SINGLE, metavar="SHARE",
+    parser.add_argument("--pocket-single", type=common.number(float, 0, 1), default=SINGLE, metavar="SHARE",
                         help=f"share of --pocket's prompts about one picture (default {SINGLE})")  # fmt: skip
     parser.add_argument("--corrector", metavar="WHAT",
                         help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, metavar="N",
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
                         help="of --pocket, of sampling and of --holdout (default 0)")  # fmt: skip
 
     model = parser.add_argument_group("answers by a model")
@@ -58,22 +60,22 @@ def build_parser() -> cli.Parser:
                        help="checkpoint folder or hub id; pocket (default with --pocket): the one inside")  # fmt: skip
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                        help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
-    model.add_argument("--batch-size", type=cli.number(int, 1), default=16, metavar="N",
+    model.add_argument("--batch-size", type=common.number(int, 1), default=16, metavar="N",
                        help="prompts at once (default 16)")  # fmt: skip
-    model.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, metavar="N",
+    model.add_argument("--max-new-tokens", type=common.number(int, 1), default=128, metavar="N",
                        help="longest answer (default 128)")  # fmt: skip
-    model.add_argument("--temperature", type=cli.number(float, 0), default=0.0, metavar="T",
+    model.add_argument("--temperature", type=common.number(float, 0), default=0.0, metavar="T",
                        help="0 (default): always the most probable token")  # fmt: skip
-    model.add_argument("--rejected-temperature", type=cli.number(float, 0), metavar="T",
+    model.add_argument("--rejected-temperature", type=common.number(float, 0), metavar="T",
                        help="of rejected answers (default: as --temperature; 1 with --rejected-by plain)")  # fmt: skip
-    model.add_argument("--top-p", type=cli.number(float, above=0, high=1), default=1.0, metavar="P",
+    model.add_argument("--top-p", type=common.number(float, above=0, high=1), default=1.0, metavar="P",
                        help="sample from this share of probability (default 1)")  # fmt: skip
 
     attention = parser.add_argument_group("attention (CAPL)")
     attention.add_argument("--preset", choices=tuple(methods.CAPL.PRESETS), help="rho as published")
-    attention.add_argument("--rho", type=cli.number(float, 0, 1), metavar="R",
+    attention.add_argument("--rho", type=common.number(float, 0, 1), metavar="R",
                            help="share of each image's tokens that see other images (default 0.95)")  # fmt: skip
-    attention.add_argument("--sigma", type=cli.number(float, 0, 1), metavar="S",
+    attention.add_argument("--sigma", type=common.number(float, 0, 1), metavar="S",
                            help="weight of the cross-image softmax (default 0.5)")  # fmt: skip
     attention.add_argument("--variant", default="paper", choices=("paper", "code-qwen"),
                            help="truncated: an image token sees its image, or only itself (default paper)")  # fmt: skip
@@ -81,13 +83,13 @@ def build_parser() -> cli.Parser:
                            help="truncated attention (default), or the unmodified model, sampled")  # fmt: skip
 
     kept = parser.add_argument_group("what is kept; empty and equal answers never are")
-    kept.add_argument("--near-duplicate", type=cli.number(float, 0, 1), default=FILTERS.near_duplicate,
+    kept.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
                       metavar="F", help="largest word overlap (ROUGE-L F1) of the two answers; 1 allows all "
                       f"(default {FILTERS.near_duplicate})")  # fmt: skip
-    kept.add_argument("--max-words", type=cli.number(int, 0), default=FILTERS.max_words, metavar="N",
+    kept.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
                       help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
     kept.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
-    kept.add_argument("--holdout", type=cli.number(float, 0, 0.9), default=0.0, metavar="SHARE",
+    kept.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
                       help="share of the pairs for validation.jsonl, with pictures of its own (default 0)")  # fmt: skip
     return parser
 
@@ -127,7 +129,7 @@ def answered(flags) -> tuple[list[Candidate], int, dict]:
         raise LVLMError("no model to answer the prompts; give one with --model")
     prompts = read_prompts(file)
     corrector = corrector_of(flags, prompts)
-    plan, path, dtype = plan_of(flags), cli.checkpoint(name), cli.dtype(flags.dtype)
+    plan, path, dtype = plan_of(flags), names.checkpoint(name), names.dtype(flags.dtype)
     generation = {
         "temperature": plan.chosen.temperature,
         "rejected_temperature": plan.rejected.temperature,
@@ -192,4 +194,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -15,23 +15,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
 from lvlm_jax.evaluation.report import page as report
 
 
 def main(arguments: list[str]) -> int:
     """Report on the folder that the arguments name."""
-    parser = cli.Parser(prog="report.py", description=__doc__)
+    parser = common.Parser(prog="report.py", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR",
                         help="folder with the runs, at any depth (default runs)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the two files go (default DIR/report)")
     parser.add_argument("--title", default=report.TITLE, metavar="TEXT", help="of the page")
     parser.add_argument("--images", type=Path, action="append", default=[], metavar="DIR",
                         help="images of the examples, or the folder of a benchmark; may be repeated")  # fmt: skip
-    parser.add_argument("--examples", type=cli.number(int, 0), default=2, metavar="N",
+    parser.add_argument("--examples", type=common.number(int, 0), default=2, metavar="N",
                         help="fixed and broken answers shown of each method and protocol (default 2)")  # fmt: skip
     parser.add_argument(
-        "--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the draw of examples (default 0)"
+        "--seed",
+        type=common.number(int, 0),
+        default=0,
+        metavar="N",
+        help="of the draw of examples (default 0)",
     )
     flags = parser.parse_args(arguments)
     written = report.write(
@@ -44,4 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

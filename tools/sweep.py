@@ -20,18 +20,21 @@ if __name__ == "__main__":  # so that it runs from a clone that is not installed
 
 from tqdm import tqdm
 
-from lvlm_jax import LVLM, cli, methods
+from lvlm_jax import LVLM, methods
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation, read_questions
+from lvlm_jax.methods import parse
+from lvlm_jax.weights import names
 
 
-def parse(words: list[str]):
+def command_line(words: list[str]):
     """The command line, with `method` built (the point all others differ from) and `points`, the grid."""
-    first = cli.Parser(add_help=False)
+    first = common.Parser(add_help=False)
     first.add_argument("--method")
-    chosen, _ = first.parse_known_args([cli.hyphenated(word) for word in words])
-    parser = cli.Parser(
-        prog="sweep.py", description=__doc__, epilog="methods and settings:\n\n" + cli.methods_help()
+    chosen, _ = first.parse_known_args([parse.hyphenated(word) for word in words])
+    parser = common.Parser(
+        prog="sweep.py", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )
     add = parser.add_argument
     add(
@@ -54,22 +57,22 @@ def parse(words: list[str]):
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeat it for several")
     add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text, label}")
     add("--image-folder", metavar="FOLDER", default=".", help="where those images are")
-    add("--limit", type=cli.number(int, low=1), metavar="N", help="only the first questions of the file")
+    add("--limit", type=common.number(int, low=1), metavar="N", help="only the first questions of the file")
     add(
         "--batch-size",
-        type=cli.number(int, low=1),
+        type=common.number(int, low=1),
         default=8,
         metavar="N",
         help="questions at once (default 8)",
     )
-    add("--points", type=cli.number(int, low=1), default=16, metavar="N",
+    add("--points", type=common.number(int, low=1), default=16, metavar="N",
         help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
-    add("--max-new-tokens", type=cli.number(int, low=1), default=64, metavar="N", help="(default 64)")
+    add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
     add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
     if chosen.method:
-        cli.add_method_flags(parser, chosen.method)
+        parse.add_method_flags(parser, chosen.method)
     arguments = parser.parse_args(words)
-    arguments.method = cli.build_method(arguments.method, arguments)
+    arguments.method = parse.build_method(arguments.method, arguments)
     arguments.points_of_grid = grid(arguments.method, arguments.grid)
     return arguments
 
@@ -136,11 +139,11 @@ def said(text: str) -> str | None:
 
 def main(words: list[str]) -> int:
     """Run the grid and print the table."""
-    arguments = parse(words)
+    arguments = command_line(words)
     asked = questions_of(arguments)
     points = arguments.points_of_grid
     settings = [dataclasses.replace(arguments.method, **point) for point in points]
-    model = LVLM.from_pretrained(cli.checkpoint(arguments.model_path), dtype=cli.dtype(arguments.dtype))
+    model = LVLM.from_pretrained(names.checkpoint(arguments.model_path), dtype=names.dtype(arguments.dtype))
     size = arguments.batch_size
     greedy: list[str] = []
     texts: list[list[str]] = [[] for _ in points]
@@ -184,4 +187,4 @@ def _print(table: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import LVLM
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods import Method
+from lvlm_jax.methods import Method, parse
+from lvlm_jax.weights import names
 
 # What harnesses call the settings of a generation; `options` turns them into ours.
 GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams",
@@ -36,7 +38,7 @@ def load(pretrained: Any, dtype: str) -> LVLM:
     """
     if pretrained is None:
         raise LVLMError("no model is named; give pretrained= a checkpoint folder, a hub id, or pocket")
-    return LVLM.from_pretrained(cli.checkpoint(str(pretrained)), dtype=cli.dtype(str(dtype)))
+    return LVLM.from_pretrained(names.checkpoint(str(pretrained)), dtype=names.dtype(str(dtype)))
 
 
 def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) -> Method | None:
@@ -53,9 +55,9 @@ def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) 
     """
     parser = _Settings(add_help=False)
     for own in reserved:
-        parser.add_argument(cli.hyphenated(f"--{own}".replace("_", "-")))
+        parser.add_argument(parse.hyphenated(f"--{own}".replace("_", "-")))
     if name.lower() != "none":
-        cli.add_method_flags(parser, name)
+        parse.add_method_flags(parser, name)
     words = [_word(key, value) for key, value in fields.items() if value is not None]
     given, unknown = parser.parse_known_args(words)
     if unknown:
@@ -64,10 +66,10 @@ def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) 
             f"{unknown[0].removeprefix('--').partition('=')[0].replace('-', '_')} is no setting of the adapter or "
             f"of method {name}; expected one of {', '.join(dict.fromkeys(known))}"
         )
-    return cli.build_method(name, given)
+    return parse.build_method(name, given)
 
 
-class _Settings(cli.Parser):
+class _Settings(common.Parser):
     def error(self, message):  # noqa: D102
         raise LVLMError(f"{message}; `python infer.py --help` lists the settings of methods")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from lvlm_jax import cli, models, parallel, weights
+from lvlm_jax import models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
 from lvlm_jax.planning.devices import Device
@@ -32,6 +32,7 @@ from lvlm_jax.planning.programs import Program
 from lvlm_jax.planning.sizes import SHORT, SIZES
 from lvlm_jax.planning.training import RECIPES, tokens, training
 from lvlm_jax.training import settings
+from lvlm_jax.weights import names
 from lvlm_jax.weights.checkpoint import read_json
 
 # That are compiled instead of the whole. Two apart: there are methods that edit every second layer.
@@ -228,7 +229,7 @@ def read(name: str) -> tuple[str, Any, Path | None]:
     """
     if (size := SHORT.get(name, name)) in SIZES:
         return size, models.config_from_hf(SIZES[size]), None
-    path = Path(cli.checkpoint(name))
+    path = Path(names.checkpoint(name))
     if path.is_dir():
         return path.name, models.config_from_hf(weights.read_config(path)), path
     if path.is_file():

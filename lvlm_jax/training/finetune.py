@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lvlm_jax import cli, models, parallel, weights
+from lvlm_jax import models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
 from lvlm_jax.training import loop
 from lvlm_jax.training import settings as fields
-from lvlm_jax.weights import lora, parts, peft
+from lvlm_jax.weights import lora, names, parts, peft
 from lvlm_jax.weights.tables import flatten, unflatten
 
 # Imported when asked for: a recipe brings its own readers and methods.
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
     """The model to train, on the mesh; in the dtype of the master weights where any of them are the model's own."""
     dtype = config.dtype if config.lora.enabled else config.master
-    return LVLM.from_pretrained(cli.checkpoint(config.model), dtype=dtype, mesh=mesh)
+    return LVLM.from_pretrained(names.checkpoint(config.model), dtype=dtype, mesh=mesh)
 
 
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
@@ -88,7 +88,7 @@ def loop_settings(config: ConfigDict, task: loop.Task) -> ConfigDict:
 
 def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
     """Writes the merged checkpoint and, with LoRA, the adapter; the first process does, for all."""
-    whole, folder, source = parts.join(trained, frozen), workdir / "export", cli.checkpoint(config.model)
+    whole, folder, source = parts.join(trained, frozen), workdir / "export", names.checkpoint(config.model)
     leaves = {path: leaf for path, leaf in flatten(whole).items() if path.endswith(LORA_LEAVES)}
     first = jax.process_index() == 0
     adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(whole), first)

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lvlm_jax import cli
+from lvlm_jax import config_files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.lora import TARGETS
 
@@ -142,7 +142,7 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
     Raises:
         LVLMError: no such file, an unknown key, or a value of another kind.
     """
-    config = cli.load_config(path)
+    config = config_files.load_config(path)
     values, words = flags.FlagValues(), ["", *words]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
+from lvlm_jax.weights import names
 from tests.models import qwen2_checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def tool():
 def shallow(tmp_path_factory):
     """The pocket model cut down to four decoder layers, the fewest that have anchors."""
     folder = tmp_path_factory.mktemp("models") / "shallow"
-    shutil.copytree(cli.pocket_file("checkpoint"), folder)
+    shutil.copytree(names.pocket_file("checkpoint"), folder)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 4
     (folder / "config.json").write_text(json.dumps(config))
@@ -51,7 +52,7 @@ def written(tool, shallow, tmp_path_factory):
         "--model",
         shallow,
         "--image",
-        cli.pocket_file("sample.png"),
+        names.pocket_file("sample.png"),
         "--image",
         wide,
         "--answer",
@@ -146,6 +147,6 @@ def test_one_line_and_code_two(tool, shallow, words, message, tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["attention.py", "--model", str(shallow), *words])
     with pytest.raises(SystemExit) as left:
-        cli.run(tool.main)
+        common.run(tool.main)
     printed = capsys.readouterr().err
     assert left.value.code == 2 and message in printed and printed.count("\n") == 1

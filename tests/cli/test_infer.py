@@ -15,15 +15,17 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import infer
-from lvlm_jax import cli, methods
+from lvlm_jax import config_files, methods
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights import names
 from tests.processors.test_images import png_with_header
 
 pytestmark = pytest.mark.full_compiler  # the answers of another process
 
 ROOT = pathlib.Path(__file__).parents[2]
-POCKET = cli.pocket_file("checkpoint")
-SAMPLE = str(cli.pocket_file("sample.png"))
+POCKET = names.pocket_file("checkpoint")
+SAMPLE = str(names.pocket_file("sample.png"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def command(monkeypatch, capsys, caplog, tmp_path):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.run(infer.main)
+            common.run(infer.main)
         printed = capsys.readouterr()
         return left.value.code, printed.out, printed.err
 
@@ -75,7 +77,7 @@ def test_the_demo_answers_greedy_beside_cmac_and_draws_both(command, small, tmp_
     code, out, error = command("--model", small, "--max-new-tokens", 10)
     assert (code, error) == (0, "")
     lines = out.rstrip("\n").split("\n")
-    prompts = cli.load_config(infer.CONFIG).demo.prompts
+    prompts = config_files.load_config(infer.CONFIG).demo.prompts
     assert "Please describe this image in detail." in prompts
     for prompt in prompts:
         place = lines.index(prompt)
@@ -125,13 +127,15 @@ def test_sampling_repeats_with_its_seed(command):
 
 def test_a_method_has_its_fields_as_flags():
     words = ["--image", "a", "--prompt", "b", "--method", "cmac"]
-    assert infer.parse(words).method == methods.CMAC()
-    given = infer.parse([*words, "--alpha", "1", "--variant=code", "--no-imd", "--distort", "attention_mask"])
+    assert infer.command_line(words).method == methods.CMAC()
+    given = infer.command_line(
+        [*words, "--alpha", "1", "--variant=code", "--no-imd", "--distort", "attention_mask"]
+    )
     assert given.method == methods.CMAC(alpha=1.0, variant="code", imd=False, distort="attention_mask")
     name, fields = next(iter(methods.CMAC.PRESETS.items()))
-    preset = infer.parse([*words, "--preset", name, "--gamma", "2.5"])
+    preset = infer.command_line([*words, "--preset", name, "--gamma", "2.5"])
     assert preset.method == methods.CMAC(**fields | {"gamma": 2.5})
-    assert infer.parse(words[:4]).method is None
+    assert infer.command_line(words[:4]).method is None
 
 
 def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_path):
@@ -139,9 +143,9 @@ def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_pa
     config.write_text(
         (ROOT / "configs" / "infer.py").read_text().replace("max_new_tokens = 256", "max_new_tokens = 7")
     )
-    given = infer.parse(["--config", str(config), "--top_p", "0.5", "--prompt", "a"])
+    given = infer.command_line(["--config", str(config), "--top_p", "0.5", "--prompt", "a"])
     assert (given.max_new_tokens, given.top_p) == (7, 0.5)
-    assert infer.parse(["--top-p=0.5", "--max_new_tokens=9", "--prompt", "a"]).max_new_tokens == 9
+    assert infer.command_line(["--top-p=0.5", "--max_new_tokens=9", "--prompt", "a"]).max_new_tokens == 9
 
 
 def test_help_names_every_flag_and_every_methods_settings(command):
@@ -165,7 +169,7 @@ def test_help_names_every_flag_and_every_methods_settings(command):
 
 def test_a_methods_setting_may_have_the_name_of_a_general_flag():
     words = ["--prompt", "a", "--method", "vcd", "--seed", "3", "--vcd-seed", "5"]
-    parsed = infer.parse(words)
+    parsed = infer.command_line(words)
     assert (parsed.seed, parsed.method) == (3, methods.VCD(seed=5))
 
 
@@ -182,12 +186,12 @@ def test_methods_joined_by_a_plus_are_chained():
         "--cmac-beta",
         "0.4",
     ]
-    members = infer.parse(words).method.members
+    members = infer.command_line(words).method.members
     assert members == (methods.EAH(beta=0.5), methods.CMAC(alpha=2.0, beta=0.4))
-    preset = infer.parse([*words[:4], "--cmac-preset", "llava-1.5/mme"]).method
+    preset = infer.command_line([*words[:4], "--cmac-preset", "llava-1.5/mme"]).method
     assert preset.members == (methods.EAH(), methods.CMAC.preset("llava-1.5/mme"))
     with pytest.raises(LVLMError, match="--beta is not known here"):
-        infer.parse([*words[:4], "--beta", "0.1"])
+        infer.command_line([*words[:4], "--beta", "0.1"])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_methods_joined_by_a_plus_are_chained():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_settings_of_every_kind(words, method):
-    assert infer.parse(["--prompt", "a", "--method", *words]).method == method
+    assert infer.command_line(["--prompt", "a", "--method", *words]).method == method
 
 
 def test_a_job_writes_llavas_answer_file(command, small, tmp_path):

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_jax import LVLM, cli, methods
+from lvlm_jax import LVLM, methods
 from lvlm_jax import integrations as adapters
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, engine, get
 from lvlm_jax.generation.questions import conversation
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.pocket.splits import write_split
+from lvlm_jax.weights import names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -134,7 +135,7 @@ def vlmevalkit():
 
 @pytest.fixture(scope="module")
 def pocket():
-    return LVLM.from_pretrained(cli.checkpoint("pocket"))
+    return LVLM.from_pretrained(names.checkpoint("pocket"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import evaluate
 
-from lvlm_jax import cli
+from lvlm_jax.cli import common
 
 if __name__ == "__main__":
-    cli.run(evaluate.main)
+    common.run(evaluate.main)

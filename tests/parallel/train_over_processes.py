@@ -7,7 +7,8 @@ an error of its own, or a mistake of the user that only it sees.
 import time
 from pathlib import Path
 
-from lvlm_jax import cli, parallel
+from lvlm_jax import parallel
+from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from tests.parallel import small_run
 
@@ -27,7 +28,7 @@ class Faulty(small_run.Talk):
 
 
 def main(words: list[str]) -> int:
-    parser = cli.Parser()
+    parser = common.Parser()
     parser.add_argument("workdir", type=Path)
     parser.add_argument("seconds", type=float)
     parser.add_argument("--fault", choices=FAULTS)
@@ -46,4 +47,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lvlm_jax import LVLM, cli, methods, parallel
+from lvlm_jax import LVLM, methods, parallel
 from lvlm_jax.generation import drivers
 from lvlm_jax.planning import plan
 from lvlm_jax.training import finetune, loop, settings
+from lvlm_jax.weights import names
 
 NEW_TOKENS = {False: 64, True: 16}  # of answers; of learned ones, with which rows have 128 tokens
 ANSWERS = {"chosen": "a dog beside a tree", "rejected": "a cat"}
@@ -87,7 +88,7 @@ def watched(owner, names, found):
 def answered(job) -> tuple[dict[str, int], int]:
     """Bytes by program while the pocket model answers about pictures, and the tokens of a prompt."""
     mesh = None if job.devices == 1 else parallel.make_mesh(*job.mesh)
-    model = LVLM.from_pretrained(cli.checkpoint("pocket"), dtype=job.dtype, mesh=mesh, quant=job.quant)
+    model = LVLM.from_pretrained(names.checkpoint("pocket"), dtype=job.dtype, mesh=mesh, quant=job.quant)
     picture = np.zeros((96, 96, 3), np.uint8)
     asked = {
         "role": "user",
@@ -131,7 +132,7 @@ def _pairs(folder: Path, count: int) -> Path:
 
 
 def main(devices: int, workdir: Path, names: list[str]) -> None:
-    name, config, folder = plan.read(cli.checkpoint("pocket"))
+    name, config, folder = plan.read(names.checkpoint("pocket"))
     whole = functools.partial(plan.Job, name, config, devices, folder=folder)
     for case in names:
         fields = {"mesh": (1, 1, 1), "dtype": "float32"} | CASES[case]

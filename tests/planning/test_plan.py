@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
-from lvlm_jax import cli, methods
+from lvlm_jax import methods
+from lvlm_jax.cli import common
 from lvlm_jax.planning import devices, plan
+from lvlm_jax.weights import names
 from tests.parallel.simulated import in_a_process
 
 ROOT = pathlib.Path(__file__).parents[2]
-POCKET = cli.checkpoint("pocket")
+POCKET = names.checkpoint("pocket")
 
 # One device: quick enough for every run of the tests. The others are slow.
 FEW = ["greedy"]
@@ -152,7 +154,7 @@ def command(monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.run(tool.main)
+            common.run(tool.main)
         printed = capsys.readouterr()
         return left.value.code, printed.out, printed.err
 

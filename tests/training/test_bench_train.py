@@ -35,12 +35,12 @@ PROMPT = sum(bench_train.bench_parts.TEXT_TOKENS) + CONFIG.tokens_per_image
 )
 def test_arguments_that_cannot_be(words, message):
     with pytest.raises(LVLMError, match=message):
-        bench_train.parse(words)
+        bench_train.command_line(words)
 
 
 def test_help_says_what_is_measured(capsys):
     with pytest.raises(SystemExit):
-        bench_train.parse(["--help"])
+        bench_train.command_line(["--help"])
     assert {"--size", "--length", "--against", "peft"} <= set(capsys.readouterr().out.split())
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax import LVLM, cli
+from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights import lora, parts
+from lvlm_jax.weights import lora, names, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests import checkpoints
@@ -175,7 +175,7 @@ def test_names_that_other_versions_give(names, model, params, adapter):
 
 @pytest.mark.slow
 def test_peft_loads_an_adapter_of_the_pocket_model(tmp_path):
-    folder = cli.checkpoint("pocket")
+    folder = names.checkpoint("pocket")
     model = LVLM.from_pretrained(folder)
     base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     params = adapted(model.params, lora.TARGETS, rank=16, alpha=32.0)

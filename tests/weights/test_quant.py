@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import infer
-from lvlm_jax import LVLM, cli, methods, models, weights
+from lvlm_jax import LVLM, methods, models, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, forward
 from lvlm_jax.models import int8
 from lvlm_jax.pocket.questions import existence
 from lvlm_jax.pocket.scenes import render, scene_at
-from lvlm_jax.weights import lora, parts, quantize
+from lvlm_jax.weights import lora, names, parts, quantize
 from lvlm_jax.weights.peft import load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten
 from tests.weights import checkpoints as make
@@ -175,12 +175,12 @@ def test_unknown_precisions(checkpoint, quant):
 
 def test_the_command_line(quantized):
     words = ["--model", str(quantized.folder), "--image", "a.jpg", "--prompt", "What?"]
-    loaded = infer.load(infer.parse([*words, "--quant", "int8", "--dtype", "float32"]))
+    loaded = infer.load(infer.command_line([*words, "--quant", "int8", "--dtype", "float32"]))
     make.assert_same(loaded.params, quantized.params)
-    assert cli.quant(infer.parse(words).quant) is None
+    assert names.quant(infer.command_line(words).quant) is None
     with pytest.raises(LVLMError, match="int3"):
-        infer.parse([*words, "--quant", "int3"])
-    assert cli.precision("float32", None) == "float32" != cli.precision("float32", "int8")
+        infer.command_line([*words, "--quant", "int3"])
+    assert names.precision("float32", None) == "float32" != names.precision("float32", "int8")
 
 
 SHARDED = """
@@ -266,7 +266,7 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path):
 def test_answers_of_the_pocket_model_survive():
     """Twenty greedy answers and the logits of their prompts; the figures stand in docs/benchmarks.md."""
     exact, quantized = (
-        LVLM.from_pretrained(cli.checkpoint("pocket"), quant=quant) for quant in (None, "int8")
+        LVLM.from_pretrained(names.checkpoint("pocket"), quant=quant) for quant in (None, "int8")
     )
     prompts = []
     for index in range(20):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor
 
-from lvlm_jax import cli
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.processors import inputs
 from lvlm_jax.training.data import answer_tokens, pair_batches, pair_files
 from lvlm_jax.training.data.pair_batches import Batches, Encoder, assemble, in_order, rows_of, shape_of
+from lvlm_jax.weights import names
 from tests.training import pair_sets
 from tests.training.pair_sets import user
 
@@ -73,7 +73,7 @@ def test_padding_is_on_the_right_and_in_buckets(rows, encoder):
 
 def test_the_pocket_models_training_text_is_the_same():
     """Its own encoding of conversations and this one agree, and so does which tokens are learned."""
-    processor = AutoProcessor.from_pretrained(cli.checkpoint("pocket"))
+    processor = AutoProcessor.from_pretrained(names.checkpoint("pocket"))
     turns = [("What is this?", "A cat."), ("Where is it? ", "On the left, I think.")]
     messages = tokenizer.conversation_messages(2, turns)
     expected, learned = tokenizer.encode_conversation(processor.tokenizer, 2, turns, 512, image_tokens=1)

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from lvlm_jax import cli, methods
+from lvlm_jax import methods
+from lvlm_jax.cli import common
 from lvlm_jax.pocket.pairs import sample_prompt
 from lvlm_jax.training.data.pair_files import read_pairs
 from tests.training.stand_in import StandIn, prompt
@@ -33,7 +34,7 @@ def command(tool, monkeypatch, capsys, tmp_path):
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["preferences.py", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.run(tool.main)
+            common.run(tool.main)
         printed = capsys.readouterr()
         return left.value.code, printed.out, printed.err
 

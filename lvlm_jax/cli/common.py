@@ -1,0 +1,114 @@
+"""What the commands share: errors in one line, and flags whose defaults come from a config file."""
+
+import argparse
+import os
+import pathlib
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+
+import ml_collections
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import parse
+from lvlm_jax.parallel import processes
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes `--top_p` for `--top-p`, no abbreviations, and raises `LVLMError`."""
+
+    def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args, namespace=None):  # noqa: D102
+        known, unknown = self.parse_known_args([parse.hyphenated(word) for word in args], namespace)
+        if unknown:
+            owners = parse.methods_with_field(unknown[0])
+            hint = f"it is a setting of --method {' or '.join(owners)}" if owners else "see --help"
+            raise LVLMError(f"{unknown[0]} is not known here; {hint}")
+        return known
+
+    def error(self, message):  # noqa: D102
+        raise LVLMError(f"{message}; see --help")
+
+
+def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
+    """Call `main(arguments)` and leave with its exit code; an `LVLMError` is one line on stderr and code 2.
+
+    Where this is one of several processes and another one is gone, that is one line too, and code 134.
+    """
+    # Its remarks (such as on long prompts) come before errors of ours that say the same.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode is no reason to stop
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except LVLMError as error:
+        if processes.lost(error):
+            code = processes.account_for(error)
+        else:
+            print(f"{pathlib.Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
+            code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); the interpreter must not try to write to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if not processes.joined():
+            raise
+        code = processes.account_for(error)
+    if code and processes.joined():
+        processes.leave(code)
+    sys.exit(code)
+
+
+def _one_line(message) -> str:
+    return " ".join(str(message).split())
+
+
+def flags(
+    parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None
+) -> Callable:
+    """An `add_argument` for a group of flags whose defaults come from a config, and stand in their help."""
+    group = parser.add_argument_group(title) if title else parser
+
+    def add(*names: str, help: str, **settings):
+        default = defaults.get(names[0].removeprefix("--").replace("-", "_"))
+        shown = "" if default is None or default is False else f" (default {parse.shown(default)})"
+        if settings.get("action") == "append":
+            settings["default"] = list(default or ())
+        else:
+            settings["default"] = default
+        group.add_argument(*names, help=help + shown, **settings)
+
+    return add
+
+
+def number(
+    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable:
+    """A flag type: an int or a float with `low <= value <= high` and `value > above`."""
+
+    def parse(text: str):
+        value = kind(text)
+        wrong = (
+            value != value
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+            or (above is not None and value <= above)
+        )
+        if wrong:
+            bounds = [f">= {low}"] * (low is not None) + [f"> {above}"] * (above is not None)
+            bounds += [f"<= {high}"] * (high is not None)
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {' and '.join(bounds)}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its message about a malformed value
+    return parse
