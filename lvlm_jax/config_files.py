@@ -1,7 +1,15 @@
-"""Configuration files: Python with a function `get_config()`."""
+"""What a user has written in Python: configuration files, and single objects such as a method or a corrector."""
 
+import contextlib
+import importlib
+import importlib.machinery
 import importlib.util
+import os
 import pathlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import ml_collections
 
@@ -25,3 +33,106 @@ def load_config(path) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise LVLMError(f"get_config() of {str(path)!r} gave {type(config).__name__}; expected a ConfigDict")
     return config
+
+
+def user_object(name: str, what: str) -> Any:
+    """An object of the user's own code, by the words of a command line.
+
+    Args:
+        name: "module:attribute" or "path/file.py:attribute". A file module.py in the current folder comes before an
+            installed module of that name. The attribute may have dots.
+        what: what the object is for, such as "method"; error messages begin with it.
+
+    Raises:
+        LVLMError: no such module or file, its code fails, or it has no such attribute.
+    """
+    module = user_module(name, what)
+    source, attribute = _split(name, what)
+    found: Any = module
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            kind = "file" if source.endswith(".py") else "module"
+            raise LVLMError(f"{what} {name!r}: there is no {attribute} in {kind} {source}") from error
+    return found
+
+
+def user_module(name: str, what: str) -> ModuleType:
+    """The module that `user_object` takes the object from; it runs once, however often it is asked for.
+
+    Raises:
+        LVLMError: no such module or file, or its code fails.
+    """
+    source, _ = _split(name, what)
+    folder = pathlib.Path.cwd()
+    try:
+        if source.endswith(".py"):
+            file = pathlib.Path(source).expanduser().resolve()
+            if not file.is_file():
+                raise LVLMError(f"{what} {name!r}: there is no file {source} in {str(folder)!r}")
+            return _module_of_file(file, file.stem)
+        file = folder / f"{source}.py"
+        if file.is_file():
+            return _module_of_file(file.resolve(), source)
+        with _neighbours(folder):
+            return importlib.import_module(source)
+    except LVLMError:
+        raise
+    # Importing runs the user's code, which may raise anything.
+    except Exception as error:
+        kind = "file" if source.endswith(".py") else "module"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == source
+        hint = f", and there is no {source}.py in {str(folder)!r}" if absent else ""
+        raise LVLMError(
+            f"{what} {name!r}: {kind} {source} cannot be imported ({type(error).__name__}: {error}){hint}"
+        ) from error
+
+
+def _split(name: str, what: str) -> tuple[str, str]:
+    source, _, attribute = name.rpartition(":")
+    if not source or not all(part.isidentifier() for part in attribute.split(".")):
+        raise LVLMError(f"{what} {name!r} is not understood; expected module:name or path/file.py:name")
+    return source, attribute
+
+
+def _module_of_file(file: pathlib.Path, name: str) -> ModuleType:
+    """Runs a file as module `name`, or by its path where another module has that name."""
+    for known in (name, str(file)):
+        loaded = sys.modules.get(known)
+        if loaded is not None and os.path.realpath(getattr(loaded, "__file__", None) or "") == str(file):
+            return loaded
+    if name in sys.modules:
+        name = str(file)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        with _neighbours(file.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+class _Neighbours:
+    """Finds modules in one folder, for those that are found nowhere else."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = str(folder)
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, [self.folder] if path is None else path)
+
+
+@contextlib.contextmanager
+def _neighbours(folder: pathlib.Path) -> Iterator[None]:
+    """While the user's code is imported, it may import modules that lie beside it."""
+    finder = _Neighbours(folder)
+    sys.meta_path.append(finder)
+    importlib.invalidate_caches()  # the files may be newer than what the importer has seen
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)

@@ -5,20 +5,17 @@ CAPL's chosen answers come from the model itself, so they are corrected before t
 """
 
 import dataclasses
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm_jax import files
+from lvlm_jax import config_files, files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.record import file_hash
 from lvlm_jax.training.data.prompts import Prompt
 
-KINDS = "pocket, a file of corrected answers, or module:function"
+KINDS = "pocket, a file of corrected answers, module:function, or file.py:function"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
         return from_truth(prompts)
     if Path(name).expanduser().is_file():
         return from_file(Path(name).expanduser(), prompts)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
+    if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_][\w.]*", name):
         return from_function(name)
     raise LVLMError(f"corrector {name!r} is unknown, and there is no such file; expected {KINDS}")
 
@@ -93,26 +90,15 @@ def from_file(path: Path, prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_function(name: str) -> Corrector:
-    """A function of the user's, `function(prompt, answer) -> str`, with a `Prompt`; modules beside the command count.
+    """A function of the user's, `function(prompt, answer) -> str`, by its name (`config_files.user_object`).
 
     Raises:
         LVLMError: the module cannot be imported or has no such function; from `correct`, when the function fails or
             returns something else than a string.
     """
-    module_name, function_name = name.split(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python tools/preferences.py` has tools/ there instead
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise LVLMError(
-            f"corrector {name!r}: module {module_name} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
-    function: Any = module
-    for part in function_name.split("."):
-        function = getattr(function, part, None)
+    function = config_files.user_object(name, "corrector")
     if not callable(function):
-        raise LVLMError(f"corrector {name!r}: module {module_name} has no function {function_name}")
+        raise LVLMError(f"corrector {name!r} is a {type(function).__name__}; expected a function")
 
     def correct(prompt: Prompt, answer: str) -> str:
         try:
@@ -127,6 +113,6 @@ def from_function(name: str) -> Corrector:
             )
         return corrected
 
-    source = getattr(module, "__file__", None)
+    source = getattr(config_files.user_module(name, "corrector"), "__file__", None)
     record = {"kind": "function", "name": name, "sha256": file_hash(source) if source else None}
     return Corrector(correct, record, logged=True)

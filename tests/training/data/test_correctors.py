@@ -113,7 +113,7 @@ def test_a_function_must_return_a_string(prompts, texts, tmp_path, judge, result
     [
         ("nothing.jsonl", "corrector 'nothing.jsonl' is unknown, and there is no such file"),
         ("no_such_module:correct", "no_such_module cannot be imported \\(ModuleNotFoundError"),
-        ("json:no_such_function", "module json has no function no_such_function"),
+        ("json:no_such_function", "there is no no_such_function in module json"),
     ],
 )
 def test_unknown_correctors(prompts, name, message):
