@@ -6,10 +6,11 @@ images about existence, count and identity.
 """
 
 import dataclasses
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.benchmarks.chair import DESCRIBE, GROUP
 from lvlm_jax.evaluation.benchmarks.pope import LLAVA_SUFFIX, SPLITS
 from lvlm_jax.evaluation.protocol import Protocol, register
@@ -76,10 +77,15 @@ def write_world(folder: Path, images: int) -> None:
     """
     if folder.exists():
         return
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    splits.write_split(part, "test", images)
-    part.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
+            splits.write_split(Path(part) / "world", "test", images)
+            (Path(part) / "world").rename(folder)
+    except OSError as error:
+        raise LVLMError(
+            f"the pocket world cannot be written to {str(folder)!r}: {error.strerror}; give another folder"
+        ) from error
 
 
 def markdown(part: Part, found: Mapping[str, Mapping]) -> str:

@@ -1,13 +1,13 @@
 """Prompts of the pocket world to make preference pairs from: a question each, about new pictures, with its answer."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import captions, conversations, questions
 from lvlm_jax.pocket.questions import Question
@@ -52,12 +52,13 @@ def write_prompts(
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_bytes() != content:
             raise LVLMError(f"{str(path)!r} holds prompts of other settings; give another --out")
-        _replace(path, lambda part: part.write_bytes(content))
+        with files.whole(path) as file:
+            file.write(content)
         for (scenes, _, _, _), images in zip(drawn, names, strict=True):
             for scene, name in zip(scenes, images, strict=True):
                 if not (path.parent / name).exists():
-                    picture = Image.fromarray(render(scene))
-                    _replace(path.parent / name, lambda part, picture=picture: picture.save(part, "PNG"))
+                    with files.whole(path.parent / name) as file:
+                        Image.fromarray(render(scene)).save(file, "PNG")
     except OSError as error:
         raise LVLMError(
             f"prompts cannot be written to {str(folder)!r}: {error.strerror}; give a folder that can be written"
@@ -99,10 +100,3 @@ def _draw(kinds: dict[str, Callable], about: Scene | list[Scene], rng: np.random
         question = makers[rng.integers(len(makers))](about, rng)
         if question is not None:
             return question
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is either complete or absent."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)

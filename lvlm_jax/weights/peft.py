@@ -7,7 +7,6 @@ Where a torch module holds several projections of ours (`Adapted.pieces`), each 
 of the projections' own adapters comes one whose A stacks theirs and whose B is zero but for theirs, block by block.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -23,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.layers import LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint
 from lvlm_jax.weights.plan import Faults
-from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
+from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_tensors
 from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fused, table_for, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -94,24 +94,14 @@ def save_adapter(
     def fetch(name: str) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(tensors[name]).T)
 
-    parts = {name: folder / f"{name}.part" for name in (CONFIG, WEIGHTS)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        dropout = float(flat.get(f"{paths[0]}/lora_dropout", 0.0))
-        settings = _settings(whole, dropout, base_model_name)
-        parts[CONFIG].write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        entries = [(name, array.shape[::-1], np.dtype(array.dtype)) for name, array in tensors.items()]
-        write_safetensors(parts[WEIGHTS], entries, fetch)
-        # In this order no moment shows the new tensors under the old settings.
+    dropout = float(flat.get(f"{paths[0]}/lora_dropout", 0.0))
+    settings = _settings(whole, dropout, base_model_name)
+    entries = [(name, array.shape[::-1], np.dtype(array.dtype)) for name, array in tensors.items()]
+    with files.whole(folder / CONFIG) as config_file, files.whole(folder / WEIGHTS) as weights_file:
+        config_file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+        write_tensors(weights_file, entries, fetch)
+        # The settings come back behind the tensors: no moment shows the new tensors under the old settings.
         (folder / CONFIG).unlink(missing_ok=True)
-        parts[WEIGHTS].replace(folder / WEIGHTS)
-        parts[CONFIG].replace(folder / CONFIG)
-    except OSError as error:
-        raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        for part in parts.values():
-            with contextlib.suppress(OSError):  # such as a folder that is a file
-                part.unlink(missing_ok=True)
     return folder
 
 

@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -149,6 +150,18 @@ def write_safetensors(
         tensors: (name, shape, dtype) of each.
         fetch: gives a tensor's C-contiguous array by its name, called once for each.
     """
+    with open(path, "wb") as file:
+        write_tensors(file, tensors, fetch)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]],
+    fetch: Callable[[str], np.ndarray],
+) -> None:
+    """What `write_safetensors` writes, into a file that is open."""
     # Wide types first keeps every tensor aligned to its own width.
     tensors = sorted(tensors, key=lambda tensor: (-tensor[2].itemsize, tensor[0]))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -159,13 +172,10 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name, shape, dtype in tensors:
-            array = fetch(name)
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{name}: announced {shape} {dtype}, given {array.shape} {array.dtype}")
-            file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name, shape, dtype in tensors:
+        array = fetch(name)
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{name}: announced {shape} {dtype}, given {array.shape} {array.dtype}")
+        file.write(array.reshape(-1).view(np.uint8).data)

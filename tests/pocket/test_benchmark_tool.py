@@ -69,14 +69,26 @@ def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
         run(out, "--methods", "magic")
 
 
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_world_is_whole_or_absent(tmp_path, monkeypatch):
     folder = tmp_path / "world"
-    (tmp_path / "world.part").mkdir()
-    (tmp_path / "world.part" / "half").write_text("written by a run that was killed")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("pathlib.Path.rename", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pocket.write_world(folder, 10)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as full:
+        full.setattr("PIL.Image.Image.save", no_space)
+        with pytest.raises(LVLMError, match="cannot be written to .*: No space left on device"):
+            pocket.write_world(folder, 10)
+    assert not list(tmp_path.iterdir())
     pocket.write_world(folder, 10)
     for part in pocket.PARTS:
         assert part.data(folder).folder == folder
-    assert not (folder / "half").exists() and len(list((folder / "images").iterdir())) == 10
+    assert len(list((folder / "images").iterdir())) == 10
     monkeypatch.setattr(splits, "write_split", None)
     pocket.write_world(folder, 10)  # nothing is written again
 

@@ -1,0 +1,53 @@
+"""Files that are written whole: nothing outside the folder is touched, and nothing half-written stays."""
+
+import json
+import os
+
+import pytest
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "new" / "scores.json"
+    files.write_whole(path, "{}")
+    with pytest.raises(ZeroDivisionError), files.whole(path) as file:
+        file.write(b"half")
+        _ = 1 / 0
+    assert path.read_text() == "{}" and [entry.name for entry in path.parent.iterdir()] == ["scores.json"]
+    umask = os.umask(0o027)
+    try:
+        files.write_whole(path, json.dumps({"a": "\ud800"}, ensure_ascii=False))
+    finally:
+        os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert path.read_text() == '{"a": "?"}'  # half a letter cannot be written as UTF-8
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    files.write_whole(tmp_path / "a", "before")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LVLMError, match="a' cannot be written: No space left on device"):
+        files.write_whole(tmp_path / "a", "after")
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"a": "before"}
+
+
+@pytest.mark.parametrize("guessed", [".part", ".tmp", ""])
+def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
+    """Neither one with a name that a stranger may foresee, nor one with the very name."""
+    (tmp_path / "victim").write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"scores.json{guessed}").symlink_to(tmp_path / "victim")
+    files.write_whole(out / "scores.json", "{}")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (out / "scores.json").read_text() == "{}" and not (out / "scores.json").is_symlink()
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (out / ".known.part").symlink_to(tmp_path / "victim")
+    with pytest.raises(LVLMError, match="cannot be written: File exists"):
+        files.write_whole(out / "scores.json", "after")
+    assert (tmp_path / "victim").read_text() == "precious"
