@@ -17,7 +17,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.methods import parse
 from lvlm_jax.pocket import recipe as pocket
-from lvlm_jax.training import finetune, settings
+from lvlm_jax.training import finetune, registry, settings
 
 
 def main(words: list[str]) -> int:
@@ -39,8 +39,8 @@ def main(words: list[str]) -> int:
     config = settings.read(given.config, changes)
     parallel.start(given.distributed)
     enable_cache()
-    recipe = pocket.train if config.get("recipe") == "pocket" else finetune.train
-    folder = recipe(config, given.workdir)
+    registry.register(pocket.RECIPE)
+    folder = finetune.train(config, given.workdir)
     print(f"checkpoint written to {folder}")
     return 0
 

@@ -11,9 +11,7 @@ from lvlm_jax.training import settings
 
 def get_config() -> ConfigDict:
     """LoRA of rank 16 on the language model, one epoch of 16 pairs a step."""
-    config = settings.base()
-    config.recipe = "capl"
-    config.preference.method = "capl"
+    config = settings.base("capl")
     config.preference.nll = 1.0  # λ
     config.preference.rho = 0.95  # the paper's for Qwen2.5-VL and InternVL2.5; 0.9 for GLM-4.1V
     return config

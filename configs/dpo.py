@@ -10,8 +10,4 @@ from lvlm_jax.training import settings
 
 def get_config() -> ConfigDict:
     """LoRA of rank 16 on the language model, one epoch of 16 pairs a step, plain attention."""
-    config = settings.base()
-    config.recipe = "dpo"
-    config.preference.method = "none"
-    config.preference.nll = 0.0
-    return config
+    return settings.base("dpo")

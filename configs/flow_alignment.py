@@ -30,8 +30,7 @@ from lvlm_jax.training import settings
 
 def get_config() -> ConfigDict:
     """LoRA of rank 16 on the language model, both stages in one epoch, toward SEVI's focused setting."""
-    config = settings.base()
-    config.recipe = "flow_alignment"
+    config = settings.base("flow_alignment")
     config.optimizer.peak = 1e-4
     config.length = 512
     config.flow.stage = "both"

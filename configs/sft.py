@@ -10,7 +10,6 @@ from lvlm_jax.training import settings
 
 def get_config() -> ConfigDict:
     """LoRA of rank 16 on the language model, one epoch of 16 conversations a step."""
-    config = settings.base()
-    config.recipe = "sft"
+    config = settings.base("sft")
     config.optimizer.peak = 2e-5
     return config

@@ -44,9 +44,8 @@ from lvlm_jax import compilation, models, weights
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
-from lvlm_jax.training import monitor, optimizer
+from lvlm_jax.training import monitor, optimizer, pairwise
 from lvlm_jax.training.data.pair_batches import PAIR
-from lvlm_jax.training.objectives import preference as preference_task
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.version import __version__
 from lvlm_jax.weights import lora, parts, peft
@@ -138,9 +137,9 @@ class Ours:
 
     def __init__(self, arguments: argparse.Namespace, folder: pathlib.Path):
         config, adapters, frozen, batch = problem(arguments)
-        scorer = preference_task.Scorer(models.build(config, jnp.dtype(arguments.dtype)), None, image_count=1)
+        scorer = pairwise.Scorer(models.build(config, jnp.dtype(arguments.dtype)), None, image_count=1)
         settings = {"loss": "sigmoid", "beta": BETA, "label_smoothing": 0.0}
-        objective = functools.partial(preference_task.objective, scorer, settings)
+        objective = functools.partial(pairwise.metrics, scorer, settings)
         transformation = optimizer.make(ConfigDict(ADAMW))
         self.state, self.rest = State.create(adapters, transformation), (frozen, jax.device_put(batch))
         step = make_step(objective, {"preference": 1.0}, transformation)

@@ -44,11 +44,10 @@ from lvlm_jax.pocket import benchmark as pocket
 from lvlm_jax.pocket import training_report as pocket_training
 from lvlm_jax.pocket.pairs import DESCRIPTION, write_prompts
 from lvlm_jax.pocket.training_report import Arm, Findings
-from lvlm_jax.training import finetune, held_out, settings
+from lvlm_jax.training import finetune, held_out, pairwise, settings
 from lvlm_jax.training.data import flow_data, pair_batches
 from lvlm_jax.training.data.pair_batches import Encoder, Row
 from lvlm_jax.training.data.pair_files import read_pairs
-from lvlm_jax.training.objectives import preference as preference_task
 from lvlm_jax.weights import names
 
 SETTINGS = Path(__file__).resolve().parents[1] / "configs" / "pocket_training.py"
@@ -140,7 +139,7 @@ class Setup:
     @property
     def capl(self) -> Method:
         """CAPL's attention, at inference as in training."""
-        return preference_task.method_of(self.config.capl.preference)
+        return pairwise.method_of(self.config.capl.preference)
 
     @property
     def sevi(self) -> SEVI:

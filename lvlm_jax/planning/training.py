@@ -13,10 +13,9 @@ from lvlm_jax.planning import programs
 from lvlm_jax.planning.inference import abstract, example, placed
 from lvlm_jax.planning.programs import Program, size
 from lvlm_jax.processors.layout import bucket
-from lvlm_jax.training import optimizer, placement, settings
+from lvlm_jax.training import optimizer, pairwise, placement, settings
 from lvlm_jax.training.data.pair_batches import CONVERSATION, PAIR
-from lvlm_jax.training.objectives import preference as preference_task
-from lvlm_jax.training.objectives import sft as sft_task
+from lvlm_jax.training.objectives import sft
 from lvlm_jax.training.step import make_step
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -36,7 +35,7 @@ def training(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, 
     Raises:
         LVLMError: see `example`, `lora.attach` and `parts.split`.
     """
-    of, defaults = job.training, settings.base()
+    of, defaults = job.training, settings.base(job.training.recipe)
     trainable, frozen, kept = divided(job, config, mesh)
     transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
     state = placement.of_state(trainable, transformation, mesh)
@@ -134,16 +133,12 @@ def tokens(job: Any, config: Any) -> int:
 def _objective(job: Any, config: Any, defaults: ConfigDict) -> tuple[Any, dict[str, float]]:
     module = models.build(config, jnp.dtype(job.dtype), remat=job.training.remat)
     if job.training.recipe == "sft":
-        return functools.partial(sft_task.objective, module), {"loss": 1.0}
-    preference = defaults.preference.unlock() if defaults.preference.is_locked else defaults.preference
-    preference.method = "capl" if job.training.recipe == "capl" else "none"
+        return functools.partial(sft.metrics, module), {"loss": 1.0}
+    preference = defaults.preference
     images = 1 << max(job.images - 1, 0).bit_length()
-    scorer = preference_task.Scorer(module, preference_task.method_of(preference), images)
+    scorer = pairwise.Scorer(module, pairwise.method_of(preference), images)
     chosen = {name: preference[name] for name in ("loss", "beta", "label_smoothing")}
-    return functools.partial(preference_task.objective, scorer, chosen), {
-        "preference": 1.0,
-        "nll": preference.nll,
-    }
+    return functools.partial(pairwise.metrics, scorer, chosen), pairwise.terms(preference)
 
 
 def _cast(tree: Any, dtype: str) -> Any:

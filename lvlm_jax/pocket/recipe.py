@@ -26,7 +26,7 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.pocket import recipe_data as pocket_data
 from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.pocket import tokenizer
-from lvlm_jax.training import loop
+from lvlm_jax.training import loop, registry
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 STAGES = ("tower", "connector", "everything")
@@ -303,3 +303,6 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         params = loop.train(task, initial, {}, settings, workdir, config=config.to_dict())
     params = recipe.initial("", params)
     return recipe.export(params, Path(config.export or workdir / "export"), workdir)
+
+
+RECIPE = registry.Recipe("pocket", train)

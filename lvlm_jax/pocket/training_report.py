@@ -167,7 +167,7 @@ def changes(config: ConfigDict) -> Iterator[str]:
     ]
     yield f"- data: {', '.join(data)}"
     for name, value in recipes.items():
-        yield f"- {name}: {'; '.join(differences(settings.base().to_dict(), value.to_dict()))}"
+        yield f"- {name}: {'; '.join(differences(settings.base(value.recipe).to_dict(), value.to_dict()))}"
 
 
 def _fields(value: Any) -> Mapping[str, Any]:

@@ -1,1 +1,1 @@
-"""Training: losses, optimizer, the loop, checkpoints, and the recipes built from them."""
+"""Training: objectives and their registry, data, the loop, checkpoints, fine-tuning of a checkpoint."""

@@ -1,12 +1,6 @@
-"""Fine-tuning of a checkpoint: load, adapt, train by a recipe, export.
+"""Fine-tuning of a checkpoint: load, adapt, train by an objective, export."""
 
-A recipe is a module of this package with `task(model, module, config, workdir) -> loop.Task`. One that needs the
-untrained model beside the trained one also has `with_base(trainable, frozen) -> frozen`, which full fine-tuning calls.
-"""
-
-import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,25 +9,19 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lvlm_jax import models, parallel, weights
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
-from lvlm_jax.training import loop
+from lvlm_jax.training import loop, registry
 from lvlm_jax.training import settings as fields
+from lvlm_jax.training.registry import Recipe
 from lvlm_jax.weights import lora, names, parts, peft
 from lvlm_jax.weights.tables import flatten, unflatten
-
-# Imported when asked for: a recipe brings its own readers and methods.
-RECIPES = {
-    "capl": "preference_task",
-    "dpo": "preference_task",
-    "flow_alignment": "flow_alignment",
-    "sft": "sft_task",
-}
 
 
 def train(config: ConfigDict, workdir: Path) -> Path:
     """Trains as `config` says (`training.settings`), from the newest checkpoint in `workdir` if there is one.
+
+    A `registry.Recipe` trains by itself; what follows is said of objectives.
 
     Returns:
         The folder of the Hugging Face checkpoint, `export` in `workdir`, adapters merged. With LoRA `adapter` beside it
@@ -43,16 +31,18 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         LVLMError: a setting, a model or data that cannot be used; see also `loop.train`.
         SystemExit: asked to stop.
     """
-    recipe = _recipe(config.recipe)
+    objective = registry.find(config.recipe)
+    if isinstance(objective, Recipe):
+        return objective.train(config, workdir)
     fields.check(config)
     mesh = parallel.make_mesh(**config.mesh)
     model = load(config, mesh)
     trainable, frozen = divide(model.params, config)
     module = models.build(model.config, jnp.dtype(config.dtype), remat=config.remat)
-    task = recipe.task(model, module, config, workdir)
+    task = objective.task(model, module, config, workdir)
     beside = frozen
-    if not config.lora.enabled and hasattr(recipe, "with_base"):
-        beside = recipe.with_base(trainable, frozen)
+    if objective.with_base and not config.lora.enabled:
+        beside = objective.with_base(trainable, frozen)
     settings = loop_settings(config, task)
     trained = loop.train(task, trainable, beside, settings, workdir, mesh, config.to_dict())
     return export(trained, frozen, model, config, workdir)
@@ -103,9 +93,3 @@ def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: 
 
 def _cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def _recipe(name: str) -> ModuleType:
-    if name not in RECIPES:
-        raise LVLMError(f"recipe {name!r} is unknown; expected one of {', '.join(('pocket', *RECIPES))}")
-    return importlib.import_module(f"lvlm_jax.training.{RECIPES[name]}")

@@ -24,7 +24,7 @@ from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.training.data import pair_batches, reference
 from lvlm_jax.training.data.pair_batches import Encoder, Row
 from lvlm_jax.training.objectives.flow_alignment import BASE, Alignment
-from lvlm_jax.training.objectives.preference import Scorer
+from lvlm_jax.training.pairwise import Scorer
 
 # Of base and student: the sum of divergences, and at how many tokens the most likely one is the teacher's.
 DISTANCES = ("base_answer_kl", "answer_kl", "base_agreement", "agreement")

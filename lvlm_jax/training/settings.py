@@ -1,11 +1,12 @@
-"""What a fine-tuning run can be told: every field with its default, and what its value must be.
+"""The configuration of a fine-tuning run: every field with its default, and what its value must be.
 
-A file of `configs/` starts from `base()` and sets what is different; so does a command line.
+Fields that all objectives share are here, those of one objective in its own file (`registry.Objective`). A file of
+`configs/` starts from `base(recipe)` and sets what is different; a command line changes that again.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,45 @@ from ml_collections import ConfigDict, config_flags
 
 from lvlm_jax import config_files
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.training import registry
+from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.weights.lora import TARGETS
 
 DTYPES = ("float32", "bfloat16")
 
 
-def base() -> ConfigDict:
-    """The defaults; a key that is not among them cannot be set."""
+def base(recipe: str = "") -> ConfigDict:
+    """The defaults of an objective's run; a key that is not among them cannot be set.
+
+    Args:
+        recipe: a word that `registry.find` knows. Without one the config has the section of every objective, for a
+            file that sets `config.recipe` itself; `check` then wants those of other objectives as they are here.
+
+    Raises:
+        LVLMError: no objective has that name.
+    """
+    config = _shared()
+    config.recipe = recipe
+    for objective in (_objective(recipe),) if recipe else registry.all_objectives():
+        # "capl" and "dpo" share a section, whose defaults are then those of the first.
+        if objective.section and objective.section not in config:
+            config[objective.section] = ConfigDict(dict(objective.defaults))
+    return config.lock()
+
+
+def _objective(recipe: str) -> Objective:
+    entry = registry.find(recipe)
+    if not isinstance(entry, Objective):
+        raise LVLMError(
+            f"recipe {recipe!r} has a configuration of its own; begin it with its file of configs/"
+        )
+    return entry
+
+
+def _shared() -> ConfigDict:
+    """The fields of every objective."""
     config = ConfigDict()
-    config.recipe = ""  # "capl", "dpo", "flow_alignment" or "sft"
+    config.recipe = ""  # which objective, see `registry`
     config.seed = 0  # of adapters, dropout and the order of the data
     config.model = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
     config.dtype = "float32"  # of products and frozen weights; trained ones follow `master`
@@ -62,50 +93,32 @@ def base() -> ConfigDict:
     config.loop.save_every = 100
     config.loop.keep = 2  # newest checkpoints
     config.loop.keep_best = ""  # also the one where this metric of the log, such as "val/loss", was lowest
-
-    config.preference = ConfigDict()
-    config.preference.loss = "sigmoid"  # or "ipo", "hinge"
-    config.preference.beta = 0.1
-    config.preference.label_smoothing = 0.0
-    config.preference.nll = 1.0  # weight of the chosen answer's negative log-likelihood
-    config.preference.method = "capl"  # attention of policy and reference: "capl", or "none"
-    config.preference.sigma = 0.5  # of "capl": weight of the cross-image softmax
-    config.preference.rho = 0.95  # of "capl": share of each image's tokens that is selected
-    config.preference.reference = "adapter_off"  # or "precomputed"
-
-    config.flow = ConfigDict()
-    config.flow.stage = "both"  # or "1", "2"
-    config.flow.omega = 4.0  # the teacher is SEVI, here in its focused setting
-    config.flow.kappa = 0.2
-    config.flow.start_layer = 4 / 32  # share of the depth
-    config.flow.mu = 1.0  # weight of the divergence of answer tokens
-    return config.lock()
+    return config
 
 
-# Name, what is expected of it, whether a value is that. Fields of one recipe are checked by the recipe.
-_CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("dtype", " or ".join(DTYPES), lambda value: value in DTYPES),
-    ("master", " or ".join(DTYPES), lambda value: value in DTYPES),
-    ("seed", "at least 0", lambda value: value >= 0),
-    ("epochs", "a number above 0", lambda value: 0 < value < math.inf),
-    ("steps", "at least 0; 0 is as many as the epochs take", lambda value: value >= 0),
-    ("batch", "at least 1", lambda value: value >= 1),
-    ("accumulate", "at least 1", lambda value: value >= 1),
-    ("length", "at least 2 tokens", lambda value: value >= 2),
-    ("too_long", "error or drop", lambda value: value in ("error", "drop")),
-    ("lora.rank", "at least 1", lambda value: value >= 1),
-    ("optimizer.peak", "a learning rate above 0", lambda value: 0 < value < math.inf),
-    ("optimizer.final", "a share from 0 to 1", lambda value: 0 <= value <= 1),
-    ("optimizer.warmup", "at least 0", lambda value: 0 <= value < math.inf),
-    ("optimizer.clip", "a norm above 0", lambda value: value > 0),
-    ("optimizer.beta1", "from 0 to below 1", lambda value: 0 <= value < 1),
-    ("optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
-    ("optimizer.weight_decay", "at least 0", lambda value: 0 <= value < math.inf),
-    ("loop.workers", "at least 0", lambda value: value >= 0),
-    ("loop.log_every", "at least 1", lambda value: value >= 1),
-    ("loop.evaluate_every", "at least 1", lambda value: value >= 1),
-    ("loop.save_every", "at least 1", lambda value: value >= 1),
-    ("loop.keep", "at least 1", lambda value: value >= 1),
+_CHECKS = (
+    Check("dtype", " or ".join(DTYPES), lambda value: value in DTYPES),
+    Check("master", " or ".join(DTYPES), lambda value: value in DTYPES),
+    Check("seed", "at least 0", lambda value: value >= 0),
+    Check("epochs", "a number above 0", lambda value: 0 < value < math.inf),
+    Check("steps", "at least 0; 0 is as many as the epochs take", lambda value: value >= 0),
+    Check("batch", "at least 1", lambda value: value >= 1),
+    Check("accumulate", "at least 1", lambda value: value >= 1),
+    Check("length", "at least 2 tokens", lambda value: value >= 2),
+    Check("too_long", "error or drop", lambda value: value in ("error", "drop")),
+    Check("lora.rank", "at least 1", lambda value: value >= 1),
+    Check("optimizer.peak", "a learning rate above 0", lambda value: 0 < value < math.inf),
+    Check("optimizer.final", "a share from 0 to 1", lambda value: 0 <= value <= 1),
+    Check("optimizer.warmup", "at least 0", lambda value: 0 <= value < math.inf),
+    Check("optimizer.clip", "a norm above 0", lambda value: value > 0),
+    Check("optimizer.beta1", "from 0 to below 1", lambda value: 0 <= value < 1),
+    Check("optimizer.beta2", "from 0 to below 1", lambda value: 0 <= value < 1),
+    Check("optimizer.weight_decay", "at least 0", lambda value: 0 <= value < math.inf),
+    Check("loop.workers", "at least 0", lambda value: value >= 0),
+    Check("loop.log_every", "at least 1", lambda value: value >= 1),
+    Check("loop.evaluate_every", "at least 1", lambda value: value >= 1),
+    Check("loop.save_every", "at least 1", lambda value: value >= 1),
+    Check("loop.keep", "at least 1", lambda value: value >= 1),
 )
 
 
@@ -115,12 +128,19 @@ def check(config: ConfigDict) -> None:
     Raises:
         LVLMError: unknown or missing keys, or a value out of range.
     """
-    expected, given = _flat(base()), _flat(config)
-    for key in given.keys() - expected.keys():
-        raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected))}")
-    for key in expected.keys() - given.keys():
-        raise LVLMError(f"the config has no {key}; begin it with lvlm_jax.training.settings.base()")
-    for key, wanted, holds in _CHECKS:
+    entry = registry.find(config.recipe)
+    if not isinstance(entry, Objective):
+        return
+    expected, given = _flat(base(entry.name)), _flat(config)
+    for key in sorted(given.keys() - expected.keys()):
+        if not _untouched(key, given[key]):
+            raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected), entry.name)}")
+    for key in sorted(expected.keys() - given.keys()):
+        raise LVLMError(
+            f"the config has no {key}; begin it with lvlm_jax.training.settings.base({entry.name!r})"
+        )
+    own = (check._replace(field=f"{entry.section}.{check.field}") for check in entry.checks)
+    for key, wanted, holds in (*_CHECKS, *own):
         if key.startswith("lora.") and not config.lora.enabled:
             continue
         if not holds(given[key]):
@@ -130,6 +150,17 @@ def check(config: ConfigDict) -> None:
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
             "that many equal parts"
         )
+    if entry.check:
+        entry.check(config)
+
+
+def _untouched(key: str, value: Any) -> bool:
+    """Whether that is an objective's field with its default, as `base()` brings them for every objective."""
+    section, _, field = key.partition(".")
+    return any(
+        other.section == section and field in other.defaults and other.defaults[field] == value
+        for other in registry.all_objectives()
+    )
 
 
 def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
@@ -151,7 +182,8 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
         raise LVLMError(f"{error}; settings are given as --config.key=value") from error
     except (AttributeError, KeyError) as error:  # what ml_collections raises about keys
         key = next((_key(word) for word in words[1:] if _key(word) not in _flat(config)), str(error))
-        raise LVLMError(f"the config has no key {key}{_hint(key, list(_flat(config)))}") from error
+        hint = _hint(key, list(_flat(config)), config.get("recipe", ""))
+        raise LVLMError(f"the config has no key {key}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise LVLMError(" ".join(str(error).split())) from error
     if rest:
@@ -163,7 +195,14 @@ def _key(word: str) -> str:
     return word.lstrip("-").removeprefix("config.").partition("=")[0]
 
 
-def _hint(key: str, known: list[str]) -> str:
+def _hint(key: str, known: list[str], recipe: str) -> str:
+    section = key.partition(".")[0]
+    owners = [other.name for other in registry.all_objectives() if other.section == section]
+    if owners and not any(other.startswith(f"{section}.") for other in known):
+        return (
+            f", which belongs to recipe {' and '.join(owners)}, and recipe is {recipe!r}; leave it out, or begin the "
+            f"config with lvlm_jax.training.settings.base({owners[0]!r})"
+        )
     last = key.rpartition(".")[2]
     close = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(
         key, known, n=1
@@ -171,10 +210,10 @@ def _hint(key: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        inner = isinstance(value, ConfigDict)
+        inner = isinstance(value, ConfigDict | dict)
         found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found

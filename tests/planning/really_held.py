@@ -103,15 +103,13 @@ def answered(job) -> tuple[dict[str, int], int]:
 
 def trained(job, workdir) -> dict[str, int]:
     """Bytes of a step while the pocket model learns for two steps."""
-    of, config = job.training, settings.base()
-    config.update(
-        recipe=of.recipe, dtype=job.dtype, master=of.master, steps=2, batch=job.batch, remat=of.remat
-    )
+    of = job.training
+    config = settings.base(of.recipe)
+    config.update(dtype=job.dtype, master=of.master, steps=2, batch=job.batch, remat=of.remat)
     config.update(accumulate=of.accumulate, data=str(_pairs(workdir, job.batch)))
     config.lora.update(enabled=of.lora, rank=of.rank)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), job.mesh, strict=True)))
     config.loop.update(workers=0)
-    config.preference.method = "none"
     found, make = {}, loop.make_step
     loop.make_step = lambda *given: Watched("step", make(*given), found)
     try:

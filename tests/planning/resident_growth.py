@@ -20,7 +20,7 @@ from lvlm_jax import LVLM, models, parallel
 from lvlm_jax.planning import plan
 from lvlm_jax.planning import training as plan_training
 from lvlm_jax.training import optimizer, placement, settings
-from lvlm_jax.training.objectives import sft as sft_task
+from lvlm_jax.training.objectives import sft
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.weights import parts
 
@@ -91,7 +91,7 @@ def learning(job):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
 
     def objective(*given):
-        return sft_task.objective(module, *given)
+        return sft.metrics(module, *given)
 
     step = make_step(objective, {"loss": 1.0}, transformation, 0, 1, (shardings, placement.everywhere(mesh)))
 

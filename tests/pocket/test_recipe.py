@@ -160,5 +160,5 @@ def test_a_complaint_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "train.py: recipe 'soup' is unknown; expected one of pocket, capl, dpo, flow_alignment, sft"
+        "train.py: recipe 'soup' is unknown; expected one of capl, dpo, flow_alignment, pocket, sft"
     ]

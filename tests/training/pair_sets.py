@@ -54,10 +54,10 @@ def write_rows(path, rows):
 
 def config(data, **changes):
     """A run's configuration for the small model; fields of `preference` by their bare names."""
-    config = settings.base()
-    config.recipe, config.data, config.batch, config.length = "dpo", str(data), len(PAIRS), 95
-    config.preference.update(nll=0.0, method="none")
+    config = settings.base(changes.get("recipe", "dpo"))
+    config.data, config.batch, config.length = str(data), len(PAIRS), 95
+    section = config.get("preference", {})
     for name, value in changes.items():
-        place = config.preference if name in config.preference else config
+        place = section if name in section else config
         place.update({name: value})
     return config

@@ -13,13 +13,10 @@ from PIL import Image
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
-from lvlm_jax.training import finetune, placement
+from lvlm_jax.training import finetune, pairwise, placement, registry
 from lvlm_jax.training.data import pair_files
 from lvlm_jax.training.data.pair_batches import PAIR, Batches, Encoder, assemble, rows_of, shape_of
 from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
-from lvlm_jax.training.objectives import flow_alignment
-from lvlm_jax.training.objectives import preference as preference_task
-from lvlm_jax.training.objectives import sft as sft_task
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.weights import lora
 from lvlm_jax.weights.tables import flatten
@@ -88,7 +85,7 @@ def case(request, loaded, pairs):
 
 
 def scorer_of(model, method=None):
-    return preference_task.Scorer(models.build(model.config), method, 2)
+    return pairwise.Scorer(models.build(model.config), method, 2)
 
 
 def read_by_inference(model, pairs, rows, name):
@@ -206,8 +203,7 @@ def task_of(recipe, case, pairs, folder, **changes):
     data = folder / "pairs.jsonl"
     pair_files.write_pairs(data, shown)
     settings = pair_sets.config(data, recipe=recipe, batch=len(shown), length=2048, **changes)
-    make = {"capl": preference_task, "sft": sft_task, "flow_alignment": flow_alignment}[recipe].task
-    task = make(case.model, models.build(case.model.config), settings, folder)
+    task = registry.find(recipe).task(case.model, models.build(case.model.config), settings, folder)
     trainable, frozen = lora.attach(case.model.params, 2, 4.0, lora.TARGETS, 0.0, jax.random.key(0))
     return task, trainable, frozen
 

@@ -13,7 +13,7 @@ def file(tmp_path):
         body = "".join(f"    {line}\n" for line in lines)
         path.write_text(
             "from lvlm_jax.training import settings\n"
-            "def get_config():\n    config = settings.base()\n"
+            "def get_config():\n    config = settings.base('dpo')\n"
             f"{body}    return config\n"
         )
         return path
@@ -22,7 +22,7 @@ def file(tmp_path):
 
 
 def test_a_file_and_a_command_line_change_the_base(file):
-    path = file('config.recipe = "dpo"', "config.optimizer.peak = 1")
+    path = file("config.optimizer.peak = 1")
     words = ["--config.lora.rank=4", "--config.data", "a b.jsonl", "--config.optimizer.warmup=100"]
     config = settings.read(path, words)
     assert (config.recipe, config.lora.rank, config.data) == ("dpo", 4, "a b.jsonl")
@@ -63,11 +63,11 @@ def test_files_that_cannot_be_used(file, line, message):
 
 
 def test_a_key_that_was_added_or_lost_is_named():
-    config = settings.base().unlock()
+    config = settings.base("dpo").unlock()
     config.lora.ranks = 3
     with pytest.raises(LVLMError, match="unknown key lora.ranks; did you mean lora.rank?"):
         settings.check(config)
-    config = settings.base().unlock()
+    config = settings.base("dpo").unlock()
     del config["accumulate"]
     with pytest.raises(LVLMError, match="the config has no accumulate"):
         settings.check(config)
@@ -90,7 +90,7 @@ def test_a_key_that_was_added_or_lost_is_named():
     ids=str,
 )
 def test_values_that_make_no_sense(key, value, message):
-    config = settings.base()
+    config = settings.base("dpo")
     *parents, last = key.split(".")
     place = config
     for parent in parents:
@@ -101,13 +101,56 @@ def test_values_that_make_no_sense(key, value, message):
 
 
 def test_a_rank_matters_only_with_adapters():
-    config = settings.base()
+    config = settings.base("sft")
     config.lora.update(enabled=False, rank=0)
     settings.check(config)
 
 
-def test_an_unknown_recipe_is_named(tmp_path):
+@pytest.mark.parametrize("recipe", ["", "soup"])
+def test_an_unknown_recipe_is_named(tmp_path, recipe):
     config = settings.base()
-    config.recipe = "soup"
-    with pytest.raises(LVLMError, match="recipe 'soup' is unknown; expected one of pocket, capl, dpo"):
+    config.recipe = recipe
+    with pytest.raises(LVLMError, match=f"recipe '{recipe}' is unknown; expected one of capl, dpo, flow"):
+        settings.check(config)
+    with pytest.raises(LVLMError, match=f"recipe '{recipe}' is unknown"):
         finetune.train(config, tmp_path)
+
+
+def test_a_config_has_the_section_of_its_objective_alone():
+    shared = {field for field in settings.base("sft")}
+    sections = {name: set(settings.base(name)) - shared for name in ("capl", "dpo", "flow_alignment")}
+    assert sections == {"capl": {"preference"}, "dpo": {"preference"}, "flow_alignment": {"flow"}}
+
+
+def test_a_setting_of_another_objective_is_refused_by_name():
+    belongs = (
+        "preference.beta, which belongs to recipe capl and dpo, and recipe is 'sft'; leave it out, or begin"
+    )
+    with pytest.raises(LVLMError, match=f"the config has no key {belongs}"):
+        settings.read("configs/sft.py", ["--config.preference.beta=0.2"])
+    config = settings.base("sft").unlock()
+    config.preference = {"beta": 0.2}
+    with pytest.raises(LVLMError, match=f"the config has an unknown key {belongs}"):
+        settings.check(config)
+
+
+def test_a_file_may_set_its_recipe_itself():
+    """As files did before `base` took the recipe's name: they have every section."""
+    config = settings.base()
+    config.recipe = "dpo"
+    config.preference.beta = 0.2
+    assert config.preference.method == "capl" and config.flow.mu == 1.0
+    settings.check(config)
+    config.flow.mu = 2.0
+    with pytest.raises(
+        LVLMError, match="key flow.mu, which belongs to recipe flow_alignment, and recipe is 'dpo'"
+    ):
+        settings.check(config)
+
+
+def test_the_command_line_may_change_the_recipe():
+    settings.check(settings.read("configs/dpo.py", ["--config.recipe=sft"]))
+    with pytest.raises(
+        LVLMError, match=r"the config has no flow.kappa; begin it with .*base\('flow_alignment'\)"
+    ):
+        settings.check(settings.read("configs/sft.py", ["--config.recipe=flow_alignment"]))

@@ -1,1 +1,1 @@
-"""What can be learned, one file each."""
+"""The objectives of fine-tuning, one file each; `training.registry` finds them by their names."""

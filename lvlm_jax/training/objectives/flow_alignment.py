@@ -32,15 +32,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI, Moved, aligned
 from lvlm_jax.training import forward, loop
-from lvlm_jax.training.data import flow_data, pair_batches
-from lvlm_jax.training.data.pair_batches import CONVERSATION, Batches, Encoder, Row
+from lvlm_jax.training.data import flow_data
+from lvlm_jax.training.data.pair_batches import CONVERSATION, Encoder
+from lvlm_jax.training.data.pair_files import Conversation
 from lvlm_jax.training.losses import Mean
-from lvlm_jax.training.validation import evaluation
+from lvlm_jax.training.registry import Check, Objective, one_of
+from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
 STAGES = (1, 2)
@@ -283,58 +284,29 @@ def _models(trainable: Mapping, frozen: Mapping) -> tuple[dict, dict]:
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """The task of recipe "flow_alignment".
-
-    Args:
-        model: the base model.
-        module: its module for training.
-        config: fields `recipe`, `seed`, `data`, `validation`, `steps`, `epochs`, `batch`, `accumulate`, `length`,
-            `too_long` and `flow`, see `training.settings`. Both files are such as `flow_data.read` takes.
-        workdir: of the run; answers that had to be generated are kept in `answers` below it.
-
-    Raises:
-        LVLMError: a setting or data that cannot be used.
-    """
+    """See `registry.Objective`; answers that had to be generated are kept in the folder `answers` of `workdir`."""
     alignment = _alignment(model, module, config.flow)
-    encoder = Encoder(model.processor, model.config)
 
-    def rows(path: str) -> tuple[Row, ...]:
+    def read(path: str) -> list[Conversation]:
         longest = min(config.length, model.config.text.max_position_embeddings - 1)
-        folder = workdir / "answers"
-        conversations = flow_data.read(path, model, alignment.sevi, longest, config.batch, folder)
-        return pair_batches.rows_of(
-            conversations, encoder.conversation, encoder, config.length, config.too_long
-        )
+        return flow_data.read(path, model, alignment.sevi, longest, config.batch, workdir / "answers")
 
-    if not config.data:
-        raise LVLMError(
-            "data is not set; give a file of prompts or conversations, as in --config.data=prompts.jsonl"
-        )
-    batches = Batches(rows(config.data), encoder, config.batch, config.accumulate, config.seed)
-    source = flow_data.Staged(batches, config.flow.stage, config.steps or batches.steps(config.epochs))
-    held_out = rows(config.validation) if config.validation else ()
-    measured = evaluation(
+    kind, example = "prompts or conversations", "prompts.jsonl"
+    samples = Samples.read(model, config, read, Encoder.conversation, kind, example)
+    made = samples.task(
+        alignment.objective,
+        alignment.terms,
         lambda trainable, frozen, batch, _: alignment.measure(trainable, frozen, batch),
-        held_out,
-        encoder,
-        config.batch // config.accumulate,
-        model.mesh,
     )
-    return loop.Task(
-        name=config.recipe,
-        objective=alignment.objective,
-        terms=alignment.terms,
-        source=source,
-        evaluate=None if measured is None else _with_ratio(measured),
-        describe=source.describe,
+    total = config.steps or made.source.steps(config.epochs)
+    return dataclasses.replace(
+        made,
+        source=flow_data.Staged(made.source, config.flow.stage, total),
+        evaluate=made.evaluate and _with_ratio(made.evaluate),
     )
 
 
 def _alignment(model: LVLM, module: nn.Module, settings: ConfigDict) -> Alignment:
-    if settings.stage not in flow_data.STAGES:
-        raise LVLMError(f"flow.stage is {settings.stage!r}; expected one of {', '.join(flow_data.STAGES)}")
-    if not (settings.mu >= 0 and math.isfinite(settings.mu)):
-        raise LVLMError(f"flow.mu is {settings.mu}; expected a weight of at least 0")
     sevi = SEVI(omega=settings.omega, kappa=settings.kappa, start_layer=settings.start_layer)
     sevi.active(0, model.config.text.num_layers, "prefill")  # refuses layers that the model does not have
     return Alignment(module, sevi, float(settings.mu))
@@ -349,3 +321,22 @@ def _with_ratio(measured: Callable[[Any, Any], dict[str, Mean]]) -> Callable[[An
         return found | {"closer": Mean(base / jnp.maximum(own, jnp.finfo(jnp.float32).tiny), jnp.ones(()))}
 
     return evaluate
+
+
+OBJECTIVE = Objective(
+    "flow_alignment",
+    task,
+    section="flow",
+    defaults={
+        "stage": "both",  # or "1", "2"
+        "omega": 4.0,  # the teacher is SEVI, here in its focused setting
+        "kappa": 0.2,
+        "start_layer": 4 / 32,  # share of the depth
+        "mu": 1.0,  # weight of the divergence of answer tokens
+    },
+    checks=(
+        one_of("stage", flow_data.STAGES),
+        Check("mu", "a weight of at least 0", lambda value: 0 <= value < math.inf),
+    ),
+    with_base=with_base,
+)

@@ -122,8 +122,7 @@ def test_the_stage_is_data():
 def config(tmp_path_factory):
     """Three answered prompts to train on, other ones to judge by."""
     folders = [tmp_path_factory.mktemp(name) for name in ("training", "validation")]
-    config = settings.base()
-    config.recipe = "flow_alignment"
+    config = settings.base("flow_alignment")
     config.data = str(write(folders[0], ANSWERS))
     config.validation = str(write(folders[1], ANSWERS[::-1]))
     config.batch, config.steps, config.length = 3, 30, 95

@@ -8,7 +8,7 @@ import pytest
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training.objectives import sft as sft_task
+from lvlm_jax.training.objectives import sft
 from lvlm_jax.weights import lora
 from tests.reference import llava
 from tests.reference.preference import sequence_logits
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(model, data, tmp_path_factory):
     settings = config(data, recipe="sft", batch=3, validation=str(data))
-    return sft_task.task(model, models.build(model.config), settings, tmp_path_factory.mktemp("run"))
+    return sft.task(model, models.build(model.config), settings, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_an_evaluation_equals_a_batch_of_everything(task, gradient, adapters):
 
 def test_a_file_of_pairs_gives_its_chosen_answers(model, tmp_path):
     settings = config(pair_sets.write(tmp_path), recipe="sft")
-    task = sft_task.task(model, models.build(model.config), settings, tmp_path)
+    task = sft.task(model, models.build(model.config), settings, tmp_path)
     batch = task.source(0)["answer"]
     decode = model.processor.tokenizer.decode
     texts = {
@@ -107,4 +107,4 @@ def test_a_file_of_pairs_gives_its_chosen_answers(model, tmp_path):
 
 def test_data_must_be_given(model, tmp_path):
     with pytest.raises(LVLMError, match="data is not set"):
-        sft_task.task(model, models.build(model.config), config("", recipe="sft"), tmp_path)
+        sft.task(model, models.build(model.config), config("", recipe="sft"), tmp_path)

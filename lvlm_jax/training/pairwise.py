@@ -1,7 +1,7 @@
-"""CAPL and DPO as a task: pairs in, one forward for both answers, the base weights as the reference.
+"""Learning from pairs, a chosen and a rejected answer to one prompt: what the objectives "capl" and "dpo" share.
 
-For recipe "capl" policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), for
-"dpo" both run plainly; `preference.method` says which.
+Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly;
+`preference.method` says which. One forward pass scores both answers.
 
 The reference costs no second copy of the weights. With LoRA it is the frozen part of the parameters, that is the model
 without the adapters, in a second forward through which no gradient flows; or its log-probabilities are computed before
@@ -26,16 +26,38 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import CAPL, Method
 from lvlm_jax.training import forward, loop
 from lvlm_jax.training import preference_losses as preference
-from lvlm_jax.training.data import pair_batches, pair_files, reference
-from lvlm_jax.training.data.pair_batches import PAIR, Batch, Batches, Encoder, Row
+from lvlm_jax.training.data.pair_batches import PAIR, Batch
 from lvlm_jax.training.losses import Mean
-from lvlm_jax.training.validation import evaluation
+from lvlm_jax.training.registry import Check, Objective, one_of
+from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
-METHODS = ("capl", "none")
-REFERENCES = ("adapter_off", "precomputed")
 # Where an adapter is that leaves the image tokens alone.
 TEXT_PARTS = {"language_model"}
+
+SECTION = "preference"
+FIELDS = {
+    "loss": "sigmoid",  # or "ipo", "hinge"
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "nll": 0.0,  # weight of the chosen answer's negative log-likelihood
+    "method": "none",  # attention of policy and reference: "capl", or "none"
+    "sigma": 0.5,  # of "capl": weight of the cross-image softmax
+    "rho": 0.95,  # of "capl": share of each image's tokens that is selected
+    "reference": "adapter_off",  # or "precomputed"
+}
+CHECKS = (
+    one_of("loss", preference.LOSSES),
+    one_of("method", ("capl", "none")),
+    one_of("reference", ("adapter_off", "precomputed")),
+    Check("beta", "a number above 0, such as 0.1", lambda value: value > 0),
+    Check("nll", "a weight of at least 0", lambda value: value >= 0),
+    Check(
+        "label_smoothing",
+        "the share of pairs whose order is wrong, from 0 to below 0.5",
+        lambda value: 0 <= value < 0.5,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +105,7 @@ class Scorer:
         return self.logprobs(params, batch, self.image_tokens(params, batch))[0]
 
 
-def objective(
+def metrics(
     scorer: Scorer,
     settings: Mapping[str, Any],
     trainable: Any,
@@ -91,10 +113,10 @@ def objective(
     batch: Batch,
     key: jax.Array | None,
 ) -> dict[str, Mean]:
-    """`preference.metrics` of a batch. Pure.
+    """`preference_losses.metrics` of a batch. Pure.
 
     Args:
-        settings: `loss`, `beta`, `label_smoothing` of `preference.metrics`.
+        settings: `loss`, `beta`, `label_smoothing` of `preference_losses.metrics`.
         trainable, frozen: the two parts of the parameters; `frozen` alone is the reference unless the batch brings
             the reference's log-probabilities.
         key: of the adapters' dropout; None for none.
@@ -112,47 +134,26 @@ def objective(
     return preference.metrics(policy, jax.lax.stop_gradient(base), mask, batch["weight"], **settings)
 
 
+def objective(name: str, **defaults: Any) -> Objective:
+    """The objective of that name, with the fields of `FIELDS` and these defaults of its own."""
+    return Objective(name, task, SECTION, FIELDS | defaults, CHECKS, _check)
+
+
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """The task of recipes "capl" and "dpo".
-
-    Args:
-        model: the base model, which is the reference.
-        module: its module for training.
-        config: fields `recipe`, `seed`, `data`, `validation`, `batch`, `accumulate`, `length`, `too_long`,
-            `lora.enabled` and `preference`, see `training.settings`.
-        workdir: of the run; precomputed log-probabilities are kept in its folder `reference`.
-
-    Raises:
-        LVLMError: a setting out of range, or pairs that cannot be used.
-    """
-    check(config)
-    settings = config.preference
-    encoder = Encoder(model.processor, model.config)
-    rows = _rows(config.data, encoder, config)
-    held_out = _rows(config.validation, encoder, config) if config.validation else ()
-    images = pair_batches.image_count((*rows, *held_out))
-    scorer = Scorer(module, method_of(settings), images)
-    size = config.batch // config.accumulate
+    """See `registry.Objective`; precomputed log-probabilities are kept in the folder `reference` of `workdir`."""
+    settings, samples = config.preference, Samples.pairs(model, config)
+    scorer = Scorer(module, method_of(settings), samples.image_count)
     if settings.reference == "precomputed":
         identity = {"method": method_record(scorer.method), "dtype": str(module.dtype)}
-
-        def known(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-            return reference.with_reference(
-                rows, encoder, scorer.alone, model.params, identity, workdir / "reference", size, model.mesh
-            )
-
-        rows, held_out = known(rows), known(held_out) if held_out else ()
+        samples = samples.with_reference(scorer.alone, identity, workdir / "reference")
     chosen = {name: settings[name] for name in ("loss", "beta", "label_smoothing")}
-    pure = functools.partial(objective, scorer, chosen)
-    source = Batches(rows, encoder, config.batch, config.accumulate, config.seed)
-    return loop.Task(
-        name=config.recipe,
-        objective=pure,
-        terms={"preference": 1.0} | ({"nll": settings.nll} if settings.nll else {}),
-        source=source,
-        evaluate=evaluation(pure, held_out, encoder, size, model.mesh),
-        describe=source.describe,
-    )
+    pure = functools.partial(metrics, scorer, chosen)
+    return samples.task(pure, terms(settings))
+
+
+def terms(settings: Mapping[str, Any]) -> dict[str, float]:
+    """What is minimised, with weights."""
+    return {"preference": 1.0} | ({"nll": settings["nll"]} if settings["nll"] else {})
 
 
 def method_of(settings: ConfigDict) -> Method | None:
@@ -160,25 +161,8 @@ def method_of(settings: ConfigDict) -> Method | None:
     return None if settings.method == "none" else CAPL(sigma=settings.sigma, rho=settings.rho)
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses settings of `config.preference` that mean nothing.
-
-    Raises:
-        LVLMError: naming the setting and what it may be.
-    """
+def _check(config: ConfigDict) -> None:
     settings = config.preference
-    for name, choices in (("loss", preference.LOSSES), ("method", METHODS), ("reference", REFERENCES)):
-        if settings[name] not in choices:
-            raise LVLMError(f"preference.{name} is {settings[name]!r}; expected one of {', '.join(choices)}")
-    if not settings.beta > 0:
-        raise LVLMError(f"preference.beta is {settings.beta}; expected a number above 0, such as 0.1")
-    if not settings.nll >= 0:
-        raise LVLMError(f"preference.nll is {settings.nll}; expected a weight of at least 0")
-    if not 0 <= settings.label_smoothing < 0.5:
-        raise LVLMError(
-            f"preference.label_smoothing is {settings.label_smoothing}; expected the share of pairs whose order "
-            "is wrong, from 0 to below 0.5"
-        )
     if settings.label_smoothing and settings.loss != "sigmoid":
         raise LVLMError(
             f"preference.label_smoothing belongs to the sigmoid loss and preference.loss is {settings.loss!r}; "
@@ -189,13 +173,6 @@ def check(config: ConfigDict) -> None:
             "preference.reference is 'adapter_off' and there is no LoRA adapter to leave out (lora.enabled is False); "
             "set preference.reference='precomputed'"
         )
-
-
-def _rows(path: str, encoder: Encoder, config: ConfigDict) -> tuple[Row, ...]:
-    if not path:
-        raise LVLMError("data is not set; give a file of preference pairs, as in --config.data=pairs.jsonl")
-    pairs = pair_files.read_pairs(path)
-    return pair_batches.rows_of(pairs, encoder.pair, encoder, config.length, config.too_long)
 
 
 def _side_by_side(first: Any, second: Any) -> Any:

@@ -11,9 +11,8 @@ import pytest
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
-from lvlm_jax.training import forward, settings
+from lvlm_jax.training import forward, pairwise, settings
 from lvlm_jax.training.data import pair_batches
-from lvlm_jax.training.objectives import preference as preference_task
 from lvlm_jax.training.step import loss
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -55,7 +54,7 @@ def adapted(model):
 
 
 def make(model, module, data, tmp_path, **changes):
-    return preference_task.task(model, module, config(data, **changes), tmp_path)
+    return pairwise.task(model, module, config(data, **changes), tmp_path)
 
 
 def values(metrics):
@@ -260,23 +259,26 @@ def test_what_a_task_says_about_itself(model, module, data, tmp_path):
         (dict(label_smoothing=0.5), "preference.label_smoothing is 0.5"),
         (dict(label_smoothing=0.1, loss="ipo"), "label_smoothing belongs to the sigmoid loss"),
         (dict(lora={"enabled": False}), "set preference.reference='precomputed'"),
-        (dict(data=""), "data is not set"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(model, module, data, tmp_path, changes, message):
+def test_settings_that_mean_nothing_are_refused(data, changes, message):
     with pytest.raises(LVLMError, match=message):
-        make(model, module, **{"data": data, "tmp_path": tmp_path, **changes})
+        settings.check(config(data, **changes))
+
+
+def test_data_must_be_given(model, module, tmp_path):
+    with pytest.raises(LVLMError, match="data is not set; give a file of preference pairs"):
+        make(model, module, "", tmp_path)
 
 
 def test_the_cross_image_attention_can_be_set(data):
     chosen = config(data, method="capl", rho=0.9, sigma=0.25)
-    assert preference_task.method_of(chosen.preference) == CAPL(rho=0.9, sigma=0.25)
-    assert preference_task.method_of(config(data).preference) is None
+    assert pairwise.method_of(chosen.preference) == CAPL(rho=0.9, sigma=0.25)
+    assert pairwise.method_of(config(data).preference) is None
 
 
 @pytest.mark.parametrize(("recipe", "method", "nll"), [("capl", "capl", 1.0), ("dpo", "none", 0.0)])
 def test_the_files_of_configs(recipe, method, nll):
     found = settings.read(f"configs/{recipe}.py")
     settings.check(found)
-    preference_task.check(found)
     assert (found.recipe, found.preference.method, found.preference.nll) == (recipe, method, nll)

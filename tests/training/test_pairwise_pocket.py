@@ -8,9 +8,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import LVLM, models
+from lvlm_jax.training import pairwise
 from lvlm_jax.training import preference_losses as preference
 from lvlm_jax.training.data.pair_batches import PAIR
-from lvlm_jax.training.objectives import preference as preference_task
 from lvlm_jax.weights import lora, names, parts
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.reference import capl, llava
@@ -47,7 +47,7 @@ def task(base, tmp_path_factory):
     """CAPL over three pairs, two of them about two images."""
     data = pair_sets.write(tmp_path_factory.mktemp("pairs"), pair_sets.PAIRS[:3], side=96)
     settings = pair_sets.config(data, batch=3, length=512, method="capl", nll=1.0)
-    return preference_task.task(base, models.build(base.config), settings, data.parent)
+    return pairwise.task(base, models.build(base.config), settings, data.parent)
 
 
 def answers_of(batch):
@@ -122,7 +122,7 @@ def merged(trainable, weights):
 
 
 def test_plain_losses_and_their_gradients_equal_torch(base, task, adapted, tmp_path):
-    scorer = preference_task.Scorer(models.build(base.config), None, 2)
+    scorer = pairwise.Scorer(models.build(base.config), None, 2)
     batch = task.source(0)
 
     def losses(trainable, frozen, batch):

@@ -1,0 +1,120 @@
+"""The objectives of training, by the word that a config has in `recipe`.
+
+Every file of `objectives/` has one `OBJECTIVE`, an `Objective` of the file's name. A file is imported when its word is
+asked for. Other packages add theirs with `register`: an `Objective`, or a `Recipe` where the run is no fine-tuning.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.training import objectives
+from lvlm_jax.training.loop import Task
+
+
+class Check(NamedTuple):
+    """What one field of a config must be.
+
+    Attributes:
+        field: its name; in the checks of an objective, within the objective's section.
+        expected: the values that are accepted, in words.
+        holds: whether a value is one of them.
+    """
+
+    field: str
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(field: str, choices: tuple[str, ...]) -> Check:
+    """The check of a field that is one of a few words."""
+    return Check(field, f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What fine-tuning minimises, and the fields of a config that belong to it.
+
+    Attributes:
+        name: the word in `recipe`.
+        task: (model, module, config, workdir) -> the task: the base model, its module for training, the run's
+            checked configuration, and the run's folder. Raises `LVLMError` for data that cannot be used.
+        section: the config's section that holds the objective's own fields; "" where it has none.
+        defaults: these fields with their defaults.
+        checks: what single fields must be.
+        check: refuses fields that do not go together, with an `LVLMError`; it is given the whole config.
+        with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model beside the trained
+            one. Called in full fine-tuning, where the frozen part alone is not that model.
+    """
+
+    name: str
+    task: Callable[[LVLM, nn.Module, ConfigDict, Path], Task]
+    section: str = ""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    check: Callable[[ConfigDict], None] | None = None
+    with_base: Callable[[Any, Any], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run with a configuration of its own, all of it.
+
+    Attributes:
+        name: the word in `recipe`.
+        train: (config, workdir) -> the folder of the checkpoint.
+    """
+
+    name: str
+    train: Callable[[ConfigDict, Path], Path]
+
+
+_registered: dict[str, Objective | Recipe] = {}
+
+
+def register(entry: Objective | Recipe) -> None:
+    """Makes an objective or a recipe of another package known by its name.
+
+    Raises:
+        LVLMError: another one has that name.
+    """
+    if entry.name in _own() or _registered.get(entry.name, entry) != entry:
+        raise LVLMError(f"the recipe name {entry.name!r} is taken; give the new one another name")
+    _registered[entry.name] = entry
+
+
+def names() -> tuple[str, ...]:
+    """The words that `find` knows, in alphabetical order."""
+    return tuple(sorted((*_own(), *_registered)))
+
+
+def find(name: str) -> Objective | Recipe:
+    """The objective or recipe of a name.
+
+    Raises:
+        LVLMError: there is none.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in _own():
+        raise LVLMError(f"recipe {name!r} is unknown; expected one of {', '.join(names())}")
+    return importlib.import_module(f"{objectives.__name__}.{name}").OBJECTIVE
+
+
+def all_objectives() -> tuple[Objective, ...]:
+    """Every objective, in the order of their names."""
+    return tuple(entry for entry in map(find, names()) if isinstance(entry, Objective))
+
+
+@functools.cache
+def _own() -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(objectives.__path__))
