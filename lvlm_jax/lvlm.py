@@ -26,8 +26,11 @@ from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
-from lvlm_jax.processors import inputs, text
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors import inputs
 from lvlm_jax.processors.layout import Inputs, bucket
+from lvlm_jax.processors.load import has_processor, load_processor
+from lvlm_jax.processors.text import StreamWriter
 from lvlm_jax.weights import lora, quantize
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.peft import load_adapter
@@ -46,7 +49,9 @@ class LVLM:
         mesh: the devices, or None for the default device.
     """
 
-    def __init__(self, params: dict, config: Any, folder: str | os.PathLike | None = None, mesh=None):
+    def __init__(
+        self, params: dict, config: FamilyConfig, folder: str | os.PathLike | None = None, mesh=None
+    ):
         self.params = params
         self.config = config
         self.folder = None if folder is None else Path(folder)
@@ -98,7 +103,7 @@ class LVLM:
             raise LVLMError(
                 "this model was not read from a folder, so it has no processor; give arrays to prepare()"
             )
-        return text.load_processor(self.folder, self.config)
+        return load_processor(self.folder, self.config)
 
     def prepare(
         self, messages: inputs.Conversation | Sequence[inputs.Conversation] | Mapping | Inputs
@@ -122,9 +127,9 @@ class LVLM:
 
         Raises:
             LVLMError: an unreadable picture, a model without a processor, or one whose image tokens depend on more than
-                the picture (`inputs.encodes_ahead`).
+                the picture (`FamilyConfig.tokens_per_image` is None).
         """
-        if not inputs.encodes_ahead(self.config):
+        if self.config.tokens_per_image is None:
             raise LVLMError(
                 f"pictures of {self.config.model_type} cannot be encoded ahead: their tokens depend on the prompt or "
                 "on the picture's size; give the pictures themselves"
@@ -397,7 +402,7 @@ class LVLM:
         )  # fmt: skip
         if prompt.batch != 1:
             raise LVLMError(f"stream takes one conversation and got {prompt.batch}; use generate")
-        writer = text.StreamWriter(strings)
+        writer = StreamWriter(strings)
         for under_way in drivers.stream(self.params, self.config, answers, limit):
             output = self._output(under_way, strings)
             piece = writer.push(output.text[0], final=output.finish_reason[0] == "stop")
@@ -524,7 +529,7 @@ class LVLM:
 
     def _output(self, answers: drivers.Answers | beam.Found, strings: tuple[str, ...]) -> Output:
         """Reads the answers so far from the device and cuts them at stop strings."""
-        known = self.folder is not None and text.has_processor(self.folder)
+        known = self.folder is not None and has_processor(self.folder, self.config)
         return read_output(answers, strings, self.processor.tokenizer if known else None)
 
 
@@ -532,13 +537,8 @@ def _as_tap(tap: Tap | bool) -> Tap:
     return tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
 
 
-def _with_stop_tokens(config: Any, folder: Path) -> Any:
+def _with_stop_tokens(config: FamilyConfig, folder: Path) -> Any:
     """The configuration with the stop tokens of `generation_config.json`, which overrule those of `config.json`."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    # A family may know of stop tokens that the published code adds by itself.
-    own = getattr(config, "stop_tokens", None)
-    stops = list(own(generation)) if own else generation.get("eos_token_id")
-    if stops is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=tuple(stops) if isinstance(stops, list) else (stops,))
+    return dataclasses.replace(config, eos_token_ids=config.stop_tokens(generation))

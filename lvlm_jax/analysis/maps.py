@@ -5,7 +5,6 @@ Attention here is that of one branch, `step.tapped.attention[:, 0]`: Float[L B H
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.analysis.words import Word
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
 
@@ -36,7 +36,7 @@ def image_mass(
     return on_image / jnp.where(total > 0, total, 1.0)
 
 
-def token_places(config: Any, prompt: Inputs, images: int) -> list[Int[np.ndarray, "h w"]]:
+def token_places(config: FamilyConfig, prompt: Inputs, images: int) -> list[Int[np.ndarray, "h w"]]:
     """For each image of one conversation, which of its image tokens shows each place of it, row by row.
 
     Of an image that is cut into tiles it is those of the view of the whole image. Places are numbered as

@@ -82,11 +82,11 @@ def fitted(model, images: int) -> str:
         model: an `LVLM`.
         images: how many pictures its conversation has.
     """
-    if getattr(model.config, "nested_images", False) and images > 1:
+    if model.config.nested_images and images > 1:
         return "pad"
     crops = getattr(model.processor.image_processor, "do_center_crop", False)
     # Where pictures are cut into tiles that setting acts on views that fit already.
-    return "crop" if crops and not hasattr(model.config, "tiling") else "stretch"
+    return "crop" if crops and not model.config.tiled else "stretch"
 
 
 def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float, float] | None:

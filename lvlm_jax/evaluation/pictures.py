@@ -1,6 +1,6 @@
 """Pictures of a benchmark, opened in threads ahead of the model, and encoded once for all questions about them.
 
-Where image tokens depend on more than the picture (`inputs.encodes_ahead`), they are only opened.
+Where image tokens depend on more than the picture (`FamilyConfig.tokens_per_image` is None), they are only opened.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import image_name
 from lvlm_jax.processors.images import open_image
-from lvlm_jax.processors.inputs import EncodedImage, encodes_ahead
+from lvlm_jax.processors.inputs import EncodedImage
 
 READERS = 4  # threads that open the pictures needed next
 REMEMBERED = 1 << 30  # bytes of pictures: 160 that LLaVA-1.5-7B has encoded in bfloat16
@@ -69,7 +69,7 @@ class Pictures:
             images = [future.result() for future in opening]
             if number + 1 < len(self._groups) and number + 1 not in self._known:
                 self._opening = {number + 1: self._open(number + 1)}
-            if encodes_ahead(self._model.config):
+            if self._model.config.tokens_per_image is not None:
                 spare = self._size - len(images)  # the last group has the shape of the others
                 images = self._model.encode_images(images + images[-1:] * spare)[: len(images)]
             self._known[number] = dict(zip(self._groups[number], images, strict=True))

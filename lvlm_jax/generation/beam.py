@@ -10,7 +10,7 @@ beam, were it to stop now, is no better than the worst of them.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 
 RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences of scores are
 
@@ -227,7 +228,7 @@ def _begin(state: State, logits: Float[Array, "B V"], beams: int, room: int) -> 
     return Search(rows_of(state, rows), logits[rows], Hypotheses.empty(batch, beams, room))
 
 
-def _step(params: dict, config: Any, search: Search, rule: Rule) -> Search:
+def _step(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Search:
     """Chooses the next token of every beam and runs it."""
     batch, beams = search.hypotheses.scores.shape
     vocabulary = search.logits.shape[-1]
@@ -239,7 +240,7 @@ def _step(params: dict, config: Any, search: Search, rule: Rule) -> Search:
     return Search(state, step.combined, hypotheses)
 
 
-def _run(params: dict, config: Any, search: Search, rule: Rule) -> Search:
+def _run(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Search:
     def unfinished(search: Search) -> Bool[Array, ""]:
         return search.hypotheses.open.any()
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
@@ -17,10 +15,11 @@ from lvlm_jax.generation import drivers
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 
-def embedded(params: dict, config: Any, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
+def embedded(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
     """What the decoder reads of a prompt; each device of a mesh looks at its part of the images."""
     tokens, image_tokens = prompt.tokens, prompt.image_tokens
     tokens, pixels, geometry = parallel.spread((tokens, prompt.pixels, prompt.geometry), mesh)
@@ -32,7 +31,12 @@ def embedded(params: dict, config: Any, prompt: Inputs, mesh: Mesh | None = None
 
 
 def full_forward(
-    params: dict, config: Any, prompt: Inputs, method: Method | None, tap: Tap, mesh: Mesh | None = None
+    params: dict,
+    config: FamilyConfig,
+    prompt: Inputs,
+    method: Method | None,
+    tap: Tap,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Tapped]:
     """`forward.full_forward` of a prompt, the method primed for it."""
     return drivers.full_forward(
@@ -47,7 +51,7 @@ def full_forward(
 
 
 def primed(
-    params: dict, config: Any, prompt: Inputs, method: Method | None, mesh: Mesh | None = None
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, mesh: Mesh | None = None
 ) -> Method | None:
     """The method, ready for a prompt, in buffers of its own: steps donate theirs with the state."""
     if method is None:
@@ -66,7 +70,7 @@ def primed(
 
 def contrast(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     tokenizer: Callable[[], Any],
     prompt: Inputs,
     main: Prompt,
@@ -94,7 +98,7 @@ def contrast(
         if kind == "pixels":
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
         else:
-            pixels = shown(config, prompt, method.contrast_picture)
+            pixels = config.shown(prompt.pictures, method.contrast_picture)
         other = dataclasses.replace(prompt, pixels=pixels, image_tokens=None)
         return embedded(params, config, other, mesh), 0
     if kind == "no_image":
@@ -105,7 +109,7 @@ def contrast(
             encoder = tokenizer()
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
-        if hasattr(config, "instructed"):  # the instruction that images are read with is disturbed
+        if config.reads_instruction:  # the instruction that images are read with is disturbed
             geometry = config.instructed(prompt.geometry, words)
             other = dataclasses.replace(prompt, geometry=geometry, image_tokens=None)
         else:
@@ -117,16 +121,3 @@ def contrast(
             "shorten the prompt"
         )
     return embedded(params, config, other, mesh), bucket(other.tokens.shape[1] + room)
-
-
-def shown(
-    config: Any, prompt: Inputs, picture: Callable[[int, int], np.ndarray]
-) -> Float[np.ndarray, "R ..."]:
-    """What the tower would take if all images of a prompt showed one picture.
-
-    Args:
-        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
-    """
-    if hasattr(config, "shown"):  # a family whose rows are not pictures
-        return config.shown(prompt.pictures, picture)
-    return np.broadcast_to(picture(*prompt.pixels.shape[2:]), prompt.pixels.shape)

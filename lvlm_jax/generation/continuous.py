@@ -15,7 +15,6 @@ gives every row more columns (`widen`) and so needs those programs again.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from lvlm_jax.attention import Block, LayerCache
 from lvlm_jax.generation import drivers, forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State, Track
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import PROMPT_BUCKET, bucket
 
 
@@ -214,7 +214,7 @@ def _place(
     )
 
 
-def advance(params: dict, config: Any, slots: Slots) -> Slots:
+def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
     """Runs the newest token of every row, and chooses the next of those that go on."""
     every, running = jnp.arange(slots.count.shape[0]), slots.running
     newest = slots.tokens[every, jnp.maximum(slots.count - 1, 0)]
@@ -236,7 +236,7 @@ def advance(params: dict, config: Any, slots: Slots) -> Slots:
     )
 
 
-def _run(params: dict, config: Any, slots: Slots, wanted: Int[Array, ""]) -> Slots:
+def _run(params: dict, config: FamilyConfig, slots: Slots, wanted: Int[Array, ""]) -> Slots:
     """Goes on until `wanted` rows do not, or the columns are full."""
 
     def unfinished(slots: Slots) -> Bool[Array, ""]:

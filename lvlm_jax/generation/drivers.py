@@ -7,7 +7,6 @@ look for stop strings now and then without another program.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State
+from lvlm_jax.models.family import FamilyConfig
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
@@ -92,7 +92,7 @@ def choose_first(
     return _choose(answers, state, logits)
 
 
-def advance(params: dict, config: Any, answers: Answers) -> Answers:
+def advance(params: dict, config: FamilyConfig, answers: Answers) -> Answers:
     """Runs the newest token of every sample and chooses the next."""
     newest = jax.lax.dynamic_index_in_dim(answers.tokens, answers.count - 1, axis=1, keepdims=False)
     state, step = forward.decode_step(params, config, answers.state, newest)
@@ -120,7 +120,7 @@ def _choose(answers: Answers, state: State, logits: Float[Array, "B V"]) -> Answ
     )
 
 
-def _run(params: dict, config: Any, answers: Answers, limit: Int[Array, ""]) -> Answers:
+def _run(params: dict, config: FamilyConfig, answers: Answers, limit: Int[Array, ""]) -> Answers:
     def unfinished(answers: Answers) -> Bool[Array, ""]:
         return (answers.count < limit) & ~answers.finished.all()
 
@@ -132,7 +132,7 @@ run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
 advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
 
 
-def stream(params: dict, config: Any, answers: Answers, limit: int) -> Iterator[Answers]:
+def stream(params: dict, config: FamilyConfig, answers: Answers, limit: int) -> Iterator[Answers]:
     """Yields the answers after every token, the first included, until all stop or `limit` tokens are written.
 
     The yielded value is donated to the next step: read what you need before asking for the next.

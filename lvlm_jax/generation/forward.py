@@ -20,19 +20,23 @@ from lvlm_jax.methods import Method, Readout
 from lvlm_jax.methods.base import OTHER_PICTURES
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
+from lvlm_jax.models.family import FamilyConfig
 
 NOTHING = Tap()
 
 
 def encode_images(
-    params: dict, config: Any, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
+    params: dict,
+    config: FamilyConfig,
+    pixels: Float[Array, "R ..."],
+    geometry: dict[str, Array] | None = None,
 ) -> Float[Array, "*N E"]:
     """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
     return _apply(params, config, "encode_images", pixels, **(geometry or {}))
 
 
 def embed(
-    params: dict, config: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"] | None
+    params: dict, config: FamilyConfig, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"] | None
 ) -> Float[Array, "B T E"]:
     """Decoder inputs: token embeddings with the image tokens in their places."""
     return _apply(params, config, "embed", tokens, image_tokens)
@@ -40,7 +44,7 @@ def embed(
 
 def full_forward(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Prompt,
     method: Method | None,
     window: int,
@@ -58,7 +62,7 @@ def full_forward(
 
 def prefill(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Prompt,
     method: Method | None,
     window: int,
@@ -127,7 +131,9 @@ def prefill(
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
 
 
-def decode_step(params: dict, config: Any, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
+def decode_step(
+    params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]
+) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
     transforms = _branches(state.method)
     tracks = tuple(track.with_token() for track in state.tracks)
@@ -195,13 +201,13 @@ def prompt_context(
     )
 
 
-def _with_method_exits(method: Method | None, config: Any, tap: Tap) -> Tap:
+def _with_method_exits(method: Method | None, config: FamilyConfig, tap: Tap) -> Tap:
     """The tap with the hidden states added that the method's early exits need, behind those of the caller."""
     depth = config.text.num_layers
     return tap if method is None else dataclasses.replace(tap, exits=tap.exits + method.exits(depth))
 
 
-def _with_exit_logits(params: dict, config: Any, tapped: Tapped) -> Tapped:
+def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tapped:
     """Hidden states of the caller's early exits turned into logits."""
     if tapped.exits is None:
         return tapped
@@ -209,7 +215,7 @@ def _with_exit_logits(params: dict, config: Any, tapped: Tapped) -> Tapped:
 
 
 def _finish(
-    params: dict, config: Any, state: State, last: Float[Array, "N B E"], decoded: Decoded
+    params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: Decoded
 ) -> tuple[State, Step]:
     """Head on the last row, early exits, then the method's combination of branches."""
     logits = _apply(params, config, "head", last)
@@ -256,6 +262,6 @@ def _explicit_rows(
     return max(needed, default=0 if len(transforms) == 1 else 1)
 
 
-def _apply(params: dict, config: Any, function: str, *arguments: Any, **options: Any) -> Any:
+def _apply(params: dict, config: FamilyConfig, function: str, *arguments: Any, **options: Any) -> Any:
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
     return models.build(config, dtype).apply({"params": params}, *arguments, method=function, **options)

@@ -7,7 +7,6 @@ beams of that step are run again token by token.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from lvlm_jax.generation import forward
 from lvlm_jax.generation.beam import RULED_OUT, Found, Hypotheses, Rule, rows_of
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import OPERA, Method
+from lvlm_jax.models.family import FamilyConfig
 
 
 def wanted(method: Method | None) -> bool:
@@ -33,7 +33,7 @@ def wanted(method: Method | None) -> bool:
     return isinstance(method, OPERA)
 
 
-def tap(config: Any) -> Tap:
+def tap(config: FamilyConfig) -> Tap:
     """What the prefill must be asked for."""
     return Tap(layers=(config.text.num_layers - 1,))
 
@@ -67,7 +67,7 @@ class Record:
 
 def _step(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     state: State,
     logits: Float[Array, "N V"],
     record: Record,
@@ -109,7 +109,7 @@ def _step(
 
 
 def _replay(
-    params: dict, config: Any, state: State, hypotheses: Hypotheses
+    params: dict, config: FamilyConfig, state: State, hypotheses: Hypotheses
 ) -> tuple[State, Float[Array, "N V"]]:
     """Takes the answer's columns back, and runs the beams' tokens again."""
     track, room = state.tracks[0], hypotheses.tokens.shape[2]
@@ -184,7 +184,7 @@ class WaysBack:
 
 def search(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     state: State,
     logits: Float[Array, "N V"],
     method: OPERA,
@@ -227,7 +227,7 @@ def search(
 
 def run(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     state: State,
     logits: Float[Array, "B V"],
     method: OPERA,

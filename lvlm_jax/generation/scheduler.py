@@ -7,7 +7,7 @@ they end. Every answer is the one that its conversation gets alone.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from lvlm_jax.generation.beam import Found
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import Conversation
 from lvlm_jax.processors.layout import Inputs
 
@@ -94,7 +95,7 @@ class Scheduler:
     def __init__(
         self,
         params: dict,
-        config: Any,
+        config: FamilyConfig,
         prepare: Callable[[list[Conversation]], Inputs],
         prefill: Callable[[Inputs], tuple[State, Step]],
         sampling: Sampling,

@@ -21,6 +21,7 @@ from lvlm_jax.generation import drivers, forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 
 SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers and State without a grid axis
 
@@ -42,7 +43,7 @@ def stack(methods: Sequence[Method]) -> Method:
 
 def generate(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Prompt,
     methods: Method,
     contrast: Prompt | None,

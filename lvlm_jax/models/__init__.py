@@ -1,9 +1,10 @@
 """Model families, keyed by the `model_type` of a Hugging Face `config.json`.
 
-A family is a configuration class (`from_hf`, `pictures`, `blank`) and a `VisionLanguageModel` with its own `setup` and
-`encode_images`. Adding one is a file here, a line in `FAMILIES` and a key table in `weights/`.
+Adding one is a file here, which registers its two classes (`models.family`), and a key table in `weights/`.
 """
 
+import importlib
+import pkgutil
 from typing import Any
 
 import jax
@@ -12,61 +13,25 @@ from jax.typing import DTypeLike
 
 from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.clip import VisionConfig
-from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.family import VisionLanguageModel
-from lvlm_jax.models.gemma3 import Gemma3, Gemma3Config
-from lvlm_jax.models.glm4v import Glm4v, Glm4vConfig
-from lvlm_jax.models.instructblip import InstructBlip, InstructBlipConfig
-from lvlm_jax.models.internvl import InternVl, InternVlConfig
-from lvlm_jax.models.llava import Llava, LlavaConfig
-from lvlm_jax.models.llava_next import LlavaNext, LlavaNextConfig
-from lvlm_jax.models.llava_onevision import LlavaOnevision, LlavaOnevisionConfig
-from lvlm_jax.models.qwen2_5_vl import Qwen25Vl, Qwen25VlConfig
-from lvlm_jax.models.qwen2_vl import Qwen2Vl, Qwen2VlConfig
-from lvlm_jax.models.qwen3_vl import Qwen3Vl, Qwen3VlConfig
-from lvlm_jax.models.qwen_vl import QwenVl, QwenVlConfig
-from lvlm_jax.models.smolvlm import SmolVlm, SmolVlmConfig
+from lvlm_jax.models.family import FAMILIES, PUBLISHED_AS, FamilyConfig, VisionLanguageModel
 
-__all__ = [
-    "FAMILIES",
-    "DecoderConfig",
-    "LlavaConfig",
-    "VisionConfig",
-    "abstract_parameters",
-    "build",
-    "config_from_hf",
-]
+__all__ = ["FAMILIES", "FamilyConfig", "abstract_parameters", "build", "config_from_hf"]
 
-FAMILIES: dict[str, tuple[type, type[VisionLanguageModel]]] = {
-    "gemma3": (Gemma3Config, Gemma3),
-    "glm4v": (Glm4vConfig, Glm4v),
-    "idefics3": (SmolVlmConfig, SmolVlm),
-    "instructblip": (InstructBlipConfig, InstructBlip),
-    "internvl": (InternVlConfig, InternVl),
-    "llava": (LlavaConfig, Llava),
-    "llava_next": (LlavaNextConfig, LlavaNext),
-    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevision),
-    "qwen2_5_vl": (Qwen25VlConfig, Qwen25Vl),
-    "qwen2_vl": (Qwen2VlConfig, Qwen2Vl),
-    "qwen3_vl": (Qwen3VlConfig, Qwen3Vl),
-    "qwen_vl": (QwenVlConfig, QwenVl),
-    "smolvlm": (SmolVlmConfig, SmolVlm),
-}
-
-# Families whose published `config.json` has another `model_type`.
-PUBLISHED_AS = {"qwen": "qwen_vl"}
+for _file in pkgutil.iter_modules(__path__):  # each family registers itself
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
-def config_from_hf(raw: dict[str, Any]) -> Any:
+def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
     """Reads the dict of a Hugging Face `config.json`.
 
     Raises:
         LVLMError: the model type or a value in the configuration is not supported.
     """
-    model_type = PUBLISHED_AS.get(raw.get("model_type"), raw.get("model_type"))
+    given = raw.get("model_type")
+    model_type = PUBLISHED_AS.get(given, given) if isinstance(given, str) else ""
     if model_type not in FAMILIES:
-        raise LVLMError(f"model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}")
+        known = ", ".join(sorted(FAMILIES))
+        raise LVLMError(f"model_type {given!r} is not supported; expected one of {known}")
     # Imported here: reading a configuration is the only thing in this room that needs transformers.
     from transformers import CONFIG_MAPPING
 
@@ -77,15 +42,15 @@ def config_from_hf(raw: dict[str, Any]) -> Any:
         raise LVLMError(
             f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}"
         ) from error
-    return FAMILIES[model_type][0].from_hf(raw, hf)
+    return FAMILIES[model_type].config.from_hf(raw, hf)
 
 
-def build(config: Any, dtype: DTypeLike = jnp.float32, remat: bool = False) -> VisionLanguageModel:
+def build(config: FamilyConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> VisionLanguageModel:
     """The Linen module of a configuration. `dtype` is the compute dtype."""
-    return FAMILIES[config.model_type][1](config, jnp.dtype(dtype), remat)
+    return FAMILIES[config.model_type].module(config, jnp.dtype(dtype), remat)
 
 
-def abstract_parameters(config: Any, dtype: DTypeLike = jnp.float32) -> dict:
+def abstract_parameters(config: FamilyConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     module = build(config, dtype)
     blank = config.blank()

@@ -14,34 +14,25 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear, rms_norm
-from lvlm_jax.models.pictures import Arrays, Pictures, gathered, joined, square_map, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, gathered, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 
 
-@dataclasses.dataclass(frozen=True)
-class Gemma3Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3Config(FamilyConfig):
     """Gemma 3: SigLIP tower, averaging connector, Gemma decoder.
 
     Attributes:
         pool: side, in patches, of the square that is averaged to one image token.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: SiglipConfig
-    image_token_id: int
     pool: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "gemma3"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens_per_image(self) -> int:
@@ -82,12 +73,9 @@ class Gemma3Config:
             LVLMError: pixels of another shape, or that are not finite, or crops that are not the rows of the pixels.
         """
         del prompts
-        pixels = joined(parts, "pixel_values")
+        pixels = square_pixels(parts, self.vision.image_size)
         if pixels is None:
             return None
-        side = self.vision.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
         if not gathered(parts, "num_crops"):
             return whole_pictures(pixels, self.tokens_per_image)
         rows = np.concatenate(
@@ -154,12 +142,11 @@ class Connector(nn.Module):
         return projected.reshape(images, squares**2, -1)
 
 
+@family("gemma3")
 class Gemma3(VisionLanguageModel):
     """Gemma 3."""
 
     config: Gemma3Config
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = SiglipTower(self.config.vision, self.dtype)

@@ -16,7 +16,7 @@ from lvlm_jax.attention.rotary import Rotation
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import VisionLanguageModel, family
 from lvlm_jax.models.interpolation import ResampledPositions, center_aligned, cubic_taps, with_positions
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
@@ -166,12 +166,11 @@ class Connector(nn.Module):
         )
 
 
+@family("glm4v")
 class Glm4v(VisionLanguageModel):
     """GLM-4.1V."""
 
     config: Glm4vConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = Tower(self.config, self.dtype)

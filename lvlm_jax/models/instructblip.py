@@ -1,8 +1,8 @@
 """InstructBLIP (arXiv 2305.06500): EVA-CLIP tower, a Q-Former that reads the instruction, Vicuna.
 
 An image becomes the Q-Former's queries, 32 tokens, and what they say depends on the instruction: the text of a prompt
-is tokenised twice, for the decoder and for the Q-Former. So image tokens cannot be reused in another prompt, and the
-configuration has no `tokens_per_image`.
+is tokenised twice, for the decoder and for the Q-Former. So image tokens cannot be reused in another prompt, and
+`tokens_per_image` is None.
 
 Where the queries go. The model was trained on one image and the text behind it, the queries even before the token that
 begins the text: `<32 queries> </s> What is unusual about this image?`. Two layouts of checkpoints say so differently.
@@ -13,16 +13,13 @@ a sample's images is put in front of it, several images one behind the other. A 
 first, wherever they stand in its messages; each is read with all of the conversation's text in mind. Where there is no
 `image_token_index`, the placeholder is the first number behind the vocabulary. A prompt without images is text alone.
 
-InstructBLIP has no chat template: a prompt is the plain question, and `CHAT_TEMPLATE` writes nothing else but the
-markers of images. Decoders that are one half of an encoder-decoder (Flan-T5) are not supported.
+Decoders that are one half of an encoder-decoder (Flan-T5) are not supported.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,45 +27,23 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.eva import EvaConfig, EvaTower
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, square_pixels
 from lvlm_jax.models.qformer import QFormer, QFormerConfig
 
-IMAGE = "<image>"
 END = 2  # </s> of every LLaMA tokenizer
 SHORTEST_INSTRUCTION = 16  # instructions are padded to this many tokens times 1, 2, 3, 4, 6, ...
 
-# Turns one behind the other: an answer on the line of its question.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ ' ' if message['role'] == 'assistant' else '\\n' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
-    "{% endfor %}{% endif %}{% endfor %}"
-)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructBlipConfig(FamilyConfig):
+    """InstructBLIP with a decoder for a language model."""
 
-@dataclasses.dataclass(frozen=True)
-class InstructBlipConfig:
-    """InstructBLIP with a decoder for a language model.
-
-    Attributes:
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a text begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
-    """
-
-    text: DecoderConfig
     vision: EvaConfig
     qformer: QFormerConfig
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "instructblip"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    reads_instruction: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "InstructBlipConfig":
@@ -98,11 +73,10 @@ class InstructBlipConfig:
         )
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        """What ends an answer, given the checkpoint's `generation_config.json`."""
-        given = generation.get("eos_token_id")
-        if given is None or (given == 1 and _misnumbered(self.hf)):
+        """As the base's, without the misnumbered token."""
+        if generation.get("eos_token_id") == 1 and _misnumbered(self.hf):
             return self.eos_token_ids
-        return tuple(given) if isinstance(given, list) else (given,)
+        return super().stop_tokens(generation)
 
     def placed(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """The prompts, with a placeholder in front for each image if none of them has any.
@@ -139,12 +113,9 @@ class InstructBlipConfig:
         Raises:
             LVLMError: arrays are missing, of another shape, or hold tokens outside the Q-Former's vocabulary.
         """
-        pixels = joined(parts, "pixel_values")
+        pixels = square_pixels(parts, self.vision.image_size)
         if pixels is None:
             return None
-        side = self.vision.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
         found = [int((prompt == self.image_token_id).sum()) for prompt in prompts]
         each = 1 if sum(found) == len(pixels) else self.qformer.num_queries  # placeholders of an image
         images = [count // each for count in found]
@@ -228,29 +199,6 @@ class InstructBlipConfig:
             raise LVLMError(f"qformer_input_ids holds {words[stray][0]}; expected 0 to {vocabulary - 1}")
         return {"words": np.where(mask, words, 0), "mask": mask}
 
-    def load_processor(self, folder: Path) -> "Processor":
-        """Reads a checkpoint's image processor and its two tokenizers.
-
-        Not through transformers' own class: published checkpoints name that of InstructBLIP for videos.
-
-        Raises:
-            LVLMError: files are missing or cannot be read.
-        """
-        from transformers import AutoTokenizer, BlipImageProcessorPil
-
-        parts = {"image_processor": (BlipImageProcessorPil, folder), "tokenizer": (AutoTokenizer, folder)}
-        parts["qformer_tokenizer"] = (AutoTokenizer, folder / "qformer_tokenizer")
-        read = {}
-        for name, (kind, place) in parts.items():
-            try:
-                read[name] = kind.from_pretrained(place, local_files_only=True)
-            except Exception as error:  # transformers raises whatever the first broken file provokes
-                raise LVLMError(
-                    f"cannot read the {name} of {folder}: {' '.join(str(error).split())}; copy the files (also the "
-                    "folder qformer_tokenizer) from the checkpoint's Hugging Face repository, or give prepare() arrays"
-                ) from error
-        return Processor(**read)
-
 
 def _misnumbered(raw: Mapping[str, Any]) -> bool:
     """Whether special tokens are numbered as in the first conversion of LLaMA, which published checkpoints repeat.
@@ -262,47 +210,11 @@ def _misnumbered(raw: Mapping[str, Any]) -> bool:
     return (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1)
 
 
-class Processor:
-    """What a conversation's text and images become; takes the place of transformers' `InstructBlipProcessor`.
-
-    Text is free of placeholders when it is tokenised: they are put in front later (`InstructBlipConfig.placed`).
-    """
-
-    image_token = IMAGE
-
-    def __init__(self, image_processor: Any, tokenizer: Any, qformer_tokenizer: Any):
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
-        self.qformer_tokenizer = qformer_tokenizer
-        self.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
-
-    def apply_chat_template(self, messages: Sequence[Mapping], **options: Any) -> Any:
-        """As that of a transformers tokenizer, with the template of InstructBLIP."""
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
-
-    def __call__(
-        self, images: Sequence[Any] | None = None, text: str = "", return_tensors: str = "np"
-    ) -> dict[str, Any]:
-        """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images."""
-        text = text.replace(IMAGE, "")
-        instruction = self.qformer_tokenizer(text)
-        arrays: dict[str, Any] = {
-            "input_ids": [self.tokenizer(text)["input_ids"]],
-            "qformer_input_ids": [instruction["input_ids"]],
-            "qformer_attention_mask": [instruction["attention_mask"]],
-        }
-        arrays = {name: np.asarray(value) for name, value in arrays.items()}
-        if images:
-            arrays |= self.image_processor(images=images, return_tensors=return_tensors)
-        return arrays
-
-
+@family("instructblip")
 class InstructBlip(VisionLanguageModel):
     """InstructBLIP."""
 
     config: InstructBlipConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = EvaTower(self.config.vision, self.dtype)

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,16 +12,16 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, activation_name, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.internvit import InternVit, InternVitConfig
 from lvlm_jax.models.layers import activation, layer_norm, linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined, square_map
+from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined, square_map, square_pixels
 
 CONNECTOR_NORM_EPS = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
-class InternVlConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVlConfig(FamilyConfig):
     """InternVL.
 
     Attributes:
@@ -31,24 +30,16 @@ class InternVlConfig:
             beyond the last layer's output the final state.
         template: name of the chat template in OpenGVLab's code, of a checkpoint in their layout; else None.
         tiles: the fewest and the most tiles an image is cut into, without the thumbnail.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: InternVitConfig
-    image_token_id: int
     shuffle: int
     feature_layer: int
     projector_act: str
     template: str | None
     tiles: tuple[int, int]
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "internvl"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    tiled: ClassVar[bool] = True
 
     @property
     def tokens_per_tile(self) -> int:
@@ -94,12 +85,9 @@ class InternVlConfig:
         Raises:
             LVLMError: pixels of another shape or not finite, or placeholders that do not match the tiles.
         """
-        pixels = joined(parts, "pixel_values")
+        pixels = square_pixels(parts, self.vision.image_size, "tiles")
         if pixels is None:
             return None
-        side = self.vision.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [tiles, 3, {side}, {side}]")
         given = joined(parts, "num_patches")
         if given is not None:
             counts = _checked(given, len(pixels))
@@ -117,19 +105,6 @@ class InternVlConfig:
         """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
         tile = self.tokens_per_tile
         return square_map(tile, first=int(pictures.token_counts[image]) - tile)
-
-    def load_processor(self, folder: Path) -> Any:
-        """The processor of a checkpoint in OpenGVLab's layout; None for one that transformers reads itself.
-
-        Raises:
-            LVLMError: a chat template, or files of a tokenizer, that are not supported.
-        """
-        if self.template is None:
-            return None
-        # Imported here: processors are nothing that a model needs.
-        from lvlm_jax.processors.internvl import load_chat_processor
-
-        return load_chat_processor(folder, self)
 
 
 def _shuffle(ratio: float, side: int) -> int:
@@ -231,12 +206,11 @@ class InternVlConnector(nn.Module):
         )
 
 
+@family("internvl")
 class InternVl(VisionLanguageModel):
     """InternVL 2.5 and 3."""
 
     config: InternVlConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = InternVit(self.config.vision, self.dtype)

@@ -11,37 +11,28 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import ClipTower, VisionConfig
-from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_config, special_tokens
+from lvlm_jax.models.config import activation_name, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import activation, linear
-from lvlm_jax.models.pictures import Arrays, Pictures, joined, square_map, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
 
 
-@dataclasses.dataclass(frozen=True)
-class LlavaConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaConfig(FamilyConfig):
     """LLaVA-1.5: CLIP tower, two-layer connector, LLaMA-like decoder.
 
     Attributes:
         feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
         feature_select: "default" drops the class token, "full" keeps it.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: VisionConfig
-    image_token_id: int
     feature_layers: tuple[int, ...]
     feature_select: str
     projector_act: str
     projector_bias: bool
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "llava"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens_per_image(self) -> int:
@@ -68,6 +59,11 @@ class LlavaConfig:
             **special_tokens(hf),
         )
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """What LLaVA's processor must know of the tower to count placeholders."""
+        return processor_fields(self)
+
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
 
@@ -75,13 +71,8 @@ class LlavaConfig:
             LVLMError: pixels of another shape, or that are not finite.
         """
         del prompts
-        pixels = joined(parts, "pixel_values")
-        if pixels is None:
-            return None
-        side = self.vision.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
-        return whole_pictures(pixels, self.tokens_per_image)
+        pixels = square_pixels(parts, self.vision.image_size)
+        return None if pixels is None else whole_pictures(pixels, self.tokens_per_image)
 
     def blank(self) -> Pictures:
         """One empty image, as `pictures` would give it."""
@@ -92,6 +83,14 @@ class LlavaConfig:
         """Which of an image's tokens shows each place of it."""
         del pictures, image
         return square_map(self.vision.num_patches, first=int(self.feature_select == "full"))
+
+
+def processor_fields(config: FamilyConfig) -> dict[str, Any]:
+    """What processors of LLaVA and LLaVA-NeXT must know of the tower to count placeholders."""
+    return {
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": config.feature_select,
+    }
 
 
 def feature_layers(hf: Any, depth: int) -> tuple[int, ...]:
@@ -137,12 +136,11 @@ class Connector(nn.Module):
         )
 
 
+@family("llava")
 class Llava(VisionLanguageModel):
     """LLaVA-1.5."""
 
     config: LlavaConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = ClipTower(self.config.vision, self.dtype)

@@ -5,7 +5,7 @@ Its decoders are Vicuna, Mistral, Llama 3 and Qwen; its tower is CLIP's.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,39 +14,32 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import ClipTower, VisionConfig
-from lvlm_jax.models.config import DecoderConfig, activation_name, decoder_config, special_tokens
+from lvlm_jax.models.config import activation_name, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.llava import Connector, Llava, feature_layers, feature_select
+from lvlm_jax.models.family import FamilyConfig, family
+from lvlm_jax.models.llava import Connector, Llava, feature_layers, feature_select, processor_fields
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map
 from lvlm_jax.models.tiles import NEWLINE, Tiling, with_newlines
 
 
-@dataclasses.dataclass(frozen=True)
-class LlavaNextConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaNextConfig(FamilyConfig):
     """LLaVA-NeXT: CLIP tower over tiles, two-layer connector, LLaMA-like decoder.
 
     Attributes:
         tiling: how images are cut into tiles.
         feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
         feature_select: "default": the class token is dropped, so that the patches of a tile fill a square.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: VisionConfig
     tiling: Tiling
-    image_token_id: int
     feature_layers: tuple[int, ...]
     feature_select: str
     projector_act: str
     projector_bias: bool
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "llava_next"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    tiled: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "LlavaNextConfig":
@@ -61,6 +54,11 @@ class LlavaNextConfig:
                 "has no place among a tile's patches"
             )
         return cls(vision=VisionConfig.from_hf(hf.vision_config), **shared_fields(raw, hf))
+
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """What LLaVA-NeXT's processor must know of the tower to count placeholders."""
+        return processor_fields(self)
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes, from a processor's `pixel_values` `[I, tiles, 3, Y, X]` and `image_sizes` `[I, 2]`.
@@ -118,6 +116,7 @@ class TileConnector(Connector):
         self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,))
 
 
+@family("llava_next")
 class LlavaNext(Llava):
     """LLaVA-NeXT."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import family
 from lvlm_jax.models.llava import feature_select
 from lvlm_jax.models.llava_next import LlavaNext, LlavaNextConfig, TileConnector, shared_fields
 from lvlm_jax.models.pictures import Arrays, Pictures, joined
@@ -26,14 +27,13 @@ UNTOUCHED = 1.1  # a map that exceeds its bound by no more than this along each 
 ONE_ROW = np.array([1, 0, 0, 0], np.float32)  # the weights of a token that mixes nothing
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaOnevisionConfig(LlavaNextConfig):
     """LLaVA-OneVision: SigLIP tower over tiles, two-layer connector, Qwen2 decoder.
 
     Attributes:
         feature_select: "full": the tower has no class token to drop.
         most_tiles: an image's large view takes about as many tokens as this number of tiles has patches, at most.
-        nested_images: processors are told which images come together.
     """
 
     vision: SiglipConfig
@@ -126,6 +126,7 @@ def _alone(parts: Sequence[Arrays], images: int) -> np.ndarray:
     return np.repeat(together == 1, together)
 
 
+@family("llava_onevision")
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision."""
 

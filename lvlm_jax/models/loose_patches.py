@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, activation_name
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, grid_map, joined
 
 SMALLEST_ROW = 16  # tokens of an image, rounded up to buckets from here
@@ -90,25 +91,15 @@ def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoosePatchConfig:
+class LoosePatchConfig(FamilyConfig):
     """What the families whose towers take loose patches have in common.
 
     Attributes:
         video_token_id: what tells of a video in a prompt.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: PatchTowerConfig
-    image_token_id: int
     video_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
-    model_type: str
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.

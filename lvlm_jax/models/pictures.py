@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lvlm_jax.errors import LVLMError
 
@@ -85,6 +85,23 @@ def joined(parts: Sequence[Arrays], name: str) -> np.ndarray | None:
             f"{name} has shapes {', '.join(str(array.shape) for array in found)}; expected the same behind the first"
         )
     return np.concatenate(found)
+
+
+def square_pixels(
+    parts: Sequence[Arrays], side: int, rows: str = "images"
+) -> Float[np.ndarray, "R 3 Y X"] | None:
+    """The `pixel_values` of all parts, squares of `side` pixels; None without images.
+
+    Args:
+        rows: what the error calls them.
+
+    Raises:
+        LVLMError: pixels of another shape, or that are not finite.
+    """
+    pixels = joined(parts, "pixel_values")
+    if pixels is not None and (pixels.ndim != 4 or pixels.shape[1:] != (3, side, side)):
+        raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [{rows}, 3, {side}, {side}]")
+    return pixels
 
 
 def bucketed(count: int, smallest: int) -> int:

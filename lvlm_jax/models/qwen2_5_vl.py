@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention.rotary import Rotation
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.decoder import Decoder
+from lvlm_jax.models.family import family
 from lvlm_jax.models.layers import rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen2_vl import EPSILON, Qwen2Vl, Qwen2VlConfig
@@ -102,6 +103,7 @@ class WindowTower(nn.Module):
         return x
 
 
+@family("qwen2_5_vl")
 class Qwen25Vl(Qwen2Vl):
     """Qwen2.5-VL."""
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention.rotary import Rotation
 from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import VisionLanguageModel, family
 from lvlm_jax.models.layers import layer_norm
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen_vision import (
@@ -95,12 +95,11 @@ class Tower(nn.Module):
         return x
 
 
+@family("qwen2_vl")
 class Qwen2Vl(VisionLanguageModel):
     """Qwen2-VL."""
 
     config: Qwen2VlConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         config = self.config

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import VisionLanguageModel, family
 from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, linear_taps, with_positions
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
 from lvlm_jax.models.pictures import Pictures
@@ -136,12 +136,11 @@ class Connector(nn.Module):
         return jnp.concatenate(tokens, axis=-1)
 
 
+@family("qwen3_vl")
 class Qwen3Vl(VisionLanguageModel):
     """Qwen3-VL with a dense decoder."""
 
     config: Qwen3VlConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = Tower(self.config, self.dtype)

@@ -6,11 +6,10 @@ with the text models, and no class in transformers.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -18,8 +17,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import VisionConfig
 from lvlm_jax.models.config import DecoderConfig, first_given
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
-from lvlm_jax.models.pictures import Arrays, Pictures, joined, square_map, whole_pictures
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
+from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.qwen_vl_vision import POOL_HEAD_DIM, QwenVisionTower, Resampler
 
 # Tokens behind the vocabulary's ranks, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
@@ -54,27 +53,18 @@ _VISUAL_COUNTS = ("image_size", "patch_size", "width", "layers", "heads", "n_que
 _NORM_EPSILON = 1e-6  # of the tower and the resampler; not in the file
 
 
-@dataclasses.dataclass(frozen=True)
-class QwenVlConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenVlConfig(FamilyConfig):
     """Qwen-VL: ViT-bigG, resampler, Qwen decoder.
 
     Attributes:
-        tokens_per_image: number of the resampler's queries.
+        queries: how many the resampler has.
         image_token_id: <imgpad>; stands between <img> and </img>.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: -1, a prompt begins with no special token.
-        hf: the configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: VisionConfig
-    tokens_per_image: int
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
+    queries: int
     model_type: str = "qwen_vl"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any = None) -> "QwenVlConfig":
@@ -109,7 +99,7 @@ class QwenVlConfig:
         return cls(
             text=text,
             vision=vision,
-            tokens_per_image=queries,
+            queries=queries,
             image_token_id=start + IMAGE_PAD,
             eos_token_ids=tuple(end) if isinstance(end, list) else (end,),
             pad_token_id=raw.get("pad_token_id", start + END_OF_TEXT),
@@ -117,11 +107,16 @@ class QwenVlConfig:
         )
 
     @property
+    def tokens_per_image(self) -> int:
+        """How many tokens every image takes: one for each query."""
+        return self.queries
+
+    @property
     def image_start_id(self) -> int:
         """<img>; </img> is the next."""
         return self.image_token_id - IMAGE_PAD
 
-    def stop_tokens(self, generation: dict) -> tuple[int, ...]:
+    def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
         """Tokens that end an answer under a `generation_config.json`: a chat model's turn ends with <|im_end|>.
 
         Raises:
@@ -138,17 +133,6 @@ class QwenVlConfig:
         if generation.get("chat_format") == "chatml":
             words += [[self.image_start_id + TURN_END], [self.image_start_id + TURN_START]]
         return tuple(dict.fromkeys(word[0] for word in words))
-
-    def load_processor(self, folder: Any) -> Any:
-        """The processor of a checkpoint folder, made here: transformers has none without remote code.
-
-        Raises:
-            LVLMError: files that are missing or malformed.
-        """
-        # Imported here: it needs transformers, and the models do not.
-        from lvlm_jax.processors.qwen_vl import QwenVlProcessor
-
-        return QwenVlProcessor.from_folder(folder, self)
 
     def mark_images(self, prompt: np.ndarray) -> np.ndarray:
         """The prompt with placeholders between each <img> and </img>.
@@ -176,13 +160,8 @@ class QwenVlConfig:
             LVLMError: pixels of another shape, or that are not finite.
         """
         del prompts
-        pixels = joined(parts, "pixel_values")
-        if pixels is None:
-            return None
-        side = self.vision.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [images, 3, {side}, {side}]")
-        return whole_pictures(pixels, self.tokens_per_image)
+        pixels = square_pixels(parts, self.vision.image_size)
+        return None if pixels is None else whole_pictures(pixels, self.tokens_per_image)
 
     def blank(self) -> Pictures:
         """One empty image, as `pictures` would give it."""
@@ -269,18 +248,17 @@ def _count(name: str, value: Any) -> int:
     return value
 
 
+@family("qwen_vl", published_as="qwen")
 class QwenVl(VisionLanguageModel):
     """Qwen-VL."""
 
     config: QwenVlConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         config = self.config
         self.vision_tower = QwenVisionTower(config.vision, self.dtype)
         self.connector = Resampler(
-            config.tokens_per_image, config.text.hidden_size, config.vision.layer_norm_eps, self.dtype
+            config.queries, config.text.hidden_size, config.vision.layer_norm_eps, self.dtype
         )
         self.language_model = Decoder(config.text, self.dtype, self.remat)
 

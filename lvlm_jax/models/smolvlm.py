@@ -13,16 +13,15 @@ pictures have two between them, one that closes and one that opens. In prompts o
 import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import DecoderConfig, decoder_config, special_tokens
+from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import VisionLanguageModel
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear
 from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, gathered, square_map
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
@@ -35,35 +34,21 @@ VISION_TYPES = (
 )  # one tower, as files have named it
 
 
-@dataclasses.dataclass(frozen=True)
-class SmolVlmConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmolVlmConfig(FamilyConfig):
     """SmolVLM or Idefics3: SigLIP tower, pixel shuffle, LLaMA-like decoder.
 
     Attributes:
         scale: side, in patches, of the square whose channels become one image token.
-        eos_token_ids: tokens that end an answer.
-        bos_token_id: what a prompt begins with; -1 for none.
         model_type: "smolvlm" or "idefics3", which differ in name only.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
     """
 
-    text: DecoderConfig
     vision: SiglipConfig
-    image_token_id: int
     scale: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    bos_token_id: int = -1
     model_type: str = "smolvlm"
-    hf: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def processor_name(self) -> str:
-        """The class of transformers that reads the processor.
-
-        SmolVLM's own makes the same of pictures and text, and asks for packages that only videos need.
-        """
-        return "Idefics3Processor"
+    # SmolVLM's own makes the same of pictures and text, and asks for packages that only videos need.
+    processor_name: ClassVar[str] = "Idefics3Processor"
+    tiled: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "SmolVlmConfig":
@@ -245,12 +230,11 @@ def patch_positions(mask: np.ndarray, side: int) -> np.ndarray:
     return np.where(mask, positions, 0).reshape(len(mask), -1).astype(np.int32)
 
 
+@family("smolvlm", "idefics3")
 class SmolVlm(VisionLanguageModel):
     """SmolVLM and Idefics3."""
 
     config: SmolVlmConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     def setup(self):
         self.vision_tower = SiglipTower(self.config.vision, self.dtype)

@@ -15,6 +15,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, opera
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.planning import programs
 from lvlm_jax.planning.programs import Compiled, Program, size
@@ -25,7 +26,7 @@ from lvlm_jax.weights import quantize
 TEXT_BEFORE, TEXT_BEHIND = 8, 40  # tokens around the images, as in a chat template with a question
 
 
-def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
     """Images, embedding, what a method primes itself with, prefill, decoding.
 
     Args:
@@ -123,7 +124,7 @@ def inference(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program,
     return tuple(found)
 
 
-def parameters(config: Any, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:
+def parameters(config: FamilyConfig, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:
     """The shapes of a model's parameters where `LVLM.from_pretrained` puts them."""
     params = abstract(config, dtype)
     if quant is not None:
@@ -139,12 +140,12 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def abstract(config: Any, dtype: str) -> dict:
+def abstract(config: FamilyConfig, dtype: str) -> dict:
     """`models.abstract_parameters`, which traces the whole model, once for each configuration."""
     return models.abstract_parameters(config, dtype)
 
 
-def example(job: Any, config: Any, rows: int) -> Inputs:
+def example(job: Any, config: FamilyConfig, rows: int) -> Inputs:
     """So many prompts of the wanted size: some text, the images, text. Pixels take no memory.
 
     Raises:
@@ -174,7 +175,7 @@ def example(job: Any, config: Any, rows: int) -> Inputs:
     )
 
 
-def pictures(config: Any, count: int) -> Pictures | None:
+def pictures(config: FamilyConfig, count: int) -> Pictures | None:
     """So many of the smallest images of a family, which for families with images of one size are those."""
     if count == 0:
         return None

@@ -26,6 +26,7 @@ import jax
 from lvlm_jax import models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.planning.devices import Device
 from lvlm_jax.planning.inference import abstract, inference
 from lvlm_jax.planning.programs import Program
@@ -79,7 +80,7 @@ class Job:
     """
 
     name: str
-    config: Any
+    config: FamilyConfig
     devices: int = 1
     mesh: tuple[int, int, int] = (1, 1, -1)
     dtype: str = "bfloat16"
@@ -196,7 +197,7 @@ def alike_in_all_layers(method: Method | None, layers: int) -> bool:
     return all(found[2:] == found[:-2] for found in active) and not method.exits(layers)
 
 
-def at_depth(config: Any, layers: int) -> Any:
+def at_depth(config: FamilyConfig, layers: int) -> FamilyConfig:
     """The same model with fewer layers in its decoder."""
     text = config.text
     windows = text.sliding_window[:layers]
@@ -239,5 +240,5 @@ def read(name: str) -> tuple[str, Any, Path | None]:
     )
 
 
-def _count(config: Any) -> float:
+def _count(config: FamilyConfig) -> float:
     return float(sum(leaf.size for leaf in jax.tree.leaves(abstract(config, "float32"))))

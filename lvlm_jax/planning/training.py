@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lvlm_jax import models
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.planning import programs
 from lvlm_jax.planning.inference import abstract, example, placed
 from lvlm_jax.planning.programs import Program, size
@@ -23,7 +24,7 @@ from lvlm_jax.weights.tables import flatten, unflatten
 RECIPES = ("sft", "dpo", "capl")
 
 
-def training(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
     """One update of all rows of a batch.
 
     Args:
@@ -58,7 +59,7 @@ def training(job: Any, config: Any, mesh: Mesh, native: bool) -> tuple[Program, 
     return (Program("step", held, made.orders, made.flops, moved, told.received, told.count),)
 
 
-def divided(job: Any, config: Any, mesh: Mesh) -> tuple[Any, Any, float]:
+def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float]:
     """(trainable, frozen, kept): shapes as `finetune` divides a model, and the bytes that it holds beside them.
 
     The loop trains a copy, so that what it was given stays: the adapters as they were drawn, or with full fine-tuning
@@ -88,7 +89,7 @@ def divided(job: Any, config: Any, mesh: Mesh) -> tuple[Any, Any, float]:
     return trainable, frozen, size(trainable)
 
 
-def batch(job: Any, config: Any, mesh: Mesh) -> dict[str, Any]:
+def batch(job: Any, config: FamilyConfig, mesh: Mesh) -> dict[str, Any]:
     """The shapes of a batch as `pair_batches` makes them, and where they lie."""
     of = job.training
     length, answers = row_length(job, config), bucket(job.new_tokens)
@@ -120,17 +121,17 @@ def batch(job: Any, config: Any, mesh: Mesh) -> dict[str, Any]:
     return placed(found, placement.of_batch(found, mesh, of.accumulate))
 
 
-def row_length(job: Any, config: Any) -> int:
+def row_length(job: Any, config: FamilyConfig) -> int:
     """Tokens of a row, prompt and answer, as batches are padded."""
     return bucket(int(example(job, config, 1).lengths.max()) + job.new_tokens)
 
 
-def tokens(job: Any, config: Any) -> int:
+def tokens(job: Any, config: FamilyConfig) -> int:
     """Of all rows of an update."""
     return job.batch * row_length(job, config) * (1 if job.training.recipe == "sft" else 2)
 
 
-def _objective(job: Any, config: Any, defaults: ConfigDict) -> tuple[Any, dict[str, float]]:
+def _objective(job: Any, config: FamilyConfig, defaults: ConfigDict) -> tuple[Any, dict[str, float]]:
     module = models.build(config, jnp.dtype(job.dtype), remat=job.training.remat)
     if job.training.recipe == "sft":
         return functools.partial(sft.metrics, module), {"loss": 1.0}

@@ -23,6 +23,8 @@ from ml_collections import ConfigDict
 from lvlm_jax import models, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.models.config import DecoderConfig
+from lvlm_jax.models.llava import LlavaConfig
 from lvlm_jax.pocket import recipe_data as pocket_data
 from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.pocket import tokenizer
@@ -72,7 +74,7 @@ def hf_config(settings: Any, encoder: Any) -> dict:
     }
 
 
-def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
+def initial_parameters(config: LlavaConfig, seed: int) -> dict:
     """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length, half the heads alike."""
     depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
     shapes = models.abstract_parameters(config)
@@ -100,7 +102,7 @@ def initial_parameters(config: models.LlavaConfig, seed: int) -> dict:
     return params
 
 
-def _look_for_alike(attention: dict, config: models.DecoderConfig) -> None:
+def _look_for_alike(attention: dict, config: DecoderConfig) -> None:
     """Lets the first half of a layer's heads begin by attending to tokens like their own, in place.
 
     With equal query and key projections a token's logit with its like is far above that with others (mimetic

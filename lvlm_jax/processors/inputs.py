@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.layout import Inputs, lay_out
 
@@ -25,15 +26,6 @@ class EncodedImage:
 
     pixels: np.ndarray
     tokens: np.ndarray
-
-
-def encodes_ahead(config: Any) -> bool:
-    """Whether image tokens follow from the picture alone and all pictures take as many, so that they can be reused.
-
-    Families for which they do not (tokens that depend on the picture's size or on the instruction) have no
-    `tokens_per_image`.
-    """
-    return hasattr(config, "tokens_per_image")
 
 
 def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:
@@ -72,7 +64,9 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
     return list(messages)
 
 
-def from_messages(processor: Any, config: Any, messages: Conversation | Sequence[Conversation]) -> Inputs:
+def from_messages(
+    processor: Any, config: FamilyConfig, messages: Conversation | Sequence[Conversation]
+) -> Inputs:
     """Lays out HF chat messages through the checkpoint's own processor.
 
     A conversation that ends with an assistant message is continued, any other gets the prompt for an answer.
@@ -129,7 +123,7 @@ def image_marker(processor: Any) -> str:
 
 
 def processed(
-    processor: Any, config: Any, text: str, images: Sequence[Any]
+    processor: Any, config: FamilyConfig, text: str, images: Sequence[Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Token ids `Int[T]` of a text, and what the processor makes of its images; no arrays without images.
 
@@ -137,7 +131,7 @@ def processed(
         images: PIL images, one for each marker in the text.
     """
     # Some processors treat an image that comes alone in another way.
-    given = [images] if images and getattr(config, "nested_images", False) else images
+    given = [images] if images and config.nested_images else images
     arrays = dict(processor(images=given or None, text=text, return_tensors="np"))
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
@@ -178,7 +172,7 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
     return bare, images
 
 
-def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
+def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     """Lays out what a HF processor returns: `input_ids`, optional `attention_mask`, and what it made of the images.
 
     Padding may be on either side. Prompts whose placeholders are not yet expanded (one per image) are expanded.
@@ -213,18 +207,14 @@ def from_arrays(arrays: Mapping[str, Any], config: Any) -> Inputs:
 
 
 def with_placeholders(
-    prompts: Sequence[np.ndarray], parts: Sequence[Mapping[str, Any]], config: Any
+    prompts: Sequence[np.ndarray], parts: Sequence[Mapping[str, Any]], config: FamilyConfig
 ) -> list[np.ndarray]:
     """Prompts with placeholders where images belong, also in families whose tokenizer or processor writes others.
 
     Args:
         parts: what the processor made of the images.
     """
-    if hasattr(config, "mark_images"):  # a family whose tokenizer writes other tokens in the place of images
-        prompts = [config.mark_images(prompt) for prompt in prompts]
-    if hasattr(config, "placed"):  # a family whose processor may leave placeholders out
-        prompts = config.placed(parts, prompts)
-    return list(prompts)
+    return list(config.placed(parts, [config.mark_images(prompt) for prompt in prompts]))
 
 
 def _lay_out(
@@ -232,7 +222,7 @@ def _lay_out(
     columns: list[np.ndarray] | None,
     width: int,
     parts: Sequence[Mapping[str, Any]],
-    config: Any,
+    config: FamilyConfig,
 ) -> Inputs:
     given, prompts = prompts, with_placeholders(prompts, parts, config)
     if any(len(prompt) != len(before) for prompt, before in zip(prompts, given, strict=True)):

@@ -8,8 +8,11 @@ of the parts that are there.
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.processors.text import processor_class
+from lvlm_jax.models.internvl import InternVlConfig
+from lvlm_jax.processors.load import processor_class
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
 
@@ -33,18 +36,16 @@ _CHAT = (
 )
 
 
-def load_chat_processor(folder: Path, config: Any) -> Any:
+def load(folder: Path, config: InternVlConfig) -> Any:
     """transformers' InternVL processor, made of a folder's tokenizer and the model's configuration.
 
-    Args:
-        folder: the checkpoint folder.
-        config: an `InternVlConfig` with a `template`.
+    None for a checkpoint whose configuration has no `template`: transformers reads its processor itself.
 
     Raises:
         LVLMError: an unknown template, no readable tokenizer, or one without the image token.
     """
-    import transformers
-
+    if config.template is None:
+        return None
     if config.template not in _SYSTEM:
         raise LVLMError(
             f"the chat template {config.template!r} of {folder} is not supported; expected {' or '.join(_SYSTEM)}; "
@@ -84,8 +85,6 @@ def _tokenizer(folder: Path) -> Any:
     Raises:
         LVLMError: one that transformers carries no code for, or that cannot be read.
     """
-    import transformers
-
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     kind = settings.get("tokenizer_class", "")
@@ -113,7 +112,6 @@ def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
 
     Text before and after a special token is encoded on its own, with a blank before it if the file says so.
     """
-    import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 

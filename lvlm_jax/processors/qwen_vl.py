@@ -16,9 +16,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.qwen_vl import QwenVlConfig
 from lvlm_jax.weights.checkpoint import read_json
 
 RANKS = "qwen.tiktoken"
+FILES = (RANKS,)
 END_OF_TEXT = "<|endoftext|>"
 IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
 CONTROLS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
@@ -78,6 +80,27 @@ TEMPLATES = {
 }
 
 
+def load(folder: Path, config: QwenVlConfig) -> "QwenVlProcessor":
+    """The processor of a checkpoint folder.
+
+    Args:
+        folder: with `qwen.tiktoken`, and `chat_template.jinja` or a `chat_format` in `generation_config.json`.
+        config: its configuration.
+
+    Raises:
+        LVLMError: files that are missing, malformed, or of another vocabulary than the configuration.
+    """
+    tokenizer = build_tokenizer(read_ranks(folder / RANKS))
+    start = tokenizer.convert_tokens_to_ids(IMAGE_START)
+    if start != config.image_start_id:
+        raise LVLMError(
+            f"{folder / RANKS} makes {IMAGE_START} token {start}, and config.json has image_start_id "
+            f"{config.image_start_id}; take both from the same repository"
+        )
+    template = chat_template(folder)
+    return QwenVlProcessor(tokenizer, config.vision.image_size, config.tokens_per_image, template)
+
+
 class QwenVlImages:
     """Pictures to pixels: stretched to a square, bicubic, then CLIP's mean and deviation.
 
@@ -118,28 +141,6 @@ class QwenVlProcessor:
         self.image_processor = QwenVlImages(side)
         self.tokens_per_image = tokens_per_image
         self.chat_template = chat_template
-
-    @classmethod
-    def from_folder(cls, folder: Path, config: Any) -> "QwenVlProcessor":
-        """The processor of a checkpoint folder.
-
-        Args:
-            folder: with `qwen.tiktoken`, and `chat_template.jinja` or a `chat_format` in `generation_config.json`.
-            config: its `QwenVlConfig`.
-
-        Raises:
-            LVLMError: files that are missing, malformed, or of another vocabulary than the configuration.
-        """
-        folder = Path(folder)
-        tokenizer = build_tokenizer(read_ranks(folder / RANKS))
-        start = tokenizer.convert_tokens_to_ids(IMAGE_START)
-        if start != config.image_start_id:
-            raise LVLMError(
-                f"{folder / RANKS} makes {IMAGE_START} token {start}, and config.json has image_start_id "
-                f"{config.image_start_id}; take both from the same repository"
-            )
-        template = chat_template(folder)
-        return cls(tokenizer, config.vision.image_size, config.tokens_per_image, template)
 
     def apply_chat_template(self, messages: Sequence[dict], **options: Any) -> Any:
         """A conversation as text (or tokens): see `apply_chat_template` of transformers' tokenizers."""

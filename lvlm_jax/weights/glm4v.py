@@ -1,6 +1,7 @@
 """The key table of GLM-4.1V. Gate and up projections of the decoder are one tensor, queries, keys and values of the
 tower too. Every version of transformers writes the same names."""
 
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.qwen2_vl import LAYER, THEIR_LAYER, VOLUME, attention_rows
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, Piece, Row, Table
@@ -13,7 +14,7 @@ NORMS = {
 }
 
 
-def _halves(config) -> tuple[int, ...]:
+def _halves(config: FamilyConfig) -> tuple[int, ...]:
     return 1, 1
 
 

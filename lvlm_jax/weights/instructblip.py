@@ -4,11 +4,12 @@ The names are one and the same in the Salesforce repositories of the hub, in fil
 model's memory. The tower's queries, keys and values are fused.
 """
 
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, Piece, Row, Table
 
 
-def _thirds(config) -> tuple[int, ...]:
+def _thirds(config: FamilyConfig) -> tuple[int, ...]:
     return (1, 1, 1)
 
 

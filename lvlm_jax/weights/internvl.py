@@ -1,5 +1,6 @@
 """The key table of InternVL: a LLaMA-like decoder, an InternViT, a connector with a norm; two layouts of each."""
 
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, Piece, Row, Table
 
@@ -73,7 +74,7 @@ def _chat_vision_rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _internlm2_shares(config) -> tuple[int, ...]:
+def _internlm2_shares(config: FamilyConfig) -> tuple[int, ...]:
     """InternLM2 keeps, for every key head, its query heads, then it, then its value head."""
     return config.text.num_heads // config.text.num_kv_heads, 1, 1
 
@@ -101,7 +102,7 @@ def _scheme(decoder: str, head: str, vision: str, connector: str, numbers: tuple
     return {"decoder": decoder, "head": head, "vision": vision, **connectors}
 
 
-def _unread(config) -> tuple[str, ...]:
+def _unread(config: FamilyConfig) -> tuple[str, ...]:
     """The tower's layers and norm behind the hidden state that is read."""
     layers = config.vision.num_layers
     if config.feature_layer > layers:

@@ -1,5 +1,6 @@
 """The key table of LLaVA-1.5: a LLaMA-like decoder, a CLIP vision tower, a two-layer connector."""
 
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, clip_rows, decoder_rows
 from lvlm_jax.weights.tables import LINEAR, Row, Table
 
@@ -14,7 +15,7 @@ def _scheme(decoder: str, head: str, vision: str, connector: str, numbers: tuple
     }
 
 
-def _unread(config) -> tuple[str, ...]:
+def _unread(config: FamilyConfig) -> tuple[str, ...]:
     """What no chosen feature layer reads: the tower's last layers.
 
     Hidden state 0 is the embedding and hidden state i the output of layer i - 1, so reading hidden state i takes the

@@ -17,6 +17,7 @@ import numpy as np
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights import internvl_chat, original, quantize
 from lvlm_jax.weights.checkpoint import open_files, read_json, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
@@ -53,7 +54,7 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
 
 def load_parameters(
     folder_or_files: Files,
-    config,
+    config: FamilyConfig,
     dtype=None,
     sharding: Sharding | Place | Mapping | None = None,
     vision_tower: str | os.PathLike | None = None,

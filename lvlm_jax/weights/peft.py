@@ -24,6 +24,7 @@ from jaxtyping import Float
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.layers import LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint
@@ -60,7 +61,7 @@ _HARMLESS_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
-    folder: str | os.PathLike, params: Mapping, config, base_model_name: str | None = None
+    folder: str | os.PathLike, params: Mapping, config: FamilyConfig, base_model_name: str | None = None
 ) -> Path:
     """Writes the adapters that a parameter tree holds, for `peft.PeftModel.from_pretrained` and `load_adapter`.
 
@@ -105,7 +106,7 @@ def save_adapter(
     return folder
 
 
-def load_adapter(folder: str | os.PathLike, params: Mapping, config) -> dict:
+def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfig) -> dict:
     """Reads an adapter onto parameters, beside the kernels it belongs to and unmerged.
 
     Args:
@@ -177,13 +178,13 @@ class Adapted:
         paths = sorted(parts, key=lambda path: parts[path].index if parts[path] else 0)
         return cls(tuple(paths), tuple(parts[path] for path in paths))
 
-    def shape(self, kernels: Mapping, config) -> tuple[int, int]:
+    def shape(self, kernels: Mapping, config: FamilyConfig) -> tuple[int, int]:
         """Inputs and outputs of the module; kernels are `layers.matrices`."""
         _, (rows, columns) = kernels[self.paths[0]]
         piece = self.pieces[0]
         return rows, columns if piece is None else piece.whole((columns,), config)[0]
 
-    def joined(self, flat: Mapping, config) -> Factors:
+    def joined(self, flat: Mapping, config: FamilyConfig) -> Factors:
         """One adapter for the module; of a fused one, that of a single A where all of its projections share it."""
         own = [
             Factors(flat[f"{path}/lora_a"], flat[f"{path}/lora_b"], float(flat[f"{path}/lora_scale"]))

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
@@ -34,7 +35,7 @@ class Source:
     name: str
     axes: Axes
     appended: int = 0
-    piece: tuple[Piece, Any] | None = None
+    piece: tuple[Piece, FamilyConfig] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ class Faults:
 
 def plan(
     where: Any,
-    config,
+    config: FamilyConfig,
     expected: Mapping[str, tuple[int, ...]],
     files: Sequence[TensorFile],
     tower: Sequence[TensorFile] = (),
@@ -134,7 +135,13 @@ def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[Tensor
 
 
 def _match(
-    table: Table, config, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
+    table: Table,
+    config: FamilyConfig,
+    paths,
+    files,
+    sources: dict[str, Source],
+    faults: Faults,
+    passed_over=None,
 ) -> None:
     """Adds the source of every parameter found in `files`, whatever the naming scheme."""
     by_name: dict[str, list[tuple[str, Row]]] = {}

@@ -1,5 +1,6 @@
 """The key table of Qwen2-VL: a tower over patches with fused query, key and value, a merger, a Qwen2 decoder."""
 
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import Axes, Piece, Row, Table
 
@@ -13,7 +14,7 @@ VOLUME: Axes = (
 LAYER, THEIR_LAYER = "vision_tower/layers_{i}", "blocks.{i}"
 
 
-def thirds(config) -> tuple[int, ...]:
+def thirds(config: FamilyConfig) -> tuple[int, ...]:
     """The shares of query, key and value in a fused tensor."""
     return 1, 1, 1
 

@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_json
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.quantize import refuse
@@ -54,7 +54,7 @@ _CHECKPOINT_FILES = (
 def save_checkpoint(
     folder: str | os.PathLike,
     params: dict,
-    config,
+    config: FamilyConfig,
     processor_source: str | os.PathLike | None = None,
     dtype=None,
     scheme: str = "hub",
@@ -109,7 +109,7 @@ def save_checkpoint(
     return folder
 
 
-def stored_shapes(config, scheme: str = "hub") -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: FamilyConfig, scheme: str = "hub") -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of the Hugging Face checkpoint of a configuration under one of its naming schemes."""
     tensors = _tensors(models.abstract_parameters(config), config, scheme, None)
     return {name: tensor.shape for name, tensor in tensors.items()}
@@ -140,7 +140,7 @@ class _Tensor:
     parts: list[tuple[Row, jax.Array]]
     dtype: np.dtype
     shape: tuple[int, ...]
-    config: Any
+    config: FamilyConfig
 
     def host(self) -> np.ndarray:
         """The tensor in the order of axes of Hugging Face."""
@@ -153,7 +153,7 @@ class _Tensor:
         return np.ascontiguousarray(whole, self.dtype)
 
 
-def _tensors(params: dict, config, scheme: str, dtype) -> dict[str, _Tensor]:
+def _tensors(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
     """tensor name -> the tensor."""
     table = table_for(config)
     if scheme not in table.schemes:
@@ -209,7 +209,7 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _hf_config(config, dtypes: set[np.dtype]) -> dict:
+def _hf_config(config: FamilyConfig, dtypes: set[np.dtype]) -> dict:
     """`config.hf` with the dtype that is saved; a mixture is left to what the files say."""
     hf = json.loads(json.dumps(config.hf))
     if len(dtypes) == 1:
@@ -222,7 +222,7 @@ def _hf_config(config, dtypes: set[np.dtype]) -> dict:
     return hf
 
 
-def _generation_config(config, processor_source) -> dict:
+def _generation_config(config: FamilyConfig, processor_source) -> dict:
     if processor_source is not None and (Path(processor_source) / "generation_config.json").is_file():
         return read_json(Path(processor_source) / "generation_config.json")
     eos = list(config.eos_token_ids)

@@ -10,9 +10,10 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
+
+from lvlm_jax.models.family import FamilyConfig
 
 Axes = tuple[int, ...] | None
 
@@ -47,24 +48,24 @@ class Piece:
     """
 
     index: int
-    shares: Callable[[Any], tuple[int, ...]]
-    groups: Callable[[Any], int] = lambda config: 1
+    shares: Callable[[FamilyConfig], tuple[int, ...]]
+    groups: Callable[[FamilyConfig], int] = lambda config: 1
 
-    def take(self, whole: np.ndarray, config: Any) -> np.ndarray:
+    def take(self, whole: np.ndarray, config: FamilyConfig) -> np.ndarray:
         """The piece of a whole tensor: a view where it is one run, as for a single group."""
         shares, groups = self.shares(config), self.groups(config)
         start, size = sum(shares[: self.index]), shares[self.index]
         split = whole.reshape(groups, sum(shares), -1, *whole.shape[1:])
         return split[:, start : start + size].reshape(-1, *whole.shape[1:])
 
-    def shape(self, whole: tuple[int, ...], config: Any) -> tuple[int, ...]:
+    def shape(self, whole: tuple[int, ...], config: FamilyConfig) -> tuple[int, ...]:
         """The shape of the piece of a tensor of shape `whole`; () where that cannot be cut in that way."""
         shares = self.shares(config)
         if not whole or whole[0] % (self.groups(config) * sum(shares)):
             return ()
         return whole[0] // sum(shares) * shares[self.index], *whole[1:]
 
-    def whole(self, shape: tuple[int, ...], config: Any) -> tuple[int, ...]:
+    def whole(self, shape: tuple[int, ...], config: FamilyConfig) -> tuple[int, ...]:
         """The shape of the tensor whose piece has this one: the inverse of `shape`."""
         shares = self.shares(config)
         return shape[0] // shares[self.index] * sum(shares), *shape[1:]
@@ -120,7 +121,7 @@ class Table:
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
     vocabulary: tuple[str, ...] = ()
-    optional: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    optional: Callable[[FamilyConfig], tuple[str, ...]] = lambda config: ()
     tower: "Table | None" = None
     own: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
 
@@ -185,7 +186,7 @@ def _check_names(rows: Iterable[Row]) -> None:
             raise ValueError(f"the rows of the fused tensor {name} do not make it whole")
 
 
-def table_for(config) -> Table:
+def table_for(config: FamilyConfig) -> Table:
     """The key table of a configuration's model family."""
     return importlib.import_module(f"lvlm_jax.weights.{config.model_type.replace('-', '_')}").TABLE
 

@@ -65,6 +65,6 @@ def test_how_the_view_of_the_whole_is_fitted():
     assert processor.do_center_crop
     tiled = models.config_from_hf(test_llava_next_parity.config_of().to_dict())
     assert overlay.fitted(model(tiled), 1) == "stretch"
-    assert overlay.fitted(model(SimpleNamespace()), 1) == "crop"
-    together = SimpleNamespace(nested_images=True, tiling=None)
+    assert overlay.fitted(model(SimpleNamespace(nested_images=False, tiled=False)), 1) == "crop"
+    together = SimpleNamespace(nested_images=True, tiled=True)
     assert [overlay.fitted(model(together), images) for images in (1, 2)] == ["stretch", "pad"]

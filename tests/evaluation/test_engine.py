@@ -147,9 +147,9 @@ def test_pictures_that_do_not_fit_are_encoded_again(questions):
 
 
 def test_models_whose_image_tokens_depend_on_the_prompt_get_plain_pictures(questions):
-    """Their configuration has no `tokens_per_image`; nothing is encoded, and batches do not matter either."""
+    """Their `tokens_per_image` is None; nothing is encoded, and batches do not matter either."""
     oracle = Oracle()
-    oracle.config = SimpleNamespace()
+    oracle.config = SimpleNamespace(tokens_per_image=None)
     paths = [question.images[0] for question in questions[:7]]
     with Pictures(oracle, paths, 3, remembered=28 * 28 * 3) as pictures:
         for path in paths * 2:

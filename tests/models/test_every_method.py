@@ -19,7 +19,7 @@ import pytest
 
 from lvlm_jax import methods, models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import branches, drivers
+from lvlm_jax.generation import drivers
 from lvlm_jax.models.pictures import bucketed
 from tests.compiler import optimised
 from tests.models import zoo
@@ -242,7 +242,7 @@ def test_the_other_picture_stands_in_the_place_of_each(load):
         asked.append((height, width))
         return np.arange(3 * height * width, dtype=np.float32).reshape(3, height, width)
 
-    pixels = branches.shown(case.model.config, prompt, picture)
+    pixels = case.model.config.shown(prompt.pictures, picture)
     side = vision.patch_size
     assert asked == [(4 * side, 20 * side), (8 * side, 4 * side), (4 * side, 4 * side)]
     assert pixels.shape == prompt.pixels.shape and not pixels[~prompt.geometry["valid"]].any()
@@ -252,7 +252,7 @@ def test_the_other_picture_stands_in_the_place_of_each(load):
     np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
     tiles = load("internvl")
     np.testing.assert_array_equal(
-        branches.shown(tiles.model.config, tiles.prompt(), picture)[3],
+        tiles.model.config.shown(tiles.prompt().pictures, picture)[3],
         picture(*tiles.prompt().pixels.shape[2:]),
     )
 

@@ -276,7 +276,7 @@ def test_every_tensor_of_the_full_size_classes_maps_by_exactly_one_row(size, voc
     assert stored_shapes(config, "state_dict") == {name: tuple(t.shape) for name, t in state.items()}
     assert sum(tensor.numel() for tensor in state.values()) / 1e9 == pytest.approx(billions, abs=0.01)
     assert config.image_token_id == (32001 if image is None else image)
-    assert not hasattr(config, "tokens_per_image")
+    assert config.tokens_per_image is None
     # The numbers of the first LLaMA conversion are one below the tokenizer's, and padding is none.
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (2, (2,), 0)
     assert config.stop_tokens({"eos_token_id": 1}) == config.stop_tokens({}) == (2,)

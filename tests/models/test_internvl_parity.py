@@ -11,7 +11,7 @@ from transformers import (
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.processors.text import processor_class
+from lvlm_jax.processors.load import processor_class
 from lvlm_jax.weights.save import stored_shapes
 from tests.models.internvl_checkpoints import IMAGE_TOKEN, build, configuration, random_inputs
 from tests.models.siglip_checkpoints import (

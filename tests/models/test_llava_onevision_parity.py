@@ -16,7 +16,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket.tokenizer import CHAT_TEMPLATE
-from lvlm_jax.processors import text
+from lvlm_jax.processors.load import processor_class
 from lvlm_jax.weights.save import stored_shapes
 from tests import small
 from tests.models import tile_checkpoints as tiles
@@ -62,7 +62,7 @@ VARIETIES = {
 def build_processor():
     """Transformers' processor; the part for videos, which needs torchvision, is left out."""
     config = models.config_from_hf(config_of().to_dict())
-    return text.processor_class(config)(
+    return processor_class(config)(
         image_processor=LlavaOnevisionImageProcessorPil(
             size={"height": tiles.TILE, "width": tiles.TILE}, image_grid_pinpoints=RESOLUTIONS
         ),

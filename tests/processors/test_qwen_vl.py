@@ -14,7 +14,8 @@ from PIL import Image
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.processors import text
-from lvlm_jax.processors.qwen_vl import QwenVlProcessor, build_tokenizer, read_ranks
+from lvlm_jax.processors.load import has_processor, load_processor
+from lvlm_jax.processors.qwen_vl import build_tokenizer, read_ranks
 from tests.models import qwen_vl_checkpoints as checkpoints
 from tests.models.qwen_vl_checkpoints import PUBLISHED, VARIETIES
 
@@ -184,7 +185,7 @@ def test_chat_text(model):
 
 def test_text_of_the_base_model(tmp_path, model):
     write_files(tmp_path, "raw")
-    render = QwenVlProcessor.from_folder(tmp_path, model.config).apply_chat_template
+    render = load_processor(tmp_path, model.config).apply_chat_template
     conversation = [
         {"role": "user", "content": parts(picture(0), "Is it a cat? Answer:")},
         {"role": "assistant", "content": parts(" yes")},
@@ -198,7 +199,7 @@ def test_text_of_the_base_model(tmp_path, model):
 def test_a_template_beside_the_weights_wins(tmp_path, model):
     write_files(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    processor = QwenVlProcessor.from_folder(tmp_path, model.config)
+    processor = load_processor(tmp_path, model.config)
     assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi!"
 
 
@@ -242,7 +243,7 @@ def test_answers_are_text_and_end_with_the_turn(model):
 
 def test_a_saved_checkpoint_keeps_its_processor(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "saved")
-    assert text.has_processor(folder)
+    assert has_processor(folder, model.config)
     conversation = [{"role": "user", "content": parts(picture(0), "What?")}]
     again = LVLM({}, model.config, folder).prepare(conversation)
     np.testing.assert_array_equal(again.tokens, model.prepare(conversation).tokens)
@@ -266,15 +267,15 @@ def test_calls_that_are_refused(model):
 
 def test_files_that_are_refused(tmp_path, model):
     with pytest.raises(LVLMError, match="cannot read .*qwen.tiktoken"):
-        text.load_processor(tmp_path, model.config)
+        load_processor(tmp_path, model.config)
     write_files(tmp_path, "other")
     with pytest.raises(LVLMError, match="chat_format .* is 'other'"):
-        text.load_processor(tmp_path, model.config)
+        load_processor(tmp_path, model.config)
     with pytest.raises(LVLMError, match="image_start_id 151857"):
-        text.load_processor(tmp_path, models.config_from_hf(PUBLISHED))
+        load_processor(tmp_path, models.config_from_hf(PUBLISHED))
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(LVLMError, match="chat_format .* is None"):
-        text.load_processor(tmp_path, model.config)
+        load_processor(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(

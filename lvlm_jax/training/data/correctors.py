@@ -113,6 +113,7 @@ def from_function(name: str) -> Corrector:
             )
         return corrected
 
-    source = getattr(config_files.user_module(name, "corrector"), "__file__", None)
+    module = config_files.user_module(name, "corrector")
+    source = getattr(module, "__file__", None)
     record = {"kind": "function", "name": name, "sha256": file_hash(source) if source else None}
     return Corrector(correct, record, logged=True)

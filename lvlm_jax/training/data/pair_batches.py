@@ -25,6 +25,7 @@ import numpy as np
 from absl import logging
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs
 from lvlm_jax.processors.images import image_size, open_image
@@ -79,7 +80,7 @@ class Encoder:
     """
 
     processor: Any
-    config: Any
+    config: FamilyConfig
 
     def pair(self, pair: Pair) -> Row:
         """A pair's two sequences: the prompt, and behind it an answer to be learned.
@@ -97,7 +98,7 @@ class Encoder:
             LVLMError: as `pair`; or several answers about pictures that the model reads anew with each question.
         """
         answers = sum(message["role"] == "assistant" for message in conversation.messages)
-        if answers > 1 and conversation.images and hasattr(self.config, "instructed"):
+        if answers > 1 and conversation.images and self.config.reads_instruction:
             raise LVLMError(
                 f"row {conversation.id} has {answers} answers about its pictures, which {self.config.model_type} "
                 "reads anew with each question; give each answer a row of its own, as the chosen one of a pair"
@@ -146,7 +147,7 @@ class Encoder:
 
     def _placeholders(self, example: Pair | Conversation) -> Placeholders:
         try:
-            if inputs.encodes_ahead(self.config):  # whatever their sizes
+            if self.config.tokens_per_image is not None:  # whatever their sizes
                 sizes = ((1, 1),) * len(example.images)
             else:
                 sizes = tuple(image_size(image) for image in pictures_of(example.images))

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs
 from lvlm_jax.training.data.answer_tokens import Tokens
@@ -63,7 +64,7 @@ class Placeholders:
         first, *rest = text.split(self.marker)
         return first + "".join(written + piece for written, piece in zip(self.texts, rest, strict=False))
 
-    def laid_out(self, tokens: Tokens, config: Any) -> Runs:
+    def laid_out(self, tokens: Tokens, config: FamilyConfig) -> Runs:
         """A sequence as the model of `config` reads it.
 
         Raises:
@@ -104,7 +105,7 @@ class _Overheard:
         return getattr(self.tokenizer, name)
 
 
-def placeholders(processor: Any, config: Any, sizes: Sequence[tuple[int, int]]) -> Placeholders:
+def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int, int]]) -> Placeholders:
     """What stands for the pictures of one row.
 
     Args:
@@ -116,7 +117,7 @@ def placeholders(processor: Any, config: Any, sizes: Sequence[tuple[int, int]]) 
         LVLMError: a size that the family cannot read.
     """
     marker, count = inputs.image_marker(processor), len(sizes)
-    if not count or inputs.encodes_ahead(config):
+    if not count or config.tokens_per_image is not None:
         text = getattr(processor, "full_image_sequence", marker)
         each = config.tokens_per_image if count else 0
         return Placeholders(marker, (text,) * count, np.full(count, each))

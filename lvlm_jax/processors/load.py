@@ -1,0 +1,96 @@
+"""Loading a checkpoint's processor: through transformers, or through a file of this folder named after the family.
+
+Where transformers has no class, or none that works without remote code, `processors/<model_type>.py` holds a function
+`load(folder, config)` that makes a processor; it may return None and leave a checkpoint to transformers. A constant
+`FILES` in it names the files that tell of a processor, where they are not transformers' own.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
+
+FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def has_processor(folder: Path, config: FamilyConfig) -> bool:
+    """Whether a checkpoint folder of a model of this configuration carries a processor."""
+    names = getattr(_own(config), "FILES", FILES)
+    return any((folder / name).is_file() for name in names)
+
+
+def load_processor(folder: Path, config: FamilyConfig) -> Any:
+    """The checkpoint's own processor, with the fields that older checkpoints leave out taken from the configuration.
+
+    Raises:
+        LVLMError: no processor files, or files that cannot be read.
+    """
+    own = _own(config)
+    if own is not None and (processor := own.load(folder, config)) is not None:
+        return processor
+    if not has_processor(folder, config):
+        raise LVLMError(
+            f"{folder} has no processor ({' or '.join(FILES)}); give prepare() arrays, or copy the files from the "
+            "checkpoint's Hugging Face repository"
+        )
+    try:
+        processor = processor_class(config).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever the first broken file provokes
+        raise LVLMError(f"cannot read the processor of {folder}: {' '.join(str(error).split())}") from error
+    for name, value in config.processor_fields.items():
+        if getattr(processor, name, None) is None:
+            setattr(processor, name, value)
+    if getattr(processor, "chat_template", None) is None:
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+    if processor.chat_template is None:
+        raise LVLMError(
+            f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository"
+        )
+    return processor
+
+
+def _own(config: FamilyConfig) -> ModuleType | None:
+    """The file of this folder named after the family; None where there is none."""
+    name = f"{__package__}.{config.model_type}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def processor_class(config: FamilyConfig) -> Any:
+    """What reads a processor: transformers' class for the model, without its part for videos if it has one.
+
+    Nothing here reads videos, and those parts need torchvision, without which transformers gives no processor at all.
+    """
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    if config.processor_name is not None:
+        return getattr(transformers, config.processor_name)
+    own = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type, ""), None)
+    attributes = own.get_attributes() if own else ()
+    if "video_processor" not in attributes:
+        return transformers.AutoProcessor
+    return _without_videos(own)
+
+
+def _without_videos(own: type) -> type:
+    kept = [name for name in own.get_attributes() if name != "video_processor"]
+
+    def reduced(processor: Any) -> tuple:
+        return _revived, (own, vars(processor))  # no module holds the class below, for pickle to find it
+
+    return type(
+        own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept)), "__reduce__": reduced}
+    )
+
+
+def _revived(own: type, fields: dict[str, Any]) -> Any:
+    """A processor without its part for videos, as it was before it went to another process."""
+    processor = object.__new__(_without_videos(own))
+    vars(processor).update(fields)
+    return processor
