@@ -108,7 +108,9 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     began = time.monotonic()
     chosen = settings(flags.methods)
-    worlds = {part.name: flags.captions if part.name == "chair" else flags.images for part in pocket.PARTS}
+    worlds = {
+        part.name: flags.captions if part.benchmark.descriptions else flags.images for part in pocket.PARTS
+    }
     for count in set(worlds.values()):
         pocket.write_world(flags.out / f"world-{count}", count)
     path = names.checkpoint(flags.model_path)

@@ -74,9 +74,9 @@ class Setup:
     images: int
     captions: int
 
-    def world(self, part: str) -> Path:
+    def world(self, part: pocket.Part) -> Path:
         """Folder of the test images that a part of the benchmark is about."""
-        count = self.captions if part == "chair" else self.images
+        count = self.captions if part.benchmark.descriptions else self.images
         folder = self.out / f"world-{count}"
         pocket.write_world(folder, count)
         return folder
@@ -199,7 +199,7 @@ def train(setup: Setup, recipe: str) -> float:
 
 def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
     """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
-    world, protocol = setup.world(part.name), get(part.protocol)
+    world, protocol = setup.world(part), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
     found, first = {}, next(iter(arms))
     for name, arm in arms.items():

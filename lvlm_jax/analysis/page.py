@@ -2,9 +2,7 @@
 
 import base64
 import dataclasses
-import html
 import io
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from lvlm_jax import pages
 from lvlm_jax.analysis.words import Word
 from lvlm_jax.errors import LVLMError
 
@@ -84,12 +83,7 @@ def build(title: str, question: str, pictures: Sequence[Picture], answers: Seque
         "groups": ["mean", "max", *map(str, range(heads))] if with_heads else ["mean"],
         "answers": [_answer(answer, with_heads, band) for answer in answers],
     }
-    # "<" would let a model's text end the script element; the line separators break older parsers.
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    page = TEMPLATE.read_text(encoding="utf-8")
-    return page.replace("__TITLE__", html.escape(title)).replace("__DATA__", encoded)
+    return pages.render(TEMPLATE, title, data)
 
 
 def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]:

@@ -1,17 +1,14 @@
 """Answer files in the benchmarks' own formats, read from anybody and written for anybody.
 
-answers.jsonl   lines `{question_id, prompt, text, model_id, image, metadata}` (LLaVA, VCD, and ours)
-POPE            also lines `{question, answer}` in the order of the questions, as POPE's own scorer takes them
-CHAIR           JSON lines or a JSON list of `{image_id, caption}`
-AMBER           a JSON list of `{id, response}`
-MME             a folder with one text file per subtask, of lines "image, tab, question, tab, truth, tab, answer"
+`AnswerFormat` is JSON lines `{question_id, prompt, text, model_id, image, metadata}`, as LLaVA and VCD write them. It
+also reads a JSON list, other names of the columns, and more or fewer of them. A benchmark whose files look otherwise
+has a format of its own beside it.
 """
 
 import dataclasses
 import json
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
@@ -21,10 +18,7 @@ from lvlm_jax.evaluation.question import Question
 
 IDS = ("question_id", "image_id", "id", "index")
 TEXTS = ("text", "caption", "response", "answer", "prediction")
-# The benchmark's own columns, which go before the others.
-OWN = {"chair": ("image_id", "caption"), "amber": ("id", "response")}
-# COCO's number of an image, alone, with zeros before it, or in a file name.
-_COCO_NAME = re.compile(r"(?:\w*_)?0*(\d+)(?:\.(?:jpg|jpeg|png))?", re.ASCII)
+ENDINGS = (".txt", ".json", ".jsonl")
 Answers = dict[tuple[str, str], str]  # Question.key -> text
 
 
@@ -35,6 +29,8 @@ class Row:
     A row has an id, or (as MME's) group, prompt and image, or (as POPE's own) its place in the file and a prompt.
 
     Attributes:
+        where: file and line, for messages.
+        images: names of the images.
         place: counted from 0.
         other: name of a second column that could be the answer.
     """
@@ -44,13 +40,108 @@ class Row:
     text: str
     group: str | None = None
     prompt: str | None = None
-    image: str | None = None
+    images: tuple[str, ...] = ()
     place: int | None = None
     other: str | None = None
 
 
-def read(paths: Sequence[tuple[str | None, Path]], protocol: Protocol) -> list[Row]:
+@dataclasses.dataclass(frozen=True)
+class AnswerFormat:
+    """How the answers to a benchmark are written, and what is read as such.
+
+    Attributes:
+        name: of the file, or of the folder, that a run writes. A name in `.json` is one JSON list, else lines.
+        by_group: whether a run that asks several of the protocol's groups writes a file for each, `GROUP.jsonl`.
+        columns: the benchmark's own names of id and answer. They are read before any others, and written alone.
+        identity: from an id as it is written in the file to that of the question.
+        in_order: whether rows `{question, answer}` without an id are read too, in the order of the questions.
+    """
+
+    name: str = "answers.jsonl"
+    by_group: bool = False
+    columns: tuple[str, ...] = ()
+    identity: Callable[[str], str] = str
+    in_order: bool = False
+
+    def read(self, path: Path, group: str | None = None) -> list[Row]:
+        """The rows of a file, which is for `group` where that is not None."""
+        return [
+            self.row(entry, place, group, f"line {number} of answer file {str(path)!r}")
+            for place, (number, entry) in enumerate(files.read_rows(path, "answer file"))
+        ]
+
+    def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
+        """One row from the object of a line, the `place`-th of its file."""
+        metadata = entry.get("metadata") if isinstance(entry.get("metadata"), dict) else {}
+        named = group or entry.get("group") or metadata.get("group") or entry.get("category")
+        named = named if isinstance(named, str) else None
+        if self.in_order and "question" in entry and not entry.keys() & set(IDS):
+            asked, said = (files.field(entry, [name], str, where) for name in ("question", "answer"))
+            return Row(where, None, said, named, asked, place=place)
+        texts = (*self.columns[1:], *TEXTS)
+        identity = str(files.field(entry, (*self.columns[:1], *IDS), (int, str), where))
+        text = files.field(entry, texts, str, where)
+        present = [name for name in dict.fromkeys(texts) if name in entry]
+        images = entry.get("image")
+        images = images if isinstance(images, list) else [images]
+        return Row(
+            where,
+            self.identity(identity),
+            text,
+            named,
+            entry["prompt"] if isinstance(entry.get("prompt"), str) else None,
+            tuple(name for name in images if isinstance(name, str)),
+            other=present[1] if present[1:] else None,
+        )
+
+    def entry(self, question: Question, text: str, protocol: Protocol, model_id: str) -> dict:
+        """The object that is written for one answer."""
+        if self.columns:
+            return dict(zip(self.columns, (question.id, text), strict=True))
+        names = question.image_names
+        return {
+            "question_id": question.id,
+            "prompt": protocol.prompt(question),
+            "text": text,
+            "model_id": model_id,
+            "image": names[0] if len(names) == 1 else list(names),
+            "metadata": {"group": question.group},
+        }
+
+    def write(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        answers: Mapping,
+        protocol: Protocol,
+        model_id: str = "",
+    ) -> list[Path]:
+        """Write the answers to those questions that have one; each file is complete or absent.
+
+        Args:
+            path: `name` in some folder.
+
+        Returns:
+            What was written.
+        """
+        entries = [
+            self.entry(question, answers[question.key], protocol, model_id)
+            for question in questions
+            if question.key in answers
+        ]
+        if self.name.endswith(".json"):
+            text = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
+        else:
+            text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        files.write_whole(path, text)
+        return [path]
+
+
+def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[Row]:
     """All rows of answer files, each file given with the group it is for (or None).
+
+    Args:
+        groups: those of the protocol; a folder holds a file named after each.
 
     Raises:
         LVLMError: a file is missing, empty or malformed.
@@ -58,20 +149,16 @@ def read(paths: Sequence[tuple[str | None, Path]], protocol: Protocol) -> list[R
     rows = []
     for group, path in paths:
         path = path.expanduser()
-        if path.is_dir():
-            rows += _read_folder(path, protocol)
-        elif protocol.benchmark == "mme" and path.suffix == ".txt":
-            rows += _read_mme(path, group or path.stem)
-        else:
-            rows += _read_json(path, group, protocol)
+        for file, of in _of_groups(path, groups) if path.is_dir() else [(path, group)]:
+            rows += form.read(file, of)
     return rows
 
 
-def _read_folder(folder: Path, protocol: Protocol) -> list[Row]:
-    """A folder with one file a group, the group standing in its name."""
-    found = []
-    for group in protocol.groups:
-        entries = [path for path in sorted(folder.iterdir()) if path.suffix in (".txt", ".json", ".jsonl")]
+def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
+    """The files of a folder that have the name of a group in theirs."""
+    entries = [path for path in sorted(folder.iterdir()) if path.suffix in ENDINGS]
+    of_group = []
+    for group in groups:
         # A "count" file is not one of "counting"; "random" is found in coco_random_answers.jsonl.
         named = [path for path in entries if path.stem == group] or [
             path for path in entries if group in path.stem.replace("-", "_").split("_")
@@ -81,69 +168,20 @@ def _read_folder(folder: Path, protocol: Protocol) -> list[Row]:
                 f"{' and '.join(path.name for path in named)} in {str(folder)!r} both look like answers of {group}; "
                 "name one file for each: GROUP=FILE"
             )
-        if named:
-            path = named[0]
-            found += _read_mme(path, group) if path.suffix == ".txt" else _read_json(path, group, protocol)
-    if not found:
+        of_group += [(path, group) for path in named]
+    if not of_group:
         raise LVLMError(
-            f"answers folder {str(folder)!r} holds no file named after one of {', '.join(protocol.groups)}"
+            f"answers folder {str(folder)!r} holds no file named after one of {', '.join(groups)}"
         )
-    return found
-
-
-def _read_mme(path: Path, task: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(files.read_text(path, "answer file").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of answer file {str(path)!r}"
-        cells = line.rstrip("\r").split("\t")
-        if len(cells) != 4:
-            raise LVLMError(
-                f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs"
-            )
-        rows.append(Row(where, None, cells[3], task, cells[1].strip(), cells[0].strip()))
-    return rows
-
-
-def _read_json(path: Path, group: str | None, protocol: Protocol) -> list[Row]:
-    own = OWN.get(protocol.benchmark, ())
-    ids, texts = (*own[:1], *IDS), (*own[1:], *TEXTS)
-    rows = []
-    for place, (number, row) in enumerate(files.read_rows(path, "answer file")):
-        where = f"line {number} of answer file {str(path)!r}"
-        metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
-        named = group or row.get("group") or metadata.get("group") or row.get("category")
-        named = named if isinstance(named, str) else None
-        if protocol.benchmark == "pope" and "question" in row and not row.keys() & set(IDS):
-            asked, said = (files.field(row, [name], str, where) for name in ("question", "answer"))
-            rows.append(Row(where, None, said, named, asked, place=place))
-            continue
-        identity = str(files.field(row, ids, (int, str), where))
-        if protocol.benchmark == "chair" and (number_of := _COCO_NAME.fullmatch(identity)):
-            identity = number_of[1]
-        present = [name for name in dict.fromkeys(texts) if name in row]
-        image = row.get("image")
-        rows.append(
-            Row(
-                where,
-                identity,
-                files.field(row, texts, str, where),
-                named,
-                row["prompt"] if isinstance(row.get("prompt"), str) else None,
-                image if isinstance(image, str) else None,
-                other=present[1] if present[1:] else None,
-            )
-        )
-    return rows
+    return of_group
 
 
 def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = False) -> Answers:
     """Answers by question.
 
     A row is matched by its group and id; without a group by its id, and where several splits share that, by its image
-    and prompt. MME's rows are matched by image and question, those of POPE's own format by their order, in which
-    each must repeat its question.
+    and prompt. Rows that have no id are matched by image and question, or by their order, in which each must repeat
+    its question.
 
     Args:
         partial: leave questions without an answer out, instead of raising.
@@ -170,14 +208,14 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
             asked = row.prompt.strip().lower()
             candidates = [one for one in by_place.get(row.place, []) if one.text.strip().lower() == asked]
         elif row.id is None:
-            candidates = by_text.get((row.group, Path(row.image).stem, row.prompt), [])
+            candidates = by_text.get((row.group, Path(row.images[0]).stem, row.prompt), [])
         else:
             candidates = by_id.get(row.id, [])
         if row.group in groups:
             candidates = [question for question in candidates if question.group == row.group]
         if len(candidates) > 1 and row.place is None:
             candidates = [question for question in candidates if _same(question, row)]
-        name = f"{row.image or 'question'} {row.prompt!r}" if row.id is None else row.id
+        name = f"{'+'.join(row.images) or 'question'} {row.prompt!r}" if row.id is None else row.id
         if not candidates:
             raise LVLMError(
                 f"{row.where}: {name} is none of the {len(questions)} questions; is it the right file?"
@@ -206,63 +244,6 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
 
 def _same(question: Question, row: Row) -> bool:
     names = [Path(name).name for name in question.image_names]
-    if row.image is not None and Path(row.image).name not in names:
+    if not all(Path(name).name in names for name in row.images):
         return False
     return row.prompt is None or row.prompt.startswith(question.text)
-
-
-def write(
-    path: Path, questions: Sequence[Question], answers: Mapping, protocol: Protocol, model_id: str = ""
-) -> list[Path]:
-    """Write answers in the format of the protocol's benchmark; each file is complete or absent.
-
-    Args:
-        path: the file; for MME a folder.
-
-    Returns:
-        What was written.
-    """
-    answered = [question for question in questions if question.key in answers]
-    if protocol.benchmark == "mme":
-        return _write_mme(path, answered, answers)
-    if protocol.benchmark == "amber":
-        entries = [{"id": question.id, "response": answers[question.key]} for question in answered]
-        text = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
-    elif protocol.benchmark == "chair":
-        text = _lines({"image_id": question.id, "caption": answers[question.key]} for question in answered)
-    else:
-        text = _lines(
-            {
-                "question_id": question.id,
-                "prompt": protocol.prompt(question),
-                "text": answers[question.key],
-                "model_id": model_id,
-                "image": _image_names(question),
-                "metadata": {"group": question.group},
-            }
-            for question in answered
-        )
-    files.write_whole(path, text)
-    return [path]
-
-
-def _lines(entries) -> str:
-    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-
-
-def _image_names(question: Question) -> str | list[str]:
-    names = question.image_names
-    return names[0] if len(names) == 1 else list(names)
-
-
-def _write_mme(folder: Path, questions: Sequence[Question], answers: Mapping) -> list[Path]:
-    by_task: dict[str, list[str]] = {}
-    for question in questions:
-        answer = " ".join(answers[question.key].split())  # a tab or line end would break the table
-        line = "\t".join((question.unit, question.text, question.label.capitalize(), answer))
-        by_task.setdefault(question.group, []).append(line + "\n")
-    written = []
-    for task, lines in by_task.items():
-        written.append(folder / f"{task}.txt")
-        files.write_whole(written[-1], "".join(lines))
-    return written

@@ -6,6 +6,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Figure, Tally, divide, mean, ratio
 
+# Whether a high value of a figure is good (1) or a low one (-1).
+DIRECTIONS = {"accuracy": 1, "precision": 1, "recall": 1, "F1": 1, "unparsed": -1}
 COUNTS = ("tp", "fp", "tn", "fn", "unparsed_positive", "unparsed_negative")
 
 

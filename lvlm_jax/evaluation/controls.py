@@ -29,8 +29,9 @@ import numpy as np
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import parsers, rescore
-from lvlm_jax.evaluation.benchmarks.chair import truncated
+from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.engine import DEFAULT, Work, collect
+from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Scores
@@ -47,9 +48,6 @@ ABOUT = {
     "threshold": "a yes/no threshold with the same share of yes",
     "length": "greedy captions of the same length",
 }
-# Figures by which a method is judged, the first that a benchmark has of each line; of the second less is better.
-RIGHT = ("accuracy", "hallucination", "perception", "cognition", "score")
-WRONG = ("C_S", "Hal")
 
 
 @jax.tree_util.register_dataclass
@@ -208,7 +206,7 @@ class Answered:
 
 
 def report(
-    benchmark: Any,
+    benchmark: Benchmark,
     questions: Sequence[Question],
     answers: Mapping[Key, str],
     protocol: Protocol,
@@ -219,7 +217,6 @@ def report(
     """Every control's figures and how the method compares, as plain JSON values, with a verdict in words.
 
     Args:
-        benchmark: module of `lvlm_jax.evaluation.BENCHMARKS`.
         answers: the method's.
         answered: answers of greedy, temperature and plausibility to all questions; log-odds of the yes/no ones.
         resamples, seed: of the bootstrap.
@@ -234,8 +231,8 @@ def report(
             "questions": len(asked),
             "figures": rescore.report(control, resamples, seed)["figures"],
             "against": against,
-            "verdicts": verdicts(against["differences"]),
-            "words": words(ABOUT[name], method, control, against["differences"]),
+            "verdicts": verdicts(benchmark, against["differences"]),
+            "words": words(benchmark, ABOUT[name], method, control, against["differences"]),
         }
         return found[name]
 
@@ -258,40 +255,38 @@ def report(
     return found
 
 
-def headlines(names: Sequence[str]) -> list[str]:
-    """The figures by which runs are judged: the first about being right, and the first about being wrong."""
-    found = []
-    for family in (RIGHT, WRONG):
-        fitting = [name for name in names if name.rpartition(": ")[2] in family]
-        found += fitting[:1]
-    return found
-
-
-def verdicts(differences: Mapping) -> dict[str, str]:
-    """What paired differences (method minus control) of the headline figures say.
+def verdicts(benchmark: Benchmark, differences: Mapping) -> dict[str, str]:
+    """What paired differences (method minus control) say of the figures by which the benchmark judges a method.
 
     "beats" where the interval lies on the better side of 0, "does not beat" where it lies on the worse one, "cannot be
     told from" where it holds 0. A figure that is not defined is left out.
     """
-    said = {name: verdict(name, differences[name]["interval"]) for name in headlines(list(differences))}
+    said = {
+        name: verdict(differences[name]["interval"], benchmark.direction(name))
+        for name in benchmark.judged_by(list(differences))
+    }
     return {name: says for name, says in said.items() if says is not None}
 
 
-def verdict(name: str, interval: Sequence[float | None]) -> str | None:
-    """What the interval of one figure's difference says, see `verdicts`; None where it is not defined."""
+def verdict(interval: Sequence[float | None], direction: int = 1) -> str | None:
+    """What the interval of one figure's difference says, see `verdicts`; None where it is not defined.
+
+    Args:
+        direction: 1 where a high value of the figure is good, -1 where a low one is.
+    """
     low, high = interval
     if low is None:
         return None
-    if name.rpartition(": ")[2] in WRONG:
+    if direction < 0:
         low, high = -high, -low
     return "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
 
 
-def words(about: str, method: Scores, control: Scores, differences: Mapping) -> str:
+def words(benchmark: Benchmark, about: str, method: Scores, control: Scores, differences: Mapping) -> str:
     """The verdicts with their figures, one sentence for each."""
     ours, theirs = method.values(), control.values()
     sentences = []
-    for name, says in verdicts(differences).items():
+    for name, says in verdicts(benchmark, differences).items():
         scale = 100 if method.figures[name].unit == "share" else 1
         value, low, high = (
             scale * number for number in (differences[name]["value"], *differences[name]["interval"])

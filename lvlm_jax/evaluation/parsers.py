@@ -5,11 +5,13 @@ answer it does not understand.
 """
 
 import re
+import string
 from collections.abc import Callable, Sequence
 
 from lvlm_jax.errors import LVLMError
 
 Parser = Callable[[str, str], str | None]
+LETTERS = string.ascii_uppercase  # of options
 
 _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
@@ -98,3 +100,20 @@ def letter(text: str, options: Sequence[str]) -> str | None:
         if match[1] in options and not _WORD.match(text, match.start()):
             return match[1]
     return None
+
+
+def bare(text: str) -> str:
+    """A short answer without case, article, and full stop."""
+    return re.sub(r"^(an?|the) |[.!]$", "", text.strip().lower())
+
+
+def truncated(text: str, rule: str) -> str:
+    """A caption by a truncation rule: "none", or "sentence", which keeps what ends with the last full stop.
+
+    As in OPERA, a caption without any full stop becomes empty under "sentence".
+    """
+    if rule == "none":
+        return text
+    if rule != "sentence":
+        raise LVLMError(f"truncation rule {rule!r} is unknown; choose none or sentence")
+    return text[: text.rfind(".") + 1]

@@ -15,6 +15,8 @@ from lvlm_jax.evaluation.question import Question
 from lvlm_jax.journal.record import file_hash, method_record
 from lvlm_jax.version import __version__
 
+LLAVA_SUFFIX = "\nAnswer the question using a single word or phrase."
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -22,7 +24,7 @@ class Protocol:
 
     Attributes:
         name: "benchmark/variant".
-        benchmark: key of `lvlm_jax.evaluation.BENCHMARKS`.
+        benchmark: name of its benchmark, key of `lvlm_jax.evaluation.BENCHMARKS`.
         about: one line for people who choose.
         template: the prompt; `{question}` is the question's text.
         suffix: what follows the question.
@@ -116,7 +118,7 @@ def record(
     Args:
         protocol: the protocol as it was run, overrides included (`dataclasses.replace`).
         questions: the questions asked, in order.
-        files: role -> files, as a benchmark's `files()` gives them.
+        files: role -> files, as a benchmark's `question_files` gives them.
         model: path or hub id, with `model_sha256` of its files or its `revision`.
         method: a method, or the record of one; None for none (or not known, when others' answers are scored).
         seed: of sampling.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, answers, protocol, statistics
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.evaluation.scores import Scores
@@ -54,14 +53,14 @@ def rescore(
     Raises:
         LVLMError: files are missing or malformed, or answers and questions do not belong together.
     """
+    benchmark = BENCHMARKS[settings.benchmark]
+    benchmark.check(data)
     paths = answer_paths(given, settings.groups)
     groups = [group for group, _ in paths]
     if not data.groups and all(groups):
         data = dataclasses.replace(data, groups=tuple(dict.fromkeys(groups)))
-    rows = answers.read(paths, settings)
-    if settings.benchmark == "chair" and data.image_list is None:
-        data = dataclasses.replace(data, only=_image_ids(rows))
-    benchmark = BENCHMARKS[settings.benchmark]
+    rows = answers.read(paths, benchmark.answers, settings.groups)
+    data = benchmark.narrow(data, rows)
     questions = benchmark.read(data, settings)
     said = answers.match(questions, rows, partial)
     answered = [question for question in questions if question.key in said]
@@ -74,7 +73,7 @@ def rescore(
         # How answers of others were decoded is not known; the protocol says how they should have been.
         "decoding_known": bool(origin),
         "answered_by": origin or None,
-    } | ({"source": data.source} if settings.benchmark == "pope" else {})
+    } | {name: getattr(data, name) for name in benchmark.recorded}
     found = {
         "record": protocol.record(
             settings,
@@ -89,22 +88,12 @@ def rescore(
     } | report(scores, resamples, seed)
     if against:
         others = answer_paths(against, settings.groups)
-        theirs = answers.match(questions, answers.read(others, settings), partial)
+        theirs = answers.match(questions, answers.read(others, benchmark.answers, settings.groups), partial)
         common = [question for question in answered if question.key in theirs]
         pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
         found["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
     return found
-
-
-def _image_ids(rows: Sequence[answers.Row]) -> tuple[int, ...]:
-    for row in rows:
-        if not (row.id.isdecimal() and row.id.isascii() and len(row.id) < 19):
-            raise LVLMError(f"{row.where}: image_id is {row.id!r}; expected COCO's number")
-    seen: set = set()
-    for row in rows:
-        files.unique(seen, int(row.id), row.where)
-    return tuple(int(row.id) for row in rows)
 
 
 def _hash(path: Path) -> str:

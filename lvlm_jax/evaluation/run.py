@@ -20,7 +20,7 @@ import jax
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, answers, controls, engine, rescore, shares, statistics
+from lvlm_jax.evaluation import BENCHMARKS, controls, engine, rescore, shares, statistics
 from lvlm_jax.evaluation.controls import Answered
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
@@ -95,12 +95,14 @@ class Run:
             out: folder of the run.
 
         Raises:
-            LVLMError: an unusable benchmark folder, or controls without a method.
+            LVLMError: an unusable benchmark folder, a setting that the benchmark has no use for, or controls without
+                a method.
         """
         if options.controls is not None and method is None:
             raise LVLMError("controls run beside a method, and there is none; give a method, or no controls")
         self.protocol, self.data, self.out, self.options = protocol, data, out, options
         self._benchmark = BENCHMARKS[protocol.benchmark]
+        self._benchmark.check(data)
         self.questions = self._benchmark.read(data, protocol, need_images=True)
         settings = {"protocol": protocol.name, "batch_size": options.batch_size}
         place = str(data.folder.expanduser().resolve())  # where a report finds the pictures
@@ -189,16 +191,14 @@ def write_answers(
     Returns:
         The files as `--rescore` takes them: `GROUP=FILE` where each group has one of its own.
     """
-    name = {"mme": "answers", "amber": "answers.json"}.get(protocol.benchmark, "answers.jsonl")
+    form = BENCHMARKS[protocol.benchmark].answers
     groups = list(dict.fromkeys(question.group for question in questions))
-    apart = (
-        protocol.benchmark in ("pope", "mihbench") and len(groups) > 1 and set(groups) <= set(protocol.groups)
-    )
+    apart = form.by_group and len(groups) > 1 and set(groups) <= set(protocol.groups)
     found = []
     for group in groups if apart else [None]:
-        target = out / (f"{group}.jsonl" if apart else name)
+        target = out / (f"{group}.jsonl" if apart else form.name)
         chosen = [question for question in questions if group in (None, question.group)]
-        answers.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
+        form.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
         beside = target.with_name(target.name + ".run.json")
         files.write_whole(beside, json.dumps(about, indent=1) + "\n")
         found.append(f"{group}={target}" if apart else str(target))

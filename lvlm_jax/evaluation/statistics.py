@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from scipy.special import bdtr
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.scores import Scores
@@ -111,8 +112,5 @@ def mcnemar(first: Mapping, second: Mapping) -> McNemar:
         )
     only_first = sum(right and not second[key] for key, right in first.items())
     only_second = sum(right and not first[key] for key, right in second.items())
-    n, k = only_first + only_second, min(only_first, only_second)
-    # Logarithms, because 2**n of thousands of questions is no float.
-    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
-    tail = math.fsum(math.exp(value - n * math.log(2)) for value in logs)
-    return McNemar(only_first, only_second, min(1.0, 2 * tail))
+    tail = bdtr(min(only_first, only_second), only_first + only_second, 0.5)
+    return McNemar(only_first, only_second, min(1.0, 2 * float(tail)))

@@ -5,6 +5,7 @@ import base64
 import binascii
 import csv
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lvlm_jax.errors import LVLMError
 ENDINGS = (".tsv", ".parquet", ".jsonl", ".json")
 # How base64 of PNG, JPEG, GIF and WebP pictures begins.
 _ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+_PLACEHOLDER = re.compile(r"<(?:image|img)[ _]?(\d*)>")
 _CELL_LIMIT = threading.Lock()  # the csv module has one limit for all threads
 
 
@@ -101,3 +103,23 @@ def picture(value, where: str) -> Path | bytes:
         except (binascii.Error, ValueError) as error:
             raise LVLMError(f"{where} is neither a file name nor base64 ({error})") from error
     return Path(value)
+
+
+def interleave(text: str, images: tuple, where: str) -> tuple[str, tuple]:
+    """Placeholders of any writing (`<image>`, `<image 2>`, `<img1>`) as `<image>`, with the images in their order.
+
+    Images that no placeholder mentions come first. Raises `LVLMError` when a placeholder has no image.
+    """
+    places = list(_PLACEHOLDER.finditer(text))
+    if not places:
+        return text, images
+    order = []
+    for place in places:
+        waiting = [i for i in range(len(images)) if i not in order]
+        index = int(place[1]) - 1 if place[1] else (waiting[0] if waiting else len(images))
+        if not 0 <= index < len(images):
+            raise LVLMError(f"{where} has the placeholder {place[0]!r} but {len(images)} images")
+        order.append(index)
+    unused = [i for i in range(len(images)) if i not in order]
+    text = "<image>" * len(unused) + _PLACEHOLDER.sub("<image>", text)
+    return text, tuple(images[i] for i in [*unused, *order])

@@ -5,12 +5,12 @@ from its own configuration) become a method, and the options of `LVLM.generate`.
 development guide of VLMEvalKit; `docs/adapters.md` says how each is started.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from lvlm_jax import LVLM
-from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method, parse
 from lvlm_jax.weights import names
@@ -53,7 +53,7 @@ def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) 
     Raises:
         LVLMError: an unknown method or setting, or a value out of range.
     """
-    parser = _Settings(add_help=False)
+    parser = _Settings(add_help=False, allow_abbrev=False)
     for own in reserved:
         parser.add_argument(parse.hyphenated(f"--{own}".replace("_", "-")))
     if name.lower() != "none":
@@ -69,7 +69,9 @@ def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) 
     return parse.build_method(name, given)
 
 
-class _Settings(common.Parser):
+class _Settings(argparse.ArgumentParser):
+    """Reads the settings; what cannot be read is an `LVLMError`."""
+
     def error(self, message):  # noqa: D102
         raise LVLMError(f"{message}; `python infer.py --help` lists the settings of methods")
 

@@ -11,20 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.benchmarks.chair import DESCRIBE, GROUP
-from lvlm_jax.evaluation.benchmarks.pope import LLAVA_SUFFIX, SPLITS
-from lvlm_jax.evaluation.protocol import Protocol, register
-from lvlm_jax.evaluation.question import Data
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, Data, get
 from lvlm_jax.pocket import splits
-
-register(
-    Protocol("pope/pocket", "pope", "pocket world: no suffix, one yes/no word counts", "strict", 16, groups=SPLITS),
-    Protocol("chair/pocket", "chair", "pocket world: OPERA's prompt, 160 tokens", "none", 160, template=DESCRIBE,
-             groups=(GROUP,)),
-    # Without the suffix the model answers in sentences, and no sentence is the word that is right.
-    Protocol("mihbench/pocket", "mihbench", "pocket world: several images, one word asked for, by --question-file",
-             "short", 16, suffix=LLAVA_SUFFIX),
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,41 +20,76 @@ class Part:
     """One benchmark of the pocket world.
 
     Attributes:
-        name: of its folder.
         protocol: name of the protocol.
+        title: heading of its tables.
         columns: headings of the table -> names of figures.
         question_file: below the world's folder, where the benchmark does not find it itself.
+        folder: of its answers, where that is not the benchmark's name.
     """
 
-    name: str
-    title: str
     protocol: str
+    title: str
     columns: Mapping[str, str]
     question_file: str | None = None
+    folder: str | None = None
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What is asked and scored."""
+        return BENCHMARKS[get(self.protocol).benchmark]
+
+    @property
+    def name(self) -> str:
+        """What the part and its folder are called."""
+        return self.folder or self.benchmark.name
 
     def data(self, world: Path) -> Data:
         """Where its files lie."""
         return Data(world, question_file=self.question_file and world / self.question_file)
 
 
-PARTS = (
-    Part("pope", "Is it there? (POPE: accuracy by split, F1 and share of yes over all)", "pope/pocket", {
-        "random": "random: accuracy", "popular": "popular: accuracy", "adversarial": "adversarial: accuracy",
-        "F1": "mean: F1", "yes": "mean: yes ratio",
-    }),
-    Part("chair", "Descriptions (CHAIR)", "chair/pocket", {
-        "C_S": "C_S", "C_I": "C_I", "recall": "recall", "F1": "F1", "words": "words",
-    }),
-    Part("mme", "Existence, count, position, colour (MME: 200 points each)", "mme/hallucination", {
-        "sum": "hallucination", "existence": "existence: score", "count": "count: score",
-        "position": "position: score", "colour": "color: score",
-    }),
-    Part("multi_image", "Two to four images (accuracy)", "mihbench/pocket", {
-        "all": "accuracy", "in all of them": "in_all_images: accuracy", "in one": "in_one_image: accuracy",
-        "which one": "which_image: accuracy", "how many": "how_many_images: accuracy",
+POPE = Part(
+    "pope/pocket",
+    "Is it there? (POPE: accuracy by split, F1 and share of yes over all)",
+    {
+        "random": "random: accuracy",
+        "popular": "popular: accuracy",
+        "adversarial": "adversarial: accuracy",
+        "F1": "mean: F1",
+        "yes": "mean: yes ratio",
+    },
+)
+CHAIR = Part(
+    "chair/pocket",
+    "Descriptions (CHAIR)",
+    {"C_S": "C_S", "C_I": "C_I", "recall": "recall", "F1": "F1", "words": "words"},
+)
+MME = Part(
+    "mme/hallucination",
+    "Existence, count, position, colour (MME: 200 points each)",
+    {
+        "sum": "hallucination",
+        "existence": "existence: score",
+        "count": "count: score",
+        "position": "position: score",
+        "colour": "color: score",
+    },
+)
+MULTI_IMAGE = Part(
+    "mihbench/pocket",
+    "Two to four images (accuracy)",
+    {
+        "all": "accuracy",
+        "in all of them": "in_all_images: accuracy",
+        "in one": "in_one_image: accuracy",
+        "which one": "which_image: accuracy",
+        "how many": "how_many_images: accuracy",
         "the same object": "same_object: accuracy",
-    }, "questions/multi_image.jsonl"),
-)  # fmt: skip
+    },
+    "questions/multi_image.jsonl",
+    "multi_image",
+)
+PARTS = (POPE, CHAIR, MME, MULTI_IMAGE)
 
 
 def write_world(folder: Path, images: int) -> None:

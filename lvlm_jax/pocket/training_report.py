@@ -22,14 +22,13 @@ from lvlm_jax.pocket import benchmark as pocket
 from lvlm_jax.training import settings
 from lvlm_jax.version import __version__
 
-_BY_NAME = {part.name: part for part in pocket.PARTS}
 # One word is asked for: a sentence about which image it is would be no label.
 SEVERAL = dataclasses.replace(
-    _BY_NAME["multi_image"],
+    pocket.MULTI_IMAGE,
     title="Questions over two to four images, to be answered by one word (accuracy)",
     protocol="mihbench/short",
 )
-PARTS = (SEVERAL, _BY_NAME["pope"], _BY_NAME["chair"])
+PARTS = (SEVERAL, pocket.POPE, pocket.CHAIR)
 PAIR_COLUMNS = {
     "truncated: chosen likelier": "truncated: chosen likelier",
     "truncated: moved to chosen": "truncated: moved",
@@ -181,11 +180,12 @@ def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Ma
         scores = found[part.name].scores
         for one, other in _pairs_of(scores):
             against = found[part.name].compare(one, other)
-            headlines = controls.headlines(list(against))
+            judged = part.benchmark.judged_by(list(against))
             # Who names less, names less that is not there.
-            for figure in (*headlines, *(name for name in against if name == "recall")):
-                says, sentence = _sentence(one, other, figure, scores, against[figure])
-                if other == BASE and figure in headlines:
+            for figure in (*judged, *(name for name in against if name == "recall")):
+                direction = part.benchmark.direction(figure)
+                says, sentence = _sentence(one, other, figure, scores, against[figure], direction)
+                if other == BASE and figure in judged:
                     tally[says].append(f"{one} ({part.name})")
                 yield f"- {part.name}: {sentence}"
     for figure in (name for name in PAIR_COLUMNS.values() if name.endswith("likelier")):
@@ -208,10 +208,10 @@ def _pairs_of(scores: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def _sentence(
-    one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping
+    one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping, direction: int = 1
 ) -> tuple[str, str]:
     """The verdict, and a sentence with the figures behind it."""
-    says = controls.verdict(figure, difference["interval"]) or "cannot be told from"
+    says = controls.verdict(difference["interval"], direction) or "cannot be told from"
     values = [scores[name]["figures"][figure] for name in (one, other)]
     if difference["value"] is None or any(value["value"] is None for value in values):
         return "cannot be told from", f"{one} cannot be compared with {other} on {figure}."

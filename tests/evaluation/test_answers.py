@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, answers, get
+from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get
 from lvlm_jax.evaluation.benchmarks import amber, chair, mme, pope
 from tests.evaluation.builders import (
     amber_folder,
@@ -25,7 +25,13 @@ def questions(tmp_path):
 
 
 def read(*paths, protocol="pope"):
-    return answers.read(list(paths), get(protocol))
+    settings = get(protocol)
+    return answers.read(list(paths), BENCHMARKS[settings.benchmark].answers, settings.groups)
+
+
+def write(path, questions, said, protocol, model_id=""):
+    settings = get(protocol)
+    return BENCHMARKS[settings.benchmark].answers.write(path, questions, said, settings, model_id)
 
 
 def test_one_file_for_each_split(tmp_path, questions):
@@ -151,7 +157,7 @@ def test_bad_answer_files(tmp_path, content, message):
 
 def test_pope_round_trip(tmp_path, questions):
     said = {question.key: f'{question.key} "ü\u2028' for question in questions}
-    (path,) = answers.write(tmp_path / "out" / "answers.jsonl", questions, said, get("pope/vcd"), "pocket")
+    (path,) = write(tmp_path / "out" / "answers.jsonl", questions, said, "pope/vcd", "pocket")
     assert answers.match(questions, read((None, path))) == said
     first = json.loads(path.read_text().split("\n")[0])
     assert first == {
@@ -169,7 +175,7 @@ def test_chair_round_trip_and_json_list(tmp_path):
     folder = coco_folder(tmp_path / "coco", {1: ["dog"], 2: []}, {1: ["A dog."], 2: ["Grass."]})
     captioned = chair.read(Data(folder), get("chair"))
     said = {question.key: "A dog.\nAnd a cat." for question in captioned}
-    (path,) = answers.write(tmp_path / "c.jsonl", captioned, said, get("chair"))
+    (path,) = write(tmp_path / "c.jsonl", captioned, said, "chair")
     assert json.loads(path.read_text().splitlines()[0]) == {"image_id": 1, "caption": "A dog.\nAnd a cat."}
     assert answers.match(captioned, read((None, path), protocol="chair")) == said
     listed = write_json(tmp_path / "c.json", [json.loads(line) for line in path.read_text().splitlines()])
@@ -179,7 +185,7 @@ def test_chair_round_trip_and_json_list(tmp_path):
 def test_amber_round_trip(tmp_path):
     asked = amber.read(Data(amber_folder(tmp_path)), get("amber"))
     said = {question.key: "Yes" for question in asked}
-    (path,) = answers.write(tmp_path / "a.json", asked, said, get("amber"))
+    (path,) = write(tmp_path / "a.json", asked, said, "amber")
     assert json.loads(path.read_text())[2] == {"id": 1005, "response": "Yes"}
     assert answers.match(asked, read((None, path), protocol="amber")) == said
 
@@ -188,7 +194,7 @@ def test_mme_round_trip(tmp_path):
     tasks = {"existence": ["1", "2"], "count": ["1"], "position": ["3"], "color": ["4"]}
     asked = mme.read(Data(mme_folder(tmp_path, tasks)), get("mme"))
     said = {question.key: "Yes, it\tis.\n" for question in asked}
-    written = answers.write(tmp_path / "mme", asked, said, get("mme"))
+    written = write(tmp_path / "mme", asked, said, "mme")
     assert [path.name for path in written] == ["existence.txt", "count.txt", "position.txt", "color.txt"]
     assert (
         written[0].read_text().splitlines()[0]
@@ -208,5 +214,5 @@ def test_mme_round_trip(tmp_path):
 def test_an_answer_that_cannot_be_written_leaves_nothing(tmp_path, questions):
     (tmp_path / "file").write_text("")
     with pytest.raises(LVLMError, match="cannot be written"):
-        answers.write(tmp_path / "file" / "a.jsonl", questions, {}, get("pope"))
+        write(tmp_path / "file" / "a.jsonl", questions, {}, "pope")
     assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".part"] == []

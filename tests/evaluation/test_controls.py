@@ -220,16 +220,20 @@ def test_verdicts_follow_the_intervals():
     def difference(low, high):
         return {"value": None if low is None else (low + high) / 2, "interval": [low, high], "p": 0.5}
 
-    cases = {
-        "mean: accuracy": [((0.1, 0.2), "beats"), ((-0.2, -0.1), "does not beat"), ((0.0, 0.2), "cannot be told from")],
-        "Hal": [((0.1, 0.2), "does not beat"), ((-0.2, -0.1), "beats"), ((-0.1, 0.2), "cannot be told from")],
-    }  # fmt: skip
-    for name, expected in cases.items():
-        for bounds, says in expected:
-            assert controls.verdicts({"recall": difference(1, 2), name: difference(*bounds)}) == {name: says}
-    assert controls.verdicts({"accuracy": difference(None, None)}) == {}
-    assert controls.headlines(["mean: recall", "mean: accuracy", "random: accuracy"]) == ["mean: accuracy"]
-    assert controls.headlines(["Hal", "Cog", "discriminative: accuracy"]) == [
+    for benchmark, name, better in (("pope", "mean: accuracy", 1), ("amber", "Hal", -1)):
+        for bounds, says in (
+            ((0.1, 0.2), ("beats", "does not beat")[better < 0]),
+            ((-0.2, -0.1), ("does not beat", "beats")[better < 0]),
+            ((0.0, 0.2), "cannot be told from"),
+            ((-0.1, 0.2), "cannot be told from"),
+        ):
+            differences = {"recall": difference(1, 2), name: difference(*bounds)}
+            assert controls.verdicts(BENCHMARKS[benchmark], differences) == {name: says}
+    assert controls.verdicts(BENCHMARKS["pope"], {"accuracy": difference(None, None)}) == {}
+    assert BENCHMARKS["pope"].judged_by(["mean: recall", "mean: accuracy", "random: accuracy"]) == [
+        "mean: accuracy"
+    ]
+    assert BENCHMARKS["amber"].judged_by(["Hal", "Cog", "discriminative: accuracy"]) == [
         "discriminative: accuracy",
         "Hal",
     ]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get, rescore
+from lvlm_jax.evaluation import BENCHMARKS, Data, get, rescore
 from lvlm_jax.pocket import catalogue
 from lvlm_jax.pocket.scenes import scene_at
 from lvlm_jax.pocket.splits import write_split
@@ -30,7 +30,7 @@ def test_right_answers_score_full_marks(folder, tmp_path, name):
     protocol = get(name)
     said = {question.key: question.label.capitalize() for question in questions}
     path = tmp_path / ("mme" if protocol.benchmark == "mme" else "answers.jsonl")
-    answers.write(path, questions, said, protocol)
+    BENCHMARKS[protocol.benchmark].answers.write(path, questions, said, protocol)
     found = rescore.rescore(protocol, Data(folder), [str(path)], resamples=20)
     figures = found["figures"]
     if protocol.benchmark == "mme":

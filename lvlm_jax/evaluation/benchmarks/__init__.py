@@ -1,1 +1,14 @@
-"""Benchmarks, one file each."""
+"""Benchmarks, one file each, found by walking this folder: every module has a `BENCHMARK`."""
+
+import importlib
+import pkgutil
+
+from lvlm_jax.evaluation import protocol
+from lvlm_jax.evaluation.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+for _module in pkgutil.iter_modules(__path__):
+    _benchmark = importlib.import_module(f"{__name__}.{_module.name}").BENCHMARK
+    BENCHMARKS[_benchmark.name] = _benchmark
+    protocol.register(*_benchmark.protocols)

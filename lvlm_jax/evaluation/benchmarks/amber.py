@@ -21,8 +21,10 @@ from pathlib import Path
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers
+from lvlm_jax.evaluation.answers import AnswerFormat
+from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.chair_words import singular, tokens
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
@@ -47,13 +49,17 @@ def _protocol(name: str, about: str, parser: str, groups: tuple[str, ...], lengt
     return Protocol(f"amber/{name}", "amber", about, parser, length, groups=groups)
 
 
-register(
-    _protocol("all", "descriptions and questions, answers exactly Yes or No (default)", "exact",
-              (GENERATIVE, *DISCRIMINATIVE)),
+PROTOCOLS = (
+    _protocol(
+        "all",
+        "descriptions and questions, answers exactly Yes or No (default)",
+        "exact",
+        (GENERATIVE, *DISCRIMINATIVE),
+    ),
     _protocol("generative", "descriptions", "none", (GENERATIVE,)),
     _protocol("discriminative", "questions, answers exactly Yes or No", "exact", DISCRIMINATIVE, 16),
     _protocol("discriminative-strict", "questions, one yes/no word counts", "strict", DISCRIMINATIVE, 16),
-)  # fmt: skip
+)
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
@@ -141,11 +147,6 @@ def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, di
     return GENERATIVE, None, {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
 
 
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model."""
-    return protocol.prompt(question)
-
-
 @functools.cache
 def similar_words(matching: str) -> Callable[[str, str], bool]:
     """Whether two different words mean the same: never under "exact", by spaCy's vectors under "spacy".
@@ -205,52 +206,78 @@ def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]],
     return judged, covered, tempted
 
 
+DESCRIBED = ("descriptions", "hallucinated", "nouns", "wrong", "objects", "covered", "temptations", "tempted")
+
+
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """Figures of the descriptions, and of the questions: all, by dimension and by kind."""
     tally, unparsed = Tally(), 0
+    groups = list(dict.fromkeys(question.group for question in questions))
     described = [question for question in questions if question.group == GENERATIVE]
     asked = [question for question in questions if question.group != GENERATIVE]
     for question in described:
         judged, covered, tempted = nouns_judged(question, answers[question.key])
         wrong = sum(hallucinated for _, hallucinated in judged)
-        tally.add(question.unit, descriptions=1, hallucinated=wrong > 0, nouns=len(judged), wrong=wrong,
-                  objects=len(question.extra["truth"]), covered=len(covered),
-                  temptations=len(question.extra["temptations"]), tempted=len(tempted))  # fmt: skip
+        tally.add(
+            question.unit,
+            descriptions=1,
+            hallucinated=wrong > 0,
+            nouns=len(judged),
+            wrong=wrong,
+            objects=len(question.extra["truth"]),
+            covered=len(covered),
+            temptations=len(question.extra["temptations"]),
+            tempted=len(tempted),
+        )
         tally.correct[question.key] = wrong == 0
     parse = parsers.yes_no(protocol.parser) if asked else None
-    dimensions = {kind: dimension for kind, dimension in KINDS.values()}
-    prefixes = ["discriminative"] * bool(asked)
     for question in asked:
         said = parse(answers[question.key], binary.label_of(question))
         unparsed += said is None
-        for prefix in dict.fromkeys(("discriminative", dimensions[question.group], question.group)):
+        for prefix in _prefixes([question.group]):
             binary.count(tally, question, said, "no", prefix)
-            prefixes.append(prefix)
-    figures = _generative() if described else {}
-    for prefix in dict.fromkeys(prefixes):
-        figures |= binary.table([prefix], "no")
-    matching = described[0].extra["lists"]["matching"] if described else None
-    counts = [
-        "descriptions",
-        "hallucinated",
-        "nouns",
-        "wrong",
-        "objects",
-        "covered",
-        "temptations",
-        "tempted",
-    ]
-    return tally.scores(
-        (counts if described else []) + binary.names(list(dict.fromkeys(prefixes))),
-        figures,
-        {"parser": protocol.parser, "unparsed": unparsed} | ({"matching": matching} if matching else {}),
-    )
+    counts = [*(DESCRIBED if described else ()), *binary.names(_prefixes(groups))]
+    notes = {"parser": protocol.parser, "unparsed": unparsed}
+    if described:
+        notes["matching"] = described[0].extra["lists"]["matching"]
+    return tally.scores(counts, figures(groups, counts, protocol), notes)
 
 
-def _generative() -> dict[str, Figure]:
-    return {
-        "CHAIR": ratio(["wrong"], ["nouns"]),
-        "Cover": ratio(["covered"], ["objects"]),
-        "Hal": ratio(["hallucinated"], ["descriptions"]),
-        "Cog": ratio(["tempted"], ["temptations"]),
-    }
+def _prefixes(groups: Sequence[str]) -> list[str]:
+    """What questions of these kinds are counted under: all together, their dimensions, and their kinds."""
+    dimensions = {kind: dimension for kind, dimension in KINDS.values()}
+    kinds = [group for group in groups if group != GENERATIVE]
+    return list(dict.fromkeys(name for kind in kinds for name in ("discriminative", dimensions[kind], kind)))
+
+
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """The four figures of descriptions, and the yes/no figures of all questions, each dimension and each kind."""
+    table: dict[str, Figure] = {}
+    if GENERATIVE in groups:
+        table = {
+            "CHAIR": ratio(["wrong"], ["nouns"]),
+            "Cover": ratio(["covered"], ["objects"]),
+            "Hal": ratio(["hallucinated"], ["descriptions"]),
+            "Cog": ratio(["tempted"], ["temptations"]),
+        }
+    for prefix in _prefixes(groups):
+        table |= binary.table([prefix], "no")
+    return table
+
+
+BENCHMARK = Benchmark(
+    name="amber",
+    protocols=PROTOCOLS,
+    links=("https://github.com/junyangwang0410/AMBER",),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions=binary.DIRECTIONS | {"CHAIR": -1, "Cover": 1, "Hal": -1, "Cog": -1},
+    headlines=("CHAIR", "Cover", "Hal", "Cog", "discriminative: accuracy", "discriminative: F1"),
+    judged=(("accuracy",), ("Hal",)),
+    uses=("question_file", "image_folder", "groups", "matching"),
+    answers=AnswerFormat("answers.json", columns=("id", "response")),
+    image_places=IMAGE_PLACES,
+    descriptions=(GENERATIVE,),
+)

@@ -6,6 +6,7 @@ F1: harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of dist
 Length counts what CHAIR's scorer counts (joined words and punctuation marks); words leaves the marks out.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import folders
+from lvlm_jax.evaluation import folders, parsers
+from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.chair_truth import annotation_files, read_annotations, read_chair_pickle
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, combined, divide, ratio
 
@@ -31,7 +34,7 @@ def _protocol(name: str, about: str, length: int, text: str = DESCRIBE, **settin
     )
 
 
-register(
+PROTOCOLS = (
     _protocol("opera-512", "OPERA's prompt, 512 tokens (default)", 512),
     _protocol(
         "opera-64", "OPERA's prompt, 64 tokens, the unfinished last sentence dropped", 64, truncate="sentence"
@@ -40,19 +43,8 @@ register(
     _protocol("1024", "OPERA's prompt, 1024 tokens", 1024),
     _protocol("pai-512", "prompt 'Please help me describe ...', 512 tokens", 512, HELP_DESCRIBE),
     _protocol("repaired-512", "as opera-512, slips of the synonym list mended", 512, synonym_list="repaired"),
+    _protocol("pocket", "pocket world: OPERA's prompt, 160 tokens", 160),
 )
-
-
-def truncated(text: str, rule: str) -> str:
-    """A caption by a truncation rule: "none", or "sentence", which keeps what ends with the last full stop.
-
-    As in OPERA, a caption without any full stop becomes empty under "sentence".
-    """
-    if rule == "none":
-        return text
-    if rule != "sentence":
-        raise LVLMError(f"truncation rule {rule!r} is unknown; choose none or sentence")
-    return text[: text.rfind(".") + 1]
 
 
 def image_id(name: str | int) -> int:
@@ -147,15 +139,10 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     ]
 
 
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model: the protocol's, the same for every image."""
-    return protocol.prompt(question)
-
-
 def caption_objects(question: Question, caption: str, protocol: Protocol) -> list[tuple[str, str, bool]]:
     """(word, category, whether it is hallucinated) of every object that a caption names, in order."""
     lexicon, there = question.extra["lexicon"], question.extra["objects"]
-    found = lexicon.mentions(lexicon.words(truncated(caption, protocol.truncate)))
+    found = lexicon.mentions(lexicon.words(parsers.truncated(caption, protocol.truncate)))
     return [(word, category, category not in there) for word, category in found]
 
 
@@ -171,7 +158,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         mentions = caption_objects(question, caption, protocol)
         there = question.extra["objects"]
         named = {category for _, category, _ in mentions}
-        words = question.extra["lexicon"].words(truncated(caption, protocol.truncate))
+        words = question.extra["lexicon"].words(parsers.truncated(caption, protocol.truncate))
         wrong = sum(hallucinated for _, _, hallucinated in mentions)
         tally.add(
             question.unit,
@@ -189,15 +176,17 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         )
         tally.correct[question.key] = wrong == 0
     lexicon = questions[0].extra["lexicon"] if questions else None
-    return tally.scores(COUNTS, _figures(), {
+    notes = {
         "words": lexicon.origin if lexicon else "",
         "synonym_list": protocol.synonym_list,
         "truncate": protocol.truncate,
         "without_ground_truth": sum(not question.extra["objects"] for question in questions),
-    })  # fmt: skip
+    }
+    return tally.scores(COUNTS, figures((GROUP,), COUNTS, protocol), notes)
 
 
-def _figures() -> dict[str, Figure]:
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """CHAIR's figures, and the length of the captions, with which they fall."""
     recall = ratio(["covered"], ["objects"])
     faithful = Figure(
         lambda totals: 1 - divide(totals["hallucinated_mentions"], totals["mentions"]), ("mentions",)
@@ -218,3 +207,48 @@ def _harmonic(values: np.ndarray) -> np.ndarray:
     """Harmonic mean of two shares [2, ...]; 0 where both are 0."""
     both = values.sum(axis=0)
     return np.where(both == 0, 0.0, divide(2 * values[0] * values[1], np.where(both == 0, 1.0, both)))
+
+
+# COCO's number of an image, alone, with zeros before it, or in a file name.
+_COCO_NAME = re.compile(r"(?:\w*_)?0*(\d+)(?:\.(?:jpg|jpeg|png))?", re.ASCII)
+
+
+def _number(written: str) -> str:
+    """An image's number as the questions have it; what has no number stays as it is."""
+    found = _COCO_NAME.fullmatch(written)
+    return found[1] if found else written
+
+
+def captioned(data: Data, rows: Sequence[Row]) -> Data:
+    """Without an image list, the images that were described are those that have a caption.
+
+    Raises:
+        LVLMError: a caption of no image, or two of one.
+    """
+    if data.image_list is not None:
+        return data
+    numbers: set[int] = set()
+    for row in rows:
+        if not (row.id.isdecimal() and row.id.isascii() and len(row.id) < 19):
+            raise LVLMError(f"{row.where}: image_id is {row.id!r}; expected COCO's number")
+        files.unique(numbers, int(row.id), row.where)
+    return dataclasses.replace(data, only=tuple(int(row.id) for row in rows))
+
+
+BENCHMARK = Benchmark(
+    name="chair",
+    protocols=PROTOCOLS,
+    links=("https://github.com/LisaAnne/Hallucination", "https://cocodataset.org (annotations, val2014)"),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions={"C_S": -1, "C_I": -1, "recall": 1, "F1": 1, "F1 (distinct)": 1, "coverage": 1},
+    headlines=("C_S", "C_I", "recall", "F1", "words"),
+    judged=(("C_S",),),
+    uses=("image_folder", "image_list", "synonyms", "chair_pickle", "groups", "only"),
+    answers=AnswerFormat(columns=("image_id", "caption"), identity=_number),
+    image_places=folders.COCO_IMAGES,
+    descriptions=(GROUP,),
+    narrow=captioned,
+)

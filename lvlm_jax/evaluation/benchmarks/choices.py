@@ -5,16 +5,17 @@ and for their different column names; text and images may be interleaved. Answer
 """
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import folders, parsers, tables
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.benchmark import Benchmark
+from lvlm_jax.evaluation.parsers import LETTERS
+from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question, listed_name
-from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
 # Benchmark -> how its files are called (beginnings, in lower case).
 FILES = {
@@ -25,7 +26,6 @@ FILES = {
     "mirb": ("mirb",),
     "mibench": ("mibench",),
 }
-LETTERS = string.ascii_uppercase
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 # The question_id of one benchmark is the index of another.
 IDS, TEXTS, ANSWERS = (
@@ -36,21 +36,14 @@ IDS, TEXTS, ANSWERS = (
 OPTIONS, GROUPS = ("options", "choices", "choice_list"), ("category", "sub_task", "task", "kind")
 IMAGES = ("images", "image_list", "image_path", "image", "image_paths")
 
-register(
-    *(
-        Protocol(
-            f"choices/{name}", "choices", f"{name}: letter of the right option", "letter", 16, suffix=SUFFIX
-        )
-        for name in FILES
-    ),
-    Protocol(
-        "choices/any",
-        "choices",
-        "any table of multiple choice, by --question-file",
-        "letter",
-        16,
-        suffix=SUFFIX,
-    ),
+
+def _protocol(name: str, about: str) -> Protocol:
+    return Protocol(f"choices/{name}", "choices", about, "letter", 16, suffix=SUFFIX)
+
+
+PROTOCOLS = (
+    *(_protocol(name, f"{name}: letter of the right option") for name in FILES),
+    _protocol("any", "any table of multiple choice, by --question-file"),
 )
 
 
@@ -134,7 +127,7 @@ def _question(row: dict, number: int, folder: Path, where: str) -> Question:
     hint = row.get("hint")
     lines = ([f"Hint: {hint}"] if isinstance(hint, str) else []) + [text.strip()]
     lines += [f"{letter}. {option}" for letter, option in options.items()]
-    text, images = interleave("\n".join(lines), _images(row, where), where)
+    text, images = tables.interleave("\n".join(lines), _images(row, where), where)
     identity = _first(row, IDS)
     return Question(
         number if identity is None else identity,
@@ -207,31 +200,6 @@ def _images(row: dict, where: str) -> tuple[Path | bytes, ...]:
     return tuple(tables.picture(cell, f"{where}: image") for cell in cells if cell is not None)
 
 
-def interleave(text: str, images: tuple, where: str) -> tuple[str, tuple]:
-    """Placeholders of any writing (`<image>`, `<image 2>`, `<img1>`) as `<image>`, with the images in their order.
-
-    Images that no placeholder mentions come first. Raises `LVLMError` when a placeholder has no image.
-    """
-    places = list(re.finditer(r"<(?:image|img)[ _]?(\d*)>", text))
-    if not places:
-        return text, images
-    order = []
-    for place in places:
-        waiting = [i for i in range(len(images)) if i not in order]
-        index = int(place[1]) - 1 if place[1] else (waiting[0] if waiting else len(images))
-        if not 0 <= index < len(images):
-            raise LVLMError(f"{where} has the placeholder {place[0]!r} but {len(images)} images")
-        order.append(index)
-    unused = [i for i in range(len(images)) if i not in order]
-    text = "<image>" * len(unused) + re.sub(r"<(?:image|img)[ _]?(\d*)>", "<image>", text)
-    return text, tuple(images[i] for i in [*unused, *order])
-
-
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model."""
-    return protocol.prompt(question)
-
-
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """Accuracy over all questions and of each category; an answer without an option letter is wrong and counted."""
     tally, unparsed = Tally(), 0
@@ -242,12 +210,37 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         tally.correct[question.key] = said == question.label
         counts = {"asked": 1, "right": said == question.label, "unparsed": said is None}
         tally.add(question.unit, **{f"{question.group}/{name}": count for name, count in counts.items()})
-    figures = {
-        "accuracy": ratio([f"{group}/right" for group in groups], [f"{group}/asked" for group in groups]),
-        "unparsed": ratio([f"{group}/unparsed" for group in groups], [f"{group}/asked" for group in groups]),
+    counts = [f"{group}/{name}" for group in groups for name in ("asked", "right", "unparsed")]
+    return tally.scores(counts, figures(groups, counts, protocol), {"parser": "letter", "unparsed": unparsed})
+
+
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """Accuracy and unparsed answers of all questions, and of each category where there are several."""
+    asked = [f"{group}/asked" for group in groups]
+    table = {
+        "accuracy": ratio([f"{group}/right" for group in groups], asked),
+        "unparsed": ratio([f"{group}/unparsed" for group in groups], asked),
     }
     for group in groups if len(groups) > 1 else ():
-        figures[f"{group}: accuracy"] = ratio([f"{group}/right"], [f"{group}/asked"])
-        figures[f"{group}: unparsed"] = ratio([f"{group}/unparsed"], [f"{group}/asked"])
-    names = [f"{group}/{name}" for group in groups for name in ("asked", "right", "unparsed")]
-    return tally.scores(names, figures, {"parser": "letter", "unparsed": unparsed})
+        table[f"{group}: accuracy"] = ratio([f"{group}/right"], [f"{group}/asked"])
+        table[f"{group}: unparsed"] = ratio([f"{group}/unparsed"], [f"{group}/asked"])
+    return table
+
+
+BENCHMARK = Benchmark(
+    name="choices",
+    protocols=PROTOCOLS,
+    links=(
+        "https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
+        "https://huggingface.co/datasets/MUIRBENCH/MUIRBENCH",
+        "https://github.com/open-compass/VLMEvalKit (tables in LMUData)",
+    ),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions={"accuracy": 1, "unparsed": -1},
+    headlines=("accuracy", "unparsed"),
+    judged=(("accuracy",),),
+    uses=("question_file", "image_folder", "groups"),
+)

@@ -6,18 +6,17 @@ kinds. The same reader takes the parquet edition, and any rows of `images` (or `
 `text`) and `label`; kinds come from a column `task` or `kind`, else from the file's name.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers, tables
-from lvlm_jax.evaluation.benchmarks.choices import interleave
-from lvlm_jax.evaluation.benchmarks.pope import LLAVA_SUFFIX
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.answers import AnswerFormat
+from lvlm_jax.evaluation.benchmark import Benchmark
+from lvlm_jax.evaluation.protocol import LLAVA_SUFFIX, Protocol
 from lvlm_jax.evaluation.question import Data, Question, listed_name
-from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
 GROUPS = ("existence_random", "existence_popular", "existence_adversarial", "count", "identity")
 # Kind -> its file in the folder `Questions` of github.com/pgtrece/DAB, spelled as it is there.
@@ -33,14 +32,18 @@ PLACES = (".", "MIHBench", "mihbench", "data", "MIHBench/data", "questions", "Qu
           "DAB/Questions")  # fmt: skip
 IMAGE_PLACES = (*folders.COCO_IMAGES, "CO3D", "co3d", "../images", "..")
 
-register(
-    Protocol("mihbench/strict", "mihbench", "existence, count, identity; one yes/no word counts (default)", "strict",
-             16, suffix=LLAVA_SUFFIX, groups=GROUPS),
-    Protocol("mihbench/official", "mihbench", "the same, with POPE's official parser", "official", 128,
-             suffix=LLAVA_SUFFIX, groups=GROUPS),
-    Protocol("mihbench/short", "mihbench", "any yes/no or one-word questions over images, by --question-file",
-             "short", 16, suffix=LLAVA_SUFFIX),
-)  # fmt: skip
+
+def _protocol(name: str, about: str, parser: str, length: int, groups: tuple[str, ...] = ()) -> Protocol:
+    return Protocol(f"mihbench/{name}", "mihbench", about, parser, length, suffix=LLAVA_SUFFIX, groups=groups)
+
+
+PROTOCOLS = (
+    _protocol("strict", "existence, count, identity; one yes/no word counts (default)", "strict", 16, GROUPS),
+    _protocol("official", "the same, with POPE's official parser", "official", 128, GROUPS),
+    _protocol("short", "any yes/no or one-word questions over images, by --question-file", "short", 16),
+    # Without the suffix the pocket model answers in sentences, and no sentence is the word that is right.
+    _protocol("pocket", "pocket world: several images, one word asked for, by --question-file", "short", 16),
+)
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
@@ -91,7 +94,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
                 raise LVLMError(f"{where} has an empty label")
             if not data.groups or group in data.groups:
                 images = tuple(tables.picture(cell, f"{where}: image") for cell in cells)
-                rows.append((identity, *interleave(text, images, where), label, group))
+                rows.append((identity, *tables.interleave(text, images, where), label, group))
     if not rows:
         raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
     paths = {}
@@ -114,43 +117,64 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     ]
 
 
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model."""
-    return protocol.prompt(question)
-
-
-def bare(text: str) -> str:
-    """A short answer without case, article, and full stop."""
-    return re.sub(r"^(an?|the) |[.!]$", "", text.strip().lower())
-
-
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """For yes/no kinds the figures of POPE; for others how often the answer is the label, article and case aside.
 
     Under the parser "short" yes/no questions are parsed by "strict".
     """
-    by_group: dict[str, list[Question]] = {}
-    for question in questions:
-        by_group.setdefault(question.group, []).append(question)
-    binary_groups = [
-        group for group, members in by_group.items() if all(q.label.lower() in ("yes", "no") for q in members)
-    ]
-    other_groups = [group for group in by_group if group not in binary_groups]
+    groups = list(dict.fromkeys(question.group for question in questions))
+    labels = {
+        group: {question.label.lower() for question in questions if question.group == group}
+        for group in groups
+    }
+    one_word = [group for group in groups if not labels[group] <= {"yes", "no"}]
     parse = parsers.yes_no("strict" if protocol.parser == "short" else protocol.parser)
     tally, unparsed = Tally(), 0
     for question in questions:
         text = answers[question.key]
-        if question.group in binary_groups:
+        if question.group in one_word:
+            tally.correct[question.key] = parsers.bare(text) == parsers.bare(question.label)
+            tally.add(question.unit, **{f"{question.group}/right": tally.correct[question.key]})
+        else:
             said = parse(text, binary.label_of(question))
             unparsed += said is None
             binary.count(tally, question, said)
-        else:
-            tally.correct[question.key] = bare(text) == bare(question.label)
-            tally.add(question.unit, **{f"{question.group}/right": tally.correct[question.key]})
         tally.add(question.unit, asked=1, right=tally.correct[question.key], **{f"{question.group}/asked": 1})
-    figures = {"accuracy": ratio(["right"], ["asked"])}
-    figures |= binary.table(binary_groups)
-    figures |= {f"{group}: accuracy": ratio([f"{group}/right"], [f"{group}/asked"]) for group in other_groups}
-    names = ["asked", "right", *binary.names(binary_groups), *(f"{group}/right" for group in other_groups),
-             *(f"{group}/asked" for group in by_group)]  # fmt: skip
-    return tally.scores(names, figures, {"parser": protocol.parser, "unparsed": unparsed})
+    counts = [
+        "asked",
+        "right",
+        *binary.names([group for group in groups if group not in one_word]),
+        *(f"{group}/right" for group in one_word),
+        *(f"{group}/asked" for group in groups),
+    ]
+    notes = {"parser": protocol.parser, "unparsed": unparsed}
+    return tally.scores(counts, figures(groups, counts, protocol), notes)
+
+
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """Accuracy over all; POPE's figures of the yes/no kinds; accuracy of those that were counted as right or wrong."""
+    one_word = [group for group in groups if f"{group}/right" in counts]
+    table = {"accuracy": ratio(["right"], ["asked"])}
+    table |= binary.table([group for group in groups if group not in one_word])
+    return table | {f"{group}: accuracy": ratio([f"{group}/right"], [f"{group}/asked"]) for group in one_word}
+
+
+BENCHMARK = Benchmark(
+    name="mihbench",
+    protocols=PROTOCOLS,
+    links=(
+        "https://github.com/pgtrece/DAB",
+        "https://cocodataset.org (val2014)",
+        "https://github.com/facebookresearch/co3d",
+    ),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions=binary.DIRECTIONS,
+    headlines=("accuracy", "F1"),
+    judged=(("accuracy",),),
+    uses=("question_file", "image_folder", "groups"),
+    answers=AnswerFormat(by_group=True),
+    image_places=IMAGE_PLACES,
+)

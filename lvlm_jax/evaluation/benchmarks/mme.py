@@ -11,7 +11,9 @@ from pathlib import Path
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.benchmark import Benchmark
+from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio, total
 
@@ -27,7 +29,7 @@ def _protocol(name: str, about: str, groups: tuple[str, ...]) -> Protocol:
     return Protocol(f"mme/{name}", "mme", about, "first-four", 16, groups=groups)
 
 
-register(
+PROTOCOLS = (
     _protocol("hallucination", "existence, count, position, color; at most 800 (default)", HALLUCINATION),
     _protocol("perception", "ten subtasks; at most 2000", PERCEPTION),
     _protocol("all", "fourteen subtasks; at most 2000 and 800", PERCEPTION + COGNITION),
@@ -105,11 +107,6 @@ def _image(text_file: Path, needed: bool) -> Path:
     return folder / f"{text_file.stem}.jpg"
 
 
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model."""
-    return protocol.prompt(question)
-
-
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """Score, accuracy and accuracy+ of each subtask, and the sums (hallucination, perception, cognition) all of whose
     subtasks were asked. An answer that is neither yes nor no is wrong, and counted as unparsed."""
@@ -129,22 +126,88 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         pairs.setdefault((task, question.unit), []).append(right)
     for (task, unit), rights in pairs.items():
         tally.add(unit, **{f"{task}/images": 1, f"{task}/both": all(rights) and len(rights) == 2})
-    points = {task: _points(task) for task in tasks}
-    figures = {
+    counts = [f"{task}/{kind}" for task in tasks for kind in ("asked", "right", "unparsed", "images", "both")]
+    notes = {"parser": protocol.parser, "unparsed": unparsed}
+    return tally.scores(counts, figures(tasks, counts, protocol), notes)
+
+
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """The sums all of whose subtasks are among `groups`, and the figures of each subtask."""
+    points = {task: _points(task) for task in groups}
+    table = {
         name: total([points[task] for task in members])
         for name, members in SUMS.items()
-        if set(members) <= set(tasks)
+        if set(members) <= set(groups)
     }
-    for task in tasks:
-        figures[f"{task}: score"] = points[task]
-        figures[f"{task}: accuracy"] = ratio([f"{task}/right"], [f"{task}/asked"])
-        figures[f"{task}: accuracy+"] = ratio([f"{task}/both"], [f"{task}/images"])
-        figures[f"{task}: unparsed"] = ratio([f"{task}/unparsed"], [f"{task}/asked"])
-    counts = [f"{task}/{kind}" for task in tasks for kind in ("asked", "right", "unparsed", "images", "both")]
-    return tally.scores(counts, figures, {"parser": protocol.parser, "unparsed": unparsed})
+    for task in groups:
+        table[f"{task}: score"] = points[task]
+        table[f"{task}: accuracy"] = ratio([f"{task}/right"], [f"{task}/asked"])
+        table[f"{task}: accuracy+"] = ratio([f"{task}/both"], [f"{task}/images"])
+        table[f"{task}: unparsed"] = ratio([f"{task}/unparsed"], [f"{task}/asked"])
+    return table
 
 
 def _points(task: str) -> Figure:
     single = ratio([f"{task}/right"], [f"{task}/asked"])
     both = ratio([f"{task}/both"], [f"{task}/images"])
     return Figure(lambda totals: 100 * (single.compute(totals) + both.compute(totals)), single.over, "points")
+
+
+class TextFiles(AnswerFormat):
+    """A folder with a text file for each subtask, of lines "image, tab, question, tab, truth, tab, answer"."""
+
+    def read(self, path: Path, group: str | None = None) -> list[Row]:
+        """The rows of a text file, which have no ids; other files are read as JSON lines."""
+        if path.suffix != ".txt":
+            return super().read(path, group)
+        rows = []
+        for number, line in enumerate(files.read_text(path, "answer file").split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of answer file {str(path)!r}"
+            cells = line.rstrip("\r").split("\t")
+            if len(cells) != 4:
+                raise LVLMError(
+                    f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs"
+                )
+            image, asked, _, said = cells
+            rows.append(Row(where, None, said, group or path.stem, asked.strip(), (image.strip(),)))
+        return rows
+
+    def write(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        answers: Mapping,
+        protocol: Protocol,
+        model_id: str = "",
+    ) -> list[Path]:
+        """Write a file for each subtask into the folder `path`."""
+        by_task: dict[str, list[str]] = {}
+        for question in questions:
+            if question.key in answers:
+                answer = " ".join(answers[question.key].split())  # a tab or line end would break the table
+                line = "\t".join((question.unit, question.text, question.label.capitalize(), answer))
+                by_task.setdefault(question.group, []).append(line + "\n")
+        written = []
+        for task, lines in by_task.items():
+            written.append(path / f"{task}.txt")
+            files.write_whole(written[-1], "".join(lines))
+        return written
+
+
+BENCHMARK = Benchmark(
+    name="mme",
+    protocols=PROTOCOLS,
+    links=("https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions=dict.fromkeys((*SUMS, "score", "accuracy", "accuracy+"), 1) | {"unparsed": -1},
+    headlines=("hallucination", "perception", "cognition"),
+    judged=((*SUMS, "score", "accuracy"),),
+    uses=("groups",),
+    answers=TextFiles("answers"),
+    image_places=tuple(f"{top}{{group}}{end}" for top in ("", f"{RELEASE}/") for end in ("", "/images")),
+)

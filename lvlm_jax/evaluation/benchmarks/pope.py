@@ -11,21 +11,23 @@ from pathlib import Path
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers
-from lvlm_jax.evaluation.protocol import Protocol, register
+from lvlm_jax.evaluation.answers import AnswerFormat
+from lvlm_jax.evaluation.benchmark import Benchmark
+from lvlm_jax.evaluation.protocol import LLAVA_SUFFIX, Protocol
 from lvlm_jax.evaluation.question import Data, Question
-from lvlm_jax.evaluation.scores import Scores, Tally, ratio
+from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
 SPLITS = ("random", "popular", "adversarial")
 SOURCES = ("coco", "aokvqa", "gqa")
 ENDINGS = (".json", ".jsonl")
-LLAVA_SUFFIX = "\nAnswer the question using a single word or phrase."
+VCD_SUFFIX = " Please answer this question with one word."
 
 
 def _protocol(name: str, about: str, parser: str, max_new_tokens: int, **settings) -> Protocol:
     return Protocol(f"pope/{name}", "pope", about, parser, max_new_tokens, groups=SPLITS, **settings)
 
 
-register(
+PROTOCOLS = (
     _protocol(
         "strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX
     ),
@@ -36,17 +38,12 @@ register(
         "VCD's scorer and suffix, sampling at temperature 1",
         "vcd",
         64,
-        suffix=" Please answer this question with one word.",
+        suffix=VCD_SUFFIX,
         temperature=1.0,
     ),
-    _protocol(
-        "vcd-greedy",
-        "VCD's scorer and suffix, greedy",
-        "vcd",
-        64,
-        suffix=" Please answer this question with one word.",
-    ),
+    _protocol("vcd-greedy", "VCD's scorer and suffix, greedy", "vcd", 64, suffix=VCD_SUFFIX),
     _protocol("lmms-eval", "lmms-eval's scorer, LLaVA's suffix", "lmms-eval", 128, suffix=LLAVA_SUFFIX),
+    _protocol("pocket", "pocket world: no suffix, one yes/no word counts", "strict", 16),
 )
 
 
@@ -111,11 +108,6 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     ]
 
 
-def prompt(question: Question, protocol: Protocol) -> str:
-    """The text put to a model."""
-    return protocol.prompt(question)
-
-
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """Figures of each split and their mean.
 
@@ -134,13 +126,34 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         binary.count(tally, question, parse(text, binary.label_of(question)))
         plain = parsers.strict(text, "")
         tally.add(question.unit, asked=1, strict_yes=plain == "yes", strict_unparsed=plain is None)
-    figures = binary.table(groups, unparsed_is_missed=protocol.parser != "lmms-eval")
-    figures["strict yes ratio"] = ratio(["strict_yes"], ["asked"])
-    figures["strict unparsed"] = ratio(["strict_unparsed"], ["asked"])
+    counts = [*binary.names(groups), "asked", "strict_yes", "strict_unparsed"]
     unparsed = sum(parse(answers[question.key], binary.label_of(question)) is None for question in questions)
     rows = {group: sum(question.group == group for question in questions) for group in groups}
-    return tally.scores(
-        [*binary.names(groups), "asked", "strict_yes", "strict_unparsed"],
-        figures,
-        {"rows": rows, "parser": protocol.parser, "unparsed": unparsed},
-    )
+    notes = {"rows": rows, "parser": protocol.parser, "unparsed": unparsed}
+    return tally.scores(counts, figures(groups, counts, protocol), notes)
+
+
+def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
+    """Figures of each split and their mean, by the protocol's parser, and how many answers are no yes or no."""
+    return binary.table(groups, unparsed_is_missed=protocol.parser != "lmms-eval") | {
+        "strict yes ratio": ratio(["strict_yes"], ["asked"]),
+        "strict unparsed": ratio(["strict_unparsed"], ["asked"]),
+    }
+
+
+BENCHMARK = Benchmark(
+    name="pope",
+    protocols=PROTOCOLS,
+    links=("https://github.com/AoiDragon/POPE", "https://cocodataset.org (val2014)"),
+    question_files=question_files,
+    read=read,
+    score=score,
+    figures=figures,
+    directions=binary.DIRECTIONS | {"strict unparsed": -1},
+    headlines=("accuracy", "F1", "yes ratio", "unparsed"),
+    judged=(("accuracy",),),
+    uses=("question_file", "image_folder", "source", "groups"),
+    recorded=("source",),
+    answers=AnswerFormat(by_group=True, in_order=True),
+    image_places=(*folders.COCO_IMAGES, *folders.GQA_IMAGES),
+)

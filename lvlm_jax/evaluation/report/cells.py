@@ -8,13 +8,11 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from lvlm_jax.evaluation.benchmark import Benchmark, word_of
 from lvlm_jax.evaluation.report.runs import Value
 from lvlm_jax.evaluation.statistics import Difference
 
 NONE_SHOWN, NOT_DEFINED = "no difference shown", "not defined"
-HIGHER = ("accuracy", "accuracy+", "precision", "recall", "F1", "F1 (distinct)", "coverage", "Cover", "score",
-          "hallucination", "perception", "cognition")  # fmt: skip
-LOWER = ("C_S", "C_I", "CHAIR", "Hal", "Cog", "unparsed", "strict unparsed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +27,15 @@ class Cell:
     order: float | None = None
 
 
-def good(figure: str) -> int:
-    """1 where a high figure is good, -1 where a low one is, 0 where neither is."""
-    name = figure.rpartition(": ")[2]
-    return (name in HIGHER) - (name in LOWER)
-
-
-def verdict(figure: str, difference: Difference) -> str:
-    """What a difference of a figure shows, in words."""
+def verdict(direction: int, difference: Difference) -> str:
+    """What a difference shows, in words, of a figure whose high values are good (1), or low ones (-1), or neither."""
     low, high = difference.interval
     if math.isnan(difference.value) or math.isnan(low):
         return NOT_DEFINED
     if low <= 0 <= high:
         return NONE_SHOWN
     sign = 1 if low > 0 else -1
-    return {1: "better", -1: "worse", 0: "higher" if sign > 0 else "lower"}[sign * good(figure)]
+    return {1: "better", -1: "worse", 0: "higher" if sign > 0 else "lower"}[sign * direction]
 
 
 def shown(value: float, unit: str, signed: bool = False) -> str:
@@ -61,13 +53,13 @@ def between(interval: tuple[float, float], unit: str, signed: bool = False) -> s
     return " to ".join(shown(bound, unit, signed) for bound in interval)
 
 
-def cell(value: Value, figure: str, difference: Difference | None = None, mark: str = "") -> Cell:
-    """The cell of a figure, and of a difference to it."""
+def cell(value: Value, direction: int, difference: Difference | None = None, mark: str = "") -> Cell:
+    """The cell of a figure, and of a difference to it; `direction` as in `verdict`."""
     order = value.value if math.isfinite(value.value) else None
     found = Cell(shown(value.value, value.unit), between(value.interval, value.unit), mark=mark, order=order)
     if difference is None:
         return found
-    says = verdict(figure, difference)
+    says = verdict(direction, difference)
     if says == NOT_DEFINED:
         return dataclasses.replace(found, verdict=says)
     words = f"{shown(difference.value, value.unit, True)} ({between(difference.interval, value.unit, True)})"
@@ -82,15 +74,16 @@ def number(value: float | None, text: str | None = None) -> Cell:
     return Cell(text, order=value if there else None)
 
 
-def beats(differences: Mapping[str, Difference], names: Sequence[str]) -> str:
+def beats(benchmark: Benchmark, differences: Mapping[str, Difference], names: Sequence[str]) -> str:
     """Whether a method does more than a control, by those of the figures that can be good or bad.
 
     Answers that are not understood are wrong already, so their number is not judged again.
     """
     by_verdict: dict[str, list[str]] = {}
     for name in names:
-        if good(name) and name in differences and not name.endswith("unparsed"):
-            by_verdict.setdefault(verdict(name, differences[name]), []).append(name.rpartition(": ")[2])
+        direction = benchmark.direction(name)
+        if direction and name in differences and not name.endswith("unparsed"):
+            by_verdict.setdefault(verdict(direction, differences[name]), []).append(word_of(name))
     if not by_verdict:
         return "not compared"
     parts = "; ".join(

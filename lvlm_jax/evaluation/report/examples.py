@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import io
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +16,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import answers, folders, parsers
-from lvlm_jax.evaluation.benchmarks import amber, chair, choices, mihbench, mme
+from lvlm_jax.evaluation import BENCHMARKS, answers, parsers
 from lvlm_jax.evaluation.protocol import files_hash
-from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.report.runs import Comparison, Run
 from lvlm_jax.processors.images import open_image
 
 LONGEST_TEXT = 600  # characters of an answer
 PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
 SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
+# Folders below the data folder, those of all benchmarks: people keep the pictures of several in one.
 PLACES = dict.fromkeys(
-    (".", *folders.COCO_IMAGES, *folders.GQA_IMAGES, *amber.IMAGE_PLACES, *mihbench.IMAGE_PLACES)
+    (".", *(place for benchmark in BENCHMARKS.values() for place in benchmark.image_places))
 )
 
 
@@ -150,48 +149,42 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
             if len(keys) != 1:
                 continue
             # A description is known by the number of its image.
-            if keys[0][0] in (chair.GROUP, amber.GENERATIVE) and _number(identity) in image_of:
+            if keys[0][0] in run.benchmark.descriptions and _number(identity) in image_of:
                 answer = dataclasses.replace(answer, images=(image_of[_number(identity)],))
             found[keys[0]] = answer
     return found
 
 
 def _number(name: str) -> int | None:
-    """COCO's or AMBER's number of an image."""
-    try:
-        return chair.image_id(name)
-    except LVLMError:
-        return None
+    """The number of an image, which is the last in its name; None where it has none."""
+    digits = re.findall(r"\d+", Path(name).stem)
+    return int(digits[-1]) if digits else None
 
 
 def _rows(path: Path, run: Run) -> Iterator[tuple[str, str | None, Answer]]:
     """(id, group or None, answer) of the rows of an answer file or folder."""
     protocol = run.protocol
     groups = {group for group, _ in run.correct}
-    described = protocol.prompt(Question(0, (), "", None, "")) if protocol.benchmark == "chair" else None
-    rows = answers.read([(None, path)], protocol)
-    # A row's list of images is not among what the reader keeps.
-    is_json = path.is_file() and path.suffix != ".txt"
-    raw = [row for _, row in files.read_rows(path, "answer file")] if is_json else []
+    # A prompt without the question's text is the same for all.
+    same = None if "{question}" in protocol.template else protocol.template + protocol.suffix
     nth: Counter = Counter()
-    for place, row in enumerate(rows):
-        listed = raw[place].get("image") if raw else row.image
-        images = listed if isinstance(listed, list) else [listed]
-        nth[row.group, row.image] += 1
+    for row in answers.read([(None, path)], run.benchmark.answers, protocol.groups):
+        nth[row.group, row.images] += 1
         # MME's rows have no ids: a question is known by its image, and by whether it is the first or the second.
-        identity = f"{row.image}/{nth[row.group, row.image]}" if row.id is None else row.id
-        answer = Answer(
-            row.text, row.prompt or described, tuple(name for name in images if isinstance(name, str))
+        identity = f"{row.images[0]}/{nth[row.group, row.images]}" if row.id is None else row.id
+        yield (
+            identity,
+            row.group if row.group in groups else None,
+            Answer(row.text, row.prompt or same, row.images),
         )
-        yield identity, row.group if row.group in groups else None, answer
 
 
 def right_answer(parser: str, right: str, wrong: str) -> str:
     """The label, of which a parser takes the one text for right and the other for wrong; empty where there is none."""
     if parser == "letter":
-        return parsers.letter(right, choices.LETTERS) or ""
+        return parsers.letter(right, parsers.LETTERS) or ""
     if parser == "short":
-        return mihbench.bare(right)
+        return parsers.bare(right)
     if parser not in parsers.YES_NO:
         return ""
     parse = parsers.yes_no(parser)
@@ -201,7 +194,7 @@ def right_answer(parser: str, right: str, wrong: str) -> str:
 
 def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
     """The file of an image in one of the folders, or where benchmarks keep theirs below it; None if it is nowhere."""
-    within = [*PLACES, *(f"{top}{group}{end}" for top in ("", f"{mme.RELEASE}/") for end in ("", "/images"))]
+    within = [place.replace("{group}", group) for place in PLACES]
     written = Path(name)
     inside = not written.is_absolute() and ".." not in written.parts  # a name leads nowhere else
     names = dict.fromkeys([written] * inside + [Path(written.name)])

@@ -1,17 +1,15 @@
 """Reports: a folder of scored runs as one HTML page without any reference to the outside, and as one Markdown file.
 
-`report_runs` reads the runs and subtracts them, `report_tables` makes the tables, `examples` draws the examples; here
-they are put together and written down.
+`report.runs` reads the runs and subtracts them, `report.tables` makes the tables, `report.examples` draws the examples;
+here they are put together and written down.
 """
 
 import dataclasses
-import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lvlm_jax import files
+from lvlm_jax import files, pages
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import runs as report_runs
@@ -96,12 +94,7 @@ def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequen
         ],
         "pictures": list(pictures.values()),
     }
-    # "<" would let a model's text end the script element; the line separators break older parsers.
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", encoded)
+    return pages.render(TEMPLATE, title, data)
 
 
 def _plain(section: Section) -> dict:

@@ -18,9 +18,8 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, rescore
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, rescore
 from lvlm_jax.evaluation.protocol import Protocol
-from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.statistics import Difference
 from lvlm_jax.version import __version__
@@ -108,6 +107,11 @@ class Run:
     controls: Mapping[str, Control]
     cost: Cost
     against: Comparison | None
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What the protocol is about."""
+        return BENCHMARKS[self.protocol.benchmark]
 
     @property
     def answered_by(self) -> Mapping:
@@ -296,18 +300,14 @@ def differing(first: Run, second: Run) -> list[str]:
 def restored(run: Run) -> Scores:
     """The scores as they were, with the functions of their figures, so that they can be resampled again.
 
-    A benchmark's `score` makes its figures for the groups of the questions it is shown. It is shown one stand-in of
-    each group, so that no formula is written twice, and the figures must then give the stored values.
+    The benchmark makes the figures of the groups that were asked, and they must give the stored values.
 
     Raises:
         LVLMError: they do not: the run was scored by a version with other formulas.
     """
-    protocol = run.protocol
-    groups = dict.fromkeys(group for group, _ in run.correct)
-    # CHAIR's figures do not depend on the questions, which would need a list of words.
-    stand_ins = [] if protocol.benchmark == "chair" else [_stand_in(group, run.counts) for group in groups]
-    made = BENCHMARKS[protocol.benchmark].score(stand_ins, {one.key: "yes" for one in stand_ins}, protocol)
-    figures = {name: made.figures[name] for name in run.figures if name in made.figures}
+    groups = list(dict.fromkeys(group for group, _ in run.correct))
+    made = run.benchmark.figures(groups, run.counts, run.protocol)
+    figures = {name: made[name] for name in run.figures if name in made}
     scores = Scores(run.units, run.counts, run.table, figures, run.correct, run.notes)
     try:
         values = scores.values()
@@ -319,14 +319,6 @@ def restored(run: Run) -> Scores:
                 f"{run.name} has {name} {run.figures[name].value}, this version finds {value:.6f}; score it again"
             )
     return scores
-
-
-def _stand_in(group: str, counts: Sequence[str]) -> Question:
-    """A question of a group that every scorer can read: yes/no, except where a group has only right and wrong."""
-    lists = {"association": {}, "known": frozenset(), "safe": frozenset(), "matching": "exact"}
-    extra = {"options": ("A",), "truth": (), "temptations": (), "lists": lists}
-    only_right_or_wrong = f"{group}/right" in counts and f"{group}/images" not in counts
-    return Question(0, (Path("stand-in"),), "", "word" if only_right_or_wrong else "yes", group, extra)
 
 
 def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:

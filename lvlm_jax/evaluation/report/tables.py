@@ -8,19 +8,10 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lvlm_jax.evaluation.report.cells import Cell, beats, between, cell, good, number, shown
+from lvlm_jax.evaluation.report.cells import Cell, beats, between, cell, number, shown
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
 
-# The figures that stand for a benchmark; of a figure that each split has, the mean of the splits.
-HEADLINES = {
-    "pope": ("accuracy", "F1", "yes ratio", "unparsed"),
-    "chair": ("C_S", "C_I", "recall", "F1", "words"),
-    "mme": ("hallucination", "perception", "cognition"),
-    "amber": ("CHAIR", "Cover", "Hal", "Cog", "discriminative: accuracy", "discriminative: F1"),
-    "mihbench": ("accuracy", "F1"),
-    "choices": ("accuracy", "unparsed"),
-}
-FALLBACK = 4  # figures of a run that has none of the above
+FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
 SHORTER = (
     "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
 )
@@ -145,12 +136,8 @@ def headline(run: Run, word: str) -> str | None:
 
 
 def headlines(runs: Sequence[Run]) -> list[str]:
-    """The headline figures that runs of one protocol have."""
-    words = [
-        word
-        for word in HEADLINES.get(runs[0].protocol.benchmark, ())
-        if any(headline(run, word) for run in runs)
-    ]
+    """The headline figures that runs of one protocol have; of a figure that each split has, the mean of the splits."""
+    words = [word for word in runs[0].benchmark.headlines if any(headline(run, word) for run in runs)]
     return words or list(runs[0].figures)[:FALLBACK]
 
 
@@ -193,13 +180,18 @@ class Report:
         """The lines that have a run under a protocol, with the run."""
         return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
 
+    def column(self, figure: str, protocol: str, title: str = "") -> Column:
+        """The column of a figure under a protocol; `title` where it is not called as the figure is."""
+        benchmark = next(run.benchmark for run in self.runs if run.protocol.name == protocol)
+        return Column(title or figure, protocol, benchmark.direction(figure))
+
     def figure(self, run: Run | None, name: str | None) -> Cell:
         """The cell of one figure of a run."""
         if run is None or name not in run.figures:
             return Cell()
         compared = self.comparisons.get(run)
         difference = compared.differences.get(name) if isinstance(compared, Comparison) else None
-        found = cell(run.figures[name], name, difference, self.marks.get(run, ""))
+        found = cell(run.figures[name], run.benchmark.direction(name), difference, self.marks.get(run, ""))
         not_compared = compared is not None and difference is None
         return dataclasses.replace(found, verdict="not compared") if not_compared else found
 
@@ -238,7 +230,7 @@ class Report:
     def overview(self) -> Table:
         """Rows methods, columns the headline figures of all protocols."""
         words = {protocol: headlines([run for _, run in self.of(protocol)]) for protocol in self.protocols}
-        columns = tuple(Column(word, protocol, good(word)) for protocol in words for word in words[protocol])
+        columns = tuple(self.column(word, protocol) for protocol in words for word in words[protocol])
         rows = []
         for line in self.lines:
             runs = [line.runs.get(column.protocol) for column in columns]
@@ -269,8 +261,8 @@ class Report:
     def categories(self, protocol: str) -> Iterator[Table]:
         """Every figure that a run of a protocol has, arranged by split, subtask or kind."""
         members = list(self.of(protocol))
-        for title, named in arranged(name for _, run in members for name in run.figures).items():
-            columns = tuple(Column(column, protocol, good(name)) for column, name in named.items())
+        for heading, named in arranged(name for _, run in members for name in run.figures).items():
+            columns = tuple(self.column(name, protocol, title) for title, name in named.items())
             rows = tuple(
                 Row(
                     line.model,
@@ -280,7 +272,7 @@ class Report:
                 )
                 for line, run in members
             )
-            yield Table(f"{protocol}: {title}", columns, rows)
+            yield Table(f"{protocol}: {heading}", columns, rows)
 
     def controls(self, protocol: str) -> Table | None:
         """Under each method its controls; None where nothing but models without a method ran."""
@@ -288,12 +280,16 @@ class Report:
         if not members:
             return None
         words = headlines([run for _, run in members])
-        columns = (Column("in words", protocol), *(Column(word, protocol, good(word)) for word in words))
+        columns = (Column("in words", protocol), *(self.column(word, protocol) for word in words))
         rows = []
         for line, run in members:
             group = " · ".join(filter(None, (line.model, line.name, line.which)))
             names = [headline(run, word) for word in words]
-            own = (cell(run.figures[name], name) if name else Cell() for name in names)
+            directions = [run.benchmark.direction(name) if name else 0 for name in names]
+            own = (
+                cell(run.figures[name], direction) if name else Cell()
+                for name, direction in zip(names, directions, strict=True)
+            )
             rows.append(
                 Row(
                     group,
@@ -304,12 +300,12 @@ class Report:
             )
             for title, control in run.controls.items():
                 cells = (
-                    cell(control.figures[name], name, control.differences.get(name))
+                    cell(control.figures[name], direction, control.differences.get(name))
                     if name in control.figures
                     else Cell()
-                    for name in names
+                    for name, direction in zip(names, directions, strict=True)
                 )
-                said = control.words or beats(control.differences, list(filter(None, names)))
+                said = control.words or beats(run.benchmark, control.differences, list(filter(None, names)))
                 rows.append(Row(group, title, control.about, (Cell(said), *cells)))
         return Table(protocol, columns, tuple(rows))
 

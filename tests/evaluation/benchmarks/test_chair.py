@@ -15,6 +15,7 @@ from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import chair
 from lvlm_jax.evaluation.chair_truth import read_chair_pickle
 from lvlm_jax.evaluation.chair_words import DOUBLE_WORDS, parse_synonyms, plain_lexicon, singular, tokens
+from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import CATEGORIES, SYNONYMS, coco_folder, write_lines
 
@@ -160,11 +161,11 @@ def test_truncation_drops_the_unfinished_sentence(folder):
 
 
 def test_truncation_rules():
-    assert chair.truncated("One. Two. Thr", "sentence") == "One. Two."
-    assert chair.truncated("no stop", "sentence") == ""
-    assert chair.truncated("One. Thr", "none") == "One. Thr"
+    assert truncated("One. Two. Thr", "sentence") == "One. Two."
+    assert truncated("no stop", "sentence") == ""
+    assert truncated("One. Thr", "none") == "One. Thr"
     with pytest.raises(LVLMError, match="'words' is unknown"):
-        chair.truncated("", "words")
+        truncated("", "words")
 
 
 @pytest.mark.parametrize(

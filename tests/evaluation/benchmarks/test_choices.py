@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, get
+from lvlm_jax.evaluation import Data, get, tables
 from lvlm_jax.evaluation.benchmarks import choices
 from tests.evaluation.builders import write_lines
 
@@ -50,7 +50,7 @@ def test_vlmevalkit_table(tmp_path):
     assert (first.label, first.group, first.extra["options"]) == ("B", "objects", ("A", "B"))
     assert first.images == third.images == (JPEG,)
     assert second.images == (PNG, JPEG)
-    assert choices.prompt(third, ANY).endswith(
+    assert ANY.prompt(third).endswith(
         "B. cat\nAnswer with the option's letter from the given choices directly."
     )
 
@@ -104,12 +104,12 @@ def test_pictures_of_one_name_in_different_folders(tmp_path):
 
 
 def test_interleaved_placeholders():
-    text, images = choices.interleave("See <image 2> and <img1>: <image>", ("a", "b", "c", "d"), "row 1")
+    text, images = tables.interleave("See <image 2> and <img1>: <image>", ("a", "b", "c", "d"), "row 1")
     assert text == "<image>See <image> and <image>: <image>"
     assert images == ("d", "b", "a", "c")
-    assert choices.interleave("none", ("a", "b"), "row 1") == ("none", ("a", "b"))
+    assert tables.interleave("none", ("a", "b"), "row 1") == ("none", ("a", "b"))
     with pytest.raises(LVLMError, match="row 1 has the placeholder '<image>' but 1 images"):
-        choices.interleave("<image> <image>", ("a",), "row 1")
+        tables.interleave("<image> <image>", ("a",), "row 1")
 
 
 def test_options_may_be_images(tmp_path):

@@ -159,9 +159,7 @@ def test_duplicate_ids(tmp_path):
 def test_prompts_of_the_protocols(tmp_path):
     question = read(pope_folder(tmp_path, {"random": "y"}), groups=("random",))[0]
     text = "Is there a dog in the image?"
-    assert pope.prompt(question, get("pope/opera")) == text
-    assert pope.prompt(question, get("pope/vcd")) == text + " Please answer this question with one word."
+    assert get("pope/opera").prompt(question) == text
+    assert get("pope/vcd").prompt(question) == text + " Please answer this question with one word."
     llava = text + "\nAnswer the question using a single word or phrase."
-    assert (
-        pope.prompt(question, get("pope/official")) == pope.prompt(question, get("pope/lmms-eval")) == llava
-    )
+    assert get("pope/official").prompt(question) == get("pope/lmms-eval").prompt(question) == llava
