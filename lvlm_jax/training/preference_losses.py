@@ -30,6 +30,11 @@ def pair_losses(
     return -(1 - label_smoothing) * kept - label_smoothing * flipped
 
 
+def per_pair(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Mean:
+    """The mean over pairs, each with its weight."""
+    return Mean(jnp.sum(values * weight), jnp.sum(weight))
+
+
 def metrics(
     policy: Float[Array, "B 2 A"],
     reference: Float[Array, "B 2 A"],
@@ -62,19 +67,16 @@ def metrics(
     margin = delta[:, 0] - delta[:, 1]
     logps = policy.sum(axis=-1)
 
-    def per_pair(values: Float[Array, "B"]) -> Mean:
-        return Mean(jnp.sum(values * weight), jnp.sum(weight))
-
     # With r = π / π_ref on a token of the reference, r - 1 - log r has the mean KL(π_ref ‖ π).
     drift = (jnp.expm1(ratio) - ratio) * weight[:, None, None]
     return {
-        "preference": per_pair(pair_losses(margin, loss, beta, label_smoothing)),
-        "nll": per_pair(-logps[:, 0] / jnp.maximum(tokens[:, 0], 1)),
-        "rewards/chosen": per_pair(beta * delta[:, 0]),
-        "rewards/rejected": per_pair(beta * delta[:, 1]),
-        "rewards/margin": per_pair(beta * margin),
-        "rewards/accuracy": per_pair((margin > 0).astype(jnp.float32)),
-        "logps/chosen": per_pair(logps[:, 0]),
-        "logps/rejected": per_pair(logps[:, 1]),
+        "preference": per_pair(pair_losses(margin, loss, beta, label_smoothing), weight),
+        "nll": per_pair(-logps[:, 0] / jnp.maximum(tokens[:, 0], 1), weight),
+        "rewards/chosen": per_pair(beta * delta[:, 0], weight),
+        "rewards/rejected": per_pair(beta * delta[:, 1], weight),
+        "rewards/margin": per_pair(beta * margin, weight),
+        "rewards/accuracy": per_pair((margin > 0).astype(jnp.float32), weight),
+        "logps/chosen": per_pair(logps[:, 0], weight),
+        "logps/rejected": per_pair(logps[:, 1], weight),
         "kl": Mean(drift.sum(), jnp.sum(tokens * weight[:, None])),
     }
