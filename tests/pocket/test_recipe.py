@@ -160,5 +160,5 @@ def test_a_complaint_is_one_line_and_exit_code_2(tmp_path):
     words = ["--config", "configs/pocket.py", "--workdir", str(tmp_path), "--config.recipe=soup"]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    known = ", ".join(sorted((*registry.names(), "pocket")))
+    known = ", ".join(sorted({*registry.names(), "pocket"}))
     assert done.stderr.splitlines() == [f"train.py: recipe 'soup' is unknown; expected one of {known}"]
