@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lvlm_jax.training import preference_losses as preference
+from lvlm_jax.training.objectives import simpo
 
 trl = pytest.importorskip("trl")
 
@@ -78,3 +79,31 @@ def test_losses_are_those_of_trl(loss, beta):
             continue  # ours are per token there, like the loss
         same = {"rewards/margins": "rewards/margin", "rewards/accuracies": "rewards/accuracy"}.get(name, name)
         np.testing.assert_allclose(found[same], logged[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("beta", "gamma", "smoothing"), [(2.0, 0.5, 0.0), (2.5, 1.4, 0.1)])
+def test_simpo_is_that_of_trl(beta, gamma, smoothing):
+    """TRL's loss of the mean log-probabilities that it takes per answer."""
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    rng = np.random.default_rng(1)
+    policy = -rng.exponential(size=(PAIRS, 2, ANSWER))
+    mask = np.arange(ANSWER) < rng.integers(1, ANSWER + 1, (PAIRS, 2, 1))
+    state = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device="cpu"), loss_type="simpo", beta=beta, simpo_gamma=gamma, alpha=0.0,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    logprobs = torch.tensor(policy, requires_grad=True)
+    means = (logprobs * torch.tensor(mask)).sum(-1) / torch.tensor(mask).sum(-1)
+    losses, chosen, rejected = cpo.CPOTrainer.cpo_loss(state, means[:, 0], means[:, 1])
+    losses.mean().backward()
+
+    def ours(policy):
+        found = simpo.losses(policy, jnp.asarray(mask), jnp.ones(PAIRS), beta, gamma, smoothing)
+        return found["preference"].value, {name: entry.value for name, entry in found.items()}
+
+    with jax.enable_x64(True):
+        (value, found), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(policy))
+    np.testing.assert_allclose(value, losses.mean().item(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(gradient, logprobs.grad, rtol=0, atol=1e-6)
+    for name, rewards in {"rewards/chosen": chosen, "rewards/rejected": rejected}.items():
+        np.testing.assert_allclose(found[name], rewards.mean().item(), rtol=0, atol=1e-6)
