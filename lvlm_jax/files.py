@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lvlm_jax.errors import LVLMError
 
@@ -26,12 +26,24 @@ def read_text(path: Path, what: str) -> str:
     return text
 
 
-def read_json(path: Path, what: str):
-    """The value of a JSON file."""
+def read_json(path: Path, what: str, kind: type = object) -> Any:
+    """The value of a JSON file.
+
+    Args:
+        path: the file.
+        what: names it in errors, as "annotations".
+        kind: what the value must be: `dict`, `list`, or anything.
+
+    Raises:
+        LVLMError: a file that cannot be read, is not JSON, or holds a value of another kind.
+    """
     try:
-        return json.loads(read_text(path, what))
+        value = json.loads(read_text(path, what))
     except (ValueError, RecursionError) as error:
         raise LVLMError(f"{what} {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise LVLMError(f"{what} {str(path)!r} holds a JSON {type(value).__name__}; expected {_kinds(kind)}")
+    return value
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:

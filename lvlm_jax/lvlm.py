@@ -32,7 +32,7 @@ from lvlm_jax.processors.layout import Inputs, bucket
 from lvlm_jax.processors.load import has_processor, load_processor
 from lvlm_jax.processors.text import StreamWriter
 from lvlm_jax.weights import lora, quantize
-from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.checkpoint import read_optional
 from lvlm_jax.weights.peft import load_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -537,8 +537,7 @@ def _as_tap(tap: Tap | bool) -> Tap:
     return tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
 
 
-def _with_stop_tokens(config: FamilyConfig, folder: Path) -> Any:
+def _with_stop_tokens(config: FamilyConfig, folder: Path) -> FamilyConfig:
     """The configuration with the stop tokens of `generation_config.json`, which overrule those of `config.json`."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    return dataclasses.replace(config, eos_token_ids=config.stop_tokens(generation))
+    stops = config.stop_tokens(read_optional(folder, "generation_config.json"))
+    return dataclasses.replace(config, eos_token_ids=stops)

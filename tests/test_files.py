@@ -51,3 +51,27 @@ def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
     with pytest.raises(LVLMError, match="cannot be written: File exists"):
         files.write_whole(out / "scores.json", "after")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "notes '.*a.json' cannot be read: No such file"),
+        (b"", "notes '.*a.json' is empty"),
+        (b"\xff", "notes '.*a.json' is not UTF-8 text"),
+        (b"{", "notes '.*a.json' is not JSON"),
+        (b"[" * 100_000, "notes '.*a.json' is not JSON"),
+        (b"[]", "notes '.*a.json' holds a JSON list; expected an object"),
+    ],
+)
+def test_json_that_is_not_what_was_expected(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(LVLMError, match=message):
+        files.read_json(tmp_path / "a.json", "notes", dict)
+
+
+def test_json_of_any_kind(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")  # as editors on Windows begin a file
+    assert files.read_json(tmp_path / "a.json", "notes") == [1]
+    assert files.read_json(tmp_path / "a.json", "notes", list) == [1]

@@ -48,10 +48,9 @@ from lvlm_jax.methods.base import (
     switch,
 )
 from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.pixels import CLIP
 
 INDISTINCT = 1e-4  # below this divergence the branches say the same
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @register("sevi")
@@ -198,5 +197,5 @@ def built_in_picture(height: int, width: int) -> np.ndarray:
     """The picture that stands in for another one, `Float[3, height, width]` as CLIP's processor would give it."""
     with resources.files("lvlm_jax.pocket").joinpath("sample.png").open("rb") as file:
         picture = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    pixels = (np.asarray(picture, np.float32) / 255 - CLIP_MEAN) / CLIP_DEVIATION
+    pixels = (np.asarray(picture, np.float32) / 255 - CLIP.mean) / CLIP.deviation
     return pixels.transpose(2, 0, 1).astype(np.float32)

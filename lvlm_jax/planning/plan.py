@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from lvlm_jax import models, parallel, weights
+from lvlm_jax import files, models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
@@ -34,7 +34,6 @@ from lvlm_jax.planning.sizes import SHORT, SIZES
 from lvlm_jax.planning.training import RECIPES, tokens, training
 from lvlm_jax.training import settings
 from lvlm_jax.weights import names
-from lvlm_jax.weights.checkpoint import read_json
 
 # That are compiled instead of the whole. Two apart: there are methods that edit every second layer.
 DEPTHS = (2, 4)
@@ -234,7 +233,11 @@ def read(name: str) -> tuple[str, Any, Path | None]:
     if path.is_dir():
         return path.name, models.config_from_hf(weights.read_config(path)), path
     if path.is_file():
-        return path.parent.name or path.stem, models.config_from_hf(read_json(path)), None
+        return (
+            path.parent.name or path.stem,
+            models.config_from_hf(files.read_json(path, "configuration", dict)),
+            None,
+        )
     raise LVLMError(
         f"model {name!r} is not known; expected a checkpoint folder, a config.json, or one of {', '.join(SIZES)}"
     )

@@ -8,12 +8,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
+from lvlm_jax.pixels import CLIP
 from lvlm_jax.training import forward
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
-# CLIP's own normalisation, per channel of RGB in 0 to 1.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN, DEVIATION = (np.array(values, np.float32) for values in CLIP)
 
 
 def pixels(images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I 3 Y X"]:

@@ -12,13 +12,13 @@ import transformers
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.internvl import InternVlConfig
+from lvlm_jax.pixels import IMAGENET
 from lvlm_jax.processors.load import processor_class
-from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.checkpoint import read_optional
 from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
 
 # What transformers' processor asks of a tokenizer -> the tokens of these checkpoints.
 _MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE_TOKEN}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 # Name of a conversation format -> its system message. An image stands on a line of its own.
 _SYSTEM = {
@@ -61,13 +61,12 @@ def load(folder: Path, config: InternVlConfig) -> Any:
             f"the tokenizer of {folder} has {IMAGE_TOKEN} at {tokenizer.context_image_token_id} and the configuration "
             f"at {config.image_token_id}"
         )
-    path = folder / "preprocessor_config.json"
-    pixels = read_json(path) if path.is_file() else {}
+    settings = read_optional(folder, "preprocessor_config.json")
     side = config.vision.image_size
     image_processor = transformers.GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},
-        image_mean=pixels.get("image_mean", _MEAN),
-        image_std=pixels.get("image_std", _STD),
+        image_mean=settings.get("image_mean", IMAGENET.mean),
+        image_std=settings.get("image_std", IMAGENET.deviation),
         min_patches=config.tiles[0],
         max_patches=config.tiles[1],
     )
@@ -85,8 +84,7 @@ def _tokenizer(folder: Path) -> Any:
     Raises:
         LVLMError: one that transformers carries no code for, or that cannot be read.
     """
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_optional(folder, "tokenizer_config.json")
     kind = settings.get("tokenizer_class", "")
     own = getattr(transformers, kind, None)
     try:

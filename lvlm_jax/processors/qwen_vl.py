@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.qwen_vl import QwenVlConfig
-from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.pixels import CLIP
+from lvlm_jax.weights.checkpoint import read_optional
 
 RANKS = "qwen.tiktoken"
 FILES = (RANKS,)
@@ -31,9 +32,6 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 _CONTENT = """\
 {%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
@@ -117,13 +115,13 @@ class QwenVlImages:
         size = (self.side, self.side)
         pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
         pixels = pixels.astype(np.float32) / np.float32(255)
-        pixels = (pixels - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
+        pixels = (pixels - np.asarray(CLIP.mean, np.float32)) / np.asarray(CLIP.deviation, np.float32)
         return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
 
     def to_json_string(self) -> str:
         """What the pixels of a picture depend on."""
         return json.dumps(
-            {"size": self.side, "resample": "bicubic", "image_mean": MEAN, "image_std": DEVIATION}
+            {"size": self.side, "resample": "bicubic", "image_mean": CLIP.mean, "image_std": CLIP.deviation}
         )
 
 
@@ -172,13 +170,13 @@ def chat_template(folder: Path) -> str:
     Raises:
         LVLMError: neither is there.
     """
-    own, generation = folder / "chat_template.jinja", folder / "generation_config.json"
+    own, name = folder / "chat_template.jinja", "generation_config.json"
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    kind = read_json(generation).get("chat_format") if generation.is_file() else None
+    kind = read_optional(folder, name).get("chat_format")
     if kind not in TEMPLATES:
         raise LVLMError(
-            f"chat_format in {generation} is {kind!r}; expected 'chatml' (Qwen-VL-Chat) or 'raw' (Qwen-VL): "
+            f"chat_format in {folder / name} is {kind!r}; expected 'chatml' (Qwen-VL-Chat) or 'raw' (Qwen-VL): "
             "copy the file from the checkpoint's repository"
         )
     return TEMPLATES[kind]

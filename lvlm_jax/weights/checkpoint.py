@@ -1,11 +1,11 @@
 """Finding a checkpoint: a folder or a hub id, its configuration, its weight files."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
@@ -56,25 +56,26 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
     return found
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
+def read_configuration(folder: Path) -> dict:
+    """The `config.json` of a checkpoint folder.
 
     Raises:
-        LVLMError: missing, not JSON, or not an object.
+        LVLMError: it is missing, is not JSON, or holds no object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LVLMError(
-            f"no {path.name} in {path.parent}; expected a Hugging Face checkpoint folder"
-        ) from error
-    except OSError as error:
-        raise LVLMError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LVLMError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LVLMError(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value
+    path = folder / "config.json"
+    if not path.exists():
+        raise LVLMError(f"no config.json in {folder}; expected a Hugging Face checkpoint folder")
+    return files.read_json(path, "configuration", dict)
+
+
+def read_optional(folder: Path, name: str) -> dict:
+    """What another JSON file of a checkpoint folder says; empty where there is no such file.
+
+    Raises:
+        LVLMError: it cannot be read, is not JSON, or holds no object.
+    """
+    path = folder / name
+    return files.read_json(path, "file", dict) if path.is_file() else {}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = files.read_json(index, "index of weights", dict).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LVLMError(f"{index} has no weight_map; expected tensor name -> file name")
     names = sorted({str(name) for name in weight_map.values()})
@@ -113,13 +114,13 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def open_files(files: Sequence[str | os.PathLike]) -> list[SafetensorsFile | BinFile]:
+def open_files(paths: Sequence[str | os.PathLike]) -> list[SafetensorsFile | BinFile]:
     """Opens weight files by their suffix.
 
     Raises:
         LVLMError: a file cannot be read.
     """
     return [
-        BinFile(file) if str(file).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(file)
-        for file in files
+        BinFile(path) if str(path).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(path)
+        for path in paths
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.checkpoint import read_optional
 
 MODEL_TYPE = "internvl_chat"
 
@@ -203,15 +203,12 @@ def _vision_config(folder: Path, config: dict) -> dict:
 
 def token_id(folder: Path, token: str) -> int | None:
     """The id of an added token according to a folder's tokenizer files; None where they do not name it."""
-    path = folder / "added_tokens.json"
-    added = read_json(path) if path.is_file() else {}
+    added = read_optional(folder, "added_tokens.json")
     if token in added:
         return int(added[token])
-    path = folder / "tokenizer_config.json"
-    known = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    known = read_optional(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
     for number, entry in known.items():
         if entry.get("content") == token:
             return int(number)
-    path = folder / "tokenizer.json"
-    entries = read_json(path).get("added_tokens", []) if path.is_file() else []
+    entries = read_optional(folder, "tokenizer.json").get("added_tokens", [])
     return next((int(entry["id"]) for entry in entries if entry.get("content") == token), None)

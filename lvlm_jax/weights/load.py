@@ -19,7 +19,7 @@ from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights import internvl_chat, original, quantize
-from lvlm_jax.weights.checkpoint import open_files, read_json, weight_files
+from lvlm_jax.weights.checkpoint import open_files, read_configuration, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
 from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permuted, unflatten
 
@@ -44,7 +44,7 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
     folder = Path(folder)
     if not folder.is_dir():
         raise LVLMError(f"no such folder: {folder}; expected a checkpoint folder")
-    config = read_json(folder / "config.json")
+    config = read_configuration(folder)
     if original.is_original(config):
         return original.to_hf_config(folder, config, vision_tower)
     _check_no_tower(folder, vision_tower)
@@ -107,7 +107,7 @@ def _open(folder_or_files: Files, vision_tower) -> tuple[list[TensorFile], list[
         return open_files(folder_or_files), open_files(tower)
     folder = Path(folder_or_files)
     files = open_files(weight_files(folder))
-    config = read_json(folder / "config.json")
+    config = read_configuration(folder)
     if not original.is_original(config):
         _check_no_tower(folder, vision_tower)
         return files, []

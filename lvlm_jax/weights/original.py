@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint, weight_files
+from lvlm_jax.weights.checkpoint import read_configuration, resolve_checkpoint, weight_files
 
 VOCABULARY_MULTIPLE = 64
 _ADDED_TOKENS = 2  # <image>, <pad>
@@ -129,7 +129,7 @@ def _vision_config(folder: Path, config: dict, vision_tower: str | os.PathLike |
                 f"the vision tower {named} of {folder} is not here; name its folder with vision_tower="
             )
         return dict(known)
-    vision = read_json(tower / "config.json")
+    vision = read_configuration(tower)
     vision = vision.get("vision_config", vision)
     kind = vision.get("model_type", "clip_vision_model")
     if kind != "clip_vision_model":

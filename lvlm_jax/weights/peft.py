@@ -27,7 +27,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.layers import LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
-from lvlm_jax.weights.checkpoint import read_json, resolve_checkpoint
+from lvlm_jax.weights.checkpoint import resolve_checkpoint
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_tensors
 from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fused, table_for, unflatten
@@ -271,7 +271,7 @@ def _read_settings(folder: Path) -> dict:
     path = folder / CONFIG
     if not path.is_file():
         raise LVLMError(f"no {CONFIG} in {folder}; expected a folder that PEFT saved an adapter to")
-    settings = {**_DEFAULTS, **read_json(path)}
+    settings = {**_DEFAULTS, **files.read_json(path, "adapter configuration", dict)}
     if settings.get("peft_type") != "LORA":
         raise LVLMError(f"{path} is of peft_type {settings.get('peft_type')!r}; only LORA is supported")
     unknown = sorted(name for name, value in settings.items() if value and name not in _KNOWN)

@@ -14,7 +14,7 @@ import numpy as np
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
-from lvlm_jax.weights.checkpoint import read_json
+from lvlm_jax.weights.checkpoint import read_optional
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.quantize import refuse
 from lvlm_jax.weights.safetensors_file import write_safetensors
@@ -224,7 +224,7 @@ def _hf_config(config: FamilyConfig, dtypes: set[np.dtype]) -> dict:
 
 def _generation_config(config: FamilyConfig, processor_source) -> dict:
     if processor_source is not None and (Path(processor_source) / "generation_config.json").is_file():
-        return read_json(Path(processor_source) / "generation_config.json")
+        return read_optional(Path(processor_source), "generation_config.json")
     eos = list(config.eos_token_ids)
     return {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": config.pad_token_id}
 
