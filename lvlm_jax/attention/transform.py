@@ -16,6 +16,7 @@ float32 or boolean.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ ROWS = ("all", "post_image", "last")
 # Positions belong to the method: they hold in all layers.
 ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
 STAGES = (*ATTENTION_STAGES, "residual")
+NEAR = 0.83  # from here on (difflib's ratio) a name is taken for a slip of the pen: "logit", "wieghts", not "masked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Transform:
 
     rows: ClassVar[str] = "post_image"
 
+    def __init_subclass__(cls, **settings):
+        super().__init_subclass__(**settings)
+        check_definition(cls)
+
     def layers(self, num_layers: int) -> range:
         """The layers whose attention takes this transform's stages."""
         return range(num_layers)
@@ -122,6 +128,28 @@ class Transform:
     def attends(self) -> bool:
         """Whether any stage inside attention is overridden."""
         return any(overrides(self, stage) for stage in ATTENTION_STAGES)
+
+
+def check_definition(cls: type[Transform]) -> None:
+    """Refuses a class whose `rows` or whose name of a stage is a slip: it would be a method that does nothing.
+
+    Raises:
+        LVLMError: `rows` is none of ROWS, or a public name is nearly that of a stage or of another hook.
+    """
+    rows = vars(cls).get("rows", ROWS[0])
+    rows = rows.default if isinstance(rows, dataclasses.Field) else rows
+    if not isinstance(rows, property) and rows not in ROWS:
+        raise LVLMError(f"{cls.__name__}: rows is {rows!r}; expected one of {', '.join(map(repr, ROWS))}")
+    hooks = {name.lower(): name for base in cls.__mro__[1:-1] for name in vars(base) if name[0] != "_"}
+    fields = vars(cls).get("__annotations__", {})
+    for name in vars(cls):
+        if name[0] == "_" or name in hooks.values() or name in fields:
+            continue
+        if near := difflib.get_close_matches(name.lower(), hooks, n=1, cutoff=NEAR):
+            raise LVLMError(
+                f"{cls.__name__} has {name}, which nothing calls; name it {hooks[near[0]]} if that is what it is, "
+                f"or _{name} if it is a helper"
+            )
 
 
 def overrides(transform: Transform, stage: str) -> bool:

@@ -11,8 +11,9 @@
 `kappa` recompiles nothing.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import checks
 
 Strength = float | np.floating | jax.Array
 
@@ -30,8 +32,6 @@ Strength = float | np.floating | jax.Array
 # pictures changed, another picture in the place of each, no pictures, or words put before it.
 CONTRAST_PROMPTS = ("same", "pixels", "picture", "no_image", "text")
 OTHER_PICTURES = ("pixels", "picture")  # the same layout, other image tokens
-
-_REGISTRY: dict[str, type["Method"]] = {}
 
 
 class Readout(NamedTuple):
@@ -50,7 +50,7 @@ class Readout(NamedTuple):
 
 
 def strength(default: float | None, doc: str, low: float = -np.inf, high: float = np.inf) -> Any:
-    """A numeric field of a method: an array leaf. Python numbers outside `[low, high]` are refused."""
+    """A numeric field of a method: an array leaf, one finite number in `[low, high]`."""
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
 
@@ -80,28 +80,16 @@ class Method(Transform):
     exit_norm: ClassVar[bool] = True
     primes: ClassVar[bool] = False
 
+    def __init__(self, *arguments, **fields):
+        raise LVLMError(
+            f'{type(self).__name__} is not registered; write @methods.register("name") above the class'
+        )
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata.get("static"):
-                if isinstance(value, list):  # has no hash, which structure needs
-                    object.__setattr__(self, field.name, tuple(value))
-                choices = field.metadata["choices"]
-                if choices and value not in choices:
-                    raise LVLMError(
-                        f"{type(self).__name__}: {field.name} is {value!r}; expected one of "
-                        + ", ".join(map(repr, choices))
-                    )
-            elif isinstance(value, int | float | np.number) and "low" in field.metadata:
-                self._check(field, value)
-                object.__setattr__(self, field.name, np.float32(value))
-
-    def _check(self, field: dataclasses.Field, value: int | float | np.number) -> None:
-        low, high = field.metadata["low"], field.metadata["high"]
-        if not low <= value <= high:
-            raise LVLMError(
-                f"{type(self).__name__}: {field.name} is {value}; expected a number in [{low}, {high}]"
-            )
+            if {"low", "static"} & field.metadata.keys():
+                value = checks.checked(type(self), field, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
 
     @property
     def label(self) -> str:
@@ -197,32 +185,59 @@ class Method(Transform):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data))
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: makes a method a frozen dataclass and a pytree, and lets the command line name it."""
+def frozen(cls: type[Method]) -> type[Method]:
+    """Class decorator: makes a method a frozen dataclass and a pytree, without a name for the command line.
 
-    def decorate(cls: type[Method]) -> type[Method]:
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        jax.tree_util.register_dataclass(cls)
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
-
-
-def get(name: str) -> type[Method]:
-    """The method class registered under a name.
+    JAX puts what it likes into the leaves of a tree (markers, specs, stacked arrays), so nothing is checked where it
+    builds one.
 
     Raises:
-        LVLMError: no method of that name.
+        LVLMError: the class cannot be a dataclass.
     """
-    if name not in _REGISTRY:
-        raise LVLMError(f"there is no method {name!r}; expected one of {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]
+    own = vars(cls).get("__dataclass_params__")
+    if own is not None and not own.frozen:
+        raise LVLMError(f"{cls.__name__} is a dataclass that can change; leave @dataclass out")
+    if own is None:
+        try:
+            cls = dataclasses.dataclass(frozen=True)(cls)
+        except (TypeError, ValueError) as error:  # a field without a type, a mutable default
+            raise LVLMError(f"{cls.__name__}: {error}") from error
+    static = tuple(field.name for field in dataclasses.fields(cls) if field.metadata.get("static"))
+    leaves = tuple(field.name for field in dataclasses.fields(cls) if not field.metadata.get("static"))
+    keys = tuple(map(jax.tree_util.GetAttrKey, leaves))
+
+    def flatten(method):
+        return [getattr(method, name) for name in leaves], tuple(getattr(method, name) for name in static)
+
+    def flatten_with_keys(method):
+        children, structure = flatten(method)
+        return list(zip(keys, children, strict=True)), structure
+
+    def unflatten(structure, children):
+        method = object.__new__(cls)
+        for name, value in zip((*static, *leaves), (*structure, *children), strict=True):
+            object.__setattr__(method, name, value)
+        return method
+
+    with contextlib.suppress(ValueError):  # it is a pytree already
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
-def names() -> list[str]:
-    """All registered method names, sorted."""
-    return sorted(_REGISTRY)
+def contrast_kind(method: Method | None) -> str:
+    """Which of CONTRAST_PROMPTS the contrast branch reads; "same" also without one.
+
+    Raises:
+        LVLMError: the method names another.
+    """
+    if method is None or len(method.branches()) < 2:
+        return "same"
+    kind = method.contrast_prompt()
+    if kind not in CONTRAST_PROMPTS:
+        raise LVLMError(
+            f"{method.label}: contrast_prompt() is {kind!r}; expected one of {', '.join(map(repr, CONTRAST_PROMPTS))}"
+        )
+    return kind
 
 
 def layer_range(
@@ -243,14 +258,23 @@ def layer_range(
     """
 
     def absolute(bound: int | float | np.floating) -> int:
-        return round(bound * num_layers) if isinstance(bound, float | np.floating) else int(bound)
+        if not isinstance(bound, float | np.floating):
+            return int(bound)
+        return round(float(np.clip(bound, -1, 2)) * num_layers)  # what lies further out is out of the model
 
-    last = num_layers if end is None else absolute(end)
     layers = (layers,) if isinstance(layers, int) else layers
-    wanted = range(absolute(start), last) if layers is None else layers
-    found = tuple(layer for layer in wanted if 0 <= layer < num_layers)
+    if layers is None:
+        last = num_layers if end is None else absolute(end)
+        wanted = range(max(absolute(start), 0), min(last, num_layers))
+    else:
+        wanted = layers
+    # A range is asked and not walked through: it may be as long as it likes.
+    asked = range(num_layers) if isinstance(wanted, range) else wanted
+    found = tuple(layer for layer in asked if 0 <= layer < num_layers and layer in wanted)
     if not found:
-        given = f"layers {list(layers)}" if layers is not None else f"layers from {start} to {end}"
+        given = f"layers from {start} to {end}"
+        if layers is not None:
+            given = f"layers {layers if isinstance(layers, range) else list(layers)}"
         raise LVLMError(
             f"{given} are none of this model's {num_layers} layers (0 to {num_layers - 1}); "
             "give others, or shares of the depth between 0.0 and 1.0"

@@ -8,14 +8,11 @@ left as its method has it. What only one member can decide is left to one: the c
 logits, the positions; two members that each want their own are refused.
 """
 
-import dataclasses
 from typing import Any
-
-import jax
 
 from lvlm_jax.attention import Chain, Transform
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout
+from lvlm_jax.methods.base import Method, Readout, frozen
 
 
 def chain(*members: Method) -> Method:
@@ -32,8 +29,7 @@ def chain(*members: Method) -> Method:
     return flat[0] if len(flat) == 1 else Chained(tuple(flat))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Chained(Method):
     """What `chain` returns."""
 

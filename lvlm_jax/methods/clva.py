@@ -31,7 +31,8 @@ from jaxtyping import Array, Bool, Float
 from lvlm_jax.attention import Site
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import per_image
-from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
+from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
 
 EDIT_FROM = 0.65  # share of the depth
 FAINT = 1e-4  # sum of a difference of maps that counts as zero
@@ -72,10 +73,9 @@ class CLVA(Method):
 
     def candidates(self, num_layers: int) -> range:
         """The layers among which the anchor layer is chosen; static."""
-        first = math.ceil(self.anchor_start * num_layers - ROUNDING)
-        return range(
-            max(first, self.noise_layers - 1), math.floor(self.anchor_end * num_layers + ROUNDING) + 1
-        )
+        start, end = (min(max(share, 0.0), 1.0) for share in (self.anchor_start, self.anchor_end))
+        first = max(math.ceil(start * num_layers - ROUNDING), self.noise_layers - 1)
+        return range(first, math.floor(end * num_layers + ROUNDING) + 1)
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers whose logits change; static.

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Site, Transform
-from lvlm_jax.methods.base import Method, Strength, contrasted, register, strength, switch
+from lvlm_jax.methods.base import Method, Strength, contrasted, strength, switch
+from lvlm_jax.methods.registry import register
 
 GATE_STEPS = 30
 

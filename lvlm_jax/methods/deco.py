@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, register, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
 
 
 @register("deco")

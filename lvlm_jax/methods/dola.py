@@ -22,16 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import (
-    Method,
-    Readout,
-    Strength,
-    layer_range,
-    plausible,
-    register,
-    strength,
-    switch,
-)
+from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, plausible, strength, switch
+from lvlm_jax.methods.registry import register
 
 
 @register("dola")
@@ -45,13 +37,11 @@ class DoLa(Method):
     PRESETS: ClassVar = {"low": dict(layers="low"), "high": dict(layers="high")}
 
     def __post_init__(self):
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
-        elif self.layers not in ("low", "high"):
+        super().__post_init__()
+        if isinstance(self.layers, str) and self.layers not in ("low", "high"):
             raise LVLMError(
                 f"DoLa: layers is {self.layers!r}; expected 'low', 'high' or hidden-state indices"
             )
-        super().__post_init__()
 
     @property
     def exit_norm(self) -> bool:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Site
-from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
+from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
 
 PUBLISHED = {"paper": (1, 0.002), "code": (15, 0.0008)}  # layer, β
 

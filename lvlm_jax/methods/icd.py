@@ -12,7 +12,8 @@ Cost: a second prompt, and one more row through the weights per token. The visio
 
 from typing import ClassVar
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, register, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength, switch
+from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 
 DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
@@ -28,11 +29,6 @@ class ICD(Method):
     tokens: tuple[int, ...] | None = switch(None, "its token ids; they overrule `prompt`")
 
     PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1)}
-
-    def __post_init__(self):
-        if self.tokens is not None:
-            object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
-        super().__post_init__()
 
     def branches(self):
         return (ImagePresence(), None)

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, register, strength
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
+from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 
 LARGEST_EXPONENT = 80.0

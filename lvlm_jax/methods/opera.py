@@ -34,7 +34,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Strength, register, strength, switch
+from lvlm_jax.methods.base import Method, Strength, strength, switch
+from lvlm_jax.methods.registry import register
 
 LARGEST_EXPONENT = 80.0  # of a column product, so that it stays finite in float32
 LARGEST_PENALTY = (

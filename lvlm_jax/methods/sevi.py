@@ -36,17 +36,8 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import (
-    Method,
-    Readout,
-    Strength,
-    contrasted,
-    data,
-    layer_range,
-    register,
-    strength,
-    switch,
-)
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, data, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import has_image, where_image
 from lvlm_jax.pixels import CLIP
 

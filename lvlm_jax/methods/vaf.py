@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Strength, layer_range, register, strength, switch
+from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
 
 
 @register("vaf")

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, register, strength
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
+from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 
 NOISE_STEPS = 1000

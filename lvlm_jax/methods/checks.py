@@ -1,0 +1,130 @@
+"""What may stand in the fields of a method; anything else is refused in one line that says what was expected."""
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+
+LARGEST = float(np.finfo(np.float32).max)
+LONGEST = 60  # of a value in a message
+NUMBERS = (int, float, np.integer, np.floating)
+
+
+def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
+    """The value of a strength or a switch as a method keeps it: numbers in float32, lists as tuples.
+
+    Raises:
+        LVLMError: a value of another kind, out of range, or none of the choices.
+    """
+    name = f"{owner.__name__}: {field.name}"
+    return _static(owner, name, field, value) if "static" in field.metadata else _number(name, field, value)
+
+
+def _number(name: str, field: dataclasses.Field, value: Any) -> np.float32 | jax.Array | None:
+    if value is None and field.default is None:
+        return None
+    low, high = field.metadata["low"], field.metadata["high"]
+    expected = f"expected {_range(low, high)}" + (" or None" if field.default is None else "")
+    if isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray) and value.shape != ():
+        raise LVLMError(
+            f"{name} has shape {value.shape}; {expected}. For several values give sweep a method for each, or build "
+            "the method inside jax.vmap"
+        )
+    real = isinstance(value, NUMBERS) and not isinstance(value, bool)
+    if isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
+        real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    if not real:
+        raise LVLMError(f"{name} is {shown(value)}; {expected}")
+    abstract = isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
+    if not abstract and getattr(value, "is_fully_addressable", True):
+        number = value if isinstance(value, int) else float(value)  # an int may be too large for a float
+        if not low <= number <= high or abs(number) > LARGEST:
+            limit = f" within float32 (up to {LARGEST:.2g})" if abs(number) > LARGEST else ""
+            raise LVLMError(f"{name} is {shown(number)}; {expected}{limit}")
+    if isinstance(value, jax.Array):
+        return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
+    return value if abstract else np.float32(value)
+
+
+def _range(low: float, high: float) -> str:
+    if np.isinf(low) and np.isinf(high):
+        return "a number"
+    return f"a number >= {low}" if np.isinf(high) else f"a number in [{low}, {high}]"
+
+
+def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):  # a list has no hash, which structure needs
+        value = tuple(one.item() if isinstance(one, np.generic) else one for one in value)
+    choices = field.metadata["choices"]
+    if choices:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise LVLMError(f"{name} is {shown(value)}; expected one of {', '.join(map(repr, choices))}")
+        return value
+    kinds = _kinds(owner).get(field.name, ())
+    if tuple[int, ...] in kinds and int not in kinds and _is(value, int):
+        value = (value,)
+    if float in kinds and int not in kinds and _is(value, int) and abs(value) < LARGEST:
+        value = float(value)
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        words = [WORDS.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds]
+        raise LVLMError(f"{name} is {shown(value)}; expected {' or '.join(dict.fromkeys(words))}")
+    try:
+        hash(value)
+    except TypeError as error:
+        raise LVLMError(f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples") from error
+    return value
+
+
+WORDS = {
+    types.NoneType: "None",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number with a decimal point",
+    str: "a text",
+    tuple[int, ...]: "a tuple of whole numbers",
+}
+
+
+@functools.cache
+def _kinds(owner: type) -> dict[str, tuple]:
+    """The kinds of value that the annotation of each field allows; fields whose annotation says nothing are left out."""
+    try:
+        hints = typing.get_type_hints(owner)
+    except Exception:  # a name in quotes that only a type checker knows
+        return {}
+    unions = (typing.Union, types.UnionType)
+    return {
+        name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
+        for name, hint in hints.items()
+        if hint is not Any
+    }
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: bools are no numbers, and numbers are finite."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, float) and bool(np.isfinite(value))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, range) or (isinstance(value, tuple) and all(_is(one, inner) for one in value))
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line and not long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of thousands of digits has no text
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
