@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.methods import base
+from lvlm_jax.methods import registry as known
 from tests import small
 
 pytestmark = pytest.mark.full_compiler  # what readers would see
@@ -25,10 +25,10 @@ def block_with(word: str, document: str = "README.md") -> str:
 @pytest.fixture
 def registry():
     """Methods registered by a test are forgotten after it."""
-    before = dict(base._REGISTRY)
+    before = dict(known._REGISTRY)
     yield
-    base._REGISTRY.clear()
-    base._REGISTRY.update(before)
+    known._REGISTRY.clear()
+    known._REGISTRY.update(before)
 
 
 def test_the_method_example_runs_and_is_what_its_words_say(model, registry):

@@ -1,6 +1,5 @@
 """Information flow from image to text (SEVI, arXiv 2505.14257), and the probe that measures it from outside."""
 
-import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method, chain, strength
-from lvlm_jax.methods.base import Strength
+from lvlm_jax.methods.base import Strength, frozen
 
 
 class Flow(NamedTuple):
@@ -58,8 +57,7 @@ def information_flow(attention: Float[Array, "L B S S"], image_id: Int[Array, "B
     return Flow(held / jnp.where(total > 0, total, 1.0), levels[:, :, -1])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@frozen
 class HideImages(Method):
     """Text rows see no image column from layer `from_layer` on.
 

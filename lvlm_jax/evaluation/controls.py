@@ -22,7 +22,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,7 +36,7 @@ from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.shares import Key
 from lvlm_jax.methods import Method, Strength, strength
-from lvlm_jax.methods.base import plausible
+from lvlm_jax.methods.base import frozen, plausible
 from lvlm_jax.methods.chain import Chained
 
 CUT = 0.1  # β for methods that have none
@@ -50,8 +49,7 @@ ABOUT = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@frozen
 class PlausibilityCut(Method):
     """Nothing but the plausibility cut of contrastive methods; not registered, for it is no method of its own."""
 

@@ -14,7 +14,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
@@ -89,7 +89,7 @@ def contrast(
     Raises:
         LVLMError: the prompt exceeds the context.
     """
-    kind = method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
+    kind = contrast_kind(method)
     if kind == "same":
         return None, 0
     if kind in OTHER_PICTURES:

@@ -17,7 +17,7 @@ from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.transform import overrides
 from lvlm_jax.generation.state import Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
-from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
@@ -90,7 +90,7 @@ def prefill(
     """
     total = prompt.image_id.shape[1]
     transforms = _branches(method)
-    kind = method.contrast_prompt() if method and len(transforms) > 1 else "same"
+    kind = contrast_kind(method)
     apart = kind in ("no_image", "text")
     together = transforms[:1] if apart else transforms
     rows = _explicit_rows(method, together, window, total)

@@ -80,7 +80,9 @@ def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any
     try:
         hash(value)
     except TypeError as error:
-        raise LVLMError(f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples") from error
+        raise LVLMError(
+            f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples"
+        ) from error
     return value
 
 
@@ -96,7 +98,7 @@ WORDS = {
 
 @functools.cache
 def _kinds(owner: type) -> dict[str, tuple]:
-    """The kinds of value that the annotation of each field allows; fields whose annotation says nothing are left out."""
+    """The kinds of value that annotations allow, by field; without those that say nothing."""
     try:
         hints = typing.get_type_hints(owner)
     except Exception:  # a name in quotes that only a type checker knows
@@ -117,7 +119,9 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, float) and bool(np.isfinite(value))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        return isinstance(value, range) or (isinstance(value, tuple) and all(_is(one, inner) for one in value))
+        return isinstance(value, range) or (
+            isinstance(value, tuple) and all(_is(one, inner) for one in value)
+        )
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 

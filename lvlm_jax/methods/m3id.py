@@ -14,8 +14,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
-from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.registry import register
 
 LARGEST_EXPONENT = 80.0
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from lvlm_jax.attention import Context
 from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, plausible, strength, switch
-from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.registry import register
 
 
 @register("pai")

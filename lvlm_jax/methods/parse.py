@@ -1,10 +1,53 @@
-"""Methods from words: names, presets and settings as a command line or a harness gives them."""
+"""Methods from words, as a command line, a harness or a caller gives them.
+
+none                                  no method
+cmac   CMAC                           a method with its defaults
+cmac/llava-1.5/pope                   with a preset
+cmac:alpha=3,beta=0.1                 with settings, named like its flags
+sevi/balanced:layers=8,9,kappa=0.3    with both; numbers up to the next name belong to one setting
+eah+cmac:alpha=1                      several, chained
+mymodule:MyMethod   file.py:MyMethod  a user's own class, in the place of the name
+"""
 
 import argparse
 import dataclasses
+import re
 import typing
 
-from lvlm_jax import methods
+import jax
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import checks, registry
+from lvlm_jax.methods.base import Method
+from lvlm_jax.methods.chain import chain
+
+OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not name:setting=value
+
+
+def as_method(value: typing.Any) -> Method | None:
+    """A method in any form that callers may give it: a method, None, or words such as "cmac:alpha=3" or "eah+cmac".
+
+    Raises:
+        LVLMError: no such method or setting, a class in the place of a method, or something else altogether.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return build_method(value, argparse.Namespace())
+    if isinstance(value, type) and issubclass(value, Method):
+        raise LVLMError(f"{value.__name__} is a class; write {value.__name__}()")
+    if not isinstance(value, Method):
+        hint = "; methods.chain joins several" if isinstance(value, list | tuple) else ""
+        raise LVLMError(
+            f"method is {checks.shown(value)}; expected a method such as methods.CMAC(alpha=1.0), its name such as "
+            f"'cmac', or None{hint}"
+        )
+    if jax.tree.structure(value) == jax.tree.structure(0):  # a leaf and no tree of its fields
+        name = type(value).__name__
+        raise LVLMError(
+            f'{name} is not registered; write @methods.register("{name.lower()}") above the class'
+        )
+    return value
 
 
 def hyphenated(word: str) -> str:
@@ -22,17 +65,12 @@ class Switch(argparse.BooleanOptionalAction):
 def methods_with_field(flag: str) -> list[str]:
     """Names of the methods that have a setting of that flag's name."""
     name = hyphenated(flag).split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-    return [key for key in methods.names() if name in (field.name for field in _fields(key))]
-
-
-def _members(name: str) -> list[str]:
-    """`eah+cmac` names two methods, chained."""
-    return name.lower().split("+")
+    return [key for key in registry.names() if name in (field.name for field in _fields(key))]
 
 
 def _fields(name: str) -> list[dataclasses.Field]:
     """The fields of a method that a command line can set."""
-    return [field for field in dataclasses.fields(methods.get(name.lower())) if "data" not in field.metadata]
+    return [field for field in dataclasses.fields(registry.get(name)) if "data" not in field.metadata]
 
 
 def shown(value) -> str:
@@ -45,8 +83,8 @@ def shown(value) -> str:
 def methods_help() -> str:
     """A paragraph for each registered method: its name, its fields as flags with their defaults, its presets."""
     lines = []
-    for name in methods.names():
-        method = methods.get(name)
+    for name in registry.names():
+        method = registry.get(name)
         lines.append(f"  {name}: {(method.__doc__ or '').splitlines()[0]}")
         for field in _fields(name):
             choices = field.metadata["choices"] if field.metadata.get("static") else None
@@ -59,6 +97,7 @@ def methods_help() -> str:
             )
     lines += [
         "",
+        "  Your own: --method mymodule:MyMethod or --method file.py:MyMethod, a class of methods.Method.",
         "  Two methods at once: --method eah+cmac. A setting whose name is taken (by another method, or by a flag",
         "  above) carries the method's name: --vcd-seed, --icd-prompt, --cmac-preset; it always may.",
     ]
@@ -69,15 +108,15 @@ def _flag(field: dataclasses.Field) -> str:
     return field.name.strip("_").replace("_", "-")
 
 
-def add_method_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add `--preset` and one flag for each field of the method (or the methods, joined by +) called `name`.
+def add_method_flags(parser: argparse.ArgumentParser, words: str) -> None:
+    """Add `--preset` and one flag for each field of the methods that words name.
 
     Every flag exists as `--method-field`; as `--field` too, where that name is free.
 
     Raises:
         LVLMError: there is no such method.
     """
-    members = _members(name)
+    members = list(dict.fromkeys(member.name for member in _members(words)))
     taken = {option for action in parser._actions for option in action.option_strings}
     shared = [f"--{_flag(field)}" for member in members for field in _fields(member)]
     for member in members:
@@ -114,26 +153,95 @@ def _word_or_numbers(text: str) -> str | tuple[int, ...]:
     return tuple(int(part) for part in text.split(",")) if text.replace(",", "").isdigit() else text
 
 
-def build_method(name: str, arguments: argparse.Namespace) -> methods.Method | None:
-    """The method called `name` (several joined by + are chained), from presets and flags; None for "none".
+class _Member(typing.NamedTuple):
+    """One method of the words: its registered name, and what its preset and its settings say of its fields."""
+
+    name: str
+    preset: str | None
+    settings: dict[str, typing.Any]
+
+
+OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not name:setting=value
+
+
+def _members(words: str) -> list[_Member]:
+    """The methods that words name, in order.
 
     Raises:
-        LVLMError: an unknown method or preset, a setting out of range, methods that contradict each other.
+        LVLMError: an unknown method, preset or setting, or a value that cannot be read.
     """
-    if name.lower() == "none":
-        return None
-    return methods.chain(*(_build(member, arguments) for member in _members(name)))
+    parts = re.split(r"(?<!\de)\+", words.strip())  # but not at the + of 1e+3
+    members = []
+    while parts:
+        name, preset, settings = _split(parts.pop(0))
+        if parts and preset and not settings:  # a preset's name may have a + in it
+            more, _, after = parts[0].partition(":")
+            if f"{preset}+{more}" in registry.get(name).PRESETS:
+                preset, settings = f"{preset}+{more}", after
+                del parts[0]
+        members.append(_Member(name, preset, _settings(name, settings)))
+    return members
 
 
-def _build(name: str, arguments: argparse.Namespace) -> methods.Method:
-    method = methods.get(name)
+def _split(part: str) -> tuple[str, str | None, str]:
+    """Registered name, preset (None without) and settings of one method."""
+    own = OWN.match(part)
+    known = own and own[0].partition(":")[0].lower() in registry.known()
+    word = own[0] if own and not known else re.match("[^:/]*", part)[0]
+    preset, _, settings = part[len(word) :].partition(":")
+    return registry.find(word), preset[1:] if preset else None, settings
+
+
+def _settings(name: str, text: str) -> dict[str, typing.Any]:
+    """`alpha=3,layers=8,9` as fields of the method called `name`."""
+    fields = {field.name.strip("_"): field for field in _fields(name)}
     given = {}
-    preset = vars(arguments).get(f"field_{name}.preset")
-    if preset is not None:
-        method.preset(preset)  # names the presets there are when this is none of them
-        given |= method.PRESETS[preset]
-    for field in _fields(name):
-        value = vars(arguments).get(f"field_{name}.{_flag(field)}")
+    for part in re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", text) if text else ():
+        key, equals, value = part.partition("=")
+        field = fields.get(key.strip().replace("-", "_").strip("_"))
+        if field is None or not equals:
+            raise LVLMError(
+                f"{name} has no setting {part.strip()!r}; expected name=value with one of {', '.join(fields)}"
+            )
+        given[field.name] = _value(name, field, value.strip().strip("[]"))
+    return given
+
+
+def _value(name: str, field: dataclasses.Field, text: str) -> typing.Any:
+    if text.lower() == "none" and (field.default is None or None in (field.metadata.get("choices") or ())):
+        return None
+    flag = _flag_settings(field)
+    if flag.get("action") is Switch:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return flag.get("type", str)(text)
+    except ValueError as error:
+        raise LVLMError(f"{name}: {field.name.strip('_')} is {text!r}; expected a number") from error
+
+
+def build_method(words: str, arguments: argparse.Namespace) -> Method | None:
+    """The method that words name (the module docstring has their form), with the flags given; None for "none".
+
+    A flag overrules a setting in the words, and both overrule a preset.
+
+    Raises:
+        LVLMError: an unknown method, preset or setting, one out of range, methods that contradict each other.
+    """
+    if words.strip().lower() == "none":
+        return None
+    return chain(*(_build(member, vars(arguments)) for member in _members(words)))
+
+
+def _build(member: _Member, flags: dict[str, typing.Any]) -> Method:
+    method = registry.get(member.name)
+    given = {}
+    for preset in (member.preset, flags.get(f"field_{member.name}.preset")):
+        if preset is not None:
+            method.preset(preset)  # names the presets there are when this is none of them
+            given |= method.PRESETS[preset]
+    given |= member.settings
+    for field in _fields(member.name):
+        value = flags.get(f"field_{member.name}.{_flag(field)}")
         if value is not None:
             given[field.name] = value
     return method(**given)

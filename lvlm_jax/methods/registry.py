@@ -78,7 +78,7 @@ def _check_fields(cls: type[Method]) -> None:
         name = f"{cls.__name__}: the field {field.name}"
         if "doc" not in field.metadata:
             raise LVLMError(
-                f"{name} has no words; write {field.name} = methods.strength(default, \"what it is\") for a number "
+                f'{name} has no words; write {field.name} = methods.strength(default, "what it is") for a number '
                 "to sweep, methods.switch for structure, methods.data for another array"
             )
         if field.name in HOOKS:
@@ -86,8 +86,8 @@ def _check_fields(cls: type[Method]) -> None:
     edited = any(getattr(cls, stage) is not getattr(Method, stage) for stage in ATTENTION_STAGES)
     if edited and "layers" in (field.name for field in fields) and cls.active is Method.active:
         raise LVLMError(
-            f"{cls.__name__}: its field layers hides the method layers(); write active(self, layer, num_layers, phase), "
-            "which says where the stages run"
+            f"{cls.__name__}: its field layers hides the method layers(); write "
+            "active(self, layer, num_layers, phase), which says where the stages run"
         )
 
 
@@ -99,7 +99,11 @@ def _same(old: type, new: type) -> bool:
     """Whether one class is another form of the other: the same definition, run again."""
     if old.__qualname__ != new.__qualname__:
         return False
-    return old is new or old.__module__ == new.__module__ or (old._source is not None and old._source == _source(new))
+    return (
+        old is new
+        or old.__module__ == new.__module__
+        or (old._source is not None and old._source == _source(new))
+    )
 
 
 def _source(cls: type) -> str | None:
@@ -143,16 +147,21 @@ def find(name: str) -> str:
     """
     if ":" in name:
         return _own(config_files.user_object(name, "method"), name)
-    known = name.lower()
-    if known not in _REGISTRY:
+    name = name.lower()
+    if name not in _REGISTRY:
         points = _entry_points()
-        if known not in points:
+        if name not in points:
             raise LVLMError(
                 f"there is no method {name!r}; expected one of {', '.join(sorted({*_REGISTRY, *points}))}, or your own "
                 "as module:Class or file.py:Class"
             )
-        _load(points[known])
-    return known
+        _load(points[name])
+    return name
+
+
+def known() -> set[str]:
+    """The registered names, without those of other packages that were not imported yet."""
+    return set(_REGISTRY)
 
 
 def names() -> list[str]:
@@ -180,7 +189,9 @@ def _load(point: metadata.EntryPoint) -> None:
         raise LVLMError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if isinstance(found, types.ModuleType):
         if point.name not in _REGISTRY:
-            raise LVLMError(f"{where} registers no method of that name; write module:Class, or register({point.name!r})")
+            raise LVLMError(
+                f"{where} registers no method of that name; write module:Class, or register({point.name!r})"
+            )
     else:
         _own(found, point.value, point.name)
 
@@ -196,9 +207,9 @@ def _own(found: Any, words: str, name: str | None = None) -> str:
         if isinstance(found, type):
             kind = "a class, but no methods.Method"
         raise LVLMError(f"method {words!r} is {kind}; expected a class as in class Lift(methods.Method)")
-    known = next((key for key, cls in _REGISTRY.items() if cls is found), None)
-    if known is not None and name in (None, known):
-        return known
+    before = next((key for key, cls in _REGISTRY.items() if cls is found), None)
+    if before is not None and name in (None, before):
+        return before
     name = name or found.__name__.lower()
     register(name)(found)
     return name

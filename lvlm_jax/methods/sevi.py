@@ -37,8 +37,8 @@ from PIL import Image
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, data, layer_range, strength, switch
-from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.registry import register
 from lvlm_jax.pixels import CLIP
 
 INDISTINCT = 1e-4  # below this divergence the branches say the same

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
-from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.registry import register
 
 NOISE_STEPS = 1000
 

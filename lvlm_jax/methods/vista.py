@@ -30,8 +30,8 @@ from jaxtyping import Array, Float
 
 from lvlm_jax.attention import Context, Transform
 from lvlm_jax.methods.base import Method, Readout, Strength, data, layer_range, strength, switch
-from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.contrast import ImagePresence, has_image, where_image
+from lvlm_jax.methods.registry import register
 
 
 @register("vista")

@@ -1,17 +1,15 @@
 """Transforms that only tests need."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lvlm_jax.attention import Transform
 from lvlm_jax.methods import Method, switch
+from lvlm_jax.methods.base import frozen
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Edited(Method):
     """A method made of one transform per branch. What the main branch carried through the layers becomes the
     state's memory, where a test can read it."""
