@@ -27,7 +27,9 @@ def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
     return _static(owner, name, field, value) if "static" in field.metadata else _number(name, field, value)
 
 
-def _number(name: str, field: dataclasses.Field, value: Any) -> np.float32 | jax.Array | None:
+def _number(
+    name: str, field: dataclasses.Field, value: Any
+) -> np.float32 | jax.Array | jax.ShapeDtypeStruct | None:
     if value is None and field.default is None:
         return None
     low, high = field.metadata["low"], field.metadata["high"]

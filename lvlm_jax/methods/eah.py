@@ -20,6 +20,7 @@ Cost: the prompt's attention map of that layer once more; nothing per token.
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Site
@@ -44,9 +45,9 @@ class EAH(Method):
     rows: ClassVar[str] = "all"
 
     def __post_init__(self):
-        if self.beta is None:
-            object.__setattr__(self, "beta", PUBLISHED[self.variant][1] if self.variant in PUBLISHED else 0)
         super().__post_init__()
+        if self.beta is None:
+            object.__setattr__(self, "beta", np.float32(PUBLISHED[self.variant][1]))
 
     def active(self, layer, num_layers, phase):
         wanted = PUBLISHED[self.variant][0] if self.layer is None else self.layer

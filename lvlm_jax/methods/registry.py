@@ -36,11 +36,11 @@ _BROKEN: set[str] = set()  # entry points that were named in a warning
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data))
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
+def register(name: str | Any) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: makes a method a frozen dataclass and a pytree, and lets the command line name it.
 
     The same class may be registered again (a module that is reloaded or imported under two names, a cell of a
-    notebook); the newer one then has the name.
+    notebook); the newer one then has the name. Things of another type (`Any`) are answered for here.
 
     Raises:
         LVLMError: the name or the class cannot be used; the message says what to do.
@@ -52,7 +52,7 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
             '@methods.register("lift")'
         )
 
-    def decorate(cls: type[Method]) -> type[Method]:
+    def decorate(cls: type[Method] | Any) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise LVLMError(f"{_full_name(cls)} is no method; write class {_short_name(cls)}(methods.Method)")
         taken = _REGISTRY.get(name)
