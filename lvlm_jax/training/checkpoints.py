@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -24,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.version import __version__
+from lvlm_jax.weights.fingerprint import fingerprint
 from lvlm_jax.weights.tables import flatten
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
@@ -179,26 +179,6 @@ def identity(trainable: Any, frozen: Any) -> dict:
     """What tells one model from another: names, dtypes and shapes of the trained parameters, a hash of the frozen."""
     shapes = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flatten(trainable).items()}
     return {"trainable": shapes, "base": fingerprint(frozen)}
-
-
-def fingerprint(tree: Any) -> str:
-    """SHA-256 over every array's path, shape, dtype and the sum of its bit patterns modulo 2³².
-
-    The sums are taken where the arrays are, so this costs one pass over the memory, and any placement gives the same.
-    """
-    # One after the other: simulated devices of one machine may wait for each other for ever when many sums are under
-    # way at once.
-    described = [
-        [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape), int(_bit_sum(leaf))]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    return hashlib.sha256(json.dumps(sorted(described)).encode()).hexdigest()
-
-
-@jax.jit
-def _bit_sum(array: jax.Array) -> jax.Array:
-    pattern = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-    return jnp.sum(jax.lax.bitcast_convert_type(array, pattern), dtype=jnp.uint32)
 
 
 def _checksum(state: Any, record: Mapping) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from lvlm_jax import files, parallel
 from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
 from lvlm_jax.training.validation import on_mesh
+from lvlm_jax.weights.fingerprint import fingerprint
 
 
 def with_reference(
@@ -79,32 +79,6 @@ def digest(rows: Sequence[Row], encoder: Encoder, params: Any, settings: dict) -
         for image in row.images:
             hasher.update(b"image" + (image if isinstance(image, bytes) else _stamp(image)))
     return hasher.hexdigest()[:32]
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of a parameter tree, computed where the parameters live; the same however they are spread."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    checksums = jax.jit(lambda arrays: jnp.stack([_checksum(array) for array in arrays]))
-    sums = np.asarray(parallel.local(checksums([leaf for _, leaf in leaves])))
-    hasher = hashlib.sha256()
-    for (path, leaf), checksum in zip(leaves, sums, strict=True):
-        name = jax.tree_util.keystr(path)
-        hasher.update(f"{name} {leaf.shape} {leaf.dtype} {int(checksum)}\n".encode())
-    return hasher.hexdigest()
-
-
-def _checksum(array: jax.Array) -> jax.Array:
-    """The sum modulo 2^32 of every element's bits, mixed with its place; exact in whatever order it is taken."""
-    width = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
-    bits = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    # MurmurHash3's last step. It is one to one, so that a change of any single element shows.
-    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _stamp(image: Path) -> bytes:
