@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import AddedToken, processors
+from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.internvl import InternVlConfig
@@ -110,27 +112,12 @@ def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
 
     Text before and after a special token is encoded on its own, with a blank before it if the file says so.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
-
     described = import_protobuf().ModelProto()
     described.ParseFromString((folder / "tokenizer.model").read_bytes())
     added = {int(number): entry["content"] for number, entry in settings["added_tokens_decoder"].items()}
     # Special tokens have taken the places of unused pieces.
-    names = [added.get(number, piece.piece) for number, piece in enumerate(described.pieces)]
-    numbers = {name: number for number, name in enumerate(names)}
-    scores = {name: piece.score for name, piece in zip(names, described.pieces, strict=True)}
-    merges = generate_merges(numbers, scores)
-    tokenizer = Tokenizer(
-        models.BPE(
-            numbers, merges, unk_token=described.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True
-        )
-    )
-    prefix = described.normalizer_spec.add_dummy_prefix
-    blanks = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks]) if prefix else blanks
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    names = {added.get(number, piece.piece): number for number, piece in enumerate(described.pieces)}
+    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(described, names)
     tokenizer.add_special_tokens(
         [AddedToken(added[number], special=True, normalized=False) for number in sorted(added)]
     )

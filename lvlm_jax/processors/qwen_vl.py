@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.qwen_vl import QwenVlConfig
@@ -219,27 +220,10 @@ def build_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
 
     The markers of boxes stay in decoded text, as Qwen-VL answers with them; the other specials are left out of it.
     """
-    letters = _byte_letters()
-    words = {word: "".join(letters[byte] for byte in word) for word in ranks}
-    # Any two neighbours may be joined whose union has a rank, not only the two that trained it.
-    splits = (
-        (ranks[word], word[:cut], word[cut:])
-        for word in ranks
-        for cut in range(1, len(word))
-        if word[:cut] in ranks and word[cut:] in ranks
-    )
-    merges = [(words[left], words[right]) for _, left, right in sorted(splits)]
-    vocabulary = {words[word]: rank for word, rank in ranks.items()}
-    # A word with a rank is one token, even if no sequence of joins leads there.
-    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    converter = TikTokenConverter(pattern=WORDS)
+    converter.load_tiktoken_bpe = lambda _: ranks  # in place of the package tiktoken
+    bare = converter.converted()
     bare.normalizer = normalizers.NFC()
-    bare.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bare.decoder = decoders.ByteLevel()
     bare.add_tokens([AddedToken(word, special=word not in BOXES, normalized=False) for word in SPECIALS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bare,
@@ -248,14 +232,6 @@ def build_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter that `tokenizers` writes for each byte: its own where it has one, else one from 256 on."""
-    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in own]
-    letters = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]
 
 
 def _check_kind(return_tensors: str) -> None:

@@ -257,6 +257,7 @@ def internlm2_tokenizer(folder, prefix):
         entry.piece, entry.score = piece, float(-number)
     described.trainer_spec.model_type = 2
     described.trainer_spec.unk_piece = "<unk>"
+    described.trainer_spec.byte_fallback = True
     described.normalizer_spec.add_dummy_prefix = prefix
     (folder / "tokenizer.model").write_bytes(described.SerializeToString())
     count = len(pieces)
