@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from lvlm_jax.native import few_rows_dot
+from lvlm_jax.native import converted_late, few_rows_dot
 
 LARGEST = 127  # of a kernel's integers; -128 is left out, so that the range is symmetric
 # Up to so many rows `native` and, without it, three int8 rows each are faster on a CPU than converting the kernel.
@@ -62,7 +62,7 @@ def _dot_backward(kept: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
     gradient = gradient.astype(like.dtype)
 
     def on_cpu(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _contract(gradient.astype(jnp.float32), _converted_late(kernel, gradient), 0)
+        return _contract(gradient.astype(jnp.float32), converted_late(kernel, gradient), 0)
 
     def converted(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
         return _contract(gradient, kernel.astype(gradient.dtype), 0)
@@ -91,17 +91,7 @@ def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _dot_by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
     few = math.prod(x.shape[:-1]) <= FEW_ROWS
-    return _dot_limbs(x, kernel) if few else _contract(x, _converted_late(kernel, x), 1)
-
-
-def _converted_late(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The kernel in float32, in an expression that nothing can compute before `x` is there.
-
-    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
-    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
-    """
-    never = x[(0,) * x.ndim] > jnp.inf
-    return (kernel + never.astype(jnp.int8)).astype(jnp.float32)
+    return _dot_limbs(x, kernel) if few else _contract(x, converted_late(kernel, x), 1)
 
 
 def _dot_limbs(x: Float32[Array, "*T K"], kernel: Int8[Array, "N K"]) -> Float32[Array, "*T N"]:

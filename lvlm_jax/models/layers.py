@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.models import int8
-from lvlm_jax.native import few_rows_dot
+from lvlm_jax.native import converted_late, few_rows_dot
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -87,12 +87,26 @@ def _exact_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """The last axis of x with an axis of a kernel, in the dtype of x; exact products of float32.
+
+    XLA's CPU backend multiplies 16-bit numbers as float32, and would convert the kernels of all layers at once.
+    """
     contracted = ((x.ndim - 1,), (axis,)), ((), ())
-    return jax.lax.dot_general(x, kernel, contracted, precision=jax.lax.Precision.HIGHEST)
+    if x.dtype == jnp.float32:
+        return jax.lax.dot_general(x, kernel, contracted, precision=jax.lax.Precision.HIGHEST)
+
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        return jax.lax.dot_general(wide, converted_late(kernel, wide), contracted).astype(x.dtype)
+
+    def elsewhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, kernel, contracted)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """The product of a float32 `Linear`, in the place of `jax.lax.dot_general`."""
+    """The product of a `Linear`, in the place of `jax.lax.dot_general`."""
     return few_rows_dot(x, kernel, False, _exact)
 
 
@@ -104,7 +118,7 @@ def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = F
         use_bias=use_bias,
         dtype=dtype,
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-        dot_general=_dot_general if exact else None,
+        dot_general=_dot_general,
         kernel_init=nn.initializers.normal(0.02),
         name=name,
     )
@@ -112,10 +126,7 @@ def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = F
 
 def tied_head(hidden: Float[Array, "*T E"], embedding: Float[Array, "V E"]) -> Float[Array, "*T V"]:
     """Logits by the table of embeddings; float32 products are exact on accelerators too."""
-    embedding = embedding.astype(hidden.dtype)
-    if hidden.dtype == jnp.float32:
-        return few_rows_dot(hidden, embedding, True, _exact_transposed)
-    return jnp.dot(hidden, embedding.T)
+    return few_rows_dot(hidden, embedding.astype(hidden.dtype), True, _exact_transposed)
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:

@@ -1,7 +1,7 @@
 """Compiles `few_rows.cc` for the machine at hand, once, and makes it known to XLA.
 
-The library lies in the user's own cache folder, named by all that decides what it is: the source, the compiler with
-what it knows of the processor, and jaxlib. Several processes may build it at once; each puts a whole file in place.
+The library lies in the user's own cache folder. What decides it is the source, the compiler with what it knows of the
+processor, and jaxlib. Several processes may build it at once; each puts whole files in place.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ import jax
 import jaxlib
 
 from lvlm_jax.compilation import off, private_folder
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.files import whole
 
 # Set to 0, off, false or no: nothing is compiled, and XLA does it all.
 SWITCH = "LVLM_JAX_NATIVE"
@@ -49,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _loaded(chosen)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, LVLMError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
             f"products of few rows are left to XLA, which is slower: {chosen} could not compile {_SOURCE.name}: "
@@ -74,21 +76,33 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
 
 def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
-    """The library's file in a folder, compiled unless it lies there."""
+    """The library's file in a folder, compiled unless it lies there whole.
+
+    A file named by all that decides the library holds the SHA-256 of the library's own file, which is named by it. A
+    library that is cut short or damaged is built again: to load it would end the process.
+    """
     processor, knows = _processor_option(compiler)
-    name = hashlib.sha256()
+    key = hashlib.sha256()
     for part in (_SOURCE.read_bytes(), knows, *(o.encode() for o in (*_OPTIONS, jaxlib.__version__))):
-        name.update(hashlib.sha256(part).digest())
-    library = folder / f"few_rows-{name.hexdigest()[:16]}.so"
-    if not library.exists():
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        files = f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(unfinished)
-        try:
-            _run((compiler, *_OPTIONS, processor, *files))
-            os.replace(unfinished, library)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        key.update(hashlib.sha256(part).digest())
+    index = folder / f"few_rows-{key.hexdigest()[:16]}"
+    if index.is_file():
+        library = folder / f"few_rows-{index.read_text(errors='replace')[:64]}.so"
+        if library.is_file() and library.stem == f"few_rows-{_digest(library.read_bytes())}":
+            return library
+    with tempfile.TemporaryDirectory(prefix="lvlm_jax-") as own:
+        result = pathlib.Path(own) / "few_rows.so"
+        _run((compiler, *_OPTIONS, processor, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(result)))
+        content = result.read_bytes()
+    library = folder / f"few_rows-{_digest(content)}.so"
+    for path, what in ((library, content), (index, _digest(content).encode())):
+        with whole(path) as file:
+            file.write(what)
     return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _processor_option(compiler: str) -> tuple[str, bytes]:

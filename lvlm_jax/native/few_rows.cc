@@ -1,4 +1,5 @@
-// Products of a few rows with a matrix, as decoding makes them: float32 rows, a matrix of float32 or int8.
+// Products of a few rows with a matrix, as decoding makes them: float32 rows, a matrix of float32, bfloat16, float16 or
+// int8. Smaller numbers are converted in registers, so that memory is read for what they take.
 //
 // Such a product is done when the matrix has been read once, so everything here serves reading: items of work are pieces
 // of memory that lie together, every row is multiplied while a piece is in registers, and threads take the next piece
@@ -31,6 +32,58 @@ constexpr int64_t kLanes = 8;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef int8_t ByteLanes __attribute__((vector_size(kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float OfBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float Value(float number) { return number; }
+inline float Value(int8_t number) { return number; }
+inline float Value(BFloat16 number) { return OfBits(static_cast<uint32_t>(number.bits) << 16); }
+inline float Value(Float16 number) {
+  const uint32_t sign = (number.bits & 0x8000u) << 16, exponent = number.bits >> 10 & 31, fraction = number.bits & 1023;
+  if (exponent == 0) return OfBits(sign | 0x3f800000u) * (fraction * OfBits(0x33800000u));  // 2^-24: no leading one
+  return OfBits(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13);
+}
+
+// Number by number, where the processor has no instruction for it.
+template <class W>
+inline Lanes Converted(const W* from) {
+  float values[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) values[lane] = Value(from[lane]);
+  Lanes lanes;
+  std::memcpy(&lanes, values, sizeof lanes);
+  return lanes;
+}
+
+inline Lanes Load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+  return Converted(from);
+#endif
+}
+
+inline Lanes Load(const Float16* from) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  return Converted(from);
+#endif
+}
 
 inline Lanes Load(const float* from) {
   Lanes lanes;
@@ -132,7 +185,7 @@ inline void AddChannels(const float* x, int64_t x_stride, const W* w, int64_t w_
   }
   for (; column < columns; ++column)
     for (int r = 0; r < R; ++r)
-      for (int u = 0; u < U; ++u) y[r * columns + column] += x[r * x_stride + u] * w[u * w_stride + column];
+      for (int u = 0; u < U; ++u) y[r * columns + column] += x[r * x_stride + u] * Value(w[u * w_stride + column]);
 }
 
 constexpr int kChannels = 8;  // read at a time
@@ -200,7 +253,7 @@ inline void Dots(const Product<W>& p, int64_t row, int64_t out) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) {
       float rest = Sum(sum[r][c]);
-      for (int64_t left = k; left < p.in; ++left) rest += x[r * p.in + left] * w[c * p.in + left];
+      for (int64_t left = k; left < p.in; ++left) rest += x[r * p.in + left] * Value(w[c * p.in + left]);
       p.y[(row + r) * p.out + out + c] = rest;
     }
 }
@@ -231,22 +284,34 @@ void Multiply(ffi::ThreadPool& pool, Rows x, ffi::AnyBuffer w, ffi::Result<Rows>
   const auto of = x.dimensions();
   const Product<W> product{x.typed_data(), static_cast<const W*>(w.untyped_data()), y->typed_data(), of[0], of[1],
                            y->dimensions()[1]};
-  if (out_first)
+  if (product.in == 0)
+    std::memset(product.y, 0, product.rows * product.out * sizeof(float));
+  else if (product.rows > 0 && product.out > 0 && out_first)
     MultiplyOutIn(pool, product);
-  else
+  else if (product.rows > 0 && product.out > 0)
     MultiplyInOut(pool, product);
 }
 
 ffi::Error FewRows(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer w, ffi::Result<Rows> y, bool out_first) {
+  const auto of = w.dimensions();
+  if (of.size() != 2 || of[out_first ? 1 : 0] != x.dimensions()[1] || of[out_first ? 0 : 1] != y->dimensions()[1] ||
+      x.dimensions()[0] != y->dimensions()[0])
+    return ffi::Error::InvalidArgument("few_rows: the sizes of rows, matrix and result do not agree");
   switch (w.element_type()) {
     case ffi::F32:
       Multiply<float>(pool, x, w, y, out_first);
+      return ffi::Error::Success();
+    case ffi::BF16:
+      Multiply<BFloat16>(pool, x, w, y, out_first);
+      return ffi::Error::Success();
+    case ffi::F16:
+      Multiply<Float16>(pool, x, w, y, out_first);
       return ffi::Error::Success();
     case ffi::S8:
       Multiply<int8_t>(pool, x, w, y, out_first);
       return ffi::Error::Success();
     default:
-      return ffi::Error::InvalidArgument("few_rows: the matrix must be of float32 or int8");
+      return ffi::Error::InvalidArgument("few_rows: the matrix must be of float32, bfloat16, float16 or int8");
   }
 }
 

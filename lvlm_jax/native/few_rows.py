@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.native import build
 
 # Above so many rows XLA's product with a float32 matrix is as fast: reading is no longer what takes the time.
 FEW_ROWS = 8
 
-_KINDS = (jnp.dtype("float32"), jnp.dtype("int8"))
+_FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
+_KINDS = (*_FLOATS, jnp.dtype("int8"))
 
 
 def few_rows_dot(
@@ -26,20 +28,28 @@ def few_rows_dot(
     otherwise: Callable[[jax.Array, jax.Array], jax.Array],
     at_most: int = FEW_ROWS,
 ) -> Float[Array, "*T N"]:
-    """x · matrix, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
+    """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
 
-    Ours are few rows of float32 on a CPU's single device, and matrices of float32 or int8. Differentiable and batched
-    as `otherwise` is; a batch of x alone is more rows.
+    Ours are few rows on a CPU's single device, and matrices of float32, bfloat16, float16 or int8; sums are float32.
+    Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
 
     Args:
         x: rows.
         matrix: [K, N], or [N, K] if `out_first`.
-        otherwise: the same product in XLA's words, for any number of leading axes; a function of a module, not a new
-            one for each call.
+        otherwise: the same product in XLA's words, for any number of leading axes, in the dtype of x; a function of a
+            module, not a new one for each call.
         at_most: how many rows are few.
+
+    Raises:
+        LVLMError: the inner sizes of x and matrix differ.
     """
-    few = 0 < math.prod(x.shape[:-1]) <= at_most
-    if not few or x.dtype != jnp.float32 or matrix.dtype not in _KINDS:
+    if matrix.ndim != 2 or x.shape[-1] != matrix.shape[1 if out_first else 0]:
+        sides = "[N, K]" if out_first else "[K, N]"
+        raise LVLMError(
+            f"rows {list(x.shape)} cannot be multiplied with a matrix {list(matrix.shape)}; expected [..., K] and {sides}"
+        )
+    few = 0 < math.prod(x.shape[:-1]) <= at_most and 0 not in (*x.shape, *matrix.shape)
+    if not few or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:
         return otherwise(x, matrix)
     return _product.bind(x, matrix, out_first=out_first, otherwise=otherwise, at_most=at_most)
 
@@ -59,7 +69,7 @@ def _compiled(**how: Any) -> Callable:
 
 @_product.def_abstract_eval
 def _shape(x, matrix, *, out_first, **_):
-    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), jnp.float32)
+    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), x.dtype)
 
 
 def _lower_plain(context, x, matrix, *, otherwise, **_):
@@ -74,10 +84,10 @@ def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, **_):
 
 
 def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0 if out_first else 1]), jnp.float32)
     product = jax.ffi.ffi_call(build.TARGET, shape)(rows, matrix, out_first=out_first)
-    return product.reshape(*x.shape[:-1], -1)
+    return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 mlir.register_lowering(_product, _lower_plain)
@@ -99,3 +109,13 @@ def _batch(operands, axes, *, otherwise, **how):
 
 
 batching.primitive_batchers[_product] = _batch
+
+
+def converted_late(matrix: Array, x: Float[Array, "..."]) -> Float32[Array, "..."]:
+    """The matrix in float32, in an expression that nothing can compute before `x` is there.
+
+    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
+    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
+    """
+    never = x[(0,) * x.ndim] > jnp.inf
+    return (matrix + never.astype(matrix.dtype)).astype(jnp.float32)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import native
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.models import layers
 from lvlm_jax.native import build
 from tests.parallel.simulated import in_a_process
@@ -106,8 +107,54 @@ def test_leading_axes_are_rows():
 def test_many_rows_and_other_kinds_are_left_to_xla():
     matrix = jnp.ones((64, 48))
     assert calls(ours, jnp.ones((native.FEW_ROWS + 1, 64)), matrix) == 0
-    assert calls(ours, jnp.ones((2, 64), jnp.float16), matrix.astype(jnp.float16)) == 0
-    assert ours(jnp.ones((0, 64)), matrix).shape == (0, 48)
+    assert calls(ours, jnp.ones((2, 64), jnp.int32), matrix) == 0
+
+
+def test_sizes_of_zero_give_zeros():
+    assert ours(jnp.ones((0, 64)), jnp.ones((64, 48))).shape == (0, 48)
+    for out_first, shape in ((False, (0, 4)), (True, (4, 0))):
+        np.testing.assert_array_equal(ours(jnp.ones((1, 0)), jnp.ones(shape), out_first), np.zeros((1, 4)))
+    assert ours(jnp.ones((1, 3)), jnp.ones((3, 0))).shape == (1, 0)
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5,), (1, 5, 6)], ids=str)
+def test_sizes_that_do_not_agree_are_refused(shape, out_first):
+    with pytest.raises(LVLMError, match=r"rows \[1, 5\] cannot be multiplied with a matrix"):
+        ours(jnp.ones((1, 5)), jnp.ones(shape), out_first)
+
+
+@needs_compiler
+def test_the_library_itself_compares_sizes():
+    assert native.available()
+    call = jax.ffi.ffi_call(build.TARGET, jax.ShapeDtypeStruct((1, 6), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="sizes of rows, matrix and result"):
+        call(jnp.ones((1, 5)), jnp.ones((4, 6)), out_first=False).block_until_ready()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, native.FEW_ROWS])
+def test_products_of_16_bits(shape, rows, out_first, dtype):
+    """Sums are float32; the result is rounded once."""
+    x, matrix = jnp.asarray(random((rows, shape[0]), 21), dtype), jnp.asarray(random(shape, 22), dtype)
+    exact = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64)
+    got = ours(x, matrix.T if out_first else matrix, out_first)
+    assert got.dtype == x.dtype
+    step = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=step, atol=4e-6 * np.sqrt(shape[0]))
+
+
+@needs_compiler
+def test_every_float16_number_is_read_as_it_is():
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    numbers = numbers[np.isfinite(numbers)]
+    matrix = jnp.asarray(numbers[None])  # [1, N]: each product is one number
+    got = jax.jit(functools.partial(native.few_rows_dot, out_first=False, otherwise=layers._exact))(
+        jnp.ones((1, 1)), matrix
+    )
+    np.testing.assert_array_equal(got[0], numbers.astype(np.float32))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -199,10 +246,31 @@ def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, tmp_path):
 @needs_compiler
 def test_a_library_is_built_once(fresh):
     assert build.library() is not None
-    (file,) = fresh.iterdir()
-    assert re.fullmatch(r"few_rows-[0-9a-f]{16}\.so", file.name)
+    index, file = sorted(fresh.iterdir(), key=lambda path: path.suffix)
+    assert (
+        re.fullmatch(r"few_rows-[0-9a-f]{16}", index.name) and file.name == f"few_rows-{index.read_text()}.so"
+    )
     before = file.stat().st_mtime_ns
     assert build.library() is not None and file.stat().st_mtime_ns == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "index"])
+def test_a_damaged_library_is_built_again(fresh, damage):
+    assert build.library() is not None
+    index, file = sorted(fresh.iterdir(), key=lambda path: path.suffix)
+    whole = file.read_bytes()
+    file.unlink()  # a new file: what this process has loaded stays as it is
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "index":
+        file.write_bytes(whole)
+        index.write_bytes(b"../\xff")
+    assert build.library() is not None
+    (file,) = fresh.glob("*.so")
+    assert file.name == f"few_rows-{index.read_text()}.so" and len(file.read_bytes()) > len(whole) // 2
 
 
 @needs_compiler
