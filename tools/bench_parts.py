@@ -29,6 +29,14 @@ SIZES = {
             rms_norm_eps=1e-5,
         ),
     ),
+    "1b": dict(
+        model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
+        text_config=dict(
+            model_type="llama", hidden_size=1536, intermediate_size=7168, num_hidden_layers=24,
+            num_attention_heads=24, num_key_value_heads=24, vocab_size=32064, max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        ),
+    ),
     "7b": dict(
         model_type="llava", image_token_index=32000, vision_config=CLIP_LARGE,
         text_config=dict(

@@ -92,7 +92,7 @@ def _contract(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     XLA's CPU backend multiplies 16-bit numbers as float32, and would convert the kernels of all layers at once.
     """
     contracted = ((x.ndim - 1,), (axis,)), ((), ())
-    if x.dtype == jnp.float32:
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
         return jax.lax.dot_general(x, kernel, contracted, precision=jax.lax.Precision.HIGHEST)
 
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -46,7 +46,8 @@ def few_rows_dot(
     if matrix.ndim != 2 or x.shape[-1] != matrix.shape[1 if out_first else 0]:
         sides = "[N, K]" if out_first else "[K, N]"
         raise LVLMError(
-            f"rows {list(x.shape)} cannot be multiplied with a matrix {list(matrix.shape)}; expected [..., K] and {sides}"
+            f"rows {list(x.shape)} cannot be multiplied with a matrix {list(matrix.shape)}; "
+            f"expected [..., K] and {sides}"
         )
     few = 0 < math.prod(x.shape[:-1]) <= at_most and 0 not in (*x.shape, *matrix.shape)
     if not few or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:
