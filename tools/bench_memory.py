@@ -40,8 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default="0.5b,1b", help="two sizes, the smaller one first (default 0.5b,1b)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
+    parser.add_argument(
+        "--sizes", default="0.5b,1b", help="two sizes, the smaller one first (default 0.5b,1b)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)"
+    )
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default 16)")
     flags = parser.parse_args()
     results = {}
