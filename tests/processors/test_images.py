@@ -29,13 +29,8 @@ def pixels():
 
 def test_rgb_arrives_unchanged_from_path_image_and_array(pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    for source in (
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        Image.fromarray(pixels),
-        pixels,
-        pixels / 255.0,
-    ):
+    path = tmp_path / "a.png"
+    for source in (path, str(path), Image.fromarray(pixels), pixels, pixels / 255.0):
         image = open_image(source)
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), pixels)
@@ -75,10 +70,9 @@ def test_orientation_record_is_applied(tmp_path):
 @pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000)])
 def test_a_huge_header_is_refused_before_decoding(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png_with_header(*size))
-    with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
-        open_image(tmp_path / "bomb.png")
-    with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
-        image_size(tmp_path / "bomb.png")
+    for read in (open_image, image_size):
+        with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
+            read(tmp_path / "bomb.png")
 
 
 def test_files_that_are_no_pictures(pixels, tmp_path):

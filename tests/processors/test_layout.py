@@ -23,11 +23,9 @@ def right_padded(arrays):
     """The same prompts, padded on the other side."""
     flipped = dict(arrays)
     for name in ("input_ids", "attention_mask"):
-        rows = [
-            np.roll(row, int(mask.sum()))
-            for row, mask in zip(arrays[name], arrays["attention_mask"], strict=True)
-        ]
-        flipped[name] = np.stack(rows)
+        lengths = arrays["attention_mask"].sum(axis=1)
+        rows = zip(arrays[name], lengths, strict=True)
+        flipped[name] = np.stack([np.roll(row, int(length)) for row, length in rows])
     return flipped
 
 
@@ -118,10 +116,8 @@ def test_placeholders_are_expanded(model, mixed):
         "pixel_values": mixed["pixel_values"],
     }
     expanded, whole = model.prepare(short), model.prepare(mixed)
-    np.testing.assert_array_equal(expanded.tokens, whole.tokens)
-    np.testing.assert_array_equal(expanded.image_id, whole.image_id)
-    np.testing.assert_array_equal(expanded.pixels, whole.pixels)
-    np.testing.assert_array_equal(expanded.source_columns, whole.source_columns)
+    for name in ("tokens", "image_id", "pixels", "source_columns"):
+        np.testing.assert_array_equal(getattr(expanded, name), getattr(whole, name), err_msg=name)
 
 
 def test_prepared_inputs_are_taken_as_they_are(model, mixed):

@@ -2,13 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from lvlm_jax.weights.tables import flatten
+from lvlm_jax import models, weights
+from lvlm_jax.weights import lora
+from lvlm_jax.weights.tables import flatten, unflatten
 
 VISION = dict(
     hidden_size=32,
@@ -80,6 +84,28 @@ def write(folder, config: dict, state: dict):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def config_of(folder):
+    """Our configuration of a checkpoint folder."""
+    return models.config_from_hf(weights.read_config(folder))
+
+
+def change_config(folder, change: dict) -> None:
+    """Changes entries of the `config.json` of a folder."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | change))
+
+
+def adapted(params, targets=lora.TARGETS, rank=3, alpha=7.0, dropout=0.0, key=0):
+    """(adapters, frozen) of `params`, with a B that is not zero."""
+    adapters, frozen = lora.attach(params, rank, alpha, targets, dropout, jax.random.key(key))
+    rng = np.random.default_rng(key)
+    flat = {
+        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) if path.endswith("_b") else leaf
+        for path, leaf in flatten(adapters).items()
+    }
+    return unflatten(flat), frozen
 
 
 def write_scheme(folder, model, pairs=(), dtype=torch.float32):

@@ -30,28 +30,17 @@ def test_convert_an_original_checkpoint(tmp_path):
     make.clip_model(tower, True).save_pretrained(tmp_path / "tower")
     (tmp_path / "processor").mkdir()
     (tmp_path / "processor" / "tokenizer.json").write_text("{}")
-    done = convert(
-        "llava",
-        "out/bf16",
-        "--dtype",
-        "bfloat16",
-        "--vision-tower",
-        "tower",
-        "--processor",
-        "processor",
-        cwd=tmp_path,
-    )
+    words = "llava out/bf16 --dtype bfloat16 --vision-tower tower --processor processor"
+    done = convert(*words.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote out/bf16: ") and done.stdout.count("\n") == 1
-    assert make.stored_dtypes(tmp_path / "out" / "bf16") == {torch.bfloat16}
-    assert (tmp_path / "out" / "bf16" / "tokenizer.json").exists()
-    loaded, report = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "out" / "bf16", output_loading_info=True
-    )
+    out = tmp_path / "out" / "bf16"
+    assert make.stored_dtypes(out) == {torch.bfloat16} and (out / "tokenizer.json").exists()
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(report.values())
     wanted = model.model.language_model.norm.weight.to(torch.bfloat16)
     assert torch.equal(loaded.model.language_model.norm.weight.to(torch.bfloat16), wanted)
-    assert json.loads((tmp_path / "out" / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""OpenGVLab's layout of InternVL: configurations, weights with InternLM2's fused projections, processors."""
+"""OpenGVLab's layout of InternVL: configurations, and weights with InternLM2's fused projections."""
 
 import json
 
@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
 from transformers import InternVLConfig, InternVLForConditionalGeneration
-from transformers.convert_slow_tokenizer import import_protobuf
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import read_config
 from lvlm_jax.weights.save import save_checkpoint, stored_shapes
-from tests.models.internvl_checkpoints import IMAGE_TOKEN, build, random_inputs, write_chat
-from tests.models.siglip_checkpoints import assert_logits_equal, byte_tokenizer, logits_of
+from tests.models.internvl_checkpoints import build, random_inputs, write_chat
+from tests.models.siglip_checkpoints import assert_logits_equal, logits_of
 
 LAYOUT = [(20,), (3, (2,), 5), (2, (1,), 4, (3,), 9)]
 
@@ -59,10 +57,12 @@ def test_logits_and_what_is_saved(pair, tmp_path):
 
 
 def test_a_checkpoint_in_chat_layout_keeps_its_names_when_asked(pair, tmp_path):
+    """Also its fused tensors: InternLM2's projections, and those of towers with and without biases."""
     _, folder = pair
     stored = load_file(folder / "model.safetensors")
     scheme = "chat_internlm2" if "language_model.output.weight" in stored else "chat"
     ours = LVLM.from_pretrained(folder)
+    assert stored_shapes(ours.config, scheme) == {name: tuple(t.shape) for name, t in stored.items()}
     save_checkpoint(tmp_path / "saved", ours.params, ours.config, scheme=scheme)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == stored.keys()
@@ -245,126 +245,3 @@ def test_configurations_that_are_refused(change, message, tmp_path):
     config = COMMON | {"vision_config": SMALL, "llm_config": INTERNLM2 | SIZES["2b"][2]} | change
     with pytest.raises(LVLMError, match=message):
         read_config(written(tmp_path, config))
-
-
-def internlm2_tokenizer(folder, prefix):
-    """A SentencePiece file of single bytes and some merges, with special tokens over and behind its last pieces."""
-    described = import_protobuf().ModelProto()
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [*"▁abcdef", "ab", "▁ab", "abc", "[UNUSED_1]", "[UNUSED_2]"]
-    for number, piece in enumerate(pieces):
-        entry = described.pieces.add()
-        entry.piece, entry.score = piece, float(-number)
-    described.trainer_spec.model_type = 2
-    described.trainer_spec.unk_piece = "<unk>"
-    described.trainer_spec.byte_fallback = True
-    described.normalizer_spec.add_dummy_prefix = prefix
-    (folder / "tokenizer.model").write_bytes(described.SerializeToString())
-    count = len(pieces)
-    specials = {count - 2: "<|im_start|>", count - 1: "<|im_end|>"}
-    specials |= {count + i: token for i, token in enumerate(["<img>", "</img>", "<IMG_CONTEXT>"])}
-    specials |= {0: "<unk>", 1: "<s>", 2: "</s>"}
-    settings = {
-        "tokenizer_class": "InternLM2Tokenizer",
-        "added_tokens_decoder": {str(number): {"content": token} for number, token in specials.items()},
-        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return {token: number for number, token in [*enumerate(pieces), *specials.items()]}
-
-
-@pytest.mark.parametrize("prefix", [False, True])
-def test_messages_of_an_internlm2_checkpoint(prefix, tmp_path):
-    ids = internlm2_tokenizer(tmp_path, prefix)
-    model = build(None, 2, text={"model_type": "llama", "vocab_size": len(ids) + 8})
-    write_chat(tmp_path, model, True, ids["<IMG_CONTEXT>"])
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "size": 28}))
-    ours = LVLM.from_pretrained(tmp_path)
-    assert ours.config.eos_token_ids == (ids["<|im_end|>"],)
-    picture = np.random.default_rng(1).integers(0, 256, (30, 90, 3), dtype=np.uint8)
-    messages = [
-        {"role": "system", "content": "ab"},
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "abc ab"}]},
-    ]  # fmt: skip
-    prompt = ours.prepare(messages)
-    tokens = prompt.tokens[0, prompt.image_id[0] >= 0].tolist()
-    assert tokens[0] == ids["<s>"] and tokens[1] == ids["<|im_start|>"]
-    image = tokens.index(ids["<img>"])
-    assert (
-        tokens[image + 1 : image + 17] == [ids["<IMG_CONTEXT>"]] * 16 and tokens[image + 17] == ids["</img>"]
-    )
-    behind = tokens[image + 18 :]
-    start = behind.index(ids["<|im_end|>"])
-    # The line break, then "abc ab" by its merges; a blank is written before each stretch of text if the file says so.
-    assert behind[:start] == [ids["▁"]] * prefix + [ids["<0x0A>"], ids["abc"], ids["▁ab"]]
-    assert ours.processor.tokenizer.decode(behind[:start]) == "\nabc ab"
-    assert (prompt.image_id == 1).sum() == 16 and prompt.owner.tolist() == [0] * 4
-    whole = ours.processor.image_processor(images=[picture], crop_to_patches=True, return_tensors="np")
-    np.testing.assert_array_equal(prompt.pixels, whole["pixel_values"])
-    assert np.abs(whole["pixel_values"]).max() <= 0.5 / 0.224 + 1e-5
-
-
-def qwen2_tokenizer(folder, specials):
-    """The files of a Qwen2 tokenizer without merges; returns the number of the first special token."""
-    words = sorted(pre_tokenizers.ByteLevel.alphabet())
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    added = {
-        str(len(words) + i): {"content": token, "special": True, "normalized": False}
-        for i, token in enumerate(["<|endoftext|>", *specials])
-    }
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return len(words) + 1
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "tokenizer.json"])
-def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
-    """Tokenizers that transformers reads; the chat format with its own system message, and answers continued."""
-    specials = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-    if kind == "qwen2":
-        first = qwen2_tokenizer(tmp_path, specials)
-    else:
-        tokenizer, first = byte_tokenizer(specials), 259
-        tokenizer.save_pretrained(tmp_path)
-    model = build(None, 2, text={"vocab_size": 270})
-    write_chat(tmp_path, model, False, first + 4)
-    ours = LVLM.from_pretrained(tmp_path)
-    picture = np.zeros((20, 20, 3), np.uint8)
-    user = {
-        "role": "user",
-        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}],
-    }
-    asked = ours.prepare([user])
-    text = ours.processor.tokenizer.decode(asked.tokens[0, asked.image_id[0] >= 0])
-    system = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
-    image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
-    assert text == (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{image}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    begun = ours.prepare([user, {"role": "assistant", "content": "A"}])
-    assert ours.processor.tokenizer.decode(begun.tokens[0, begun.image_id[0] >= 0]) == text + "A"
-
-
-@pytest.mark.parametrize(
-    ("settings", "changes", "message"),
-    [
-        ({"tokenizer_class": "InternLM3Tokenizer"}, {}, "InternLM3Tokenizer.* copy tokenizer.json"),
-        ({}, {"template": "Hermes-2"}, "chat template 'Hermes-2'"),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, "cannot read the tokenizer of"),
-    ],
-)
-def test_processors_that_cannot_be_made(settings, changes, message, tmp_path):
-    write_chat(tmp_path, build(None, 2), False, IMAGE_TOKEN, **changes)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(LVLMError, match=message):
-        LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])
-
-
-def test_a_tokenizer_that_contradicts_the_configuration(tmp_path):
-    first = qwen2_tokenizer(tmp_path, ["<img>", "</img>", "<IMG_CONTEXT>"])
-    write_chat(tmp_path, build(None, 2, text={"vocab_size": 270}), False, first + 5)
-    with pytest.raises(
-        LVLMError, match=f"has <IMG_CONTEXT> at {first + 2} and the configuration at {first + 5}"
-    ):
-        LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])

@@ -13,20 +13,10 @@ from lvlm_jax.models.layers import Linear, linear
 from lvlm_jax.parallel import make_mesh, parameter_sharding
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
+from tests.weights.checkpoints import adapted
 
 KEY = jax.random.key(0)
 EVERYWHERE = r"(_proj|fc\d|linear_\d|lm_head)$"
-
-
-def adapted(params, targets=lora.TARGETS, rank=4, alpha=9.0, dropout=0.0):
-    """(adapters, frozen) with a B that is not zero."""
-    adapters, frozen = lora.attach(params, rank, alpha, targets, dropout, KEY)
-    rng = np.random.default_rng(1)
-    flat = {
-        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) if path.endswith("_b") else leaf
-        for path, leaf in flatten(adapters).items()
-    }
-    return unflatten(flat), frozen
 
 
 def module_and_leaves(dtype=jnp.float32, rate=None):

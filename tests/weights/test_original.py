@@ -1,7 +1,5 @@
 """The authors' own layout: configuration, separate tower, image token behind the vocabulary."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -91,12 +89,10 @@ def test_tower_inside_the_checkpoint(model, halves, tmp_path):
 def test_saved_again_it_is_a_normal_checkpoint(model, halves, tmp_path):
     make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
     folder = write(tmp_path / "llava", halves[0])
-    config = models.config_from_hf(weights.read_config(folder))
+    config = make.config_of(folder)
     params = weights.load_parameters(folder, config)
     saved = weights.save_checkpoint(tmp_path / "out", params, config)
-    make.assert_same(
-        weights.load_parameters(saved, models.config_from_hf(weights.read_config(saved))), params
-    )
+    make.assert_same(weights.load_parameters(saved, make.config_of(saved)), params)
     loaded, report = LlavaForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(report.values())
     tokens = torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]])
@@ -113,20 +109,14 @@ def test_saved_again_it_is_a_normal_checkpoint(model, halves, tmp_path):
 
 
 def test_configuration_of_the_published_checkpoint(tmp_path):
-    published = make.original_config("openai/clip-vit-large-patch14-336", 32000) | dict(
-        hidden_size=4096,
-        intermediate_size=11008,
-        mm_hidden_size=1024,
-        num_attention_heads=32,
-        num_hidden_layers=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
+    heads = dict.fromkeys(("num_attention_heads", "num_hidden_layers", "num_key_value_heads"), 32)
+    widths = dict(
+        hidden_size=4096, intermediate_size=11008, mm_hidden_size=1024, max_position_embeddings=4096
     )
+    published = make.original_config("openai/clip-vit-large-patch14-336", 32000) | heads | widths
     config = models.config_from_hf(to_hf_config(tmp_path, published))
     assert (config.text.vocab_size, config.image_token_id, config.pad_token_id) == (32064, 32000, 32001)
-    assert (
-        config.vision.image_size == 336 and config.vision.num_layers == 24 and config.tokens_per_image == 576
-    )
+    assert (config.vision.image_size, config.vision.num_layers, config.tokens_per_image) == (336, 24, 576)
     assert config.text.max_position_embeddings == 4096 and config.eos_token_ids == (2,)
 
 
@@ -143,17 +133,15 @@ def test_configuration_of_the_published_checkpoint(tmp_path):
 def test_unsupported_configurations(change, message, halves, tmp_path):
     make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
     folder = write(tmp_path / "llava", halves[0])
-    raw = json.loads((folder / "config.json").read_text()) | change
-    (folder / "config.json").write_text(json.dumps(raw))
+    make.change_config(folder, change)
     with pytest.raises(LVLMError, match=message):
         weights.read_config(folder)
 
 
 def test_tower_weights_that_are_nowhere(halves, tmp_path):
     folder = write(tmp_path / "llava", halves[0], tower="openai/clip-vit-large-patch14-336")
-    raw = json.loads((folder / "config.json").read_text()) | {"mm_hidden_size": 1024}
-    (folder / "config.json").write_text(json.dumps(raw))
-    config = models.config_from_hf(weights.read_config(folder))
+    make.change_config(folder, {"mm_hidden_size": 1024})
+    config = make.config_of(folder)
     with pytest.raises(LVLMError, match="holds no vision tower.*vision_tower="):
         weights.load_parameters(folder, config)
 
@@ -168,12 +156,11 @@ def test_a_tower_that_is_not_clip(halves, tmp_path):
 
 def test_a_foreign_tensor_in_the_tower_is_reported(halves, tmp_path):
     make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
-    save_file(
-        halves[1] | {"vision_model.extra": torch.ones(1)}, tmp_path / "clip-small" / "model.safetensors"
-    )
+    stored = halves[1] | {"vision_model.extra": torch.ones(1)}
+    save_file(stored, tmp_path / "clip-small" / "model.safetensors")
     folder = write(tmp_path / "llava", halves[0])
     with pytest.raises(LVLMError, match="1 unexpected: vision_model.extra"):
-        weights.load_parameters(folder, models.config_from_hf(weights.read_config(folder)))
+        weights.load_parameters(folder, make.config_of(folder))
 
 
 def test_a_tower_for_a_checkpoint_that_has_one_is_refused(model, tmp_path):
@@ -188,6 +175,5 @@ def test_appended_rows(dtype):
     grown = append_rows(rows, 3)
     assert grown.dtype == rows.dtype
     np.testing.assert_array_equal(grown[:7], rows)
-    np.testing.assert_array_equal(
-        grown[7:], np.stack([rows.astype(np.float64).mean(0).astype(rows.dtype)] * 3)
-    )
+    mean = rows.astype(np.float64).mean(0).astype(rows.dtype)
+    np.testing.assert_array_equal(grown[7:], np.stack([mean] * 3))

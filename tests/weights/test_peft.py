@@ -6,7 +6,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -41,22 +40,15 @@ def base(checkpoint):
     return LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def adapted(params, targets, rank=3, alpha=7.0, dropout=0.0, key=0):
-    """`params` with adapters whose B is not zero."""
-    adapters, frozen = lora.attach(params, rank, alpha, targets, dropout, jax.random.key(key))
-    rng = np.random.default_rng(key)
-    flat = {
-        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) if path.endswith("_b") else leaf
-        for path, leaf in flatten(adapters).items()
-    }
-    return parts.join(unflatten(flat), frozen)
+def adapted(*arguments, **options):
+    """Parameters with adapters whose B is not zero; see `make.adapted`."""
+    return parts.join(*make.adapted(*arguments, **options))
 
 
 def load_with_peft(base, folder):
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error", UserWarning
-        )  # PEFT only warns of tensors that are missing or left over
+        # PEFT only warns of tensors that are missing or left over.
+        warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
 

@@ -19,7 +19,7 @@ from lvlm_jax.weights import lora, names, parts, quantize
 from lvlm_jax.weights.peft import load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten
 from tests.weights import checkpoints as make
-from tests.weights.test_resources import MB, run, write_large
+from tests.weights.test_resources import MB, measured, run, write_large
 
 LANGUAGE = "language_model/"
 
@@ -40,7 +40,7 @@ def wide(quantized):
 )
 def test_kernels_of_the_decoder_are_quantized_as_they_are_stored(stored, dtype, tmp_path):
     folder = make.write_scheme(tmp_path / "m", make.random_model(), make.HUB, getattr(torch, stored))
-    config = models.config_from_hf(weights.read_config(folder))
+    config = make.config_of(folder)
     kept, wide = (flatten(weights.load_parameters(folder, config, kind)) for kind in (dtype, None))
     loaded = flatten(weights.load_parameters(folder, config, dtype, quant="int8"))
     kernels = [path for path in kept if path.startswith(LANGUAGE) and path.endswith("_proj/kernel")]
@@ -58,7 +58,7 @@ def test_kernels_of_the_decoder_are_quantized_as_they_are_stored(stored, dtype, 
 
 def test_a_tied_output_layer_stays(tmp_path):
     folder = make.write_scheme(tmp_path / "m", make.random_model(tie=True), make.HUB)
-    config = models.config_from_hf(weights.read_config(folder))
+    config = make.config_of(folder)
     loaded = flatten(weights.load_parameters(folder, config, "float32", quant="int8"))
     assert not any("lm_head" in path for path in loaded)
     assert loaded[LANGUAGE + "embed_tokens/embedding"].dtype == jnp.float32
@@ -115,9 +115,7 @@ def test_adapters_train_on_a_quantized_model(quantized, wide, mixed):
 
     def gradients(one):
         adapters, frozen = lora.attach(one.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
-        moved = jax.tree.map(
-            lambda leaf: leaf + 0.01, adapters
-        )  # a B of zeros would leave A without gradient
+        moved = jax.tree.map(lambda leaf: leaf + 0.01, adapters)  # a B of zeros leaves A without gradient
         (_, _, embedded, _), options = one.prefill_arguments(prompt)
 
         def loss(adapters):
@@ -223,38 +221,12 @@ def test_eight_devices_give_what_one_gives(quantized, mixed, tmp_path):
     np.testing.assert_array_equal(results["tokens"], quantized.generate(mixed, max_new_tokens=6).tokens)
 
 
-MEASURE = """
-import json, sys
-import jax
-from lvlm_jax import models, weights
-
-def status(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-def load(folder):
-    config = models.config_from_hf(weights.read_config(folder))
-    return weights.load_parameters(folder, config, "float32", quant="int8")
-
-found = []
-for folder in sys.argv[1:]:
-    load(folder)  # everything that is imported or compiled once
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again at what is resident now
-    before = status("VmRSS")
-    params = load(folder)
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-    found.append(dict(model=sum(sizes), largest=max(leaf.size for leaf in jax.tree.leaves(params)),
-                      peak=status("VmHWM") - before, resident=status("VmRSS") - before))
-    del params
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path):
     folders = [write_large(tmp_path / name.lower(), name) for name in ("F32", "F16")]
-    for found, stored in zip(run(MEASURE, *folders), (4, 2), strict=True):  # bytes of a stored weight
+    results = measured(*((folder, folder, "float32", "int8") for folder in folders))
+    for found, stored in zip(results, (4, 2), strict=True):  # bytes of a stored weight
         # The float embeddings are 33 MB of it; all in float32 would be 300 MB.
         assert 80 * MB < found["model"] < 130 * MB
         # One tensor, counted as it is in the file and as it is on the device before it is quantized.
@@ -276,9 +248,7 @@ def test_answers_of_the_pocket_model_survive():
         picture = {"type": "image", "image": render(scene)}
         prompts.append([{"role": "user", "content": [picture, {"type": "text", "text": text}]}])
     prepared = exact.prepare(prompts)
-    valid = (
-        np.take_along_axis(np.asarray(prepared.image_id), np.asarray(prepared.source_columns), axis=1) >= 0
-    )
+    valid = np.take_along_axis(prepared.image_id, prepared.source_columns, axis=1) >= 0
     logits = [np.asarray(one.logits(prepared))[valid] for one in (exact, quantized)]
     error = np.abs(logits[0] - logits[1])
     same_choice = (logits[0].argmax(-1) == logits[1].argmax(-1)).mean()

@@ -66,36 +66,44 @@ def status(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 
-def load(folder, dtype):
+def load(folder, dtype, quant):
     config = models.config_from_hf(weights.read_config(folder))
-    return weights.load_parameters(folder, config, dtype)
+    return weights.load_parameters(folder, config, dtype, quant=quant)
 
-small, f32, f16 = sys.argv[1:]
 found = []
-for folder, dtype in ((f32, "float32"), (f32, "bfloat16"), (f16, "float32"), (f16, "bfloat16")):
-    load(small, dtype)  # everything that is imported or compiled once
+for warm_up, *case in json.loads(sys.argv[1]):
+    load(warm_up, *case[1:])  # everything that is imported or compiled once
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts again at what is resident now
     before = status("VmRSS")
-    params = load(folder, dtype)
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-    found.append(dict(model=sum(sizes), largest=max(sizes), peak=status("VmHWM") - before,
-                      resident=status("VmRSS") - before))
-    del params
+    leaves = jax.tree.leaves(load(*case))
+    found.append(dict(model=sum(leaf.nbytes for leaf in leaves), largest=max(leaf.size for leaf in leaves),
+                      peak=status("VmHWM") - before, resident=status("VmRSS") - before))
+    del leaves
 print(json.dumps(found))
 """
+
+
+def measured(*cases: tuple) -> list[dict]:
+    """Bytes of the model, elements of its largest leaf, and by how many bytes the process grew, at most and at last.
+
+    Args:
+        cases: of a load each: a folder to load first, then the folder, dtype and precision.
+    """
+    return run(MEASURE, json.dumps(cases, default=str))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_the_model_and_one_tensor(small, tmp_path):
     # VmHWM counts every resident page, those of the mapped file included: the strictest measure there is.
-    f32, f16 = write_large(tmp_path / "f32", "F32"), write_large(tmp_path / "f16", "F16")
-    measured = run(MEASURE, small, f32, f16)
-    for found, stored in zip(
-        measured, (1.0, 2.0, 0.5, 1.0), strict=True
-    ):  # bytes in the file per byte in memory
+    sizes = {"float32": 4, "bfloat16": 2}
+    folders = {write_large(tmp_path / "f32", "F32"): 4, write_large(tmp_path / "f16", "F16"): 2}
+    cases = [(folder, dtype) for folder in folders for dtype in sizes]
+    results = measured(*((small, folder, dtype, None) for folder, dtype in cases))
+    for (folder, dtype), found in zip(cases, results, strict=True):
         assert found["model"] > 150 * MB
         # One tensor, counted as it is in the file and as it is converted.
-        assert found["peak"] < found["model"] + (1 + stored) * found["largest"] + 25 * MB, found
+        tensor = found["largest"] * (folders[folder] + sizes[dtype])
+        assert found["peak"] < found["model"] + tensor + 25 * MB, found
         assert found["resident"] < found["model"] + 15 * MB, found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax import models, weights
+from lvlm_jax import weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import save
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -33,7 +33,7 @@ def source(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(source):
-    return models.config_from_hf(weights.read_config(source))
+    return make.config_of(source)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_transformers_gives_equal_logits(model, params, config, tmp_path):
 def test_tied_embeddings(tmp_path):
     tied = make.random_model(tie=True)
     source = make.write_scheme(tmp_path / "in", tied, make.HUB)
-    config = models.config_from_hf(weights.read_config(source))
+    config = make.config_of(source)
     folder = weights.save_checkpoint(tmp_path / "out", weights.load_parameters(source, config), config)
     loaded = assert_transformers_loads(folder, tied)
     assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
@@ -78,7 +78,7 @@ def test_tied_embeddings(tmp_path):
 def test_round_trip_is_bit_equal(dtype, source, config, tmp_path):
     first = weights.load_parameters(source, config, dtype)
     once = weights.save_checkpoint(tmp_path / "a", first, config, source)
-    second = weights.load_parameters(once, models.config_from_hf(weights.read_config(once)))
+    second = weights.load_parameters(once, make.config_of(once))
     make.assert_same(first, second)
     twice = weights.save_checkpoint(tmp_path / "b", second, config, once)
     for file in once.iterdir():
