@@ -193,7 +193,7 @@ def test_adapters_are_merged_when_saved(model, adapter, question, tmp_path):
 def test_the_command_line_takes_an_adapter(model, params, adapter):
     names = runpy.run_path(str(ROOT / "infer.py"))
     words = ["--model-path", str(model.folder), "--adapter", str(adapter), "--prompt", "?"]
-    loaded = names["load"](names["parse"](words))
+    loaded = names["load"](names["command_line"](words))
     make.assert_same(loaded.params, params)
     # A job that goes on with another adapter would mix answers.
     first = names["adapter_record"](str(adapter))
