@@ -1,35 +1,22 @@
-import dataclasses
+"""Processes that make batches: the same ones in order, errors that reach the caller, signals that they leave alone."""
+
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.pocket import recipe_data as pocket_data
-from lvlm_jax.pocket import tokenizer
-from lvlm_jax.pocket.catalogue import CATEGORIES, SCENE_NAMES
-from lvlm_jax.training.data import workers as data
-
-SINGLE, SEVERAL = pocket_data.Part(6, 256, 6), pocket_data.Part(2, 384, 7)
-
-
-@pytest.fixture(scope="module")
-def conversations():
-    return pocket_data.Conversations(5, tokenizer.pocket_tokenizer(), SINGLE, SEVERAL)
-
-
-def equal(first, second):
-    return jax.tree.all(jax.tree.map(np.array_equal, first, second))
+from lvlm_jax.training.data import workers
+from tests.training import line
 
 
 def test_worker_processes_make_the_same_batches_in_order():
-    source = pocket_data.Pictures(seed=3, batch=2)
-    made = list(data.batches(source, start=4, stop=9, workers=2))
+    made = list(workers.batches(line.source, start=4, stop=9, workers=2))
     assert len(made) == 5
-    assert all(equal(batch, source(step)) for step, batch in enumerate(made, 4))
-    assert not equal(made[0], made[1])
+    for step, batch in enumerate(made, 4):
+        np.testing.assert_equal(batch, line.source(step))
+    assert not np.array_equal(made[0]["inputs"], made[1]["inputs"])
 
 
 def failing(step):
@@ -38,7 +25,7 @@ def failing(step):
 
 def test_an_error_in_a_worker_reaches_the_caller():
     with pytest.raises(ValueError, match="no batch 0"):
-        list(data.batches(failing, 0, 3, workers=1))
+        list(workers.batches(failing, 0, 3, workers=1))
 
 
 def killed(step):
@@ -47,7 +34,7 @@ def killed(step):
 
 def test_a_worker_that_is_killed_is_named():
     with pytest.raises(LVLMError, match="a process that makes batches has ended .* lower loop.workers"):
-        list(data.batches(killed, 0, 3, workers=1))
+        list(workers.batches(killed, 0, 3, workers=1))
 
 
 def asked_to_stop(step):
@@ -57,70 +44,4 @@ def asked_to_stop(step):
 
 
 def test_workers_leave_it_to_the_training_process_to_stop():
-    assert list(data.batches(asked_to_stop, 3, 6, workers=1)) == [3, 4, 5]
-
-
-def test_a_batch_holds_both_kinds_of_conversation(conversations):
-    batch = conversations(0)
-    image = conversations.encoder.convert_tokens_to_ids(tokenizer.IMAGE)
-    assert equal(batch, conversations(0)) and not equal(batch, conversations(1))
-    for name, part in (("single", SINGLE), ("several", SEVERAL)):
-        rows = batch[name]
-        assert rows["tokens"].shape == rows["answers"].shape == (part.rows, part.length)
-        images = (rows["tokens"] == image).sum(axis=1) // tokenizer.IMAGE_TOKENS
-        assert np.all(images == 1) if name == "single" else np.all(images >= 2)
-        shown = rows["labels"][:, 0] >= 0
-        assert shown.sum() == images.sum() <= part.images
-        assert rows["images"][shown].any(axis=(1, 2, 3)).all() and not rows["images"][~shown].any()
-
-
-def test_answers_and_nothing_else_carry_loss(conversations):
-    rows = conversations(0)["single"]
-    for tokens, answers in zip(rows["tokens"], rows["answers"], strict=True):
-        text = conversations.encoder.decode(tokens[answers])
-        whole = conversations.encoder.decode(tokens[tokens != conversations.encoder.pad_token_id])
-        spoken = [turn.split("</s>")[0] for turn in whole.split(" ASSISTANT:")[1:]]
-        assert text.split("</s>")[:-1] == spoken
-
-
-def test_labels_name_what_a_patch_shows():
-    batch = pocket_data.Pictures(seed=0, batch=8)(0)
-    assert batch["images"].dtype == np.uint8 and batch["images"].shape == (8, 96, 96, 3)
-    background = batch["labels"] >= len(CATEGORIES)
-    assert 0.3 < background.mean() < 0.95
-    for labels, empty in zip(batch["labels"], background, strict=True):
-        assert len(set(labels[empty])) == 1  # the one kind of place
-
-    names = [*CATEGORIES, *SCENE_NAMES]
-    words = pocket_data.label_words(tokenizer.pocket_tokenizer())
-    assert len(words) == len(names) == pocket_data.LABEL_COUNT
-    assert len(set(words)) == len(words)  # no two names begin with the same token
-    assert tokenizer.pocket_tokenizer().decode(words[names.index("dog")]) == " dog"
-
-
-def test_held_out_questions_ask_for_one_token():
-    made = pocket_data.held_out(tokenizer.pocket_tokenizer(), 12)
-    assert set(made) == {"existence", "tempting", "choice", "counting", "position"}
-    for rows in made.values():
-        assert np.all(rows["answers"].sum(axis=1) == 1)
-    spoken = [
-        tokenizer.pocket_tokenizer().decode(token)
-        for token in made["existence"]["tokens"][made["existence"]["answers"]]
-    ]
-    assert set(spoken) == {" Yes", " No"}
-
-
-def test_drill_rows_ask_whether_which_and_where_beside_a_caption(conversations):
-    drilled = dataclasses.replace(conversations, drill=4)(0)
-    plain = conversations(0)
-    encoder = conversations.encoder
-    words = {" Yes", " No", " left", " middle", " right", *(f" {name}" for name in CATEGORIES)}
-    for row in range(4):
-        tokens, answers = drilled["single"]["tokens"][row], drilled["single"]["answers"][row]
-        spoken = encoder.decode(tokens[answers]).split("</s>")[:-1]
-        captions = [answer for answer in spoken if answer not in words]
-        assert len(spoken) >= 6 and len(captions) <= 1
-        assert not captions or captions[0] in (spoken[0], spoken[-1])
-    assert equal(drilled["several"], plain["several"])
-    assert np.array_equal(drilled["single"]["tokens"][4:], plain["single"]["tokens"][4:])
-    assert np.array_equal(drilled["single"]["images"], plain["single"]["images"])
+    assert list(workers.batches(asked_to_stop, 3, 6, workers=1)) == [3, 4, 5]
