@@ -99,7 +99,13 @@ class Ours:
         state, step = prefilled
         keys = sample_keys(0, self.inputs.batch)
         return drivers.begin(
-            state, step.combined, self.inputs.tokens, Sampling.of(), keys, self.stop, room=self.room
+            state,
+            step.combined,
+            self.inputs.tokens,
+            Sampling.of(),
+            keys,
+            self.stop,
+            answer_capacity=self.room,
         )
 
     def run(self) -> tuple[float, float, np.ndarray]:

@@ -1,5 +1,7 @@
-"""Readers of taps: what attention, hidden states and masks tell about where a model looks. Pure functions on arrays,
-and a page for people."""
+"""Readers of taps: what attention, hidden states and masks tell about where a model looks.
+
+Pure functions on arrays, and a page for people. `words` and `maps` come first; `overlay` and `figures` draw them.
+"""
 
 from lvlm_jax.analysis.flow import Flow, HideImages, divergence, information_flow, masking_probe
 from lvlm_jax.analysis.heads import Drift, drift_curve, sink_density

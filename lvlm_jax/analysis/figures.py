@@ -1,17 +1,12 @@
-"""The same findings as PNG files, for papers and terminals: curves, layers x heads maps, words over pictures."""
+"""The same findings as PNG files, for papers and terminals: curves, layers x heads maps, words over images."""
 
-import pathlib
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from lvlm_jax.analysis import overlay
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.analysis import canvas, overlay
 
 COLOURS = ("#2f6f8f", "#b4532a", "#6b8e4e", "#7a5c99")
 PER_LINE = 8  # panels beside each other on a sheet of words
@@ -24,7 +19,7 @@ def curves(
     series: Mapping[str, Sequence[Float[np.ndarray, "L"]]],
     names: Sequence[str] = (),
 ) -> None:
-    """Draw curves over layers: a colour for each answer, a line style for each of its curves, which `names` name.
+    """Draws curves over layers: a colour for each answer, a line style for each of its curves, which `names` name.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -40,19 +35,18 @@ def curves(
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     axis.set_title(title, fontsize=10, loc="left", parse_math=False)
-    _save(figure, path)
+    canvas.save(figure, path)
 
 
 def matrices(path, title: str, label: str, named: Mapping[str, Float[np.ndarray, "L H"]]) -> None:
-    """Draw layers x heads maps beside each other with one colour scale.
+    """Draws layers x heads maps beside each other with one colour scale.
 
     Raises:
         LVLMError: the file cannot be written.
     """
     layers, heads = next(iter(named.values())).shape
-    figure, axes = _figure(
-        1.2 + len(named) * max(2.4, 0.16 * heads), 1.2 + max(2.0, 0.16 * layers), len(named)
-    )
+    width = 1.2 + len(named) * max(2.4, 0.16 * heads)
+    figure, axes = _figure(width, 1.2 + max(2.0, 0.16 * layers), len(named))
     top = max(values.max() for values in named.values()) or 1.0
     for axis, (name, values) in zip(np.atleast_1d(axes), named.items(), strict=True):
         drawn = axis.imshow(values, vmin=0, vmax=top, cmap="inferno", aspect="auto")
@@ -60,11 +54,11 @@ def matrices(path, title: str, label: str, named: Mapping[str, Float[np.ndarray,
         axis.set_title(name, fontsize=9, parse_math=False)
     figure.colorbar(drawn, ax=axes, label=label)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
-    _save(figure, path)
+    canvas.save(figure, path)
 
 
 def word_sheet(path, row: overlay.Row, mass: Float[np.ndarray, "W"]) -> None:
-    """Draw every word's map over one picture, in reading order, with its share of attention on that picture.
+    """Draws every word's map over one image, in reading order, with its share of attention on that image.
 
     Maps are relative to the answer's mean (`overlay.relative`).
 
@@ -80,25 +74,14 @@ def word_sheet(path, row: overlay.Row, mass: Float[np.ndarray, "W"]) -> None:
     for axis, word, heat, share in zip(axes.flat, row.words, maps, mass, strict=False):
         overlay.panel(axis, row, heat, f"{textwrap.shorten(word, 16, placeholder='…')} {share:.0%}")
     figure.suptitle(row.title, x=0.01, ha="left", fontsize=10, parse_math=False)
-    _save(figure, path)
+    canvas.save(figure, path)
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.blank(width, height)
     return figure, figure.subplots(rows, columns)
 
 
 def _cycle(items: Sequence):
     while True:
         yield from items
-
-
-def _save(figure: Figure, path) -> None:
-    try:
-        with warnings.catch_warnings():
-            # A letter that the font lacks is drawn as a box, which is as good as can be.
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(pathlib.Path(path), dpi=110, format="png")
-    except OSError as error:
-        raise LVLMError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error

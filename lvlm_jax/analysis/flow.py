@@ -52,9 +52,9 @@ def information_flow(attention: Float[Array, "L B S S"], image_id: Int[Array, "B
 
     _, behind = jax.lax.scan(layer, visual, jnp.asarray(attention, jnp.float32))
     levels = jnp.concatenate([visual[None], behind])
-    held = jnp.where(text, levels, 0.0).sum(-1)
+    on_text = jnp.where(text, levels, 0.0).sum(-1)
     total = jnp.where(image_id >= 0, levels, 0.0).sum(-1)
-    return Flow(held / jnp.where(total > 0, total, 1.0), levels[:, :, -1])
+    return Flow(on_text / jnp.where(total > 0, total, 1.0), levels[:, :, -1])
 
 
 @frozen
@@ -80,8 +80,8 @@ def masking_probe(model, prompt, rows: int = 1, method: Method | None = None) ->
 
         probe_l = JSD(softmax(logits), softmax(logits with images hidden in layers l ... L-1))
 
-    in nats, between 0 and ln 2. Where it falls to zero, the layers behind need the image no more: what they use of it
-    text positions hold already.
+    in nats, between 0 and ln 2. Where it falls to zero, later layers need the image no more: text positions hold what
+    they use of it.
 
     Args:
         model: an `LVLM`.
@@ -93,10 +93,9 @@ def masking_probe(model, prompt, rows: int = 1, method: Method | None = None) ->
         LVLMError: fewer prompt rows than `rows`.
     """
     prompt = model.prepare(prompt)
-    if not 1 <= rows <= int(prompt.lengths.min()):
-        raise LVLMError(
-            f"rows is {rows}; expected 1 to {int(prompt.lengths.min())}, the tokens of the shortest prompt"
-        )
+    shortest = int(prompt.lengths.min())
+    if not 1 <= rows <= shortest:
+        raise LVLMError(f"rows is {rows}; expected 1 to {shortest}, the tokens of the shortest prompt")
 
     def distribution(from_layer: int) -> jax.Array:
         hide = HideImages(from_layer=from_layer)

@@ -2,19 +2,16 @@
 
 import dataclasses
 import functools
-import pathlib
 import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
-from lvlm_jax.analysis import patch_maps, token_places, word_maps, words_of
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.analysis import canvas
+from lvlm_jax.analysis.maps import patch_maps, token_places, word_maps
+from lvlm_jax.analysis.words import words_of
 from lvlm_jax.processors import text
 
 # Words that name nothing one could see; maps of them say little.
@@ -126,16 +123,17 @@ def relative(maps: Float[np.ndarray, "W h w"]) -> Float[np.ndarray, "W h w"]:
 
 
 def draw(path, rows: Sequence[Row], words: int = 5) -> None:
-    """Write a PNG: for each row the picture, the attention of the whole answer, and that of up to `words` words.
+    """Writes a PNG: for each row the image, the attention of the whole answer, and that of up to `words` words.
 
     The whole answer's map is the mean over words, the single words' maps are relative to it (see `relative`); every
-    map has its own colour scale from its least to its greatest value. Raises `LVLMError` when the file cannot be
-    written.
+    map has its own colour scale from its least to its greatest value.
+
+    Raises:
+        LVLMError: the file cannot be written.
     """
     columns = 2 + words
     heights = [2.1 * min(row.image.height / row.image.width, 1.5) + 0.9 for row in rows]
-    figure = Figure(figsize=(2.1 * columns, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas.blank(2.1 * columns, sum(heights))
     parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
     for part, row in zip(parts, rows, strict=True):
         caption = textwrap.shorten(f"{row.title}: {row.text}", 330, placeholder=" …")
@@ -150,20 +148,11 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
         maps = relative(row.maps)
         for axis, index in zip(axes[2:], choose_words(row, words), strict=False):
             panel(axis, row, maps[index], row.words[index])
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # A letter that the font lacks is drawn as a box, which is as good as can be.
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        raise LVLMError(
-            f"attention map {str(path)!r} cannot be written: {error.strerror or error}"
-        ) from error
+    canvas.save(figure, path)
 
 
 def panel(axis, row: Row, heat, title: str) -> None:
-    """Draw a row's picture on a matplotlib axis, under a map if `heat` is one."""
+    """Draws a row's image on a matplotlib axis, under a map if `heat` is one."""
     width, height = row.image.size
     # A photograph of 50 megapixels is not drawn sharper than one of this size.
     small = row.image.copy()
@@ -172,8 +161,7 @@ def panel(axis, row: Row, heat, title: str) -> None:
     axis.imshow(np.asarray(small), extent=whole)
     if heat is not None:
         left, top, right, bottom = row.region or (0, 0, width, height)
-        axis.imshow(
-            heat, extent=(left, right, bottom, top), cmap="inferno", alpha=0.6, interpolation="bilinear"
-        )
+        place = (left, right, bottom, top)
+        axis.imshow(heat, extent=place, cmap="inferno", alpha=0.6, interpolation="bilinear")
     axis.set(xlim=whole[:2], ylim=whole[2:])
     axis.set_title(title, fontsize=9, parse_math=False)

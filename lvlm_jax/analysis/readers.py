@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from lvlm_jax.analysis.heads import sink_density
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.replay import replay
 from lvlm_jax.methods import Method
 from lvlm_jax.processors.layout import Inputs
 
-WEIGHTS_AT_ONCE = 2**28  # float32 attention weights held at a time by `head_sinks`: 1 GiB
+WEIGHTS_AT_ONCE = 2**28  # float32 attention weights that `head_sinks` keeps at a time: 1 GiB
 
 
 def follow(
@@ -29,8 +30,7 @@ def follow(
         method: the method the answer was generated with.
 
     Yields:
-        For each of the T answer tokens what the row that produced it gave; its last row, where the first has more.
-        S, the number of columns, is the prompt's in the first item and that of the cache in the others.
+        What `generation.replay.replay` yields, for each of the T answer tokens.
 
     Raises:
         LVLMError: more than one conversation.
@@ -38,13 +38,7 @@ def follow(
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
         raise LVLMError(f"one conversation can be followed at a time; {prompt.batch} were given")
-    if not len(tokens):
-        return
-    state, step = model.prefill(prompt, method, int(prompt.lengths.max()) + len(tokens), tap=tap)
-    yield step.tapped
-    for token in tokens[:-1]:
-        state, step = model.decode(state, [token])
-        yield step.tapped
+    yield from replay(model.params, model.config, prompt, [tokens], tap, method, model.host)
 
 
 def mean_attention(
@@ -75,12 +69,12 @@ def head_sinks(model, prompt: Any, beta: float, method: Method | None = None) ->
     text = model.config.text
     per_layer = prompt.batch * text.num_heads * prompt.tokens.shape[1] ** 2
     at_once = max(1, WEIGHTS_AT_ONCE // per_layer)
-    found = []
+    densities = []
     for start in range(0, text.num_layers, at_once):
         layers = tuple(range(start, min(start + at_once, text.num_layers)))
         attention = model.read(prompt, Tap(layers=layers, rows="all"), method).attention[:, 0]
-        found.append(np.asarray(sink_density(attention, jnp.asarray(prompt.image_id), beta)))
-    return np.concatenate(found)
+        densities.append(np.asarray(sink_density(attention, jnp.asarray(prompt.image_id), beta)))
+    return np.concatenate(densities)
 
 
 def with_answer(model, prompt: Any, tokens: Sequence[int]) -> Inputs:

@@ -6,7 +6,7 @@ beam, were it to stop now, is no better than the worst of them.
 
     row b·N + n    beam n of sample b; all rows of a sample share its prompt, so a reordering copies what comes after
 
-`Hypotheses` knows nothing of models or caches: a search hands it scores of continuations and is told which to follow.
+`Hypotheses` knows nothing of models or caches: a search gives it scores of continuations and follows those it returns.
 """
 
 import dataclasses
@@ -14,19 +14,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import State
-from lvlm_jax.methods import Method
-from lvlm_jax.models.family import FamilyConfig
 
 RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences of scores are
 
 
-class Found(NamedTuple):
+class Finished(NamedTuple):
     """The best answer of every sample; fields as in `drivers.Answers`."""
 
     tokens: Int[Array, "B M"]
@@ -61,10 +57,10 @@ class Hypotheses:
     count: Int[Array, ""]
 
     @classmethod
-    def empty(cls, batch: int, beams: int, room: int) -> "Hypotheses":
+    def empty(cls, batch: int, beams: int, answer_capacity: int) -> "Hypotheses":
         """Before the first token: all beams are alike, so only the first may be continued."""
         ruled_out = jnp.full((batch, beams), RULED_OUT, jnp.float32)
-        tokens = jnp.zeros((batch, beams, room), jnp.int32)
+        tokens = jnp.zeros((batch, beams, answer_capacity), jnp.int32)
         return cls(
             tokens=tokens,
             logprobs=jnp.zeros(tokens.shape, jnp.float32),
@@ -143,11 +139,11 @@ class Hypotheses:
         """The last token of every running beam."""
         return jax.lax.dynamic_index_in_dim(self.tokens, self.count - 1, axis=2, keepdims=False)
 
-    def found(self, stop: Int[Array, "E"]) -> Found:
-        """The best finished answers."""
+    def best(self, stop: Int[Array, "E"]) -> Finished:
+        """The best finished answer of every sample."""
         tokens, length = self.kept_tokens[:, 0], self.kept_length[:, 0]
         last = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)
-        return Found(tokens, self.kept_logprobs[:, 0], length, (last == stop).any(axis=1))
+        return Finished(tokens, self.kept_logprobs[:, 0], length, (last == stop).any(axis=1))
 
 
 @jax.tree_util.register_dataclass
@@ -165,12 +161,6 @@ class Rule:
     limit: Int[Array, ""]
     length_penalty: Float[Array, ""]
 
-    @classmethod
-    def of(cls, stop: tuple[int, ...], limit: int, length_penalty: float = 1.0) -> "Rule":
-        return cls(
-            np.asarray(stop or (-1,), np.int32), np.asarray(limit, np.int32), np.float32(length_penalty)
-        )
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -180,20 +170,6 @@ class Search:
     state: State
     logits: Float[Array, "R V"]
     hypotheses: Hypotheses
-
-
-def check(method: Method | None, num_beams: int) -> None:
-    """Whether a method's rows can be those of beams.
-
-    Raises:
-        LVLMError: they cannot, or there are no beams.
-    """
-    if num_beams < 1:
-        raise LVLMError(f"num_beams is {num_beams}; expected at least 1")
-    if method is not None and method.primes:
-        raise LVLMError(
-            f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1"
-        )
 
 
 def rows_of(state: State, rows: Int[Array, "R"]) -> State:
@@ -214,18 +190,17 @@ def _reordered(state: State, parents: Int[Array, "B N"]) -> State:
     """The rows that the new beams continue; a prefix shared by branches belongs to the prompt and stays."""
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-    taken = rows_of(state, rows)
-    caches = zip(taken.caches, state.caches, strict=True)
-    return dataclasses.replace(
-        taken, caches=tuple(dataclasses.replace(new, prefix=old.prefix) for new, old in caches)
-    )
+    reordered = rows_of(state, rows)
+    pairs = zip(reordered.caches, state.caches, strict=True)
+    caches = tuple(dataclasses.replace(new, prefix=old.prefix) for new, old in pairs)
+    return dataclasses.replace(reordered, caches=caches)
 
 
-def _begin(state: State, logits: Float[Array, "B V"], beams: int, room: int) -> Search:
+def _begin(state: State, logits: Float[Array, "B V"], beams: int, answer_capacity: int) -> Search:
     """All beams behind the prompt."""
     batch = logits.shape[0]
     rows = jnp.repeat(jnp.arange(batch), beams)
-    return Search(rows_of(state, rows), logits[rows], Hypotheses.empty(batch, beams, room))
+    return Search(rows_of(state, rows), logits[rows], Hypotheses.empty(batch, beams, answer_capacity))
 
 
 def _step(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Search:
@@ -252,5 +227,5 @@ def _along(values: Array, places: Int[Array, "B K"]) -> Array:
     return jnp.take_along_axis(values, places if values.ndim == 2 else places[:, :, None], axis=1)
 
 
-begin = jax.jit(_begin, static_argnames=("beams", "room"))
+begin = jax.jit(_begin, static_argnames=("beams", "answer_capacity"))
 run = jax.jit(_run, static_argnames="config", donate_argnames="search")

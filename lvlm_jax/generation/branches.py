@@ -1,22 +1,129 @@
-"""What the branches of a generation read: image towers run, prompts of contrast branches made, methods primed."""
+"""What the branches of a generation read: image towers run, prompts of contrast branches made, warm-up passes done."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
-from lvlm_jax.generation.state import Prompt
+from lvlm_jax.generation.forward import NOTHING
+from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.settings import whole
+from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
-from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import Inputs, bucket
+
+DEFAULT_CAPACITY = 128  # tokens behind a prompt, where no length is given
+
+
+class Opening(NamedTuple):
+    """What a prefill reads, and the columns of its caches.
+
+    Attributes:
+        main: the main branch's prompt.
+        contrast: the contrast branch's, where it is not the main one's.
+        method: the method, its warm-up pass done.
+        options: static options of `forward.prefill`.
+    """
+
+    main: Prompt
+    contrast: Prompt | None
+    method: Method | None
+    options: dict[str, Any]
+
+
+def opening(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None,
+    answer_capacity: int,
+    host: Host = ALONE,
+) -> Opening:
+    """Everything before the prefill of a prompt: towers, the contrast branch's prompt, warm-up pass.
+
+    Args:
+        answer_capacity: how many tokens must fit behind the prompt.
+
+    Raises:
+        LVLMError: the contrast branch's prompt exceeds the context.
+    """
+    main = embedded(params, config, prompt, host.mesh)
+    (ready,) = warmed_up(params, config, prompt, main, [method], host.mesh)
+    reads = contrast_inputs(config, prompt, method, host)
+    options = prefill_options(prompt, answer_capacity, reads, method)
+    if reads is None:
+        return Opening(main, None, ready, options)
+    contrast = main if reads is prompt else embedded(params, config, reads, host.mesh)
+    return Opening(main, contrast, ready, options)
+
+
+def prefill(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None,
+    answer_capacity: int,
+    host: Host = ALONE,
+    share_prefix: bool = True,
+    tap: Tap = NOTHING,
+) -> tuple[State, Step]:
+    """`forward.prefill` of a prompt behind its `opening`."""
+    reads = opening(params, config, prompt, method, answer_capacity, host)
+    return drivers.prefill(
+        params,
+        config,
+        reads.main,
+        reads.method,
+        contrast=reads.contrast,
+        share_prefix=share_prefix,
+        tap=tap,
+        **reads.options,
+    )
+
+
+def answer_capacity(prompt: Inputs, max_length: int | None) -> int:
+    """How many tokens fit behind a prompt if its longest sample may grow to `max_length`; `DEFAULT_CAPACITY` for None.
+
+    Raises:
+        LVLMError: fewer than the prompt has, or no number.
+    """
+    if max_length is None:
+        return DEFAULT_CAPACITY
+    longest = int(prompt.lengths.max())
+    max_length = whole("max_length", max_length, low=1)
+    if max_length < longest:
+        raise LVLMError(
+            f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
+        )
+    return max_length - longest
+
+
+def prefill_options(
+    prompt: Inputs, answer_capacity: int, reads: Inputs | None = None, method: Method | None = None
+) -> dict[str, Any]:
+    """Static options of `forward.prefill`.
+
+    Args:
+        answer_capacity: how many tokens must fit behind the prompt.
+        reads: what the contrast branch of `method` reads, where that is not `prompt`.
+    """
+    apart = reads is not None and contrast_prompt(method) not in OTHER_PICTURES
+    return {
+        "window": prompt.window,
+        "capacity": bucket(prompt.tokens.shape[1] + answer_capacity),
+        "contrast_capacity": bucket(reads.tokens.shape[1] + answer_capacity) if apart else 0,
+        "image_count": prompt.image_count,
+    }
 
 
 def embedded(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
@@ -30,6 +137,15 @@ def embedded(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | No
     return parallel.spread(Prompt(embeddings, image_id, axes), mesh)
 
 
+def encode_images(
+    params: dict, config: Any, pixels: Float[np.ndarray, "I 3 Y X"], mesh: Mesh | None = None
+) -> list[EncodedImage]:
+    """Runs the tower over images, for use in several prompts."""
+    tokens = drivers.encode_images(params, config, parallel.spread(pixels, mesh))
+    pairs = zip(pixels, np.asarray(parallel.local(tokens)), strict=True)
+    return [EncodedImage(*pair) for pair in pairs]
+
+
 def full_forward(
     params: dict,
     config: FamilyConfig,
@@ -38,75 +154,95 @@ def full_forward(
     tap: Tap,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Tapped]:
-    """`forward.full_forward` of a prompt, the method primed for it."""
-    return drivers.full_forward(
-        params,
-        config,
-        embedded(params, config, prompt, mesh),
-        primed(params, config, prompt, method, mesh),
-        window=prompt.window,
-        image_count=prompt.image_count,
-        tap=tap,
-    )
+    """`forward.full_forward` of a prompt, after the method's warm-up pass."""
+    main = embedded(params, config, prompt, mesh)
+    (ready,) = warmed_up(params, config, prompt, main, [method], mesh)
+    return _full_forward(params, config, prompt, main, ready, tap)
 
 
-def primed(
-    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, mesh: Mesh | None = None
-) -> Method | None:
-    """The method, ready for a prompt, in buffers of its own: steps donate theirs with the state."""
-    if method is None:
-        return None
-    if method.primes:
-        tap = Tap(hidden=tuple(range(config.text.num_layers + 1)))
-        states = [
-            full_forward(params, config, version, None, tap, mesh)[1].hidden[:, 0, :, -1]
-            for version in (prompt, prompt.without_images(config.pad_token_id))
-        ]
-        # Without an image both prompts are the same, however differently they are padded.
-        image = (prompt.image_id > 0).any(axis=1)[None, :, None]
-        method = method.primed(states[0], jnp.where(image, states[1], states[0]))
-    return jax.tree.map(jnp.copy, method)
+def logits(
+    params: dict, config: Any, prompt: Inputs, method: Method | None = None, mesh: Mesh | None = None
+) -> Float[Array, "B U V"]:
+    """Logits in the columns of the arrays that a prompt was made of, of the main branch of `method`."""
+    laid_out, _ = full_forward(params, config, prompt, method, NOTHING, mesh)
+    return jnp.take_along_axis(laid_out, prompt.source_columns[..., None], axis=1)
 
 
-def contrast(
+def _full_forward(
+    params: dict, config: Any, prompt: Inputs, main: Prompt, method: Method | None, tap: Tap
+) -> tuple[jax.Array, Tapped]:
+    static = {"window": prompt.window, "image_count": prompt.image_count, "tap": tap}
+    return drivers.full_forward(params, config, main, method, **static)
+
+
+def warmed_up(
     params: dict,
-    config: FamilyConfig,
-    tokenizer: Callable[[], Any],
+    config: Any,
     prompt: Inputs,
     main: Prompt,
-    method: Method | None,
-    room: int,
+    methods: Sequence[Method | None],
     mesh: Mesh | None = None,
-) -> tuple[Prompt | None, int]:
-    """The contrast branch's prompt where it is not the main one's, and the capacity where its layout is not.
+) -> list[Method | None]:
+    """Methods ready for a prompt, in buffers of their own: steps donate theirs with the state.
+
+    The warm-up pass is run once for all of them, and only if one asks for it.
 
     Args:
-        tokenizer: gives the tokenizer of the words, should they have to be encoded.
-        main: the main branch's prompt, made of `prompt`.
-        room: how many tokens must fit behind it.
-        mesh: the devices, where there are several.
+        main: what the decoder reads of the prompt.
+    """
+    methods = list(methods)
+    if any(method is not None and method.primes for method in methods):
+        with_images, without_images = _last_hidden_states(params, config, prompt, main, mesh)
+        methods = [method and method.primed(with_images, without_images) for method in methods]
+    return jax.tree.map(jnp.copy, methods)
+
+
+def _last_hidden_states(
+    params: dict, config: Any, prompt: Inputs, main: Prompt, mesh: Mesh | None
+) -> tuple[Float[Array, "L B E"], Float[Array, "L B E"]]:
+    """All hidden states of the last prompt token, with images and without them."""
+    tap = Tap(hidden=tuple(range(config.text.num_layers + 1)))
+    bare = prompt.without_images(config.pad_token_id)
+    versions = ((prompt, main), (bare, embedded(params, config, bare, mesh)))
+    with_images, without_images = (
+        _full_forward(params, config, version, reads, None, tap)[1].hidden[:, 0, :, -1]
+        for version, reads in versions
+    )
+    # Without an image both prompts are the same, however differently they are padded.
+    image = (prompt.image_id > 0).any(axis=1)[None, :, None]
+    return with_images, jnp.where(image, without_images, with_images)
+
+
+def contrast_prompt(method: Method | None) -> str:
+    """`Method.contrast_prompt`, "same" for a method without a contrast branch."""
+    return method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
+
+
+def contrast_inputs(config: Any, prompt: Inputs, method: Method | None, host: Host = ALONE) -> Inputs | None:
+    """The prompt that the contrast branch reads: None where it shares the main branch's.
+
+    `prompt` itself where the branch reads other pictures and there are none.
 
     Raises:
         LVLMError: the prompt exceeds the context.
     """
-    kind = contrast_kind(method)
+    kind = contrast_prompt(method)
     if kind == "same":
-        return None, 0
+        return None
     if kind in OTHER_PICTURES:
         if prompt.pixels is None:
-            return main, 0
+            return prompt
         if kind == "pixels":
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
         else:
-            pixels = config.shown(prompt.pictures, method.contrast_picture)
-        other = dataclasses.replace(prompt, pixels=pixels, image_tokens=None)
-        return embedded(params, config, other, mesh), 0
+            pixels = shown(config, prompt, method.contrast_picture)
+        return dataclasses.replace(prompt, pixels=pixels, image_tokens=None)
     if kind == "no_image":
         other = prompt.without_images(config.pad_token_id)
     else:
         words, start = method.contrast_words(), config.bos_token_id
         if isinstance(words, str):
-            encoder = tokenizer()
+            encoder = host.words_tokenizer()
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
         if config.reads_instruction:  # the instruction that images are read with is disturbed
@@ -120,4 +256,17 @@ def contrast(
             f"the contrast branch's prompt has {longest} tokens and the model's context is {context}; "
             "shorten the prompt"
         )
-    return embedded(params, config, other, mesh), bucket(other.tokens.shape[1] + room)
+    return other
+
+
+def shown(
+    config: Any, prompt: Inputs, picture: Callable[[int, int], np.ndarray]
+) -> Float[np.ndarray, "R ..."]:
+    """What the tower would take if all images of a prompt showed one picture.
+
+    Args:
+        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+    """
+    if hasattr(config, "shown"):  # a family whose rows are not pictures
+        return config.shown(prompt.pictures, picture)
+    return np.broadcast_to(picture(*prompt.pixels.shape[2:]), prompt.pixels.shape)

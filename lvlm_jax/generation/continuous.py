@@ -61,7 +61,7 @@ class Slots:
     prompt: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def room(self) -> int:
+    def answer_capacity(self) -> int:
         """R: columns for answers."""
         return self.state.capacity - self.prompt[0]
 
@@ -92,8 +92,8 @@ class Size:
         return Size(prompt, max(self.window, other.window), max(self.image_count, other.image_count))
 
 
-def rooms(limit: int) -> tuple[int, int]:
-    """Columns M and R for answers of up to `limit` tokens: R so many that `compact` always frees some."""
+def answer_columns(limit: int) -> tuple[int, int]:
+    """M and R for answers of up to `limit` tokens: R so many columns that `compact` always frees some."""
     return bucket(limit), bucket(limit) + PROMPT_BUCKET
 
 
@@ -107,7 +107,7 @@ def _empty(
         limit: longest answer.
         vocabulary: of the logits.
     """
-    held, room = rooms(limit)
+    reserved, capacity = answer_columns(limit)
 
     def block(like: Block, spare: int) -> Block:
         shape = (batch, like.key.shape[1], like.length + spare, like.key.shape[3])
@@ -115,12 +115,12 @@ def _empty(
 
     def cache(like: LayerCache) -> LayerCache:
         prefix = like.prefix and block(like.prefix, 0)
-        return LayerCache(prefix, tuple(block(own, room) for own in like.own))
+        return LayerCache(prefix, tuple(block(own, capacity) for own in like.own))
 
     def track(like: Track) -> Track:
         columns = like.image_id.shape[1]
         return Track(
-            image_id=jnp.full((batch, columns + room), -1, like.image_id.dtype),
+            image_id=jnp.full((batch, columns + capacity), -1, like.image_id.dtype),
             image_end=jnp.zeros((batch,), jnp.int32),
             position=jnp.zeros((batch,), jnp.int32),
             index=jnp.asarray(columns, jnp.int32),
@@ -136,8 +136,8 @@ def _empty(
             method=jax.tree.map(jnp.copy, state.method),  # slots are donated, and the prefill's state is not
             memory=jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), state.memory),
         ),
-        tokens=jnp.zeros((batch, held), jnp.int32),
-        logprobs=jnp.zeros((batch, held), jnp.float32),
+        tokens=jnp.zeros((batch, reserved), jnp.int32),
+        logprobs=jnp.zeros((batch, reserved), jnp.float32),
         count=numbers,
         limit=numbers,
         running=flags,
@@ -166,7 +166,7 @@ def _place(
         prompt: their token ids.
         rows: where they go; one prompt given twice may go twice to one row.
     """
-    first = drivers.choose_first(state, logits, prompt, slots.sampling, keys, slots.stop, room=1)
+    first = drivers.choose_first(state, logits, prompt, slots.sampling, keys, slots.stop, 1)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows].set(new)
@@ -184,7 +184,7 @@ def _place(
 
     def put_track(old: Track, new: Track, columns: int) -> Track:
         before = columns - new.image_id.shape[1]
-        image_id = jnp.pad(new.image_id, ((0, 0), (before, slots.room)), constant_values=-1)
+        image_id = jnp.pad(new.image_id, ((0, 0), (before, slots.answer_capacity)), constant_values=-1)
         return dataclasses.replace(
             old,
             image_id=put(old.image_id, image_id),
@@ -236,23 +236,23 @@ def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
     )
 
 
-def _run(params: dict, config: FamilyConfig, slots: Slots, wanted: Int[Array, ""]) -> Slots:
-    """Goes on until `wanted` rows do not, or the columns are full."""
+def _run(params: dict, config: Any, slots: Slots, free: Int[Array, ""]) -> Slots:
+    """Decodes until at least `free` rows have no answer under way, or all columns are used."""
 
     def unfinished(slots: Slots) -> Bool[Array, ""]:
-        return ((~slots.running).sum() < wanted) & (slots.state.index < slots.state.capacity)
+        return ((~slots.running).sum() < free) & (slots.state.index < slots.state.capacity)
 
     return jax.lax.while_loop(unfinished, lambda slots: advance(params, config, slots), slots)
 
 
 def _compact(slots: Slots) -> Slots:
     """Moves all answers left, to where the longest of those that go on begins right behind the prompts."""
-    room = slots.room
+    capacity = slots.answer_capacity
     written = slots.state.index - slots.prompt[0]
     shift = written - jnp.where(slots.running, slots.count - 1, 0).max()
 
     def moved(array: jax.Array, axis: int) -> jax.Array:
-        start = array.shape[axis] - room
+        start = array.shape[axis] - capacity
         answers = jax.lax.slice_in_dim(array, start, None, axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(array, jnp.roll(answers, -shift, axis), start, axis)
 
@@ -260,7 +260,7 @@ def _compact(slots: Slots) -> Slots:
         return LayerCache(old.prefix, tuple(Block(moved(own.key, 2), moved(own.value, 2)) for own in old.own))
 
     def track(old: Track) -> Track:
-        # The columns that are free again come from the left end and hold what was there before.
+        # The columns that are free again come from the left end, with what was there before.
         freed = jnp.arange(old.image_id.shape[1]) >= old.index - shift
         image_id = jnp.where(freed, -1, moved(old.image_id, 1))
         return dataclasses.replace(old, image_id=image_id, index=old.index - shift)
@@ -288,7 +288,7 @@ def _widen(slots: Slots, size: Size) -> Slots:
         )
 
     def cache(old: LayerCache) -> LayerCache:
-        columns = tuple(prompt + slots.room for prompt in _prompts(size.prompt, old))
+        columns = tuple(prompt + slots.answer_capacity for prompt in _prompts(size.prompt, old))
         return _resized(old, columns, shared)
 
     state = dataclasses.replace(
@@ -319,7 +319,7 @@ def _prompts(prompt: tuple[int, ...], cache: LayerCache) -> tuple[int, ...]:
 def _resized(cache: LayerCache, columns: tuple[int, ...], shared: int) -> LayerCache:
     """The same columns at the right end of `columns` ones per branch, the first `shared` of them as a prefix.
 
-    What a prefix holds must be the same for all branches: columns that it held before, or padding.
+    A prefix must be the same for all branches: columns of the one before, or padding.
     """
 
     def whole(own: Block, total: int) -> Block:

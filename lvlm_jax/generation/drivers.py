@@ -12,24 +12,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
-from lvlm_jax.generation.state import State
-from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.generation.state import State, Step
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
 full_forward = jax.jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
-prefill = jax.jit(
-    forward.prefill,
-    static_argnames=(
-        "config", "window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap",
-    ),
-)  # fmt: skip
+PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
+prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
-
-
 decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
+
+
+def decode(params: dict, config: Any, state: State, tokens: Any) -> tuple[State, Step]:
+    """Appends one token per sample and returns the logits of the next; `state` is donated.
+
+    Raises:
+        LVLMError: the state is full, or not one token per sample.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    expected = state.position.shape
+    if tokens.shape != expected:
+        raise LVLMError(f"tokens have shape {tokens.shape}; expected {expected}, one per sample")
+    if int(state.index) >= state.capacity:
+        raise LVLMError(
+            f"the state holds {state.capacity} columns and is full; give prefill a larger max_length"
+        )
+    return decode_step(params, config, state, tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -68,19 +79,19 @@ def choose_first(
     sampling: Sampling,
     keys: Key[Array, "B"],
     stop: Int[Array, "N"],
-    room: int,
+    answer_capacity: int,
 ) -> Answers:
-    """Chooses the first token after a prefill. `room` is how many tokens fit in the state's caches."""
+    """Chooses the first token after a prefill, whose caches hold `answer_capacity` tokens more."""
     batch, vocabulary = logits.shape
     seen = None
     if "repetition_penalty" in sampling.rules:
-        held = (state.image_id[:, : prompt.shape[1]] >= 0) & (prompt < vocabulary)
+        counts = (state.image_id[:, : prompt.shape[1]] >= 0) & (prompt < vocabulary)
         seen = jnp.zeros((batch, vocabulary), bool)
-        seen = seen.at[jnp.arange(batch)[:, None], jnp.where(held, prompt, 0)].max(held)
+        seen = seen.at[jnp.arange(batch)[:, None], jnp.where(counts, prompt, 0)].max(counts)
     answers = Answers(
         state=state,
-        tokens=jnp.zeros((batch, room), jnp.int32),
-        logprobs=jnp.zeros((batch, room), jnp.float32),
+        tokens=jnp.zeros((batch, answer_capacity), jnp.int32),
+        logprobs=jnp.zeros((batch, answer_capacity), jnp.float32),
         count=jnp.zeros((), jnp.int32),
         length=jnp.zeros((batch,), jnp.int32),
         finished=jnp.zeros((batch,), bool),
@@ -127,7 +138,7 @@ def _run(params: dict, config: FamilyConfig, answers: Answers, limit: Int[Array,
     return jax.lax.while_loop(unfinished, functools.partial(advance, params, config), answers)
 
 
-begin = jax.jit(choose_first, static_argnames="room", donate_argnames="state")
+begin = jax.jit(choose_first, static_argnames="answer_capacity", donate_argnames="state")
 run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
 advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
 

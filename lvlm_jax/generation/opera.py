@@ -1,8 +1,8 @@
-"""The search of OPERA (`methods.OPERA` has the formulas): a beam search that tries candidates and can go back.
+"""The search of OPERA (`methods.OPERA` has the formulas): a beam search that tries candidates and can roll back.
 
-One sample at a time, because samples go back at times and to places of their own; its beams are the rows of a batch.
+One sample at a time, because samples roll back at times and to places of their own; its beams are the rows of a batch.
 A token is one program: run every candidate of every beam, score, choose, keep the rows that were chosen. What the
-host keeps of every step is small (no caches): to go back, the columns of the answer are declared unwritten and the
+host keeps of every step is small (no caches): to roll back, the columns of the answer are declared unwritten and the
 beams of that step are run again token by token.
 """
 
@@ -14,23 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention import Tap
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
-from lvlm_jax.generation.beam import RULED_OUT, Found, Hypotheses, Rule, rows_of
+from lvlm_jax.generation.beam import RULED_OUT, Finished, Hypotheses, Rule, rows_of
 from lvlm_jax.generation.state import State
-from lvlm_jax.methods import OPERA, Method
-from lvlm_jax.models.family import FamilyConfig
-
-
-def wanted(method: Method | None) -> bool:
-    """Whether a method needs this search.
-
-    Raises:
-        LVLMError: it is chained with others, which do not know beams that go back.
-    """
-    if any(isinstance(member, OPERA) for member in getattr(method, "members", ())):
-        raise LVLMError("OPERA is a search of its own and cannot be chained; use it alone")
-    return isinstance(method, OPERA)
+from lvlm_jax.methods import OPERA
 
 
 def tap(config: FamilyConfig) -> Tap:
@@ -56,11 +43,11 @@ class Record:
     parents: Int[Array, "N"]
 
     @classmethod
-    def empty(cls, beams: int, room: int) -> "Record":
+    def empty(cls, beams: int, answer_capacity: int) -> "Record":
         return cls(
-            Hypotheses.empty(1, beams, room),
-            jnp.full((beams, room), -jnp.inf, jnp.float32),
-            jnp.zeros((beams, room), jnp.int32),
+            Hypotheses.empty(1, beams, answer_capacity),
+            jnp.full((beams, answer_capacity), -jnp.inf, jnp.float32),
+            jnp.zeros((beams, answer_capacity), jnp.int32),
             jnp.zeros((beams,), jnp.int32),
         )
 
@@ -82,29 +69,28 @@ def _step(
         logits: next-token logits of every beam.
         banned: tokens that a beam may not take; -1 is none.
     """
-    beams, room = record.products.shape
+    beams, answer_capacity = record.products.shape
     newest = record.hypotheses.count
     width = min(method.candidates, logits.shape[1])
     candidate_logits, candidates = jax.lax.top_k(logits, width)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=1)
 
-    tried, step = forward.decode_step(
-        params, config, rows_of(state, jnp.repeat(jnp.arange(beams), width)), candidates.reshape(-1)
-    )
+    rows_to_try = rows_of(state, jnp.repeat(jnp.arange(beams), width))
+    tried, step = forward.decode_step(params, config, rows_to_try, candidates.reshape(-1))
     row = method.weights_of_rows(step.tapped.attention[0, 0, :, :, 0])
     image_weight = jnp.where(tried.image_id > 0, row, 0).sum(axis=-1)
     before = jnp.repeat(record.products, width, axis=0)
-    products = method.products(before, row[:, -room:], newest)
+    products = method.products(before, row[:, -answer_capacity:], newest)
     over_trust, column = method.over_trust(products, newest, image_weight)
 
     gains = method.gains(candidate_logits, logprobs, over_trust.reshape(beams, width))
     gains = jnp.where((candidates[:, :, None] == banned[:, None]).any(axis=-1), RULED_OUT, gains)
     hypotheses, chosen = record.hypotheses.extended(gains[None], candidates[None], logprobs[None], rule)
     rows = chosen[0]
-    columns = jax.lax.dynamic_update_slice(
-        record.columns[rows // width], column[rows][:, None], (jnp.zeros((), jnp.int32), newest)
-    )
-    after = Record(hypotheses, products[rows], columns, rows // width)
+    parents = rows // width
+    columns = record.columns[parents]
+    columns = jax.lax.dynamic_update_index_in_dim(columns, column[rows], newest, axis=1)
+    after = Record(hypotheses, products[rows], columns, parents)
     return rows_of(tried, rows), step.combined[rows], after
 
 
@@ -112,8 +98,8 @@ def _replay(
     params: dict, config: FamilyConfig, state: State, hypotheses: Hypotheses
 ) -> tuple[State, Float[Array, "N V"]]:
     """Takes the answer's columns back, and runs the beams' tokens again."""
-    track, room = state.tracks[0], hypotheses.tokens.shape[2]
-    start = state.capacity - room
+    track = state.tracks[0]
+    start = state.capacity - hypotheses.tokens.shape[2]
     written = jnp.arange(state.capacity) < start
     track = dataclasses.replace(
         track,
@@ -138,17 +124,17 @@ step = jax.jit(_step, static_argnames="config", donate_argnames="state")
 replay = jax.jit(_replay, static_argnames="config", donate_argnames="state")
 
 
-class WaysBack:
-    """When a sample goes back, where to, and what must not be chosen again there; on the host."""
+class Rollbacks:
+    """When a sample rolls back, where to, and what must not be chosen again there; on the host."""
 
     def __init__(self, method: OPERA):
         self.method = method
-        self.taken: dict[int, int] = {}  # how often a position was gone back to
+        self.taken: dict[int, int] = {}  # rollbacks to each position
         self.banned: dict[int, list[tuple[int, int]]] = {}  # (beam, token) pairs by position
         self.latest = 0
 
     def target(self, columns: Int[np.ndarray, "N T"], alive: list[Bool[np.ndarray, "N"]]) -> int | None:
-        """The last token that is kept, or None for no way back; `alive` are the beams that counted at every length."""
+        """The last token that is kept, or None for no rollback; `alive` are the beams that counted at every length."""
         place = self.method.recurring(columns, alive[-1])
         if place is None or place >= columns.shape[1] - 1:
             return None
@@ -163,12 +149,12 @@ class WaysBack:
     def _may(self, target: int, alive: Bool[np.ndarray, "N"]) -> bool:
         if self.taken.get(target, 0) >= self.method.max_rollbacks:
             return False
-        # Something must be left to go on with, after this way back as well.
+        # A candidate must be left to go on with, after this rollback as well.
         banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
         return banned + self.method.beams < alive.sum() * self.method.candidates
 
-    def go(self, target: int, pairs: list[tuple[int, int]]) -> None:
-        """Notes a way back; `pairs` were chosen after token `target`. What was banned later on is allowed again."""
+    def note(self, target: int, pairs: list[tuple[int, int]]) -> None:
+        """Notes a rollback; `pairs` were chosen after token `target`. What was banned later on is allowed again."""
         self.taken[target] = self.taken.get(target, 0) + 1
         self.banned = {place: old for place, old in self.banned.items() if place <= target}
         self.banned[target] = self.banned.get(target, []) + pairs
@@ -189,37 +175,36 @@ def search(
     logits: Float[Array, "N V"],
     method: OPERA,
     rule: Rule,
-    room: int,
-) -> tuple[Found, list[tuple[int, int]]]:
+    answer_capacity: int,
+) -> tuple[Finished, list[tuple[int, int]]]:
     """Answers one sample.
 
     Args:
-        state: behind the prompt, one row for every beam, with the `tap` of this module; donated. Its last `room`
-            columns are for the answer.
+        state: behind the prompt, one row for every beam, with the `tap` of this module; donated. Its last
+            `answer_capacity` columns are for the answer.
         logits: next-token logits.
 
     Returns:
-        The answer, and the ways back that were taken: from how many tokens to how many.
+        The answer, and the rollbacks that were taken: from how many tokens to how many.
     """
-    ways, taken = WaysBack(method), []
-    records, alive = [Record.empty(method.beams, room)], [np.arange(method.beams) == 0]
+    rollbacks, taken = Rollbacks(method), []
+    records, alive = [Record.empty(method.beams, answer_capacity)], [np.arange(method.beams) == 0]
     while True:
         count = len(records) - 1
-        banned = ways.tokens(count - 1)
+        banned = rollbacks.tokens(count - 1)
         state, logits, record = step(params, config, state, logits, records[-1], banned, method, rule)
-        columns, scores, is_open = jax.device_get(
-            (record.columns, record.hypotheses.scores[0], record.hypotheses.open[0])
-        )
+        hypotheses = record.hypotheses
+        columns, scores, is_open = jax.device_get((record.columns, hypotheses.scores[0], hypotheses.open[0]))
         if not is_open:
-            return record.hypotheses.found(rule.stop), taken
+            return hypotheses.best(rule.stop), taken
         records.append(record)
         alive.append(scores > RULED_OUT / 2)
-        target = ways.target(columns[:, : count + 1], alive)
+        target = rollbacks.target(columns[:, : count + 1], alive)
         if target is None:
             continue
         after = records[target + 2]
         pairs = zip(after.parents.tolist(), after.hypotheses.newest()[0].tolist(), strict=True)
-        ways.go(target, list(pairs))
+        rollbacks.note(target, list(pairs))
         taken.append((count + 1, target + 1))
         records, alive = records[: target + 2], alive[: target + 2]
         state, logits = replay(params, config, state, records[-1].hypotheses)
@@ -232,12 +217,12 @@ def run(
     logits: Float[Array, "B V"],
     method: OPERA,
     rule: Rule,
-    room: int,
-) -> Found:
+    answer_capacity: int,
+) -> Finished:
     """Answers a batch, sample by sample; arguments as in `search`, with one row for every sample."""
-    found = []
+    answers = []
     for sample in range(logits.shape[0]):
         rows = np.full((method.beams,), sample, np.int32)
-        answer, _ = search(params, config, *take(state, logits, rows), method, rule, room)
-        found.append(answer)
-    return Found(*(jnp.concatenate(parts) for parts in zip(*found, strict=True)))
+        answer, _ = search(params, config, *take(state, logits, rows), method, rule, answer_capacity)
+        answers.append(answer)
+    return Finished(*(jnp.concatenate(parts) for parts in zip(*answers, strict=True)))

@@ -1,14 +1,13 @@
 """Answers as users get them: text, tokens, log-probabilities, and why each ended."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.beam import Found
+from lvlm_jax.generation.beam import Finished
 from lvlm_jax.generation.drivers import Answers
 from lvlm_jax.processors import text
 
@@ -30,19 +29,19 @@ class Output:
     finish_reason: list[str]
 
 
-def read_output(answers: Answers | Found, strings: tuple[str, ...], tokenizer: Any | None) -> Output:
+def read_output(answers: Answers | Finished, strings: tuple[str, ...], tokenizer: Any | None) -> Output:
     """Reads the answers so far from the device and cuts them at stop strings.
 
     Args:
-        strings: stop strings, as `stop_strings` gives them.
+        strings: stop strings, as `settings.Decoding` has them.
         tokenizer: the checkpoint's; None leaves the texts empty.
 
     Raises:
         LVLMError: stop strings without a tokenizer.
     """
-    found = parallel.local((answers.length, answers.finished, answers.tokens, answers.logprobs))
-    length, finished, written, logprobs = map(np.asarray, found)
-    tokens = [row[:count].tolist() for row, count in zip(written, length, strict=True)]
+    fields = parallel.local((answers.length, answers.finished, answers.tokens, answers.logprobs))
+    lengths, finished, written, logprobs = map(np.asarray, fields)
+    tokens = [row[:length].tolist() for row, length in zip(written, lengths, strict=True)]
     reasons = ["stop" if done else "length" for done in finished]
     texts = [""] * len(tokens)
     if tokenizer is not None:
@@ -56,15 +55,3 @@ def read_output(answers: Answers | Found, strings: tuple[str, ...], tokenizer: A
         raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
     probabilities = [row[: len(kept)].tolist() for row, kept in zip(logprobs, tokens, strict=True)]
     return Output(texts, tokens, probabilities, reasons)
-
-
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several stop strings as a tuple.
-
-    Raises:
-        LVLMError: an empty one.
-    """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in strings:
-        raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
-    return strings

@@ -1,6 +1,7 @@
 """From next-token logits to a token."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +35,10 @@ class Sampling:
     def of(
         cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
     ) -> "Sampling":
-        """Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 are off.
+        """Numbers as arrays, and the rules that they switch on; `settings.Decoding` has checked them.
 
-        Raises:
-            LVLMError: a value out of range.
+        Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 are off.
         """
-        for name, value, good, expected in (
-            ("temperature", temperature, 0 <= temperature < np.inf, "a number >= 0"),
-            ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "a whole number >= 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < np.inf, "a number > 0"),
-        ):
-            if not good:
-                raise LVLMError(f"{name} is {value}; expected {expected}")
         on = {
             "sample": temperature > 0,
             "top_k": temperature > 0 and top_k > 0,
@@ -78,9 +70,8 @@ class Sampling:
         """
         scores = logits
         if "repetition_penalty" in self.rules:
-            penalised = jnp.where(
-                scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty
-            )
+            penalty = self.repetition_penalty
+            penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
             scores = jnp.where(seen, penalised, scores)
         if "sample" in self.rules:
             drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
@@ -107,14 +98,14 @@ class Sampling:
         return scores
 
 
-def sample_keys(seed: int | list[int], batch: int) -> Key[Array, "B"]:
+def sample_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
     """One random key per sample.
 
-    An integer seed gives every sample of the batch its own stream; a list gives each sample the stream that it
-    would have alone.
+    One seed gives every sample of the batch its own stream; one seed for each sample gives it the stream that it would
+    have alone.
 
     Raises:
-        LVLMError: a list of another length than the batch.
+        LVLMError: neither one seed nor one for each sample.
     """
     if isinstance(seed, int | np.integer):
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))

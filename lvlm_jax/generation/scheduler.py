@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import continuous, opera
-from lvlm_jax.generation.beam import Found
-from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.generation import branches, continuous, searches
+from lvlm_jax.generation.beam import Finished
+from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.output import Output
+from lvlm_jax.generation.sampling import sample_keys
+from lvlm_jax.generation.settings import Decoding, seed_of_request, whole
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
@@ -24,11 +27,9 @@ from lvlm_jax.processors.inputs import Conversation
 from lvlm_jax.processors.layout import Inputs
 
 SCHEDULES = ("auto", "continuous", "batches")
-SHORT_ANSWER = (
-    32  # tokens; answers that may be longer differ enough in length for rows to wait for each other
-)
+SHORT_ANSWER = 32  # tokens; longer answers differ enough in length for rows to wait for each other
 ROWS_PER_GROUP = (
-    8  # prompts go in by one for so many rows: waiting for more keeps rows idle, fewer are read less well
+    8  # rows for each prompt of a group: larger groups keep rows idle, smaller ones are read less well
 )
 
 Request = tuple[Conversation, int]  # with its random seed
@@ -40,15 +41,21 @@ def obstacle(method: Method | None, mesh: jax.sharding.Mesh | None) -> str | Non
         return "a batch that is spread over devices has no rows to replace"
     if method is None:
         return None
-    if opera.wanted(method):
-        return f"{method.label} is a search of its own"
-    memories = [jax.tree.leaves(jax.eval_shape(lambda rows=rows: method.start(rows))) for rows in (2, 3)]
-    per_row = all(
-        leaf.shape[:1] == (rows,) for rows, leaves in zip((2, 3), memories, strict=True) for leaf in leaves
-    )
-    if not (method.independent_rows and per_row):
+    if reason := searches.obstacle(method):
+        return reason
+    if not (method.independent_rows and _remembers_by_row(method)):
         return f"{method.label} keeps something for a batch as a whole"
     return None
+
+
+def _remembers_by_row(method: Method) -> bool:
+    """Whether all that a method keeps from step to step has an axis of rows."""
+
+    def by_row(rows: int) -> bool:
+        memory = jax.eval_shape(lambda: method.start(rows))
+        return all(leaf.shape[:1] == (rows,) for leaf in jax.tree.leaves(memory))
+
+    return by_row(2) and by_row(3)
 
 
 def chosen(
@@ -57,8 +64,10 @@ def chosen(
     """Whether answers are made by continuous batching: where it is possible and, for "auto", where it pays.
 
     Raises:
-        LVLMError: no such schedule, or "continuous" where it is not possible.
+        LVLMError: no such schedule, "continuous" where it is not possible, or numbers that are none.
     """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, low=1)
+    batch_size = whole("batch_size", batch_size, low=1)
     if schedule not in SCHEDULES:
         raise LVLMError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     why = None if schedule == "batches" else obstacle(method, mesh)
@@ -66,6 +75,34 @@ def chosen(
         raise LVLMError(f"continuous batching is not possible: {why}; use the schedule batches")
     pays = batch_size > 1 and max_new_tokens > SHORT_ANSWER
     return schedule == "continuous" or (schedule == "auto" and why is None and pays)
+
+
+def generate_many(
+    params: dict,
+    config: Any,
+    prepare: Callable[[list[Conversation]], Inputs],
+    requests: Iterable[Request],
+    method: Method | None,
+    decoding: Decoding,
+    batch_size: int = 8,
+    host: Host = ALONE,
+) -> Iterator[tuple[int, Output | LVLMError]]:
+    """Answers any number of conversations by continuous batching; arguments as in `Scheduler`.
+
+    Returns:
+        An iterator over the numbers of requests, from 0, each with its answer as `answer.generate` gives it alone, or
+        with what is wrong with it, in the order in which answers end.
+
+    Raises:
+        LVLMError: see `Scheduler`.
+    """
+    scheduler = Scheduler(params, config, prepare, method, decoding, batch_size, host)
+
+    def read(answer: Finished | LVLMError) -> Output | LVLMError:
+        failed = isinstance(answer, LVLMError)
+        return answer if failed else host.read(answer, decoding.stop)
+
+    return ((number, read(answer)) for number, answer in scheduler.answers(requests))
 
 
 class Numbered(NamedTuple):
@@ -97,57 +134,55 @@ class Scheduler:
         params: dict,
         config: FamilyConfig,
         prepare: Callable[[list[Conversation]], Inputs],
-        prefill: Callable[[Inputs], tuple[State, Step]],
-        sampling: Sampling,
-        stop: Iterable[int],
-        limit: int,
-        rows: int,
+        method: Method | None,
+        decoding: Decoding,
+        batch_size: int,
+        host: Host = ALONE,
     ):
         """Nothing is computed yet.
 
         Args:
             prepare: lays out conversations; raises `LVLMError` for those that it cannot take.
-            prefill: of prompts, without room for an answer.
-            sampling: how tokens are chosen.
-            stop: token ids that end an answer.
-            limit: longest answer.
+            method: the method; None for plain decoding.
+            decoding: how tokens are chosen, what ends an answer, and the longest answer.
+            batch_size: rows.
+            host: the devices, and the tokenizer of a contrast branch's words.
 
         Raises:
-            LVLMError: a limit or a number of rows below one.
+            LVLMError: a method whose rows cannot be replaced (`obstacle`), or a batch size that is none.
         """
-        for name, value in (("max_new_tokens", limit), ("batch_size", rows)):
-            if value < 1:
-                raise LVLMError(f"{name} is {value}; expected at least 1")
-        self.rows = rows
-        self._params, self._config = params, config
-        self._prepare, self._prefill = prepare, prefill
-        self._sampling = sampling
-        self._stop = np.asarray(tuple(stop) or (-1,), np.int32)
+        if reason := obstacle(method, host.mesh):
+            raise LVLMError(f"continuous batching is not possible: {reason}; use generate")
+        self.rows = whole("batch_size", batch_size, low=1)
+        self._params, self._config, self._host = params, config, host
+        self._prepare, self._method = prepare, method
+        self._sampling = decoding.sampling
+        self._stop = decoding.stops(config)
         self._context = config.text.max_position_embeddings
-        self._limit = min(limit, self._context - 1)
-        self._group = max(1, rows // ROWS_PER_GROUP)
-        self._greedy = None if "sample" in sampling.rules else sample_keys(0, self._group)
+        self._limit = min(decoding.max_new_tokens, self._context - 1)
+        self._group = max(1, self.rows // ROWS_PER_GROUP)
+        self._greedy = None if "sample" in self._sampling.rules else sample_keys(0, self._group)
         self._slots: continuous.Slots | None = None
         self._full = False  # whether the slots' columns are used up
-        self._held: dict[int, Numbered] = {}  # by row
+        self._under_way: dict[int, Numbered] = {}  # by row
 
-    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Found | LVLMError]]:
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Finished | LVLMError]]:
         """The number of each request, from 0, with its answer (a batch of one, host arrays) or what is wrong with it.
 
         In the order in which answers end. Requests are drawn as rows become free, one group ahead.
         """
         queue = (Numbered(number, *request) for number, request in enumerate(requests))
-        ready: deque[tuple[int, Found | LVLMError]] = deque()
+        ready: deque[tuple[int, Finished | LVLMError]] = deque()
         coming = self._next(queue, ready)
-        while coming or self._held:
-            while coming and len(coming.requests) <= self.rows - len(self._held):
+        while coming or self._under_way:
+            while coming and len(coming.requests) <= self.rows - len(self._under_way):
                 self._place(coming)
                 coming = self._next(queue, ready)
-            if self._held:
+            if self._under_way:
                 self._advance(len(coming.requests) if coming else self.rows)
             while ready:  # whatever is done with them is done while the device works
                 yield ready.popleft()
-            if self._held:
+            if self._under_way:
                 ready += self._ended()
         yield from ready
 
@@ -169,24 +204,25 @@ class Scheduler:
         return None
 
     def _prefilled(self, requests: list[Numbered]) -> Group:
+        for request in requests:
+            seed_of_request(request.seed)
         filled = requests + requests[-1:] * (self._group - len(requests))
         inputs = self._prepare([request.conversation for request in filled])
-        return Group(requests, inputs, *self._prefill(inputs))
+        prefilled = branches.prefill(self._params, self._config, inputs, self._method, 0, self._host)
+        return Group(requests, inputs, *prefilled)
 
     def _place(self, group: Group) -> None:
         logits = group.step.combined
         if self._slots is None:
-            self._slots = continuous.empty(
-                group.state, self._sampling, self._stop,
-                batch=self.rows, limit=self._limit, vocabulary=logits.shape[1],
-            )  # fmt: skip
+            sizes = {"batch": self.rows, "limit": self._limit, "vocabulary": logits.shape[1]}
+            self._slots = continuous.empty(group.state, self._sampling, self._stop, **sizes)
         size = continuous.Size.of(self._slots.state, self._slots.prompt)
         needed = size.union(continuous.Size.of(group.state))
         if needed != size:
             self._slots = continuous.widen(self._slots, needed)
-        free = [row for row in range(self.rows) if row not in self._held]
+        free = [row for row in range(self.rows) if row not in self._under_way]
         rows = free[: len(group.requests)]
-        self._held |= dict(zip(rows, group.requests, strict=True))
+        self._under_way |= dict(zip(rows, group.requests, strict=True))
         spare = self._group - len(rows)
         seeds = [request.seed for request in group.requests]
         keys = self._greedy
@@ -200,27 +236,25 @@ class Scheduler:
             np.asarray(rows + rows[-1:] * spare, np.int32),
         )
 
-    def _advance(self, wanted: int) -> None:
-        """Lets the device go on until so many rows are free."""
+    def _advance(self, free: int) -> None:
+        """Lets the device decode until so many rows are free."""
         if self._full:
             self._slots = continuous.compact(self._slots)
-        self._slots = continuous.run(self._params, self._config, self._slots, jnp.int32(wanted))
+        self._slots = continuous.run(self._params, self._config, self._slots, jnp.int32(free))
 
-    def _ended(self) -> list[tuple[int, Found]]:
+    def _ended(self) -> list[tuple[int, Finished]]:
         """Waits for the device, and takes the answers that have ended out of their rows."""
         slots = self._slots
         running, stopped, count, index = jax.device_get(
             (slots.running, slots.stopped, slots.count, slots.state.index)
         )
         self._full = bool(index >= slots.state.capacity)
-        rows = [row for row in self._held if not running[row]]
+        rows = [row for row in self._under_way if not running[row]]
         if not rows:
             return []
         tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
+        fields = (tokens, logprobs, count, stopped)
         return [
-            (
-                self._held.pop(row).number,
-                Found(*(array[row : row + 1] for array in (tokens, logprobs, count, stopped))),
-            )
+            (self._under_way.pop(row).number, Finished(*(field[row : row + 1] for field in fields)))
             for row in rows
         ]

@@ -17,20 +17,80 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers, forward
-from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.generation import branches, drivers, forward, searches
+from lvlm_jax.generation.branches import Opening
+from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.output import Output
+from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
-from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.processors.layout import Inputs, bucket
 
 SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers and State without a grid axis
 
 
-def stack(methods: Sequence[Method]) -> Method:
-    """One method whose strengths have a leading grid axis.
+def generate(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    methods: Sequence[Method],
+    decoding: Decoding = GREEDY,
+    host: Host = ALONE,
+) -> list[Output]:
+    """Answers a batch of prompts once for every setting of a method.
+
+    Args:
+        params, config: of the model.
+        prompt: the prompts.
+        methods: one method with different strengths.
+        decoding: how the answers are decoded.
+        host: devices and tokenizers.
+
+    Returns:
+        One output per setting, equal to that of `answer.generate`.
 
     Raises:
-        LVLMError: no methods, or methods that differ in more than strengths.
+        LVLMError: methods that differ in more than strengths, or a method that is a search.
+    """
+    for method in methods:
+        if reason := searches.obstacle(method):
+            raise LVLMError(f"{reason}, so it cannot be swept; call generate for every setting")
+    check_alike(methods)
+    keys = sample_keys(decoding.seed, prompt.batch)
+    limit = decoding.limit(config, prompt)
+    capacity = bucket(limit)
+    reads, contrast_axis = opening(params, config, prompt, methods, capacity, host)
+    answers = run(
+        params,
+        config,
+        reads.main,
+        reads.method,
+        reads.contrast,
+        prompt.tokens,
+        decoding.sampling,
+        keys,
+        decoding.stops(config),
+        jnp.int32(limit),
+        answer_capacity=capacity,
+        contrast_axis=contrast_axis,
+        options=tuple(reads.options.items()),
+    )
+    by_point = ("tokens", "logprobs", "length", "finished")
+
+    def output(point: int) -> Output:
+        fields = {name: getattr(answers, name)[point] for name in by_point}
+        return host.read(dataclasses.replace(answers, **fields), decoding.stop)
+
+    return [output(point) for point in range(len(methods))]
+
+
+def check_alike(methods: Sequence[Method]) -> None:
+    """Whether methods differ in strengths alone.
+
+    Raises:
+        LVLMError: no methods, None among them, or methods that differ in more.
     """
     structures = {jax.tree.structure(method) for method in methods}
     if len(structures) != 1:
@@ -38,10 +98,54 @@ def stack(methods: Sequence[Method]) -> Method:
             f"a sweep takes one method with different strengths and got {len(structures)} structures; "
             "switches, layers and variants must be the same"
         )
+    if methods[0] is None:
+        raise LVLMError("a sweep takes one method with different strengths and got None; use generate")
+
+
+def stack(methods: Sequence[Method]) -> Method:
+    """One method whose strengths have a leading grid axis, from alike ones."""
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *methods)
 
 
-def generate(
+def opening(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    methods: Sequence[Method],
+    answer_capacity: int,
+    host: Host = ALONE,
+) -> tuple[Opening, int | None]:
+    """`branches.opening` for all settings together: towers, contrast prompt and warm-up pass are run once.
+
+    Pictures of a contrast branch that depend on a strength are the exception: each goes through the tower.
+
+    Returns:
+        The opening, its method being the `stack`, and the axis of the grid in the embeddings of the contrast branch:
+        None where no strength changes what it reads.
+    """
+    main = branches.embedded(params, config, prompt, host.mesh)
+    ready = branches.warmed_up(params, config, prompt, main, methods, host.mesh)
+    first, *others = [
+        branches.contrast_inputs(config, prompt, method, host) for method in _readers(methods, prompt)
+    ]
+    contrast, contrast_axis = None, None
+    if first is not None:
+        contrast = main if first is prompt else branches.embedded(params, config, first, host.mesh)
+    if any(not jnp.array_equal(first.pixels, other.pixels) for other in others):
+        grid = [branches.embedded(params, config, other, host.mesh).embeddings for other in others]
+        contrast = dataclasses.replace(contrast, embeddings=jnp.stack([contrast.embeddings, *grid]))
+        contrast_axis = 0
+    options = branches.prefill_options(prompt, answer_capacity, first, methods[0])
+    return Opening(main, contrast, stack(ready), options), contrast_axis
+
+
+def _readers(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
+    """The settings whose contrast prompts may differ: only pictures can depend on a strength."""
+    varies = branches.contrast_prompt(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
+    return methods if varies else methods[:1]
+
+
+def _run(
     params: dict,
     config: FamilyConfig,
     prompt: Prompt,
@@ -52,7 +156,7 @@ def generate(
     keys: Key[Array, "B"],
     stop: Int[Array, "N"],
     limit: Int[Array, ""],
-    room: int,
+    answer_capacity: int,
     contrast_axis: int | None,
     options: tuple[tuple[str, Any], ...],
 ) -> drivers.Answers:
@@ -63,20 +167,20 @@ def generate(
         contrast: the contrast branch's prompt, with a grid axis in its embeddings if `contrast_axis` is 0.
         tokens: the prompt's token ids.
         limit: how many tokens to write at most.
-        room: how many tokens fit in the caches.
+        answer_capacity: how many tokens fit in the caches behind the prompt.
         options: static options of `forward.prefill`.
     """
 
     def begin(method: Method, embeddings: Array | None) -> drivers.Answers:
         other = contrast if embeddings is None else dataclasses.replace(contrast, embeddings=embeddings)
         state, step = forward.prefill(params, config, prompt, method, contrast=other, **dict(options))
-        return drivers.choose_first(state, step.combined, tokens, sampling, keys, stop, room)
+        return drivers.choose_first(state, step.combined, tokens, sampling, keys, stop, answer_capacity)
 
     embeddings = None if contrast is None else contrast.embeddings
     one = jax.tree.map(lambda leaf: leaf[0], methods)
     first = embeddings if contrast_axis is None else embeddings[0]
     shapes = jax.eval_shape(begin, one, first)
-    axes = jax.tree_util.tree_map_with_path(_axis, shapes, is_leaf=lambda node: isinstance(node, Method))
+    axes = jax.tree_util.tree_map_with_path(_grid_axis, shapes, is_leaf=lambda node: isinstance(node, Method))
     answers = jax.vmap(begin, in_axes=(0, contrast_axis), out_axes=axes)(methods, embeddings)
     advance = jax.vmap(functools.partial(drivers.advance, params, config), in_axes=(axes,), out_axes=axes)
 
@@ -86,9 +190,9 @@ def generate(
     return jax.lax.while_loop(unfinished, advance, answers)
 
 
-def _axis(path: tuple, leaf: Any) -> int | None:
+def _grid_axis(path: tuple, leaf: Any) -> int | None:
     names = {entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)}
     return None if names & set(SHARED) else 0
 
 
-run = jax.jit(generate, static_argnames=("config", "room", "contrast_axis", "options"))
+run = jax.jit(_run, static_argnames=("config", "answer_capacity", "contrast_axis", "options"))

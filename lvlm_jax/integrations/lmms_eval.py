@@ -20,7 +20,7 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import opera
+from lvlm_jax.generation import searches
 from lvlm_jax.generation.questions import PLACEHOLDER, conversation
 from lvlm_jax.integrations import GENERATION, build_method, load, options, whole
 from lvlm_jax.journal.log import seed_of
@@ -180,11 +180,11 @@ class LVLMJax(lmms):
         would choose it from.
 
         Raises:
-            LVLMError: an empty continuation, pictures or placeholders that cannot be used, or OPERA, which has no
-                next-token probabilities.
+            LVLMError: an empty continuation, pictures or placeholders that cannot be used, or a method that is a
+                search, which has no next-token probabilities.
         """
-        if opera.wanted(self.method):
-            raise LVLMError("OPERA is a search and gives no log-likelihoods; use another method, or none")
+        if reason := searches.obstacle(self.method):
+            raise LVLMError(f"{reason}, so it gives no log-likelihoods; use another method, or none")
         if self.likelihood == "logprob" and any(isinstance(request.args[1], str) for request in requests):
             warnings.warn(
                 "lmms-eval 0.7 takes the choice with the lowest value as the answer to a multiple-choice question; "

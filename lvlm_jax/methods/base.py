@@ -74,11 +74,14 @@ class Method(Transform):
         PRESETS: settings by name.
         exit_norm: whether the final norm stands before the head of an early exit.
         primes: whether `primed` wants the prompt's hidden states before the generation begins.
+        search: the search that finds the answer (a name of `generation.searches`); None for a method that writes it
+            token by token.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     exit_norm: ClassVar[bool] = True
     primes: ClassVar[bool] = False
+    search: ClassVar[str | None] = None
 
     def __init__(self, *arguments, **fields):
         raise LVLMError(

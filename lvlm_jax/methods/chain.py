@@ -39,6 +39,11 @@ class Chained(Method):
         self._only("contrast branch", lambda member: len(member.branches()) > 1)
         self._only("combination of logits", _combines)
         self._only("positions", lambda member: _has_own(member, "positions"))
+        for member in self.members:
+            if member.search is not None:
+                raise LVLMError(
+                    f"{member.label} is a search of its own and cannot be chained with other methods; use it alone"
+                )
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""OPERA: beam search with a penalty on over-trust and a way back from it. arXiv 2311.17911.
+"""OPERA: beam search with a penalty on over-trust and rollbacks from it. arXiv 2311.17911.
 
 An answer that leans on one summary token shows as a column in the attention among answer tokens. With w[i, j] the last
 layer's weight of answer token j for answer token i, the largest over heads, tokens counted from 0, and t the newest,
@@ -16,14 +16,14 @@ That is `variant="paper"`. Its φ has no bound and soon outweighs every log p (h
 `variant="code"`, the authors' program, where it differs: w is divided by its sum over all columns; φ is 1e-7 times the
 product; while an answer has at most 10 tokens φ is minus the weight on image columns instead; scores are
 log-softmax(l - α φ) over the candidates alone; s must be at least 10; an earlier s may follow a later one. Unlike
-there, a beam's c are those of the tokens it holds, the way back runs nothing but the answer again, and what follows it
-is one of the candidates.
+there, a beam's c are those of its own tokens, a rollback runs nothing but the answer again, and what follows it is one
+of the candidates.
 
-With α = 0 and without ways back it is beam search: as long as the candidates are at least twice the beams, or under
+With α = 0 and without rollbacks it is beam search: as long as the candidates are at least twice the beams, or under
 "code" the whole vocabulary.
 
 Rows, layers, stages: none; reads the last layer's attention. Cost: every token runs beams x candidates rows with a
-cache each, in one pass over the weights, and waits for the host; a way back runs up to the whole answer once more.
+cache each, in one pass over the weights, and waits for the host; a rollback runs up to the whole answer once more.
 """
 
 from typing import Any, ClassVar
@@ -38,9 +38,7 @@ from lvlm_jax.methods.base import Method, Strength, strength, switch
 from lvlm_jax.methods.registry import register
 
 LARGEST_EXPONENT = 80.0  # of a column product, so that it stays finite in float32
-LARGEST_PENALTY = (
-    1e5  # of a token: far beyond any difference of log-probabilities, and sums of it keep the order
-)
+LARGEST_PENALTY = 1e5  # of a token: beyond any difference of log-probabilities, and sums of it keep the order
 CODE_FACTOR = 1e-7  # what the authors' code multiplies column products by
 CODE_IMAGE_TOKENS = 10  # for so many tokens the authors' code rewards looking at the image instead
 CODE_FIRST_COLUMN = 10  # the authors' code does not go back to earlier tokens
@@ -48,18 +46,14 @@ CODE_FIRST_COLUMN = 10  # the authors' code does not go back to earlier tokens
 
 @register("opera")
 class OPERA(Method):
-    """Over-trust penalty and retrospection-allocation; see the module for the formulas.
-
-    Attributes:
-        driver: the search that `generate` must use.
-    """
+    """Over-trust penalty and retrospection-allocation; see the module for the formulas."""
 
     alpha: Strength = strength(1.0, "penalty weight α", low=0)
     sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0)
     beams: int = switch(5, "beams per sample")
     candidates: int = switch(10, "tokens tried per beam")
-    threshold: int = switch(15, "how often a column may recur before the way back is taken")
-    max_rollbacks: int = switch(5, "ways back to one position")
+    threshold: int = switch(15, "how often a column may recur before a rollback")
+    max_rollbacks: int = switch(5, "rollbacks to one position")
     window: int = switch(512, "newest answer tokens that count")
     variant: str = switch("code", "formulas of the paper or of the authors' program", ("paper", "code"))
 
@@ -67,7 +61,7 @@ class OPERA(Method):
         "paper": dict(candidates=5, variant="paper"),
         "code": dict(candidates=5, variant="code"),
     }
-    driver: ClassVar[str] = "opera"
+    search: ClassVar[str] = "opera"
 
     def __post_init__(self):
         super().__post_init__()

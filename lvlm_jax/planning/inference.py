@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lvlm_jax import models, parallel
 from lvlm_jax.attention import Tap
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers, opera
+from lvlm_jax.generation import drivers, searches
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.family import FamilyConfig
@@ -38,10 +38,8 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     Raises:
         LVLMError: a method that cannot be planned, or a prompt without room for its images.
     """
-    if opera.wanted(job.method):
-        raise LVLMError(
-            "OPERA is a beam search that turns back, which is not planned; expected another method"
-        )
+    if reason := searches.obstacle(job.method):
+        raise LVLMError(f"{reason}, which cannot be planned; expected another method")
     prompt, params = example(job, config, job.batch), parameters(config, job.dtype, mesh, job.quant)
     held, read = size(params), size(programs.weights_read(params))
     found: list[Program] = []

@@ -13,6 +13,7 @@ from lvlm_jax.processors.layout import Inputs, lay_out
 
 Message = dict[str, Any]
 Conversation = Sequence[Message]
+Messages = Conversation | Sequence[Conversation] | Mapping[str, Any]  # or the arrays of a HF processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,28 @@ class EncodedImage:
 
     pixels: np.ndarray
     tokens: np.ndarray
+
+
+def encodes_ahead(config: Any) -> bool:
+    """Whether image tokens follow from the picture alone and all pictures take as many, so that they can be reused.
+
+    Families for which they do not (tokens that depend on the picture's size or on the instruction) have no
+    `tokens_per_image`.
+    """
+    return hasattr(config, "tokens_per_image")
+
+
+def check_encodes_ahead(config: Any) -> None:
+    """Refuses a family that `encodes_ahead` says no to.
+
+    Raises:
+        LVLMError: image tokens depend on more than the picture.
+    """
+    if not encodes_ahead(config):
+        raise LVLMError(
+            f"pictures of {config.model_type} cannot be encoded ahead: their tokens depend on the prompt or on the "
+            "picture's size; give the pictures themselves"
+        )
 
 
 def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:

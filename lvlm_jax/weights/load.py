@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permuted, unflatte
 
 Sharding = jax.sharding.Sharding
 Place = Callable[[str, tuple[int, ...]], Sharding]
+DTYPES = ("float32", "bfloat16", "float16")
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 
 # `model_type` of configurations that transformers does not carry -> what rewrites them, from (folder, configuration).
@@ -50,6 +52,33 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
     _check_no_tower(folder, vision_tower)
     rewrite = _REWRITTEN.get(config.get("model_type"))
     return rewrite(folder, config) if rewrite else config
+
+
+def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> Any:
+    """The model's configuration, its stop tokens those of `generation_config.json` where that file names some.
+
+    Arguments and errors as in `read_config`.
+    """
+    config = models.config_from_hf(read_config(folder, vision_tower))
+    path = Path(folder) / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    # A family may know of stop tokens that the published code adds by itself.
+    own = getattr(config, "stop_tokens", None)
+    stops = list(own(generation)) if own else generation.get("eos_token_id")
+    if stops is None:
+        return config
+    return dataclasses.replace(config, eos_token_ids=tuple(stops) if isinstance(stops, list) else (stops,))
+
+
+def parameter_dtype(name: str) -> jnp.dtype:
+    """The number type called "float32", "bfloat16" or "float16".
+
+    Raises:
+        LVLMError: another one.
+    """
+    if str(np.dtype(name) if name == np.float32 else name) not in DTYPES:
+        raise LVLMError(f"dtype {name!r} is not supported; expected one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
 
 
 def load_parameters(

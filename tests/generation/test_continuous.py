@@ -16,6 +16,8 @@ from lvlm_jax.attention import Context
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Question, engine, get
 from lvlm_jax.generation import continuous, drivers, forward, jobs, scheduler
+from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
 from tests import checkpoints, small
 from tests.small import conversation
@@ -28,7 +30,7 @@ SAMPLED = {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.2}
 def few_columns():
     """Columns for little more than one answer, so that rows move again and again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continuous, "rooms", lambda limit: (64, LIMIT + 4))
+        patch.setattr(continuous, "answer_columns", lambda limit: (64, LIMIT + 4))
         yield
 
 
@@ -174,7 +176,7 @@ def test_rows_are_written_in_place(model, asked):
     state, step = jax.eval_shape(lambda *given: forward.prefill(params, config, *given, **options), *given)
     slots = jax.eval_shape(
         lambda state: continuous._empty(
-            state, scheduler.Sampling.of(), np.asarray([-1], np.int32), 4, LIMIT, step.combined.shape[1]
+            state, Sampling.of(), np.asarray([-1], np.int32), 4, LIMIT, step.combined.shape[1]
         ),
         state,
     )
@@ -257,7 +259,7 @@ def test_the_schedule_follows_the_length_of_answers():
 
 def test_settings_are_checked(model, asked):
     for name in ("max_new_tokens", "batch_size"):
-        with pytest.raises(LVLMError, match=f"{name} is 0; expected at least 1"):
+        with pytest.raises(LVLMError, match=f"{name} is 0; expected a whole number from 1"):
             next(model.generate_many([(asked[0], 0)], **{name: 0}))
 
 
@@ -274,7 +276,8 @@ def pictures(tmp_path):
 @pytest.fixture
 def stopping(monkeypatch):
     """A twelfth of all tokens ends an answer."""
-    monkeypatch.setattr(LVLM, "_stops", lambda self, given: tuple(range(12, small.IMAGE_TOKEN_ID, 12)))
+    tokens = np.arange(12, small.IMAGE_TOKEN_ID, 12, dtype=np.int32)
+    monkeypatch.setattr(Decoding, "stops", lambda self, config: tokens)
 
 
 def test_a_job_writes_the_same_file_by_either_schedule(checkpoint, pictures, stopping, monkeypatch, capsys):

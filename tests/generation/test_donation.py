@@ -37,7 +37,8 @@ def test_the_loop_on_the_device_reuses_the_caches(model, mixed, prefilled):
     stop = np.asarray([-1], np.int32)
 
     def started(state, logits):
-        return drivers.begin(state, logits, tokens, Sampling.of(), sample_keys(0, 3), stop, room=64)
+        keys = sample_keys(0, 3)
+        return drivers.begin(state, logits, tokens, Sampling.of(), keys, stop, answer_capacity=64)
 
     answers = jax.eval_shape(started, state, step.combined)
     limit = jnp.int32(8)

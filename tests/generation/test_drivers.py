@@ -18,7 +18,7 @@ def begun(model, inputs, method, sampling):
     prompt = model.prepare(inputs)
     state, step = model.prefill(prompt, method, int(prompt.lengths.max()) + ROOM)
     keys, stop = sample_keys([3, 4, 5], prompt.batch), np.asarray([-1], np.int32)
-    return drivers.begin(state, step.combined, prompt.tokens, sampling, keys, stop, room=ROOM)
+    return drivers.begin(state, step.combined, prompt.tokens, sampling, keys, stop, answer_capacity=ROOM)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Answers to a batch of prompts, whole: prefill and the loop on the device, or a search."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from lvlm_jax.generation import branches, drivers, searches
+from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.output import Output
+from lvlm_jax.generation.sampling import sample_keys
+from lvlm_jax.generation.settings import GREEDY, Decoding
+from lvlm_jax.methods import Method
+from lvlm_jax.processors.layout import Inputs, bucket
+
+STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
+
+
+def generate(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None = None,
+    decoding: Decoding = GREEDY,
+    host: Host = ALONE,
+) -> Output:
+    """Answers a batch of prompts.
+
+    Args:
+        params, config: of the model.
+        prompt: the prompts.
+        method: the method; None for plain decoding.
+        decoding: how the answers are decoded.
+        host: devices and tokenizers.
+
+    Raises:
+        LVLMError: settings that do not fit the prompts or the method.
+    """
+    if searches.needed(method, decoding):
+        best = searches.best_answers(params, config, prompt, method, decoding, host)
+        return host.read(best, decoding.stop)
+    answers, limit = begin(params, config, prompt, method, decoding, host)
+    interval = STOP_STRING_INTERVAL if decoding.stop else limit
+    pause = 0
+    while True:
+        pause = min(pause + interval, limit)
+        answers = drivers.run(params, config, answers, jnp.int32(pause))
+        output = host.read(answers, decoding.stop)
+        if pause == limit or all(reason == "stop" for reason in output.finish_reason):
+            return output
+
+
+def begin(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None,
+    decoding: Decoding,
+    host: Host = ALONE,
+) -> tuple[drivers.Answers, int]:
+    """Answers with their first token, and how many tokens may be written.
+
+    Raises:
+        LVLMError: another number of seeds than prompts.
+    """
+    keys = sample_keys(decoding.seed, prompt.batch)
+    limit = decoding.limit(config, prompt)
+    capacity = bucket(limit)
+    state, step = branches.prefill(params, config, prompt, method, capacity, host)
+    answers = drivers.begin(
+        state,
+        step.combined,
+        prompt.tokens,
+        decoding.sampling,
+        keys,
+        decoding.stops(config),
+        answer_capacity=capacity,
+    )
+    return answers, limit

@@ -1,0 +1,97 @@
+"""Answers that a search finds: beam search, and the searches that methods carry.
+
+A method that is a search names it (`Method.search`), and what runs it stands here. All other methods write their
+answers token by token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import beam, branches, opera
+from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.settings import Decoding
+from lvlm_jax.methods import Method
+from lvlm_jax.processors.layout import Inputs, bucket
+
+
+def obstacle(method: Method | None) -> str | None:
+    """Why a method's answers cannot be written token by token; None where they can."""
+    if method is None or method.search is None:
+        return None
+    return f"{method.label} is a search of its own and may take tokens back"
+
+
+def needed(method: Method | None, decoding: Decoding) -> bool:
+    """Whether a search finds the answers."""
+    return decoding.num_beams > 1 or obstacle(method) is not None
+
+
+def best_answers(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None,
+    decoding: Decoding,
+    host: Host = ALONE,
+) -> beam.Finished:
+    """The best answer to each prompt that a search finds: the method's own, or a beam search.
+
+    Raises:
+        LVLMError: settings of sampling, a method that knows no beams, or a search that there is not.
+    """
+    if decoding.sampling.rules:
+        raise LVLMError(
+            "a beam search does not sample and knows no repetition penalty; leave temperature and "
+            "repetition_penalty out, or use num_beams=1"
+        )
+    search = _beam_search
+    if method is not None and method.search is not None:
+        if method.search not in SEARCHES:
+            known = ", ".join(SEARCHES)
+            raise LVLMError(f"{method.label} wants the search {method.search!r}; expected one of {known}")
+        search = SEARCHES[method.search]
+    limit = decoding.limit(config, prompt)
+    rule = beam.Rule(decoding.stops(config), np.int32(limit), np.float32(decoding.length_penalty))
+    return search(params, config, prompt, method, decoding.num_beams, rule, bucket(limit), host)
+
+
+def _beam_search(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method | None,
+    num_beams: int,
+    rule: beam.Rule,
+    answer_capacity: int,
+    host: Host,
+) -> beam.Finished:
+    if method is not None and method.primes:
+        raise LVLMError(
+            f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1"
+        )
+    state, step = branches.prefill(params, config, prompt, method, answer_capacity, host)
+    search = beam.begin(state, step.combined, beams=num_beams, answer_capacity=answer_capacity)
+    return beam.run(params, config, search, rule).hypotheses.best(rule.stop)
+
+
+def _opera(
+    params: dict,
+    config: Any,
+    prompt: Inputs,
+    method: Method,
+    num_beams: int,
+    rule: beam.Rule,
+    answer_capacity: int,
+    host: Host,
+) -> beam.Finished:
+    if num_beams not in (1, method.beams):
+        raise LVLMError(f"num_beams is {num_beams} and OPERA's beams {method.beams}; give one of them")
+    tap = opera.tap(config)
+    state, step = branches.prefill(params, config, prompt, None, answer_capacity, host, tap=tap)
+    return opera.run(params, config, state, step.combined, method, rule, answer_capacity)
+
+
+SEARCHES: dict[str, Callable[..., beam.Finished]] = {"opera": _opera}

@@ -1,0 +1,183 @@
+"""How answers are decoded, as one frozen value. Settings are checked for kind and range here, and nowhere else.
+
+    Decoding(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=3)
+
+Commands, adapters and the calls of `LVLM` all build this value, so that a bad setting has one message everywhere, and
+has it before any work is done. What a jitted program needs of it are arrays (`Decoding.sampling`): another number
+compiles nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.processors.layout import Inputs
+
+LARGEST_INT = 2**31 - 1  # of int32, in which programs count
+LARGEST_SEED = 2**32 - 1  # the random keys of two larger seeds may be the same
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)  # smaller numbers may count as zero on a device
+SMALLEST_TEMPERATURE = 1e-30  # logits divided by it stay finite, penalised ones too
+LARGEST_PENALTY = 1e4  # of repetition, and one over it the smallest
+LARGEST_EXPONENT = 10.0  # of the length, so that 6,900 tokens to this power stay finite
+NO_TOKEN = -1  # what no token is
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded. `**vars(decoding)` are the keywords of `LVLM.generate`.
+
+    Attributes:
+        max_new_tokens: longest answer; shorter where the context ends first.
+        temperature: divides the logits before a token is drawn; 0 takes the most likely token.
+        top_k: draws from the k most likely tokens; 0 from all.
+        top_p: draws from the fewest tokens whose probability, after temperature and top-k, reaches p; 1 from all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before; 1 changes nothing.
+        seed: of the draws; one number, or one for each conversation of a batch.
+        stop: strings that end an answer; they are not part of it.
+        stop_token_ids: tokens that end an answer; None for those of the checkpoint.
+        num_beams: more than one is a beam search, as transformers does it.
+        length_penalty: a beam search divides log-probabilities by length to this power.
+
+    Raises:
+        LVLMError: a setting of another kind or out of range; it is named, with what was given and what is expected.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | tuple[int, ...] = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self):
+        checked = {
+            "max_new_tokens": whole("max_new_tokens", self.max_new_tokens, low=1),
+            "temperature": _temperature(self.temperature),
+            "top_k": whole("top_k", self.top_k, low=0),
+            "top_p": _number("top_p", self.top_p, SMALLEST_FLOAT, 1.0),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, 1 / LARGEST_PENALTY, LARGEST_PENALTY
+            ),
+            "seed": _seeds(self.seed),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": _stop_tokens(self.stop_token_ids),
+            "num_beams": whole("num_beams", self.num_beams, low=1),
+            "length_penalty": _number(
+                "length_penalty", self.length_penalty, -LARGEST_EXPONENT, LARGEST_EXPONENT
+            ),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is chosen, as arrays for a jitted program."""
+        return Sampling.of(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+    def limit(self, config: Any, prompt: Inputs) -> int:
+        """How many tokens may be written behind a prompt: `max_new_tokens`, or fewer where the context ends first."""
+        return min(self.max_new_tokens, config.text.max_position_embeddings - int(prompt.lengths.max()))
+
+    def stops(self, config: Any) -> Int[np.ndarray, "N"]:
+        """Ids of the tokens that end an answer; `NO_TOKEN` alone where none does."""
+        given = config.eos_token_ids if self.stop_token_ids is None else self.stop_token_ids
+        return np.asarray(tuple(given) or (NO_TOKEN,), np.int32)
+
+
+def whole(name: str, value: Any, low: int, high: int = LARGEST_INT) -> int:
+    """A setting that is a whole number.
+
+    Raises:
+        LVLMError: it is no whole number, or out of range.
+    """
+    number = _real(value)
+    if number is None or not low <= number <= high or number != int(number):
+        raise LVLMError(f"{name} is {_shown(value)}; expected a whole number from {low} to {high}")
+    return int(number)
+
+
+def seed_of_request(value: Any) -> int:
+    """The seed of one conversation.
+
+    Raises:
+        LVLMError: it is no whole number, or out of range.
+    """
+    return whole("seed", value, low=0, high=LARGEST_SEED)
+
+
+def _number(name: str, value: Any, low: float, high: float, expected: str = "a number") -> float:
+    number = _real(value)
+    if number is None or not low <= number <= high:
+        raise LVLMError(f"{name} is {_shown(value)}; expected {expected} from {low:.3g} to {high:.3g}")
+    return float(number)
+
+
+def _temperature(value: Any) -> float:
+    if _real(value) == 0:
+        return 0.0
+    return _number("temperature", value, SMALLEST_TEMPERATURE, LARGEST_FLOAT, "0, or a number")
+
+
+def _seeds(value: Any) -> int | tuple[int, ...]:
+    several = isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1
+    return tuple(map(seed_of_request, value)) if several else seed_of_request(value)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else _items(value)
+    if strings is None or not all(isinstance(one, str) for one in strings):
+        raise LVLMError(f"stop is {_shown(value)}; expected a string, or a list of strings")
+    if "" in strings:
+        raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
+    return strings
+
+
+def _stop_tokens(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    tokens = None if isinstance(value, str) else _items(value)
+    if tokens is None:
+        raise LVLMError(f"stop_token_ids is {_shown(value)}; expected a list of token ids")
+    return tuple(whole("stop_token_ids", token, low=0) for token in tokens)
+
+
+def _items(value: Any) -> tuple | None:
+    """The items of a list or the like; None for anything that has none."""
+    if isinstance(value, dict | bytes) or not isinstance(value, Iterable):
+        return None
+    return tuple(value) if getattr(value, "ndim", 1) else None
+
+
+def _real(value: Any) -> Real | None:
+    """A finite number from a number or an array without axes; None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    return value if isinstance(value, int) or math.isfinite(value) else None
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, in one short line."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    try:
+        line = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        line = f"a number of {value.bit_length()} bits"
+    return line if len(line) <= 80 else f"{line[:79]}…"
+
+
+GREEDY = Decoding()
