@@ -23,7 +23,8 @@ from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
-from lvlm_jax.processors import inputs, text
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
 from lvlm_jax.weights import lora, quantize
 from lvlm_jax.weights.peft import load_adapter
@@ -95,14 +96,14 @@ class LVLM:
         """The checkpoint's transformers processor, read when first needed; an `LVLMError` where it has none."""
         if self.folder is None:
             raise LVLMError("this model was not read from a folder, so it has no processor; prepare arrays")
-        return text.load_processor(self.folder, self.config)
+        return load.load_processor(self.folder, self.config)
 
     @property
     def host(self) -> Host:
         """Devices and tokenizers, as the functions of `generation` take them."""
-        speaks = self.folder is not None and text.has_processor(self.folder)
+        speaks = self.folder is not None and load.has_processor(self.folder, self.config)
         tokenizer = (lambda: self.processor.tokenizer) if speaks else None
-        return Host(self.mesh, tokenizer, lambda: text.words_tokenizer(self.processor))
+        return Host(self.mesh, tokenizer, lambda: load.words_tokenizer(self.processor))
 
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
         """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
@@ -120,7 +121,7 @@ class LVLM:
         """Runs the tower over images (paths, PIL images or arrays) once, for use in place of the images in messages.
 
         Raises:
-            LVLMError: an unreadable image, no processor, or image tokens that depend on more (`inputs.encodes_ahead`).
+            LVLMError: an unreadable image, no processor, or image tokens that depend on more (`FamilyConfig.tokens_per_image`).
         """
         inputs.check_encodes_ahead(self.config)
         pixels = inputs.pixels_of(self.processor, images)

@@ -1,7 +1,5 @@
 """Answers to a batch of prompts, whole: prefill and the loop on the device, or a search."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from lvlm_jax.generation import branches, drivers, searches
@@ -10,6 +8,7 @@ from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.sampling import sample_keys
 from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
@@ -17,7 +16,7 @@ STOP_STRING_INTERVAL = 16  # tokens between two looks for stop strings
 
 def generate(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None = None,
     decoding: Decoding = GREEDY,
@@ -51,7 +50,7 @@ def generate(
 
 def begin(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     decoding: Decoding,

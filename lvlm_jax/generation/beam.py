@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import State
+from lvlm_jax.models.family import FamilyConfig
 
 RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences of scores are
 

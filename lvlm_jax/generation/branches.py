@@ -1,11 +1,12 @@
 """What the branches of a generation read: image towers run, prompts of contrast branches made, warm-up passes done."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -19,6 +20,7 @@ from lvlm_jax.generation.settings import whole
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import Inputs, bucket
 
@@ -43,7 +45,7 @@ class Opening(NamedTuple):
 
 def opening(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     answer_capacity: int,
@@ -69,7 +71,7 @@ def opening(
 
 def prefill(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     answer_capacity: int,
@@ -138,7 +140,7 @@ def embedded(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | No
 
 
 def encode_images(
-    params: dict, config: Any, pixels: Float[np.ndarray, "I 3 Y X"], mesh: Mesh | None = None
+    params: dict, config: FamilyConfig, pixels: Float[np.ndarray, "I 3 Y X"], mesh: Mesh | None = None
 ) -> list[EncodedImage]:
     """Runs the tower over images, for use in several prompts."""
     tokens = drivers.encode_images(params, config, parallel.spread(pixels, mesh))
@@ -161,7 +163,7 @@ def full_forward(
 
 
 def logits(
-    params: dict, config: Any, prompt: Inputs, method: Method | None = None, mesh: Mesh | None = None
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None = None, mesh: Mesh | None = None
 ) -> Float[Array, "B U V"]:
     """Logits in the columns of the arrays that a prompt was made of, of the main branch of `method`."""
     laid_out, _ = full_forward(params, config, prompt, method, NOTHING, mesh)
@@ -169,7 +171,7 @@ def logits(
 
 
 def _full_forward(
-    params: dict, config: Any, prompt: Inputs, main: Prompt, method: Method | None, tap: Tap
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method | None, tap: Tap
 ) -> tuple[jax.Array, Tapped]:
     static = {"window": prompt.window, "image_count": prompt.image_count, "tap": tap}
     return drivers.full_forward(params, config, main, method, **static)
@@ -177,7 +179,7 @@ def _full_forward(
 
 def warmed_up(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     main: Prompt,
     methods: Sequence[Method | None],
@@ -198,7 +200,7 @@ def warmed_up(
 
 
 def _last_hidden_states(
-    params: dict, config: Any, prompt: Inputs, main: Prompt, mesh: Mesh | None
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, mesh: Mesh | None
 ) -> tuple[Float[Array, "L B E"], Float[Array, "L B E"]]:
     """All hidden states of the last prompt token, with images and without them."""
     tap = Tap(hidden=tuple(range(config.text.num_layers + 1)))
@@ -218,7 +220,9 @@ def contrast_prompt(method: Method | None) -> str:
     return method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
 
 
-def contrast_inputs(config: Any, prompt: Inputs, method: Method | None, host: Host = ALONE) -> Inputs | None:
+def contrast_inputs(
+    config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE
+) -> Inputs | None:
     """The prompt that the contrast branch reads: None where it shares the main branch's.
 
     `prompt` itself where the branch reads other pictures and there are none.
@@ -235,7 +239,7 @@ def contrast_inputs(config: Any, prompt: Inputs, method: Method | None, host: Ho
         if kind == "pixels":
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
         else:
-            pixels = shown(config, prompt, method.contrast_picture)
+            pixels = config.shown(prompt.pictures, method.contrast_picture)
         return dataclasses.replace(prompt, pixels=pixels, image_tokens=None)
     if kind == "no_image":
         other = prompt.without_images(config.pad_token_id)
@@ -257,16 +261,3 @@ def contrast_inputs(config: Any, prompt: Inputs, method: Method | None, host: Ho
             "shorten the prompt"
         )
     return other
-
-
-def shown(
-    config: Any, prompt: Inputs, picture: Callable[[int, int], np.ndarray]
-) -> Float[np.ndarray, "R ..."]:
-    """What the tower would take if all images of a prompt showed one picture.
-
-    Args:
-        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
-    """
-    if hasattr(config, "shown"):  # a family whose rows are not pictures
-        return config.shown(prompt.pictures, picture)
-    return np.broadcast_to(picture(*prompt.pixels.shape[2:]), prompt.pixels.shape)

@@ -236,7 +236,7 @@ def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
     )
 
 
-def _run(params: dict, config: Any, slots: Slots, free: Int[Array, ""]) -> Slots:
+def _run(params: dict, config: FamilyConfig, slots: Slots, free: Int[Array, ""]) -> Slots:
     """Decodes until at least `free` rows have no answer under way, or all columns are used."""
 
     def unfinished(slots: Slots) -> Bool[Array, ""]:

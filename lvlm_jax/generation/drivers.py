@@ -7,6 +7,7 @@ look for stop strings now and then without another program.
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State, Step
+from lvlm_jax.models.family import FamilyConfig
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
@@ -26,7 +28,7 @@ contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(p
 decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
 
 
-def decode(params: dict, config: Any, state: State, tokens: Any) -> tuple[State, Step]:
+def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next; `state` is donated.
 
     Raises:

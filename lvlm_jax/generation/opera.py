@@ -18,6 +18,7 @@ from lvlm_jax.generation import forward
 from lvlm_jax.generation.beam import RULED_OUT, Finished, Hypotheses, Rule, rows_of
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import OPERA
+from lvlm_jax.models.family import FamilyConfig
 
 
 def tap(config: FamilyConfig) -> Tap:

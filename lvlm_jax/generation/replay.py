@@ -1,7 +1,6 @@
 """Given answers, fed token by token as decoding does, and what a tap sees meanwhile."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +12,13 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
 
 def replay(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     answers: Sequence[Sequence[int]],
     tap: Tap,
@@ -57,7 +57,7 @@ def replay(
 
 def image_attention(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     answers: Sequence[Sequence[int]],
     method: Method | None = None,

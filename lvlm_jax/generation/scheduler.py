@@ -79,7 +79,7 @@ def chosen(
 
 def generate_many(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prepare: Callable[[list[Conversation]], Inputs],
     requests: Iterable[Request],
     method: Method | None,

@@ -5,7 +5,6 @@ answers token by token.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from lvlm_jax.generation import beam, branches, opera
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 
@@ -31,7 +31,7 @@ def needed(method: Method | None, decoding: Decoding) -> bool:
 
 def best_answers(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     decoding: Decoding,
@@ -60,7 +60,7 @@ def best_answers(
 
 def _beam_search(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     num_beams: int,
@@ -79,7 +79,7 @@ def _beam_search(
 
 def _opera(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method,
     num_beams: int,

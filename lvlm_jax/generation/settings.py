@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
 LARGEST_INT = 2**31 - 1  # of int32, in which programs count
@@ -86,11 +87,11 @@ class Decoding:
         """How a token is chosen, as arrays for a jitted program."""
         return Sampling.of(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
 
-    def limit(self, config: Any, prompt: Inputs) -> int:
+    def limit(self, config: FamilyConfig, prompt: Inputs) -> int:
         """How many tokens may be written behind a prompt: `max_new_tokens`, or fewer where the context ends first."""
         return min(self.max_new_tokens, config.text.max_position_embeddings - int(prompt.lengths.max()))
 
-    def stops(self, config: Any) -> Int[np.ndarray, "N"]:
+    def stops(self, config: FamilyConfig) -> Int[np.ndarray, "N"]:
         """Ids of the tokens that end an answer; `NO_TOKEN` alone where none does."""
         given = config.eos_token_ids if self.stop_token_ids is None else self.stop_token_ids
         return np.asarray(tuple(given) or (NO_TOKEN,), np.int32)

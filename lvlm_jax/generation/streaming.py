@@ -1,20 +1,20 @@
 """One answer piece by piece, while it is written."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import answer, drivers, searches
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import text
 from lvlm_jax.processors.layout import Inputs
 
 
 def stream(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     method: Method | None,
     decoding: Decoding,
@@ -35,7 +35,7 @@ def stream(
 
 
 def _pieces(
-    params: dict, config: Any, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host
 ) -> Iterator[str]:
     answers, limit = answer.begin(params, config, prompt, method, decoding, host)
     writer = text.StreamWriter(decoding.stop)

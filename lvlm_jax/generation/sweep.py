@@ -26,6 +26,7 @@ from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers and State without a grid axis
@@ -33,7 +34,7 @@ SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers an
 
 def generate(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     methods: Sequence[Method],
     decoding: Decoding = GREEDY,
@@ -109,7 +110,7 @@ def stack(methods: Sequence[Method]) -> Method:
 
 def opening(
     params: dict,
-    config: Any,
+    config: FamilyConfig,
     prompt: Inputs,
     methods: Sequence[Method],
     answer_capacity: int,

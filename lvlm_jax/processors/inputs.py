@@ -29,22 +29,13 @@ class EncodedImage:
     tokens: np.ndarray
 
 
-def encodes_ahead(config: Any) -> bool:
-    """Whether image tokens follow from the picture alone and all pictures take as many, so that they can be reused.
-
-    Families for which they do not (tokens that depend on the picture's size or on the instruction) have no
-    `tokens_per_image`.
-    """
-    return hasattr(config, "tokens_per_image")
-
-
-def check_encodes_ahead(config: Any) -> None:
-    """Refuses a family that `encodes_ahead` says no to.
+def check_encodes_ahead(config: FamilyConfig) -> None:
+    """Refuses a family whose image tokens depend on more than the image (`FamilyConfig.tokens_per_image` is None).
 
     Raises:
-        LVLMError: image tokens depend on more than the picture.
+        LVLMError: it is one.
     """
-    if not encodes_ahead(config):
+    if config.tokens_per_image is None:
         raise LVLMError(
             f"pictures of {config.model_type} cannot be encoded ahead: their tokens depend on the prompt or on the "
             "picture's size; give the pictures themselves"

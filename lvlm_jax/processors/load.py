@@ -55,6 +55,11 @@ def load_processor(folder: Path, config: FamilyConfig) -> Any:
     return processor
 
 
+def words_tokenizer(processor: Any) -> Any:
+    """The tokenizer of words put before a prompt: that of the images' instruction where a model has one of its own."""
+    return getattr(processor, "qformer_tokenizer", processor.tokenizer)
+
+
 def _own(config: FamilyConfig) -> ModuleType | None:
     """The file of this folder named after the family; None where there is none."""
     name = f"{__package__}.{config.model_type}"

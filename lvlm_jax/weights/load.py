@@ -10,7 +10,6 @@ import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights import internvl_chat, original, quantize
-from lvlm_jax.weights.checkpoint import open_files, read_configuration, weight_files
+from lvlm_jax.weights.checkpoint import open_files, read_configuration, read_optional, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
 from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permuted, unflatten
 
@@ -54,20 +53,14 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
     return rewrite(folder, config) if rewrite else config
 
 
-def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> Any:
-    """The model's configuration, its stop tokens those of `generation_config.json` where that file names some.
+def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> FamilyConfig:
+    """The model's configuration, with the stop tokens of `generation_config.json`, which go before `config.json`'s.
 
     Arguments and errors as in `read_config`.
     """
     config = models.config_from_hf(read_config(folder, vision_tower))
-    path = Path(folder) / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    # A family may know of stop tokens that the published code adds by itself.
-    own = getattr(config, "stop_tokens", None)
-    stops = list(own(generation)) if own else generation.get("eos_token_id")
-    if stops is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=tuple(stops) if isinstance(stops, list) else (stops,))
+    stops = config.stop_tokens(read_optional(folder, "generation_config.json"))
+    return dataclasses.replace(config, eos_token_ids=stops)
 
 
 def parameter_dtype(name: str) -> jnp.dtype:
