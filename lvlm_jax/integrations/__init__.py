@@ -1,7 +1,7 @@
 """Our models and methods inside other people's harnesses, one module for each, imported by that harness alone.
 
 What the modules share stands here: settings as a harness passes them on (text from a command line, or Python values
-from its own configuration) become a method, and the options of `LVLM.generate`. Sources: lmms-eval 0.7.3 and the
+from its own configuration) become a method, and a `Decoding`. Sources: lmms-eval 0.7.3 and the
 development guide of VLMEvalKit; `docs/adapters.md` says how each is started.
 """
 
@@ -12,12 +12,22 @@ from typing import Any
 
 from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import settings
+from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method, parse
 from lvlm_jax.weights import names
 
-# What harnesses call the settings of a generation; `options` turns them into ours.
-GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams",
-              "length_penalty")  # fmt: skip
+# What harnesses call the settings of a generation; `decoding` turns them into ours.
+GENERATION = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "num_beams",
+    "length_penalty",
+)
 SAMPLING = ("top_p", "top_k")  # without meaning under greedy decoding, where harnesses write 0 for them
 
 
@@ -86,42 +96,37 @@ def _word(key: str, value: Any) -> str:
     return f"{flag}={str(value).strip('[]')}"
 
 
-def whole(name: str, value: Any, low: int) -> int:
+def whole(name: str, value: Any, low: int, high: int = settings.LARGEST_INT) -> int:
     """A whole number from text or a number.
 
     Raises:
-        LVLMError: something else, or less than `low`.
+        LVLMError: something else, or out of range.
     """
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = low - 1
-    if number < low:
-        raise LVLMError(f"{name} is {value!r}; expected a whole number of at least {low}")
-    return number
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        value = int(value)
+    return settings.whole(name, value, low, high)
 
 
-def options(given: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """Options of `LVLM.generate` from a harness's settings (keys of `GENERATION`; None leaves the default).
+def decoding(given: Mapping[str, Any], max_new_tokens: int, stop: str | Sequence[str] = ()) -> Decoding:
+    """How answers are decoded, from a harness's settings (keys of `GENERATION`; None leaves the default).
 
     Sampled where `do_sample` says so, and without it where the temperature is above 0; `do_sample=False` is greedy
     whatever the temperature, `do_sample=True` without one takes temperature 1, as in transformers.
 
     Args:
         max_new_tokens: longest answer where `given` names none.
+        stop: strings that end an answer.
 
     Raises:
-        LVLMError: a value that is no number.
+        LVLMError: a value of another kind or out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if not isinstance(value, Real):
-            raise LVLMError(f"{name} is {value!r}; expected a number")
-    sampled = given.pop("do_sample", given.get("temperature", 0) > 0)
-    temperature = given.pop("temperature", 1.0) if sampled else 0.0
-    if not temperature:
+    sampled = given.pop("do_sample", None)
+    if not isinstance(sampled, Real | None):
+        raise LVLMError(f"do_sample is {sampled!r}; expected true or false")
+    temperature = Decoding(temperature=given.pop("temperature", 1.0 if sampled else 0.0)).temperature
+    if sampled is not None and not sampled:
+        temperature = 0.0
+    if temperature == 0:
         given = {name: value for name, value in given.items() if name not in SAMPLING}
-    for name in ("max_new_tokens", "num_beams", "top_k"):
-        if name in given and given[name] == int(given[name]):
-            given[name] = int(given[name])
-    return {"max_new_tokens": max_new_tokens} | given | {"temperature": temperature}
+    return Decoding(**{"max_new_tokens": max_new_tokens} | given, temperature=temperature, stop=stop)

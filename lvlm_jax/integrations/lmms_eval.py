@@ -22,7 +22,8 @@ from tqdm import tqdm
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import searches
 from lvlm_jax.generation.questions import PLACEHOLDER, conversation
-from lvlm_jax.integrations import GENERATION, build_method, load, options, whole
+from lvlm_jax.generation.settings import LARGEST_SEED, Decoding
+from lvlm_jax.integrations import GENERATION, build_method, decoding, load, whole
 from lvlm_jax.journal.log import seed_of
 
 LONGEST_ANSWER = 1024  # tokens; what lmms-eval's own models write where a task names no limit
@@ -37,13 +38,13 @@ class Asked:
     Attributes:
         text: as the task made it.
         visuals: gives the pictures.
-        options: of `LVLM.generate`, as sorted pairs.
+        decoding: how the answer is decoded.
         seed: of sampling.
     """
 
     text: str
     visuals: Callable[[], Sequence]
-    options: tuple[tuple[str, Any], ...]
+    decoding: Decoding
     seed: int
 
     @property
@@ -91,7 +92,7 @@ class LVLMJax(lmms):
             raise LVLMError(f"likelihood is {likelihood!r}; expected one of {', '.join(LIKELIHOODS)}")
         self.method = build_method(str(method), fields, OWN)
         self.batch_size = whole("batch_size", batch_size, 1)
-        self.seed = whole("seed", seed, 0)
+        self.seed = whole("seed", seed, 0, LARGEST_SEED)
         self.likelihood = likelihood
         self.model = load(pretrained, dtype)
         self._ignored: set[str] = set()
@@ -120,7 +121,7 @@ class LVLMJax(lmms):
         asked = []
         for request, seed in zip(requests, streams, strict=True):
             text, settings, doc_to_visual, *place = request.args
-            asked.append(Asked(text, self._visuals(doc_to_visual, *place), self._options(settings), seed))
+            asked.append(Asked(text, self._visuals(doc_to_visual, *place), self._decoding(settings), seed))
         answers = [""] * len(requests)
         for number, answer in self._answers(asked):
             answers[number] = answer
@@ -142,7 +143,7 @@ class LVLMJax(lmms):
         for number, request in enumerate(requests):
             text, settings, doc_to_visual, _, *place = request.args
             visuals = self._visuals(doc_to_visual, *place)
-            asked[number] = Asked(text, visuals, self._options(settings), streams[number])
+            asked[number] = Asked(text, visuals, self._decoding(settings), streams[number])
         answers: list[list[str]] = [[] for _ in requests]
         kept: list[Any] = [None] * len(requests)
         index = 0
@@ -222,8 +223,8 @@ class LVLMJax(lmms):
             times[name] += 1
         return seeds
 
-    def _options(self, settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-        """A task's `generation_kwargs` as options of `LVLM.generate`; keys of other models are named and left out."""
+    def _decoding(self, settings: Mapping[str, Any]) -> Decoding:
+        """A task's `generation_kwargs` as a `Decoding`; keys of other models are named and left out."""
         until = settings.get("until") or ()
         stop = (until,) if isinstance(until, str) else tuple(until)
         ignored = set(settings) - {*GENERATION, "until"} - self._ignored
@@ -233,26 +234,23 @@ class LVLMJax(lmms):
             )
             self._ignored |= ignored
         known = {name: settings[name] for name in GENERATION if name in settings}
-        return tuple(sorted((options(known, LONGEST_ANSWER) | {"stop": stop}).items()))
+        return decoding(known, LONGEST_ANSWER, stop)
 
     def _answers(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str]]:
         """(place in `asked`, answer) of all, batch by batch."""
-        alike: dict[tuple, list[int]] = {}
+        alike: dict[Decoding, list[int]] = {}
         for number, one in enumerate(asked):
-            alike.setdefault(one.options, []).append(number)
+            alike.setdefault(one.decoding, []).append(number)
         with tqdm(total=len(asked), desc="lvlm_jax", disable=self.rank != 0) as bar:
-            for settings, numbers in alike.items():
+            for shared, numbers in alike.items():
                 for batch in self._batches(sorted(numbers, key=lambda number: asked[number].size)):
                     questions = [asked[number].messages for number in batch]
                     seeds = [asked[number].seed for number in batch]
                     # The last batch keeps the shape of those before, so that no program is compiled for it.
                     spare = min(self.batch_size, len(numbers)) - len(batch)
-                    output = self.model.generate(
-                        questions + questions[-1:] * spare,
-                        method=self.method,
-                        seed=seeds + seeds[-1:] * spare,
-                        **dict(settings),
-                    )
+                    own = dataclasses.replace(shared, seed=tuple(seeds + seeds[-1:] * spare))
+                    filled = questions + questions[-1:] * spare
+                    output = self.model.generate(filled, method=self.method, **vars(own))
                     yield from zip(batch, output.text[: len(batch)], strict=True)
                     bar.update(len(batch))
 

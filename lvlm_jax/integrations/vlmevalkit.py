@@ -3,6 +3,7 @@
 A message is a list of `{"type": "image" | "text", "value": path or text}`; VLMEvalKit asks one at a time.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.integrations import GENERATION, build_method, load, options, whole
+from lvlm_jax.generation.settings import LARGEST_SEED
+from lvlm_jax.integrations import GENERATION, build_method, decoding, load, whole
 from lvlm_jax.journal.log import seed_of
 
 LONGEST_ANSWER = 512  # tokens; what VLMEvalKit's own LLaVA writes at most
@@ -49,8 +51,8 @@ class LVLMJax(BaseModel):
         generation = {name: settings.pop(name) for name in GENERATION if name in settings}
         reserved = ("model_path", "dtype", "method", "seed", "stop", *GENERATION)
         self.method = build_method(str(method), settings, reserved)
-        self.options = options(generation, LONGEST_ANSWER) | {"stop": stop}
-        self.seed = whole("seed", seed, 0)
+        self.decoding = decoding(generation, LONGEST_ANSWER, stop)
+        self.seed = whole("seed", seed, 0, LARGEST_SEED)
         self.model = load(model_path, dtype)
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
@@ -68,7 +70,8 @@ class LVLMJax(BaseModel):
         said = (Path(part["value"]).name if part["type"] == "image" else part["value"] for part in message)
         seed = seed_of(self.seed, "\n".join(map(str, said)))
         conversation = [{"role": "user", "content": content}]
-        return self.model.generate([conversation], method=self.method, seed=[seed], **self.options).text[0]
+        decoding = dataclasses.replace(self.decoding, seed=(seed,))
+        return self.model.generate([conversation], method=self.method, **vars(decoding)).text[0]
 
 
 def _part(part: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from lvlm_jax import integrations as adapters
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, engine, get
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.pocket.splits import write_split
 from lvlm_jax.weights import names
@@ -242,9 +243,9 @@ def test_batches_are_of_alike_settings_and_lengths(lmms_eval, documents):
     answers = made.generate_until(requests)
     assert model.texts() == [["a", "bb"], ["ccc", "dddd"], ["eeeee", "b"], ["other"]]
     assert answers == ["2", "0", "5", "4", "1", "3", "6"]
-    same = {"method": None, "temperature": 0.0, "stop": (".",), "max_new_tokens": 4}
     for _, options in model.calls[:3]:
-        assert {name: value for name, value in options.items() if name != "seed"} == same
+        same = Decoding(temperature=0.0, stop=(".",), max_new_tokens=4, seed=options["seed"])
+        assert options == {"method": None} | vars(same)
     assert model.calls[3][1]["max_new_tokens"] == 5 and model.calls[3][1]["stop"] == ()
     hooked = {request[0]: (name, request[1], answer) for name, request, answer in made.cache_hook.added}
     assert hooked["a"] == ("generate_until", many, "0") and len(hooked) == 7
@@ -460,9 +461,9 @@ def test_a_method_scores_tokens_as_it_chooses_them(lmms_eval, pocket, pictures, 
         ("pretrained=pocket,method=cmac,device=cuda", r"device is no setting .*, alpha, beta, gamma"),
         ("pretrained=pocket,method=cmac,alpha=much", r"invalid float value: 'much'"),
         ("pretrained=pocket,method=cmac,beta=2", r"CMAC: beta is 2.0; expected a number in \[0, 1\]"),
-        ("pretrained=pocket,batch_size=auto", r"batch_size is 'auto'; expected a whole number of at least 1"),
+        ("pretrained=pocket,batch_size=auto", r"batch_size is 'auto'; expected a whole number from 1"),
         ("pretrained=pocket,batch_size=0", r"batch_size is 0; expected"),
-        ("pretrained=pocket,seed=-1", r"seed is -1.0; expected a whole number of at least 0"),
+        ("pretrained=pocket,seed=-1", r"seed is -1.0; expected a whole number from 0"),
         ("pretrained=pocket,likelihood=high", r"likelihood is 'high'; expected one of logprob, loss"),
     ],
 )
@@ -475,7 +476,7 @@ def test_bad_arguments_are_one_clear_line(lmms_eval, given, message):
 def test_bad_requests_are_one_clear_line(lmms_eval, pocket, documents):
     made = ready(lmms_eval, documents, pocket)
     for settings, text, message in (
-        ({"temperature": "hot"}, DOG, "temperature is 'hot'; expected a number"),
+        ({"temperature": "hot"}, DOG, "temperature is 'hot'; expected 0, or a number"),
         ({"max_new_tokens": 0}, DOG, "max_new_tokens is 0"),
         ({}, "<image> <image> Same?", "2 <image> placeholders but 1 images"),
     ):
@@ -513,7 +514,7 @@ def test_model_arguments_go_before_flags(lmms_eval):
     ],
 )  # fmt: skip
 def test_settings_of_a_generation(given, expected):
-    assert adapters.options(given, 64) == {"max_new_tokens": 64} | expected
+    assert adapters.decoding(given, 64) == Decoding(**{"max_new_tokens": 64} | expected)
 
 
 def test_vlmevalkit_keeps_pictures_and_text_in_their_order(vlmevalkit, pocket, pictures, questions, tmp_path):
@@ -558,7 +559,7 @@ def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
         "pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2
     )
     assert made.method == methods.CMAC(alpha=1.0, imd=False)
-    assert made.options == {"max_new_tokens": 512, "num_beams": 2, "temperature": 0.0, "stop": ["."]}
+    assert made.decoding == Decoding(max_new_tokens=512, num_beams=2, temperature=0.0, stop=["."])
     with pytest.raises(LVLMError, match="use_vllm is no setting of the adapter or of method none"):
         vlmevalkit.LVLMJax("pocket", use_vllm=True)
     with pytest.raises(LVLMError, match="type 'video'; expected"):
