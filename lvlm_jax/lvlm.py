@@ -1,7 +1,4 @@
-"""The public face: load a checkpoint, prepare prompts, generate with or without a method, look inside, save.
-
-Thin wrappers over functions of `generation` that users may jit, shard, vmap and differentiate themselves.
-"""
+"""The public face: thin wrappers over functions of `generation` that users may jit, shard, vmap, differentiate."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +20,7 @@ from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.parse import as_method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
@@ -77,8 +75,7 @@ class LVLM:
         config = weights.model_config(folder, vision_tower)
         place = parallel.parameter_sharding(mesh) if mesh is not None else None
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
-        if adapter is not None:
-            params = load_adapter(adapter, params, config)
+        params = params if adapter is None else load_adapter(adapter, params, config)
         return cls(params, config, folder, mesh)
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -105,6 +102,10 @@ class LVLM:
         tokenizer = (lambda: self.processor.tokenizer) if speaks else None
         return Host(self.mesh, tokenizer, lambda: load.words_tokenizer(self.processor))
 
+    def _call(self, messages: Any, method: Any) -> tuple[dict, FamilyConfig, Inputs, Method | None]:
+        """What most functions of `generation` take first."""
+        return self.params, self.config, self.prepare(messages), as_method(method)
+
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
         """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
 
@@ -121,33 +122,28 @@ class LVLM:
         """Runs the tower over images (paths, PIL images or arrays) once, for use in place of the images in messages.
 
         Raises:
-            LVLMError: an unreadable image, no processor, or image tokens that depend on more (`FamilyConfig.tokens_per_image`).
+            LVLMError: an unreadable image, no processor, or a family whose image tokens depend on more than the image.
         """
         inputs.check_encodes_ahead(self.config)
         pixels = inputs.pixels_of(self.processor, images)
         return branches.encode_images(self.params, self.config, pixels, self.mesh)
 
-    def logits(self, prompt: Any, method: Method | None = None) -> Float[Array, "B U V"]:
+    def logits(self, prompt: Any, method: Method | str | None = None) -> Float[Array, "B U V"]:
         """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
 
-        `prompt` is anything `prepare` takes. Columns are those of the arrays that were given (of the longest
-        prompt, left-padded, for messages); logits at padding are meaningless.
+        `prompt` is anything `prepare` takes. Columns are those of the arrays given (for messages of the longest prompt,
+        left-padded); logits at padding are meaningless.
         """
-        prompt = self.prepare(prompt)
-        return branches.logits(self.params, self.config, prompt, method, self.mesh)
+        return branches.logits(*self._call(prompt, method), self.mesh)
 
-    def read(self, prompt: Any, tap: Tap, method: Method | None = None) -> Tapped:
-        """What `tap` asks for, from one forward pass over a prompt, without a cache.
-
-        `prompt` is anything `prepare` takes; rows and columns are those of the prepared layout (left-padded).
-        """
-        prompt = self.prepare(prompt)
-        return branches.full_forward(self.params, self.config, prompt, method, tap, self.mesh)[1]
+    def read(self, prompt: Any, tap: Tap, method: Method | str | None = None) -> Tapped:
+        """What `tap` asks for, from one forward pass over a prompt without a cache, in the columns of its `prepare`."""
+        return branches.full_forward(*self._call(prompt, method), tap, self.mesh)[1]
 
     def prefill(
         self,
         prompt: Any,
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_length: int | None = None,
         share_prefix: bool = True,
         tap: Tap | bool = False,
@@ -169,17 +165,15 @@ class LVLM:
         return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
 
     def prefill_arguments(
-        self, prompt: Any, method: Method | None = None, max_length: int | None = None
+        self, prompt: Any, method: Method | str | None = None, max_length: int | None = None
     ) -> tuple[tuple, dict[str, Any]]:
         """What `prefill` passes to `generation.forward.prefill`: positional arguments and options.
 
         For those who lower, vmap or time the pure function themselves. Vision towers have run.
         """
-        prompt = self.prepare(prompt)
+        params, config, prompt, method = self._call(prompt, method)
         capacity = branches.answer_capacity(prompt, max_length)
-        reads = branches.opening(self.params, self.config, prompt, method, capacity, self.host)
-        options = {"contrast": reads.contrast} | reads.options
-        return (self.params, self.config, reads.main, reads.method), options
+        return branches.prefill_arguments(params, config, prompt, method, capacity, self.host)
 
     def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
         """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
@@ -192,7 +186,7 @@ class LVLM:
     def generate(
         self,
         messages: Any,
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -216,12 +210,12 @@ class LVLM:
         """
         sampling = (temperature, top_k, top_p, repetition_penalty, seed)
         decoding = Decoding(max_new_tokens, *sampling, stop, stop_token_ids, num_beams, length_penalty)
-        return answer.generate(self.params, self.config, self.prepare(messages), method, decoding, self.host)
+        return answer.generate(*self._call(messages, method), decoding, self.host)
 
     def generate_many(
         self,
         requests: Iterable[scheduler.Request],
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -245,13 +239,13 @@ class LVLM:
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
         decoding = Decoding(max_new_tokens, *sampling, stop_token_ids=stop_token_ids)
-        options = (method, decoding, batch_size, self.host)
+        options = (as_method(method), decoding, batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
     def sweep(
         self,
         messages: Any,
-        methods: Sequence[Method],
+        methods: Sequence[Method | str],
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
@@ -264,12 +258,13 @@ class LVLM:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
         decoding = Decoding(max_new_tokens, temperature, seed=seed)
-        return sweep.generate(self.params, self.config, self.prepare(messages), methods, decoding, self.host)
+        prompt, methods = self.prepare(messages), list(map(as_method, methods))
+        return sweep.generate(self.params, self.config, prompt, methods, decoding, self.host)
 
     def stream(
         self,
         messages: Any,
-        method: Method | None = None,
+        method: Method | str | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -286,10 +281,10 @@ class LVLM:
         """
         sampling = (temperature, top_k, top_p, repetition_penalty, seed)
         decoding = Decoding(max_new_tokens, *sampling, stop, stop_token_ids)
-        return streaming.stream(self.params, self.config, self.prepare(messages), method, decoding, self.host)
+        return streaming.stream(*self._call(messages, method), decoding, self.host)
 
     def attention(
-        self, messages: Any, tokens: Sequence[Sequence[int]], method: Method | None = None
+        self, messages: Any, tokens: Sequence[Sequence[int]], method: Method | str | None = None
     ) -> list[Float[np.ndarray, "L T H N"]]:
         """Where the main branch looked while it produced given answers.
 
@@ -301,5 +296,4 @@ class LVLM:
         Returns:
             Per conversation the weights, in the row that produced each token, of its N image tokens, in order.
         """
-        prompt = self.prepare(messages)
-        return replay.image_attention(self.params, self.config, prompt, tokens, method, self.host)
+        return replay.image_attention(*self._call(messages, method), tokens, self.host)

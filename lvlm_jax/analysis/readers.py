@@ -38,7 +38,7 @@ def follow(
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
         raise LVLMError(f"one conversation can be followed at a time; {prompt.batch} were given")
-    yield from replay(model.params, model.config, prompt, [tokens], tap, method, model.host)
+    yield from replay(model.params, model.config, prompt, method, [tokens], tap, model.host)
 
 
 def mean_attention(

@@ -19,7 +19,7 @@ from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import whole
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import Inputs, bucket
@@ -80,17 +80,21 @@ def prefill(
     tap: Tap = NOTHING,
 ) -> tuple[State, Step]:
     """`forward.prefill` of a prompt behind its `opening`."""
+    arguments, options = prefill_arguments(params, config, prompt, method, answer_capacity, host)
+    return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+
+
+def prefill_arguments(
+    params: dict,
+    config: FamilyConfig,
+    prompt: Inputs,
+    method: Method | None,
+    answer_capacity: int,
+    host: Host = ALONE,
+) -> tuple[tuple, dict[str, Any]]:
+    """Positional arguments and options of `forward.prefill` behind the `opening` of a prompt."""
     reads = opening(params, config, prompt, method, answer_capacity, host)
-    return drivers.prefill(
-        params,
-        config,
-        reads.main,
-        reads.method,
-        contrast=reads.contrast,
-        share_prefix=share_prefix,
-        tap=tap,
-        **reads.options,
-    )
+    return (params, config, reads.main, reads.method), {"contrast": reads.contrast} | reads.options
 
 
 def answer_capacity(prompt: Inputs, max_length: int | None) -> int:
@@ -119,7 +123,7 @@ def prefill_options(
         answer_capacity: how many tokens must fit behind the prompt.
         reads: what the contrast branch of `method` reads, where that is not `prompt`.
     """
-    apart = reads is not None and contrast_prompt(method) not in OTHER_PICTURES
+    apart = reads is not None and contrast_kind(method) not in OTHER_PICTURES
     return {
         "window": prompt.window,
         "capacity": bucket(prompt.tokens.shape[1] + answer_capacity),
@@ -215,11 +219,6 @@ def _last_hidden_states(
     return with_images, jnp.where(image, without_images, with_images)
 
 
-def contrast_prompt(method: Method | None) -> str:
-    """`Method.contrast_prompt`, "same" for a method without a contrast branch."""
-    return method.contrast_prompt() if method is not None and len(method.branches()) > 1 else "same"
-
-
 def contrast_inputs(
     config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE
 ) -> Inputs | None:
@@ -230,7 +229,7 @@ def contrast_inputs(
     Raises:
         LVLMError: the prompt exceeds the context.
     """
-    kind = contrast_prompt(method)
+    kind = contrast_kind(method)
     if kind == "same":
         return None
     if kind in OTHER_PICTURES:

@@ -20,9 +20,9 @@ def replay(
     params: dict,
     config: FamilyConfig,
     prompt: Inputs,
+    method: Method | None,
     answers: Sequence[Sequence[int]],
     tap: Tap,
-    method: Method | None = None,
     host: Host = ALONE,
 ) -> Iterator[Tapped]:
     """What `tap` asks for at each token of the answers: first what the prompt gives, then each decode step.
@@ -30,9 +30,9 @@ def replay(
     Args:
         params, config: of the model.
         prompt: B prompts.
+        method: the method that the answers were generated with.
         answers: the tokens of each answer, as `Output.tokens` has them.
         tap: the request; with rows "all" the first item has all prompt rows.
-        method: the method that the answers were generated with.
         host: devices and tokenizers.
 
     Yields:
@@ -59,8 +59,8 @@ def image_attention(
     params: dict,
     config: FamilyConfig,
     prompt: Inputs,
+    method: Method | None,
     answers: Sequence[Sequence[int]],
-    method: Method | None = None,
     host: Host = ALONE,
 ) -> list[Float[np.ndarray, "L T H N"]]:
     """Where the main branch looked while it produced given answers; arguments as in `replay`.
@@ -73,7 +73,7 @@ def image_attention(
         LVLMError: another number of answers than prompts.
     """
     rows: list[list[np.ndarray]] = [[] for _ in answers]
-    seen = replay(params, config, prompt, answers, Tap(layers=None), method, host)
+    seen = replay(params, config, prompt, method, answers, Tap(layers=None), host)
     for index, tapped in enumerate(seen):
         weights = np.asarray(parallel.local(tapped.attention[:, 0, :, :, 0]))  # the main branch's only row
         for sample, answer in enumerate(answers):

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.sampling import Sampling
+from lvlm_jax.methods.checks import shown
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
@@ -161,24 +162,21 @@ def _items(value: Any) -> tuple | None:
     return tuple(value) if getattr(value, "ndim", 1) else None
 
 
+def _scalar(value: Any) -> Any:
+    """The item of an array without axes; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _real(value: Any) -> Real | None:
-    """A finite number from a number or an array without axes; None for anything else."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    """A finite number, also from an array without axes; None for anything else."""
+    value = _scalar(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     return value if isinstance(value, int) or math.isfinite(value) else None
 
 
 def _shown(value: Any) -> str:
-    """A value as it was given, in one short line."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    try:
-        line = " ".join(repr(value).split())
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        line = f"a number of {value.bit_length()} bits"
-    return line if len(line) <= 80 else f"{line[:79]}…"
+    return shown(_scalar(value))
 
 
 GREEDY = Decoding()

@@ -25,7 +25,7 @@ from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_PICTURES
+from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
@@ -142,7 +142,7 @@ def opening(
 
 def _readers(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
     """The settings whose contrast prompts may differ: only pictures can depend on a strength."""
-    varies = branches.contrast_prompt(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
+    varies = contrast_kind(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
     return methods if varies else methods[:1]
 
 
