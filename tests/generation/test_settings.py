@@ -1,0 +1,162 @@
+"""Settings of a generation: one value, checked in one place, before any work is done."""
+
+import dataclasses
+import inspect
+from decimal import Decimal
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM, methods
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import scheduler
+from lvlm_jax.generation.settings import GREEDY, NO_TOKEN, Decoding
+from tests.small import conversation
+
+NAN, INFINITY = float("nan"), float("inf")
+WHOLE_FROM_1 = "expected a whole number from 1 to 2147483647"
+TEMPERATURE = "expected 0, or a number from 1e-30 to 3.4e+38"
+SEED = "expected a whole number from 0 to 4294967295"
+
+BAD = [
+    ("max_new_tokens", 0, f"is 0; {WHOLE_FROM_1}"),
+    ("max_new_tokens", -3, f"is -3; {WHOLE_FROM_1}"),
+    ("max_new_tokens", True, f"is True; {WHOLE_FROM_1}"),
+    ("max_new_tokens", "8", f"is '8'; {WHOLE_FROM_1}"),
+    ("max_new_tokens", 1.5, f"is 1.5; {WHOLE_FROM_1}"),
+    ("max_new_tokens", None, f"is None; {WHOLE_FROM_1}"),
+    ("max_new_tokens", [8], f"is [8]; {WHOLE_FROM_1}"),
+    ("max_new_tokens", 2**31, f"is 2147483648; {WHOLE_FROM_1}"),
+    ("max_new_tokens", NAN, f"is nan; {WHOLE_FROM_1}"),
+    ("temperature", "0.7", f"is '0.7'; {TEMPERATURE}"),
+    ("temperature", None, f"is None; {TEMPERATURE}"),
+    ("temperature", [0.7], f"is [0.7]; {TEMPERATURE}"),
+    ("temperature", False, f"is False; {TEMPERATURE}"),
+    ("temperature", -0.1, f"is -0.1; {TEMPERATURE}"),
+    ("temperature", NAN, f"is nan; {TEMPERATURE}"),
+    ("temperature", INFINITY, f"is inf; {TEMPERATURE}"),
+    ("temperature", 1e-45, f"is 1e-45; {TEMPERATURE}"),
+    ("temperature", 1e-60, f"is 1e-60; {TEMPERATURE}"),
+    ("temperature", 1e39, f"is 1e+39; {TEMPERATURE}"),
+    ("temperature", 10**5000, f"is a very long int; {TEMPERATURE}"),
+    ("temperature", 1j, f"is 1j; {TEMPERATURE}"),
+    ("temperature", Decimal("0.5"), f"is Decimal('0.5'); {TEMPERATURE}"),
+    ("temperature", np.ones((2, 2)), f"is array([[1., 1.], [1., 1.]]); {TEMPERATURE}"),
+    ("top_k", -1, "is -1; expected a whole number from 0 to 2147483647"),
+    ("top_k", 2.5, "is 2.5; expected a whole number from 0 to 2147483647"),
+    ("top_k", "all", "is 'all'; expected a whole number from 0 to 2147483647"),
+    ("top_p", 0, "is 0; expected a number from 1.18e-38 to 1"),
+    ("top_p", 1.1, "is 1.1; expected a number from 1.18e-38 to 1"),
+    ("top_p", 1e-45, "is 1e-45; expected a number from 1.18e-38 to 1"),
+    ("top_p", None, "is None; expected a number from 1.18e-38 to 1"),
+    ("repetition_penalty", 0, "is 0; expected a number from 0.0001 to 1e+04"),
+    ("repetition_penalty", -2.0, "is -2.0; expected a number from 0.0001 to 1e+04"),
+    ("repetition_penalty", 1e39, "is 1e+39; expected a number from 0.0001 to 1e+04"),
+    ("repetition_penalty", 1e-60, "is 1e-60; expected a number from 0.0001 to 1e+04"),
+    ("seed", -1, f"is -1; {SEED}"),
+    ("seed", 2**32, f"is 4294967296; {SEED}"),
+    ("seed", "7", f"is '7'; {SEED}"),
+    ("seed", None, f"is None; {SEED}"),
+    ("seed", 0.5, f"is 0.5; {SEED}"),
+    ("seed", [1, -2], f"is -2; {SEED}"),
+    ("stop", None, "is None; expected a string, or a list of strings"),
+    ("stop", 3, "is 3; expected a string, or a list of strings"),
+    ("stop", ["a", 3], "is ['a', 3]; expected a string, or a list of strings"),
+    ("stop", ["a", ""], "string is empty, and every answer begins with it; leave it out"),
+    ("stop_token_ids", 3, "is 3; expected a list of token ids"),
+    ("stop_token_ids", "ab", "is 'ab'; expected a list of token ids"),
+    ("stop_token_ids", [-1], "is -1; expected a whole number from 0 to 2147483647"),
+    ("stop_token_ids", [[2]], "is [2]; expected a whole number from 0 to 2147483647"),
+    ("num_beams", 0, f"is 0; {WHOLE_FROM_1}"),
+    ("num_beams", "2", f"is '2'; {WHOLE_FROM_1}"),
+    ("length_penalty", NAN, "is nan; expected a number from -10 to 10"),
+    ("length_penalty", 1e30, "is 1e+30; expected a number from -10 to 10"),
+    ("batch_size", 0, f"is 0; {WHOLE_FROM_1}"),
+    ("batch_size", 1.5, f"is 1.5; {WHOLE_FROM_1}"),
+    ("batch_size", "8", f"is '8'; {WHOLE_FROM_1}"),
+    ("batch_size", True, f"is True; {WHOLE_FROM_1}"),
+]
+
+PROMPT = conversation("Hi")
+CALLS = {
+    "generate": lambda model, settings: model.generate(PROMPT, **settings),
+    "stream": lambda model, settings: model.stream(PROMPT, **settings),
+    "sweep": lambda model, settings: model.sweep(PROMPT, [methods.CMAC()], **settings),
+    "generate_many": lambda model, settings: model.generate_many([(PROMPT, 0)], **settings),
+}
+
+
+def taken_by(call):
+    return set(inspect.signature(getattr(LVLM, call)).parameters)
+
+
+def test_every_setting_is_in_the_table_and_every_call_has_its_own():
+    fields = {field.name for field in dataclasses.fields(Decoding)}
+    assert fields == {name for name, *_ in BAD} - {"batch_size"}
+    assert fields <= taken_by("generate")
+    assert fields - {"num_beams", "length_penalty"} <= taken_by("stream")
+    assert {"max_new_tokens", "temperature", "seed"} <= taken_by("sweep")
+    assert {"max_new_tokens", "top_k", "stop_token_ids", "batch_size"} <= taken_by("generate_many")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_bad_setting_is_named_in_one_line_before_any_work(call):
+    """The model has no parameters and no configuration, so that nothing can be computed."""
+    model = LVLM({}, None)
+    table = [row for row in BAD if row[0] in taken_by(call)]
+    assert len(table) >= 20
+    for name, value, message in table:
+        with pytest.raises(LVLMError) as raised:
+            CALLS[call](model, {name: value})
+        beginning = "a stop" if message.startswith("string") else name
+        assert str(raised.value) == f"{beginning} {message}"
+
+
+def test_numbers_of_every_kind_are_taken():
+    given = Decoding(
+        max_new_tokens=np.int64(8), temperature=jnp.float32(0.5), top_k=5.0, top_p=Fraction(1, 2),
+        repetition_penalty=np.array(2), seed=np.array([0, 2**32 - 1]), stop="a", stop_token_ids=range(2, 4),
+    )  # fmt: skip
+    assert given == Decoding(8, 0.5, 5, 0.5, 2.0, (0, 2**32 - 1), ("a",), (2, 3))
+    assert hash(given) == hash(Decoding(**vars(given)))
+    kinds = [type(getattr(given, field.name)) for field in dataclasses.fields(given)]
+    assert kinds == [int, float, int, float, float, tuple, tuple, tuple, int, float]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        given.temperature = 1.0
+
+
+def test_what_ends_an_answer(model):
+    assert GREEDY.stops(model.config).tolist() == list(model.config.eos_token_ids) or [NO_TOKEN]
+    assert Decoding(stop_token_ids=[]).stops(model.config).tolist() == [NO_TOKEN]
+    assert Decoding(stop_token_ids=[4, 9]).stops(model.config).tolist() == [4, 9]
+
+
+def test_extreme_numbers_that_are_taken_give_the_answers_they_should(model, mixed):
+    greedy = model.generate(mixed, max_new_tokens=6)
+    assert model.generate(mixed, max_new_tokens=6, temperature=1e-30).tokens == greedy.tokens
+    assert model.generate(mixed, max_new_tokens=6, temperature=1.0, top_p=1.2e-38).tokens == greedy.tokens
+    cold = {"temperature": 1e-30, "repetition_penalty": 1e-4}
+    warm = {"repetition_penalty": 1e-4}
+    assert (
+        model.generate(mixed, max_new_tokens=6, **cold).tokens
+        == model.generate(mixed, max_new_tokens=6, **warm).tokens
+    )
+    hot = model.generate(mixed, max_new_tokens=6, temperature=3.4e38, seed=2**32 - 1)
+    assert np.isfinite(np.concatenate(hot.logprobs)).all()
+
+
+def test_a_bad_seed_spoils_its_own_request_only(model):
+    requests = [(PROMPT, 0), (PROMPT, -1), (PROMPT, "x"), (PROMPT, 1)]
+    outputs = dict(model.generate_many(requests, max_new_tokens=2, batch_size=2))
+    assert [isinstance(outputs[number], LVLMError) for number in range(4)] == [False, True, True, False]
+    assert str(outputs[1]) == f"seed is -1; {SEED}" and str(outputs[2]) == f"seed is 'x'; {SEED}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [((None, 8), "max_new_tokens is None"), ((512, "8"), "batch_size is '8'")]
+)
+def test_the_choice_of_a_schedule_checks_its_numbers(settings, message):
+    with pytest.raises(LVLMError, match=message):
+        scheduler.chosen("auto", None, None, *settings)
