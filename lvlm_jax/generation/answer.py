@@ -34,7 +34,7 @@ def generate(
     Raises:
         LVLMError: settings that do not fit the prompts or the method.
     """
-    if searches.needed(method, decoding):
+    if searches.obstacle(method, decoding):
         best = searches.best_answers(params, config, prompt, method, decoding, host)
         return host.read(best, decoding.stop)
     answers, limit = begin(params, config, prompt, method, decoding, host)

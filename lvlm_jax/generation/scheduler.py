@@ -28,9 +28,8 @@ from lvlm_jax.processors.layout import Inputs
 
 SCHEDULES = ("auto", "continuous", "batches")
 SHORT_ANSWER = 32  # tokens; longer answers differ enough in length for rows to wait for each other
-ROWS_PER_GROUP = (
-    8  # rows for each prompt of a group: larger groups keep rows idle, smaller ones are read less well
-)
+# Prompts go in by one for so many rows: waiting for more keeps rows idle, fewer at a time are read less well.
+ROWS_PER_GROUP = 8
 
 Request = tuple[Conversation, int]  # with its random seed
 
@@ -149,9 +148,9 @@ class Scheduler:
             host: the devices, and the tokenizer of a contrast branch's words.
 
         Raises:
-            LVLMError: a method whose rows cannot be replaced (`obstacle`), or a batch size that is none.
+            LVLMError: a beam search, a method whose rows cannot be replaced (`obstacle`), or a batch size that is none.
         """
-        if reason := obstacle(method, host.mesh):
+        if reason := searches.obstacle(method, decoding) or obstacle(method, host.mesh):
             raise LVLMError(f"continuous batching is not possible: {reason}; use generate")
         self.rows = whole("batch_size", batch_size, low=1)
         self._params, self._config, self._host = params, config, host

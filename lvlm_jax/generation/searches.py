@@ -11,22 +11,17 @@ import numpy as np
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam, branches, opera
 from lvlm_jax.generation.host import ALONE, Host
-from lvlm_jax.generation.settings import Decoding
+from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 
-def obstacle(method: Method | None) -> str | None:
-    """Why a method's answers cannot be written token by token; None where they can."""
-    if method is None or method.search is None:
-        return None
-    return f"{method.label} is a search of its own and may take tokens back"
-
-
-def needed(method: Method | None, decoding: Decoding) -> bool:
-    """Whether a search finds the answers."""
-    return decoding.num_beams > 1 or obstacle(method) is not None
+def obstacle(method: Method | None, decoding: Decoding = GREEDY) -> str | None:
+    """Why answers cannot be written token by token; None where they can."""
+    if method is not None and method.search is not None:
+        return f"{method.label} is a search of its own and may take tokens back"
+    return "a beam search may take tokens back" if decoding.num_beams > 1 else None
 
 
 def best_answers(

@@ -27,7 +27,7 @@ def stream(
     Raises:
         LVLMError: a method that is a search, or more than one prompt.
     """
-    if reason := searches.obstacle(method):
+    if reason := searches.obstacle(method, decoding):
         raise LVLMError(f"{reason}, so its answer cannot be streamed; use generate")
     if prompt.batch != 1:
         raise LVLMError(f"stream takes one conversation and got {prompt.batch}; use generate")

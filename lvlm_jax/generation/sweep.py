@@ -56,7 +56,7 @@ def generate(
         LVLMError: methods that differ in more than strengths, or a method that is a search.
     """
     for method in methods:
-        if reason := searches.obstacle(method):
+        if reason := searches.obstacle(method, decoding):
             raise LVLMError(f"{reason}, so it cannot be swept; call generate for every setting")
     check_alike(methods)
     keys = sample_keys(decoding.seed, prompt.batch)

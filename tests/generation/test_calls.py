@@ -9,6 +9,7 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers, searches
+from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.processors import inputs
 from tests.small import conversation
 
@@ -111,6 +112,7 @@ def test_a_sweep_wants_methods(model):
 def test_a_search_is_named_by_its_method():
     assert searches.obstacle(methods.OPERA()).startswith("OPERA is a search of its own")
     assert searches.obstacle(methods.CMAC()) is None and searches.obstacle(None) is None
+    assert searches.obstacle(None, Decoding(num_beams=2)) == "a beam search may take tokens back"
     wanted = {methods.get(name).search for name in methods.names()} - {None}
     assert wanted == set(searches.SEARCHES)
     with pytest.raises(LVLMError, match="OPERA is a search of its own and cannot be chained"):
