@@ -1,4 +1,4 @@
-"""Attention drawn over the picture it looks at: where a model looked for the whole answer, and for single words."""
+"""Attention drawn over the image it lies on: where a model looked for the whole answer, and for single words."""
 
 import dataclasses
 import functools
@@ -24,15 +24,15 @@ _FUNCTION_WORDS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer about one picture.
+    """One answer about one image.
 
     Attributes:
         title: for example the method's name.
-        image: the picture, RGB.
+        image: the image, RGB.
         text: the answer.
         words: the answer's words, W of them.
         maps: attention of each word over the image's patches, `[W, h, w]`, averaged over layers and heads.
-        region: what the maps cover, `(left, top, right, bottom)` in pixels; None for the whole picture.
+        region: what the maps cover, `(left, top, right, bottom)` in pixels; None for the whole image.
     """
 
     title: str
@@ -46,9 +46,9 @@ class Row:
 def rows_of(
     model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None
 ) -> list[Row]:
-    """One row for each picture of a conversation: where `model` looked while it produced the answer `tokens`.
+    """One row for each image of a conversation: where `model` looked while it produced the answer `tokens`.
 
-    `images` are the pictures of `messages` in reading order, `method` the one that the answer was produced with.
+    `images` are those of `messages` in reading order, `method` the one that the answer was produced with.
     """
     prompt = model.prepare(messages)
     places = token_places(model.config, prompt, len(images))
@@ -73,23 +73,23 @@ def by_words(
 
 
 def fitted(model, images: int) -> str:
-    """How the view of a whole picture that a model has maps of is fitted: "stretch", "crop" or "pad".
+    """How a processor fits a whole image into the view that maps are of: "stretch", "crop" or "pad".
 
     Args:
         model: an `LVLM`.
-        images: how many pictures its conversation has.
+        images: how many its conversation has.
     """
     if model.config.nested_images and images > 1:
         return "pad"
     crops = getattr(model.processor.image_processor, "do_center_crop", False)
-    # Where pictures are cut into tiles that setting acts on views that fit already.
+    # Where images are cut into tiles, that setting acts on views that fit already.
     return "crop" if crops and not model.config.tiled else "stretch"
 
 
 def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float, float] | None:
-    """What of a picture, and of what surrounds it, a map covers: all if the processor stretches pictures (None).
+    """What a map covers, `(left, top, right, bottom)` in pixels: the middle square of an image that is cropped.
 
-    If it crops them, their middle square; if it pads them, the square around them.
+    The square around an image that is padded; None, which is all of it, for an image that is stretched.
     """
     if fit == "stretch":
         return None

@@ -42,7 +42,7 @@ class Hypotheses:
         kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; their scores are divided
             by length^penalty.
         kept: which of those places hold an answer.
-        open: samples whose search goes on.
+        open: samples whose search has not ended.
         count: tokens in every running beam.
     """
 
@@ -95,7 +95,7 @@ class Hypotheses:
         """
         batch, beams, width = gains.shape
         flat = (self.scores[:, :, None] + gains).reshape(batch, -1)
-        # Enough that N go on even if every beam's best continuations are the stop tokens.
+        # Enough that N continue even if every beam's best continuations are the stop tokens.
         spare = beams * max(2, 1 + rule.stop.shape[0])
         scores, places = jax.lax.top_k(flat, min(spare, beams * width))
         token = jnp.take_along_axis(candidates.reshape(batch, -1), places, axis=1)
@@ -111,7 +111,7 @@ class Hypotheses:
         ends = (token[:, :, None] == rule.stop).any(axis=-1) | (count >= rule.limit)
 
         running, order = jax.lax.top_k(scores + RULED_OUT * ends, beams)
-        best = jnp.arange(scores.shape[1]) < beams  # the others are there to go on in place of those that end
+        best = jnp.arange(scores.shape[1]) < beams  # the others replace those that end
         finishes = ends & best & self.open[:, None]
         normalised = jnp.where(finishes, scores / count**rule.length_penalty, RULED_OUT)
         kept_scores, kept_order = jax.lax.top_k(jnp.concatenate([self.kept_scores, normalised], 1), beams)

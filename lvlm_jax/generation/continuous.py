@@ -1,4 +1,4 @@
-"""Continuous batching on the device: rows of a batch whose answers have ended take new prompts, the others go on.
+"""Continuous batching on the device: rows of a batch whose answers have ended take new prompts.
 
 A batch has one write index, but a row's prompt need not lie right before it: unused columns are hidden like padding,
 and positions count a sample's tokens. So prompts stay where a prefill puts them, also behind a prefix that branches
@@ -38,7 +38,7 @@ class Slots:
         tokens, logprobs: what was generated, M columns reserved.
         count: per row, tokens chosen.
         limit: per row, how many may be chosen.
-        running: rows whose answers go on.
+        running: rows whose answers are under way.
         stopped: rows that chose a stop token.
         stop: token ids that end an answer.
         keys: one random key per row.
@@ -82,7 +82,7 @@ class Size:
 
     @classmethod
     def of(cls, state: State, prompt: tuple[int, ...] | None = None) -> "Size":
-        """Of slots, whose `prompt` is given, or of prompts that were just prefilled without room for an answer."""
+        """Of slots, whose `prompt` is given, or of prompts that were just prefilled without columns for an answer."""
         prompt = prompt or tuple(track.image_id.shape[1] for track in state.tracks)
         return cls(prompt, prompt[0] - _shared(state.caches[0]), state.tracks[0].image_count)
 
@@ -100,7 +100,7 @@ def answer_columns(limit: int) -> tuple[int, int]:
 def _empty(
     state: State, sampling: Sampling, stop: Int[Array, "N"], batch: int, limit: int, vocabulary: int
 ) -> Slots:
-    """Slots without answers, for prompts like those just prefilled without room for an answer.
+    """Slots without answers, for prompts like those just prefilled, without columns for an answer.
 
     Args:
         batch: how many rows.
@@ -159,7 +159,7 @@ def _place(
     limit: Int[Array, "R"],
     rows: Int[Array, "R"],
 ) -> Slots:
-    """Puts prompts that were prefilled without room for an answer into rows, and chooses their first tokens.
+    """Puts prompts that were prefilled without columns for an answer into rows, and chooses their first tokens.
 
     Args:
         state, logits: of the prefill; the `Size` of the slots must hold the prompts.
@@ -215,12 +215,12 @@ def _place(
 
 
 def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
-    """Runs the newest token of every row, and chooses the next of those that go on."""
+    """Runs the newest token of every row, and chooses the next token of those whose answers are under way."""
     every, running = jnp.arange(slots.count.shape[0]), slots.running
     newest = slots.tokens[every, jnp.maximum(slots.count - 1, 0)]
     state, step = forward.decode_step(params, config, slots.state, newest)
     tokens, logprobs = slots.sampling.pick(step.combined, slots.keys, slots.count, slots.seen)
-    # Rows that do not go on write behind the last column, which is nowhere.
+    # The other rows write behind the last column, which is nowhere.
     column = jnp.where(running, slots.count, slots.tokens.shape[1])
     count = slots.count + running
     stopped = running & (tokens[:, None] == slots.stop).any(axis=1)
@@ -246,7 +246,7 @@ def _run(params: dict, config: FamilyConfig, slots: Slots, free: Int[Array, ""])
 
 
 def _compact(slots: Slots) -> Slots:
-    """Moves all answers left, to where the longest of those that go on begins right behind the prompts."""
+    """Moves all answers left, so that the longest one under way begins right behind the prompts."""
     capacity = slots.answer_capacity
     written = slots.state.index - slots.prompt[0]
     shift = written - jnp.where(slots.running, slots.count - 1, 0).max()
@@ -274,7 +274,7 @@ def _compact(slots: Slots) -> Slots:
 
 
 def _widen(slots: Slots, size: Size) -> Slots:
-    """The same rows with room for larger prompts; `size` holds the present one."""
+    """The same rows with columns for larger prompts; `size` is at least the present one."""
     shared = size.prompt[0] - size.window
 
     def track(old: Track, before: int, after: int) -> Track:

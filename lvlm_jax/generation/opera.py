@@ -63,7 +63,7 @@ def _step(
     method: OPERA,
     rule: Rule,
 ) -> tuple[State, Float[Array, "N V"], Record]:
-    """Runs all candidates, and goes on with the best of them.
+    """Runs all candidates, and keeps the best of them.
 
     Args:
         state: caches of the N beams.
@@ -150,7 +150,7 @@ class Rollbacks:
     def _may(self, target: int, alive: Bool[np.ndarray, "N"]) -> bool:
         if self.taken.get(target, 0) >= self.method.max_rollbacks:
             return False
-        # A candidate must be left to go on with, after this rollback as well.
+        # After this rollback as well, a candidate must be left.
         banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
         return banned + self.method.beams < alive.sum() * self.method.candidates
 
