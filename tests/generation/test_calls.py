@@ -1,15 +1,14 @@
 """What a call of the public face does once, and what it asks of methods that carry a search."""
 
-import dataclasses
 from typing import ClassVar
 
-import jax
 import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers, searches
 from lvlm_jax.generation.settings import Decoding
+from lvlm_jax.methods.base import frozen
 from lvlm_jax.processors import inputs
 from tests.small import conversation
 
@@ -67,7 +66,7 @@ def test_a_prompt_and_its_contrast_prompt_are_made_once_a_call(model, counts, ca
 @pytest.mark.parametrize("call", sorted(set(CALLS) - {"beams", "generate_many", "logits"}))
 def test_the_warm_up_pass_is_run_once_a_call(model, counts, call):
     """VISTA: one pass over the prompt with its image and one without it; the tower runs once."""
-    CALLS[call](model, methods.VISTA())
+    CALLS[call](model, methods.VISTA(start_layer=0))
     assert (counts["prepared"], counts["towers"], counts["passes"]) == (1, 1, 2)
 
 
@@ -120,8 +119,7 @@ def test_a_search_is_named_by_its_method():
 
 
 def test_a_search_that_there_is_not(model):
-    @jax.tree_util.register_dataclass
-    @dataclasses.dataclass(frozen=True)
+    @frozen
     class Lost(methods.OPERA):
         search: ClassVar[str] = "lost"
 

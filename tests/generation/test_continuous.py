@@ -19,6 +19,7 @@ from lvlm_jax.generation import continuous, drivers, forward, jobs, scheduler
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.base import frozen
 from tests import checkpoints, small
 from tests.small import conversation
 
@@ -220,7 +221,7 @@ def test_layers_with_a_sliding_window(tmp_path):
     assert_equal(many(model, asked, batch_size=3, **settings), model.generate(asked, **settings))
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Shared(Method):
     """Keeps one number for the whole batch."""
 
