@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import shares
 from lvlm_jax.evaluation.pictures import Pictures
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.evaluation.shares import ALONE, Key, Share, read
+from lvlm_jax.evaluation.shares import ALONE, Key, Share
 from lvlm_jax.generation import scheduler
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import conversation, length_class
@@ -182,9 +183,10 @@ def _collect(
         log = None
         if work.folder is not None:
             if work.share.writes:
-                log = stack.enter_context(AnswerLog(work.share.path(work.folder, name), work.record))
+                path = work.share.path(work.folder, name)
+                log = stack.enter_context(AnswerLog(path, work.record, lambda entry: None))
             work.share.meet()  # the log is there
-            known = read(work.folder, name, work.record).answers
+            known = shares.read(work.folder, name, work.record, questions).answers
             work.share.meet()  # all have read the same, for nobody has appended
         needed = [image for batch in batches for prompt in batch for image in questions[prompt[0]].images]
         pictures = stack.enter_context(Pictures(model, needed, work.batch_size))

@@ -6,13 +6,10 @@ OUT/scores.json                figures, controls, cost, and the record of what d
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import statistics as numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.shares import ALONE, Share
+from lvlm_jax.journal.lock import locked
 from lvlm_jax.journal.record import run_record
 from lvlm_jax.methods import Method
 
@@ -65,9 +63,9 @@ class Decoded:
     method: Method | None
     work: Work
 
-    def logged(self, name: str = "log") -> shares.Logged:
-        """What is there by now, of all processes."""
-        return shares.read(self.work.folder, name, self.work.record)
+    def logged(self, questions: Sequence[Question], name: str = "log") -> shares.Logged:
+        """What is there by now, of all processes, to these questions."""
+        return shares.read(self.work.folder, name, self.work.record, questions)
 
 
 class Run:
@@ -131,9 +129,11 @@ class Run:
             LVLMError: a log of another run is in the way.
         """
         everything = [self._own, *self._controls.values()]
-        if not all(one.logged().complete(self.questions) for one in everything):
+        if not all(one.logged(self.questions).complete(self.questions) for one in everything):
             return False
-        return not self._controls or self._controls["greedy"].logged("odds").complete(self._yes_no)
+        return not self._controls or self._controls["greedy"].logged(self._yes_no, "odds").complete(
+            self._yes_no
+        )
 
     def ask(self, model: Any) -> None:
         """Has the model answer this process's share, controls included.
@@ -157,9 +157,10 @@ class Run:
         """
         if not self.options.share.writes or not self.complete():
             return None
-        options, logged = self.options, self._own.logged()
+        options, logged = self.options, self._own.logged(self.questions)
         texts = {key: row["text"] for key, row in logged.answers.items()}
-        with _one_at_a_time(self.out):
+        # Two processes that finish at the same moment write the same files, so one after the other.
+        with locked(self.out / "scores.json", wait=True):
             given = write_answers(self.out, self.questions, texts, self.protocol, self.about)
             found = rescore.rescore(
                 self.protocol, self.data, given, options.against, resamples=options.resamples,
@@ -176,10 +177,10 @@ class Run:
 
     def _answered(self) -> Answered:
         texts = {
-            name: {key: row["text"] for key, row in one.logged().answers.items()}
+            name: {key: row["text"] for key, row in one.logged(self.questions).answers.items()}
             for name, one in self._controls.items()
         }
-        odds = self._controls["greedy"].logged("odds").answers
+        odds = self._controls["greedy"].logged(self._yes_no, "odds").answers
         return Answered(texts, {key: row["odds"] for key, row in odds.items()})
 
 
@@ -218,15 +219,3 @@ def cost(logged: shares.Logged) -> dict:
         "seconds": round(sum(batch["seconds"] for batch in logged.batches), 1),
         "device": jax.devices()[0].device_kind,
     }
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two processes that finish at the same moment write the same files, so one after the other."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ instead, and the first keeps the log.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,9 +16,12 @@ from jax.experimental import multihost_utils
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.journal.record import differences
+from lvlm_jax.journal.log import expect, read_log
 
 Key = tuple[str, str]  # Question.key
+
+# What an answer has, by the name of the log.
+_KINDS = {"log": {"text": str, "tokens": int, "ended": bool}, "odds": {"odds": (int, float)}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,30 +89,27 @@ class Logged:
         return all(question.key in self.answers for question in questions)
 
 
-def read(folder: Path, name: str, record: Mapping) -> Logged:
+def read(folder: Path, name: str, record: Mapping, questions: Sequence[Question]) -> Logged:
     """The logs called `name` in a folder; a line that is still being written, or that a kill has cut, is passed over.
 
+    Args:
+        questions: those that are asked.
+
     Raises:
-        LVLMError: a file is no log, or one of other settings.
+        LVLMError: a file is no log, was edited, or is one of other settings.
     """
-    record = json.loads(json.dumps(record))
     found = Logged({}, [])
+    keys = {question.key for question in questions}
+
+    def entry(row: dict) -> tuple[Key, dict] | None:
+        if "batch" in row:
+            expect(row["batch"], {"tokens": int, "seconds": (int, float)})
+            found.batches.append(row["batch"])
+            return None
+        expect(row, _KINDS.get(name, {}))
+        return (row["group"], row["id"]), row
+
     for path in sorted(folder.glob(f"{name}.*.jsonl")):
-        try:
-            rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-            changed = differences(rows[0]["record"], record) if rows else []
-            for row in rows[1:]:
-                if "batch" in row:
-                    found.batches.append(row["batch"])
-                else:
-                    found.answers.setdefault((row["group"], row["id"]), row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LVLMError(
-                f"{str(path)!r} is no log of answers; give another --out, or remove it"
-            ) from error
-        if changed:
-            raise LVLMError(
-                f"{str(path)!r} was begun with other settings ({'; '.join(changed[:3])}); "
-                "give another --out, or remove it to start again"
-            )
+        for key, row in read_log(path, record, entry, keys).items():
+            found.answers.setdefault(key, row)
     return found

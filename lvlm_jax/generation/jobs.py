@@ -1,30 +1,26 @@
 """A file of questions to a file of answers, in LLaVA's format, that survives being killed.
 
-The answers file only ever grows, by answers that stand in the order of their questions, each on the disk before what
-comes of a later batch. Beside it lies `<answers file>.run.json`, the record of everything that decides an answer.
-Started again, a job drops a last line that was cut short, passes over the questions already answered, and goes on; with
-other settings it refuses.
+The answers file is a `journal` log, with its record in `<answers file>.run.json`. It only ever grows, by answers that
+stand in the order of their questions, each on the disk before what comes of a later batch. Started again, a job passes
+over the questions already answered, and goes on; with other settings it refuses.
 
 Prompts of about one size go together: within every `WINDOW` batches questions are sorted, and an answer waits for
 those of earlier questions. So a kill costs no more than these.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import json
-import os
 import pathlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
-from lvlm_jax.journal.record import differences, file_hash
+from lvlm_jax.journal.log import AnswerLog, expect
+from lvlm_jax.journal.record import file_hash
 from lvlm_jax.processors.images import open_image
 
 WINDOW = 16  # batches within which questions are sorted
@@ -62,85 +58,14 @@ class Summary:
     failures: dict[int, str]
 
 
-def _write_new(path: pathlib.Path, text: str) -> None:
-    """Write a file so that it is either complete or absent, whatever happens meanwhile."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _line_answered(entry: dict) -> tuple[int, None]:
+    """The number of the line that an entry of the answers file answers."""
+    expect(entry["metadata"], {"line": int})
+    return entry["metadata"]["line"], None
 
 
-def _check_record(answers_path: pathlib.Path, record: dict, begun: bool) -> None:
-    """Store `record` beside a new answers file, or compare it with the one stored when the file was begun."""
-    path = answers_path.with_name(answers_path.name + ".run.json")
-    if not begun:
-        _write_new(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
-        return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LVLMError(
-            f"answers file {str(answers_path)!r} is not empty and lies there without {path.name!r}, the record of the "
-            "run that wrote it; choose another answers file"
-        ) from error
-    # Through JSON once, so that both sides hold the same kinds of values.
-    changed = differences(stored, json.loads(json.dumps(record)))
-    if changed:
-        raise LVLMError(
-            f"answers file {str(answers_path)!r} was begun with other settings ({'; '.join(changed)}); "
-            "repeat those, or choose another answers file"
-        )
-
-
-def _answered_lines(file, content: bytes, path: pathlib.Path) -> set[int]:
-    """Line numbers answered so far, after dropping a last line that was cut short."""
-    done = set()
-    position = 0
-    for number, raw in enumerate(content.splitlines(keepends=True), start=1):
-        try:
-            if not raw.endswith(b"\n"):
-                raise ValueError("no line end")
-            done.add(int(json.loads(raw)["metadata"]["line"]))
-        except (ValueError, KeyError, TypeError) as error:
-            if position + len(raw) < len(content):
-                raise LVLMError(
-                    f"line {number} of answers file {str(path)!r} was not written by this program; "
-                    "choose another answers file"
-                ) from error
-            file.truncate(position)
-        position += len(raw)
-    return done
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path):
-    """The answers file, open for reading and appending, held by this process alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")
-    except OSError as error:
-        raise LVLMError(f"answers file {str(path)!r} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LVLMError(
-                f"answers file {str(path)!r} is being written by another run; wait for it"
-            ) from error
-        except OSError:
-            pass  # a file system without locks: nothing protects from a second run, but one run works
-        yield file
-
-
-def _line_of(question: Question, answer: Answer, model_id: str, method: dict | None) -> bytes:
-    entry = {
+def _entry(question: Question, answer: Answer, model_id: str, method: dict | None) -> dict:
+    return {
         "question_id": question.question_id,
         "prompt": question.text,
         "text": answer.text,
@@ -153,7 +78,6 @@ def _line_of(question: Question, answer: Answer, model_id: str, method: dict | N
             "tokens": answer.tokens,
         },
     }
-    return json.dumps(entry, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
 
 
 def in_batches(answer: Answerer) -> Stream:
@@ -177,7 +101,7 @@ def _answered(answer: Answerer, batch: list[Request]) -> list[tuple[int, Answer 
     return [(one.line, said) for one, said in zip(batch, answers, strict=True)]
 
 
-def _batches(questions: list[Question], done: set[int], size: int) -> Iterator[list[Question]]:
+def _batches(questions: list[Question], done: Container[int], size: int) -> Iterator[list[Question]]:
     """Batches of questions that are not done, those of about one size together."""
     for start in range(0, len(questions), WINDOW * size):
         window = [one for one in questions[start : start + WINDOW * size] if one.line not in done]
@@ -236,12 +160,10 @@ def run_job(
 
     for line, reason in list(failures.items()):
         fail(line, reason)
-    with _opened(answers_path) as file:
-        file.seek(0)
-        content = file.read()
-        # Before anything is dropped from the file: it may be somebody else's.
-        _check_record(answers_path, record, bool(content))
-        done = _answered_lines(file, content, answers_path)
+    lines = {question.line for question in questions}
+    record_file = answers_path.with_name(answers_path.name + ".run.json")
+    with AnswerLog(answers_path, record, _line_answered, lines, record_file) as log:
+        done = log.answers
         waiting = deque(question for question in questions if question.line not in done)
         summary = Summary(len(done), 0, failures)
         if not waiting:
@@ -259,9 +181,7 @@ def run_job(
                     bar.update()
                     if question.line in known:
                         ready.append((question, known.pop(question.line)))
-                file.write(b"".join(_line_of(*pair, model_id, record.get("method")) for pair in ready))
-                file.flush()
-                os.fsync(file.fileno())
+                log.append(_entry(*pair, model_id, record.get("method")) for pair in ready)
                 summary.now += len(ready)
 
             for answers in stream(requests):

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from lvlm_jax import config_files, methods
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import names
+from tests.killing import Command, contents, kill_and_finish, more_lines
 from tests.processors.test_images import png_with_header
 
 pytestmark = pytest.mark.full_compiler  # the answers of another process
@@ -326,22 +326,16 @@ def test_a_job_killed_three_times_ends_as_if_it_had_not_been(small, tmp_path):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
 
     def start(name):
-        words = [sys.executable, ROOT / "infer.py", "--model", small, "--image-folder", POCKET.parent]
-        words += ["--question-file", "questions.jsonl", "--answers-file", name]
+        words = ["--model", small, "--image-folder", POCKET.parent]
+        words += [
+            "--question-file",
+            tmp_path / "questions.jsonl",
+            "--answers-file",
+            tmp_path / name / "a.jsonl",
+        ]
         words += ["--max_new_tokens", "8", "--batch-size", "4", "--temperature", "1"]
-        return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        return Command(ROOT / "infer.py", *words)
 
-    assert start("whole.jsonl").wait() == 0
-    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    killed.touch()
-    for _ in range(3):
-        size = killed.stat().st_size
-        process = start("killed.jsonl")
-        while killed.stat().st_size == size:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-        assert process.wait() == -9
-    assert killed.stat().st_size < whole.stat().st_size
-    assert start("killed.jsonl").wait() == 0
-    assert killed.read_bytes() == whole.read_bytes()
+    start("whole").finish()
+    kill_and_finish(lambda: start("killed"), more_lines(tmp_path / "killed" / "a.jsonl"), times=3)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,11 +1,10 @@
 """Jobs: every question answered once, whatever lines are broken and however often the job is killed."""
 
 import json
-import pathlib
-import random
-import subprocess
-import sys
+import re
+import shutil
 import time
+from contextlib import nullcontext
 
 import pytest
 from PIL import Image
@@ -13,8 +12,7 @@ from PIL import Image
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.jobs import Answer, run_job
 from lvlm_jax.generation.questions import conversation
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.killing import Function, contents, kill_and_finish, more_lines
 
 
 class Echo:
@@ -167,7 +165,7 @@ def test_other_settings_are_refused(job, change):
 def test_a_foreign_answers_file_is_left_alone(job):
     path = job.folder / "answers.jsonl"
     path.write_text("my notes, without a line end")
-    with pytest.raises(LVLMError, match="choose another answers file"):
+    with pytest.raises(LVLMError, match="write somewhere else"):
         job([line(1)])
     assert path.read_text() == "my notes, without a line end"
 
@@ -199,42 +197,85 @@ def test_images_go_where_the_placeholders_are():
         conversation(["a"], " ")
 
 
-SLOW_JOB = """
-import pathlib, sys, time
-from lvlm_jax.generation.jobs import Answer, run_job
+def slow_job(questions, answers):
+    """In a process of its own; every answer fills several blocks of the disk."""
 
-def answer(conversations, seeds):
-    time.sleep(0.02)
-    return [Answer("é" * 3000 + str(seed), "stop", 1) for seed in seeds]
+    def answer(conversations, seeds):
+        time.sleep(0.02)
+        return [Answer("é" * 3000 + str(seed), "stop", 1) for seed in seeds]
 
-print("ready", flush=True)
-run_job(lambda: answer, sys.argv[1], sys.argv[2], {"model": "slow"}, batch_size=3)
-"""
+    run_job(lambda: answer, questions, answers, {"model": "slow"}, batch_size=3)
 
 
 def test_killed_again_and_again_no_line_is_lost_or_doubled(tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text("\n".join(line(number, image=None) for number in range(100)))
+    whole, killed = tmp_path / "whole" / "answers.jsonl", tmp_path / "killed" / "answers.jsonl"
+    slow_job(questions, whole)
 
-    def start(answers):
-        command = [sys.executable, "-c", SLOW_JOB, str(questions), str(answers)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        return process
+    def start():
+        return Function(slow_job, questions, killed)
 
-    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    assert start(whole).wait() == 0
-    killed.touch()
-    rng = random.Random(0)
-    for _ in range(3):
-        size = killed.stat().st_size
-        process = start(killed)
-        while killed.stat().st_size == size:
-            assert process.poll() is None
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        assert process.wait() == -9
-    assert killed.stat().st_size < whole.stat().st_size
-    assert start(killed).wait() == 0
-    assert killed.read_bytes() == whole.read_bytes()
+    kill_and_finish(start, more_lines(killed), times=3, longest=0.1)
+    assert contents(killed.parent) == contents(whole.parent)
+    assert len(contents(whole.parent)) == 2  # the answers and their record
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"{.*}", b"[1]", "\\(a JSON list, not an object"),
+        (b"{.*}", b"{not json}", "is not JSON"),
+        (b'"line": 2', b'"line": 1e999', "\\(its line is inf"),
+        (b'"line": 2', b'"line": true', "\\(its line is True"),
+        (b'"line": 2', b'"line": 999', "answers 999, which is not asked"),
+        (b'"line": 2', b'"line": 1', "answers 1 a second time"),
+        (b"metadata", b"m", "\\(it has no 'metadata'"),
+    ],
+)
+def test_an_edited_answers_file_is_refused(job, old, new, message):
+    asked = [line(number) for number in (1, 2, 3)]
+    job(asked)
+    path, model = job.folder / "answers.jsonl", Echo()
+    lines = path.read_bytes().splitlines(keepends=True)
+    before = lines[0] + re.sub(old, new, lines[1]) + lines[2]
+    path.write_bytes(before)
+    with pytest.raises(LVLMError, match=f"^line 2 of '.*answers.jsonl' .*{message}"):
+        job(asked, model)
+    assert path.read_bytes() == before and model.loaded == 0
+
+
+def test_an_answers_folder_that_vanishes_is_no_success(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("\n".join(line(number, image=None) for number in range(4)))
+    model = Echo()
+
+    def vanishing(conversations, seeds):
+        if len(model.batches) == 2:
+            shutil.rmtree(tmp_path / "out")
+        return model.answer(conversations, seeds)
+
+    with pytest.raises(LVLMError, match="answers.jsonl' is gone"):
+        run_job(lambda: vanishing, tmp_path / "questions.jsonl", tmp_path / "out" / "answers.jsonl", {})
+    assert len(model.batches) == 3  # it stops at once
+
+
+@pytest.mark.parametrize("room", range(9))
+def test_a_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch, room):
+    """Full from the first, second, ... time on that something is to be on the disk: record, its folder, six answers."""
+    (tmp_path / "questions.jsonl").write_text("\n".join(line(number, image=None) for number in range(6)))
+    left = iter([True] * room)
+
+    def run(name):
+        return run_job(Echo().load, tmp_path / "questions.jsonl", tmp_path / name / "answers.jsonl", {})
+
+    def fsync(_):
+        if not next(left, False):
+            raise OSError(28, "No space left on device")
+
+    run("whole")
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", fsync)
+        with pytest.raises(LVLMError, match="No space left on device") if room < 8 else nullcontext():
+            run("full")
+    run("full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.journal.log import AnswerLog
+from lvlm_jax.journal.log import AnswerLog, text_of
 from lvlm_jax.journal.record import file_hash, run_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
@@ -124,8 +124,9 @@ def generate(
             f"{len(prompts)} prompts have no answer, and several processes cannot generate them; give each line a "
             "field answer, such as infer.py with --method sevi writes"
         )
-    with AnswerLog(log, record, lambda entry: (entry["id"], entry["answer"])) as answers:
-        known = dict(answers.found)
+    ids = {prompt.id for prompt in prompts}
+    with AnswerLog(log, record, text_of("answer"), ids) as answers:
+        known = dict(answers.answers)
         waiting = [prompt for prompt in prompts if prompt.id not in known]
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.generation.jobs import Answer
-from lvlm_jax.journal.log import AnswerLog, seed_of
+from lvlm_jax.journal.log import AnswerLog, expect, seed_of, text_of
 from lvlm_jax.methods import Method
 from lvlm_jax.training.data.correctors import Corrector
 from lvlm_jax.training.data.pair_files import write_pairs
@@ -78,13 +78,16 @@ class Answers:
         return entry
 
     @classmethod
-    def of_entry(cls, entry: Mapping[str, Any]) -> "Answers":
-        """From a line of the log."""
+    def of_entry(cls, entry: Mapping[str, Any]) -> tuple[str, "Answers"]:
+        """The prompt's id and its answers, from a line of the log."""
+        expect(entry, {"id": str})
+        for side in SIDES:
+            expect(entry, {side: str, f"{side}_finish_reason": str, f"{side}_tokens": int})
         sides = {
             side: Answer(entry[side], entry[f"{side}_finish_reason"], entry[f"{side}_tokens"])
             for side in SIDES
         }
-        return cls(entry["id"], **sides)
+        return entry["id"], cls(entry["id"], **sides)
 
 
 def answer(
@@ -108,8 +111,9 @@ def answer(
     Raises:
         LVLMError: the log is another run's, or cannot be written.
     """
-    with AnswerLog(log, record, Answers.of_entry) as answers:
-        known = {found.id: found for found in answers.found}
+    ids = {prompt.id for prompt in prompts}
+    with AnswerLog(log, record, Answers.of_entry, ids) as answers:
+        known = dict(answers.answers)
         waiting = [prompt for prompt in prompts if prompt.id not in known]
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
@@ -183,8 +187,8 @@ def correct(
     if not corrector.logged:
         return {prompt.id: corrector.correct(prompt, texts[prompt.id]).strip() for prompt in answered}
     about = {"corrector": dict(corrector.record), "answers": dict(record)}
-    with AnswerLog(log, about, lambda entry: (entry["id"], entry["chosen"])) as corrections:
-        known = dict(corrections.found)
+    with AnswerLog(log, about, text_of("chosen"), texts) as corrections:
+        known = dict(corrections.answers)
         waiting = [prompt for prompt in answered if prompt.id not in known]
         for prompt in tqdm(
             waiting, total=len(answered), initial=len(known), desc="corrections", mininterval=2
