@@ -1,6 +1,8 @@
 """Asking a model: batches that do not matter, towers that run once a picture, logs that survive a kill."""
 
 import dataclasses
+import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -198,6 +200,20 @@ def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path):
         engine.ask(Oracle(), questions, PROTOCOL, work=other)
     with pytest.raises(LVLMError, match=r"log.0.jsonl' was begun with other settings"):
         engine.ask(Oracle(), questions, PROTOCOL, work=dataclasses.replace(other, share=Share(1, 2)))
-    (tmp_path / "log.0.jsonl").write_text("not a log\n")
+    log = tmp_path / "log.0.jsonl"
+    whole = log.read_text()
+    answer = json.loads(whole.splitlines()[1])
+    cost = json.loads(whole.splitlines()[-1])["batch"]
+    for row, message in (
+        (answer, "a second time"),
+        ([1], "a JSON list, not an object"),
+        (answer | {"id": "999"}, "random 999, which is not asked"),
+        (answer | {"tokens": math.inf}, "its tokens is inf"),
+        ({"batch": cost | {"seconds": math.inf}}, "its seconds is inf"),
+    ):
+        log.write_text(whole + json.dumps(row) + "\n")
+        with pytest.raises(LVLMError, match=f"^line {whole.count(chr(10)) + 1} of .*{message}"):
+            engine.ask(Oracle(), questions, PROTOCOL, work=work)
+    log.write_text("not a log\n")
     with pytest.raises(LVLMError, match="is no log of answers"):
         engine.ask(Oracle(), questions, PROTOCOL, work=work)
