@@ -193,7 +193,7 @@ def test_a_batch_of_rows_is_more_rows():
 
 
 def test_several_devices_share_a_product():
-    (told,) = in_a_process("few_rows_on_devices", count=2)
+    (told,) = in_a_process("parallel.few_rows_on_devices", count=2)
     assert told["calls"] == 0 and told["error"] < 1e-5 and told["alone"] == native.available()
 
 

@@ -129,10 +129,10 @@ def _pairs(folder: Path, count: int) -> Path:
     return path
 
 
-def main(devices: int, workdir: Path, names: list[str]) -> None:
+def main(devices: int, workdir: Path, cases: list[str]) -> None:
     name, config, folder = plan.read(names.checkpoint("pocket"))
     whole = functools.partial(plan.Job, name, config, devices, folder=folder)
-    for case in names:
+    for case in cases:
         fields = {"mesh": (1, 1, 1), "dtype": "float32"} | CASES[case]
         fields["new_tokens"] = NEW_TOKENS["training" in fields]
         job = whole(**fields)

@@ -28,7 +28,7 @@ SPREAD = ["greedy, tensor", "greedy, data", "sft, fsdp", "dpo, fsdp"]
 
 def compare(names, count, folder):
     """Every case's largest program is planned within a tenth of what it holds."""
-    for found in in_a_process("really_held", count, folder, *names, count=count):
+    for found in in_a_process("planning.really_held", count, folder, *names, count=count):
         planned, real = (max(found[side].values()) for side in ("plan", "real"))
         print(
             f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}"
@@ -54,7 +54,7 @@ def test_a_plan_is_what_one_of_many_devices_holds(tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["answer", "learn"])
 def test_a_process_grows_by_what_was_planned(kind):
-    (found,) = in_a_process("resident_growth", kind)
+    (found,) = in_a_process("planning.resident_growth", kind)
     print(f"{kind}: planned {found['plan']:.0f}, grew by {found['real']:.0f}")
     assert found["plan"] == pytest.approx(found["real"], rel=0.1)
 
@@ -62,7 +62,7 @@ def test_a_process_grows_by_what_was_planned(kind):
 @pytest.mark.slow
 def test_what_a_device_has_falls_with_their_number():
     """Parameters, optimizer, cache and FLOPs are a share of 1/N; along `tensor` for answers, `fsdp` for learning."""
-    found = in_a_process("shares", count=8)
+    found = in_a_process("parallel.shares", count=8)
     alone = {one["kind"]: one for one in found if one["devices"] == 1}
     for one in found:
         shares = {
