@@ -9,9 +9,8 @@ import optax
 import pytest
 
 from lvlm_jax import models
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
-from lvlm_jax.training import forward, pairwise, settings
+from lvlm_jax.training import forward, pairwise
 from lvlm_jax.training.data import pair_batches
 from lvlm_jax.training.step import loss
 from lvlm_jax.weights import lora, parts
@@ -230,31 +229,7 @@ def test_a_likelihood_without_weight_is_no_term(model, module, data, tmp_path):
     assert make(model, module, data, tmp_path).terms == {"preference": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(loss="kto"), "preference.loss is 'kto'; expected one of sigmoid, ipo, hinge"),
-        (dict(method="cmac"), "preference.method is 'cmac'"),
-        (dict(reference="none"), "preference.reference is 'none'"),
-        (dict(beta=0.0), "preference.beta is 0.0"),
-        (dict(nll=-1.0), "preference.nll is -1.0"),
-        (dict(label_smoothing=0.5), "preference.label_smoothing is 0.5"),
-        (dict(label_smoothing=0.1, loss="ipo"), "label_smoothing belongs to the sigmoid loss"),
-        (dict(lora={"enabled": False}), "set preference.reference='precomputed'"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(data, changes, message):
-    with pytest.raises(LVLMError, match=message):
-        settings.check(config(data, **changes))
-
-
 def test_the_cross_image_attention_can_be_set(data):
     chosen = config(data, method="capl", rho=0.9, sigma=0.25)
     assert pairwise.method_of(chosen.preference) == CAPL(rho=0.9, sigma=0.25)
     assert pairwise.method_of(config(data).preference) is None
-
-
-@pytest.mark.parametrize(("recipe", "method", "nll"), [("capl", "capl", 1.0), ("dpo", "none", 0.0)])
-def test_the_files_of_configs(recipe, method, nll):
-    found = settings.read(f"configs/{recipe}.py").preference
-    assert (found.method, found.nll) == (method, nll)

@@ -73,31 +73,48 @@ def test_a_key_that_was_added_or_lost_is_named():
         settings.check(config)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("batch", 0, "batch is 0; expected at least 1"),
-        ("lora.rank", 0, "lora.rank is 0; expected at least 1"),
-        ("accumulate", 3, "batch is 16 and accumulate 3"),
-        ("dtype", "float16", "dtype is 'float16'; expected float32 or bfloat16"),
-        ("epochs", 0.0, "epochs is 0.0; expected a number above 0"),
-        ("steps", -1, "steps is -1"),
-        ("too_long", "cut", "too_long is 'cut'; expected error or drop"),
-        ("optimizer.peak", 0.0, "optimizer.peak is 0.0; expected a learning rate above 0"),
-        ("optimizer.beta2", 1.0, "optimizer.beta2 is 1.0"),
-        ("loop.log_every", 0, "loop.log_every is 0"),
-    ],
-    ids=str,
-)
-def test_values_that_make_no_sense(key, value, message):
-    config = settings.base("dpo")
-    *parents, last = key.split(".")
-    place = config
-    for parent in parents:
-        place = place[parent]
-    place[last] = value
+SHARED = "sft"
+REFUSED = [
+    (SHARED, {"batch": 0}, "batch is 0; expected at least 1"),
+    (SHARED, {"lora.rank": 0}, "lora.rank is 0; expected at least 1"),
+    (SHARED, {"accumulate": 3}, "batch is 16 and accumulate 3"),
+    (SHARED, {"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
+    (SHARED, {"epochs": 0.0}, "epochs is 0.0; expected a number above 0"),
+    (SHARED, {"steps": -1}, "steps is -1"),
+    (SHARED, {"too_long": "cut"}, "too_long is 'cut'; expected error or drop"),
+    (SHARED, {"optimizer.peak": 0.0}, "optimizer.peak is 0.0; expected a learning rate above 0"),
+    (SHARED, {"optimizer.beta2": 1.0}, "optimizer.beta2 is 1.0"),
+    (SHARED, {"loop.log_every": 0}, "loop.log_every is 0"),
+    ("dpo", {"preference.loss": "kto"}, "preference.loss is 'kto'; expected one of sigmoid, ipo, hinge"),
+    ("dpo", {"preference.method": "cmac"}, "preference.method is 'cmac'"),
+    ("capl", {"preference.reference": "none"}, "preference.reference is 'none'"),
+    ("capl", {"preference.beta": 0.0}, "preference.beta is 0.0"),
+    ("dpo", {"preference.nll": -1.0}, "preference.nll is -1.0"),
+    ("dpo", {"preference.label_smoothing": 0.5}, "preference.label_smoothing is 0.5"),
+    ("dpo", {"preference.label_smoothing": 0.1, "preference.loss": "ipo"}, "belongs to the sigmoid loss"),
+    ("capl", {"lora.enabled": False}, "set preference.reference='precomputed'"),
+    ("flow_alignment", {"flow.stage": "3"}, "flow.stage is '3'; expected one of 1, 2, both"),
+    ("flow_alignment", {"flow.mu": -1.0}, "flow.mu is -1.0; expected a weight of at least 0"),
+    ("simpo", {"simpo.beta": 0.0}, "simpo.beta is 0.0; expected a number above 0"),
+    ("simpo", {"simpo.gamma": -0.1}, "simpo.gamma is -0.1; expected a margin of at least 0"),
+    ("simpo", {"simpo.label_smoothing": 0.5}, "simpo.label_smoothing is 0.5; expected a share"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "values", "message"), REFUSED, ids=str)
+def test_values_that_make_no_sense(recipe, values, message):
+    config = settings.base(recipe)
+    config.update_from_flattened_dict(values)
     with pytest.raises(LVLMError, match=message):
         settings.check(config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "nll", "rho"), [("capl", "capl", 1.0, 0.95), ("dpo", "none", 0.0, 0.95)]
+)
+def test_what_the_files_of_configs_set(recipe, method, nll, rho):
+    found = settings.read(f"configs/{recipe}.py").preference
+    assert (found.method, found.nll, found.rho) == (method, nll, rho)
 
 
 def test_a_rank_matters_only_with_adapters():

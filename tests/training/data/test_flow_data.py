@@ -178,19 +178,10 @@ def test_the_task_of_a_config(model, config, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(stage="3"), "flow.stage is '3'; expected one of 1, 2, both"),
-        (dict(mu=-1.0), "flow.mu is -1.0; expected a weight of at least 0"),
         (dict(omega=-1.0), "omega is -1.0; expected a number in"),
         (dict(start_layer=1.0), "layers from 1.0 to None are none of this model's 2 layers"),
     ],
 )
-def test_settings_out_of_range(model, config, tmp_path, fields, message):
+def test_settings_that_sevi_refuses(model, config, tmp_path, fields, message):
     with pytest.raises(LVLMError, match=message):
         task(model, changed(config, **fields), tmp_path)
-
-
-def test_data_is_required(model, config, tmp_path):
-    without = config.copy_and_resolve_references()
-    without.data = ""
-    with pytest.raises(LVLMError, match="data is not set"):
-        task(model, without, tmp_path)
