@@ -4,6 +4,9 @@ The weights are drawn wide enough for peaked attention and spread-out logits: wi
 initialisation every softmax is nearly flat and a wrong position or mask would go unseen.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -13,105 +16,28 @@ IMAGE = "image"
 # The models are tiny: threads would spend their time waiting for one another.
 torch.set_num_threads(1)
 
-# Name -> overrides of `llava_config`. Together they cover what the families differ by.
-VARIETIES = {
-    "llama": {},
-    "llama_gqa_all_biases": {
-        "text": {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
-        "vision": {"image_size": 20, "patch_size": 5, "hidden_act": "gelu"},
-        "multimodal_projector_bias": False,
-    },
-    "qwen2_tied_two_feature_layers": {
-        "text": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "vision": {"image_size": 24, "patch_size": 8},
-        "vision_feature_layer": [-2, -1],
-    },
-    "qwen3_full_selection": {
-        "text": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
-        "vision": {"image_size": 24, "patch_size": 8},
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    },
-    "mistral_window": {
-        "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 14},
-        "vision": {"image_size": 24, "patch_size": 8},
-        "vision_feature_layer": [0, 2],
-    },
-    "linear_rope": {
-        "text": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}}
-    },
-    "llama3_rope": {
-        "text": {
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        }
-    },
-    "yarn_rope": {
-        "text": {
-            "model_type": "qwen2",
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 128,
-            },
-        }
-    },
-}
+_TINY = json.loads((Path(__file__).parent / "models" / "families" / "llava.json").read_text())
+VARIETIES = _TINY[
+    "varieties"
+]  # name -> overrides of `llava_config`; together they cover what decoders differ by
+# There is no end-of-sequence token, so that greedy runs keep their full length.
+TOKENS = dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
+TEXT = dict(vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+TEXT |= dict(num_key_value_heads=2, max_position_embeddings=512) | TOKENS
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
 def llava_config(text=None, vision=None, **overrides):
-    """A tiny LlavaConfig; `text` and `vision` override single fields of its two parts.
-
-    There is no end-of-sequence token, so that greedy runs keep their full length.
-    """
-    text_fields = {
-        "model_type": "llama",
-        "vocab_size": 120,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        **(text or {}),
-    }
-    vision_fields = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-        "projection_dim": 16,
-        **(vision or {}),
-    }
-    patches = (vision_fields["image_size"] // vision_fields["patch_size"]) ** 2
+    """A tiny LlavaConfig; `text` and `vision` override single fields of its two parts."""
+    text = TEXT | _TINY["text"] | (text or {})
+    vision = VISION | _TINY["vision"] | (vision or {})
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
     full = overrides.get("vision_feature_select_strategy") == "full"
+    fields = dict(image_token_index=text["vocab_size"] - 1, image_seq_length=patches + full) | TOKENS
     return LlavaConfig(
-        text_config=AutoConfig.for_model(**text_fields),
-        vision_config=AutoConfig.for_model(**vision_fields),
-        **{
-            "image_token_index": text_fields["vocab_size"] - 1,
-            "image_seq_length": patches + full,
-            "pad_token_id": 0,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            **overrides,
-        },
+        text_config=AutoConfig.for_model(**text),
+        vision_config=AutoConfig.for_model(**vision),
+        **fields | overrides,
     )
 
 
@@ -177,15 +103,19 @@ def random_inputs(config, seed, layouts):
             else:
                 parts.append(generator.integers(3, config.text_config.vocab_size - 1, part))
         rows.append(np.concatenate(parts))
-    length = max(map(len, rows))
-    size = config.vision_config.image_size
-    inputs = {
-        "input_ids": np.stack([np.pad(row, (length - len(row), 0)) for row in rows]).astype(np.int64),
-        "attention_mask": np.stack([np.arange(length) >= length - len(row) for row in rows]).astype(np.int64),
-    }
+    inputs, size = padded(rows), config.vision_config.image_size
     if images:
         inputs["pixel_values"] = generator.normal(size=(images, 3, size, size)).astype(np.float32)
     return inputs
+
+
+def padded(rows):
+    """Left-padded `input_ids` and `attention_mask` of rows of tokens."""
+    length = max(map(len, rows))
+    return {
+        "input_ids": np.stack([np.pad(row, (length - len(row), 0)) for row in rows]).astype(np.int64),
+        "attention_mask": np.stack([np.arange(length) >= length - len(row) for row in rows]).astype(np.int64),
+    }
 
 
 def select(config, inputs, row):

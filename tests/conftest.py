@@ -1,6 +1,5 @@
 """Checks the shapes in signatures while tests run, and makes the small model that many tests share."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.signatures
-from tests.compiler import optimised
+from tests.compiler import drop_programs, optimised
 
 # The rooms whose signatures are shapes. The public face is not among them: it answers for wrong types itself.
 install_import_hook(
@@ -35,8 +34,6 @@ install_import_hook(
 # Tests run programs for milliseconds and compile them for seconds; files that want theirs whole are marked.
 jax.config.update("jax_disable_most_optimizations", True)
 
-MAPPINGS = 15_000  # of the 65,530 that Linux allows a process
-
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
@@ -46,10 +43,7 @@ def programs(request):
     """
     with optimised(request.node.get_closest_marker("full_compiler") is not None):
         yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    drop_programs()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Small random InternVL checkpoints, in transformers' layout and in OpenGVLab's, and padded inputs for them.
+"""InternVL, in transformers' layout and in OpenGVLab's. In a layout (n,) stands for an image of n tiles.
 
 The names of OpenGVLab's tensors are written out here, and InternLM2's fused projection is put together head by head:
 nothing is taken from the key tables.
@@ -9,78 +9,59 @@ import json
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration
+from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration
 
-from tests import checkpoints
-from tests.models.siglip_checkpoints import TEXT, padded
+from lvlm_jax import LVLM, models
+from lvlm_jax.processors.load import processor_class
+from tests.models.families.base import Family, byte_tokenizer, chat_template, normal
 
 IMAGE_TOKEN = 119
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "attention_bias": True,
-    "image_size": [28, 28],
-    "patch_size": [7, 7],
-}
 
 
-def configuration(text=None, vision=None, **overrides):
-    """A tiny InternVLConfig of 4 tokens per tile; `text` and `vision` override single fields of its parts."""
-    text = {"model_type": "qwen2"} | TEXT | (text or {})
-    return InternVLConfig(
-        text_config=AutoConfig.for_model(**text),
-        vision_config=VISION | (vision or {}),
-        **{
-            "image_token_id": IMAGE_TOKEN,
-            "tie_word_embeddings": False,
-            "pad_token_id": 0,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            **overrides,
-        },
-    )
+class InternVl(Family):
+    classes = InternVLConfig, InternVLForConditionalGeneration
+    layouts = {
+        "padded": [(26,), (3, (2,), 5), (2, (1,), 4, (3,), 9)],
+        "alone": [(4, (2,), 3, (1,), 6)],
+    }
+    two, one = (3, (2,), 4, (1,), 5), (2, (3,), 6)
+    pictures = (30, 90), (60, 28)  # wide and tall: each is cut into tiles, and is one image
+    counts = 4 * 4, 4 * 3  # with a thumbnail each
+    marker = "<IMG_CONTEXT>\n"
+    refused_layout = (4, (2,), 3, (1,), 3)
+    refused_arrays = [
+        (lambda a: {"pixel_values": a["pixel_values"][:, :, :20]}, "expected .tiles, 3, 28, 28."),
+        (lambda a: {"pixel_values": a["pixel_values"][:2]}, "12 image tokens and pixel_values has 2 tiles"),
+        (lambda a: {"pixel_values": a["pixel_values"] * np.nan}, "NaN"),
+        (lambda a: {name: a[name][:, :-4] for name in ("input_ids", "attention_mask")}, "11 image tokens"),
+        (
+            lambda a: {"input_ids": a["input_ids"][:, [4, *range(1, 4), 0, *range(5, 22)]]},
+            "image 1 .* has 1 tokens",
+        ),
+        (lambda a: {"num_patches": np.array([3, 1])}, "num_patches is .3, 1. and pixel_values has 3 tiles"),
+        (lambda a: {"num_patches": np.array([3.0])}, "num_patches"),
+    ]
 
+    def image(self, config, part):
+        vision = config.vision_config
+        side = round(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+        return [config.image_token_id] * (side**2 * part[0])
 
-def build(folder, seed, **overrides):
-    """Saves a random checkpoint in `folder` (skipped when None) and returns the torch model, in float32."""
-    config = configuration(**overrides)
-    config._attn_implementation = "eager"
-    model = InternVLForConditionalGeneration(config).float().eval()
-    checkpoints.randomize(model, seed)
-    if folder is not None:
-        model.save_pretrained(folder)
-    return model
+    def pixels(self, config, generator, images):
+        side, tiles = config.vision_config.image_size[0], sum(part[0] for one in images for part in one)
+        return {"pixel_values": normal(generator, tiles, 3, side, side)}
 
-
-def random_inputs(config, seed, layouts, image_token=IMAGE_TOKEN):
-    """Left-padded arrays for a batch whose prompts are drawn at random.
-
-    Args:
-        config: the InternVLConfig of the model.
-        seed: seed of tokens and pixels.
-        layouts: one tuple per sample; an integer stands for that many text tokens, (n,) for an image of n tiles.
-        image_token: the placeholder.
-
-    Returns a dict of NumPy arrays: input_ids, attention_mask [B, S], and pixel_values [tiles, 3, h, w] of the images of
-    all samples in reading order (absent when no sample has one).
-    """
-    generator = np.random.default_rng(seed)
-    side = config.vision_config.image_size[0]
-    tokens = round(side // config.vision_config.patch_size[0] * config.downsample_ratio) ** 2
-    rows, tiles = [], 0
-    for layout in layouts:
-        parts = []
-        for part in layout:
-            if isinstance(part, tuple):
-                tiles += part[0]
-                parts.append([image_token] * (tokens * part[0]))
-            else:
-                parts.append(generator.integers(3, 110, part))
-        rows.append(np.concatenate(parts))
-    pixels = generator.normal(size=(tiles, 3, side, side)).astype(np.float32)
-    return padded(rows) | ({"pixel_values": pixels} if tiles else {})
+    def with_processor(self, folder):
+        self.build(folder, 12, text={"vocab_size": 263}, image_token_id=259)
+        roles = dict(context_image_token="<IMG_CONTEXT>", start_image_token="<img>", end_image_token="</img>")
+        roles |= dict(video_token="<video>")
+        processor_class(models.config_from_hf(self.config().to_dict()))(
+            GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
+            byte_tokenizer(list(roles.values()), **roles),
+            image_seq_length=4,
+            chat_template=chat_template("<IMG_CONTEXT>\\n"),
+        ).save_pretrained(folder)
+        return LVLM.from_pretrained(folder)
 
 
 def chat_config(config, decoder):
@@ -201,3 +182,15 @@ def write_chat(folder, model, internlm2, image_token=IMAGE_TOKEN, **changes):
     (folder / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": image_token}))
     save_file(chat_state(model, internlm2), folder / "model.safetensors")
     return folder
+
+
+class InternVlChat(InternVl):
+    """A LLaMA-like decoder under InternLM2's names, as OpenGVLab publishes it."""
+
+    def build(self, folder, seed=11, **overrides):
+        model = super().build(None, seed, text={"model_type": "llama"}, **overrides)
+        write_chat(folder, model, internlm2=True)
+        return model
+
+
+INTERNVL, INTERNVL_CHAT = InternVl("internvl"), InternVlChat("internvl")

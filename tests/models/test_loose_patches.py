@@ -1,0 +1,78 @@
+"""What families with loose patches share: shapes of rows, attention by blocks, patches of pictures in a batch."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from lvlm_jax import LVLM, models
+from lvlm_jax.models import loose_patches, qwen_vision
+from lvlm_jax.models.pictures import bucketed
+from tests.models.families.patches import QWEN2_5_VL, QWEN2_VL
+from tests.models.test_published import published
+
+
+def test_pictures_of_all_sizes_take_few_shapes():
+    """Each shape is a program of the tower: up to 16384 tokens, the largest picture the published processors give."""
+    shapes = {bucketed(tokens, loose_patches.SMALLEST_ROW) for tokens in range(1, 16385)}
+    assert len(shapes) == 20 and max(shapes) == 16384
+
+    def rows_of(height, width):
+        arrays = {"pixel_values": np.zeros((height * width, 12))}
+        arrays["image_grid_thw"] = np.array([[1, height, width]])
+        return loose_patches.patch_rows([arrays], channels=12, merge=2)
+
+    rows = [rows_of(height, width) for height in range(2, 25, 2) for width in range(2, 25, 2)]
+    patches = (64, 128, 192, 256, 384, 512, 768)
+    assert {row.pixels.shape for row in rows} == {(1, count, 12) for count in patches}
+    assert all(len(row.geometry["order"]) * 4 == row.pixels.shape[1] for row in rows)
+
+
+def test_attention_by_blocks_is_attention_in_one_piece(monkeypatch):
+    generator = np.random.default_rng(3)
+    query, key, value = jnp.asarray(generator.normal(size=(3, 2, 48, 2, 8)), jnp.float32)
+    groups = jnp.asarray(generator.integers(-1, 3, (2, 48)))
+    whole = qwen_vision.grouped_attention(query, key, value, groups)
+    monkeypatch.setattr(qwen_vision, "QUERY_BLOCK", 32)  # 48 patches go by blocks of 16
+    np.testing.assert_allclose(qwen_vision.grouped_attention(query, key, value, groups), whole, atol=1e-6)
+
+
+def published_with_processor(family, size, folder):
+    """A published configuration with patches of the tiny processor, without weights."""
+    ids = family.token_ids(family.write_processor(folder))
+    config = models.config_from_hf(published(family.name, size))
+    vision = dataclasses.replace(config.vision, patch_size=4)
+    tokens = {name: ids[name] for name in ("image_token_id", "video_token_id")}
+    return LVLM({}, dataclasses.replace(config, vision=vision, **tokens), folder)
+
+
+def test_conversations_of_pictures_of_different_sizes(tmp_path):
+    model = published_with_processor(QWEN2_5_VL, "Qwen2.5-VL-3B-Instruct", tmp_path)
+    generator = np.random.default_rng(2)
+    pictures = [
+        Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for size in ((40, 21), (17, 50))
+    ]
+    messages = [[{"role": "user", "content": [{"type": "image", "image": picture}]}] for picture in pictures]
+    prompt, patches = model.prepare(messages), 0
+    for row, picture in enumerate(pictures):
+        text = QWEN2_5_VL.chat.format(QWEN2_5_VL.marker)
+        theirs = model.processor(images=[picture], text=text, return_tensors="np")
+        np.testing.assert_array_equal(prompt.tokens[row][prompt.image_id[row] >= 0], theirs["input_ids"][0])
+        np.testing.assert_array_equal(prompt.grids[row], theirs["image_grid_thw"][0, 1:] // 2)
+        count = len(theirs["pixel_values"])
+        np.testing.assert_array_equal(prompt.pixels[row, :count], theirs["pixel_values"])
+        assert not prompt.pixels[row, count:].any() and prompt.geometry["valid"][row].sum() == count
+        patches += count
+    assert prompt.geometry["valid"].sum() == patches
+
+
+def test_what_a_patch_holds(tmp_path):
+    """Written out by hand: which row and column of a picture a patch is."""
+    model = published_with_processor(QWEN2_VL, "Qwen2-VL-2B-Instruct", tmp_path)
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (40, 21, 3), np.uint8))
+    prompt = model.prepare([{"role": "user", "content": [{"type": "image", "image": picture}]}])
+    first = model.processor.image_processor(picture, do_resize=True, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(first, prompt.pixels[0][: len(first)])
+    coordinates = prompt.geometry["coordinates"][0][:6]
+    np.testing.assert_array_equal(coordinates, [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3]])
