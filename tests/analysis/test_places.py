@@ -11,7 +11,10 @@ from lvlm_jax import LVLM, models
 from lvlm_jax.analysis import overlay, token_places
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation
-from tests.models import instructblip_checkpoints, qwen2_checkpoints, test_llava_next_parity
+from tests.checkpoints import IMAGE
+from tests.models.families.instructblip import INSTRUCTBLIP
+from tests.models.families.patches import QWEN2_VL
+from tests.models.families.tiled import LLAVA_NEXT
 
 
 class Numbered(LVLM):
@@ -25,8 +28,8 @@ class Numbered(LVLM):
 @pytest.fixture
 def qwen2_vl(tmp_path):
     """Without weights, with a processor."""
-    tokenizer = qwen2_checkpoints.write_processor(tmp_path, "Qwen2VLProcessor")
-    config = models.config_from_hf(qwen2_checkpoints.tiny_config("qwen2_vl").to_dict())
+    tokenizer = QWEN2_VL.write_processor(tmp_path)
+    config = models.config_from_hf(QWEN2_VL.raw())
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return Numbered({}, dataclasses.replace(config, image_token_id=image, video_token_id=-5), tmp_path)
 
@@ -49,8 +52,8 @@ def test_more_images_than_pictures(qwen2_vl):
 
 
 def test_queries_have_no_places():
-    config = models.config_from_hf(instructblip_checkpoints.config().to_dict())
-    inputs = instructblip_checkpoints.random_inputs(instructblip_checkpoints.config(), 1, [(1, 5)])
+    config = models.config_from_hf(INSTRUCTBLIP.raw())
+    inputs = INSTRUCTBLIP.inputs(INSTRUCTBLIP.config(), 1, [(IMAGE, 5)])
     with pytest.raises(LVLMError, match="queries over the whole image and lie on no grid"):
         token_places(config, LVLM({}, config).prepare(inputs), 1)
 
@@ -61,9 +64,9 @@ def test_how_the_view_of_the_whole_is_fitted():
     def model(config):
         return SimpleNamespace(config=config, processor=SimpleNamespace(image_processor=processor))
 
-    processor = test_llava_next_parity.build_processor().image_processor
+    processor = LLAVA_NEXT.processor().image_processor
     assert processor.do_center_crop
-    tiled = models.config_from_hf(test_llava_next_parity.config_of().to_dict())
+    tiled = models.config_from_hf(LLAVA_NEXT.raw())
     assert overlay.fitted(model(tiled), 1) == "stretch"
     assert overlay.fitted(model(SimpleNamespace(nested_images=False, tiled=False)), 1) == "crop"
     together = SimpleNamespace(nested_images=True, tiled=True)

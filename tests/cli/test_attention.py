@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lvlm_jax.cli import common
 from lvlm_jax.weights import names
-from tests.models import qwen2_checkpoints
+from tests.models.families.patches import QWEN2_VL
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -111,12 +111,9 @@ def test_pictures_are_written(written):
 def test_pictures_with_grids_of_their_own(tool, tmp_path):
     """Qwen2-VL: two pictures of different sizes on one page."""
     model = tmp_path / "model"
-    tokenizer = qwen2_checkpoints.write_processor(model, "Qwen2VLProcessor")
-    specials = ("vision_start", "vision_end", "image", "video")
-    ids = tokenizer.convert_tokens_to_ids(list(qwen2_checkpoints.SPECIALS))
-    tokens = {f"{name}_token_id": number for name, number in zip(specials, ids, strict=True)}
+    tokenizer = QWEN2_VL.write_processor(model)
     text = {"vocab_size": len(tokenizer), "num_hidden_layers": 4}
-    qwen2_checkpoints.make(model, "qwen2_vl", seed=5, text=text, **tokens)
+    QWEN2_VL.build(model, 5, text=text, **QWEN2_VL.token_ids(tokenizer))
     words = ["--model", model, "--answer", "a red dog", "--method", "vaf", "--start-layer", "0"]
     for number, size in enumerate(((40, 16), (16, 24))):
         Image.new("RGB", size, (40, 80, 120)).save(tmp_path / f"{number}.png")

@@ -10,7 +10,7 @@ from lvlm_jax.methods.eah import EAH
 from lvlm_jax.methods.sevi import SEVI
 from tests.methods.one_branch import ATOL, STEPS, run_library
 from tests.methods.test_cmac import assert_combined
-from tests.models import grid_checkpoints, qwen2_checkpoints
+from tests.models.families.patches import QWEN2_5_VL
 from tests.reference import capl, cmac, eah, one_branch, qwen2_5_vl, sevi
 
 # Rows and columns of patches: lying and upright images, two, none and one of them, of different lengths.
@@ -22,11 +22,11 @@ DEPTH = 3
 def case(tmp_path_factory):
     """(ours, weights, config, inputs, forced tokens, a function of the row giving its ids and images)."""
     folder = tmp_path_factory.mktemp("qwen2_5_vl")
-    theirs = qwen2_checkpoints.make(folder, "qwen2_5_vl", seed=21, text={"num_hidden_layers": DEPTH})
+    theirs = QWEN2_5_VL.build(folder, 21, text={"num_hidden_layers": DEPTH})
     ours = LVLM.from_pretrained(folder, dtype="float32")
     weights, config = qwen2_5_vl.from_torch(theirs)
-    inputs = grid_checkpoints.random_inputs(theirs.config, seed=22, layouts=LAYOUTS)
-    forced = np.random.default_rng(31).integers(3, qwen2_checkpoints.VOCABULARY - 4, (len(LAYOUTS), STEPS))
+    inputs = QWEN2_5_VL.inputs(theirs.config, 22, LAYOUTS)
+    forced = np.random.default_rng(31).integers(3, QWEN2_5_VL.word, (len(LAYOUTS), STEPS))
     grids = torch.from_numpy(inputs["image_grid_thw"])
     with torch.no_grad():
         pictures = theirs.model.get_image_features(

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from lvlm_jax import LVLM, methods
+from tests.checkpoints import IMAGE
 from tests.methods.one_branch import ATOL, STEPS, run_library
 from tests.methods.test_cmac import assert_combined
-from tests.models import instructblip_checkpoints as checkpoints
+from tests.models.families.instructblip import INSTRUCTBLIP, QUERIES
 from tests.reference import capl, cmac, eah, llava, one_branch, sevi
 
 # Images and text tokens of each sample; the images stand first.
@@ -27,14 +28,14 @@ def embed(weights, config, input_ids, image_tokens):
 def image_ids(config, input_ids):
     """0 for text, k for a query of the k-th image."""
     is_image = np.asarray(input_ids) == config["image_token_index"]
-    return np.where(is_image, (np.cumsum(is_image) - 1) // checkpoints.QUERIES + 1, 0)
+    return np.where(is_image, (np.cumsum(is_image) - 1) // QUERIES + 1, 0)
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """(ours, reference weights, reference config, inputs, forced tokens, per sample its ids and image tokens)."""
     folder = tmp_path_factory.mktemp("instructblip")
-    theirs = checkpoints.make(folder, seed=21, text=TEXT)
+    theirs = INSTRUCTBLIP.build(folder, 21, text=TEXT)
     ours = LVLM.from_pretrained(folder, dtype="float32")
     weights, config = llava.from_torch(theirs)
     weights = {
@@ -43,7 +44,7 @@ def case(tmp_path_factory):
         ): array
         for name, array in weights.items()
     }
-    inputs = checkpoints.random_inputs(theirs.config, seed=22, samples=SAMPLES)
+    inputs = INSTRUCTBLIP.inputs(theirs.config, 22, [(*[IMAGE] * images, words) for images, words in SAMPLES])
     names = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
     with torch.no_grad():
         found = theirs.get_image_features(**{name: torch.from_numpy(inputs[name]) for name in names})
@@ -54,7 +55,7 @@ def case(tmp_path_factory):
         ids = inputs["input_ids"][row, inputs["attention_mask"][row].astype(bool)]
         samples.append((ids, np.concatenate(own) if own else None))
     forced = np.random.default_rng(31).integers(3, 200, (len(SAMPLES), STEPS))
-    return ours, weights, config, checkpoints.for_us(inputs, theirs.config, ours.config), forced, samples
+    return ours, weights, config, INSTRUCTBLIP.for_us(inputs, theirs.config, ours.config), forced, samples
 
 
 def reference(case, row, method):

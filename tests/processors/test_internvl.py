@@ -9,8 +9,8 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
-from tests.models.internvl_checkpoints import IMAGE_TOKEN, build, write_chat
-from tests.models.siglip_checkpoints import byte_tokenizer
+from tests.models.families.base import byte_tokenizer
+from tests.models.families.internvl import IMAGE_TOKEN, INTERNVL, write_chat
 
 
 def internlm2_tokenizer(folder, prefix):
@@ -42,7 +42,7 @@ def internlm2_tokenizer(folder, prefix):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_messages_of_an_internlm2_checkpoint(prefix, tmp_path):
     ids = internlm2_tokenizer(tmp_path, prefix)
-    model = build(None, 2, text={"model_type": "llama", "vocab_size": len(ids) + 8})
+    model = INTERNVL.build(None, 2, text={"model_type": "llama", "vocab_size": len(ids) + 8})
     write_chat(tmp_path, model, True, ids["<IMG_CONTEXT>"])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "size": 28}))
     ours = LVLM.from_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
     else:
         tokenizer, first = byte_tokenizer(specials), 259
         tokenizer.save_pretrained(tmp_path)
-    model = build(None, 2, text={"vocab_size": 270})
+    model = INTERNVL.build(None, 2, text={"vocab_size": 270})
     write_chat(tmp_path, model, False, first + 4)
     ours = LVLM.from_pretrained(tmp_path)
     picture = np.zeros((20, 20, 3), np.uint8)
@@ -114,7 +114,7 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
     ],
 )
 def test_processors_that_cannot_be_made(settings, changes, message, tmp_path):
-    write_chat(tmp_path, build(None, 2), False, IMAGE_TOKEN, **changes)
+    write_chat(tmp_path, INTERNVL.build(None, 2), False, IMAGE_TOKEN, **changes)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(LVLMError, match=message):
         LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])
@@ -122,7 +122,7 @@ def test_processors_that_cannot_be_made(settings, changes, message, tmp_path):
 
 def test_a_tokenizer_that_contradicts_the_configuration(tmp_path):
     first = qwen2_tokenizer(tmp_path, ["<img>", "</img>", "<IMG_CONTEXT>"])
-    write_chat(tmp_path, build(None, 2, text={"vocab_size": 270}), False, first + 5)
+    write_chat(tmp_path, INTERNVL.build(None, 2, text={"vocab_size": 270}), False, first + 5)
     message = f"has <IMG_CONTEXT> at {first + 2} and the configuration at {first + 5}"
     with pytest.raises(LVLMError, match=message):
         LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])

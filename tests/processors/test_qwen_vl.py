@@ -16,8 +16,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.processors import text
 from lvlm_jax.processors.load import has_processor, load_processor
 from lvlm_jax.processors.qwen_vl import build_tokenizer, read_ranks
-from tests.models import qwen_vl_checkpoints as checkpoints
-from tests.models.qwen_vl_checkpoints import PUBLISHED, VARIETIES
+from tests.models.families.qwen_vl import PUBLISHED, QWEN_VL
 
 # The published order of single bytes: those with a letter of their own first.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
@@ -61,17 +60,13 @@ def write_files(folder, chat_format="chatml"):
     (folder / "generation_config.json").write_text(json.dumps(generation))
 
 
-CONFIG = {
-    **VARIETIES["published_switches"],
-    "vocab_size": IMAGE_START + 8,
-    "visual": {**VARIETIES["published_switches"]["visual"], "image_start_id": IMAGE_START},
-}
+TOKENS = {"vocab_size": IMAGE_START + 8, "visual": {"image_start_id": IMAGE_START}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen_vl")
-    checkpoints.make(folder, CONFIG, seed=4)
+    QWEN_VL.build(folder, 4, **TOKENS)
     write_files(folder)
     return folder
 

@@ -11,8 +11,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import lora
 from lvlm_jax.weights.peft import WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
-from tests.models import grid_checkpoints, qwen_vl_checkpoints
-from tests.models.test_glm4v_parity import make
+from tests.models.families.patches import GLM4V
+from tests.models.families.qwen_vl import QWEN_VL
 from tests.weights import checkpoints
 from tests.weights.test_peft import adapted, assert_equal_logits, load_with_peft, saved_by_peft
 
@@ -27,8 +27,8 @@ def assert_close(got, want):
 def case(tmp_path_factory):
     """(folder of a GLM-4.1V, ours, one prompt with a picture)."""
     folder = tmp_path_factory.mktemp("glm4v")
-    theirs, ours = make(folder)
-    return folder, ours, grid_checkpoints.random_inputs(theirs.config, 9, [(3, (4, 4), 5)])
+    theirs = GLM4V.build(folder)
+    return folder, LVLM.from_pretrained(folder), GLM4V.inputs(theirs.config, 9, [(3, (4, 4), 5)])
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def test_we_load_what_peft_saves_and_save_it_as_it_was(case, base, tmp_path):
 
 def test_heads_that_take_turns_in_a_tensor(tmp_path):
     """Qwen-VL's tower keeps query, key and value of one head behind another, its decoder all of each."""
-    config = qwen_vl_checkpoints.VARIETIES["published_switches"]
-    qwen_vl_checkpoints.make(tmp_path, config, seed=14)
+    QWEN_VL.build(tmp_path, 14)
     ours = LVLM.from_pretrained(tmp_path)
     params = adapted(ours.params, r"(language_model|vision_tower)/.*(q|k|v)_proj$", rank=2)
     folder = save_adapter(tmp_path / "adapter", params, ours.config)

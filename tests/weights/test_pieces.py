@@ -11,7 +11,7 @@ from lvlm_jax import LVLM
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.save import stored_shapes
 from lvlm_jax.weights.tables import LINEAR, Piece, Row, Table, fused, table_for
-from tests.models.internvl_checkpoints import build, write_chat
+from tests.models.families.internvl import INTERNVL, write_chat
 
 # Shares and groups of configurations with a field for each.
 PIECES = [Piece(index, lambda c: c.shares, lambda c: c.groups) for index in range(3)]
@@ -89,7 +89,9 @@ def test_a_scheme_may_store_a_parameter_in_a_way_of_its_own():
 def internlm2(tmp_path_factory):
     """A checkpoint with both kinds of fused tensors, with biases."""
     folder = tmp_path_factory.mktemp("internlm2")
-    return write_chat(folder, build(None, 3, text={"model_type": "llama", "attention_bias": True}), True)
+    return write_chat(
+        folder, INTERNVL.build(None, 3, text={"model_type": "llama", "attention_bias": True}), True
+    )
 
 
 QKV = "vision_model.encoder.layers.1.attn.qkv"
