@@ -1,49 +1,6 @@
-"""Train a model: `python train.py --config configs/capl.py --workdir runs/capl --config.data=pairs.jsonl`.
+"""The same as `lvlm train`, for a clone with the package installed, as `make demo` does it."""
 
-Every field of the config may be set on the command line, as in `--config.optimizer.peak=1e-4`. Started again with the
-same work folder, it goes on from its newest checkpoint.
-
-Several processes that SLURM, Open MPI or GKE has started join by themselves; elsewhere give each of them
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one of them is gone, LVLM_JAX_PEER_TIMEOUT seconds
-(default 30) without a sign of life, the others end with exit code 134, to be started again; see docs/scaling.md.
-"""
-
-from pathlib import Path
-
-from absl import logging
-
-from lvlm_jax import parallel
-from lvlm_jax.cli import common
-from lvlm_jax.compilation import enable_cache
-from lvlm_jax.methods import parse
-from lvlm_jax.pocket import recipe as pocket
-from lvlm_jax.training import finetune, registry, settings
-
-
-def main(words: list[str]) -> int:
-    """Trains as the flags say."""
-    parser = common.Parser(description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="what to train, a file of configs/")
-    parser.add_argument(
-        "--workdir", required=True, type=Path, help="folder of checkpoints, logs and the result"
-    )
-    parser.add_argument(
-        "--distributed",
-        action=parse.Switch,
-        help="join other processes (default: if the environment has any)",
-    )
-    given, changes = parser.parse_known_args(words)
-    # Orbax tells of every file it writes; what goes wrong there is said once, by `training.checkpoints`.
-    logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    config = settings.read(given.config, changes)
-    parallel.start(given.distributed)
-    enable_cache()
-    registry.register(pocket.RECIPE)
-    folder = finetune.train(config, given.workdir)
-    print(f"checkpoint written to {folder}")
-    return 0
-
+from lvlm_jax.cli.main import run
 
 if __name__ == "__main__":
-    common.run(main)
+    run("train")

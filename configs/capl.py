@@ -1,4 +1,4 @@
-"""CAPL on a file of pairs: `python train.py --config configs/capl.py --config.data=pairs.jsonl --workdir runs/capl`.
+"""CAPL on a file of pairs: `lvlm train --config capl --config.data=pairs.jsonl --workdir runs/capl`.
 
 Both answers are scored under CAPL's cross-image attention. The paper's 3.6K pairs and rank 16; β, λ and the schedule
 are not public, and those here are ours.

@@ -1,4 +1,4 @@
-"""DPO on a file of pairs: `python train.py --config configs/dpo.py --config.data=pairs.jsonl --workdir runs/dpo`.
+"""DPO on a file of pairs: `lvlm train --config dpo --config.data=pairs.jsonl --workdir runs/dpo`.
 
 Other losses: `--config.preference.loss=ipo` or `hinge`; conservative DPO: `--config.preference.label_smoothing=0.1`.
 """

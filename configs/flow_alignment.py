@@ -1,4 +1,4 @@
-"""Flow alignment: `python train.py --config configs/flow_alignment.py --config.data=prompts.jsonl --workdir runs/flow`.
+"""Flow alignment: `lvlm train --config flow_alignment --config.data=prompts.jsonl --workdir runs/flow`.
 
 SEVI's effect is put into the weights, so that the exported checkpoint needs no method at inference.
 

@@ -1,4 +1,4 @@
-"""Defaults of `infer.py`, each of them also a flag.
+"""Defaults of `lvlm infer`, each of them also a flag.
 
 To change them, copy this file and pass the copy with `--config`.
 """
@@ -7,7 +7,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Settings of `infer.py`; flags on the command line come before them."""
+    """Settings of `lvlm infer`; flags on the command line come before them."""
     config = ml_collections.ConfigDict()
 
     config.model_path = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
-    config.method = "none"  # see `infer.py --help` for the names; the method's own settings are flags
+    config.method = "none"  # see `lvlm infer --help` for the names; the method's own settings are flags
     config.compare = True  # with a method: also answer without it, for comparison (not in a job)
 
     config.temperature = 0.0  # 0 takes the most probable token, 1 samples from the model's distribution
@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
         "auto"  # how a job fills its batches: continuous, batches, or auto (see docs/batching.md)
     )
 
-    # What `python infer.py` alone does.
+    # What `lvlm infer` alone does.
     config.demo = demo = ml_collections.ConfigDict()
     demo.method = "cmac"
     demo.prompts = (

@@ -1,4 +1,4 @@
-"""The pocket model from scratch: `python train.py --config configs/pocket.py --workdir runs/pocket`.
+"""The pocket model from scratch: `lvlm train --config pocket --workdir runs/pocket`.
 
 Any field may be set on the command line, as in `--config.everything.steps=500`.
 """

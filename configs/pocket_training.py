@@ -1,11 +1,9 @@
-"""The pocket recipes of `tools/pocket_training.py`: CAPL, plain DPO and flow alignment, minutes each on two cores.
+"""The pocket recipes of `lvlm pocket-training`: CAPL, plain DPO and flow alignment, minutes each on two cores.
 
 Any field may be set on the command line, as in `--config.capl.optimizer.peak=1e-4`. The recipes begin with the files of
 their names in this folder; what is set here was chosen once, for so small a model and so few steps, and not tuned on
 the pocket benchmark.
 """
-
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -24,7 +22,7 @@ def get_config() -> ConfigDict:
     config.answers = ConfigDict(dict(prompts=800, held_out=150, describe=0.7))
 
     for name in ("capl", "dpo", "flow_alignment"):
-        recipe = config_files.load_config(Path(__file__).with_name(f"{name}.py"))
+        recipe = config_files.load_config(name)
         # Rates for models a thousand times as large would move nothing in so few steps. At 5e-4 CAPL's pairs, whose
         # rejected answers the base prefers in 96 of 100, taught it to contradict itself on everything (73 to 30).
         recipe.optimizer.peak = 5e-4 if name == "flow_alignment" else 5e-5

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: `python train.py --config configs/sft.py --config.data=talks.jsonl --workdir runs/sft`.
+"""Supervised fine-tuning: `lvlm train --config sft --config.data=talks.jsonl --workdir runs/sft`.
 
 The file has rows `{"images": [...], "messages": [...]}`, or preference pairs, whose chosen answers are learned.
 """

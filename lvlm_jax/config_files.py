@@ -1,6 +1,7 @@
 """What a user has written in Python: configuration files, and single objects such as a method or a corrector."""
 
 import contextlib
+import difflib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -15,12 +16,43 @@ import ml_collections
 
 from lvlm_jax.errors import LVLMError
 
+SHIPPED = pathlib.Path(__file__).parent / "configs"
 
-def load_config(path) -> ml_collections.ConfigDict:
-    """The `ConfigDict` that `get_config()` of a Python file returns."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise LVLMError(f"config {str(path)!r} is not a file; expected Python with a function get_config()")
+
+def config_names() -> list[str]:
+    """The files of `configs/`, which come with the package, by the names that `load_config` takes."""
+    return sorted(path.stem for path in SHIPPED.glob("[a-z]*.py"))
+
+
+def config_file(name: str | os.PathLike) -> pathlib.Path:
+    """The file of a configuration: of one word such as "capl" the one in `configs/`, else the path itself.
+
+    Raises:
+        LVLMError: no such file.
+    """
+    if str(name) in config_names():
+        return SHIPPED / f"{name}.py"
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    if str(name).isidentifier():
+        known = config_names()
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise LVLMError(f"there is no config {str(name)!r}; {hint} (or give the path of a file)")
+    raise LVLMError(f"config {str(name)!r} is not a file; expected Python with a function get_config()")
+
+
+def load_config(name: str | os.PathLike) -> ml_collections.ConfigDict:
+    """The `ConfigDict` that `get_config()` of a Python file returns.
+
+    Args:
+        name: a path, or the name of a file in `configs/`, see `config_file`.
+
+    Raises:
+        LVLMError: no such file, its code fails, or it has no `get_config()` that returns a `ConfigDict`.
+    """
+    path = config_file(name)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None:
         raise LVLMError(f"config {str(path)!r} is not a Python file; its name must end in .py")

@@ -24,7 +24,7 @@ from lvlm_jax.methods.parse import as_method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
-from lvlm_jax.weights import lora, quantize
+from lvlm_jax.weights import lora, names, quantize
 from lvlm_jax.weights.peft import load_adapter
 
 
@@ -59,8 +59,9 @@ class LVLM:
         """Loads a Hugging Face checkpoint.
 
         Args:
-            path_or_hub_id: a folder, or the id of a repository on the hub.
-            dtype: "float32", "bfloat16" or "float16", of weights, caches and products.
+            path_or_hub_id: a folder, the id of a repository on the hub, or "pocket", the model inside the package.
+            dtype: "float32", "bfloat16" or "float16", of weights, caches and products; "auto" is float32 on a CPU and
+                bfloat16 elsewhere.
             mesh: devices to spread the parameters over (`parallel.make_mesh`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
@@ -69,9 +70,9 @@ class LVLM:
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
         """
-        number_type = weights.parameter_dtype(dtype)
+        number_type = weights.parameter_dtype(names.dtype(dtype))
         enable_cache()
-        folder = weights.resolve_checkpoint(path_or_hub_id)
+        folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
         place = parallel.parameter_sharding(mesh) if mesh is not None else None
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)

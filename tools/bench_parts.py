@@ -12,7 +12,6 @@ import numpy as np
 from lvlm_jax import LVLM, models
 from lvlm_jax.models.pictures import whole_pictures
 from lvlm_jax.processors.layout import lay_out
-from lvlm_jax.weights import names
 
 CLIP_LARGE = dict(
     model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
@@ -66,7 +65,7 @@ def random_parameters(config, dtype: jnp.dtype) -> dict:
 def model_of(size: str, dtype: str) -> tuple[dict, object]:
     """Parameters and configuration: the pocket model, or random weights of a size in SIZES."""
     if size == "pocket":
-        model = LVLM.from_pretrained(names.checkpoint("pocket"), dtype=dtype)
+        model = LVLM.from_pretrained("pocket", dtype=dtype)
         return model.params, model.config
     config = models.config_from_hf(SIZES[size])
     return random_parameters(config, jnp.dtype(dtype)), config

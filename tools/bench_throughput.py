@@ -20,9 +20,6 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench_parts.py
-
 import bench_parts
 import jax
 import numpy as np
@@ -37,7 +34,6 @@ from lvlm_jax.methods import parse
 from lvlm_jax.pocket.conversations import DETAILED_PROMPTS, LIST_PROMPTS, SHORT_PROMPTS
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.version import __version__
-from lvlm_jax.weights import names
 
 PROMPTS = (*SHORT_PROMPTS, *DETAILED_PROMPTS, *LIST_PROMPTS)
 BATCHES = "1,2,4,8,16,32,64"
@@ -202,7 +198,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         raise LVLMError(f"continuous batching is not possible: {why}; choose another method")
     # Programs that XLA's CPU backend loads from the persistent cache run slower.
     os.environ[compilation.SWITCH] = "0"
-    model = LVLM.from_pretrained(names.checkpoint(arguments.model), dtype=arguments.dtype)
+    model = LVLM.from_pretrained(arguments.model, dtype=arguments.dtype)
     limit = arguments.max_new_tokens
     ways = {name: Ours(model, method, limit, name == "continuous") for name in ("batches", "continuous")}
     versions = {"lvlm_jax": __version__, "jax": jax.__version__, "python": platform.python_version()}

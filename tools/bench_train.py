@@ -31,9 +31,6 @@ import resource
 import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # a clone need not be installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))  # tools/bench_parts.py
-
 import bench_parts
 import jax
 import jax.numpy as jnp

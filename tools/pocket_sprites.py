@@ -6,10 +6,8 @@ only to change the set of objects. The font comes with Debian's package `fonts-n
 
 import json
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # drawing has no use for an accelerator's memory
 
 import numpy as np

@@ -73,6 +73,19 @@ def _one_line(message) -> str:
     return " ".join(str(message).split())
 
 
+def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
+    """Some flags before the parser that knows all of them is built: the one of a method has the method's settings.
+
+    Args:
+        words: the command line.
+        defaults: of these flags, by their names with _ for -; all others are passed over.
+    """
+    parser = Parser(add_help=False)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default)
+    return parser.parse_known_args([parse.hyphenated(word) for word in words])[0]
+
+
 def flags(
     parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None
 ) -> Callable:

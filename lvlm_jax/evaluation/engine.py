@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import shares
 from lvlm_jax.evaluation.pictures import Pictures
@@ -26,6 +24,7 @@ from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import conversation, length_class
 from lvlm_jax.generation.scheduler import Request
 from lvlm_jax.journal.log import AnswerLog, seed_of
+from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 
 Prompt = list[int]  # by the numbers of the questions that it answers
@@ -192,9 +191,7 @@ def _collect(
         pictures = stack.enter_context(Pictures(model, needed, work.batch_size))
         done = sum(question.key in known for question in ours)
         quiet = not work.share.writes
-        bar = stack.enter_context(
-            tqdm(total=len(ours), initial=done, desc=title, mininterval=2, disable=quiet)
-        )
+        progress = stack.enter_context(Progress(len(ours), done, title, quiet))
         waiting = [
             batch
             for batch in batches
@@ -226,7 +223,7 @@ def _collect(
                 )
             began = time.monotonic()
             known |= fresh
-            bar.update(len(fresh))
+            progress.update(len(fresh))
     return {question.key: known[question.key] for question in questions if question.key in known}
 
 

@@ -10,15 +10,13 @@ those of earlier questions. So a kill costs no more than these.
 
 import dataclasses
 import pathlib
-import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
+from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect
 from lvlm_jax.journal.record import file_hash
 from lvlm_jax.processors.images import open_image
@@ -156,7 +154,7 @@ def run_job(
 
     def fail(line: int, reason: str) -> None:
         failures[line] = reason
-        tqdm.write(f"line {line} of {question_file}: {reason}", file=sys.stderr)
+        progress.say(f"line {line} of {question_file}: {reason}")
 
     for line, reason in list(failures.items()):
         fail(line, reason)
@@ -172,13 +170,13 @@ def run_job(
         batches = _batches(questions, done, batch_size)
         requests = _requests(batches, pathlib.Path(image_folder), seed, fail)
         known: dict[int, Answer] = {}
-        with tqdm(total=len(questions), initial=len(done), unit="answer", disable=None) as bar:
+        with progress.Progress(len(questions), len(done), "answers") as shown:
 
             def write() -> None:
                 ready = []
                 while waiting and (waiting[0].line in known or waiting[0].line in failures):
                     question = waiting.popleft()
-                    bar.update()
+                    shown.update()
                     if question.line in known:
                         ready.append((question, known.pop(question.line)))
                 log.append(_entry(*pair, model_id, record.get("method")) for pair in ready)

@@ -15,7 +15,6 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import settings
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method, parse
-from lvlm_jax.weights import names
 
 # What harnesses call the settings of a generation; `decoding` turns them into ours.
 GENERATION = (
@@ -48,7 +47,7 @@ def load(pretrained: Any, dtype: str) -> LVLM:
     """
     if pretrained is None:
         raise LVLMError("no model is named; give pretrained= a checkpoint folder, a hub id, or pocket")
-    return LVLM.from_pretrained(names.checkpoint(str(pretrained)), dtype=names.dtype(str(dtype)))
+    return LVLM.from_pretrained(str(pretrained), dtype=str(dtype))
 
 
 def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) -> Method | None:

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
-from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import searches
@@ -25,6 +24,7 @@ from lvlm_jax.generation.questions import PLACEHOLDER, conversation
 from lvlm_jax.generation.settings import LARGEST_SEED, Decoding
 from lvlm_jax.integrations import GENERATION, build_method, decoding, load, whole
 from lvlm_jax.journal.log import seed_of
+from lvlm_jax.journal.progress import Progress
 
 LONGEST_ANSWER = 1024  # tokens; what lmms-eval's own models write where a task names no limit
 OWN = ("pretrained", "dtype", "method", "batch_size", "seed", "likelihood")
@@ -195,7 +195,7 @@ class LVLMJax(lmms):
         pairs = [self._pair(*request.args) for request in requests]
         order = sorted(range(len(pairs)), key=lambda number: _size("".join(pairs[number][:2])))
         found: list[Any] = [None] * len(pairs)
-        with tqdm(total=len(pairs), desc="lvlm_jax", disable=self.rank != 0) as bar:
+        with Progress(len(pairs), title="lvlm_jax", quiet=self.rank != 0) as progress:
             for numbers in self._batches(order):
                 batch = [pairs[number] for number in numbers]
                 spare = min(self.batch_size, len(pairs)) - len(batch)
@@ -203,7 +203,7 @@ class LVLMJax(lmms):
                 for number, one in zip(numbers, scored[: len(batch)], strict=True):
                     found[number] = one
                     self.cache_hook.add_partial("loglikelihood", pairs[number][:2], one)
-                bar.update(len(numbers))
+                progress.update(len(numbers))
         return found
 
     def _document(self, doc_id: Any, task: str, split: str) -> Any:
@@ -241,7 +241,7 @@ class LVLMJax(lmms):
         alike: dict[Decoding, list[int]] = {}
         for number, one in enumerate(asked):
             alike.setdefault(one.decoding, []).append(number)
-        with tqdm(total=len(asked), desc="lvlm_jax", disable=self.rank != 0) as bar:
+        with Progress(len(asked), title="lvlm_jax", quiet=self.rank != 0) as progress:
             for shared, numbers in alike.items():
                 for batch in self._batches(sorted(numbers, key=lambda number: asked[number].size)):
                     questions = [asked[number].messages for number in batch]
@@ -252,7 +252,7 @@ class LVLMJax(lmms):
                     filled = questions + questions[-1:] * spare
                     output = self.model.generate(filled, method=self.method, **vars(own))
                     yield from zip(batch, output.text[: len(batch)], strict=True)
-                    bar.update(len(batch))
+                    progress.update(len(batch))
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
         for start in range(0, len(numbers), self.batch_size):

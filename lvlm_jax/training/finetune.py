@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
     """The model to train, on the mesh; in the dtype of the master weights where any of them are the model's own."""
     dtype = config.dtype if config.lora.enabled else config.master
-    return LVLM.from_pretrained(names.checkpoint(config.model), dtype=dtype, mesh=mesh)
+    return LVLM.from_pretrained(config.model, dtype=dtype, mesh=mesh)
 
 
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ the true utilisation is higher. The peak is that of dense bfloat16 products.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +22,10 @@ import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
+from lvlm_jax.journal import progress
 from lvlm_jax.weights.tables import flatten
 
 # Dense bfloat16 FLOP/s by a part of JAX's `device_kind`, from the makers' data sheets; the first that fits counts.
@@ -130,19 +131,19 @@ class Monitor:
         if first and start < steps:
             rewind(self._path, task, start)
             self._events = _event_file(workdir / "tensorboard" / task, start)
-        self._bar = tqdm(total=steps, initial=start, desc=task, mininterval=10, disable=not first)
+        self._progress = progress.Progress(steps, start, task, quiet=not first)
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bar.close()
+        self._progress.close()
         if self._events is not None:
             self._events.close()
 
     def advance(self) -> None:
         """One step is done."""
-        self._bar.update()
+        self._progress.update()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A record of `values` as they are after `step`."""
@@ -183,13 +184,13 @@ class Monitor:
             shown["tokens/s"] = f"{values['tokens_per_second']:.0f}"
         if "mfu" in values:
             shown["MFU"] = f"{values['mfu']:.1%}"
-        self._bar.set_postfix(shown)
+        self._progress.note(shown)
 
     def say(self, step: int, values: Mapping[str, float]) -> None:
         """A line above the bar."""
-        if not self._bar.disable:
+        if not self._progress.quiet:
             text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            self._bar.write(f"{self._task} {step}: {text}")
+            progress.say(f"{self._task} {step}: {text}", sys.stdout)
 
 
 def _event_file(folder: Path, start: int) -> EventsWriter:

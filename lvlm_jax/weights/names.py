@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -11,14 +12,17 @@ def pocket_file(name: str) -> pathlib.Path:
     return pathlib.Path(__file__).parents[1] / "pocket" / name
 
 
-def checkpoint(name: str) -> str:
-    """What `LVLM.from_pretrained` takes for `--model-path`: `pocket` is the model inside the package."""
-    return str(pocket_file("checkpoint")) if name == "pocket" else os.path.expanduser(name)
+def checkpoint(name: str | os.PathLike) -> str:
+    """The folder or hub id that a user means: "pocket" is the model inside the package."""
+    return str(pocket_file("checkpoint")) if str(name) == "pocket" else os.path.expanduser(name)
 
 
-def dtype(name: str) -> str:
-    """`auto` is float32 on a CPU, where XLA converts bfloat16 weights on every call, and bfloat16 elsewhere."""
-    if name != "auto":
+def dtype(name: Any) -> Any:
+    """`auto` is float32 on a CPU, where XLA converts bfloat16 weights on every call, and bfloat16 elsewhere.
+
+    Anything else stays as it is.
+    """
+    if not isinstance(name, str) or name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 

@@ -1,30 +1,18 @@
-"""tools/attention.py: what it writes for two pictures and a method, and one line with exit code 2 for bad input."""
+"""`lvlm attention`: what it writes for two pictures and a method, and one line with exit code 2 for bad input."""
 
-import importlib.util
 import json
-import pathlib
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lvlm_jax.cli import common
+from lvlm_jax.cli import attention
 from lvlm_jax.weights import names
+from tests.cli.command import run
 from tests.models.families.patches import QWEN2_VL
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("attention_tool", ROOT / "tools" / "attention.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def shallow(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(tool, shallow, tmp_path_factory):
+def written(shallow, tmp_path_factory):
     """The folder of a run with two pictures, greedy beside CMAC, over the same 40 words with markup among them."""
     folder = tmp_path_factory.mktemp("attention")
     wide = folder / "wide.png"
@@ -59,7 +47,7 @@ def written(tool, shallow, tmp_path_factory):
         answer,
     ]
     words += ["--method", "cmac", "--alpha", "2", "--prompt", "What is <b>here</b>?", "--out", folder / "out"]
-    assert tool.main([str(word) for word in words]) == 0
+    assert attention.main([str(word) for word in words]) == 0
     return folder / "out"
 
 
@@ -108,7 +96,7 @@ def test_pictures_are_written(written):
 
 
 @pytest.mark.slow
-def test_pictures_with_grids_of_their_own(tool, tmp_path):
+def test_pictures_with_grids_of_their_own(tmp_path):
     """Qwen2-VL: two pictures of different sizes on one page."""
     model = tmp_path / "model"
     tokenizer = QWEN2_VL.write_processor(model)
@@ -118,7 +106,7 @@ def test_pictures_with_grids_of_their_own(tool, tmp_path):
     for number, size in enumerate(((40, 16), (16, 24))):
         Image.new("RGB", size, (40, 80, 120)).save(tmp_path / f"{number}.png")
         words += ["--image", tmp_path / f"{number}.png"]
-    assert tool.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
+    assert attention.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
     _, data = page_data(tmp_path / "out")
     assert data["grids"] == [[2, 5], [3, 2]] and len(data["pictures"]) == 2
     assert {path.name for path in (tmp_path / "out").glob("words_*")} == {
@@ -139,11 +127,8 @@ def test_pictures_with_grids_of_their_own(tool, tmp_path):
         (["--prompt", "<image> <image> which?"], "2 <image> placeholders"),
     ],
 )
-def test_one_line_and_code_two(tool, shallow, words, message, tmp_path, monkeypatch, capsys):
+def test_one_line_and_code_two(shallow, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["attention.py", "--model", str(shallow), *words])
-    with pytest.raises(SystemExit) as left:
-        common.run(tool.main)
-    printed = capsys.readouterr().err
-    assert left.value.code == 2 and message in printed and printed.count("\n") == 1
+    code, _, printed = run(monkeypatch, capsys, "attention", "--model", shallow, *words)
+    assert code == 2 and message in printed and printed.count("\n") == 1

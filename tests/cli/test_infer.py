@@ -1,6 +1,7 @@
 """The command line: the demo, answers beside each other, jobs, and one line with exit code 2 for every bad input."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -13,11 +14,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import infer
 from lvlm_jax import config_files, methods
-from lvlm_jax.cli import common
+from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import names
+from tests.cli.command import run
 from tests.killing import Command, contents, kill_and_finish, more_lines
 from tests.processors.test_images import png_with_header
 
@@ -45,39 +46,31 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys, caplog, tmp_path):
-    """Runs `infer.py` in this process, in an empty folder: exit code, stdout, stderr."""
+    """Runs `lvlm infer` in this process, in an empty folder: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     # What TRANSFORMERS_VERBOSITY does in a process of its own, where transformers is not loaded yet.
     caplog.set_level("ERROR", logger="transformers")
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            common.run(infer.main)
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "infer")
 
 
 @pytest.fixture
 def refuses(command):
     """Runs a command line that must end with code 2 and one line on stderr, which is returned."""
 
-    def run(*words):
+    def refused(*words):
         code, _, error = command(*words)
         assert code == 2
-        assert error.startswith("infer.py: ") and error.count("\n") == 1
+        assert error.startswith("lvlm infer: ") and error.count("\n") == 1
         return error
 
-    return run
+    return refused
 
 
 def test_the_demo_answers_greedy_beside_cmac_and_draws_both(command, small, tmp_path):
     code, out, error = command("--model", small, "--max-new-tokens", 10)
     assert (code, error) == (0, "")
     lines = out.rstrip("\n").split("\n")
-    prompts = config_files.load_config(infer.CONFIG).demo.prompts
+    prompts = config_files.load_config("infer").demo.prompts
     assert "Please describe this image in detail." in prompts
     for prompt in prompts:
         place = lines.index(prompt)
@@ -317,7 +310,7 @@ def test_a_real_process_prints_one_line_and_no_traceback(tmp_path):
     words = [sys.executable, ROOT / "infer.py", "--image", "text.jpg", "--prompt", "a"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("infer.py: image 'text.jpg'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("lvlm infer: image 'text.jpg'") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

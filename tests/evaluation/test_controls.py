@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from lvlm_jax import methods
+from lvlm_jax.cli import evaluate
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, Question, controls, get
 from lvlm_jax.evaluation.controls import Answered, PlausibilityCut
@@ -26,8 +26,6 @@ from tests.evaluation.builders import coco_folder
 from tests.evaluation.fakes import NO, YES, Oracle, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import evaluate  # noqa: E402
 
 
 def yes_no(labels, group="random", start=0):

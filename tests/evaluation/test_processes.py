@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from lvlm_jax import methods
+from lvlm_jax.cli import evaluate
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.run import Options, Run
@@ -19,8 +20,6 @@ from lvlm_jax.pocket.splits import write_split
 from tests.evaluation.fakes import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import evaluate  # noqa: E402
 
 pytestmark = pytest.mark.full_compiler  # the answers of other processes
 

@@ -597,7 +597,12 @@ def test_no_scores_and_no_folder(tmp_path):
 
 def test_from_the_command_line(runs, tmp_path):
     """In a process of its own, with JAX told to use a platform that does not exist: no model is touched."""
-    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "none_such", "HOME": str(tmp_path)}
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "JAX_PLATFORMS": "none_such",
+        "HOME": str(tmp_path),
+    }
 
     def call(*words):
         command = [sys.executable, str(ROOT / "tools/report.py"), *map(str, words)]
@@ -609,7 +614,7 @@ def test_from_the_command_line(runs, tmp_path):
     done = call("data")
     assert (
         done.returncode == 2
-        and done.stderr.startswith("report.py: no scores.json")
+        and done.stderr.startswith("lvlm report: no scores.json")
         and done.stderr.count("\n") == 1
     )
     (runs / "cmac/scores.json").write_text("{")

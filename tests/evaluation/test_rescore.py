@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lvlm_jax.cli import evaluate
 from lvlm_jax.errors import LVLMError
 from tests.evaluation.builders import coco_folder, mme_folder, pope_answers, pope_folder, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import evaluate  # noqa: E402
 
 
 def run(*words):
@@ -169,14 +168,19 @@ def test_from_the_command_line_errors_are_one_line_and_code_2(folder):
     pope_answers(Path("a.jsonl"), ["Yes"] * 20)
     command = [sys.executable, str(ROOT / "tools/evaluate.py"), "--protocol", "pope", "--data", str(folder),
                "--group", "random", "--out", "out", "--rescore"]  # fmt: skip
-    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "none_such", "HOME": str(folder)}
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "JAX_PLATFORMS": "none_such",
+        "HOME": str(folder),
+    }
     done = subprocess.run([*command, "a.jsonl"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     Path("out/scores.json").unlink()
     Path("b.jsonl").write_text('{"question_id": 1, "text": "Yes"}\n{"question')
     done = subprocess.run([*command, "b.jsonl"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("evaluate.py: line 2 of answer file 'b.jsonl' is not JSON")
+    assert done.stderr.startswith("lvlm evaluate: line 2 of answer file 'b.jsonl' is not JSON")
     assert list(Path("out").iterdir()) == []
 
 

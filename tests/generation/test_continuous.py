@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import infer
 from lvlm_jax import LVLM, methods
 from lvlm_jax.attention import Context
+from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Question, engine, get
 from lvlm_jax.generation import continuous, drivers, forward, jobs, scheduler

@@ -27,7 +27,6 @@ from lvlm_jax.generation.questions import conversation
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.pocket.splits import write_split
-from lvlm_jax.weights import names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -136,7 +135,7 @@ def vlmevalkit():
 
 @pytest.fixture(scope="module")
 def pocket():
-    return LVLM.from_pretrained(names.checkpoint("pocket"))
+    return LVLM.from_pretrained("pocket")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from lvlm_jax import LVLM, methods, parallel
 from lvlm_jax.generation import drivers
 from lvlm_jax.planning import plan
 from lvlm_jax.training import finetune, loop, settings
-from lvlm_jax.weights import names
 
 NEW_TOKENS = {False: 64, True: 16}  # of answers; of learned ones, with which rows have 128 tokens
 ANSWERS = {"chosen": "a dog beside a tree", "rejected": "a cat"}
@@ -88,7 +87,7 @@ def watched(owner, names, found):
 def answered(job) -> tuple[dict[str, int], int]:
     """Bytes by program while the pocket model answers about pictures, and the tokens of a prompt."""
     mesh = None if job.devices == 1 else parallel.make_mesh(*job.mesh)
-    model = LVLM.from_pretrained(names.checkpoint("pocket"), dtype=job.dtype, mesh=mesh, quant=job.quant)
+    model = LVLM.from_pretrained("pocket", dtype=job.dtype, mesh=mesh, quant=job.quant)
     picture = np.zeros((96, 96, 3), np.uint8)
     asked = {
         "role": "user",
@@ -130,7 +129,7 @@ def _pairs(folder: Path, count: int) -> Path:
 
 
 def main(devices: int, workdir: Path, cases: list[str]) -> None:
-    name, config, folder = plan.read(names.checkpoint("pocket"))
+    name, config, folder = plan.read("pocket")
     whole = functools.partial(plan.Job, name, config, devices, folder=folder)
     for case in cases:
         fields = {"mesh": (1, 1, 1), "dtype": "float32"} | CASES[case]

@@ -1,17 +1,16 @@
 """Plans: figures worked out by hand, memory that running jobs hold, the command and its one-line errors."""
 
-import importlib.util
+import functools
 import json
 import os
 import pathlib
-import sys
 
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.cli import common
 from lvlm_jax.planning import devices, plan
 from lvlm_jax.weights import names
+from tests.cli.command import run
 from tests.parallel.simulated import in_a_process
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -145,20 +144,9 @@ def test_methods_that_edit_some_layers_take_all_layers(method, alike):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs `tools/plan.py` in this process: exit code, stdout, stderr."""
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """Runs `lvlm plan` in this process: exit code, stdout, stderr."""
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which it adds to
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            common.run(tool.main)
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "plan")
 
 
 def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
@@ -210,4 +198,4 @@ def test_a_table_has_a_row_for_every_count(command):
 def test_bad_input_is_one_line(command, words, message):
     code, printed, errors = command(*words)
     assert (code, printed) == (2, "")
-    assert message in errors and errors.count("\n") == 1 and errors.startswith("plan.py: ")
+    assert message in errors and errors.count("\n") == 1 and errors.startswith("lvlm plan: ")

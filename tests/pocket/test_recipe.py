@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from configs.pocket import get_config
 from lvlm_jax import LVLM
+from lvlm_jax.cli import train
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import catalogue
 from lvlm_jax.pocket import recipe as pocket
@@ -161,4 +161,4 @@ def test_a_complaint_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     known = ", ".join(sorted({*registry.names(), "pocket"}))
-    assert done.stderr.splitlines() == [f"train.py: recipe 'soup' is unknown; expected one of {known}"]
+    assert done.stderr.splitlines() == [f"lvlm train: recipe 'soup' is unknown; expected one of {known}"]

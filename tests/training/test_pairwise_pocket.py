@@ -11,7 +11,7 @@ from lvlm_jax import LVLM, models
 from lvlm_jax.training import pairwise
 from lvlm_jax.training import preference_losses as preference
 from lvlm_jax.training.data.pair_batches import PAIR
-from lvlm_jax.weights import lora, names, parts
+from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.reference import capl, llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
@@ -25,7 +25,7 @@ PLAIN = [("sigmoid", 0.1), ("ipo", 0.3), ("hinge", 0.01)]
 
 @pytest.fixture(scope="module")
 def base():
-    return LVLM.from_pretrained(names.checkpoint("pocket"))
+    return LVLM.from_pretrained("pocket")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""The conversion tool: one command, one line on failure."""
+"""`lvlm convert`: one command, one line on failure."""
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from lvlm_jax.cli import convert as convert_command
 from lvlm_jax.errors import LVLMError
 from tests.weights import checkpoints as make
 
@@ -58,7 +58,7 @@ def test_failures(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(LVLMError, match=message) as caught:
-        runpy.run_path(str(TOOL))["main"](arguments)
+        convert_command.main(arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -66,4 +66,4 @@ def test_failures(arguments, message, tmp_path, monkeypatch):
 def test_a_failure_is_one_line_and_code_two(tmp_path):
     done = convert("absent/folder/x", "out", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("convert.py: no such folder") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("lvlm convert: no such folder") and done.stderr.count("\n") == 1

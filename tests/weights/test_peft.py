@@ -1,7 +1,6 @@
 """LoRA adapters that PEFT loads, and adapters that PEFT saved, with the same logits on both sides."""
 
 import json
-import runpy
 import shutil
 import warnings
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import LVLM
+from lvlm_jax.cli import convert, infer
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.weights import lora, names, parts
+from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests import checkpoints
@@ -167,8 +167,8 @@ def test_names_that_other_versions_give(names, model, params, adapter):
 
 @pytest.mark.slow
 def test_peft_loads_an_adapter_of_the_pocket_model(tmp_path):
-    folder = names.checkpoint("pocket")
-    model = LVLM.from_pretrained(folder)
+    model = LVLM.from_pretrained("pocket")
+    folder = model.folder
     base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     params = adapted(model.params, lora.TARGETS, rank=16, alpha=32.0)
     theirs = load_with_peft(base, save_adapter(tmp_path, params, model.config, folder))
@@ -180,9 +180,8 @@ def test_adapters_are_merged_when_saved(model, adapter, question, tmp_path):
     ours = LVLM.from_pretrained(model.folder, adapter=adapter)
     assert any("lora_a" in path for path in flatten(ours.params))
     ours.save_pretrained(tmp_path / "saved")
-    main = runpy.run_path(str(ROOT / "tools" / "convert.py"))["main"]
     arguments = [str(model.folder), str(tmp_path / "converted"), "--adapter", str(adapter)]
-    assert main(arguments) == 0
+    assert convert.main(arguments) == 0
     saved, converted = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "converted"))
     assert saved.keys() == converted.keys()
     assert all(torch.equal(tensor, converted[name]) for name, tensor in saved.items())
@@ -191,15 +190,14 @@ def test_adapters_are_merged_when_saved(model, adapter, question, tmp_path):
 
 
 def test_the_command_line_takes_an_adapter(model, params, adapter):
-    names = runpy.run_path(str(ROOT / "infer.py"))
     words = ["--model-path", str(model.folder), "--adapter", str(adapter), "--prompt", "?"]
-    loaded = names["load"](names["command_line"](words))
+    loaded = infer.load(infer.command_line(words))
     make.assert_same(loaded.params, params)
     # A job that goes on with another adapter would mix answers.
-    first = names["adapter_record"](str(adapter))
+    first = infer.adapter_record(str(adapter))
     state = load_file(adapter / WEIGHTS)
     save_file({name: -tensor for name, tensor in state.items()}, adapter / WEIGHTS)
-    assert first != names["adapter_record"](str(adapter)) and names["adapter_record"](None) == {}
+    assert first != infer.adapter_record(str(adapter)) and infer.adapter_record(None) == {}
 
 
 def test_bfloat16_parameters_take_a_float32_adapter(model, params, adapter):

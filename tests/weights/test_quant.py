@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import infer
 from lvlm_jax import LVLM, methods, models, weights
+from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, forward
 from lvlm_jax.models import int8
@@ -237,9 +237,7 @@ def test_peak_memory_is_the_quantized_model_and_one_tensor(tmp_path):
 @pytest.mark.slow
 def test_answers_of_the_pocket_model_survive():
     """Twenty greedy answers and the logits of their prompts; the figures stand in docs/benchmarks.md."""
-    exact, quantized = (
-        LVLM.from_pretrained(names.checkpoint("pocket"), quant=quant) for quant in (None, "int8")
-    )
+    exact, quantized = (LVLM.from_pretrained("pocket", quant=quant) for quant in (None, "int8"))
     prompts = []
     for index in range(20):
         scene = scene_at("test", index)

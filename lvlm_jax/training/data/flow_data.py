@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.log import AnswerLog, text_of
+from lvlm_jax.journal.progress import Progress
 from lvlm_jax.journal.record import file_hash, run_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
@@ -130,7 +130,7 @@ def generate(
         waiting = [prompt for prompt in prompts if prompt.id not in known]
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
-        with tqdm(total=len(prompts), initial=len(known), desc="answers", mininterval=2) as bar:
+        with Progress(len(prompts), len(known), "answers") as progress:
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch keeps its shape
@@ -145,7 +145,7 @@ def generate(
                 fresh = {prompt.id: text for prompt, text in zip(batch, texts, strict=False)}
                 answers.append({"id": name, "answer": text} for name, text in fresh.items())
                 known |= fresh
-                bar.update(len(batch))
+                progress.update(len(batch))
     return known
 
 

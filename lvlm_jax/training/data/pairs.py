@@ -11,16 +11,14 @@ is the rejected one. Candidates pass the filters of `pair_filters` and are writt
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.generation.jobs import Answer
+from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect, seed_of, text_of
 from lvlm_jax.methods import Method
 from lvlm_jax.training.data.correctors import Corrector
@@ -118,13 +116,13 @@ def answer(
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
         model = load() if waiting else None
-        with tqdm(total=len(prompts), initial=len(known), desc="prompts", mininterval=2) as bar:
+        with progress.Progress(len(prompts), len(known), "prompts") as shown:
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 fresh = _answer_batch(model, batch, plan, batch_size)
                 answers.append(found.entry() for found in fresh)
                 known |= {found.id: found for found in fresh}
-                bar.update(len(batch))
+                shown.update(len(batch))
     return known
 
 
@@ -134,7 +132,7 @@ def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: i
         return _generate(model, batch, plan, batch_size)
     except LVLMError as error:
         if len(batch) == 1:
-            tqdm.write(f"prompt {batch[0].id}: {error}", file=sys.stderr)
+            progress.say(f"prompt {batch[0].id}: {error}")
             return []
         # One of them cannot be answered; asked alone, each succeeds or fails for itself.
         return [found for prompt in batch for found in _answer_batch(model, [prompt], plan, batch_size)]
@@ -190,9 +188,7 @@ def correct(
     with AnswerLog(log, about, text_of("chosen"), texts) as corrections:
         known = dict(corrections.answers)
         waiting = [prompt for prompt in answered if prompt.id not in known]
-        for prompt in tqdm(
-            waiting, total=len(answered), initial=len(known), desc="corrections", mininterval=2
-        ):
+        for prompt in progress.counted(waiting, len(answered), len(known), "corrections"):
             known[prompt.id] = corrector.correct(prompt, texts[prompt.id]).strip()
             corrections.append([{"id": prompt.id, "chosen": known[prompt.id]}])
     return known

@@ -19,9 +19,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lvlm_jax import files, parallel
+from lvlm_jax.journal import progress
 from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
 from lvlm_jax.training.validation import on_mesh
 from lvlm_jax.weights.fingerprint import fingerprint
@@ -92,7 +92,7 @@ def _compute(
     """The log-probabilities of all answer tokens of all rows, one behind the other."""
     pieces = []
     batches = in_order(rows, encoder, size)
-    for batch in tqdm(batches, "reference", total=-(-len(rows) // size), mininterval=10):
+    for batch in progress.counted(batches, -(-len(rows) // size), title="reference, batches"):
         logprobs = np.asarray(parallel.local(score(params, on_mesh(batch, mesh))))
         for index in np.flatnonzero(batch["weight"]):
             for sequence, name in enumerate(rows[0].sequences):

@@ -3,20 +3,18 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from lvlm_jax.cli import pocket_benchmark
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import get
 from lvlm_jax.pocket import benchmark as pocket
-from lvlm_jax.pocket import splits
+from lvlm_jax.pocket import benchmark_run, splits
 from tests.evaluation.fakes import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import pocket_benchmark  # noqa: E402
 
 
 def run(out, *words):
@@ -35,7 +33,7 @@ def tables(path: Path) -> list[list[list[str]]]:
 
 def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
     oracle, out, target = Oracle(), tmp_path / "runs", tmp_path / "docs" / "table.md"
-    monkeypatch.setattr(pocket_benchmark.LVLM, "from_pretrained", lambda *_, **__: oracle)
+    monkeypatch.setattr(benchmark_run.LVLM, "from_pretrained", lambda *_, **__: oracle)
     assert run(out, "--methods", "vcd", "CAPL", "--markdown", str(target)) == 0
     assert "# Pocket benchmark" in capsys.readouterr().out
     assert target.read_text() == (out / "table.md").read_text()
@@ -94,8 +92,8 @@ def test_a_world_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_every_setting_is_a_method():
-    known = pocket_benchmark.settings(["all"])
-    assert list(pocket_benchmark.settings(["VCD"])) == ["vcd"]
+    known = pocket_benchmark.chosen(["all"])
+    assert list(pocket_benchmark.chosen(["VCD"])) == ["vcd"]
     assert {type(method).__name__ for method in known.values()} >= {
         "CMAC",
         "SEVI",

@@ -1,51 +1,32 @@
 """The command: pairs from the pocket world, from prompts and a model, from other people's pairs; faults in one line."""
 
-import importlib.util
+import functools
 import json
-import pathlib
 import re
-import sys
 
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.cli import common
 from lvlm_jax.pocket.pairs import sample_prompt
+from lvlm_jax.training.data import preferences
 from lvlm_jax.training.data.pair_files import read_pairs
+from tests.cli.command import run
 from tests.training.stand_in import StandIn, prompt
 
-ROOT = pathlib.Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("preferences_tool", ROOT / "tools" / "preferences.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture
-def command(tool, monkeypatch, capsys, tmp_path):
-    """Runs the tool in this process, in a folder with two pictures: exit code, stdout, stderr."""
+def command(monkeypatch, capsys, tmp_path):
+    """Runs `lvlm preferences` in this process, in a folder with two pictures: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     prompt(tmp_path, "a", images=2)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["preferences.py", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            common.run(tool.main)
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return run
+    return functools.partial(run, monkeypatch, capsys, "preferences")
 
 
 @pytest.fixture
-def stand_in(tool, monkeypatch):
+def stand_in(monkeypatch):
     """Puts the stand-in in the place of every checkpoint."""
     model = StandIn()
-    monkeypatch.setattr(tool.LVLM, "from_pretrained", lambda path, dtype: model)
+    monkeypatch.setattr(preferences.LVLM, "from_pretrained", lambda path, dtype: model)
     return model
 
 
@@ -174,6 +155,6 @@ def test_faults_are_one_line(command, stand_in, tmp_path, words, message):
     (tmp_path / "silent.py").write_text("def judge(prompt, answer):\n    return None\n")
     code, _, error = command(*words)
     assert code == 2
-    lines = [line for line in error.splitlines() if line.startswith("preferences.py: ")]
+    lines = [line for line in error.splitlines() if line.startswith("lvlm preferences: ")]
     assert len(lines) == 1 and re.search(message, lines[0])
     assert "Traceback" not in error

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -10,9 +9,11 @@ import numpy as np
 import pytest
 
 from lvlm_jax import models
+from lvlm_jax.cli import pocket_training as command
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import get, rescore
 from lvlm_jax.methods.sevi import SEVI
+from lvlm_jax.pocket import training as tool
 from lvlm_jax.pocket import training_report as pocket_training
 from lvlm_jax.pocket.pairs import DESCRIPTION, sample_prompt
 from lvlm_jax.pocket.training_report import BASE, Arm, Findings
@@ -26,8 +27,6 @@ from tests.training import pair_sets
 from tests.training.stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import pocket_training as tool  # noqa: E402
 
 pytestmark = pytest.mark.full_compiler  # a test of the whole path runs for minutes
 
@@ -36,11 +35,11 @@ SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answ
 
 
 def setup(out, *words):
-    return tool.Setup(settings.read(tool.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
+    return tool.Setup(settings.read(command.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
 
 
 def test_the_settings_are_recipes():
-    config = settings.read(tool.SETTINGS)
+    config = settings.read(command.SETTINGS)
     for recipe in tool.RECIPES:
         settings.check(config[recipe])
         assert config[recipe].recipe == recipe and config[recipe].steps > 0
@@ -70,7 +69,7 @@ def test_pairs_to_learn_from_and_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(tool.preferences.LVLM, "from_pretrained", lambda path, dtype: model)
     tool.draw_prompts(own)
     tool.make_pairs(own)
-    for rejected in tool.REJECTED:
+    for rejected in tool.preferences.REJECTED:
         for held, seed, count in ((False, 0, 4), (True, 1, 3)):
             pairs = read_pairs(own.pairs(rejected, held))
             assert len(pairs) == count
@@ -252,7 +251,7 @@ def test_what_is_said_follows_from_the_intervals():
     assert "Of 8 comparisons with the base, 4 are for the model" in said[-1]
     assert "2 against it (base, SEVI (chair), flow-aligned (chair))" in said[-1]
     statistics = {"truncated": {"kept": 3, "prompts": 9}}
-    config = settings.read(tool.SETTINGS)
+    config = settings.read(command.SETTINGS)
     page = pocket_training.document(
         config, str(ROOT / "lvlm_jax/pocket/checkpoint"), "command", {"pairs": 2.0}, statistics, found, both, close
     )  # fmt: skip
@@ -271,7 +270,7 @@ def test_what_is_said_follows_from_the_intervals():
 )
 def test_settings_that_cannot_be(tmp_path, words, message):
     with pytest.raises(LVLMError, match=message):
-        tool.main(["--out", str(tmp_path), *words])
+        command.main(["--out", str(tmp_path), *words])
     assert not list(tmp_path.iterdir())
 
 
@@ -285,7 +284,7 @@ def test_the_whole_path(tmp_path, monkeypatch):
         "--config.pairs.batch=8", "--config.answers.prompts=8", "--config.answers.held_out=4",
         "--config.capl.batch=2", "--config.dpo.batch=2", "--config.flow_alignment.batch=4",
     ]  # fmt: skip
-    assert tool.main(words) == 0
+    assert command.main(words) == 0
     page = target.read_text()
     for title in ("What came of it", "Descriptions (CHAIR)", "Held-out pairs", "How close to the edited"):
         assert f"## {title}" in page
@@ -293,9 +292,9 @@ def test_the_whole_path(tmp_path, monkeypatch):
     for recipe in tool.RECIPES:
         assert (tmp_path / "run" / recipe / "adapter" / "adapter_config.json").is_file()
     monkeypatch.setattr(tool.finetune, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(tool.preferences, "main", lambda *_: pytest.fail("asked again"))
-    assert tool.main(words) == 0
+    monkeypatch.setattr(tool.preferences, "answered", lambda *_: pytest.fail("asked again"))
+    assert command.main(words) == 0
     tables = [text[text.index("## What came of it") :] for text in (page, target.read_text())]
     assert tables[0] == tables[1]
     with pytest.raises(LVLMError, match=r"capl' was made with other settings \(config.optimizer.peak"):
-        tool.main([*words, "--config.capl.optimizer.peak=1e-3"])
+        command.main([*words, "--config.capl.optimizer.peak=1e-3"])

@@ -1,0 +1,210 @@
+"""Score a benchmark, offline, from the folders people have; every figure carries the record that decides it.
+
+    lvlm evaluate --list
+    lvlm evaluate --protocol pope/strict --data ~/data --model llava-1.5-7b-hf --method cmac --alpha 3
+    lvlm evaluate --protocol pope/vcd --data ~/data --rescore random=a.jsonl popular=b.jsonl
+    lvlm evaluate --protocol pope/strict --data ~/data --group random --rescore a.jsonl --against b.jsonl
+    lvlm evaluate --protocol chair/opera-512 --data ~/coco --synonyms synonyms.txt --rescore captions.jsonl
+    lvlm evaluate --protocol chair/opera-64 --data ~/coco --chair-pickle chair.pkl --rescore captions.jsonl
+    lvlm evaluate --protocol mme/hallucination --data ~/data --rescore answers_folder
+
+Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
+[{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no picture.
+
+With a model, answers are written in the same formats, beside a log of them: stopped and started again, a run goes on
+where it was. Several processes, on one machine or on many with a common folder, share the work:
+
+    lvlm evaluate --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 0
+    lvlm evaluate --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 1
+
+A model too large for one host is held in common: processes that SLURM, Open MPI or GKE has started (elsewhere give
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join when --tensor-parallel or --data-parallel ask for the
+devices of all, and answer every question together. See docs/scaling.md.
+
+`--controls` asks greedy decoding, sampling, the plausibility cut alone, a threshold on yes/no and greedy captions of
+the same length beside the method, and says whether the method beats them.
+"""
+
+from pathlib import Path
+
+from lvlm_jax import LVLM, evaluation, parallel
+from lvlm_jax.cli import common
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import Data, Protocol, get, statistics
+from lvlm_jax.evaluation import rescore as scoring
+from lvlm_jax.evaluation.run import Options, Run
+from lvlm_jax.evaluation.shares import Share
+from lvlm_jax.generation import scheduler
+from lvlm_jax.methods import parse
+from lvlm_jax.weights import names
+from lvlm_jax.weights.quantize import QUANTS
+
+
+def build_parser(method: str) -> common.Parser:
+    """The flags, among them those of the method."""
+    parser = common.Parser(
+        prog="lvlm evaluate", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
+    )
+    parser.add_argument("--list", action="store_true", help="print all protocols and stop")
+    parser.add_argument("--protocol", metavar="NAME", help="what is asked and how it is scored; see --list")
+    parser.add_argument("--data", type=Path, default=Path("."), metavar="DIR",
+                        help="folder that holds the benchmark (default: this one)")  # fmt: skip
+    parser.add_argument("--rescore", nargs="+", metavar="FILE",
+                        help="score these answers; GROUP=FILE where each split has a file of its own")  # fmt: skip
+    parser.add_argument("--against", nargs="+", default=[], metavar="FILE",
+                        help="compare with these answers to the same questions")  # fmt: skip
+    parser.add_argument("--partial", action="store_true", help="score the questions that are answered")
+    parser.add_argument("--group", action="append", default=[], metavar="NAME",
+                        help="only this split, subtask or kind; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)"
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="who answered, for the record")
+    run = parser.add_argument_group("answers by a model")
+    run.add_argument(
+        "--model-path", "--model", metavar="PATH", help="checkpoint folder or hub id; pocket: the one inside"
+    )
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                     help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
+    run.add_argument("--quant", default="none", choices=("none", *QUANTS),
+                     help="int8: keep the decoder's weights as 8-bit integers (default none)")  # fmt: skip
+    run.add_argument(
+        "--method", default="none", metavar="NAME", help="a method from the list below (default none)"
+    )
+    run.add_argument(
+        "--batch-size",
+        type=common.number(int, 1),
+        default=16,
+        metavar="N",
+        help="questions at once (default 16)",
+    )
+    run.add_argument("--schedule", default="auto", choices=scheduler.SCHEDULES,
+                     help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
+                     "auto: continuous where answers may be long and the method allows it")  # fmt: skip
+    run.add_argument(
+        "--sampling-seed", type=common.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
+    )
+    run.add_argument("--controls", nargs="?", const="", metavar="DIR",
+                     help="run the controls beside the method; DIR: a folder for them that several methods may share "
+                     "(default controls in --out)")  # fmt: skip
+    run.add_argument(
+        "--processes", type=common.number(int, 1), metavar="N", help="how many processes share the questions"
+    )
+    run.add_argument(
+        "--process-index", type=common.number(int, 0), metavar="K", help="which of them this is, from 0"
+    )
+    run.add_argument("--data-parallel", type=common.number(int, 1), default=1, metavar="N",
+                     help="devices over which a batch is spread (default 1)")  # fmt: skip
+    run.add_argument("--tensor-parallel", type=common.number(int, 1), default=1, metavar="N",
+                     help="devices over which the weights are spread (default 1)")  # fmt: skip
+    where = parser.add_argument_group("files, where they are not found in --data")
+    where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
+    where.add_argument("--image-folder", type=Path, metavar="DIR", help="the images")
+    where.add_argument(
+        "--source", default="coco", metavar="NAME", help="POPE: coco, aokvqa or gqa (default coco)"
+    )
+    where.add_argument(
+        "--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one a line"
+    )
+    where.add_argument(
+        "--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category a line"
+    )
+    where.add_argument(
+        "--chair-pickle", type=Path, metavar="FILE", help="CHAIR: chair.pkl instead of annotations"
+    )
+    where.add_argument(
+        "--matching", default="exact", metavar="NAME", help="AMBER: exact or spacy (default exact)"
+    )
+    sure = parser.add_argument_group("intervals")
+    sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+                      help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip
+    sure.add_argument(
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
+    )
+    # Last, so that a method's --seed does not take the name from ours.
+    if method.lower() != "none":
+        parse.add_method_flags(parser, method)
+    return parser
+
+
+def protocols() -> str:
+    """All protocols, one a line."""
+    found = [get(name) for name in evaluation.names()]
+    return "\n".join(f"{item.name:30s} {item.about}" for item in found)
+
+
+def joined(flags) -> bool:
+    """Joins the processes that the environment shows, where they are to hold one model in common."""
+    spread = max(flags.data_parallel, flags.tensor_parallel) > 1
+    return spread and flags.processes is None and parallel.start()
+
+
+def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
+    """Has the model answer, scores and writes; None while other processes have not answered their shares.
+
+    Raises:
+        LVLMError: an unusable model, method, benchmark folder or picture, or a log of another run.
+    """
+    method = parse.build_method(flags.method, flags)
+    controls = None if flags.controls is None else Path(flags.controls or out / "controls")
+    share = Share(together=True) if joined(flags) else Share.of(flags.processes, flags.process_index)
+    options = Options(
+        flags.batch_size, flags.sampling_seed, controls,
+        share, flags.against, flags.resamples, flags.seed,
+        flags.schedule,
+    )  # fmt: skip
+    path, dtype, quant = (
+        names.checkpoint(flags.model_path),
+        names.dtype(flags.dtype),
+        names.quant(flags.quant),
+    )
+    run = Run(path, names.precision(dtype, quant), protocol, data, out, method, options)
+    if not run.complete():
+        ways = flags.data_parallel, flags.tensor_parallel
+        mesh = parallel.make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
+        run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh, quant=quant))
+    return run.score()
+
+
+def main(arguments: list[str]) -> int:
+    """Score what the arguments name, print the figures, and write scores.json."""
+    flags = build_parser(common.ahead(arguments, method="none").method).parse_args(arguments)
+    if flags.list:
+        print(protocols())
+        return 0
+    if not flags.protocol:
+        raise LVLMError("no protocol given; choose one with --protocol, --list shows them")
+    if bool(flags.rescore) == bool(flags.model_path):
+        raise LVLMError("give a model that answers (--model), or answers to score (--rescore FILE)")
+    if flags.model_path and (flags.partial or flags.model_name):
+        raise LVLMError("--partial and --model-name are about answers of others; use them with --rescore")
+    if flags.rescore and (flags.controls is not None or flags.processes):
+        raise LVLMError("--controls and --processes are about a model that answers; use them with --model")
+    protocol = get(flags.protocol)
+    data = Data(
+        flags.data, flags.question_file, flags.image_folder, flags.image_list, flags.synonyms, flags.chair_pickle,
+        flags.source, tuple(flags.group), matching=flags.matching,
+    )  # fmt: skip
+    out = flags.out or Path("runs") / "-".join(
+        (
+            protocol.name.replace("/", "-"),
+            *([Path(flags.model_path).name, flags.method] if flags.model_path else []),
+        )
+    )
+    if flags.model_path:
+        found = answered(flags, protocol, data, out)
+        if found is None:
+            print("this process has answered; another one writes scores.json")
+            return 0
+        path = out / "scores.json"
+    else:
+        found = scoring.rescore(
+            protocol, data, flags.rescore, flags.against, partial=flags.partial, resamples=flags.resamples,
+            seed=flags.seed, model=flags.model_name,
+        )  # fmt: skip
+        path = scoring.write(found, out)
+    print(scoring.table(found))
+    for control in found.get("controls", {}).values():
+        print(control["words"])
+    print(f"\n{scoring.summary(found)}\nwritten to {path}")
+    return 0

@@ -1,0 +1,273 @@
+"""Ask a vision-language model about pictures, with and without a hallucination-mitigation method.
+
+See `lvlm infer --help`; the defaults are in `configs/infer.py`.
+"""
+
+import pathlib
+import time
+
+from lvlm_jax import LVLM, config_files
+from lvlm_jax.analysis import overlay
+from lvlm_jax.cli import common
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import jobs, scheduler
+from lvlm_jax.generation.questions import conversation
+from lvlm_jax.journal import record
+from lvlm_jax.methods import parse
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.weights import names
+from lvlm_jax.weights.quantize import QUANTS
+
+EXAMPLES = """\
+examples:
+  lvlm infer
+      the small model inside the package describes a sample picture and answers questions about it, greedy
+      beside CMAC, and draws where it looked
+  lvlm infer --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
+  lvlm infer --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
+  lvlm infer --model-path llava-1.5-7b-hf --question-file coco_pope_random.json --image-folder val2014 \\
+      --answers-file answers.jsonl --method cmac --max_new_tokens 10
+      one JSON object a line, {"question_id", "image", "text"}; stopped and started again, it goes on
+
+methods (none, or one of these) and their settings with defaults, flags once --method names the method:
+"""
+
+
+def command_line(words: list[str]):
+    """The command line as a namespace: defaults from the config, the demo filled in, `method` built (or None)."""
+    # The config holds the defaults, and the method's fields become flags, so both are looked up first.
+    asked = dict.fromkeys(("image", "prompt", "question_file", "answers_file"))
+    chosen = common.ahead(words, config="infer", method=None, **asked)
+    defaults = config_files.load_config(chosen.config)
+    demo = not any(getattr(chosen, name) for name in asked)
+
+    parser = common.Parser(
+        prog="lvlm infer", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
+    )
+    add = common.flags(parser, defaults)
+    add("--config", metavar="FILE", help="take the defaults from this file; as it comes, configs/infer.py")
+    add(
+        "--model-path",
+        "--model",
+        metavar="PATH",
+        help="checkpoint folder or hub id; pocket: the one inside the package",
+    )
+    add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on a CPU, else bfloat16",
+    )
+    add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
+    add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
+
+    add = common.flags(parser, defaults, "one or more questions about the same pictures")
+    add("--image", action="append", metavar="FILE", help="a picture; repeat it for several")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a question, with <image> where a picture belongs (without it pictures come first); repeat it for several",
+    )
+    add("--compare", action=parse.Switch, help="with a method: also answer without it")
+    add("--stream", action="store_true", help="print the words as they come")
+    add(
+        "--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked"
+    )
+
+    add = common.flags(parser, defaults, "a file of questions")
+    add(
+        "--question-file",
+        metavar="FILE",
+        help="JSON lines {question_id, image, text}; image: a name, or a list",
+    )
+    add("--image-folder", metavar="FOLDER", help="where those images are")
+    add(
+        "--answers-file",
+        metavar="FILE",
+        help="JSON lines {question_id, prompt, text, model_id, image, metadata}",
+    )
+    add("--batch-size", type=common.number(int, low=1), metavar="N", help="questions answered at once")
+    add(
+        "--schedule",
+        choices=scheduler.SCHEDULES,
+        help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
+        "auto: continuous where answers may be long and the method allows it",
+    )
+
+    add = common.flags(parser, defaults, "generation")
+    add(
+        "--temperature",
+        type=common.number(float, low=0),
+        metavar="T",
+        help="0: always the most probable token",
+    )
+    add(
+        "--top-p",
+        type=common.number(float, above=0, high=1),
+        metavar="P",
+        help="sample from this share of probability",
+    )
+    add(
+        "--top-k",
+        type=common.number(int, low=0),
+        metavar="K",
+        help="sample from this many tokens; 0: from all",
+    )
+    add("--repetition-penalty", type=common.number(float, above=0), metavar="R", help="1: none")
+    add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
+    add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
+    name = chosen.method or (defaults.demo.method if demo else defaults.method)
+    if name.lower() != "none":
+        parse.add_method_flags(parser, name)
+    arguments = parser.parse_args(words)
+    arguments.method = parse.build_method(name, arguments)
+    if demo:
+        arguments.image = [str(names.pocket_file("sample.png"))]
+        arguments.prompt = list(defaults.demo.prompts)
+        if not arguments.stream:
+            arguments.attention_map = arguments.attention_map or defaults.demo.attention_map
+    return arguments
+
+
+def settings(arguments) -> dict:
+    """What `LVLM.generate` and the record of a job call the generation flags."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load(arguments) -> LVLM:
+    """The model named on the command line."""
+    return LVLM.from_pretrained(
+        arguments.model_path,
+        dtype=arguments.dtype,
+        adapter=arguments.adapter,
+        quant=names.quant(arguments.quant),
+    )
+
+
+def adapter_record(path: str | None) -> dict:
+    """What the record of a job says of its adapter; nothing without one."""
+    if path is None:
+        return {}
+    folder = pathlib.Path(path).expanduser()
+    return {
+        "adapter": path,
+        "adapter_sha256": record.checkpoint_hash(folder) if folder.is_dir() else None,
+    }
+
+
+def job(arguments) -> int:
+    """Answer a file of questions; 2 when one of them failed."""
+    if not (arguments.question_file and arguments.answers_file):
+        raise LVLMError("a job needs both --question-file and --answers-file")
+    if arguments.image or arguments.prompt or arguments.attention_map or arguments.stream:
+        raise LVLMError(
+            "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
+        )
+
+    streams = scheduler.chosen(
+        arguments.schedule, arguments.method, None, arguments.max_new_tokens, arguments.batch_size
+    )
+    options = {"method": arguments.method} | settings(arguments)
+
+    def answers_of(out):
+        triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
+        return [jobs.Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
+
+    def answerer():
+        model = load(arguments)
+
+        def answer(conversations, seeds):
+            return answers_of(model.generate(conversations, seed=seeds, **options))
+
+        def stream(batches):
+            lines = []
+
+            def requests():
+                for batch in batches:
+                    for line, messages, seed in batch:
+                        lines.append(line)
+                        yield messages, seed
+
+            for number, out in model.generate_many(requests(), batch_size=arguments.batch_size, **options):
+                failed = isinstance(out, LVLMError)
+                yield [(lines[number], out if failed else answers_of(out)[0])]
+
+        return stream if streams else answer
+
+    start = time.monotonic()
+    summary = jobs.run_job(
+        answerer,
+        arguments.question_file,
+        arguments.answers_file,
+        record.run_record(
+            names.checkpoint(arguments.model_path),
+            names.precision(names.dtype(arguments.dtype), names.quant(arguments.quant)),
+            arguments.method,
+            settings(arguments),
+        )
+        | adapter_record(arguments.adapter),
+        image_folder=arguments.image_folder,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        model_id=pathlib.Path(arguments.model_path).name,
+        streams=streams,
+    )
+    print(
+        f"{arguments.answers_file}: {summary.before} answered before, {summary.now} now, "
+        f"{len(summary.failures)} failed, {time.monotonic() - start:.1f} s"
+    )
+    return 2 if summary.failures else 0
+
+
+def ask(arguments) -> int:
+    """Answer questions about the same pictures, without and with the method, and print the answers."""
+    if not arguments.prompt:
+        raise LVLMError('nothing to ask; give --prompt "…"')
+    if arguments.attention_map and arguments.stream:
+        raise LVLMError("--attention-map does not go with --stream; leave one of them out")
+    if arguments.attention_map and not arguments.image:
+        raise LVLMError("--attention-map needs a picture; give --image")
+    images = [open_image(path) for path in arguments.image]
+    conversations = [conversation(images, text) for text in arguments.prompt]
+    methods = {}
+    if arguments.method is None or arguments.compare:
+        methods["greedy" if arguments.temperature == 0 else "plain"] = None
+    if arguments.method is not None:
+        methods[arguments.method.label] = arguments.method
+    width = max(map(len, methods))
+    indent = "\n" + " " * (width + 4)  # of the further lines of an answer
+    options = settings(arguments) | {"seed": arguments.seed}
+
+    model = load(arguments)
+    print(f"model: {arguments.model_path}; pictures: {', '.join(arguments.image) or 'none'}")
+    if arguments.stream:
+        for text, messages in zip(arguments.prompt, conversations, strict=True):
+            print(f"\n{text}")
+            for name, method in methods.items():
+                print(f"  {name:{width}}  ", end="", flush=True)
+                for piece in model.stream(messages, method=method, **options):
+                    print(piece.replace("\n", indent), end="", flush=True)
+                print()
+        return 0
+    outputs = {
+        name: model.generate(conversations, method=method, **options) for name, method in methods.items()
+    }
+    for index, text in enumerate(arguments.prompt):
+        print(f"\n{text}")
+        for name, output in outputs.items():
+            print(f"  {name:{width}}  {output.text[index]}".replace("\n", indent))
+    if arguments.attention_map:
+        rows = []
+        for name, output in outputs.items():
+            rows += overlay.rows_of(model, name, images, conversations[0], output.tokens[0], methods[name])
+        overlay.draw(arguments.attention_map, rows)
+        print(f"\nwhere each looked while answering the first question: {arguments.attention_map}")
+    return 0
+
+
+def main(words: list[str]) -> int:
+    """Parse the command line and do what it asks."""
+    arguments = command_line(words)
+    return job(arguments) if arguments.question_file or arguments.answers_file else ask(arguments)

@@ -1,0 +1,83 @@
+"""Every method on every benchmark of the pocket world, with intervals, differences to greedy, and controls.
+
+    lvlm pocket-benchmark                                          all methods, 200 images
+    lvlm pocket-benchmark --images 60                              fewer to ask about, 200 to describe
+    lvlm pocket-benchmark --methods vcd sevi-focused --images 100
+    lvlm pocket-benchmark --markdown docs/pocket_benchmark.md      also write the tables there
+
+Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD holds answers and scores, and the
+controls lie beside them; stopped and started again, it goes on where it was. OUT/table.md has the tables.
+"""
+
+import time
+from pathlib import Path
+
+from lvlm_jax.cli import common
+from lvlm_jax.configs import pocket_benchmark as settings
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import statistics
+from lvlm_jax.files import write_whole
+from lvlm_jax.methods import Method
+from lvlm_jax.pocket import benchmark_run
+
+
+def chosen(wanted: list[str]) -> dict[str, Method]:
+    """Name -> method, of configs/pocket_benchmark.py.
+
+    Raises:
+        LVLMError: a wanted method is not there.
+    """
+    known = settings.get_methods()
+    if wanted == ["all"]:
+        return known
+    unknown = [name for name in wanted if name.lower() not in known]
+    if unknown:
+        raise LVLMError(
+            f"configs/pocket_benchmark.py has no method {unknown[0]!r}; it has all, {', '.join(known)}"
+        )
+    return {name.lower(): known[name.lower()] for name in wanted}
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is missing, and write the tables after every method."""
+    parser = common.Parser(prog="lvlm pocket-benchmark", description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME",
+                        help="all, or names from configs/pocket_benchmark.py (default all)")  # fmt: skip
+    parser.add_argument(
+        "--images", type=common.number(int, 1), default=200, metavar="N", help="test images (default 200)"
+    )
+    parser.add_argument("--captions", type=common.number(int, 1), default=200, metavar="N",
+                        help="test images to describe (default 200)")  # fmt: skip
+    parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
+                        help="another checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
+    parser.add_argument(
+        "--batch-size",
+        type=common.number(int, 1),
+        default=64,
+        metavar="N",
+        help="prompts at once (default 64)",
+    )
+    parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+                        help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket_benchmark"), metavar="DIR",
+                        help="world, answers, scores and tables (default runs/pocket_benchmark)")  # fmt: skip
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    flags = parser.parse_args(arguments)
+    began = time.monotonic()
+    methods = chosen(flags.methods)
+    words = "" if flags.methods == ["all"] else f" --methods {' '.join(flags.methods)}"
+    setup = benchmark_run.Setup(
+        flags.out,
+        flags.model_path,
+        flags.images,
+        flags.captions,
+        flags.batch_size,
+        flags.resamples,
+        f"lvlm pocket-benchmark --images {flags.images} --captions {flags.captions}{words}",
+    )
+    text = benchmark_run.run(setup, methods)
+    if flags.markdown:
+        write_whole(flags.markdown, text)
+    print(text)
+    print(f"{time.monotonic() - began:.0f} s; tables in {flags.out / 'table.md'}")
+    return 0

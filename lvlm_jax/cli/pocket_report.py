@@ -1,0 +1,59 @@
+"""What a pocket checkpoint can and cannot do: POPE, captions, forced choice and the rest, on the test split, greedy.
+
+    lvlm pocket-report --model pocket --images 300 --out runs/pocket_report
+
+Writes `report.json` and `report.md` (figures with 95 % bootstrap intervals, images resampled).
+"""
+
+import datetime
+import json
+import time
+from pathlib import Path
+
+from lvlm_jax import LVLM
+from lvlm_jax.cli import common
+from lvlm_jax.files import write_whole
+from lvlm_jax.pocket import report
+
+
+def main(arguments: list[str]) -> int:
+    """Examine the checkpoint that the arguments name and write what was found."""
+    parser = common.Parser(prog="lvlm pocket-report", description=__doc__)
+    parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
+                        help="checkpoint folder (default: the one inside the package)")  # fmt: skip
+    parser.add_argument(
+        "--images", type=common.number(int, 20), default=300, metavar="N", help="test images (default 300)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        "--batch",
+        type=common.number(int, 1),
+        default=32,
+        metavar="N",
+        help="questions at once (default 32)",
+    )
+    parser.add_argument(
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the test split (default 0)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/pocket_report"),
+        metavar="DIR",
+        help="where the report goes (default runs/pocket_report)",
+    )
+    flags = parser.parse_args(arguments)
+    model = LVLM.from_pretrained(flags.model_path)
+    began = time.monotonic()
+    figures = report.examine(model, flags.images, flags.batch_size, flags.seed)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "images": flags.images,
+        "seed": flags.seed,
+        "seconds": round(time.monotonic() - began),
+    }
+    table = report.markdown(figures, about)
+    write_whole(flags.out / "report.json", json.dumps({"about": about, "figures": figures}, indent=1))
+    write_whole(flags.out / "report.md", table)
+    print(table)
+    return 0

@@ -1,0 +1,64 @@
+"""The pocket recipes of training, from making the data to what they changed on the pocket benchmark.
+
+    lvlm pocket-training --out runs/pocket_training                  about an hour on two quiet cores
+    lvlm pocket-training --steps 20 --images 40 --captions 40 --out runs/short
+    lvlm pocket-training --markdown docs/pocket_training.md          also write the tables there
+
+CAPL learns on pairs whose rejected answers come from truncated attention; DPO, the paper's ablation, on pairs whose
+rejected answers the unmodified model gives; chosen answers are the truth in both. Flow alignment puts SEVI's effect
+into the weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
+
+    OUT/prompts/, OUT/pairs/               prompts, and pairs as lvlm preferences writes them, to learn and held out
+    OUT/capl/, dpo/, flow_alignment/       work folders of train.py: logs, checkpoints, adapter, export
+    OUT/benchmark/PART/MODEL/              answers and scores
+    OUT/table.md                           the tables, and in words what helped
+
+Stopped or killed, the same command goes on where it was.
+"""
+
+from pathlib import Path
+
+from absl import logging
+
+from lvlm_jax.cli import common
+from lvlm_jax.evaluation import statistics
+from lvlm_jax.files import write_whole
+from lvlm_jax.pocket import training
+from lvlm_jax.training import settings
+
+SETTINGS = "pocket_training"
+
+
+def main(arguments: list[str]) -> int:
+    """Do what is missing, and write the tables."""
+    parser = common.Parser(prog="lvlm pocket-training", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
+                        help="folder of everything (default runs/pocket_training)")  # fmt: skip
+    parser.add_argument("--steps", type=common.number(int, 1), metavar="N",
+                        help="of every training (default as the settings say)")  # fmt: skip
+    parser.add_argument("--images", type=common.number(int, 10), default=200, metavar="N",
+                        help="test images to ask about (default 200)")  # fmt: skip
+    parser.add_argument("--captions", type=common.number(int, 10), default=200, metavar="N",
+                        help="test images to describe (default 200)")  # fmt: skip
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=64, metavar="N",
+                        help="questions at once (default 64)")  # fmt: skip
+    parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
+                        help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    flags, changes = parser.parse_known_args(arguments)
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    config = settings.read(SETTINGS, changes)
+    if flags.steps:
+        for recipe in training.RECIPES:
+            config[recipe].steps = flags.steps
+    for recipe in training.RECIPES:
+        settings.check(config[recipe])
+    setup = training.Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
+    text = training.run(setup, " ".join(["lvlm pocket-training", *arguments]))
+    write_whole(flags.out / "table.md", text)
+    if flags.markdown:
+        write_whole(flags.markdown, text)
+    print(text)
+    print(f"tables in {flags.out / 'table.md'}")
+    return 0

@@ -1,0 +1,132 @@
+"""Make CAPL preference pairs: chosen answers under cross-image attention, rejected ones under truncated attention.
+
+    lvlm preferences --pocket 400 --out runs/pairs --holdout 0.1
+    lvlm preferences --prompts prompts.jsonl --model llava-1.5-7b-hf --rho 0.9
+    lvlm preferences --prompts prompts.jsonl --model llava-1.5-7b-hf --corrector judge:correct
+    lvlm preferences --prompts prompts.jsonl --model llava-1.5-7b-hf --rejected-by plain --out runs/dpo
+    lvlm preferences --pairs rlhf_v.jsonl --holdout 0.1 --out runs/pairs
+
+A prompt file has JSON lines {"images": [paths relative to the file], "prompt": text or chat messages, "id": optional}.
+The pairs are TRL's JSON lines {images, prompt, chosen, rejected}; beside them lie their statistics, the record of the
+run, and a log of all answers: stopped and started again, a run goes on where it was. Correctors and filters come after
+the log, so they can be changed without asking the model again.
+
+--corrector pocket            the truth of each prompt, which --pocket writes
+--corrector FILE              JSON lines {"id", "chosen"}, such as an edited answers.jsonl of an earlier run
+--corrector module:function   function(prompt, answer) -> str; prompt has id, images, text, messages, truth
+"""
+
+import dataclasses
+from pathlib import Path
+
+from lvlm_jax.cli import common
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.capl import CAPL
+from lvlm_jax.pocket.pairs import SINGLE, write_prompts
+from lvlm_jax.training.data import pairs, preferences
+from lvlm_jax.training.data.pair_filters import Filters
+
+FILTERS = Filters()
+
+
+def build_parser() -> common.Parser:
+    """The flags."""
+    parser = common.Parser(prog="lvlm preferences", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to answer")
+    source.add_argument("--pocket", type=common.number(int, 1), metavar="N",
+                        help="draw this many prompts from the pocket world, with their truth")  # fmt: skip
+    source.add_argument("--pairs", metavar="FILE",
+                        help="take pairs that are there (TRL, LLaMA-Factory, RLHF-V), no model")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/preferences"), metavar="DIR",
+                        help="folder of everything that is written (default runs/preferences)")  # fmt: skip
+    parser.add_argument("--pocket-single", type=common.number(float, 0, 1), default=SINGLE, metavar="SHARE",
+                        help=f"share of --pocket's prompts about one picture (default {SINGLE})")  # fmt: skip
+    parser.add_argument("--corrector", metavar="WHAT",
+                        help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
+                        help="of --pocket, of sampling and of --holdout (default 0)")  # fmt: skip
+
+    model = parser.add_argument_group("answers by a model")
+    model.add_argument("--model-path", "--model", metavar="PATH",
+                       help="checkpoint folder or hub id; pocket (default with --pocket): the one inside")  # fmt: skip
+    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
+    model.add_argument("--batch-size", type=common.number(int, 1), default=16, metavar="N",
+                       help="prompts at once (default 16)")  # fmt: skip
+    model.add_argument("--max-new-tokens", type=common.number(int, 1), default=128, metavar="N",
+                       help="longest answer (default 128)")  # fmt: skip
+    model.add_argument("--temperature", type=common.number(float, 0), default=0.0, metavar="T",
+                       help="0 (default): always the most probable token")  # fmt: skip
+    model.add_argument("--rejected-temperature", type=common.number(float, 0), metavar="T",
+                       help="of rejected answers (default: as --temperature; 1 with --rejected-by plain)")  # fmt: skip
+    model.add_argument("--top-p", type=common.number(float, above=0, high=1), default=1.0, metavar="P",
+                       help="sample from this share of probability (default 1)")  # fmt: skip
+
+    attention = parser.add_argument_group("attention (CAPL)")
+    attention.add_argument("--preset", choices=tuple(CAPL.PRESETS), help="rho as published")
+    attention.add_argument("--rho", type=common.number(float, 0, 1), metavar="R",
+                           help="share of each image's tokens that see other images (default 0.95)")  # fmt: skip
+    attention.add_argument("--sigma", type=common.number(float, 0, 1), metavar="S",
+                           help="weight of the cross-image softmax (default 0.5)")  # fmt: skip
+    attention.add_argument("--variant", default="paper", choices=("paper", "code-qwen"),
+                           help="truncated: an image token sees its image, or only itself (default paper)")  # fmt: skip
+    attention.add_argument("--rejected-by", default="truncated", choices=preferences.REJECTED,
+                           help="truncated attention (default), or the unmodified model, sampled")  # fmt: skip
+
+    kept = parser.add_argument_group("what is kept; empty and equal answers never are")
+    kept.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
+                      metavar="F", help="largest word overlap (ROUGE-L F1) of the two answers; 1 allows all "
+                      f"(default {FILTERS.near_duplicate})")  # fmt: skip
+    kept.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
+                      help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
+    kept.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
+    kept.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
+                      help="share of the pairs for validation.jsonl, with pictures of its own (default 0)")  # fmt: skip
+    return parser
+
+
+def answered(flags) -> preferences.Candidates:
+    """Candidates from a model's answers to the prompts of a file or of the pocket world."""
+    if flags.pocket:
+        file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single)
+    else:
+        file = flags.prompts.expanduser()
+    model = flags.model_path or ("pocket" if flags.pocket else None)
+    if model is None:
+        raise LVLMError("no model to answer the prompts; give one with --model")
+    given = {name: getattr(flags, name) for name in ("rho", "sigma") if getattr(flags, name) is not None}
+    given = (CAPL.PRESETS[flags.preset] if flags.preset else {}) | given
+    plan = preferences.plan(
+        CAPL(**given),
+        flags.rejected_by,
+        flags.variant,
+        flags.temperature,
+        flags.rejected_temperature,
+        top_p=flags.top_p,
+        max_new_tokens=flags.max_new_tokens,
+        seed=flags.seed,
+    )
+    corrector = flags.corrector or ("pocket" if flags.pocket else "none")
+    corrector = None if corrector == "none" else corrector
+    return preferences.answered(file, plan, model, flags.dtype, flags.out, corrector, flags.batch_size)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the pairs that the arguments ask for, and print their statistics."""
+    flags = build_parser().parse_args(arguments)
+    if flags.pairs and (flags.model_path or flags.corrector):
+        raise LVLMError("--pairs takes answers as they are; leave --model and --corrector out")
+    candidates = preferences.given(flags.pairs, flags.out) if flags.pairs else answered(flags)
+    filters = dataclasses.replace(
+        FILTERS,
+        near_duplicate=flags.near_duplicate,
+        max_words=flags.max_words,
+        unfinished=not flags.keep_unfinished,
+    )
+    figures = pairs.write(
+        flags.out, candidates.found, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed
+    )
+    print(preferences.table(figures))
+    print(f"written to {flags.out / 'pairs.jsonl'}")
+    return 0

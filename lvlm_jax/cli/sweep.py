@@ -1,0 +1,100 @@
+"""Answer the same questions under many strengths of one method, in one program and one pass over the weights.
+
+    lvlm sweep --method cmac --grid alpha=0,1,3 --grid gamma=1,2 --image a.jpg --prompt "What is this?"
+    lvlm sweep --method sevi --grid omega=0.5,1,2,4 --question-file coco_pope_random.json \
+        --image-folder val2014 --out sweep.jsonl
+
+Prints a table: for every setting how many answers differ from greedy, their mean length, and, where the question
+file has labels "yes" and "no", the accuracy by the first of these words. `--out` keeps every answer.
+"""
+
+import argparse
+from pathlib import Path
+
+from lvlm_jax import LVLM
+from lvlm_jax.cli import common
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import grid
+from lvlm_jax.methods import parse
+
+
+def command_line(words: list[str]) -> argparse.Namespace:
+    """The command line, with `method` built (the point all others differ from) and `grid`, its points."""
+    chosen = common.ahead(words, method=None)
+    parser = common.Parser(
+        prog="lvlm sweep", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
+    )
+    add = parser.add_argument
+    add(
+        "--model-path",
+        "--model",
+        metavar="PATH",
+        default="pocket",
+        help="checkpoint folder or hub id (default pocket)",
+    )
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(default auto)")
+    add("--method", metavar="NAME", required=True, help="the method; other settings than swept ones as flags")
+    add(
+        "--grid",
+        metavar="NAME=A,B,…",
+        action="append",
+        required=True,
+        help="values of one strength; repeat it for a product",
+    )
+    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeat it for several")
+    add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text, label}")
+    add("--image-folder", metavar="FOLDER", default=".", help="where those images are")
+    add("--limit", type=common.number(int, low=1), metavar="N", help="only the first questions of the file")
+    add(
+        "--batch-size",
+        type=common.number(int, low=1),
+        default=8,
+        metavar="N",
+        help="questions at once (default 8)",
+    )
+    add("--points", type=common.number(int, low=1), default=16, metavar="N",
+        help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
+    add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
+    add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
+    if chosen.method:
+        parse.add_method_flags(parser, chosen.method)
+    arguments = parser.parse_args(words)
+    arguments.method = parse.build_method(arguments.method, arguments)
+    if arguments.method is None:
+        raise LVLMError("--method none has no strengths to sweep; name a method")
+    arguments.grid = grid.points(arguments.method, arguments.grid)
+    return arguments
+
+
+def asked(arguments: argparse.Namespace) -> list[grid.Asked]:
+    """The questions that the command line names.
+
+    Raises:
+        LVLMError: there is none, or their file cannot be read.
+    """
+    if arguments.question_file:
+        return grid.of_file(arguments.question_file, arguments.image_folder, arguments.limit)
+    if not arguments.prompt:
+        raise LVLMError('nothing to ask; give --prompt "…" or --question-file')
+    return grid.of_prompts(arguments.prompt, arguments.image)
+
+
+def main(words: list[str]) -> int:
+    """Run the grid and print the table."""
+    arguments = command_line(words)
+    questions = asked(arguments)
+    model = LVLM.from_pretrained(arguments.model_path, dtype=arguments.dtype)
+    answers = grid.answer(
+        model,
+        questions,
+        arguments.method,
+        arguments.grid,
+        arguments.batch_size,
+        arguments.points,
+        arguments.max_new_tokens,
+    )
+    print(grid.table(questions, arguments.grid, answers))
+    if arguments.out:
+        grid.write(Path(arguments.out), questions, arguments.grid, answers)
+    return 0

@@ -1,0 +1,167 @@
+"""One method under many strengths: the points of a grid, the answers at each, and how they differ from greedy."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.questions import conversation, read_questions
+from lvlm_jax.journal.progress import Progress
+from lvlm_jax.methods import Method
+
+Point = Mapping[str, float]  # strength -> value
+
+_YES_OR_NO = re.compile(r"\b(yes|no)\b")
+
+
+def points(method: Method, axes: Sequence[str]) -> list[Point]:
+    """The product of `name=a,b,…` axes, as strengths of `method`.
+
+    Raises:
+        LVLMError: not a list of numbers, not a strength of the method, or a value out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(method) if "low" in field.metadata]
+    values = {}
+    for axis in axes:
+        name, _, text = axis.partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            raise LVLMError(
+                f"--grid {axis}: {method.label} has no strength {name!r}; expected one of {', '.join(known)}"
+            )
+        try:
+            values[name] = [float(one) for one in text.split(",")]
+        except ValueError as error:
+            raise LVLMError(f"--grid {axis}: expected numbers, as in {name}=0,0.5,1") from error
+    grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+    for point in grid:
+        dataclasses.replace(method, **point)  # refuses what is out of range before a model is loaded
+    return grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question to the model: its id, the conversation, and the right answer ("yes" or "no") where it is known."""
+
+    id: Any
+    messages: list[dict]
+    label: str | None = None
+
+
+def of_prompts(texts: Sequence[str], images: Sequence[str]) -> list[Asked]:
+    """Questions about the same images, numbered from 0."""
+    return [Asked(number, conversation(images, text)) for number, text in enumerate(texts)]
+
+
+def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Asked]:
+    """The first `limit` questions of a question file (`generation.questions`), all of them without a limit.
+
+    Raises:
+        LVLMError: an unreadable file or line.
+    """
+    questions, wrong = read_questions(path)
+    if wrong:
+        line, what = next(iter(wrong.items()))
+        raise LVLMError(f"{path}, line {line}: {what}")
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    entries = {number: json.loads(line) for number, line in enumerate(lines, 1) if line.strip()}
+    labels = {number: str(entry["label"]).lower() for number, entry in entries.items() if "label" in entry}
+    folder = Path(image_folder)
+    return [
+        Asked(
+            one.question_id,
+            conversation([folder / name for name in one.image_names], one.text),
+            labels.get(one.line),
+        )
+        for one in questions[:limit]
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Of all questions: greedy texts, and texts and their lengths in tokens at each point of the grid."""
+
+    greedy: list[str]
+    texts: list[list[str]]
+    lengths: list[list[int]]
+
+
+def answer(
+    model: Any,
+    asked: Sequence[Asked],
+    method: Method,
+    grid: Sequence[Point],
+    batch_size: int,
+    points_at_once: int,
+    max_new_tokens: int,
+) -> Answers:
+    """Answers all questions greedily without the method, and with it at every point of the grid.
+
+    Raises:
+        LVLMError: a strength out of range, an unreadable image, or a prompt that does not fit.
+    """
+    settings = [dataclasses.replace(method, **point) for point in grid]
+    found = Answers([], [[] for _ in grid], [[] for _ in grid])
+    with Progress(len(asked), title="questions", quiet=len(asked) <= batch_size) as progress:
+        for start in range(0, len(asked), batch_size):
+            messages = [one.messages for one in asked[start : start + batch_size]]
+            found.greedy.extend(model.generate(messages, max_new_tokens=max_new_tokens).text)
+            for first in range(0, len(grid), points_at_once):
+                outputs = model.sweep(messages, settings[first : first + points_at_once], max_new_tokens)
+                for index, output in enumerate(outputs, first):
+                    found.texts[index].extend(output.text)
+                    found.lengths[index].extend(map(len, output.tokens))
+            progress.update(len(messages))
+    return found
+
+
+def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
+    """A line for each point: the share of answers that differ from greedy, their mean length, and the accuracy.
+
+    The accuracy is that of the first "yes" or "no" of an answer, where questions have such labels.
+    """
+    labels = [one.label for one in asked]
+    rows = [
+        ["settings", "changed", "tokens", "accuracy"],
+        ["greedy", "", "", _accuracy(found.greedy, labels)],
+    ]
+    for point, texts, lengths in zip(grid, found.texts, found.lengths, strict=True):
+        changed = sum(a != b for a, b in zip(texts, found.greedy, strict=True)) / len(texts)
+        name = " ".join(f"{key}={value:g}" for key, value in point.items())
+        rows.append([name, f"{changed:.3f}", f"{sum(lengths) / len(lengths):.1f}", _accuracy(texts, labels)])
+    rows = [row[: 4 if any(line[3] for line in rows[1:]) else 3] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+    return "\n".join(lines)
+
+
+def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> None:
+    """Writes every answer, JSON lines `{settings, question_id, text}`.
+
+    Raises:
+        LVLMError: the file cannot be written.
+    """
+    rows = [
+        {"settings": point, "question_id": one.id, "text": text}
+        for point, texts in zip(grid, found.texts, strict=True)
+        for one, text in zip(asked, texts, strict=True)
+    ]
+    files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def said(text: str) -> str | None:
+    """The first "yes" or "no" of an answer."""
+    found = _YES_OR_NO.search(text.lower())
+    return found and found[1]
+
+
+def _accuracy(texts: list[str], labels: list[str | None]) -> str:
+    pairs = [(said(text), label) for text, label in zip(texts, labels, strict=True) if label in ("yes", "no")]
+    return f"{sum(a == b for a, b in pairs) / len(pairs):.3f}" if pairs else ""

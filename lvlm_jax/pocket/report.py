@@ -1,0 +1,189 @@
+"""What a pocket checkpoint can and cannot do: POPE, captions, forced choice and the rest, on the test split, greedy."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.journal.progress import Progress
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.pocket import catalogue, splits
+from lvlm_jax.pocket.scenes import scene_at
+
+ONE_WORD = "\nAnswer the question using a single word or phrase."
+DETAILED = "Please describe this image in detail."
+RESAMPLES = 2000
+# Longest names first, so that a teddy bear is no bear and a hot dog no dog.
+FORMS = {form: name for name in catalogue.CATEGORIES for form in (name, catalogue.plural(name))}
+NAMED = re.compile(r"\b(" + "|".join(sorted(map(re.escape, FORMS), key=len, reverse=True)) + r")\b")
+
+
+def mentioned(text: str) -> set[str]:
+    """Categories that a text names."""
+    return {FORMS[form] for form in NAMED.findall(text.lower())}
+
+
+def repeats(text: str) -> bool:
+    """Whether a text runs in circles: some sentence occurs in it twice."""
+    sentences = [part.strip() for part in text.split(".") if part.strip()]
+    return len(set(sentences)) < len(sentences)
+
+
+def interval(totals: np.ndarray, counts: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of sum(totals) / sum(counts), one entry per image, images resampled."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(totals), (RESAMPLES, len(totals)))
+    values = totals[drawn].sum(axis=1) / np.maximum(counts[drawn].sum(axis=1), 1)
+    return [round(float(bound), 4) for bound in np.quantile(values, (0.025, 0.975))]
+
+
+def rate(scores: dict[str, list[float]]) -> dict:
+    """A mean of scores that are grouped by image, with its interval and how many scores there are."""
+    totals = np.array([sum(group) for group in scores.values()], float)
+    counts = np.array([len(group) for group in scores.values()], float)
+    value = totals.sum() / counts.sum()
+    return {"value": round(float(value), 4), "interval": interval(totals, counts), "n": int(counts.sum())}
+
+
+def grouped(keys: list[str], scores: list[float]) -> dict[str, list[float]]:
+    """Scores by key, in order of first appearance."""
+    groups: dict[str, list[float]] = {}
+    for key, score in zip(keys, scores, strict=True):
+        groups.setdefault(key, []).append(float(score))
+    return groups
+
+
+class Examiner:
+    """Asks a model many questions about the pictures of one folder."""
+
+    def __init__(self, model: LVLM, folder: Path, batch: int):
+        self.model, self.folder, self.batch = model, folder, batch
+
+    def ask(
+        self, rows: list[dict], title: str, suffix: str = "", max_new_tokens: int = 12
+    ) -> list[tuple[str, bool]]:
+        """Answers to `rows` (of `text` and `image` or `images`), and whether each answer ended by itself."""
+        # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
+        order = sorted(range(len(rows)), key=lambda i: (len(self._names(rows[i])), len(rows[i]["text"])))
+        answers: list = [None] * len(rows)
+        with Progress(len(order), title=title) as progress:
+            for start in range(0, len(order), self.batch):
+                chosen = order[start : start + self.batch]
+                filled = chosen + [chosen[-1]] * (self.batch - len(chosen))  # the last batch keeps its shape
+                out = self.model.generate(
+                    [self._conversation(rows[i], suffix) for i in filled], max_new_tokens=max_new_tokens
+                )
+                for position, i in enumerate(chosen):
+                    answers[i] = (out.text[position].strip(), out.finish_reason[position] == "stop")
+                progress.update(len(chosen))
+        return answers
+
+    def accuracy(self, rows: list[dict], title: str) -> list[bool]:
+        """Whether each one-word answer is the label."""
+        answers = self.ask(rows, title, ONE_WORD)
+        return [_bare(text) == _bare(row["label"]) for (text, _), row in zip(answers, rows, strict=True)]
+
+    def _names(self, row: dict) -> list[str]:
+        return row["images"] if "images" in row else [row["image"]]
+
+    def _conversation(self, row: dict, suffix: str) -> list[dict]:
+        pictures = [
+            {"type": "image", "image": str(self.folder / "images" / name)} for name in self._names(row)
+        ]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": row["text"] + suffix}]}]
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^(an?|the) |[.]$", "", text.strip().lower())
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pope(examiner: Examiner) -> dict:
+    """The three POPE files as they come, and the random one with every question put to another picture."""
+    found = {}
+    for strategy in ("random", "popular", "adversarial", "shuffled"):
+        rows = _lines(
+            examiner.folder / "pope" / f"pope_{'random' if strategy == 'shuffled' else strategy}.json"
+        )
+        asked = rows
+        if strategy == "shuffled":
+            names = sorted({row["image"] for row in rows})
+            other = dict(zip(names, np.roll(names, 7).tolist(), strict=True))
+            asked = [row | {"image": other[row["image"]]} for row in rows]
+        said = [
+            text.lower().startswith("yes")
+            for text, _ in examiner.ask(asked, f"POPE {strategy}", max_new_tokens=4)
+        ]
+        right = [yes == (row["label"] == "yes") for yes, row in zip(said, rows, strict=True)]
+        keys = [row["image"] for row in rows]
+        found[f"POPE {strategy}: accuracy"] = rate(grouped(keys, right))
+        found[f"POPE {strategy}: yes share"] = rate(grouped(keys, said))
+    return found
+
+
+def descriptions(examiner: Examiner, images: int, seed: int) -> dict:
+    """CHAIR, coverage, loops and endings of detailed descriptions."""
+    scenes = [scene_at("test", index, seed) for index in range(images)]
+    names = [splits.file_name("test", index) for index in range(images)]
+    answers = examiner.ask([{"image": name, "text": DETAILED} for name in names], "descriptions", "", 160)
+    said = [mentioned(text) for text, _ in answers]
+    there = [set(scene.counts) for scene in scenes]
+    pairs = list(zip(names, said, there, strict=True))
+    return {
+        "descriptions: CHAIR_S": rate({name: [bool(s - t)] for name, s, t in pairs}),
+        "descriptions: CHAIR_I": rate({name: [word not in t for word in s] for name, s, t in pairs}),
+        "descriptions: objects named": rate({name: [word in s for word in t] for name, s, t in pairs}),
+        "descriptions: end by themselves": rate(
+            {name: [ended] for name, (_, ended) in zip(names, answers, strict=True)}
+        ),
+        "descriptions: run in circles": rate(
+            {name: [repeats(text)] for name, (text, _) in zip(names, answers, strict=True)}
+        ),
+    }
+
+
+def questions(examiner: Examiner) -> dict:
+    """Forced choice, counting, position, colour, place; and several images by how many there are."""
+    found = {}
+    for kind in ("choice", "counting", "position", "color", "place"):
+        rows = _lines(examiner.folder / "questions" / f"{kind}.jsonl")
+        found[f"{kind}: accuracy"] = rate(
+            grouped([row["image"] for row in rows], examiner.accuracy(rows, kind))
+        )
+    rows = _lines(examiner.folder / "questions" / "multi_image.jsonl")
+    right = examiner.accuracy(rows, "several images")
+    for count in (2, 3, 4):
+        chosen = [i for i, row in enumerate(rows) if len(row["images"]) == count]
+        found[f"{count} images: accuracy"] = rate(
+            grouped([rows[i]["images"][0] for i in chosen], [right[i] for i in chosen])
+        )
+    for kind in sorted({row["kind"] for row in rows}):
+        chosen = [i for i, row in enumerate(rows) if row["kind"] == kind]
+        found[f"several images, {kind}: accuracy"] = rate(
+            grouped([rows[i]["images"][0] for i in chosen], [right[i] for i in chosen])
+        )
+    return found
+
+
+def examine(model: LVLM, images: int, batch: int, seed: int = 0) -> dict[str, dict]:
+    """All figures, each `{value, interval, n}`, of a model on the first `images` scenes of the test split."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "split"
+        splits.write_split(folder, "test", images, seed)
+        examiner = Examiner(model, folder, batch)
+        return pope(examiner) | descriptions(examiner, images, seed) | questions(examiner)
+
+
+def markdown(figures: dict, about: dict) -> str:
+    """The figures as a table."""
+    head = ", ".join(f"{key} {value}" for key, value in about.items())
+    lines = [head, "", "| figure | value | 95 % interval | n |", "|---|---|---|---|"]
+    for name, figure in figures.items():
+        low, high = figure["interval"]
+        lines.append(f"| {name} | {figure['value']:.3f} | {low:.3f} to {high:.3f} | {figure['n']} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,139 @@
+"""Candidates for preference pairs from a model's answers or from a file, with the record of what decided them.
+
+`pairs` has the steps; here they are put together as `lvlm preferences` and the pocket recipes need them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.journal.record import file_hash, method_record, run_record
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods.capl import CAPL
+from lvlm_jax.training.data import correctors, pairs
+from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.data.pair_filters import Candidate
+from lvlm_jax.training.data.prompts import of_pair, read_prompts
+from lvlm_jax.version import __version__
+from lvlm_jax.weights import names
+
+REJECTED = ("truncated", "plain")  # rejected answers: under truncated attention, or the unmodified model's
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What may become pairs.
+
+    Attributes:
+        found: the candidates.
+        prompts: how many prompts there were.
+        record: what decided the candidates, as JSON values.
+    """
+
+    found: list[Candidate]
+    prompts: int
+    record: dict[str, Any]
+
+
+def plan(
+    chosen: CAPL,
+    rejected: str = "truncated",
+    variant: str = "paper",
+    temperature: float = 0.0,
+    rejected_temperature: float | None = None,
+    **settings: Any,
+) -> pairs.Plan:
+    """CAPL's two sides: chosen answers under its attention, rejected ones under truncated attention or unmodified.
+
+    Args:
+        chosen: the attention of chosen answers.
+        rejected: one of `REJECTED`.
+        variant: of truncated attention, see `CAPL`.
+        temperature: of chosen answers.
+        rejected_temperature: None: as `temperature`, and 1 for "plain", whose greedy answers would be the chosen ones.
+        settings: the other fields of `pairs.Plan`.
+    """
+    plain = rejected == "plain"
+    if rejected_temperature is None:
+        rejected_temperature = 1.0 if plain else temperature
+    method = None if plain else CAPL(mode="truncated", variant=variant)
+    sides = pairs.Side(chosen, temperature), pairs.Side(method, rejected_temperature)
+    return pairs.Plan(*sides, **settings)
+
+
+def answered(
+    prompts_file: Path,
+    plan: pairs.Plan,
+    model: str,
+    dtype: str,
+    out: Path,
+    corrector: str | None = None,
+    batch_size: int = 16,
+) -> Candidates:
+    """Has a model answer the prompts of a file twice and corrects the chosen answers; goes on from what `out` holds.
+
+    Args:
+        model: as `LVLM.from_pretrained` takes it; loaded only when an answer is missing.
+        dtype: as well.
+        out: folder of the logs of answers and corrections.
+        corrector: what `correctors.resolve` takes; None for none.
+
+    Raises:
+        LVLMError: an unusable file, model or corrector, or logs of another run.
+    """
+    prompts = read_prompts(prompts_file)
+    correct = None if corrector is None else correctors.resolve(corrector, prompts)
+    path, dtype = names.checkpoint(model), names.dtype(dtype)
+    generation = {
+        "temperature": plan.chosen.temperature,
+        "rejected_temperature": plan.rejected.temperature,
+        "top_p": plan.top_p,
+        "max_new_tokens": plan.max_new_tokens,
+    }
+    record = run_record(path, dtype, plan.chosen.method, generation) | {
+        "rejected_method": method_record(plan.rejected.method),
+        "prompts": file_hash(prompts_file),
+        "seed": plan.seed,
+    }
+    answers = pairs.answer(
+        prompts,
+        plan,
+        lambda: LVLM.from_pretrained(path, dtype=dtype),
+        out / "answers.jsonl",
+        record,
+        batch_size,
+    )
+    texts = {key: said.chosen.text for key, said in answers.items()}
+    corrected = pairs.correct(prompts, texts, correct, out / "corrections.jsonl", record)
+    record |= {"batch_size": batch_size, "corrector": correct and dict(correct.record)}
+    return Candidates(pairs.candidates(prompts, answers, corrected), len(prompts), record)
+
+
+def given(file: str, out: Path) -> Candidates:
+    """Takes the pairs of a file as they are.
+
+    Raises:
+        LVLMError: an unusable file, or one that the results in `out` would overwrite.
+    """
+    written = [(out / name).resolve() for name in ("pairs.jsonl", "validation.jsonl")]
+    if Path(file).expanduser().resolve() in written:
+        raise LVLMError(f"--pairs {file!r} would be overwritten; give another --out")
+    found = read_pairs(file)
+    candidates = [Candidate(of_pair(pair), pair.chosen, pair.rejected) for pair in found]
+    return Candidates(candidates, len(found), {"version": __version__, "pairs": file})
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The statistics that `pairs.write` returns, as lines of text."""
+    lines = [("prompts", figures["prompts"]), ("failed", figures["failed"])]
+    lines += [(f"dropped: {reason}", count) for reason, count in figures["dropped"].items()]
+    lines += [(name, figures[name]) for name in ("kept", "training", "validation")]
+    lines += [("share corrected", figures["corrected"]), ("share chosen longer", figures["chosen_longer"])]
+    for side, words in figures["words"].items():
+        lines.append((f"words of {side}", ", ".join(f"{name} {value:g}" for name, value in words.items())))
+    lines.append(
+        ("pairs by images", ", ".join(f"{key}: {value}" for key, value in figures["images"].items()))
+    )
+    return "\n".join(f"{name:24s} {value}" for name, value in lines)
