@@ -1,6 +1,7 @@
 # make demo   the pocket model answers questions about a picture, greedy beside CMAC
 # make test   lint and tests
-# Each makes .venv and installs what it needs, the first time only. Another Python: make demo PYTHON=python3.12
+# Each makes .venv and installs what it needs and this folder itself (so that .venv/bin/lvlm runs what is here), the
+# first time only. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.run-installed
-	$(BIN)/python infer.py
+	$(BIN)/lvlm infer
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
@@ -27,8 +28,8 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt install python3-venv); name one with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run-installed: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+$(VENV)/.run-installed: requirements.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.test-installed: requirements-test.txt $(VENV)/.run-installed

@@ -9,7 +9,7 @@ rejected answers the unmodified model gives; chosen answers are the truth in bot
 into the weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
 
     OUT/prompts/, OUT/pairs/               prompts, and pairs as lvlm preferences writes them, to learn and held out
-    OUT/capl/, dpo/, flow_alignment/       work folders of train.py: logs, checkpoints, adapter, export
+    OUT/capl/, dpo/, flow_alignment/       work folders of lvlm train: logs, checkpoints, adapter, export
     OUT/benchmark/PART/MODEL/              answers and scores
     OUT/table.md                           the tables, and in words what helped
 

@@ -1,6 +1,10 @@
-"""Train a model: `lvlm train --config configs/capl.py --workdir runs/capl --config.data=pairs.jsonl`.
+"""Train a model as a config says: an objective on data of yours, or the pocket model from scratch.
 
-Every field of the config may be set on the command line, as in `--config.optimizer.peak=1e-4`. Started again with the
+    lvlm train --config capl --config.data=pairs.jsonl --workdir runs/capl
+    lvlm train --config mine.py --config.optimizer.peak=1e-4 --config.steps=200 --workdir runs/mine
+    lvlm train --config flow_alignment --help
+
+Every field of the config may be set on the command line, as in --config.optimizer.peak=1e-4. Started again with the
 same work folder, it goes on from its newest checkpoint.
 
 Several processes that SLURM, Open MPI or GKE has started join by themselves; elsewhere give each of them
@@ -22,7 +26,7 @@ from lvlm_jax.training import finetune, registry, settings
 
 def main(words: list[str]) -> int:
     """Trains as the flags say."""
-    parser = common.Parser(description=__doc__)
+    parser = common.Parser(prog="lvlm train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="what to train, a file of configs/")
     parser.add_argument(
         "--workdir", required=True, type=Path, help="folder of checkpoints, logs and the result"

@@ -82,7 +82,7 @@ class _Settings(argparse.ArgumentParser):
     """Reads the settings; what cannot be read is an `LVLMError`."""
 
     def error(self, message):  # noqa: D102
-        raise LVLMError(f"{message}; `python infer.py --help` lists the settings of methods")
+        raise LVLMError(f"{message}; `lvlm infer --help` lists the settings of methods")
 
 
 def _word(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The step of a training run, as `train.py` runs it, compiled without a model and without data."""
+"""The step of a training run, as `lvlm train` runs it, compiled without a model and without data."""
 
 import functools
 from typing import Any

@@ -7,9 +7,9 @@ import pytest
 from lvlm_jax.cli import main
 
 
-def run(monkeypatch, capsys, name, *words):
-    """Exit code, standard output and standard error of `lvlm NAME WORDS`."""
-    monkeypatch.setattr(sys, "argv", ["lvlm", name, *map(str, words)])
+def run(monkeypatch, capsys, *words):
+    """Exit code, standard output and standard error of `lvlm WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["lvlm", *map(str, words)])
     with pytest.raises(SystemExit) as left:
         main.main()
     printed = capsys.readouterr()

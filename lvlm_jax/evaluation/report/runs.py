@@ -180,11 +180,11 @@ def collect(folder: Path) -> list[Run]:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise LVLMError(
-            f"{str(folder)!r} is not a folder; give the one that holds the runs (tools/evaluate.py --out)"
+            f"{str(folder)!r} is not a folder; give the one that holds the runs (lvlm evaluate --out)"
         )
     paths = sorted(folder.rglob("scores.json"))
     if not paths:
-        raise LVLMError(f"no scores.json in {str(folder)!r} or below; tools/evaluate.py writes them")
+        raise LVLMError(f"no scores.json in {str(folder)!r} or below; lvlm evaluate writes them")
     runs, wrong = [], []
     for path in paths:
         try:
@@ -235,7 +235,7 @@ def load(path: Path, name: str) -> Run:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise LVLMError(
-            f"{where} is not of the form that tools/evaluate.py writes ({said}); score it again"
+            f"{where} is not of the form that lvlm evaluate writes ({said}); score it again"
         ) from error
 
 

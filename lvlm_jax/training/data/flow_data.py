@@ -122,7 +122,7 @@ def generate(
     if jax.process_count() > 1:
         raise LVLMError(
             f"{len(prompts)} prompts have no answer, and several processes cannot generate them; give each line a "
-            "field answer, such as infer.py with --method sevi writes"
+            "field answer, such as lvlm infer with --method sevi writes"
         )
     ids = {prompt.id for prompt in prompts}
     with AnswerLog(log, record, text_of("answer"), ids) as answers:
