@@ -21,7 +21,8 @@ SHIPPED = pathlib.Path(__file__).parent / "configs"
 
 def config_names() -> list[str]:
     """The files of `configs/`, which come with the package, by the names that `load_config` takes."""
-    return sorted(path.stem for path in SHIPPED.glob("[a-z]*.py"))
+    files = SHIPPED.glob("[a-z]*.py")
+    return sorted(path.stem for path in files if "def get_config(" in path.read_text(encoding="utf-8"))
 
 
 def config_file(name: str | os.PathLike) -> pathlib.Path:

@@ -1,8 +1,8 @@
 """What a model needs on a mesh of devices, and how fast it can be there, before any device is rented.
 
-The programs that `LVLM.generate` or `lvlm train` would run are compiled for so many simulated devices, with shapes in the
-place of arrays: nothing is allocated. From each come the bytes that one device holds and what it computes, moves and
-receives; a device's ceilings turn these into times.
+The programs that `LVLM.generate` or `lvlm train` would run are compiled for so many simulated devices, with shapes in
+the place of arrays: nothing is allocated. From each come the bytes that one device holds and what it computes, moves
+and receives; a device's ceilings turn these into times.
 
     memory of a program  =  parameters + cache + inputs and results + temporaries              (inference)
                             parameters + optimizer + copy + batch + temporaries                (training)

@@ -37,14 +37,24 @@ TEXT_PARTS = {"language_model"}
 
 SECTION = "preference"
 FIELDS = {
-    "loss": "sigmoid",  # or "ipo", "hinge"
+    "loss": "sigmoid",
     "beta": 0.1,
     "label_smoothing": 0.0,
-    "nll": 0.0,  # weight of the chosen answer's negative log-likelihood
-    "method": "none",  # attention of policy and reference: "capl", or "none"
-    "sigma": 0.5,  # of "capl": weight of the cross-image softmax
-    "rho": 0.95,  # of "capl": share of each image's tokens that is selected
-    "reference": "adapter_off",  # or "precomputed"
+    "nll": 0.0,
+    "method": "none",
+    "sigma": 0.5,
+    "rho": 0.95,
+    "reference": "adapter_off",
+}
+DOCS = {
+    "loss": "sigmoid, ipo or hinge",
+    "beta": "how strongly the policy is held to the reference",
+    "label_smoothing": "of the sigmoid loss: share of pairs whose order is wrong",
+    "nll": "weight of the chosen answer's negative log-likelihood",
+    "method": "attention of policy and reference: capl, or none",
+    "sigma": "of capl: weight of the cross-image softmax",
+    "rho": "of capl: share of each image's tokens that is selected",
+    "reference": "adapter_off (the model without its adapter), or precomputed",
 }
 CHECKS = (
     one_of("loss", preference.LOSSES),
@@ -136,7 +146,7 @@ def metrics(
 
 def objective(name: str, **defaults: Any) -> Objective:
     """The objective of that name, with the fields of `FIELDS` and these defaults of its own."""
-    return Objective(name, task, SECTION, FIELDS | defaults, CHECKS, _check)
+    return Objective(name, task, SECTION, FIELDS | defaults, DOCS, CHECKS, _check)
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:

@@ -50,6 +50,7 @@ class Objective:
             checked configuration, and the run's folder. Raises `LVLMError` for data that cannot be used.
         section: the config's section that holds the objective's own fields; "" where it has none.
         defaults: these fields with their defaults.
+        docs: what each of them means, for `lvlm train --help`.
         checks: what single fields must be.
         check: refuses fields that do not go together, with an `LVLMError`; it is given the whole config.
         with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model beside the trained
@@ -60,6 +61,7 @@ class Objective:
     task: Callable[[LVLM, nn.Module, ConfigDict, Path], Task]
     section: str = ""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    docs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     check: Callable[[ConfigDict], None] | None = None
     with_base: Callable[[Any, Any], Any] | None = None

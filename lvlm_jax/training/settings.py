@@ -8,7 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,6 +20,57 @@ from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.weights.lora import TARGETS
 
 DTYPES = ("float32", "bfloat16")
+
+
+class Field(NamedTuple):
+    """A field of a config: its dotted name, its default, and what it means."""
+
+    name: str
+    default: Any
+    doc: str
+
+
+# The fields that all objectives share.
+FIELDS = (
+    Field("recipe", "", "which objective, a word of lvlm_jax.training.registry"),
+    Field("seed", 0, "of adapters, dropout and the order of the data"),
+    Field("model", "pocket", "pocket (the model inside the package), a checkpoint folder, or a hub id"),
+    Field("dtype", "float32", "of products and frozen weights; trained ones follow master"),
+    Field("master", "float32", "of the trained weights, and so of the optimizer's moments"),
+    Field("remat", False, "recompute each layer in the backward pass: less memory, a third more time"),
+    Field("data", "", "the training file; required"),
+    Field("validation", "", "the held-out file; empty: nothing is evaluated"),
+    Field(
+        "train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"
+    ),
+    Field("lora.enabled", True, "train adapters beside frozen weights; False: the weights themselves"),
+    Field("lora.rank", 16, "of each adapter"),
+    Field("lora.alpha", 32.0, "an adapter's product is scaled by alpha / rank"),
+    Field("lora.dropout", 0.0, "of an adapter's input"),
+    Field("lora.targets", TARGETS, "modules that get an adapter, a regex on their paths"),
+    Field("mesh.data", -1, "devices over which a batch is spread; -1: all that the other two axes leave"),
+    Field("mesh.fsdp", 1, "devices over which batch and parameters are spread"),
+    Field("mesh.tensor", 1, "devices over which each product is spread"),
+    Field("optimizer.peak", 1e-5, "learning rate at its highest"),
+    Field("optimizer.final", 0.0, "learning rate at the end, as a share of the peak"),
+    Field("optimizer.warmup", 0.03, "steps up to the peak; below 1 a share of all steps"),
+    Field("optimizer.clip", 1.0, "largest norm of the gradient"),
+    Field("optimizer.beta1", 0.9, "decay of AdamW's mean of gradients"),
+    Field("optimizer.beta2", 0.999, "decay of AdamW's mean of squared gradients"),
+    Field("optimizer.weight_decay", 0.0, "of AdamW, times the learning rate"),
+    Field("epochs", 1.0, "passes over the data"),
+    Field("steps", 0, "updates; 0: as many as the epochs take"),
+    Field("batch", 16, "samples of an update"),
+    Field("accumulate", 1, "parts into which they are cut, to save memory"),
+    Field("length", 1024, "tokens of the longest sample, image tokens included"),
+    Field("too_long", "error", "longer samples: error, or drop to leave them out and say how many"),
+    Field("loop.workers", 1, "processes that make batches"),
+    Field("loop.log_every", 10, "steps from one line of the log to the next"),
+    Field("loop.evaluate_every", 100, "steps from one evaluation to the next"),
+    Field("loop.save_every", 100, "steps from one checkpoint to the next"),
+    Field("loop.keep", 2, "newest checkpoints that stay"),
+    Field("loop.keep_best", "", "also keep the one where this metric, such as val/loss, was lowest"),
+)
 
 
 def base(recipe: str = "") -> ConfigDict:
@@ -53,46 +104,11 @@ def _objective(recipe: str) -> Objective:
 def _shared() -> ConfigDict:
     """The fields of every objective."""
     config = ConfigDict()
-    config.recipe = ""  # which objective, see `registry`
-    config.seed = 0  # of adapters, dropout and the order of the data
-    config.model = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
-    config.dtype = "float32"  # of products and frozen weights; trained ones follow `master`
-    config.master = "float32"  # dtype of the trained weights, and so of the optimizer's moments
-    config.remat = False  # recompute each layer in the backward pass: less memory, a third more time
-    config.data = ""  # the training file; required
-    config.validation = ""  # the held-out file; empty: nothing is evaluated
-
-    config.train = (
-        r"^(language_model|connector)/"  # without LoRA: parameters that are trained, a regex on paths
-    )
-    config.lora = ConfigDict(dict(enabled=True, rank=16, alpha=32.0, dropout=0.0, targets=TARGETS))
-
-    # Devices along each axis; the one that is -1 takes what the others leave.
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
-
-    config.optimizer = ConfigDict()
-    config.optimizer.peak = 1e-5  # learning rate
-    config.optimizer.final = 0.0  # its end, as a share of the peak
-    config.optimizer.warmup = 0.03  # steps; below 1 a share of them
-    config.optimizer.clip = 1.0  # largest norm of the gradient
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.weight_decay = 0.0
-
-    config.epochs = 1.0  # passes over the data
-    config.steps = 0  # updates; 0: as many as the epochs take
-    config.batch = 16  # rows of an update
-    config.accumulate = 1  # parts into which they are cut, to save memory
-    config.length = 1024  # tokens of the longest row, image tokens included
-    config.too_long = "error"  # longer rows: "error", or "drop" to leave them out and say how many
-
-    config.loop = ConfigDict()
-    config.loop.workers = 1  # processes that make batches
-    config.loop.log_every = 10  # steps, as the next two
-    config.loop.evaluate_every = 100
-    config.loop.save_every = 100
-    config.loop.keep = 2  # newest checkpoints
-    config.loop.keep_best = ""  # also the one where this metric of the log, such as "val/loss", was lowest
+    for name, default, _ in FIELDS:
+        section, _, field = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[field] = default
     return config
 
 
@@ -189,6 +205,15 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
     if rest:
         raise LVLMError(f"{rest[0]!r} is not understood; settings are given as --config.key=value")
     return config
+
+
+def describe(config: ConfigDict) -> list[Field]:
+    """The fields of a config with its values as defaults, for people; `doc` is empty where nobody has written one."""
+    entry, docs = registry.find(config.recipe), {}
+    if isinstance(entry, Objective):
+        docs = {field.name: field.doc for field in FIELDS}
+        docs |= {f"{entry.section}.{name}": doc for name, doc in entry.docs.items()}
+    return [Field(name, value, docs.get(name, "")) for name, value in _flat(config).items()]
 
 
 def _key(word: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import finetune, settings
+from lvlm_jax.training import finetune, registry, settings
 
 
 @pytest.fixture
@@ -171,3 +171,13 @@ def test_the_command_line_may_change_the_recipe():
         LVLMError, match=r"the config has no flow.kappa; begin it with .*base\('flow_alignment'\)"
     ):
         settings.check(settings.read("configs/sft.py", ["--config.recipe=flow_alignment"]))
+
+
+def test_every_field_is_described():
+    for recipe in ("capl", "dpo", "flow_alignment", "sft"):
+        described = {field.name: field for field in settings.describe(settings.base(recipe))}
+        assert all(field.doc for field in described.values()), recipe
+        entry = registry.find(recipe)
+        assert entry.defaults.keys() == entry.docs.keys()
+        for name, default in entry.defaults.items():
+            assert described[f"{entry.section}.{name}"].default == default

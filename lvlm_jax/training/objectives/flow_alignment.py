@@ -328,11 +328,18 @@ OBJECTIVE = Objective(
     task,
     section="flow",
     defaults={
-        "stage": "both",  # or "1", "2"
+        "stage": "both",
         "omega": 4.0,  # the teacher is SEVI, here in its focused setting
         "kappa": 0.2,
-        "start_layer": 4 / 32,  # share of the depth
-        "mu": 1.0,  # weight of the divergence of answer tokens
+        "start_layer": 4 / 32,
+        "mu": 1.0,
+    },
+    docs={
+        "stage": "which heads are trained: 1, 2 or both",
+        "omega": "of SEVI, the teacher: how far it draws a head to the better ones",
+        "kappa": "of SEVI: share of a head's attention to text that one token must have to make a core head",
+        "start_layer": "of SEVI: first edited layer, as a share of the depth",
+        "mu": "weight of the divergence of answer tokens",
     },
     checks=(
         one_of("stage", flow_data.STAGES),
