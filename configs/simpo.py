@@ -1,4 +1,4 @@
-"""SimPO on a file of pairs: `python train.py --config configs/simpo.py --config.data=pairs.jsonl --workdir runs/simpo`.
+"""SimPO on a file of pairs: `lvlm train --config simpo --config.data=pairs.jsonl --workdir runs/simpo`.
 
 There is no reference model: a step has one forward pass where DPO's has two, and full fine-tuning
 (`--config.lora.enabled=False`) needs nothing besides. For that the authors advise a learning rate of 3e-7 to 1e-6, and

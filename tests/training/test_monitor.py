@@ -1,7 +1,11 @@
+import re
+import sys
+
 import jax
 import numpy as np
 import pytest
 
+from lvlm_jax.journal import progress
 from lvlm_jax.training import monitor
 
 
@@ -74,9 +78,20 @@ def test_tokens_are_those_of_every_array_of_that_name():
     assert monitor.token_count(batch) == 16
 
 
-def test_the_bar_shows_loss_speed_and_use(tmp_path, capsys):
+def test_the_bar_shows_loss_speed_and_use(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with monitor.Monitor(tmp_path, "capl", start=0, steps=4) as watch:
         watch.advance()
         watch.show({"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321})
     shown = capsys.readouterr().err
     assert "capl" in shown and "loss=0.6931, tokens/s=12346, MFU=43.2%" in shown
+
+
+def test_without_a_terminal_there_are_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with monitor.Monitor(tmp_path, "capl", start=0, steps=2) as watch:
+        watch.show({"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321})
+        watch.advance()
+    shown = capsys.readouterr().err
+    assert re.match(r"capl: 1 of 2, .* left, loss 0.6931, tokens/s 12346, MFU 43.2%\n", shown)
+    assert "\r" not in shown

@@ -174,7 +174,7 @@ def test_the_command_line_may_change_the_recipe():
 
 
 def test_every_field_is_described():
-    for recipe in ("capl", "dpo", "flow_alignment", "sft"):
+    for recipe in (entry.name for entry in registry.all_objectives()):
         described = {field.name: field for field in settings.describe(settings.base(recipe))}
         assert all(field.doc for field in described.values()), recipe
         entry = registry.find(recipe)

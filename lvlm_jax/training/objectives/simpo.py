@@ -99,8 +99,13 @@ OBJECTIVE = Objective(
     section="simpo",
     defaults={
         "beta": 2.0,
-        "gamma": 0.5,  # the margin that the chosen answer's reward should have over the rejected one's
+        "gamma": 0.5,
         "label_smoothing": 0.0,
+    },
+    docs={
+        "beta": "scale of an answer's reward, its mean log-probability",
+        "gamma": "the margin that the chosen answer's reward should have over the rejected one's",
+        "label_smoothing": "share of pairs whose order is wrong",
     },
     checks=(
         Check("beta", "a number above 0, such as 2.0", lambda value: value > 0),
