@@ -19,11 +19,11 @@ import sys
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
-from lvlm_jax.lvlm import DTYPES
 from lvlm_jax.methods import parse
 from lvlm_jax.planning import devices, plan
 from lvlm_jax.planning import report as plan_report
 from lvlm_jax.planning.sizes import SIZES
+from lvlm_jax.weights.load import DTYPES
 from lvlm_jax.weights.quantize import QUANTS
 
 COUNTS = (1, 8, 64, 512)  # devices in tables
