@@ -178,7 +178,7 @@ def test_the_task_of_a_config(model, config, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(omega=-1.0), "omega is -1.0; expected a number in"),
+        (dict(omega=-1.0), "omega is -1.0; expected a number"),
         (dict(start_layer=1.0), "layers from 1.0 to None are none of this model's 2 layers"),
     ],
 )
