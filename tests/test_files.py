@@ -7,6 +7,7 @@ import pytest
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
+from tests.killing import Function, half_written, kill_at, more_lines
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -75,3 +76,28 @@ def test_json_of_any_kind(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")  # as editors on Windows begin a file
     assert files.read_json(tmp_path / "a.json", "notes") == [1]
     assert files.read_json(tmp_path / "a.json", "notes", list) == [1]
+
+
+LINE = b"x" * 1000 + b"\n"
+
+
+def write_again_and_again(path):
+    """Files that take longer and longer to write, each followed by a line in a log."""
+    for count in range(1, 100_000):
+        with files.whole(path) as file:
+            file.writelines(LINE for _ in range(1000 * (1 + count % 20)))
+        with path.with_name("log").open("ab") as log:
+            log.write(b"\n")
+
+
+def test_killed_at_any_moment_a_file_is_whole(tmp_path):
+    """Inside a save too: the temporary file is there and grows."""
+    path = tmp_path / "file"
+    for moment in (
+        more_lines(tmp_path / "log", 3),
+        half_written(tmp_path, ".*.part"),
+        half_written(tmp_path, ".*.part"),
+    ):
+        assert kill_at(lambda: Function(write_again_and_again, path), moment, pause=0.004).in_time
+        lines, rest = divmod(path.stat().st_size, len(LINE))
+        assert rest == 0 and lines % 1000 == 0 and path.read_bytes() == LINE * lines

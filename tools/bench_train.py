@@ -41,6 +41,7 @@ from lvlm_jax import compilation, models, weights
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
+from lvlm_jax.parallel.peaks import peak_flops
 from lvlm_jax.training import monitor, optimizer, pairwise
 from lvlm_jax.training.data.pair_batches import PAIR
 from lvlm_jax.training.step import State, make_step
@@ -151,7 +152,7 @@ class Ours:
             "answer_tokens": batch[PAIR[0]]["columns"].shape[1],
             "tokens": count,
             "flops": monitor.flops_per_token(adapters, frozen) * count,
-            "peak_flops": monitor.peak_flops(device.device_kind),
+            "peak_flops": peak_flops(device.device_kind),
             "program_bytes": bench_parts.program_bytes(self.program),
             "versions": {"jax": jax.__version__},
             "resident_bytes": reset_peak(),

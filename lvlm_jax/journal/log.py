@@ -27,7 +27,7 @@ from lvlm_jax.journal.record import differences
 # KeyError, TypeError or ValueError means that the entry is not of this kind of log.
 Read = Callable[[dict], tuple[Hashable, Any] | None]
 
-_ELSEWHERE = "write somewhere else, or remove it to start again"
+_ELSEWHERE = "write somewhere else, or remove the file to start again"
 
 
 class AnswerLog:
@@ -220,12 +220,12 @@ def _entries(
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise LVLMError(
-                f"{where} is no answer that this program wrote ({reason}); {_ELSEWHERE}"
+                f"{where} is no answer that this program wrote ({reason}); repair or remove the line, {_ELSEWHERE}"
             ) from error
         if known or not asked:
             shown = " ".join(map(str, key)) if isinstance(key, tuple) else key
             what = f"answers {shown} a second time" if known else f"answers {shown}, which is not asked"
-            raise LVLMError(f"{where} {what}; repair or remove the line, or {_ELSEWHERE}")
+            raise LVLMError(f"{where} {what}; repair or remove the line, {_ELSEWHERE}")
         answers[key] = kept
     return answers, size
 
@@ -242,7 +242,9 @@ def _whole_lines(path: Path, content: bytes) -> tuple[list, int]:
         except (ValueError, RecursionError) as error:
             if number == len(lines) and not cut:
                 break
-            raise LVLMError(f"line {number} of {str(path)!r} is not JSON ({error}); {_ELSEWHERE}") from error
+            raise LVLMError(
+                f"line {number} of {str(path)!r} is not JSON ({error}); repair or remove the line, {_ELSEWHERE}"
+            ) from error
         size += len(line) + 1
     return rows, size
 

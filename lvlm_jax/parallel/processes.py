@@ -4,7 +4,7 @@ Where the processes were started by SLURM, Open MPI, GKE or as a TPU slice, JAX 
 many they are. Anywhere else three variables tell it: JAX_COORDINATOR_ADDRESS (host:port of process 0),
 JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-They live and die together. JAX notices when one is gone and ends the others (`witness` says in one line why), because
+They live and die together. JAX notices when one is gone and ends the others (`last_words` says why in a line), because
 what they compute in common cannot be finished without it; whoever started them starts all of them again.
 """
 
@@ -23,7 +23,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.parallel import witness
+from lvlm_jax.parallel import last_words
 
 # What JAX itself ends with (128 + SIGABRT) when it misses a process: one event, one code, whoever notices first. It is
 # neither 2, a mistake that another start repeats, nor 137, the code of the process that was killed.
@@ -42,14 +42,14 @@ _BROKEN = re.compile(
     "|[Cc]oordination ?[Ss]ervice|Barrier(Error| failed)"
 )
 
-_beside: tuple[subprocess.Popen, int] | None = None  # the witness, and standard error as it was
+_beside: tuple[subprocess.Popen, int] | None = None  # `last_words`, and standard error as it was
 
 
 def start(wanted: bool | None = None) -> bool:
     """Joins the processes. To be called once, before anything touches a device.
 
     When one of them cannot be reached or is gone later, JAX ends the process with code `LOST`. Standard error passes
-    through a program beside this one from here on (`witness`).
+    through a program beside this one from here on (`last_words`).
 
     Args:
         wanted: None: when the environment shows several processes, see `several`.
@@ -64,7 +64,7 @@ def start(wanted: bool | None = None) -> bool:
         return False
     timeout, patience = _number(PEER_TIMEOUT) or PEER_SECONDS, _number(JOIN_TIMEOUT) or JOIN_SECONDS
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
-    _put_witness_beside(timeout, patience)
+    _pass_errors_on(timeout, patience)
     try:
         jax.distributed.initialize(
             num_processes=count,
@@ -73,7 +73,7 @@ def start(wanted: bool | None = None) -> bool:
             heartbeat_timeout_seconds=timeout,
         )
     except (ValueError, RuntimeError) as error:
-        _dismiss_witness()
+        _take_errors_back()
         raise LVLMError(
             f"the processes of this run cannot be joined ({_brief(error)}); start them with "
             "SLURM, Open MPI or on GKE, or give each JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
@@ -134,16 +134,16 @@ def leave(code: int) -> NoReturn:
     Without the interpreter's own farewell: JAX would wait there for the others, which wait for this one.
     """
     sys.stdout.flush()
-    _dismiss_witness()
+    _take_errors_back()
     os._exit(code)
 
 
-def _put_witness_beside(timeout: int, patience: int) -> None:
+def _pass_errors_on(timeout: int, patience: int) -> None:
     global _beside
     program = pathlib.Path(sys.argv[0]).name
     facts = [program, socket.gethostname(), str(timeout), str(patience)]
     reading, writing = os.pipe()
-    words = [sys.executable, "-I", "-S", witness.__file__, *facts]
+    words = [sys.executable, "-I", "-S", last_words.__file__, *facts]
     process = subprocess.Popen(words, stdin=reading, stdout=subprocess.DEVNULL)
     sys.stderr.flush()
     _beside = process, os.dup(2)
@@ -152,7 +152,7 @@ def _put_witness_beside(timeout: int, patience: int) -> None:
     os.close(writing)
 
 
-def _dismiss_witness() -> None:
+def _take_errors_back() -> None:
     """Standard error as it was; returns when everything said so far is out, for a container ends with this process."""
     global _beside
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What devices hold and how fast they are at best: the ceilings that plans are held against."""
+"""What devices hold and how fast they are at best: a plan compares itself with these ceilings."""
 
 import dataclasses
 import os
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.parallel.peaks import peak_flops
 
 GIB = 2**30
 USABLE = (
@@ -56,6 +57,24 @@ class Device:
         )
 
 
+def _known(
+    name: str,
+    kind: str,
+    gib: float,
+    gb: float,
+    single: float | None,
+    link: float,
+    beside: int,
+    network: float,
+) -> Device:
+    """A device whose peak `peaks` knows by its `kind`.
+
+    Exact float32 products take six passes of bfloat16 on TPUs (JAX's precision HIGHEST), where `single` is None.
+    """
+    half = peak_flops(kind) / 1e12
+    return _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
+
+
 def _device(
     name: str, gib: float, gb: float, half: float, single: float, link: float, beside: int, network: float
 ) -> Device:
@@ -64,24 +83,23 @@ def _device(
     return Device(name, gib * GIB, gb * 1e9, flops, link * 1e9, beside, network * 1e9)
 
 
-# GPUs: memory as `nvidia-smi` shows it; bandwidth, dense peaks and NVLink (half of "bidirectional") of the SXM boards
+# GPUs: memory as `nvidia-smi` shows it; bandwidth, float32 peak and NVLink (half of "bidirectional") of the SXM boards
 # from NVIDIA's data sheets ("NVIDIA A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "L4 Tensor
 # Core GPU"); nodes of eight; networks as in DGX A100 (200 Gb/s a GPU), DGX H100 and H200 (400 Gb/s a GPU); L4 over PCIe
 # 4.0 x16, and 100 Gb/s for eight of them (Google Cloud's g2-standard-96).
-# TPUs: per chip, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: memory, bandwidth, bfloat16 peak, inter-chip
-# interconnect (half of "bidirectional"), chips of a pod. Exact float32 products take six passes of bfloat16 (JAX's
-# precision HIGHEST). Between pods: the network of a pod, or of a host, over its chips; for v4 and v5p as in "How to
-# Scale Your Model" (jax-ml.github.io/scaling-book/tpus).
+# TPUs: per chip, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: memory, bandwidth, inter-chip interconnect (half of
+# "bidirectional"), chips of a pod. Between pods: the network of a pod, or of a host, over its chips; for v4 and v5p as
+# in "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus).
 DEVICES: tuple[Device, ...] = (
-    _device("l4", 22.5, 300, 121, 30.3, 32, 8, 1.56),
-    _device("a100-40", 40, 1555, 312, 19.5, 300, 8, 25),
-    _device("a100-80", 80, 2039, 312, 19.5, 300, 8, 25),
-    _device("h100", 79.6, 3350, 989, 67, 450, 8, 50),
-    _device("h200", 140.4, 4800, 989, 67, 450, 8, 50),
-    _device("tpu-v5e", 16, 819, 197, 197 / 6, 200, 256, 3.1),
-    _device("tpu-v4", 32, 1228, 275, 275 / 6, 300, 4096, 6.2),
-    _device("tpu-v6e", 32, 1638, 918, 918 / 6, 400, 256, 12.5),
-    _device("tpu-v5p", 95, 2765, 459, 459 / 6, 600, 8960, 6.2),
+    _known("l4", "L4", 22.5, 300, 30.3, 32, 8, 1.56),
+    _known("a100-40", "A100", 40, 1555, 19.5, 300, 8, 25),
+    _known("a100-80", "A100", 80, 2039, 19.5, 300, 8, 25),
+    _known("h100", "H100", 79.6, 3350, 67, 450, 8, 50),
+    _known("h200", "H200", 140.4, 4800, 67, 450, 8, 50),
+    _known("tpu-v5e", "TPU v5e", 16, 819, None, 200, 256, 3.1),
+    _known("tpu-v4", "TPU v4", 32, 1228, None, 300, 4096, 6.2),
+    _known("tpu-v6e", "TPU v6e", 32, 1638, None, 400, 256, 12.5),
+    _known("tpu-v5p", "TPU v5p", 95, 2765, None, 600, 8960, 6.2),
 )
 CPU = "cpu"
 

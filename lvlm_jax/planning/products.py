@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvlm_jax.native.build import TARGET
-from lvlm_jax.planning import module_text
-from lvlm_jax.planning.module_text import Computations, Instruction, dimensions
+from lvlm_jax.planning import hlo_text
+from lvlm_jax.planning.hlo_text import Computations, Instruction, dimensions
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _OURS = f'custom_call_target="{TARGET}"'
@@ -20,12 +20,12 @@ _KERNEL = re.compile(r"dim_labels=\w+_(\w+)->")
 
 def flops_of(compiled: Any) -> float:
     """Those of a whole program, on one device; a loop of unknown length counts as one round."""
-    found, entry = module_text.computations(compiled.as_text())
-    return flops(found, module_text.runs(found, entry))
+    found, entry = hlo_text.computations(compiled.as_text())
+    return flops(found, hlo_text.runs(found, entry))
 
 
 def flops(found: Computations, times: Mapping[str, int]) -> float:
-    """Two for each pair of numbers that is multiplied; arguments as in `messages.read`."""
+    """Two for each pair of numbers that is multiplied; arguments as in `collectives.read`."""
     total = 0.0
     for name, instructions in found.items():
         if not times[name]:

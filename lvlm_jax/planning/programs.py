@@ -4,9 +4,9 @@ Arguments are `jax.ShapeDtypeStruct`s with shardings. Two kinds of machines are 
 CPUs, the one compiler that makes programs for hundreds of devices that are not there:
 
 - this CPU itself: the program that would run here, as it would;
-- accelerators: products in 16 bits where the program says so (`wider`), and an order of operations that holds little,
-  as the schedulers of GPUs and TPUs seek it: XLA's own for the least memory, or that of `schedule`, whichever takes
-  less. What XLA takes for CPUs by itself gathers every sharded weight at once, and has no use for recomputation.
+- accelerators: products in 16 bits where the program says so (`double_width`), and an order of operations that holds
+  little, as the schedulers of GPUs and TPUs seek it: XLA's own for the least memory, or that of `schedule`, whichever
+  takes less. What XLA takes for CPUs by itself gathers every sharded weight at once, and has no use for recomputation.
 
 What an accelerator's own compiler fuses, tiles or pads is not seen.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lvlm_jax.planning import messages, module_text, products, scattered_sums, schedule, wider
+from lvlm_jax.planning import collectives, double_width, hlo_text, products, scattered_sums, schedule
 
 LEAST_MEMORY = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -38,7 +38,7 @@ class Program:
         orders: bytes of temporaries, in each order of operations that was looked at.
         flops: of its products.
         moved: bytes that its memory must give or take at least: every argument that it uses and every result, once.
-        received: bytes from other devices, as in `messages.Messages`.
+        received: bytes from other devices, as in `collectives.Messages`.
         count: how many messages.
     """
 
@@ -95,7 +95,7 @@ class Compiled:
     kept: float
     orders: tuple[float, ...]
     flops: float
-    messages: messages.Messages
+    messages: collectives.Messages
 
     @property
     def fresh(self) -> float:
@@ -122,13 +122,13 @@ def compile_for(
         shardings: of the results, where the function says so.
     """
     narrow = any(
-        leaf.dtype in wider.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments)
+        leaf.dtype in double_width.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments)
     )
     if native or not narrow:
         compiled = traced.lower().compile(compiler_options=None if native else LEAST_MEMORY)
         placed, scale = jax.tree.leaves(compiled.output_shardings), 1.0
     else:
-        compiled = _compile_wider(traced, arguments, donated, shardings)
+        compiled = _compile_double_width(traced, arguments, donated, shardings)
         placed, scale = jax.tree.leaves(compiled.output_shardings), 0.5
     leaves, tree = jax.tree.flatten(traced.out_info)
     results = [
@@ -136,10 +136,10 @@ def compile_for(
         for leaf, place in zip(leaves, placed, strict=True)
     ]
     memory = compiled.memory_analysis()
-    found, entry = module_text.computations(compiled.as_text())
+    found, entry = hlo_text.computations(compiled.as_text())
     found = found if native else scattered_sums.scattered(found)
-    times, orders = module_text.runs(found, entry), [memory.temp_size_in_bytes]
-    told = messages.read(found, times, devices)
+    times, orders = hlo_text.runs(found, entry), [memory.temp_size_in_bytes]
+    told = collectives.read(found, times, devices)
     if not native:
         orders.append(schedule.temporaries(found, entry))
     return Compiled(
@@ -147,16 +147,16 @@ def compile_for(
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
         products.flops(found, times),
-        messages.Messages({reach: scale * one for reach, one in told.received.items()}, told.count),
+        collectives.Messages({reach: scale * one for reach, one in told.received.items()}, told.count),
     )
 
 
-def _compile_wider(traced: Any, arguments: Sequence[Any], donated: int | None, shardings: Any) -> Any:
+def _compile_double_width(traced: Any, arguments: Sequence[Any], donated: int | None, shardings: Any) -> Any:
     counts = [len(jax.tree.leaves(argument)) for argument in arguments]
     given = () if donated is None else range(sum(counts[:donated]), sum(counts[: donated + 1]))
     options = {} if shardings is None else {"out_shardings": _flat(shardings, traced.out_info)}
-    leaves = [wider.shape(leaf) for leaf in jax.tree.leaves(arguments)]
-    function = core.jaxpr_as_fun(wider.widened(traced.jaxpr))
+    leaves = [double_width.shape(leaf) for leaf in jax.tree.leaves(arguments)]
+    function = core.jaxpr_as_fun(double_width.widened(traced.jaxpr))
     with jax.enable_x64(True):
         jitted = jax.jit(function, donate_argnums=tuple(given), compiler_options=LEAST_MEMORY, **options)
         return jitted.lower(*leaves).compile()

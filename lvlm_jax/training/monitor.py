@@ -26,34 +26,10 @@ from tensorboardX.summary import scalar
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.journal import progress
+from lvlm_jax.parallel.peaks import peak_flops
 from lvlm_jax.weights.tables import flatten
 
-# Dense bfloat16 FLOP/s by a part of JAX's `device_kind`, from the makers' data sheets; the first that fits counts.
-PEAKS: tuple[tuple[str, float], ...] = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("A10G", 70e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-)
-
 FLUSH_SECONDS = 5.0  # TensorBoard's files; a flush waits for the disk
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device; None when it is not in the table."""
-    return next((peak for name, peak in PEAKS if name.lower() in device_kind.lower()), None)
 
 
 def flops_per_token(trainable: Any, frozen: Any) -> float:

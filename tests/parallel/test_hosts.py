@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, parallel
-from lvlm_jax.parallel import processes, witness
+from lvlm_jax.parallel import last_words, processes
 from lvlm_jax.pocket.splits import write_split
 from tests import checkpoints
 from tests import small as small_model
@@ -196,7 +196,7 @@ def test_the_variables_of_slurm_are_enough():
 
 
 WATCH = "E1121 17:13:59.829274   19475 coordination_service.cc:1549] [287] Use error polling to propagate"
-FATAL = "F1121 17:13:59.830006   19486 client.h:80] " + witness.REPORT.decode() + ". This most likely"
+FATAL = "F1121 17:13:59.830006   19486 client.h:80] " + last_words.REPORT.decode() + ". This most likely"
 TRACE = "*** Check failure stack trace: ***\n    @     0x7f51d6840634  absl::LogMessage::SendToLog()\n"
 SILENT = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}\nThe tasks have crashed."
 LEADER = "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was preempted/died"
@@ -204,8 +204,8 @@ APART = "DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination.Coordina
 
 
 def passed_on(*pieces, pause=0.0):
-    """What the witness writes when it reads pieces one after the other."""
-    words = [sys.executable, "-I", "-S", witness.__file__, "train.py", "node7", "30", "300"]
+    """What `last_words` writes when it reads pieces one after the other."""
+    words = [sys.executable, "-I", "-S", last_words.__file__, "train.py", "node7", "30", "300"]
     pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(words, **pipes) as process:
         for piece in pieces:

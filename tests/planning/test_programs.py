@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from lvlm_jax.planning import devices, messages, module_text, products, scattered_sums, schedule, wider
+from lvlm_jax.planning import collectives, devices, double_width, hlo_text, products, scattered_sums, schedule
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -57,8 +57,8 @@ ENTRY %main (p: f32[8,16], q: f32[4,6]) -> f64[1,16] {
 @pytest.fixture(scope="module")
 def module():
     """(computations, how often each runs, the first)."""
-    found, entry = module_text.computations(TEXT)
-    return found, module_text.runs(found, entry), entry
+    found, entry = hlo_text.computations(TEXT)
+    return found, hlo_text.runs(found, entry), entry
 
 
 def test_how_often_computations_run(module):
@@ -71,18 +71,18 @@ def test_products_count_in_every_round(module):
 
 def test_messages_by_their_reach(module):
     """A gather brings seven eighths of its result; a sum over four comes twice, three quarters of it each time."""
-    found = messages.read(*module[:2], devices=8)
+    found = collectives.read(*module[:2], devices=8)
     assert found == ({8: 64 * 16 * 4 * 7 / 8, 4: 2 * 8 * 16 * 4 * 3 / 4}, 2)
 
 
 def test_a_sum_that_is_only_sliced_comes_in_slices(module):
     """The slice is of 16 numbers: each of three others sends one."""
     found = scattered_sums.scattered(module[0])
-    assert messages.read(found, module[1], devices=8).received[4] == 16 * 4 * 3
+    assert collectives.read(found, module[1], devices=8).received[4] == 16 * 4 * 3
     whole = TEXT.replace(
         "fusion(%sum, %partition-id.1)", "fusion(%sum, %sum)"
     )  # the second one is no slice of it
-    found, _ = module_text.computations(whole)
+    found, _ = hlo_text.computations(whole)
     assert scattered_sums.scattered(found) == found
 
 
@@ -99,8 +99,8 @@ def test_a_sum_that_is_only_sliced_comes_in_slices(module):
     ],
 )
 def test_who_exchanges(rest, group):
-    one = module_text.Instruction("m", "f32[2]", "all-gather", ("p",), rest, False)
-    assert messages._group(one, 8) == group
+    one = hlo_text.Instruction("m", "f32[2]", "all-gather", ("p",), rest, False)
+    assert collectives._group(one, 8) == group
 
 
 def test_an_order_that_holds_little():
@@ -115,7 +115,7 @@ ENTRY %main (p: f32[]) -> f32[10] {
   ROOT %e = f32[10]{0} add(%c, %d)
 }
 """
-    assert schedule.temporaries(*module_text.computations(text)) == 4 * (10 + 1000 + 10)
+    assert schedule.temporaries(*hlo_text.computations(text)) == 4 * (10 + 1000 + 10)
 
 
 def test_what_is_made_of_arguments_is_made_when_it_is_needed():
@@ -131,7 +131,7 @@ ENTRY %main (p: f32[10]) -> f32[10] {
   ROOT %z = f32[10]{0} custom-call(%y, %w), custom_call_target="product"
 }
 """
-    assert schedule.temporaries(*module_text.computations(text)) == 4 * (1000 + 10 + 10)
+    assert schedule.temporaries(*hlo_text.computations(text)) == 4 * (1000 + 10 + 10)
 
 
 def test_a_wider_program_computes_the_same_in_twice_the_bytes():
@@ -144,14 +144,14 @@ def test_a_wider_program_computes_the_same_in_twice_the_bytes():
 
     x = jnp.asarray(np.linspace(-1, 1, 12).reshape(4, 3), jnp.bfloat16)
     y, count = jnp.ones((5, 3), jnp.float32), jnp.int32(3)
-    wide = core.jaxpr_as_fun(wider.widened(jax.make_jaxpr(f)(x, y, count)))
+    wide = core.jaxpr_as_fun(double_width.widened(jax.make_jaxpr(f)(x, y, count)))
     expected = f(x, y, count)
     with jax.enable_x64(True):
         found = jax.jit(wide)(x.astype(jnp.float32), y.astype(jnp.float64), count)
         assert [leaf.dtype for leaf in found] == [np.float64, np.int32]
         np.testing.assert_allclose(found[0], expected[0], rtol=2e-2)
     assert found[1] == 4
-    shape = wider.shape(jax.ShapeDtypeStruct((4, 3), jnp.bfloat16))
+    shape = double_width.shape(jax.ShapeDtypeStruct((4, 3), jnp.bfloat16))
     assert (shape.shape, shape.dtype) == ((4, 3), np.float32)
 
 

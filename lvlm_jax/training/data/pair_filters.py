@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training.data.prompts import Prompt
@@ -132,24 +134,20 @@ def hold_out(
 
 def _image_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
     """Places of candidates that share pictures, directly or through others."""
-    parent: dict[Path | bytes, Path | bytes] = {}
-
-    def root(image: Path | bytes) -> Path | bytes:
-        while parent.setdefault(image, image) != image:
-            parent[image] = parent[parent[image]]
-            image = parent[image]
-        return image
-
+    numbers: dict[Path | bytes, int] = {}
     images = [
-        [image if isinstance(image, bytes) else image.resolve() for image in candidate.prompt.images]
+        [
+            numbers.setdefault(image if isinstance(image, bytes) else image.resolve(), len(numbers))
+            for image in candidate.prompt.images
+        ]
         for candidate in candidates
     ]
-    for first, *others in images:
-        for other in others:
-            parent[root(other)] = root(first)
-    groups: dict[Path | bytes, list[int]] = {}
+    edges = np.array([(first, other) for first, *others in images for other in others], int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(numbers), len(numbers)))
+    _, labels = connected_components(graph, directed=False)
+    groups: dict[int, list[int]] = {}
     for place, (first, *_) in enumerate(images):
-        groups.setdefault(root(first), []).append(place)
+        groups.setdefault(labels[first], []).append(place)
     return list(groups.values())
 
 

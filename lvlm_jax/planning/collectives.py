@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lvlm_jax.planning.module_text import Computations, Instruction, size_of
+from lvlm_jax.planning.hlo_text import Computations, Instruction, size_of
 
 _OPERATIONS = (
     "all-gather",
@@ -41,7 +41,7 @@ def read(found: Computations, times: Mapping[str, int], devices: int) -> Message
     """What a partitioned module has one of its devices receive.
 
     Args:
-        found, times: see `module_text.computations` and `runs`.
+        found, times: see `hlo_text.computations` and `runs`.
         devices: how many run it.
     """
     received: dict[int, float] = {}
