@@ -56,21 +56,3 @@ def test_the_first_example_runs(model, monkeypatch, tmp_path, capsys):
     code = re.sub(r"LVLM\.from_pretrained\(.*?\)", "small_model", code).replace("128", "4")
     exec(code, {"small_model": model})
     assert len(capsys.readouterr().out.splitlines()) >= 2
-
-
-def test_the_page_about_writing_a_method(model, registry):
-    question = small.conversation("What?", seed=1)
-    names = {"model": model, "question": question}
-    for word in ("class Lift", "class Doubt"):
-        exec(block_with(word, "docs/write_a_method.md"), names)
-    assert names["lifted"].tokens and names["both"].tokens
-    lift, doubt = methods.get("lift"), methods.get("doubt")
-
-    def first_logits(method):
-        return np.asarray(model.prefill([question], method)[1].combined)
-
-    plain = first_logits(None)
-    for nothing in (lift(delta=0.0), doubt(alpha=0.0)):
-        np.testing.assert_allclose(first_logits(nothing), plain, rtol=0, atol=1e-5)
-    for strong in (lift(delta=5.0), doubt(alpha=5.0), methods.chain(lift(delta=5.0), doubt())):
-        assert np.abs(first_logits(strong) - plain).max() > 1e-3

@@ -15,6 +15,7 @@ from lvlm_jax import LVLM, methods
 from lvlm_jax.generation import drivers, forward
 from tests import checkpoints
 from tests.checkpoints import IMAGE
+from tests.methods import compare
 
 # Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of window.
 LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
@@ -235,6 +236,24 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
         if entry.logits:
             np.testing.assert_allclose(step.combined, plain.main, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.CAPL(sigma=0.0),
+        methods.CLVA(a=0.0, b=0.0),
+        methods.EAH(beta=1.0),
+        methods.MiddleLayers(start_layer=0, alpha=0.0),
+        methods.SEVI(omega=0.0, start_layer=0),
+        methods.VAF(start_layer=0, enhance=1.0, suppress=1.0),
+        methods.VISTA(lambda_=0.0, gamma=0.0),
+    ],
+    ids=lambda method: method.label,
+)
+def test_neutral_strengths_change_nothing_in_another_model(method):
+    """Queries share keys, and embeddings are the head; as the methods' own tests have it."""
+    compare.assert_plain(compare.load(4), compare.MIXED, method)
 
 
 @every_method

@@ -9,8 +9,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import per_image
 from lvlm_jax.methods.capl import CAPL
 from tests.checkpoints import IMAGE
-from tests.methods import one_branch
-from tests.methods.one_branch import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import capl
 
 DEPTH = 3
@@ -20,8 +20,8 @@ THREE = [(2, IMAGE, 3, IMAGE, 1, IMAGE, 4), (5, IMAGE, IMAGE, 2)]
 def check(layouts, variety="qwen2_tied_two_feature_layers", **settings):
     exact = {**settings, "rho": settings.get("rho", "0.95")}
     given = {**settings, "rho": float(exact["rho"])}
-    return one_branch.assert_equal_to_reference(
-        one_branch.load(DEPTH, variety), layouts, CAPL(**given), lambda: capl.Capl(**exact)
+    return compare.assert_one_branch(
+        compare.load(DEPTH, variety), layouts, CAPL(**given), lambda: capl.Capl(**exact)
     )
 
 
@@ -63,14 +63,10 @@ def test_truncated_attention(layouts, variant):
     check(layouts, mode="truncated", variant=variant)
 
 
-def test_the_truncated_paper_variant_leaves_a_single_image_alone():
-    one_branch.assert_plain(one_branch.load(DEPTH), [(3, IMAGE, 11), (9,)], CAPL(mode="truncated"))
-
-
-def test_sigma_zero_and_a_single_image_change_nothing():
-    model = one_branch.load(DEPTH)
-    one_branch.assert_plain(model, MIXED, CAPL(sigma=0.0))
-    one_branch.assert_plain(model, [(3, IMAGE, 11), (9,)], CAPL())
+@pytest.mark.parametrize("mode", ["cross", "truncated"])
+def test_a_single_image_is_left_alone(mode):
+    """In the paper's variants, that is."""
+    compare.assert_plain(compare.load(DEPTH), [(3, IMAGE, 11), (9,)], CAPL(mode=mode))
 
 
 def test_layers_and_phases():

@@ -6,9 +6,8 @@ import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.clva import CLVA
-from tests.checkpoints import IMAGE
-from tests.methods import one_branch
-from tests.methods.one_branch import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import clva
 
 DEPTH = 7  # noise 0 to 2, candidates 3 and 4, edits 5 and 6
@@ -17,8 +16,8 @@ DEPTH = 7  # noise 0 to 2, candidates 3 and 4, edits 5 and 6
 def check(layouts, depth=DEPTH, variety="qwen2_tied_two_feature_layers", **settings):
     exact = {**settings, "rho": settings.get("rho", "0.1")}
     given = {**settings, "rho": float(exact["rho"])}
-    return one_branch.assert_equal_to_reference(
-        one_branch.load(depth, variety), layouts, CLVA(**given), lambda: clva.Clva(**exact)
+    return compare.assert_one_branch(
+        compare.load(depth, variety), layouts, CLVA(**given), lambda: clva.Clva(**exact)
     )
 
 
@@ -52,10 +51,6 @@ def test_where_noise_and_candidates_overlap():
     check(MIXED, depth=4, rho="0.3", a=2.0)
 
 
-def test_strengths_of_zero_change_nothing():
-    one_branch.assert_plain(one_branch.load(DEPTH), MIXED, CLVA(a=0.0, b=0.0))
-
-
 def test_layers():
     method = CLVA()
     assert list(method.candidates(32)) == list(range(10, 20)) and method.edited(32) == tuple(range(21, 32))
@@ -73,9 +68,8 @@ def test_layers_in_the_wrong_order_are_refused(method, depth):
 
 def test_gradients_are_finite():
     """Also where a map is zero: samples without an image, images without anchors."""
-    theirs, ours, _, _ = one_branch.load(DEPTH)
-    inputs, _ = one_branch.prompt(theirs, [(4, IMAGE, 3, IMAGE, 6), (9,)])
-    prepared = ours.prepare(inputs)
+    case = compare.load(DEPTH)
+    ours, prepared = case.ours, case.ours.prepare(case.inputs(MIXED[:2]))
 
     def total(method):
         return (ours.logits(prepared, method=method)[:, -1] ** 2).sum()

@@ -5,14 +5,9 @@ import numpy as np
 import pytest
 
 from lvlm_jax.methods.deco import DeCo, likeliest
-from tests.methods import peers
-from tests.methods.peers import MIXED
+from tests.methods import compare
+from tests.methods.compare import MIXED
 from tests.reference import deco
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -27,17 +22,16 @@ def load(tmp_path_factory):
     ],
     ids=["default", "explicit", "range", "all_tokens"],
 )  # fmt: skip
-def test_equals_the_reference(load, settings, fields):
-    case = load(4, seed=23)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    main, contrast, combined = case.library(inputs, forced, DeCo(**fields))
+def test_equals_the_reference(settings, fields):
+    case = compare.load(4, "bare", seed=23)
+    main, contrast, combined = case.library(MIXED, DeCo(**fields))
     assert contrast is None
     chosen, counts = set(), set()
-    for row, want in enumerate(case.references(deco.run, inputs, forced, **settings)):
+    for row, want in enumerate(case.references(deco.run, MIXED, **settings)):
         if settings.get("most") != 120:  # else every token is a candidate, whatever its neighbours
             assert want[4] > 1e-5, "a choice is too close; take another seed"
-        peers.assert_equal(main[row], want[0], f"main {row}")
-        peers.assert_equal(combined[row], want[1], f"combined {row}", 3)
+        compare.assert_close(main[row], want[0], f"main {row}")
+        compare.assert_close(combined[row], want[1], f"combined {row}", 3)
         assert np.abs(combined[row] - main[row]).max() > 0.2
         chosen |= set(want[2])
         counts |= set(want[3])

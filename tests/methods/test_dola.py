@@ -5,14 +5,9 @@ import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.dola import DoLa
-from tests.methods import peers
-from tests.methods.peers import MIXED
+from tests.methods import compare
+from tests.methods.compare import MIXED
 from tests.reference import dola
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -25,18 +20,17 @@ def load(tmp_path_factory):
     ],
     ids=["low", "high_code", "low_code", "explicit"],
 )
-def test_equals_the_reference(load, fields, beta):
-    case = load(6)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    main, contrast, combined = case.library(inputs, forced, DoLa(beta=beta, **fields))
+def test_equals_the_reference(fields, beta):
+    case = compare.load(6, "bare")
+    main, contrast, combined = case.library(MIXED, DoLa(beta=beta, **fields))
     assert contrast is None
     exits = dola.buckets(6).get(fields["layers"], fields["layers"])
     settings = {"exits": exits, "beta": beta, "norm": fields.get("variant") != "code"}
     chosen = set()
-    for row, want in enumerate(case.references(dola.run, inputs, forced, **settings)):
+    for row, want in enumerate(case.references(dola.run, MIXED, **settings)):
         assert want[4] > 1e-5, "a choice of layer is too close; take another seed"
-        peers.assert_equal(main[row], want[0], f"main {row}")
-        peers.assert_combined(combined[row], want[1], want[2], 3, f"combined {row}")
+        compare.assert_close(main[row], want[0], f"main {row}")
+        compare.assert_combined(combined[row], want[1], want[2], 3, f"combined {row}")
         chosen |= set(want[3])
     if "variant" not in fields:  # without the final norm one exit always wins
         assert len(chosen) > 1, "samples and steps should disagree about the layer"
@@ -62,9 +56,8 @@ def test_impossible_layers_are_refused():
         DoLa(variant="other")
 
 
-def test_a_cut_at_the_maximum_leaves_the_greedy_token(load):
-    case = load(6)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    main, _, combined = case.library(inputs, forced, DoLa(beta=1.0))
+def test_a_cut_at_the_maximum_leaves_the_greedy_token():
+    case = compare.load(6, "bare")
+    main, _, combined = case.library(MIXED, DoLa(beta=1.0))
     assert (np.isfinite(combined).sum(axis=-1) == 1).all()
     np.testing.assert_array_equal(combined.argmax(-1), main.argmax(-1))

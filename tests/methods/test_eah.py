@@ -4,8 +4,8 @@ import pytest
 
 from lvlm_jax.methods.eah import EAH
 from tests.checkpoints import IMAGE
-from tests.methods import one_branch
-from tests.methods.one_branch import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import eah
 
 DEPTH = 3
@@ -13,8 +13,8 @@ DEPTH = 3
 
 def check(layouts, variety="qwen2_tied_two_feature_layers", **settings):
     settings = {"layer": 1, **settings}
-    references = one_branch.assert_equal_to_reference(
-        one_branch.load(DEPTH, variety), layouts, EAH(**settings), lambda: eah.Eah(**settings)
+    references = compare.assert_one_branch(
+        compare.load(DEPTH, variety), layouts, EAH(**settings), lambda: eah.Eah(**settings)
     )
     # Heads differ, so that the choice among them matters.
     assert any(len(set(reference.sinks)) > 1 for reference in references)
@@ -50,9 +50,9 @@ def test_layer_zero():
 
 def test_head_zero_counts_in_the_paper_only():
     """With a vanishing β all heads tie, the first is taken, and the code then does nothing."""
-    model = one_branch.load(DEPTH)
-    one_branch.assert_equal_to_reference(model, MIXED, EAH(beta=0.0), lambda: eah.Eah(beta=0.0, layer=1))
-    one_branch.assert_plain(model, MIXED, EAH(beta=0.0, layer=1, variant="code"))
+    model = compare.load(DEPTH)
+    compare.assert_one_branch(model, MIXED, EAH(beta=0.0), lambda: eah.Eah(beta=0.0, layer=1))
+    compare.assert_plain(model, MIXED, EAH(beta=0.0, layer=1, variant="code"))
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
@@ -62,10 +62,6 @@ def test_images_at_the_edges_of_the_prompt(variant):
 
 def test_sliding_window():
     check([(4, IMAGE, 3, IMAGE, 6), (3, IMAGE, 11)], variety="mistral_window", beta=0.06)
-
-
-def test_without_sinks_nothing_changes():
-    one_branch.assert_plain(one_branch.load(DEPTH), MIXED, EAH(beta=1.0))
 
 
 def test_defaults():

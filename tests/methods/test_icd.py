@@ -8,24 +8,21 @@ import pytest
 from lvlm_jax import LVLM
 from lvlm_jax.methods.icd import DISTURBANCE, ICD
 from tests import small
-from tests.methods import peers
-from tests.methods.peers import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import icd
 
 WORDS = (17, 5, 44, 90, 23)
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
-
-
 @pytest.mark.parametrize("settings", [{}, {"alpha": 2.0, "beta": 0.3}], ids=["default", "strong"])
 @pytest.mark.parametrize("layouts", [MIXED, EDGES], ids=["mixed", "edges"])
-def test_equals_the_reference(load, settings, layouts):
+def test_equals_the_reference(settings, layouts):
     method = ICD(tokens=WORDS, **settings)
     factor = 1 + 2 * float(method.alpha)
-    peers.assert_contrastive(load(2), method, icd.run, factor, layouts, words=WORDS, **settings)
+    compare.assert_contrastive(
+        compare.load(2, "bare"), method, icd.run, factor, layouts, words=WORDS, **settings
+    )
 
 
 def test_a_text_stands_behind_the_first_token(model):
@@ -49,10 +46,9 @@ def test_a_text_stands_behind_the_first_token(model):
     assert np.abs(np.asarray(step.main) - expected).max() > 0.05
 
 
-def test_other_words_make_another_branch(load):
-    case = load(2)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    first = case.library(inputs, forced, ICD(tokens=WORDS))
-    second = case.library(inputs, forced, ICD(tokens=list(WORDS[:3])))
+def test_other_words_make_another_branch():
+    case = compare.load(2, "bare")
+    first = case.library(MIXED, ICD(tokens=WORDS))
+    second = case.library(MIXED, ICD(tokens=list(WORDS[:3])))
     np.testing.assert_array_equal(first[0], second[0])
     assert np.abs(first[1] - second[1]).max() > 0.05

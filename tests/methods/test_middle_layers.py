@@ -3,35 +3,17 @@
 import pytest
 
 from lvlm_jax.methods.middle_layers import MiddleLayers
-from tests.methods import one_branch
-from tests.methods.one_branch import EDGES, MIXED
+from tests.methods import compare
 from tests.reference import middle_layers
 
-DEPTH = 4
 
-
-@pytest.mark.parametrize("layouts", [MIXED, EDGES], ids=["mixed", "edges"])
 @pytest.mark.parametrize("alpha", [0.5, 1.5])
-def test_equals_the_reference(layouts, alpha):
-    one_branch.assert_equal_to_reference(
-        one_branch.load(DEPTH),
-        layouts,
-        MiddleLayers(start_layer=1, end_layer=3, alpha=alpha),
-        lambda: middle_layers.MiddleLayers(layers=(1, 2), alpha=alpha),
+@pytest.mark.parametrize(("case", "layouts", "layers"), compare.UPPER, ids=["mixed", "edges", "window"])
+def test_equals_the_reference(case, layouts, layers, alpha):
+    method = MiddleLayers(**layers, alpha=alpha)
+    compare.assert_one_branch(
+        compare.load(*case), layouts, method, lambda: middle_layers.MiddleLayers(layers=(1, 2), alpha=alpha)
     )
-
-
-def test_sliding_window():
-    one_branch.assert_equal_to_reference(
-        one_branch.load(3, "mistral_window"),
-        MIXED,
-        MiddleLayers(layers=(0, 2)),
-        lambda: middle_layers.MiddleLayers(layers=(0, 2)),
-    )
-
-
-def test_alpha_zero_changes_nothing():
-    one_branch.assert_plain(one_branch.load(DEPTH), MIXED, MiddleLayers(start_layer=0, alpha=0.0))
 
 
 def test_default_layers():

@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from lvlm_jax.methods.pai import PAI
-from tests.methods import peers
-from tests.methods.peers import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import pai
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -24,22 +19,22 @@ def load(tmp_path_factory):
     ],
     ids=["default", "strong", "layers", "range"],
 )
-def test_equals_the_reference(load, settings, fields):
+def test_equals_the_reference(settings, fields):
     method = PAI(**fields)
-    peers.assert_contrastive(load(4), method, pai.run, 1 + 2 * float(method.gamma), MIXED, **settings)
+    compare.assert_contrastive(
+        compare.load(4, "bare"), method, pai.run, 1 + 2 * float(method.gamma), MIXED, **settings
+    )
 
 
-def test_images_at_the_edges_of_the_prompt(load):
-    peers.assert_contrastive(load(4), PAI(), pai.run, 3, EDGES)
+def test_images_at_the_edges_of_the_prompt():
+    compare.assert_contrastive(compare.load(4, "bare"), PAI(), pai.run, 3, EDGES)
 
 
-def test_the_edit_moves_the_main_branch_and_neutral_strengths_do_not(load):
-    case = load(4)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    plain, _, _ = case.library(inputs, forced, None)
-    main, _, _ = case.library(inputs, forced, PAI())
-    change = np.abs(main - plain).max(axis=-1)
+def test_the_edit_moves_the_main_branch_and_neutral_strengths_do_not():
+    case = compare.load(4, "bare")
+    plain = case.library(MIXED, None)[0]
+    change = np.abs(case.library(MIXED, PAI())[0] - plain).max(axis=-1)
     assert change[0].min() > 0.01 and change[2].min() > 0.01 and change[1].max() < 1e-5
-    neutral, _, combined = case.library(inputs, forced, PAI(alpha=0, gamma=1, beta=1e-30))
+    neutral, _, combined = case.library(MIXED, PAI(alpha=0, gamma=1, beta=1e-30))
     np.testing.assert_allclose(neutral, plain, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(combined.argmax(-1), plain.argmax(-1))

@@ -10,43 +10,30 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.sevi import SEVI, built_in_picture, jensen_shannon
 from tests.checkpoints import IMAGE
-from tests.methods import one_branch
-from tests.methods.one_branch import ATOL, EDGES, MIXED
-from tests.reference import sevi
-from tests.reference.one_branch import Plain
+from tests.methods import compare
+from tests.methods.compare import ATOL, EDGES, MIXED
+from tests.reference import one_branch, sevi
 
 DEPTH = 5
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"omega": 0.5, "start_layer": 1, "kappa": 0.35}, {"omega": 4.0, "start_layer": 0, "kappa": 0.5}],
-    ids=["focused", "mild", "all_layers"],
+    ("settings", "case", "layouts"),
+    [
+        ({}, (DEPTH,), MIXED),
+        ({"omega": 0.5, "start_layer": 1, "kappa": 0.35}, (DEPTH,), MIXED),
+        ({"omega": 4.0, "start_layer": 0, "kappa": 0.5}, (DEPTH,), MIXED),
+        ({"omega": 2.0, "start_layer": 1, "kappa": 0.4}, (DEPTH,), EDGES),
+        ({"omega": 2.0, "start_layer": 0, "kappa": 0.4}, (3, "mistral_window"), MIXED),
+    ],
+    ids=["focused", "mild", "all_layers", "edges", "window"],
 )
-def test_equals_the_reference(settings):
-    references = one_branch.assert_equal_to_reference(
-        one_branch.load(DEPTH), MIXED, SEVI(**settings), lambda: sevi.Sevi(**settings)
+def test_equals_the_reference(settings, case, layouts):
+    references = compare.assert_one_branch(
+        compare.load(*case), layouts, SEVI(**settings), lambda: sevi.Sevi(**settings)
     )
-    if settings:  # both stages are met
+    if settings and layouts == MIXED and len(case) == 1:  # both stages are met
         assert set().union(*(reference.stages for reference in references)) == {"text", "global"}
-
-
-def test_images_at_the_edges_of_the_prompt():
-    settings = {"omega": 2.0, "start_layer": 1, "kappa": 0.4}
-    one_branch.assert_equal_to_reference(
-        one_branch.load(DEPTH), EDGES, SEVI(**settings), lambda: sevi.Sevi(**settings)
-    )
-
-
-def test_sliding_window():
-    settings = {"omega": 2.0, "start_layer": 0, "kappa": 0.4}
-    one_branch.assert_equal_to_reference(
-        one_branch.load(3, "mistral_window"), MIXED, SEVI(**settings), lambda: sevi.Sevi(**settings)
-    )
-
-
-def test_omega_zero_changes_nothing():
-    one_branch.assert_plain(one_branch.load(DEPTH), MIXED, SEVI(omega=0.0, start_layer=0))
 
 
 def test_presets():
@@ -65,20 +52,25 @@ def dataclass_values(method):
 @pytest.mark.parametrize("variant", ["paper", "code"])
 @pytest.mark.parametrize("omega", [0.0, 1.0])
 def test_cicd_equals_the_reference(variant, omega):
-    model = one_branch.load(DEPTH)
-    theirs, ours, _, _ = model
-    inputs, forced = one_branch.prompt(theirs, MIXED)
-    size = inputs["pixel_values"].shape[-1]
+    case = compare.load(DEPTH)
+    size = case.inputs(MIXED)["pixel_values"].shape[-1]
     other = np.random.default_rng(5).normal(size=(3, size, size)).astype(np.float32)
     method = SEVI(cicd=True, variant=variant, omega=omega, start_layer=1, other_image=other)
-    main, contrast, combined = one_branch.run_library(ours, inputs, forced, method)
-    alphas = []
-    for row, layout in enumerate(MIXED):
+    main, contrast, combined = case.library(MIXED, method)
+
+    def edit(*sample):
         edited = sevi.Sevi(omega=omega, start_layer=1)
-        want = one_branch.run_reference(model, inputs, forced, row, edited)
-        others = np.stack([other] * layout.count(IMAGE)) if IMAGE in layout else None
-        want_contrast = one_branch.run_reference(model, inputs, forced, row, Plain(), others)
+        logits = one_branch.run(*sample, edited)
         assert edited.margin > 2e-6
+        return logits
+
+    def others(_, layout):
+        return np.stack([other] * layout.count(IMAGE)) if IMAGE in layout else None
+
+    alphas = []
+    edits = case.references(edit, MIXED)
+    contrasts = case.references(one_branch.run, MIXED, pixels=others, method=one_branch.Plain())
+    for row, (layout, want, want_contrast) in enumerate(zip(MIXED, edits, contrasts, strict=True)):
         np.testing.assert_allclose(main[row], want, rtol=0, atol=ATOL)
         np.testing.assert_allclose(contrast[row], want_contrast, rtol=0, atol=ATOL)
         if IMAGE not in layout:

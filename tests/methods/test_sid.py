@@ -8,14 +8,9 @@ from lvlm_jax.attention import Site
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.sid import SID, LeastAttended
 from tests.checkpoints import IMAGE
-from tests.methods import peers
-from tests.methods.peers import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import sid
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -28,30 +23,30 @@ def load(tmp_path_factory):
     ids=["default", "one_token", "from_layer_1"],
 )
 @pytest.mark.parametrize("layouts", [MIXED, EDGES], ids=["mixed", "edges"])
-def test_equals_the_reference(load, keep, settings, fields, layouts):
+def test_equals_the_reference(keep, settings, fields, layouts):
     method = SID(keep=keep, **fields)
     factor = 1 + 2 * float(method.alpha)
-    peers.assert_contrastive(load(4), method, sid.run, factor, layouts, keep=keep, **settings)
+    compare.assert_contrastive(
+        compare.load(4, "bare"), method, sid.run, factor, layouts, keep=keep, **settings
+    )
 
 
-def test_sliding_windows(load):
+def test_sliding_windows():
     """Image tokens that the last row cannot see take no part in the ranking."""
-    case = load(4, text=(("model_type", "mistral"), ("sliding_window", 14)))
-    peers.assert_contrastive(case, SID(keep=3), sid.run, 2, MIXED, keep=3)
+    case = compare.load(4, "bare_window")
+    compare.assert_contrastive(case, SID(keep=3), sid.run, 2, MIXED, keep=3)
 
 
-def test_few_image_tokens_are_all_kept(load):
-    case = load(4)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    main, contrast, _ = case.library(inputs, forced, SID())  # keeps 100
+def test_few_image_tokens_are_all_kept():
+    case = compare.load(4, "bare")
+    main, contrast, _ = case.library(MIXED, SID())  # keeps 100
     np.testing.assert_allclose(contrast, main, rtol=0, atol=1e-5)
 
 
-def test_the_choice_is_made_anew_in_every_call(load):
+def test_the_choice_is_made_anew_in_every_call():
     """In the model of these tests; so a choice kept from the prompt would fail the comparison above."""
-    case = load(4)
-    inputs, forced = case.inputs(MIXED), case.forced(len(MIXED))
-    for row, want in enumerate(case.references(sid.run, inputs, forced, keep=4)):
+    case = compare.load(4, "bare")
+    for row, want in enumerate(case.references(sid.run, MIXED, keep=4)):
         assert len(set(want[5])) > (1 if IMAGE in MIXED[row] else 0)
 
 
@@ -78,7 +73,7 @@ def test_of_equal_weights_the_earlier_tokens_are_kept():
     np.testing.assert_array_equal(kept, [[False, True, True, True, False, False]])
 
 
-def test_layer_zero_has_no_layer_before(load):
+def test_layer_zero_has_no_layer_before():
     with pytest.raises(LVLMError, match="start_layer of at least 1"):
         LeastAttended(3, 0, None, None).active(0, 4, "prefill")
 

@@ -6,14 +6,9 @@ import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.vcd import VCD
-from tests.methods import peers
-from tests.methods.peers import EDGES, MIXED
+from tests.methods import compare
+from tests.methods.compare import EDGES, MIXED
 from tests.reference import vcd
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    return peers.loader(tmp_path_factory)
 
 
 def noise_of(method, shape, index):
@@ -41,14 +36,14 @@ def reference(method):
     ],
     ids=["default", "pope", "strong"],
 )
-def test_equals_the_reference(load, settings, strengths):
+def test_equals_the_reference(settings, strengths):
     method = VCD(**strengths)
     factor = 1 + 2 * float(method.alpha)
-    peers.assert_contrastive(load(2), method, reference(method), factor, MIXED, **settings)
+    compare.assert_contrastive(compare.load(2, "bare"), method, reference(method), factor, MIXED, **settings)
 
 
-def test_images_at_the_edges_of_the_prompt(load):
-    peers.assert_contrastive(load(2), VCD(), reference(VCD()), 3, EDGES)
+def test_images_at_the_edges_of_the_prompt():
+    compare.assert_contrastive(compare.load(2, "bare"), VCD(), reference(VCD()), 3, EDGES)
 
 
 def test_presets():

@@ -16,7 +16,7 @@ from lvlm_jax.training.objectives.flow_alignment import Alignment, AnswerRows, S
 from lvlm_jax.weights import parts
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.checkpoints import IMAGE, select
-from tests.methods import one_branch
+from tests.methods import compare
 from tests.reference import flow_alignment as reference
 from tests.reference import one_branch as one_branch_reference
 
@@ -30,14 +30,14 @@ TRAINED = r"language_model/layers_(1|2)/self_attn/(q|k)_proj/kernel"
 
 @functools.cache
 def load(variety):
-    return one_branch.load(DEPTH, variety)
+    return compare.load(DEPTH, variety)
 
 
 @functools.cache
 def samples(variety):
     """Of each conversation (tokens, answer rows, pixels or None), and the prompts as left-padded arrays."""
-    theirs = load(variety)[0]
-    inputs, forced = one_branch.prompt(theirs, LAYOUTS, ANSWER)
+    case = load(variety)
+    theirs, inputs, forced = case.theirs, case.inputs(LAYOUTS), case.forced(LAYOUTS, ANSWER)
     found = []
     for row in range(len(LAYOUTS)):
         sample = select(theirs.config, inputs, row)
@@ -123,7 +123,7 @@ def sample(one):
 def test_the_teacher_is_generation_with_sevi():
     _, ours, _, _ = load(SHARED)
     found, inputs, forced = samples(SHARED)
-    generated, _, _ = one_branch.run_library(ours, inputs, forced, SEVI(**SETTINGS))
+    generated, _, _ = compare.run_library(ours, inputs, forced, SEVI(**SETTINGS))
     own = alignment(ours)
     batch = batch_of(ours.config, found)
     pictures = own.module.apply({"params": ours.params}, batch["images"], method="encode_images")
@@ -268,7 +268,7 @@ def test_twenty_steps_bring_the_student_to_the_teacher():
 
 
 def test_the_student_computes_what_the_model_computes():
-    ours = one_branch.load(1, SHARED)[1]
+    ours = compare.load(1, SHARED).ours
     own = alignment(ours, start_layer=0)
     batch = batch_of(ours.config, samples(SHARED)[0])
     pictures = forward.encode_images(own.module, ours.params, batch["images"])

@@ -1,0 +1,174 @@
+"""What the tests of methods share: small models, forced runs of ours, and comparisons with the NumPy references."""
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lvlm_jax import LVLM
+from tests import checkpoints
+from tests.checkpoints import IMAGE
+from tests.reference import llava, one_branch
+
+# Two images, none, one, of different lengths: padded, and with text before, between and behind.
+MIXED = ((4, IMAGE, 3, IMAGE, 6), (9,), (3, IMAGE, 11))
+# An image that opens the prompt, two images side by side, an image that ends the prompt.
+EDGES = ((IMAGE, 7), (2, IMAGE, IMAGE, 1), (5, IMAGE))
+STEPS = 8
+ATOL = 1e-4
+
+BARE = {
+    "text": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "vision": {"image_size": 24, "patch_size": 8},
+}
+VARIETIES = {
+    **checkpoints.VARIETIES,
+    "bare": BARE,
+    "bare_window": BARE | {"text": BARE["text"] | {"model_type": "mistral", "sliding_window": 14}},
+}
+
+# Depth and variety, prompts, and fields of a method that acts in layers 1 and 2.
+UPPER = [
+    ((4,), MIXED, {"start_layer": 1, "end_layer": 3}),
+    ((4,), EDGES, {"start_layer": 1, "end_layer": 3}),
+    ((3, "mistral_window"), MIXED, {"layers": (1, 2)}),
+]
+
+
+class Case(NamedTuple):
+    """One small model: transformers', ours, and weights and configuration as the reference takes them."""
+
+    theirs: Any
+    ours: LVLM
+    weights: dict
+    config: dict
+
+    def inputs(self, layouts):
+        """Padded arrays of random prompts and pictures."""
+        return checkpoints.random_inputs(self.theirs.config, seed=22, layouts=layouts)
+
+    def forced(self, layouts, steps=STEPS):
+        """Int[samples, steps]: the text tokens that decoding is made to take."""
+        vocabulary = self.theirs.config.text_config.vocab_size
+        return np.random.default_rng(31).integers(3, vocabulary - 1, (len(layouts), steps))
+
+    def library(self, layouts, method, steps=STEPS):
+        """Main, contrast (None without a branch) and combined logits, each [B, 1 + steps, V]."""
+        return run_library(self.ours, self.inputs(layouts), self.forced(layouts, steps), method)
+
+    def references(
+        self, run, layouts, tokens=None, pixels=lambda given, layout: given, **settings
+    ) -> Iterator:
+        """`run(weights, config, ids, pixels, tokens, **settings)` of every sample.
+
+        Args:
+            tokens: what decoding takes, [samples, steps]; default those that are forced.
+            pixels: replaces a sample's pictures, given them and its layout.
+        """
+        inputs, tokens = self.inputs(layouts), self.forced(layouts) if tokens is None else tokens
+        for row, layout in enumerate(layouts):
+            sample = checkpoints.select(self.theirs.config, inputs, row)
+            pictures = pixels(sample.get("pixel_values"), layout)
+            yield run(self.weights, self.config, sample["input_ids"][0], pictures, tokens[row], **settings)
+
+
+@functools.cache
+def load(depth=None, variety="qwen2_tied_two_feature_layers", seed=21) -> Case:
+    """The model of a variety, with so many layers or its own number; queries share keys."""
+    overrides = VARIETIES[variety]
+    if depth is not None:
+        overrides = overrides | {"text": overrides.get("text", {}) | {"num_hidden_layers": depth}}
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = checkpoints.make_llava(folder, seed=seed, **overrides)
+        ours = LVLM.from_pretrained(folder, dtype="float32")
+    return Case(theirs, ours, *llava.from_torch(theirs))
+
+
+def run_library(ours, inputs, forced, method):
+    """Main, contrast (None without a branch) and combined logits of a forced run, each [B, 1 + steps, V]."""
+    length = inputs["input_ids"].shape[1] + forced.shape[1] + 1
+    state, step = ours.prefill(ours.prepare(inputs), method=method, max_length=length)
+    steps = [step]
+    for column in forced.T:
+        state, step = ours.decode(state, column.astype(np.int32))
+        steps.append(step)
+
+    def stacked(name):
+        arrays = [getattr(step, name) for step in steps]
+        return None if arrays[0] is None else np.stack([np.asarray(array) for array in arrays], axis=1)
+
+    return stacked("main"), stacked("contrast"), stacked("combined")
+
+
+def assert_close(got, want, name, factor=1.0):
+    """Within the tolerance; prints the largest difference (`pytest -s`)."""
+    error = np.abs(got - want).max()
+    print(f"{name}: {error:.1e}")
+    assert error <= ATOL * factor, f"{name} differs by {error}"
+
+
+def assert_combined(got, want, distance, factor, name="combined", cuts=True):
+    """Equal where kept, −inf where cut (if it `cuts`); tokens within rounding of the cut are left out."""
+    clear = distance > 2 * ATOL
+    kept = np.isfinite(want)
+    assert clear.mean() > 0.95
+    assert_close(got[kept & clear], want[kept & clear], name, factor)
+    assert not cuts or np.isneginf(got[~kept & clear]).all()
+
+
+def assert_cut(got, want, main, settings, has_image):
+    """CMAC's combined logits [T, V]: equal inside the cut; −inf outside, where there is an image."""
+    with np.errstate(divide="ignore"):
+        cut = main.max(-1, keepdims=True) + np.log(settings.beta)
+    assert_combined(got, want, np.abs(main - cut), 1 + 2 * settings.alpha, cuts=has_image)
+
+
+def assert_plain(case, layouts, method):
+    """The method leaves every logit as it is, up to the rounding of another program."""
+    main, _, combined = case.library(layouts, method)
+    plain, _, _ = case.library(layouts, None)
+    np.testing.assert_allclose(main, plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(combined, plain, rtol=0, atol=1e-5)
+
+
+def assert_one_branch(case, layouts, method, make_reference):
+    """The main branch equals the reference in prefill and cached decoding. Returns the references, one per sample.
+
+    The edit must be visible: some logits differ from the plain model's; a sample without an image stays plain.
+    """
+    main, _, combined = case.library(layouts, method)
+    references, effects = [make_reference() for _ in layouts], []
+    each = iter(references)
+    wanted = case.references(lambda *sample: one_branch.run(*sample, next(each)), layouts)
+    plains = case.references(one_branch.run, layouts, method=one_branch.Plain())
+    for row, (want, plain, layout) in enumerate(zip(wanted, plains, layouts, strict=True)):
+        np.testing.assert_allclose(main[row], want, rtol=0, atol=ATOL, err_msg=f"sample {row}")
+        np.testing.assert_array_equal(combined[row], main[row])
+        if IMAGE not in layout:
+            np.testing.assert_allclose(want, plain, rtol=0, atol=1e-9)
+        effects.append(np.abs(want - plain).max())
+    assert max(effects) > 0.05, f"the method changes nothing: {effects}"
+    # Were a decision this close, float32 could take it otherwise than float64: take another seed.
+    assert min(getattr(reference, "margin", np.inf) for reference in references) > 2e-6
+    return references
+
+
+def assert_contrastive(case, method, run, factor, layouts=MIXED, **settings):
+    """Main, contrast and combined logits of a method with a contrast branch, for all samples and steps.
+
+    `run` returns main, contrast, combined, distance to the cut, and maybe how clear its choices were.
+    """
+    main, contrast, combined = case.library(layouts, method)
+    wanted = zip(case.references(run, layouts, **settings), layouts, strict=True)
+    for row, (want, layout) in enumerate(wanted):
+        assert all(margin > 1e-6 for margin in want[4:5])
+        assert_close(main[row], want[0], f"main {row}")
+        assert_close(contrast[row], want[1], f"contrast {row}")
+        assert_combined(combined[row], want[2], want[3], factor, f"combined {row}")
+        if IMAGE in layout:  # the method does something, at every step
+            assert np.abs(main[row] - contrast[row]).max(axis=-1).min() > 0.02
+            assert np.isneginf(combined[row]).any(axis=-1).all()
+        else:
+            np.testing.assert_array_equal(combined[row], main[row])
