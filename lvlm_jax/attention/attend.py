@@ -157,7 +157,7 @@ def _after(plain: Array, edited: Array) -> Array:
 
 
 def _tapped(
-    weights: list[Float[Array, "B H T S"]], contexts: tuple[Context, ...], edits: LayerEdits
+    weights: list[Float[Array, "B H T _"]], contexts: tuple[Context, ...], edits: LayerEdits
 ) -> Float[Array, "N B G R S"] | None:
     if not edits.tapped:
         return None
@@ -186,7 +186,7 @@ def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Si
     return transform.weights(site, weights), site
 
 
-def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> list[Float[Array, "B H T S"]]:
+def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> list[Float[Array, "B H T _"]]:
     """Scaled attention logits of every branch's rows over the prefix and the branch's own columns."""
     own = [_product(query, block) for query, block in zip(rows, columns.own, strict=True)]
     if columns.prefix is None:
@@ -197,7 +197,7 @@ def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> l
 
 def _calibrated_logits(
     queries: tuple[Float[Array, "B H T D"], ...], columns: LayerCache, context: Context, shift: Rotation
-) -> list[Float[Array, "B H T S"]]:
+) -> list[Float[Array, "B H T _"]]:
     """Logits whose cross-modal block, post-image rows x image columns, comes from the shifted image keys."""
     plain = context.positions.shape[1] - context.explicit_rows
     block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
@@ -226,7 +226,7 @@ def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
     return LayerCache(prefix, tuple(turn(block, start) for block in columns.own))
 
 
-def _mix(weights: list[Float[Array, "B H T S"]], columns: LayerCache) -> list[Float[Array, "B H T D"]]:
+def _mix(weights: list[Float[Array, "B H T _"]], columns: LayerCache) -> list[Float[Array, "B H T D"]]:
     """Weights times values for every branch; the prefix is read once for all of them."""
     if columns.prefix is None:
         return [_weighted(rows, block) for rows, block in zip(weights, columns.own, strict=True)]

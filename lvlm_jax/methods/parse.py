@@ -186,10 +186,16 @@ def _members(words: str) -> list[_Member]:
 def _split(part: str) -> tuple[str, str | None, str]:
     """Registered name, preset (None without) and settings of one method."""
     own = OWN.match(part)
-    known = own and own[0].partition(":")[0].lower() in registry.known()
-    word = own[0] if own and not known else re.match("[^:/]*", part)[0]
+    word = own[0] if own else re.match("[^:/]*", part)[0]
     preset, _, settings = part[len(word) :].partition(":")
-    return registry.find(word), preset[1:] if preset else None, settings
+    try:
+        name = registry.find(word)
+    except LVLMError as error:
+        short, _, setting = word.partition(":")
+        if short.lower() not in registry.known():
+            raise
+        raise LVLMError(f"{error}; a setting of {short} is {setting}=VALUE") from error
+    return name, preset[1:] if preset else None, settings
 
 
 def _settings(name: str, text: str) -> dict[str, typing.Any]:
