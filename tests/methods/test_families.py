@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from lvlm_jax import LVLM, methods
+from tests.checkpoints import IMAGE
 from tests.methods.compare import ATOL, STEPS, assert_cut, run_library
-from tests.models import grid_checkpoints, instructblip_checkpoints, qwen2_checkpoints
+from tests.models.families.instructblip import INSTRUCTBLIP
+from tests.models.families.instructblip import QUERIES as TOKENS_OF_AN_IMAGE
+from tests.models.families.patches import QWEN2_5_VL
 from tests.reference import capl, cmac, eah, llava, one_branch, qwen2_5_vl, sevi
 
 TEXT = {"num_hidden_layers": 3, "num_key_value_heads": 2}
 # Rows and columns of patches: lying and upright images, two, none and one of them, of different lengths.
 GRIDS = [(2, (4, 12), 3, (8, 4), 4), (9,), (3, (12, 6), 11)]
-# Images and text tokens of each sample; the images stand first.
-QUERIES = [(2, 9), (0, 9), (1, 11)]
+QUERIES = [(IMAGE, IMAGE, 9), (9,), (IMAGE, 11)]  # images stand first
 IMAGES = (True, False, True)
 
 
@@ -58,8 +60,8 @@ def forced_tokens(vocabulary):
 
 
 def qwen2_5_vl_case(folder):
-    theirs = qwen2_checkpoints.make(folder, "qwen2_5_vl", seed=21, text={"num_hidden_layers": 3})
-    inputs = grid_checkpoints.random_inputs(theirs.config, seed=22, layouts=GRIDS)
+    theirs = QWEN2_5_VL.build(folder, 21, text={"num_hidden_layers": 3})
+    inputs = QWEN2_5_VL.inputs(theirs.config, 22, GRIDS)
     grids = torch.from_numpy(inputs["image_grid_thw"])
     with torch.no_grad():
         features = theirs.model.get_image_features(
@@ -77,24 +79,24 @@ def qwen2_5_vl_case(folder):
         layouts.append({"embed": qwen2_5_vl.embed, "image_ids": images.image_ids, "places": images.places})
     ours = LVLM.from_pretrained(folder, dtype="float32")
     reference = qwen2_5_vl.from_torch(theirs)
-    forced = forced_tokens(qwen2_checkpoints.VOCABULARY - 4)
+    forced = forced_tokens(QWEN2_5_VL.word)
     return Case(theirs, ours, *reference, inputs, forced, samples, layouts, visible=0.05)
 
 
 def instructblip_case(folder):
-    theirs = instructblip_checkpoints.make(folder, seed=21, text=TEXT)
+    theirs = INSTRUCTBLIP.build(folder, 21, text=TEXT)
     ours = LVLM.from_pretrained(folder, dtype="float32")
     weights, config = llava.from_torch(theirs)
     for old, new in (("model.", f"{llava.LANGUAGE}."), ("lm_head", "lm_head")):
         weights = {name.replace(f"language_model.{old}", new): array for name, array in weights.items()}
-    inputs = instructblip_checkpoints.random_inputs(theirs.config, seed=22, samples=QUERIES)
+    inputs = INSTRUCTBLIP.inputs(theirs.config, 22, QUERIES)
     names = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
     with torch.no_grad():
         found = theirs.get_image_features(**{name: torch.from_numpy(inputs[name]) for name in names})
     features = iter(found.pooler_output.double().numpy())
     samples = []
-    for row, (images, _) in enumerate(QUERIES):
-        own = [next(features) for _ in range(images)]
+    for row, layout in enumerate(QUERIES):
+        own = [next(features) for _ in range(layout.count(IMAGE))]
         ids = inputs["input_ids"][row, inputs["attention_mask"][row].astype(bool)]
         samples.append((ids, np.concatenate(own) if own else None))
 
@@ -107,9 +109,9 @@ def instructblip_case(folder):
 
     def image_ids(config, input_ids):
         is_image = np.asarray(input_ids) == config["image_token_index"]
-        return np.where(is_image, (np.cumsum(is_image) - 1) // instructblip_checkpoints.QUERIES + 1, 0)
+        return np.where(is_image, (np.cumsum(is_image) - 1) // TOKENS_OF_AN_IMAGE + 1, 0)
 
-    inputs = instructblip_checkpoints.for_us(inputs, theirs.config, ours.config)
+    inputs = INSTRUCTBLIP.for_us(inputs, theirs.config, ours.config)
     layouts = [{"embed": embed, "image_ids": image_ids}] * 3
     return Case(theirs, ours, weights, config, inputs, forced_tokens(200), samples, layouts, visible=0.01)
 
