@@ -59,7 +59,8 @@ def run(name: str, words: list[str] | None = None) -> NoReturn:
     sys.argv = [f"lvlm {name}", *(sys.argv[1:] if words is None else words)]
     from lvlm_jax.cli import common
 
-    common.run(command(name).main)
+    # Imported within `run`, which first sees to what libraries say while they are imported.
+    common.run(lambda given: command(name).main(given))
 
 
 def main() -> NoReturn:
