@@ -1,7 +1,11 @@
 """Tiny benchmark folders and answer files, written as people have them."""
 
+import dataclasses
+import importlib
 import json
 from pathlib import Path
+
+from lvlm_jax.evaluation import BENCHMARKS, get, rescore
 
 SYNONYMS = """
 person, girl, boy, man, people
@@ -122,3 +126,35 @@ def amber_folder(folder: Path) -> Path:
     write_json(folder / "data" / "relation.json", ASSOCIATION)
     (folder / "data" / "safe_words.txt").write_text("light\nwater\n", encoding="utf-8")
     return folder
+
+
+def file_of(benchmark: str):
+    """The test file of a benchmark, which has `sample(folder) -> Data` and the `PROTOCOLS` that it is fit for."""
+    return importlib.import_module(f"tests.evaluation.benchmarks.test_{benchmark}")
+
+
+def scored_run(
+    folder,
+    data,
+    said,
+    method=None,
+    protocol="pope/strict",
+    model="llava",
+    seed=0,
+    batch=16,
+    more=None,
+    **changes,
+):
+    """A folder as an evaluation leaves it: answers, their record, a log, scores. Returns the scores."""
+    settings = dataclasses.replace(get(protocol), **changes)
+    benchmark = BENCHMARKS[settings.benchmark]
+    questions = benchmark.read(data, settings)
+    texts = {question.key: text for question, text in zip(questions, said, strict=True)}
+    path = folder / benchmark.answers.name
+    benchmark.answers.write(path, questions, texts, settings)
+    origin = {"model": model, "model_sha256": "ab" * 32, "dtype": "float32", "method": method, "seed": seed,
+              "generation": {"batch_size": batch}}  # fmt: skip
+    write_json(folder / f"{path.name}.run.json", origin)
+    found = rescore.rescore(settings, data, [str(path)], resamples=200) | (more or {})
+    rescore.write(found, folder)
+    return found

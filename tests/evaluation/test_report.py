@@ -1,6 +1,5 @@
 """The report: differences by hand, marks where figures are not of the same thing, and pages that text cannot break."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -19,14 +18,8 @@ from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import page as report
 from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.statistics import Difference
-from tests.evaluation.builders import (
-    amber_folder,
-    coco_folder,
-    mme_folder,
-    pope_folder,
-    write_json,
-    write_lines,
-)
+from tests.evaluation.builders import coco_folder, file_of, mme_folder, pope_answers, pope_folder
+from tests.evaluation.builders import scored_run as run
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "Yes </script><script>alert(1)</script> <img src=x> | *bold* \u2028"
@@ -35,33 +28,6 @@ SEVI = {"name": "SEVI", "kappa": None, "directions": [0.5] * 100}
 GREEDY = ["Yes", "No", "No", "No"] * 5
 BETTER = ["Yes", "Yes", "No", "No"] * 5
 SWAPPED = ["Yes", "Yes", "No", "Yes"] + ["Yes", "No", "No", "No"] * 4
-
-
-def run(
-    folder,
-    data,
-    said,
-    method=None,
-    protocol="pope/strict",
-    model="llava",
-    seed=0,
-    batch=16,
-    more=None,
-    **changes,
-):
-    """A folder as tools/evaluate.py leaves it: answers, their record, a log, scores. Returns the scores."""
-    settings = dataclasses.replace(get(protocol), **changes)
-    benchmark = BENCHMARKS[settings.benchmark]
-    questions = benchmark.read(data, settings)
-    texts = {question.key: text for question, text in zip(questions, said, strict=True)}
-    path = folder / ("answers" if settings.benchmark == "mme" else "answers.jsonl")
-    benchmark.answers.write(path, questions, texts, settings)
-    origin = {"model": model, "model_sha256": "ab" * 32, "dtype": "float32", "method": method, "seed": seed,
-              "generation": {"batch_size": batch}}  # fmt: skip
-    write_json(folder / f"{path.name}.run.json", origin)
-    found = rescore.rescore(settings, data, [str(path)], resamples=200) | (more or {})
-    rescore.write(found, folder)
-    return found
 
 
 @pytest.fixture
@@ -98,6 +64,10 @@ def cells(found_table, name):
     return dict(zip([column["name"] for column in found_table["columns"]], row["cells"], strict=True))
 
 
+def texts(found_table, name):
+    return [cell[0] for cell in cells(found_table, name).values()]
+
+
 def test_differences_are_the_hand_computed_ones(runs):
     found, _, _ = made(runs)
     overview = table(found, "Methods and benchmarks")
@@ -118,18 +88,18 @@ def test_differences_are_the_hand_computed_ones(runs):
     # Said yes to 5 of 20, CMAC to 10, SEVI to 7: neither high nor low is good.
     assert cmac["yes ratio"][2].startswith("+25.0 (") and cmac["yes ratio"][3] == "higher"
     answered = table(found, "Answers", "pope/strict")
-    assert [cell[0] for cell in cells(answered, "CMAC").values()] == ["20", "0", "5", "0", "0.0625"]
-    assert [cell[0] for cell in cells(answered, "SEVI").values()] == ["20", "0", "1", "1", "1"]
-    assert [cell[0] for cell in cells(answered, "greedy").values()] == ["20", "0", "–", "–", "–"]
+    for name, expected in (
+        ("CMAC", ["20", "0", "5", "0", "0.0625"]),
+        ("SEVI", ["20", "0", "1", "1", "1"]),
+        ("greedy", ["20", "0", "–", "–", "–"]),
+    ):
+        assert texts(answered, name) == expected
 
 
 def test_the_interval_of_a_difference_is_a_paired_bootstrap(runs):
     """Against a straight one: ten images of two questions, of which every other one gains half a point."""
-    comparison = next(
-        found
-        for one, found in report_runs.compare(report_runs.collect(runs)).items()
-        if one.method[0] == "CMAC"
-    )
+    compared = report_runs.compare(report_runs.collect(runs)).items()
+    comparison = next(found for one, found in compared if one.method[0] == "CMAC")
     gains = np.array([1, 0] * 5)
     drawn = np.random.default_rng(5).integers(0, 10, (20000, 10))
     expected = np.quantile(gains[drawn].sum(1) / 20, (0.025, 0.975))
@@ -169,19 +139,13 @@ def test_another_model_is_not_subtracted_either(runs, data):
 def test_runs_that_differ_by_seed_have_a_row_each(runs, data):
     run(runs / "again", data, SWAPPED, CMAC, seed=1)
     found, _, _ = made(runs)
-    settings = [
-        row["settings"] for row in table(found, "Methods and benchmarks")["rows"] if row["name"] == "CMAC"
-    ]
+    rows = table(found, "Methods and benchmarks")["rows"]
+    settings = [row["settings"] for row in rows if row["name"] == "CMAC"]
     assert settings == ["alpha 3, beta 0.2, seed 0, in cmac", "alpha 3, beta 0.2, seed 1, in again"]
 
 
 def test_answers_of_others_are_compared_as_they_were_scored(data, tmp_path):
-    ours = write_lines(
-        tmp_path / "a.jsonl", [{"question_id": i + 1, "text": t} for i, t in enumerate(BETTER)]
-    )
-    theirs = write_lines(
-        tmp_path / "b.jsonl", [{"question_id": i + 1, "text": t} for i, t in enumerate(GREEDY)]
-    )
+    ours, theirs = pope_answers(tmp_path / "a.jsonl", BETTER), pope_answers(tmp_path / "b.jsonl", GREEDY)
     found = rescore.rescore(
         get("pope/strict"), data, [str(ours)], [str(theirs)], resamples=200, model="theirs"
     )
@@ -242,17 +206,19 @@ def test_cost(data, tmp_path):
     run(tmp_path / "runs/sevi", data, SWAPPED, SEVI)
     found, _, _ = made(tmp_path / "runs")
     listed = table(found, "Cost", "pope/strict")
-    assert [cell[0] for cell in cells(listed, "greedy").values()] == ["2.2", "16", "10.0", "–"]
-    assert [cell[0] for cell in cells(listed, "CMAC").values()] == ["2.2", "16", "15.0", "1.50"]
-    assert [cell[0] for cell in cells(listed, "VCD").values()] == ["2.2", "16", "4.0", "on another device"]
-    assert [cell[0] for cell in cells(listed, "EAH").values()] == ["2.2", "1", "90.0", "in other batches"]
-    assert [cell[0] for cell in cells(listed, "SEVI").values()] == ["–", "16", "not recorded", "–"]
+    for name, expected in (
+        ("greedy", ["2.2", "16", "10.0", "–"]),
+        ("CMAC", ["2.2", "16", "15.0", "1.50"]),
+        ("VCD", ["2.2", "16", "4.0", "on another device"]),
+        ("EAH", ["2.2", "1", "90.0", "in other batches"]),
+        ("SEVI", ["–", "16", "not recorded", "–"]),
+    ):
+        assert texts(listed, name) == expected
 
 
 def test_shorter_captions_are_pointed_out(tmp_path):
-    coco = coco_folder(
-        tmp_path / "coco", {i: ["dog"] for i in range(1, 9)}, {i: ["A dog."] for i in range(1, 9)}
-    )
+    images = range(1, 9)
+    coco = coco_folder(tmp_path / "coco", dict.fromkeys(images, ["dog"]), dict.fromkeys(images, ["A dog."]))
     data = Data(coco, synonyms=coco / "synonyms.txt")
     run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 8, protocol="chair/opera-512")
     run(tmp_path / "runs/cmac", data, ["A dog."] * 8, CMAC, protocol="chair/opera-512")
@@ -262,90 +228,6 @@ def test_shorter_captions_are_pointed_out(tmp_path):
     assert ours["C_S"][0] == "0.0" and ours["C_S"][2:4] == ["−100.0 (−100.0 to −100.0)", "better"]
     assert ours["words"][0] == "2.0" and ours["words"][2:4] == ["−3.0 (−3.0 to −3.0)", "lower"]
     assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][0]
-
-
-def choices_file(path):
-    rows = [{"index": str(i), "question": f"Which {i}?", "A": "cat", "B": "dog", "answer": "AB"[i % 2],
-             "category": ("one", "two")[i // 4], "image_path": f"{i % 3}.jpg"} for i in range(8)]  # fmt: skip
-    return write_lines(path, rows)
-
-
-def several_file(path):
-    rows = [{"question_id": i, "images": [f"{i}.png"], "text": f"Is it {i}?", "label": ("yes", "no", "red")[i % 3],
-             "kind": "colour" if i % 3 == 2 else "existence"} for i in range(9)]  # fmt: skip
-    return write_lines(path, rows)
-
-
-def benchmark_data(name, folder):
-    """Data of a benchmark, small."""
-    if name.startswith("pope"):
-        return Data(pope_folder(folder, dict.fromkeys(("random", "popular", "adversarial"), "yynn" * 2)))
-    if name.startswith("chair"):
-        coco = coco_folder(folder, {1: ["dog"], 2: ["cat"], 3: ["dog"]}, {i: ["A bear."] for i in (1, 2, 3)})
-        return Data(coco, synonyms=coco / "synonyms.txt")
-    if name.startswith("mme"):
-        return Data(
-            mme_folder(folder, {task: ["1", "2"] for task in ("existence", "count", "position", "color")})
-        )
-    if name.startswith("amber"):
-        return Data(amber_folder(folder))
-    if name.startswith("choices"):
-        return Data(folder, choices_file(folder / "q.jsonl"))
-    return Data(folder, several_file(folder / "q.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pope/strict", "pope/lmms-eval", "pope/vcd", "chair/opera-64", "mme/hallucination", "amber/all",
-     "choices/any", "mihbench/short"],
-)  # fmt: skip
-def test_differences_from_the_files_equal_those_from_the_answers(name, tmp_path):
-    data, protocol = benchmark_data(name, tmp_path / "data"), get(name)
-    questions = BENCHMARKS[protocol.benchmark].read(data, protocol)
-    words = ["Yes", "No", "yes", "A", "B", "A dog and a bear", "red", "A tree."]
-    rng = np.random.default_rng(0)
-    ours, theirs = ([str(word) for word in rng.choice(words, len(questions))] for _ in range(2))
-    run(tmp_path / "runs/greedy", data, theirs, protocol=name)
-    run(tmp_path / "runs/cmac", data, ours, CMAC, protocol=name)
-    keys, score = [question.key for question in questions], BENCHMARKS[protocol.benchmark].score
-    pair = [score(questions, dict(zip(keys, said, strict=True)), protocol) for said in (ours, theirs)]
-    expected = rescore.compare(*pair, resamples=200)
-    ((_, found),) = report_runs.compare(report_runs.collect(tmp_path / "runs")).items()
-    assert {name: entry.value for name, entry in found.differences.items()} == pytest.approx(
-        {
-            name: np.nan if entry["value"] is None else entry["value"]
-            for name, entry in expected["differences"].items()
-        },
-        nan_ok=True,
-    )
-    for figure, entry in expected["differences"].items():
-        low, high = (np.nan if bound is None else bound for bound in entry["interval"])
-        np.testing.assert_allclose(found.differences[figure].interval, (low, high), atol=1e-6)
-    assert found.only_here == expected["mcnemar"]["only_first_right"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["pope/strict", "chair/opera-64", "mme/hallucination", "amber/all", "choices/any", "mihbench/short"],
-)
-def test_answers_come_back_with_their_questions_and_images(name, tmp_path):
-    data, protocol = benchmark_data(name, tmp_path / "data"), get(name)
-    questions = BENCHMARKS[protocol.benchmark].read(data, protocol)
-    run(tmp_path / "runs/greedy", data, [f"answer {i}" for i in range(len(questions))], protocol=name)
-    (one,) = report_runs.collect(tmp_path / "runs")
-    found = examples.read(one)
-    assert found.keys() == {question.key for question in questions}
-    for i, question in enumerate(questions):
-        answer = found[question.key]
-        assert answer.text == f"answer {i}"
-        if (
-            name == "amber/all"
-        ):  # whose answer files have ids alone; those of descriptions are numbers of images
-            expected = (None, (question.unit,) if question.group == "generative" else ())
-        else:
-            # MME's files have the question as it is, without a suffix (its protocols have none).
-            expected = (protocol.prompt(question), tuple(image.name for image in question.images))
-        assert (answer.prompt, answer.images) == expected
 
 
 def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
@@ -359,10 +241,7 @@ def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
 
 
 def test_scores_that_other_formulas_made_are_not_subtracted(runs):
-    path = runs / "cmac/scores.json"
-    stored = json.loads(path.read_text())
-    stored["figures"]["random: F1"]["value"] = 0.9
-    path.write_text(json.dumps(stored))
+    changed(runs / "cmac/scores.json", lambda stored: stored["figures"]["random: F1"].update(value=0.9))
     found, _, _ = made(runs)
     overview = table(found, "Methods and benchmarks")
     assert cells(overview, "CMAC")["accuracy"][3] == "not compared"
@@ -377,12 +256,9 @@ def test_examples_show_what_was_fixed_and_broken(runs, data, tmp_path):
     for name in ("COCO_val2014_000000000000.jpg", "COCO_val2014_000000000001.jpg"):
         Image.effect_noise((500, 300), 80).convert("RGB").save(pictures / name)
     found, _, _ = made(runs, images=[pictures], each=3)
-    by_method = {
-        name: [one for one in found["examples"] if one["method"] == name] for name in ("CMAC", "SEVI")
-    }
-    assert [one["fixed"] for one in by_method["CMAC"]] == [True] * 3
-    assert [one["fixed"] for one in by_method["SEVI"]] == [True, False]
-    mended, spoilt = by_method["SEVI"]
+    assert [one["fixed"] for one in found["examples"] if one["method"] == "CMAC"] == [True] * 3
+    mended, spoilt = (one for one in found["examples"] if one["method"] == "SEVI")
+    assert mended["fixed"] and not spoilt["fixed"]
     assert (mended["without"], mended["with"], mended["right"]) == ("No", "Yes", "yes")
     assert (spoilt["without"], spoilt["with"], spoilt["right"]) == ("No", "Yes", "no")
     assert mended["question"].startswith("Is there a dog in the image?\nAnswer the question")
@@ -418,12 +294,8 @@ def test_the_right_answer_is_read_off_the_one_that_was_right(parser, right, wron
 
 def test_text_of_a_model_stays_text(data, tmp_path):
     run(tmp_path / "runs/greedy", data, GREEDY)
-    run(
-        tmp_path / "runs/cmac",
-        data,
-        [HOSTILE, *BETTER[1:]],
-        {"name": "<b>|CMAC", "prompt": "a | b </script>"},
-    )
+    method = {"name": "<b>|CMAC", "prompt": "a | b </script>"}
+    run(tmp_path / "runs/cmac", data, [HOSTILE, *BETTER[1:]], method)
     found, markdown, page = made(tmp_path / "runs", each=9, title="<i>Title</i> & more")
     assert page.count("</script>") == 2 and "<script>alert" not in page and "<b>|" not in page
     assert "<title>&lt;i&gt;Title" in page and "\u2028" not in page
@@ -431,9 +303,7 @@ def test_text_of_a_model_stays_text(data, tmp_path):
     assert {one["method"] for one in found["examples"]} == {"<b>|CMAC"}
     assert "# \\<i\\>Title\\</i\\> & more" in markdown and r"\<b\>\|CMAC (prompt a \| b" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert all(
-        len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", rows[0])) for line in rows[:4]
-    )
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows[:4]}) == 1
 
 
 def test_nothing_outside_is_referred_to(runs):
@@ -466,16 +336,14 @@ def test_the_markdown_table_to_the_letter(runs):
 
 
 def test_a_figure_of_several_groups_has_a_table_of_its_own(data, tmp_path):
-    several = benchmark_data("pope/strict", tmp_path / "three")
+    several = file_of("pope").sample(tmp_path / "three")
     run(tmp_path / "runs/greedy", several, ["Yes", "No", "No", "No"] * 6)
     found, _, _ = made(tmp_path / "runs")
-    titles = [one["title"] for one in found["sections"][1]["tables"]]
-    assert titles[:3] == [
-        f"pope/strict: {name}" for name in ("all questions together", "accuracy", "precision")
-    ]
+    titles = [one["title"].removeprefix("pope/strict: ") for one in found["sections"][1]["tables"]]
+    assert titles[:3] == ["all questions together", "accuracy", "precision"]
     columns = [column["name"] for column in table(found, "By category", "pope/strict: accuracy")["columns"]]
     assert columns == ["mean", "random", "popular", "adversarial"]
-    assert [section["heading"] for section in found["sections"]][1] == "By category"  # no method, no controls
+    assert found["sections"][1]["heading"] == "By category"  # no method, no controls
 
 
 def test_only_what_tells_rows_apart_is_repeated(runs, data):
@@ -510,33 +378,27 @@ def test_sixteen_methods_with_pictures_stay_below_five_megabytes(tmp_path):
     for i in range(8):  # noise is what JPEG cannot make small
         Image.fromarray(noise + np.uint8(i)).save(pictures / f"COCO_val2014_{i:012d}.jpg", quality=95)
     for name in names:
-        data = benchmark_data(name, tmp_path / name)
-        count = len(BENCHMARKS[name.split("/")[0]].read(data, get(name)))
+        benchmark = BENCHMARKS[get(name).benchmark]
+        data = file_of(benchmark.name).sample(tmp_path / name)
+        count = len(benchmark.read(data, get(name)))
         for method in (None, *({"name": f"M{i}", "alpha": i / 7} for i in range(16))):
-            said = (
-                ["No way, " + "a dog " * 400] * count
-                if method is None
-                else ["Yes " + "a bear " * 400] * count
-            )
-            run(tmp_path / "runs" / name / str(method and method["name"]), data, said, method, name)
+            said = "Yes " + "a bear " * 400 if method else "No way, " + "a dog " * 400
+            folder = tmp_path / "runs" / name / str(method and method["name"])
+            run(folder, data, [said] * count, method, name)
     found, markdown, page = made(tmp_path / "runs", images=[pictures], each=4)
     assert len(table(found, "Methods and benchmarks")["rows"]) == 17
     assert len(found["examples"]) > 100 and len(found["pictures"]) > 3
     assert len(page.encode()) < 5_000_000 and len(markdown) < 1_000_000
 
 
-def test_pictures_share_a_budget(tmp_path):
+def test_pictures_share_a_budget(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (600, 800, 3), np.uint8)
     paths = []
     for i in range(40):
         paths.append(tmp_path / f"{i}.bmp")
         Image.fromarray(noise + np.uint8(i)).save(paths[-1])
-    before = examples.PICTURE_BYTES
-    examples.PICTURE_BYTES = 100_000
-    try:
-        found = examples.thumbnails(paths)
-    finally:
-        examples.PICTURE_BYTES = before
+    monkeypatch.setattr(examples, "PICTURE_BYTES", 100_000)
+    found = examples.thumbnails(paths)
     assert len(found) == 40 and sum(map(len, found.values())) < 140_000
 
 
@@ -546,37 +408,33 @@ def test_a_picture_that_cannot_be_opened_is_left_out(tmp_path):
         assert examples.thumbnails([tmp_path / "a.jpg"]) == {}
 
 
-def broken(change):
-    """A change to the JSON of a scores file."""
-
-    def apply(path):
-        stored = json.loads(path.read_text())
-        change(stored)
-        path.write_text(json.dumps(stored))
-
-    return apply
+def changed(path, change):
+    """Applies a change to the JSON of a scores file."""
+    stored = json.loads(path.read_text())
+    change(stored)
+    path.write_text(json.dumps(stored))
 
 
-WRONG = {
-    "is not JSON": lambda path: path.write_text("{"),
-    "is empty": lambda path: path.write_text(""),
-    "written by lvlm_jax 9.0.0": broken(lambda stored: stored["record"].update(version="9.0.0")),
-    r"not of the form .*no 'figures'": broken(lambda stored: stored.pop("figures")),
-    r"not of the form .*unexpected keyword": broken(
-        lambda stored: stored["record"]["protocol"].update(shots=3)
-    ),
-    "benchmark 'vqa', which this version does not know": broken(
-        lambda stored: stored["record"]["protocol"].update(benchmark="vqa")
-    ),
-    "not of the form .*reshape": broken(lambda stored: stored["per_image"]["counts"].pop()),
-    "not of the form .*list": lambda path: path.write_text("[1]"),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_scores_that_cannot_be_read(data, tmp_path, message):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "is not JSON"),
+        ("", "is empty"),
+        ("[1]", "not of the form .*list"),
+        (lambda stored: stored["record"].update(version="9.0.0"), "written by lvlm_jax 9.0.0"),
+        (lambda stored: stored.pop("figures"), r"not of the form .*no 'figures'"),
+        (lambda stored: stored["record"]["protocol"].update(shots=3), "not of the form .*unexpected keyword"),
+        (
+            lambda stored: stored["record"]["protocol"].update(benchmark="vqa"),
+            "benchmark 'vqa', which this version does not know",
+        ),
+        (lambda stored: stored["per_image"]["counts"].pop(), "not of the form .*reshape"),
+    ],
+)
+def test_scores_that_cannot_be_read(data, tmp_path, change, message):
     run(tmp_path / "runs/cmac", data, BETTER, CMAC)
-    WRONG[message](tmp_path / "runs/cmac/scores.json")
+    path = tmp_path / "runs/cmac/scores.json"
+    path.write_text(change) if isinstance(change, str) else changed(path, change)
     with pytest.raises(LVLMError, match=message) as error:
         report.write(tmp_path / "runs", tmp_path / "out")
     assert "cmac" in str(error.value) and not (tmp_path / "out").exists()
@@ -612,17 +470,12 @@ def test_from_the_command_line(runs, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "report.md"}
     done = call("data")
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("lvlm report: no scores.json")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("lvlm report: no scores.json")
     (runs / "cmac/scores.json").write_text("{")
     done = call("runs")
-    assert done.returncode == 0 and done.stderr.startswith(
-        "warning: left out: scores file 'runs/cmac/scores.json'"
-    )
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("warning: left out: scores file 'runs/cmac/scores.json'")
 
 
 def test_no_warning_where_all_is_well(runs):

@@ -10,6 +10,12 @@ from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import amber
 from tests.evaluation.builders import ASSOCIATION, amber_folder
 
+PROTOCOLS = ["amber/all", "amber/generative", "amber/discriminative", "amber/discriminative-strict"]
+
+
+def sample(folder):
+    return Data(amber_folder(folder))
+
 
 def read(folder, name="amber/all", **where):
     return amber.read(Data(folder, **where), get(name))
@@ -87,34 +93,29 @@ def test_soft_matching_needs_spacy(tmp_path):
         read(amber_folder(tmp_path), matching="spacy")
 
 
-def test_bad_files(tmp_path):
-    folder = amber_folder(tmp_path)
-    queries, notes = folder / "data/query/query_all.json", folder / "data/annotations.json"
-    good_queries, good_notes = json.loads(queries.read_text()), json.loads(notes.read_text())
-
-    def message():
-        with pytest.raises(LVLMError) as caught:
-            read(folder)
-        return str(caught.value)
-
-    queries.write_text(json.dumps([*good_queries, good_queries[0]]))
-    assert "id 1 occurs twice" in message()
-    queries.write_text(json.dumps([*good_queries, {"id": 9, "image": "a.jpg", "query": "?"}]))
-    assert "id 9 is not in" in message()
-    queries.write_text(json.dumps(good_queries))
-    notes.write_text(
-        json.dumps([{"id": 1, "type": "generative", "truth": ["spoon"], "hallu": []}, *good_notes[1:]])
-    )
-    assert "annotation 1 names 'spoon'" in message()
-    notes.write_text(json.dumps([{"id": 1, "type": "poetic"}, *good_notes[1:]]))
-    assert "type 'poetic'" in message()
-    notes.write_text(
-        json.dumps([{"id": 1, "type": "generative", "truth": [[]], "hallu": []}, *good_notes[1:]])
-    )
-    assert "annotation 1 names []" in message()
-    (folder / "data/relation.json").write_text(json.dumps(ASSOCIATION | {"cat": [{}]}))
-    assert "expected AMBER's relation.json" in message()
-    (folder / "data/relation.json").write_text(json.dumps(list(ASSOCIATION)))
-    assert "expected AMBER's relation.json" in message()
-    (folder / "data/relation.json").unlink()
-    assert "AMBER's relation.json is missing: no file relation.json in" in message()
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("query/query_all", lambda rows: [*rows, rows[0]], "id 1 occurs twice"),
+        (
+            "query/query_all",
+            lambda rows: [*rows, {"id": 9, "image": "a.jpg", "query": "?"}],
+            "id 9 is not in",
+        ),
+        (
+            "annotations",
+            lambda rows: [rows[0] | {"truth": ["spoon"]}, *rows[1:]],
+            "annotation 1 names 'spoon'",
+        ),
+        ("annotations", lambda rows: [{"id": 1, "type": "poetic"}, *rows[1:]], "type 'poetic'"),
+        ("annotations", lambda rows: [rows[0] | {"truth": [[]]}, *rows[1:]], r"annotation 1 names \[\]"),
+        ("relation", lambda lists: lists | {"cat": [{}]}, "expected AMBER's relation.json"),
+        ("relation", list, "expected AMBER's relation.json"),
+        ("relation", None, "AMBER's relation.json is missing: no file relation.json in"),
+    ],
+)
+def test_bad_files(tmp_path, name, change, message):
+    path = amber_folder(tmp_path) / "data" / f"{name}.json"
+    path.unlink() if change is None else path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(LVLMError, match=message):
+        read(tmp_path)

@@ -19,6 +19,15 @@ from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import CATEGORIES, SYNONYMS, coco_folder, write_lines
 
+PROTOCOLS = ["chair/opera-512", "chair/opera-64", "chair/repaired-512"]
+
+
+def sample(folder):
+    images = (1, 2, 3)
+    coco_folder(folder, {1: ["dog"], 2: ["cat"], 3: ["dog"]}, {number: ["A bear."] for number in images})
+    return Data(folder, synonyms=folder / "synonyms.txt")
+
+
 OFFICIAL = parse_synonyms(SYNONYMS, repair=False, origin="test")
 REPAIRED = parse_synonyms(SYNONYMS, repair=True, origin="test")
 

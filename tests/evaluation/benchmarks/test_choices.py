@@ -12,9 +12,23 @@ from lvlm_jax.evaluation import Data, get, tables
 from lvlm_jax.evaluation.benchmarks import choices
 from tests.evaluation.builders import write_lines
 
+PROTOCOLS = ["choices/any"]
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 40
 JPEG = b"\xff\xd8\xff\xe0" + b"1" * 400
 ANY = get("choices/any")
+
+
+def row(number, **more):
+    """A question with two options; a column given as None is left out."""
+    whole = {"id": number, "question": "?", "options": ["x", "y"], "answer": "A"} | more
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+def sample(folder):
+    rows = [
+        row(i, answer="AB"[i % 2], category=("one", "two")[i // 4], image=f"{i % 3}.jpg") for i in range(8)
+    ]
+    return Data(folder, write_lines(folder / "q.jsonl", rows))
 
 
 def tsv(path, rows):
@@ -26,20 +40,21 @@ def tsv(path, rows):
     return path
 
 
-def code(picture):
-    return base64.b64encode(picture).decode()
-
-
 def read_lines(tmp_path, *rows, **where):
     return choices.read(Data(tmp_path, write_lines(tmp_path / "q.jsonl", rows), **where), ANY)
 
 
+def names(question):
+    return [image.name for image in question.images]
+
+
 def test_vlmevalkit_table(tmp_path):
     """Several pictures in one cell, quoted line ends, empty options, and a reference to another row's picture."""
+    png, jpeg = (base64.b64encode(picture).decode() for picture in (PNG, JPEG))
     rows = [
-        {"index": "0", "image": code(JPEG), "question": 'What "is"\nit?', "A": "dog", "B": "cat", "answer": "B",
+        {"index": "0", "image": jpeg, "question": 'What "is"\nit?', "A": "dog", "B": "cat", "answer": "B",
          "category": "objects", "hint": "an animal"},
-        {"index": "1", "image": json.dumps([code(PNG), code(JPEG)]), "question": "Alike?", "A": "yes", "B": "no",
+        {"index": "1", "image": json.dumps([png, jpeg]), "question": "Alike?", "A": "yes", "B": "no",
          "C": "perhaps", "answer": "A", "category": "pairs"},
         {"index": "2", "image": "0", "question": "Again?", "A": "dog", "B": "cat", "answer": "A",
          "category": "objects"},
@@ -48,90 +63,59 @@ def test_vlmevalkit_table(tmp_path):
     first, second, third = choices.read(Data(tmp_path), get("choices/blink"))
     assert first.text == 'Hint: an animal\nWhat "is"\nit?\nA. dog\nB. cat'
     assert (first.label, first.group, first.extra["options"]) == ("B", "objects", ("A", "B"))
-    assert first.images == third.images == (JPEG,)
-    assert second.images == (PNG, JPEG)
+    assert first.images == third.images == (JPEG,) and second.images == (PNG, JPEG)
     assert ANY.prompt(third).endswith(
         "B. cat\nAnswer with the option's letter from the given choices directly."
     )
 
 
 def test_columns_of_hugging_face_sets(tmp_path):
-    blink = {"idx": "v1", "question": "?", "choices": ["x", "y"], "answer": "(B)", "sub_task": "Depth",
-             "image_1": "a.png", "image_2": "b.png", "image_3": None}  # fmt: skip
-    nlvr2 = {"question_id": 2, "question": "Both are dogs.", "answer": "False",
-             "left_image": "l.png", "right_image": "r.png"}  # fmt: skip
-    qbench = {"id": 3, "question": "Sharper?", "option0": "first", "option1": "second", "correct_choice": "0",
-              "image1": "a.png", "image2": "b.png"}  # fmt: skip
-    by_text = {
-        "id": 4,
-        "question": "?",
-        "options": {"A": "cat", "B": "dog"},
-        "answer": "Dog",
-        "images": ["a.png"],
-    }
-    found = read_lines(tmp_path, blink, nlvr2, qbench, by_text, image_folder=tmp_path)
-    assert [q.label for q in found] == ["B", "B", "A", "B"]
-    assert [[image.name for image in q.images] for q in found] == [
-        ["a.png", "b.png"], ["l.png", "r.png"], ["a.png", "b.png"], ["a.png"],
-    ]  # fmt: skip
-    assert found[1].text == "Both are dogs.\nA. True\nB. False"
-    assert found[0].group == "Depth"
-
-
-def test_options_that_are_not_there(tmp_path):
-    """Q-Bench2 writes N/A into the columns of options that a question does not have."""
-    row = {"id": 1, "question": "Sharper?", "option0": "first", "option1": "second", "option2": "N/A",
-           "option3": "N/A", "correct_choice": "B", "image1": "a.png", "image2": "b.png"}  # fmt: skip
-    (question,) = read_lines(tmp_path, row)
-    assert (question.text, question.label) == ("Sharper?\nA. first\nB. second", "B")
+    found = read_lines(
+        tmp_path,
+        {"idx": "v1", "question": "?", "choices": ["x", "y"], "answer": "(B)", "sub_task": "Depth",
+         "image_1": "a.png", "image_2": "b.png", "image_3": None},
+        {"question_id": 2, "question": "Both are dogs.", "answer": "False", "left_image": "l.png",
+         "right_image": "r.png"},
+        {"id": 3, "question": "Sharper?", "option0": "first", "option1": "second", "correct_choice": "0",
+         "image1": "a.png", "image2": "b.png"},
+        row(4, options={"A": "cat", "B": "dog"}, answer="Dog", images=["a.png"]),
+        # Q-Bench2 writes N/A into the columns of options that a question does not have.
+        {"id": 5, "question": "Sharper?", "option0": "first", "option1": "second", "option2": "N/A",
+         "option3": "N/A", "correct_choice": "B", "image1": "a.png", "image2": "b.png"},
+        image_folder=tmp_path,
+    )  # fmt: skip
+    assert [q.label for q in found] == ["B", "B", "A", "B", "B"]
+    pairs = [["a.png", "b.png"], ["l.png", "r.png"], ["a.png", "b.png"], ["a.png"], ["a.png", "b.png"]]
+    assert list(map(names, found)) == pairs
+    assert found[1].text == "Both are dogs.\nA. True\nB. False" and found[0].group == "Depth"
+    assert found[4].text == "Sharper?\nA. first\nB. second"
 
 
 def test_pictures_of_one_name_in_different_folders(tmp_path):
-    rows = [
-        {
-            "id": i,
-            "question": "?",
-            "options": ["x", "y"],
-            "answer": "A",
-            "images": [f"{i}/a.png", f"{i}/b.png"],
-        }
-        for i in range(2)
-    ]
-    questions = read_lines(tmp_path, *rows)
+    questions = read_lines(tmp_path, *(row(i, images=[f"{i}/a.png", f"{i}/b.png"]) for i in range(2)))
     assert questions[1].images == (tmp_path / "1/a.png", tmp_path / "1/b.png")
     scores = choices.score(questions, {q.key: "A" for q in questions}, ANY)
     assert scores.units == ("0/a.png+0/b.png", "1/a.png+1/b.png")
 
 
-def test_interleaved_placeholders():
+def test_interleaved_placeholders(tmp_path):
     text, images = tables.interleave("See <image 2> and <img1>: <image>", ("a", "b", "c", "d"), "row 1")
-    assert text == "<image>See <image> and <image>: <image>"
-    assert images == ("d", "b", "a", "c")
+    assert text == "<image>See <image> and <image>: <image>" and images == ("d", "b", "a", "c")
     assert tables.interleave("none", ("a", "b"), "row 1") == ("none", ("a", "b"))
     with pytest.raises(LVLMError, match="row 1 has the placeholder '<image>' but 1 images"):
         tables.interleave("<image> <image>", ("a",), "row 1")
-
-
-def test_options_may_be_images(tmp_path):
-    row = {"id": 1, "question": "Which fits <image>?", "options": ["<image>", "<image>"], "answer": "A",
-           "image_list": ["q.png", "a.png", "b.png"]}  # fmt: skip
-    (question,) = read_lines(tmp_path, row)
-    assert question.text == "Which fits <image>?\nA. <image>\nB. <image>"
-    assert [image.name for image in question.images] == ["q.png", "a.png", "b.png"]
+    among = row(1, question="Which fits <image>?", options=["<image>"] * 2, image_list=["q", "a", "b"])
+    (question,) = read_lines(tmp_path, among)
+    assert question.text == "Which fits <image>?\nA. <image>\nB. <image>" and names(question) == [
+        "q",
+        "a",
+        "b",
+    ]
 
 
 def test_figures_by_hand(tmp_path):
-    rows = [
-        {
-            "id": i,
-            "question": "?",
-            "options": ["x", "y"],
-            "answer": "B",
-            "category": category,
-            "image": f"{i}.png",
-        }
-        for i, category in enumerate(["near", "near", "far", "far"])
-    ]
+    kinds = ["near", "near", "far", "far"]
+    rows = (row(i, answer="B", category=kind, image=f"{i}.png") for i, kind in enumerate(kinds))
     questions = read_lines(tmp_path, *rows)
     said = dict(zip((q.key for q in questions), ["B", "A", "y", "(b)"], strict=True))
     scores = choices.score(questions, said, ANY)
@@ -142,44 +126,38 @@ def test_figures_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("more", "message"),
     [
-        ({"id": 1, "question": "?", "options": ["x", "y"]}, "has no answer"),
-        (
-            {"id": 1, "question": "?", "options": ["x", "y"], "answer": "C"},
-            "answer 'C' is none of the options A, B",
-        ),
-        ({"id": 1, "question": "?", "answer": "A"}, "has no options"),
-        ({"id": 1, "question": "?", "options": ["x"], "answer": "A"}, "has no options"),
-        ({"id": 1, "options": ["x", "y"], "answer": "A"}, "has no question"),
-        (
-            {"id": 1, "question": "?", "options": ["x", "y"], "answer": "A", "image": [{}]},
-            "expected a file name or an",
-        ),
-        ({"id": 1, "question": "?", "options": ["x", "y"], "answer": "A", "image": "?" * 400}, "nor base64"),
-        ({"id": 1, "question": "?", "options": "[x", "answer": "A"}, "begins like a list but is none"),
+        ({"answer": None}, "has no answer"),
+        ({"answer": "C"}, "answer 'C' is none of the options A, B"),
+        ({"options": None}, "has no options"),
+        ({"options": ["x"]}, "has no options"),
+        ({"question": None}, "has no question"),
+        ({"image": [{}]}, "expected a file name or an"),
+        ({"image": "?" * 400}, "nor base64"),
+        ({"options": "[x"}, "begins like a list but is none"),
     ],
 )
-def test_bad_rows(tmp_path, row, message):
+def test_bad_rows(tmp_path, more, message):
     with pytest.raises(LVLMError, match=message):
-        read_lines(tmp_path, row)
+        read_lines(tmp_path, row(1, **more))
 
 
 def test_duplicates_and_missing_files(tmp_path):
-    row = {"id": 1, "question": "?", "options": ["x", "y"], "answer": "A", "image": "a.png"}
     with pytest.raises(LVLMError, match="occurs twice"):
-        read_lines(tmp_path, row, row)
+        read_lines(tmp_path, row(1), row(1))
     with pytest.raises(LVLMError, match=r"no muirbench\*\.tsv, muirbench\*\.jsonl or folder muirbench\*/"):
         choices.read(Data(tmp_path), get("choices/muirbench"))
-    path = write_lines(tmp_path / "q.jsonl", [row])
+    path = write_lines(tmp_path / "q.jsonl", [row(1, image="a.png")])
     with pytest.raises(LVLMError, match="a.png' of question 1 is missing"):
         choices.read(Data(tmp_path, path), ANY, need_images=True)
-    (tmp_path / "q.xlsx").write_text("x")
-    with pytest.raises(LVLMError, match="another ending than .tsv, .parquet"):
-        choices.read(Data(tmp_path, tmp_path / "q.xlsx"), ANY)
-    (tmp_path / "q.tsv").write_text("index\tquestion\n1\n")
-    with pytest.raises(LVLMError, match="row 1 .* has not as many cells as the heading"):
-        choices.read(Data(tmp_path, tmp_path / "q.tsv"), ANY)
+    for name, content, message in (
+        ("q.xlsx", "x", "another ending than .tsv, .parquet"),
+        ("q.tsv", "index\tquestion\n1\n", "row 1 .* has not as many cells as the heading"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(LVLMError, match=message):
+            choices.read(Data(tmp_path, tmp_path / name), ANY)
 
 
 def test_two_tables_of_one_benchmark(tmp_path):

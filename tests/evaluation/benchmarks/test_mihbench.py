@@ -7,6 +7,17 @@ from lvlm_jax.evaluation import Data, get, record
 from lvlm_jax.evaluation.benchmarks import mihbench
 from tests.evaluation.builders import write_lines
 
+PROTOCOLS = ["mihbench/short"]
+
+
+def sample(folder):
+    rows = [
+        {"question_id": i, "images": [f"{i}.png"], "text": f"Is it {i}?", "label": ("yes", "no", "red")[i % 3],
+         "kind": "colour" if i % 3 == 2 else "existence"}
+        for i in range(9)
+    ]  # fmt: skip
+    return Data(folder, write_lines(folder / "q.jsonl", rows))
+
 
 def rows(labels):
     return [
@@ -87,14 +98,12 @@ def test_words_and_yes_no_mixed(tmp_path):
     protocol = get("mihbench/short")
     data = Data(tmp_path, write_lines(tmp_path / "mixed.jsonl", listed))
     questions = mihbench.read(data, protocol)
-    said = dict(
-        zip((q.key for q in questions), ["The first", "A cat.", "yes", "both yes and no"], strict=True)
+    said = ["The first", "A cat.", "yes", "both yes and no"]
+    scores = mihbench.score(
+        questions, {q.key: text for q, text in zip(questions, said, strict=True)}, protocol
     )
-    scores = mihbench.score(questions, said, protocol)
-    assert scores.values()["accuracy"] == 0.5
-    assert scores.values()["which: accuracy"] == 0.5
-    assert scores.values()["there: unparsed"] == 0.5
-    assert scores.notes["unparsed"] == 1
+    figures = ("accuracy", "which: accuracy", "there: unparsed")
+    assert [scores.values()[name] for name in figures] == [0.5] * 3 and scores.notes["unparsed"] == 1
 
 
 def test_missing_and_bad(folder):
@@ -103,9 +112,7 @@ def test_missing_and_bad(folder):
         mihbench.read(Data(folder), get("mihbench"))
     with pytest.raises(LVLMError, match="no kind 'smell'"):
         mihbench.read(Data(folder, groups=("smell",)), get("mihbench"))
-    path = write_lines(folder / "q.jsonl", rows(["yes"]) * 2)
-    with pytest.raises(LVLMError, match="id q 0 occurs twice"):
-        mihbench.read(Data(folder, path), get("mihbench"))
-    path = write_lines(folder / "q.jsonl", rows(["yes"]))
-    with pytest.raises(LVLMError, match="image '0a.jpg' of mihbench/strict is missing"):
-        mihbench.read(Data(folder, path), get("mihbench"), need_images=True)
+    for listed, message in ((2, "id q 0 occurs twice"), (1, "image '0a.jpg' of mihbench/strict is missing")):
+        path = write_lines(folder / "q.jsonl", rows(["yes"]) * listed)
+        with pytest.raises(LVLMError, match=message):
+            mihbench.read(Data(folder, path), get("mihbench"), need_images=True)

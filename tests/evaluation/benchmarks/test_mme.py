@@ -7,6 +7,13 @@ from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import mme
 from tests.evaluation.builders import mme_folder
 
+PROTOCOLS = ["mme/hallucination"]
+
+
+def sample(folder):
+    return Data(mme_folder(folder, TASKS))
+
+
 PROTOCOL = get("mme/hallucination")
 TASKS = {"existence": ["1", "2"], "count": ["1"], "position": ["3"], "color": ["4"]}
 

@@ -7,6 +7,12 @@ from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import pope
 from tests.evaluation.builders import pope_folder, pope_row, write_lines
 
+PROTOCOLS = ["pope/strict", "pope/lmms-eval", "pope/vcd", "pope/official", "pope/opera"]
+
+
+def sample(folder):
+    return Data(pope_folder(folder, dict.fromkeys(pope.SPLITS, "yynn" * 2)))
+
 
 def read(folder, name="pope/strict", **where):
     return pope.read(Data(folder, **where), get(name))
