@@ -132,14 +132,9 @@ def test_the_threshold_gives_the_share_asked_for():
 
 def test_each_group_has_a_threshold_of_its_own():
     questions = yes_no("yynn") + yes_no("ynyn", "popular")
-    said = dict(
-        zip(
-            [q.key for q in questions],
-            ["Yes"] * 3 + ["No"] + ["Yes"] + ["no way", "maybe", "No"],
-            strict=True,
-        )
-    )
-    odds = {q.key: value for q, value in zip(questions, [4, 1, 3, 2, -1, -2, -3, -4], strict=True)}
+    keys = [q.key for q in questions]
+    said = dict(zip(keys, ["Yes", "Yes", "Yes", "No", "Yes", "no way", "maybe", "No"], strict=True))
+    odds = dict(zip(keys, [4, 1, 3, 2, -1, -2, -3, -4], strict=True))
     texts, thresholds = controls.thresholded(questions, odds, said, get("pope/strict"))
     assert list(texts.values()) == ["Yes", "No", "Yes", "Yes", "Yes", "No", "No", "No"]
     assert thresholds == {"random": 1.5, "popular": -1.5}
@@ -199,12 +194,9 @@ def test_a_method_that_only_says_yes_more_often_is_found_out():
     answered = Answered({"greedy": greedy, "temperature": drawn, "plausibility": method}, odds)
     found = controls.report(BENCHMARKS["pope"], questions, method, get("pope/strict"), answered, 300)
     verdicts = {name: one["verdicts"]["random: accuracy"] for name, one in found.items()}
-    assert verdicts == {
-        "greedy": "beats",
-        "temperature": "beats",
-        "plausibility": "cannot be told from",
-        "threshold": "cannot be told from",
-    }
+    assert verdicts == dict.fromkeys(("greedy", "temperature"), "beats") | dict.fromkeys(
+        ("plausibility", "threshold"), "cannot be told from"
+    )
     threshold = found["threshold"]
     right = sum(method[q.key].startswith(q.label.capitalize()) for q in questions)
     assert threshold["figures"]["random: accuracy"]["value"] == pytest.approx(right / 80)

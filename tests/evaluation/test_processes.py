@@ -44,9 +44,8 @@ def test_shares_in_any_order_give_the_totals_of_one(world, tmp_path, name, order
     """Controls too, which are asked in shares of their own."""
     caption = "A dog and a cat on a chair." if name.startswith("chair") else ""
     oracles = [Oracle(caption=caption) for _ in range(4)]
-    alone = run(
-        world, tmp_path / "one", Share(), oracles[3], name, methods.VCD(), tmp_path / "one" / "controls"
-    )
+    one = tmp_path / "one"
+    alone = run(world, one, Share(), oracles[3], name, methods.VCD(), one / "controls")
     assert alone is not None and set(alone["controls"]) >= {"greedy", "temperature", "plausibility"}
     out = tmp_path / "three"
     parts = [run(world, out, Share(k, 3), oracles[k], name, methods.VCD(), out / "controls") for k in order]
@@ -56,7 +55,7 @@ def test_shares_in_any_order_give_the_totals_of_one(world, tmp_path, name, order
     assert (out / "scores.json").is_file()
     assert [path.name for path in sorted(out.glob("log.*"))] == [f"log.{k}.jsonl" for k in range(3)]
     assert all(oracle.asked for oracle in oracles)
-    for path in (tmp_path / "one").glob("*.jsonl"):
+    for path in one.glob("*.jsonl"):
         if not path.name.startswith("log"):
             assert path.read_bytes() == (out / path.name).read_bytes()
 
@@ -67,11 +66,8 @@ def test_a_run_may_go_on_with_another_number_of_processes(world, tmp_path):
     oracle = Oracle()
     found = run(world, tmp_path / "two", Share(), oracle)
     assert found["figures"] == alone["figures"] and found["per_image"] == alone["per_image"]
-    lines = [
-        json.loads(line)
-        for path in (tmp_path / "two").glob("log.*.jsonl")
-        for line in path.read_text().splitlines()[1:]
-    ]
+    logs = [path.read_text().splitlines()[1:] for path in (tmp_path / "two").glob("log.*.jsonl")]
+    lines = [json.loads(line) for log in logs for line in log]
     keys = [(line["group"], line["id"]) for line in lines if "batch" not in line]
     assert len(keys) == len(set(keys)) == alone["record"]["questions"]
 
@@ -87,42 +83,21 @@ def test_which_share(monkeypatch):
         Share.of(4)
 
 
-def malformed(data):
-    return "pope", data / "pope" / "pope_random.json", lambda text: text + '{"question_id": 9'
-
-
-def doubled(data):
-    return "pope", data / "pope" / "pope_random.json", lambda text: text + text.splitlines()[0] + "\n"
-
-
-def empty(data):
-    return "pope", data / "pope" / "pope_popular.json", lambda text: ""
-
-
-def without_picture(data):
-    return "pope", data / "images" / "pocket_test_000003.png", None
-
-
-def without_category(data):
-    path = data / "annotations" / "instances_test.json"
-    return "chair", path, lambda text: text.replace('"category_id"', '"kategorie"', 1)
-
-
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("name", "path", "change", "message"),
     [
-        (malformed, "is not JSON .*; repair or remove the line"),
-        (doubled, "id random 1 occurs twice"),
-        (empty, "is empty"),
-        (without_picture, "1 of .* images of POPE are missing"),
-        (without_category, "has no category_id"),
+        ("pope", "pope/pope_random.json", lambda text: text + '{"question_id": 9', "is not JSON .*; repair or remove"),
+        ("pope", "pope/pope_random.json", lambda text: text + text.splitlines()[0], "id random 1 occurs twice"),
+        ("pope", "pope/pope_popular.json", lambda text: "", "is empty"),
+        ("pope", "images/pocket_test_000003.png", None, "1 of .* images of POPE are missing"),
+        ("chair", "annotations/instances_test.json", lambda text: text.replace('"category_id"', '"kategorie"', 1),
+         "has no category_id"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_bad_input_leaves_nothing(world, tmp_path, monkeypatch, fault, message):
+)  # fmt: skip
+def test_bad_input_leaves_nothing(world, tmp_path, monkeypatch, name, path, change, message):
     """One line that says what is wrong, before a model is loaded or anything written."""
     data = shutil.copytree(world, tmp_path / "data")
-    name, path, change = fault(data)
+    path = data / path
     path.unlink() if change is None else path.write_text(change(path.read_text()))
     monkeypatch.setattr(evaluate.LVLM, "from_pretrained", None)
     words = ["--protocol", name, "--data", str(data), "--model", "pocket", "--out", str(tmp_path / "out")]
@@ -133,10 +108,9 @@ def test_bad_input_leaves_nothing(world, tmp_path, monkeypatch, fault, message):
 
 
 def test_processes_are_about_a_model(world):
+    words = ["--protocol", "pope", "--data", str(world), "--rescore", "a.jsonl", "--processes", "2"]
     with pytest.raises(LVLMError, match="--controls and --processes are about a model that answers"):
-        evaluate.main(
-            ["--protocol", "pope", "--data", str(world), "--rescore", "a.jsonl", "--processes", "2"]
-        )
+        evaluate.main(words)
 
 
 def test_a_batch_over_two_devices(checkpoint):

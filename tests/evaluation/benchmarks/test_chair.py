@@ -48,6 +48,7 @@ def named(text, lexicon=OFFICIAL):
         ("a hot dog", ["hot dog"]),  # not a dog
         ("wine glasses on the table", ["wine glass"]),
         ("a glass of wine", []),
+        ("a wine glas", ["wine glass"]),  # what some singularisers make of it
         ("a bow tie", ["tie"]),
         ("passenger train", ["train"]),
         ("passenger jet", ["airplane"]),
@@ -83,11 +84,6 @@ def test_the_empty_key_matches_nothing():
     assert "" not in OFFICIAL.categories and OFFICIAL.categories["dog"] == "dog"
 
 
-def test_wine_glas_is_what_some_singularisers_make():
-    assert DOUBLE_WORDS["wine glas"] == "wine glass"
-    assert named("a wine glas") == ["wine glass"]
-
-
 @pytest.mark.parametrize(
     ("word", "expected"),
     [("buses", "bus"), ("bus", "bus"), ("scissors", "scissors"), ("children", "child"), ("policemen", "policeman"),
@@ -105,9 +101,8 @@ def test_tokens():
 
 
 def test_a_word_of_two_categories_is_refused():
-    with pytest.raises(
-        LVLMError, match="line 2 of the synonym list gives 'pup' to 'cat', an earlier one to 'dog'"
-    ):
+    message = "line 2 of the synonym list gives 'pup' to 'cat', an earlier one to 'dog'"
+    with pytest.raises(LVLMError, match=message):
         parse_synonyms("dog, pup\ncat, pup", repair=False, origin="test")
 
 
@@ -117,11 +112,8 @@ def test_names_alone():
 
 @pytest.fixture
 def folder(tmp_path):
-    return coco_folder(
-        tmp_path,
-        {1: ["dog", "dog"], 2: ["cat", "person"], 3: []},
-        {1: ["A puppy on a chair."], 2: ["A kitten."], 3: ["A field."]},
-    )
+    objects = {1: ["dog", "dog"], 2: ["cat", "person"], 3: []}
+    return coco_folder(tmp_path, objects, {1: ["A puppy on a chair."], 2: ["A kitten."], 3: ["A field."]})
 
 
 def read(folder, name="chair/opera-512", **where):
@@ -191,32 +183,35 @@ def test_image_list_decides_images_and_order(folder, content):
     assert [q.id for q in read(folder, image_list=folder / "list.txt")] == [2, 1]
 
 
-def test_image_lists_that_are_wrong(folder):
-    path = folder / "list.txt"
-    for content, message in (
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ("1\n1\n", "id 1 occurs twice"),
         ("9\n", "1 of 1 images are not in the annotations, first 9"),
         ("dog.jpg\n", "has no number in its name"),
         ("[]", "is an empty list; expected names or ids"),
-    ):
-        path.write_text(content)
-        with pytest.raises(LVLMError, match=message):
-            read(folder, image_list=path)
+    ],
+)
+def test_image_lists_that_are_wrong(folder, content, message):
+    (folder / "list.txt").write_text(content)
+    with pytest.raises(LVLMError, match=message):
+        read(folder, image_list=folder / "list.txt")
 
 
 def test_annotations_that_are_wrong(folder):
     path = folder / "annotations" / "instances_val2014.json"
     good = json.loads(path.read_text())
-
-    def broken(**annotation):
-        path.write_text(json.dumps(good | {"annotations": [*good["annotations"], annotation]}))
-        with pytest.raises(LVLMError) as caught:
+    one = {"id": 77, "image_id": 1}
+    for change, message in (
+        ({"annotations": [*good["annotations"], one]}, r"annotation 77 \(image 1\) .* has no category_id"),
+        ({"annotations": [one | {"category_id": 99}]}, "category_id 99 is not among the categories"),
+        ({"images": None}, "'images' of annotations .* is no list of objects"),
+        ({"categories": [1]}, "'categories' of annotations .* is no list of objects"),
+        ({"annotations": {}}, "have no list 'annotations'"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(LVLMError, match=message):
             read(folder)
-        return str(caught.value)
-
-    assert "annotation 77 (image 1)" in broken(id=77, image_id=1)
-    assert "has no category_id" in broken(id=77, image_id=1)
-    assert "category_id 99 is not among the categories" in broken(id=77, image_id=1, category_id=99)
     path.write_text("{")
     with pytest.raises(LVLMError, match="is not JSON"):
         read(folder)
@@ -342,11 +337,9 @@ def test_scorers_class_does_not_leak_from_file_to_file(tmp_path):
 
 
 def test_captions_of_images_in_no_order(folder):
-    path = write_lines(
-        folder / "c.jsonl", [{"image_id": 2, "caption": "cat"}, {"image_id": 1, "caption": "dog"}]
-    )
-    found = rescore(
-        get("chair/opera-512"), Data(folder, synonyms=folder / "synonyms.txt"), [str(path)], resamples=10
-    )
+    captions = [{"image_id": 2, "caption": "cat"}, {"image_id": 1, "caption": "dog"}]
+    path = write_lines(folder / "c.jsonl", captions)
+    data = Data(folder, synonyms=folder / "synonyms.txt")
+    found = rescore(get("chair/opera-512"), data, [str(path)], resamples=10)
     assert found["figures"]["C_S"]["value"] == 0.0
     assert found["record"]["questions"] == 2

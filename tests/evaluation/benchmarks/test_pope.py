@@ -1,5 +1,7 @@
 """POPE: figures counted by hand, the files people have, and files that are wrong."""
 
+import json
+
 import pytest
 
 from lvlm_jax.errors import LVLMError
@@ -63,12 +65,7 @@ def test_lmms_eval_leaves_what_it_does_not_understand_out_of_recall(tmp_path):
 @pytest.mark.parametrize("place", [".", "aokvqa", "output/seem/aokvqa", "POPE/output/seem/aokvqa"])
 def test_older_names_of_aokvqa_and_gqa(tmp_path, place):
     for split, label in (("random", "yes"), ("popular", "no"), ("adversarial", "no")):
-        row = {
-            "question_id": 1,
-            "image": "COCO_val2014_000000000001.jpg",
-            "text": "Is there?",
-            "label": label,
-        }
+        row = pope_row(1, "COCO_val2014_000000000001.jpg", label)
         write_lines(tmp_path / place / f"aokvqa_pope_seem_{split}.json", [row])
     assert [q.label for q in read(tmp_path, source="aokvqa")] == ["yes", "no", "no"]
     with pytest.raises(LVLMError, match="POPE coco random is missing: no file coco_pope_random.json or"):
@@ -88,15 +85,9 @@ def test_mean_is_over_splits(tmp_path):
 
 @pytest.mark.parametrize("source", ["coco", "aokvqa", "gqa"])
 def test_sources(tmp_path, source):
-    folder = pope_folder(
-        tmp_path / "POPE", {"random": "y", "popular": "n", "adversarial": "yn"}, source
-    ).parent
-    assert [q.group for q in read(folder, source=source)] == [
-        "random",
-        "popular",
-        "adversarial",
-        "adversarial",
-    ]
+    pope_folder(tmp_path / "POPE", {"random": "y", "popular": "n", "adversarial": "yn"}, source)
+    groups = [q.group for q in read(tmp_path, source=source)]
+    assert groups == ["random", "popular", "adversarial", "adversarial"]
 
 
 def test_no_yes_at_all_leaves_precision_undefined(tmp_path):
@@ -117,9 +108,8 @@ def test_two_different_files_of_one_split_are_not_chosen_between(tmp_path):
 
 def test_missing_split_names_the_file_and_the_folder(tmp_path):
     folder = pope_folder(tmp_path, {"random": "y"})
-    with pytest.raises(
-        LVLMError, match=r"POPE coco popular is missing: no file coco_pope_popular\.json .* in '"
-    ):
+    message = r"POPE coco popular is missing: no file coco_pope_popular\.json .* in '"
+    with pytest.raises(LVLMError, match=message):
         read(folder)
 
 
@@ -139,19 +129,12 @@ def test_missing_image(tmp_path):
         ('{"question_id": 1', "line 1 of question file .* is not JSON"),
         ("[1]", "line 1 of question file .* is a JSON int; expected an object"),
         ('{"question_id": 1, "image": "a.jpg", "text": "?"}', "has no label"),
-        (
-            '{"question_id": 1, "image": "a.jpg", "text": "?", "label": "maybe"}',
-            "label is 'maybe'; expected yes or no",
-        ),
-        (
-            '{"question_id": true, "image": "a.jpg", "text": "?", "label": "no"}',
-            "expected a number or a string",
-        ),
+        (json.dumps(pope_row(1, "a.jpg", "maybe")), "label is 'maybe'; expected yes or no"),
+        (json.dumps(pope_row(True, "a.jpg", "no")), "expected a number or a string"),
     ],
 )
 def test_bad_question_files(tmp_path, content, message):
-    path = tmp_path / "coco_pope_random.json"
-    path.write_text(content)
+    (tmp_path / "coco_pope_random.json").write_text(content)
     with pytest.raises(LVLMError, match=message):
         read(tmp_path, groups=("random",))
 
