@@ -128,9 +128,13 @@ def build_parser(method: str) -> common.Parser:
 
 
 def protocols() -> str:
-    """All protocols, one a line."""
-    found = [get(name) for name in evaluation.names()]
-    return "\n".join(f"{item.name:30s} {item.about}" for item in found)
+    """All protocols, one a line, below the links to the data of their benchmark."""
+    known = [get(name) for name in evaluation.names()]
+    lines = []
+    for benchmark in evaluation.BENCHMARKS.values():
+        lines.append(f"{benchmark.name} ({', '.join(benchmark.links)})")
+        lines += [f"  {one.name:30s} {one.about}" for one in known if one.benchmark == benchmark.name]
+    return "\n".join(lines)
 
 
 def joined(flags) -> bool:
