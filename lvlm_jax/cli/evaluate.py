@@ -132,7 +132,7 @@ def protocols() -> str:
     known = [get(name) for name in evaluation.names()]
     lines = []
     for benchmark in evaluation.BENCHMARKS.values():
-        lines.append(f"{benchmark.name} ({', '.join(benchmark.links)})")
+        lines.append(f"{benchmark.name}: {', '.join(benchmark.links)}")
         lines += [f"  {one.name:30s} {one.about}" for one in known if one.benchmark == benchmark.name]
     return "\n".join(lines)
 
