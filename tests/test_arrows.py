@@ -1,6 +1,7 @@
 """ARCHITECTURE.md's table of rooms against the imports of the package: which room may import which."""
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +29,13 @@ def table() -> dict[str, set[str]]:
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:
     """(room, file) of every module of the package."""
-    for path in sorted(package.rglob("*.py")):
-        place = path.relative_to(package).with_suffix("").parts
-        if place[0] not in FRONT:
-            yield place[0], path
+    for folder, _, names in os.walk(
+        package, followlinks=True
+    ):  # `configs` is a link to the folder at the top
+        for path in sorted(Path(folder) / name for name in names if name.endswith(".py")):
+            room = path.relative_to(package).with_suffix("").parts[0]
+            if room not in FRONT:
+                yield room, path
 
 
 def imported_rooms(path: Path, package: Path) -> Iterator[tuple[int, str]]:
