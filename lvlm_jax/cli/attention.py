@@ -64,8 +64,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         f"(default {look.SINK_WEIGHT:.3f} / tokens of the largest image)",
     )
     add("--out", default="runs/attention", metavar="FOLDER", help="where to write (default runs/attention)")
-    if name.lower() != "none":
-        parse.add_method_flags(parser, name)
+    common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.image = arguments.image or [str(names.pocket_file("sample.png"))]
     arguments.methods = chosen_methods(name, arguments)
@@ -80,7 +79,8 @@ def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, method
     beside = arguments.compare.lower()
     other = {} if beside == "none" else {"greedy": None}
     if beside not in ("greedy", "none"):
-        other = {methods.get(beside).__name__: methods.get(beside)()}
+        compared = parse.as_method(arguments.compare)
+        other = {compared.label: compared}
     title = method.label
     return other | {title if title not in other else f"{title}, set": method}
 

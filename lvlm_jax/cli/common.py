@@ -86,6 +86,16 @@ def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
     return parser.parse_known_args([parse.hyphenated(word) for word in words])[0]
 
 
+def method_flags(parser: argparse.ArgumentParser, words: str) -> None:
+    """Adds the flags of the methods that `words` name; of "none" there are none.
+
+    Raises:
+        LVLMError: there is no such method.
+    """
+    if words.strip().lower() != "none":
+        parse.add_method_flags(parser, words)
+
+
 def flags(
     parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None
 ) -> Callable:

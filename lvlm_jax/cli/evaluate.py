@@ -122,8 +122,7 @@ def build_parser(method: str) -> common.Parser:
         "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
     )
     # Last, so that a method's --seed does not take the name from ours.
-    if method.lower() != "none":
-        parse.add_method_flags(parser, method)
+    common.method_flags(parser, method)
     return parser
 
 
@@ -192,7 +191,7 @@ def main(arguments: list[str]) -> int:
     out = flags.out or Path("runs") / "-".join(
         (
             protocol.name.replace("/", "-"),
-            *([Path(flags.model_path).name, flags.method] if flags.model_path else []),
+            *([Path(flags.model_path).name, flags.method.replace("/", "-")] if flags.model_path else []),
         )
     )
     if flags.model_path:

@@ -118,8 +118,7 @@ def command_line(words: list[str]):
     add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
     add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
     name = chosen.method or (defaults.demo.method if demo else defaults.method)
-    if name.lower() != "none":
-        parse.add_method_flags(parser, name)
+    common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(name, arguments)
     if demo:

@@ -83,8 +83,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     )
     add("--counts", metavar="N,N", help="numbers of devices of the table")
     add("--out", type=pathlib.Path, metavar="FILE", help="write the plans as JSON there too")
-    if name.lower() != "none":
-        parse.add_method_flags(parser, name)
+    common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(name, arguments)
     if len(arguments.model) > 1 and not arguments.table:

@@ -20,7 +20,6 @@ from lvlm_jax.methods import parse
 
 def command_line(words: list[str]) -> argparse.Namespace:
     """The command line, with `method` built (the point all others differ from) and `grid`, its points."""
-    chosen = common.ahead(words, method=None)
     parser = common.Parser(
         prog="lvlm sweep", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )
@@ -57,8 +56,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
     add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
     add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
-    if chosen.method:
-        parse.add_method_flags(parser, chosen.method)
+    common.method_flags(parser, common.ahead(words, method="none").method)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(arguments.method, arguments)
     if arguments.method is None:

@@ -1,0 +1,34 @@
+"""What users call models and number types, and `LVLM.from_pretrained` takes by these names."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights import names
+
+
+def test_names_of_checkpoints(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert pathlib.Path(names.checkpoint("pocket")) == names.pocket_file("checkpoint")
+    assert names.checkpoint("~/model") == names.checkpoint(pathlib.Path("~/model")) == "/home/me/model"
+    assert names.checkpoint("owner/name") == "owner/name"
+
+
+def test_number_types(monkeypatch):
+    assert names.dtype("auto") == "float32"
+    monkeypatch.setattr(names.jax, "default_backend", lambda: "gpu")
+    assert names.dtype("auto") == "bfloat16"
+    for given in ("float16", np.float32, jnp.bfloat16, np.dtype("float32")):
+        assert names.dtype(given) is given
+
+
+def test_the_pocket_model_by_its_name():
+    model = LVLM.from_pretrained("pocket", dtype="auto")
+    assert model.folder == names.pocket_file("checkpoint")
+    assert model.params["language_model"]["embed_tokens"]["embedding"].dtype == jnp.float32
+    with pytest.raises(LVLMError, match="dtype 'automatic' is not supported"):
+        LVLM.from_pretrained("pocket", dtype="automatic")
