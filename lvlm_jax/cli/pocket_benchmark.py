@@ -9,6 +9,7 @@ Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD
 controls lie beside them; stopped and started again, it goes on where it was. OUT/table.md has the tables.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import statistics
 from lvlm_jax.files import write_whole
-from lvlm_jax.methods import Method
+from lvlm_jax.methods import Method, parse
 from lvlm_jax.pocket import benchmark_run
 
 
@@ -30,19 +31,26 @@ def chosen(wanted: list[str]) -> dict[str, Method]:
     known = settings.get_methods()
     if wanted == ["all"]:
         return known
-    unknown = [name for name in wanted if name.lower() not in known]
-    if unknown:
-        raise LVLMError(
-            f"configs/pocket_benchmark.py has no method {unknown[0]!r}; it has all, {', '.join(known)}"
-        )
-    return {name.lower(): known[name.lower()] for name in wanted}
+    found = {}
+    for name in wanted:
+        if ":" in name:
+            folder = re.sub(r"[^a-z0-9.=]+", "-", name.lower())
+            found[folder] = parse.as_method(name)
+        elif name.lower() not in known:
+            raise LVLMError(
+                f"configs/pocket_benchmark.py has no method {name!r}; it has all, {', '.join(known)}; your own is "
+                "module:Class or file.py:Class"
+            )
+        else:
+            found[name.lower()] = known[name.lower()]
+    return found
 
 
 def main(arguments: list[str]) -> int:
     """Run what is missing, and write the tables after every method."""
     parser = common.Parser(prog="lvlm pocket-benchmark", description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME",
-                        help="all, or names from configs/pocket_benchmark.py (default all)")  # fmt: skip
+                        help="all, names from configs/pocket_benchmark.py, or file.py:Class (default all)")  # fmt: skip
     parser.add_argument(
         "--images", type=common.number(int, 1), default=200, metavar="N", help="test images (default 200)"
     )

@@ -1,10 +1,16 @@
-"""Runs a command of `lvlm` in this process."""
+"""Runs a command of `lvlm` in this process; a model for commands."""
 
+import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lvlm_jax.cli import main
+from lvlm_jax.weights import names
 
 
 def run(monkeypatch, capsys, *words):
@@ -14,3 +20,16 @@ def run(monkeypatch, capsys, *words):
         main.main()
     printed = capsys.readouterr()
     return left.value.code, printed.out, printed.err
+
+
+def write_small(folder: Path) -> Path:
+    """The pocket model cut down to two decoder layers, as a checkpoint in a new folder."""
+    shutil.copytree(names.pocket_file("checkpoint"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensors[name] for name in tensors if not re.search(r"language_model.*layers\.[2-9]", name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from lvlm_jax import config_files, methods
 from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import names
-from tests.cli.command import run
+from tests.cli.command import run, write_small
 from tests.killing import Command, contents, kill_and_finish, more_lines
 from tests.processors.test_images import png_with_header
 
@@ -32,16 +31,7 @@ SAMPLE = str(names.pocket_file("sample.png"))
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The pocket model cut down to two decoder layers: it compiles sooner, and what it says does not matter here."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    shutil.copytree(POCKET, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensors[name] for name in tensors if not re.search(r"language_model.*layers\.[2-9]", name)}
-    assert len(kept) < len(tensors)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_small(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """docs/write_a_method.md: its methods are what is said of them, and its commands run in an empty folder of a user's."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 
 from lvlm_jax import methods
+from lvlm_jax.cli import attention, evaluate, infer, plan, pocket_benchmark, sweep
 from lvlm_jax.methods import registry
+from lvlm_jax.pocket import splits
+from lvlm_jax.weights import names
 from tests import small
+from tests.cli.command import write_small
 
 PAGE = Path(__file__).parents[2] / "docs" / "write_a_method.md"
+SAMPLE = str(names.pocket_file("sample.png"))
 
 
 def blocks(word):
@@ -46,3 +52,43 @@ def test_its_methods_are_what_is_said_of_them(folder, model):
         np.testing.assert_allclose(first_logits(nothing), plain, rtol=0, atol=1e-5)
     for strong in (lift(delta=5.0), doubt(alpha=5.0), methods.chain(lift(delta=5.0), doubt())):
         assert np.abs(first_logits(strong) - plain).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A question to a model of two layers, which compiles sooner; what it says does not matter here."""
+    model = write_small(tmp_path_factory.mktemp("models") / "small")
+    return ["--model", str(model), "--image", SAMPLE, "--prompt", "What is this?", "--max-new-tokens", "4"]
+
+
+def test_infer_takes_a_class_of_the_folder(folder, asked, capsys):
+    assert infer.main([*asked, "--method", "lift.py:Lift", "--delta", "8"]) == 0
+    assert "\n  Lift    " in capsys.readouterr().out
+    words = ["--method", "lift:Lift+doubt.py:Doubt", "--lift-delta", "8", "--alpha", "2"]
+    assert infer.main([*asked, *words]) == 0
+    assert "\n  Lift + Doubt  " in capsys.readouterr().out
+
+
+def test_sweep_and_attention_take_it(folder, asked, capsys):
+    assert sweep.main([*asked, "--method", "lift.py:Lift", "--grid", "delta=0,8"]) == 0
+    assert re.search(r"^delta=0 +0\.000", capsys.readouterr().out, re.M)
+    assert attention.main([*asked, "--method", "lift:Lift", "--compare", "eah", "--out", "looked"]) == 0
+    page = (folder / "looked" / "index.html").read_text()
+    assert "Lift" in page and "EAH" in page
+
+
+def test_other_commands_take_it(folder):
+    compared = attention.command_line(["--method", "lift:Lift", "--compare", "doubt.py:Doubt"]).methods
+    assert list(compared) == ["Doubt", "Lift"]
+    assert plan.command_line(["7b", "--method", "lift:Lift"]).method.label == "Lift"
+    chosen = pocket_benchmark.chosen(["vcd", "lift.py:Lift", "lift:Lift:delta=2"])
+    assert list(chosen) == ["vcd", "lift.py-lift", "lift-lift-delta=2"]
+    assert [method.label for method in chosen.values()] == ["VCD", "Lift", "Lift"]
+
+
+def test_evaluate_takes_it(folder, asked):
+    splits.write_split(folder / "world", "test", 12)
+    words = ["--protocol", "pope/pocket", "--data", "world", "--group", "random", *asked[:2]]
+    assert evaluate.main([*words, "--method", "lift.py:Lift", "--delta", "8", "--out", "scored"]) == 0
+    scores = json.loads((folder / "scored" / "scores.json").read_text())
+    assert "'name': 'Lift'" in str(scores) and "8.0" in str(scores)
