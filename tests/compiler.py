@@ -1,11 +1,35 @@
 """How much the compiler does: little for tests, which run programs for milliseconds and compile them for seconds."""
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax._src import compiler
+
+# The newer of XLA's two generators of loops for CPUs, and cutting a program up for threads, take half of the time.
+QUICK = [("xla_cpu_use_fusion_emitters", False), ("xla_cpu_parallel_codegen_split_count", 1)]
+
+
+def compile_quickly() -> None:
+    """From now on programs are hardly optimised, but inside of `optimised(True)`.
+
+    JAX has an option for most of it, and none for options of XLA that hold for all programs of a process: those of the
+    environment would hold inside as well.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    options_of = compiler.get_compile_options
+
+    @functools.wraps(options_of)
+    def get_compile_options(*arguments, **settings):
+        options = options_of(*arguments, **settings)
+        if jax.config.read("jax_disable_most_optimizations"):
+            options.env_option_overrides = [*options.env_option_overrides, *QUICK]
+        return options
+
+    compiler.get_compile_options = get_compile_options
 
 
 @contextlib.contextmanager

@@ -8,12 +8,11 @@ os.environ["LVLM_JAX_COMPILATION_CACHE"] = "0"
 # Where the one library lies that tests build too.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "user")
 
-import jax
 import pytest
 from jaxtyping import install_import_hook
 
 import tests.signatures
-from tests.compiler import drop_programs, optimised
+from tests.compiler import compile_quickly, drop_programs, optimised
 
 # The rooms whose signatures are shapes. The public face is not among them: it answers for wrong types itself.
 install_import_hook(
@@ -32,7 +31,7 @@ install_import_hook(
 
 
 # Tests run programs for milliseconds and compile them for seconds; files that want theirs whole are marked.
-jax.config.update("jax_disable_most_optimizations", True)
+compile_quickly()
 
 
 @pytest.fixture(scope="module", autouse=True)
