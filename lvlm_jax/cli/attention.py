@@ -1,9 +1,9 @@
-"""Draws where a model looks while it answers: a page to click through, and the same as pictures.
+"""Draws where a model looks while it answers: a page to click through, and the same as PNG files.
 
     lvlm attention --method cmac --out runs/attention
     lvlm attention --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What changed?" --method sevi
 
-The folder gets index.html (open it in a browser; it needs no network) and PNG files: every word over each picture,
+The folder gets index.html (open it in a browser; it needs no network) and PNG files: every word over each image,
 image mass by layer and head, the masking probe, drift, information flow, vision sinks.
 """
 
@@ -36,15 +36,15 @@ def command_line(words: list[str]) -> argparse.Namespace:
         metavar="PATH",
         help="checkpoint folder or hub id (default pocket)",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--dtype", default="auto", choices=names.NUMBER_TYPES)
     add(
         "--image",
         action="append",
         metavar="FILE",
-        help="a picture; repeat it for several (default the sample)",
+        help="an image; repeat it for several (default the sample)",
     )
     add("--prompt", default="Please describe this image in detail.", metavar="TEXT", help="the question, with <image> "
-        "where a picture belongs (without it pictures come first)")  # fmt: skip
+        "where an image belongs (without it images come first)")  # fmt: skip
     add("--method", default="none", metavar="NAME", help="none, or a method from the list below")
     add("--compare", default="greedy", metavar="NAME", help="what stands beside the method: greedy, none, or another "
         "method with its default settings (default greedy)")  # fmt: skip

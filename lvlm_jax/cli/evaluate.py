@@ -9,7 +9,7 @@
     lvlm evaluate --protocol mme/hallucination --data ~/data --rescore answers_folder
 
 Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
-[{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no picture.
+[{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no image.
 
 With a model, answers are written in the same formats, beside a log of them: stopped and started again, a run goes on
 where it was. Several processes, on one machine or on many with a common folder, share the work:
@@ -64,7 +64,7 @@ def build_parser(method: str) -> common.Parser:
     run.add_argument(
         "--model-path", "--model", metavar="PATH", help="checkpoint folder or hub id; pocket: the one inside"
     )
-    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    run.add_argument("--dtype", default="auto", choices=names.NUMBER_TYPES,
                      help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
     run.add_argument("--quant", default="none", choices=("none", *QUANTS),
                      help="int8: keep the decoder's weights as 8-bit integers (default none)")  # fmt: skip
@@ -146,7 +146,7 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     """Has the model answer, scores and writes; None while other processes have not answered their shares.
 
     Raises:
-        LVLMError: an unusable model, method, benchmark folder or picture, or a log of another run.
+        LVLMError: an unusable model, method, benchmark folder or image, or a log of another run.
     """
     method = parse.build_method(flags.method, flags)
     controls = None if flags.controls is None else Path(flags.controls or out / "controls")

@@ -1,4 +1,4 @@
-"""Ask a vision-language model about pictures, with and without a hallucination-mitigation method.
+"""Ask a vision-language model about images, with and without a hallucination-mitigation method.
 
 See `lvlm infer --help`; the defaults are in `configs/infer.py`.
 """
@@ -21,7 +21,7 @@ from lvlm_jax.weights.quantize import QUANTS
 EXAMPLES = """\
 examples:
   lvlm infer
-      the small model inside the package describes a sample picture and answers questions about it, greedy
+      the small model inside the package describes a sample image and answers questions about it, greedy
       beside CMAC, and draws where it looked
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
@@ -45,7 +45,11 @@ def command_line(words: list[str]):
         prog="lvlm infer", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
     )
     add = common.flags(parser, defaults)
-    add("--config", metavar="FILE", help="take the defaults from this file; as it comes, configs/infer.py")
+    add(
+        "--config",
+        metavar="FILE",
+        help="take the defaults from this file, a changed copy of configs/infer.py",
+    )
     add(
         "--model-path",
         "--model",
@@ -55,19 +59,19 @@ def command_line(words: list[str]):
     add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
     add(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=names.NUMBER_TYPES,
         help="auto: float32 on a CPU, else bfloat16",
     )
     add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
-    add = common.flags(parser, defaults, "one or more questions about the same pictures")
-    add("--image", action="append", metavar="FILE", help="a picture; repeat it for several")
+    add = common.flags(parser, defaults, "one or more questions about the same images")
+    add("--image", action="append", metavar="FILE", help="an image; repeat it for several")
     add(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a question, with <image> where a picture belongs (without it pictures come first); repeat it for several",
+        help="a question, with <image> where an image belongs (without it images come first); repeat it for several",
     )
     add("--compare", action=parse.Switch, help="with a method: also answer without it")
     add("--stream", action="store_true", help="print the words as they come")
@@ -145,17 +149,6 @@ def load(arguments) -> LVLM:
     )
 
 
-def adapter_record(path: str | None) -> dict:
-    """What the record of a job says of its adapter; nothing without one."""
-    if path is None:
-        return {}
-    folder = pathlib.Path(path).expanduser()
-    return {
-        "adapter": path,
-        "adapter_sha256": record.checkpoint_hash(folder) if folder.is_dir() else None,
-    }
-
-
 def job(arguments) -> int:
     """Answer a file of questions; 2 when one of them failed."""
     if not (arguments.question_file and arguments.answers_file):
@@ -170,34 +163,15 @@ def job(arguments) -> int:
     )
     options = {"method": arguments.method} | settings(arguments)
 
-    def answers_of(out):
-        triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
-        return [jobs.Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
-
-    def answerer():
+    def load_answers():
         model = load(arguments)
-
-        def answer(conversations, seeds):
-            return answers_of(model.generate(conversations, seed=seeds, **options))
-
-        def stream(batches):
-            lines = []
-
-            def requests():
-                for batch in batches:
-                    for line, messages, seed in batch:
-                        lines.append(line)
-                        yield messages, seed
-
-            for number, out in model.generate_many(requests(), batch_size=arguments.batch_size, **options):
-                failed = isinstance(out, LVLMError)
-                yield [(lines[number], out if failed else answers_of(out)[0])]
-
-        return stream if streams else answer
+        if streams:
+            return jobs.streamer(model, arguments.batch_size, **options)
+        return jobs.answerer(model, **options)
 
     start = time.monotonic()
     summary = jobs.run_job(
-        answerer,
+        load_answers,
         arguments.question_file,
         arguments.answers_file,
         record.run_record(
@@ -206,7 +180,7 @@ def job(arguments) -> int:
             arguments.method,
             settings(arguments),
         )
-        | adapter_record(arguments.adapter),
+        | record.adapter_record(arguments.adapter),
         image_folder=arguments.image_folder,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
@@ -221,7 +195,7 @@ def job(arguments) -> int:
 
 
 def ask(arguments) -> int:
-    """Answer questions about the same pictures, without and with the method, and print the answers."""
+    """Answer questions about the same images, without and with the method, and print the answers."""
     if not arguments.prompt:
         raise LVLMError('nothing to ask; give --prompt "…"')
     if arguments.attention_map and arguments.stream:

@@ -2,7 +2,7 @@
 
     lvlm pocket-world --out runs/pocket_test --split test --images 500
 
-A split with the same seed is the same every time. `--sample FILE` writes the demo's picture instead, which is
+A split with the same seed is the same every time. `--sample FILE` writes the demo's image instead, which is
 scene `splits.SAMPLE`.
 """
 
@@ -14,11 +14,11 @@ from lvlm_jax.pocket import scenes, splits
 
 
 def main(arguments: list[str]) -> int:
-    """Write the split, or the demo's picture, that the arguments ask for, and say what was written."""
+    """Write the split, or the demo's image, that the arguments ask for, and say what was written."""
     parser = common.Parser(prog="lvlm pocket-world", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="DIR", help="new or empty folder for a split")
-    what.add_argument("--sample", metavar="FILE", help="write only the demo's picture (PNG)")
+    what.add_argument("--sample", metavar="FILE", help="write only the demo's image (PNG)")
     parser.add_argument("--split", default="test", help=f"{', '.join(scenes.SPLITS)} (default test)")
     parser.add_argument(
         "--images", type=common.number(int, 1), default=500, metavar="N", help="how many (default 500)"

@@ -25,6 +25,7 @@ from lvlm_jax.methods.capl import CAPL
 from lvlm_jax.pocket.pairs import SINGLE, write_prompts
 from lvlm_jax.training.data import pairs, preferences
 from lvlm_jax.training.data.pair_filters import Filters
+from lvlm_jax.weights import names
 
 FILTERS = Filters()
 
@@ -41,7 +42,7 @@ def build_parser() -> common.Parser:
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"), metavar="DIR",
                         help="folder of everything that is written (default runs/preferences)")  # fmt: skip
     parser.add_argument("--pocket-single", type=common.number(float, 0, 1), default=SINGLE, metavar="SHARE",
-                        help=f"share of --pocket's prompts about one picture (default {SINGLE})")  # fmt: skip
+                        help=f"share of --pocket's prompts about one image (default {SINGLE})")  # fmt: skip
     parser.add_argument("--corrector", metavar="WHAT",
                         help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
     parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
@@ -50,7 +51,7 @@ def build_parser() -> common.Parser:
     model = parser.add_argument_group("answers by a model")
     model.add_argument("--model-path", "--model", metavar="PATH",
                        help="checkpoint folder or hub id; pocket (default with --pocket): the one inside")  # fmt: skip
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    model.add_argument("--dtype", default="auto", choices=names.NUMBER_TYPES,
                        help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
     model.add_argument("--batch-size", type=common.number(int, 1), default=16, metavar="N",
                        help="prompts at once (default 16)")  # fmt: skip
@@ -82,7 +83,7 @@ def build_parser() -> common.Parser:
                       help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
     kept.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
     kept.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
-                      help="share of the pairs for validation.jsonl, with pictures of its own (default 0)")  # fmt: skip
+                      help="share of the pairs for validation.jsonl, with images of its own (default 0)")  # fmt: skip
     return parser
 
 

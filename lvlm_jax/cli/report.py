@@ -6,7 +6,7 @@
 Reads every scores.json below the folder, as lvlm evaluate writes them, with the answers and logs beside. Writes
 index.html, one page that needs no network, and report.md with the same tables. A method is compared with the same
 model without one, where both were asked the same questions under the same protocol; figures of other question files,
-image lists or parsers are marked and never subtracted. Examples are drawn by a seed; their pictures are looked for in
+image lists or parsers are marked and never subtracted. Examples are drawn by a seed; their images are looked for in
 --images and shown small.
 """
 

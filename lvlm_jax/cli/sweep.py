@@ -16,6 +16,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import grid
 from lvlm_jax.methods import parse
+from lvlm_jax.weights import names
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         default="pocket",
         help="checkpoint folder or hub id (default pocket)",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="(default auto)")
+    add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="(default auto)")
     add("--method", metavar="NAME", required=True, help="the method; other settings than swept ones as flags")
     add(
         "--grid",
@@ -40,7 +41,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         required=True,
         help="values of one strength; repeat it for a product",
     )
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it for several")
+    add("--image", action="append", default=[], metavar="FILE", help="an image; repeat it for several")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeat it for several")
     add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text, label}")
     add("--image-folder", metavar="FOLDER", default=".", help="where those images are")

@@ -12,9 +12,10 @@ import dataclasses
 import pathlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
 from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect
@@ -76,6 +77,38 @@ def _entry(question: Question, answer: Answer, model_id: str, method: dict | Non
             "tokens": answer.tokens,
         },
     }
+
+
+def answerer(model: Any, **options: Any) -> Answerer:
+    """An `LVLM` that answers a batch at once; `options` are those of its `generate`."""
+
+    def answer(conversations: list[list[dict]], seeds: list[int]) -> list[Answer]:
+        return _answers(model.generate(conversations, seed=seeds, **options))
+
+    return answer
+
+
+def streamer(model: Any, batch_size: int, **options: Any) -> Stream:
+    """An `LVLM` where an answer that ends makes room for the next question; `options` are those of `generate_many`."""
+
+    def stream(batches: Iterable[list[Request]]) -> Iterator[list[tuple[int, Answer | LVLMError]]]:
+        lines = []
+
+        def requests() -> Iterator[tuple[list[dict], int]]:
+            for batch in batches:
+                for line, messages, seed in batch:
+                    lines.append(line)
+                    yield messages, seed
+
+        for number, out in model.generate_many(requests(), batch_size=batch_size, **options):
+            yield [(lines[number], out if isinstance(out, LVLMError) else _answers(out)[0])]
+
+    return stream
+
+
+def _answers(out: Output) -> list[Answer]:
+    triples = zip(out.text, out.finish_reason, out.tokens, strict=True)
+    return [Answer(text, reason, len(tokens)) for text, reason, tokens in triples]
 
 
 def in_batches(answer: Answerer) -> Stream:

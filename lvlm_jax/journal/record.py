@@ -61,6 +61,14 @@ def run_record(model_path, dtype: str, method, settings: dict) -> dict:
     }
 
 
+def adapter_record(path: str | None) -> dict:
+    """What the record of a run says of its adapter, a folder or a hub id; nothing without one."""
+    if path is None:
+        return {}
+    folder = pathlib.Path(path).expanduser()
+    return {"adapter": path, "adapter_sha256": checkpoint_hash(folder) if folder.is_dir() else None}
+
+
 def method_record(method) -> dict | None:
     """A method as plain JSON values: its class name and its fields; None for no method."""
     if method is None:

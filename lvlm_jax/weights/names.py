@@ -6,6 +6,10 @@ from typing import Any
 
 import jax
 
+from lvlm_jax.weights.load import DTYPES
+
+NUMBER_TYPES = ("auto", *DTYPES)  # what `dtype` takes
+
 
 def pocket_file(name: str) -> pathlib.Path:
     """A file or folder of the pocket model, which is part of the package."""

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from lvlm_jax import LVLM
 from lvlm_jax.cli import convert, infer
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.journal import record
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -194,10 +195,10 @@ def test_the_command_line_takes_an_adapter(model, params, adapter):
     loaded = infer.load(infer.command_line(words))
     make.assert_same(loaded.params, params)
     # A job that goes on with another adapter would mix answers.
-    first = infer.adapter_record(str(adapter))
+    first = record.adapter_record(str(adapter))
     state = load_file(adapter / WEIGHTS)
     save_file({name: -tensor for name, tensor in state.items()}, adapter / WEIGHTS)
-    assert first != infer.adapter_record(str(adapter)) and infer.adapter_record(None) == {}
+    assert first != record.adapter_record(str(adapter)) and record.adapter_record(None) == {}
 
 
 def test_bfloat16_parameters_take_a_float32_adapter(model, params, adapter):
