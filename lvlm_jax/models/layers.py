@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.models import int8
-from lvlm_jax.native import converted_late, few_rows_dot
+from lvlm_jax.native import few_rows_dot
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -48,7 +48,8 @@ class Linear(nn.Dense):
 
     Beside `kernel` [in, out] there may lie `LORA_LEAVES`; the dropout rate is optional, and acts on the input of the
     low-rank term alone, only when the module is applied with an rng "dropout". They are attached from outside
-    (`training.lora`, `weights.peft`), never initialised here. Without them this is `nn.Dense`, operation by operation.
+    (`weights.lora`, `weights.peft`), never initialised here. Without them this is `nn.Dense`, operation by operation,
+    except where `native` multiplies on a CPU.
 
     In place of `kernel` there may be `INT8_LEAVES` (`weights.quantize`); biases and low-rank terms stay as they are.
     """
@@ -87,22 +88,10 @@ def _exact_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
-    """The last axis of x with an axis of a kernel, in the dtype of x; exact products of float32.
-
-    XLA's CPU backend multiplies 16-bit numbers as float32, and would convert the kernels of all layers at once.
-    """
-    contracted = ((x.ndim - 1,), (axis,)), ((), ())
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return jax.lax.dot_general(x, kernel, contracted, precision=jax.lax.Precision.HIGHEST)
-
-    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        return jax.lax.dot_general(wide, converted_late(kernel, wide), contracted).astype(x.dtype)
-
-    def elsewhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(x, kernel, contracted)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
+    """The last axis of x with an axis of a kernel, in the dtype of x; exact products of float32."""
+    exact = x.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), precision=precision)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from lvlm_jax.native import build
 FEW_ROWS = 8
 
 _FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
+_HALF = _FLOATS[1:]
 _KINDS = (*_FLOATS, jnp.dtype("int8"))
 
 
@@ -30,8 +31,10 @@ def few_rows_dot(
 ) -> Float[Array, "*T N"]:
     """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
 
-    Ours are few rows on a CPU's single device, and matrices of float32, bfloat16, float16 or int8; sums are float32.
-    Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
+    Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, and any number
+    of rows with a matrix of 16 bits, which XLA would convert for all layers at once; sums are float32. On other
+    platforms the program has `otherwise` in its place. Differentiable and batched as `otherwise` is; a batch of x alone
+    is more rows.
 
     Args:
         x: rows.
@@ -49,8 +52,9 @@ def few_rows_dot(
             f"rows {list(x.shape)} cannot be multiplied with a matrix {list(matrix.shape)}; "
             f"expected [..., K] and {sides}"
         )
-    few = 0 < math.prod(x.shape[:-1]) <= at_most and 0 not in (*x.shape, *matrix.shape)
-    if not few or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:
+    ours = matrix.dtype in _HALF or math.prod(x.shape[:-1]) <= at_most
+    empty = 0 in (*x.shape, *matrix.shape)
+    if empty or not ours or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:
         return otherwise(x, matrix)
     return _product.bind(x, matrix, out_first=out_first, otherwise=otherwise, at_most=at_most)
 
@@ -77,11 +81,23 @@ def _lower_plain(context, x, matrix, *, otherwise, **_):
     return mlir.lower_fun(otherwise, multiple_results=False)(context, x, matrix)
 
 
-def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, **_):
+def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, at_most):
+    rows, held = context.avals_in
     # Over several devices the compiler divides a product, and could not divide a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    call = functools.partial(_call, out_first=out_first) if alone and build.available() else otherwise
+    if alone and math.prod(rows.shape[:-1]) <= at_most and build.available():
+        call = functools.partial(_call, out_first=out_first)
+    elif held.dtype in _HALF:
+        call = functools.partial(_widened, out_first=out_first)
+    else:
+        call = otherwise
     return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
+
+
+def _widened(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
+    return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(x.dtype)
 
 
 def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:

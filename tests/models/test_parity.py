@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -124,7 +124,7 @@ def test_every_naming_scheme_loads(pair, tmp_path):
     for scheme in table_for(pair.ours.config).schemes:
         save_checkpoint(tmp_path / scheme, pair.ours.params, pair.ours.config, scheme=scheme)
         loaded = LVLM.from_pretrained(tmp_path / scheme)
-        jax.tree.map(np.testing.assert_array_equal, loaded.params, pair.ours.params)
+        chex.assert_trees_all_equal(loaded.params, pair.ours.params)
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda family: family.name)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_saving_writes_the_tensors_that_were_loaded(tmp_path, variety):
         assert torch.equal(saved[name].double(), tensor), name
     again = LVLM.from_pretrained(folder)
     assert again.config == model.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    chex.assert_trees_all_equal(again.params, model.params)
 
 
 @pytest.mark.parametrize("variety", list(QWEN_VL.varieties))

@@ -7,6 +7,7 @@ import re
 import shlex
 from concurrent import futures
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,9 +161,11 @@ def test_every_float16_number_is_read_as_it_is():
     np.testing.assert_array_equal(got[0], numbers.astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_are_given_a_product(platform):
-    traced = jax.jit(ours).trace(jnp.ones((1, 64)), jnp.ones((64, 48)))
+def test_accelerators_are_given_a_product(platform, rows, dtype):
+    traced = jax.jit(ours).trace(jnp.ones((rows, 64), dtype), jnp.ones((64, 48), dtype))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dot_general") == 1 and "custom_call" not in text
 
@@ -179,7 +182,7 @@ def test_derivatives_are_those_of_the_product(out_first):
         return jax.grad(value, (0, 1))(x, matrix), jax.jvp(value, (x, matrix), tangents)[1]
 
     got, expected = of(functools.partial(ours, out_first=out_first)), of(BY_XLA[out_first])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_batch_of_rows_is_more_rows():

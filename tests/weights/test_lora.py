@@ -1,5 +1,6 @@
 """LoRA: exact where it does nothing, equal merged and unmerged, its dropout unbiased."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,15 @@ def test_without_an_adapter_it_is_a_dense_layer(dtype, bias):
     )
     made = ours.init(KEY, x)
     assert set(made["params"]) == {"kernel", "bias"} - (set() if bias else {"bias"})
-    jax.tree.map(np.testing.assert_array_equal, made, plain.init(KEY, x))
-    assert str(jax.make_jaxpr(ours.apply)(made, x)) == str(jax.make_jaxpr(plain.apply)(made, x))
+    chex.assert_trees_all_equal(made, plain.init(KEY, x), strict=False)
+    if dtype == jnp.float32:
+        assert str(jax.make_jaxpr(ours.apply)(made, x)) == str(jax.make_jaxpr(plain.apply)(made, x))
+    # On a CPU 16-bit products are float32 ones; elsewhere they are those of nn.Dense.
+    texts = [
+        jax.jit(module.apply).trace(made, x).lower(lowering_platforms=("tpu",)).as_text()
+        for module in (ours, plain)
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.3)])
@@ -76,7 +84,7 @@ def test_fresh_adapters_change_no_bit(model, mixed):
             found.append(step.combined)
         return found
 
-    jax.tree.map(np.testing.assert_array_equal, run(parts.join(adapters, frozen)), run(model.params))
+    chex.assert_trees_all_equal(run(parts.join(adapters, frozen)), run(model.params))
 
 
 def test_merged_equals_unmerged(model, mixed):

@@ -1,7 +1,6 @@
 """LoRA adapters of projections that torch keeps in one module: GLM's gate and up, towers' query, key and value."""
 
-import jax
-import numpy as np
+import chex
 import pytest
 from safetensors.torch import load_file
 from transformers import Glm4vForConditionalGeneration
@@ -20,7 +19,7 @@ FUSED = r"(gate_proj|up_proj|vision_tower/.*_proj)$"
 
 
 def assert_close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), got, want)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

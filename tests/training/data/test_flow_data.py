@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_the_task_of_a_config(model, config, tmp_path):
     assert set(own.describe(0).split(", ")) == {"row 0", "row 1", "row 2"}
     assert [int(own.source(step)["stage"][0]) for step in (0, 14, 15, 29)] == [1, 1, 2, 2]
     again = pickle.loads(pickle.dumps(own.source))
-    jax.tree.map(np.testing.assert_array_equal, again(3), own.source(3))
+    chex.assert_trees_all_equal(again(3), own.source(3))
     without = config.copy_and_resolve_references()
     without.validation = ""
     assert task(model, without, tmp_path).evaluate is None
