@@ -1,6 +1,7 @@
 """Every family against transformers on random checkpoints: logits, greedy tokens, saved files, processors, errors."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -44,16 +45,27 @@ class Pair:
             np.testing.assert_allclose(got, want, rtol=0, atol=ATOL, err_msg=f"{layout}, sample {sample}")
 
 
-FIRST = [(family, name) for family in ALL for name in list(family.varieties)[:1]]
-OTHER = [(family, name) for family in ALL for name in list(family.varieties)[1:]]
+# The first variety of every family, then the others.
+PAIRS = [(family, name) for family in ALL for name in list(family.varieties)[:1]]
+COUNT = len(PAIRS)
+PAIRS += [(family, name) for family in ALL for name in list(family.varieties)[1:]]
 
 
-def pairs(others: Any = ()) -> Any:
-    """Tests with the first variety of every family, and with the others, marked as given."""
-    first = [pytest.param(one, id="-".join((one[0].name, one[1]))) for one in FIRST]
-    other = [pytest.param(one, id="-".join((one[0].name, one[1])), marks=others) for one in OTHER]
+def pairs(quick: Callable[[int, Family], bool] = lambda place, family: True) -> Any:
+    """Tests with every variety of every family, of which `quick` chooses by place and family; others are marked."""
+    marked = [
+        pytest.param(
+            one, id=f"{one[0].name}-{one[1]}", marks=() if quick(place, one[0]) else pytest.mark.slow
+        )
+        for place, one in enumerate(PAIRS)
+    ]
     # All tests number them alike, so that all tests of a pair run after one another.
-    return pytest.mark.parametrize("pair", first + other, indirect=True, scope="module")
+    return pytest.mark.parametrize("pair", marked, indirect=True, scope="module")
+
+
+def first(place: int, family: Family) -> bool:
+    """The first variety alone: what the others differ in shows in the padded batch and in the cached steps."""
+    return place < COUNT
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +84,7 @@ def test_logits_of_a_padded_batch(pair):
     pair.family.check(pair.theirs, pair.ours, pair.inputs("padded"))
 
 
-@pairs(others=pytest.mark.slow)
+@pairs(quick=first)
 def test_logits_of_other_batches(pair):
     """One sample at a time, images of other forms, text alone."""
     for layout in pair.family.layouts:
@@ -99,7 +111,7 @@ def test_cached_steps_follow_transformers(pair):
     assert max(len(set(row)) for row in greedy.tolist()) > pair.family.distinct
 
 
-@pairs(others=pytest.mark.slow)
+@pairs(quick=first)
 def test_greedy_tokens(pair):
     inputs = pair.inputs("padded", seed=8)
     count = pair.family.new_tokens
@@ -107,7 +119,7 @@ def test_greedy_tokens(pair):
     np.testing.assert_array_equal(np.stack(out.tokens), pair.family.greedy(pair.theirs, inputs)[0])
 
 
-@pairs(others=pytest.mark.slow)
+@pairs(quick=first)
 def test_a_saved_checkpoint_loads_in_transformers(pair, tmp_path):
     folder = pair.ours.save_pretrained(tmp_path / "saved")
     again, report = pair.family.load(folder)
@@ -119,7 +131,7 @@ def test_a_saved_checkpoint_loads_in_transformers(pair, tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
 
-@pairs(others=pytest.mark.slow)
+@pairs(quick=lambda place, family: family.name in ("qwen2_vl", "qwen2_5_vl"))
 def test_every_naming_scheme_loads(pair, tmp_path):
     for scheme in table_for(pair.ours.config).schemes:
         save_checkpoint(tmp_path / scheme, pair.ours.params, pair.ours.config, scheme=scheme)

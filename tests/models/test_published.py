@@ -44,8 +44,8 @@ def published(name, size):
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
-def test_published_sizes(name, size):
-    """Tensors of models with all their widths and few of their layers, and what the configuration says."""
+def test_what_is_published(name, size):
+    """How many parameters transformers' model has, and what our configuration says."""
     file, raw = FILES[name], published(name, size)
     count = sum(tensor.numel() for tensor in transformers_state(name, raw).values())
     assert count / 1e9 == pytest.approx(file["sizes"][size]["billions"], **file["tolerance"])
@@ -53,16 +53,31 @@ def test_published_sizes(name, size):
     for path, want in (file["expected"] | file["sizes"][size].get("expected", {})).items():
         got = operator.attrgetter(path)(config)
         assert (list(got) if isinstance(got, tuple) else got) == want, path
-    shallow = merged(raw, file["shallow"])
+
+
+def all_but(quick):
+    """All sizes; those that are not wanted quickly are marked."""
+    return [one if one[1] in quick else pytest.param(*one, marks=pytest.mark.slow) for one in SIZES]
+
+
+ENDS = {
+    size
+    for file in FILES.values()
+    for size in [*file.get("sizes", ())][:: max(1, len(file.get("sizes", ())) - 1)]
+}
+
+
+@pytest.mark.parametrize(("name", "size"), all_but(ENDS))
+def test_tensors_of_all_widths(name, size):
+    """Of models with few layers."""
+    shallow = merged(published(name, size), FILES[name]["shallow"])
     assert_same_tensors(name, shallow)
-    assert set(file.get("hub", ())) <= set(stored_shapes(models.config_from_hf(shallow), "hub"))
+    if "hub" in FILES[name]:
+        assert set(FILES[name]["hub"]) <= set(stored_shapes(models.config_from_hf(shallow), "hub"))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [one if one[1] == QUICK else pytest.param(*one, marks=pytest.mark.slow) for one in SIZES],
-)
-def test_every_tensor_of_the_published_sizes(name, size):
+@pytest.mark.parametrize(("name", "size"), all_but({QUICK}))
+def test_tensors_of_all_layers(name, size):
     assert_same_tensors(name, published(name, size))
 
 
