@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded
 from lvlm_jax.models.pictures import Arrays, Pictures
@@ -62,6 +63,21 @@ class FamilyConfig(abc.ABC):
     processor_name: ClassVar[str | None] = None
     reads_instruction: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
+
+    def __post_init__(self):
+        """Checks that tokens named by the configuration have rows in the embedding.
+
+        Raises:
+            LVLMError: one has none.
+        """
+        rows = self.text.vocab_size
+        named = {"pad_token_id": (self.pad_token_id,), "eos_token_id": self.eos_token_ids}
+        for name, tokens in named.items():
+            if stray := [token for token in tokens if token >= rows]:
+                raise LVLMError(
+                    f"{name} is {stray[0]}, and the model's embedding has rows for 0 to {rows - 1}; correct it in "
+                    "config.json or generation_config.json"
+                )
 
     @classmethod
     @abc.abstractmethod

@@ -8,6 +8,7 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors import templates
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.layout import Inputs, lay_out
 
@@ -95,40 +96,75 @@ def from_messages(
         LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
             images beside others.
     """
-    prompts, parts, encoded, found = [], [], [], 0
-    for conversation in as_conversations(messages):
-        bare, images = _split(conversation)
-        continued = bare[-1]["role"] == "assistant"
-        text = processor.apply_chat_template(
-            bare, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
-        )
-        marker = image_marker(processor)
-        placeholders = text.count(marker)
-        if placeholders != len(images):
-            raise LVLMError(
-                f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
-                f"give one image for each, and do not write {marker!r} into a message's text"
-            )
-        found += len(images)
-        known = [image for image in images if isinstance(image, EncodedImage)]
-        if known:  # their placeholders are expanded below, by the layout
-            encoded += known
-            parts += [{"pixel_values": image.pixels[None]} for image in known]
-            # Where one marker stands for more than image tokens, the processor says for what.
-            text = text.replace(marker, getattr(processor, "full_image_sequence", marker))
-            prompts.append(np.asarray(processor.tokenizer(text)["input_ids"]))
-            continue
-        ids, part = processed(processor, config, text, images)
-        prompts.append(ids)
-        parts.append(part)
-    if encoded and len(encoded) < found:
+    conversations = as_conversations(messages)
+    prompts, parts, encoded, count = [], [], [], 0
+    for number, conversation in enumerate(conversations):
+        try:
+            bare, images = _split(conversation)
+            known = [image for image in images if isinstance(image, EncodedImage)]
+            prompt, own = _read(processor, config, bare, images, known)
+        except LVLMError as error:
+            raise error if len(conversations) == 1 else LVLMError(f"sample {number}: {error}") from error
+        prompts.append(prompt)
+        parts += own
+        encoded += known
+        count += len(images)
+    if encoded and len(encoded) < count:
         raise LVLMError(
-            f"{len(encoded)} of {found} images are encoded; encode all images of a batch, or none"
+            f"{len(encoded)} of {count} images are encoded; encode all images of a batch, or none"
         )
     laid_out = _lay_out(prompts, None, 0, parts, config)
     if not encoded:
         return laid_out
     return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
+
+
+def _read(
+    processor: Any,
+    config: FamilyConfig,
+    bare: Conversation,
+    images: Sequence[Any],
+    known: Sequence[EncodedImage],
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Token ids of a conversation, and what the processor made of its images.
+
+    Args:
+        bare: the conversation without its images.
+        known: those of the images that are encoded.
+    """
+    continued = bare[-1]["role"] == "assistant"
+    text = templates.render(processor, templates.suited(processor, bare), not continued, continued)
+    marker = image_marker(processor)
+    placeholders = text.count(marker)
+    if placeholders != len(images):
+        raise LVLMError(
+            f"the prompt has {placeholders} image placeholders and {len(images)} images were given; "
+            f"give one image for each, and do not write {marker!r} into a message's text"
+        )
+    if not known:
+        ids, part = processed(processor, config, text, images)
+        parts = [part]
+    else:  # their placeholders are expanded later, by the layout
+        # Where one marker stands for more than image tokens, the processor says for what.
+        ids = token_ids(processor, text.replace(marker, getattr(processor, "full_image_sequence", marker)))
+        parts = [{"pixel_values": image.pixels[None]} for image in known]
+    check_ids(ids, config)
+    return ids, parts
+
+
+def check_ids(ids: np.ndarray, config: FamilyConfig) -> None:
+    """Refuses token ids that have no row in the model's embedding.
+
+    Raises:
+        LVLMError: one of them, named.
+    """
+    rows = config.text.vocab_size
+    stray = ids[(ids >= rows) & (ids != config.image_token_id)]
+    if len(stray):
+        raise LVLMError(
+            f"the tokenizer wrote token {stray[0]}, and the model's embedding has rows for 0 to {rows - 1}; use the "
+            "tokenizer that belongs to the weights, or leave the added token out of the text"
+        )
 
 
 def image_marker(processor: Any) -> str:
@@ -143,12 +179,39 @@ def processed(
 
     Args:
         images: PIL images, one for each marker in the text.
+
+    Raises:
+        LVLMError: a text or images that the processor does not take.
     """
     # Some processors treat an image that comes alone in another way.
     given = [images] if images and config.nested_images else images
-    arrays = dict(processor(images=given or None, text=text, return_tensors="np"))
+    options = templates.tokenizer_options(processor, text)
+    try:
+        arrays = dict(processor(images=given or None, text=text, return_tensors="np", **options))
+    except LVLMError:
+        raise
+    except Exception as error:  # processors and tokenizers may raise anything
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        shown = f" with images of {sizes} pixels" if images else ""
+        raise LVLMError(
+            f"the processor cannot take the conversation{shown}: {templates.reason(error)}"
+        ) from error
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
+
+
+def token_ids(processor: Any, text: str) -> np.ndarray:
+    """Token ids `Int[T]` of a text that a chat template wrote, without what stands for images.
+
+    Raises:
+        LVLMError: a text that the tokenizer does not take.
+    """
+    try:
+        return np.asarray(
+            processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"]
+        )
+    except Exception as error:  # tokenizers may raise anything
+        raise LVLMError(f"the tokenizer cannot take {text[:40]!r}…: {templates.reason(error)}") from error
 
 
 def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
@@ -161,7 +224,8 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
                 f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}"
             )
         if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+            bare.append(dict(message))
+            continue
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
@@ -182,7 +246,7 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
                     f"a message part of type {kind!r} is not supported; expected "
                     '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
                 )
-        bare.append({"role": message["role"], "content": parts})
+        bare.append({**message, "content": parts})
     return bare, images
 
 

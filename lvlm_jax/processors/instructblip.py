@@ -67,13 +67,20 @@ class InstructBlipProcessor:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(
-        self, images: Sequence[Any] | None = None, text: str = "", return_tensors: str = "np"
+        self,
+        images: Sequence[Any] | None = None,
+        text: str = "",
+        return_tensors: str = "np",
+        **options: bool,
     ) -> dict[str, Any]:
-        """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images."""
+        """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images.
+
+        `options` are those of the decoder's tokenizer.
+        """
         text = text.replace(IMAGE, "")
         instruction = self.qformer_tokenizer(text)
         arrays: dict[str, Any] = {
-            "input_ids": [self.tokenizer(text)["input_ids"]],
+            "input_ids": [self.tokenizer(text, **options)["input_ids"]],
             "qformer_input_ids": [instruction["input_ids"]],
             "qformer_attention_mask": [instruction["attention_mask"]],
         }

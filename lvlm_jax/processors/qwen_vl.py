@@ -146,9 +146,13 @@ class QwenVlProcessor:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(
-        self, images: Sequence[Image.Image] | None = None, text: str = "", return_tensors: str = "np"
+        self,
+        images: Sequence[Image.Image] | None = None,
+        text: str = "",
+        return_tensors: str = "np",
+        **options: bool,
     ) -> dict[str, np.ndarray]:
-        """`input_ids` `[1, T]`, and `pixel_values` if there are images.
+        """`input_ids` `[1, T]`, and `pixel_values` if there are images; `options` are the tokenizer's.
 
         Raises:
             LVLMError: not one <imgpad> per image.
@@ -161,7 +165,7 @@ class QwenVlProcessor:
                 "give one image for each"
             )
         expanded = text.replace(IMAGE_PAD, IMAGE_PAD * self.tokens_per_image)
-        arrays = {"input_ids": np.asarray([self.tokenizer(expanded)["input_ids"]])}
+        arrays = {"input_ids": np.asarray([self.tokenizer(expanded, **options)["input_ids"]])}
         return arrays | (self.image_processor(images) if images else {})
 
 

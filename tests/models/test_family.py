@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import flax.linen as nn
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models import family
+from lvlm_jax.weights import model_config, names
 
 FIELDS = {field.name for field in dataclasses.fields(models.FamilyConfig)}
 HOOKS = {
@@ -70,3 +72,11 @@ def test_an_unknown_model_type_names_those_that_are_known():
     for given in ("bert", None, ["llava"]):
         with pytest.raises(LVLMError, match="is not supported; expected one of gemma3, glm4v, "):
             models.config_from_hf({"model_type": given})
+
+
+@pytest.mark.parametrize("change", [{"pad_token_id": 1280}, {"eos_token_ids": (2, 1300)}])
+def test_tokens_that_have_no_row_in_the_embedding_are_refused(change):
+    config = model_config(Path(names.checkpoint("pocket")))
+    assert config.text.vocab_size == 1280
+    with pytest.raises(LVLMError, match="_token_id is 1[23].0, and .* rows for 0 to 1279"):
+        dataclasses.replace(config, **change)

@@ -1,7 +1,8 @@
 """Conversations as token ids, with the tokens marked that an answer consists of.
 
 The prompt is tokenised as at inference, so that the model learns to go on from exactly what it will be given. What the
-chat template writes between a prompt and what follows an answer is the answer, its stop token included.
+chat template writes between a prompt and what follows an answer is the answer, its stop token included. Some templates
+write other blanks into a prompt once it is answered: what is learned has those of the prompt.
 """
 
 from collections.abc import Callable, Collection
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors import inputs, templates
 
 
 class Tokens(NamedTuple):
@@ -33,28 +35,32 @@ def encode(
         processor: the checkpoint's transformers processor.
         stops: tokens that end an answer. When the template writes none behind the last answer, the tokenizer's
             own end token is added, or the first of these.
-        messages: `{"role", "content"}`, content a list of text and image parts, images without pictures.
+        messages: `{"role", "content"}`, content a string or a list of text and image parts, images without pictures.
         last_only: whether the last answer alone is learned, or the assistant's every message.
         expanded: what the processor makes of a text before it is tokenised, if it has images.
 
     Raises:
-        LVLMError: the chat template writes a prompt differently once it is answered, or there is no end token.
+        LVLMError: the chat template is broken or refuses the conversation, it writes a prompt differently once it is
+            answered (other blanks aside), or there is no end token.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    text, ids, spans = "", [], []
+    messages = templates.suited(processor, messages)
+    rendered, text, ids, spans = "", "", [], []
     for turn in turns[-1:] if last_only else turns:
-        asked = render(processor, messages[:turn], True)
-        answered = render(processor, messages[: turn + 1], False).rstrip()
-        if not asked.startswith(text) or not answered.startswith(asked):
+        asked = templates.render(processor, messages[:turn], True)
+        answered = templates.render(processor, messages[: turn + 1], False).rstrip()
+        answer = _answer(asked, answered)
+        if not asked.startswith(rendered) or answer is None:
             raise LVLMError(
                 "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
                 "told apart; give the checkpoint a template that only appends (chat_template.jinja)"
             )
-        ids = _extended(processor.tokenizer, ids, expanded(text), expanded(asked))
+        prompt = text + asked[len(rendered) :]
+        ids = _extended(processor, ids, expanded(text), expanded(prompt))
         start = len(ids)
-        ids = _extended(processor.tokenizer, ids, expanded(asked), expanded(answered))
+        text, rendered = prompt + answer, answered
+        ids = _extended(processor, ids, expanded(prompt), expanded(text))
         spans.append(slice(start, len(ids)))
-        text = answered
     if ids[-1] not in (*stops, processor.tokenizer.eos_token_id):
         ids = [*ids, _end(processor.tokenizer, stops)]
         spans[-1] = slice(spans[-1].start, len(ids))
@@ -64,18 +70,28 @@ def encode(
     return Tokens(np.asarray(ids, np.int32), answers)
 
 
-def render(processor: Any, messages: list[dict], prompt: bool) -> str:
-    """The text of messages; with `prompt` up to where an answer begins."""
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def _answer(asked: str, answered: str) -> str | None:
+    """What `answered` adds to `asked`, also where the two differ by blanks; None where they differ by more."""
+    if answered.startswith(asked):
+        return answered[len(asked) :]
+    place = 0
+    for letter in "".join(asked.split()):
+        while place < len(answered) and answered[place].isspace():
+            place += 1
+        if answered[place : place + 1] != letter:
+            return None
+        place += 1
+    answer = answered[place:]
+    return answer.lstrip() if asked[-1:].isspace() else answer  # the prompt has its blanks
 
 
-def _extended(tokenizer: Any, ids: list[int], text: str, longer: str) -> list[int]:
+def _extended(processor: Any, ids: list[int], text: str, longer: str) -> list[int]:
     """The ids of `text`, then those of what `longer` adds to it."""
-    together = list(tokenizer(longer)["input_ids"])
+    together = inputs.token_ids(processor, longer).tolist()
     if together[: len(ids)] == ids:
         return together
     # A token would reach across the seam, which no prompt at inference has.
-    return ids + list(tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"])
+    return ids + list(processor.tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"])
 
 
 def _end(tokenizer: Any, stops: Collection[int]) -> int:

@@ -15,6 +15,7 @@ With `accumulate` > 1 every array has a leading axis of that size. T, A, R and t
 because every new combination compiles a program.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from absl import logging
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
-from lvlm_jax.processors import inputs
+from lvlm_jax.processors import inputs, templates
 from lvlm_jax.processors.images import image_size, open_image
 from lvlm_jax.processors.layout import bucket, multimodal_positions, number_images
 from lvlm_jax.training.data import answer_tokens, pictures
@@ -119,34 +120,31 @@ class Encoder:
             LVLMError: naming the row: a picture that cannot be read.
         """
         parts = [self._part(row) for row in rows]
-        try:
+        with _about(f"rows {_names(rows)}"):
             return self.config.pictures(parts, prompts)
-        except LVLMError as error:
-            raise LVLMError(f"rows {_names(rows)}: {error}") from error
 
     def _row(self, example: Pair | Conversation, messages: dict[str, list[dict]], last_only: bool) -> Row:
         row = f"row {example.id}"
         known = self._placeholders(example)
         marker = inputs.image_marker(self.processor)
-        sequences = {}
+        sequences, prompt = {}, ""
         for name, said in messages.items():
-            found = answer_tokens.render(self.processor, said, False).count(marker)
+            with _about(f"{row} ({name})"):
+                found = self._text(said, False).count(marker)
             if found != len(example.images):
                 raise LVLMError(
                     f"{row} ({name}) has {found} image placeholders for {len(example.images)} images once the chat "
                     "template has been applied; do not write the placeholder into a message's text"
                 )
-            tokens = self._tokens(said, last_only, known)
-            try:
+            with _about(f"{row} ({name})"):
+                tokens = self._tokens(said, last_only, known)
+                inputs.check_ids(tokens.ids, self.config)
                 sequences[name] = known.laid_out(tokens, self.config)
-            except LVLMError as error:
-                raise LVLMError(f"{row} ({name}): {error}") from error
-        asked = next(iter(messages.values()))[:-1]
-        prompt = answer_tokens.render(self.processor, asked, True)
+                prompt = prompt or self._text(said[:-1], True)
         return Row(example.id, example.images, sequences, prompt=prompt)
 
     def _placeholders(self, example: Pair | Conversation) -> Placeholders:
-        try:
+        with _about(f"row {example.id}"):
             if self.config.tokens_per_image is not None:  # whatever their sizes
                 sizes = ((1, 1),) * len(example.images)
             else:
@@ -154,8 +152,6 @@ class Encoder:
             if sizes not in self._by_sizes:
                 self._by_sizes[sizes] = pictures.placeholders(self.processor, self.config, sizes)
             return self._by_sizes[sizes]
-        except (LVLMError, ValueError) as error:  # the latter from processors of transformers
-            raise LVLMError(f"row {example.id}: {error}") from error
 
     @functools.cached_property
     def _by_sizes(self) -> dict[tuple, Placeholders]:
@@ -163,6 +159,10 @@ class Encoder:
 
     def __reduce__(self) -> tuple:
         return Encoder, (self.processor, self.config)  # sizes are known once rows are made
+
+    def _text(self, messages: list[dict], prompt: bool) -> str:
+        """Messages as the chat template writes them; with `prompt` up to where an answer begins."""
+        return templates.render(self.processor, templates.suited(self.processor, messages), prompt)
 
     def _tokens(self, messages: list[dict], last_only: bool, known: Placeholders) -> Tokens:
         stops = self.config.eos_token_ids
@@ -172,11 +172,18 @@ class Encoder:
         """What the processor makes of a row's pictures."""
         if not row.images:
             return {}
-        try:
+        with _about(f"row {row.id}"):
             opened = [open_image(image) for image in pictures_of(row.images)]
             return inputs.processed(self.processor, self.config, row.prompt, opened)[1]
-        except (LVLMError, ValueError) as error:
-            raise LVLMError(f"row {row.id}: {error}") from error
+
+
+@contextlib.contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Errors say what they are about."""
+    try:
+        yield
+    except LVLMError as error:
+        raise LVLMError(f"{what}: {error}") from error
 
 
 def rows_of(
@@ -243,10 +250,8 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
     number[: len(rows)], weight[: len(rows)] = ids, 1
     batch |= {"ids": number, "weight": weight}
     for name, tokens in sequences.items():
-        try:
+        with _about(f"rows {_names(rows)}"):
             image_id = number_images([own.ids == encoder.config.image_token_id for own in tokens], seen)
-        except LVLMError as error:
-            raise LVLMError(f"rows {_names(rows)}: {error}") from error
         batch[name] = _padded(tokens, image_id, shape, encoder.config.pad_token_id)
         if shown.grids is not None:
             # Rows come first, as everywhere in a batch.

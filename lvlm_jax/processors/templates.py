@@ -1,0 +1,164 @@
+"""Chat templates: a conversation as text, each message in the form that the template was written for.
+
+A template reads a message's content as a string (`{{ message.content }}`), as a list of parts
+(`{% for part in message.content %}`), or as either, and not always the same for every role. What it reads is tried out:
+every text is replaced by a word of its own, and the forms are kept in which all these words reach the prompt, none of
+them inside a written-out Python list.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from lvlm_jax.errors import LVLMError
+
+Message = Mapping[str, Any]
+Forms = dict[str, str]  # by speaker
+
+AS_GIVEN, STRINGS, PARTS = "as given", "strings", "parts"
+SPEAKERS = ("system", "user", "assistant")
+LONGEST_REASON = 300  # characters of what a library says is wrong
+MOST_KNOWN = 1000
+_KNOWN: dict[tuple, Forms] = {}  # by template and signature of a conversation
+
+
+def suited(processor: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the forms that the processor's chat template reads; as they were given where it reads these.
+
+    Args:
+        processor: of the checkpoint.
+        messages: `{"role", "content"}`, content a string or a list of text and image parts, images without pictures.
+    """
+    signature = tuple((_speaker(message), _kinds(message["content"])) for message in messages)
+    key = (type(processor), str(getattr(processor, "chat_template", None)), signature)
+    if key not in _KNOWN:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = _forms(processor, messages)
+    forms = _KNOWN[key]
+    return [_in_form(message, forms[_speaker(message)]) for message in messages]
+
+
+def render(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool = False) -> str:
+    """The text of messages that are `suited`.
+
+    Args:
+        prompt: whether to write what an answer begins with.
+        continued: whether the last message is to be continued, so that nothing is written behind it.
+
+    Raises:
+        LVLMError: the template is broken or refuses the conversation.
+    """
+    try:
+        return _rendered(processor, messages, prompt, continued)
+    except Exception as error:  # a template may raise anything
+        raise _fault(error) from error
+
+
+def tokenizer_options(processor: Any, text: str) -> dict[str, bool]:
+    """How the tokenizer reads a text of the chat template: without special tokens of its own before a begin token.
+
+    So does `apply_chat_template(tokenize=True)` of transformers' processors.
+    """
+    begin = getattr(processor.tokenizer, "bos_token", None)
+    return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, as one line of limited length."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST_REASON else said[:LONGEST_REASON] + "…"
+
+
+def _speaker(message: Message) -> str:
+    return message["role"] if message["role"] in SPEAKERS else "other"
+
+
+def _kinds(content: str | Sequence[Message]) -> str:
+    """A letter for each part: t text, i image; s for a string."""
+    return "s" if isinstance(content, str) else "".join(part["type"][0] for part in content)
+
+
+def _in_form(message: Message, form: str) -> dict[str, Any]:
+    content = message["content"]
+    if form == PARTS and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif form == STRINGS and not isinstance(content, str) and all(part["type"] == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    return {**message, "content": content}
+
+
+def _rendered(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool) -> str:
+    return processor.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=prompt, continue_final_message=continued
+    )
+
+
+def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
+    """The form of each speaker's messages in a conversation like this one."""
+    trial = _trial(messages)
+    speakers = sorted({_speaker(message) for message, _ in trial})
+    choices = itertools.product((AS_GIVEN, STRINGS, PARTS), repeat=len(speakers))
+    best, refused, seen = (-1, None), None, []
+    # Few changes come before many, so that the first of the best changes nothing without need.
+    for chosen in sorted(choices, key=lambda forms: sum(form != AS_GIVEN for form in forms)):
+        forms = dict(zip(speakers, chosen, strict=True))
+        formed = [_in_form(message, forms[_speaker(message)]) for message, _ in trial]
+        if formed in seen:
+            continue
+        seen.append(formed)
+        try:
+            text = _rendered(processor, formed, False, False)
+        except jinja2.TemplateError:  # also of raise_exception, which says what it does not like
+            refused = refused or forms
+            continue
+        except Exception:  # a template may raise anything
+            continue
+        lists = (message["content"] for message in formed if not isinstance(message["content"], str))
+        if any(content and repr(content) in text for content in lists):
+            continue
+        read = sum(not words or any(word in text for word in words) for _, words in trial)
+        if read > best[0]:
+            best = (read, forms)
+        if read == len(trial):
+            break
+    return best[1] or refused or dict.fromkeys(speakers, AS_GIVEN)
+
+
+def _trial(messages: Sequence[Message]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The messages with words of their own for texts, each with its words. No filter of letters changes a number."""
+    numbers = (str(number) for number in itertools.count(770_001))
+    trial = []
+    for message in messages:
+        content, words = message["content"], []
+        if isinstance(content, str):
+            words = [next(numbers)]
+            content = words[0]
+        else:
+            texts = [part["type"] == "text" for part in content]
+            words = list(itertools.islice(numbers, sum(texts)))
+            left = iter(words)
+            content = [
+                {"type": "text", "text": next(left)} if is_text else part
+                for part, is_text in zip(content, texts, strict=True)
+            ]
+        trial.append(({**message, "content": content}, words))
+    return trial
+
+
+def _fault(error: Exception) -> LVLMError:
+    if isinstance(error, LVLMError):
+        return error
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return LVLMError(
+            f"the chat template is broken at line {error.lineno} ({reason(error)}); copy chat_template.jinja from the "
+            "checkpoint's repository"
+        )
+    if type(error) is jinja2.TemplateError:  # of raise_exception
+        return LVLMError(f"the chat template refuses the conversation: {reason(error)}")
+    return LVLMError(
+        f"the chat template cannot write the conversation ({type(error).__name__}: {reason(error)}); give messages of "
+        "another form, or the checkpoint another template (chat_template.jinja)"
+    )

@@ -1,0 +1,224 @@
+"""Chat templates get the form of message that they were written for, and what they refuse is one line."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors import inputs, load, templates
+from lvlm_jax.training.data.pair_batches import Encoder
+from lvlm_jax.training.data.pair_files import Conversation, assistant
+from lvlm_jax.weights import model_config, names
+
+# As the published one of GLM-4.1V: lists in the user's turns alone.
+USERS_LISTS = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' and m.content is not string %}"
+    "{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+STRINGS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LISTS = (
+    "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}<image>{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+# As the published one of LLaVA-OneVision: an answered turn has another blank behind the role.
+OTHER_BLANKS = (
+    "{% for m in messages %}{{ '|' + m['role'] + ' ' }}{% for p in m['content'] %}"
+    "{{ '<image>' if p['type'] == 'image' else '\n' + p['text'] }}{% endfor %}{{ '|end|' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '|assistant\n' }}{% endif %}"
+)
+REFUSES = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}x"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return model_config(Path(names.checkpoint("pocket")))
+
+
+@pytest.fixture(scope="module")
+def pocket(config):
+    return load.load_processor(Path(names.checkpoint("pocket")), config)
+
+
+@pytest.fixture
+def with_template(pocket):
+    def make(template: str):
+        processor = copy.copy(pocket)
+        processor.chat_template = template
+        return processor
+
+    return make
+
+
+def text_of(words: str) -> list[dict]:
+    return [{"type": "text", "text": words}]
+
+
+def prompt_of(processor, config, messages) -> np.ndarray:
+    """Token ids of a prompt, without padding and images."""
+    laid_out = inputs.from_messages(processor, config, messages)
+    return laid_out.tokens[0][laid_out.image_id[0] == 0]
+
+
+def learned(processor, config, messages) -> tuple[np.ndarray, str]:
+    """Token ids of a training row, and the text that is learned."""
+    row = Encoder(processor, config).conversation(Conversation((), messages, "1"))
+    tokens = next(iter(row.sequences.values())).tokens()
+    return tokens.ids, processor.tokenizer.decode(tokens.ids[tokens.answers])
+
+
+@pytest.mark.parametrize("template", [USERS_LISTS, STRINGS, LISTS])
+@pytest.mark.parametrize("form", [str, text_of])
+def test_strings_and_lists_reach_every_template_as_the_text_they_hold(template, form, with_template, config):
+    processor = with_template(template)
+    said = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi"), ("user", "What?")]
+    messages = [{"role": role, "content": form(text)} for role, text in said]
+    got = processor.tokenizer.decode(prompt_of(processor, config, messages), skip_special_tokens=True)
+    want = "system: Be brief.\nuser: Hello\nassistant: Hi\nuser: What?\nassistant: "
+    assert got == want
+    _, answers = learned(processor, config, [*messages, {"role": "assistant", "content": form("A cat.")}])
+    assert answers.replace(" ", "") in ("HiAcat.</s>", "Hi\nAcat.</s>")
+    continued = [*messages, {"role": "assistant", "content": form("A")}]
+    text = templates.render(processor, templates.suited(processor, continued), False, continued=True)
+    assert text == want + "A"
+
+
+def test_a_template_that_reads_both_forms_gets_what_was_given(with_template):
+    both = (
+        "{% for m in messages %}{{ 's' if m.content is string else 'l' }}"
+        "{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    )
+    processor = with_template(both)
+    messages = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": text_of("B") + text_of("C")},
+    ]
+    assert templates.suited(processor, messages) == messages
+    assert templates.render(processor, messages, False) == "sAlB"
+
+
+def test_images_stay_lists_beside_strings(with_template, config):
+    processor = with_template(USERS_LISTS)
+    picture = {"type": "image", "image": Image.new("RGB", (96, 96))}
+    messages = [
+        {"role": "system", "content": text_of("Be brief.")},
+        {"role": "user", "content": [picture, *text_of("What?")]},
+    ]
+    laid_out = inputs.from_messages(processor, config, messages)
+    assert (laid_out.image_id == 1).sum() == config.tokens_per_image
+    with pytest.raises(LVLMError, match="0 image placeholders|cannot write the conversation"):
+        inputs.from_messages(with_template(STRINGS), config, messages)
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (REFUSES, "refuses the conversation: roles must alternate"),
+        ("{% for m in %}", "broken at line 1"),
+        ("{{ ''.__class__.__mro__ }}", "cannot write the conversation .SecurityError"),
+        ("{{ 1 / 0 }}", "cannot write the conversation .ZeroDivisionError"),
+    ],
+)
+def test_what_a_template_raises_is_one_line(template, said, with_template, config):
+    processor = with_template(template)
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": text_of("b")}]
+    with pytest.raises(LVLMError, match=said) as caught:
+        inputs.from_messages(processor, config, messages)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(LVLMError, match=f"row 7.*{said}"):
+        Encoder(processor, config).conversation(Conversation((), [*messages, assistant("c")], "7"))
+
+
+def test_a_fault_names_its_sample(with_template, config):
+    processor = with_template(REFUSES)
+    good, bad = [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}] * 2
+    with pytest.raises(LVLMError, match="^sample 1: the chat template refuses"):
+        inputs.from_messages(processor, config, [good, bad])
+
+
+def test_a_begin_token_that_the_template_writes_is_the_only_one(pocket, with_template, config):
+    messages = [{"role": "user", "content": text_of("Hello")}]
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "np"}
+    for processor in (pocket, with_template("{{ bos_token }}" + pocket.chat_template)):
+        want = processor.apply_chat_template(messages, **options)["input_ids"][0].tolist()
+        ids, _ = learned(processor, config, [*messages, assistant("Hi")])
+        assert prompt_of(processor, config, messages).tolist() == want == ids[: len(want)].tolist()
+        assert want.count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_encoded_images_get_no_second_begin_token_either(pocket, with_template, config):
+    processor = with_template("{{ bos_token }}" + pocket.chat_template)
+    tokens = np.zeros((config.tokens_per_image, config.text.hidden_size), np.float32)
+    side = config.vision.image_size
+    encoded = inputs.EncodedImage(np.zeros((3, side, side), np.float32), tokens)
+    plain = Image.new("RGB", (side, side))
+    laid_out = [
+        inputs.from_messages(
+            processor,
+            config,
+            [{"role": "user", "content": [{"type": "image", "image": one}, *text_of("Hi")]}],
+        )
+        for one in (encoded, plain)
+    ]
+    np.testing.assert_array_equal(laid_out[0].tokens, laid_out[1].tokens)
+
+
+def test_a_template_that_writes_other_blanks_behind_an_answered_prompt_can_be_trained(with_template, config):
+    processor = with_template(OTHER_BLANKS)
+    user = {"role": "user", "content": text_of("Hello")}
+    prompt = prompt_of(processor, config, [user])
+    ids, answer = learned(processor, config, [user, assistant("Hi")])
+    assert ids[: len(prompt)].tolist() == prompt.tolist()
+    assert answer == "Hi|end|</s>"
+    ids, answers = learned(processor, config, [user, assistant("Hi"), user, assistant("Yes")])
+    assert ids[: len(prompt)].tolist() == prompt.tolist()
+    assert answers == "Hi|end|Yes|end|</s>"
+    other = with_template(OTHER_BLANKS.replace("|assistant\n", "|assistant:\n"))
+    with pytest.raises(LVLMError, match="row 1.*writes a prompt differently once it is answered"):
+        learned(other, config, [user, assistant("Hi")])
+
+
+def test_what_a_processor_raises_is_one_line_that_names_the_sample(pocket, config):
+    class Narrow:
+        """A processor that cannot take very long pictures, as Qwen2-VL's."""
+
+        def __getattr__(self, name):
+            return getattr(pocket, name)
+
+        def __call__(self, images=None, **options):
+            if images and images[0].width > 200 * images[0].height:
+                raise ValueError("absolute aspect ratio must be smaller than 200,\ngot 400.0")
+            return pocket(images=images, **options)
+
+    def asked(width):
+        picture = {"type": "image", "image": Image.new("RGB", (width, 1))}
+        return [{"role": "user", "content": [picture, *text_of("What?")]}]
+
+    inputs.from_messages(Narrow(), config, [asked(40), asked(150)])
+    with pytest.raises(LVLMError, match="^sample 1: .*400 x 1 pixels: absolute aspect ratio .*, got 400.0$"):
+        inputs.from_messages(Narrow(), config, [asked(40), asked(400)])
+
+
+def test_half_a_surrogate_is_one_line(pocket, config):
+    with pytest.raises(LVLMError, match="cannot take the conversation") as caught:
+        inputs.from_messages(pocket, config, [{"role": "user", "content": "caf\ud83d"}])
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused(pocket, config):
+    processor = copy.deepcopy(pocket)
+    processor.tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    number = processor.tokenizer.convert_tokens_to_ids("<|new|>")
+    assert number == config.text.vocab_size
+    user = {"role": "user", "content": "How many <|new|>?"}
+    with pytest.raises(LVLMError, match=f"wrote token {number}.*0 to {number - 1}"):
+        inputs.from_messages(processor, config, [user])
+    with pytest.raises(LVLMError, match=f"row 3.*wrote token {number}"):
+        Encoder(processor, config).conversation(Conversation((), [user, assistant("Hi")], "3"))
