@@ -23,6 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.top_p = 1.0  # sample from the fewest tokens that hold this share of the probability
     config.top_k = 0  # sample from this many most probable tokens; 0: from all
     config.repetition_penalty = 1.0  # above 1: tokens seen before become less likely
+    config.generation_config = (
+        "plain"  # checkpoint: what the checkpoint recommends, such as a repetition penalty
+    )
     config.max_new_tokens = 256  # longest answer
     config.seed = 0  # of sampling; the same seed gives the same answers
 

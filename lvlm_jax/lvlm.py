@@ -14,7 +14,7 @@ from lvlm_jax import parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import answer, branches, drivers, replay, scheduler, streaming, sweep
+from lvlm_jax.generation import answer, branches, defaults, drivers, replay, scheduler, streaming, sweep
 from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
@@ -24,8 +24,7 @@ from lvlm_jax.methods.parse import as_method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
-from lvlm_jax.weights import lora, names, quantize
-from lvlm_jax.weights.peft import load_adapter
+from lvlm_jax.weights import lora, names, peft
 
 
 class LVLM:
@@ -36,15 +35,14 @@ class LVLM:
         config: the configuration.
         folder: where the checkpoint was read from; None for parameters made elsewhere.
         mesh: the devices, or None for the default device.
+        generation_config: "plain" or "checkpoint", see `from_pretrained`.
     """
 
     def __init__(
         self, params: dict, config: FamilyConfig, folder: str | os.PathLike | None = None, mesh=None
     ):
-        self.params = params
-        self.config = config
+        self.params, self.config, self.mesh, self.generation_config = params, config, mesh, "plain"
         self.folder = None if folder is None else Path(folder)
-        self.mesh = mesh
 
     @classmethod
     def from_pretrained(
@@ -55,17 +53,18 @@ class LVLM:
         vision_tower: str | os.PathLike | None = None,
         adapter: str | os.PathLike | None = None,
         quant: str | None = None,
+        generation_config: str = "plain",
     ) -> "LVLM":
         """Loads a Hugging Face checkpoint.
 
         Args:
             path_or_hub_id: a folder, the id of a repository on the hub, or "pocket", the model inside the package.
-            dtype: "float32", "bfloat16" or "float16", of weights, caches and products; "auto" is float32 on a CPU and
-                bfloat16 elsewhere.
+            dtype: of weights, caches and products: "float32", "bfloat16", "float16" or "auto", see `weights.names`.
             mesh: devices to spread the parameters over (`parallel.make_mesh`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
             quant: "int8" keeps the decoder's weights as 8-bit integers and computes in `dtype` (`weights.quantize`).
+            generation_config: "checkpoint" or "plain", see `generation.defaults`.
 
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
@@ -74,10 +73,12 @@ class LVLM:
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
-        place = parallel.parameter_sharding(mesh) if mesh is not None else None
+        place = None if mesh is None else parallel.parameter_sharding(mesh)
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
-        params = params if adapter is None else load_adapter(adapter, params, config)
-        return cls(params, config, folder, mesh)
+        params = params if adapter is None else peft.load_adapter(adapter, params, config)
+        model = cls(params, config, folder, mesh)
+        model.generation_config = defaults.check(generation_config)
+        return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
         """Writes a Hugging Face checkpoint folder that transformers loads, adapters merged into the weights.
@@ -85,7 +86,6 @@ class LVLM:
         Raises:
             LVLMError: the folder is in the way or cannot be written, or the model is quantized.
         """
-        quantize.refuse(self.params)
         params = lora.merge(self.params)
         return weights.save_checkpoint(folder, params, self.config, self.folder, overwrite=overwrite)
 
@@ -106,6 +106,10 @@ class LVLM:
     def _call(self, messages: Any, method: Any) -> tuple[dict, FamilyConfig, Inputs, Method | None]:
         """What most functions of `generation` take first."""
         return self.params, self.config, self.prepare(messages), as_method(method)
+
+    def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
+        """The settings with the checkpoint's own, where this call or the loading of the model asked for them."""
+        return defaults.settled(decoding, choice or self.generation_config, self.folder)
 
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
         """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
@@ -152,8 +156,6 @@ class LVLM:
         """Runs the prompt and returns the logits of the first answer token.
 
         Args:
-            prompt: anything `prepare` takes.
-            method: the method; None for plain decoding.
             max_length: tokens, prompt included, that the state must hold; default 128 more than the prompt.
             share_prefix: False runs the whole prompt once per branch, for comparison.
             tap: what steps return besides logits; True is the attention of the last row in all layers and heads.
@@ -168,13 +170,10 @@ class LVLM:
     def prefill_arguments(
         self, prompt: Any, method: Method | str | None = None, max_length: int | None = None
     ) -> tuple[tuple, dict[str, Any]]:
-        """What `prefill` passes to `generation.forward.prefill`: positional arguments and options.
-
-        For those who lower, vmap or time the pure function themselves. Vision towers have run.
-        """
-        params, config, prompt, method = self._call(prompt, method)
+        """What `prefill` passes to `generation.forward.prefill`, for those who lower, vmap or time it themselves."""
+        *model, prompt, method = self._call(prompt, method)
         capacity = branches.answer_capacity(prompt, max_length)
-        return branches.prefill_arguments(params, config, prompt, method, capacity, self.host)
+        return branches.prefill_arguments(*model, prompt, method, capacity, self.host)
 
     def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
         """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
@@ -198,6 +197,7 @@ class LVLM:
         stop_token_ids: Sequence[int] | None = None,
         num_beams: int = 1,
         length_penalty: float = 1.0,
+        generation_config: str | None = None,
     ) -> Output:
         """Answers a batch of conversations.
 
@@ -205,12 +205,14 @@ class LVLM:
             messages: anything `prepare` takes.
             method: a method of `lvlm_jax.methods`; None for plain decoding.
             max_new_tokens, ..., length_penalty: checked and explained in `generation.settings.Decoding`.
+            generation_config: for this call; None as the model was loaded.
 
         Raises:
             LVLMError: unusable messages or settings.
         """
         sampling = (temperature, top_k, top_p, repetition_penalty, seed)
-        decoding = Decoding(max_new_tokens, *sampling, stop, stop_token_ids, num_beams, length_penalty)
+        given = Decoding(max_new_tokens, *sampling, stop, stop_token_ids, num_beams, length_penalty)
+        decoding = self._settled(given, generation_config)
         return answer.generate(*self._call(messages, method), decoding, self.host)
 
     def generate_many(
@@ -229,7 +231,6 @@ class LVLM:
 
         Args:
             requests: conversations, each with its seed; drawn as they are needed.
-            method, max_new_tokens, ..., stop_token_ids: as for `generate`.
             batch_size: answers under way at once.
 
         Yields:
@@ -239,7 +240,7 @@ class LVLM:
             LVLMError: unusable settings, or a method whose rows cannot be replaced (`scheduler.obstacle`).
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
-        decoding = Decoding(max_new_tokens, *sampling, stop_token_ids=stop_token_ids)
+        decoding = self._settled(Decoding(max_new_tokens, *sampling, stop_token_ids=stop_token_ids))
         options = (as_method(method), decoding, batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
@@ -281,7 +282,7 @@ class LVLM:
             LVLMError: unusable messages or settings, or more than one conversation.
         """
         sampling = (temperature, top_k, top_p, repetition_penalty, seed)
-        decoding = Decoding(max_new_tokens, *sampling, stop, stop_token_ids)
+        decoding = self._settled(Decoding(max_new_tokens, *sampling, stop, stop_token_ids))
         return streaming.stream(*self._call(messages, method), decoding, self.host)
 
     def attention(
@@ -290,9 +291,8 @@ class LVLM:
         """Where the main branch looked while it produced given answers.
 
         Args:
-            messages: anything `prepare` takes.
+            messages, method: as for the `generate` that gave the answers.
             tokens: the T answer tokens of each conversation, as `Output.tokens` has them.
-            method: the method they were generated with.
 
         Returns:
             Per conversation the weights, in the row that produced each token, of its N image tokens, in order.

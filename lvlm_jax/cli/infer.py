@@ -11,6 +11,7 @@ from lvlm_jax.analysis import overlay
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import jobs, scheduler
+from lvlm_jax.generation.defaults import CHOICES
 from lvlm_jax.generation.questions import conversation
 from lvlm_jax.journal import record
 from lvlm_jax.methods import parse
@@ -119,6 +120,11 @@ def command_line(words: list[str]):
         help="sample from this many tokens; 0: from all",
     )
     add("--repetition-penalty", type=common.number(float, above=0), metavar="R", help="1: none")
+    add(
+        "--generation-config",
+        choices=CHOICES,
+        help="checkpoint: settings left at their defaults are those of the checkpoint's generation_config.json",
+    )
     add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
     add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
     name = chosen.method or (defaults.demo.method if demo else defaults.method)
@@ -146,6 +152,7 @@ def load(arguments) -> LVLM:
         dtype=arguments.dtype,
         adapter=arguments.adapter,
         quant=names.quant(arguments.quant),
+        generation_config=arguments.generation_config,
     )
 
 
@@ -178,7 +185,7 @@ def job(arguments) -> int:
             names.checkpoint(arguments.model_path),
             names.precision(names.dtype(arguments.dtype), names.quant(arguments.quant)),
             arguments.method,
-            settings(arguments),
+            settings(arguments) | {"generation_config": arguments.generation_config},
         )
         | record.adapter_record(arguments.adapter),
         image_folder=arguments.image_folder,

@@ -3,8 +3,10 @@
 Adding one is a file here, which registers its two classes (`models.family`), and a key table in `weights/`.
 """
 
+import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,17 +34,43 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise LVLMError(f"model_type {given!r} is not supported; expected one of {known}")
+    _refuse_quantized(raw)
+    family = FAMILIES[model_type].config
+    nested = family.nested(raw)
     # Imported here: reading a configuration is the only thing in this room that needs transformers.
     from transformers import CONFIG_MAPPING
 
     try:
         # Families that transformers does not carry read their own dict.
-        hf = CONFIG_MAPPING[model_type].from_dict(raw) if model_type in CONFIG_MAPPING else None
+        hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
     except Exception as error:  # transformers raises whatever the first bad field provokes
         raise LVLMError(
             f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}"
         ) from error
-    return FAMILIES[model_type].config.from_hf(raw, hf)
+    return dataclasses.replace(family.from_hf(nested, hf), hf=raw)
+
+
+_QUANTIZED = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "fbgemm_fp8": "FP8"}
+
+
+def _refuse_quantized(raw: Mapping[str, Any]) -> None:
+    """Raises an LVLMError if a configuration, or a part of it, says that the weights are quantized."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
+        for field in ("quantization_config", "compression_config"):
+            if given := part.get(field):
+                raise LVLMError(
+                    f"config.json has a {field}: its weights are quantized ({_quantization(given)}), which is not "
+                    'supported; take the checkpoint with full weights (quant="int8" makes its decoder small)'
+                )
+
+
+def _quantization(given: Any) -> str:
+    """What people call a kind of quantization."""
+    given = given if isinstance(given, Mapping) else {}
+    kind = given.get("quant_method") or given.get("quant_algo")
+    if kind is None and any(str(name).startswith(("load_in_", "bnb_", "_load_in_")) for name in given):
+        kind = "bitsandbytes"
+    return _QUANTIZED.get(str(kind).lower(), str(kind or "of an unnamed kind")[:40])
 
 
 def build(config: FamilyConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> VisionLanguageModel:

@@ -92,6 +92,11 @@ class FamilyConfig(abc.ABC):
             LVLMError: a part of the configuration is not supported.
         """
 
+    @classmethod
+    def nested(cls, raw: dict) -> dict:
+        """`config.json` with the decoder's fields in `text_config`, where transformers expects them."""
+        return raw
+
     @abc.abstractmethod
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes of all images of a batch; None without images.
@@ -139,7 +144,12 @@ class FamilyConfig(abc.ABC):
         given = generation.get("eos_token_id")
         if given is None:
             return self.eos_token_ids
-        return tuple(given) if isinstance(given, list) else (given,)
+        tokens = tuple(given) if isinstance(given, list) else (given,)
+        if not all(type(token) is int for token in tokens):
+            raise LVLMError(
+                f"generation_config.json: eos_token_id is {str(given)[:60]!r}; expected a token id, or a list of them"
+            )
+        return tokens
 
     def mark_images(self, prompt: np.ndarray) -> np.ndarray:
         """A prompt `Int[T]` with placeholders where the family's tokenizer writes other tokens for images.

@@ -30,6 +30,16 @@ from lvlm_jax.models.qwen_vision import (
     picture_groups,
 )
 
+# Of a flat `config.json`, what is not the decoder's; besides the tokens of images and videos.
+_TOP_FIELDS = (
+    "architectures",
+    "model_type",
+    "vision_config",
+    "auto_map",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+)
 CONNECTOR_EPSILON = 1e-5  # no configuration tells
 
 
@@ -49,6 +59,19 @@ class Glm4vConfig(LoosePatchConfig):
     attention_bias: bool
     rms_norm_eps: float
     model_type: str = "glm4v"
+
+    @classmethod
+    def nested(cls, raw: dict) -> dict:
+        """The published `config.json` is flat: the decoder's fields lie beside `vision_config`."""
+        if "text_config" in raw or "hidden_size" not in raw:
+            return raw
+        top = {
+            name: value
+            for name, value in raw.items()
+            if name in _TOP_FIELDS or name.startswith(("image_", "video_"))
+        }
+        text = {name: value for name, value in raw.items() if name not in top}
+        return top | {"text_config": text | {"model_type": "glm4v_text"}}
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Glm4vConfig":

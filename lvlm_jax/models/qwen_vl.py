@@ -84,10 +84,6 @@ class QwenVlConfig(FamilyConfig):
                 "config.json of model_type 'qwen' has no 'visual': a text model without a vision tower; "
                 "expected Qwen-VL or Qwen-VL-Chat"
             )
-        if raw.get("quantization_config"):
-            raise LVLMError(
-                "quantization_config is not supported; take the checkpoint with full weights, Qwen/Qwen-VL-Chat"
-            )
         text = _decoder(raw)
         vision, queries = _vision(visual, text.hidden_size)
         start = _count("visual.image_start_id", visual.get("image_start_id"))

@@ -10,11 +10,13 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 
-# (index file, single file, glob of files without an index), in order of preference.
+# (single file, index file, glob of files without an index), in the order in which transformers looks for them. So a
+# file of all weights comes before the index that an earlier save left, and an adapter's file is never the model.
 _LAYOUTS = (
-    ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+    ("model.safetensors", "model.safetensors.index.json", "model*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 
@@ -43,8 +45,9 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
-        if not any(found.glob("*.safetensors")):
+        wanted = [*_TEXT_FILES, "model*.safetensors", *_ADAPTER_FILES]
+        found = Path(snapshot_download(given, allow_patterns=wanted))
+        if not any(found.glob("model*.safetensors")):
             found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
     except (
         Exception
@@ -79,20 +82,26 @@ def read_optional(folder: Path, name: str) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: those an index names, else the single file, else every match.
+    """The files that hold a folder's weights: the single file, else those an index names, else every match.
 
     Raises:
         LVLMError: no such folder, no weights in it, a malformed index, or a missing shard.
     """
     if not folder.is_dir():
         raise LVLMError(f"no such folder: {folder}; expected a checkpoint folder")
-    for index, single, pattern in _LAYOUTS:
-        if (folder / index).exists():
-            return _shards(folder / index)
-        if (folder / single).exists():
+    for single, index, pattern in _LAYOUTS:
+        if (folder / single).is_file():
             return [folder / single]
-        if found := sorted(folder.glob(pattern)):
+        if (folder / index).is_file():
+            return _shards(folder / index)
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
+    adapter = next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    if adapter is not None:
+        raise LVLMError(
+            f"{folder} holds an adapter ({adapter}) and no weights of a model: load the model it was trained on, and "
+            "give this folder as adapter="
+        )
     looked_for = ", ".join(name for layout in _LAYOUTS for name in layout)
     raise LVLMError(f"no weights in {folder}: looked for {looked_for}")
 
@@ -105,7 +114,7 @@ def _shards(index: Path) -> list[Path]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise LVLMError(f"{index} names {outside[0]}; expected files in its own folder")
-    missing = [name for name in names if not (index.parent / name).exists()]
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise LVLMError(
             f"{index} names {len(missing)} of {len(names)} files that are not there: {', '.join(missing[:10])}; "

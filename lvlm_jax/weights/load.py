@@ -129,6 +129,7 @@ def _open(folder_or_files: Files, vision_tower) -> tuple[list[TensorFile], list[
         return open_files(folder_or_files), open_files(tower)
     folder = Path(folder_or_files)
     files = open_files(weight_files(folder))
+    _check_not_quantized(folder, files)
     config = read_configuration(folder)
     if not original.is_original(config):
         _check_no_tower(folder, vision_tower)
@@ -137,6 +138,17 @@ def _open(folder_or_files: Files, vision_tower) -> tuple[list[TensorFile], list[
     if inside and vision_tower is None:
         return files, []
     return files, open_files(original.tower_files(folder, config, vision_tower))
+
+
+def _check_not_quantized(folder: Path, files: Sequence[TensorFile]) -> None:
+    """Older files of AWQ, GPTQ and bitsandbytes tell of it by their tensors' names alone."""
+    marks = (".qweight", ".qzeros", ".absmax", ".weight_scale_inv", ".SCB")
+    found = next((name for file in files for name in file.shapes if name.endswith(marks)), None)
+    if found is not None:
+        raise LVLMError(
+            f"{folder} holds quantized weights ({'.'.join(found.split('.')[-2:])}), which are not supported; "
+            "take the checkpoint with full weights"
+        )
 
 
 def _check_no_tower(folder: Path, vision_tower) -> None:

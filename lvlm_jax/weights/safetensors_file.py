@@ -37,6 +37,10 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_AXES, _LONGEST = (
+    32,
+    2**48,
+)  # of an array; NumPy's own limits are little above, and no tensor comes near them
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -130,6 +134,10 @@ def _entry(path: Path, name: str, entry: dict) -> tuple[np.dtype, tuple[int, ...
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"shape or data_offsets of {name}")
+    if len(shape) > _MOST_AXES or math.prod(max(number, 1) for number in shape) > _LONGEST:
+        raise LVLMError(
+            f"{path} is malformed: no array can have the shape of tensor {name}, {str(shape)[:60]}"
+        )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise LVLMError(
             f"{path} is malformed: tensor {name} of shape {list(shape)} and dtype {entry['dtype']} "

@@ -136,6 +136,9 @@ def damaged(name: str, data: bytes) -> bytes:
         "shape is a word": {"shape": "ab"},
         "no offsets": {"data_offsets": []},
         "dtype": {"dtype": "F4"},
+        "dtype is a list": {"dtype": ["F32"]},
+        "beyond NumPy": {"shape": [0, 2**64], "data_offsets": [0, 0]},
+        "many axes": {"shape": [1] * 65},
     }[name]
     return with_header(header | {"a": entry})
 
@@ -159,6 +162,9 @@ DAMAGES = {
     "shape is a word": "malformed",
     "no offsets": "malformed",
     "dtype": "unsupported dtype F4",
+    "dtype is a list": "malformed",
+    "beyond NumPy": "no array can have",
+    "many axes": "no array can have",
 }
 
 
@@ -235,7 +241,7 @@ def test_hub_download_takes_torch_files_only_without_safetensors(monkeypatch, tm
         lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path,
     )
     assert weights.resolve_checkpoint("owner/name") == tmp_path
-    assert len(asked) == 2 and "*.safetensors" in asked[0] and "pytorch_model*.bin" in asked[1]
+    assert len(asked) == 2 and "model*.safetensors" in asked[0] and "pytorch_model*.bin" in asked[1]
     assert not any(pattern.endswith(".py") or pattern == "*" for patterns in asked for pattern in patterns)
     (tmp_path / "model.safetensors").touch()
     weights.resolve_checkpoint("owner/name")

@@ -1,0 +1,115 @@
+"""Settings of a checkpoint's own: honoured as transformers honours them when asked for, ignored as it comes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from lvlm_jax import LVLM
+from lvlm_jax.cli import infer
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation.defaults import of_checkpoint, settled
+from lvlm_jax.generation.settings import Decoding
+from tests import checkpoints
+from tests.checkpoints import IMAGE
+
+PENALISED = {
+    "do_sample": True,
+    "repetition_penalty": 1.8,
+    "temperature": 1e-6,
+}  # nearly greedy, as Qwen2.5-VL
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "m")
+    write(tmp_path / "m", PENALISED)
+    return tmp_path / "m"
+
+
+def write(folder, settings):
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def test_as_transformers_generates(folder, torch_model):
+    question = checkpoints.random_inputs(torch_model.config, seed=9, layouts=[(3, IMAGE, 5)])
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = theirs.generate(**checkpoints.to_torch(question), max_new_tokens=12)
+    want = out[0, question["input_ids"].shape[1] :].tolist()
+    loaded = LVLM.from_pretrained(folder, generation_config="checkpoint")
+    plain = LVLM.from_pretrained(folder)
+    assert loaded.generate(question, max_new_tokens=12).tokens[0] == want
+    assert plain.generate(question, max_new_tokens=12, generation_config="checkpoint").tokens[0] == want
+    greedy = plain.generate(question, max_new_tokens=12).tokens[0]
+    assert greedy != want
+    assert loaded.generate(question, max_new_tokens=12, generation_config="plain").tokens[0] == greedy
+
+
+def test_what_a_call_gives_comes_first(folder):
+    decoding = settled(Decoding(temperature=0.5, max_new_tokens=7), "checkpoint", folder)
+    assert (decoding.temperature, decoding.repetition_penalty, decoding.max_new_tokens) == (0.5, 1.8, 7)
+    assert decoding.top_k == 50  # what transformers samples from where the file says nothing
+    assert settled(Decoding(), "plain", folder) == Decoding()
+
+
+def test_without_sampling_its_settings_are_not_used(folder):
+    write(folder, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": None})
+    assert settled(Decoding(), "checkpoint", folder) == Decoding()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"do_sample": "yes"}, "do_sample is 'yes'"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
+        ({"repetition_penalty": [1]}, "repetition_penalty is"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size, which is not supported"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(given, message, folder):
+    write(folder, given)
+    with pytest.raises(LVLMError, match=message) as caught:
+        settled(Decoding(), "checkpoint", folder)
+    assert "generation_config.json" in str(caught.value)
+    assert settled(Decoding(), "plain", folder) == Decoding()
+
+
+def test_settings_that_do_nothing_are_passed_over(tmp_path):
+    file = {
+        "typical_p": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "num_beam_groups": 1,
+        "use_cache": True,
+    }
+    assert of_checkpoint(file, tmp_path) == {}
+
+
+def test_an_unknown_choice_is_refused(checkpoint):
+    with pytest.raises(LVLMError, match="generation_config is 'mine'; expected plain or checkpoint"):
+        LVLM.from_pretrained(checkpoint, generation_config="mine")
+
+
+@pytest.mark.parametrize("end", ["</s>", [[2]], {"a": 1}, 2.5, [2, None]])
+def test_stop_tokens_of_odd_kinds(end, folder):
+    write(folder, {"eos_token_id": end})
+    with pytest.raises(LVLMError, match="generation_config.json: eos_token_id"):
+        LVLM.from_pretrained(folder)
+
+
+def test_the_record_of_a_job_names_the_choice(folder, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "image": [], "text": "Hello"}) + "\n")
+    words = ["--model-path", str(folder), "--question-file", str(questions), "--max-new-tokens", "30"]
+    texts = {}
+    for choice in ("plain", "checkpoint"):
+        answers = tmp_path / f"{choice}.jsonl"
+        code = infer.main([*words, "--answers-file", str(answers), "--generation-config", choice])
+        record = json.loads(answers.with_name(f"{choice}.jsonl.run.json").read_text())
+        assert code == 0 and record["generation"]["generation_config"] == choice
+        texts[choice] = json.loads(answers.read_text())["text"]
+    assert texts["plain"] != texts["checkpoint"]
