@@ -224,6 +224,7 @@ class LVLM:
         top_k: int = 0,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
         batch_size: int = 8,
     ) -> Iterator[tuple[int, Output | LVLMError]]:
@@ -240,7 +241,9 @@ class LVLM:
             LVLMError: unusable settings, or a method whose rows cannot be replaced (`scheduler.obstacle`).
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
-        decoding = self._settled(Decoding(max_new_tokens, *sampling, stop_token_ids=stop_token_ids))
+        decoding = self._settled(
+            Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
+        )
         options = (as_method(method), decoding, batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 

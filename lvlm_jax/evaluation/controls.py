@@ -35,6 +35,7 @@ from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.shares import Key
+from lvlm_jax.generation.output import NOT_FINITE
 from lvlm_jax.methods import Method, Strength, strength
 from lvlm_jax.methods.base import frozen, plausible
 from lvlm_jax.methods.chain import Chained
@@ -143,6 +144,8 @@ def log_odds(
 
     def respond(messages: list[list[dict]], seeds: list[int]) -> list[dict]:
         logits = np.asarray(parallel.local(model.prefill(messages)[1].combined), np.float64)
+        if np.isnan(logits).any() or np.isposinf(logits).any():
+            raise LVLMError(f"the logits of the first answer token {NOT_FINITE}")
         odds = np.logaddexp.reduce(logits[:, yes], axis=1) - np.logaddexp.reduce(logits[:, no], axis=1)
         return [{"odds": round(float(value), 6)} for value in odds]
 

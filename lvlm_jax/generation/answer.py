@@ -71,7 +71,7 @@ def begin(
         prompt.tokens,
         decoding.sampling,
         keys,
-        decoding.stops(config),
+        host.stops(config, decoding),
         answer_capacity=capacity,
     )
     return answers, limit

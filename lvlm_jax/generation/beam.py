@@ -119,6 +119,8 @@ class Hypotheses:
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
             return _along(jnp.concatenate([old, new], axis=1), kept_order)
 
+        # An answer whose log-probabilities are NaN stands for logits that were not finite.
+        failed = self.open & jnp.isnan(gains + logprobs).any(axis=(1, 2))
         is_kept = kept(self.kept, finishes)
         worst = jnp.where(is_kept, kept_scores.min(axis=1, keepdims=True), RULED_OUT)
         improvable = (running[:, :1] / count**rule.length_penalty > worst).any(axis=1)
@@ -127,11 +129,13 @@ class Hypotheses:
             logprobs=_along(history, order),
             scores=running,
             kept_tokens=kept(self.kept_tokens, tokens),
-            kept_logprobs=kept(self.kept_logprobs, history),
-            kept_length=kept(self.kept_length, jnp.broadcast_to(count, token.shape)),
+            kept_logprobs=jnp.where(failed[:, None, None], jnp.nan, kept(self.kept_logprobs, history)),
+            kept_length=jnp.where(
+                failed[:, None], count, kept(self.kept_length, jnp.broadcast_to(count, token.shape))
+            ),
             kept_scores=kept_scores,
             kept=is_kept,
-            open=self.open & improvable & ~ends.all(axis=1),
+            open=self.open & improvable & ~ends.all(axis=1) & ~failed,
             count=count,
         )
         return hypotheses, _along(places, order)

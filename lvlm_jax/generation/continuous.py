@@ -39,7 +39,7 @@ class Slots:
         count: per row, tokens chosen.
         limit: per row, how many may be chosen.
         running: rows whose answers are under way.
-        stopped: rows that chose a stop token.
+        stopped: rows that chose a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per row.
         seen: tokens of prompt and answer; None unless a repetition penalty needs it.
@@ -223,7 +223,7 @@ def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
     # The other rows write behind the last column, which is nowhere.
     column = jnp.where(running, slots.count, slots.tokens.shape[1])
     count = slots.count + running
-    stopped = running & (tokens[:, None] == slots.stop).any(axis=1)
+    stopped = running & ((tokens[:, None] == slots.stop).any(axis=1) | jnp.isnan(logprobs))
     return dataclasses.replace(
         slots,
         state=state,

@@ -55,7 +55,7 @@ class Answers:
         tokens, logprobs: what was generated, M columns reserved.
         count: columns written.
         length: per sample, tokens up to and including its stop token, or `count` while it runs.
-        finished: samples that reached a stop token.
+        finished: samples that reached a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per sample.
         seen: tokens of prompt and answer; None unless a repetition penalty needs it.
@@ -128,7 +128,7 @@ def _choose(answers: Answers, state: State, logits: Float[Array, "B V"]) -> Answ
         logprobs=write(answers.logprobs, logprobs),
         count=answers.count + 1,
         length=answers.length + ~answers.finished,
-        finished=answers.finished | (tokens[:, None] == answers.stop).any(axis=1),
+        finished=answers.finished | (tokens[:, None] == answers.stop).any(axis=1) | jnp.isnan(logprobs),
         seen=seen,
     )
 

@@ -62,6 +62,9 @@ class Sampling:
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         """One token per sample, and its log-probability under the unmodified logits.
 
+        The log-probability is NaN exactly where a sample's logits give no distribution: one of them is NaN or positive
+        infinity, or none is finite. Tokens ruled out (negative infinity) are no fault.
+
         Args:
             logits: `Step.combined`.
             keys: one random key per sample; the draw depends on the key and the step alone.

@@ -98,8 +98,12 @@ def generate_many(
     scheduler = Scheduler(params, config, prepare, method, decoding, batch_size, host)
 
     def read(answer: Finished | LVLMError) -> Output | LVLMError:
-        failed = isinstance(answer, LVLMError)
-        return answer if failed else host.read(answer, decoding.stop)
+        if isinstance(answer, LVLMError):
+            return answer
+        try:
+            return host.read(answer, decoding.stop)
+        except LVLMError as error:  # of this answer alone
+            return error
 
     return ((number, read(answer)) for number, answer in scheduler.answers(requests))
 
@@ -156,7 +160,7 @@ class Scheduler:
         self._params, self._config, self._host = params, config, host
         self._prepare, self._method = prepare, method
         self._sampling = decoding.sampling
-        self._stop = decoding.stops(config)
+        self._stop = host.stops(config, decoding)
         self._context = config.text.max_position_embeddings
         self._limit = min(decoding.max_new_tokens, self._context - 1)
         self._group = max(1, self.rows // ROWS_PER_GROUP)

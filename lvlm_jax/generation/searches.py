@@ -49,7 +49,7 @@ def best_answers(
             raise LVLMError(f"{method.label} wants the search {method.search!r}; expected one of {known}")
         search = SEARCHES[method.search]
     limit = decoding.limit(config, prompt)
-    rule = beam.Rule(decoding.stops(config), np.int32(limit), np.float32(decoding.length_penalty))
+    rule = beam.Rule(host.stops(config, decoding), np.int32(limit), np.float32(decoding.length_penalty))
     return search(params, config, prompt, method, decoding.num_beams, rule, bucket(limit), host)
 
 

@@ -72,7 +72,7 @@ def generate(
         prompt.tokens,
         decoding.sampling,
         keys,
-        decoding.stops(config),
+        host.stops(config, decoding),
         jnp.int32(limit),
         answer_capacity=capacity,
         contrast_axis=contrast_axis,
@@ -82,7 +82,10 @@ def generate(
 
     def output(point: int) -> Output:
         fields = {name: getattr(answers, name)[point] for name in by_point}
-        return host.read(dataclasses.replace(answers, **fields), decoding.stop)
+        try:
+            return host.read(dataclasses.replace(answers, **fields), decoding.stop)
+        except LVLMError as error:
+            raise LVLMError(f"setting {point} of the sweep: {error}") from error
 
     return [output(point) for point in range(len(methods))]
 

@@ -20,6 +20,7 @@ from lmms_eval.utils import simple_parse_args_string
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import searches
+from lvlm_jax.generation.output import NOT_FINITE
 from lvlm_jax.generation.questions import PLACEHOLDER, conversation
 from lvlm_jax.generation.settings import LARGEST_SEED, Decoding
 from lvlm_jax.integrations import GENERATION, build_method, decoding, load, whole
@@ -288,6 +289,8 @@ class LVLMJax(lmms):
         said = np.asarray(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
         greedy = np.asarray(logits.argmax(axis=-1)) == tokens
         sums = np.where(inside, said, 0.0).sum(axis=1, dtype=np.float64)
+        if np.isnan(sums).any():
+            raise LVLMError(f"the logits of a continuation {NOT_FINITE}")
         values = sums if self.likelihood == "logprob" else -sums / counts[:, 0]
         return list(zip(values.tolist(), (greedy | ~inside).all(axis=1).tolist(), strict=True))
 

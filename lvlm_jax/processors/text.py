@@ -1,6 +1,6 @@
 """Tokens to text, and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -15,10 +15,23 @@ def first_stop(text: str, strings: Sequence[str]) -> int | None:
     return min(found)[1] if found else None
 
 
-def tokens_before(tokenizer: Any, tokens: Sequence[int], cut: int) -> int:
-    """How many leading tokens it takes to write the first `cut` characters."""
+def written(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Text of generated tokens with special tokens, as they stand."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokens that `decode` leaves out, by what stop strings call them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {str(token): number for number, token in added.items() if token.special}
+
+
+def tokens_before(
+    tokenizer: Any, tokens: Sequence[int], cut: int, read: Callable[[Any, Sequence[int]], str] = decode
+) -> int:
+    """How many leading tokens it takes to write the first `cut` characters of what `read` makes of them."""
     return next(
-        (count for count in range(len(tokens) + 1) if len(decode(tokenizer, tokens[:count])) >= cut),
+        (count for count in range(len(tokens) + 1) if len(read(tokenizer, tokens[:count])) >= cut),
         len(tokens),
     )
 

@@ -118,6 +118,17 @@ def test_log_odds_are_those_of_transformers(model, torch_model, tmp_path):
     assert controls.log_odds(SimpleNamespace(processor=model.processor), questions, protocol, work) == found
 
 
+def test_log_odds_of_logits_that_are_not_finite_are_refused(model):
+    broken = SimpleNamespace(
+        processor=model.processor,
+        config=model.config,
+        encode_images=None,
+        prefill=lambda messages: (None, SimpleNamespace(combined=np.full((len(messages), 300), np.nan))),
+    )
+    with pytest.raises(LVLMError, match="first answer token are not finite"):
+        controls.log_odds(broken, [Question(1, (), "Is it so?", "yes", "random")], get("pope/strict"))
+
+
 def test_the_threshold_gives_the_share_asked_for():
     generator = np.random.default_rng(1)
     for _ in range(50):
