@@ -9,7 +9,8 @@ replacement of the same shape; the site remembers the results so far (`site.logi
 the logits stage is over). Stages see only the rows they asked for (`rows`) in the layers they asked for
 (`layers`); everywhere else nothing is traced.
 
-Outside attention, `residual` may edit the stream between two layers.
+Outside attention, `mlp` may edit the output of a layer's feed-forward block before it is added to the stream, and
+`residual` the stream between two layers.
 
 Statistics are per sample: reduce over heads, rows and columns, never over the batch axis. All arrays of a site are
 float32 or boolean.
@@ -30,7 +31,9 @@ from lvlm_jax.errors import LVLMError
 ROWS = ("all", "post_image", "last")
 # Positions belong to the method: they hold in all layers.
 ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
-STAGES = (*ATTENTION_STAGES, "residual")
+# Outside attention, in all rows of a call.
+STREAM_STAGES = ("mlp", "residual")
+STAGES = (*ATTENTION_STAGES, *STREAM_STAGES)
 NEAR = 0.83  # from here on (difflib's ratio) a name is taken for a slip of the pen: "logit", "wieghts", not "masked"
 
 
@@ -118,6 +121,12 @@ class Transform:
     def observe(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
         """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
         return site.carry
+
+    def mlp(
+        self, layer: int, num_layers: int, phase: str, output: Float[Array, "B T E"]
+    ) -> Float[Array, "B T E"]:
+        """Edits what the feed-forward block of layer `layer` adds to the stream, in all rows of the call."""
+        return output
 
     def residual(
         self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]
@@ -219,6 +228,11 @@ class Chain(Transform):
                 own = dataclasses.replace(narrowed(site, member), carry=site.carry[index])
                 carries[index] = member.observe(own, own_rows(weights, member))
         return tuple(carries)
+
+    def mlp(self, layer, num_layers, phase, output):
+        for member in self.members:
+            output = member.mlp(layer, num_layers, phase, output)
+        return output
 
     def residual(self, layer, num_layers, phase, hidden):
         for member in self.members:

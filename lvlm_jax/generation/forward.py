@@ -14,7 +14,7 @@ from lvlm_jax import models
 from lvlm_jax.attention import Context, LayerCache, Tap, Tapped, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
-from lvlm_jax.attention.transform import overrides
+from lvlm_jax.attention.transform import STREAM_STAGES, overrides
 from lvlm_jax.generation.state import Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
 from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
@@ -256,7 +256,10 @@ def _explicit_rows(
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
     edits = [transform for transform in transforms if transform is not None]
-    needed = [total if overrides(edit, "residual") else rows[edit.rows] for edit in edits]
+    everywhere = [any(overrides(edit, stage) for stage in STREAM_STAGES) for edit in edits]
+    needed = [
+        total if all_rows else rows[edit.rows] for edit, all_rows in zip(edits, everywhere, strict=True)
+    ]
     if method is not None and method.positions(*jnp.zeros((3,), jnp.int32)) is not None:
         needed.append(window)
     return max(needed, default=0 if len(transforms) == 1 else 1)

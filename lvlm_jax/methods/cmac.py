@@ -16,9 +16,16 @@ rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
 with v̄ the mean value over the image tokens of each head. Being linear in V, this is an edit of the weights: masked
 mass is spread evenly over the image tokens. `variant="code"` replaces v̄ by its mean over channels.
 
-Contrast: (1 + α) l - α l̃ where l >= max l + ln β. The gate (on in `variant="code"`) sets α to 0 at steps whose mean
-image logit s_t lies below the mean of the first 30 steps so far, the step itself included. Without IMD there is no
-contrast branch: the logits are those of the calibrated main branch, uncut.
+Contrast: (1 + α) l - α l̃ where l >= max l + ln β. Without IMD there is no contrast branch: the logits are those of the
+calibrated main branch, uncut.
+
+The gate sets α to 0 at steps whose mean image logit s_t lies below the mean of s over 30 steps, the step itself included:
+gate="first" takes the first 30 steps, as the authors' sampling loop does, gate="last" the newest 30, as their greedy loop
+does. Their scripts have it for CHAIR alone, so it is off but for the CHAIR presets of `variant="code"`.
+
+Differs from the paper in: nothing known. Differs from the authors' code in: statistics are per sample (theirs pool the
+batch). Their InstructBLIP program has CMPC off (`cmpc=False`) and pools θ over prompt and generated rows; their Qwen-VL
+program counts text positions twice and image positions once, divides by 3, and moves the image markers too. Neither is here.
 
 Rows before the last image's end are the same in both branches and computed once.
 Cost per token: one more row through the weights; the prompt's keys and values are read once for both branches.
@@ -55,8 +62,8 @@ class CMAC(Method):
         "what the contrast branch suffers where M is 1",
         choices=("value_mask", "attention_mask", "value_noise"),
     )
-    gate: bool | None = switch(
-        None, "α off where image logits are low; default only in variant 'code'", choices=(None, True, False)
+    gate: str | None = switch(
+        None, "30 steps whose mean image logit switches α off", choices=(None, "first", "last")
     )
     noise_seed: Strength = strength(0, "seed of distort='value_noise'", low=0, high=2**24)
 
@@ -73,8 +80,8 @@ class CMAC(Method):
     def __post_init__(self):
         if self.gamma is None:
             object.__setattr__(self, "gamma", 2.0 if self.variant == "paper" else 3.0)
-        if self.gate is None:
-            object.__setattr__(self, "gate", self.variant == "code")
+        if isinstance(self.gate, bool):  # on or off, in the words of a script
+            object.__setattr__(self, "gate", "first" if self.gate else None)
         super().__post_init__()
 
     def branches(self) -> tuple[Transform | None, ...]:
@@ -94,7 +101,9 @@ class CMAC(Method):
         return position + (1 - 1 / self.gamma) * (image_tokens - images_before)
 
     def start(self, batch: int) -> Any:
-        return (jnp.zeros((batch,)), jnp.zeros((batch,))) if self.imd and self.gate else ()
+        if not (self.imd and self.gate):
+            return ()
+        return (jnp.zeros((batch, GATE_STEPS)), jnp.zeros((batch,), jnp.int32))
 
     @property
     def independent_rows(self) -> bool:
@@ -107,11 +116,13 @@ class CMAC(Method):
             return main, memory
         alpha = self.alpha
         if self.gate:
-            total, steps = memory
-            early = steps < GATE_STEPS
-            total, steps = total + jnp.where(early, carry, 0), steps + early
-            memory = (total, steps)
-            alpha = jnp.where(carry < total / steps, 0.0, alpha)[:, None]
+            scores, steps = memory
+            place = jnp.arange(GATE_STEPS) == (steps % GATE_STEPS)[:, None]
+            written = place if self.gate == "last" else place & (steps < GATE_STEPS)[:, None]
+            scores = jnp.where(written, carry[:, None], scores)
+            mean = scores.sum(axis=1) / jnp.minimum(steps + 1, GATE_STEPS)
+            memory = (scores, steps + 1)
+            alpha = jnp.where(carry < mean, 0.0, alpha)[:, None]
         return contrasted(main, contrast, alpha, self.beta), memory
 
 

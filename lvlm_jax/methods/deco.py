@@ -5,9 +5,11 @@ Candidates are the fewest most likely tokens of the final distribution that toge
 `hidden_states`, through the final norm and the head; as shares of the depth, so that other depths work) the one that
 gives any candidate the largest probability p* is chosen, per sample and step, and
 
-    l + α p* l_layer
+    l + α p* l_layer   for candidates, -inf for all other tokens
 
-over the whole vocabulary.
+That holds for greedy decoding, sampling and beams alike, as in the authors' code.
+
+Differs from the paper and from the authors' code in: nothing known.
 
 Nothing here looks at images: samples without one are treated alike.
 Rows, layers, stages: none. Cost: the head once more for every early exit.
@@ -43,7 +45,8 @@ class DeCo(Method):
         likely = likeliest(jax.nn.softmax(readout.main, axis=-1), self.top_p, self.candidates)
         sure = jnp.where(likely, jax.nn.softmax(readout.exits, axis=-1), 0).max(axis=-1)
         chosen = jnp.take_along_axis(readout.exits, sure.argmax(axis=0)[None, :, None], axis=0)[0]
-        return readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen, memory
+        corrected = readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen
+        return jnp.where(likely, corrected, -jnp.inf), memory
 
 
 def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strength) -> Bool[Array, "B V"]:

@@ -1,9 +1,16 @@
 """M3ID: contrast against the prompt without its images, stronger with every token. arXiv 2403.14003.
 
-    g = e^{-λ t}      l + (1 - g) / g (l - l_noimage)      where l >= max l + ln β
+With l and l~ the next-token logits of the prompt with and without its images, p and p~ their distributions, t the number of
+tokens generated before (kept in memory) and g = e^{-λ t}:
 
-t is the number of tokens generated before (kept in memory), so the first token is not contrasted, only cut;
-λ is `decay`. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
+    variant="paper"   l + (1 - g) / g (ln p - ln p~)   where max p < α, else l; no plausibility cut
+    variant="port"    l + (1 - g) / g (l - l~)         where l >= max l + ln β, else -inf; no gate
+
+"port" is RITUAL's port (arXiv 2405.17821), which most tables print. λ is `decay`, α is `alpha_gate`. The first token is
+never contrasted. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
+
+Differs from the paper in: the default of α, which is ours; the paper's own value is not known to us. There is no authors'
+code.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second, shorter prompt, and one more row through the weights per token.
@@ -11,9 +18,10 @@ Cost: a second, shorter prompt, and one more row through the weights per token.
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
+from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 from lvlm_jax.methods.registry import register
 
@@ -25,9 +33,16 @@ class M3ID(Method):
     """Multi-modal mutual-information decoding; see the module for the formulas."""
 
     decay: Strength = strength(0.02, "forgetting rate λ of the image, per token", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    alpha_gate: Strength = strength(
+        0.9, "'paper': tokens are contrasted where no token is as probable as this", low=0, high=1
+    )
+    beta: Strength = strength(0.1, "'port': plausibility cut β", low=0, high=1)
+    variant: str = switch("paper", "formulas of the paper or of RITUAL's port", choices=("paper", "port"))
 
-    PRESETS: ClassVar = {"default": dict(decay=0.02, beta=0.1)}
+    PRESETS: ClassVar = {
+        "paper": dict(decay=0.02, variant="paper"),
+        "port": dict(decay=0.02, beta=0.1, variant="port"),
+    }
 
     def branches(self):
         return (ImagePresence(), None)
@@ -39,6 +54,12 @@ class M3ID(Method):
         return jnp.zeros((batch,))
 
     def combine(self, readout: Readout, memory):
-        alpha = jnp.expm1(jnp.minimum(self.decay * memory, LARGEST_EXPONENT))[:, None]
-        combined = contrasted(readout.main, readout.contrast, alpha, self.beta)
-        return where_image(readout.carry, combined, readout.main), memory + 1
+        main, contrast = readout.main, readout.contrast
+        weight = jnp.expm1(jnp.minimum(self.decay * memory, LARGEST_EXPONENT))[:, None]
+        if self.variant == "port":
+            combined = contrasted(main, contrast, weight, self.beta)
+        else:
+            log_p, log_blind = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
+            unsure = jnp.exp(log_p.max(axis=-1, keepdims=True)) < self.alpha_gate
+            combined = main + jnp.where(unsure, weight * (log_p - log_blind), 0)
+        return where_image(readout.carry, combined, main), memory + 1

@@ -19,7 +19,12 @@ J = min(1, JSD(p, p~)), in nats:
 
     α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
 
-`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~).
+`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~);
+"code-qwen": what the authors' Qwen2-VL files do differently from that: 𝒪 are the image columns alone, and CICD acts where
+J > 0.1.
+
+Differs from the paper in: nothing known. Differs from the authors' code in: the other picture, which there is drawn from the
+benchmark.
 The other picture is a fixed one, so an answer never depends on its neighbours in a batch. It takes the size of each
 picture that it stands for; where pictures are cut into tiles, each tile shows the whole of it.
 Cost: the prompt and each row twice.
@@ -41,7 +46,7 @@ from lvlm_jax.methods.contrast import has_image, where_image
 from lvlm_jax.methods.registry import register
 from lvlm_jax.pixels import CLIP
 
-INDISTINCT = 1e-4  # below this divergence the branches say the same
+INDISTINCT = {"paper": 1e-4, "code": 1e-4, "code-qwen": 0.1}  # up to here the branches say the same
 
 
 @register("sevi")
@@ -55,7 +60,9 @@ class SEVI(Method):
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
     cicd: bool = switch(False, "contrast with another picture", choices=(True, False))
     variant: str = switch(
-        "paper", "divergence of the paper or of the authors' code", choices=("paper", "code")
+        "paper",
+        "formulas of the paper, of the authors' code, or of their Qwen2-VL files",
+        choices=("paper", "code", "code-qwen"),
     )
     alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0)
     beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1)
@@ -94,13 +101,14 @@ class SEVI(Method):
         return has_image(context)  # for `combine`
 
     def logits(self, site, logits):
-        return aligned(logits, site.mask, site.after_image, self.omega, self.kappa)[0]
+        others = site.image if self.variant == "code-qwen" else ~site.after_image
+        return aligned(logits, site.mask, site.after_image, self.omega, self.kappa, others)[0]
 
     def combine(self, readout: Readout, memory):
         if readout.contrast is None:
             return readout.main, memory
         divergence = jensen_shannon(readout.main, readout.contrast, self.variant)
-        distinct = divergence > INDISTINCT
+        distinct = divergence > INDISTINCT[self.variant]
         alpha = jnp.minimum(self.alpha_max, 1 - jnp.log10(jnp.where(distinct, jnp.minimum(divergence, 1), 1)))
         alpha = jnp.where(distinct, alpha, 0)
         combined = contrasted(readout.main, readout.contrast, alpha[:, None], self.beta)
@@ -123,7 +131,11 @@ class Moved(NamedTuple):
 
 
 def classes(
-    logits: Float[Array, "B H R S"], seen: Bool[Array, "B R S"], after: Bool[Array, "B S"], kappa: Strength
+    logits: Float[Array, "B H R S"],
+    seen: Bool[Array, "B R S"],
+    after: Bool[Array, "B S"],
+    kappa: Strength,
+    others: Bool[Array, "B S"] | None = None,
 ) -> Heads:
     """The class of every head in rows of attention logits.
 
@@ -132,12 +144,14 @@ def classes(
         seen: which columns a row sees.
         after: columns that are text after the last image; those that are seen are 𝒮.
         kappa: share of one token that makes a head a core head, κ.
+        others: the columns 𝒪 where they are not all that are not `after`.
     """
+    others = ~after if others is None else others
     seen = seen[:, None]
     after = after[:, None, None, :] & seen
     weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1)
     on_text = jnp.where(after, weights, 0).sum(axis=-1, keepdims=True)
-    elsewhere = jnp.where(seen & ~after, weights, 0).sum(axis=-1, keepdims=True)
+    elsewhere = jnp.where(seen & others[:, None, None, :], weights, 0).sum(axis=-1, keepdims=True)
     peak = jnp.where(after, weights, 0).max(axis=-1, keepdims=True)
     semantic = on_text >= elsewhere
     core = semantic & (peak > kappa * on_text)
@@ -150,9 +164,10 @@ def aligned(
     after: Bool[Array, "B S"],
     omega: Strength,
     kappa: Strength,
+    others: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B H R S"], Moved]:
     """Rows of attention logits after both stages, and which heads each stage has moved; `classes` has the arguments."""
-    heads = classes(logits, seen, after, kappa)
+    heads = classes(logits, seen, after, kappa, others)
     global_count = heads.distributed.sum(axis=1, keepdims=True)
     mean = jnp.where(heads.distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
     any_core = heads.core.any(axis=1, keepdims=True)
@@ -170,7 +185,7 @@ def jensen_shannon(
     """Divergence in nats of the distributions of two rows of logits; the module docstring has the variants."""
     log_p, log_q = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-    if variant == "code":
+    if variant != "paper":
         return (jnp.exp(log_m) * (log_m - (log_p + log_q) / 2)).sum(axis=-1)
     return (jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m)).sum(axis=-1) / 2
 

@@ -1,24 +1,30 @@
-"""VISTA: hidden states steered towards the image, and logits of layers below the top. arXiv 2502.03628.
+"""VISTA: the feed-forward outputs steered towards the image, and logits of inner layers. arXiv 2502.03628.
 
-Before a generation the prompt is run with and without its images. With h_l the residual stream behind layer l at the
-last prompt token,
+A warm-up pass runs the prompt with and without its images. With h_l the output of layer l at the last prompt token,
 
     v_l = h_l(with image) - h_l(without)
 
-steers every row of the generation, prompt included, behind every layer l, keeping its norm:
+is the steering vector of layer l. With n(x) = x / |x|:
 
-    h <- |h| unit(unit(h) + λ unit(v_l))
+    variant="code" (the authors' program)
+        the output x of every layer's feed-forward block, before it is added to the stream, in all rows:
+            x <- |x| n(n(x) + λ (1 + max(0, cos(x, -v_l))) n(v_l))
+        logits l:   (1 - γ) l + γ mean of the exits of hidden states 26 to 31 of 32, without the final norm
+    variant="paper"
+        the stream h behind every layer, in all rows:
+            h <- |h| n(h + λ v_l)
+        logits l:   (1 - γ) l + γ mean of the exits of the five layers before the last, without the final norm
 
-The logits of early exits (hidden states 25 to 30 of 32, numbered as Hugging Face's `hidden_states`, through the
-final norm and the head; as shares of the depth, so that other depths work) are added:
+Hidden states are numbered as in Hugging Face's `hidden_states`: state i is what layer i - 1 puts out. Exit layers are
+shares of the depth, so that other depths work. λ is 0.17 for descriptions, 0.01 for yes/no questions and 0.1 on MMHal-Bench;
+γ is 0.3. A sample without an image is left alone.
 
-    mixing="add"      l + γ mean of the exits
-    mixing="blend"    (1 - γ) l + γ mean of the exits
+Differs from the authors' code in: nothing known. It takes v from a principal component analysis of one sample, which
+returns v with 1 added to its first component in layer 0; "code" adds it too. The paper does not say whether exits pass
+the final norm: that they do not is our reading.
 
-λ is 0.17, the authors' setting for LLaVA-1.5, and γ is 0.3. A sample without an image is left alone.
-
-Rows: all. Layers: all. Stages: residual. Cost: the prompt three times (once without its image tokens), and the head
-once more for every early exit.
+Rows: all. Layers: all. Stages: mlp ("code"), residual ("paper"). Cost: the prompt twice more (once without its image
+tokens), without logits, and the head once more for every exit.
 """
 
 import dataclasses
@@ -33,41 +39,60 @@ from lvlm_jax.methods.base import Method, Readout, Strength, data, layer_range, 
 from lvlm_jax.methods.contrast import ImagePresence, has_image, where_image
 from lvlm_jax.methods.registry import register
 
+# First exit by variant; the last one is the last hidden state that is no final one.
+FIRST_EXIT = {"code": 26 / 32, "paper": 27 / 32}
+
 
 @register("vista")
 class VISTA(Method):
-    """Visual information steering with token-logit augmentation; see the module for the formulas."""
+    """Visual information steering with self-logits augmentation; see the module for the formulas."""
 
     lambda_: Strength = strength(0.17, "steering strength λ")
-    gamma: Strength = strength(0.3, "weight γ of the early exits", low=0)
-    start_layer: int | float = switch(25 / 32, "first early exit")
-    end_layer: int | float | None = switch(31 / 32, "the hidden state after the last early exit")
+    gamma: Strength = strength(0.3, "weight γ of the exits", low=0, high=1)
+    start_layer: int | float | None = switch(
+        None, "first exit, a hidden state; by default 26/32 of the depth, 27/32 under 'paper'"
+    )
+    end_layer: int | float | None = switch(None, "the hidden state after the last exit")
     layers: tuple[int, ...] | None = switch(None, "explicit hidden states, which overrule both")
-    mixing: str = switch("add", "how early exits join the logits", choices=("add", "blend"))
+    variant: str = switch("code", "formulas of the authors' code or of the paper", choices=("code", "paper"))
     vectors: jax.Array | None = data("v of every layer and sample; `primed` sets it")
 
-    PRESETS: ClassVar = {"llava-1.5": dict(lambda_=0.17, gamma=0.3)}
+    PRESETS: ClassVar = {
+        "llava-1.5/chair": dict(lambda_=0.17, gamma=0.3),
+        "llava-1.5/pope": dict(lambda_=0.01, gamma=0.3),
+        "llava-1.5/mmhal": dict(lambda_=0.1, gamma=0.3),
+    }
     primes: ClassVar[bool] = True
+    exit_norm: ClassVar[bool] = False
 
     def primed(self, with_image, without_image) -> "VISTA":
-        difference = with_image[1:].astype(jnp.float32) - without_image[1:].astype(jnp.float32)
-        return dataclasses.replace(self, vectors=difference)
+        vectors = with_image[1:].astype(jnp.float32) - without_image[1:].astype(jnp.float32)
+        if self.variant == "code":
+            # Without an image both passes are the same, and the sample is left alone.
+            seen = (vectors != 0).any(axis=(0, 2))
+            vectors = vectors.at[0, :, 0].add(seen.astype(jnp.float32))
+        return dataclasses.replace(self, vectors=vectors)
 
     def branches(self):
-        return (ImagePresence() if self.vectors is None else Steering(self.lambda_, self.vectors),)
+        if self.vectors is None:
+            return (ImagePresence(),)
+        return ({"code": MlpSteering, "paper": StreamSteering}[self.variant](self.lambda_, self.vectors),)
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
-        return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+        start = FIRST_EXIT[self.variant] if self.start_layer is None else self.start_layer
+        return layer_range(start, self.end_layer, self.layers, num_layers)
 
     def combine(self, readout: Readout, memory):
-        kept = 1.0 if self.mixing == "add" else 1 - self.gamma
-        augmented = kept * readout.main + self.gamma * readout.exits.mean(axis=0)
+        augmented = (1 - self.gamma) * readout.main + self.gamma * readout.exits.mean(axis=0)
         return where_image(readout.carry, augmented, readout.main), memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Steering(Transform):
-    """Turns the residual stream towards a vector of its own for every layer and sample."""
+    """A steering vector for every layer and sample; samples without an image are left alone.
+
+    The carry is which samples have an image.
+    """
 
     lambda_: Strength
     vectors: Float[Array, "L B E"]
@@ -80,10 +105,22 @@ class Steering(Transform):
     def begin(self, context: Context, embeddings):
         return has_image(context)
 
+
+class MlpSteering(Steering):
+    """Turns the output of the feed-forward block towards the image, further where it points away from it."""
+
+    def mlp(self, layer, num_layers, phase, output):
+        x, vector = output.astype(jnp.float32), self.vectors[layer][:, None]
+        away = jnp.maximum(0.0, -(unit(x) * unit(vector)).sum(axis=-1, keepdims=True))
+        return length(x) * unit(unit(x) + self.lambda_ * (1 + away) * unit(vector))
+
+
+class StreamSteering(Steering):
+    """Adds the vector to the stream and keeps the stream's norm."""
+
     def residual(self, layer, num_layers, phase, hidden):
         stream = hidden.astype(jnp.float32)
-        turned = unit(stream) + self.lambda_ * unit(self.vectors[layer])[:, None]
-        return (length(stream) * unit(turned)).astype(hidden.dtype)
+        return length(stream) * unit(stream + self.lambda_ * self.vectors[layer][:, None])
 
 
 def length(vector: Float[Array, "*S E"]) -> Float[Array, "*S 1"]:

@@ -123,12 +123,19 @@ def _columns(
     )
 
 
-def _steered(
-    x: Float[Array, "N B T E"], transforms: tuple[Transform | None, ...], layer: int, depth: int, phase: str
+def _edited(
+    stage: str,
+    x: Float[Array, "N B T E"],
+    transforms: tuple[Transform | None, ...],
+    layer: int,
+    num_layers: int,
+    phase: str,
 ) -> Float[Array, "N B T E"]:
-    """The residual stage of every branch that has one."""
+    """The stage "mlp" or "residual" of every branch that has one."""
+    if not any(transform is not None and overrides(transform, stage) for transform in transforms):
+        return x
     edited = [
-        hidden if transform is None else transform.residual(layer, depth, phase, hidden)
+        hidden if transform is None else getattr(transform, stage)(layer, num_layers, phase, hidden)
         for hidden, transform in zip(x, transforms, strict=True)
     ]
     return jnp.stack(edited).astype(x.dtype)
@@ -173,7 +180,9 @@ class DecoderLayer(nn.Module):
         x = x + (norm("attention_output_norm")(mixed) if config.output_norms else mixed)
         normed = norm("post_attention_layernorm")(x)
         mixed = DecoderMlp(config, self.dtype, name="mlp")(normed)
-        x = x + (norm("mlp_output_norm")(mixed) if config.output_norms else mixed)
+        mixed = norm("mlp_output_norm")(mixed) if config.output_norms else mixed
+        phase = contexts[0].phase
+        x = x + _edited("mlp", mixed, edits.transforms, edits.layer, edits.num_layers, phase)
         return x, columns, carries, tapped
 
 
@@ -242,8 +251,7 @@ class Decoder(nn.Module):
             rotation = rotations[config.layer_rope(index)]
             x, columns, carries, tapped = layer(x, contexts, rotation, caches and caches[index], edits)
             x = x + added[index] if index < len(added) else x
-            if any(transform is not None and overrides(transform, "residual") for transform in transforms):
-                x = _steered(x, transforms, index, depth, contexts[0].phase)
+            x = _edited("residual", x, transforms, index, depth, contexts[0].phase)
             seen.append(columns)
             weights += [tapped] if tap.wants(index) else []
             streams.append(x)
