@@ -16,16 +16,18 @@ rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
 with v̄ the mean value over the image tokens of each head. Being linear in V, this is an edit of the weights: masked
 mass is spread evenly over the image tokens. `variant="code"` replaces v̄ by its mean over channels.
 
-Contrast: (1 + α) l - α l̃ where l >= max l + ln β. Without IMD there is no contrast branch: the logits are those of the
-calibrated main branch, uncut.
+Contrast: (1 + α) l - α l̃ where l >= max l + ln β. Without IMD there is no contrast branch: the logits are those of
+the calibrated main branch, uncut.
 
-The gate sets α to 0 at steps whose mean image logit s_t lies below the mean of s over 30 steps, the step itself included:
-gate="first" takes the first 30 steps, as the authors' sampling loop does, gate="last" the newest 30, as their greedy loop
-does. Their scripts have it for CHAIR alone, so it is off but for the CHAIR presets of `variant="code"`.
+The gate sets α to 0 at steps whose mean image logit s_t lies below the mean of s over 30 steps, the step itself
+included: gate="first" takes the first 30 steps, as the authors' sampling loop does, gate="last" the newest 30, as
+their greedy loop does. Their scripts have it for CHAIR alone, so it is off but for the CHAIR presets of
+`variant="code"`.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: statistics are per sample (theirs pool the
-batch). Their InstructBLIP program has CMPC off (`cmpc=False`) and pools θ over prompt and generated rows; their Qwen-VL
-program counts text positions twice and image positions once, divides by 3, and moves the image markers too. Neither is here.
+Differs from the paper in: nothing known. Differs from the authors' code in: statistics are per sample (theirs pool
+the batch). Their InstructBLIP program has CMPC off (here `cmpc=False`) and pools θ over prompt and generated rows (not
+here). Their Qwen-VL program counts text positions twice and image positions once, divides by 3, and moves the image
+markers too (not here).
 
 Rows before the last image's end are the same in both branches and computed once.
 Cost per token: one more row through the weights; the prompt's keys and values are read once for both branches.

@@ -1,16 +1,16 @@
 """M3ID: contrast against the prompt without its images, stronger with every token. arXiv 2403.14003.
 
-With l and l~ the next-token logits of the prompt with and without its images, p and p~ their distributions, t the number of
-tokens generated before (kept in memory) and g = e^{-λ t}:
+With l and l~ the next-token logits of the prompt with and without its images, p and p~ their distributions, t the
+number of tokens generated before (kept in memory) and g = e^{-λ t}:
 
     variant="paper"   l + (1 - g) / g (ln p - ln p~)   where max p < α, else l; no plausibility cut
     variant="port"    l + (1 - g) / g (l - l~)         where l >= max l + ln β, else -inf; no gate
 
-"port" is RITUAL's port (arXiv 2405.17821), which most tables print. λ is `decay`, α is `alpha_gate`. The first token is
-never contrasted. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
+"port" is RITUAL's port (arXiv 2405.17821), which most tables print. λ is `decay`, α is `alpha_gate`. The first token
+is never contrasted. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
 
-Differs from the paper in: the default of α, which is ours; the paper's own value is not known to us. There is no authors'
-code.
+Differs from the paper in: the default of α, which is ours; the paper's own value is not known to us. There is no
+authors' code.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second, shorter prompt, and one more row through the weights per token.

@@ -19,14 +19,13 @@ J = min(1, JSD(p, p~)), in nats:
 
     α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
 
-`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~);
-"code-qwen": what the authors' Qwen2-VL files do differently from that: 𝒪 are the image columns alone, and CICD acts where
-J > 0.1.
+`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~); "code-
+qwen": what the authors' Qwen2-VL files do differently from that: 𝒪 are the image columns alone, and CICD acts where J
+> 0.1.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: the other picture, which there is drawn from the
-benchmark.
-The other picture is a fixed one, so an answer never depends on its neighbours in a batch. It takes the size of each
-picture that it stands for; where pictures are cut into tiles, each tile shows the whole of it.
+Differs from the paper in: nothing known. Differs from the authors' code in: the other picture, which there is drawn
+from the benchmark. The other picture is a fixed one, so an answer never depends on its neighbours in a batch. It
+takes the size of each picture that it stands for; where pictures are cut into tiles, each tile shows the whole of it.
 Cost: the prompt and each row twice.
 """
 

@@ -16,8 +16,8 @@ is the steering vector of layer l. With n(x) = x / |x|:
         logits l:   (1 - γ) l + γ mean of the exits of the five layers before the last, without the final norm
 
 Hidden states are numbered as in Hugging Face's `hidden_states`: state i is what layer i - 1 puts out. Exit layers are
-shares of the depth, so that other depths work. λ is 0.17 for descriptions, 0.01 for yes/no questions and 0.1 on MMHal-Bench;
-γ is 0.3. A sample without an image is left alone.
+shares of the depth, so that other depths work. λ is 0.17 for descriptions, 0.01 for yes/no questions and 0.1 on
+MMHal-Bench; γ is 0.3. A sample without an image is left alone.
 
 Differs from the authors' code in: nothing known. It takes v from a principal component analysis of one sample, which
 returns v with 1 added to its first component in layer 0; "code" adds it too. The paper does not say whether exits pass
