@@ -249,7 +249,7 @@ def contrast_inputs(
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
         if config.reads_instruction:  # the instruction that images are read with is disturbed
-            geometry = config.instructed(prompt.geometry, words)
+            geometry = config.instructed(prompt.geometry, words, method.keeps_instruction())
             other = dataclasses.replace(prompt, geometry=geometry, image_tokens=None)
         else:
             other = prompt.with_words(words, start, config.pad_token_id)

@@ -13,7 +13,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -29,7 +29,7 @@ from lvlm_jax.methods import checks
 Strength = float | np.floating | jax.Array
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
-# pictures changed, another picture in the place of each, no pictures, or words put before it.
+# pictures changed, another picture in the place of each, no pictures, or words in the place of the system prompt.
 CONTRAST_PROMPTS = ("same", "pixels", "picture", "no_image", "text")
 OTHER_PICTURES = ("pixels", "picture")  # the same layout, other image tokens
 
@@ -100,8 +100,21 @@ class Method(Transform):
         return type(self).__name__
 
     @classmethod
-    def preset(cls, name: str) -> "Method":
+    def preset(cls, name: str, **changes: Any) -> "Method":
         """The method with published settings.
+
+        Args:
+            name: of the settings, a key of `PRESETS`.
+            changes: settings that overrule those of the preset.
+
+        Raises:
+            LVLMError: there is no preset of that name, or a setting cannot be used.
+        """
+        return cls(**cls.preset_settings(name, changes))
+
+    @classmethod
+    def preset_settings(cls, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of `preset`, as keyword arguments of the class.
 
         Raises:
             LVLMError: there is no preset of that name.
@@ -109,7 +122,7 @@ class Method(Transform):
         if name not in cls.PRESETS:
             known = f"expected one of {', '.join(cls.PRESETS)}" if cls.PRESETS else "it has none at all"
             raise LVLMError(f"{cls.__name__} has no preset {name!r}; {known}")
-        return cls(**cls.PRESETS[name])
+        return {**cls.PRESETS[name], **changes}
 
     def branches(self) -> tuple[Transform | None, ...]:
         """The attention edits of the main branch and, if there is one, of the contrast branch; static structure."""
@@ -151,8 +164,12 @@ class Method(Transform):
         return np.zeros((3, height, width), np.float32)
 
     def contrast_words(self) -> str | tuple[int, ...]:
-        """What is put before the contrast branch's prompt, for "text": a text, or token ids."""
+        """What the contrast branch reads in the place of the system prompt, for "text": a text, or token ids."""
         return ()
+
+    def keeps_instruction(self) -> bool:
+        """Where a tower reads an instruction: whether it stays behind `contrast_words` or gives way to them; static."""
+        return True
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         """Hidden states whose logits `combine` wants: 0 the embeddings, i what layer i - 1 put out. Static."""

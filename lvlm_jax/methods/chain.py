@@ -78,6 +78,10 @@ class Chained(Method):
         owner = self._contrasting()
         return owner.contrast_words() if owner else ()
 
+    def keeps_instruction(self) -> bool:
+        owner = self._contrasting()
+        return owner.keeps_instruction() if owner else True
+
     @property
     def exit_norm(self) -> bool:
         owner = self._combiner()

@@ -79,6 +79,13 @@ class CMAC(Method):
         "qwen-vl/pope": dict(alpha=3.0, beta=0.2),
     }
 
+    @classmethod
+    def preset_settings(cls, name, changes):
+        settings = super().preset_settings(name, changes)
+        # The authors' CHAIR scripts sample, and so have the gate of their sampling loop.
+        gated = name.endswith("/chair") and settings.get("variant") == "code"
+        return {"gate": "first", **settings} if gated else settings
+
     def __post_init__(self):
         if self.gamma is None:
             object.__setattr__(self, "gamma", 2.0 if self.variant == "paper" else 3.0)

@@ -240,14 +240,12 @@ def build_method(words: str, arguments: argparse.Namespace) -> Method | None:
 
 def _build(member: _Member, flags: dict[str, typing.Any]) -> Method:
     method = registry.get(member.name)
-    given = {}
-    for preset in (member.preset, flags.get(f"field_{member.name}.preset")):
-        if preset is not None:
-            method.preset(preset)  # names the presets there are when this is none of them
-            given |= method.PRESETS[preset]
-    given |= member.settings
+    changes = dict(member.settings)
     for field in _fields(member.name):
         value = flags.get(f"field_{member.name}.{_flag(field)}")
         if value is not None:
-            given[field.name] = value
-    return method(**given)
+            changes[field.name] = value
+    presets = [flags.get(f"field_{member.name}.preset"), member.preset]
+    for preset in filter(None, presets):
+        changes = method.preset_settings(preset, changes)
+    return method(**changes)

@@ -172,12 +172,15 @@ class FamilyConfig(abc.ABC):
         del parts
         return prompts
 
-    def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int]) -> dict[str, np.ndarray]:
-        """The geometry of the same images, read with `words` before the instruction; only if `reads_instruction`.
+    def instructed(
+        self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool
+    ) -> dict[str, np.ndarray]:
+        """The geometry of the same images, read with other words; only if `reads_instruction`.
 
         Args:
             geometry: of `pictures`; empty without images.
             words: ids of the vocabulary in which the instruction is read.
+            keep: whether the instruction follows the words, or gives way to them.
 
         Raises:
             LVLMError: words outside that vocabulary, or an instruction that becomes too long.

@@ -136,12 +136,15 @@ class InstructBlipConfig(FamilyConfig):
     def token_map(self, pictures: Pictures, image: int) -> None:
         """None: each query looks over the whole image, and shows no place of it."""
 
-    def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int]) -> dict[str, np.ndarray]:
-        """The geometry of the same images, read with `words` put before each instruction, behind its `[CLS]`.
+    def instructed(
+        self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool
+    ) -> dict[str, np.ndarray]:
+        """The geometry of the same images, read with `words` behind the `[CLS]` of each instruction.
 
         Args:
             geometry: of `pictures`; empty without images.
             words: ids of the Q-Former's vocabulary.
+            keep: whether the instruction follows, or `[SEP]` alone.
 
         Raises:
             LVLMError: words outside the vocabulary, or an instruction that becomes too long.
@@ -150,7 +153,8 @@ class InstructBlipConfig(FamilyConfig):
             return {}
         rows = []
         for tokens, mask in zip(geometry["words"], geometry["mask"], strict=True):
-            kept = np.insert(tokens[mask], min(1, int(mask.sum())), np.asarray(words, tokens.dtype))
+            own = tokens[mask] if keep or mask.sum() < 2 else tokens[mask][[0, -1]]
+            kept = np.insert(own, min(1, len(own)), np.asarray(words, tokens.dtype))
             rows.append(np.stack([kept, np.ones_like(kept)]))
         return self._geometry(rows)
 

@@ -97,15 +97,16 @@ def from_messages(
             images beside others.
     """
     conversations = as_conversations(messages)
-    prompts, parts, encoded, count = [], [], [], 0
+    prompts, parts, spans, encoded, count = [], [], [], [], 0
     for number, conversation in enumerate(conversations):
         try:
             bare, images = _split(conversation)
             known = [image for image in images if isinstance(image, EncodedImage)]
-            prompt, own = _read(processor, config, bare, images, known)
+            prompt, own, span = _read(processor, config, bare, images, known)
         except LVLMError as error:
             raise error if len(conversations) == 1 else LVLMError(f"sample {number}: {error}") from error
         prompts.append(prompt)
+        spans.append(span)
         parts += own
         encoded += known
         count += len(images)
@@ -114,6 +115,8 @@ def from_messages(
             f"{len(encoded)} of {count} images are encoded; encode all images of a batch, or none"
         )
     laid_out = _lay_out(prompts, None, 0, parts, config)
+    padding = laid_out.tokens.shape[1] - laid_out.lengths
+    laid_out = dataclasses.replace(laid_out, system=np.asarray(spans) + padding[:, None])
     if not encoded:
         return laid_out
     return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
@@ -125,8 +128,8 @@ def _read(
     bare: Conversation,
     images: Sequence[Any],
     known: Sequence[EncodedImage],
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Token ids of a conversation, and what the processor made of its images.
+) -> tuple[np.ndarray, list[dict[str, Any]], tuple[int, int]]:
+    """Token ids of a conversation, what the processor made of its images, and where its system prompt stands.
 
     Args:
         bare: the conversation without its images.
@@ -149,7 +152,7 @@ def _read(
         ids = token_ids(processor, text.replace(marker, getattr(processor, "full_image_sequence", marker)))
         parts = [{"pixel_values": image.pixels[None]} for image in known]
     check_ids(ids, config)
-    return ids, parts
+    return ids, parts, _span(processor, ids, *_system_text(bare, text))
 
 
 def check_ids(ids: np.ndarray, config: FamilyConfig) -> None:
@@ -165,6 +168,28 @@ def check_ids(ids: np.ndarray, config: FamilyConfig) -> None:
             f"the tokenizer wrote token {stray[0]}, and the model's embedding has rows for 0 to {rows - 1}; use the "
             "tokenizer that belongs to the weights, or leave the added token out of the text"
         )
+
+
+def _system_text(messages: Sequence[Message], text: str) -> tuple[str, str]:
+    """What a prompt's text has before its system prompt, and the system prompt; two empty texts without one."""
+    content = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    system = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    before, found, _ = text.partition(system.strip()) if system.strip() else ("", "", "")
+    return before, found
+
+
+def _span(processor: Any, ids: np.ndarray, before: str, system: str) -> tuple[int, int]:
+    """Tokens of a prompt before its system prompt, and before what follows it."""
+    if not system:
+        return 0, 0
+    first, end = (_common(ids, token_ids(processor, text)) for text in (before, before + system))
+    return first, max(first, end)
+
+
+def _common(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens are the same."""
+    differ = (place for place, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two)
+    return next(differ, min(len(ids), len(other)))
 
 
 def image_marker(processor: Any) -> str:

@@ -32,6 +32,8 @@ class Inputs:
         source_columns: `Int[B, U]`, for each column of the arrays the user gave the column it has here
             (a padding column points to any padding column).
         image_tokens: `Float[*N, E]`, what the tower made of `pixels`, where it has run already; else None.
+        system: `Int[B, 2]`, first column of each sample's system prompt and the column behind it, equal where a sample
+            has none; None where that is not known.
     """
 
     tokens: np.ndarray
@@ -42,6 +44,7 @@ class Inputs:
     owner: np.ndarray | None = None
     geometry: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     grids: np.ndarray | None = None
+    system: np.ndarray | None = None
 
     @property
     def batch(self) -> int:
@@ -114,13 +117,21 @@ class Inputs:
         return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
 
     def with_words(self, words: Sequence[int], start: int | None, pad_token_id: int) -> "Inputs":
-        """The same prompts with tokens put before them, but after a leading `start` token."""
+        """The same prompts with tokens in the place of their system prompts.
+
+        Where a sample has none they stand before it, but after a leading `start` token.
+        """
         prompts, images = [], []
-        for tokens, ids in zip(self.tokens, self.image_id, strict=True):
-            tokens, ids = tokens[ids >= 0], ids[ids >= 0]
-            at = int(len(tokens) > 0 and tokens[0] == start)
-            prompts.append(np.insert(tokens, at, words))
-            images.append(np.insert(ids, at, np.zeros(len(words), ids.dtype)))
+        spans = np.zeros((self.batch, 2), int) if self.system is None else self.system
+        for tokens, ids, (first, end) in zip(self.tokens, self.image_id, spans, strict=True):
+            padding = int((ids < 0).sum())  # all of it on the left
+            tokens, ids = tokens[padding:], ids[padding:]
+            if first == end:
+                first = end = padding + int(len(tokens) > 0 and tokens[0] == start)
+            before, behind = slice(first - padding), slice(end - padding, None)
+            prompts.append(np.concatenate([tokens[before], words, tokens[behind]]).astype(tokens.dtype))
+            text = np.zeros(len(words), ids.dtype)
+            images.append(np.concatenate([ids[before], text, ids[behind]]))
         return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
 
     def _with_pictures(self, rebuilt: "Inputs") -> "Inputs":

@@ -234,7 +234,9 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
         else:
             np.testing.assert_array_equal(step.main, plain.main)
         if entry.logits:
-            kept = np.isfinite(step.combined)  # DeCo rules out all tokens but its candidates, whatever its strength
+            kept = np.isfinite(
+                step.combined
+            )  # DeCo rules out all tokens but its candidates, whatever its strength
             assert kept.all() or name == "deco"
             np.testing.assert_allclose(step.combined[kept], plain.main[kept], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
