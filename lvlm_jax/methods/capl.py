@@ -14,6 +14,8 @@ Truncated attention (`mode="truncated"`), which produces answers to be rejected 
 image does not see other images, in every layer. `variant="code-qwen"`: an image token sees itself and earlier text
 only. The variant means nothing to `mode="cross"`.
 
+Differs from the paper and from the authors' code in: nothing known.
+
 Rows: all of the prompt; decode steps are plain. Stages: weights (cross), mask (truncated).
 Cost: cross one more softmax of the prompt's attention map in half of the layers and one sort; nothing per token.
 """

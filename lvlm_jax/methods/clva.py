@@ -15,6 +15,8 @@ A difference of two maps (each of sum 1) whose entries sum to no more than 1e-4 
 image whose A is zero has no anchors and is left alone, as is one that the row does not see. JSD in nats, halves
 averaged. Candidate layers start where n is complete.
 
+Differs from the paper in: whatever it leaves open; no authors' code is known.
+
 Rows: the last of the prompt and every decoded one. Stages: observe (n, anchors), logits (the edit); the state flows
 from layer to layer of one pass and nothing is kept between steps.
 Cost per token: one more softmax of the row in the edited layers, one sort of the columns; nothing of size S x S. The

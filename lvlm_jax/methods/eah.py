@@ -12,6 +12,8 @@ own values.
 first image position and E the one after its last; β is 0.0008 and the layer index 15; nothing happens when h* is head
 0 either.
 
+Differs from the paper and from the authors' code in: nothing known.
+
 A row that does not see j (sliding window) is not counted.
 Rows: all of the prompt. Layers: one. Stage: weights. Decode steps are plain.
 Cost: the prompt's attention map of that layer once more; nothing per token.

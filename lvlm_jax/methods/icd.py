@@ -1,17 +1,17 @@
 """ICD: contrast against the same prompt under a disturbing instruction. arXiv 2403.18715.
 
-The contrast branch reads `prompt` (or the token ids in `tokens`, where there is no tokenizer) in the place of the system
-prompt, whose tokens are gone; where a conversation has no system message, right after the token that begins every text.
-Then comes the rest of the main prompt with its images; later tokens move on accordingly.
+The contrast branch reads `prompt` (or the token ids in `tokens`, where there is no tokenizer) in the place of the
+system prompt, whose tokens are gone; where a conversation has no system message, right after the token that begins
+every text. Then comes the rest of the main prompt with its images; later tokens move on accordingly.
 
     (1 + α) l - α l~   where l >= max l + ln β
 
 A model that reads its images with the instruction in mind (InstructBLIP's Q-Former) gets the words there instead:
-qformer="question" puts them before the instruction, qformer="normal" alone in its place. What its decoder reads besides
-the images stays.
+qformer="question" puts them before the instruction, qformer="normal" alone in its place. What its decoder reads
+besides the images stays.
 
-Differs from the authors' code in: nothing known. Their LLaVA program writes the sentence into a conversation template of
-its own; here it takes the place of the system message that the conversation has.
+Differs from the authors' code in: nothing known. Their LLaVA program writes the sentence into a conversation template
+of its own; here it takes the place of the system message that the conversation has.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second prompt, and one more row through the weights per token. The vision pass is shared.

@@ -6,6 +6,8 @@ For the last query row in layers 5 to 18, on every image column j and in every h
 
 so that heads agree on the columns that are raised most. A sample without an image has no such column.
 
+Differs from the paper and from the authors' code in: nothing known.
+
 Rows: the last of the prompt and every decoded one. Stage: logits. Cost: none worth measuring.
 """
 

@@ -7,6 +7,8 @@ Logits: with the log-probabilities s of that branch and u of a plain branch whos
 
     γ (s - u) + u      where s >= max s + ln β
 
+Differs from the paper and from the authors' code in: nothing known.
+
 Stages: logits. A sample without an image is left alone.
 Cost: explicit attention in one row, a second, shorter prompt, and one more row through the weights per token.
 """

@@ -9,6 +9,9 @@ nothing (a dropped token at the very start of a prompt) sees itself.
 
 Then (1 + α) l - α l̃ where l >= max l + ln β.
 
+Differs from the paper in: nothing known. Differs from the authors' code in: their greedy loop does not cut, which
+gives the same token.
+
 Rows: all, since image rows lose columns too; so the prompt is run once per branch. Stages: observe, mask.
 A sample without an image is left alone.
 Cost: a second prompt (the vision pass is shared), and one more row through the weights per token.

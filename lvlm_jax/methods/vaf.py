@@ -7,6 +7,8 @@ In rows after the last image, the logits z of layers 9 to 14 become
 A factor of 1 leaves its columns alone. Negative logits grow in size like positive ones: the factors are those of the
 authors' code. A sample without an image has neither such rows nor such columns.
 
+Differs from the authors' code in: nothing known.
+
 Rows: after the last image, prompt and decoded. Stage: logits. Cost: none worth measuring.
 """
 

@@ -9,6 +9,9 @@ so that `noise_step=500` is the product of the first 501 factors. The noise ε o
 `seed` and k alone (of its k-th tile, where pictures are cut into tiles; of the k-th picture and each patch's place,
 where they are loose patches). Then (1 + α) l - α l̃ where l >= max l + ln β.
 
+Differs from the paper in: nothing known. Differs from the authors' code in: the noise, which there is drawn anew for
+every question.
+
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second vision pass and a second prompt, and one more row through the weights per token.
 """
