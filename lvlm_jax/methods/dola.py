@@ -10,8 +10,8 @@ Early exits, numbered as Hugging Face's `hidden_states`: "low" the even ones bel
 ones from there up to but not including the last, or those given. For 32 layers: 0, 2, ..., 14 and 16, ..., 30.
 `variant="paper"` puts the final norm before the head, `variant="code"` does not.
 
-Differs from the paper in: nothing known; that an exit passes the final norm is our reading of it, and the default,
-because the paper applies the output head to hidden states as the last layer hands them over. Differs from the
+Differs from the paper in: nothing known. It does not say whether an exit passes the final norm. Our reading is that it
+does, as the last hidden state does, for the head was trained behind that norm; so this is the default. Differs from the
 authors' code in: nothing known under "code". The authors sample with a repetition penalty of 1.2, which belongs to
 `generate`; nothing is set here.
 
