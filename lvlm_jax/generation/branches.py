@@ -211,7 +211,9 @@ def _last_hidden_states(
     bare = prompt.without_images(config.pad_token_id)
     versions = ((prompt, main), (bare, embedded(params, config, bare, mesh)))
     with_images, without_images = (
-        _full_forward(params, config, version, reads, None, tap)[1].hidden[:, 0, :, -1]
+        drivers.tapped_forward(
+            params, config, reads, None, window=version.window, image_count=version.image_count, tap=tap
+        ).hidden[:, 0, :, -1]
         for version, reads in versions
     )
     # Without an image both prompts are the same, however differently they are padded.

@@ -13,15 +13,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
-from lvlm_jax.generation.state import State, Step
+from lvlm_jax.generation.state import Prompt, State, Step
+from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 
 encode_images = jax.jit(forward.encode_images, static_argnames="config")
 embed = jax.jit(forward.embed, static_argnames="config")
 full_forward = jax.jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
+
+
+def _tapped(
+    params: dict,
+    config: FamilyConfig,
+    prompt: Prompt,
+    method: Method | None,
+    window: int,
+    image_count: int = 1,
+    tap: Tap = forward.NOTHING,
+) -> Tapped:
+    """What the tap keeps of a full forward; its logits, which nobody reads, are not computed."""
+    return forward.full_forward(params, config, prompt, method, window, image_count, tap)[1]
+
+
+tapped_forward = jax.jit(_tapped, static_argnames=("config", "window", "image_count", "tap"))
 PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
 prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))

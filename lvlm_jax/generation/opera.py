@@ -34,7 +34,7 @@ class Record:
     Attributes:
         hypotheses: answers, a batch of one.
         products: logarithms of the column products of every beam.
-        columns: c of every token of every beam.
+        columns: what `OPERA.noted` keeps of every token.
         parents: which beam each was before its newest token.
     """
 
@@ -89,8 +89,7 @@ def _step(
     hypotheses, chosen = record.hypotheses.extended(gains[None], candidates[None], logprobs[None], rule)
     rows = chosen[0]
     parents = rows // width
-    columns = record.columns[parents]
-    columns = jax.lax.dynamic_update_index_in_dim(columns, column[rows], newest, axis=1)
+    columns = method.noted(record.columns, column.reshape(beams, width), parents, rows, newest)
     after = Record(hypotheses, products[rows], columns, parents)
     return rows_of(tried, rows), step.combined[rows], after
 

@@ -13,11 +13,16 @@ than those they took then. That happens at most `max_rollbacks` times at a posit
 is tried, and after that none. Later rollbacks never go to an earlier s.
 
 That is `variant="paper"`. Its φ has no bound and soon outweighs every log p (here α φ ends at 1e5), so the default is
-`variant="code"`, the authors' program, where it differs: w is divided by its sum over all columns; φ is 1e-7 times the
-product; while an answer has at most 10 tokens φ is minus the weight on image columns instead; scores are
-log-softmax(l - α φ) over the candidates alone; s must be at least 10; an earlier s may follow a later one. Unlike
-there, a beam's c are those of its own tokens, a rollback runs nothing but the answer again, and what follows it is one
-of the candidates.
+`variant="code"`, the authors' program, which differs in the following. w is divided by its sum over all columns. φ is
+1e-7 times the product, in float16; while an answer has at most 10 tokens φ is minus the weight on image columns instead.
+Scores are log-softmax(l - α φ) over the candidates alone. After every token each beam notes the mode of its candidates'
+c, and s is the mode of what the beams note (of equals the smallest). All beams go back once s stands at least `threshold`
+times among the notes of each, which keep their places when beams change theirs. s must be at least 10, and an earlier s
+may follow a later one.
+
+Differs from the paper in: nothing known. Differs from the authors' code in: a rollback runs nothing but the answer again,
+and what follows it is one of the candidates (there any token, by its logit); a public copy of that code compares with
+more than `threshold`.
 
 With α = 0 and without rollbacks it is beam search: as long as the candidates are at least twice the beams, or under
 "code" the whole vocabulary.
@@ -51,15 +56,15 @@ class OPERA(Method):
     alpha: Strength = strength(1.0, "penalty weight α", low=0)
     sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0)
     beams: int = switch(5, "beams per sample")
-    candidates: int = switch(10, "tokens tried per beam")
-    threshold: int = switch(15, "how often a column may recur before a rollback")
+    candidates: int = switch(5, "tokens tried per beam")
+    threshold: int = switch(15, "how often a column recurs before a rollback")
     max_rollbacks: int = switch(5, "rollbacks to one position")
     window: int = switch(512, "newest answer tokens that count")
     variant: str = switch("code", "formulas of the paper or of the authors' program", ("paper", "code"))
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": dict(candidates=5, variant="paper"),
-        "code": dict(candidates=5, variant="code"),
+        "paper": dict(variant="paper"),
+        "code": dict(variant="code"),
     }
     search: ClassVar[str] = "opera"
 
@@ -93,9 +98,12 @@ class OPERA(Method):
         """φ and c of each row. `image_weight` is the sum of its w over image columns."""
         inside = jnp.arange(products.shape[1]) > newest - self.window
         products = jnp.where(inside, products, -jnp.inf)
-        largest = jnp.exp(jnp.minimum(products.max(axis=-1), LARGEST_EXPONENT))
         if self.variant == "code":
-            largest = jnp.where(newest < CODE_IMAGE_TOKENS, -image_weight, CODE_FACTOR * largest)
+            scores = (CODE_FACTOR * jnp.exp(jnp.minimum(products, LARGEST_EXPONENT))).astype(jnp.float16)
+            largest = scores.max(axis=-1).astype(jnp.float32)
+            largest = jnp.where(newest < CODE_IMAGE_TOKENS, -image_weight, largest)
+            return largest, scores.argmax(axis=-1).astype(jnp.int32)
+        largest = jnp.exp(jnp.minimum(products.max(axis=-1), LARGEST_EXPONENT))
         return largest, products.argmax(axis=-1).astype(jnp.int32)
 
     def gains(
@@ -107,15 +115,46 @@ class OPERA(Method):
             return jax.nn.log_softmax(logits - penalty, axis=-1)
         return logprobs - penalty
 
-    def recurring(self, columns: Int[np.ndarray, "N T"], alive: Bool[np.ndarray, "N"]) -> int | None:
-        """s, if every beam that is alive has come back to it often enough; on the host.
+    def noted(
+        self,
+        columns: Int[Array, "N M"],
+        candidates: Int[Array, "N C"],
+        parents: Int[Array, "N"],
+        chosen: Int[Array, "N"],
+        newest: Int[Array, ""],
+    ) -> Int[Array, "N M"]:
+        """The columns that beams keep, with those of the newest token.
 
         Args:
-            columns: c of every token of every beam.
-            alive: beams that count; at least one.
+            columns: as they were.
+            candidates: c of all candidates of every beam.
+            parents, chosen: which beam each continues, and with which of the candidates of all beams.
         """
+        if self.variant == "code":
+            now = mode(candidates)
+        else:
+            columns, now = columns[parents], candidates.reshape(-1)[chosen]
+        return jax.lax.dynamic_update_index_in_dim(columns, now, newest, axis=1)
+
+    def recurring(self, columns: Int[np.ndarray, "N T"], alive: Bool[np.ndarray, "N"]) -> int | None:
+        """s, if every beam that counts has come back to it often enough; on the host.
+
+        Args:
+            columns: what `noted` keeps, for every token so far.
+            alive: beams that hold an answer; at least one. Under "code" all beams count.
+        """
+        if self.variant == "code":
+            place = int(mode(columns[None, :, -1])[0])
+            often = (columns == place).sum(axis=1) >= self.threshold
+            return place if place >= CODE_FIRST_COLUMN and often.all() else None
         recent = columns[alive, max(0, columns.shape[1] - self.window) :]
         counts = (recent[:, :, None] == np.arange(columns.shape[1])).sum(axis=1)
         place = int(np.bincount(counts.argmax(axis=1)).argmax())
-        first = CODE_FIRST_COLUMN if self.variant == "code" else 0
-        return place if place >= first and (counts[:, place] > self.threshold).all() else None
+        return place if (counts[:, place] > self.threshold).all() else None
+
+
+def mode(numbers: Int[Array, "N C"] | Int[np.ndarray, "N C"]) -> Int[Array, "N"]:
+    """The most frequent number of each row; of equally frequent ones the smallest."""
+    counts = (numbers[:, :, None] == numbers[:, None, :]).sum(axis=-1)
+    most = counts == counts.max(axis=-1, keepdims=True)
+    return jnp.where(most, numbers, jnp.iinfo(jnp.int32).max).min(axis=-1).astype(jnp.int32)
