@@ -14,15 +14,15 @@ is tried, and after that none. Later rollbacks never go to an earlier s.
 
 That is `variant="paper"`. Its φ has no bound and soon outweighs every log p (here α φ ends at 1e5), so the default is
 `variant="code"`, the authors' program, which differs in the following. w is divided by its sum over all columns. φ is
-1e-7 times the product, in float16; while an answer has at most 10 tokens φ is minus the weight on image columns instead.
-Scores are log-softmax(l - α φ) over the candidates alone. After every token each beam notes the mode of its candidates'
-c, and s is the mode of what the beams note (of equals the smallest). All beams go back once s stands at least `threshold`
-times among the notes of each, which keep their places when beams change theirs. s must be at least 10, and an earlier s
-may follow a later one.
+1e-7 times the product, in float16; while an answer has at most 10 tokens φ is minus the weight on image columns
+instead. Scores are log-softmax(l - α φ) over the candidates alone. After every token each beam notes the mode of its
+candidates' c, and s is the mode of what the beams note (of equals the smallest). All beams go back once s stands at
+least `threshold` times among the notes of each, which keep their places when beams change theirs. s must be at least
+10, and an earlier s may follow a later one.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: a rollback runs nothing but the answer again,
-and what follows it is one of the candidates (there any token, by its logit); a public copy of that code compares with
-more than `threshold`.
+Differs from the paper in: nothing known. Differs from the authors' code in: a rollback runs nothing but the answer
+again, and what follows it is one of the candidates (there any token, by its logit); a public copy of that code
+compares with more than `threshold`.
 
 With α = 0 and without rollbacks it is beam search: as long as the candidates are at least twice the beams, or under
 "code" the whole vocabulary.
