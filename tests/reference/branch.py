@@ -3,6 +3,8 @@
 Every branch runs its whole prompt by itself, whatever the library shares. Keys are kept unrotated.
 """
 
+import functools
+
 import numpy as np
 
 from tests.reference import llava
@@ -11,13 +13,14 @@ from tests.reference import llava
 class Branch:
     """A language model with hooks.
 
-    `edit(layer, z, is_image)` gets masked attention logits [H, T, S] and returns others; `residual(layer, hidden)`
+    `edit(layer, z, is_image)` gets masked attention logits [H, T, S] and returns others; `mlp(layer, added)` gets
+    what a feed-forward block is about to add to the stream [T, E] and returns another; `residual(layer, hidden)`
     gets the residual stream [T, E] behind a layer and returns another. `attention[layer]` is what the softmax of
     the running call gave, [H, T, S].
     """
 
-    def __init__(self, weights, config, edit=None, residual=None):
-        self.weights, self.config, self.edit, self.residual = weights, config, edit, residual
+    def __init__(self, weights, config, edit=None, residual=None, mlp=lambda layer, added: added):
+        self.weights, self.config, self.edit, self.residual, self.mlp = weights, config, edit, residual, mlp
         self.depth = config["text_config"]["num_hidden_layers"]
         self.keys, self.values = [None] * self.depth, [None] * self.depth
         self.attention = [None] * self.depth
@@ -44,7 +47,9 @@ class Branch:
                 z = self.edit(layer, z, self.is_image)
             w = self.attention[layer] = llava.softmax(z)
             attended = np.einsum("HTS,HSD->HTD", w, np.repeat(v, q.shape[0] // v.shape[0], axis=0))
-            hidden = llava.finish_layer(self.weights, self.config, layer, hidden, attended)
+            hidden = llava.finish_layer(
+                self.weights, self.config, layer, hidden, attended, functools.partial(self.mlp, layer)
+            )
             states.append(hidden if self.residual is None else self.residual(layer, hidden))
         return np.stack(states)
 

@@ -11,9 +11,10 @@ Readings of the text that are open to choice:
 - a column that a row cannot see (sliding window) takes no part in its statistics;
 - a sample without an image is left alone: both branches are the plain model;
 - without IMD there is nothing to contrast with, so no plausibility cut either: combined is main;
-- code variant, the gate: s_t is taken from the main branch's logits after CMPC and before softmax, at the
-  last row of call t (the prefill is step 0), over the image columns; alpha is 0 where
-  s_t < mean(s_0, ..., s_min(t, 29)), the current step included, so never at step 0.
+- the gate: s_t is taken from the main branch's logits after CMPC and before softmax, at the last row of call t (the
+  prefill is step 0), over the image columns; alpha is 0 where s_t lies below the mean of 30 steps, itself included
+  (so never at step 0): of the first 30 so far under gate="first", of the newest 30 under gate="last". No variant has
+  a gate of itself.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ class Settings:
     cmpc: bool = True
     distort: str = "value_mask"  # | "attention_mask" | "value_noise"
     variant: str = "paper"  # | "code"
+    gate: str | None = None  # | "first" | "last"
 
     @property
     def scale(self):
@@ -189,10 +191,8 @@ def run(
         l_contrast = llava.head(weights, config, hidden[-1:])[0]
 
         gate.append(statistic)
-        mean = np.mean(gate[:GATE_WINDOW])
-        alpha = settings.alpha
-        if settings.variant == "code" and statistic < mean:
-            alpha = 0.0
+        mean = np.mean(gate[-GATE_WINDOW:] if settings.gate == "last" else gate[:GATE_WINDOW])
+        alpha = 0.0 if settings.gate is not None and statistic < mean else settings.alpha
         if step:
             gate_margin = min(gate_margin, abs(statistic - mean))
         alphas.append(alpha)

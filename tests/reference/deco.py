@@ -1,4 +1,4 @@
-"""DeCo (arXiv 2410.11779) in plain NumPy float64, one sample at a time."""
+"""DeCo (arXiv 2410.11779) in plain NumPy float64, one sample at a time. Only candidates keep a finite logit."""
 
 import numpy as np
 
@@ -27,5 +27,6 @@ def run(weights, config, ids, pixels, tokens, exits, alpha=0.6, top_p=0.9, most=
             margin = min(margin, sorted(surest)[-1] - sorted(surest)[-2])
         chosen.append(exits[best])
         counts.append(len(candidates))
-        rows.append(row + alpha * surest[best] * early[best])
+        kept = np.isin(np.arange(len(row)), candidates)
+        rows.append(np.where(kept, row + alpha * surest[best] * early[best], -np.inf))
     return main, np.stack(rows), chosen, counts, margin

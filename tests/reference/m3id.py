@@ -1,20 +1,31 @@
-"""M3ID (arXiv 2403.14003) in plain NumPy float64, one sample at a time.
+"""M3ID (arXiv 2403.14003) and RITUAL's port of it in plain NumPy float64, one sample at a time.
 
 t counts the tokens generated before: 0 at the prompt. Without an image the method changes nothing.
 """
 
 import numpy as np
 
-from tests.reference.branch import Branch, cut, has_image, logits, without_images
+from tests.reference.branch import Branch, cut, has_image, log_softmax, logits, without_images
 
 
-def run(weights, config, ids, pixels, tokens, decay=0.02, beta=0.1):
-    """main, contrast, combined, distances to the cut, each [1 + len(tokens), V]."""
+def combine(main, contrast, t, decay=0.02, alpha_gate=0.9, beta=0.1, variant="paper"):
+    """One step of logits [V]: combined, how far a token is from the cut (port), and the largest p from the gate."""
+    g = np.exp(-decay * t)
+    added = (1 - g) / g * (log_softmax(main) - log_softmax(contrast))
+    if variant == "port":
+        return *cut(main, main + added, beta), np.inf
+    surest = log_softmax(main).max()
+    is_open = surest < np.log(alpha_gate)
+    return main + is_open * added, np.full_like(main, np.inf), abs(surest - np.log(alpha_gate))
+
+
+def run(weights, config, ids, pixels, tokens, **settings):
+    """main, contrast, combined, distances to the cut, each [1 + len(tokens), V]; and the distance to the gate."""
     main = logits(weights, config, Branch(weights, config).run(ids, pixels, tokens)[:, -1])
     blind = without_images(config, ids)
     contrast = logits(weights, config, Branch(weights, config).run(blind, None, tokens)[:, -1])
     if not has_image(config, ids):
-        return main, contrast, main, np.full_like(main, np.inf)
-    gate = np.exp(-decay * np.arange(len(main)))[:, None]
-    combined, distance = cut(main, main + (1 - gate) / gate * (main - contrast), beta)
-    return main, contrast, combined, distance
+        return main, contrast, main, np.full_like(main, np.inf), np.inf
+    steps = [combine(main[t], contrast[t], t, **settings) for t in range(len(main))]
+    combined, distances, gates = zip(*steps, strict=True)
+    return main, contrast, np.stack(combined), np.stack(distances), min(gates)

@@ -1,7 +1,11 @@
 """OPERA in plain NumPy float64: every beam is a list of tokens, and every score comes from a run of the whole prompt.
 
-Nothing is carried from step to step but the tokens of the beams: attention among answer tokens, column products and
-the columns of every prefix are computed anew from the last layer's attention.
+Nothing is carried from step to step but the tokens of the beams and what was noted: attention among answer tokens,
+column products and the columns of every prefix are computed anew from the last layer's attention.
+
+The variants find the place to go back to in different ways. The paper's looks at the columns of a beam's own tokens.
+The authors' code notes one column per beam and step, the mode of the newest columns of all its candidates; notes stay
+in the beams' places when beams move to others, and the place is the mode of the newest notes over beams.
 """
 
 import numpy as np
@@ -9,6 +13,18 @@ import numpy as np
 from tests.reference import branch, llava
 
 DEAD = -1e9
+
+
+def mode(values):
+    """The most frequent value, the smallest of several."""
+    return int(np.bincount(values).argmax())
+
+
+def place_of_notes(notes, threshold):
+    """s of the authors' code, or None: `notes` [steps][beams], the newest last."""
+    place = mode(notes[-1])
+    often = all(sum(note == place for note in beam) >= threshold for beam in zip(*notes, strict=True))
+    return place if often and place >= 10 else None
 
 
 class Beam:
@@ -24,7 +40,7 @@ class Opera:
     def __init__(self, weights, config, ids, pixels, settings, stop=()):
         self.weights, self.config, self.ids, self.stop = weights, config, list(ids), stop
         self.__dict__.update(
-            {"alpha": 1.0, "sigma": 50.0, "beams": 5, "candidates": 10, "threshold": 15, "max_rollbacks": 5,
+            {"alpha": 1.0, "sigma": 50.0, "beams": 5, "candidates": 5, "threshold": 15, "max_rollbacks": 5,
              "window": 512, "variant": "code"} | settings
         )  # fmt: skip
         self.ways_back, self.margin, self.memo = [], np.inf, {}
@@ -55,11 +71,18 @@ class Opera:
         newest = len(tokens) - 1
         first = max(0, newest + 1 - self.window)
         products = np.array([square[j:, j].prod() for j in range(first, newest + 1)])
-        self.note(products)
-        phi, column = products.max(), first + int(products.argmax())
-        if self.variant == "code":
-            phi = 1e-7 * phi if len(tokens) > 10 else -rows[-1, is_image].sum()
-        return phi, column
+        if self.variant == "paper":
+            self.note(products)
+            return products.max(), first + int(products.argmax())
+        with np.errstate(over="ignore", under="ignore"):
+            halves, below, above = (np.float16(1e-7 * products * (1 + e)) for e in (0, -1e-5, 1e-5))
+        best = int(halves.argmax())
+        others = np.delete(above, best)
+        # Small products are all the same 0, of which the first counts.
+        tied = (halves == halves[best]).sum() > 1 and (below == above).all()
+        if not tied and len(others) and others.max() >= below[best]:
+            self.margin = 0.0
+        return (float(halves[best]) if len(tokens) > 10 else -rows[-1, is_image].sum()), first + best
 
     def note(self, values, scale=True):
         """Remembers how far the best of some values is ahead, in parts of its size."""
@@ -85,10 +108,12 @@ class Opera:
         ]
 
     def extend(self, beams, kept, banned, limit):
-        """One token more: (beams, kept, pairs that were chosen, whether the search goes on)."""
-        options = []
+        """One token more: (beams, kept, pairs that were chosen, whether the search goes on, notes of this step)."""
+        options, notes = [], []
         for place, beam in enumerate(beams):
-            for token, gain, logprob, column in self.candidates_of(beam):
+            found = self.candidates_of(beam)
+            notes.append(mode([column for *_, column in found]))
+            for token, gain, logprob, column in found:
                 if (place, token) in banned:
                     gain = DEAD
                 new = Beam((*beam.tokens, token), beam.score + gain, (*beam.logprobs, logprob),
@@ -109,31 +134,32 @@ class Opera:
         if running and len(kept) == self.beams:
             worst = kept[-1]
             goes_on = running[0][2].score / length > worst.score / len(worst.tokens)
-        return [one for _, _, one in running], kept, {(p, t) for p, t, _ in running}, goes_on
+        return [one for _, _, one in running], kept, {(p, t) for p, t, _ in running}, goes_on, notes
 
-    def place_to_go(self, beams):
-        """s, if all living beams came back to it often enough."""
+    def place_to_go(self, beams, notes):
+        """s, if all living beams came back to it often enough; `notes` has a list of one note per beam for each step."""
+        if self.variant == "code":
+            return place_of_notes(notes, self.threshold)
         columns = np.array([beam.columns for beam in beams if beam.score > DEAD / 2])
         columns = columns[:, -self.window :]
-        modes = [np.bincount(row).argmax() for row in columns]
-        place = int(np.bincount(modes).argmax())
-        counts = (columns == place).sum(axis=1)
-        first = 10 if self.variant == "code" else 0
-        return place if place >= first and (counts > self.threshold).all() else None
+        place = mode([mode(row) for row in columns])
+        return place if ((columns == place).sum(axis=1) > self.threshold).all() else None
 
     def answer(self, limit):
         """The best answer as a Beam."""
         # The beams start alike, and only one of them counts.
-        history = [([Beam(), *(Beam(score=DEAD) for _ in range(self.beams - 1))], [])]
+        history = [([Beam(), *(Beam(score=DEAD) for _ in range(self.beams - 1))], [], [])]
         chosen, banned, taken, latest = [], {}, {}, 0
         while True:
             count = len(history) - 1
-            beams, kept, pairs, goes_on = self.extend(*history[-1], banned.get(count - 1, set()), limit)
+            before = history[-1]
+            beams, kept, pairs, goes_on, new = self.extend(*before[:2], banned.get(count - 1, set()), limit)
             if not goes_on:
                 return kept[0]
-            history.append((beams, kept))
+            notes = [*before[2], new]
+            history.append((beams, kept, notes))
             chosen.append(pairs)
-            place = self.place_to_go(beams)
+            place = self.place_to_go(beams, notes)
             if place is None or place >= count or (self.variant == "paper" and place < latest):
                 continue
             for target in (place, place - 1):

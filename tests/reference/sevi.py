@@ -2,7 +2,8 @@
 
 Readings of the text that are open to choice: with several images the text after the last one is 𝒮 and the text
 between images belongs to the rest; CICD cuts implausible tokens at steps without contrast as well, but leaves
-samples without an image alone.
+samples without an image alone. In the authors' Qwen2-VL files ("code-qwen") the rest is the tokens of the images alone,
+and CICD contrasts where the divergence, computed as in their other code, is above 0.1.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ class Sevi:
     omega: float = 4.0
     kappa: float = 0.2
     start_layer: int = 4
+    variant: str = "paper"
     margin: float = np.inf  # the closest that a head came to another class
     stages: set = dataclasses.field(default_factory=set)  # what has happened: "text", "global"
 
@@ -28,6 +30,8 @@ class Sevi:
         columns = np.flatnonzero(call.seen[-1])
         after = [j for j in columns if j > ends[-1]]
         rest = [j for j in columns if j <= ends[-1]]
+        if self.variant == "code-qwen":
+            rest = [j for j in rest if call.image_id[j] > 0]
         row = z[:, -1]
         core, spread, others = [], [], []
         for h in range(len(z)):
@@ -67,6 +71,7 @@ def divergence(main, contrast, variant):
 def combine(main, contrast, variant, beta=0.1, alpha_max=3.0):
     """(combined [V], alpha, J) of one step."""
     j = min(1.0, divergence(main, contrast, variant))
-    alpha = min(alpha_max, 1 - np.log10(j)) if j > 1e-4 else 0.0
+    least = 0.1 if variant == "code-qwen" else 1e-4
+    alpha = min(alpha_max, 1 - np.log10(j)) if j > least else 0.0
     contrasted = (1 + alpha) * main - alpha * contrast
     return np.where(main < main.max() + np.log(beta), -np.inf, contrasted), alpha, j
