@@ -54,7 +54,8 @@ def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strengt
     order = jnp.argsort(-probabilities, axis=-1, stable=True)
     descending = jnp.take_along_axis(probabilities, order, axis=-1)
     before = jnp.cumsum(descending, axis=-1) - descending
-    kept = (before < top_p) & (jnp.arange(order.shape[-1]) < most)
+    # Where rounding brings the sum to 1 before the last token, a top_p of 1 still means all of them.
+    kept = ((before < top_p) | (top_p >= 1)) & (jnp.arange(order.shape[-1]) < most)
     # The likeliest token is always a candidate, even where top_p is 0.
     kept = kept.at[:, 0].set(True)
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)

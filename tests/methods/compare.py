@@ -155,10 +155,11 @@ def assert_one_branch(case, layouts, method, make_reference):
     return references
 
 
-def assert_contrastive(case, method, run, factor, layouts=MIXED, **settings):
+def assert_contrastive(case, method, run, factor, layouts=MIXED, cuts=True, **settings):
     """Main, contrast and combined logits of a method with a contrast branch, for all samples and steps.
 
-    `run` returns main, contrast, combined, distance to the cut, and maybe how clear its choices were.
+    `run` returns main, contrast, combined, distance to the cut, and maybe how clear its choices were. `cuts` says
+    whether the method rules tokens out.
     """
     main, contrast, combined = case.library(layouts, method)
     wanted = zip(case.references(run, layouts, **settings), layouts, strict=True)
@@ -169,6 +170,6 @@ def assert_contrastive(case, method, run, factor, layouts=MIXED, **settings):
         assert_combined(combined[row], want[2], want[3], factor, f"combined {row}")
         if IMAGE in layout:  # the method does something, at every step
             assert np.abs(main[row] - contrast[row]).max(axis=-1).min() > 0.02
-            assert np.isneginf(combined[row]).any(axis=-1).all()
+            assert (np.isneginf(combined[row]).any(axis=-1) == cuts).all()
         else:
             np.testing.assert_array_equal(combined[row], main[row])

@@ -42,17 +42,19 @@ def assert_equal_to_reference(variety, layouts, steps=STEPS, **strengths):
     [
         {},
         {"variant": "code", "alpha": 1.0},
+        {"variant": "code", "alpha": 1.0, "gate": "first"},
+        {"gate": "last"},
         {"distort": "attention_mask", "beta": 0.5},
         {"cmpc": False},
         {"imd": False},
         {"imd": False, "cmpc": False},
     ],
-    ids=["paper", "code", "attention_mask", "imd_only", "cmpc_only", "neither"],
+    ids=["paper", "code", "gate", "last_gate", "attention_mask", "imd_only", "cmpc_only", "neither"],
 )
 def test_variants_and_switches(strengths):
     results = assert_equal_to_reference(MAIN_VARIETY, MIXED, **strengths)
-    if strengths.get("variant") == "code":  # the gate is met both open and closed
-        assert {0.0, 1.0} <= {alpha for result in results for alpha in result.alphas}
+    alphas = {alpha for result in results for alpha in result.alphas}
+    assert len(alphas) == 1 + bool(strengths.get("gate"))  # a gate is met both open and closed
 
 
 @pytest.mark.parametrize(
@@ -74,16 +76,32 @@ def test_images_at_the_edges_of_the_prompt(variant):
     assert_equal_to_reference(MAIN_VARIETY, EDGES, variant=variant)
 
 
-def test_the_gate_looks_back_at_the_first_thirty_steps_only():
+WINDOWS = {"first": lambda t: slice(0, min(t + 1, 30)), "last": lambda t: slice(max(t - 29, 0), t + 1)}
+
+
+@pytest.mark.parametrize(("gate", "steps"), [("first", 40), ("last", 70)])
+def test_the_gate_looks_back_at_thirty_steps_only(gate, steps):
     layouts = [(3, IMAGE, 4), (2, IMAGE, IMAGE, 2)]
-    results = assert_equal_to_reference("llama_gqa_all_biases", layouts, steps=40, variant="code", alpha=1.0)
+    results = assert_equal_to_reference(
+        "llama_gqa_all_biases", layouts, steps, variant="code", alpha=1.0, gate=gate
+    )
     assert {alpha for result in results for alpha in result.alphas[30:]} == {0.0, 1.0}
-    for mean_since in (lambda t: 0, lambda t: max(t - 29, 0)):  # means over all steps, over the last thirty
-        other = [
-            [float(s >= np.mean(result.gate[mean_since(t) : t + 1])) for t, s in enumerate(result.gate)]
+    for name, window in {**WINDOWS, "all steps": lambda t: slice(0, t + 1)}.items():
+        alphas = [
+            [float(s >= np.mean(result.gate[window(t)])) for t, s in enumerate(result.gate)]
             for result in results
         ]
-        assert other != [result.alphas for result in results]
+        assert (alphas == [result.alphas for result in results]) == (name == gate)
+
+
+def test_only_chair_presets_of_the_code_have_a_gate():
+    for variant in ("paper", "code"):
+        assert methods.CMAC(variant=variant).gate is None
+        for name in methods.CMAC.PRESETS:
+            gated = variant == "code" and name.endswith("/chair")
+            assert methods.CMAC.preset(name, variant=variant).gate == ("first" if gated else None)
+    assert methods.CMAC.preset("llava-1.5/chair", variant="code", gate="last").gate == "last"
+    assert methods.CMAC.preset("llava-1.5/chair", variant="code", gate=None).gate is None
 
 
 def test_value_noise():
@@ -127,8 +145,8 @@ def test_neutral_strengths_equal_plain_generation():
 
 
 def test_a_batch_equals_its_samples_alone():
-    """No statistic mixes samples, and padding takes no part; the code variant has the gate's besides."""
-    case, method = load(variety=MAIN_VARIETY), methods.CMAC(variant="code")
+    """No statistic mixes samples, and padding takes no part; the gate's neither."""
+    case, method = load(variety=MAIN_VARIETY), methods.CMAC(variant="code", gate="first")
     inputs, forced = case.inputs(MIXED), case.forced(MIXED)
     together = run_library(case.ours, inputs, forced, method)[:2]
     for row in range(len(MIXED)):
@@ -139,13 +157,13 @@ def test_a_batch_equals_its_samples_alone():
         )
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_greedy_generation_takes_the_reference_tokens(variant):
+@pytest.mark.parametrize(("variant", "gate"), [("paper", None), ("code", None), ("code", "last")])
+def test_greedy_generation_takes_the_reference_tokens(variant, gate):
     """The whole driver: every token generated is the arg-max of the reference's combined logits at that step."""
-    case, method = load(variety=MAIN_VARIETY), methods.CMAC(alpha=1.0, beta=0.1, variant=variant)
+    strengths = {"alpha": 1.0, "beta": 0.1, "variant": variant, "gate": gate}
+    case, method = load(variety=MAIN_VARIETY), methods.CMAC(**strengths)
     out = case.ours.generate(case.inputs(MIXED), method=method, max_new_tokens=STEPS + 1, temperature=0.0)
     tokens = np.stack([np.asarray(row) for row in out.tokens])
-    settings = cmac.Settings(alpha=1.0, beta=0.1, variant=variant)
-    results = run_reference(case, MIXED, settings, tokens[:, :-1])
+    results = run_reference(case, MIXED, cmac.Settings(**strengths), tokens[:, :-1])
     for row, want in enumerate(results):
         np.testing.assert_array_equal(tokens[row], want.combined.argmax(axis=-1))

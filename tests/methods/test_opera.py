@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,11 +13,12 @@ from lvlm_jax.methods import CMAC, OPERA, chain
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.reference import llava
-from tests.reference.opera import Opera
+from tests.reference.opera import Opera, mode, place_of_notes
 
 VOCABULARY = 120
 LAYOUTS = [(4, IMAGE, 3), (2, IMAGE, 1, IMAGE, 6)]
 CLEAR = 1e-4  # the closest choice of every run below is further from a tie than rounding reaches
+CODE = dict(beams=2, candidates=5, threshold=2, max_rollbacks=2)
 SMALL = dict(beams=2, candidates=5, threshold=2, sigma=8.0, alpha=0.5, variant="paper")
 
 
@@ -67,7 +69,9 @@ RUNS = {
     "one beam, the place before": (SMALL | dict(beams=1, candidates=4, sigma=4.0, max_rollbacks=1), 14, (), True),
     "stop tokens": (SMALL, 14, (90, 71), False),
     "window": (SMALL | dict(window=4, sigma=4.0, threshold=1), 14, (), True),
-    "authors' code": (dict(beams=2, candidates=5, threshold=2, window=6), 24, (), True),
+    "authors' code": (CODE | dict(window=6, sigma=8.0), 22, (), True),
+    "authors' code, two places": (CODE | dict(window=4, sigma=50.0), 22, (), True),
+    "authors' code without a way back": (CODE | dict(sigma=50.0), 22, (), False),
 }  # fmt: skip
 
 
@@ -81,9 +85,100 @@ def test_answers_and_ways_back_are_those_of_the_reference(case, ways_back, setti
         assert out.tokens[row] == list(answer.tokens)
         np.testing.assert_allclose(out.logprobs[row], answer.logprobs, rtol=0, atol=1e-4)
         assert out.finish_reason[row] == ("stop" if answer.tokens[-1] in stop else "length")
-    assert bool(sum(ways_back, [])) or not goes_back
+    assert bool(sum(ways_back, [])) == goes_back or stop
+    if goes_back and settings.get("variant") != "paper":
+        assert max(map(len, ways_back)) == 2
     if stop:
         assert "stop" in out.finish_reason
+
+
+# Columns c of a made search, one line per token: of three candidates of beam 0, and of beam 1.
+MADE = [
+    [[0, 0, 0], [0, 0, 0]],
+    [[0, 1, 1], [1, 1, 0]],
+    [[2, 1, 0], [1, 2, 2]],  # all differ: the smallest counts
+    *[[[3, 3, 2], [3, 2, 3]]] * 8,
+    [[11, 11, 3], [11, 3, 11]],
+    [[11, 11, 3], [3, 11, 11]],
+    [[11, 11, 12], [3, 3, 11]],
+    [[11, 3, 11], [11, 11, 11]],
+]
+
+
+def made_history(method, parents, steps):
+    """What `noted` keeps of the steps of MADE, where beams continue those in `parents`; the first candidate each time."""
+    columns = jnp.zeros((2, len(MADE)), jnp.int32)
+    for newest, candidates in enumerate(MADE[:steps]):
+        columns = method.noted(
+            columns,
+            jnp.asarray(candidates),
+            jnp.asarray(parents),
+            3 * jnp.asarray(parents),
+            jnp.int32(newest),
+        )
+    return np.asarray(columns)[:, :steps]
+
+
+def test_the_code_notes_one_column_per_beam_and_step():
+    """The mode of all candidates, in the beam's place, whichever beams go on; the paper keeps those of the tokens."""
+    modes = [[mode(beam) for beam in step] for step in MADE]
+    for parents in ([0, 1], [1, 0], [0, 0]):
+        history = made_history(OPERA(**CODE), parents, len(MADE))
+        np.testing.assert_array_equal(history.T, modes)
+    paper = made_history(OPERA(**CODE | dict(variant="paper")), [1, 1], len(MADE))
+    np.testing.assert_array_equal(paper.T, [[beams[1][0]] * 2 for beams in MADE])
+
+
+@pytest.mark.parametrize("threshold", [2, 3, 4, 5])
+def test_the_place_to_go_back_to_is_that_of_the_newest_columns(threshold):
+    """Column 3 is by far the most frequent of all, and blocks nothing. Noted at least `threshold` times, by each beam."""
+    method, places = OPERA(**CODE | dict(threshold=threshold)), []
+    for steps in range(1, len(MADE) + 1):
+        history = made_history(method, [1, 0], steps)
+        place = method.recurring(history, np.ones(2, bool))
+        assert place == place_of_notes(history.T.tolist(), threshold)
+        places.append(place)
+    # Beam 1 notes 11, 11, 3, 11: s is 11 after each but the third, where 3 and 11 are tied and 3 is below 10.
+    assert [step for step, place in enumerate(places) if place is not None] == {2: [12, 14], 3: [14]}.get(
+        threshold, []
+    )
+    assert {place for place in places if place is not None} <= {11}
+
+
+def test_a_made_history_goes_back_twice():
+    """To the place, then (no more often than `max_rollbacks` there) to the place before it, then not any more."""
+    method = OPERA(**CODE | dict(max_rollbacks=1))
+    history, alive = made_history(method, [0, 1], 15), [np.ones(2, bool)] * 16
+    rollbacks = driver.Rollbacks(method)
+    assert rollbacks.target(history, alive) == 11
+    rollbacks.note(11, [(0, 7), (1, 9)])
+    assert rollbacks.target(history, alive) == 10
+    rollbacks.note(10, [(0, 5), (1, 5)])
+    assert rollbacks.banned == {10: [(0, 5), (1, 5)]}  # what was banned further on may be chosen again
+    assert rollbacks.target(history, alive) is None
+    np.testing.assert_array_equal(rollbacks.tokens(10), [[5, -1], [-1, 5]])
+
+
+def test_an_earlier_place_may_follow_a_later_one_under_code():
+    """Under the paper's rule it may not."""
+    for variant, second in (("code", 10), ("paper", None)):
+        method = OPERA(**CODE | dict(variant=variant, threshold=1))
+        rollbacks, alive = driver.Rollbacks(method), [np.ones(2, bool)] * 20
+        assert rollbacks.target(np.array([[12] * 18] * 2), alive) == 12
+        rollbacks.note(12, [(0, 1), (1, 2)])
+        assert rollbacks.target(np.array([[10] * 18] * 2), alive) == second
+
+
+def test_scores_are_float16_under_code():
+    """1e-7 p vanishes below 3e-8, and is rounded: two columns that differ by 1e-4 are one, and the first counts."""
+    products = jnp.log(jnp.asarray([[0.1, 0.2, 0.05], [3e4, 3.0003e4, 1.0], [3e4, 3.1e4, 1.0]]))
+    method = OPERA(**CODE)
+    over_trust, columns = method.over_trust(products, jnp.int32(11), jnp.zeros(3))
+    np.testing.assert_array_equal(columns, [0, 0, 1])
+    expected = [0.0, float(np.float16(3e-3)), float(np.float16(3.1e-3))]
+    np.testing.assert_allclose(over_trust, expected, rtol=1e-3)
+    _, columns = OPERA(**CODE | dict(window=11)).over_trust(products, jnp.int32(11), jnp.zeros(3))
+    np.testing.assert_array_equal(columns, [1, 1, 1])  # the window begins at column 1, even where all is 0
 
 
 def test_a_batch_equals_its_samples_alone(case, ways_back):

@@ -183,12 +183,13 @@ def test_combine():
     np.testing.assert_array_equal(cmac.combine(main, contrast, alpha=0.0, beta=0.0), main)
 
 
-def test_gate_of_the_code_variant():
-    """alpha falls to 0 exactly where s_t is below the mean of the first 30 steps so far."""
-    result = _run("llama_gqa_all_biases", layout=(3, IMAGE, 4), steps=34, variant="code", alpha=2.0)[-1]
+@pytest.mark.parametrize("gate", ["first", "last"])
+def test_gate(gate):
+    """alpha falls to 0 exactly where s_t is below the mean of the first 30 steps so far, or of the newest 30."""
+    result = _run("llama_gqa_all_biases", layout=(3, IMAGE, 4), steps=34, gate=gate, alpha=2.0)[-1]
     expected = []
     for t, s in enumerate(result.gate):
-        window = result.gate[: min(t, 29) + 1]
+        window = result.gate[: min(t, 29) + 1] if gate == "first" else result.gate[max(t - 29, 0) : t + 1]
         expected.append(0.0 if s < sum(window) / len(window) else 2.0)
     assert result.alphas == expected
     assert expected[0] == 2.0 and set(expected[1:]) == {0.0, 2.0}

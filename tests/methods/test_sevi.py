@@ -25,8 +25,9 @@ DEPTH = 5
         ({"omega": 4.0, "start_layer": 0, "kappa": 0.5}, (DEPTH,), MIXED),
         ({"omega": 2.0, "start_layer": 1, "kappa": 0.4}, (DEPTH,), EDGES),
         ({"omega": 2.0, "start_layer": 0, "kappa": 0.4}, (3, "mistral_window"), MIXED),
+        ({"omega": 2.0, "start_layer": 0, "kappa": 0.5, "variant": "code-qwen"}, (DEPTH,), MIXED),
     ],
-    ids=["focused", "mild", "all_layers", "edges", "window"],
+    ids=["focused", "mild", "all_layers", "edges", "window", "code_qwen"],
 )
 def test_equals_the_reference(settings, case, layouts):
     references = compare.assert_one_branch(
@@ -49,7 +50,7 @@ def dataclass_values(method):
     return [float(leaf) for leaf in leaves], structure
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("variant", ["paper", "code", "code-qwen"])
 @pytest.mark.parametrize("omega", [0.0, 1.0])
 def test_cicd_equals_the_reference(variant, omega):
     case = compare.load(DEPTH)
@@ -59,7 +60,7 @@ def test_cicd_equals_the_reference(variant, omega):
     main, contrast, combined = case.library(MIXED, method)
 
     def edit(*sample):
-        edited = sevi.Sevi(omega=omega, start_layer=1)
+        edited = sevi.Sevi(omega=omega, start_layer=1, variant=variant)
         logits = one_branch.run(*sample, edited)
         assert edited.margin > 2e-6
         return logits
@@ -81,10 +82,11 @@ def test_cicd_equals_the_reference(variant, omega):
             alphas.append(alpha)
             clear = np.abs(want[step] - want[step].max() - np.log(0.1)) > 2 * ATOL
             np.testing.assert_allclose(combined[row, step][clear], logits[clear], rtol=0, atol=8 * ATOL)
-    assert min(alphas) >= 1 and len({round(alpha, 3) for alpha in alphas}) > 5
+    assert min(alphas) >= 1 or variant == "code-qwen"
+    assert len({round(alpha, 3) for alpha in alphas}) > 5
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("variant", ["paper", "code", "code-qwen"])
 def test_contrast_strength_over_the_whole_range_of_divergence(variant):
     """From equal branches (no contrast) over small divergences (α at its bound) to opposite ones (J at its bound)."""
     generator = np.random.default_rng(3)
@@ -98,7 +100,11 @@ def test_contrast_strength_over_the_whole_range_of_divergence(variant):
         *(sevi.combine(*rows, variant) for rows in zip(main, contrast, strict=True)), strict=True
     )
     np.testing.assert_allclose(got, np.stack(want), rtol=2e-4, atol=1e-3)
-    assert alphas[0] == alphas[1] == 0 and 3.0 in alphas and 1 <= min(alphas[3:]) < 2
+    assert alphas[0] == alphas[1] == 0 and 1 <= min(alphas[5:]) < 2
+    # Between 1e-4 and 0.1 only the authors' Qwen2-VL files do not contrast.
+    small = np.array([1e-4 < j < 0.1 for j in divergences])
+    assert small.any() and (np.array(alphas)[small] == 0).all() == (variant == "code-qwen")
+    assert variant == "code-qwen" or 3.0 in alphas
     assert variant == "paper" or max(divergences) == 1
     np.testing.assert_allclose(
         jensen_shannon(readout.main, readout.contrast, variant)[1:5],

@@ -18,13 +18,19 @@ from tests.reference import vista
         ({"exits": (3,)}, {}, MIXED),
         ({"exits": (3,)}, {}, EDGES),
         (
-            {"exits": (1, 3), "strength": 0.6, "gamma": 0.5, "mixing": "blend"},
-            {"layers": (1, 3), "lambda_": 0.6, "gamma": 0.5, "mixing": "blend"},
+            {"exits": (1, 3), "strength": 0.6, "gamma": 0.5},
+            {"layers": (1, 3), "lambda_": 0.6, "gamma": 0.5},
             MIXED,
         ),
         ({"exits": (1, 2), "strength": -0.2}, {"start_layer": 1, "end_layer": 3, "lambda_": -0.2}, MIXED),
+        ({"exits": (3,), "variant": "paper"}, {"variant": "paper"}, MIXED),
+        (
+            {"exits": (0, 2), "strength": 0.6, "gamma": 0.5, "variant": "paper"},
+            {"layers": (0, 2), "lambda_": 0.6, "gamma": 0.5, "variant": "paper"},
+            EDGES,
+        ),
     ],
-    ids=["default", "edges", "blend", "away"],
+    ids=["default", "edges", "strong", "away", "paper", "strong paper"],
 )
 def test_equals_the_reference(settings, fields, layouts):
     case = compare.load(4, "bare")
@@ -41,21 +47,44 @@ def test_equals_the_reference(settings, fields, layouts):
             np.testing.assert_allclose(combined[row], plain[row], rtol=0, atol=1e-5)
 
 
+def test_the_principal_component_of_one_sample():
+    """The authors' program adds a unit vector to layer 0's direction, where there is one; the paper knows of none."""
+    generator = np.random.default_rng(1)
+    seeing, blind = (jnp.asarray(generator.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(2))
+    blind = blind.at[:, 1].set(seeing[:, 1])  # the second sample has no image
+    difference = np.array(seeing[1:] - blind[1:])
+    np.testing.assert_array_equal(VISTA(variant="paper").primed(seeing, blind).vectors, difference)
+    difference[0, 0, 0] += 1
+    np.testing.assert_array_equal(VISTA().primed(seeing, blind).vectors, difference)
+
+
 def test_published_layers():
-    assert VISTA().exits(32) == (25, 26, 27, 28, 29, 30)
+    assert VISTA().exits(32) == (26, 27, 28, 29, 30, 31)
+    assert VISTA(variant="paper").exits(32) == (27, 28, 29, 30, 31)
     assert VISTA().exits(8) == (6, 7) and VISTA().exits(4) == (3,)
 
 
-def test_norms_are_kept():
-    """Steering turns the stream and does not stretch it."""
+def test_presets():
+    presets = {name: VISTA.preset(f"llava-1.5/{name}") for name in ("chair", "pope", "mmhal")}
+    assert {name: (float(one.lambda_), float(one.gamma)) for name, one in presets.items()} == {
+        "chair": (np.float32(0.17), np.float32(0.3)),
+        "pope": (np.float32(0.01), np.float32(0.3)),
+        "mmhal": (np.float32(0.1), np.float32(0.3)),
+    }
+
+
+@pytest.mark.parametrize(("variant", "stage"), [("code", "mlp"), ("paper", "residual")])
+def test_norms_are_kept(variant, stage):
+    """Steering turns a row and does not stretch it, in the one stage that the variant names."""
     generator = np.random.default_rng(0)
     hidden = jnp.asarray(generator.normal(size=(2, 5, 16)).astype(np.float32))
     states = generator.normal(size=(2, 4, 2, 16)).astype(np.float32)
-    steering = VISTA(lambda_=0.8).primed(*map(jnp.asarray, states)).branches()[0]
-    turned = steering.residual(1, 3, "decode", hidden)
-    norms = np.linalg.norm(hidden, axis=-1)
-    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), norms, rtol=1e-5)
-    assert np.abs(turned - hidden).max() > 0.1
+    steering = VISTA(lambda_=0.8, variant=variant).primed(*map(jnp.asarray, states)).branches()[0]
+    for name in ("mlp", "residual"):
+        turned = getattr(steering, name)(1, 3, "decode", hidden)
+        norms = np.linalg.norm(hidden, axis=-1)
+        np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), norms, rtol=1e-5)
+        assert (np.abs(turned - hidden).max() > 0.1) == (name == stage)
 
 
 def test_unit_of_zero_has_no_length_and_no_gradient():

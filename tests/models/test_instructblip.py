@@ -12,6 +12,7 @@ from tests import small
 from tests.checkpoints import IMAGE
 from tests.models.families.instructblip import INSTRUCTBLIP, QUERIES
 from tests.models.test_published import published
+from tests.reference import icd
 
 
 @pytest.fixture(scope="module", params=["vicuna", "published"])
@@ -116,12 +117,16 @@ def test_conversations_go_through_the_processor(pair):
     assert len(ours.generate(conversation, max_new_tokens=2).tokens[0]) == 2
 
 
-def test_icd_disturbs_what_the_qformer_reads(vicuna):
+@pytest.mark.parametrize("variant", ["question", "normal"])
+def test_icd_disturbs_what_the_qformer_reads(vicuna, variant):
     _, model = vicuna
     prompt = model.prepare([small.conversation("what is this?", seed=1), small.conversation("is this red?")])
     reader = model.processor.qformer_tokenizer
-    _, step = model.prefill(prompt, ICD(prompt="you are confused"))
-    words = reader("you are confused what is this?")["input_ids"]
+    _, step = model.prefill(prompt, ICD(prompt="you are confused", qformer=variant))
+    words = icd.instruction(
+        reader("what is this?")["input_ids"], reader("you are confused", add_special_tokens=False)["input_ids"],
+        variant, reader.cls_token_id, reader.sep_token_id,
+    )  # fmt: skip
     valid = prompt.tokens[0][prompt.image_id[0] >= 0]
     disturbed = {"input_ids": valid[None], "pixel_values": prompt.pixels}
     expected = np.asarray(model.logits(disturbed | {"qformer_input_ids": np.array([words])}))[0, -1]
@@ -130,7 +135,8 @@ def test_icd_disturbs_what_the_qformer_reads(vicuna):
     np.testing.assert_array_equal(step.combined[1], step.main[1])  # no image, nothing to disturb
     tokens = tuple(reader("you are confused", add_special_tokens=False)["input_ids"])
     bare = LVLM(model.params, model.config)  # no processor
-    np.testing.assert_array_equal(bare.prefill(prompt, ICD(tokens=tokens))[1].contrast, step.contrast)
+    given = ICD(tokens=tokens, qformer=variant)
+    np.testing.assert_array_equal(bare.prefill(prompt, given)[1].contrast, step.contrast)
     text = model.prepare(small.conversation("is this red?"))
     _, step = model.prefill(text, ICD(prompt="you are confused"))
     np.testing.assert_allclose(step.combined, step.main, rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ def run(weights, config, ids, pixels, tokens, exits, alpha=0.6, top_p=0.9, most=
         candidates, total = [], 0.0
         for token in sorted(range(len(p)), key=lambda token: -p[token]):
             margin = min(margin, abs(total - top_p))
-            if candidates and (total >= top_p or len(candidates) == most):
+            if candidates and (total >= top_p and top_p < 1 or len(candidates) == most):
                 margin = min(margin, p[candidates[-1]] - p[token])
                 break
             candidates.append(token)

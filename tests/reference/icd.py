@@ -18,7 +18,7 @@ def disturbed(ids, words, system=None, bos=None):
     return [*ids[: system[0]], *words, *ids[system[1] :]]
 
 
-def instruction(ids, words, variant, cls=101, sep=102):
+def instruction(ids, words, variant, cls, sep):
     """What InstructBLIP's Q-Former reads for `ids`, [CLS] ... [SEP]: words before the question, or they alone."""
     assert ids[0] == cls and ids[-1] == sep
     return [cls, *words, *ids[1:-1], sep] if variant == "question" else [cls, *words, sep]

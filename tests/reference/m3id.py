@@ -1,6 +1,7 @@
 """M3ID (arXiv 2403.14003) and RITUAL's port of it in plain NumPy float64, one sample at a time.
 
-t counts the tokens generated before: 0 at the prompt. Without an image the method changes nothing.
+t counts the tokens generated before: 0 at the prompt. Without an image the method changes nothing. The port takes the
+difference of logits for that of log-probabilities: the same but for a number that all tokens of a step share.
 """
 
 import numpy as np
@@ -11,9 +12,10 @@ from tests.reference.branch import Branch, cut, has_image, log_softmax, logits, 
 def combine(main, contrast, t, decay=0.02, alpha_gate=0.9, beta=0.1, variant="paper"):
     """One step of logits [V]: combined, how far a token is from the cut (port), and the largest p from the gate."""
     g = np.exp(-decay * t)
-    added = (1 - g) / g * (log_softmax(main) - log_softmax(contrast))
+    factor = (1 - g) / g
     if variant == "port":
-        return *cut(main, main + added, beta), np.inf
+        return *cut(main, main + factor * (main - contrast), beta), np.inf
+    added = factor * (log_softmax(main) - log_softmax(contrast))
     surest = log_softmax(main).max()
     is_open = surest < np.log(alpha_gate)
     return main + is_open * added, np.full_like(main, np.inf), abs(surest - np.log(alpha_gate))
