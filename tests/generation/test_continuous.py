@@ -69,7 +69,7 @@ def assert_equal(outputs, batch):
     [
         (None, {}),
         (None, SAMPLED),
-        (methods.CMAC(alpha=1.0, variant="code"), {}),  # a shared prefix, and the gate's memory
+        (methods.CMAC(alpha=1.0, variant="code", gate="first"), {}),  # a shared prefix, and the gate's memory
         (methods.VCD(), {}),
         (methods.PAI(start_layer=0), {}),  # a second layout
         *(
@@ -128,7 +128,9 @@ def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
     ]
     sizes = [(one.tokens.shape[1], one.window, one.image_count) for one in map(model.prepare, asked)]
     assert set(sizes) == {(64, 16, 1), (128, 32, 2)}
-    method = methods.CMAC(alpha=1.0, variant="code")  # as above, so that small prompts find their programs
+    method = methods.CMAC(
+        alpha=1.0, variant="code", gate="first"
+    )  # as above, so that small prompts find their programs
     settings = {"method": method, "max_new_tokens": LIMIT, "stop_token_ids": stop}
     outputs = many(model, asked, batch_size=3, **settings)
     assert_equal(outputs, model.generate(asked, **settings))

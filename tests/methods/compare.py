@@ -88,8 +88,9 @@ def load(depth=None, variety="qwen2_tied_two_feature_layers", seed=21) -> Case:
 
 def run_library(ours, inputs, forced, method):
     """Main, contrast (None without a branch) and combined logits of a forced run, each [B, 1 + steps, V]."""
-    length = inputs["input_ids"].shape[1] + forced.shape[1] + 1
-    state, step = ours.prefill(ours.prepare(inputs), method=method, max_length=length)
+    prompt = ours.prepare(inputs)
+    length = prompt.source_columns.shape[1] + forced.shape[1] + 1
+    state, step = ours.prefill(prompt, method=method, max_length=length)
     steps = [step]
     for column in forced.T:
         state, step = ours.decode(state, column.astype(np.int32))

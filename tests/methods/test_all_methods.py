@@ -74,7 +74,12 @@ ENTRIES = {
     "dola": Entry({"layers": (0, 1)}, {"beta": 1}, {"beta": CUT}, logits=False),
     "eah": Entry({}, {"beta": 1e9}, {"beta": "a threshold: a head has sinks or not"}),
     "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
-    "m3id": Entry({}, {"decay": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
+    "m3id": Entry(
+        {},
+        {"decay": 0},
+        {"beta": "the port's alone", "alpha_gate": "a gate: a step is contrasted or not"},
+        inexact=TWO_BRANCHES,
+    ),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "pai": Entry(
         {"start_layer": 1},
@@ -234,10 +239,10 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
         else:
             np.testing.assert_array_equal(step.main, plain.main)
         if entry.logits:
-            kept = np.isfinite(
-                step.combined
-            )  # DeCo rules out all tokens but its candidates, whatever its strength
-            assert kept.all() or name == "deco"
+            kept = np.isfinite(step.combined)
+            assert (
+                kept.all() or name == "deco"
+            )  # which rules out all but its candidates, whatever its strength
             np.testing.assert_allclose(step.combined[kept], plain.main[kept], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
 

@@ -106,7 +106,7 @@ MADE = [
 
 
 def made_history(method, parents, steps):
-    """What `noted` keeps of the steps of MADE, where beams continue those in `parents`; the first candidate each time."""
+    """What `noted` keeps of the steps of MADE; beams continue those in `parents`, each with its first candidate."""
     columns = jnp.zeros((2, len(MADE)), jnp.int32)
     for newest, candidates in enumerate(MADE[:steps]):
         columns = method.noted(
@@ -131,7 +131,7 @@ def test_the_code_notes_one_column_per_beam_and_step():
 
 @pytest.mark.parametrize("threshold", [2, 3, 4, 5])
 def test_the_place_to_go_back_to_is_that_of_the_newest_columns(threshold):
-    """Column 3 is by far the most frequent of all, and blocks nothing. Noted at least `threshold` times, by each beam."""
+    """Each beam has noted it at least `threshold` times. Column 3 is the most frequent of all, and blocks nothing."""
     method, places = OPERA(**CODE | dict(threshold=threshold)), []
     for steps in range(1, len(MADE) + 1):
         history = made_history(method, [1, 0], steps)

@@ -111,7 +111,7 @@ def assert_acts(case: zoo.Case, column: str, plain: np.ndarray) -> None:
     changed = np.where(kept, np.abs(combined - plain), 0).max(axis=1)
     if step.contrast is not None:
         apart = np.abs(np.asarray(step.contrast) - main).max(axis=1)
-        # M3ID begins to contrast with the second token; the first is only cut.
+        # M3ID begins to contrast with the second token; the first is left alone.
         changed = apart if column == "m3id" else np.minimum(changed, apart)
     acts = {TWO} if column.startswith("capl") else {TWO, NONE, ONE} if column in TEXT_TOO else {TWO, ONE}
     assert min(changed[sample] for sample in acts) > 1e-3, f"nothing changed: {changed}"

@@ -137,7 +137,7 @@ class Opera:
         return [one for _, _, one in running], kept, {(p, t) for p, t, _ in running}, goes_on, notes
 
     def place_to_go(self, beams, notes):
-        """s, if all living beams came back to it often enough; `notes` has a list of one note per beam for each step."""
+        """s, if all living beams came back to it often enough; `notes` has one note per beam for each step."""
         if self.variant == "code":
             return place_of_notes(notes, self.threshold)
         columns = np.array([beam.columns for beam in beams if beam.score > DEAD / 2])
