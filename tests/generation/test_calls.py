@@ -1,5 +1,6 @@
 """What a call of the public face does once, and what it asks of methods that carry a search."""
 
+import re
 from typing import ClassVar
 
 import pytest
@@ -47,6 +48,7 @@ def counts(monkeypatch):
     count(branches, "contrast_inputs", "contrast prompts")
     count(drivers, "encode_images", "towers")
     count(drivers, "full_forward", "passes")
+    count(drivers, "tapped_forward", "warm-up passes")
     return taken
 
 
@@ -60,6 +62,7 @@ def test_a_prompt_and_its_contrast_prompt_are_made_once_a_call(model, counts, ca
         "contrast prompts": contrast,
         "towers": 1,
         "passes": 1 if call == "logits" else 0,
+        "warm-up passes": 0,
     }
 
 
@@ -67,7 +70,22 @@ def test_a_prompt_and_its_contrast_prompt_are_made_once_a_call(model, counts, ca
 def test_the_warm_up_pass_is_run_once_a_call(model, counts, call):
     """VISTA: one pass over the prompt with its image and one without it; the tower runs once."""
     CALLS[call](model, methods.VISTA(start_layer=0))
-    assert (counts["prepared"], counts["towers"], counts["passes"]) == (1, 1, 2)
+    assert counts == {"prepared": 1, "contrast prompts": 1, "towers": 1, "passes": 0, "warm-up passes": 2}
+
+
+def test_the_warm_up_pass_computes_no_logits(model, monkeypatch):
+    """No array of the compiled program has a logit of every token of the vocabulary for every row."""
+    calls, run = [], drivers.tapped_forward
+
+    def noted(*arguments, **options):
+        calls.append((arguments, options))
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(drivers, "tapped_forward", noted)
+    model.prefill(PROMPT, methods.VISTA(start_layer=0))
+    (arguments, options), logits = calls[0], re.compile(rf"\[\d+,\d+,{model.config.text.vocab_size}\]")
+    assert not logits.search(run.lower(*arguments, **options).compile().as_text())
+    assert logits.search(drivers.full_forward.lower(*arguments, **options).compile().as_text())
 
 
 def test_a_sweep_runs_the_tower_again_only_for_other_pictures(model, counts):
