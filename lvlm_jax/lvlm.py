@@ -36,12 +36,14 @@ class LVLM:
         folder: where the checkpoint was read from; None for parameters made elsewhere.
         mesh: the devices, or None for the default device.
         generation_config: "plain" or "checkpoint", see `from_pretrained`.
+        allow_urls: whether images in messages are downloaded, see `from_pretrained`.
     """
 
     def __init__(
         self, params: dict, config: FamilyConfig, folder: str | os.PathLike | None = None, mesh=None
     ):
         self.params, self.config, self.mesh, self.generation_config = params, config, mesh, "plain"
+        self.allow_urls = False
         self.folder = None if folder is None else Path(folder)
 
     @classmethod
@@ -54,6 +56,7 @@ class LVLM:
         adapter: str | os.PathLike | None = None,
         quant: str | None = None,
         generation_config: str = "plain",
+        allow_urls: bool = False,
     ) -> "LVLM":
         """Loads a Hugging Face checkpoint.
 
@@ -65,6 +68,7 @@ class LVLM:
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
             quant: "int8" keeps the decoder's weights as 8-bit integers and computes in `dtype` (`weights.quantize`).
             generation_config: "checkpoint" or "plain", see `generation.defaults`.
+            allow_urls: whether images in messages are downloaded from `http` and `https` addresses.
 
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
@@ -78,6 +82,7 @@ class LVLM:
         params = params if adapter is None else peft.load_adapter(adapter, params, config)
         model = cls(params, config, folder, mesh)
         model.generation_config = defaults.check(generation_config)
+        model.allow_urls = allow_urls
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -121,7 +126,7 @@ class LVLM:
             return messages
         if isinstance(messages, Mapping):
             return inputs.from_arrays(messages, self.config)
-        return inputs.from_messages(self.processor, self.config, messages)
+        return inputs.from_messages(self.processor, self.config, messages, self.allow_urls)
 
     def encode_images(self, images: Sequence[Any]) -> list[inputs.EncodedImage]:
         """Runs the tower over images (paths, PIL images or arrays) once, for use in place of the images in messages.
@@ -130,7 +135,7 @@ class LVLM:
             LVLMError: an unreadable image, no processor, or a family whose image tokens depend on more than the image.
         """
         inputs.check_encodes_ahead(self.config)
-        pixels = inputs.pixels_of(self.processor, images)
+        pixels = inputs.pixels_of(self.processor, images, self.allow_urls)
         return branches.encode_images(self.params, self.config, pixels, self.mesh)
 
     def logits(self, prompt: Any, method: Method | str | None = None) -> Float[Array, "B U V"]:

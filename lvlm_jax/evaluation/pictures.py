@@ -3,7 +3,6 @@
 Where image tokens depend on more than the picture (`FamilyConfig.tokens_per_image` is None), they are only opened.
 """
 
-import io
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,13 +82,12 @@ class Pictures:
 
 
 def _opened(picture: Path | bytes) -> Image.Image:
-    if not isinstance(picture, bytes):
-        return open_image(picture)
     try:
-        image = Image.open(io.BytesIO(picture))
-    except (OSError, Image.DecompressionBombError) as error:
+        return open_image(picture)
+    except LVLMError as error:
+        if not isinstance(picture, bytes):
+            raise
         raise LVLMError(f"picture {image_name(picture)} of a table cannot be opened: {error}") from error
-    return open_image(image)
 
 
 def _bytes(group: dict[Any, Ready]) -> int:

@@ -9,6 +9,7 @@ those of earlier questions. So a kill costs no more than these.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -18,9 +19,9 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import Question, conversation, length_class, read_questions
 from lvlm_jax.journal import progress
-from lvlm_jax.journal.log import AnswerLog, expect
+from lvlm_jax.journal.log import AnswerLog, expect, seed_of
 from lvlm_jax.journal.record import file_hash
-from lvlm_jax.processors.images import open_image
+from lvlm_jax.processors.images import open_image, within
 
 WINDOW = 16  # batches within which questions are sorted
 
@@ -140,6 +141,10 @@ def _batches(questions: list[Question], done: Container[int], size: int) -> Iter
         yield from (window[first : first + size] for first in range(0, len(window), size))
 
 
+def _seed(seed: int, question: Question) -> int:
+    return seed_of(seed, json.dumps(question.question_id))
+
+
 def _requests(
     batches: Iterable[list[Question]], folder: pathlib.Path, seed: int, fail: Callable[[int, str], None]
 ) -> Iterator[list[Request]]:
@@ -148,9 +153,9 @@ def _requests(
         ready = []
         for question in batch:
             try:
-                images = [open_image(folder / name) for name in question.image_names]
+                images = [open_image(within(folder, name)) for name in question.image_names]
                 asked = conversation(images, question.text)
-                ready.append(Request(question.line, asked, seed + question.line))
+                ready.append(Request(question.line, asked, _seed(seed, question)))
             except LVLMError as error:
                 fail(question.line, str(error))
         if ready:
@@ -172,7 +177,7 @@ def run_job(
 
     `load` is called once, and only when something is left to do; with `streams` it gives a `Stream`, else an
     `Answerer`. `record` holds everything else that decides an answer (the hash of the question file is added here).
-    Each question draws from the seed `seed + line number`, so an answer does not depend on where a run was interrupted.
+    What a question draws depends on `seed` and its id, not on its line or on where a run was interrupted.
 
     A line that is no question, a broken picture, a prompt that does not fit: each is reported on stderr with its line
     number, the others are answered. Raises `LVLMError` when the job as a whole cannot be done.

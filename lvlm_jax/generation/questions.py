@@ -66,6 +66,8 @@ def _parse(raw: bytes, line: int) -> Question:
         raise LVLMError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise LVLMError("not a question (nested too deeply)") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise LVLMError(f"not a question ({error})") from error
     if not isinstance(entry, dict):
         raise LVLMError(f"a JSON {type(entry).__name__}; expected an object with question_id, image and text")
     question_id, text, image = (entry.get(key) for key in ("question_id", "text", "image"))

@@ -1,93 +1,164 @@
-"""Opening pictures: whatever a user names becomes one upright RGB `PIL.Image`, or one clear error."""
+"""Opening images: whatever a user names becomes one upright RGB `PIL.Image`, or one clear error."""
 
+import io
 import os
 import pathlib
 import re
-import struct
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors import addresses
 
 # Above any camera's picture, and 300 MB once decoded: a larger header is a mistake or an attack.
 MAX_PIXELS = 100_000_000
 LYING = (5, 6, 7, 8)  # orientations of the EXIF record that swap width and height
-# What a damaged file raises depends on its format's decoder.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error)
+LONGEST_NAME = 200  # characters of a name in a message
 
 
-def open_image(source) -> Image.Image:
-    """Read a picture as upright 8-bit RGB.
+def open_image(source: Any, allow_urls: bool = False) -> Image.Image:
+    """Read an image as upright 8-bit RGB.
 
-    `source` is a path, a `PIL.Image`, or an array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]` of uint8
-    (0 to 255), uint16 (0 to 65535) or floating point (0 to 1).
+    Args:
+        source: a path; a `PIL.Image`; an array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]` of uint8 (0 to 255),
+            uint16 (0 to 65535) or floating point (0 to 1); the bytes of a file, or a file that is open for reading; a
+            dict with "bytes" or "path", as `datasets` has them, or with "url", as OpenAI's `image_url`; an address:
+            `file://...`, `data:image/png;base64,...`, `https://...`.
+        allow_urls: whether images are downloaded (`http://` and `https://`).
 
     The conversion is the one that transformers and LLaVA's own scripts do, so that figures agree: the orientation
     in the EXIF record is applied, palettes are looked up, transparency is dropped, the first frame of an animation
-    is taken. 16-bit pictures are scaled to 8 bits (Pillow's own conversion would cut them off at 255).
+    is taken. 16-bit images are scaled to 8 bits (Pillow's own conversion would cut them off at 255).
 
-    Raises `LVLMError` for a missing file, a file that is no picture or is truncated, a picture of more than
-    100 million pixels (told from its header, before anything is decoded), or an array of another form.
+    Raises:
+        LVLMError: a missing file, a file that is no image or is truncated, an image of more than 100 million pixels
+            (told from its header, before anything is decoded), an array of another form, or an address that is not
+            allowed or cannot be read.
     """
+    return _with_image(source, _to_rgb, allow_urls)
+
+
+def image_size(source: Any, allow_urls: bool = False) -> tuple[int, int]:
+    """(width, height) of what `open_image` makes of an image; of most files the header alone is read.
+
+    Raises:
+        LVLMError: as `open_image`, unless the header does not tell.
+    """
+    return _with_image(source, _upright_size, allow_urls)
+
+
+def within(folder: str | os.PathLike, name: str) -> pathlib.Path | str:
+    """An image that a file of questions names: a path from the folder on, or an address as it is."""
+    return name if addresses.is_address(name) else pathlib.Path(folder) / name
+
+
+def _with_image(source: Any, read: Callable[[Image.Image, str], Any], allow_urls: bool) -> Any:
+    """What `read(image, name)` makes of an image."""
+    if isinstance(source, Mapping):
+        source = _of_dict(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the PIL image")
-    if isinstance(source, (str, os.PathLike)):
-        return _read(source, _to_rgb)
+        return read(source, "the PIL image")
+    name = "the bytes"
+    if isinstance(source, str) and addresses.is_address(source):
+        name, source = addresses.read(source, allow_urls)
+    if isinstance(source, str | os.PathLike):
+        path = pathlib.Path(source)
+        _check_file(path)
+        return _read(path, str(path), read)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _read(io.BytesIO(source), name, read)
     if hasattr(source, "__array__"):
-        return _from_array(np.asarray(source))
+        return read(_from_array(np.asarray(source)), "the array")
+    if callable(getattr(source, "read", None)):
+        return _read(io.BytesIO(_content(source)), "the open file", read)
     raise LVLMError(
-        f"an image was given as {type(source).__name__}; expected a path, a PIL image or an array [H, W, 3]"
+        f"an image was given as {type(source).__name__}; expected a path, a PIL image, an array [H, W, 3], the bytes "
+        "of a file, or an address"
     )
 
 
-def image_size(source) -> tuple[int, int]:
-    """(width, height) of what `open_image` makes of a picture; of most files the header alone is read.
+def _of_dict(given: Mapping) -> Any:
+    """The image of a dict as `datasets` (bytes, path) or OpenAI (url) write it."""
+    for key in ("bytes", "path", "url"):
+        if given.get(key) is not None:
+            return given[key]
+    raise LVLMError(
+        f"an image was given as a dict with {', '.join(map(repr, given)) or 'nothing'}; expected one of 'bytes', "
+        "'path' and 'url' in it"
+    )
 
-    Raises `LVLMError` as `open_image` does, unless the header does not tell.
-    """
-    if isinstance(source, Image.Image):
-        return _upright_size(source, "the PIL image")
-    if isinstance(source, (str, os.PathLike)):
-        return _read(source, _upright_size)
-    return open_image(source).size
+
+def _content(file: Any) -> bytes:
+    """All of an open file, from its beginning where it can go back."""
+    try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        content = file.read()
+    except Exception as error:  # files of users may raise anything
+        raise LVLMError(f"an image's open file cannot be read: {_reason(error)}") from error
+    if not isinstance(content, bytes):
+        raise LVLMError("an image's open file gives text; open it in mode 'rb'")
+    return content
 
 
-def _read(source: str | os.PathLike, read: Callable[[Image.Image, str], Any]) -> Any:
-    """What `read(image, name)` makes of a picture file."""
-    if re.match(r"(https?|ftp|data|s3|gs):", str(source)):
-        raise LVLMError(
-            f"image {str(source)[:100]!r} is an address; only local files are read: download it first"
-        )
-    path = pathlib.Path(source)
-    if path.is_dir():
-        raise LVLMError(f"image {str(path)!r} is a folder; give one picture file")
-    if not path.exists():
-        raise LVLMError(f"image {str(path)!r} does not exist; check the path")
+def _check_file(path: pathlib.Path) -> None:
+    """Refuses what is no file: reading from a pipe would wait for ever."""
+    name = _shown(str(path))
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise LVLMError(f"image {name} does not exist; check the path") from error
+    except (OSError, ValueError) as error:  # too long; letters that no file name has
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise LVLMError(f"image {name} cannot be opened: {reason}; check the path") from error
+    if stat.S_ISDIR(mode):
+        raise LVLMError(f"image {name} is a folder; give one image file")
+    if not stat.S_ISREG(mode):
+        raise LVLMError(f"image {name} is a pipe, a socket or a device; give one image file")
+
+
+def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Image, str], Any]) -> Any:
+    """What `read(image, name)` makes of an image file."""
     try:
         with warnings.catch_warnings():
             # Pillow warns between its limit and ours; ours is the one that decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return read(image, str(path))
+            with Image.open(file) as image:
+                return read(image, name)
+    except LVLMError:
+        raise
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        raise LVLMError(_too_large(f"{int(pixels[0]):,}" if pixels else "too many", path)) from error
+        raise LVLMError(_too_large(f"{int(pixels[0]):,}" if pixels else "too many", name)) from error
     except UnidentifiedImageError as error:
         raise LVLMError(
-            f"image {str(path)!r} is not a picture in a format that Pillow knows (JPEG, PNG, WebP, …); "
+            f"image {_shown(name)} is not a picture in a format that Pillow knows (JPEG, PNG, WebP, …); "
             "check that the file is what its name says"
         ) from error
     except OSError as error:
-        raise LVLMError(f"image {str(path)!r} cannot be opened: {error.strerror or error}") from error
+        raise LVLMError(
+            f"image {_shown(name)} cannot be opened: {error.strerror or _reason(error)}"
+        ) from error
+    except Exception as error:  # what a damaged file raises depends on its format's decoder
+        raise _damaged(name, error) from error
 
 
-def _too_large(pixels: str, name) -> str:
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _too_large(pixels: str, name: str) -> str:
     return (
-        f"image {str(name)!r} says it has {pixels} pixels, the limit is {MAX_PIXELS:,}; "
+        f"image {_shown(name)} says it has {pixels} pixels, the limit is {MAX_PIXELS:,}; "
         "make it smaller before asking about it"
     )
 
@@ -96,21 +167,23 @@ def _check_size(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise LVLMError(_too_large(f"{image.width:,} x {image.height:,}", name))
     if image.width == 0 or image.height == 0:
-        raise LVLMError(f"image {name!r} is empty ({image.width} x {image.height}); give one with pixels")
+        raise LVLMError(
+            f"image {_shown(name)} is empty ({image.width} x {image.height}); give one with pixels"
+        )
 
 
 def _damaged(name: str, error: Exception) -> LVLMError:
-    reason = " ".join(str(error).split()) or type(error).__name__
     return LVLMError(
-        f"image {name!r} cannot be decoded ({reason}); it may be truncated or damaged: copy it again"
+        f"image {_shown(name)} cannot be decoded ({_reason(error)}); it may be truncated or damaged: copy it again"
     )
 
 
 def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     _check_size(image, name)
     try:
-        lying = image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
-    except DAMAGE as error:
+        # Pillow gives the size of a TIFF upright, though its record still says how it lies.
+        lying = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
+    except Exception as error:  # of a decoder
         raise _damaged(name, error) from error
     return image.size[::-1] if lying else image.size
 
@@ -120,11 +193,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    except DAMAGE as error:
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode))
+        return image.convert("RGB")
+    except Exception as error:  # of a decoder
         raise _damaged(name, error) from error
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode))
-    return image.convert("RGB")
 
 
 def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
@@ -157,4 +230,4 @@ def _from_array(values: np.ndarray) -> Image.Image:
         raise LVLMError(
             f"an image array has dtype {values.dtype}; expected uint8 (0 to 255), uint16, or floats from 0 to 1"
         )
-    return _to_rgb(Image.fromarray(values), "the array")
+    return Image.fromarray(values)

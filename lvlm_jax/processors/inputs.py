@@ -43,20 +43,24 @@ def check_encodes_ahead(config: FamilyConfig) -> None:
         )
 
 
-def pixels_of(processor: Any, images: Sequence[Any]) -> np.ndarray:
+def pixels_of(processor: Any, images: Sequence[Any], allow_urls: bool = False) -> np.ndarray:
     """Pictures as the tower receives them, `Float[I, 3, Y, X]`.
 
     Args:
         processor: the checkpoint's transformers processor.
-        images: what `open_image` takes.
+        images, allow_urls: what `open_image` takes.
 
     Raises:
-        LVLMError: an unreadable picture.
+        LVLMError: an unreadable image, or one that the processor does not take.
     """
-    opened = [open_image(image) for image in images]
-    return np.asarray(
-        processor.image_processor(images=opened, return_tensors="np")["pixel_values"], np.float32
-    )
+    opened = [open_image(image, allow_urls) for image in images]
+    try:
+        arrays = processor.image_processor(images=opened, return_tensors="np")
+    except Exception as error:  # processors may raise anything
+        raise LVLMError(
+            f"the processor cannot take images of {_sizes(opened)} pixels: {templates.reason(error)}"
+        ) from error
+    return np.asarray(arrays["pixel_values"], np.float32)
 
 
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
@@ -80,7 +84,10 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
 
 
 def from_messages(
-    processor: Any, config: FamilyConfig, messages: Conversation | Sequence[Conversation]
+    processor: Any,
+    config: FamilyConfig,
+    messages: Conversation | Sequence[Conversation],
+    allow_urls: bool = False,
 ) -> Inputs:
     """Lays out HF chat messages through the checkpoint's own processor.
 
@@ -89,8 +96,10 @@ def from_messages(
     Args:
         processor: the checkpoint's transformers processor.
         config: the model's configuration.
-        messages: one conversation or a list of them; images under "image" as paths, PIL images or arrays, or all of
-            them as `EncodedImage`.
+        messages: one conversation or a list of them; images as `open_image` takes them, in parts of transformers'
+            form (under "image", "path", "url", "base64" or "bytes") or of OpenAI's (under "image_url"), or all of them
+            as `EncodedImage`.
+        allow_urls: whether images are downloaded from `http` and `https` addresses.
 
     Raises:
         LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
@@ -100,7 +109,7 @@ def from_messages(
     prompts, parts, spans, encoded, count = [], [], [], [], 0
     for number, conversation in enumerate(conversations):
         try:
-            bare, images = _split(conversation)
+            bare, images = _split(conversation, allow_urls)
             known = [image for image in images if isinstance(image, EncodedImage)]
             prompt, own, span = _read(processor, config, bare, images, known)
         except LVLMError as error:
@@ -216,13 +225,16 @@ def processed(
     except LVLMError:
         raise
     except Exception as error:  # processors and tokenizers may raise anything
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        shown = f" with images of {sizes} pixels" if images else ""
+        shown = f" with images of {_sizes(images)} pixels" if images else ""
         raise LVLMError(
             f"the processor cannot take the conversation{shown}: {templates.reason(error)}"
         ) from error
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
+
+
+def _sizes(images: Sequence[Any]) -> str:
+    return ", ".join(f"{image.width} x {image.height}" for image in images)
 
 
 def token_ids(processor: Any, text: str) -> np.ndarray:
@@ -239,7 +251,18 @@ def token_ids(processor: Any, text: str) -> np.ndarray:
         raise LVLMError(f"the tokenizer cannot take {text[:40]!r}…: {templates.reason(error)}") from error
 
 
-def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
+def _source(part: Mapping[str, Any]) -> Any:
+    """What an image part says the image is, for `open_image`."""
+    if part.get("base64") is not None:
+        return f"data:;base64,{part['base64']}"
+    given = (part[key] for key in ("image", "bytes", "path", "url", "image_url") if part.get(key) is not None)
+    source = next(given, None)
+    if source is None:
+        raise LVLMError('an image part has no image; expected {"type": "image", "image": path or picture}')
+    return source
+
+
+def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message], list[Any]]:
     """The conversation with its images taken out, and the images in reading order."""
     bare, images = [], []
     for message in conversation:
@@ -256,20 +279,16 @@ def _split(conversation: Conversation) -> tuple[list[Message], list[Any]]:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": part["text"]})
-            elif kind == "image":
-                source = next(
-                    (part[key] for key in ("image", "path", "url") if part.get(key) is not None), None
-                )
-                if source is None:
-                    raise LVLMError(
-                        'an image part has no image; expected {"type": "image", "image": path or picture}'
-                    )
-                images.append(source if isinstance(source, EncodedImage) else open_image(source))
+            elif kind in ("image", "image_url"):
+                source = _source(part)
+                encoded = isinstance(source, EncodedImage)
+                images.append(source if encoded else open_image(source, allow_urls))
                 parts.append({"type": "image"})
             else:
                 raise LVLMError(
                     f"a message part of type {kind!r} is not supported; expected "
-                    '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+                    '{"type": "text", "text": ...}, {"type": "image", "image": ...} or '
+                    '{"type": "image_url", "image_url": {"url": ...}}'
                 )
         bare.append({**message, "content": parts})
     return bare, images

@@ -52,7 +52,13 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
         LVLMError: the template is broken or refuses the conversation.
     """
     try:
-        return _rendered(processor, messages, prompt, continued)
+        text = _rendered(processor, messages, prompt, continued)
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise LVLMError(
+            f"the conversation holds {text[error.start]!r}, which is half of a character; write the text anew"
+        ) from error
     except Exception as error:  # a template may raise anything
         raise _fault(error) from error
 

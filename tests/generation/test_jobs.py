@@ -1,6 +1,8 @@
 """Jobs: every question answered once, whatever lines are broken and however often the job is killed."""
 
+import base64
 import json
+import os
 import re
 import shutil
 import time
@@ -12,6 +14,7 @@ from PIL import Image
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.jobs import Answer, run_job
 from lvlm_jax.generation.questions import conversation
+from lvlm_jax.journal.log import seed_of
 from tests.killing import Function, contents, kill_and_finish, more_lines
 
 
@@ -75,13 +78,57 @@ def test_answers_have_llava_fields_in_the_order_of_the_questions(job):
     ] * 3
     assert [answer["question_id"] for answer in answers] == [7, 7, "x"]
     assert [answer["prompt"] for answer in answers] == ["What is this?", "<image> or <image>?", "Hello"]
+    seven, x = seed_of(10, "7"), seed_of(10, '"x"')
     assert [answer["text"] for answer in answers] == [
-        "11:image|What is this?",
-        "12:image|or|image|?",
-        "13:Hello",
+        f"{seven}:image|What is this?",
+        f"{seven}:image|or|image|?",
+        f"{x}:Hello",
     ]
     assert [answer["image"] for answer in answers] == ["a.png", ["a.png", "b.png"], None]
     assert answers[0]["metadata"] == {"line": 1, "method": None, "finish_reason": "stop", "tokens": 3}
+
+
+def test_a_draw_depends_on_the_id_and_the_seed_and_not_on_the_line(tmp_path):
+    def texts(lines, seed):
+        (tmp_path / "q.jsonl").write_text("\n".join(lines))
+        answers = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        run_job(Echo().load, tmp_path / "q.jsonl", answers, {}, tmp_path, seed=seed)
+        rows = map(json.loads, answers.read_text().splitlines())
+        return {row["question_id"]: row["text"] for row in rows}
+
+    asked = [line(number, image=None) for number in (1, 2, "1")]
+    first, turned, other = texts(asked, 0), texts(asked[::-1], 0), texts(asked, 1)
+    assert first == turned
+    assert len(set(first.values()) | set(other.values())) == 6
+
+
+def test_lines_that_no_file_or_number_holds_do_not_stop_a_job(job):
+    os.mkfifo(job.folder / "pipe.png")
+    (job.folder / "bad.ppm").write_bytes(b"P6\n4 x\n255\n")
+    asked = [
+        line(1),
+        f'{{"question_id": {"9" * 5000}, "text": "What?"}}',
+        line(3, image="pipe.png"),
+        line(4, image="a" * 300 + ".png"),
+        line(5, image="bad.ppm"),
+        line("caf\ud83d"),
+        line(
+            7, image=f"data:image/png;base64,{base64.b64encode((job.folder / 'a.png').read_bytes()).decode()}"
+        ),
+        line(8, image="https://example.org/a.png"),
+    ]
+    summary, answers = job(asked)
+    assert [answer["question_id"] for answer in answers] == [1, "caf?", 7]
+    expected = {
+        2: "5000 digits",
+        3: "is a pipe",
+        4: "File name too long",
+        5: "cannot be decoded",
+        8: "nothing is downloaded",
+    }
+    assert summary.failures.keys() == expected.keys()
+    for number, reason in expected.items():
+        assert reason in summary.failures[number] and "\n" not in summary.failures[number]
 
 
 def test_bad_lines_are_named_and_the_others_answered(job, capsys):

@@ -1,14 +1,23 @@
 """Opening pictures: modes, orientation, and one clear error for everything that is no picture."""
 
+import base64
+import functools
+import http.server
+import io
+import os
 import struct
+import threading
+import urllib.parse
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.processors.images import image_size, open_image
+from lvlm_jax.processors import addresses
+from lvlm_jax.processors.images import image_size, open_image, within
 
 
 def png_with_header(width, height):
@@ -110,3 +119,164 @@ def test_files_that_are_no_pictures(pixels, tmp_path):
 def test_arrays_that_are_no_pictures(array, message):
     with pytest.raises(LVLMError, match=message):
         open_image(array)
+
+
+@pytest.fixture
+def file(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a b.png")
+    return tmp_path / "a b.png"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda file: file.read_bytes(),
+        lambda file: bytearray(file.read_bytes()),
+        lambda file: io.BytesIO(file.read_bytes()),
+        lambda file: file.open("rb"),
+        lambda file: {"bytes": file.read_bytes(), "path": None},
+        lambda file: {"bytes": None, "path": str(file)},
+        lambda file: {"url": file.as_uri()},
+        lambda file: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode(),
+        lambda file: "data:image;base64," + urllib.parse.quote(base64.b64encode(file.read_bytes())),
+        lambda file: "data:image/png," + urllib.parse.quote(file.read_bytes()),
+        lambda file: file.as_uri(),
+        lambda file: f"file:{urllib.parse.quote(str(file))}",
+    ],
+)
+def test_images_as_people_hand_them_over(given, file, pixels):
+    np.testing.assert_array_equal(np.asarray(open_image(given(file))), pixels)
+    assert image_size(given(file)) == (30, 20)
+
+
+def test_a_file_that_was_read_before_is_read_from_its_beginning(file, pixels):
+    content = io.BytesIO(file.read_bytes())
+    content.read()
+    np.testing.assert_array_equal(np.asarray(open_image(content)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"", "'the bytes' is not a picture"),
+        (b"no picture", "'the bytes' is not a picture"),
+        ("data:image/png;base64,@@@", "is no base64 text"),
+        ("data:image/png;base64", "has no data"),
+        ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not a picture"),
+        ("file:///nowhere/a.png", "'/nowhere/a.png' does not exist"),
+        ("file://elsewhere/a.png", "lies on another machine"),
+        ("s3://bucket/a.png", "of a kind that is not read; download it"),
+        ({"bytes": None, "path": None}, "a dict with 'bytes', 'path'; expected one of"),
+        ({}, "a dict with nothing; expected one of"),
+        (io.StringIO("text"), "open it in mode 'rb'"),
+    ],
+)
+def test_what_is_handed_over_and_is_no_image(given, message):
+    for read in (open_image, image_size):
+        with pytest.raises(LVLMError, match=message) as caught:
+            read(given)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_closed_file_is_refused(file):
+    with file.open("rb") as closed:
+        pass
+    with pytest.raises(LVLMError, match="open file cannot be read"):
+        open_image(closed)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Gives files, and says nothing about it."""
+
+    def log_message(self, *said):
+        pass
+
+
+@pytest.fixture
+def address(file):
+    """Where a server of this machine gives the file's folder."""
+    handler = functools.partial(Quiet, directory=file.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_addresses_are_read_where_the_user_allows_it(address, file, pixels, monkeypatch):
+    place = address + urllib.parse.quote(file.name)
+    with pytest.raises(LVLMError, match="nothing is downloaded unless you say so; pass allow_urls=True"):
+        open_image(place)
+    np.testing.assert_array_equal(np.asarray(open_image(place, allow_urls=True)), pixels)
+    assert image_size({"url": place}, allow_urls=True) == (30, 20)
+    with pytest.raises(LVLMError, match="cannot be downloaded: HTTP Error 404"):
+        open_image(address + "missing.png", allow_urls=True)
+    with pytest.raises(LVLMError, match="cannot be downloaded"):
+        open_image("https://127.0.0.1:1/a.png", allow_urls=True)
+    monkeypatch.setattr(addresses, "LARGEST_DOWNLOAD", 100)
+    with pytest.raises(LVLMError, match="more than 100 bytes"):
+        open_image(place, allow_urls=True)
+
+
+def test_tiff_files_lie_upright_once(tmp_path):
+    corner = np.zeros((4, 6, 3), np.uint8)
+    corner[0, 0] = 255
+    for orientation, place, size in (
+        (1, (0, 0), (6, 4)),
+        (3, (3, 5), (6, 4)),
+        (6, (0, 3), (4, 6)),
+        (8, (5, 0), (4, 6)),
+    ):
+        path = tmp_path / f"{orientation}.tiff"
+        Image.fromarray(corner).save(path, tiffinfo={0x0112: orientation})
+        image = np.asarray(open_image(path))
+        assert image[place].tolist() == [255] * 3 and image.sum() == 3 * 255
+        assert image_size(path) == size == open_image(path).size
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.ppm", b"P6\n4 x\n255\n" + bytes(48)),
+        ("b.ppm", b"P6\n4 4\n99999999\n" + bytes(48)),
+        ("c.ppm", b"P6\n4 4\n255\n" + bytes(7)),
+        ("d.ppm", b"P3\n2 2\n255\n1 2 nothing"),
+        ("a.dds", b"DDS " + struct.pack("<4I", 124, 0, 4, 4) + b"\xff" * 108),
+        ("b.dds", b"DDS " + bytes(124)),
+        ("a.avif", b"\x00\x00\x00\x1cftypavif" + b"\x00" * 60),
+        ("a.tiff", b"II*\x00\xff\xff\xff\x7f"),
+        ("a.gif", b"GIF89a\x04\x00\x04\x00\xff\x00\x00"),
+        ("a.bmp", b"BM" + b"\xff" * 60),
+    ],
+)
+def test_a_damaged_file_of_any_format_is_one_line(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    for given in (tmp_path / name, content):
+        with pytest.raises(LVLMError, match=r"cannot be (decoded|opened)|is not a picture") as caught:
+            open_image(given)
+        assert "\n" not in str(caught.value)
+
+
+def test_names_that_no_file_has(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    expected = {
+        "pipe.png": "is a pipe",
+        "a" * 300 + ".png": "cannot be opened: File name too long",
+        "caf\ud83d.png": "cannot be opened|does not exist",
+        "a\0b.png": "cannot be opened: .*null",
+        "a.png/b.png": "does not exist",
+    }
+    for name, message in expected.items():
+        for read in (open_image, image_size):
+            with pytest.raises(LVLMError, match=message) as caught:
+                read(tmp_path / name)
+            said = str(caught.value)
+            assert "\n" not in said and len(said) < 400
+            said.encode()  # half a letter is written out
+    with pytest.raises(LVLMError, match="is a pipe"):
+        open_image("/dev/null")
+
+
+def test_a_file_of_questions_may_name_addresses():
+    assert within("folder", "a.png") == Path("folder/a.png")
+    for name in ("data:image/png;base64,AAAA", "file:///a.png", "https://example.org/a.png"):
+        assert within("folder", name) == name

@@ -33,7 +33,7 @@ from lvlm_jax.processors.images import image_size, open_image
 from lvlm_jax.processors.layout import bucket, multimodal_positions, number_images
 from lvlm_jax.training.data import answer_tokens, pictures
 from lvlm_jax.training.data.answer_tokens import Tokens
-from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant, pictures_of
+from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.data.pictures import Placeholders, Runs
 
 PAIR = ("chosen", "rejected")  # a pair's sequences
@@ -148,7 +148,7 @@ class Encoder:
             if self.config.tokens_per_image is not None:  # whatever their sizes
                 sizes = ((1, 1),) * len(example.images)
             else:
-                sizes = tuple(image_size(image) for image in pictures_of(example.images))
+                sizes = tuple(image_size(image) for image in example.images)
             if sizes not in self._by_sizes:
                 self._by_sizes[sizes] = pictures.placeholders(self.processor, self.config, sizes)
             return self._by_sizes[sizes]
@@ -173,7 +173,7 @@ class Encoder:
         if not row.images:
             return {}
         with _about(f"row {row.id}"):
-            opened = [open_image(image) for image in pictures_of(row.images)]
+            opened = [open_image(image) for image in row.images]
             return inputs.processed(self.processor, self.config, row.prompt, opened)[1]
 
 

@@ -64,7 +64,7 @@ class Pair:
 
     def conversation(self) -> list[Message]:
         """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
-        pictures = iter(pictures_of(self.images))
+        pictures = iter(self.images)
         return [
             {**message, "content": [_filled(part, pictures) for part in message["content"]]}
             for message in self.prompt
@@ -161,11 +161,6 @@ def row_of(pair: Pair, folder: Path) -> dict:
 def assistant(text: str) -> Message:
     """An answer as a chat message."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def pictures_of(images: Sequence[Path | bytes]) -> list[Path | PIL.Image.Image]:
-    """Images as `generation.images.open_image` takes them."""
-    return [PIL.Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image for image in images]
 
 
 def _resolved(path: str | Path) -> tuple[Path, Path, dict | None]:

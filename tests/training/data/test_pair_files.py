@@ -107,7 +107,7 @@ def test_pictures_inside_the_file(folder):
     data = (folder / "1.png").read_bytes()
     row = RLHF_V["question"] | {"image": {"bytes": base64.b64encode(data).decode()}}
     pair = read_one(folder, row)
-    (picture,) = pair_files.pictures_of(pair.images)
+    (picture,) = map(open_image, pair.images)
     np.testing.assert_array_equal(open_image(picture), open_image(folder / "1.png"))
     pair_files.write_pairs(folder / "again.jsonl", [pair])
     assert pair_files.read_pairs(folder / "again.jsonl")[0].images == (data,)
