@@ -1,0 +1,327 @@
+"""Two or three numbers of every method, worked out by hand on examples of 2 heads and 4 columns, or of 3 tokens.
+
+Stages are called directly, on one layer of one sample, or on one step's logits. Columns are system text, two image
+tokens and text unless an example says otherwise.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import methods
+from lvlm_jax.attention import Context, Site
+
+COLUMNS = (0, 1, 1, 0)
+INF = np.inf
+
+
+def context(image_id, rows, phase="prefill"):
+    """The last `rows` rows of one sample over all its columns."""
+    image_id = jnp.asarray([image_id], jnp.int32)
+    columns = jnp.arange(image_id.shape[1])
+    first = image_id.shape[1] - rows
+    return Context(
+        image_id=image_id,
+        positions=columns[None, first:],
+        first_row=jnp.int32(first),
+        image_end=jnp.where(image_id > 0, columns + 1, 0).max(axis=1),
+        image_count=int(image_id.max()),
+        phase=phase,
+        explicit_rows=rows,
+    )
+
+
+def site(logits, image_id=COLUMNS, layer=0, num_layers=32, carry=(), values=None):
+    """One layer in prefill; `logits` [heads, rows, columns] of the last rows, `values` [heads, columns, channels]."""
+    logits = jnp.asarray(logits, jnp.float32)
+    shared = context(image_id, logits.shape[1])
+    return Site(
+        layer=layer,
+        num_layers=num_layers,
+        phase="prefill",
+        image_id=shared.image_id,
+        image_count=shared.image_count,
+        image=shared.image_columns(),
+        after_image=shared.after_image_columns(),
+        system=shared.system_columns(),
+        row_index=shared.rows(),
+        post_image=shared.post_image_rows(),
+        mask=shared.mask(),
+        logits=logits[None],
+        carry=carry,
+        read_values=lambda: jnp.asarray(values, jnp.float32)[None],
+    )
+
+
+def row(*heads):
+    """[heads, 1, columns]: the last row of each head."""
+    return np.array(heads, np.float32)[:, None]
+
+
+def close(got, want):
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=2e-5)
+
+
+def log(*probabilities):
+    return np.log(np.array(probabilities)).tolist()
+
+
+COMBINED = {
+    # α 3, cut at 2 - 1.5 = 0.5:  4 * 2 - 3 * 1 = 5   4 * 1 - 3 * 2 = -2   -1 < 0.5
+    "cmac": (methods.CMAC(alpha=3, beta=np.exp(-1.5)), [2, 1, -1], [1, 2, 0], None, (), [5, -2, -INF]),
+    # α 1, cut at 3 + ln 0.1 = 0.697:  2 * 3 - 1 = 5   2 * 2 - 2 = 2   0 < 0.697
+    "vcd": (methods.VCD(), [3, 2, 0], [1, 2, 1], None, (), [5, 2, -INF]),
+    "icd": (methods.ICD(), [3, 2, 0], [1, 2, 1], None, (), [5, 2, -INF]),
+    # α 0.5:  1.5 * 3 - 0.5 * 1 = 4   1.5 * 2 - 0.5 * 2 = 2
+    "sid": (methods.SID(), [3, 2, 0], [1, 2, 1], None, (), [4, 2, -INF]),
+    # γ 1.1:  1.1 ln 0.8 - 0.1 ln 0.5 = -0.24546 + 0.06931   1.1 ln 0.15 - 0.1 ln 0.25 = -2.08683 + 0.13863
+    # cut at 0.1 * 0.8 = 0.08 > 0.05
+    "pai": (methods.PAI(), log(0.8, 0.15, 0.05), log(0.5, 0.25, 0.25), None, (), [-0.17615, -1.94820, -INF]),
+    # t 50:  g = e^-1, (1 - g) / g = e - 1 = 1.71828; max p = 0.5 < 0.9
+    # ln 0.5 + 1.71828 ln 2 = -0.69315 + 1.19102   ln 0.3 + 1.71828 ln 1.2 = -1.20397 + 0.31328
+    # ln 0.2 + 1.71828 ln 0.4 = -1.60944 - 1.57444
+    "m3id": (methods.M3ID(), log(0.5, 0.3, 0.2), log(0.25, 0.25, 0.5), None, [50.0], [0.49787, -0.89069, -3.18388]),
+    # 0.5 is no less than a gate of 0.4: nothing is added
+    "m3id sure": (methods.M3ID(alpha_gate=0.4), log(0.5, 0.3, 0.2), log(0.25, 0.25, 0.5), None, [50.0],
+                  log(0.5, 0.3, 0.2)),
+    # no gate, and cut at 0.5 * 0.5 = 0.25 > 0.2
+    "m3id port": (methods.M3ID(variant="port", beta=0.5), log(0.5, 0.3, 0.2), log(0.25, 0.25, 0.5), None, [50.0],
+                  [0.49787, -0.89069, -INF]),
+    # p = (1/2, 1/2), p~ = (3/4, 1/4), m = (5/8, 3/8):
+    # KL(p|m) = (ln 0.8 + ln 1.33333) / 2 = 0.03227   KL(p~|m) = 0.75 ln 1.2 + 0.25 ln 0.66667 = 0.03537
+    # J = 0.03382   α = 1 - log10 J = 2.47083
+    # ln 0.5 + α ln (0.5 / 0.75) = -0.69315 - 1.00184   ln 0.5 + α ln (0.5 / 0.25) = -0.69315 + 1.71264
+    "sevi + cicd": (methods.SEVI(cicd=True), log(0.5, 0.5), log(0.75, 0.25), None, (), [-1.69499, 1.01949]),
+    # 0.034 is below the 0.1 of the authors' Qwen2-VL files
+    "sevi + cicd, code-qwen": (methods.SEVI(cicd=True, variant="code-qwen"), log(0.5, 0.5), log(0.75, 0.25), None, (),
+                               log(0.5, 0.5)),
+    # The second exit is the further one:  ln (0.7 / 0.1)   ln (0.2 / 0.2)   0.1 < 0.2 * 0.7
+    "dola": (methods.DoLa(beta=0.2), log(0.7, 0.2, 0.1), None, [log(0.6, 0.3, 0.1), log(0.1, 0.2, 0.7)], (),
+             [1.94591, 0, -INF]),
+    # Candidates up to 0.8: the first two. The first exit is sure of them by 0.2, the second by 0.5 = p*:
+    # ln 0.6 + 0.6 * 0.5 ln 0.1 = -0.51083 - 0.69078   ln 0.3 + 0.6 * 0.5 ln 0.5 = -1.20397 - 0.20794
+    "deco": (methods.DeCo(top_p=0.8), log(0.6, 0.3, 0.1), None, [log(0.2, 0.1, 0.7), log(0.1, 0.5, 0.4)], (),
+             [-1.20161, -1.41191, -INF]),
+    # Exits (1, 3) and (3, 5), mean (2, 4):  0.7 * 2 + 0.3 * 2 = 2   0.7 * 1 + 0.3 * 4 = 1.9
+    "vista": (methods.VISTA(), [2, 1], None, [[1, 3], [3, 5]], (), [2, 1.9]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "main", "contrast", "exits", "memory", "want"), COMBINED.values(), ids=COMBINED
+)
+def test_next_token_logits(method, main, contrast, exits, memory, want):
+    def given(logits):
+        return None if logits is None else jnp.asarray(logits, jnp.float32)
+
+    readout = methods.Readout(
+        given([main]),
+        None if contrast is None else given([contrast]),
+        None if exits is None else given(exits)[:, None],
+        jnp.ones(1, bool),
+    )
+    combined, _ = method.combine(readout, given(memory) if memory else memory)
+    close(combined[0], want)
+
+
+def test_cmac_gate():
+    """s = 2, 1, 3; means of the steps so far 2, 1.5, 2: α is 0 at the second step alone. 2 * 1 - 0 = 2, 2 * 0 - 0.5."""
+    method = methods.CMAC(alpha=1, beta=0.1, gate="first")
+    memory, combined = method.start(1), []
+    for s in (2.0, 1.0, 3.0):
+        readout = methods.Readout(
+            jnp.asarray([[1.0, 0.0]]), jnp.asarray([[0.0, 0.5]]), None, jnp.asarray([s])
+        )
+        logits, memory = method.combine(readout, memory)
+        combined.append(logits[0])
+    close(combined, [[2, -0.5], [1, 0], [2, -0.5]])
+
+
+def test_cmac_positions():
+    """P^c = 0, 1, 1.5, 2 for γ = 2: the last row is 1 and 0.5 away from the image tokens, whatever number it has."""
+    turned = methods.CMAC(gamma=2).positions(jnp.asarray([1.0, 2.0]), jnp.asarray([0, 1]), 2)
+    close(3 - turned, [1, 0.5])
+
+
+Z = row(
+    [0, 1, 3, 0], [0, 2, 0, 0]
+)  # θ = (1 + 3 + 2 + 0) / 4 = 1.5: masked are column 2 of head 0, column 1 of head 1
+W = row([0.1, 0.2, 0.4, 0.3], [0.2, 0.4, 0.2, 0.2])
+# Per head: nothing of text, (1, 3) and (5, 7) of the image: mean (3, 5), over channels too 4.
+VALUES = np.array([[[0, 0], [1, 3], [5, 7], [0, 0]]] * 2, np.float32)
+
+
+def test_cmac_values():
+    """A masked weight of 0.4 in each head: spread over two columns (paper), or times one number (code)."""
+    spread = methods.CMAC().branches()[1].weights(site(Z), jnp.asarray(W)[None])
+    close(spread[0, :, 0], [[0.1, 0.4, 0.2, 0.3], [0.2, 0.2, 0.4, 0.2]])
+    coded = methods.CMAC(variant="code").branches()[1].values(
+        site(Z), jnp.asarray(W)[None], lambda w: jnp.einsum("BHRS,HSD->BHRD", w, jnp.asarray(VALUES))
+    )  # fmt: skip
+    # head 0: 0.2 (1, 3) + 0.4 * 4   head 1: 0.2 (5, 7) + 0.4 * 4
+    close(coded[0, :, 0], [[1.8, 2.2], [2.6, 3.0]])
+
+
+# Three image tokens and a text row; softmax weights of two heads.
+MAPS = np.array(
+    [
+        [[1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.1, 0.2, 0.7, 0], [0.25, 0.25, 0.25, 0.25]],
+        [[1, 0, 0, 0], [0.4, 0.6, 0, 0], [0.4, 0.5, 0.1, 0], [0.1, 0.1, 0.1, 0.7]],
+    ]
+)
+EAH = {
+    # Means of later image rows: head 0 (0.6 + 0.1) / 2 = 0.35, 0.2; head 1 (0.4 + 0.4) / 2 = 0.4, 0.5: 1 and 2 sinks.
+    "paper": (methods.EAH(beta=0.3), 1),
+    # 0.35, 0.2 and 0.4, 0.5 again, of which 0.45 leaves head 1 one sink, and head 0 none.
+    "paper, one sink": (methods.EAH(beta=0.45), 1),
+    "paper, no sink": (methods.EAH(beta=0.55), None),
+    # All later rows, over S0 + E - j = 3, 2, 1:  head 0 (0.6 + 0.1 + 0.25) / 3 = 0.317, (0.2 + 0.25) / 2 = 0.225, 0.25
+    # head 1 (0.4 + 0.4 + 0.1) / 3 = 0.3, (0.5 + 0.1) / 2 = 0.3, 0.1.  Two sinks of head 1; of head 0 alone, no change.
+    "code": (methods.EAH(variant="code", beta=0.28), 1),
+    "code, head 0": (methods.EAH(variant="code", beta=0.31), None),
+}
+
+
+@pytest.mark.parametrize(("method", "winner"), EAH.values(), ids=EAH)
+def test_eah(method, winner):
+    got = method.weights(site(np.zeros((2, 4, 4)), (1, 1, 1, 0)), jnp.asarray(MAPS, jnp.float32)[None])
+    close(got[0], MAPS if winner is None else MAPS[[winner, winner]])
+
+
+GLOBAL = [0, 0, 1, 1]  # text 2e = 5.44 of 7.44; the largest share of it, 0.5, is below κ = 0.6
+SEVI = {
+    # e² + e = 10.1 outside against 2: head 0 is drawn to head 1:  (2 + 0, 1 + 0, 0 + 4, 0 + 4) / 5
+    "stage 1": ("paper", [[2, 1, 0, 0], GLOBAL], [[0.4, 0.2, 0.8, 0.8], GLOBAL]),
+    # 20.1 / 21.1 of the text on one token: head 0 is core, head 1 drawn to it:  (0, 0, 1 + 12, 1 + 0) / 5
+    "stage 2": ("paper", [[0, 0, 3, 0], GLOBAL], [[0, 0, 3, 0], [0, 0, 2.6, 0.2]]),
+    # e² + 1 = 8.4 on system text and image against e + 1 = 3.7
+    "system text counts": ("paper", [[2, 0, 1, 0], GLOBAL], [[0.4, 0, 1, 0.8], GLOBAL]),
+    # 1 on the image against 3.7, of which 0.73 on one token: core:  (0 + 8, 0, 1 + 4, 1 + 0) / 5
+    "code-qwen": ("code-qwen", [[2, 0, 1, 0], GLOBAL], [[2, 0, 1, 0], [1.6, 0, 1, 0.2]]),
+}
+
+
+@pytest.mark.parametrize(("variant", "logits", "want"), SEVI.values(), ids=SEVI)
+def test_sevi(variant, logits, want):
+    """System text, one image token, two text tokens; ω 4."""
+    method, z = methods.SEVI(omega=4, kappa=0.6, variant=variant), row(*logits)
+    close(method.logits(site(z, (0, 1, 0, 0)), jnp.asarray(z)[None])[0, :, 0], want)
+
+
+SIMPLE = {
+    # |z| 2 and 4:  2 + 0.2 * 2   -4 + 0.2 * 4
+    "pai": (methods.PAI(), [[1, 2.4, -3.2, 1], [0, 4.8, 2.4, 0]]),
+    # system 0.95, image 1.15:  0.95   2.3   -4.6
+    "vaf": (methods.VAF(), [[0.95, 2.3, -4.6, 1], [0, 4.6, 2.3, 0]]),
+    # mean |z| over heads (2 + 4) / 2 = 3 and (4 + 2) / 2 = 3, half of it is 1.5
+    "middle_layers": (methods.MiddleLayers(), [[1, 3.5, -2.5, 1], [0, 5.5, 3.5, 0]]),
+}
+
+
+@pytest.mark.parametrize(("method", "want"), SIMPLE.values(), ids=SIMPLE)
+def test_logits_of_the_last_row(method, want):
+    z = row([1, 2, -4, 1], [0, 4, 2, 0])
+    close(method.branches()[0].logits(site(z), jnp.asarray(z)[None])[0, :, 0], want)
+
+
+def test_sid_keeps_the_least_attended():
+    """Means over heads (0.3 + 0.1) / 2 = 0.2 and (0.1 + 0.2) / 2 = 0.15: with one to keep, column 1 is hidden."""
+    branch = methods.SID(keep=1).branches()[1]
+    w = row([0.3, 0.3, 0.1, 0.3], [0.3, 0.1, 0.2, 0.4])
+    carry = branch.begin(context(COLUMNS, 1), jnp.zeros((1, 1, 1)))
+    carry = branch.observe(site(np.log(w), layer=1, carry=carry), jnp.asarray(w)[None])
+    after = site(np.log(w), layer=2, carry=carry)
+    np.testing.assert_array_equal(
+        np.asarray(branch.mask(after, after.mask[:, None]))[0, 0, 0], [True, False, True, True]
+    )
+
+
+def test_capl():
+    """Two images of two tokens; of lengths 1, 3 and 2, 1 the longer ones are selected: row 1 sees column 2 besides.
+
+    Its weights are (1/2, 1/2, 0, 0) and (1/3, 1/3, 1/3, 0), half of each: 5/12, 5/12, 1/6.
+    """
+    method, images = methods.CAPL(rho=0.5, sigma=0.5), (1, 1, 2, 2)
+    carry = method.begin(context(images, 4), jnp.asarray([[[1.0], [3.0], [-2.0], [1.0]]]))
+    here = site(np.zeros((2, 4, 4)), images, carry=carry)
+    causal = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+    got = method.weights(here, jnp.asarray([[causal, causal]], jnp.float32))
+    want = causal.copy()
+    want[1] = [5 / 12, 5 / 12, 1 / 6, 0]
+    close(got[0], [want, want])
+
+
+@pytest.mark.parametrize(
+    ("variant", "last"), [("paper", [False, False, True, True]), ("code-qwen", [False, False, False, True])]
+)
+def test_capl_truncated(variant, last):
+    """The second image does not see the first; in the Qwen file its second token does not see its first either."""
+    here = site(np.zeros((2, 4, 4)), (1, 1, 2, 2))
+    mask = methods.CAPL(mode="truncated", variant=variant).mask(here, here.mask[:, None])
+    np.testing.assert_array_equal(np.asarray(mask)[0, 0, 2:], [[False, False, True, False], last])
+
+
+def test_clva():
+    """Three layers: 0 is noise, 1 has the anchors, 2 is edited.
+
+    Layer 0: maxima 0.3, 0.3, so n = (1/2, 1/2). Layer 1: 0.6, 0.2, so p = (3/4, 1/4); A = p - n = (1, 0), R = (0, 1).
+    Layer 2: p = (1/2, 1/2); g = 1 - cos(p, A) = 1 - 0.70711 = 0.29289: column 1 gains g, column 2 loses g / 2.
+    """
+    method = methods.CLVA(noise_layers=1, rho=0.5)
+    carry = method.begin(context(COLUMNS, 1), jnp.zeros((1, 1, 1)))
+    for layer, w in enumerate(
+        (row([0.3, 0.1, 0.3, 0.3], [0.2, 0.3, 0.2, 0.3]), row([0.1, 0.6, 0.1, 0.2], [0.3, 0.3, 0.2, 0.2]))
+    ):
+        here = site(np.log(w), layer=layer, num_layers=3, carry=carry)
+        carry = method.observe(here, jnp.asarray(w)[None])
+    z = row([0, 0, 0, 0], [0, 0, 0, 0])
+    got = method.logits(site(z, layer=2, num_layers=3, carry=carry), jnp.asarray(z)[None])
+    close(got[0, :, 0], [[0, 0.29289, -0.14645, 0]] * 2)
+
+
+VISTA = {
+    # n(x) = (0.6, -0.8), cos(x, -v) = 0.8: + 0.5 * 1.8 (0, 1) = (0.6, 0.1), of length 0.60828:  5 (0.98639, 0.16440)
+    "away from v": ("code", "mlp", [3, -4], [4.93197, 0.82199]),
+    # cos(x, -v) = -0.8 counts as 0: + 0.5 (0, 1) = (0.6, 1.3), of length 1.43178:  5 (0.41906, 0.90796)
+    "towards v": ("code", "mlp", [3, 4], [2.09529, 4.53980]),
+    # h + 0.5 (0, 2) = (3, -3), of length 4.24264:  5 (0.70711, -0.70711)
+    "paper": ("paper", "residual", [3, -4], [3.53553, -3.53553]),
+}
+
+
+@pytest.mark.parametrize(("variant", "stage", "x", "want"), VISTA.values(), ids=VISTA)
+def test_vista(variant, stage, x, want):
+    """Layer 1 of 2, v = (0, 2), λ 0.5."""
+    seeing = jnp.asarray([[[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 2.0]]])
+    blind = jnp.asarray([[[0.0, 0.0]], [[0.0, 0.0]], [[1.0, 0.0]]])
+    steering = methods.VISTA(lambda_=0.5, variant=variant).primed(seeing, blind).branches()[0]
+    close(getattr(steering, stage)(1, 2, "decode", jnp.asarray([[x]], jnp.float32))[0, 0], want)
+
+
+def test_opera():
+    """σ w of three answer tokens: 1; 2, 1; 3, 0.5, 1. Products 6, 0.5, 1: φ = 6 and c = 0; log p - α φ = -1 - 6."""
+    method, products = methods.OPERA(variant="paper"), jnp.full((1, 3), -jnp.inf)
+    for newest, w in enumerate(([0.02, 0, 0], [0.04, 0.02, 0], [0.06, 0.01, 0.02])):
+        products = method.products(products, jnp.asarray([w]), jnp.int32(newest))
+    close(jnp.exp(products[0]), [6, 0.5, 1])
+    over_trust, column = method.over_trust(products, jnp.int32(2), jnp.asarray([0.25]))
+    assert float(over_trust[0]) == pytest.approx(6, abs=1e-5) and int(column[0]) == 0
+    gains = method.gains(jnp.asarray([[3.0]]), jnp.asarray([[-1.0]]), over_trust[None])
+    close(gains, [[-7]])
+
+
+def test_opera_code():
+    """Of up to ten tokens φ is minus the image's weight; then 1e-7 p. ln(e^(ln 3 + 0.25) / (e^(ln 3 + 0.25) + 1))."""
+    method, products = methods.OPERA(), jnp.log(jnp.asarray([[2e6, 3e6, 1.0]]))
+    early, column = method.over_trust(products, jnp.int32(9), jnp.asarray([0.25]))
+    assert float(early[0]) == -0.25 and int(column[0]) == 1
+    late, _ = method.over_trust(products, jnp.int32(10), jnp.asarray([0.25]))
+    assert float(late[0]) == pytest.approx(0.3, rel=1e-3)
+    gains = method.gains(jnp.asarray([[np.log(3), 0.0]]), jnp.zeros((1, 2)), jnp.asarray([[-0.25, 0.0]]))
+    # e^0.25 = 1.28403:  ln (3.85208 / 4.85208) = -0.23080   ln (1 / 4.85208) = -1.57941
+    close(gains, [[-0.23080, -1.57941]])
+
+
+def test_every_method_is_here():
+    names = {name.split(" ")[0] for name in (*COMBINED, *SIMPLE)} | {"eah", "capl", "clva", "opera"}
+    assert names == set(methods.names())
