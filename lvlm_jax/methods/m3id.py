@@ -1,4 +1,4 @@
-"""M3ID: contrast against the prompt without its images, stronger with every token. arXiv 2403.14003.
+"""M3ID, and a port of it: contrast with the prompt without images, growing with every token. arXiv 2403.14003.
 
 With l and l~ the next-token logits of the prompt with and without its images, p and p~ their distributions, t the
 number of tokens generated before (kept in memory) and g = e^{-λ t}:
@@ -30,7 +30,7 @@ LARGEST_EXPONENT = 80.0
 
 @register("m3id")
 class M3ID(Method):
-    """Multi-modal mutual-information decoding; see the module for the formulas."""
+    """Multi-modal mutual-information decoding, and RITUAL's port of it; see the module for the formulas."""
 
     decay: Strength = strength(0.02, "forgetting rate λ of the image, per token", low=0)
     alpha_gate: Strength = strength(
