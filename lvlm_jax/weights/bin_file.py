@@ -36,10 +36,18 @@ class BinFile:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise LVLMError(f"cannot read {self.path} as a torch file of tensors: {reason[0]}") from error
         if not isinstance(loaded, dict) or not all(
-            isinstance(value, torch.Tensor) for value in loaded.values()
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
         ):
             raise LVLMError(f"{self.path} is not a state dict: expected a dict of tensors")
-        self._arrays = {name: _to_numpy(torch, tensor) for name, tensor in loaded.items()}
+        self._arrays = {}
+        for name, tensor in loaded.items():
+            try:
+                self._arrays[name] = _to_numpy(torch, tensor)
+            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                raise LVLMError(
+                    f"{self.path}: tensor {name[:80]} is of a kind that cannot be read ({_kind(torch, tensor)}); "
+                    "expected dense numbers"
+                ) from error
         self.shapes = {name: array.shape for name, array in self._arrays.items()}
         self.dtypes = {name: array.dtype for name, array in self._arrays.items()}
 
@@ -53,7 +61,24 @@ class BinFile:
 
 
 def _to_numpy(torch, tensor) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise TypeError
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:  # NumPy itself has no bfloat16
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    if str(tensor.dtype).startswith("torch.float8_"):
+        return (
+            tensor.view(torch.uint8)
+            .numpy()
+            .view(getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch.")))
+        )
     return tensor.numpy()
+
+
+def _kind(torch, tensor) -> str:
+    words = [str(tensor.dtype).removeprefix("torch.")]
+    if tensor.layout != torch.strided:
+        words.append(str(tensor.layout).removeprefix("torch."))
+    if tensor.device.type != "cpu":
+        words.append(f"on the device {tensor.device.type}")
+    return ", ".join(words)

@@ -9,9 +9,7 @@ of the projections' own adapters comes one whose A stacks theirs and whose B is 
 
 import dataclasses
 import json
-import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,37 +25,19 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.layers import LORA_LEAVES, matrices
 from lvlm_jax.parallel.mesh import sharding_beside
+from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.checkpoint import resolve_checkpoint
-from lvlm_jax.weights.plan import Faults
+from lvlm_jax.weights.peft_settings import CONFIG, is_targeted, rank, read_settings, scale
+from lvlm_jax.weights.plan import Faults, TensorFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_tensors
 from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fused, table_for, unflatten
+from lvlm_jax.weights.whole_tensors import replace_trained, replace_vocabulary, stored_vocabulary
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 
 _SCHEME = "state_dict"  # PEFT names modules as the model in memory does
 _PREFIX = "base_model.model."
 _FACTORS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
-
-# Settings of PEFT that either are read below or do not change what a trained adapter computes. Any other one that is
-# set is a variety of LoRA, or something besides it, that is not known here.
-_KNOWN = frozenset(
-    "peft_type task_type base_model_name_or_path revision auto_mapping peft_version inference_mode runtime_config "
-    "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
-    "layers_to_transform fan_in_fan_out bias init_lora_weights eva_config megatron_core qalora_group_size".split()
-)
-_DEFAULTS = {
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "init_lora_weights": True,
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_modules": None,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-}
-# Other ways of initialising A and B move something of the base weights into them.
-_HARMLESS_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
@@ -110,12 +90,13 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
     """Reads an adapter onto parameters, beside the kernels it belongs to and unmerged.
 
     Args:
-        folder: what PEFT's `save_pretrained`, or `save_adapter`, wrote; or a hub id.
+        folder: what PEFT's `save_pretrained`, `save_adapter`, or LLaVA's own training wrote; or a hub id.
         params: the parameters of the base model.
         config: the model's configuration.
 
     Returns:
-        `params` with the leaves of the adapter, in float32, on the mesh of `params` if there is one.
+        `params` with the leaves of the adapter, in float32, on the mesh of `params` if there is one. Parameters that
+        the folder holds whole (`whole_tensors`) are in the place of those of `params`.
 
     Raises:
         LVLMError: files that cannot be read, a kind of adapter that is not supported (named), `params` with an adapter
@@ -126,16 +107,19 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
         raise LVLMError(
             f"the parameters hold a LoRA adapter already ({present}); merge it before loading {folder}"
         )
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     file, kernels = _open(folder), matrices(flat)
-    modules = _modules_in_use(table_for(config), kernels, file)
-    targeted = {name: module for name, module in modules.items() if _is_targeted(name, settings, file)}
+    _check_head(folder, table_for(config), flat, file)
+    whole = stored_vocabulary(flat, file, config)
+    targeted = _targeted(_modules_in_use(table_for(config), kernels, file), settings, file)
     shapes = {}
     for name, module in targeted.items():
-        rank, (rows, columns) = _rank(name, settings), module.shape(kernels, config)
-        shapes[f"{_PREFIX}{name}{_FACTORS['lora_a']}"] = (rank, rows)
-        shapes[f"{_PREFIX}{name}{_FACTORS['lora_b']}"] = (columns, rank)
-    _check_tensors(folder, file, shapes)
+        inner, (rows, columns) = rank(name, settings), module.shape(kernels, config)
+        shapes[f"{_PREFIX}{name}{_FACTORS['lora_a']}"] = (inner, rows)
+        shapes[f"{_PREFIX}{name}{_FACTORS['lora_b']}"] = (columns, inner)
+    _check_tensors(folder, file, shapes, whole.values())
+    replace_vocabulary(flat, file, whole, config, folder)
+    replace_trained(flat, folder, config)
 
     def put(path: str, value: np.ndarray) -> None:
         kernel, _ = kernels[path.rpartition("/")[0]]
@@ -146,7 +130,7 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
         for path, piece in zip(module.paths, module.pieces, strict=True):
             put(f"{path}/lora_a", lora_a.T)
             put(f"{path}/lora_b", (lora_b if piece is None else piece.take(lora_b, config)).T)
-            put(f"{path}/lora_scale", np.asarray(_scale(name, settings)))
+            put(f"{path}/lora_scale", np.asarray(scale(name, settings)))
             if settings["lora_dropout"]:
                 put(f"{path}/lora_dropout", np.asarray(settings["lora_dropout"]))
     return unflatten(flat)
@@ -252,115 +236,57 @@ def _readable(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _open(folder: Path) -> SafetensorsFile:
-    if not (folder / WEIGHTS).is_file():
-        found = sorted(file.name for file in folder.glob("adapter_model*"))
-        raise LVLMError(
-            f"no {WEIGHTS} in {folder}{f', only {found[0]}' if found else ''}; "
-            "expected an adapter that PEFT saved with safetensors (load it with PEFT and save it again)"
-        )
-    return SafetensorsFile(folder / WEIGHTS)
+def _open(folder: Path) -> TensorFile:
+    if (folder / WEIGHTS).is_file():
+        return SafetensorsFile(folder / WEIGHTS)
+    if (folder / TORCH_WEIGHTS).is_file():
+        return BinFile(folder / TORCH_WEIGHTS)
+    found = sorted(file.name for file in folder.glob("adapter_model*"))
+    raise LVLMError(
+        f"no {WEIGHTS} and no {TORCH_WEIGHTS} in {folder}{f', only {found[0]}' if found else ''}; "
+        "expected a folder that PEFT saved an adapter to"
+    )
 
 
-def _read_settings(folder: Path) -> dict:
-    """`adapter_config.json` with what PEFT fills in where a field is absent.
-
-    Raises:
-        LVLMError: it is missing, malformed, or asks for more than LoRA on projections.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise LVLMError(f"no {CONFIG} in {folder}; expected a folder that PEFT saved an adapter to")
-    settings = {**_DEFAULTS, **files.read_json(path, "adapter configuration", dict)}
-    if settings.get("peft_type") != "LORA":
-        raise LVLMError(f"{path} is of peft_type {settings.get('peft_type')!r}; only LORA is supported")
-    unknown = sorted(name for name, value in settings.items() if value and name not in _KNOWN)
-    unknown += ["bias"] * (settings["bias"] != "none")
-    unknown += ["init_lora_weights"] * (settings["init_lora_weights"] not in _HARMLESS_INITIAL)
-    if unknown:
-        values = ", ".join(f"{name} = {json.dumps(settings[name])[:60]}" for name in unknown)
-        raise LVLMError(
-            f"{path} sets {values}, which is not supported; merge the adapter with PEFT and load the merged model"
-        )
-    _check_types(path, settings)
-    return settings
-
-
-def _check_types(path: Path, settings: Mapping) -> None:
-    """Raises an LVLMError if a setting that is read has a type or a value that PEFT would not write."""
-    patterns = [*settings["rank_pattern"].items(), *settings["alpha_pattern"].items()]
-    for name, value in [
-        (name, settings.get(name)) for name in ("r", "lora_alpha", "lora_dropout")
-    ] + patterns:
-        if not isinstance(value, int | float) or value < 0 or (value == 0 and name != "lora_dropout"):
-            raise LVLMError(f"{path}: {name} is {json.dumps(value)[:60]}; expected a positive number")
-    names = [settings[name] for name in ("target_modules", "exclude_modules") if settings[name] is not None]
-    for value in names:
-        if not isinstance(value, str) and not (
-            isinstance(value, list) and all(isinstance(name, str) for name in value)
-        ):
-            raise LVLMError(
-                f"{path}: {json.dumps(value)[:60]} is neither a list of modules nor an expression"
-            )
-    for expression in [name for name, _ in patterns] + [value for value in names if isinstance(value, str)]:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise LVLMError(f"{path}: {expression!r} is not a regular expression: {error}") from error
-
-
-def _modules_in_use(table: Table, paths: Iterable[str], file: SafetensorsFile) -> dict[str, Adapted]:
+def _modules_in_use(table: Table, paths: Iterable[str], file: TensorFile) -> dict[str, Adapted]:
     """All torch modules by name, under the naming scheme that most tensors of the file follow."""
     schemes = [_modules(table, paths, scheme) for scheme in table.schemes]
     return max(schemes, key=lambda modules: sum(_stored(module, file) for module in modules))
 
 
-def _stored(module: str, file: SafetensorsFile) -> bool:
+def _stored(module: str, file: TensorFile) -> bool:
     return any(f"{_PREFIX}{module}{suffix}" in file.shapes for suffix in _FACTORS.values())
 
 
-def _is_targeted(module: str, settings: Mapping, file: SafetensorsFile) -> bool:
-    """Whether PEFT wraps a module under these settings; without targets, whether the file has tensors of it."""
+def _targeted(modules: Mapping[str, Adapted], settings: Mapping, file: TensorFile) -> dict[str, Adapted]:
+    """The modules that have an adapter; without targets, those of which the file has tensors."""
     if settings["target_modules"] is None:
-        return _stored(module, file)
-    if _names(module, settings["exclude_modules"] or ()):
-        return False
-    layers = settings["layers_to_transform"]
-    if isinstance(settings["target_modules"], list) and layers not in (None, []):
-        number = re.search(r"\.(\d+)\.", module)
-        if number is None or int(number[1]) not in (layers if isinstance(layers, list) else [layers]):
-            return False
-    return _names(module, settings["target_modules"])
+        return {name: module for name, module in modules.items() if _stored(name, file)}
+    found = {name: module for name, module in modules.items() if is_targeted(name, settings)}
+    # LLaVA makes its adapters before it loads the tower, and names them by endings that the tower has too.
+    decoder = {name: one for name, one in found.items() if one.paths[0].startswith("language_model/")}
+    outside = found.keys() - decoder.keys()
+    original = any(name.startswith(f"{_PREFIX}model.layers.") for name in file.shapes)
+    return found if not original or any(_stored(name, file) for name in outside) else decoder
 
 
-def _names(module: str, wanted: str | list[str]) -> bool:
-    """A string is a regular expression for the whole name, a list holds names or their endings."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+def _check_head(folder: Path, table: Table, flat: Mapping, file: TensorFile) -> None:
+    """Raises an LVLMError if the adapter is for an output layer that this model does not have."""
+    if table.tied is None or any(path.startswith(table.tied[0].removesuffix("kernel")) for path in flat):
+        return
+    names = {table.name(table.tied[0], scheme).removesuffix(".weight") for scheme in table.schemes}
+    if any(_stored(name, file) for name in names):
+        raise LVLMError(
+            f"adapter {folder} adapts lm_head, which this model ties to its embedding: with PEFT, load the model with "
+            "tie_word_embeddings=False, merge the adapter, save, and load that"
+        )
 
 
-def _of_pattern(patterns: Mapping, module: str, default):
-    """The value of the first pattern that ends the module's name, as PEFT looks it up."""
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, default)
-
-
-def _rank(module: str, settings: Mapping) -> int:
-    return _of_pattern(settings["rank_pattern"], module, settings["r"])
-
-
-def _scale(module: str, settings: Mapping) -> float:
-    alpha, rank = (
-        _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"]),
-        _rank(module, settings),
-    )
-    return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
-
-
-def _check_tensors(folder: Path, file: SafetensorsFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(
+    folder: Path, file: TensorFile, shapes: Mapping[str, tuple[int, ...]], whole: Iterable[str]
+) -> None:
     faults = Faults()
-    for name in sorted(file.shapes.keys() - shapes.keys()):
+    for name in sorted(file.shapes.keys() - shapes.keys() - set(whole)):
         faults.add("unexpected", name)
     for name, shape in shapes.items():
         if name not in file.shapes:

@@ -67,15 +67,15 @@ class Faults:
         if what not in tensors:
             tensors.append(what)
 
-    def check(self, where: Any) -> None:
-        """Raises an LVLMError of one line if anything was noted."""
+    def check(self, where: Any, what: str = "its configuration") -> None:
+        """Raises an LVLMError of one line if anything was noted; `what` is what tensors of `where` should fit."""
         if not self.found:
             return
         parts = []
         for kind, tensors in self.found.items():
             more = ", ..." if len(tensors) > _LISTED else ""
             parts.append(f"{len(tensors)} {kind}: {', '.join(tensors[:_LISTED])}{more}")
-        raise LVLMError(f"the tensors of {where} do not fit its configuration: {'; '.join(parts)}")
+        raise LVLMError(f"the tensors of {where} do not fit {what}: {'; '.join(parts)}")
 
 
 def plan(
@@ -125,6 +125,19 @@ def plan(
             f"the configuration of {where} ties the output layer to the embedding, but {tied_source.name} differs "
             f"from {sources[embedding].name}: set tie_word_embeddings to false in config.json, or remove the tensor"
         )
+    return sources
+
+
+def plan_some(
+    config: FamilyConfig, expected: Mapping[str, tuple[int, ...]], file: TensorFile, faults: Faults
+) -> dict[str, Source]:
+    """The sources of those parameters that a file has; what is wrong with its tensors goes to `faults`."""
+    table, sources = table_for(config), {}
+    _match(table, config, [*expected], [file], sources, faults)
+    for path, source in sources.items():
+        if "original" in table.schemes and path in table.vocabulary:
+            sources[path] = source = _grown(source, config.image_token_id, expected[path])
+        _check_tensor(source, expected[path], faults)
     return sources
 
 

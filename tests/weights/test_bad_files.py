@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lvlm_jax import models, weights
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 from tests.weights import checkpoints as make
 
@@ -202,6 +203,41 @@ def test_torch_file_that_is_no_state_dict(model, config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "pytorch_model.bin")
     assert "not a state dict" in load_error(tmp_path, config)
+
+
+ODD = {
+    "float32, sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "float32, sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quint8": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "float32, on the device meta": lambda: torch.zeros(3, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that these kinds are new or old
+@pytest.mark.parametrize("kind", ODD)
+def test_torch_tensors_of_odd_kinds(kind, tmp_path):
+    torch.save({"a": ODD[kind]()}, tmp_path / "odd.bin")
+    with pytest.raises(LVLMError) as caught:
+        BinFile(tmp_path / "odd.bin")
+    message = str(caught.value)
+    assert "odd.bin" in message and "\n" not in message
+    # Which of them torch itself reads without its pickle's help differs with its version.
+    assert f"({kind})" in message or "cannot read" in message
+
+
+def test_float8_of_a_torch_file_is_named(model, config, tmp_path):
+    state = make.renamed(make.tensors(model), *make.HUB)
+    name = "language_model.model.norm.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    assert f"1 not floating-point: {name} float8_e4m3fn" in load_error(tmp_path, config)
+
+
+def test_names_that_are_no_words(tmp_path):
+    torch.save({3: torch.zeros(2)}, tmp_path / "odd.bin")
+    with pytest.raises(LVLMError, match="not a state dict"):
+        BinFile(tmp_path / "odd.bin")
 
 
 def test_torch_file_without_torch(tmp_path):

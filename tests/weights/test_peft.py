@@ -20,7 +20,7 @@ from lvlm_jax.journal import record
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
-from tests import checkpoints
+from tests import checkpoints, small
 from tests.checkpoints import IMAGE
 from tests.weights import checkpoints as make
 
@@ -225,6 +225,16 @@ def test_bfloat16_parameters_take_a_float32_adapter(model, params, adapter):
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
         ({"target_modules": 3}, "3 is neither a list of modules nor an expression"),
         ({"target_modules": "("}, "not a regular expression"),
+        ({"target_modules": "a{99999999999999999999}"}, "not a regular expression"),
+        ({"target_modules": [["q_proj"]]}, "neither a list of modules nor"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*expected an object"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "q_proj is NaN"),
+        ({"r": 2.5}, "r is 2.5; expected a whole number"),
+        ({"r": 10**400}, "r is 1000"),
+        ({"lora_alpha": True}, "lora_alpha is true"),
+        ({"lora_dropout": 1}, "lora_dropout is 1"),
+        ({"use_rslora": "no"}, 'use_rslora is "no"'),
+        ({"layers_to_transform": [[1]]}, "layers_to_transform is "),
     ],
     ids=str,
 )
@@ -234,6 +244,17 @@ def test_kinds_of_adapters_that_are_not_supported(change, message, model, adapte
     with pytest.raises(LVLMError, match=message) as caught:
         load_adapter(adapter, model.params, model.config)
     assert "\n" not in str(caught.value) and str(adapter) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_expression_that_runs_for_ever(name, model, adapter):
+    first = 4 if name == "rank_pattern" else 2  # PEFT puts two groups in front
+    endless = "(.+)" * 9 + "".join(rf"(?:x|.\{number})" for number in range(first, first + 4))
+    settings = json.loads((adapter / CONFIG).read_text())
+    change = {name: {endless: 2} if name == "rank_pattern" else endless}
+    (adapter / CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(LVLMError, match="does not come to an end; write the modules as a list"):
+        load_adapter(adapter, model.params, model.config)
 
 
 def test_all_that_is_wrong_with_the_tensors_is_said_at_once(model, adapter):
@@ -259,12 +280,71 @@ def test_all_that_is_wrong_with_the_tensors_is_said_at_once(model, adapter):
     assert "\n" not in str(caught.value)
 
 
-def test_copies_of_base_weights_are_refused(base, model, tmp_path):
-    """PEFT stores the whole output layer beside its adapter, as it does when tokens were added and trained."""
+def test_an_output_layer_beside_its_adapter_takes_the_place_of_the_base(base, model, question, tmp_path):
+    """PEFT stores the whole output layer beside its adapter, as it does when it was trained too."""
     theirs = saved_by_peft(base, tmp_path, r=3, target_modules=["lm_head"])
+    theirs.base_model.model.lm_head.base_layer.weight.data.mul_(1.5)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
-    with pytest.raises(LVLMError, match=r"1 unexpected: base_model.model.lm_head.base_layer.weight"):
-        load_adapter(tmp_path, model.params, model.config)
+    params = load_adapter(tmp_path, model.params, model.config)
+    assert_equal_logits(theirs, lora.merge(params), model, question)
+    with pytest.raises(LVLMError, match="lm_head/kernel whole, which is kept as int8.*without quant"):
+        LVLM.from_pretrained(model.folder, adapter=tmp_path, quant="int8")
+
+
+def test_an_adapter_of_a_tied_output_layer_says_what_to_do(tmp_path):
+    tied = small.OVERRIDES | {"tie_word_embeddings": True}
+    base = checkpoints.make_llava(tmp_path / "m", 3, **tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved_by_peft(base, tmp_path / "a", r=2, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(
+        LVLMError, match="lm_head, which this model ties to its embedding: .*merge the adapter"
+    ):
+        LVLM.from_pretrained(tmp_path / "m", adapter=tmp_path / "a")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_of_llavas_own_training(suffix, base, model, question, tmp_path):
+    """Adapters of the decoder alone under endings that the tower has too, and the trained projector beside them."""
+    names = [f"model.language_model.layers.{i}.self_attn.{one}_proj" for i in range(2) for one in "qv"]
+    theirs = saved_by_peft(base, tmp_path, r=2, lora_alpha=4, target_modules=names)
+    projector = theirs.base_model.model.model.multi_modal_projector
+    trained = {}
+    for number, layer in (("0", projector.linear_1), ("2", projector.linear_2)):
+        for kind, parameter in layer.named_parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 6)
+            trained[f"base_model.model.model.mm_projector.{number}.{kind}"] = parameter.data.clone()
+    pairs = [("base_model.model.model.language_model.", "base_model.model.model.")]
+    adapters = make.renamed(load_file(tmp_path / WEIGHTS), *pairs)
+    (tmp_path / WEIGHTS).unlink()
+    if suffix == "bin":
+        torch.save(adapters, tmp_path / "adapter_model.bin")
+    else:
+        save_file(adapters, tmp_path / WEIGHTS)
+    torch.save(trained, tmp_path / "non_lora_trainables.bin")
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"]}))
+    params = load_adapter(tmp_path, model.params, model.config)
+    assert_equal_logits(theirs, lora.merge(params), model, question)
+    assert not any("vision_tower" in path for path in flatten(params) if "lora" in path)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"base_model.model.model.mm_projector.0.weight": torch.zeros(3, 3)}, r"misshapen: .*\[3, 3\]"),
+        ({"base_model.model.model.mm_projector.4.weight": torch.zeros(3)}, "unexpected: .*mm_projector.4"),
+        ({"model.mm_projector.0.weight": torch.zeros(2, dtype=torch.int8)}, "misshapen"),
+        ({"a": print}, "cannot read"),
+        ([torch.zeros(2)], "no state dict|not a state dict"),
+    ],
+    ids=str,
+)
+def test_what_llava_trained_besides_must_fit(held, message, model, adapter):
+    torch.save(held, adapter / "non_lora_trainables.bin")
+    with pytest.raises(LVLMError, match=message) as caught:
+        load_adapter(adapter, model.params, model.config)
+    assert "non_lora_trainables.bin" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_adapter_of_another_model(base, model, tmp_path):
@@ -282,8 +362,8 @@ def test_files_that_are_not_there(model, adapter, tmp_path):
             load_adapter(adapter, model.params, model.config)
         assert "\n" not in str(caught.value)
 
-    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    refused(r"no adapter_model\.safetensors in .*, only adapter_model\.bin; .*safetensors")
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.gguf")
+    refused(r"no adapter_model\.safetensors and no adapter_model\.bin in .*, only adapter_model\.gguf; ")
     (adapter / CONFIG).unlink()
     refused(r"no adapter_config\.json")
     with pytest.raises(LVLMError, match="no such folder"):

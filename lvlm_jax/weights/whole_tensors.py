@@ -1,0 +1,91 @@
+"""Tensors that an adapter's folder brings whole, in place of the base model's.
+
+LLaVA's own LoRA training leaves what it trained besides the adapters, the projector above all, in
+`non_lora_trainables.bin`. PEFT stores embedding and output layer whole beside an adapter of either.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.models.layers import INT8_LEAVES, matrices
+from lvlm_jax.parallel.mesh import sharding_beside
+from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.plan import Faults, TensorFile, plan_some
+from lvlm_jax.weights.tables import table_for
+
+TRAINED = "non_lora_trainables.bin"
+_PREFIXES = ("base_model.model.", "base_model.")
+
+
+class _Renamed:
+    """A file of tensors under the names that a checkpoint would give them."""
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str]):
+        self._file, self._names = file, names
+        self.shapes = {name: file.shapes[theirs] for name, theirs in names.items()}
+        self.dtypes = {name: file.dtypes[theirs] for name, theirs in names.items()}
+
+    def view(self, name: str) -> np.ndarray:
+        return self._file.view(self._names[name])
+
+
+def _plain(name: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix).replace(".base_layer.", ".")
+
+
+def _shapes(flat: Mapping) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters, those of int8 kernels as of the kernels they stand for."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items() if not path.endswith(INT8_LEAVES)}
+    return shapes | {f"{module}/kernel": shape for module, (_, shape) in matrices(flat).items()}
+
+
+def stored_vocabulary(flat: Mapping, file: TensorFile, config: FamilyConfig) -> dict[str, str]:
+    """Embedding and output layer that an adapter's file holds whole: a checkpoint's name -> that of the file."""
+    table, expected = table_for(config), _shapes(flat)
+    paths = [path for path in table.vocabulary if path in expected]
+    known = {table.name(path, scheme) for scheme in table.schemes for path in paths}
+    return {_plain(name): name for name in file.shapes if _plain(name) in known}
+
+
+def replace_vocabulary(
+    flat: dict, file: TensorFile, names: Mapping[str, str], config: FamilyConfig, where: Path
+) -> None:
+    """Puts the tensors of `stored_vocabulary` into flat parameters.
+
+    Raises:
+        LVLMError: tensors that do not fit, or that are kept as int8.
+    """
+    _replace(flat, _Renamed(file, names), config, where)
+
+
+def replace_trained(flat: dict, folder: Path, config: FamilyConfig) -> None:
+    """Puts the tensors of `non_lora_trainables.bin`, if the folder has one, into flat parameters.
+
+    Raises:
+        LVLMError: a file that holds anything but tensors, names that the model does not have, tensors that do not fit.
+    """
+    path = folder / TRAINED
+    if not path.is_file():
+        return
+    file = BinFile(path)
+    _replace(flat, _Renamed(file, {_plain(name): name for name in file.shapes}), config, path)
+
+
+def _replace(flat: dict, file: _Renamed, config: FamilyConfig, where: Path) -> None:
+    faults, shapes = Faults(), _shapes(flat)
+    sources = plan_some(config, shapes, file, faults)
+    faults.check(where, "the model")
+    for path, source in sources.items():
+        if path not in flat:
+            raise LVLMError(
+                f"{where} brings {path} whole, which is kept as int8 here: load the model without quant, "
+                "save it with the adapter, and load that with quant"
+            )
+        place = sharding_beside(flat[path], path, shapes[path])
+        flat[path] = jax.device_put(np.ascontiguousarray(source.view()).astype(flat[path].dtype), place)
