@@ -96,10 +96,18 @@ def unique(seen: set, key, where: str) -> None:
     seen.add(key)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a file, whatever somebody wrote there: names that no file can have are none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, a null byte, half a surrogate
+        return False
+
+
 def given(path: Path, what: str) -> Path:
     """A path that the user named himself, as an existing file."""
     path = path.expanduser()
-    if not path.is_file():
+    if not is_file(path):
         raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
     return path
 

@@ -21,7 +21,7 @@ from lvlm_jax.journal.record import file_hash, run_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.processors.layout import bucket
-from lvlm_jax.training.data import pair_files
+from lvlm_jax.training.data import dataset_info, pair_files
 from lvlm_jax.training.data.pair_batches import Batch, Batches
 from lvlm_jax.training.data.pair_files import Conversation
 from lvlm_jax.training.data.pair_formats import ANSWERS
@@ -151,7 +151,7 @@ def generate(
 
 def _asks(path: str | Path) -> bool:
     """Whether a file holds prompts, and not preference pairs or whole conversations."""
-    if pair_files.DATASET_INFO in str(path):
+    if dataset_info.FILE in str(path):
         return False
     _, _, row = next(pair_files.read_rows(Path(path).expanduser(), "conversation file"))
     return "prompt" in row and not row.keys() & set(ANSWERS)

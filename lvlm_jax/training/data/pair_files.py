@@ -5,7 +5,6 @@ Images are paths relative to the file, or `{"bytes": base64}` inside it. Placeho
 """
 
 import base64
-import binascii
 import dataclasses
 import io
 import json
@@ -18,11 +17,10 @@ import PIL.Image
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training.data import pair_formats
+from lvlm_jax.training.data import dataset_info, pair_formats
 from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 
 PLACEHOLDER = "<image>"
-DATASET_INFO = "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +80,8 @@ def read_pairs(path: str | Path) -> list[Pair]:
         LVLMError: naming the line: a malformed row, a pair without image, a missing or unreadable image, placeholders
             that do not match the images, an empty answer, or two equal ones.
     """
-    path, folder, entry = _resolved(path)
     pairs = []
-    for where, number, row in read_rows(path, "preference file"):
-        row = row if entry is None else pair_formats.renamed(row, entry)
+    for where, number, row, folder in _samples(path, "preference file"):
         found = pair_formats.read_row(row, where)
         images = row_images(row, folder, where)
         if not images:
@@ -107,28 +103,27 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a file: rows `{"images", "messages"}`, or the chosen answers of a file of pairs.
+    """The conversations of a file, in any format of `pair_formats`; of pairs the chosen answers.
 
     Raises:
         LVLMError: naming the line: what `read_pairs` refuses, a conversation without an answer, an empty answer.
     """
-    file, folder, _ = _resolved(path)
-    if "messages" not in next(read_rows(file, "conversation file"))[2]:
+    where, _, first, _ = next(_samples(path, "conversation file"))
+    if not pair_formats.is_dialogue(first, where):
         return [
             Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id, pair.extra)
             for pair in read_pairs(path)
         ]
     conversations = []
-    for where, number, row in read_rows(file, "conversation file"):
-        given = files.field(row, ("messages",), list, where)
-        messages = [pair_formats.as_message(message, where) for message in given]
+    for where, number, row, folder in _samples(path, "conversation file"):
+        messages, used = pair_formats.read_dialogue(row, where)
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers or messages[-1] is not answers[-1]:
             raise LVLMError(f"{where}: the conversation does not end with an assistant message to learn")
         for answer in answers:
             _check_answer(pair_formats.answer_text(answer, "an answer", where), "an answer", where)
         images = row_images(row, folder, where)
-        extra = {key: row[key] for key in row if key not in ("messages", *IMAGE_KEYS, ID_KEYS[0])}
+        extra = {key: row[key] for key in row if key not in (*used, *IMAGE_KEYS, ID_KEYS[0])}
         conversations.append(
             Conversation(images, place_images(messages, len(images), where), row_id(row, number), extra)
         )
@@ -163,23 +158,12 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def _resolved(path: str | Path) -> tuple[Path, Path, dict | None]:
-    """The file of pairs, what its images are relative to, and the entry of `dataset_info.json`, if one was given."""
-    before, found, name = str(path).rpartition(DATASET_INFO)
-    if not found or (name and not name.startswith(":")):
-        path = Path(path).expanduser()
-        return path, path.parent, None
-    info = Path(before + DATASET_INFO).expanduser()
-    entries = files.read_json(info, "LLaMA-Factory's description")
-    entries = entries if isinstance(entries, dict) else {}
-    ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
-    wanted = name.removeprefix(":") or (ranked[0] if len(ranked) == 1 else "")
-    if not isinstance(entries.get(wanted), dict) or "file_name" not in entries[wanted]:
-        raise LVLMError(
-            f"{str(path)!r} names no set of pairs; expected {DATASET_INFO}:NAME, NAME an entry with a file_name: "
-            + (", ".join(ranked) or "there is none with ranking")
-        )
-    return info.parent / entries[wanted]["file_name"], info.parent, entries[wanted]
+def _samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]]:
+    """(beginning of an error message, number, row under our names, what its images are relative to) of each row."""
+    file, folder, entry = dataset_info.resolved(path)
+    for where, number, row in read_rows(file, what):
+        row = row if entry is None else dataset_info.renamed(row, entry, where)
+        yield where, number, pair_formats.gathered(row, where), folder
 
 
 def read_rows(path: Path, what: str) -> Iterator[tuple[str, str, dict]]:
@@ -205,7 +189,10 @@ def _check_answer(text: str, name: str, where: str) -> None:
 
 def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
     """The images of a row under the first of IMAGE_KEYS that it has."""
-    given = next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), [])
+    named = [key for key in IMAGE_KEYS if row.get(key) not in (None, [], "")]
+    if len(named) > 1:
+        raise LVLMError(f"{where} has images under {' and '.join(named)}; expected one of them")
+    given = next((row[key] for key in named), [])
     return tuple(_image(one, folder, where) for one in (given if isinstance(given, list) else [given]))
 
 
@@ -214,7 +201,7 @@ def _image(given: Any, folder: Path, where: str) -> Path | bytes:
         try:
             data = base64.b64decode(given["bytes"], validate=True)
             PIL.Image.open(io.BytesIO(data))
-        except (TypeError, binascii.Error, OSError, PIL.Image.DecompressionBombError) as error:
+        except Exception as error:  # a reader of pictures raises whatever the first broken byte provokes
             raise LVLMError(
                 f"{where}: an image's bytes are no base64 of a picture that can be opened"
             ) from error
@@ -222,10 +209,10 @@ def _image(given: Any, folder: Path, where: str) -> Path | bytes:
     name = given.get("path") if isinstance(given, dict) else given
     if not isinstance(name, str) or not name:
         raise LVLMError(f'{where}: an image is {repr(given)[:60]}; expected a path or {{"bytes": base64}}')
-    path = folder / Path(name).expanduser()
-    if not path.is_file():
+    path = folder / os.path.expanduser(name)
+    if not files.is_file(path):
         raise LVLMError(
-            f"{where}: image {str(path)!r} does not exist; paths are relative to the file of pairs"
+            f"{where}: image {str(path)[-150:]!r} does not exist; paths are relative to the file of samples"
         )
     return path
 

@@ -1,10 +1,20 @@
-"""How others write preference pairs down: one row of TRL's, LLaMA-Factory's or RLHF-V's format as one common form.
+"""How others write samples down: one row of any of these formats as one common form.
+
+Pairs:
 
     TRL            {"images": [...], "prompt": ..., "chosen": ..., "rejected": ...}; strings or lists of messages
     LLaMA-Factory  {"conversations": [{"from": "human", "value": "<image>..."}], "chosen": {...}, "rejected": {...}},
-                   or {"instruction": ..., "input": ..., "chosen": "...", "rejected": "..."}
+                   or {"instruction": ..., "input": ..., "history": [[...]], "chosen": "...", "rejected": "..."},
+                   or of its version 1 {"chosen_messages": [...], "rejected_messages": [...]}
     RLHF-V         {"question": ..., "chosen": ..., "rejected": ..., "image": ...}, or {"text": that as a JSON string}
 
+Conversations:
+
+    TRL            {"images": [...], "messages": [...]}; of LLaMA-Factory's version 1 too, with images in the messages
+    LLaVA          {"id": ..., "image": ..., "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
+    LLaMA-Factory  the same with "images", or {"instruction": ..., "input": ..., "history": [[...]], "output": ...}
+
+Columns that would change what is learned and that we cannot honour (videos, tools, ...) are refused, not passed over.
 Every function takes one row and `where`, the beginning of an error message; all raise `LVLMError`.
 """
 
@@ -20,11 +30,12 @@ Message = dict[str, Any]
 ANSWERS = ("chosen", "rejected")
 IMAGE_KEYS = ("images", "image", "image_path")
 ID_KEYS = ("id", "idx", "question_id")
-# LLaMA-Factory's own names of columns and tags, which an entry of `dataset_info.json` may rename.
-COLUMNS = {"messages": "conversations", "prompt": "instruction", "query": "input", "system": "system"}
-TAGS = {"role_tag": "from", "content_tag": "value"}
-ROLE_TAGS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
 ROLES = {"human": "user", "gpt": "assistant"}
+_KNOWN_ROLES = ("system", "user", "assistant")
+_REFUSED = ("videos", "video", "audios", "audio", "tools", "functions", "kto_tag")
+_REFUSED_IN_MESSAGES = ("tool_calls", "function_call")
+_PICTURES = ("image", "image_url")  # kinds of parts that are a picture, and the keys that may name its file
+_SOURCES = ("image", "image_url", "url", "path", "value")
 
 
 class Row(NamedTuple):
@@ -42,10 +53,21 @@ class Row(NamedTuple):
     used: tuple[str, ...]
 
 
+class Dialogue(NamedTuple):
+    """One conversation as its file has it: chat messages as `Row.prompt`, and the keys of the row that were read."""
+
+    messages: list[Message]
+    used: tuple[str, ...]
+
+
 def read_row(row: dict, where: str) -> Row:
     """The pair of a row in any of the formats, told apart by its keys."""
+    refuse_columns(row, where)
     if "text" in row and "chosen" not in row:
         return _packed(row, where)
+    if "chosen_messages" in row:
+        pair = {name: row.get(f"{name}_messages") for name in ANSWERS}
+        return _implicit(pair, where)._replace(used=tuple(f"{name}_messages" for name in ANSWERS))
     if "conversations" in row:
         messages = [as_message(message, where) for message in field(row, ("conversations",), list, where)]
         return Row(
@@ -54,11 +76,8 @@ def read_row(row: dict, where: str) -> Row:
     if "question" in row:
         return Row([_user(row, "question", where)], *_answers(row, where), ("question", *ANSWERS))
     if "instruction" in row:
-        asked = field(row, ("instruction",), str, where)
-        if row.get("input"):
-            asked += "\n" + field(row, ("input",), str, where)
-        messages = _with_system(row, [{"role": "user", "content": asked}], where)
-        return Row(messages, *_answers(row, where), ("instruction", "input", "system", *ANSWERS))
+        messages, used = _instruction(row, where)
+        return Row(messages, *_answers(row, where), (*used, *ANSWERS))
     if "prompt" in row:
         asked = field(row, ("prompt",), (str, list), where)
         if isinstance(asked, str):
@@ -69,22 +88,74 @@ def read_row(row: dict, where: str) -> Row:
     return _implicit(row, where)
 
 
-def renamed(row: dict, entry: dict) -> dict:
-    """A row as an entry of LLaMA-Factory's `dataset_info.json` describes it, under the names of `read_row`."""
-    columns, tags = entry.get("columns", {}), {**TAGS, **ROLE_TAGS, **entry.get("tags", {})}
-    names = {given: COLUMNS.get(key, key) for key, given in columns.items() if given}
-    roles = {tags[key]: ROLES.get(ours, ours) for key, ours in ROLE_TAGS.items()}
+def is_dialogue(row: dict, where: str) -> bool:
+    """Whether a row is a conversation to learn, and not a pair."""
+    if any(name in row for name in (*ANSWERS, "chosen_messages", "rejected_messages")):
+        return "messages" in row
+    if any(name in row for name in ("messages", "conversations", "output")):
+        return True
+    if "text" in row:  # a packed pair
+        return False
+    raise LVLMError(
+        f"{where} is neither a conversation (messages, conversations, or instruction and output) nor a pair "
+        f"(chosen and rejected); it has {', '.join(map(str, row))[:100] or 'nothing'}"
+    )
 
-    def message(given: Any) -> Any:
-        if not isinstance(given, Mapping) or tags["role_tag"] not in given:
-            return given
-        role = given[tags["role_tag"]]
-        return {"role": roles.get(role, role), "content": given.get(tags["content_tag"])}
 
-    def value(given: Any) -> Any:
-        return [message(one) for one in given] if isinstance(given, list) else message(given)
+def read_dialogue(row: dict, where: str) -> Dialogue:
+    """The conversation of a row in any of the formats, told apart by its keys."""
+    refuse_columns(row, where)
+    for name in ("messages", "conversations"):
+        if name in row:
+            given = field(row, (name,), list, where)
+            messages = [as_message(message, where) for message in given]
+            return Dialogue(_with_system(row, messages, where), (name, "system"))
+    messages, used = _instruction(row, where)
+    answer = {"role": "assistant", "content": field(row, ("output",), str, where)}
+    return Dialogue([*messages, answer], (*used, "output"))
 
-    return {names.get(key, key): value(given) for key, given in row.items()}
+
+def refuse_columns(row: dict, where: str) -> None:
+    """Raises an LVLMError if a row has a column that must not be passed over."""
+    for name in _REFUSED:
+        if row.get(name) not in (None, "", [], {}, "[]"):
+            raise LVLMError(f"{where} has {name}, which is not supported; remove the row, or the column")
+
+
+def gathered(row: dict, where: str) -> dict:
+    """The row with the images that its messages name (`{"type": "image", "image": "a.png"}`) in a column of images."""
+    found: list[Any] = []
+    changed = {}
+    for name in ("prompt", "messages", *ANSWERS, "chosen_messages", "rejected_messages"):
+        if isinstance(row.get(name), list):
+            own: list[Any] = []
+            changed[name] = [_bare(message, own) for message in row[name]]
+            # The images of a prompt that both answers repeat are the same images.
+            found = found if own and own == found else found + own
+    if not found:
+        return row
+    if given := next((name for name in IMAGE_KEYS if row.get(name)), None):
+        raise LVLMError(f"{where} has images in its messages and in {given}; expected one of the two")
+    rest = {name: value for name, value in row.items() if name not in IMAGE_KEYS}
+    return rest | changed | {"images": found}
+
+
+def _bare(message: Any, found: list[Any]) -> Any:
+    """A message whose image parts are placeholders, and whose text parts have a `text`."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _PICTURES and (key := next((key for key in _SOURCES if part.get(key)), None)):
+            source = (
+                part[key].get("url") if isinstance(part[key], Mapping) and "url" in part[key] else part[key]
+            )
+            found.append(source)
+            part = {"type": "image"}
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def as_message(message: Any, where: str) -> Message:
@@ -93,11 +164,38 @@ def as_message(message: Any, where: str) -> Message:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(role, str) and isinstance(content, str | list):
-            return {"role": ROLES.get(role, role), "content": content}
+            role = ROLES.get(role, role)
+            _check_message(message, role, where)
+            parts = [_with_text(part) for part in content] if isinstance(content, list) else content
+            return {"role": role, "content": parts}
     raise LVLMError(
         f'{where}: a message is {repr(message)[:60]}; expected {{"role": "user", "content": ...}} '
         'or {"from": "human", "value": ...}'
     )
+
+
+def _check_message(message: Mapping, role: str, where: str) -> None:
+    """Raises an LVLMError if a message is of a role, or has a field, that must not be passed over."""
+    if role not in _KNOWN_ROLES:
+        raise LVLMError(f"{where}: a message is of {role[:40]!r}; expected {', '.join(_KNOWN_ROLES)}")
+    for name in _REFUSED_IN_MESSAGES:
+        if message.get(name):
+            raise LVLMError(f"{where}: a message has {name}, which is not supported; remove the row")
+    for name in ("loss_weight", "weight"):
+        weight = message.get(name)
+        learned = 1 if role == "assistant" else 0
+        if weight is not None and weight != learned:
+            raise LVLMError(
+                f"{where}: {name} of a message of {role!r} is {repr(weight)[:40]}; every answer is learned and "
+                f"nothing else is, so expected {learned} or none"
+            )
+
+
+def _with_text(part: Any) -> Any:
+    """A part of LLaMA-Factory's version 1, `{"type": "text", "value": ...}`, as everybody else writes it."""
+    if isinstance(part, Mapping) and part.get("type") == "text" and "text" not in part and "value" in part:
+        return {"type": "text", "text": part["value"]}
+    return part
 
 
 def answer_text(answer: Any, name: str, where: str) -> str:
@@ -126,9 +224,25 @@ def _user(row: dict, key: str, where: str) -> Message:
     return {"role": "user", "content": field(row, (key,), str, where)}
 
 
+def _instruction(row: dict, where: str) -> tuple[list[Message], tuple[str, ...]]:
+    """Messages of LLaMA-Factory's alpaca rows: the earlier turns, then the question; and the keys that were read."""
+    asked = field(row, ("instruction",), str, where)
+    if row.get("input"):
+        asked += "\n" + field(row, ("input",), str, where)
+    turns = []
+    for turn in field(row, ("history",), list, where) if row.get("history") else ():
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise LVLMError(f"{where}: a turn of history is {repr(turn)[:60]}; expected [question, answer]")
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages = [*turns, {"role": "user", "content": asked}]
+    return _with_system(row, messages, where), ("instruction", "input", "history", "system")
+
+
 def _with_system(row: dict, messages: list[Message], where: str) -> list[Message]:
     if not row.get("system"):
         return messages
+    if messages and messages[0]["role"] == "system":
+        raise LVLMError(f"{where} has a system prompt in its messages and another in the column system")
     return [{"role": "system", "content": field(row, ("system",), str, where)}, *messages]
 
 
@@ -138,7 +252,7 @@ def _packed(row: dict, where: str) -> Row:
     if isinstance(inner, str):
         try:
             inner = json.loads(inner)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LVLMError(
                 f"{where}: text is no JSON string of a question with two answers ({error})"
             ) from error
@@ -154,7 +268,8 @@ def _implicit(row: dict, where: str) -> Row:
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise LVLMError(
             f"{where} has no prompt; expected the keys images, prompt, chosen, rejected (TRL), conversations, chosen, "
-            f"rejected (LLaMA-Factory) or question, chosen, rejected (RLHF-V), got {', '.join(map(str, row)) or 'none'}"
+            "rejected (LLaMA-Factory) or question, chosen, rejected (RLHF-V), got "
+            + (", ".join(map(str, row))[:100] or "none")
         )
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

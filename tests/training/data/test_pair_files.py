@@ -145,7 +145,7 @@ def test_llama_factory_describes_its_file(folder):
     (pair,) = pair_files.read_pairs(path)
     assert (pair.chosen, pair.images) == ("a cat", (folder / "0.png",))
     assert pair_files.read_pairs(f"{path}:mine") == [pair]
-    with pytest.raises(LVLMError, match="names no set of pairs; expected dataset_info.json:NAME.*mine"):
+    with pytest.raises(LVLMError, match="names no data set; expected dataset_info.json:NAME.*mine"):
         pair_files.read_pairs(f"{path}:yours")
 
 
@@ -225,3 +225,179 @@ def test_a_conversation_without_an_answer_at_its_end_is_refused(folder):
     rows = [{"images": ["0.png"], "messages": [user("What?", 1)]}]
     with pytest.raises(LVLMError, match="line 1 .* does not end with an assistant message"):
         pair_files.read_conversations(write_rows(folder / "talks.jsonl", rows))
+
+
+ASKED = [said("user", "And now?"), said("assistant", "a cat")]
+DIALOGUES = {
+    "LLaVA": {
+        "id": "7",
+        "image": "0.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "a cup"},
+            {"from": "human", "value": "And now?"},
+            {"from": "gpt", "value": "a cat"},
+        ],
+    },
+    "alpaca": {
+        "id": "7",
+        "images": ["0.png"],
+        "instruction": "And now?",
+        "input": "",
+        "output": "a cat",
+        "history": [["<image>What?", "a cup"]],
+        "videos": [],
+    },
+    "images in messages": {
+        "id": "7",
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "0.png"}, TEXT]},
+            said("assistant", "a cup"),
+            *ASKED,
+        ],
+    },
+    "LLaMA-Factory 1": {
+        "id": "7",
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}],
+                "loss_weight": 0.0,
+            },
+            {"role": "assistant", "content": [{"type": "text", "value": "a cup"}], "loss_weight": 1.0},
+            *ASKED,
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_conversations_of_every_format_are_the_same(name, folder):
+    path = write_rows(folder / "sft.jsonl", [DIALOGUES[name]])
+    (found,) = pair_files.read_conversations(path)
+    assert found.images == (folder / "0.png",) and found.id == "7"
+    assert found.messages == [user("What?", 1), said("assistant", "a cup"), *ASKED]
+
+
+def test_a_system_prompt_and_a_row_without_image(folder):
+    row = {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
+        "system": "Be.",
+    }
+    (found,) = pair_files.read_conversations(write_rows(folder / "sft.jsonl", [row]))
+    assert found.messages == [said("system", "Be."), said("user", "Hi"), said("assistant", "Ho")]
+    assert found.images == () and found.extra == {}
+
+
+def test_earlier_turns_of_a_pair_stay(folder):
+    row = {"instruction": "And now?", "images": ["0.png"], "history": [["<image>What?", "a cup"]], **ANSWERS}
+    pair = read_one(folder, row)
+    assert pair.prompt == [user("What?", 1), said("assistant", "a cup"), said("user", "And now?")]
+    assert pair.extra == {}
+
+
+def test_pairs_of_llama_factory_1(folder):
+    asked = {
+        "role": "user",
+        "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}],
+    }
+    answers = {
+        f"{name}_messages": [asked, {"role": "assistant", "content": [{"type": "text", "value": text}]}]
+        for name, text in ANSWERS.items()
+    }
+    pair = read_one(folder, answers)
+    assert pair.prompt == [user("What?", 1)] and pair.images == (folder / "0.png",) and pair.extra == {}
+
+
+def test_llama_factory_describes_conversations(folder):
+    row = {"q": "And now?", "a": "a cat", "past": [["What?", "a cup"]], "pics": ["0.png"]}
+    write_rows(folder / "mine.jsonl", [row])
+    columns = {"prompt": "q", "response": "a", "history": "past", "images": "pics", "query": None}
+    path = dataset_info(folder, mine={"file_name": "mine.jsonl", "columns": columns})
+    (found,) = pair_files.read_conversations(path)
+    assert found.messages == [user("What?", 1), said("assistant", "a cup"), *ASKED]
+
+
+LOST = {
+    "videos": ({"videos": ["v.mp4"]}, "has videos, which is not supported"),
+    "tools": ({"tools": "[{}]"}, "has tools"),
+    "history": ({"history": "What?"}, "history is 'What"),
+    "a turn of history": ({"history": [["What?"]]}, r"a turn of history is \['What\?'\]; expected"),
+    "two columns of images": ({"image": "1.png"}, "images under images and image"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_no_column_is_lost_in_silence(name, folder):
+    change, message = LOST[name]
+    row = {"instruction": "What?", "images": ["0.png"]} | change
+    for answer in (ANSWERS, {"output": "a cat"}):
+        path = write_rows(folder / "rows.jsonl", [row | answer])
+        with pytest.raises(LVLMError, match=f"line 1 of .*{message}"):
+            (pair_files.read_conversations if "output" in answer else pair_files.read_pairs)(path)
+
+
+BAD_MESSAGES = {
+    "a tool's": ({"from": "observation", "value": "3"}, "a message is of 'observation'"),
+    "calls": ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "a message has tool_calls"),
+    "weight": ({"role": "assistant", "content": "x", "loss_weight": 0}, "loss_weight of a message"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MESSAGES)
+def test_messages_that_cannot_be_learned_as_they_are(name, folder):
+    message, said_of_it = BAD_MESSAGES[name]
+    row = {"images": ["0.png"], "messages": [user("What?", 1), message, *ASKED]}
+    with pytest.raises(LVLMError, match=f"line 1 of .*{said_of_it}"):
+        pair_files.read_conversations(write_rows(folder / "rows.jsonl", [row]))
+
+
+def test_rows_that_are_nothing_we_know(folder):
+    path = write_rows(folder / "rows.jsonl", [{"question": "What?", "answer": "a cat"}])
+    with pytest.raises(LVLMError, match="neither a conversation .* nor a pair .*; it has question, answer"):
+        pair_files.read_conversations(path)
+
+
+ENTRIES = {
+    "a number": (3, "expected an object with a file_name"),
+    "no file": ({"columns": {}}, "has no file_name"),
+    "a file of another kind": ({"file_name": 3}, "file_name is 3"),
+    "on the hub": ({"hf_hub_url": "a/b"}, "takes its rows from a hf_hub_url"),
+    "tags": ({"file_name": "p.json", "tags": 1.0}, "tags is 1.0"),
+    "columns": ({"file_name": "p.json", "columns": ["a"]}, "columns is"),
+    "a column": ({"file_name": "p.json", "columns": {"messages": ["a"]}}, "messages of columns is"),
+    "an unknown column": ({"file_name": "p.json", "columns": {"mesages": "a"}}, "columns has 'mesages'"),
+    "a tag": ({"file_name": "p.json", "tags": {"role_tag": ["a"]}}, "role_tag of tags is"),
+    "samples": ({"file_name": "p.json", "num_samples": 3}, "num_samples, which is not supported"),
+    "a format": ({"file_name": "p.json", "formatting": ["alpaca"]}, "formatting is"),
+    "a folder": ({"file_name": "."}, "cannot be read|is not a file"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("read", [pair_files.read_pairs, pair_files.read_conversations])
+def test_descriptions_of_any_shape(read, name, folder):
+    entry, message = ENTRIES[name]
+    path = dataset_info(folder, mine=entry)
+    with pytest.raises(LVLMError, match=message) as caught:
+        read(f"{path}:mine")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_columns_of_one_name(folder):
+    write_rows(
+        folder / "mine.jsonl", [{"pics": ["0.png"], "images": ["1.png"], "question": "What?", **ANSWERS}]
+    )
+    path = dataset_info(folder, mine={"file_name": "mine.jsonl", "columns": {"images": "pics"}})
+    with pytest.raises(LVLMError, match="two columns that dataset_info.json calls images"):
+        pair_files.read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    "image", [{"bytes": "é"}, "a" * 300, "a\0b", "\ud800", {"path": 3}, {"bytes": "AAAA"}], ids=ascii
+)
+def test_images_that_no_file_can_be(image, folder):
+    path = write_rows(folder / "rows.jsonl", [{"question": "What?", "image": image, **ANSWERS}])
+    with pytest.raises(LVLMError, match="line 1 of ") as caught:
+        pair_files.read_pairs(path)
+    assert len(str(caught.value)) < 450 and "\n" not in str(caught.value)

@@ -1,0 +1,111 @@
+"""LLaMA-Factory's `dataset_info.json`: which file a data set is in, and what its columns and tags are called."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+
+FILE = "dataset_info.json"
+# LLaMA-Factory's columns, by the names under which `pair_formats` reads them.
+_COLUMNS = {
+    "messages": "conversations",
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    **{name: name for name in ("system", "history", "images", "chosen", "rejected")},
+    **{name: name for name in ("videos", "audios", "tools", "kto_tag")},  # refused where a row has them
+}
+_TAGS = {"role_tag": "from", "content_tag": "value"}
+_ROLE_TAGS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
+_OTHER_TAGS = {"observation_tag": "observation", "function_tag": "function_call"}
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
+    """The file of a data set, what its images are relative to, and its entry of `dataset_info.json`, if one is named.
+
+    Args:
+        path: a file of rows, or a `dataset_info.json`, behind which a colon names the entry. Without a name it must
+            hold one entry with `ranking`, or one entry at all.
+
+    Raises:
+        LVLMError: a description or an entry that is malformed, or that asks for what is not supported; named.
+    """
+    before, found, name = str(path).rpartition(FILE)
+    if not found or (name and not name.startswith(":")):
+        path = Path(path).expanduser()
+        return path, path.parent, None
+    info = Path(before + FILE).expanduser()
+    entries = files.read_json(info, "LLaMA-Factory's description", dict)
+    ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
+    only = ranked if len(ranked) == 1 else list(entries)
+    wanted = name.removeprefix(":") or (only[0] if len(only) == 1 else "")
+    if wanted not in entries:
+        known = ", ".join(map(str, (ranked or list(entries))[:10]))
+        raise LVLMError(
+            f"{str(path)!r} names no data set; expected {FILE}:NAME, NAME one of: {known or 'none'}"
+        )
+    entry = _checked(entries[wanted], f"entry {wanted[:60]!r} of {str(info)!r}")
+    return info.parent / entry["file_name"], info.parent, entry
+
+
+def _checked(entry: Any, where: str) -> dict[str, Any]:
+    """The entry, with empty `columns` and `tags` where it has none."""
+    if not isinstance(entry, dict):
+        raise LVLMError(f"{where} is {_shown(entry)}; expected an object with a file_name")
+    entry = {key: value for key, value in entry.items() if value not in (None, "", False)}
+    for key in ("script_url", "hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name"):
+        if key in entry and "file_name" not in entry:
+            raise LVLMError(f"{where} takes its rows from a {key}; download them and give their file_name")
+    name = files.field(entry, ("file_name",), str, where)
+    if not name:
+        raise LVLMError(f"{where} has an empty file_name; expected a file beside {FILE}")
+    if "num_samples" in entry:
+        raise LVLMError(f"{where} has num_samples, which is not supported; make a file of those rows")
+    if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        raise LVLMError(f"{where}: formatting is {_shown(entry['formatting'])}; expected alpaca or sharegpt")
+    for key, known in (("columns", _COLUMNS), ("tags", {**_TAGS, **_ROLE_TAGS, **_OTHER_TAGS})):
+        given = entry.setdefault(key, {})
+        if not isinstance(given, dict):
+            raise LVLMError(f"{where}: {key} is {_shown(given)}; expected an object of names")
+        for ours, theirs in given.items():
+            if ours not in known:
+                raise LVLMError(f"{where}: {key} has {ours[:40]!r}; expected one of {', '.join(known)}")
+            if theirs is not None and (not isinstance(theirs, str) or not theirs):
+                raise LVLMError(f"{where}: {ours} of {key} is {_shown(theirs)}; expected a name")
+    return entry
+
+
+def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
+    """A row as its entry describes it, under the names of `pair_formats`.
+
+    Raises:
+        LVLMError: a column that another one takes the name of.
+    """
+    tags = {**_TAGS, **_ROLE_TAGS, **{key: tag for key, tag in entry["tags"].items() if tag}}
+    names = {given: _COLUMNS[key] for key, given in entry["columns"].items() if given}
+    roles = {tags[key]: _ROLES.get(ours, ours) for key, ours in _ROLE_TAGS.items()}
+
+    def message(given: Any) -> Any:
+        if not isinstance(given, Mapping) or tags["role_tag"] not in given:
+            return given
+        role = given[tags["role_tag"]]
+        role = roles.get(role, role) if isinstance(role, str) else role
+        return {"role": role, "content": given.get(tags["content_tag"])}
+
+    def value(given: Any) -> Any:
+        return [message(one) for one in given] if isinstance(given, list) else message(given)
+
+    made: dict[str, Any] = {}
+    for key, given in row.items():
+        name = names.get(key, key)
+        if name in made:
+            raise LVLMError(f"{where} has two columns that {FILE} calls {name}; rename or remove one")
+        made[name] = value(given)
+    return made
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
