@@ -56,6 +56,7 @@ def run_record(model_path, dtype: str, method, settings: dict) -> dict:
         "model": str(model_path),
         "model_sha256": checkpoint_hash(folder) if folder.is_dir() else None,
         "dtype": dtype,
+        "image_backend": "pil",  # with torchvision's, pixels would differ (`processors.load`)
         "method": method_record(method),
         "generation": settings,
     }

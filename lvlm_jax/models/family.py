@@ -132,7 +132,7 @@ class FamilyConfig(abc.ABC):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """Attributes of the processor that older checkpoints leave out, by name; set where the processor has None."""
+        """Attributes of the processor that older checkpoints leave out, by name; set where its file has none."""
         return {}
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:

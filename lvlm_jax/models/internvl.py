@@ -46,6 +46,11 @@ class InternVlConfig(FamilyConfig):
         """How many tokens each tile of an image takes."""
         return (self.vision.side // self.shuffle) ** 2
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """What InternVL's processor must know of the model to count placeholders."""
+        return {"image_seq_length": self.tokens_per_tile}
+
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "InternVlConfig":
         """Reads a transformers `InternVLConfig` object; `raw` is the dict it came from.

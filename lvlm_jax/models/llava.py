@@ -90,6 +90,7 @@ def processor_fields(config: FamilyConfig) -> dict[str, Any]:
     return {
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": config.feature_select,
+        "num_additional_image_tokens": 1,  # the class token
     }
 
 

@@ -62,6 +62,15 @@ class LlavaOnevisionConfig(LlavaNextConfig):
         vision = SiglipConfig.from_hf(hf.vision_config)
         return cls(vision=vision, most_tiles=int(bound[1]), **shared_fields(raw, hf))
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """What LLaVA-OneVision's processor must know of the tower to count placeholders."""
+        return {
+            "num_image_tokens": self.vision.num_patches,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": f"anyres_max_{self.most_tiles}",
+        }
+
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes, from a processor's arrays.
 

@@ -72,6 +72,11 @@ class SmolVlmConfig(FamilyConfig):
             **tokens,
         )
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """What SmolVLM's processor must know of the model to count placeholders."""
+        return {"image_seq_len": (self.vision.side // self.scale) ** 2}
+
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """What the tower takes, from a processor's `pixel_values` `[B, tiles, 3, Y, X]`; None without images.
 

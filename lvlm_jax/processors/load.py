@@ -13,7 +13,10 @@ from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors.templates import reason
+from lvlm_jax.weights.checkpoint import read_optional
 
+BACKEND = "pil"  # what image processors work with, whatever is installed
 FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -42,10 +45,12 @@ def load_processor(folder: Path, config: FamilyConfig) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises whatever the first broken file provokes
-        raise LVLMError(f"cannot read the processor of {folder}: {' '.join(str(error).split())}") from error
+        raise LVLMError(f"cannot read the processor of {folder}: {reason(error)}") from error
+    given = read_optional(folder, FILES[0])
     for name, value in config.processor_fields.items():
-        if getattr(processor, name, None) is None:
+        if given.get(name) is None:  # what transformers takes then fits few models
             setattr(processor, name, value)
+    _use_pillow(processor, folder)
     if getattr(processor, "chat_template", None) is None:
         processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     if processor.chat_template is None:
@@ -53,6 +58,38 @@ def load_processor(folder: Path, config: FamilyConfig) -> Any:
             f"{folder} has no chat template (chat_template.jinja); copy it from the checkpoint's repository"
         )
     return processor
+
+
+def _use_pillow(processor: Any, folder: Path) -> None:
+    """Replaces an image processor that works with torchvision, whose pixels differ by a grey level.
+
+    transformers takes it wherever torchvision is installed, so the same model would see something else there.
+
+    Raises:
+        LVLMError: transformers has none that works with Pillow.
+    """
+    import transformers
+
+    images = getattr(processor, "image_processor", None)
+    if BACKEND != images_backend(images):
+        try:
+            ours = transformers.AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, backend=BACKEND
+            )
+        except Exception as error:  # transformers raises whatever the first broken file provokes
+            raise LVLMError(f"cannot read the image processor of {folder}: {reason(error)}") from error
+        if images_backend(ours) != BACKEND:
+            raise LVLMError(
+                f"transformers has no image processor of {folder} that works with Pillow ({type(ours).__name__}); "
+                "give prepare() arrays instead"
+            )
+        processor.image_processor = ours
+
+
+def images_backend(image_processor: Any) -> str:
+    """What an image processor works with: "torchvision", or "pil" for anything else."""
+    torchvision = any(kind.__name__ == "TorchvisionBackend" for kind in type(image_processor).__mro__)
+    return "torchvision" if torchvision else BACKEND
 
 
 def words_tokenizer(processor: Any) -> Any:
