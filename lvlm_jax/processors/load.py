@@ -33,8 +33,12 @@ def load_processor(folder: Path, config: FamilyConfig) -> Any:
         LVLMError: no processor files, or files that cannot be read.
     """
     own = _own(config)
-    if own is not None and (processor := own.load(folder, config)) is not None:
-        return processor
+    processor = None if own is None else own.load(folder, config)
+    return from_transformers(folder, config) if processor is None else processor
+
+
+def from_transformers(folder: Path, config: FamilyConfig) -> Any:
+    """The checkpoint's processor as transformers reads it; see `load_processor`."""
     if not has_processor(folder, config):
         raise LVLMError(
             f"{folder} has no processor ({' or '.join(FILES)}); give prepare() arrays, or copy the files from the "

@@ -1,5 +1,6 @@
 """Finding a checkpoint: a folder or a hub id, its configuration, its weight files."""
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
         return folder
     if folder.is_file():
         raise LVLMError(f"{given} is a file; expected a checkpoint folder or a hub id like owner/name")
+    if folder.parent.is_dir() and (old := sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))):
+        raise LVLMError(
+            f"{given} is not there, and a save that was cut off left the checkpoint that it was to replace in "
+            f"{old[0]}: rename that, or save again"
+        )
     if not _HUB_ID.fullmatch(given):
         raise LVLMError(
             f"no such folder: {given!r}; expected a checkpoint folder or a hub id like owner/name"

@@ -72,7 +72,8 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
         vision_tower: the CLIP checkpoint, if `config` does not lead to it.
 
     Raises:
-        LVLMError: a projector, feature selection or tower that LLaVA-1.5 does not have, or no tower configuration.
+        LVLMError: a projector, feature selection, tower or way with pictures that LLaVA-1.5 does not have, or no tower
+            configuration.
     """
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
@@ -84,6 +85,7 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
         raise LVLMError(
             f"mm_vision_select_feature {feature!r} is not supported; expected one of {', '.join(_SELECT)}"
         )
+    _check_kept(config)
     vision = _vision_config(folder, config, vision_tower)
     width = vision.get("hidden_size", 768)  # CLIP's own default, which its files leave out
     if config.get("mm_hidden_size", width) != width:
@@ -116,7 +118,29 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
         "vision_feature_select_strategy": _SELECT[feature],
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
+    if config.get("image_aspect_ratio") == "pad":
+        hf["image_aspect_ratio"] = "pad"  # for `processors.llava`
     return hf | {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
+
+
+def _check_kept(config: dict) -> None:
+    """Raises an LVLMError if a setting says that LLaVA would see pictures or prompts in another way than we do."""
+    wanted = {
+        "image_aspect_ratio": (
+            ("pad", "square", None),
+            "'pad' or 'square' ('anyres' is LLaVA-NeXT: take llava-hf's)",
+        ),
+        "mm_patch_merge_type": (("flat", None), "'flat' (other kinds are LLaVA-NeXT: take llava-hf's)"),
+        "mm_resampler_type": ((None, "identity"), "none"),
+        "mm_use_im_start_end": (
+            (False, None),
+            "false: images between <im_start> and <im_end> are not supported; train without mm_use_im_start_end",
+        ),
+    }
+    for name, (supported, expected) in wanted.items():
+        value = config.get(name)
+        if not any(value is one or value == one for one in supported):
+            raise LVLMError(f"{name} of config.json is {str(value)[:40]!r}; expected {expected}")
 
 
 def _vision_config(folder: Path, config: dict, vision_tower: str | os.PathLike | None) -> dict:

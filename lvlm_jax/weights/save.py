@@ -15,26 +15,12 @@ from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
+from lvlm_jax.weights.folder import PROCESSOR_FOLDERS, copy_processor, put_in_place, write_json
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.quantize import refuse
 from lvlm_jax.weights.safetensors_file import write_safetensors
 from lvlm_jax.weights.tables import Row, flatten, fused, inverse, permuted, table_for
 
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "qwen.tiktoken",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-PROCESSOR_FOLDERS = ("qformer_tokenizer",)  # of InstructBLIP's second tokenizer
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers
 
 # What `overwrite` may remove: everything a checkpoint folder holds, and nothing else.
@@ -92,16 +78,12 @@ def save_checkpoint(
     try:
         _write_weights(partial, tensors, max_shard_size)
         hf_config = _hf_config(config, {tensor.dtype for tensor in tensors.values()})
-        _write_json(partial / "config.json", hf_config)
-        _write_json(partial / "generation_config.json", _generation_config(config, processor_source))
-        for name in PROCESSOR_FILES:
-            if processor_source is not None and (Path(processor_source) / name).is_file():
-                shutil.copyfile(Path(processor_source) / name, partial / name)
-        for name in PROCESSOR_FOLDERS:
-            if processor_source is not None and (Path(processor_source) / name).is_dir():
-                shutil.copytree(Path(processor_source) / name, partial / name)
+        write_json(partial / "config.json", hf_config)
+        write_json(partial / "generation_config.json", _generation_config(config, processor_source))
+        if processor_source is not None:
+            copy_processor(Path(processor_source), partial, config)
         partial.chmod(0o777 & ~_umask())
-        _swap(partial, folder)
+        put_in_place(partial, folder)
     except OSError as error:
         raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
@@ -206,7 +188,7 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _hf_config(config: FamilyConfig, dtypes: set[np.dtype]) -> dict:
@@ -229,27 +211,8 @@ def _generation_config(config: FamilyConfig, processor_source) -> dict:
     return {"eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": config.pad_token_id}
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _umask() -> int:
     """The process's umask; `mkdtemp` makes private folders, a checkpoint follows the user's default."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _swap(partial: Path, folder: Path) -> None:
-    """Puts the finished folder in place of the old one, which disappears only after that."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    folder.rename(old)  # onto an empty folder: atomic
-    try:
-        partial.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)

@@ -128,6 +128,11 @@ def test_configuration_of_the_published_checkpoint(tmp_path):
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls'"),
         ({"mm_hidden_size": 64}, "mm_hidden_size 64"),
         ({"mm_vision_tower": "openai/absent"}, "vision_tower="),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end of config.json is 'True'; expected false"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio of config.json is 'anyres'.*LLaVA-NeXT"),
+        ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
+        ({"mm_resampler_type": "perceiver"}, "mm_resampler_type"),
     ],
 )
 def test_unsupported_configurations(change, message, halves, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import weights
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.weights import folder as saved_folder
 from lvlm_jax.weights import save
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.weights import checkpoints as make
@@ -26,7 +28,6 @@ def model():
 def source(model, tmp_path_factory):
     folder = make.write_scheme(tmp_path_factory.mktemp("source") / "m", model, make.HUB)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "modeling_custom.py").write_text("raise SystemExit")
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     return folder
 
@@ -112,9 +113,20 @@ def test_shards(model, params, config, tmp_path):
 
 
 def test_processor_files_are_copied_and_code_is_not(params, config, source, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
+    source = Path(shutil.copytree(source, tmp_path / "source"))
+    (source / "video_preprocessor_config.json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (source / "modeling_custom.py").write_text("raise SystemExit")
+    with pytest.warns(UserWarning, match="code of its own, which is not copied: modeling_custom.py"):
+        folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    names |= {"video_preprocessor_config.json", "additional_chat_templates"}
     assert {file.name for file in folder.iterdir()} == names
+    template = folder / "additional_chat_templates" / "rag.jinja"
+    assert template.read_text() == "{{ messages }}"
+    again = weights.save_checkpoint(folder, params, config, folder, overwrite=True)
+    assert {file.name for file in again.iterdir()} == names and template.exists()
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
     plain = weights.save_checkpoint(tmp_path / "plain", params, config)
     assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -172,10 +184,37 @@ def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(params, con
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(saved_folder, "_exchange", lambda *_: False)  # as where the system cannot
     with pytest.raises(LVLMError, match="Input/output error"):
         weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
     assert make.stored_dtypes(folder) == {torch.float32}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_there_is_always_a_checkpoint_under_the_name(params, config, tmp_path, monkeypatch):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config)
+    if not saved_folder._exchange(*(make.write(tmp_path / name, {}, {}) for name in "ab")):
+        pytest.skip("this system cannot exchange two names")
+    real = shutil.rmtree
+    seen = []
+
+    def rmtree(
+        path, **options
+    ):  # what is removed is the old one, under the other's name, when the new one is there
+        seen.append((make.stored_dtypes(folder), make.stored_dtypes(Path(path))))
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("renamed in two steps"))
+    weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
+    assert seen == [({torch.bfloat16}, {torch.float32})]
+
+
+def test_a_save_that_was_cut_off_between_two_renames_is_found(params, config, tmp_path):
+    folder = weights.save_checkpoint(tmp_path / "out", params, config)
+    folder.rename(tmp_path / ".out.old-abc")
+    with pytest.raises(LVLMError, match=r"out is not there, and a save .* in .*\.out\.old-abc: rename that"):
+        weights.resolve_checkpoint(folder)
 
 
 def test_permissions_follow_the_umask(params, config, tmp_path):
