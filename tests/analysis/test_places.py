@@ -29,7 +29,7 @@ class Numbered(LVLM):
 def qwen2_vl(tmp_path):
     """Without weights, with a processor."""
     tokenizer = QWEN2_VL.write_processor(tmp_path)
-    config = models.config_from_hf(QWEN2_VL.raw())
+    config = models.config_from_hf(QWEN2_VL.config(text={"vocab_size": len(tokenizer)}).to_dict())
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return Numbered({}, dataclasses.replace(config, image_token_id=image, video_token_id=-5), tmp_path)
 

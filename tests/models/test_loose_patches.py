@@ -57,7 +57,7 @@ def test_conversations_of_pictures_of_different_sizes(tmp_path):
     prompt, patches = model.prepare(messages), 0
     for row, picture in enumerate(pictures):
         text = QWEN2_5_VL.chat.format(QWEN2_5_VL.marker)
-        theirs = model.processor(images=[picture], text=text, return_tensors="np")
+        theirs = QWEN2_5_VL.processed(model.processor, [picture], text)
         np.testing.assert_array_equal(prompt.tokens[row][prompt.image_id[row] >= 0], theirs["input_ids"][0])
         np.testing.assert_array_equal(prompt.grids[row], theirs["image_grid_thw"][0, 1:] // 2)
         count = len(theirs["pixel_values"])

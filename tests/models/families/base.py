@@ -144,8 +144,9 @@ class Family:
         raise NotImplementedError
 
     def processed(self, processor: Any, pictures: list, text: str) -> Arrays:
-        """What transformers' processor makes of pictures and a rendered text."""
-        return processor(images=pictures, text=text, return_tensors="np")
+        """What transformers' processor makes of pictures and a rendered text, with one begin token."""
+        options = {"add_special_tokens": False} if text.startswith(processor.tokenizer.bos_token) else {}
+        return processor(images=pictures, text=text, return_tensors="np", **options)
 
     def their_pixels(self, arrays: Arrays) -> np.ndarray:
         """The pixels in the arrays of transformers' processor."""
