@@ -61,7 +61,7 @@ def load_config(name: str | os.PathLike) -> ml_collections.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LVLMError(f"config {str(path)!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise LVLMError(f"get_config() of {str(path)!r} gave {type(config).__name__}; expected a ConfigDict")
@@ -113,7 +113,7 @@ def user_module(name: str, what: str) -> ModuleType:
     except LVLMError:
         raise
     # Importing runs the user's code, which may raise anything.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "file" if source.endswith(".py") else "module"
         absent = isinstance(error, ModuleNotFoundError) and error.name == source
         hint = f", and there is no {source}.py in {str(folder)!r}" if absent else ""

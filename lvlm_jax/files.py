@@ -10,13 +10,28 @@ from typing import Any, BinaryIO
 
 from lvlm_jax.errors import LVLMError
 
+LARGEST = 4 << 30  # bytes of a file that is read whole; JSON takes several times as much as objects
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """The content of a file. `LVLMError` when it is no file (a pipe might wait for ever), too large, or unreadable."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
+        if size > LARGEST:
+            raise LVLMError(
+                f"{what} {str(path)!r} has {size} bytes; expected at most {LARGEST}: is it the right file?"
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LVLMError(f"{what} {str(path)[-150:]!r} cannot be read: {reason}") from error
+
 
 def read_text(path: Path, what: str) -> str:
     """The text of a file. `LVLMError` when it cannot be read, is not UTF-8, or is empty."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LVLMError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
+    content = read_bytes(path, what)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

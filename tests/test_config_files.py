@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lvlm_jax.config_files import user_module, user_object
+from lvlm_jax.config_files import load_config, user_module, user_object
 from lvlm_jax.errors import LVLMError
 
 
@@ -101,3 +101,15 @@ def test_code_that_failed_is_run_again_when_it_is_repaired(folder):
         user_object("mine_five:value", "method")
     (folder / "mine_five.py").write_text("value = 'repaired now'\n")
     assert user_object("mine_five:value", "method") == "repaired now"
+
+
+@pytest.mark.parametrize(
+    "code", ["import sys; sys.exit(3)", "def get_config():\n    raise SystemExit", "exit()"]
+)
+def test_a_config_that_ends_the_process_is_an_error(code, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(LVLMError, match="mine.py' failed: (SystemExit|KeyError)"):
+        load_config(tmp_path / "mine.py")
+    (tmp_path / "theirs.py").write_text("raise SystemExit")
+    with pytest.raises(LVLMError, match="cannot be imported .SystemExit"):
+        user_object(f"{tmp_path / 'theirs.py'}:Method", "method")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,18 @@ def test_killed_at_any_moment_a_file_is_whole(tmp_path):
         assert kill_at(lambda: Function(write_again_and_again, path), moment, pause=0.004).in_time
         lines, rest = divmod(path.stat().st_size, len(LINE))
         assert rest == 0 and lines % 1000 == 0 and path.read_bytes() == LINE * lines
+
+
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(LVLMError, match="annotations .* is not a file"):
+            files.read_text(path, "annotations")
+    for name in ("absent", "a" * 300, "a\0b"):
+        with pytest.raises(LVLMError, match="annotations .* cannot be read") as caught:
+            files.read_json(tmp_path / name, "annotations")
+        assert len(str(caught.value)) < 300
+    (tmp_path / "large").write_text("[1, 2, 3]")
+    monkeypatch.setattr(files, "LARGEST", 8)
+    with pytest.raises(LVLMError, match="has 9 bytes; expected at most 8"):
+        files.read_json(tmp_path / "large", "annotations")

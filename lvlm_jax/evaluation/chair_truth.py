@@ -64,10 +64,7 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
     Raises:
         LVLMError: the file is no pickle, holds something else, or asks for anything that could run code.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LVLMError(f"pickle {str(path)!r} cannot be read: {error.strerror}") from error
+    content = files.read_bytes(path, "pickle")
     advice = "give COCO annotations and a synonym list instead"
     try:
         unpickler = _RestrictedUnpickler(content)

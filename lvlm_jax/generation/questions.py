@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 
 PLACEHOLDER = "<image>"
@@ -88,10 +89,7 @@ def read_questions(path) -> tuple[list[Question], dict[int, str]]:
     passed over. Raises `LVLMError` when the file cannot be read or is not a JSON-lines file at all.
     """
     path = pathlib.Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LVLMError(f"question file {str(path)!r} cannot be read: {error.strerror}") from error
+    content = files.read_bytes(path, "question file")
     content = content.removeprefix(b"\xef\xbb\xbf")
     if content.lstrip().startswith(b"["):
         raise LVLMError(

@@ -43,11 +43,14 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
     try:
         # Families that transformers does not carry read their own dict.
         hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
-    except Exception as error:  # transformers raises whatever the first bad field provokes
-        raise LVLMError(
-            f"config.json is not a valid {model_type} configuration: {' '.join(str(error).split())}"
-        ) from error
-    return dataclasses.replace(family.from_hf(nested, hf), hf=raw)
+        return dataclasses.replace(family.from_hf(nested, hf), hf=raw)
+    except LVLMError:
+        raise
+    except (
+        Exception
+    ) as error:  # transformers, and arithmetic with its values, raise what the first bad field provokes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LVLMError(f"config.json is not a valid {model_type} configuration: {reason}") from error
 
 
 _QUANTIZED = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "fbgemm_fp8": "FP8"}

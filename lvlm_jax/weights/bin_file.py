@@ -27,6 +27,8 @@ class BinFile:
                 "or use a checkpoint with .safetensors files"
             ) from error
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise LVLMError(f"cannot read {self.path}: it is not a file")
         try:
             try:
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)

@@ -46,11 +46,22 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
     if not folder.is_dir():
         raise LVLMError(f"no such folder: {folder}; expected a checkpoint folder")
     config = read_configuration(folder)
-    if original.is_original(config):
-        return original.to_hf_config(folder, config, vision_tower)
-    _check_no_tower(folder, vision_tower)
-    rewrite = _REWRITTEN.get(config.get("model_type"))
-    return rewrite(folder, config) if rewrite else config
+    try:
+        if original.is_original(config):
+            return original.to_hf_config(folder, config, vision_tower)
+        _check_no_tower(folder, vision_tower)
+        given = config.get("model_type")
+        rewrite = _REWRITTEN.get(given) if isinstance(given, str) else None
+        return rewrite(folder, config) if rewrite else config
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # a field of another kind
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LVLMError(f"config.json of {folder} has a field of another kind: {reason}") from error
 
 
 def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> FamilyConfig:

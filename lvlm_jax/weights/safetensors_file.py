@@ -57,6 +57,8 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise LVLMError(f"cannot read {self.path}: it is not a file")
         try:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size

@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint is told in one line."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from lvlm_jax import models, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
+from tests.models.families import FAMILIES
 from tests.weights import checkpoints as make
 
 
@@ -232,6 +234,57 @@ def test_float8_of_a_torch_file_is_named(model, config, tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     assert f"1 not floating-point: {name} float8_e4m3fn" in load_error(tmp_path, config)
+
+
+@pytest.mark.parametrize("reader", [BinFile, SafetensorsFile])
+def test_a_pipe_is_not_waited_for(reader, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LVLMError, match="it is not a file"):
+        reader(tmp_path / "pipe")
+
+
+ODD_FIELDS = [
+    {"text_config": 3},
+    {"vision_config": [1]},
+    {"vision_feature_layer": "x"},
+    {"text_config": {"model_type": "llama", "num_attention_heads": 0}},
+    {"image_token_index": None},
+    {"model_type": ["llava"]},
+]
+
+
+@pytest.mark.parametrize("change", ODD_FIELDS, ids=str)
+def test_fields_of_other_kinds(change, model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | change))
+    with pytest.raises(LVLMError) as caught:
+        config = weights.model_config(tmp_path)
+        models.abstract_parameters(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": "x"}, {"model_type": 3}, {"mm_vision_tower": [1]}], ids=str
+)
+def test_fields_of_other_kinds_of_an_original_checkpoint(change, tmp_path):
+    raw = make.original_config("openai/clip-vit-large-patch14-336", 96) | {"mm_hidden_size": 1024} | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(LVLMError) as caught:
+        weights.model_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pinpoints", [3, [3], [["a", "b"]], [[336]], {"a": 1}, [[0, 336]], None, []], ids=str
+)
+def test_resolutions_of_any_shape(pinpoints, tmp_path):
+    raw = FAMILIES["llava_next"].raw() | {"image_grid_pinpoints": pinpoints}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    try:
+        config = weights.model_config(tmp_path)
+    except LVLMError as error:
+        assert "\n" not in str(error)
+    else:  # transformers fills in its own
+        assert pinpoints is None and config.tiling.resolutions
 
 
 def test_names_that_are_no_words(tmp_path):
