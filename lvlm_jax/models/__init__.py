@@ -43,14 +43,16 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
     try:
         # Families that transformers does not carry read their own dict.
         hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
-        return dataclasses.replace(family.from_hf(nested, hf), hf=raw)
+        config = family.from_hf(nested, hf)
     except LVLMError:
         raise
     except (
         Exception
-    ) as error:  # transformers, and arithmetic with its values, raise what the first bad field provokes
+    ) as error:  # whatever the first bad field provokes in transformers, or in arithmetic with it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise LVLMError(f"config.json is not a valid {model_type} configuration: {reason}") from error
+    # What is written back is what was read, where a family had to nest it first.
+    return config if nested is raw else dataclasses.replace(config, hf=raw)
 
 
 _QUANTIZED = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "fbgemm_fp8": "FP8"}
