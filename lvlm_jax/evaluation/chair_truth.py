@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,52 @@ _SAFE = {
 }
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _SCORER_MODULES = ("__main__", "chair", "utils.chair")
+
+
+# The opcodes that dicts, lists, sets and texts are pickled with, in every protocol of pickle.
+_OPCODES = frozenset(
+    (
+        "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD EMPTY_TUPLE TUPLE TUPLE1 TUPLE3 NONE "
+        "EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_SET ADDITEMS FROZENSET "
+        "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING INT BININT BININT1 BININT2 "
+        "LONG LONG1 LONG4 NEWTRUE NEWFALSE PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET"
+    ).split()
+)
+_STORES = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
+_TUPLES = frozenset(("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE3"))
+
+
+def _walk(content: bytes) -> None:
+    """Reads the opcodes of a pickle without obeying them, and refuses what a small file could cost much with.
+
+    A high memo index makes the unpickler reserve a table of that size. A tuple of twice the tuple before, and so on,
+    takes 2^depth steps to hash: here tuples only ever hold the arguments of a call, which is next. Numbers of more than
+    64 bits take long to read and to hash.
+
+    Raises:
+        LVLMError: the pickle holds one of these, or an opcode that no scorer needs.
+        ValueError: it is malformed.
+    """
+    arguments = None
+    for opcode, value, place in pickletools.genops(content):
+        name = opcode.name
+        if name not in _OPCODES:
+            raise LVLMError(f"it uses the opcode {name}, which no CHAIR scorer needs")
+        if name in _STORES:
+            if value is not None and value > place:
+                raise LVLMError(
+                    f"it stores an object as number {value} after {place} bytes, which wastes memory"
+                )
+            continue
+        if arguments and name != "REDUCE" and (name, arguments) != ("NEWOBJ", "EMPTY_TUPLE"):
+            raise LVLMError(
+                "it holds a tuple that is not the arguments of a call, which no CHAIR scorer needs"
+            )
+        arguments = name if name in _TUPLES else None
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise LVLMError(f"it holds a number of {value.bit_length()} bits, which no CHAIR scorer needs")
+        if name == "FRAME" and value > len(content):
+            raise ValueError("a frame is longer than the file")
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -67,6 +114,7 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
     content = files.read_bytes(path, "pickle")
     advice = "give COCO annotations and a synonym list instead"
     try:
+        _walk(content)
         unpickler = _RestrictedUnpickler(content)
         stored = unpickler.load()
     except LVLMError as error:
@@ -77,9 +125,12 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
         ) from error
     state = stored.__dict__ if isinstance(stored, unpickler.scorer) else stored
     try:
-        objects = {
-            int(image): frozenset(map(_word, names)) for image, names in state["imid_to_objects"].items()
-        }
+        seen: dict[int, frozenset[str]] = {}  # a file may give the same long list to many images
+        objects = {}
+        for image, names in state["imid_to_objects"].items():
+            if id(names) not in seen:
+                seen[id(names)] = frozenset(map(_word, names))
+            objects[int(image)] = seen[id(names)]
         categories = {_word(k): _word(v) for k, v in state["inverse_synonym_dict"].items() if k}
         double_words = {_word(k): _word(v) for k, v in state["double_word_dict"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -132,11 +183,12 @@ def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
 
 
 def read_annotations(
-    data: Data, synonym_list: str, wanted: set[int] | None
+    data: Data, synonym_list: str, reading: str, wanted: set[int] | None
 ) -> tuple[dict[int, tuple[str, frozenset[str]]], Lexicon]:
     """Image id -> (file name, objects of its instances and of its reference captions), and the lexicon.
 
     Args:
+        reading: of the reference captions, see `chair_words`.
         wanted: only these ids; None for all.
 
     Raises:
@@ -172,7 +224,7 @@ def read_annotations(
             image = files.field(row, ["image_id"], int, where)
             if image in objects:
                 caption = files.field(row, ["caption"], str, where)
-                objects[image].update(name for _, name in lexicon.mentions(lexicon.words(caption)))
+                objects[image].update(name for _, name in lexicon.mentions(lexicon.words(caption, reading)))
     return {image: (names[image], frozenset(there)) for image, there in objects.items()}, lexicon
 
 

@@ -1,11 +1,15 @@
-"""Objects named in a caption, by the word rules of CHAIR (Rohrbach et al. 2018, arXiv 1809.02156), without nltk.
+"""Objects named in a caption, by the word rules of CHAIR (Rohrbach et al. 2018, arXiv 1809.02156).
 
-The rules: words are lower-cased and made singular; some pairs of words are one object ("hot dog", "teddy bear");
-"baby bird" is a bird and no person; a "seat" beside a toilet is no chair; a word of the synonym list stands for the
-category that begins its line.
+The rules: words are lower-cased and brought to their ground form; some pairs of words are one object ("hot dog",
+"teddy bear"); "baby bird" is a bird and no person; a "seat" beside a toilet is no chair; a word of the synonym list
+stands for the category that begins its line.
 
-Only nouns are made singular. Scorers that bring verbs to their ground form as well (OPERA's, with nltk's tagger) find
-skis in "skiing"; the original one does not, nor does this one.
+How words come to their ground form, a "reading":
+  nltk    by nltk's tagger and WordNet, as the published scorer does it (`chair_nltk`)
+  verbs   without nltk: nouns are made singular, and forms of a verb that is on the list count for it ("seated" is a
+          seat, "skiing" is skis), but for an -ing form that a determiner makes a noun ("a comfortable seating area").
+          Like the published scorer, it finds nobody in "men" and no vase in "vases".
+  nouns   nouns are made singular, and nothing else, as in the scorer of 2018
 
 Slips of the list that circulates, kept by `repair=False` because published figures have them: words written with a
 leading blank, a capital letter, or as three words never match; an empty line makes an empty word (which no text holds).
@@ -13,10 +17,13 @@ leading blank, a capital letter, or as three words never match; an empty line ma
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation import chair_nltk
+
+READINGS = ("nltk", "verbs", "nouns")
 
 # Pairs that are one word. The last two name no object and keep their second word from naming one.
 PAIRS = (
@@ -53,6 +60,13 @@ _IRREGULAR = {
     "teeth": "tooth", "oxen": "ox", "people": "person", "dice": "die", "lice": "louse", "leaves": "leaf",
     "grandchildren": "grandchild",
 }  # fmt: skip
+# What WordNet's lemmatiser makes of these, and so the published scorer.
+_AS_PUBLISHED = {"men": "men", "vases": "vas"}
+_DETERMINERS = frozenset(
+    "a an the this that these those some any no each every another his her its their my your our 's".split()
+)
+# A verb of one short syllable doubles its last letter ("cupped"), so "cared" is no form of "car".
+_SHORT = re.compile(r"[^aeiou]*[aeiou][^aeiouwxy]")
 # Parts that a tokenizer of English splits from the word before them.
 _ENDINGS = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 _TOKEN = re.compile(r"\w+(?:[-/'’]\w+)*|[^\w\s]")
@@ -95,6 +109,22 @@ def singular(word: str, known: AbstractSet[str]) -> str:
     return next((candidate for candidate in candidates if candidate in known), (candidates or [word])[0])
 
 
+def verb_stem(word: str, objects: Container[str]) -> str | None:
+    """The one of the objects that a word in -ed or -ing is a verb form of; None where there is none."""
+    found = re.fullmatch(r"(.+?)(ed|ing)", word)
+    if found is None:
+        return None
+    base = found[1]
+    candidates = [base + "e"] if _SHORT.fullmatch(base) else [base, base + "e"]
+    if base[-1:] == "i" and found[2] == "ed":  # tied
+        candidates = [base + "e", base[:-1] + "y"]
+    if base[-1:] == "y" and found[2] == "ing":  # tying
+        candidates.append(base[:-1] + "ie")
+    if base[-2:-1] == base[-1:]:  # cupped
+        candidates.append(base[:-1])
+    return next((candidate for candidate in candidates if candidate in objects), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
     """Which words name which categories.
@@ -113,9 +143,13 @@ class Lexicon:
         parts = {part for entry in (*self.categories, *self.double_words) for part in entry.split()}
         object.__setattr__(self, "_known", frozenset(parts | set(self.categories)))
 
-    def words(self, text: str) -> list[str]:
-        """Singular words of a text in lower case, with pairs joined; punctuation marks included."""
-        single = [singular(token, self._known) for token in tokens(text.lower())]
+    def words(self, text: str, reading: str = "nouns") -> list[str]:
+        """Words of a text in lower case and ground form, with pairs joined; punctuation marks included.
+
+        Args:
+            reading: one of `READINGS`, as the module says.
+        """
+        single = chair_nltk.lemmas(text) if reading == "nltk" else self._lemmas(text, reading == "verbs")
         joined, i = [], 0
         while i < len(single):
             pair = " ".join(single[i : i + 2])
@@ -126,6 +160,24 @@ class Lexicon:
                 joined.append(single[i])
                 i += 1
         return joined
+
+    def _lemmas(self, text: str, verbs: bool) -> list[str]:
+        found = tokens(text.lower())
+        if not verbs:
+            return [singular(word, self._known) for word in found]
+        lemmas: list[str] = []
+        for place, word in enumerate(found):
+            stem = None if word in self._known else verb_stem(word, self.categories)
+            if stem is None or (word.endswith("ing") and self._is_noun(found[max(place - 2, 0) : place])):
+                stem = _AS_PUBLISHED.get(word) or singular(word, self._known)
+            lemmas.append(stem)
+        return lemmas
+
+    def _is_noun(self, before: list[str]) -> bool:
+        """Whether an -ing form is a noun by the two words before it: a determiner, or one and an adjective."""
+        if not before or before[-1] in _DETERMINERS:
+            return bool(before)
+        return before[0] in _DETERMINERS and singular(before[-1], self._known) not in self.categories
 
     def mentions(self, words: Iterable[str]) -> list[tuple[str, str]]:
         """(word, category) of every object named, in order, repeats kept; `words` as `self.words` gives them."""

@@ -28,7 +28,8 @@ class Protocol:
         about: one line for people who choose.
         template: the prompt; `{question}` is the question's text.
         suffix: what follows the question.
-        parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words) or "none" (captions).
+        parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words), "none" (descriptions), or for CHAIR
+            how words come to their ground form (`chair_words.READINGS`).
         max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
         truncate: captions: "none", or "sentence" to drop what follows the last full stop.
         groups: the splits or subtasks asked.

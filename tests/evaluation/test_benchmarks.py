@@ -9,6 +9,7 @@ import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get, names, protocol, rescore
+from lvlm_jax.evaluation.chair_words import READINGS
 from lvlm_jax.evaluation.parsers import YES_NO
 from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import runs as report_runs
@@ -33,7 +34,7 @@ def test_what_a_benchmark_says_of_itself(benchmark):
     for settings in benchmark.protocols:
         assert get(settings.name) is settings and settings.benchmark == benchmark.name
         assert settings.name.startswith(f"{benchmark.name}/") and settings.max_new_tokens > 0
-        assert settings.about and settings.parser in {*YES_NO, "letter", "short", "none"}
+        assert settings.about and settings.parser in {*YES_NO, *READINGS, "letter", "short", "none"}
         with pytest.raises(dataclasses.FrozenInstanceError):
             settings.suffix = "other"
     assert get(benchmark.name) is benchmark.protocols[0]

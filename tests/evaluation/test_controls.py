@@ -168,7 +168,7 @@ def test_chair_at_equal_length(tmp_path):
     """The method says less: it beats greedy, and not greedy cut to its length."""
     images = range(1, 13)
     folder = coco_folder(tmp_path, {i: ["dog"] for i in images}, {i: ["A dog."] for i in images})
-    protocol = get("chair/opera-512")
+    protocol = get("chair/512")
     questions = BENCHMARKS["chair"].read(Data(folder, synonyms=folder / "synonyms.txt"), protocol)
     short = {q.key: "There is a dog." for q in questions}
     greedy = {q.key: "There is a dog. And a cat." for q in questions}
@@ -255,7 +255,7 @@ def world(tmp_path_factory):
     [
         ("pope/vcd", ["greedy", "temperature", "plausibility", "threshold"]),
         ("mme/hallucination", ["greedy", "temperature", "plausibility", "threshold"]),
-        ("chair/opera-64", ["greedy", "temperature", "plausibility", "length"]),
+        ("chair/64-sentence", ["greedy", "temperature", "plausibility", "length"]),
     ],
 )
 def test_controls_stand_in_the_scores(world, tmp_path, name, kinds):

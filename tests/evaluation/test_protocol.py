@@ -30,6 +30,8 @@ def test_chair_as_published():
     assert get("chair/opera-64").truncate == "sentence" and get("chair/opera-512").truncate == "none"
     for name, length in (("opera-512", 512), ("opera-64", 64), ("1024", 1024)):
         assert get(f"chair/{name}").max_new_tokens == length
+    named = ("opera-512", "opera-64", "pai-512")
+    assert {name: get(f"chair/{name}").parser for name in named} == dict.fromkeys(named, "nltk")
     assert get("chair/opera-512").template == "Please describe this image in detail."
     assert get("chair/pai-512").template == "Please help me describe the image in detail."
 

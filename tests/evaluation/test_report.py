@@ -220,8 +220,8 @@ def test_shorter_captions_are_pointed_out(tmp_path):
     images = range(1, 9)
     coco = coco_folder(tmp_path / "coco", dict.fromkeys(images, ["dog"]), dict.fromkeys(images, ["A dog."]))
     data = Data(coco, synonyms=coco / "synonyms.txt")
-    run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 8, protocol="chair/opera-512")
-    run(tmp_path / "runs/cmac", data, ["A dog."] * 8, CMAC, protocol="chair/opera-512")
+    run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 8, protocol="chair/512")
+    run(tmp_path / "runs/cmac", data, ["A dog."] * 8, CMAC, protocol="chair/512")
     found, _, _ = made(tmp_path / "runs")
     overview = table(found, "Methods and benchmarks")
     ours = cells(overview, "CMAC")
@@ -373,7 +373,7 @@ def test_what_a_difference_shows(figure, value, interval, expected):
 def test_sixteen_methods_with_pictures_stay_below_five_megabytes(tmp_path):
     pictures = tmp_path / "images"
     pictures.mkdir()
-    names = ("pope/strict", "chair/opera-512", "mme/hallucination", "amber/all")
+    names = ("pope/strict", "chair/512", "mme/hallucination", "amber/all")
     noise = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
     for i in range(8):  # noise is what JPEG cannot make small
         Image.fromarray(noise + np.uint8(i)).save(pictures / f"COCO_val2014_{i:012d}.jpg", quality=95)

@@ -103,8 +103,8 @@ def test_chair_and_mme(tmp_path, monkeypatch):
     captions = write_lines(Path("c.jsonl"), [{"image_id": 1, "caption": "A dog and a bear."},
                                              {"image_id": 2, "caption": "A kitten."}])  # fmt: skip
     synonyms = ["--synonyms", coco / "synonyms.txt"]
-    run("--protocol", "chair/opera-512", "--data", coco, *synonyms, "--rescore", captions)
-    found = scores("runs/chair-opera-512")
+    run("--protocol", "chair/512", "--data", coco, *synonyms, "--rescore", captions)
+    found = scores("runs/chair-512")
     assert found["figures"]["C_S"]["value"] == 0.5
     assert found["record"]["files"].keys() == {"instances", "captions", "synonyms"}
     assert found["notes"]["words"] == "synonyms.txt"

@@ -1,25 +1,36 @@
 """CHAIR: word rules, figures counted by hand, ground truth from annotations and from pickles, good and bad."""
 
 import collections
+import dataclasses
 import json
 import os
 import pickle
 import pickletools
 import sys
+import time
+import tracemalloc
 import types
+from pathlib import Path
 
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, get
+from lvlm_jax.evaluation import Data, chair_nltk, get
 from lvlm_jax.evaluation.benchmarks import chair
 from lvlm_jax.evaluation.chair_truth import read_chair_pickle
-from lvlm_jax.evaluation.chair_words import DOUBLE_WORDS, parse_synonyms, plain_lexicon, singular, tokens
+from lvlm_jax.evaluation.chair_words import (
+    DOUBLE_WORDS,
+    parse_synonyms,
+    plain_lexicon,
+    singular,
+    tokens,
+    verb_stem,
+)
 from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import CATEGORIES, SYNONYMS, coco_folder, write_lines
 
-PROTOCOLS = ["chair/opera-512", "chair/opera-64", "chair/repaired-512"]
+PROTOCOLS = ["chair/512", "chair/64-sentence", "chair/repaired-512"]
 
 
 def sample(folder):
@@ -28,6 +39,9 @@ def sample(folder):
     return Data(folder, synonyms=folder / "synonyms.txt")
 
 
+PUBLISHED = (
+    "LVLM_PUBLISHED_CAPTIONS"  # names a folder of chair.pkl, FIGURES.tsv and the caption files in there
+)
 OFFICIAL = parse_synonyms(SYNONYMS, repair=False, origin="test")
 REPAIRED = parse_synonyms(SYNONYMS, repair=True, origin="test")
 
@@ -80,6 +94,38 @@ def test_slips_of_the_list(text, official, repaired):
     assert named(text, REPAIRED) == repaired
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("people seated at a table", ["person", "chair"]),
+        ("a dog tied to a man", ["dog", "tie", "person"]),
+        ("he is tying his shoes", ["tie"]),
+        ("a man skiing", ["person", "skis"]),
+        ("two cats, skiing", ["cat", "skis"]),
+        ("the skiing event", []),
+        ("a popular skiing area", []),
+        ("skiing", ["skis"]),
+        ("cared for", []),  # no form of "car"
+        ("men and vases", []),
+        ("a man, women", ["person"]),
+        ("wine glasses", ["wine glass"]),
+    ],
+)
+def test_verbs_that_are_on_the_list_count(text, expected):
+    lexicon = dataclasses.replace(OFFICIAL, categories={**OFFICIAL.categories, "car": "car", "vase": "vase"})
+    assert [category for _, category in lexicon.mentions(lexicon.words(text, "verbs"))] == expected
+    assert "chair" not in named("people seated at a table")  # nouns alone
+
+
+@pytest.mark.parametrize(
+    ("word", "stem"),
+    [("tied", "tie"), ("tying", "tie"), ("benched", "bench"), ("cupped", "cup"), ("caped", None), ("timing", None),
+     ("biking", "bike"), ("bed", None), ("red", None), ("ing", None)],
+)  # fmt: skip
+def test_stems_of_verbs(word, stem):
+    assert verb_stem(word, {"tie", "bench", "cup", "cap", "bike", "b", "r"}) == stem
+
+
 def test_the_empty_key_matches_nothing():
     assert "" not in OFFICIAL.categories and OFFICIAL.categories["dog"] == "dog"
 
@@ -116,11 +162,11 @@ def folder(tmp_path):
     return coco_folder(tmp_path, objects, {1: ["A puppy on a chair."], 2: ["A kitten."], 3: ["A field."]})
 
 
-def read(folder, name="chair/opera-512", **where):
+def read(folder, name="chair/512", **where):
     return chair.read(Data(folder, **{"synonyms": folder / "synonyms.txt"} | where), get(name))
 
 
-def score(questions, captions, name="chair/opera-512"):
+def score(questions, captions, name="chair/512"):
     answers = {q.key: captions[q.id] for q in questions}
     scores = chair.score(questions, answers, get(name))
     return {figure: float(value) for figure, value in scores.values().items()}, scores
@@ -147,6 +193,12 @@ def test_figures_by_hand(folder):
     assert scores.notes["without_ground_truth"] == 1
 
 
+def test_a_caption_that_repeats_itself_is_less_distinct(folder):
+    found, _ = score(read(folder), {1: "A dog. A dog.", 2: "A cat sits.", 3: ""})
+    assert found["distinct-1"] == pytest.approx((2 / 4 + 3 / 3) / 2)  # the empty caption has no words
+    assert found["distinct-2"] == pytest.approx((2 / 3 + 2 / 2) / 2)  # a dog, dog a, a dog; a cat, cat sits
+
+
 def test_the_two_f1_differ_when_mentions_repeat(folder):
     found, _ = score(read(folder), {1: "dog dog dog cat", 2: "", 3: ""})
     assert found["F1"] == pytest.approx(2 * 0.75 * 0.25 / (0.75 + 0.25))
@@ -155,7 +207,7 @@ def test_the_two_f1_differ_when_mentions_repeat(folder):
 
 def test_truncation_drops_the_unfinished_sentence(folder):
     captions = {1: "A dog. A ca cat", 2: "A bear without a stop", 3: ""}
-    found, _ = score(read(folder, "chair/opera-64"), captions, "chair/opera-64")
+    found, _ = score(read(folder, "chair/64-sentence"), captions, "chair/64-sentence")
     assert found["C_S"] == 0.0 and found["recall"] == 1 / 4
     found, _ = score(read(folder), captions)
     assert found["C_S"] == 2 / 3
@@ -227,6 +279,92 @@ def test_synonym_list_must_know_every_category(folder):
     (folder / "short.txt").write_text("dog, puppy\n")
     with pytest.raises(LVLMError, match="lacks 16 categories of the annotations, first 'person'"):
         read(folder, synonyms=folder / "short.txt")
+
+
+# ---------------------------------------------------------- nltk
+
+
+def fake_nltk(monkeypatch, version="3.9.1", lacks=()):
+    """A stand-in for nltk: one verb, one adjective, a lemmatiser that cuts an s off, and data that may be missing."""
+    nltk = types.ModuleType("nltk")
+    nltk.__version__ = version
+
+    def find(place):
+        if place.split("/")[1] in lacks or place == "corpora/wordnet":  # WordNet comes in an archive
+            raise LookupError(place)
+
+    nltk.data = types.SimpleNamespace(find=find)
+    nltk.word_tokenize = str.split
+    tags = {"seated": "VBN", "potted": "JJ"}
+    nltk.pos_tag = lambda words: [(word, tags.get(word, "NNS")) for word in words]
+
+    class Lemmatizer:
+        def lemmatize(self, word, pos):
+            return {("seated", "v"): "seat", ("potted", "a"): "potted"}.get(
+                (word, pos), word.removesuffix("s")
+            )
+
+    stem = types.ModuleType("nltk.stem")
+    stem.WordNetLemmatizer = Lemmatizer
+    monkeypatch.setitem(sys.modules, "nltk", nltk)
+    monkeypatch.setitem(sys.modules, "nltk.stem", stem)
+    chair_nltk.lemmas.cache_clear()
+
+
+def test_words_go_through_nltk(folder, monkeypatch):
+    fake_nltk(monkeypatch)
+    assert OFFICIAL.words("Dogs Seated teddy bears", "nltk") == ["dog", "seat", "teddy bear"]
+    found, scores = score(
+        read(folder, "chair/opera-512"), {1: "dogs seated", 2: "cats", 3: "seated"}, "chair/opera-512"
+    )
+    assert found["C_S"] == 1 / 3 and found["C_I"] == 1 / 4
+    assert scores.notes["reading"] == "nltk"
+
+
+@pytest.mark.parametrize(
+    ("version", "lacks", "message"),
+    [
+        (None, (), r"nltk is not installed; run: pip install \"lvlm_jax\[chair\]\" && python -m nltk.downloader punkt_tab "
+         r"averaged_perceptron_tagger_eng wordnet, or choose chair/512"),
+        ("3.9.1", ("wordnet.zip", "punkt_tab"), r"nltk's data punkt_tab, wordnet are missing; run: python -m nltk.down"),
+        ("3.8.1", (), r"3.9 or later, and this is 3.8.1; run: pip install -U \"nltk>=3.9\", or choose chair/512"),
+    ],
+)  # fmt: skip
+def test_missing_nltk_is_said_in_one_line(folder, monkeypatch, version, lacks, message):
+    if version is None:
+        monkeypatch.setitem(sys.modules, "nltk", None)
+    else:
+        fake_nltk(monkeypatch, version, lacks)
+    with pytest.raises(LVLMError, match=message) as caught:
+        read(folder, "chair/opera-64")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("chair/opera-64 finds words")
+
+
+def published(name):
+    """Figures of a protocol on the published captions, beside those of the published scorer."""
+    if PUBLISHED not in os.environ:
+        pytest.skip(f"{PUBLISHED} names no folder of published captions")
+    folder = Path(os.environ[PUBLISHED])
+    for line in (folder / "FIGURES.tsv").read_text().splitlines()[1:]:
+        file, *known = line.split("\t")[:3]
+        data = Data(folder, chair_pickle=folder / "chair.pkl")
+        found = rescore(get(name), data, [str(folder / f"{file}.jsonl")], resamples=2)["figures"]
+        yield [100 * found[figure]["value"] for figure in ("C_S", "C_I")], list(map(float, known))
+
+
+def test_published_figures_without_nltk():
+    for ours, theirs in published("chair/512"):
+        assert ours[0] == pytest.approx(theirs[0], abs=0.21)  # one caption of 500
+        assert ours[1] == pytest.approx(theirs[1], abs=0.1)
+
+
+def test_published_figures_with_nltk():
+    try:
+        chair_nltk.require("this test", "the test before")
+    except LVLMError as error:
+        pytest.skip(str(error))
+    for ours, theirs in published("chair/opera-512"):
+        assert ours == pytest.approx(theirs, abs=0.1)
 
 
 # ---------------------------------------------------------- chair.pkl
@@ -326,6 +464,44 @@ def test_other_pickles_are_named_as_what_they_are(tmp_path, content):
         read_chair_pickle(path)
 
 
+def costly():
+    """Pickles of a few bytes that would cost gigabytes or hours, or a number that takes long to read."""
+    twice = [b"\x80\x02}(K\x01" + b"".join(b"q%c(h%ch%ct" % (i, i, i) for i in range(60)) + b"Ku."]
+    yield "number 2147483648 after", b"\x80\x02}r\x00\x00\x00\x80."  # LONG_BINPUT
+    yield "number 99999999999 after", b"(dp99999999999\n."  # PUT
+    yield "tuple that is not the arguments", twice[0]
+    yield "opcode TUPLE2", b"\x80\x02}K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"."
+    yield "number of 8388607 bits", b"\x80\x02\x8b\x00\x00\x10\x00" + b"\x7f" * 2**20 + b"."
+    yield "number of 13", b"I" + b"9" * 4000 + b"\n."
+    yield "damaged", b"L" + b"9" * 10**6 + b"L\n."
+    yield "damaged", b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}."  # FRAME
+    yield "damaged", b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7fa."  # BINUNICODE8
+
+
+@pytest.mark.parametrize(("message", "content"), costly())
+def test_pickles_that_would_cost_much_are_refused_at_once(tmp_path, message, content):
+    path = tmp_path / "chair.pkl"
+    path.write_bytes(content)
+    began = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(LVLMError, match=message):
+        read_chair_pickle(path)
+    assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    tracemalloc.stop()
+    assert time.monotonic() - began < 0.5
+
+
+def test_one_long_list_of_many_images_is_read_once(tmp_path):
+    names = [str(number) for number in range(20_000)]
+    state = {"imid_to_objects": dict.fromkeys(range(20_000), names), "inverse_synonym_dict": {"dog": "dog"},
+             "double_word_dict": {}}  # fmt: skip
+    path = tmp_path / "chair.pkl"
+    path.write_bytes(pickle.dumps(state))
+    began = time.monotonic()
+    objects, _ = read_chair_pickle(path)
+    assert len(objects) == 20_000 and time.monotonic() - began < 5
+
+
 def test_scorers_class_does_not_leak_from_file_to_file(tmp_path):
     """BUILD with a slot state sets attributes on a class; the next file must not see them."""
     attack = b"\x80\x02cchair\nCHAIR\nq\x00N}X\x04\x00\x00\x00evilK\x01s\x86b."
@@ -340,6 +516,6 @@ def test_captions_of_images_in_no_order(folder):
     captions = [{"image_id": 2, "caption": "cat"}, {"image_id": 1, "caption": "dog"}]
     path = write_lines(folder / "c.jsonl", captions)
     data = Data(folder, synonyms=folder / "synonyms.txt")
-    found = rescore(get("chair/opera-512"), data, [str(path)], resamples=10)
+    found = rescore(get("chair/512"), data, [str(path)], resamples=10)
     assert found["figures"]["C_S"]["value"] == 0.0
     assert found["record"]["questions"] == 2

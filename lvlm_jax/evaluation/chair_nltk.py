@@ -1,0 +1,74 @@
+"""The words of a caption as the published CHAIR scorer has them (OPERA's chair.py): by nltk, with its data.
+
+Text in lower case is cut into words, every word is tagged with its part of speech, and WordNet's lemmatiser brings it
+to its ground form as that part of speech. So verbs name objects too ("seated" is a seat, "tied" a tie), "men" stays as
+it is, and "vases" becomes "vas".
+"""
+
+import functools
+
+from lvlm_jax.errors import LVLMError
+
+# Those that the scorer's steps read, as nltk's downloader calls them, and where nltk looks for them.
+DATA = {
+    "punkt_tab": "tokenizers/punkt_tab/english",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+    "wordnet": "corpora/wordnet",
+}
+# First letters of the tagger's tags, and WordNet's letters; all other words are taken for nouns.
+PARTS = {"J": "a", "V": "v", "R": "r"}
+
+
+def require(protocol: str, instead: str) -> None:
+    """Checks that nltk and its data are there.
+
+    Args:
+        protocol: the protocol that needs them, for the message.
+        instead: protocols that do not.
+
+    Raises:
+        LVLMError: something is missing, or nltk is older than 3.9, which unpickles its data.
+    """
+    needs = f"{protocol} finds words as the published scorer does, with nltk"
+    ways = []
+    try:
+        import nltk
+    except ImportError:
+        nltk, lacks = None, list(DATA)
+        ways.append('pip install "lvlm_jax[chair]"')
+        problem = "nltk is not installed"
+    else:
+        if tuple(int(part) for part in nltk.__version__.split(".")[:2]) < (3, 9):
+            raise LVLMError(
+                f'{needs} 3.9 or later, and this is {nltk.__version__}; run: pip install -U "nltk>=3.9", '
+                f"or choose {instead}, which needs no nltk"
+            )
+        lacks = [name for name, place in DATA.items() if not _has(nltk, place)]
+        problem = f"nltk's data {', '.join(lacks)} are missing"
+    if lacks:
+        ways.append(f"python -m nltk.downloader {' '.join(lacks)}")
+        raise LVLMError(
+            f"{needs}, and {problem}; run: {' && '.join(ways)}, or choose {instead}, which needs no nltk"
+        )
+
+
+def _has(nltk, place: str) -> bool:
+    """Whether nltk finds its data on its own search path, unpacked or (as WordNet comes) in an archive."""
+    for written in (place, f"{place}.zip"):
+        try:
+            nltk.data.find(written)
+        except LookupError:
+            continue
+        return True
+    return False
+
+
+@functools.lru_cache(maxsize=4096)  # a run is scored once for each control it is compared with
+def lemmas(text: str) -> tuple[str, ...]:
+    """Words and punctuation marks of a text, in lower case and in their ground forms."""
+    import nltk
+    from nltk.stem import WordNetLemmatizer
+
+    lemmatize = WordNetLemmatizer().lemmatize
+    tagged = nltk.pos_tag(nltk.word_tokenize(text.lower()))
+    return tuple(lemmatize(word, pos=PARTS.get(tag[:1], "n")) for word, tag in tagged)
