@@ -58,7 +58,7 @@ def _walk(content: bytes) -> None:
     for opcode, value, place in pickletools.genops(content):
         name = opcode.name
         if name not in _OPCODES:
-            raise LVLMError(f"it uses the opcode {name}, which no CHAIR scorer needs")
+            raise LVLMError(f"it uses the opcode {name}, so it holds no CHAIR scorer")
         if name in _STORES:
             if value is not None and value > place:
                 raise LVLMError(

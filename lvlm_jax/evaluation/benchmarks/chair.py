@@ -39,7 +39,8 @@ def _protocol(name: str, about: str, reading: str, length: int, text: str = DESC
 
 LIKE_IT = "words without nltk: C_S within 0.2, C_I within 0.1 of opera's on captions of four models"
 PROTOCOLS = (
-    _protocol("opera-512", "OPERA's scorer (nltk) and prompt, 512 tokens (default)", "nltk", 512),
+    _protocol("512", f"512 tokens; {LIKE_IT} (default)", "verbs", 512),
+    _protocol("opera-512", "OPERA's scorer (nltk) and prompt, 512 tokens", "nltk", 512),
     _protocol(
         "opera-64",
         "OPERA's scorer (nltk) and prompt, 64 tokens, the unfinished last sentence dropped",
@@ -54,7 +55,6 @@ PROTOCOLS = (
         512,
         HELP_DESCRIBE,
     ),
-    _protocol("512", f"512 tokens; {LIKE_IT}", "verbs", 512),
     _protocol(
         "64-sentence",
         f"64 tokens, the unfinished last sentence dropped; {LIKE_IT}",
