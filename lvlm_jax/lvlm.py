@@ -35,13 +35,10 @@ class LVLM:
         config: the configuration.
         folder: where the checkpoint was read from; None for parameters made elsewhere.
         mesh: the devices, or None for the default device.
-        generation_config: "plain" or "checkpoint", see `from_pretrained`.
-        allow_urls: whether images in messages are downloaded, see `from_pretrained`.
+        generation_config, allow_urls: see `from_pretrained`.
     """
 
-    def __init__(
-        self, params: dict, config: FamilyConfig, folder: str | os.PathLike | None = None, mesh=None
-    ):
+    def __init__(self, params: dict, config: FamilyConfig, folder: str | Path | None = None, mesh=None):
         self.params, self.config, self.mesh, self.generation_config = params, config, mesh, "plain"
         self.allow_urls = False
         self.folder = None if folder is None else Path(folder)
@@ -81,8 +78,7 @@ class LVLM:
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
         params = params if adapter is None else peft.load_adapter(adapter, params, config)
         model = cls(params, config, folder, mesh)
-        model.generation_config = defaults.check(generation_config)
-        model.allow_urls = allow_urls
+        model.generation_config, model.allow_urls = defaults.check(generation_config), allow_urls
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -91,8 +87,8 @@ class LVLM:
         Raises:
             LVLMError: the folder is in the way or cannot be written, or the model is quantized.
         """
-        params = lora.merge(self.params)
-        return weights.save_checkpoint(folder, params, self.config, self.folder, overwrite=overwrite)
+        merged = lora.merge(self.params)
+        return weights.save_checkpoint(folder, merged, self.config, self.folder, overwrite=overwrite)
 
     @cached_property
     def processor(self) -> Any:
@@ -141,8 +137,7 @@ class LVLM:
     def logits(self, prompt: Any, method: Method | str | None = None) -> Float[Array, "B U V"]:
         """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
 
-        `prompt` is anything `prepare` takes. Columns are those of the arrays given (for messages of the longest prompt,
-        left-padded); logits at padding are meaningless.
+        Columns are those of the arrays given (for messages, of the longest prompt); at padding they mean nothing.
         """
         return branches.logits(*self._call(prompt, method), self.mesh)
 
@@ -246,10 +241,8 @@ class LVLM:
             LVLMError: unusable settings, or a method whose rows cannot be replaced (`scheduler.obstacle`).
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
-        decoding = self._settled(
-            Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
-        )
-        options = (as_method(method), decoding, batch_size, self.host)
+        given = Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
+        options = (as_method(method), self._settled(given), batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
     def sweep(
@@ -260,9 +253,7 @@ class LVLM:
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> list[Output]:
-        """Answers a batch once for every setting of a method, in one program and one pass over the weights.
-
-        `methods` are one method with different strengths; an output for each equals that of `generate`.
+        """Answers a batch, as `generate` does, for each of many strengths of one method, in one program for all.
 
         Raises:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
