@@ -66,7 +66,9 @@ def test_an_unreadable_newest_checkpoint_is_reported_and_the_one_before_is_used(
     damage(largest if part == "largest" else record)
     with pytest.warns(UserWarning, match=r"checkpoint 30 of .*line cannot be read \(.+\)") as warned:
         resumed = line.train(line.task(), copy)
-    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    # A coroutine that orbax leaves behind may be collected meanwhile, which Python says too.
+    (said,) = (str(one.message) for one in warned if one.category is UserWarning)
+    assert "\n" not in said
     np.testing.assert_array_equal(resumed, whole[1])
     assert steps_in(copy) == [20, 30]
     assert line.curve(copy) == line.curve(whole[0])
