@@ -19,6 +19,7 @@ from lvlm_jax.evaluation.question import Question
 IDS = ("question_id", "image_id", "id", "index")
 TEXTS = ("text", "caption", "response", "answer", "prediction")
 ENDINGS = (".txt", ".json", ".jsonl")
+BLOCK = 10_000_000
 Answers = dict[tuple[str, str], str]  # Question.key -> text
 
 
@@ -33,6 +34,7 @@ class Row:
         images: names of the images.
         place: counted from 0.
         other: name of a second column that could be the answer.
+        repeats: whether prompt and images, where there are any, must be those of the question.
     """
 
     where: str
@@ -43,6 +45,7 @@ class Row:
     images: tuple[str, ...] = ()
     place: int | None = None
     other: str | None = None
+    repeats: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class AnswerFormat:
         columns: the benchmark's own names of id and answer. They are read before any others, and written alone.
         identity: from an id as it is written in the file to that of the question.
         in_order: whether rows `{question, answer}` without an id are read too, in the order of the questions.
+        repeats: whether a prompt holds the question as it stands, so that answers to another one are refused.
+        blocks: groups of the ids 1, 2, ..., of 10000001, ..., of 20000001, ..., where one file numbers them so.
     """
 
     name: str = "answers.jsonl"
@@ -62,18 +67,37 @@ class AnswerFormat:
     columns: tuple[str, ...] = ()
     identity: Callable[[str], str] = str
     in_order: bool = False
+    repeats: bool = False
+    blocks: tuple[str, ...] = ()
 
     def read(self, path: Path, group: str | None = None) -> list[Row]:
-        """The rows of a file, which is for `group` where that is not None."""
-        return [
+        """The rows of a file, which is for `group` where that is not None.
+
+        Raises:
+            LVLMError: the file is malformed, or an id lies beyond the blocks.
+        """
+        rows = [
             self.row(entry, place, group, f"line {number} of answer file {str(path)!r}")
             for place, (number, entry) in enumerate(files.read_rows(path, "answer file"))
         ]
+        if not self.blocks or not any(map(_block, rows)):
+            return rows
+        placed = [self._in_block(row) for row in rows]
+        return placed if group is None else [row for row in placed if row.group == group]
+
+    def _in_block(self, row: Row) -> Row:
+        block = _block(row)
+        if block >= len(self.blocks):
+            raise LVLMError(f"{row.where}: id {row.id} is beyond the blocks of {', '.join(self.blocks)}")
+        return dataclasses.replace(row, id=str(int(row.id) % BLOCK), group=self.blocks[block])
 
     def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
         """One row from the object of a line, the `place`-th of its file."""
         metadata = entry.get("metadata") if isinstance(entry.get("metadata"), dict) else {}
-        named = group or entry.get("group") or metadata.get("group") or entry.get("category")
+        own = entry.get("group") or metadata.get("group") or entry.get("category")
+        if group and own in self.blocks and own != group:
+            raise LVLMError(f"{where} says that it answers {own}, and is given as an answer to {group}")
+        named = group or own
         named = named if isinstance(named, str) else None
         if self.in_order and "question" in entry and not entry.keys() & set(IDS):
             asked, said = (files.field(entry, [name], str, where) for name in ("question", "answer"))
@@ -92,6 +116,7 @@ class AnswerFormat:
             entry["prompt"] if isinstance(entry.get("prompt"), str) else None,
             tuple(name for name in images if isinstance(name, str)),
             other=present[1] if present[1:] else None,
+            repeats=self.repeats,
         )
 
     def entry(self, question: Question, text: str, protocol: Protocol, model_id: str) -> dict:
@@ -137,6 +162,13 @@ class AnswerFormat:
         return [path]
 
 
+def _block(row: Row) -> int:
+    """Which block of a file that holds several groups an id lies in; 0 for the first, and for other ids."""
+    return (
+        int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
+    )
+
+
 def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[Row]:
     """All rows of answer files, each file given with the group it is for (or None).
 
@@ -176,7 +208,9 @@ def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
     return of_group
 
 
-def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = False) -> Answers:
+def match(
+    questions: Sequence[Question], rows: Sequence[Row], partial: bool = False, known: Sequence[str] = ()
+) -> Answers:
     """Answers by question.
 
     A row is matched by its group and id; without a group by its id, and where several splits share that, by its image
@@ -185,12 +219,19 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
 
     Args:
         partial: leave questions without an answer out, instead of raising.
+        known: groups of the protocol; answers to those of them that no question is of are left out.
 
     Raises:
-        LVLMError: an answer belongs to no question, to several, or to one that is answered already, or is the question
-          itself beside another column that may be the answer; a question has none.
+        LVLMError: an answer belongs to no question, to several, or to one that is answered already, repeats another
+          question, or is the question itself beside another column that may be the answer; a question has none.
     """
     groups = {question.group for question in questions}
+    others = set(known) - groups
+    if rows and all(row.group in others for row in rows):
+        raise LVLMError(
+            f"{rows[0].where} answers {rows[0].group}, as do all the others; asked are {', '.join(sorted(groups))}"
+        )
+    rows = [row for row in rows if row.group not in others]
     by_id: dict[str, list[Question]] = {}
     by_text: dict[tuple, list[Question]] = {}
     by_place: dict[int, list[Question]] = {}
@@ -225,6 +266,12 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
             raise LVLMError(
                 f"{row.where}: id {name} occurs in {shared}; say which is meant with --group, or as GROUP=FILE"
             )
+        if row.repeats and not _same(candidates[0], row):
+            said = " ".join(["", *(row.prompt or "").split()][:20] + list(row.images)).strip()
+            raise LVLMError(
+                f"{row.where}: question {row.id} of {candidates[0].group} is {candidates[0].text!r} about "
+                f"{candidates[0].unit}, and this answers {said!r}; is it the file of another split?"
+            )
         key = candidates[0].key
         if key in found:
             raise LVLMError(f"{row.where}: {name} is answered twice; every question must have one answer")
@@ -243,7 +290,13 @@ def match(questions: Sequence[Question], rows: Sequence[Row], partial: bool = Fa
 
 
 def _same(question: Question, row: Row) -> bool:
-    names = [Path(name).name for name in question.image_names]
-    if not all(Path(name).name in names for name in row.images):
+    """Whether what a row says of images and prompt, if anything, is that of the question."""
+    # Without folders and endings: some write COCO's number as .jpg, some as .png.
+    names = {Path(name).stem for name in question.image_names}
+    if not all(Path(name).stem in names for name in row.images):
         return False
-    return row.prompt is None or row.prompt.startswith(question.text)
+    return row.prompt is None or _bare(question.text) in _bare(row.prompt)
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -62,7 +62,7 @@ def rescore(
     rows = answers.read(paths, benchmark.answers, settings.groups)
     data = benchmark.narrow(data, rows)
     questions = benchmark.read(data, settings)
-    said = answers.match(questions, rows, partial)
+    said = answers.match(questions, rows, partial, settings.groups)
     answered = [question for question in questions if question.key in said]
     scores = benchmark.score(answered, said, settings)
     origin = _origin(paths)
@@ -88,7 +88,8 @@ def rescore(
     } | report(scores, resamples, seed)
     if against:
         others = answer_paths(against, settings.groups)
-        theirs = answers.match(questions, answers.read(others, benchmark.answers, settings.groups), partial)
+        rows = answers.read(others, benchmark.answers, settings.groups)
+        theirs = answers.match(questions, rows, partial, settings.groups)
         common = [question for question in answered if question.key in theirs]
         pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)

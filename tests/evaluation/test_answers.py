@@ -79,6 +79,78 @@ def test_image_and_prompt_tell_questions_of_one_id_apart(tmp_path):
     assert found == {("popular", "1"): "no", ("random", "1"): "yes"}
 
 
+def asking(number, group, **more):
+    """A row that answers question `number` of a split whose questions are all about its own kind of thing."""
+    return {
+        "question_id": number,
+        "prompt": f"Is there a {group} one?\nAnswer.",
+        "text": f"{group} {number}",
+    } | more
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """Questions 1 and 2 of each split, the second about an image of the split alone."""
+    for group in pope.SPLITS:
+        rows = [{"question_id": number, "image": f"{group if number > 1 else 'all'}.jpg", "label": "no",
+                 "text": f"Is there a {group} one?"} for number in (1, 2)]  # fmt: skip
+        write_lines(tmp_path / f"coco_pope_{group}.json", rows)
+    return pope.read(Data(tmp_path), get("pope"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (asking(1, "popular"), "question 1 of random is 'Is there a random one[?]' about all.jpg, and this answers "
+         "'Is there a popular one[?] Answer.'; is it the file of another split"),
+        (asking(2, "random", image="popular.jpg"), "question 2 of random is .*this answers .*popular.jpg"),
+        ({"question_id": 2, "text": "no", "image": "popular.jpg"}, "and this answers 'popular.jpg'"),
+        (asking(1, "random", metadata={"group": "popular"}), "says that it answers popular, and is given as"),
+    ],
+)  # fmt: skip
+def test_answers_to_another_split_are_refused(tmp_path, apart, row, message):
+    random = [question for question in apart if question.group == "random"]
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    with pytest.raises(LVLMError, match=f"line 1 of answer file .*{message}"):
+        answers.match(random, read(("random", path)), partial=True)
+
+
+def test_prompts_may_have_words_around_the_question(tmp_path, apart):
+    rows = [
+        asking(1, "random", prompt="<image>\nIs there a  Random one? One word."),
+        asking(2, "random", image="x/random.png"),
+    ]
+    random = [question for question in apart if question.group == "random"]
+    found = answers.match(random, read(("random", write_lines(tmp_path / "a.jsonl", rows))))
+    assert list(found.values()) == ["random 1", "random 2"]
+
+
+def test_splits_in_one_file_by_blocks_of_ids(tmp_path, apart):
+    """As LLaVA numbers them: the adversarial split from 1, random from 10000001, popular from 20000001."""
+    rows = [
+        asking(number, group) | {"question_id": start + number}
+        for start, group in ((0, "adversarial"), (10_000_000, "random"), (20_000_000, "popular"))
+        for number in (1, 2)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    found = answers.match(apart, read((None, path)), known=pope.SPLITS)
+    assert found == {(group, str(i)): f"{group} {i}" for group in pope.SPLITS for i in (1, 2)}
+    popular = [question for question in apart if question.group == "popular"]
+    for way in (None, "popular"):  # the one asked is picked out
+        found = answers.match(popular, read((way, path)), known=pope.SPLITS)
+        assert found == {("popular", "1"): "popular 1", ("popular", "2"): "popular 2"}
+    path = write_lines(tmp_path / "b.jsonl", [asking(30_000_001, "popular")])
+    with pytest.raises(LVLMError, match="id 30000001 is beyond the blocks of adversarial, random, popular"):
+        read((None, path))
+
+
+def test_a_file_of_other_groups_alone_is_refused(tmp_path, apart):
+    path = write_lines(tmp_path / "a.jsonl", [asking(1, "popular", group="popular")])
+    random = [question for question in apart if question.group == "random"]
+    with pytest.raises(LVLMError, match="line 1 .* answers popular, as do all the others; asked are random"):
+        answers.match(random, read((None, path)), known=pope.SPLITS)
+
+
 def test_missing_doubled_and_foreign_answers(tmp_path, questions):
     random = [question for question in questions if question.group == "random"]
     for ids, message in (

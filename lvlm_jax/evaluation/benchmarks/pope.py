@@ -154,6 +154,9 @@ BENCHMARK = Benchmark(
     judged=(("accuracy",),),
     uses=("question_file", "image_folder", "source", "groups"),
     recorded=("source",),
-    answers=AnswerFormat(by_group=True, in_order=True),
+    # LLaVA's scorer has the three splits in one file.
+    answers=AnswerFormat(
+        by_group=True, in_order=True, repeats=True, blocks=("adversarial", "random", "popular")
+    ),
     image_places=(*folders.COCO_IMAGES, *folders.GQA_IMAGES),
 )

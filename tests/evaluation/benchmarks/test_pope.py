@@ -1,15 +1,20 @@
 """POPE: figures counted by hand, the files people have, and files that are wrong."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import pope
+from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import pope_folder, pope_row, write_lines
 
 PROTOCOLS = ["pope/strict", "pope/lmms-eval", "pope/vcd", "pope/official", "pope/opera"]
+
+PUBLISHED = "LVLM_PUBLISHED_POPE"  # names a folder with coco/ and LLaVA's answer file
 
 
 def sample(folder):
@@ -152,3 +157,21 @@ def test_prompts_of_the_protocols(tmp_path):
     assert get("pope/vcd").prompt(question) == text + " Please answer this question with one word."
     llava = text + "\nAnswer the question using a single word or phrase."
     assert get("pope/official").prompt(question) == get("pope/lmms-eval").prompt(question) == llava
+
+
+def test_published_answers_of_llava(tmp_path):
+    """Of LLaVA-1.5-13B; its authors publish F1 of 87.1, 86.2 and 84.5, mean 85.9."""
+    if PUBLISHED not in os.environ:
+        pytest.skip(f"{PUBLISHED} names no folder of published answers")
+    folder = Path(os.environ[PUBLISHED])
+    file = folder / "llava-v1.5-13b.jsonl"
+    figures = rescore(get("pope/official"), Data(folder), [str(file)], resamples=2)["figures"]
+    found = [round(100 * figures[f"{split}: F1"]["value"], 1) for split in (*pope.SPLITS, "mean")]
+    assert found == [87.1, 86.2, 84.5, 85.9]
+    popular = [json.loads(line) for line in file.read_text().splitlines()][-3000:]
+    for number, row in enumerate(popular, start=1):
+        row["question_id"] = number
+    path = write_lines(tmp_path / "popular.jsonl", popular)
+    for partial in (False, True):
+        with pytest.raises(LVLMError, match="line 2 .*is it the file of another split"):
+            rescore(get("pope/official"), Data(folder), [f"random={path}"], partial=partial)
