@@ -145,7 +145,7 @@ def test_splits_in_one_file_by_blocks_of_ids(tmp_path, apart):
 
 
 def test_a_file_of_other_groups_alone_is_refused(tmp_path, apart):
-    path = write_lines(tmp_path / "a.jsonl", [asking(1, "popular", group="popular")])
+    path = write_lines(tmp_path / "a.jsonl", [asking(1, "popular") | {"group": "popular"}])
     random = [question for question in apart if question.group == "random"]
     with pytest.raises(LVLMError, match="line 1 .* answers popular, as do all the others; asked are random"):
         answers.match(random, read((None, path)), known=pope.SPLITS)
