@@ -16,6 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
+    config.system = "none"  # system prompt: a text, or vicuna for Vicuna's sentence
+
     config.method = "none"  # see `lvlm infer --help` for the names; the method's own settings are flags
     config.compare = True  # with a method: also answer without it, for comparison (not in a job)
 

@@ -25,6 +25,7 @@ devices of all, and answer every question together. See docs/scaling.md.
 the same length beside the method, and says whether the method beats them.
 """
 
+import dataclasses
 from pathlib import Path
 
 from lvlm_jax import LVLM, evaluation, parallel
@@ -35,6 +36,7 @@ from lvlm_jax.evaluation import rescore as scoring
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.evaluation.shares import Share
 from lvlm_jax.generation import scheduler
+from lvlm_jax.generation.questions import system_prompt
 from lvlm_jax.methods import parse
 from lvlm_jax.weights import names
 from lvlm_jax.weights.quantize import QUANTS
@@ -56,6 +58,9 @@ def build_parser(method: str) -> common.Parser:
     parser.add_argument("--partial", action="store_true", help="score the questions that are answered")
     parser.add_argument("--group", action="append", default=[], metavar="NAME",
                         help="only this split, subtask or kind; may be repeated")  # fmt: skip
+    parser.add_argument("--limit", type=common.number(int, 1), metavar="N",
+                        help="only the first N questions of each split, to try things out; recorded, and never "
+                        "compared with whole runs")  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)"
     )
@@ -71,6 +76,9 @@ def build_parser(method: str) -> common.Parser:
     run.add_argument(
         "--method", default="none", metavar="NAME", help="a method from the list below (default none)"
     )
+    run.add_argument("--system", metavar="TEXT|vicuna|none",
+                     help="system prompt: a text, Vicuna's sentence, or none (default: the protocol's own, mostly "
+                     "none)")  # fmt: skip
     run.add_argument(
         "--batch-size",
         type=common.number(int, 1),
@@ -183,10 +191,14 @@ def main(arguments: list[str]) -> int:
         raise LVLMError("--partial and --model-name are about answers of others; use them with --rescore")
     if flags.rescore and (flags.controls is not None or flags.processes):
         raise LVLMError("--controls and --processes are about a model that answers; use them with --model")
+    if flags.rescore and flags.system:
+        raise LVLMError("--system is what a model is sent; use it with --model")
     protocol = get(flags.protocol)
+    if flags.system:
+        protocol = dataclasses.replace(protocol, system=system_prompt(flags.system))
     data = Data(
         flags.data, flags.question_file, flags.image_folder, flags.image_list, flags.synonyms, flags.chair_pickle,
-        flags.source, tuple(flags.group), matching=flags.matching,
+        flags.source, tuple(flags.group), matching=flags.matching, limit=flags.limit,
     )  # fmt: skip
     out = flags.out or Path("runs") / "-".join(
         (

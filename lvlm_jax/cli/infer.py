@@ -12,10 +12,11 @@ from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import jobs, scheduler
 from lvlm_jax.generation.defaults import CHOICES
-from lvlm_jax.generation.questions import conversation
+from lvlm_jax.generation.questions import conversation, system_prompt
 from lvlm_jax.journal import record
 from lvlm_jax.methods import parse
 from lvlm_jax.processors.images import open_image
+from lvlm_jax.processors.templates import check_system
 from lvlm_jax.weights import names
 from lvlm_jax.weights.quantize import QUANTS
 
@@ -64,6 +65,11 @@ def command_line(words: list[str]):
         help="auto: float32 on a CPU, else bfloat16",
     )
     add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
+    add(
+        "--system",
+        metavar="TEXT|vicuna|none",
+        help="system prompt: a text, Vicuna's sentence (which LLaVA-1.5's authors send), or none",
+    )
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
     add = common.flags(parser, defaults, "one or more questions about the same images")
@@ -146,14 +152,20 @@ def settings(arguments) -> dict:
 
 
 def load(arguments) -> LVLM:
-    """The model named on the command line."""
-    return LVLM.from_pretrained(
+    """The model named on the command line.
+
+    Raises:
+        LVLMError: it cannot be loaded, or its chat template has no place for a system prompt.
+    """
+    model = LVLM.from_pretrained(
         arguments.model_path,
         dtype=arguments.dtype,
         adapter=arguments.adapter,
         quant=names.quant(arguments.quant),
         generation_config=arguments.generation_config,
     )
+    check_system(model.processor, system_prompt(arguments.system))
+    return model
 
 
 def job(arguments) -> int:
@@ -193,6 +205,7 @@ def job(arguments) -> int:
         seed=arguments.seed,
         model_id=pathlib.Path(arguments.model_path).name,
         streams=streams,
+        system=system_prompt(arguments.system),
     )
     print(
         f"{arguments.answers_file}: {summary.before} answered before, {summary.now} now, "
@@ -210,7 +223,8 @@ def ask(arguments) -> int:
     if arguments.attention_map and not arguments.image:
         raise LVLMError("--attention-map needs a picture; give --image")
     images = [open_image(path) for path in arguments.image]
-    conversations = [conversation(images, text) for text in arguments.prompt]
+    system = system_prompt(arguments.system)
+    conversations = [conversation(images, text, system) for text in arguments.prompt]
     methods = {}
     if arguments.method is None or arguments.compare:
         methods["greedy" if arguments.temperature == 0 else "plain"] = None

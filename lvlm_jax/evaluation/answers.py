@@ -280,13 +280,23 @@ def match(
                 f"{row.where}: the answer is the question itself; is it in {row.other}? Keep one of both columns"
             )
         found[key] = row.text
+    if not partial:
+        complete(questions, found)
+    return found
+
+
+def complete(questions: Sequence[Question], found: Answers) -> None:
+    """Checks that every question has an answer.
+
+    Raises:
+        LVLMError: one has none.
+    """
     missing = [question for question in questions if question.key not in found]
-    if missing and not partial:
+    if missing:
         raise LVLMError(
             f"{len(missing)} of {len(questions)} questions have no answer, first {missing[0].id} of "
             f"{missing[0].group}; complete the file, choose --group, or score what is there with --partial"
         )
-    return found
 
 
 def _same(question: Question, row: Row) -> bool:

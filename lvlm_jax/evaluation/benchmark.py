@@ -79,7 +79,7 @@ class Benchmark:
             LVLMError: a field of `data` is set that is not among `uses`.
         """
         for field in dataclasses.fields(data):
-            if field.name in ("folder", *self.uses) or getattr(data, field.name) == field.default:
+            if field.name in ("folder", "limit", *self.uses) or getattr(data, field.name) == field.default:
                 continue
             raise LVLMError(
                 f"{self.name} has no use for {field.name.replace('_', ' ')} {getattr(data, field.name)!s:.60}; "

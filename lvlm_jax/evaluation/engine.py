@@ -200,7 +200,7 @@ def _collect(
 
         def request(prompt: Prompt) -> Request:
             first = questions[prompt[0]]
-            messages = conversation(pictures.ready(first.images), protocol.prompt(first))
+            messages = conversation(pictures.ready(first.images), protocol.prompt(first), protocol.system)
             return messages, seed_of(work.seed, "/".join(first.key))
 
         began = time.monotonic()

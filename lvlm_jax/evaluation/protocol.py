@@ -28,6 +28,7 @@ class Protocol:
         about: one line for people who choose.
         template: the prompt; `{question}` is the question's text.
         suffix: what follows the question.
+        system: the system prompt; "" for none (then the chat template may have one of its own).
         parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words), "none" (descriptions), or for CHAIR
             how words come to their ground form (`chair_words.READINGS`).
         max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
@@ -48,6 +49,7 @@ class Protocol:
     truncate: str = "none"
     groups: tuple[str, ...] = ()
     synonym_list: str = "official"
+    system: str = ""
 
     def prompt(self, question: Question) -> str:
         """The text put to a model."""

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -70,6 +71,7 @@ class Data:
         source: POPE: "coco", "aokvqa" or "gqa".
         groups: only these splits or subtasks; empty for those of the protocol.
         only: CHAIR: only these image ids (rescoring takes them from the captions).
+        limit: only the first questions of every group, this many of each; None for all.
         matching: AMBER: "exact", or "spacy" for soft matching with spaCy's large English vectors.
     """
 
@@ -83,3 +85,14 @@ class Data:
     groups: tuple[str, ...] = ()
     only: tuple[int, ...] | None = None
     matching: str = "exact"
+    limit: int | None = None
+
+    def limited(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions within the limit."""
+        seen: Counter = Counter()
+        kept = []
+        for question in questions:
+            seen[question.group] += 1
+            if self.limit is None or seen[question.group] <= self.limit:
+                kept.append(question)
+        return kept

@@ -61,13 +61,26 @@ def rescore(
         data = dataclasses.replace(data, groups=tuple(dict.fromkeys(groups)))
     rows = answers.read(paths, benchmark.answers, settings.groups)
     data = benchmark.narrow(data, rows)
-    questions = benchmark.read(data, settings)
-    said = answers.match(questions, rows, partial, settings.groups)
+    everything = benchmark.read(data, settings)
+    questions = data.limited(everything)
+
+    def matched(rows: Sequence[answers.Row]) -> answers.Answers:
+        """Answers to the questions within the limit; a file may have more."""
+        found = answers.match(everything, rows, True, settings.groups)
+        if not partial:
+            answers.complete(questions, found)
+        return found
+
+    said = matched(rows)
     answered = [question for question in questions if question.key in said]
     scores = benchmark.score(answered, said, settings)
     origin = _origin(paths)
+    sent = origin.get("generation", {}).get("system")
+    if isinstance(sent, str):  # what the model was sent, whatever the protocol would have sent
+        settings = dataclasses.replace(settings, system=sent)
     more = {
-        "questions_given": len(questions),
+        "questions_given": len(everything),
+        "limit": data.limit,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": statistics.LEVEL, "over": "images"},
         "answers": [{"name": path.name, "sha256": _hash(path)} for _, path in paths],
         # How answers of others were decoded is not known; the protocol says how they should have been.
@@ -88,8 +101,7 @@ def rescore(
     } | report(scores, resamples, seed)
     if against:
         others = answer_paths(against, settings.groups)
-        rows = answers.read(others, benchmark.answers, settings.groups)
-        theirs = answers.match(questions, rows, partial, settings.groups)
+        theirs = matched(answers.read(others, benchmark.answers, settings.groups))
         common = [question for question in answered if question.key in theirs]
         pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
@@ -204,6 +216,10 @@ def summary(found: dict) -> str:
         f"{record['questions']} questions of {record['questions_given']}, {record['images']['count']} images, "
         f"image list {record['images']['list_sha256'][:12]}",
     ]
+    if record["limit"]:
+        lines.append(f"limit {record['limit']}: the first questions only, not to be compared with whole runs")
+    if record["decoding_known"]:
+        lines.append(f"system prompt: {settings['system'] or 'none'}")
     lines += [f"{role} {entry['name']} {entry['sha256'][:12]}" for role, entry in record["files"].items()]
     lines += [f"{name}: {_plain(value)}" for name, value in found["notes"].items()]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from lvlm_jax.evaluation.shares import ALONE, Share
 from lvlm_jax.journal.lock import locked
 from lvlm_jax.journal.record import run_record
 from lvlm_jax.methods import Method
+from lvlm_jax.processors.templates import check_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +102,15 @@ class Run:
         self.protocol, self.data, self.out, self.options = protocol, data, out, options
         self._benchmark = BENCHMARKS[protocol.benchmark]
         self._benchmark.check(data)
-        self.questions = self._benchmark.read(data, protocol, need_images=True)
-        settings = {"protocol": protocol.name, "batch_size": options.batch_size}
+        self.questions = data.limited(self._benchmark.read(data, protocol, need_images=True))
+        settings = {"protocol": protocol.name, "batch_size": options.batch_size, "system": protocol.system}
         place = str(data.folder.expanduser().resolve())  # where a report finds the pictures
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         listed = self._benchmark.question_files(data, protocol)
 
         def decoded(rule: Protocol, how: Method | None, folder: Path) -> Decoded:
             about = record(rule, self.questions, listed, model=path, model_sha256=self.about["model_sha256"],
-                           method=how, seed=options.seed, more={"dtype": dtype})  # fmt: skip
+                           method=how, seed=options.seed, more={"dtype": dtype, "limit": data.limit})  # fmt: skip
             work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
             return Decoded(rule, how, work)
 
@@ -141,6 +142,7 @@ class Run:
         Raises:
             LVLMError: an unreadable picture, a method that the model cannot take, or a log of another run.
         """
+        check_system(model.processor, self.protocol.system)
         name = self.protocol.name
         for title, one in {"": self._own, **self._controls}.items():
             engine.ask(model, self.questions, one.protocol, one.method, one.work, f"{name} {title}".strip())

@@ -146,7 +146,11 @@ def _seed(seed: int, question: Question) -> int:
 
 
 def _requests(
-    batches: Iterable[list[Question]], folder: pathlib.Path, seed: int, fail: Callable[[int, str], None]
+    batches: Iterable[list[Question]],
+    folder: pathlib.Path,
+    seed: int,
+    fail: Callable[[int, str], None],
+    system: str,
 ) -> Iterator[list[Request]]:
     """The questions of each batch with their pictures opened; `fail(line, reason)` for those that cannot be."""
     for batch in batches:
@@ -154,7 +158,7 @@ def _requests(
         for question in batch:
             try:
                 images = [open_image(within(folder, name)) for name in question.image_names]
-                asked = conversation(images, question.text)
+                asked = conversation(images, question.text, system)
                 ready.append(Request(question.line, asked, _seed(seed, question)))
             except LVLMError as error:
                 fail(question.line, str(error))
@@ -172,6 +176,7 @@ def run_job(
     seed: int = 0,
     model_id: str = "",
     streams: bool = False,
+    system: str = "",
 ) -> Summary:
     """Answer every question of `question_file` that `answers_file` does not answer yet.
 
@@ -188,7 +193,7 @@ def run_job(
     if not pathlib.Path(image_folder).is_dir():
         raise LVLMError(f"image folder {str(image_folder)!r} is not a folder; check the path")
     questions, failures = read_questions(question_file)
-    record = record | {"questions": file_hash(question_file), "seed": seed}
+    record = record | {"questions": file_hash(question_file), "seed": seed, "system": system}
 
     def fail(line: int, reason: str) -> None:
         failures[line] = reason
@@ -206,7 +211,7 @@ def run_job(
             return summary
         stream = load() if streams else in_batches(load())
         batches = _batches(questions, done, batch_size)
-        requests = _requests(batches, pathlib.Path(image_folder), seed, fail)
+        requests = _requests(batches, pathlib.Path(image_folder), seed, fail, system)
         known: dict[int, Answer] = {}
         with progress.Progress(len(questions), len(done), "answers") as shown:
 

@@ -8,11 +8,21 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 
 PLACEHOLDER = "<image>"
+# What Vicuna was trained with; LLaVA-1.5's authors, VCD's and OPERA's send it, the hub's chat templates do not.
+VICUNA = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
 SHORTEST = 64  # characters: prompts up to here, and from here to twice as many and so on, go together
 
 
-def conversation(images, text: str) -> list[dict]:
-    """One user turn about `images` (PIL images or paths).
+def system_prompt(choice: str) -> str:
+    """The system prompt that a user names: "vicuna" for Vicuna's sentence, "none" for none (""), or its text."""
+    return {"vicuna": VICUNA, "none": ""}.get(choice.strip().lower(), choice.strip())
+
+
+def conversation(images, text: str, system: str = "") -> list[dict]:
+    """One user turn about `images` (PIL images or paths), after a system prompt where there is one.
 
     Each `<image>` in `text` is the place of the next image; without any, the images come first, in order.
     Raises `LVLMError` when `text` has placeholders but not one for each image.
@@ -33,7 +43,8 @@ def conversation(images, text: str) -> list[dict]:
             content.append({"type": "text", "text": piece.strip()})
     if not any(part["type"] == "text" for part in content):
         raise LVLMError("the prompt is empty; ask something")
-    return [{"role": "user", "content": content}]
+    before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    return [*before, {"role": "user", "content": content}]
 
 
 def length_class(text: str) -> int:

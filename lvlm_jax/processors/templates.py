@@ -63,6 +63,31 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
         raise _fault(error) from error
 
 
+def check_system(processor: Any, system: str) -> None:
+    """Checks that the chat template writes a system prompt into the prompt; "" is never written.
+
+    Raises:
+        LVLMError: it refuses a system message, or passes over it.
+    """
+    if not system:
+        return
+    text = [{"type": "text", "text": "?"}]
+    asked = [
+        {"role": "system", "content": [{"type": "text", "text": system}]},
+        {"role": "user", "content": text},
+    ]
+    problem = "does not write it"
+    try:
+        if system in render(processor, suited(processor, asked), True):
+            return
+    except LVLMError as error:
+        problem = str(error)
+    raise LVLMError(
+        f"this checkpoint's chat template has no place for the system prompt {system[:40]!r}: {problem}; "
+        "leave it out with --system none"
+    )
+
+
 def tokenizer_options(processor: Any, text: str) -> dict[str, bool]:
     """How the tokenizer reads a text of the chat template: without special tokens of its own before a begin token.
 

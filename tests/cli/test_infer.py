@@ -214,6 +214,8 @@ def test_a_job_writes_llavas_answer_file(command, small, tmp_path):
     _, alone, _ = command(*model, "--no-compare", "--image", SAMPLE, "--prompt", "Is there a dog?")
     assert alone.split("  CMAC  ")[1].split() == first["text"].split()
 
+    code, out, error = command(*model, *files, "--system", "vicuna")
+    assert code == 2 and "begun with other settings" in error and "system" in error
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "Hello"}\n')
     code, out, error = command(*model, *files)
     assert code == 2 and "begun with other settings" in error and error.count("\n") == 1

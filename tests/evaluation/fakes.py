@@ -18,6 +18,11 @@ def tokenizer(text, add_special_tokens=True):
     return {"input_ids": word or [3 + byte % (VOCABULARY - 3) for byte in text.encode()]}
 
 
+def written(messages, **options):
+    """A chat template that writes every text."""
+    return " ".join(part.get("text", "<image>") for message in messages for part in message["content"])
+
+
 class Oracle:
     """Says yes or no by a hash of what it is asked.
 
@@ -26,7 +31,7 @@ class Oracle:
         asked: how many prompts were answered.
     """
 
-    processor = SimpleNamespace(tokenizer=tokenizer)
+    processor = SimpleNamespace(tokenizer=tokenizer, apply_chat_template=written)
     config = SimpleNamespace(tokens_per_image=1)
     mesh = None
 
@@ -40,9 +45,8 @@ class Oracle:
         return [EncodedImage(mean[:, None, None], mean[None]) for mean in means]
 
     def _digest(self, conversation, *more):
-        (message,) = conversation
         digest = hashlib.sha256(repr(more).encode())
-        for part in message["content"]:
+        for part in (part for message in conversation for part in message["content"]):
             if part["type"] == "text":
                 digest.update(part["text"].encode())
             else:  # encoded, or as it is

@@ -224,3 +224,25 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(pocket, config):
         inputs.from_messages(processor, config, [user])
     with pytest.raises(LVLMError, match=f"row 3.*wrote token {number}"):
         Encoder(processor, config).conversation(Conversation((), [user, assistant("Hi")], "3"))
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+USERS_ALONE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(NO_SYSTEM, "refuses the conversation: no system"), (USERS_ALONE, "does not write it")],
+)
+def test_a_template_without_a_system_role_is_one_line(template, reason, with_template):
+    with pytest.raises(
+        LVLMError, match=f"no place for the system prompt 'Be brief.': .*{reason}.* --system none"
+    ) as caught:
+        templates.check_system(with_template(template), "Be brief.")
+    assert "\n" not in str(caught.value)
+    templates.check_system(with_template(template), "")  # none is no problem
+
+
+@pytest.mark.parametrize("template", [USERS_LISTS, STRINGS, LISTS])
+def test_a_template_that_writes_a_system_prompt_passes(template, with_template):
+    templates.check_system(with_template(template), "Be brief.")

@@ -25,6 +25,7 @@ from lvlm_jax.evaluation.chair_words import tokens
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, combined, divide, ratio
+from lvlm_jax.generation.questions import VICUNA
 
 DESCRIBE = "Please describe this image in detail."
 HELP_DESCRIBE = "Please help me describe the image in detail."
@@ -40,13 +41,14 @@ def _protocol(name: str, about: str, reading: str, length: int, text: str = DESC
 LIKE_IT = "words without nltk: C_S within 0.2, C_I within 0.1 of opera's on captions of four models"
 PROTOCOLS = (
     _protocol("512", f"512 tokens; {LIKE_IT} (default)", "verbs", 512),
-    _protocol("opera-512", "OPERA's scorer (nltk) and prompt, 512 tokens", "nltk", 512),
+    _protocol("opera-512", "OPERA's scorer (nltk) and prompts, 512 tokens", "nltk", 512, system=VICUNA),
     _protocol(
         "opera-64",
-        "OPERA's scorer (nltk) and prompt, 64 tokens, the unfinished last sentence dropped",
+        "OPERA's scorer (nltk) and prompts, 64 tokens, the unfinished last sentence dropped",
         "nltk",
         64,
         truncate="sentence",
+        system=VICUNA,
     ),
     _protocol(
         "pai-512",

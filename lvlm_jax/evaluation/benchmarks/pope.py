@@ -16,6 +16,7 @@ from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.protocol import LLAVA_SUFFIX, Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
+from lvlm_jax.generation.questions import VICUNA
 
 SPLITS = ("random", "popular", "adversarial")
 SOURCES = ("coco", "aokvqa", "gqa")
@@ -32,16 +33,24 @@ PROTOCOLS = (
         "strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX
     ),
     _protocol("official", "POPE's and LLaVA's scorer, LLaVA's suffix", "official", 128, suffix=LLAVA_SUFFIX),
-    _protocol("opera", "OPERA's scorer, no suffix", "opera", 10),
+    _protocol("opera", "OPERA's scorer and system prompt, no suffix", "opera", 10, system=VICUNA),
     _protocol(
         "vcd",
-        "VCD's scorer and suffix, sampling at temperature 1",
+        "VCD's scorer, suffix and system prompt, sampling at temperature 1",
         "vcd",
         64,
         suffix=VCD_SUFFIX,
         temperature=1.0,
+        system=VICUNA,
     ),
-    _protocol("vcd-greedy", "VCD's scorer and suffix, greedy", "vcd", 64, suffix=VCD_SUFFIX),
+    _protocol(
+        "vcd-greedy",
+        "VCD's scorer, suffix and system prompt, greedy",
+        "vcd",
+        64,
+        suffix=VCD_SUFFIX,
+        system=VICUNA,
+    ),
     _protocol("lmms-eval", "lmms-eval's scorer, LLaVA's suffix", "lmms-eval", 128, suffix=LLAVA_SUFFIX),
     _protocol("pocket", "pocket world: no suffix, one yes/no word counts", "strict", 16),
 )

@@ -152,6 +152,7 @@ class Run:
         return fields | {f"file {role}": entry["sha256"][:12] for role, entry in listed} | {
             "image list": self.record["images"]["list_sha256"][:12],
             "questions": str(self.record["questions"]),
+            "limit": str(self.record.get("limit")),
             "matching of words": str(self.notes.get("matching", "exact")),
         }  # fmt: skip
 
