@@ -11,9 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     config.model_path = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
-    config.dtype = (
-        "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
-    )
+    config.dtype = "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
     config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
     config.system = "none"  # system prompt: a text, or vicuna for Vicuna's sentence
@@ -25,17 +23,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.top_p = 1.0  # sample from the fewest tokens that hold this share of the probability
     config.top_k = 0  # sample from this many most probable tokens; 0: from all
     config.repetition_penalty = 1.0  # above 1: tokens seen before become less likely
-    config.generation_config = (
-        "plain"  # checkpoint: what the checkpoint recommends, such as a repetition penalty
-    )
+    config.generation_config = "plain"  # checkpoint: what the checkpoint recommends, such as a repetition penalty
     config.max_new_tokens = 256  # longest answer
     config.seed = 0  # of sampling; the same seed gives the same answers
 
     config.image_folder = "."  # where the images of a question file are
     config.batch_size = 8  # questions answered at once in a job
-    config.schedule = (
-        "auto"  # how a job fills its batches: continuous, batches, or auto (see docs/batching.md)
-    )
+    config.schedule = "auto"  # how a job fills its batches: continuous, batches, or auto (see docs/batching.md)
 
     # What `lvlm infer` alone does.
     config.demo = demo = ml_collections.ConfigDict()

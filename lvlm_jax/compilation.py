@@ -58,10 +58,7 @@ def private_folder(name: str, switch: str) -> pathlib.Path | None:
                 )
                 return None
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder can be found
-        warnings.warn(
-            f"compiled programs are not kept: {error}; silence this with {switch}=0",
-            stacklevel=3,
-        )
+        warnings.warn(f"compiled programs are not kept: {error}; silence this with {switch}=0", stacklevel=3)
         return None
     return folder
 

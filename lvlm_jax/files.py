@@ -20,9 +20,7 @@ def read_bytes(path: Path, what: str) -> bytes:
         if not path.is_file():
             raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
         if size > LARGEST:
-            raise LVLMError(
-                f"{what} {str(path)!r} has {size} bytes; expected at most {LARGEST}: is it the right file?"
-            )
+            raise LVLMError(f"{what} {str(path)!r} has {size} bytes; expected at most {LARGEST}: is it the right file?")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
@@ -81,9 +79,7 @@ def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:
         raise LVLMError(f"{what} {str(path)!r} is an empty list")
     for number, row in rows:
         if not isinstance(row, dict):
-            raise LVLMError(
-                f"line {number} of {what} {str(path)!r} is a JSON {type(row).__name__}; expected an object"
-            )
+            raise LVLMError(f"line {number} of {what} {str(path)!r} is a JSON {type(row).__name__}; expected an object")
     return rows
 
 

@@ -17,9 +17,7 @@ IMAGE = "image"
 torch.set_num_threads(1)
 
 _TINY = json.loads((Path(__file__).parent / "models" / "families" / "llava.json").read_text())
-VARIETIES = _TINY[
-    "varieties"
-]  # name -> overrides of `llava_config`; together they cover what decoders differ by
+VARIETIES = _TINY["varieties"]  # name -> overrides of `llava_config`; together they cover what decoders differ by
 # There is no end-of-sequence token, so that greedy runs keep their full length.
 TOKENS = dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)
 TEXT = dict(vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
@@ -35,9 +33,7 @@ def llava_config(text=None, vision=None, **overrides):
     full = overrides.get("vision_feature_select_strategy") == "full"
     fields = dict(image_token_index=text["vocab_size"] - 1, image_seq_length=patches + full) | TOKENS
     return LlavaConfig(
-        text_config=AutoConfig.for_model(**text),
-        vision_config=AutoConfig.for_model(**vision),
-        **fields | overrides,
+        text_config=AutoConfig.for_model(**text), vision_config=AutoConfig.for_model(**vision), **fields | overrides
     )
 
 

@@ -145,7 +145,5 @@ def kill_and_finish(start, moment, times, longest=0.0):
 def contents(folder, pattern="*"):
     """All bytes of the files below a folder that match, by their paths in it."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob(pattern))
-        if path.is_file()
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob(pattern)) if path.is_file()
     }

@@ -15,13 +15,7 @@ CONTEXT = 96
 IMAGE_TOKENS = 16
 
 # Overrides of `checkpoints.make_llava`: two layers, grouped-query attention, a short context, no stop token.
-OVERRIDES = {
-    "text": {
-        "vocab_size": IMAGE_TOKEN_ID + 1,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-    }
-}
+OVERRIDES = {"text": {"vocab_size": IMAGE_TOKEN_ID + 1, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}}
 
 # No image, one, two; all fit in 64 columns with at most 16 rows after the last image.
 MIXED = [(4, IMAGE, 3), (9,), (2, IMAGE, 1, IMAGE, 6)]
@@ -42,9 +36,7 @@ def build_processor() -> LlavaProcessor:
         extra_special_tokens={"image_token": "<image>"},
     )
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tokenizer=tokenizer,
         patch_size=7,
         vision_feature_select_strategy="default",

@@ -29,9 +29,7 @@ def table() -> dict[str, set[str]]:
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:
     """(room, file) of every module of the package."""
-    for folder, _, names in os.walk(
-        package, followlinks=True
-    ):  # `configs` is a link to the folder at the top
+    for folder, _, names in os.walk(package, followlinks=True):  # `configs` is a link to the folder at the top
         for path in sorted(Path(folder) / name for name in names if name.endswith(".py")):
             room = path.relative_to(package).with_suffix("").parts[0]
             if room not in FRONT:
@@ -73,10 +71,7 @@ def test_every_room_is_in_the_table():
 def test_arrows_point_down():
     names = list(table())
     up = [
-        (room, other)
-        for room, others in table().items()
-        for other in others
-        if other not in names[: names.index(room)]
+        (room, other) for room, others in table().items() for other in others if other not in names[: names.index(room)]
     ]
     assert not up
 

@@ -103,9 +103,7 @@ def test_code_that_failed_is_run_again_when_it_is_repaired(folder):
     assert user_object("mine_five:value", "method") == "repaired now"
 
 
-@pytest.mark.parametrize(
-    "code", ["import sys; sys.exit(3)", "def get_config():\n    raise SystemExit", "exit()"]
-)
+@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "def get_config():\n    raise SystemExit", "exit()"])
 def test_a_config_that_ends_the_process_is_an_error(code, tmp_path):
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(LVLMError, match="mine.py' failed: (SystemExit|KeyError)"):

@@ -86,9 +86,7 @@ def test_messages_become_the_processors_tokens(model):
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "half", ""])
 def test_an_unknown_dtype_is_named(checkpoint, dtype):
-    with pytest.raises(
-        LVLMError, match=f"dtype '{dtype}' is not supported; expected one of float32, bfloat16"
-    ):
+    with pytest.raises(LVLMError, match=f"dtype '{dtype}' is not supported; expected one of float32, bfloat16"):
         LVLM.from_pretrained(checkpoint, dtype=dtype)
 
 

@@ -43,20 +43,14 @@ DTYPES = ("float32", "bfloat16")
 
 def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = common.Parser(
-        prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--size", choices=("pocket", *bench_parts.SIZES), default="0.5b", help="model (default 0.5b)"
-    )
+    parser = common.Parser(prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="0.5b", help="model (default 0.5b)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches")
     parser.add_argument(
         "--quant", choices=("none", *QUANTS), default="none",
         help="of the decoder's kernels; --dtype alone and transformers are measured beside it (default none)",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch", type=int, default=1, help="conversations at once, one image each (default 1)"
-    )
+    parser.add_argument("--batch", type=int, default=1, help="conversations at once, one image each (default 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
     parser.add_argument(
@@ -71,9 +65,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     named = arguments.dtype if arguments.transformers is None else arguments.transformers
     arguments.transformers = [] if named == "none" else named.split(",")
     if unknown := set(arguments.transformers) - set(DTYPES):
-        raise LVLMError(
-            f"--transformers is {named!r}, with {min(unknown)!r}; expected {', '.join(DTYPES)} or none"
-        )
+        raise LVLMError(f"--transformers is {named!r}, with {min(unknown)!r}; expected {', '.join(DTYPES)} or none")
     return arguments
 
 
@@ -96,22 +88,14 @@ class Ours:
         state, step = prefilled
         keys = sample_keys(0, self.inputs.batch)
         return drivers.begin(
-            state,
-            step.combined,
-            self.inputs.tokens,
-            Sampling.of(),
-            keys,
-            self.stop,
-            answer_capacity=self.room,
+            state, step.combined, self.inputs.tokens, Sampling.of(), keys, self.stop, answer_capacity=self.room
         )
 
     def run(self) -> tuple[float, float, np.ndarray]:
         """Milliseconds of the prefill and per decoded token, and the tokens."""
         prefill, prefilled = bench_parts.seconds(self.prefill)
         answers = jax.block_until_ready(self.begin(prefilled))
-        decode, answers = bench_parts.seconds(
-            lambda: drivers.run(self.params, self.config, answers, self.limit)
-        )
+        decode, answers = bench_parts.seconds(lambda: drivers.run(self.params, self.config, answers, self.limit))
         steps = int(self.limit) - 1
         return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
 
@@ -189,9 +173,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
-        chosen = [
-            name for name in methods.names() if name != "opera"
-        ]  # a beam search, no decoder to time beside
+        chosen = [name for name in methods.names() if name != "opera"]  # a beam search, no decoder to time beside
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
     if arguments.quant != "none":  # what it is compared with
         runners[arguments.dtype] = Ours(wide, config, inputs, None, arguments.new_tokens)
@@ -252,10 +234,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         if name in theirs:
             import transformers
 
-            result["versions"] |= {
-                "torch": runners[name].torch.__version__,
-                "transformers": transformers.__version__,
-            }
+            result["versions"] |= {"torch": runners[name].torch.__version__, "transformers": transformers.__version__}
             entry["prefill_includes_images"] = True
             entry["same_tokens_as_greedy"] = bool((values["tokens"] == greedy["tokens"]).all())
             entry["ours_over_theirs"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]))
@@ -264,13 +243,9 @@ def measure(arguments: argparse.Namespace) -> dict:
             entry["peak_bytes"] = need.peak_bytes
             entry["peak_over_greedy"] = round(need.peak_bytes / needs["greedy"].peak_bytes, 3)
             entry["decode_over_greedy"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]), 3)
-            entry["prefill_over_greedy"] = bench_parts.summary(
-                _ratios(values["prefill"], greedy["prefill"]), 3
-            )
+            entry["prefill_over_greedy"] = bench_parts.summary(_ratios(values["prefill"], greedy["prefill"]), 3)
             entry["roofline"] = {
-                "prefill": roofline(
-                    need.moved, need.prefill_flops, *ceilings, statistics.median(values["prefill"])
-                ),
+                "prefill": roofline(need.moved, need.prefill_flops, *ceilings, statistics.median(values["prefill"])),
                 "decode": roofline(need.moved, need.step_flops, *ceilings, decode),
             }
         result["methods"][name] = entry

@@ -37,15 +37,9 @@ def answer(size: str, dtype: str, new_tokens: int) -> dict:
 
 def main() -> None:
     """Prints JSON: bytes by size, and the slope."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--sizes", default="0.5b,1b", help="two sizes, the smaller one first (default 0.5b,1b)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="0.5b,1b", help="two sizes, the smaller one first (default 0.5b,1b)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default 16)")
     flags = parser.parse_args()
     results = {}

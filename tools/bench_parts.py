@@ -147,10 +147,6 @@ def machine() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{len(jax.devices())} x {device.device_kind}"
-    lines = (
-        pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        if pathlib.Path("/proc/cpuinfo").exists()
-        else []
-    )
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()

@@ -42,28 +42,18 @@ BATCHES = "1,2,4,8,16,32,64"
 def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = common.Parser(
-        prog="tools/bench_throughput.py",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        prog="tools/bench_throughput.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="pocket", help="checkpoint folder or hub id (default pocket)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches"
-    )
-    parser.add_argument(
-        "--method", default="none", help="none, or a method with its own settings (default none)"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches")
+    parser.add_argument("--method", default="none", help="none, or a method with its own settings (default none)")
     parser.add_argument("--batches", default=BATCHES, help=f"batch sizes, by commas (default {BATCHES})")
-    parser.add_argument(
-        "--prompts", type=common.number(int, 1), default=128, help="captions asked for (default 128)"
-    )
+    parser.add_argument("--prompts", type=common.number(int, 1), default=128, help="captions asked for (default 128)")
     parser.add_argument(
         "--max-new-tokens", type=common.number(int, 1), default=128, help="longest answer (default 128)"
     )
     parser.add_argument("--runs", type=common.number(int, 1), default=3, help="runs per figure (default 3)")
-    parser.add_argument(
-        "--no-transformers", action="store_true", help="leave the comparison with transformers out"
-    )
+    parser.add_argument("--no-transformers", action="store_true", help="leave the comparison with transformers out")
     parser.add_argument("--out", help="write the JSON there too")
     return parser.parse_args(words)
 
@@ -120,9 +110,7 @@ class Transformers:
     def _answers(self, asked: list[list[dict]]) -> list[list[int]]:
         inputs = self.ours.prepare(asked)
         if inputs.geometry:
-            raise LVLMError(
-                "transformers are compared for models of whole pictures only; add --no-transformers"
-            )
+            raise LVLMError("transformers are compared for models of whole pictures only; add --no-transformers")
         longest = int(inputs.lengths.max())
         arrays = {
             "input_ids": self.torch.from_numpy(inputs.tokens[:, -longest:]).long(),
@@ -173,9 +161,7 @@ def curve(ways: dict, asked: list[list[dict]], batches: list[int], runs: int) ->
         found[str(batch)] = {
             name: {"tokens_per_s": bench_parts.summary(values), "same_answers": round(same[name], 4)}
             | {
-                f"over_{other}": bench_parts.summary(
-                    [one / two for one, two in zip(values, rates[other], strict=True)]
-                )
+                f"over_{other}": bench_parts.summary([one / two for one, two in zip(values, rates[other], strict=True)])
                 for other in ways
                 if other != name
             }
@@ -206,10 +192,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         import transformers
 
         ways["transformers"] = Transformers(model, arguments.dtype, limit)
-        versions |= {
-            "transformers": transformers.__version__,
-            "torch": ways["transformers"].torch.__version__,
-        }
+        versions |= {"transformers": transformers.__version__, "torch": ways["transformers"].torch.__version__}
     asked = [one for _, one in captions(arguments.prompts)]
     return {
         "model": arguments.model,

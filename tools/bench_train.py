@@ -177,9 +177,7 @@ class Peft:
         import transformers
 
         self.torch = torch
-        base = transformers.LlavaForConditionalGeneration.from_pretrained(
-            folder / "model", dtype=torch.float32
-        )
+        base = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
         self.model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train()
         with np.load(folder / "batch.npz") as arrays:
             self.pixels = torch.from_numpy(arrays["images"])
@@ -192,11 +190,7 @@ class Peft:
             self.trained, lr=ADAMW["peak"], betas=betas, eps=1e-8, weight_decay=ADAMW["weight_decay"]
         )
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        self.about = {
-            "versions": versions,
-            "threads": torch.get_num_threads(),
-            "resident_bytes": reset_peak(),
-        }
+        self.about = {"versions": versions, "threads": torch.get_num_threads(), "resident_bytes": reset_peak()}
 
     def step(self) -> tuple[float, float]:
         """Seconds, and the loss."""
@@ -327,9 +321,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 f"the comparison with peft is on a CPU, and this is {about['machine']}; give --against none, or set "
                 "JAX_PLATFORMS=cpu"
             )
-        if arguments.against == "peft" or (
-            arguments.against is None and on_cpu and arguments.dtype == "float32"
-        ):
+        if arguments.against == "peft" or (arguments.against is None and on_cpu and arguments.dtype == "float32"):
             Worker("prepare", arguments, folder)
             workers["peft"] = Worker("peft", arguments, folder)
         timed = {kind: [] for kind in workers}

@@ -121,9 +121,7 @@ def draw(emoji: str, colour: str | None, font: ImageFont.FreeTypeFont) -> Image.
     ImageDraw.Draw(canvas).text((4, 4), emoji, font=font, embedded_color=True)
     box = canvas.getbbox()
     if box is None or box[2] - box[0] > 150:
-        raise SystemExit(
-            f"error: the font draws {emoji!r} as nothing or as several glyphs; choose another emoji"
-        )
+        raise SystemExit(f"error: the font draws {emoji!r} as nothing or as several glyphs; choose another emoji")
     sprite = canvas.crop(box)
     if emoji == "🍴":  # the emoji shows fork and knife side by side
         sprite = sprite.crop((0, 0, sprite.width // 2, sprite.height))
@@ -142,15 +140,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for sprites.png and sprites.json")
     flags = parser.parse_args(arguments)
     if not features.check("raqm"):
-        raise LVLMError(
-            "this Pillow cannot join emoji sequences; it needs the Raqm library (FriBiDi installed)"
-        )
+        raise LVLMError("this Pillow cannot join emoji sequences; it needs the Raqm library (FriBiDi installed)")
     try:
         font = ImageFont.truetype(flags.font, STRIKE)
     except OSError as error:
-        raise LVLMError(
-            f"{flags.font!r} is not a font ({error}); Debian has it in fonts-noto-color-emoji"
-        ) from error
+        raise LVLMError(f"{flags.font!r} is not a font ({error}); Debian has it in fonts-noto-color-emoji") from error
     entries = [(category, e, c) for category, variants in EMOJI.items() for e, c in variants]
     rows = -(-len(entries) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
@@ -159,9 +153,7 @@ def main(arguments: list[str]) -> int:
         sprite = draw(emoji, colour, font)
         left, top = i % COLUMNS * CELL, i // COLUMNS * CELL
         sheet.paste(sprite, (left, top))
-        index.append(
-            {"category": category, "emoji": emoji, "colour": colour, "box": [left, top, *sprite.size]}
-        )
+        index.append({"category": category, "emoji": emoji, "colour": colour, "box": [left, top, *sprite.size]})
     flags.out.mkdir(parents=True, exist_ok=True)
     sheet.save(flags.out / "sprites.png", optimize=True)
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in index)

@@ -13,11 +13,7 @@ PER_LINE = 8  # panels beside each other on a sheet of words
 
 
 def curves(
-    path,
-    title: str,
-    label: str,
-    series: Mapping[str, Sequence[Float[np.ndarray, "L"]]],
-    names: Sequence[str] = (),
+    path, title: str, label: str, series: Mapping[str, Sequence[Float[np.ndarray, "L"]]], names: Sequence[str] = ()
 ) -> None:
     """Draws curves over layers: a colour for each answer, a line style for each of its curves, which `names` name.
 

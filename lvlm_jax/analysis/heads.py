@@ -56,9 +56,7 @@ class Drift(NamedTuple):
     anchor_layer: Int[Array, ""]
 
 
-def drift_curve(
-    attention: Float[Array, "L H N"], strength: float = 1.0, kept: float = 0.1, early: int = 3
-) -> Drift:
+def drift_curve(attention: Float[Array, "L H N"], strength: float = 1.0, kept: float = 0.1, early: int = 3) -> Drift:
     """Whether attention drifts back to the noise of the first layers: our reconstruction of CLVA's statistics.
 
         p^l = head-maximum of w on one image's columns, normalised to sum 1;   n = mean of p^0, p^1, p^2

@@ -53,9 +53,7 @@ class Looker:
         LVLMError: the model cannot take the prompt.
     """
 
-    def __init__(
-        self, model: LVLM, images: Sequence[Image.Image], messages: Any, sink_weight: float | None = None
-    ):
+    def __init__(self, model: LVLM, images: Sequence[Image.Image], messages: Any, sink_weight: float | None = None):
         self._model = model
         self._prompt = model.prepare(messages)
         self._places = analysis.token_places(model.config, self._prompt, len(images))
@@ -80,16 +78,12 @@ class Looker:
         model, prompt = self._model, self._prompt
         answer, words = analysis.words_of(tokens, functools.partial(text.decode, model.processor.tokenizer))
         if not words:
-            raise LVLMError(
-                f"{name} answered {answer!r}, which has no words to look at; ask another question"
-            )
+            raise LVLMError(f"{name} answered {answer!r}, which has no words to look at; ask another question")
         by_word = functools.partial(analysis.word_maps, words=words)
         # Words, layers, heads, image tokens.
         weights = by_word(model.attention(prompt, [tokens], method)[0].transpose(1, 0, 2, 3))
         maps = analysis.patch_maps(weights, self._places)
-        probe = analysis.masking_probe(
-            model, analysis.with_answer(model, prompt, tokens[:-1]), rows=len(tokens)
-        )
+        probe = analysis.masking_probe(model, analysis.with_answer(model, prompt, tokens[:-1]), rows=len(tokens))
         curves = jax.jit(jax.vmap(analysis.drift_curve))
         drifts = [curves(one.reshape(*one.shape[:3], -1)) for one in maps]
         rows, image_id = analysis.mean_attention(model, prompt, tokens, method)
@@ -103,9 +97,7 @@ class Looker:
             sinks=analysis.head_sinks(model, prompt, self._sink_weight, method)[:, 0],
             flow=np.asarray(analysis.information_flow(rows, image_id).text_share[:, 0]),
             probe=by_word(probe[:, 0].T),
-            drift=tuple(
-                np.mean([getattr(one, name) for one in drifts], axis=0) for name in ("noise", "anchor")
-            ),
+            drift=tuple(np.mean([getattr(one, name) for one in drifts], axis=0) for name in ("noise", "anchor")),
         )
 
 

@@ -43,9 +43,7 @@ class Row:
     region: tuple[float, float, float, float] | None = None
 
 
-def rows_of(
-    model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None
-) -> list[Row]:
+def rows_of(model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None) -> list[Row]:
     """One row for each image of a conversation: where `model` looked while it produced the answer `tokens`.
 
     `images` are those of `messages` in reading order, `method` the one that the answer was produced with.

@@ -17,9 +17,7 @@ from lvlm_jax.processors.layout import Inputs
 WEIGHTS_AT_ONCE = 2**28  # float32 attention weights that `head_sinks` keeps at a time: 1 GiB
 
 
-def follow(
-    model, prompt: Any, tokens: Sequence[int], tap: Tap, method: Method | None = None
-) -> Iterator[Tapped]:
+def follow(model, prompt: Any, tokens: Sequence[int], tap: Tap, method: Method | None = None) -> Iterator[Tapped]:
     """What `tap` asks for at each token of one answer: first what the prompt gives, then one decode step after another.
 
     Args:

@@ -36,11 +36,7 @@ def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> t
     ends = [len(decode(tokens[:count])) for count in range(len(tokens))] + [len(text)]
     words = []
     for match in _WORD.finditer(text):
-        own = [
-            index
-            for index in range(len(tokens))
-            if ends[index] < match.end() and ends[index + 1] > match.start()
-        ]
+        own = [index for index in range(len(tokens)) if ends[index] < match.end() and ends[index + 1] > match.start()]
         if own:
             words.append(Word(match.group(), match.start(), match.end(), tuple(own)))
     return text, words

@@ -26,9 +26,7 @@ CAUSAL_BLOCK = 64  # rows of one product in blocked attention
 
 # A pytree, because a layer that is computed again in the backward pass takes its arguments apart.
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["transforms", "carries"],
-    meta_fields=["layer", "num_layers", "tap"],
+    jax.tree_util.register_dataclass, data_fields=["transforms", "carries"], meta_fields=["layer", "num_layers", "tap"]
 )
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
@@ -86,11 +84,7 @@ def attend(
         mask = contexts[0].mask(window)
         mixed = tuple(_causal(query, own, mask) for query, own in zip(queries, columns.own, strict=True))
         return mixed, edits.carries, None
-    logits = (
-        _logits(queries, columns)
-        if shift is None
-        else _calibrated_logits(queries, columns, contexts[0], shift)
-    )
+    logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, contexts[0], shift)
     weights, sites = [], []
     for branch, (scores, context) in enumerate(zip(logits, contexts, strict=True)):
         mask = context.mask(window, whole_images)
@@ -110,9 +104,7 @@ def attend(
             continue
         rows = site.logits.shape[2]
         replaced = edits.transforms[branch].values(
-            site,
-            weights[branch][:, :, -rows:],
-            lambda rows, branch=branch: _mix_branch(rows, columns, branch),
+            site, weights[branch][:, :, -rows:], lambda rows, branch=branch: _mix_branch(rows, columns, branch)
         )
         outputs[branch] = _after(_before(outputs[branch], site), replaced.astype(outputs[branch].dtype))
     carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
@@ -165,9 +157,7 @@ def _tapped(
     return jnp.stack([edits.tap.select(rows) for rows in seen])
 
 
-def _causal(
-    query: Float[Array, "B H T D"], block: Block, mask: Bool[Array, "B T T"]
-) -> Float[Array, "B H T D"]:
+def _causal(query: Float[Array, "B H T D"], block: Block, mask: Bool[Array, "B T T"]) -> Float[Array, "B H T D"]:
     """Plain causal attention in blocks of rows: what lies above the diagonal is mostly not computed."""
     mixed = []
     for start in range(0, query.shape[2], CAUSAL_BLOCK):
@@ -203,9 +193,7 @@ def _calibrated_logits(
     block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
     cross = _logits(tuple(query[:, :, plain:] for query in queries), shifted(columns, shift))
     return [
-        jnp.concatenate(
-            [ordinary[:, :, :plain], jnp.where(block, calibrated, ordinary[:, :, plain:])], axis=2
-        )
+        jnp.concatenate([ordinary[:, :, :plain], jnp.where(block, calibrated, ordinary[:, :, plain:])], axis=2)
         for ordinary, calibrated in zip(_logits(queries, columns), cross, strict=True)
     ]
 
@@ -215,9 +203,7 @@ def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
 
     def turn(block: Block, start: int) -> Block:
         part = Rotation(
-            shift.cosine[:, start : start + block.length],
-            shift.sine[:, start : start + block.length],
-            shift.pairs,
+            shift.cosine[:, start : start + block.length], shift.sine[:, start : start + block.length], shift.pairs
         )
         return Block(rotate(block.key, part.heads(axis=1)), block.value)
 
@@ -251,9 +237,7 @@ def _for_all_branches(
     return jax.lax.platform_dependent(*rows, cpu=one_by_one, default=together)
 
 
-def _mix_branch(
-    weights: Float[Array, "B H R S"], columns: LayerCache, branch: int
-) -> Float[Array, "B H R D"]:
+def _mix_branch(weights: Float[Array, "B H R S"], columns: LayerCache, branch: int) -> Float[Array, "B H R D"]:
     return _mix([weights], LayerCache(columns.prefix, (columns.own[branch],)))[0]
 
 
@@ -276,11 +260,7 @@ def _weighted(weights: Float[Array, "B H T S"], block: Block) -> Float[Array, "B
     batch, heads, rows, columns = weights.shape
     grouped = weights.reshape(batch, block.value.shape[1], -1, columns).astype(block.value.dtype)
     mixed = jnp.einsum(
-        "BKRS,BKSD->BKRD",
-        grouped,
-        block.value,
-        precision=_precision(block.value),
-        preferred_element_type=jnp.float32,
+        "BKRS,BKSD->BKRD", grouped, block.value, precision=_precision(block.value), preferred_element_type=jnp.float32
     )
     return mixed.reshape(batch, heads, rows, -1)
 

@@ -57,9 +57,7 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise LVLMError(
-                f"rope scaling kind {self.kind!r} is not supported; expected one of {', '.join(KINDS)}"
-            )
+            raise LVLMError(f"rope scaling kind {self.kind!r} is not supported; expected one of {', '.join(KINDS)}")
 
     def scale(self) -> float:
         """Factor on cosine and sine, so that attention logits grow by its square (1 except for `yarn`)."""
@@ -174,11 +172,6 @@ def rotate(vector: Float[Array, "*S D"], rotation: Rotation) -> Float[Array, "*S
         return jnp.concatenate([turned, vector[..., turning:]], axis=-1)
     wide = vector.astype(jnp.float32)
     first, second = (wide[..., ::2], wide[..., 1::2]) if rotation.pairs else jnp.split(wide, 2, axis=-1)
-    parts = [
-        first * rotation.cosine - second * rotation.sine,
-        second * rotation.cosine + first * rotation.sine,
-    ]
-    turned = (
-        jnp.stack(parts, axis=-1).reshape(wide.shape) if rotation.pairs else jnp.concatenate(parts, axis=-1)
-    )
+    parts = [first * rotation.cosine - second * rotation.sine, second * rotation.cosine + first * rotation.sine]
+    turned = jnp.stack(parts, axis=-1).reshape(wide.shape) if rotation.pairs else jnp.concatenate(parts, axis=-1)
     return turned.astype(vector.dtype)

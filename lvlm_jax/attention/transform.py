@@ -122,15 +122,11 @@ class Transform:
         """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
         return site.carry
 
-    def mlp(
-        self, layer: int, num_layers: int, phase: str, output: Float[Array, "B T E"]
-    ) -> Float[Array, "B T E"]:
+    def mlp(self, layer: int, num_layers: int, phase: str, output: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Edits what the feed-forward block of layer `layer` adds to the stream, in all rows of the call."""
         return output
 
-    def residual(
-        self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]
-    ) -> Float[Array, "B T E"]:
+    def residual(self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Edits the residual stream behind layer `layer`, in all rows of the call."""
         return hidden
 
@@ -177,9 +173,7 @@ class Chain(Transform):
     def __post_init__(self):
         mixing = [type(member).__name__ for member in self.members if overrides(member, "values")]
         if len(mixing) > 1:
-            raise LVLMError(
-                f"{' and '.join(mixing)} cannot be chained: each replaces the product with the values"
-            )
+            raise LVLMError(f"{' and '.join(mixing)} cannot be chained: each replaces the product with the values")
 
     @property
     def rows(self) -> str:

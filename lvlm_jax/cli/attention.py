@@ -30,19 +30,10 @@ def command_line(words: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--model-path",
-        "--model",
-        default="pocket",
-        metavar="PATH",
-        help="checkpoint folder or hub id (default pocket)",
+        "--model-path", "--model", default="pocket", metavar="PATH", help="checkpoint folder or hub id (default pocket)"
     )
     add("--dtype", default="auto", choices=names.NUMBER_TYPES)
-    add(
-        "--image",
-        action="append",
-        metavar="FILE",
-        help="an image; repeat it for several (default the sample)",
-    )
+    add("--image", action="append", metavar="FILE", help="an image; repeat it for several (default the sample)")
     add("--prompt", default="Please describe this image in detail.", metavar="TEXT", help="the question, with <image> "
         "where an image belongs (without it images come first)")  # fmt: skip
     add("--method", default="none", metavar="NAME", help="none, or a method from the list below")
@@ -103,10 +94,6 @@ def main(words: list[str]) -> int:
         answers.append(looked.answer(name, method, tokens))
         print(f"{name}: {answers[-1].text}")
     title = f"Where {pathlib.Path(arguments.model_path).name} looked"
-    page, *files = look.write(
-        folder, title, arguments.prompt.replace("<image>", "▣"), looked.pictures, answers
-    )
-    print(
-        f"{page} ({page.stat().st_size / 1e6:.1f} MB), and beside it {', '.join(file.name for file in files)}"
-    )
+    page, *files = look.write(folder, title, arguments.prompt.replace("<image>", "▣"), looked.pictures, answers)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and beside it {', '.join(file.name for file in files)}")
     return 0

@@ -96,9 +96,7 @@ def method_flags(parser: argparse.ArgumentParser, words: str) -> None:
         parse.add_method_flags(parser, words)
 
 
-def flags(
-    parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None
-) -> Callable:
+def flags(parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None) -> Callable:
     """An `add_argument` for a group of flags whose defaults come from a config, and stand in their help."""
     group = parser.add_argument_group(title) if title else parser
 
@@ -114,9 +112,7 @@ def flags(
     return add
 
 
-def number(
-    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Callable:
+def number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Callable:
     """A flag type: an int or a float with `low <= value <= high` and `value > above`."""
 
     def parse(text: str):

@@ -34,12 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="PEFT LoRA adapter (folder or hub id) to merge into the weights"
     )
-    parser.add_argument(
-        "--max-shard-size", type=common.number(float, above=0), default=5.0, help="in GB; default 5"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the target if it holds a checkpoint"
-    )
+    parser.add_argument("--max-shard-size", type=common.number(float, above=0), default=5.0, help="in GB; default 5")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it holds a checkpoint")
     flags = parser.parse_args(arguments)
 
     folder = convert(

@@ -61,9 +61,7 @@ def build_parser(method: str) -> common.Parser:
     parser.add_argument("--limit", type=common.number(int, 1), metavar="N",
                         help="only the first N questions of each split, to try things out; recorded, and never "
                         "compared with whole runs")  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)")
     parser.add_argument("--model-name", metavar="NAME", help="who answered, for the record")
     run = parser.add_argument_group("answers by a model")
     run.add_argument(
@@ -73,18 +71,12 @@ def build_parser(method: str) -> common.Parser:
                      help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
     run.add_argument("--quant", default="none", choices=("none", *QUANTS),
                      help="int8: keep the decoder's weights as 8-bit integers (default none)")  # fmt: skip
-    run.add_argument(
-        "--method", default="none", metavar="NAME", help="a method from the list below (default none)"
-    )
+    run.add_argument("--method", default="none", metavar="NAME", help="a method from the list below (default none)")
     run.add_argument("--system", metavar="TEXT|vicuna|none",
                      help="system prompt: a text, Vicuna's sentence, or none (default: the protocol's own, mostly "
                      "none)")  # fmt: skip
     run.add_argument(
-        "--batch-size",
-        type=common.number(int, 1),
-        default=16,
-        metavar="N",
-        help="questions at once (default 16)",
+        "--batch-size", type=common.number(int, 1), default=16, metavar="N", help="questions at once (default 16)"
     )
     run.add_argument("--schedule", default="auto", choices=scheduler.SCHEDULES,
                      help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
@@ -98,9 +90,7 @@ def build_parser(method: str) -> common.Parser:
     run.add_argument(
         "--processes", type=common.number(int, 1), metavar="N", help="how many processes share the questions"
     )
-    run.add_argument(
-        "--process-index", type=common.number(int, 0), metavar="K", help="which of them this is, from 0"
-    )
+    run.add_argument("--process-index", type=common.number(int, 0), metavar="K", help="which of them this is, from 0")
     run.add_argument("--data-parallel", type=common.number(int, 1), default=1, metavar="N",
                      help="devices over which a batch is spread (default 1)")  # fmt: skip
     run.add_argument("--tensor-parallel", type=common.number(int, 1), default=1, metavar="N",
@@ -108,27 +98,15 @@ def build_parser(method: str) -> common.Parser:
     where = parser.add_argument_group("files, where they are not found in --data")
     where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
     where.add_argument("--image-folder", type=Path, metavar="DIR", help="the images")
-    where.add_argument(
-        "--source", default="coco", metavar="NAME", help="POPE: coco, aokvqa or gqa (default coco)"
-    )
-    where.add_argument(
-        "--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one a line"
-    )
-    where.add_argument(
-        "--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category a line"
-    )
-    where.add_argument(
-        "--chair-pickle", type=Path, metavar="FILE", help="CHAIR: chair.pkl instead of annotations"
-    )
-    where.add_argument(
-        "--matching", default="exact", metavar="NAME", help="AMBER: exact or spacy (default exact)"
-    )
+    where.add_argument("--source", default="coco", metavar="NAME", help="POPE: coco, aokvqa or gqa (default coco)")
+    where.add_argument("--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one a line")
+    where.add_argument("--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category a line")
+    where.add_argument("--chair-pickle", type=Path, metavar="FILE", help="CHAIR: chair.pkl instead of annotations")
+    where.add_argument("--matching", default="exact", metavar="NAME", help="AMBER: exact or spacy (default exact)")
     sure = parser.add_argument_group("intervals")
     sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                       help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip
-    sure.add_argument(
-        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)"
-    )
+    sure.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)")
     # Last, so that a method's --seed does not take the name from ours.
     common.method_flags(parser, method)
     return parser
@@ -164,11 +142,7 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
         share, flags.against, flags.resamples, flags.seed,
         flags.schedule,
     )  # fmt: skip
-    path, dtype, quant = (
-        names.checkpoint(flags.model_path),
-        names.dtype(flags.dtype),
-        names.quant(flags.quant),
-    )
+    path, dtype, quant = (names.checkpoint(flags.model_path), names.dtype(flags.dtype), names.quant(flags.quant))
     run = Run(path, names.precision(dtype, quant), protocol, data, out, method, options)
     if not run.complete():
         ways = flags.data_parallel, flags.tensor_parallel

@@ -47,11 +47,7 @@ def command_line(words: list[str]):
         prog="lvlm infer", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
     )
     add = common.flags(parser, defaults)
-    add(
-        "--config",
-        metavar="FILE",
-        help="take the defaults from this file, a changed copy of configs/infer.py",
-    )
+    add("--config", metavar="FILE", help="take the defaults from this file, a changed copy of configs/infer.py")
     add(
         "--model-path",
         "--model",
@@ -59,11 +55,7 @@ def command_line(words: list[str]):
         help="checkpoint folder or hub id; pocket: the one inside the package",
     )
     add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
-    add(
-        "--dtype",
-        choices=names.NUMBER_TYPES,
-        help="auto: float32 on a CPU, else bfloat16",
-    )
+    add("--dtype", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
     add("--quant", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
     add(
         "--system",
@@ -82,22 +74,12 @@ def command_line(words: list[str]):
     )
     add("--compare", action=parse.Switch, help="with a method: also answer without it")
     add("--stream", action="store_true", help="print the words as they come")
-    add(
-        "--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked"
-    )
+    add("--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked")
 
     add = common.flags(parser, defaults, "a file of questions")
-    add(
-        "--question-file",
-        metavar="FILE",
-        help="JSON lines {question_id, image, text}; image: a name, or a list",
-    )
+    add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text}; image: a name, or a list")
     add("--image-folder", metavar="FOLDER", help="where those images are")
-    add(
-        "--answers-file",
-        metavar="FILE",
-        help="JSON lines {question_id, prompt, text, model_id, image, metadata}",
-    )
+    add("--answers-file", metavar="FILE", help="JSON lines {question_id, prompt, text, model_id, image, metadata}")
     add("--batch-size", type=common.number(int, low=1), metavar="N", help="questions answered at once")
     add(
         "--schedule",
@@ -107,24 +89,11 @@ def command_line(words: list[str]):
     )
 
     add = common.flags(parser, defaults, "generation")
+    add("--temperature", type=common.number(float, low=0), metavar="T", help="0: always the most probable token")
     add(
-        "--temperature",
-        type=common.number(float, low=0),
-        metavar="T",
-        help="0: always the most probable token",
+        "--top-p", type=common.number(float, above=0, high=1), metavar="P", help="sample from this share of probability"
     )
-    add(
-        "--top-p",
-        type=common.number(float, above=0, high=1),
-        metavar="P",
-        help="sample from this share of probability",
-    )
-    add(
-        "--top-k",
-        type=common.number(int, low=0),
-        metavar="K",
-        help="sample from this many tokens; 0: from all",
-    )
+    add("--top-k", type=common.number(int, low=0), metavar="K", help="sample from this many tokens; 0: from all")
     add("--repetition-penalty", type=common.number(float, above=0), metavar="R", help="1: none")
     add(
         "--generation-config",
@@ -245,9 +214,7 @@ def ask(arguments) -> int:
                     print(piece.replace("\n", indent), end="", flush=True)
                 print()
         return 0
-    outputs = {
-        name: model.generate(conversations, method=method, **options) for name, method in methods.items()
-    }
+    outputs = {name: model.generate(conversations, method=method, **options) for name, method in methods.items()}
     for index, text in enumerate(arguments.prompt):
         print(f"\n{text}")
         for name, output in outputs.items():

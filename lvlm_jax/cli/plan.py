@@ -39,34 +39,19 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("model", nargs="+", help="folder, config.json or published size; several with --table")
     add("--devices", type=count, metavar="N", help="how many (default: as many as the mesh's sizes make)")
     for axis in ("data", "fsdp", "tensor"):
-        add(
-            f"--{axis}",
-            type=int,
-            metavar="N",
-            help=f"size of the mesh's axis {axis}; one may be -1: the rest",
-        )
+        add(f"--{axis}", type=int, metavar="N", help=f"size of the mesh's axis {axis}; one may be -1: the rest")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products (default bfloat16)")
     add("--quant", choices=QUANTS, help="of the decoder's weights, for inference")
     add("--batch", type=count, default=1, metavar="N",
         help="conversations, or pairs of an update; in tables those of a group of devices (default 1)")  # fmt: skip
     add("--images", type=common.number(int, 0), default=1, metavar="N", help="of each (default 1)")
-    add(
-        "--prompt-tokens",
-        type=count,
-        metavar="N",
-        help="of each, its images' included (default theirs and 48)",
-    )
+    add("--prompt-tokens", type=count, metavar="N", help="of each, its images' included (default theirs and 48)")
     add("--new-tokens", type=count, default=128, metavar="N", help="longest answer (default 128)")
     add("--method", default="none", metavar="NAME", help="method of inference (default none)")
     add("--objective", default="infer", metavar="NAME",
         help=f"infer, or to train: {', '.join(plan.RECIPES)} (default infer)")  # fmt: skip
     add("--full", action="store_true", help="train the parameters themselves, not adapters")
-    add(
-        "--train",
-        default=plan.Training("sft").train,
-        metavar="REGEX",
-        help="which of them (default %(default)s)",
-    )
+    add("--train", default=plan.Training("sft").train, metavar="REGEX", help="which of them (default %(default)s)")
     add("--rank", type=count, default=16, metavar="N", help="of adapters (default 16)")
     add("--master", choices=("float32", "bfloat16"), default="float32",
         help="dtype of what is trained, and of the optimizer's moments (default float32)")  # fmt: skip
@@ -76,11 +61,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         help="what to hold the plan against, may be repeated: " + ", ".join(one.name for one in devices.DEVICES)
         + ", cpu (this machine, measured), or your own as NAME=GiB,GB/s,TFLOP/s (default: all)")  # fmt: skip
     add("--exact", action="store_true", help="compile all layers instead of two and three: minutes")
-    add(
-        "--table",
-        action="store_true",
-        help="Markdown, for each model on 1, 8, 64 and 512 devices (or --counts)",
-    )
+    add("--table", action="store_true", help="Markdown, for each model on 1, 8, 64 and 512 devices (or --counts)")
     add("--counts", metavar="N,N", help="numbers of devices of the table")
     add("--out", type=pathlib.Path, metavar="FILE", help="write the plans as JSON there too")
     common.method_flags(parser, name)
@@ -114,9 +95,7 @@ def main(words: list[str]) -> int:
     names = arguments.device or [one.name for one in devices.DEVICES]
     native = any(name.lower() == devices.CPU for name in names)
     if native and len(names) > 1:
-        raise LVLMError(
-            "programs for this CPU differ from those for accelerators; plan for --device cpu alone"
-        )
+        raise LVLMError("programs for this CPU differ from those for accelerators; plan for --device cpu alone")
     jobs = [job_of(arguments, model) for model in arguments.model]
     if arguments.table:
         jobs = [plan_report.spread(job, count, arguments.batch) for job in jobs for count in arguments.counts]
@@ -137,10 +116,7 @@ def main(words: list[str]) -> int:
     else:
         print(plan_report.text(plans[0], held), end="")
     if arguments.out:
-        found = {
-            "command": "lvlm plan " + " ".join(words),
-            "date": datetime.date.today().isoformat(),
-        }
+        found = {"command": "lvlm plan " + " ".join(words), "date": datetime.date.today().isoformat()}
         found["plans"] = [plan_report.record(one, held) for one in plans]
         write_whole(arguments.out, json.dumps(found, indent=2) + "\n")
     return 0

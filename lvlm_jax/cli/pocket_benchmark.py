@@ -59,11 +59,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
                         help="another checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
     parser.add_argument(
-        "--batch-size",
-        type=common.number(int, 1),
-        default=64,
-        metavar="N",
-        help="prompts at once (default 64)",
+        "--batch-size", type=common.number(int, 1), default=64, metavar="N", help="prompts at once (default 64)"
     )
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip

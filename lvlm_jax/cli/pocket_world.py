@@ -20,12 +20,8 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--out", metavar="DIR", help="new or empty folder for a split")
     what.add_argument("--sample", metavar="FILE", help="write only the demo's image (PNG)")
     parser.add_argument("--split", default="test", help=f"{', '.join(scenes.SPLITS)} (default test)")
-    parser.add_argument(
-        "--images", type=common.number(int, 1), default=500, metavar="N", help="how many (default 500)"
-    )
-    parser.add_argument(
-        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of all scenes (default 0)"
-    )
+    parser.add_argument("--images", type=common.number(int, 1), default=500, metavar="N", help="how many (default 500)")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N", help="of all scenes (default 0)")
     flags = parser.parse_args(arguments)
     if flags.sample:
         try:

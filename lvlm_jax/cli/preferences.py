@@ -120,10 +120,7 @@ def main(arguments: list[str]) -> int:
         raise LVLMError("--pairs takes answers as they are; leave --model and --corrector out")
     candidates = preferences.given(flags.pairs, flags.out) if flags.pairs else answered(flags)
     filters = dataclasses.replace(
-        FILTERS,
-        near_duplicate=flags.near_duplicate,
-        max_words=flags.max_words,
-        unfinished=not flags.keep_unfinished,
+        FILTERS, near_duplicate=flags.near_duplicate, max_words=flags.max_words, unfinished=not flags.keep_unfinished
     )
     figures = pairs.write(
         flags.out, candidates.found, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed

@@ -28,11 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--examples", type=common.number(int, 0), default=2, metavar="N",
                         help="fixed and broken answers shown of each method and protocol (default 2)")  # fmt: skip
     parser.add_argument(
-        "--seed",
-        type=common.number(int, 0),
-        default=0,
-        metavar="N",
-        help="of the draw of examples (default 0)",
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the draw of examples (default 0)"
     )
     flags = parser.parse_args(arguments)
     written = report.write(

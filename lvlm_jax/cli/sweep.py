@@ -26,11 +26,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--model-path",
-        "--model",
-        metavar="PATH",
-        default="pocket",
-        help="checkpoint folder or hub id (default pocket)",
+        "--model-path", "--model", metavar="PATH", default="pocket", help="checkpoint folder or hub id (default pocket)"
     )
     add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="(default auto)")
     add("--method", metavar="NAME", required=True, help="the method; other settings than swept ones as flags")
@@ -46,13 +42,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text, label}")
     add("--image-folder", metavar="FOLDER", default=".", help="where those images are")
     add("--limit", type=common.number(int, low=1), metavar="N", help="only the first questions of the file")
-    add(
-        "--batch-size",
-        type=common.number(int, low=1),
-        default=8,
-        metavar="N",
-        help="questions at once (default 8)",
-    )
+    add("--batch-size", type=common.number(int, low=1), default=8, metavar="N", help="questions at once (default 8)")
     add("--points", type=common.number(int, low=1), default=16, metavar="N",
         help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
     add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")

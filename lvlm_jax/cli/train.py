@@ -52,16 +52,10 @@ def main(words: list[str]) -> int:
         help=f"what to train: {', '.join(sorted(registry.names()))}, or a file like theirs in configs/",
     )
     parser.add_argument(
-        "--workdir",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of checkpoints, logs and the result",
+        "--workdir", required=True, type=Path, metavar="DIR", help="folder of checkpoints, logs and the result"
     )
     parser.add_argument(
-        "--distributed",
-        action=parse.Switch,
-        help="join other processes (default: if the environment has any)",
+        "--distributed", action=parse.Switch, help="join other processes (default: if the environment has any)"
     )
     parser.add_argument(
         "-h",

@@ -6,15 +6,4 @@ from lvlm_jax.evaluation.protocol import Protocol, get, names, record
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores
 
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "Data",
-    "Figure",
-    "Protocol",
-    "Question",
-    "Scores",
-    "get",
-    "names",
-    "record",
-]
+__all__ = ["BENCHMARKS", "Benchmark", "Data", "Figure", "Protocol", "Question", "Scores", "get", "names", "record"]

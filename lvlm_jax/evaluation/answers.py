@@ -134,12 +134,7 @@ class AnswerFormat:
         }
 
     def write(
-        self,
-        path: Path,
-        questions: Sequence[Question],
-        answers: Mapping,
-        protocol: Protocol,
-        model_id: str = "",
+        self, path: Path, questions: Sequence[Question], answers: Mapping, protocol: Protocol, model_id: str = ""
     ) -> list[Path]:
         """Write the answers to those questions that have one; each file is complete or absent.
 
@@ -164,9 +159,7 @@ class AnswerFormat:
 
 def _block(row: Row) -> int:
     """Which block of a file that holds several groups an id lies in; 0 for the first, and for other ids."""
-    return (
-        int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
-    )
+    return int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
 
 
 def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[Row]:
@@ -202,9 +195,7 @@ def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
             )
         of_group += [(path, group) for path in named]
     if not of_group:
-        raise LVLMError(
-            f"answers folder {str(folder)!r} holds no file named after one of {', '.join(groups)}"
-        )
+        raise LVLMError(f"answers folder {str(folder)!r} holds no file named after one of {', '.join(groups)}")
     return of_group
 
 
@@ -258,9 +249,7 @@ def match(
             candidates = [question for question in candidates if _same(question, row)]
         name = f"{'+'.join(row.images) or 'question'} {row.prompt!r}" if row.id is None else row.id
         if not candidates:
-            raise LVLMError(
-                f"{row.where}: {name} is none of the {len(questions)} questions; is it the right file?"
-            )
+            raise LVLMError(f"{row.where}: {name} is none of the {len(questions)} questions; is it the right file?")
         if len(candidates) > 1:
             shared = ", ".join(question.group for question in candidates)
             raise LVLMError(

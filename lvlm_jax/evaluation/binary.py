@@ -15,15 +15,11 @@ def label_of(question: Question) -> str:
     """A question's label as "yes" or "no". `LVLMError` when it is neither."""
     label = (question.label or "").strip().lower()
     if label not in ("yes", "no"):
-        raise LVLMError(
-            f"question {question.id} of {question.group} has label {question.label!r}; expected yes or no"
-        )
+        raise LVLMError(f"question {question.id} of {question.group} has label {question.label!r}; expected yes or no")
     return label
 
 
-def count(
-    tally: Tally, question: Question, said: str | None, positive: str = "yes", prefix: str | None = None
-) -> None:
+def count(tally: Tally, question: Question, said: str | None, positive: str = "yes", prefix: str | None = None) -> None:
     """Count one answer ("yes", "no" or None) under `prefix` (default: the question's group)."""
     prefix = question.group if prefix is None else prefix
     label = label_of(question)
@@ -71,9 +67,7 @@ def table(groups: Sequence[str], positive: str = "yes", unparsed_is_missed: bool
     by_group = {group: figures(group, unparsed_is_missed) for group in groups}
     found = {}
     if len(groups) > 1:
-        found |= {
-            f"mean: {name}": mean([by_group[group][name] for group in groups]) for name in by_group[groups[0]]
-        }
+        found |= {f"mean: {name}": mean([by_group[group][name] for group in groups]) for name in by_group[groups[0]]}
     for group in groups:
         found |= {f"{group}: {name}": figure for name, figure in by_group[group].items()}
     return {name.replace("positive ratio", f"{positive} ratio"): figure for name, figure in found.items()}

@@ -47,9 +47,7 @@ def require(protocol: str, instead: str) -> None:
         problem = f"nltk's data {', '.join(lacks)} are missing"
     if lacks:
         ways.append(f"python -m nltk.downloader {' '.join(lacks)}")
-        raise LVLMError(
-            f"{needs}, and {problem}; run: {' && '.join(ways)}, or choose {instead}, which needs no nltk"
-        )
+        raise LVLMError(f"{needs}, and {problem}; run: {' && '.join(ways)}, or choose {instead}, which needs no nltk")
 
 
 def _has(nltk, place: str) -> bool:

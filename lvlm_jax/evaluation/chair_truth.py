@@ -61,14 +61,10 @@ def _walk(content: bytes) -> None:
             raise LVLMError(f"it uses the opcode {name}, so it holds no CHAIR scorer")
         if name in _STORES:
             if value is not None and value > place:
-                raise LVLMError(
-                    f"it stores an object as number {value} after {place} bytes, which wastes memory"
-                )
+                raise LVLMError(f"it stores an object as number {value} after {place} bytes, which wastes memory")
             continue
         if arguments and name != "REDUCE" and (name, arguments) != ("NEWOBJ", "EMPTY_TUPLE"):
-            raise LVLMError(
-                "it holds a tuple that is not the arguments of a call, which no CHAIR scorer needs"
-            )
+            raise LVLMError("it holds a tuple that is not the arguments of a call, which no CHAIR scorer needs")
         arguments = name if name in _TUPLES else None
         if isinstance(value, int) and value.bit_length() > 64:
             raise LVLMError(f"it holds a number of {value.bit_length()} bits, which no CHAIR scorer needs")
@@ -120,9 +116,7 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
     except LVLMError as error:
         raise LVLMError(f"pickle {str(path)!r} is refused: {error}; {advice}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise LVLMError(
-            f"pickle {str(path)!r} is damaged or no pickle ({type(error).__name__}); {advice}"
-        ) from error
+        raise LVLMError(f"pickle {str(path)!r} is damaged or no pickle ({type(error).__name__}); {advice}") from error
     state = stored.__dict__ if isinstance(stored, unpickler.scorer) else stored
     try:
         seen: dict[int, frozenset[str]] = {}  # a file may give the same long list to many images
@@ -153,8 +147,7 @@ def annotation_files(data: Data) -> dict[str, list[Path]]:
     folder = folders.data_folder(data)
     for place in PLACES:
         found = {
-            kind: sorted((folder / place).glob(f"{kind}_*2014.json"))
-            or sorted((folder / place).glob(f"{kind}_*.json"))
+            kind: sorted((folder / place).glob(f"{kind}_*2014.json")) or sorted((folder / place).glob(f"{kind}_*.json"))
             for kind in ("instances", "captions")
         }
         if all(found.values()):
@@ -235,7 +228,5 @@ def _coco(path: Path) -> Mapping:
     for name in ("annotations", "images", "categories"):
         rows = content.get(name, [])
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise LVLMError(
-                f"'{name}' of annotations {str(path)!r} is no list of objects; expected COCO's format"
-            )
+            raise LVLMError(f"'{name}' of annotations {str(path)!r} is no list of objects; expected COCO's format")
     return content

@@ -32,20 +32,7 @@ PAIRS = (
     "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier",
     "potted plant", "laptop computer", "home plate", "train track",
 )  # fmt: skip
-ANIMALS = (
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "animal",
-    "cub",
-)
+ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 VEHICLES = ("jet", "train")
 DOUBLE_WORDS = (
     {pair: pair for pair in PAIRS}

@@ -128,11 +128,7 @@ def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def log_odds(
-    model: Any,
-    questions: Sequence[Question],
-    protocol: Protocol,
-    work: Work = DEFAULT,
-    title: str = "yes/no log-odds",
+    model: Any, questions: Sequence[Question], protocol: Protocol, work: Work = DEFAULT, title: str = "yes/no log-odds"
 ) -> dict[Key, float]:
     """ln p(yes) - ln p(no) of the first answer token under plain decoding, by question.
 
@@ -247,9 +243,7 @@ def report(
     if captions:
         ours = {one.key: truncated(answers[one.key], protocol.truncate) for one in captions}
         theirs = answered.texts["greedy"]
-        cut = {
-            one.key: length_matched(theirs[one.key], answers[one.key], protocol.truncate) for one in captions
-        }
+        cut = {one.key: length_matched(theirs[one.key], answers[one.key], protocol.truncate) for one in captions}
         whole = dataclasses.replace(protocol, truncate="none")
         shorter = sum(len(cut[one.key].split()) < len(ours[one.key].split()) for one in captions)
         compare("length", captions, cut, whole, ours)["shorter_than_the_method"] = shorter
@@ -289,9 +283,7 @@ def words(benchmark: Benchmark, about: str, method: Scores, control: Scores, dif
     sentences = []
     for name, says in verdicts(benchmark, differences).items():
         scale = 100 if method.figures[name].unit == "share" else 1
-        value, low, high = (
-            scale * number for number in (differences[name]["value"], *differences[name]["interval"])
-        )
+        value, low, high = (scale * number for number in (differences[name]["value"], *differences[name]["interval"]))
         sentences.append(
             f"The method {says} {about} on {name}: {ours[name] * scale:.1f} against {theirs[name] * scale:.1f}, "
             f"difference {value:+.1f} (95 % interval {low:+.1f} to {high:+.1f})."

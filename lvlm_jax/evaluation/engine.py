@@ -98,9 +98,7 @@ def ask(
         "top_p": protocol.top_p,
     }
     if scheduler.chosen(work.schedule, method, model.mesh, protocol.max_new_tokens, work.batch_size):
-        rounds = _continuously(
-            lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings)
-        )
+        rounds = _continuously(lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings))
     else:
         rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))
     found = _collect(model, questions, protocol, rounds, work, "log", title)
@@ -109,20 +107,11 @@ def ask(
 
 def _kept(output: Output) -> list[dict]:
     said = zip(output.text, output.tokens, output.finish_reason, strict=True)
-    return [
-        {"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"}
-        for text, tokens, reason in said
-    ]
+    return [{"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"} for text, tokens, reason in said]
 
 
 def collect(
-    model: Any,
-    questions: Sequence[Question],
-    protocol: Protocol,
-    respond: Respond,
-    work: Work,
-    name: str,
-    title: str,
+    model: Any, questions: Sequence[Question], protocol: Protocol, respond: Respond, work: Work, name: str, title: str
 ) -> dict[Key, dict]:
     """What `respond` says to batches of questions, by `Question.key`.
 
@@ -166,13 +155,7 @@ def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Outp
 
 
 def _collect(
-    model: Any,
-    questions: Sequence[Question],
-    protocol: Protocol,
-    rounds: Rounds,
-    work: Work,
-    name: str,
-    title: str,
+    model: Any, questions: Sequence[Question], protocol: Protocol, rounds: Rounds, work: Work, name: str, title: str
 ) -> dict[Key, dict]:
     """What `rounds` gives for all questions, by `Question.key`: logged as it comes, known answers passed over."""
     batches = plan(questions, protocol, work.batch_size, work.share)
@@ -193,9 +176,7 @@ def _collect(
         quiet = not work.share.writes
         progress = stack.enter_context(Progress(len(ours), done, title, quiet))
         waiting = [
-            batch
-            for batch in batches
-            if not all(questions[index].key in known for prompt in batch for index in prompt)
+            batch for batch in batches if not all(questions[index].key in known for prompt in batch for index in prompt)
         ]
 
         def request(prompt: Prompt) -> Request:
@@ -218,8 +199,7 @@ def _collect(
                     "seconds": round(time.monotonic() - began, 4),
                 }
                 log.append(
-                    [{"group": group, "id": number} | row for (group, number), row in fresh.items()]
-                    + [{"batch": cost}]
+                    [{"group": group, "id": number} | row for (group, number), row in fresh.items()] + [{"batch": cost}]
                 )
             began = time.monotonic()
             known |= fresh
@@ -228,10 +208,7 @@ def _collect(
 
 
 def plan(
-    questions: Sequence[Question],
-    protocol: Protocol,
-    batch_size: int,
-    share: Share = ALONE,
+    questions: Sequence[Question], protocol: Protocol, batch_size: int, share: Share = ALONE
 ) -> list[list[Prompt]]:
     """Batches of prompts, a prompt being the numbers of the questions that it answers.
 

@@ -8,15 +8,7 @@ from lvlm_jax.evaluation.question import Data
 from lvlm_jax.journal.record import file_hash
 
 # Where people keep the pictures of a benchmark, seen from the folder they name.
-COCO_IMAGES = (
-    "val2014",
-    "coco/val2014",
-    "COCO_2014/val2014",
-    "coco2014/val2014",
-    "COCO/val2014",
-    "images",
-    ".",
-)
+COCO_IMAGES = ("val2014", "coco/val2014", "COCO_2014/val2014", "coco2014/val2014", "COCO/val2014", "images", ".")
 GQA_IMAGES = ("gqa/images", "GQA/images", "images", "gqa", "GQA", ".")
 
 
@@ -28,9 +20,7 @@ def data_folder(data: Data) -> Path:
     return folder
 
 
-def find(
-    data: Data, names: Sequence[str], places: Iterable[str], what: str, optional: bool = False
-) -> Path | None:
+def find(data: Data, names: Sequence[str], places: Iterable[str], what: str, optional: bool = False) -> Path | None:
     """The file called one of `names` in one of `places` below the data folder.
 
     `LVLMError` when there is none (unless `optional`), or when several with different contents are found.
@@ -52,9 +42,7 @@ def find(
     return found[0]
 
 
-def locate_images(
-    data: Data, names: Sequence[str], places: Sequence[str], needed: bool, what: str
-) -> dict[str, Path]:
+def locate_images(data: Data, names: Sequence[str], places: Sequence[str], needed: bool, what: str) -> dict[str, Path]:
     """Image name -> path. The folder is `data.image_folder`, or the first of `places` that holds the first image.
 
     With `needed`, every image must be there, else `LVLMError` names the first that is not. Without, a name that is

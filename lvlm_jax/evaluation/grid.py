@@ -74,9 +74,7 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
     folder = Path(image_folder)
     return [
         Asked(
-            one.question_id,
-            conversation([folder / name for name in one.image_names], one.text),
-            labels.get(one.line),
+            one.question_id, conversation([folder / name for name in one.image_names], one.text), labels.get(one.line)
         )
         for one in questions[:limit]
     ]
@@ -126,19 +124,14 @@ def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
     The accuracy is that of the first "yes" or "no" of an answer, where questions have such labels.
     """
     labels = [one.label for one in asked]
-    rows = [
-        ["settings", "changed", "tokens", "accuracy"],
-        ["greedy", "", "", _accuracy(found.greedy, labels)],
-    ]
+    rows = [["settings", "changed", "tokens", "accuracy"], ["greedy", "", "", _accuracy(found.greedy, labels)]]
     for point, texts, lengths in zip(grid, found.texts, found.lengths, strict=True):
         changed = sum(a != b for a, b in zip(texts, found.greedy, strict=True)) / len(texts)
         name = " ".join(f"{key}={value:g}" for key, value in point.items())
         rows.append([name, f"{changed:.3f}", f"{sum(lengths) / len(lengths):.1f}", _accuracy(texts, labels)])
     rows = [row[: 4 if any(line[3] for line in rows[1:]) else 3] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
 
 

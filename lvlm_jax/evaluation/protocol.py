@@ -132,10 +132,7 @@ def record(
         "protocol": dataclasses.asdict(protocol) | {"groups": list(protocol.groups)},
         "questions": len(questions),
         "files": {
-            role: {
-                "name": paths[0].name if len(paths) == 1 else f"{len(paths)} files",
-                "sha256": files_hash(paths),
-            }
+            role: {"name": paths[0].name if len(paths) == 1 else f"{len(paths)} files", "sha256": files_hash(paths)}
             for role, paths in files.items()
             if paths
         },

@@ -182,9 +182,7 @@ def table(found: dict) -> str:
     for name, figure in figures.items():
         scale = 100 if figure["unit"] == "share" else 1
         low, high = (_shown(bound, scale) for bound in figure["interval"])
-        line = (
-            f"{name:{wide}}  {_shown(figure['value'], scale):>8}  {f'{low} to {high}':>17}  {figure['n']:>6}"
-        )
+        line = f"{name:{wide}}  {_shown(figure['value'], scale):>8}  {f'{low} to {high}':>17}  {figure['n']:>6}"
         if name in against:
             other = against[name]
             low, high = (_shown(bound, scale) for bound in other["interval"])
@@ -226,9 +224,7 @@ def summary(found: dict) -> str:
 
 
 def _plain(value) -> str:
-    return (
-        ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else str(value)
-    )
+    return ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else str(value)
 
 
 def write(found: dict, folder: Path) -> Path:

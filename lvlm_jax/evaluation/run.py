@@ -132,9 +132,7 @@ class Run:
         everything = [self._own, *self._controls.values()]
         if not all(one.logged(self.questions).complete(self.questions) for one in everything):
             return False
-        return not self._controls or self._controls["greedy"].logged(self._yes_no, "odds").complete(
-            self._yes_no
-        )
+        return not self._controls or self._controls["greedy"].logged(self._yes_no, "odds").complete(self._yes_no)
 
     def ask(self, model: Any) -> None:
         """Has the model answer this process's share, controls included.
@@ -186,9 +184,7 @@ class Run:
         return Answered(texts, {key: row["odds"] for key, row in odds.items()})
 
 
-def write_answers(
-    out: Path, questions: Sequence[Question], texts: dict, protocol: Protocol, about: dict
-) -> list[str]:
+def write_answers(out: Path, questions: Sequence[Question], texts: dict, protocol: Protocol, about: dict) -> list[str]:
     """Writes answers in the benchmark's own format, each file with the record of the run beside it.
 
     Returns:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-Totals = Mapping[
-    str, np.ndarray
-]  # count -> sums over images, of any shape (one sum, or one for each resample)
+Totals = Mapping[str, np.ndarray]  # count -> sums over images, of any shape (one sum, or one for each resample)
 
 
 @dataclasses.dataclass(frozen=True)

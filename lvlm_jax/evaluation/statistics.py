@@ -75,9 +75,7 @@ def paired_bootstrap(
         only = sorted(set(first.units) ^ set(second.units))
         raise LVLMError(f"the two runs are not about the same images ({len(only)} differ, first {only[0]!r})")
     order = {unit: i for i, unit in enumerate(second.units)}
-    aligned = dataclasses.replace(
-        second, units=first.units, table=second.table[[order[unit] for unit in first.units]]
-    )
+    aligned = dataclasses.replace(second, units=first.units, table=second.table[[order[unit] for unit in first.units]])
     ours, theirs = (_resampled(scores, resamples, seed) for scores in (first, aligned))
     values, others = first.values(), second.values()
     found = {}
@@ -107,9 +105,7 @@ def mcnemar(first: Mapping, second: Mapping) -> McNemar:
         LVLMError: the two runs answered different questions.
     """
     if first.keys() != second.keys():
-        raise LVLMError(
-            f"the two runs answered different questions ({len(first.keys() ^ second.keys())} differ)"
-        )
+        raise LVLMError(f"the two runs answered different questions ({len(first.keys() ^ second.keys())} differ)")
     only_first = sum(right and not second[key] for key, right in first.items())
     only_second = sum(right and not first[key] for key, right in second.items())
     tail = bdtr(min(only_first, only_second), only_first + only_second, 0.5)

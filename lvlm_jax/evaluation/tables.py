@@ -51,9 +51,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, dict]]:
         raise LVLMError(f"question file {str(path)!r} is empty; expected a heading and at least one row")
     for number, row in enumerate(found, start=1):
         if None in row or None in row.values():
-            raise LVLMError(
-                f"row {number} of question file {str(path)!r} has not as many cells as the heading"
-            )
+            raise LVLMError(f"row {number} of question file {str(path)!r} has not as many cells as the heading")
         yield number, {name: cell for name, cell in row.items() if cell != ""}
 
 

@@ -49,12 +49,7 @@ def generate(
 
 
 def begin(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    decoding: Decoding,
-    host: Host = ALONE,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host = ALONE
 ) -> tuple[drivers.Answers, int]:
     """Answers with their first token, and how many tokens may be written.
 

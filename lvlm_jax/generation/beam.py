@@ -130,9 +130,7 @@ class Hypotheses:
             scores=running,
             kept_tokens=kept(self.kept_tokens, tokens),
             kept_logprobs=jnp.where(failed[:, None, None], jnp.nan, kept(self.kept_logprobs, history)),
-            kept_length=jnp.where(
-                failed[:, None], count, kept(self.kept_length, jnp.broadcast_to(count, token.shape))
-            ),
+            kept_length=jnp.where(failed[:, None], count, kept(self.kept_length, jnp.broadcast_to(count, token.shape))),
             kept_scores=kept_scores,
             kept=is_kept,
             open=self.open & improvable & ~ends.all(axis=1) & ~failed,

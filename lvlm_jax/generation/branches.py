@@ -44,12 +44,7 @@ class Opening(NamedTuple):
 
 
 def opening(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    answer_capacity: int,
-    host: Host = ALONE,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, answer_capacity: int, host: Host = ALONE
 ) -> Opening:
     """Everything before the prefill of a prompt: towers, the contrast branch's prompt, warm-up pass.
 
@@ -85,12 +80,7 @@ def prefill(
 
 
 def prefill_arguments(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    answer_capacity: int,
-    host: Host = ALONE,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, answer_capacity: int, host: Host = ALONE
 ) -> tuple[tuple, dict[str, Any]]:
     """Positional arguments and options of `forward.prefill` behind the `opening` of a prompt."""
     reads = opening(params, config, prompt, method, answer_capacity, host)
@@ -108,9 +98,7 @@ def answer_capacity(prompt: Inputs, max_length: int | None) -> int:
     longest = int(prompt.lengths.max())
     max_length = whole("max_length", max_length, low=1)
     if max_length < longest:
-        raise LVLMError(
-            f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many"
-        )
+        raise LVLMError(f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many")
     return max_length - longest
 
 
@@ -153,12 +141,7 @@ def encode_images(
 
 
 def full_forward(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    tap: Tap,
-    mesh: Mesh | None = None,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, tap: Tap, mesh: Mesh | None = None
 ) -> tuple[jax.Array, Tapped]:
     """`forward.full_forward` of a prompt, after the method's warm-up pass."""
     main = embedded(params, config, prompt, mesh)
@@ -221,9 +204,7 @@ def _last_hidden_states(
     return with_images, jnp.where(image, without_images, with_images)
 
 
-def contrast_inputs(
-    config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE
-) -> Inputs | None:
+def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE) -> Inputs | None:
     """The prompt that the contrast branch reads: None where it shares the main branch's.
 
     `prompt` itself where the branch reads other pictures and there are none.

@@ -97,9 +97,7 @@ def answer_columns(limit: int) -> tuple[int, int]:
     return bucket(limit), bucket(limit) + PROMPT_BUCKET
 
 
-def _empty(
-    state: State, sampling: Sampling, stop: Int[Array, "N"], batch: int, limit: int, vocabulary: int
-) -> Slots:
+def _empty(state: State, sampling: Sampling, stop: Int[Array, "N"], batch: int, limit: int, vocabulary: int) -> Slots:
     """Slots without answers, for prompts like those just prefilled, without columns for an answer.
 
     Args:
@@ -195,9 +193,7 @@ def _place(
     placed = dataclasses.replace(
         slots.state,
         caches=tuple(put_cache(*both) for both in zip(slots.state.caches, state.caches, strict=True)),
-        tracks=tuple(
-            put_track(*both) for both in zip(slots.state.tracks, state.tracks, slots.prompt, strict=True)
-        ),
+        tracks=tuple(put_track(*both) for both in zip(slots.state.tracks, state.tracks, slots.prompt, strict=True)),
         memory=jax.tree.map(put, slots.state.memory, state.memory),
     )
     return dataclasses.replace(
@@ -266,9 +262,7 @@ def _compact(slots: Slots) -> Slots:
         return dataclasses.replace(old, image_id=image_id, index=old.index - shift)
 
     state = dataclasses.replace(
-        slots.state,
-        caches=tuple(map(cache, slots.state.caches)),
-        tracks=tuple(map(track, slots.state.tracks)),
+        slots.state, caches=tuple(map(cache, slots.state.caches)), tracks=tuple(map(track, slots.state.tracks))
     )
     return dataclasses.replace(slots, state=state)
 
@@ -294,9 +288,7 @@ def _widen(slots: Slots, size: Size) -> Slots:
     state = dataclasses.replace(
         slots.state,
         caches=tuple(map(cache, slots.state.caches)),
-        tracks=tuple(
-            track(*each) for each in zip(slots.state.tracks, slots.prompt, size.prompt, strict=True)
-        ),
+        tracks=tuple(track(*each) for each in zip(slots.state.tracks, slots.prompt, size.prompt, strict=True)),
     )
     return dataclasses.replace(slots, state=state, prompt=size.prompt)
 

@@ -57,9 +57,7 @@ def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tup
     if tokens.shape != expected:
         raise LVLMError(f"tokens have shape {tokens.shape}; expected {expected}, one per sample")
     if int(state.index) >= state.capacity:
-        raise LVLMError(
-            f"the state holds {state.capacity} columns and is full; give prefill a larger max_length"
-        )
+        raise LVLMError(f"the state holds {state.capacity} columns and is full; give prefill a larger max_length")
     return decode_step(params, config, state, tokens)
 
 

@@ -26,10 +26,7 @@ NOTHING = Tap()
 
 
 def encode_images(
-    params: dict,
-    config: FamilyConfig,
-    pixels: Float[Array, "R ..."],
-    geometry: dict[str, Array] | None = None,
+    params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
 ) -> Float[Array, "*N E"]:
     """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
     return _apply(params, config, "encode_images", pixels, **(geometry or {}))
@@ -113,8 +110,7 @@ def prefill(
     asked = _with_method_exits(method, config, tap)
     decoded = _apply(params, config, "decode", branched, context, caches, together, asked)
     caches = tuple(
-        _cache(columns, config.text, layer, context, capacity)
-        for layer, columns in enumerate(decoded.columns)
+        _cache(columns, config.text, layer, context, capacity) for layer, columns in enumerate(decoded.columns)
     )
     tracks = (Track.after(prompt, context, capacity),)
     last = decoded.hidden[:, :, -1]
@@ -131,9 +127,7 @@ def prefill(
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
 
 
-def decode_step(
-    params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]
-) -> tuple[State, Step]:
+def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
     transforms = _branches(state.method)
     tracks = tuple(track.with_token() for track in state.tracks)
@@ -234,9 +228,7 @@ def _finish(
     return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
 
 
-def _cache(
-    columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int
-) -> LayerCache:
+def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int) -> LayerCache:
     """Fresh prompt columns as a decode cache: image keys calibrated, own blocks padded to the capacity."""
     if context.image_shift is not None:
         # Every later row comes after the images, so none needs the ordinary image keys again.
@@ -250,16 +242,12 @@ def _branches(method: Method | None) -> tuple[Transform | None, ...]:
     return (None,) if method is None else method.branches()
 
 
-def _explicit_rows(
-    method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int
-) -> int:
+def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:
     """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
     rows = {"last": 1, "post_image": window, "all": total}
     edits = [transform for transform in transforms if transform is not None]
     everywhere = [any(overrides(edit, stage) for stage in STREAM_STAGES) for edit in edits]
-    needed = [
-        total if all_rows else rows[edit.rows] for edit, all_rows in zip(edits, everywhere, strict=True)
-    ]
+    needed = [total if all_rows else rows[edit.rows] for edit, all_rows in zip(edits, everywhere, strict=True)]
     if method is not None and method.positions(*jnp.zeros((3,), jnp.int32)) is not None:
         needed.append(window)
     return max(needed, default=0 if len(transforms) == 1 else 1)

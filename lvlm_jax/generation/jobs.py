@@ -146,11 +146,7 @@ def _seed(seed: int, question: Question) -> int:
 
 
 def _requests(
-    batches: Iterable[list[Question]],
-    folder: pathlib.Path,
-    seed: int,
-    fail: Callable[[int, str], None],
-    system: str,
+    batches: Iterable[list[Question]], folder: pathlib.Path, seed: int, fail: Callable[[int, str], None], system: str
 ) -> Iterator[list[Request]]:
     """The questions of each batch with their pictures opened; `fail(line, reason)` for those that cannot be."""
     for batch in batches:

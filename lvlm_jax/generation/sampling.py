@@ -113,8 +113,6 @@ def sample_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
     if isinstance(seed, int | np.integer):
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
     if len(seed) != batch:
-        raise LVLMError(
-            f"{len(seed)} seeds were given for {batch} conversations; give one number or one each"
-        )
+        raise LVLMError(f"{len(seed)} seeds were given for {batch} conversations; give one number or one each")
     alone = [jax.random.fold_in(jax.random.key(int(one)), 0) for one in seed]
     return jnp.stack(alone)

@@ -248,9 +248,7 @@ class Scheduler:
     def _ended(self) -> list[tuple[int, Finished]]:
         """Waits for the device, and takes the answers that have ended out of their rows."""
         slots = self._slots
-        running, stopped, count, index = jax.device_get(
-            (slots.running, slots.stopped, slots.count, slots.state.index)
-        )
+        running, stopped, count, index = jax.device_get((slots.running, slots.stopped, slots.count, slots.state.index))
         self._full = bool(index >= slots.state.capacity)
         rows = [row for row in self._under_way if not running[row]]
         if not rows:
@@ -258,6 +256,5 @@ class Scheduler:
         tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
         fields = (tokens, logprobs, count, stopped)
         return [
-            (self._under_way.pop(row).number, Finished(*(field[row : row + 1] for field in fields)))
-            for row in rows
+            (self._under_way.pop(row).number, Finished(*(field[row : row + 1] for field in fields))) for row in rows
         ]

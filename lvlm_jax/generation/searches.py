@@ -25,12 +25,7 @@ def obstacle(method: Method | None, decoding: Decoding = GREEDY) -> str | None:
 
 
 def best_answers(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    decoding: Decoding,
-    host: Host = ALONE,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host = ALONE
 ) -> beam.Finished:
     """The best answer to each prompt that a search finds: the method's own, or a beam search.
 
@@ -64,9 +59,7 @@ def _beam_search(
     host: Host,
 ) -> beam.Finished:
     if method is not None and method.primes:
-        raise LVLMError(
-            f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1"
-        )
+        raise LVLMError(f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1")
     state, step = branches.prefill(params, config, prompt, method, answer_capacity, host)
     search = beam.begin(state, step.combined, beams=num_beams, answer_capacity=answer_capacity)
     return beam.run(params, config, search, rule).hypotheses.best(rule.stop)

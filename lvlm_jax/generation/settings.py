@@ -76,9 +76,7 @@ class Decoding:
             "stop": _stop_strings(self.stop),
             "stop_token_ids": _stop_tokens(self.stop_token_ids),
             "num_beams": whole("num_beams", self.num_beams, low=1),
-            "length_penalty": _number(
-                "length_penalty", self.length_penalty, -LARGEST_EXPONENT, LARGEST_EXPONENT
-            ),
+            "length_penalty": _number("length_penalty", self.length_penalty, -LARGEST_EXPONENT, LARGEST_EXPONENT),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

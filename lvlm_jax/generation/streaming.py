@@ -13,12 +13,7 @@ from lvlm_jax.processors.layout import Inputs
 
 
 def stream(
-    params: dict,
-    config: FamilyConfig,
-    prompt: Inputs,
-    method: Method | None,
-    decoding: Decoding,
-    host: Host = ALONE,
+    params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host = ALONE
 ) -> Iterator[str]:
     """Yields the answer to one prompt piece by piece; arguments as in `answer.generate`.
 

@@ -129,9 +129,7 @@ def opening(
     """
     main = branches.embedded(params, config, prompt, host.mesh)
     ready = branches.warmed_up(params, config, prompt, main, methods, host.mesh)
-    first, *others = [
-        branches.contrast_inputs(config, prompt, method, host) for method in _readers(methods, prompt)
-    ]
+    first, *others = [branches.contrast_inputs(config, prompt, method, host) for method in _readers(methods, prompt)]
     contrast, contrast_axis = None, None
     if first is not None:
         contrast = main if first is prompt else branches.embedded(params, config, first, host.mesh)

@@ -34,9 +34,7 @@ def manifest() -> Any:
     """What the entry point tells lmms-eval: our model's name, and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(
-        "lvlm_jax", simple_class_path="lvlm_jax.integrations.lmms_eval.LVLMJax", aliases=("lvlm-jax",)
-    )
+    return ModelManifest("lvlm_jax", simple_class_path="lvlm_jax.integrations.lmms_eval.LVLMJax", aliases=("lvlm-jax",))
 
 
 def load(pretrained: Any, dtype: str) -> LVLM:

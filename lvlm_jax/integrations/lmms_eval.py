@@ -230,9 +230,7 @@ class LVLMJax(lmms):
         stop = (until,) if isinstance(until, str) else tuple(until)
         ignored = set(settings) - {*GENERATION, "until"} - self._ignored
         if ignored:
-            warnings.warn(
-                f"lvlm_jax has no use for the generation settings {', '.join(sorted(ignored))}", stacklevel=3
-            )
+            warnings.warn(f"lvlm_jax has no use for the generation settings {', '.join(sorted(ignored))}", stacklevel=3)
             self._ignored |= ignored
         known = {name: settings[name] for name in GENERATION if name in settings}
         return decoding(known, LONGEST_ANSWER, stop)
@@ -265,14 +263,10 @@ class LVLMJax(lmms):
         if callable(continuation):
             continuation = continuation(self._document(*place))
         if not str(continuation).strip():
-            raise LVLMError(
-                "a continuation is empty, so it has no likelihood; check the task's doc_to_target"
-            )
+            raise LVLMError("a continuation is empty, so it has no likelihood; check the task's doc_to_target")
         return text, str(continuation).strip(), self._visuals(doc_to_visual, *place)
 
-    def _likelihoods(
-        self, pairs: Sequence[tuple[str, str, Callable[[], Sequence]]]
-    ) -> list[tuple[float, bool]]:
+    def _likelihoods(self, pairs: Sequence[tuple[str, str, Callable[[], Sequence]]]) -> list[tuple[float, bool]]:
         questions = [_messages(visuals(), text) for text, _, visuals in pairs]
         answers = [_answer(continuation) for _, continuation, _ in pairs]
         whole_prompt = self.model.prepare([[*q, a] for q, a in zip(questions, answers, strict=True)])

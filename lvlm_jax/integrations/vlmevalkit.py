@@ -62,9 +62,7 @@ class LVLMJax(BaseModel):
             LVLMError: an empty message, a part that is neither text nor image, or an unreadable picture.
         """
         if not message:
-            raise LVLMError(
-                "the message is empty; expected a list of {'type': 'image' or 'text', 'value': ...}"
-            )
+            raise LVLMError("the message is empty; expected a list of {'type': 'image' or 'text', 'value': ...}")
         content = [_part(part) for part in message]
         # Of a picture only its name, for the folder of VLMEvalKit's data differs from machine to machine.
         said = (Path(part["value"]).name if part["type"] == "image" else part["value"] for part in message)

@@ -187,9 +187,7 @@ def _compare(path: Path, stored: dict, record: dict) -> None:
         )
 
 
-def _entries(
-    path: Path, content: bytes, record: dict | None, read: Read, keys: Container | None
-) -> tuple[dict, int]:
+def _entries(path: Path, content: bytes, record: dict | None, read: Read, keys: Container | None) -> tuple[dict, int]:
     """The answers of a log by key, and how many of its bytes are to be kept.
 
     Args:

@@ -84,9 +84,7 @@ class Method(Transform):
     search: ClassVar[str | None] = None
 
     def __init__(self, *arguments, **fields):
-        raise LVLMError(
-            f'{type(self).__name__} is not registered; write @methods.register("name") above the class'
-        )
+        raise LVLMError(f'{type(self).__name__} is not registered; write @methods.register("name") above the class')
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -148,9 +146,7 @@ class Method(Transform):
         """One of CONTRAST_PROMPTS; static. With "no_image" and "text" the contrast branch is not edited."""
         return "same"
 
-    def contrast_pixels(
-        self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]
-    ) -> Float[Array, "R ..."]:
+    def contrast_pixels(self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]) -> Float[Array, "R ..."]:
         """The contrast branch's pictures, for "pixels".
 
         Args:
@@ -308,10 +304,7 @@ def plausible(main: Float[Array, "B V"], beta: Strength) -> jax.Array:
 
 
 def contrasted(
-    main: Float[Array, "B V"],
-    contrast: Float[Array, "B V"],
-    alpha: Float[Array, "#B #V"] | Strength,
-    beta: Strength,
+    main: Float[Array, "B V"], contrast: Float[Array, "B V"], alpha: Float[Array, "#B #V"] | Strength, beta: Strength
 ) -> Float[Array, "B V"]:
     """(1 + α) l - α l̃ on plausible tokens, -inf elsewhere."""
     return jnp.where(plausible(main, beta), (1 + alpha) * main - alpha * contrast, -jnp.inf)

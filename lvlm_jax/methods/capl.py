@@ -41,18 +41,14 @@ class CAPL(Method):
     rho: Strength = strength(0.95, "share ρ of each image's tokens that is selected", low=0, high=1)
     mode: str = switch("cross", "images look at each other, or must not", choices=("cross", "truncated"))
     variant: str = switch(
-        "paper",
-        "truncated: an image token sees its image, or only itself",
-        choices=("paper", "code-qwen"),
+        "paper", "truncated: an image token sees its image, or only itself", choices=("paper", "code-qwen")
     )
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(
         None, "explicit layers instead, of odd index too; without them mode 'cross' takes the even ones"
     )
-    tile: int | None = switch(
-        None, "tokens of a tile, where the share is taken in each; default whole images"
-    )
+    tile: int | None = switch(None, "tokens of a tile, where the share is taken in each; default whole images")
 
     rows: ClassVar[str] = "all"
     PRESETS: ClassVar = {

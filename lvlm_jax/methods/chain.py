@@ -21,9 +21,7 @@ def chain(*members: Method) -> Method:
     Raises:
         LVLMError: nothing to compose, or members that contradict each other.
     """
-    flat = [
-        one for member in members for one in (member.members if isinstance(member, Chained) else (member,))
-    ]
+    flat = [one for member in members for one in (member.members if isinstance(member, Chained) else (member,))]
     if not flat:
         raise LVLMError("chain() needs at least one method")
     return flat[0] if len(flat) == 1 else Chained(tuple(flat))
@@ -100,9 +98,7 @@ class Chained(Method):
         return all(member.independent_rows for member in self.members)
 
     def primed(self, with_image, without_image) -> "Chained":
-        ready = (
-            member.primed(with_image, without_image) if member.primes else member for member in self.members
-        )
+        ready = (member.primed(with_image, without_image) if member.primes else member for member in self.members)
         return Chained(tuple(ready))
 
     def start(self, batch: int) -> Any:

@@ -27,9 +27,7 @@ def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
     return _static(owner, name, field, value) if "static" in field.metadata else _number(name, field, value)
 
 
-def _number(
-    name: str, field: dataclasses.Field, value: Any
-) -> np.float32 | jax.Array | jax.ShapeDtypeStruct | None:
+def _number(name: str, field: dataclasses.Field, value: Any) -> np.float32 | jax.Array | jax.ShapeDtypeStruct | None:
     if value is None and field.default is None:
         return None
     low, high = field.metadata["low"], field.metadata["high"]
@@ -82,9 +80,7 @@ def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any
     try:
         hash(value)
     except TypeError as error:
-        raise LVLMError(
-            f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples"
-        ) from error
+        raise LVLMError(f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples") from error
     return value
 
 
@@ -121,9 +117,7 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, float) and bool(np.isfinite(value))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        return isinstance(value, range) or (
-            isinstance(value, tuple) and all(_is(one, inner) for one in value)
-        )
+        return isinstance(value, range) or (isinstance(value, tuple) and all(_is(one, inner) for one in value))
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 

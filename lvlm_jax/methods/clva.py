@@ -65,9 +65,7 @@ class CLVA(Method):
     noise_layers: int = switch(3, "how many first layers make the noise")
     anchor_start: float = switch(0.3, "share of the depth where candidate layers begin, inclusive")
     anchor_end: float = switch(0.6, "share of the depth where they end, inclusive")
-    start_layer: int | float | None = switch(
-        None, "first edited layer; default the first at 0.65 of the depth"
-    )
+    start_layer: int | float | None = switch(None, "first edited layer; default the first at 0.65 of the depth")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit edited layers instead")
 
@@ -139,8 +137,7 @@ class CLVA(Method):
         anchored = per_image.spread(inside, per_image.sums(inside, anchor) > 0)
         push = self.a * over_maximum(inside, anchor) - self.b * over_maximum(inside, regressive)
         return Anchors(
-            away=jnp.where(anchored, unit(inside, noise) - unit(inside, anchor), 0),
-            push=jnp.where(anchored, push, 0),
+            away=jnp.where(anchored, unit(inside, noise) - unit(inside, anchor), 0), push=jnp.where(anchored, push, 0)
         )
 
 

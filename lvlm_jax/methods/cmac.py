@@ -53,9 +53,7 @@ class CMAC(Method):
 
     alpha: Strength = strength(3.0, "contrast strength α", low=0)
     beta: Strength = strength(0.2, "plausibility cut β", low=0, high=1)
-    gamma: Strength | None = strength(
-        None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6
-    )
+    gamma: Strength | None = strength(None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6)
     variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
     imd: bool = switch(True, "value-masked contrast branch", choices=(True, False))
     cmpc: bool = switch(True, "calibrated positions", choices=(True, False))
@@ -64,9 +62,7 @@ class CMAC(Method):
         "what the contrast branch suffers where M is 1",
         choices=("value_mask", "attention_mask", "value_noise"),
     )
-    gate: str | None = switch(
-        None, "30 steps whose mean image logit switches α off", choices=(None, "first", "last")
-    )
+    gate: str | None = switch(None, "30 steps whose mean image logit switches α off", choices=(None, "first", "last"))
     noise_seed: Strength = strength(0, "seed of distort='value_noise'", low=0, high=2**24)
 
     PRESETS: ClassVar = {
@@ -194,9 +190,7 @@ class ValueNoise(Transform):
 
     def begin(self, context: Context, embeddings):
         # The first row's column differs from call to call, so that every step draws its own noise.
-        return jax.random.fold_in(
-            jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row
-        )
+        return jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row)
 
     def values(self, site, weights, mix):
         values = site.read_values().astype(jnp.float32)

@@ -43,9 +43,7 @@ class DoLa(Method):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.layers, str) and self.layers not in ("low", "high"):
-            raise LVLMError(
-                f"DoLa: layers is {self.layers!r}; expected 'low', 'high' or hidden-state indices"
-            )
+            raise LVLMError(f"DoLa: layers is {self.layers!r}; expected 'low', 'high' or hidden-state indices")
 
     @property
     def exit_norm(self) -> bool:

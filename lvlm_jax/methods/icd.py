@@ -35,9 +35,7 @@ class ICD(Method):
     prompt: str = switch(DISTURBANCE, "the disturbing instruction")
     tokens: tuple[int, ...] | None = switch(None, "its token ids; they overrule `prompt`")
     qformer: str = switch(
-        "question",
-        "where a Q-Former reads the words: before the question, or alone",
-        choices=("question", "normal"),
+        "question", "where a Q-Former reads the words: before the question, or alone", choices=("question", "normal")
     )
 
     PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1)}

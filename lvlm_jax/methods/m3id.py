@@ -39,10 +39,7 @@ class M3ID(Method):
     beta: Strength = strength(0.1, "'port': plausibility cut β", low=0, high=1)
     variant: str = switch("paper", "formulas of the paper or of RITUAL's port", choices=("paper", "port"))
 
-    PRESETS: ClassVar = {
-        "paper": dict(decay=0.02, variant="paper"),
-        "port": dict(decay=0.02, beta=0.1, variant="port"),
-    }
+    PRESETS: ClassVar = {"paper": dict(decay=0.02, variant="paper"), "port": dict(decay=0.02, beta=0.1, variant="port")}
 
     def branches(self):
         return (ImagePresence(), None)

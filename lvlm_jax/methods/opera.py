@@ -62,10 +62,7 @@ class OPERA(Method):
     window: int = switch(512, "newest answer tokens that count")
     variant: str = switch("code", "formulas of the paper or of the authors' program", ("paper", "code"))
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": dict(variant="paper"),
-        "code": dict(variant="code"),
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"paper": dict(variant="paper"), "code": dict(variant="code")}
     search: ClassVar[str] = "opera"
 
     def __post_init__(self):
@@ -100,9 +97,7 @@ class OPERA(Method):
         products = jnp.where(inside, products, -jnp.inf)
         if self.variant == "code":
             scores = (CODE_FACTOR * jnp.exp(jnp.minimum(products, LARGEST_EXPONENT))).astype(jnp.float16)
-            scores = jnp.where(
-                inside, scores, -1
-            )  # where all products are too small for float16, c lies inside too
+            scores = jnp.where(inside, scores, -1)  # where all products are too small for float16, c lies inside too
             largest = scores.max(axis=-1).astype(jnp.float32)
             largest = jnp.where(newest < CODE_IMAGE_TOKENS, -image_weight, largest)
             return largest, scores.argmax(axis=-1).astype(jnp.int32)

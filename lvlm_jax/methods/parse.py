@@ -44,9 +44,7 @@ def as_method(value: typing.Any) -> Method | None:
         )
     if jax.tree.structure(value) == jax.tree.structure(0):  # a leaf and no tree of its fields
         name = type(value).__name__
-        raise LVLMError(
-            f'{name} is not registered; write @methods.register("{name.lower()}") above the class'
-        )
+        raise LVLMError(f'{name} is not registered; write @methods.register("{name.lower()}") above the class')
     return value
 
 
@@ -92,9 +90,7 @@ def methods_help() -> str:
             default = f"{field.default:g}" if isinstance(field.default, float) else shown(field.default)
             lines.append(f"      --{_flag(field):12s} {default:11.11s} {field.metadata['doc']}{among}")
         if method.PRESETS:
-            lines.append(
-                f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}"
-            )
+            lines.append(f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}")
     lines += [
         "",
         "  Your own: --method mymodule:MyMethod or --method file.py:MyMethod, a class of methods.Method.",

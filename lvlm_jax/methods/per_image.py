@@ -30,9 +30,7 @@ def spread(inside: Bool[Array, "B I S"], of_image: Array) -> Array:
     return placed.any(axis=1) if placed.dtype == bool else placed.sum(axis=1)
 
 
-def normalised(
-    inside: Bool[Array, "B I S"], values: Float[Array, "B S"], floor: float = 0.0
-) -> Float[Array, "B S"]:
+def normalised(inside: Bool[Array, "B I S"], values: Float[Array, "B S"], floor: float = 0.0) -> Float[Array, "B S"]:
     """Non-negative column values divided by their image's sum; all 0 in an image whose sum is at most `floor`."""
     total = spread(inside, sums(inside, values))
     enough = total > floor
@@ -48,10 +46,7 @@ def share(rho: float | np.floating | Array, inside: Bool[Array, "B I S"]) -> Int
 
 
 def largest(
-    image_id: Int[Array, "B S"],
-    inside: Bool[Array, "B I S"],
-    values: Float[Array, "B S"],
-    keep: Int[Array, "B I"],
+    image_id: Int[Array, "B S"], inside: Bool[Array, "B I S"], values: Float[Array, "B S"], keep: Int[Array, "B I"]
 ) -> Bool[Array, "B S"]:
     """The `keep` columns of each image with the largest values; of equal ones the earlier. One sort."""
     order = jnp.lexsort((-values, image_id), axis=-1)  # stable: by image, then falling

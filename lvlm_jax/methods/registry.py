@@ -99,11 +99,7 @@ def _same(old: type, new: type) -> bool:
     """Whether one class is another form of the other: the same definition, run again."""
     if old.__qualname__ != new.__qualname__:
         return False
-    return (
-        old is new
-        or old.__module__ == new.__module__
-        or (old._source is not None and old._source == _source(new))
-    )
+    return old is new or old.__module__ == new.__module__ or (old._source is not None and old._source == _source(new))
 
 
 def _source(cls: type) -> str | None:

@@ -178,9 +178,7 @@ def aligned(
     return jnp.where(moved.first | moved.second, drawn, logits), moved
 
 
-def jensen_shannon(
-    main: Float[Array, "B V"], contrast: Float[Array, "B V"], variant: str
-) -> Float[Array, "B"]:
+def jensen_shannon(main: Float[Array, "B V"], contrast: Float[Array, "B V"], variant: str) -> Float[Array, "B"]:
     """Divergence in nats of the distributions of two rows of logits; the module docstring has the variants."""
     log_p, log_q = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)

@@ -46,9 +46,7 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
         config = family.from_hf(nested, hf)
     except LVLMError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever the first bad field provokes in transformers, or in arithmetic with it
+    except Exception as error:  # whatever the first bad field provokes in transformers, or in arithmetic with it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise LVLMError(f"config.json is not a valid {model_type} configuration: {reason}") from error
     # What is written back is what was read, where a family had to nest it first.

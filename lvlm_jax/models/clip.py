@@ -63,9 +63,7 @@ class ClipAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None
-    ) -> Float[Array, "I P W"]:
+    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None) -> Float[Array, "I P W"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
         def project(name: str) -> Float[Array, "I P H D"]:
@@ -85,9 +83,7 @@ class ClipMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "I P W"]) -> Float[Array, "I P W"]:
         hidden = linear(self.config.intermediate_size, self.dtype, "fc1", use_bias=True)(x)
-        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(
-            activation(self.config.hidden_act)(hidden)
-        )
+        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(activation(self.config.hidden_act)(hidden))
 
 
 class ClipLayer(nn.Module):
@@ -97,9 +93,7 @@ class ClipLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None
-    ) -> Float[Array, "I P W"]:
+    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None) -> Float[Array, "I P W"]:
         epsilon = self.config.layer_norm_eps
         normed = layer_norm(epsilon, self.dtype, "layer_norm1")(x)
         x = x + ClipAttention(self.config, self.dtype, name="self_attn")(normed, mask)
@@ -127,13 +121,7 @@ class ClipTower(nn.Module):
         images = pixels.shape[0]
         initializer = nn.initializers.normal(0.02)
         token = self.param("class_embedding", initializer, (config.hidden_size,)).astype(self.dtype)
-        x = jnp.concatenate(
-            [
-                jnp.broadcast_to(token, (images, 1, config.hidden_size)),
-                patches,
-            ],
-            axis=1,
-        )
+        x = jnp.concatenate([jnp.broadcast_to(token, (images, 1, config.hidden_size)), patches], axis=1)
         positions = nn.Embed(
             config.num_patches + 1, config.hidden_size, dtype=self.dtype, embedding_init=initializer,
             name="position_embedding",

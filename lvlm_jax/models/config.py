@@ -31,16 +31,12 @@ class DecoderTraits:
 
 
 DECODERS: dict[str, DecoderTraits] = {
-    "llama": DecoderTraits(
-        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
-    ),
+    "llama": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
     "qwen": DecoderTraits(attention_bias=True, output_bias="projection_bias", mlp_bias="projection_bias"),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
-    "internlm3": DecoderTraits(
-        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"
-    ),
+    "internlm3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "qwen2_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
     "qwen2_5_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
     "qwen3_vl_text": DecoderTraits(

@@ -107,9 +107,7 @@ class DecoderAttention(nn.Module):
         return output, columns, carries, tapped
 
 
-def _columns(
-    cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]
-) -> LayerCache:
+def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]) -> LayerCache:
     """What the rows see: in prefill the prefix and their own fresh columns, in decode the caches they write into."""
     fresh = tuple(Block(k, v) for k, v in zip(key, value, strict=True))
     if cache is None:
@@ -118,9 +116,7 @@ def _columns(
         return LayerCache(cache.prefix, fresh)
     start = cache.prefix.length if cache.prefix else 0
     own = zip(cache.own, fresh, contexts, strict=True)
-    return LayerCache(
-        cache.prefix, tuple(block.write(new, context.first_row - start) for block, new, context in own)
-    )
+    return LayerCache(cache.prefix, tuple(block.write(new, context.first_row - start) for block, new, context in own))
 
 
 def _edited(
@@ -155,9 +151,7 @@ class DecoderMlp(nn.Module):
             return linear(features, self.dtype, name, use_bias=config.mlp_bias)
 
         gate = activation(config.hidden_act)(project(config.intermediate_size, "gate_proj")(x))
-        return project(config.hidden_size, "down_proj")(
-            gate * project(config.intermediate_size, "up_proj")(x)
-        )
+        return project(config.hidden_size, "down_proj")(gate * project(config.intermediate_size, "up_proj")(x))
 
 
 class DecoderLayer(nn.Module):

@@ -64,9 +64,7 @@ class EvaTower(nn.Module):
         )
         initializer = nn.initializers.normal(0.02)
         token = self.param("class_embedding", initializer, (1, 1, config.hidden_size))
-        positions = self.param(
-            "position_embedding", initializer, (1, config.num_patches + 1, config.hidden_size)
-        )
+        positions = self.param("position_embedding", initializer, (1, config.num_patches + 1, config.hidden_size))
         token = jnp.broadcast_to(token.astype(self.dtype), (pixels.shape[0], 1, config.hidden_size))
         x = jnp.concatenate([token, patches], axis=1) + positions.astype(self.dtype)
         for index in range(config.num_layers):

@@ -172,9 +172,7 @@ class FamilyConfig(abc.ABC):
         del parts
         return prompts
 
-    def instructed(
-        self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool
-    ) -> dict[str, np.ndarray]:
+    def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool) -> dict[str, np.ndarray]:
         """The geometry of the same images, read with other words; only if `reads_instruction`.
 
         Args:
@@ -187,9 +185,7 @@ class FamilyConfig(abc.ABC):
         """
         raise NotImplementedError(f"images of {self.model_type} are read without an instruction")
 
-    def shown(
-        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
-    ) -> Float[np.ndarray, "R ..."]:
+    def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R ..."]:
         """The tower's pixels if all images showed one picture; by default each row is a picture.
 
         Args:
@@ -238,9 +234,7 @@ class VisionLanguageModel(nn.Module):
         """Next-token logits in float32."""
         return self.language_model.head(hidden)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], pixels: Float[Array, "R ..."], geometry: dict, context
-    ) -> jax.Array:
+    def __call__(self, tokens: Int[Array, "B T"], pixels: Float[Array, "R ..."], geometry: dict, context) -> jax.Array:
         """Logits of every row, without a cache; also what creates the parameters."""
         image_tokens = self.encode_images(pixels, **geometry)
         return self.head(self.decode(self.embed(tokens, image_tokens)[None], context).hidden[0])
@@ -278,9 +272,7 @@ def family(
         for model_type in model_types:
             if model_type in FAMILIES:
                 other = FAMILIES[model_type].module
-                raise ValueError(
-                    f"model_type {model_type!r} of {module.__name__} is that of {other.__name__}"
-                )
+                raise ValueError(f"model_type {model_type!r} of {module.__name__} is that of {other.__name__}")
             FAMILIES[model_type] = Family(module.__annotations__["config"], module)
         if published_as is not None:
             PUBLISHED_AS[published_as] = model_types[0]

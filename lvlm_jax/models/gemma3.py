@@ -78,9 +78,7 @@ class Gemma3Config(FamilyConfig):
             return None
         if not gathered(parts, "num_crops"):
             return whole_pictures(pixels, self.tokens_per_image)
-        rows = np.concatenate(
-            [_rows_per_image(part) for part in parts if part.get("pixel_values") is not None]
-        )
+        rows = np.concatenate([_rows_per_image(part) for part in parts if part.get("pixel_values") is not None])
         owner = np.repeat(np.arange(len(rows)), rows)
         return Pictures(pixels, owner, rows * self.tokens_per_image)
 

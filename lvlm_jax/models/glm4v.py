@@ -66,9 +66,7 @@ class Glm4vConfig(LoosePatchConfig):
         if "text_config" in raw or "hidden_size" not in raw:
             return raw
         top = {
-            name: value
-            for name, value in raw.items()
-            if name in _TOP_FIELDS or name.startswith(("image_", "video_"))
+            name: value for name, value in raw.items() if name in _TOP_FIELDS or name.startswith(("image_", "video_"))
         }
         text = {name: value for name, value in raw.items() if name not in top}
         return top | {"text_config": text | {"model_type": "glm4v_text"}}
@@ -88,9 +86,7 @@ class Glm4vConfig(LoosePatchConfig):
         vision, text = hf.vision_config, decoder_config(hf)
         check_width(vision, text)
         if not isinstance(vision.image_size, int):
-            raise LVLMError(
-                f"vision_config.image_size {vision.image_size} is not supported; expected one number"
-            )
+            raise LVLMError(f"vision_config.image_size {vision.image_size} is not supported; expected one number")
         # The tower's layers are as wide inside as the decoder; `intermediate_size` is the connector's.
         sizes = tower_sizes(vision, vision.hidden_size, vision.out_hidden_size)
         return cls(
@@ -184,9 +180,7 @@ class Connector(nn.Module):
         normed = layer_norm(CONNECTOR_EPSILON, self.dtype, "norm")(project(width, "proj")(merged))
         hidden = activation("gelu")(normed)
         inner = self.config.connector_width
-        return project(width, "down_proj")(
-            act(project(inner, "gate_proj")(hidden)) * project(inner, "up_proj")(hidden)
-        )
+        return project(width, "down_proj")(act(project(inner, "gate_proj")(hidden)) * project(inner, "up_proj")(hidden))
 
 
 @family("glm4v")
@@ -210,6 +204,4 @@ class Glm4v(VisionLanguageModel):
         weights: Float[Array, "R P 16"],
     ) -> Float[Array, "N E"]:
         """Image tokens in reading order, then filler; the geometry is that of `patch_rows` and `with_positions`."""
-        return in_reading_order(
-            self.connector(self.vision_tower(pixels, coordinates, valid, entries, weights)), order
-        )
+        return in_reading_order(self.connector(self.vision_tower(pixels, coordinates, valid, entries, weights)), order)

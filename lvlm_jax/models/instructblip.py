@@ -136,9 +136,7 @@ class InstructBlipConfig(FamilyConfig):
     def token_map(self, pictures: Pictures, image: int) -> None:
         """None: each query looks over the whole image, and shows no place of it."""
 
-    def instructed(
-        self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool
-    ) -> dict[str, np.ndarray]:
+    def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool) -> dict[str, np.ndarray]:
         """The geometry of the same images, read with `words` behind the `[CLS]` of each instruction.
 
         Args:
@@ -190,9 +188,7 @@ class InstructBlipConfig(FamilyConfig):
         """Instructions, padded on the right to a bucket; columns stay where they were, because they are positions."""
         longest, limit = max((row.shape[1] for row in rows), default=0), self.qformer.max_position_embeddings
         if longest > limit:
-            raise LVLMError(
-                f"the instruction has {longest} tokens and the Q-Former reads {limit}; shorten the prompt"
-            )
+            raise LVLMError(f"the instruction has {longest} tokens and the Q-Former reads {limit}; shorten the prompt")
         length = bucketed(longest, SHORTEST_INSTRUCTION)
         words, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
         for place, (tokens, valid) in enumerate(rows):

@@ -77,9 +77,7 @@ class InternVitConfig:
         for name in ("image_size", "patch_size"):
             sides = getattr(vision, name)
             if len(set(sides)) != 1:
-                raise LVLMError(
-                    f"vision_config.{name} {list(sides)} is not supported; expected two equal sides"
-                )
+                raise LVLMError(f"vision_config.{name} {list(sides)} is not supported; expected two equal sides")
         return cls(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
@@ -129,9 +127,7 @@ class InternVitMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "R P W"]) -> Float[Array, "R P W"]:
         hidden = linear(self.config.intermediate_size, self.dtype, "fc1", use_bias=True)(x)
-        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(
-            activation(self.config.hidden_act)(hidden)
-        )
+        return linear(x.shape[-1], self.dtype, "fc2", use_bias=True)(activation(self.config.hidden_act)(hidden))
 
 
 class InternVitLayer(nn.Module):
@@ -170,9 +166,7 @@ class InternVit(nn.Module):
         P counts the class token, then the patches row by row. The last two are the same where there is no final norm.
         """
         config, width = self.config, self.config.hidden_size
-        patches = patch_convolution(
-            pixels, width, config.patch_size, self.dtype, "patch_embedding", use_bias=True
-        )
+        patches = patch_convolution(pixels, width, config.patch_size, self.dtype, "patch_embedding", use_bias=True)
         initializer = nn.initializers.normal(0.02)
         token = self.param("class_embedding", initializer, (1, 1, width)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (len(pixels), 1, width)), patches], axis=1)
@@ -186,8 +180,6 @@ class InternVit(nn.Module):
             states.append(InternVitLayer(config, self.dtype, name=f"layers_{index}")(states[-1]))
         last = states[-1]
         states.append(
-            layer_norm(config.layer_norm_eps, self.dtype, "post_layernorm")(last)
-            if config.final_norm
-            else last
+            layer_norm(config.layer_norm_eps, self.dtype, "post_layernorm")(last) if config.final_norm else last
         )
         return states

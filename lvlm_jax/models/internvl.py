@@ -206,9 +206,7 @@ class InternVlConnector(nn.Module):
         width = self.config.text.hidden_size
         normed = layer_norm(CONNECTOR_NORM_EPS, self.dtype, "layer_norm")(features)
         hidden = linear(width, self.dtype, "linear_1", use_bias=True)(normed)
-        return linear(width, self.dtype, "linear_2", use_bias=True)(
-            activation(self.config.projector_act)(hidden)
-        )
+        return linear(width, self.dtype, "linear_2", use_bias=True)(activation(self.config.projector_act)(hidden))
 
 
 @family("internvl")

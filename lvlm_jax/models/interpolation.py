@@ -14,9 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.models.pictures import Pictures
 
-CUBIC = (
-    -0.75
-)  # the free parameter of Keys' kernel (IEEE TASSP 29, 1981), as torch and most image libraries set it
+CUBIC = -0.75  # the free parameter of Keys' kernel (IEEE TASSP 29, 1981), as torch and most image libraries set it
 
 Places = Float[np.ndarray, "N"]
 Taps = tuple[Int[np.ndarray, "N K"], Float[np.ndarray, "N K"]]
@@ -49,11 +47,7 @@ def cubic_taps(places: Places, side: int) -> Taps:
 
 
 def with_positions(
-    pictures: Pictures,
-    merge: int,
-    side: int,
-    place: Callable[[int, int], Places],
-    taps: Callable[[Places, int], Taps],
+    pictures: Pictures, merge: int, side: int, place: Callable[[int, int], Places], taps: Callable[[Places, int], Taps]
 ) -> Pictures:
     """Adds to the geometry of `patch_rows` what each patch reads of a table of `side` x `side` entries.
 

@@ -139,8 +139,4 @@ class OffsetRMSNorm(nn.Module):
 
 def rms_norm(epsilon: float, dtype: jnp.dtype, name: str | None, offset: bool = False) -> nn.Module:
     """Root-mean-square normalisation with float32 statistics; `offset` as in `OffsetRMSNorm`."""
-    return (
-        OffsetRMSNorm(epsilon, dtype, name=name)
-        if offset
-        else nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)
-    )
+    return OffsetRMSNorm(epsilon, dtype, name=name) if offset else nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)

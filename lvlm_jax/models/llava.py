@@ -116,9 +116,7 @@ def feature_select(hf: Any) -> str:
     """
     strategy = hf.vision_feature_select_strategy
     if strategy not in ("default", "full"):
-        raise LVLMError(
-            f"vision_feature_select_strategy {strategy!r} is not supported; expected 'default' or 'full'"
-        )
+        raise LVLMError(f"vision_feature_select_strategy {strategy!r} is not supported; expected 'default' or 'full'")
     return strategy
 
 
@@ -132,9 +130,7 @@ class Connector(nn.Module):
     def __call__(self, features: Float[Array, "I P W"]) -> Float[Array, "I P E"]:
         width, bias = self.config.text.hidden_size, self.config.projector_bias
         hidden = linear(width, self.dtype, "linear_1", use_bias=bias)(features)
-        return linear(width, self.dtype, "linear_2", use_bias=bias)(
-            activation(self.config.projector_act)(hidden)
-        )
+        return linear(width, self.dtype, "linear_2", use_bias=bias)(activation(self.config.projector_act)(hidden))
 
 
 @family("llava")

@@ -128,10 +128,7 @@ class LlavaNext(Llava):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def encode_images(
-        self,
-        pixels: Float[Array, "R 3 Y X"],
-        index: Int[Array, "N *K"],
-        weights: Float[Array, "N K"] | None = None,
+        self, pixels: Float[Array, "R 3 Y X"], index: Int[Array, "N *K"], weights: Float[Array, "N K"] | None = None
     ) -> Float[Array, "N E"]:
         """Image tokens of all images, in order, from R tiles.
 

@@ -82,9 +82,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
         """
         del prompts
         if any(part.get("pixel_values_videos") is not None for part in parts):
-            raise LVLMError(
-                "pixel_values_videos is not supported: videos cannot be read, give frames as images"
-            )
+            raise LVLMError("pixel_values_videos is not supported: videos cannot be read, give frames as images")
         if (found := self.tiling.read(parts)) is None:
             return None
         pixels, sizes = found
@@ -102,9 +100,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
             weights.append(np.concatenate([whole[1], large[1]]))
         return self.tiling.packed(pixels, tiles, index=index, weights=weights)
 
-    def _bounded(
-        self, patches: Int[np.ndarray, "H W"]
-    ) -> tuple[Int[np.ndarray, "Y X 4"], Float[np.ndarray, "Y X 4"]]:
+    def _bounded(self, patches: Int[np.ndarray, "H W"]) -> tuple[Int[np.ndarray, "Y X 4"], Float[np.ndarray, "Y X 4"]]:
         """A map of patches, shrunk where it takes too many tokens: the rows that each token mixes, and the shares."""
         height, width = patches.shape
         ratio = math.sqrt(height * width / (self.most_tiles * self.tiling.side**2))
@@ -123,12 +119,7 @@ def _alone(parts: Sequence[Arrays], images: int) -> np.ndarray:
     together = joined(parts, "batch_num_images")
     if together is None:
         return np.ones(images, bool)
-    if (
-        together.ndim != 1
-        or together.dtype.kind not in "iu"
-        or (together < 0).any()
-        or together.sum() != images
-    ):
+    if together.ndim != 1 or together.dtype.kind not in "iu" or (together < 0).any() or together.sum() != images:
         raise LVLMError(
             f"batch_num_images is {together.tolist()}; expected the number of images of each prompt, {images} in all"
         )

@@ -64,9 +64,7 @@ def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[s
         raise LVLMError(f"vision_config.in_channels {vision.in_channels} is not supported; expected 3")
     for name in ("patch_size", "temporal_patch_size"):
         if not isinstance(getattr(vision, name), int):
-            raise LVLMError(
-                f"vision_config.{name} {getattr(vision, name)} is not supported; expected one number"
-            )
+            raise LVLMError(f"vision_config.{name} {getattr(vision, name)} is not supported; expected one number")
     rope = getattr(vision, "rope_parameters", None) or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise LVLMError(
@@ -123,9 +121,7 @@ class LoosePatchConfig(FamilyConfig):
         """Which of an image's tokens shows each place of it."""
         return grid_map(pictures, image)
 
-    def shown(
-        self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]
-    ) -> Float[np.ndarray, "R P C"]:
+    def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R P C"]:
         """The pixels if all images were one picture, which is asked for at a height and a width."""
         return patches_of(picture, self.vision, pictures.geometry)
 
@@ -204,9 +200,7 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
 def blank_patches(channels: int, merge: int) -> Pictures:
     """The smallest image, as `patch_rows` would give it."""
     pixels = np.zeros((merge**2, channels), np.float32)
-    return patch_rows(
-        [{"pixel_values": pixels, "image_grid_thw": np.array([[1, merge, merge]])}], channels, merge
-    )
+    return patch_rows([{"pixel_values": pixels, "image_grid_thw": np.array([[1, merge, merge]])}], channels, merge)
 
 
 def patches_of(
@@ -232,15 +226,11 @@ def patches_of(
     return pixels
 
 
-def _checked_grids(
-    pixels: np.ndarray | None, grids: np.ndarray | None, channels: int, merge: int
-) -> np.ndarray:
+def _checked_grids(pixels: np.ndarray | None, grids: np.ndarray | None, channels: int, merge: int) -> np.ndarray:
     """Rows and columns of patches of each image, `Int[I, 2]`, which fit the pixels."""
     if pixels is None or grids is None:
         missing = "pixel_values" if pixels is None else "image_grid_thw"
-        raise LVLMError(
-            f"{missing} is missing; give the processor's pixel_values and image_grid_thw together"
-        )
+        raise LVLMError(f"{missing} is missing; give the processor's pixel_values and image_grid_thw together")
     if pixels.ndim != 2 or pixels.shape[1] != channels:
         raise LVLMError(f"pixel_values has shape {pixels.shape}; expected [patches, {channels}]")
     if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer):

@@ -65,9 +65,7 @@ def gathered(parts: Sequence[Arrays], name: str) -> list[np.ndarray]:
         return found
     found = [np.asarray(array, np.float32) for array in found]
     if not all(np.isfinite(array).all() for array in found):
-        raise LVLMError(
-            "pixel_values holds NaN or infinite numbers; check the pictures and their normalisation"
-        )
+        raise LVLMError("pixel_values holds NaN or infinite numbers; check the pictures and their normalisation")
     return found
 
 
@@ -87,9 +85,7 @@ def joined(parts: Sequence[Arrays], name: str) -> np.ndarray | None:
     return np.concatenate(found)
 
 
-def square_pixels(
-    parts: Sequence[Arrays], side: int, rows: str = "images"
-) -> Float[np.ndarray, "R 3 Y X"] | None:
+def square_pixels(parts: Sequence[Arrays], side: int, rows: str = "images") -> Float[np.ndarray, "R 3 Y X"] | None:
     """The `pixel_values` of all parts, squares of `side` pixels; None without images.
 
     Args:

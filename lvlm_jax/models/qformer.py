@@ -71,10 +71,7 @@ class QFormerAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "I T C"],
-        seen: Float[Array, "I S W"],
-        mask: Bool[Array, "I 1 S"] | None = None,
+        self, x: Float[Array, "I T C"], seen: Float[Array, "I S W"], mask: Bool[Array, "I 1 S"] | None = None
     ) -> Float[Array, "I T C"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
@@ -99,9 +96,7 @@ class QFormerLayer(nn.Module):
     ) -> Float[Array, "I T C"]:
         config = self.config
 
-        def added(
-            name: str, x: Float[Array, "I S C"], change: Float[Array, "I S C"]
-        ) -> Float[Array, "I S C"]:
+        def added(name: str, x: Float[Array, "I S C"], change: Float[Array, "I S C"]) -> Float[Array, "I S C"]:
             return layer_norm(config.layer_norm_eps, self.dtype, name)(x + change)
 
         x = added("self_norm", x, QFormerAttention(config, self.dtype, name="self_attn")(x, x, mask))
@@ -135,9 +130,7 @@ class QFormer(nn.Module):
         initializer = nn.initializers.normal(0.02)
 
         def embedding(count: int, name: str) -> nn.Embed:
-            return nn.Embed(
-                count, config.hidden_size, dtype=self.dtype, embedding_init=initializer, name=name
-            )
+            return nn.Embed(count, config.hidden_size, dtype=self.dtype, embedding_init=initializer, name=name)
 
         queries = self.param("query_tokens", initializer, (1, config.num_queries, config.hidden_size))
         queries = jnp.broadcast_to(queries.astype(self.dtype), (words.shape[0], *queries.shape[1:]))

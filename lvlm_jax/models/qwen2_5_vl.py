@@ -61,9 +61,7 @@ class Qwen25VlConfig(Qwen2VlConfig):
                 f"{sizes['merge'] * sizes['patch_size']} pixels, the side of a token"
             )
         return WindowTowerConfig(
-            **sizes,
-            window=tokens * sizes["merge"],
-            full_layers=tuple(vision.fullatt_block_indexes),
+            **sizes, window=tokens * sizes["merge"], full_layers=tuple(vision.fullatt_block_indexes)
         )
 
 
@@ -113,10 +111,6 @@ class Qwen25Vl(Qwen2Vl):
         config = self.config
         self.vision_tower = WindowTower(config.vision, self.dtype)
         self.connector = PatchMerger(
-            config.text.hidden_size,
-            config.vision.merge**2,
-            self.dtype,
-            root_mean_square=True,
-            epsilon=EPSILON,
+            config.text.hidden_size, config.vision.merge**2, self.dtype, root_mean_square=True, epsilon=EPSILON
         )
         self.language_model = Decoder(config.text, self.dtype, self.remat)

@@ -55,9 +55,7 @@ class Qwen2VlConfig(LoosePatchConfig):
         Raises:
             LVLMError: a value that is not supported.
         """
-        return PatchTowerConfig(
-            **tower_sizes(vision, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio))
-        )
+        return PatchTowerConfig(**tower_sizes(vision, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)))
 
 
 class TowerLayer(nn.Module):
@@ -104,9 +102,7 @@ class Qwen2Vl(VisionLanguageModel):
     def setup(self):
         config = self.config
         self.vision_tower = Tower(config.vision, self.dtype)
-        self.connector = PatchMerger(
-            config.text.hidden_size, config.vision.merge**2, self.dtype, epsilon=EPSILON
-        )
+        self.connector = PatchMerger(config.text.hidden_size, config.vision.merge**2, self.dtype, epsilon=EPSILON)
         self.language_model = Decoder(config.text, self.dtype, self.remat)
 
     def encode_images(

@@ -55,9 +55,7 @@ def picture_groups(valid: Bool[Array, "R P"]) -> Int[Array, "R P"]:
     return jnp.where(valid, 0, -1)
 
 
-def window_groups(
-    coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"], side: int
-) -> Int[Array, "R P"]:
+def window_groups(coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"], side: int) -> Int[Array, "R P"]:
     """Groups for attention inside windows of `side` x `side` patches, cut off at the picture's end."""
     window = coordinates // side
     # Wider than any picture is in windows, so that numbers are unique.

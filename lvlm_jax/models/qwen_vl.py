@@ -196,10 +196,7 @@ def _decoder(raw: dict) -> DecoderConfig:
             num_attention_heads=heads,
             head_dim=head_dim,
             rms_norm_eps=given["layer_norm_epsilon"],
-            rope_parameters={
-                "rope_theta": given["rotary_emb_base"],
-                "partial_rotary_factor": given["rotary_pct"],
-            },
+            rope_parameters={"rope_theta": given["rotary_emb_base"], "partial_rotary_factor": given["rotary_pct"]},
             hidden_act="silu",
             max_position_embeddings=context,
             projection_bias=not given["no_bias"],
@@ -253,9 +250,7 @@ class QwenVl(VisionLanguageModel):
     def setup(self):
         config = self.config
         self.vision_tower = QwenVisionTower(config.vision, self.dtype)
-        self.connector = Resampler(
-            config.queries, config.text.hidden_size, config.vision.layer_norm_eps, self.dtype
-        )
+        self.connector = Resampler(config.queries, config.text.hidden_size, config.vision.layer_norm_eps, self.dtype)
         self.language_model = Decoder(config.text, self.dtype, self.remat)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:

@@ -98,9 +98,7 @@ def bicubic_weights(source: int, target: int) -> Float[np.ndarray, "T S"]:
     """What each of `target` samples takes of `source` ones: torch's bicubic interpolation, corners not aligned."""
     entries, taps = cubic_taps(center_aligned(target, source), source)
     weights = np.zeros((target, source), np.float32)
-    np.add.at(
-        weights, (np.arange(target)[:, None], entries), taps
-    )  # at the edge several taps fall on one sample
+    np.add.at(weights, (np.arange(target)[:, None], entries), taps)  # at the edge several taps fall on one sample
     return weights
 
 

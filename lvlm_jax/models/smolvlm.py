@@ -26,12 +26,7 @@ from lvlm_jax.models.layers import linear
 from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, gathered, square_map
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 
-VISION_TYPES = (
-    "smolvlm_vision",
-    "smolvlm",
-    "idefics3_vision",
-    "idefics3",
-)  # one tower, as files have named it
+VISION_TYPES = ("smolvlm_vision", "smolvlm", "idefics3_vision", "idefics3")  # one tower, as files have named it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +137,7 @@ class SmolVlmConfig(FamilyConfig):
         mask = part.get("pixel_attention_mask")
         mask = np.ones(wanted, bool) if mask is None else np.asarray(mask).astype(bool)
         if mask.shape != wanted:
-            raise LVLMError(
-                f"pixel_attention_mask has shape {mask.shape}; expected {wanted}, as pixel_values"
-            )
+            raise LVLMError(f"pixel_attention_mask has shape {mask.shape}; expected {wanted}, as pixel_values")
         patch = self.vision.patch_size
         side = wanted[-1] // patch
         kept = mask[..., : side * patch, : side * patch]
@@ -170,9 +163,7 @@ class SmolVlmConfig(FamilyConfig):
         if sum(counts) == sum(rows) * size:
             for row, count in enumerate(counts):
                 if count % size:
-                    raise LVLMError(
-                        f"sample {row} has {count} image tokens and a tile takes {size}; was it truncated?"
-                    )
+                    raise LVLMError(f"sample {row} has {count} image tokens and a tile takes {size}; was it truncated?")
             found = [tiles_per_image(prompt, self.image_token_id, size) for prompt in prompts]
             return np.array([tiles for sample in found for tiles in sample], np.int64)
         if sum(counts) == sum(rows):

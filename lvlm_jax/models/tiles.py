@@ -71,9 +71,7 @@ class Tiling:
 
         best = max(self.resolutions, key=kept_and_waste)
         if kept_and_waste(best)[0] == 0:
-            raise LVLMError(
-                f"an image of {width} x {height} pixels is too narrow to be cut into tiles; crop it"
-            )
+            raise LVLMError(f"an image of {width} x {height} pixels is too narrow to be cut into tiles; crop it")
         return best[0] // self.tile, best[1] // self.tile
 
     def overview(self, tile: int) -> Int[np.ndarray, "N"]:
@@ -109,9 +107,7 @@ class Tiling:
         images = [np.pad(array, [(0, 0), (0, most - array.shape[1])] + [(0, 0)] * 3) for array in images]
         pixels, sizes = np.concatenate(images), joined(parts, "image_sizes")
         if sizes is None:
-            raise LVLMError(
-                "image_sizes is missing; give the processor's [images, 2], heights and widths in pixels"
-            )
+            raise LVLMError("image_sizes is missing; give the processor's [images, 2], heights and widths in pixels")
         if sizes.shape != (len(pixels), 2) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
             raise LVLMError(
                 f"image_sizes has shape {sizes.shape} and dtype {sizes.dtype}; expected one positive height and width "

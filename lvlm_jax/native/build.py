@@ -120,7 +120,5 @@ def _processor_option(compiler: str) -> tuple[str, bytes]:
 def _run(command: tuple[str, ...]) -> bytes:
     done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
     if done.returncode:
-        raise subprocess.CalledProcessError(
-            done.returncode, command, stderr=done.stderr.decode(errors="replace")
-        )
+        raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr.decode(errors="replace"))
     return done.stdout

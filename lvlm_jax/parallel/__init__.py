@@ -3,13 +3,4 @@
 from lvlm_jax.parallel.mesh import AXES, batch_sharding, local, make_mesh, parameter_sharding, spread
 from lvlm_jax.parallel.processes import lost, start
 
-__all__ = [
-    "AXES",
-    "batch_sharding",
-    "local",
-    "lost",
-    "make_mesh",
-    "parameter_sharding",
-    "spread",
-    "start",
-]
+__all__ = ["AXES", "batch_sharding", "local", "lost", "make_mesh", "parameter_sharding", "spread", "start"]

@@ -20,9 +20,7 @@ PATIENCE = 1.0  # seconds between the first sign of a report and its end
 
 # How those parts of XLA that watch over the processes begin a line, or go on in one that a progress bar has begun: with
 # the time, a thread, and the source file.
-SIGN = re.compile(
-    rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]"
-)
+SIGN = re.compile(rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]")
 REPORT = b"Terminating process because the JAX distributed service detected fatal errors"
 END = b"*** Check failure stack trace"  # comes at once, and takes a tenth of a second to be written
 
@@ -62,11 +60,7 @@ def explanation(report: str, host: str, timeout: str, patience: str) -> str:
 
 def main(program: str, *facts: str) -> None:
     """Passes standard input on to standard error, until its end or until a report."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a whole group gets them; this one waits for the end
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a whole group gets them; this one waits for the end
         signal.signal(number, signal.SIG_IGN)
     held, deadline, column = b"", None, 0
     while True:

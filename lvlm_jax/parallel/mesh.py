@@ -34,9 +34,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "embed": "fsdp"}
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     Raises:
@@ -65,8 +63,7 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
         names = _axes(path, len(shape))
         split = [MESH_AXES.get(name) if name else None for name in names]
         even = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(split, shape, strict=True)
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(split, shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*even))
 

@@ -67,10 +67,7 @@ def start(wanted: bool | None = None) -> bool:
     _pass_errors_on(timeout, patience)
     try:
         jax.distributed.initialize(
-            num_processes=count,
-            process_id=index,
-            initialization_timeout=patience,
-            heartbeat_timeout_seconds=timeout,
+            num_processes=count, process_id=index, initialization_timeout=patience, heartbeat_timeout_seconds=timeout
         )
     except (ValueError, RuntimeError) as error:
         _take_errors_back()
@@ -161,9 +158,7 @@ def _take_errors_back() -> None:
         os.dup2(direct, 2)
         os.close(direct)
         _beside = None
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # processes that make batches may still hold the pipe
+        with contextlib.suppress(subprocess.TimeoutExpired):  # processes that make batches may still hold the pipe
             process.wait(1)
 
 

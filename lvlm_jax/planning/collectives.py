@@ -9,14 +9,7 @@ import numpy as np
 
 from lvlm_jax.planning.hlo_text import Computations, Instruction, size_of
 
-_OPERATIONS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+_OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _STRIDED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}")

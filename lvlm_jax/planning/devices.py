@@ -13,9 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.parallel.peaks import peak_flops
 
 GIB = 2**30
-USABLE = (
-    0.92  # share of a device's memory that arrays can have; the rest is the runtime's, or lost between arrays
-)
+USABLE = 0.92  # share of a device's memory that arrays can have; the rest is the runtime's, or lost between arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +56,7 @@ class Device:
 
 
 def _known(
-    name: str,
-    kind: str,
-    gib: float,
-    gb: float,
-    single: float | None,
-    link: float,
-    beside: int,
-    network: float,
+    name: str, kind: str, gib: float, gb: float, single: float | None, link: float, beside: int, network: float
 ) -> Device:
     """A device whose peak `peaks` knows by its `kind`.
 

@@ -48,13 +48,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         return programs.compile_for(traced, (params, *arguments), mesh.size, native, donated)
 
     def add(
-        name: str,
-        made: Compiled,
-        rest: float,
-        weights: float,
-        moved: float,
-        cache: float = 0.0,
-        runs: int = 1,
+        name: str, made: Compiled, rest: float, weights: float, moved: float, cache: float = 0.0, runs: int = 1
     ) -> None:
         parts = {"parameters": held, "cache": cache, "inputs and results": rest}
         found.append(
@@ -89,9 +83,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     def prepared(params: dict, pixels: Any) -> tuple:
         shown = dataclasses.replace(prompt, pixels=pixels)
         length = int(prompt.lengths.max()) + room
-        (_, _, *traced), static = LVLM(params, config, job.folder).prefill_arguments(
-            shown, job.method, length
-        )
+        (_, _, *traced), static = LVLM(params, config, job.folder).prefill_arguments(shown, job.method, length)
         contrast = static.pop("contrast")
         options.update(static)
         return *traced, contrast

@@ -200,9 +200,7 @@ def at_depth(config: FamilyConfig, layers: int) -> FamilyConfig:
     """The same model with fewer layers in its decoder."""
     text = config.text
     windows = text.sliding_window[:layers]
-    return dataclasses.replace(
-        config, text=dataclasses.replace(text, num_layers=layers, sliding_window=windows)
-    )
+    return dataclasses.replace(config, text=dataclasses.replace(text, num_layers=layers, sliding_window=windows))
 
 
 def simulate(count: int) -> None:
@@ -211,9 +209,7 @@ def simulate(count: int) -> None:
     Raises:
         LVLMError: JAX has started already, with fewer.
     """
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) < count:
         raise LVLMError(

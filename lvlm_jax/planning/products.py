@@ -31,9 +31,7 @@ def flops(found: Computations, times: Mapping[str, int]) -> float:
         if not times[name]:
             continue
         types = {one.name: one.type for one in instructions}
-        total += times[name] * sum(
-            2.0 * math.prod(dimensions(one.type)) * _terms(one, types) for one in instructions
-        )
+        total += times[name] * sum(2.0 * math.prod(dimensions(one.type)) * _terms(one, types) for one in instructions)
     return total
 
 

@@ -104,12 +104,7 @@ class Compiled:
 
 
 def compile_for(
-    traced: Any,
-    arguments: Sequence[Any],
-    devices: int,
-    native: bool,
-    donated: int | None = None,
-    shardings: Any = None,
+    traced: Any, arguments: Sequence[Any], devices: int, native: bool, donated: int | None = None, shardings: Any = None
 ) -> Compiled:
     """Compiles a traced function.
 
@@ -121,9 +116,7 @@ def compile_for(
         donated: which of `arguments` is donated.
         shardings: of the results, where the function says so.
     """
-    narrow = any(
-        leaf.dtype in double_width.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments)
-    )
+    narrow = any(leaf.dtype in double_width.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments))
     if native or not narrow:
         compiled = traced.lower().compile(compiler_options=None if native else LEAST_MEMORY)
         placed, scale = jax.tree.leaves(compiled.output_shardings), 1.0
@@ -132,8 +125,7 @@ def compile_for(
         placed, scale = jax.tree.leaves(compiled.output_shardings), 0.5
     leaves, tree = jax.tree.flatten(traced.out_info)
     results = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for leaf, place in zip(leaves, placed, strict=True)
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, placed, strict=True)
     ]
     memory = compiled.memory_analysis()
     found, entry = hlo_text.computations(compiled.as_text())

@@ -16,10 +16,7 @@ def text(plan: Plan, devices: Sequence[Device]) -> str:
         ["program", *parts, "total"],
         [[one.name, *(_gib(one.parts[part]) for part in parts), _gib(one.total)] for one in plan.programs],
     )
-    lines += [
-        "",
-        "what one device must do in a run of each" + ("" if _trains(plan) else " (decode: one token)"),
-    ]
+    lines += ["", "what one device must do in a run of each" + ("" if _trains(plan) else " (decode: one token)")]
     lines += ["", *_table(["program", "TFLOP", "GB moved", "GB received", "messages"], _work(plan)), ""]
     if _trains(plan):
         heads = ["device", "GiB", "fits", "s per step", "tokens/s"]
@@ -58,10 +55,7 @@ def record(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
             }
             for one in plan.programs
         },
-        "on": {
-            device.name: {"fits": device.holds(plan.total), "seconds": plan.seconds(device)}
-            for device in devices
-        },
+        "on": {device.name: {"fits": device.holds(plan.total), "seconds": plan.seconds(device)} for device in devices},
     }
 
 
@@ -107,13 +101,8 @@ def _trains(plan: Plan) -> bool:
 
 def _title(plan: Plan) -> str:
     job, of = plan.job, plan.job.training
-    mesh = " x ".join(
-        f"{name} {size}" for name, size in zip(("data", "fsdp", "tensor"), plan.mesh, strict=True)
-    )
-    facts = [
-        f"{plan.parameters / 1e9:.2f} billion parameters",
-        job.dtype + (f" ({job.quant})" if job.quant else ""),
-    ]
+    mesh = " x ".join(f"{name} {size}" for name, size in zip(("data", "fsdp", "tensor"), plan.mesh, strict=True))
+    facts = [f"{plan.parameters / 1e9:.2f} billion parameters", job.dtype + (f" ({job.quant})" if job.quant else "")]
     facts += [f"{job.devices} devices ({mesh})" if job.devices > 1 else "1 device"]
     if of is None:
         facts += [f"batch {job.batch}", job.method.label if job.method else "greedy"]

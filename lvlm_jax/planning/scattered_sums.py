@@ -16,10 +16,7 @@ WHOLE = 0
 
 def scattered(found: Computations) -> Computations:
     """The same computations with such sums as `reduce-scatter` of the slice."""
-    return {
-        name: [_replaced(one, instructions, found) for one in instructions]
-        for name, instructions in found.items()
-    }
+    return {name: [_replaced(one, instructions, found) for one in instructions] for name, instructions in found.items()}
 
 
 def _replaced(one: Instruction, instructions: list[Instruction], found: Computations) -> Instruction:

@@ -89,9 +89,7 @@ class _Order:
             done.add(name)
             takes = self._takes(name)
             one = self._all[name]
-            inside = (
-                max((self._inner[other] for other in one.called), default=0) if one.operation in RUNS else 0
-            )
+            inside = max((self._inner[other] for other in one.called), default=0) if one.operation in RUNS else 0
             dying = [buffer for buffer in self._reads[name] if left[buffer] == 1]
             freed = sum(self._sizes[buffer] for buffer in dying)
             in_place = "kind=kLoop" in one.rest and any(self._sizes[buffer] == takes for buffer in dying)

@@ -12,9 +12,7 @@ _SIGLIP_SO400M_384 = dict(
 )  # fmt: skip
 
 
-def _text(
-    model_type: str, width: int, hidden: int, layers: int, heads: int, kv_heads: int, words: int
-) -> dict:
+def _text(model_type: str, width: int, hidden: int, layers: int, heads: int, kv_heads: int, words: int) -> dict:
     return dict(
         model_type=model_type, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=words, max_position_embeddings=32768,

@@ -112,8 +112,7 @@ def batch(job: Any, config: FamilyConfig, mesh: Mesh) -> dict[str, Any]:
     geometry = blank.geometry if shown.pixels is None else shown.geometry
     if geometry:
         found["geometry"] = {
-            name: array(jax.dtypes.canonicalize_dtype(leaf.dtype), *leaf.shape)
-            for name, leaf in geometry.items()
+            name: array(jax.dtypes.canonicalize_dtype(leaf.dtype), *leaf.shape) for name, leaf in geometry.items()
         }
     found |= {name: sequence() for name in (CONVERSATION if of.recipe == "sft" else PAIR)}
     if of.recipe != "sft" and not of.lora:
@@ -143,6 +142,4 @@ def _objective(job: Any, config: FamilyConfig, defaults: ConfigDict) -> tuple[An
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), tree
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding), tree)

@@ -75,9 +75,7 @@ def run(setup: Setup, methods: Mapping[str, Method]) -> str:
         for part in benchmark.PARTS:
             folder = setup.out / part.name
             options = Options(
-                setup.batch_size,
-                controls=folder if method is not None else None,
-                resamples=setup.resamples,
+                setup.batch_size, controls=folder if method is not None else None, resamples=setup.resamples
             )
             # The greedy control is the greedy row itself: both have the same log.
             data = part.data(setup.world(part))

@@ -10,10 +10,7 @@ from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
 MULTI_IMAGE = 0.15  # share of conversations over two to four images
 ONE_WORD = 0.3  # share of questions that carry a benchmark's suffix and are answered by one word
-SUFFIXES = (
-    "\nAnswer the question using a single word or phrase.",
-    " Please answer this question with one word.",
-)
+SUFFIXES = ("\nAnswer the question using a single word or phrase.", " Please answer this question with one word.")
 YES_NO_SUFFIX = " Please answer yes or no."
 
 SHORT_PROMPTS = (
@@ -29,11 +26,7 @@ DETAILED_PROMPTS = (
     "Describe this image.",
     "What do you see in this picture?",
 )
-LIST_PROMPTS = (
-    "List the objects in the image.",
-    "What objects are in the image?",
-    "Which objects can you see?",
-)
+LIST_PROMPTS = ("List the objects in the image.", "What objects are in the image?", "Which objects can you see?")
 
 # Yes/no questions alone leave a small model at chance; as many forced choices beside them teach it to look.
 _KINDS = ("existence", "choice", "counting", "position", "colour", "place")
@@ -41,9 +34,7 @@ _CUMULATIVE = np.cumsum((0.33, 0.33, 0.11, 0.11, 0.08, 0.04))
 _MULTI_KINDS = tuple(questions.MULTI)
 
 
-def sample_conversation(
-    seed: int, index: int, split: str = "train"
-) -> tuple[list[np.ndarray], list[tuple[str, str]]]:
+def sample_conversation(seed: int, index: int, split: str = "train") -> tuple[list[np.ndarray], list[tuple[str, str]]]:
     """Conversation `index` of the stream `seed`.
 
     Returns:

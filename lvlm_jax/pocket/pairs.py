@@ -17,9 +17,7 @@ SINGLE = 0.2  # share of prompts about one picture, which keep a model from forg
 DESCRIPTION = "description"  # the kind of prompts that ask for one
 
 
-def write_prompts(
-    folder: str | Path, count: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
-) -> Path:
+def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0) -> Path:
     """Write `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its pictures below `folder`.
 
     The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can

@@ -15,10 +15,7 @@ PER_IMAGE = 3  # questions answered yes, and as many answered no
 
 
 def pope_rows(
-    images: Sequence[tuple[str, Sequence[str]]],
-    strategy: str,
-    categories: Sequence[str],
-    rng: np.random.Generator,
+    images: Sequence[tuple[str, Sequence[str]]], strategy: str, categories: Sequence[str], rng: np.random.Generator
 ) -> list[dict]:
     """Questions about every image that shows at least three categories: three present and three absent ones in turn.
 

@@ -28,11 +28,7 @@ CHOICE = (
     "Which of these is in the picture, {} or {}?",
     "What can you see in the image, {} or {}?",
 )
-COUNT = (
-    "How many {} are in the image?",
-    "How many {} are there in the picture?",
-    "Count the {} in the image.",
-)
+COUNT = ("How many {} are in the image?", "How many {} are there in the picture?", "Count the {} in the image.")
 PLACE = ("What place is shown in the image?", "Where was this picture taken?", "What kind of place is this?")
 
 
@@ -83,9 +79,7 @@ def existence(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_
     category = _pick(list(scene.counts), rng) if answer else absent_category(scene, rng, hard)
     name = article(category)
     text = _paraphrase(EXISTENCE, rng).format(name, many=catalogue.plural(category))
-    return _yes_no(
-        "existence", text, answer, f"there is {name} in the image", f"there is no {category} in the image"
-    )
+    return _yes_no("existence", text, answer, f"there is {name} in the image", f"there is no {category} in the image")
 
 
 def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> Question:
@@ -95,9 +89,7 @@ def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEG
     if rng.random() < 0.5:
         pair.reverse()
     name = article(present)
-    return Question(
-        "choice", _paraphrase(CHOICE, rng).format(*pair), f"{name[0].upper()}{name[1:]}.", present
-    )
+    return Question("choice", _paraphrase(CHOICE, rng).format(*pair), f"{name[0].upper()}{name[1:]}.", present)
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -139,9 +131,7 @@ def _single(scene: Scene) -> list[Placed]:
     """Objects whose category occurs once, so that "the dog" means one object."""
     counts = scene.counts
     return [
-        placed
-        for placed in scene.objects
-        if counts[placed.category] == 1 and placed.category not in catalogue.PAIRS
+        placed for placed in scene.objects if counts[placed.category] == 1 and placed.category not in catalogue.PAIRS
     ]
 
 
@@ -157,9 +147,7 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     name = first.category
     if rng.random() < 0.5:
         place = "in the middle" if third(first) == "middle" else f"on the {third(first)}"
-        return Question(
-            "position", f"Where is the {name} in the image?", f"The {name} is {place}.", third(first)
-        )
+        return Question("position", f"Where is the {name} in the image?", f"The {name} is {place}.", third(first))
     axis = int(rng.integers(2))
     if abs(first.centre[axis] - 0.5) < MARGIN:
         return None
@@ -169,9 +157,7 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     there = f"the {name} is at the {actual}" if axis else f"the {name} is on the {actual}"
     joint = "at the" if axis else "on the"
     side = "half" if axis else "side"
-    return _yes_no(
-        "position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, there, there
-    )
+    return _yes_no("position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, there, there)
 
 
 def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Question:
@@ -180,12 +166,8 @@ def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Questi
     asked = _pick(("left", "right"), rng)
     if rng.random() < 0.4:
         answer = a if asked == actual else b
-        return Question(
-            "position", f"Which is further to the {asked}, the {a} or the {b}?", f"The {answer}.", answer
-        )
-    text = _pick(
-        (f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng
-    )
+        return Question("position", f"Which is further to the {asked}, the {a} or the {b}?", f"The {answer}.", answer)
+    text = _pick((f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng)
     there = f"the {a} is to the {actual} of the {b}"
     return _yes_no("position", text, asked == actual, there, there)
 
@@ -198,9 +180,7 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     placed = _pick(coloured, rng)
     name = placed.category
     if rng.random() < 0.5:
-        return Question(
-            "color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour
-        )
+        return Question("color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour)
     answer = bool(rng.random() < 0.5)
     asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
     there = f"the {name} is {placed.colour}"
@@ -210,10 +190,7 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
 def place(scene: Scene, rng: np.random.Generator) -> Question:
     """What kind of place is it?"""
     return Question(
-        "place",
-        _paraphrase(PLACE, rng),
-        f"{scene.kind[0].upper()}{scene.kind[1:]}.",
-        scene.kind.split(" ", 1)[1],
+        "place", _paraphrase(PLACE, rng), f"{scene.kind[0].upper()}{scene.kind[1:]}.", scene.kind.split(" ", 1)[1]
     )
 
 
@@ -257,9 +234,7 @@ def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question
         answer = name in shared
     words, images = article(name), _all_images(len(scenes))
     text = f"Is there {words} in {images}?"
-    return _yes_no(
-        "in_all_images", text, answer, f"there is {words} in {images}", f"there is not {words} in {images}"
-    )
+    return _yes_no("in_all_images", text, answer, f"there is {words} in {images}", f"there is not {words} in {images}")
 
 
 def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -269,10 +244,7 @@ def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Questi
     start = {0: "None of the images shows", 1: "One of the images shows"}.get(count)
     start = start or f"{NUMBERS[count].capitalize()} of the images show"
     return Question(
-        "how_many_images",
-        f"How many of the images show {article(name)}?",
-        f"{start} {article(name)}.",
-        str(count),
+        "how_many_images", f"How many of the images show {article(name)}?", f"{start} {article(name)}.", str(count)
     )
 
 
@@ -282,11 +254,7 @@ def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
     images = _all_images(len(scenes))
     yes = f"{images} show {article(shared[0])}" if shared else ""
     return _yes_no(
-        "same_object",
-        f"Is the same object in {images}?",
-        bool(shared),
-        yes,
-        f"{images} show different objects",
+        "same_object", f"Is the same object in {images}?", bool(shared), yes, f"{images} show different objects"
     )
 
 
@@ -302,11 +270,7 @@ def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
             name = absent_category(scenes[i], rng)
     words, where = article(name), f"in the {ORDINALS[i]} image"
     return _yes_no(
-        "in_one_image",
-        f"Is there {words} {where}?",
-        answer,
-        f"there is {words} {where}",
-        f"there is no {name} {where}",
+        "in_one_image", f"Is there {words} {where}?", answer, f"there is {words} {where}", f"there is no {name} {where}"
     )
 
 

@@ -187,9 +187,7 @@ def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str
     def evaluate(params: dict, frozen: dict) -> dict[str, Mean]:
         del frozen
         return {
-            f"{name}/{metric}": mean
-            for name, batch in batches.items()
-            for metric, mean in score(params, batch).items()
+            f"{name}/{metric}": mean for name, batch in batches.items() for metric, mean in score(params, batch).items()
         }
 
     return evaluate
@@ -228,9 +226,7 @@ class Recipe:
         """
         model = LVLM.from_pretrained(checkpoint)
         if model.config != self.module.config:
-            raise LVLMError(
-                f"{checkpoint} has other sizes than config.model: {model.config} and {self.module.config}"
-            )
+            raise LVLMError(f"{checkpoint} has other sizes than config.model: {model.config} and {self.module.config}")
         if model.processor.tokenizer.get_vocab() != self.encoder.get_vocab():
             raise LVLMError(f"{checkpoint} has another vocabulary than the one trained for the pocket world")
         return model.params
@@ -241,11 +237,7 @@ class Recipe:
         named = (self.module, self.words, self.columns)
         if stage == "everything":
             metrics = functools.partial(conversation_metrics, *named)
-            terms = {
-                "loss": 1.0,
-                "patch_loss": settings.patch_weight,
-                "place_loss": settings.patch_weight,
-            }
+            terms = {"loss": 1.0, "patch_loss": settings.patch_weight, "place_loss": settings.patch_weight}
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
             source = pocket_data.Conversations(
                 seed + 2, self.encoder, **parts, drill=settings.drill, hard=settings.hard
@@ -268,9 +260,7 @@ class Recipe:
         """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
         processor = workdir / "processor"
         tokenizer.write_processor(processor, self.encoder)
-        return weights.save_checkpoint(
-            folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True
-        )
+        return weights.save_checkpoint(folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True)
 
 
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
@@ -296,9 +286,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.create(config)
-    params = (
-        recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
-    )
+    params = recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
     for stage in config.stages:
         settings = settings_of(config, stage)
         task, initial = recipe.task(stage, settings), recipe.initial(stage, params)

@@ -26,26 +26,20 @@ ONE_WORD = conversations.SUFFIXES[0]
 def place_labels(scene: Scene) -> np.ndarray:
     """What each patch shows, int32 [64]: a category by its place in CATEGORIES, or behind those the kind of place."""
     labels = patch_labels(scene)
-    return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(
-        np.int32
-    )
+    return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(np.int32)
 
 
 def column_words(encoder: Any) -> np.ndarray:
     """Per column of patches the token of the third of the image it lies in, int32 [8]."""
     side = tokenizer.SIZE // tokenizer.PATCH
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
-    return np.array(
-        [encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32
-    )
+    return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
 
 
 def label_words(encoder: Any) -> np.ndarray:
     """Per label of `place_labels` the token that its name begins with, int32 [labels]."""
     names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
-    return np.array(
-        [encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32
-    )
+    return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +54,7 @@ class Pictures:
         """`images` uint8 [batch, 96, 96, 3], `labels` int32 [batch, 64]."""
         rng = np.random.default_rng([2, self.seed, step])
         scenes = [sample_scene(rng, self.split) for _ in range(self.batch)]
-        return {
-            "images": np.stack([render(s) for s in scenes]),
-            "labels": np.stack([place_labels(s) for s in scenes]),
-        }
+        return {"images": np.stack([render(s) for s in scenes]), "labels": np.stack([place_labels(s) for s in scenes])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +144,7 @@ def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str,
     `counting`, `position` are answered by one word. Only the first answer token carries the mask.
     """
     rng = np.random.default_rng([3, 0])
-    kinds: dict[str, list] = {
-        name: [] for name in ("existence", "tempting", "choice", "counting", "position")
-    }
+    kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "counting", "position")}
     while any(len(rows) < count for rows in kinds.values()):
         scene = sample_scene(rng, "val")
         yes = rng.random() < 0.5

@@ -45,10 +45,7 @@ def encode(module: nn.Module, params: Any, images: UInt8[Array, "I Y X 3"]) -> F
 def answer_metrics(logits: Float[Array, "B T V"], batch: dict[str, jax.Array]) -> dict[str, Mean]:
     """`loss` and `accuracy` over the answer tokens of a batch with `tokens` and `answers`."""
     targets, mask = batch["tokens"][:, 1:], batch["answers"][:, 1:]
-    return {
-        "loss": cross_entropy(logits[:, :-1], targets, mask),
-        "accuracy": accuracy(logits[:, :-1], targets, mask),
-    }
+    return {"loss": cross_entropy(logits[:, :-1], targets, mask), "accuracy": accuracy(logits[:, :-1], targets, mask)}
 
 
 def metrics(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> dict[str, Mean]:

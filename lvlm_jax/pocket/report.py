@@ -61,9 +61,7 @@ class Examiner:
     def __init__(self, model: LVLM, folder: Path, batch: int):
         self.model, self.folder, self.batch = model, folder, batch
 
-    def ask(
-        self, rows: list[dict], title: str, suffix: str = "", max_new_tokens: int = 12
-    ) -> list[tuple[str, bool]]:
+    def ask(self, rows: list[dict], title: str, suffix: str = "", max_new_tokens: int = 12) -> list[tuple[str, bool]]:
         """Answers to `rows` (of `text` and `image` or `images`), and whether each answer ended by itself."""
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
         order = sorted(range(len(rows)), key=lambda i: (len(self._names(rows[i])), len(rows[i]["text"])))
@@ -89,9 +87,7 @@ class Examiner:
         return row["images"] if "images" in row else [row["image"]]
 
     def _conversation(self, row: dict, suffix: str) -> list[dict]:
-        pictures = [
-            {"type": "image", "image": str(self.folder / "images" / name)} for name in self._names(row)
-        ]
+        pictures = [{"type": "image", "image": str(self.folder / "images" / name)} for name in self._names(row)]
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": row["text"] + suffix}]}]
 
 
@@ -107,18 +103,13 @@ def pope(examiner: Examiner) -> dict:
     """The three POPE files as they come, and the random one with every question put to another picture."""
     found = {}
     for strategy in ("random", "popular", "adversarial", "shuffled"):
-        rows = _lines(
-            examiner.folder / "pope" / f"pope_{'random' if strategy == 'shuffled' else strategy}.json"
-        )
+        rows = _lines(examiner.folder / "pope" / f"pope_{'random' if strategy == 'shuffled' else strategy}.json")
         asked = rows
         if strategy == "shuffled":
             names = sorted({row["image"] for row in rows})
             other = dict(zip(names, np.roll(names, 7).tolist(), strict=True))
             asked = [row | {"image": other[row["image"]]} for row in rows]
-        said = [
-            text.lower().startswith("yes")
-            for text, _ in examiner.ask(asked, f"POPE {strategy}", max_new_tokens=4)
-        ]
+        said = [text.lower().startswith("yes") for text, _ in examiner.ask(asked, f"POPE {strategy}", max_new_tokens=4)]
         right = [yes == (row["label"] == "yes") for yes, row in zip(said, rows, strict=True)]
         keys = [row["image"] for row in rows]
         found[f"POPE {strategy}: accuracy"] = rate(grouped(keys, right))
@@ -152,9 +143,7 @@ def questions(examiner: Examiner) -> dict:
     found = {}
     for kind in ("choice", "counting", "position", "color", "place"):
         rows = _lines(examiner.folder / "questions" / f"{kind}.jsonl")
-        found[f"{kind}: accuracy"] = rate(
-            grouped([row["image"] for row in rows], examiner.accuracy(rows, kind))
-        )
+        found[f"{kind}: accuracy"] = rate(grouped([row["image"] for row in rows], examiner.accuracy(rows, kind)))
     rows = _lines(examiner.folder / "questions" / "multi_image.jsonl")
     right = examiner.accuracy(rows, "several images")
     for count in (2, 3, 4):

@@ -152,16 +152,9 @@ def patch_labels(scene: Scene) -> np.ndarray:
     lookup = np.zeros(256, np.int64)
     for i, placed in enumerate(scene.objects):
         lookup[i + 1] = LABELS[placed.category]
-    labels = (
-        lookup[scene.owner]
-        .reshape(GRID, PATCH, GRID, PATCH)
-        .swapaxes(1, 2)
-        .reshape(GRID * GRID, PATCH * PATCH)
-    )
+    labels = lookup[scene.owner].reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, PATCH * PATCH)
     width = len(CATEGORIES) + 1
-    counts = np.bincount(
-        (labels + np.arange(GRID * GRID)[:, None] * width).ravel(), minlength=GRID * GRID * width
-    )
+    counts = np.bincount((labels + np.arange(GRID * GRID)[:, None] * width).ravel(), minlength=GRID * GRID * width)
     counts = counts.reshape(GRID * GRID, width)
     counts[:, 0] = PATCH * PATCH // 5
     return counts.argmax(axis=1).astype(np.int32)
@@ -264,9 +257,7 @@ def _throw(rng: np.random.Generator, category: str, crowd: int) -> Placed:
     y = int(rng.integers(-height // 8, lowest))
     if category in catalogue.FLYING and rng.random() < 0.6:
         y = int(rng.integers(-height // 8, max(1, lowest // 2)))
-    return Placed(
-        category, catalogue.sprites()[sprite].colour, sprite, x, y, size, flip, rotation, brightness
-    )
+    return Placed(category, catalogue.sprites()[sprite].colour, sprite, x, y, size, flip, rotation, brightness)
 
 
 def _measure(placed: Placed, mask: np.ndarray, total: int) -> Placed:

@@ -57,9 +57,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int = 0) -> d
         for name in ("images", "annotations", "pope", "questions"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LVLMError(
-            f"cannot make the folder {folder}: {error.strerror}; give one that can be written"
-        ) from error
+        raise LVLMError(f"cannot make the folder {folder}: {error.strerror}; give one that can be written") from error
     for index, scene in enumerate(scenes):
         Image.fromarray(render(scene)).save(folder / "images" / file_name(split, index))
     counts = _write_annotations(folder / "annotations", split, scenes, seed)
@@ -89,13 +87,7 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene], seed: int)
     rng = _generator(0, split, seed)
     first = FIRST_ID[split]
     listed = [
-        {
-            "id": first + i,
-            "file_name": file_name(split, i),
-            "width": SIZE,
-            "height": SIZE,
-            "scene": scene.kind,
-        }
+        {"id": first + i, "file_name": file_name(split, i), "width": SIZE, "height": SIZE, "scene": scene.kind}
         for i, scene in enumerate(scenes)
     ]
     objects, texts = [], []
@@ -116,16 +108,9 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene], seed: int)
             texts.append({"id": first * 10 + len(texts), "image_id": first + i, "caption": text})
     information = {"description": "lvlm_jax pocket world", "split": split, "seed": seed}
     listed_categories = [{"id": number, "name": name} for name, number in catalogue.COCO_IDS.items()]
-    instances = {
-        "info": information,
-        "images": listed,
-        "annotations": objects,
-        "categories": listed_categories,
-    }
+    instances = {"info": information, "images": listed, "annotations": objects, "categories": listed_categories}
     _write_json(folder / f"instances_{split}.json", instances)
-    _write_json(
-        folder / f"captions_{split}.json", {"info": information, "images": listed, "annotations": texts}
-    )
+    _write_json(folder / f"captions_{split}.json", {"info": information, "images": listed, "annotations": texts})
     return {"images": len(scenes), "objects": len(objects), "captions": len(texts)}
 
 
@@ -176,11 +161,7 @@ def _groups(scenes: list[Scene], rng: np.random.Generator) -> Iterable[list[int]
     for first in range(0, len(scenes), 2):
         size = int(rng.integers(2, 5))
         alike = rng.random() < 0.6
-        others = [
-            i
-            for i in range(len(scenes))
-            if i != first and (not alike or scenes[i].kind == scenes[first].kind)
-        ]
+        others = [i for i in range(len(scenes)) if i != first and (not alike or scenes[i].kind == scenes[first].kind)]
         if len(others) >= size - 1:
             yield [first, *(int(i) for i in rng.choice(others, size - 1, replace=False))]
 

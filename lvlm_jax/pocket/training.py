@@ -86,9 +86,7 @@ class Setup:
         """
         path = self.out / name / "stage.json"
         about = json.loads(json.dumps(about, default=str))
-        known = (
-            files.read_json(path, "stage of the run") if path.exists() else {"about": about, "seconds": 0.0}
-        )
+        known = files.read_json(path, "stage of the run") if path.exists() else {"about": about, "seconds": 0.0}
         if changed := differences(known["about"], about):
             raise LVLMError(
                 f"{str(path.parent)!r} was made with other settings ({'; '.join(changed[:3])}); repeat those, give "
@@ -175,9 +173,7 @@ def make_pairs(setup: Setup) -> float:
                 prompts = setup.prompts("several-held-out" if held else "several")
                 out = setup.pairs(rejected, held).parent
                 made = preferences.answered(prompts, plan, setup.base, "auto", out, "pocket", wanted.batch)
-                figures = pairs.write(
-                    out, made.found, made.prompts, made.record, Filters(), seed=setup.config.seed
-                )
+                figures = pairs.write(out, made.found, made.prompts, made.record, Filters(), seed=setup.config.seed)
                 print(preferences.table(figures))
 
     hashes = [file_hash(setup.prompts(name)) for name in ("several", "several-held-out")]
@@ -232,9 +228,7 @@ def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Fin
     encoder = Encoder(load(setup.base).processor, load(setup.base).config)
     length = min(setup.config[recipe].length for recipe in LEARNT)
     rows: dict[str, tuple[Row, ...]] = {
-        name: pair_batches.rows_of(
-            read_pairs(setup.pairs(name, True)), encoder.pair, encoder, length, "error"
-        )
+        name: pair_batches.rows_of(read_pairs(setup.pairs(name, True)), encoder.pair, encoder, length, "error")
         for name in preferences.REJECTED
     }
     ids = {name: [row.id for row in members] for name, members in rows.items()}
@@ -244,12 +238,7 @@ def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Fin
         method = setup.capl if attention else None
         return {
             name: held_out.pair_logprobs(
-                load(path),
-                members,
-                encoder,
-                method,
-                setup.out / "benchmark" / "pairs",
-                setup.config.capl.batch,
+                load(path), members, encoder, method, setup.out / "benchmark" / "pairs", setup.config.capl.batch
             )
             for name, members in rows.items()
         }
@@ -295,11 +284,7 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
         "descriptions": [row for row in measured if row["id"].startswith(f"{DESCRIPTION}/")],
         "questions": [row for row in measured if not row["id"].startswith(f"{DESCRIPTION}/")],
     }
-    return {
-        kind: rescore.report(held_out.closeness(rows), setup.resamples)
-        for kind, rows in kinds.items()
-        if rows
-    }
+    return {kind: rescore.report(held_out.closeness(rows), setup.resamples) for kind, rows in kinds.items() if rows}
 
 
 def run(setup: Setup, command: str) -> str:
@@ -327,6 +312,4 @@ def run(setup: Setup, command: str) -> str:
         name: files.read_json(setup.pairs(name).with_name("statistics.json"), "statistics")
         for name in preferences.REJECTED
     }
-    return training_report.document(
-        setup.config, setup.base, command, seconds, statistics, found, preferred, close
-    )
+    return training_report.document(setup.config, setup.base, command, seconds, statistics, found, preferred, close)

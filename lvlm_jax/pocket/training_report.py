@@ -91,9 +91,7 @@ class Findings:
     compare: Callable[[str, str], Mapping]
 
 
-def arms(
-    base: str, trained: Callable[[str], str], capl: Method, sevi: Method
-) -> tuple[dict[str, Arm], dict[str, Arm]]:
+def arms(base: str, trained: Callable[[str], str], capl: Method, sevi: Method) -> tuple[dict[str, Arm], dict[str, Arm]]:
     """The models that are asked about several images, and those asked about one.
 
     Args:
@@ -141,9 +139,7 @@ def document(
         f"{jax.devices()[0].device_kind}, Python {platform.python_version()}, jax {jax.__version__}, "
         f"lvlm_jax {__version__}, model {Path(base).name} {checkpoint_hash(base)[:12]}."
     )
-    kept = [
-        f"{name} {figures['kept']} of {figures['prompts']} prompts" for name, figures in statistics.items()
-    ]
+    kept = [f"{name} {figures['kept']} of {figures['prompts']} prompts" for name, figures in statistics.items()]
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     lines = ["# What training changes on the pocket model", "", f"    {command}", "", about, ""]
     lines += [f"Seconds, programs compiled and data made on the way included: {took}.", ""]

@@ -141,9 +141,7 @@ def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Imag
             "check that the file is what its name says"
         ) from error
     except OSError as error:
-        raise LVLMError(
-            f"image {_shown(name)} cannot be opened: {error.strerror or _reason(error)}"
-        ) from error
+        raise LVLMError(f"image {_shown(name)} cannot be opened: {error.strerror or _reason(error)}") from error
     except Exception as error:  # what a damaged file raises depends on its format's decoder
         raise _damaged(name, error) from error
 
@@ -167,9 +165,7 @@ def _check_size(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise LVLMError(_too_large(f"{image.width:,} x {image.height:,}", name))
     if image.width == 0 or image.height == 0:
-        raise LVLMError(
-            f"image {_shown(name)} is empty ({image.width} x {image.height}); give one with pixels"
-        )
+        raise LVLMError(f"image {_shown(name)} is empty ({image.width} x {image.height}); give one with pixels")
 
 
 def _damaged(name: str, error: Exception) -> LVLMError:

@@ -73,8 +73,7 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
         messages = [messages]
     good = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
     if not good or not all(
-        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one)
-        for one in messages
+        isinstance(one, Sequence) and one and all(isinstance(message, Mapping) for message in one) for one in messages
     ):
         raise LVLMError(
             'messages must be a conversation, [{"role": "user", "content": [{"type": "image", "image": ...}, '
@@ -84,10 +83,7 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
 
 
 def from_messages(
-    processor: Any,
-    config: FamilyConfig,
-    messages: Conversation | Sequence[Conversation],
-    allow_urls: bool = False,
+    processor: Any, config: FamilyConfig, messages: Conversation | Sequence[Conversation], allow_urls: bool = False
 ) -> Inputs:
     """Lays out HF chat messages through the checkpoint's own processor.
 
@@ -120,9 +116,7 @@ def from_messages(
         encoded += known
         count += len(images)
     if encoded and len(encoded) < count:
-        raise LVLMError(
-            f"{len(encoded)} of {count} images are encoded; encode all images of a batch, or none"
-        )
+        raise LVLMError(f"{len(encoded)} of {count} images are encoded; encode all images of a batch, or none")
     laid_out = _lay_out(prompts, None, 0, parts, config)
     padding = laid_out.tokens.shape[1] - laid_out.lengths
     laid_out = dataclasses.replace(laid_out, system=np.asarray(spans) + padding[:, None])
@@ -132,11 +126,7 @@ def from_messages(
 
 
 def _read(
-    processor: Any,
-    config: FamilyConfig,
-    bare: Conversation,
-    images: Sequence[Any],
-    known: Sequence[EncodedImage],
+    processor: Any, config: FamilyConfig, bare: Conversation, images: Sequence[Any], known: Sequence[EncodedImage]
 ) -> tuple[np.ndarray, list[dict[str, Any]], tuple[int, int]]:
     """Token ids of a conversation, what the processor made of its images, and where its system prompt stands.
 
@@ -226,9 +216,7 @@ def processed(
         raise
     except Exception as error:  # processors and tokenizers may raise anything
         shown = f" with images of {_sizes(images)} pixels" if images else ""
-        raise LVLMError(
-            f"the processor cannot take the conversation{shown}: {templates.reason(error)}"
-        ) from error
+        raise LVLMError(f"the processor cannot take the conversation{shown}: {templates.reason(error)}") from error
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
 
@@ -244,9 +232,7 @@ def token_ids(processor: Any, text: str) -> np.ndarray:
         LVLMError: a text that the tokenizer does not take.
     """
     try:
-        return np.asarray(
-            processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"]
-        )
+        return np.asarray(processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"])
     except Exception as error:  # tokenizers may raise anything
         raise LVLMError(f"the tokenizer cannot take {text[:40]!r}…: {templates.reason(error)}") from error
 
@@ -268,9 +254,7 @@ def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message],
     for message in conversation:
         content = message.get("content")
         if "role" not in message or not isinstance(content, str | Sequence):
-            raise LVLMError(
-                f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}"
-            )
+            raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}")
         if isinstance(content, str):
             bare.append(dict(message))
             continue
@@ -310,9 +294,7 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
         raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
     tokens = np.asarray(arrays["input_ids"])
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise LVLMError(
-            f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]"
-        )
+        raise LVLMError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]")
     vocabulary = config.text.vocab_size
     stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
     given = arrays.get("attention_mask")

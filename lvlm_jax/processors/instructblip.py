@@ -67,11 +67,7 @@ class InstructBlipProcessor:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(
-        self,
-        images: Sequence[Any] | None = None,
-        text: str = "",
-        return_tensors: str = "np",
-        **options: bool,
+        self, images: Sequence[Any] | None = None, text: str = "", return_tensors: str = "np", **options: bool
     ) -> dict[str, Any]:
         """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images.
 

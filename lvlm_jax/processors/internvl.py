@@ -25,7 +25,7 @@ _MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_
 # Name of a conversation format -> its system message. An image stands on a line of its own.
 _SYSTEM = {
     "internvl2_5": "你是书生·万象，英文名是InternVL，"
-    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 }
 _CHAT = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
@@ -94,10 +94,7 @@ def _tokenizer(folder: Path) -> Any:
             return own.from_pretrained(folder, local_files_only=True)
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if (
-            kind in ("InternLM2Tokenizer", "InternLM2TokenizerFast")
-            and (folder / "tokenizer.model").is_file()
-        ):
+        if kind in ("InternLM2Tokenizer", "InternLM2TokenizerFast") and (folder / "tokenizer.model").is_file():
             return _internlm2_tokenizer(folder, settings)
     except Exception as error:  # transformers raises whatever the first broken file provokes
         raise LVLMError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error

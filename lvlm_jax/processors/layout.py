@@ -102,18 +102,13 @@ class Inputs:
     def without_images(self, pad_token_id: int) -> "Inputs":
         """The same prompts with their image tokens left out."""
         kept = [np.flatnonzero(row == 0) for row in self.image_id]
-        return self._rebuilt(
-            [row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id
-        )
+        return self._rebuilt([row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id)
 
     def with_answer(self, answer: Sequence[int], pad_token_id: int) -> "Inputs":
         """The same prompts with the same tokens behind each."""
         valid = [row >= 0 for row in self.image_id]
         prompts = [np.append(row[kept], answer) for row, kept in zip(self.tokens, valid, strict=True)]
-        images = [
-            np.append(row[kept], np.zeros(len(answer)))
-            for row, kept in zip(self.image_id, valid, strict=True)
-        ]
+        images = [np.append(row[kept], np.zeros(len(answer))) for row, kept in zip(self.image_id, valid, strict=True)]
         return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
 
     def with_words(self, words: Sequence[int], start: int | None, pad_token_id: int) -> "Inputs":
@@ -158,9 +153,7 @@ def bucket(length: int, multiple: int = PROMPT_BUCKET) -> int:
     return max(1, -(-length // multiple)) * multiple
 
 
-def multimodal_positions(
-    image_id: Int[np.ndarray, "B T"], grids: Int[np.ndarray, "I 2"]
-) -> Int[np.ndarray, "3 B T"]:
+def multimodal_positions(image_id: Int[np.ndarray, "B T"], grids: Int[np.ndarray, "I 2"]) -> Int[np.ndarray, "3 B T"]:
     """Positions along time, height and width.
 
     Text counts on along all three. An image begins where the text stopped and its tokens lie on a grid from there;

@@ -45,9 +45,7 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
             "checkpoint's Hugging Face repository"
         )
     try:
-        processor = processor_class(config).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the first broken file provokes
         raise LVLMError(f"cannot read the processor of {folder}: {reason(error)}") from error
     given = read_optional(folder, FILES[0])
@@ -130,9 +128,7 @@ def _without_videos(own: type) -> type:
     def reduced(processor: Any) -> tuple:
         return _revived, (own, vars(processor))  # no module holds the class below, for pickle to find it
 
-    return type(
-        own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept)), "__reduce__": reduced}
-    )
+    return type(own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept)), "__reduce__": reduced})
 
 
 def _revived(own: type, fields: dict[str, Any]) -> Any:

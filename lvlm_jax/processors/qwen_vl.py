@@ -146,11 +146,7 @@ class QwenVlProcessor:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(
-        self,
-        images: Sequence[Image.Image] | None = None,
-        text: str = "",
-        return_tensors: str = "np",
-        **options: bool,
+        self, images: Sequence[Image.Image] | None = None, text: str = "", return_tensors: str = "np", **options: bool
     ) -> dict[str, np.ndarray]:
         """`input_ids` `[1, T]`, and `pixel_values` if there are images; `options` are the tokenizer's.
 
@@ -207,15 +203,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             word, rank = line.split()
             ranks[base64.b64decode(word, validate=True)] = int(rank)
         except ValueError as error:
-            raise LVLMError(
-                f"line {number} of {path} is malformed; expected a base64 word and its rank"
-            ) from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(
-        bytes([byte]) not in ranks for byte in range(256)
-    ):
-        raise LVLMError(
-            f"{path} does not rank each word once, from 0, with all 256 single bytes; is it complete?"
-        )
+            raise LVLMError(f"line {number} of {path} is malformed; expected a base64 word and its rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise LVLMError(f"{path} does not rank each word once, from 0, with all 256 single bytes; is it complete?")
     return ranks
 
 
@@ -240,6 +230,4 @@ def build_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
 
 def _check_kind(return_tensors: str) -> None:
     if return_tensors != "np":
-        raise LVLMError(
-            f"return_tensors is {return_tensors!r}; this processor returns NumPy arrays only ('np')"
-        )
+        raise LVLMError(f"return_tensors is {return_tensors!r}; this processor returns NumPy arrays only ('np')")

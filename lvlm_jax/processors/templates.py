@@ -72,10 +72,7 @@ def check_system(processor: Any, system: str) -> None:
     if not system:
         return
     text = [{"type": "text", "text": "?"}]
-    asked = [
-        {"role": "system", "content": [{"type": "text", "text": system}]},
-        {"role": "user", "content": text},
-    ]
+    asked = [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": text}]
     problem = "does not write it"
     try:
         if system in render(processor, suited(processor, asked), True):

@@ -30,10 +30,7 @@ def tokens_before(
     tokenizer: Any, tokens: Sequence[int], cut: int, read: Callable[[Any, Sequence[int]], str] = decode
 ) -> int:
     """How many leading tokens it takes to write the first `cut` characters of what `read` makes of them."""
-    return next(
-        (count for count in range(len(tokens) + 1) if len(read(tokenizer, tokens[:count])) >= cut),
-        len(tokens),
-    )
+    return next((count for count in range(len(tokens) + 1) if len(read(tokenizer, tokens[:count])) >= cut), len(tokens))
 
 
 class StreamWriter:

@@ -44,9 +44,7 @@ def encode_images(
     return module.apply({"params": params}, pixels, **(geometry or {}), method="encode_images", rngs=rngs)
 
 
-def image_tokens(
-    module: nn.Module, params: Any, batch: Mapping[str, Any], rngs: Rngs = None
-) -> Float[Array, "*N E"]:
+def image_tokens(module: nn.Module, params: Any, batch: Mapping[str, Any], rngs: Rngs = None) -> Float[Array, "*N E"]:
     """Those of a batch as `pair_batches` makes it."""
     return encode_images(module, params, batch["images"], rngs, batch.get("geometry"))
 
@@ -100,11 +98,7 @@ def decode(
 
 
 def answer_logits(
-    module: nn.Module,
-    params: Any,
-    hidden: Float[Array, "B T E"],
-    sequence: Sequence,
-    rngs: Rngs = None,
+    module: nn.Module, params: Any, hidden: Float[Array, "B T E"], sequence: Sequence, rngs: Rngs = None
 ) -> tuple[Float[Array, "B A V"], Int[Array, "B A"], Bool[Array, "B A"]]:
     """Logits of the answer tokens alone, those tokens, and which of the A places hold one.
 

@@ -109,9 +109,7 @@ def closeness(measured: Sequence[Mapping[str, Any]]) -> Scores:
     figures = {
         "base": mean("base_answer_kl"),
         "student": mean("answer_kl"),
-        "closer": Figure(
-            lambda totals: divide(totals["base_answer_kl"], totals["answer_kl"]), ("tokens",), "times"
-        ),
+        "closer": Figure(lambda totals: divide(totals["base_answer_kl"], totals["answer_kl"]), ("tokens",), "times"),
         "base agrees": ratio(["base_agreement"], ["tokens"]),
         "student agrees": ratio(["agreement"], ["tokens"]),
     }

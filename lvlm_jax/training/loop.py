@@ -127,9 +127,7 @@ def train(
     steps, accumulate = settings.steps, settings.get("accumulate", 1)
     best = settings.get("keep_best", "")
     if best and task.evaluate is None:
-        raise LVLMError(
-            f"keep_best is {best!r}, but {task.name} has no validation data; give some, or leave it empty"
-        )
+        raise LVLMError(f"keep_best is {best!r}, but {task.name} has no validation data; give some, or leave it empty")
     config = json.loads(json.dumps(settings.to_dict() if config is None else dict(config), default=str))
     transformation, rate = optimizer.make(settings), optimizer.schedule(settings)
     template = placement.of_state(trainable, transformation, mesh)
@@ -192,9 +190,7 @@ def train(
                     monitor.secure()
                     # The data's position is the number of the next batch, which is that of this step.
                     position = {"step": step, "seed": settings.get("seed", 0), "next_batch": step}
-                    saved.save(
-                        step, state, identity | position | {"config": config, "sums": tally.sums}, score
-                    )
+                    saved.save(step, state, identity | position | {"config": config, "sums": tally.sums}, score)
                 pace.restart()
                 if stopping:
                     raise SystemExit(0)
@@ -226,9 +222,7 @@ def _evaluated(task: Task, trainable: Any, frozen: Any) -> dict[str, float]:
 
 def _score(found: Mapping[str, float], best: str) -> float:
     if best not in found:
-        raise LVLMError(
-            f"keep_best is {best!r}, which is not measured; expected one of {', '.join(sorted(found))}"
-        )
+        raise LVLMError(f"keep_best is {best!r}, which is not measured; expected one of {', '.join(sorted(found))}")
     return found[best] if math.isfinite(found[best]) else math.inf
 
 
@@ -237,9 +231,7 @@ def _not_finite(task: Task, step: int, tally: Tally, newest: int | None) -> str:
     what = {"objective": "the loss", "gradient_norm": "the norm of the gradient"}[fault]
     batch = f"batch {step - 1}" if task.describe is None else task.describe(step - 1)
     checkpoint = (
-        "there is no checkpoint yet"
-        if newest is None
-        else f"the last good checkpoint is that of step {newest}"
+        "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of step {newest}"
     )
     return (
         f"{what} of step {step} of {task.name} is {tally.sums[fault][0]} ({batch}); {checkpoint}: "

@@ -34,9 +34,7 @@ FLUSH_SECONDS = 5.0  # TensorBoard's files; a flush waits for the disk
 
 def flops_per_token(trainable: Any, frozen: Any) -> float:
     """4 P + 2 T, see the module."""
-    sizes = [
-        {path: math.prod(leaf.shape) for path, leaf in flatten(part).items()} for part in (trainable, frozen)
-    ]
+    sizes = [{path: math.prod(leaf.shape) for path, leaf in flatten(part).items()} for part in (trainable, frozen)]
     untied = any("lm_head/" in path for part in sizes for path in part)
 
     def met(path: str) -> bool:

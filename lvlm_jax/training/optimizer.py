@@ -42,11 +42,7 @@ def make(settings: Any) -> optax.GradientTransformation:
     adamw = optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(
-            schedule(settings),
-            b1=settings.beta1,
-            b2=settings.beta2,
-            weight_decay=settings.weight_decay,
-            mask=decayed,
+            schedule(settings), b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=decayed
         ),
     )
     factors = settings.get("rates", {})

@@ -92,9 +92,7 @@ class Scorer:
         self, params: Any, batch: Batch, image_tokens: Float[Array, "*N E"], rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B 2 A"], Bool[Array, "B 2 A"]]:
         """Of every answer token, chosen first, and which of the A places hold one. One pass through the decoder."""
-        embedded = {
-            name: forward.embed(self.module, params, batch[name]["tokens"], image_tokens) for name in PAIR
-        }
+        embedded = {name: forward.embed(self.module, params, batch[name]["tokens"], image_tokens) for name in PAIR}
         both = _side_by_side(*(batch[name] for name in PAIR))
         decoded = forward.decode(
             self.module,
@@ -116,12 +114,7 @@ class Scorer:
 
 
 def metrics(
-    scorer: Scorer,
-    settings: Mapping[str, Any],
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    key: jax.Array | None,
+    scorer: Scorer, settings: Mapping[str, Any], trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> dict[str, Mean]:
     """`preference_losses.metrics` of a batch. Pure.
 

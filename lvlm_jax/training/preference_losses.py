@@ -18,9 +18,7 @@ from lvlm_jax.training.losses import Mean
 LOSSES = ("sigmoid", "ipo", "hinge")
 
 
-def pair_losses(
-    margin: Float[Array, "B"], loss: str, beta: float, label_smoothing: float = 0.0
-) -> Float[Array, "B"]:
+def pair_losses(margin: Float[Array, "B"], loss: str, beta: float, label_smoothing: float = 0.0) -> Float[Array, "B"]:
     """The loss of each pair from its margin h, without the likelihood term."""
     if loss == "ipo":
         return jnp.square(margin - 1 / (2 * beta))

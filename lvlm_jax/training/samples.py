@@ -63,9 +63,7 @@ class Samples:
             encoded = functools.partial(encode, encoder)
             return pair_batches.rows_of(reader(path), encoded, encoder, config.length, config.too_long)
 
-        return cls(
-            model, config, encoder, of(config.data), of(config.validation) if config.validation else ()
-        )
+        return cls(model, config, encoder, of(config.data), of(config.validation) if config.validation else ())
 
     @classmethod
     def pairs(cls, model: LVLM, config: ConfigDict) -> "Samples":
@@ -99,15 +97,11 @@ class Samples:
             if not rows:
                 return rows
             params, mesh = self.model.params, self.model.mesh
-            return reference.with_reference(
-                rows, self.encoder, score, params, identity, folder, self.part, mesh
-            )
+            return reference.with_reference(rows, self.encoder, score, params, identity, folder, self.part, mesh)
 
         return dataclasses.replace(self, train=known(self.train), held_out=known(self.held_out))
 
-    def task(
-        self, objective: Objective, terms: Mapping[str, float], measure: Objective | None = None
-    ) -> loop.Task:
+    def task(self, objective: Objective, terms: Mapping[str, float], measure: Objective | None = None) -> loop.Task:
         """The task that learns from these samples.
 
         Args:

@@ -40,9 +40,7 @@ FIELDS = (
     Field("remat", False, "recompute each layer in the backward pass: less memory, a third more time"),
     Field("data", "", "the training file; required"),
     Field("validation", "", "the held-out file; empty: nothing is evaluated"),
-    Field(
-        "train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"
-    ),
+    Field("train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"),
     Field("lora.enabled", True, "train adapters beside frozen weights; False: the weights themselves"),
     Field("lora.rank", 16, "of each adapter"),
     Field("lora.alpha", 32.0, "an adapter's product is scaled by alpha / rank"),
@@ -95,9 +93,7 @@ def base(recipe: str = "") -> ConfigDict:
 def _objective(recipe: str) -> Objective:
     entry = registry.find(recipe)
     if not isinstance(entry, Objective):
-        raise LVLMError(
-            f"recipe {recipe!r} has a configuration of its own; begin it with its file of configs/"
-        )
+        raise LVLMError(f"recipe {recipe!r} has a configuration of its own; begin it with its file of configs/")
     return entry
 
 
@@ -152,9 +148,7 @@ def check(config: ConfigDict) -> None:
         if not _untouched(key, given[key]):
             raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected), entry.name)}")
     for key in sorted(expected.keys() - given.keys()):
-        raise LVLMError(
-            f"the config has no {key}; begin it with lvlm_jax.training.settings.base({entry.name!r})"
-        )
+        raise LVLMError(f"the config has no {key}; begin it with lvlm_jax.training.settings.base({entry.name!r})")
     own = (check._replace(field=f"{entry.section}.{check.field}") for check in entry.checks)
     for key, wanted, holds in (*_CHECKS, *own):
         if key.startswith("lora.") and not config.lora.enabled:
@@ -229,9 +223,7 @@ def _hint(key: str, known: list[str], recipe: str) -> str:
             f"config with lvlm_jax.training.settings.base({owners[0]!r})"
         )
     last = key.rpartition(".")[2]
-    close = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(
-        key, known, n=1
-    )
+    close = [other for other in known if other.endswith(f".{last}")] or difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 

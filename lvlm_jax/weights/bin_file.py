@@ -69,11 +69,7 @@ def _to_numpy(torch, tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:  # NumPy itself has no bfloat16
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     if str(tensor.dtype).startswith("torch.float8_"):
-        return (
-            tensor.view(torch.uint8)
-            .numpy()
-            .view(getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch.")))
-        )
+        return tensor.view(torch.uint8).numpy().view(getattr(ml_dtypes, str(tensor.dtype).removeprefix("torch.")))
     return tensor.numpy()
 
 

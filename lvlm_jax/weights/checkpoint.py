@@ -44,9 +44,7 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
             f"{old[0]}: rename that, or save again"
         )
     if not _HUB_ID.fullmatch(given):
-        raise LVLMError(
-            f"no such folder: {given!r}; expected a checkpoint folder or a hub id like owner/name"
-        )
+        raise LVLMError(f"no such folder: {given!r}; expected a checkpoint folder or a hub id like owner/name")
     # Imported here: slow to import, and not needed for a folder.
     from huggingface_hub import snapshot_download
 
@@ -55,9 +53,7 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
         found = Path(snapshot_download(given, allow_patterns=wanted))
         if not any(found.glob("model*.safetensors")):
             found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
-    except (
-        Exception
-    ) as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
+    except Exception as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LVLMError(
             f"{given} is neither a folder here nor a model that could be fetched from the hub: {reason[:300]}"
@@ -135,7 +131,4 @@ def open_files(paths: Sequence[str | os.PathLike]) -> list[SafetensorsFile | Bin
     Raises:
         LVLMError: a file cannot be read.
     """
-    return [
-        BinFile(path) if str(path).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(path)
-        for path in paths
-    ]
+    return [BinFile(path) if str(path).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(path) for path in paths]

@@ -25,9 +25,7 @@ def fingerprint(tree: Any) -> str:
 @jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     """The sum modulo 2³² of every element's bits, mixed with its place; exact in whatever order it is taken."""
-    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(
-        jnp.uint32
-    )
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)

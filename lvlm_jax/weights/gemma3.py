@@ -26,30 +26,18 @@ TABLE = Table(
     schemes={
         # The repositories of the hub, and files that transformers 4 wrote. Every version loads it.
         "hub": _scheme(
-            "language_model.model.",
-            "language_model.lm_head.",
-            "vision_tower.vision_model.",
-            "multi_modal_projector.",
+            "language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector."
         ),
         # Files that transformers 5 writes.
         "transformers": _scheme(
-            "language_model.model.",
-            "language_model.lm_head.",
-            "vision_tower.",
-            "multi_modal_projector.",
+            "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector."
         ),
         # The state dict of a model in memory: transformers 5, and 4.52 to 4.57.
         "state_dict": _scheme(
-            "model.language_model.",
-            "lm_head.",
-            "model.vision_tower.",
-            "model.multi_modal_projector.",
+            "model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector."
         ),
         "state_dict_4": _scheme(
-            "model.language_model.",
-            "lm_head.",
-            "model.vision_tower.vision_model.",
-            "model.multi_modal_projector.",
+            "model.language_model.", "lm_head.", "model.vision_tower.vision_model.", "model.multi_modal_projector."
         ),
     },
     ignored=BUFFERS,

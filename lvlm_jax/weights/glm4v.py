@@ -25,10 +25,7 @@ def _decoder_rows() -> list[Row]:
     }
     return [
         *(row for row in decoder_rows(NORMS) if row.path not in fused),
-        *(
-            Row("decoder", path, "layers.{i}.mlp.gate_up_proj.weight", LINEAR, piece)
-            for path, piece in fused.items()
-        ),
+        *(Row("decoder", path, "layers.{i}.mlp.gate_up_proj.weight", LINEAR, piece) for path, piece in fused.items()),
     ]
 
 

@@ -81,9 +81,7 @@ def _internlm2_shares(config: FamilyConfig) -> tuple[int, ...]:
 
 def _internlm2_rows() -> tuple[Row, ...]:
     theirs = "layers.{i}"
-    pieces = tuple(
-        Piece(index, _internlm2_shares, lambda config: config.text.num_kv_heads) for index in range(3)
-    )
+    pieces = tuple(Piece(index, _internlm2_shares, lambda config: config.text.num_kv_heads) for index in range(3))
     rows = [
         Row("decoder", "language_model/embed_tokens/embedding", "tok_embeddings.weight"),
         Row("decoder", f"{_DECODER_LAYER}/input_layernorm/scale", f"{theirs}.attention_norm.weight"),
@@ -107,9 +105,7 @@ def _unread(config: FamilyConfig) -> tuple[str, ...]:
     layers = config.vision.num_layers
     if config.feature_layer > layers:
         return ()
-    return "vision_tower/post_layernorm/", *(
-        f"vision_tower/layers_{i}/" for i in range(config.feature_layer, layers)
-    )
+    return "vision_tower/post_layernorm/", *(f"vision_tower/layers_{i}/" for i in range(config.feature_layer, layers))
 
 
 _CONNECTOR = ("layer_norm", "linear_1", "linear_2")
@@ -129,24 +125,14 @@ TABLE = Table(
     schemes={
         # The "-hf" repositories of the hub, and files that any version of transformers wrote.
         "hub": _scheme(
-            "language_model.model.",
-            "language_model.lm_head.",
-            "vision_tower.",
-            "multi_modal_projector.",
-            _CONNECTOR,
+            "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", _CONNECTOR
         ),
         # The state dict of a model in memory.
         "state_dict": _scheme(
-            "model.language_model.",
-            "lm_head.",
-            "model.vision_tower.",
-            "model.multi_modal_projector.",
-            _CONNECTOR,
+            "model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector.", _CONNECTOR
         ),
         # OpenGVLab's own repositories: with a LLaMA-like decoder, and with InternLM2.
-        "chat": _scheme(
-            "language_model.model.", "language_model.lm_head.", "vision_model.", "mlp1.", _NUMBERS
-        ),
+        "chat": _scheme("language_model.model.", "language_model.lm_head.", "vision_model.", "mlp1.", _NUMBERS),
         "chat_internlm2": _scheme(
             "language_model.model.", "language_model.output.", "vision_model.", "mlp1.", _NUMBERS
         ),
@@ -155,8 +141,5 @@ TABLE = Table(
     tied=("language_model/lm_head/kernel", "language_model/embed_tokens/embedding"),
     vocabulary=("language_model/embed_tokens/embedding", "language_model/lm_head/kernel"),
     optional=_unread,
-    own={
-        "chat": _chat_vision_rows(),
-        "chat_internlm2": (*_chat_vision_rows(), *_internlm2_rows()),
-    },
+    own={"chat": _chat_vision_rows(), "chat_internlm2": (*_chat_vision_rows(), *_internlm2_rows())},
 )

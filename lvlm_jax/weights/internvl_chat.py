@@ -183,9 +183,7 @@ def _vision_config(folder: Path, config: dict) -> dict:
     tower = config.get("vision_config") or {}
     kind = tower.get("model_type", "intern_vit_6b")
     if kind != "intern_vit_6b":
-        raise LVLMError(
-            f"vision_config.model_type {kind!r} of {folder} is not supported; expected 'intern_vit_6b'"
-        )
+        raise LVLMError(f"vision_config.model_type {kind!r} of {folder} is not supported; expected 'intern_vit_6b'")
     vision = {name: tower.get(theirs, default) for theirs, (name, default) in _TOWER_FIELDS.items()}
     if vision["use_qk_norm"] and vision["layer_norm_eps"] != 1e-6:
         raise LVLMError(

@@ -31,14 +31,8 @@ _LINEAR = ("linear_1", "linear_2")
 # A CLIP checkpoint on its own: the tower of an original checkpoint that has none inside.
 CLIP_TABLE = Table(
     rows=tuple(clip_rows()),
-    schemes={
-        "clip": {"vision": "vision_model."},
-        "clip_5": {"vision": ""},
-    },  # transformers 5 drops the prefix
-    ignored=(
-        *BUFFERS,
-        r"^(text_model|visual_projection|text_projection)\.|^logit_scale$",
-    ),  # CLIP's other half
+    schemes={"clip": {"vision": "vision_model."}, "clip_5": {"vision": ""}},  # transformers 5 drops the prefix
+    ignored=(*BUFFERS, r"^(text_model|visual_projection|text_projection)\.|^logit_scale$"),  # CLIP's other half
 )
 
 TABLE = Table(
@@ -61,19 +55,11 @@ TABLE = Table(
         ),
         # Files that transformers 5 writes.
         "transformers": _scheme(
-            "language_model.model.",
-            "language_model.lm_head.",
-            "vision_tower.",
-            "multi_modal_projector.",
-            _LINEAR,
+            "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", _LINEAR
         ),
         # The state dict of a model in memory: transformers 5, and 4.52 to 4.57.
         "state_dict": _scheme(
-            "model.language_model.",
-            "lm_head.",
-            "model.vision_tower.",
-            "model.multi_modal_projector.",
-            _LINEAR,
+            "model.language_model.", "lm_head.", "model.vision_tower.", "model.multi_modal_projector.", _LINEAR
         ),
         "state_dict_4": _scheme(
             "model.language_model.",
@@ -84,11 +70,7 @@ TABLE = Table(
         ),
         # The authors' own repositories (liuhaotian), with the vision tower inside.
         "original": _scheme(
-            "model.",
-            "lm_head.",
-            "model.vision_tower.vision_tower.vision_model.",
-            "model.mm_projector.",
-            ("0", "2"),
+            "model.", "lm_head.", "model.vision_tower.vision_tower.vision_model.", "model.mm_projector.", ("0", "2")
         ),
     },
     ignored=BUFFERS,

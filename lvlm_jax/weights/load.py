@@ -53,13 +53,7 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
         given = config.get("model_type")
         rewrite = _REWRITTEN.get(given) if isinstance(given, str) else None
         return rewrite(folder, config) if rewrite else config
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:  # a field of another kind
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a field of another kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise LVLMError(f"config.json of {folder} has a field of another kind: {reason}") from error
 
@@ -164,9 +158,7 @@ def _check_not_quantized(folder: Path, files: Sequence[TensorFile]) -> None:
 
 def _check_no_tower(folder: Path, vision_tower) -> None:
     if vision_tower is not None:
-        raise LVLMError(
-            f"vision_tower {vision_tower} was given, but {folder} has its tower inside: leave it out"
-        )
+        raise LVLMError(f"vision_tower {vision_tower} was given, but {folder} has its tower inside: leave it out")
 
 
 def _placement(sharding) -> Callable[[str, tuple[int, ...]], Sharding | None]:

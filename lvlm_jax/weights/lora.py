@@ -24,9 +24,7 @@ from lvlm_jax.weights.tables import flatten, unflatten
 TARGETS = r"language_model/.*(q|k|v|o|gate|up|down)_proj$"
 
 
-def attach(
-    params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array
-) -> tuple[dict, dict]:
+def attach(params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array) -> tuple[dict, dict]:
     """Fresh adapters for the kernels that `targets` finds; the model computes what it did, bit for bit.
 
     A is uniform in ±1/√in (Kaiming's rule as PEFT applies it), B zero. Both are float32 whatever the kernel is: small
@@ -52,9 +50,7 @@ def attach(
     _check_settings(rank, alpha, dropout)
     flat = flatten(params)
     if present := next((path for path in flat if path.endswith(LORA_LEAVES)), None):
-        raise LVLMError(
-            f"the parameters hold a LoRA adapter already ({present}); merge it before adding another"
-        )
+        raise LVLMError(f"the parameters hold a LoRA adapter already ({present}); merge it before adding another")
     kernels = _target_kernels(flat, targets)
 
     leaves = {}
@@ -114,9 +110,7 @@ def _check_settings(rank: int, alpha: float, dropout: float) -> None:
     if rank < 1:
         raise LVLMError(f"LoRA rank {rank} is out of range; expected at least 1, such as 16")
     if not (alpha > 0 and math.isfinite(alpha)):
-        raise LVLMError(
-            f"LoRA alpha {alpha} is out of range; expected a number above 0, such as twice the rank"
-        )
+        raise LVLMError(f"LoRA alpha {alpha} is out of range; expected a number above 0, such as twice the rank")
     if not 0 <= dropout < 1:
         raise LVLMError(f"LoRA dropout {dropout} is out of range; expected a rate from 0 to below 1")
 

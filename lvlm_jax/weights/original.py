@@ -77,14 +77,10 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
     """
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
-        raise LVLMError(
-            f"mm_projector_type {projector!r} is not supported; expected 'mlp2x_gelu' (LLaVA-1.5)"
-        )
+        raise LVLMError(f"mm_projector_type {projector!r} is not supported; expected 'mlp2x_gelu' (LLaVA-1.5)")
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in _SELECT:
-        raise LVLMError(
-            f"mm_vision_select_feature {feature!r} is not supported; expected one of {', '.join(_SELECT)}"
-        )
+        raise LVLMError(f"mm_vision_select_feature {feature!r} is not supported; expected one of {', '.join(_SELECT)}")
     _check_kept(config)
     vision = _vision_config(folder, config, vision_tower)
     width = vision.get("hidden_size", 768)  # CLIP's own default, which its files leave out
@@ -93,19 +89,12 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
             f"mm_hidden_size {config['mm_hidden_size']} of {folder} and hidden_size {width} of the vision tower "
             "differ; name the right tower with vision_tower="
         )
-    own = {
-        name: value
-        for name, value in config.items()
-        if not name.startswith(("mm_", "tune_mm_", "freeze_mm_"))
-    }
+    own = {name: value for name, value in config.items() if not name.startswith(("mm_", "tune_mm_", "freeze_mm_"))}
     dropped = ("architectures", "auto_map", "image_aspect_ratio", "image_grid_pinpoints", "_name_or_path")
     text = {name: value for name, value in own.items() if name not in dropped}
     vocabulary = config.get("vocab_size", 32000)
     padded = -(-(vocabulary + _ADDED_TOKENS) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    text |= {
-        "model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama",
-        "vocab_size": padded,
-    }
+    text |= {"model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama", "vocab_size": padded}
     hf = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -126,10 +115,7 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
 def _check_kept(config: dict) -> None:
     """Raises an LVLMError if a setting says that LLaVA would see pictures or prompts in another way than we do."""
     wanted = {
-        "image_aspect_ratio": (
-            ("pad", "square", None),
-            "'pad' or 'square' ('anyres' is LLaVA-NeXT: take llava-hf's)",
-        ),
+        "image_aspect_ratio": (("pad", "square", None), "'pad' or 'square' ('anyres' is LLaVA-NeXT: take llava-hf's)"),
         "mm_patch_merge_type": (("flat", None), "'flat' (other kinds are LLaVA-NeXT: take llava-hf's)"),
         "mm_resampler_type": ((None, "identity"), "none"),
         "mm_use_im_start_end": (
@@ -149,9 +135,7 @@ def _vision_config(folder: Path, config: dict, vision_tower: str | os.PathLike |
     if tower is None:
         known = _KNOWN_TOWERS.get(Path(named).name)
         if known is None:
-            raise LVLMError(
-                f"the vision tower {named} of {folder} is not here; name its folder with vision_tower="
-            )
+            raise LVLMError(f"the vision tower {named} of {folder} is not here; name its folder with vision_tower=")
         return dict(known)
     vision = read_configuration(tower)
     vision = vision.get("vision_config", vision)

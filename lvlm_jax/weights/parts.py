@@ -58,7 +58,5 @@ def matching(pattern: str, paths: Iterable[str], what: str) -> list[str]:
         raise LVLMError(f"{what}, {pattern!r}, is not a regular expression: {error}") from error
     paths = list(paths)
     if not (found := [path for path in paths if regex.search(path)]):
-        raise LVLMError(
-            f"{what}, {pattern!r}, matches nothing; expected one that finds paths such as {paths[-1]!r}"
-        )
+        raise LVLMError(f"{what}, {pattern!r}, matches nothing; expected one that finds paths such as {paths[-1]!r}")
     return found

@@ -104,9 +104,7 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
     """
     folder, flat = resolve_checkpoint(folder), flatten(params)
     if present := next((path for path in flat if path.endswith(LORA_LEAVES)), None):
-        raise LVLMError(
-            f"the parameters hold a LoRA adapter already ({present}); merge it before loading {folder}"
-        )
+        raise LVLMError(f"the parameters hold a LoRA adapter already ({present}); merge it before loading {folder}")
     settings = read_settings(folder)
     file, kernels = _open(folder), matrices(flat)
     _check_head(folder, table_for(config), flat, file)
@@ -282,9 +280,7 @@ def _check_head(folder: Path, table: Table, flat: Mapping, file: TensorFile) -> 
         )
 
 
-def _check_tensors(
-    folder: Path, file: TensorFile, shapes: Mapping[str, tuple[int, ...]], whole: Iterable[str]
-) -> None:
+def _check_tensors(folder: Path, file: TensorFile, shapes: Mapping[str, tuple[int, ...]], whole: Iterable[str]) -> None:
     faults = Faults()
     for name in sorted(file.shapes.keys() - shapes.keys() - set(whole)):
         faults.add("unexpected", name)
@@ -297,6 +293,4 @@ def _check_tensors(
             faults.add("not floating-point", f"{name} {file.dtypes[name]}")
     faults.check(f"adapter {folder}")
     if not shapes:
-        raise LVLMError(
-            f"adapter {folder} adapts no projection of this model; was it trained on another one?"
-        )
+        raise LVLMError(f"adapter {folder} adapts no projection of this model; was it trained on another one?")

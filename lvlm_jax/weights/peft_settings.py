@@ -52,9 +52,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise LVLMError(f"no {CONFIG} in {folder}; expected a folder that PEFT saved an adapter to")
     settings = {**_DEFAULTS, **files.read_json(path, "adapter configuration", dict)}
     if settings.get("peft_type") != "LORA":
-        raise LVLMError(
-            f"{path} is of peft_type {str(settings.get('peft_type'))[:60]!r}; only LORA is supported"
-        )
+        raise LVLMError(f"{path} is of peft_type {str(settings.get('peft_type'))[:60]!r}; only LORA is supported")
     unknown = sorted(name for name, value in settings.items() if value and name not in _KNOWN)
     unknown += ["bias"] * (settings["bias"] != "none")
     unknown += ["init_lora_weights"] * (settings["init_lora_weights"] not in _HARMLESS_INITIAL)

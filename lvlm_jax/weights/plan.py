@@ -148,13 +148,7 @@ def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[Tensor
 
 
 def _match(
-    table: Table,
-    config: FamilyConfig,
-    paths,
-    files,
-    sources: dict[str, Source],
-    faults: Faults,
-    passed_over=None,
+    table: Table, config: FamilyConfig, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
 ) -> None:
     """Adds the source of every parameter found in `files`, whatever the naming scheme."""
     by_name: dict[str, list[tuple[str, Row]]] = {}

@@ -73,9 +73,7 @@ def dequantize(params: Mapping, dtype=jnp.float32) -> dict:
         module, _, name = path.rpartition("/")
         if name == INT8_LEAVES[0]:
             kernel = int8.dequantize(leaf, given[f"{module}/{INT8_LEAVES[1]}"]).astype(dtype)
-            flat[f"{module}/kernel"] = jax.device_put(
-                kernel, sharding_beside(leaf, f"{module}/kernel", kernel.shape)
-            )
+            flat[f"{module}/kernel"] = jax.device_put(kernel, sharding_beside(leaf, f"{module}/kernel", kernel.shape))
         elif name != INT8_LEAVES[1]:
             flat[path] = leaf
     return unflatten(flat)

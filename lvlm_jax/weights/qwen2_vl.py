@@ -4,13 +4,7 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import Axes, Piece, Row, Table
 
-VOLUME: Axes = (
-    1,
-    2,
-    3,
-    4,
-    0,
-)  # torch keeps [out, in, frames, height, width], we keep [in, frames, height, width, out]
+VOLUME: Axes = (1, 2, 3, 4, 0)  # torch keeps [out, in, frames, height, width], we keep [in, frames, height, width, out]
 LAYER, THEIR_LAYER = "vision_tower/layers_{i}", "blocks.{i}"
 
 
@@ -48,12 +42,7 @@ def table(mlp: tuple[str, ...]) -> Table:
     """The key table of a model whose tower has linear maps `mlp` in its layers."""
 
     def scheme(decoder: str, tower: str) -> dict[str, str]:
-        return {
-            "decoder": decoder,
-            "head": "lm_head.",
-            "vision": tower,
-            "connector": f"{tower}merger.",
-        }
+        return {"decoder": decoder, "head": "lm_head.", "vision": tower, "connector": f"{tower}merger."}
 
     return Table(
         rows=(*decoder_rows(), *tower_rows(mlp)),

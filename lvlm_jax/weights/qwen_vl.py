@@ -36,11 +36,7 @@ def _decoder_rows() -> list[Row]:
         Row("decoder", f"{ours}/input_layernorm/scale", f"{theirs}.ln_1.weight"),
         Row("decoder", f"{ours}/post_attention_layernorm/scale", f"{theirs}.ln_2.weight"),
         *_fused_rows(
-            "decoder",
-            f"{ours}/self_attn",
-            f"{theirs}.attn.c_attn.weight",
-            f"{theirs}.attn.c_attn.bias",
-            _blocks,
+            "decoder", f"{ours}/self_attn", f"{theirs}.attn.c_attn.weight", f"{theirs}.attn.c_attn.bias", _blocks
         ),
         *linear_rows("decoder", f"{ours}/self_attn/o_proj", f"{theirs}.attn.c_proj"),
         *linear_rows("decoder", f"{ours}/mlp/up_proj", f"{theirs}.mlp.w1"),
@@ -58,11 +54,7 @@ def _tower_rows() -> list[Row]:
         *norm_rows("vision", f"{ours}/layer_norm1", f"{theirs}.ln_1"),
         *norm_rows("vision", f"{ours}/layer_norm2", f"{theirs}.ln_2"),
         *_fused_rows(
-            "vision",
-            f"{ours}/self_attn",
-            f"{theirs}.attn.in_proj.weight",
-            f"{theirs}.attn.in_proj.bias",
-            _by_head,
+            "vision", f"{ours}/self_attn", f"{theirs}.attn.in_proj.weight", f"{theirs}.attn.in_proj.bias", _by_head
         ),
         *linear_rows("vision", f"{ours}/self_attn/out_proj", f"{theirs}.attn.out_proj"),
         *linear_rows("vision", f"{ours}/mlp/fc1", f"{theirs}.mlp.c_fc"),
@@ -77,9 +69,7 @@ def _resampler_rows() -> list[Row]:
         Row("vision", "connector/kv_proj/kernel", "attn_pool.kv_proj.weight", LINEAR),
         *norm_rows("vision", "connector/ln_q", "attn_pool.ln_q"),
         *norm_rows("vision", "connector/ln_kv", "attn_pool.ln_kv"),
-        *_fused_rows(
-            "vision", "connector", "attn_pool.attn.in_proj_weight", "attn_pool.attn.in_proj_bias", _blocks
-        ),
+        *_fused_rows("vision", "connector", "attn_pool.attn.in_proj_weight", "attn_pool.attn.in_proj_bias", _blocks),
         *linear_rows("vision", "connector/out_proj", "attn_pool.attn.out_proj"),
         *norm_rows("vision", "connector/ln_post", "ln_post"),
         Row("vision", "connector/proj/kernel", "proj"),  # multiplied from the right: [in, out] already

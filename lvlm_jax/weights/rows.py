@@ -43,9 +43,7 @@ def clip_rows() -> list[Row]:
     """The rows of a CLIP tower (part "vision")."""
     return [
         Row("vision", "vision_tower/class_embedding", "embeddings.class_embedding"),
-        *norm_rows(
-            "vision", "vision_tower/pre_layernorm", "pre_layrnorm"
-        ),  # the missing "e" is transformers' own
+        *norm_rows("vision", "vision_tower/pre_layernorm", "pre_layrnorm"),  # the missing "e" is transformers' own
         *_encoder_rows(),
     ]
 

@@ -37,10 +37,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MOST_AXES, _LONGEST = (
-    32,
-    2**48,
-)  # of an array; NumPy's own limits are little above, and no tensor comes near them
+_MOST_AXES, _LONGEST = (32, 2**48)  # of an array; NumPy's own limits are little above, and no tensor comes near them
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -94,18 +91,12 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
     if start == b"version ":
         raise LVLMError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     if size < 8:
-        raise LVLMError(
-            f"{path} is truncated: {size} bytes, too short for a safetensors file; download it again"
-        )
+        raise LVLMError(f"{path} is truncated: {size} bytes, too short for a safetensors file; download it again")
     length = int.from_bytes(start, "little")
     if length > _LONGEST_HEADER:
-        raise LVLMError(
-            f"{path} is not a safetensors file: its first 8 bytes give a header of {length} bytes"
-        )
+        raise LVLMError(f"{path} is not a safetensors file: its first 8 bytes give a header of {length} bytes")
     if 8 + length > size:
-        raise LVLMError(
-            f"{path} is truncated: its header takes {length} bytes, the file has {size}; download it again"
-        )
+        raise LVLMError(f"{path} is truncated: its header takes {length} bytes, the file has {size}; download it again")
     try:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -115,9 +106,7 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
     position = 0
     for name, (_, _, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != position:
-            raise LVLMError(
-                f"{path} is malformed: tensor {name} starts at byte {begin} of the data, not {position}"
-            )
+            raise LVLMError(f"{path} is malformed: tensor {name} starts at byte {begin} of the data, not {position}")
         position = end
     found = size - 8 - length
     if position > found:
@@ -137,9 +126,7 @@ def _entry(path: Path, name: str, entry: dict) -> tuple[np.dtype, tuple[int, ...
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"shape or data_offsets of {name}")
     if len(shape) > _MOST_AXES or math.prod(max(number, 1) for number in shape) > _LONGEST:
-        raise LVLMError(
-            f"{path} is malformed: no array can have the shape of tensor {name}, {str(shape)[:60]}"
-        )
+        raise LVLMError(f"{path} is malformed: no array can have the shape of tensor {name}, {str(shape)[:60]}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise LVLMError(
             f"{path} is malformed: tensor {name} of shape {list(shape)} and dtype {entry['dtype']} "
@@ -167,9 +154,7 @@ def write_safetensors(
 
 
 def write_tensors(
-    file: BinaryIO,
-    tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]],
-    fetch: Callable[[str], np.ndarray],
+    file: BinaryIO, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], fetch: Callable[[str], np.ndarray]
 ) -> None:
     """What `write_safetensors` writes, into a file that is open."""
     # Wide types first keeps every tensor aligned to its own width.

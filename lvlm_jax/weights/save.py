@@ -176,18 +176,11 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
         filled += size
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
-        write_safetensors(
-            folder / file, [(name, tensors[name].shape, tensors[name].dtype) for name in names], fetch
-        )
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, [(name, tensors[name].shape, tensors[name].dtype) for name in names], fetch)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
 
 

@@ -11,11 +11,7 @@ _NAMES = {
 }
 
 TABLE = Table(
-    rows=(
-        *decoder_rows(),
-        *siglip_rows(),
-        Row("connector", "connector/kernel", "proj.weight", LINEAR),
-    ),
+    rows=(*decoder_rows(), *siglip_rows(), Row("connector", "connector/kernel", "proj.weight", LINEAR)),
     # Files have always been written with the names of the model in memory.
     schemes={"hub": _NAMES, "state_dict": _NAMES},
     ignored=BUFFERS,

@@ -127,14 +127,10 @@ class Table:
 
     def __post_init__(self):
         common = _by_path(self.rows)
-        by_path = {
-            scheme: common | _by_path(self.own.get(scheme, ())) for scheme in {*self.schemes, *self.own}
-        }
+        by_path = {scheme: common | _by_path(self.own.get(scheme, ())) for scheme in {*self.schemes, *self.own}}
         for rows in (common, *by_path.values()):
             if rows.keys() != common.keys():
-                raise ValueError(
-                    "a scheme of a key table has a row of its own for a path without a common one"
-                )
+                raise ValueError("a scheme of a key table has a row of its own for a path without a common one")
             _check_names(rows.values())
         object.__setattr__(self, "_by_path", MappingProxyType(by_path))
         object.__setattr__(self, "_ignored", re.compile("|".join(self.ignored or ("(?!)",))))

@@ -92,9 +92,7 @@ def test_nothing_outside_is_referred_to():
 def test_size_with_two_images_and_two_answers(words, layers, heads, grid):
     size = dict(words=words, layers=layers, heads=1, grid=grid)
     answers = [answer(name, **size) for name in ("greedy", "CMAC")]
-    noise = np.random.default_rng(0).integers(
-        0, 255, (640, 640, 3), np.uint8
-    )  # no picture is larger than this
+    noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)  # no picture is larger than this
     # Memory of the test: heads that are all alike, without a copy of them.
     for one in answers:
         maps = [np.broadcast_to(image, (layers, heads, *image.shape[2:])) for image in one.maps]

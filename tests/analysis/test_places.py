@@ -37,9 +37,7 @@ def qwen2_vl(tmp_path):
 def test_each_picture_has_the_grid_of_its_tokens(qwen2_vl):
     pictures = [Image.new("RGB", size) for size in ((40, 16), (16, 24))]
     words = qwen2_vl.processor.tokenizer("a dog")["input_ids"]
-    first, second = overlay.rows_of(
-        qwen2_vl, "greedy", pictures, conversation(pictures, "What is it?"), words
-    )
+    first, second = overlay.rows_of(qwen2_vl, "greedy", pictures, conversation(pictures, "What is it?"), words)
     assert list(first.words) == ["a", "dog"] and first.region is second.region is None
     np.testing.assert_array_equal(first.maps[0], np.arange(10).reshape(2, 5))
     np.testing.assert_array_equal(second.maps[1], 10 + np.arange(6).reshape(3, 2))

@@ -76,9 +76,7 @@ def test_information_flow_is_the_rollout_with_all_its_entries():
 def test_divergence():
     p, q = np.array([0.5, 0.5, 0.0]), np.array([0.0, 0.25, 0.75])
     mean = (p + q) / 2
-    by_hand = 0.5 * sum(
-        x * math.log(x / m) for side in (p, q) for x, m in zip(side, mean, strict=True) if x > 0
-    )
+    by_hand = 0.5 * sum(x * math.log(x / m) for side in (p, q) for x, m in zip(side, mean, strict=True) if x > 0)
     assert float(analysis.divergence(p, q)) == pytest.approx(by_hand, abs=1e-6)
     assert float(analysis.divergence(p, p)) == 0
     assert float(analysis.divergence(np.eye(2)[0], np.eye(2)[1])) == pytest.approx(math.log(2))

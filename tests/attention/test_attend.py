@@ -128,8 +128,7 @@ def test_a_member_acts_in_its_layers_only(arrays):
 
 
 @pytest.mark.parametrize(
-    ("rows", "widest"),
-    [(("last", "post_image"), "post_image"), (("all", "last"), "all"), (("last", "last"), "last")],
+    ("rows", "widest"), [(("last", "post_image"), "post_image"), (("all", "last"), "all"), (("last", "last"), "last")]
 )
 def test_a_chain_asks_for_the_rows_of_its_neediest_member(rows, widest):
     members = [Scale(1.0), Scale(2.0)]

@@ -57,12 +57,7 @@ SCALINGS = {
     "default": {},
     "linear": {"factor": 3.0},
     "dynamic": {"factor": 4.0},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    },
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
     "yarn, all fields": {
         "factor": 16.0,
@@ -73,11 +68,7 @@ SCALINGS = {
         "mscale": 0.7,
         "mscale_all_dim": 1.2,
     },
-    "yarn, given factor": {
-        "factor": 2.0,
-        "original_max_position_embeddings": 512,
-        "attention_factor": 1.3,
-    },
+    "yarn, given factor": {"factor": 2.0, "original_max_position_embeddings": 512, "attention_factor": 1.3},
 }
 
 

@@ -114,9 +114,7 @@ def memory_after(model, mixed):
             method = Edited((transform,))
             embedded = Prompt(embeddings, jnp.asarray(prompt.image_id))
             state, _ = forward.prefill(params, model.config, embedded, method, **options)
-            return state.memory, forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))[
-                0
-            ].memory
+            return state.memory, forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))[0].memory
 
         return jax.eval_shape(both, model.params, jnp.zeros((3, 64, 48)))
 

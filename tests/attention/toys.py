@@ -48,9 +48,7 @@ class Identity(Transform):
 class Witness(Transform):
     """Carries everything it sees from layer to layer: a tuple with one dict for each layer it was called in."""
 
-    def __init__(
-        self, rows: str = "post_image", only: tuple[int, ...] | None = None, phases=("prefill", "decode")
-    ):
+    def __init__(self, rows: str = "post_image", only: tuple[int, ...] | None = None, phases=("prefill", "decode")):
         self.rows, self.only, self.phases = rows, only, phases
 
     def layers(self, num_layers):
@@ -61,8 +59,7 @@ class Witness(Transform):
 
     def observe(self, site, weights) -> Any:
         seen = {
-            name: getattr(site, name)
-            for name in ("image_id", "image", "after_image", "post_image", "mask", "logits")
+            name: getattr(site, name) for name in ("image_id", "image", "after_image", "post_image", "mask", "logits")
         }
         return (*site.carry, seen | {"weights": weights, "layer": jnp.asarray(site.layer)})
 

@@ -36,16 +36,7 @@ def written(shallow, tmp_path_factory):
     wide = folder / "wide.png"
     Image.new("RGB", (192, 96), (40, 80, 120)).save(wide)
     answer = "</script><b>The dog & the cat.</b> " + "the image shows a dog " * 7
-    words = [
-        "--model",
-        shallow,
-        "--image",
-        names.pocket_file("sample.png"),
-        "--image",
-        wide,
-        "--answer",
-        answer,
-    ]
+    words = ["--model", shallow, "--image", names.pocket_file("sample.png"), "--image", wide, "--answer", answer]
     words += ["--method", "cmac", "--alpha", "2", "--prompt", "What is <b>here</b>?", "--out", folder / "out"]
     assert attention.main([str(word) for word in words]) == 0
     return folder / "out"
@@ -87,9 +78,7 @@ def test_markup_in_texts_stays_text(written):
 def test_pictures_are_written(written):
     names = {path.name for path in written.iterdir()}
     words = {f"words_{answer}_{image}.png" for answer in ("greedy", "cmac") for image in (1, 2)}
-    assert (
-        names == {"index.html", "image_mass.png", "sinks.png", "flow.png", "probe.png", "drift.png"} | words
-    )
+    assert names == {"index.html", "image_mass.png", "sinks.png", "flow.png", "probe.png", "drift.png"} | words
     for name in names - {"index.html"}:
         with Image.open(written / name) as image:
             assert image.width > 400 and np.asarray(image.convert("L")).std() > 5

@@ -93,17 +93,7 @@ def test_several_images_and_questions_streamed_as_generated(command, small):
 
 
 def test_sampling_repeats_with_its_seed(command):
-    words = [
-        "--image",
-        SAMPLE,
-        "--prompt",
-        "Describe.",
-        "--temperature",
-        1.5,
-        "--max-new-tokens",
-        12,
-        "--seed",
-    ]
+    words = ["--image", SAMPLE, "--prompt", "Describe.", "--temperature", 1.5, "--max-new-tokens", 12, "--seed"]
     first, again, other = (command(*words, seed)[1] for seed in (1, 1, 2))
     assert first == again != other
 
@@ -111,9 +101,7 @@ def test_sampling_repeats_with_its_seed(command):
 def test_a_method_has_its_fields_as_flags():
     words = ["--image", "a", "--prompt", "b", "--method", "cmac"]
     assert infer.command_line(words).method == methods.CMAC()
-    given = infer.command_line(
-        [*words, "--alpha", "1", "--variant=code", "--no-imd", "--distort", "attention_mask"]
-    )
+    given = infer.command_line([*words, "--alpha", "1", "--variant=code", "--no-imd", "--distort", "attention_mask"])
     assert given.method == methods.CMAC(alpha=1.0, variant="code", imd=False, distort="attention_mask")
     name, fields = next(iter(methods.CMAC.PRESETS.items()))
     preset = infer.command_line([*words, "--preset", name, "--gamma", "2.5"])
@@ -123,9 +111,7 @@ def test_a_method_has_its_fields_as_flags():
 
 def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_path):
     config = tmp_path / "mine.py"
-    config.write_text(
-        (ROOT / "configs" / "infer.py").read_text().replace("max_new_tokens = 256", "max_new_tokens = 7")
-    )
+    config.write_text((ROOT / "configs" / "infer.py").read_text().replace("max_new_tokens = 256", "max_new_tokens = 7"))
     given = infer.command_line(["--config", str(config), "--top_p", "0.5", "--prompt", "a"])
     assert (given.max_new_tokens, given.top_p) == (7, 0.5)
     assert infer.command_line(["--top-p=0.5", "--max_new_tokens=9", "--prompt", "a"]).max_new_tokens == 9
@@ -134,14 +120,7 @@ def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_pa
 def test_help_names_every_flag_and_every_methods_settings(command):
     code, out, _ = command("--help")
     assert code == 0
-    for flag in (
-        "--model-path",
-        "--question-file",
-        "--image-folder",
-        "--answers-file",
-        "--temperature",
-        "--seed",
-    ):
+    for flag in ("--model-path", "--question-file", "--image-folder", "--answers-file", "--temperature", "--seed"):
         assert flag in out
     for name in methods.names():
         assert f"  {name}: " in out
@@ -157,18 +136,7 @@ def test_a_methods_setting_may_have_the_name_of_a_general_flag():
 
 
 def test_methods_joined_by_a_plus_are_chained():
-    words = [
-        "--prompt",
-        "a",
-        "--method",
-        "eah+cmac",
-        "--alpha",
-        "2",
-        "--eah-beta",
-        "0.5",
-        "--cmac-beta",
-        "0.4",
-    ]
+    words = ["--prompt", "a", "--method", "eah+cmac", "--alpha", "2", "--eah-beta", "0.5", "--cmac-beta", "0.4"]
     members = infer.command_line(words).method.members
     assert members == (methods.EAH(beta=0.5), methods.CMAC(alpha=2.0, beta=0.4))
     preset = infer.command_line([*words[:4], "--cmac-preset", "llava-1.5/mme"]).method
@@ -227,9 +195,7 @@ def test_bad_pictures_and_prompts(refuses, tmp_path):
     assert "not a picture" in refuses("--image", "text.jpg", "--prompt", "a")
     assert "900,000,000 pixels" in refuses("--image", "bomb.png", "--prompt", "a")
     assert "does not exist" in refuses("--image", "missing.png", "--prompt", "a")
-    assert "2 <image> placeholders but 1 images" in refuses(
-        "--image", SAMPLE, "--prompt", "<image> <image> a"
-    )
+    assert "2 <image> placeholders but 1 images" in refuses("--image", SAMPLE, "--prompt", "<image> <image> a")
     assert "context" in refuses("--image", SAMPLE, "--prompt", "word " * 3000)
 
 
@@ -287,9 +253,7 @@ def test_bad_checkpoints(refuses, tmp_path):
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
-    victim = next(
-        name for name in load_file(POCKET / "model.safetensors") if name.endswith("0.mlp.up_proj.weight")
-    )
+    victim = next(name for name in load_file(POCKET / "model.safetensors") if name.endswith("0.mlp.up_proj.weight"))
     assert "nowhere" in ask(tmp_path / "nowhere")
     assert "truncated" in ask(edited("truncated", truncate))
     assert victim in ask(edited("missing", weights(lambda tensors: tensors.pop(victim))))
@@ -312,12 +276,7 @@ def test_a_job_killed_three_times_ends_as_if_it_had_not_been(small, tmp_path):
 
     def start(name):
         words = ["--model", small, "--image-folder", POCKET.parent]
-        words += [
-            "--question-file",
-            tmp_path / "questions.jsonl",
-            "--answers-file",
-            tmp_path / name / "a.jsonl",
-        ]
+        words += ["--question-file", tmp_path / "questions.jsonl", "--answers-file", tmp_path / name / "a.jsonl"]
         words += ["--max_new_tokens", "8", "--batch-size", "4", "--temperature", "1"]
         return Command(ROOT / "infer.py", *words)
 

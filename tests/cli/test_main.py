@@ -81,9 +81,7 @@ def test_as_a_module_and_from_the_clone(tmp_path):
     for words in (["-m", "lvlm_jax", "report"], [ROOT / "tools" / "report.py"]):
         done = call(*words, "nowhere")
         assert done.returncode == 2 and done.stdout == ""
-        assert (
-            done.stderr.startswith("lvlm report: 'nowhere' is not a folder") and done.stderr.count("\n") == 1
-        )
+        assert done.stderr.startswith("lvlm report: 'nowhere' is not a folder") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)

@@ -34,9 +34,7 @@ def test_pairs_of_the_pocket_world(command, stand_in, tmp_path):
     words = ("--pocket", 12, "--out", "out", "--holdout", 0.25, "--batch-size", 4, "--seed", 2)
     code, out, _ = command(*words)
     assert code == 0 and "written to out/pairs.jsonl" in out
-    training, validation = (
-        read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation")
-    )
+    training, validation = (read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation"))
     assert (len(training), len(validation)) == (9, 3)
     for pair in (*training, *validation):
         scenes, _, text, truth = sample_prompt(int(pair.id.split("/")[1]), seed=2)
@@ -98,9 +96,7 @@ def test_pairs_of_a_model(command, model, checkpoint, tmp_path):
     assert said["3"]["chosen"] == said["3"]["rejected"]  # one picture has no other to look at
     assert code == 0, error
     assert [pair.id for pair in read_pairs(tmp_path / "out" / "pairs.jsonl")] == [
-        entry["id"]
-        for entry in sorted(log, key=lambda one: one["id"])
-        if entry["chosen"] != entry["rejected"]
+        entry["id"] for entry in sorted(log, key=lambda one: one["id"]) if entry["chosen"] != entry["rejected"]
     ]
 
 
@@ -113,9 +109,7 @@ def test_pairs_that_are_there(command, tmp_path):
     (tmp_path / "rlhf_v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, _ = command("--pairs", "rlhf_v.jsonl", "--out", "out", "--holdout", 0.5)
     assert code == 0 and "dropped: equal           1" in out
-    (training,), (held,) = (
-        read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation")
-    )
+    (training,), (held,) = (read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation"))
     assert {training.id, held.id} == {"4", "6"} and training.images != held.images
     refused = [
         (("--pairs", "out/pairs.jsonl", "--out", "out"), "would be overwritten"),

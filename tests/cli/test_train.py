@@ -16,9 +16,7 @@ def command(monkeypatch, capsys, tmp_path):
 def test_help_lists_the_fields_of_a_config(command, tmp_path):
     _, out, _ = command("--config", "flow_alignment", "--help")
     lines = out.splitlines()
-    assert (
-        "  length = 512                          tokens of the longest sample, image tokens included" in lines
-    )
+    assert "  length = 512                          tokens of the longest sample, image tokens included" in lines
     assert any(line.startswith("  flow.omega = 4.0 ") and "SEVI" in line for line in lines)
     assert not any(line.startswith("  preference.") for line in lines)
     _, out, _ = command("--help")

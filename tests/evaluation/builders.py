@@ -107,11 +107,7 @@ def amber_folder(folder: Path) -> Path:
         {"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"},
         {"id": 1006, "image": "AMBER_1.jpg", "query": "Are there three people in this image?"},
         {"id": 1007, "image": "AMBER_2.jpg", "query": "Is there a cat in this image?"},
-        {
-            "id": 1008,
-            "image": "AMBER_2.jpg",
-            "query": "Is there direct contact between the dog and the tree?",
-        },
+        {"id": 1008, "image": "AMBER_2.jpg", "query": "Is there direct contact between the dog and the tree?"},
     ]
     notes = [
         {"id": 1, "type": "generative", "truth": ["tree", "sky"], "hallu": ["dog", "cat"]},
@@ -134,16 +130,7 @@ def file_of(benchmark: str):
 
 
 def scored_run(
-    folder,
-    data,
-    said,
-    method=None,
-    protocol="pope/strict",
-    model="llava",
-    seed=0,
-    batch=16,
-    more=None,
-    **changes,
+    folder, data, said, method=None, protocol="pope/strict", model="llava", seed=0, batch=16, more=None, **changes
 ):
     """A folder as an evaluation leaves it: answers, their record, a log, scores. Returns the scores."""
     settings = dataclasses.replace(get(protocol), **changes)

@@ -61,9 +61,7 @@ class Oracle:
         for conversation, own in zip(messages, drawn, strict=True):
             byte = self._digest(conversation, type(method).__name__, own)[0]
             texts.append(self.caption if self.caption else f"{'Yes' if byte % 2 else 'No'}, it is {byte}.")
-        return SimpleNamespace(
-            text=texts, tokens=[text.split() for text in texts], finish_reason=["stop"] * len(texts)
-        )
+        return SimpleNamespace(text=texts, tokens=[text.split() for text in texts], finish_reason=["stop"] * len(texts))
 
     def generate_many(self, requests, batch_size, **settings):
         for number, (messages, seed) in enumerate(requests):

@@ -50,9 +50,7 @@ def test_a_folder_with_one_file_for_each_split(tmp_path, questions):
         read((None, tmp_path / "answers"))
 
 
-@pytest.mark.parametrize(
-    "where", [{"category": "popular"}, {"metadata": {"group": "popular"}}, {"group": "popular"}]
-)
+@pytest.mark.parametrize("where", [{"category": "popular"}, {"metadata": {"group": "popular"}}, {"group": "popular"}])
 def test_rows_that_name_their_split(tmp_path, questions, where):
     path = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "yes"} | where])
     assert answers.match(questions, read((None, path)), partial=True) == {("popular", "1"): "yes"}
@@ -60,9 +58,7 @@ def test_rows_that_name_their_split(tmp_path, questions, where):
 
 def test_ids_that_several_splits_share_are_not_guessed(tmp_path, questions):
     path = pope_answers(tmp_path / "a.jsonl", ["yes", "no"])
-    with pytest.raises(
-        LVLMError, match="id 1 occurs in random, popular, adversarial; say which is meant with --group"
-    ):
+    with pytest.raises(LVLMError, match="id 1 occurs in random, popular, adversarial; say which is meant with --group"):
         answers.match(questions, read((None, path)))
 
 
@@ -81,11 +77,7 @@ def test_image_and_prompt_tell_questions_of_one_id_apart(tmp_path):
 
 def asking(number, group, **more):
     """A row that answers question `number` of a split whose questions are all about its own kind of thing."""
-    return {
-        "question_id": number,
-        "prompt": f"Is there a {group} one?\nAnswer.",
-        "text": f"{group} {number}",
-    } | more
+    return {"question_id": number, "prompt": f"Is there a {group} one?\nAnswer.", "text": f"{group} {number}"} | more
 
 
 @pytest.fixture
@@ -171,9 +163,7 @@ def test_popes_own_format_goes_by_order(tmp_path, questions):
     with pytest.raises(LVLMError, match="line 1 of .* occurs in random, popular, adversarial; say which"):
         answers.match(questions, read((None, tmp_path / "a.jsonl")))
     path = write_lines(tmp_path / "b.jsonl", [rows[0], {"question": "Is there a whale?", "answer": "no"}])
-    with pytest.raises(
-        LVLMError, match="line 2 of .*: question 'Is there a whale[?]' is none of the 6 questions"
-    ):
+    with pytest.raises(LVLMError, match="line 2 of .*: question 'Is there a whale[?]' is none of the 6 questions"):
         answers.match(questions, read(("random", path)))
     with pytest.raises(LVLMError, match="line 1 of .* has no answer"):
         read(("random", write_lines(tmp_path / "c.jsonl", [{"question": "Is there?"}])))

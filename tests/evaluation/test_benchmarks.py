@@ -45,9 +45,7 @@ def test_what_a_benchmark_says_of_itself(benchmark):
     assert benchmark.headlines and benchmark.judged
     assert all(benchmark.direction(name) for names in benchmark.judged for name in names)
     page = (ROOT / "docs" / "evaluation.md").read_text()
-    assert re.search(rf"^\| `{benchmark.name}` \|", page, re.MULTILINE), (
-        "docs/evaluation.md has a row for each"
-    )
+    assert re.search(rf"^\| `{benchmark.name}` \|", page, re.MULTILINE), "docs/evaluation.md has a row for each"
 
 
 def test_names():
@@ -84,9 +82,7 @@ def test_answers_come_back_as_they_were_written(name, tmp_path):
     written = benchmark.answers.write(target, questions, said | {("none", "9"): "?"}, settings, "pocket")
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(written)
     found = answers.match(questions, answers.read([(None, target)], benchmark.answers, settings.groups))
-    assert {key: text.split() for key, text in found.items()} == {
-        key: text.split() for key, text in said.items()
-    }
+    assert {key: text.split() for key, text in found.items()} == {key: text.split() for key, text in said.items()}
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -111,9 +107,7 @@ def test_differences_from_the_files_equal_those_from_the_answers(name, tmp_path)
     scored_run(tmp_path / "runs/greedy", data, theirs, protocol=name)
     scored_run(tmp_path / "runs/cmac", data, ours, {"name": "CMAC"}, protocol=name)
     keys = [question.key for question in questions]
-    pair = [
-        benchmark.score(questions, dict(zip(keys, said, strict=True)), settings) for said in (ours, theirs)
-    ]
+    pair = [benchmark.score(questions, dict(zip(keys, said, strict=True)), settings) for said in (ours, theirs)]
     expected = rescore.compare(*pair, resamples=200)
     ((_, found),) = report_runs.compare(report_runs.collect(tmp_path / "runs")).items()
     assert found.differences.keys() == expected["differences"].keys()

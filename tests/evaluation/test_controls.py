@@ -231,9 +231,7 @@ def test_verdicts_follow_the_intervals():
             differences = {"recall": difference(1, 2), name: difference(*bounds)}
             assert controls.verdicts(BENCHMARKS[benchmark], differences) == {name: says}
     assert controls.verdicts(BENCHMARKS["pope"], {"accuracy": difference(None, None)}) == {}
-    assert BENCHMARKS["pope"].judged_by(["mean: recall", "mean: accuracy", "random: accuracy"]) == [
-        "mean: accuracy"
-    ]
+    assert BENCHMARKS["pope"].judged_by(["mean: recall", "mean: accuracy", "random: accuracy"]) == ["mean: accuracy"]
     assert BENCHMARKS["amber"].judged_by(["Hal", "Cog", "discriminative: accuracy"]) == [
         "discriminative: accuracy",
         "Hal",

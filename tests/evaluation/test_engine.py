@@ -141,10 +141,7 @@ def test_pictures_that_do_not_fit_are_encoded_again(questions):
     np.testing.assert_array_equal(first, again)
     means = [np.asarray(Image.open(path), np.float32).mean(axis=(0, 1))[None] for path in paths]
     np.testing.assert_array_equal(first, means)
-    with (
-        Pictures(Oracle(), [b"no picture"], 3) as pictures,
-        pytest.raises(LVLMError, match="of a table cannot be"),
-    ):
+    with Pictures(Oracle(), [b"no picture"], 3) as pictures, pytest.raises(LVLMError, match="of a table cannot be"):
         pictures.ready([b"no picture"])
 
 

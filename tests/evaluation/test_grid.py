@@ -79,9 +79,7 @@ def test_answers_and_their_table(questions, tmp_path):
     ]
     grid.write(tmp_path / "out.jsonl", asked, points, found)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert (
-        rows[3] == {"settings": {"alpha": 2.0}, "question_id": "q0", "text": "Yes, it is"} and len(rows) == 9
-    )
+    assert rows[3] == {"settings": {"alpha": 2.0}, "question_id": "q0", "text": "Yes, it is"} and len(rows) == 9
 
 
 def test_without_labels_there_is_no_accuracy(questions):

@@ -35,9 +35,7 @@ def same_answers(first, second):
     """The files equal each other byte for byte, and no question is there twice."""
     for split in SPLITS:
         assert contents(first, f"{split}.jsonl") == contents(second, f"{split}.jsonl")
-        ids = [
-            json.loads(line)["question_id"] for line in (first / f"{split}.jsonl").read_text().splitlines()
-        ]
+        ids = [json.loads(line)["question_id"] for line in (first / f"{split}.jsonl").read_text().splitlines()]
         assert len(set(ids)) == len(ids) > 100
     figures = [json.loads((out / "scores.json").read_text())["figures"] for out in (first, second)]
     assert figures[0] == figures[1]

@@ -47,9 +47,7 @@ def test_pope(parser):
             for split in splits
             for _ in range(rng.integers(1, 12))
         ]
-        questions = [
-            Question(i, picture(i // 3), "?", row["label"], row["split"]) for i, row in enumerate(rows)
-        ]
+        questions = [Question(i, picture(i // 3), "?", row["label"], row["split"]) for i, row in enumerate(rows)]
         answers = {q.key: row["text"] for q, row in zip(questions, rows, strict=True)}
         scores = pope.score(questions, answers, protocol)
         expected = scorers.pope(rows, parser)
@@ -96,28 +94,16 @@ def test_amber_descriptions():
     rng = np.random.default_rng(3)
     names = [f"noun{i}" for i in range(9)]
     association = {name: [names[j] for j in rng.integers(0, 9, 2)] for name in names[:5]}
-    lists = {
-        "association": association,
-        "known": frozenset(names),
-        "safe": frozenset(names[7:]),
-        "matching": "exact",
-    }
+    lists = {"association": association, "known": frozenset(names), "safe": frozenset(names[7:]), "matching": "exact"}
     for _ in range(SETS):
         chosen = rng.permutation(5)
         truth, temptations = ([names[j] for j in part] for part in (chosen[:2], chosen[2:4]))
         nouns = [names[j] for j in rng.integers(0, 9, rng.integers(0, 7))]
         extra = {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
         question = Question(1, picture(1), "", None, "generative", extra)
-        wrong, n, covered, tempted = scorers.amber_description(
-            nouns, truth, temptations, association, names[7:]
-        )
+        wrong, n, covered, tempted = scorers.amber_description(nouns, truth, temptations, association, names[7:])
         scores = amber.score([question], {question.key: ", ".join(nouns)}, get("amber/generative"))
-        expected = {
-            "CHAIR": scorers.share(wrong, n),
-            "Cover": covered / 2,
-            "Hal": float(wrong > 0),
-            "Cog": tempted / 2,
-        }
+        expected = {"CHAIR": scorers.share(wrong, n), "Cover": covered / 2, "Hal": float(wrong > 0), "Cog": tempted / 2}
         same(scores.values(), expected)
 
 
@@ -145,9 +131,7 @@ def test_choices():
             Question(i, picture(i), "?", "ABCD"[rng.integers(4)], "all", {"options": tuple("ABCD")})
             for i in range(rng.integers(1, 15))
         ]
-        answers = {
-            q.key: " ".join(pieces[j] for j in rng.integers(0, 12, rng.integers(0, 4))) for q in questions
-        }
+        answers = {q.key: " ".join(pieces[j] for j in rng.integers(0, 12, rng.integers(0, 4))) for q in questions}
         rows = [{"said": letter(answers[q.key], tuple("ABCD")), "label": q.label} for q in questions]
         same(choices.score(questions, answers, get("choices/any")).values(), scorers.letters(rows))
 
@@ -172,9 +156,7 @@ def test_mihbench_is_pope_by_kind():
 def test_resampling_by_weights_is_resampling_by_rows():
     """A figure of weighted images equals the figure of images repeated that often."""
     rng = np.random.default_rng(7)
-    questions = [
-        Question(i, picture(i // 2), "?", ("yes", "no")[rng.integers(2)], "random") for i in range(30)
-    ]
+    questions = [Question(i, picture(i // 2), "?", ("yes", "no")[rng.integers(2)], "random") for i in range(30)]
     answers = {q.key: ("yes", "no", "maybe")[rng.integers(3)] for q in questions}
     scores = pope.score(questions, answers, get("pope"))
     for _ in range(50):

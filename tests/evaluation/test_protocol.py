@@ -46,9 +46,7 @@ def found(tmp_path):
 
 def test_record(found):
     _, settings, questions, files = found
-    made = record(
-        settings, questions, files, model="llava", revision="abc", method=methods.CMAC(alpha=2.5), seed=7
-    )
+    made = record(settings, questions, files, model="llava", revision="abc", method=methods.CMAC(alpha=2.5), seed=7)
     assert made["protocol"]["name"] == "pope/vcd" and made["protocol"]["parser"] == "vcd"
     assert made["protocol"]["max_new_tokens"] == 64 and made["protocol"]["temperature"] == 1.0
     assert made["questions"] == 4 and made["images"]["count"] == 2
@@ -64,9 +62,7 @@ def test_record_tells_files_and_image_lists_apart(found):
     folder, settings, questions, files = found
     before = record(settings, questions, files)
     assert record(settings, questions, files) == before
-    assert (
-        record(settings, questions[::-1], files)["images"]["list_sha256"] != before["images"]["list_sha256"]
-    )
+    assert record(settings, questions[::-1], files)["images"]["list_sha256"] != before["images"]["list_sha256"]
     # Where a folder lies does not matter.
     moved = [dataclasses.replace(q, images=(Path("elsewhere") / q.images[0].name,)) for q in questions]
     assert record(settings, moved, files)["images"] == before["images"]

@@ -46,9 +46,7 @@ def runs(data, tmp_path):
 
 def made(folder, **options):
     """The page's data and the Markdown of a report."""
-    page, markdown = (
-        path.read_text(encoding="utf-8") for path in report.write(folder, folder / "report", **options)
-    )
+    page, markdown = (path.read_text(encoding="utf-8") for path in report.write(folder, folder / "report", **options))
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     return json.loads(found), markdown, page
 
@@ -73,11 +71,7 @@ def test_differences_are_the_hand_computed_ones(runs):
     overview = table(found, "Methods and benchmarks")
     assert [row["name"] for row in overview["rows"]] == ["greedy", "CMAC", "SEVI"]
     assert {row["group"] for row in overview["rows"]} == {"llava (abababab, float32)"}
-    assert [row["settings"] for row in overview["rows"]] == [
-        "",
-        "alpha 3, beta 0.2",
-        "directions 100 numbers",
-    ]
+    assert [row["settings"] for row in overview["rows"]] == ["", "alpha 3, beta 0.2", "directions 100 numbers"]
     # Of 20 questions greedy has 15, CMAC all, SEVI 15: one mended and one spoilt.
     greedy, cmac, sevi = (cells(overview, name) for name in ("greedy", "CMAC", "SEVI"))
     assert greedy["accuracy"][0] == "75.0" and greedy["accuracy"][2:5] == ["", "", ""]
@@ -146,16 +140,12 @@ def test_runs_that_differ_by_seed_have_a_row_each(runs, data):
 
 def test_answers_of_others_are_compared_as_they_were_scored(data, tmp_path):
     ours, theirs = pope_answers(tmp_path / "a.jsonl", BETTER), pope_answers(tmp_path / "b.jsonl", GREEDY)
-    found = rescore.rescore(
-        get("pope/strict"), data, [str(ours)], [str(theirs)], resamples=200, model="theirs"
-    )
+    found = rescore.rescore(get("pope/strict"), data, [str(ours)], [str(theirs)], resamples=200, model="theirs")
     rescore.write(found, tmp_path / "runs/others")
     found, _, _ = made(tmp_path / "runs")
     overview = table(found, "Methods and benchmarks")
     assert cells(overview, "method not recorded")["accuracy"][2].startswith("+25.0 (")
-    assert overview["notes"] == [
-        "pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"
-    ]
+    assert overview["notes"] == ["pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"]
 
 
 def test_controls_and_whether_the_method_beats_them(data, tmp_path):
@@ -245,9 +235,7 @@ def test_scores_that_other_formulas_made_are_not_subtracted(runs):
     found, _, _ = made(runs)
     overview = table(found, "Methods and benchmarks")
     assert cells(overview, "CMAC")["accuracy"][3] == "not compared"
-    assert "CMAC: not compared: cmac has random: F1 0.9, this version finds 1.0" in "\n".join(
-        overview["notes"]
-    )
+    assert "CMAC: not compared: cmac has random: F1 0.9, this version finds 1.0" in "\n".join(overview["notes"])
 
 
 def test_examples_show_what_was_fixed_and_broken(runs, data, tmp_path):

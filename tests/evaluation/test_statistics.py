@@ -75,16 +75,9 @@ def test_pairing_does_not_depend_on_the_order_of_images():
     first, second = (scores(rng.random(40) < 0.5) for _ in range(2))
     order = rng.permutation(40)
     shuffled = type(second)(
-        tuple(second.units[i] for i in order),
-        second.counts,
-        second.table[order],
-        second.figures,
-        second.correct,
-        {},
+        tuple(second.units[i] for i in order), second.counts, second.table[order], second.figures, second.correct, {}
     )
-    assert statistics.paired_bootstrap(first, second, 300) == statistics.paired_bootstrap(
-        first, shuffled, 300
-    )
+    assert statistics.paired_bootstrap(first, second, 300) == statistics.paired_bootstrap(first, shuffled, 300)
     with pytest.raises(LVLMError, match="not about the same images"):
         statistics.paired_bootstrap(first, scores([1]), 300)
 
@@ -101,9 +94,7 @@ def test_mcnemar(first, second):
 
 def test_mcnemar_of_thousands_and_of_different_questions():
     assert (
-        0
-        < statistics.mcnemar(dict.fromkeys(range(3000), True), dict.fromkeys(range(3000), False)).p + 1e-300
-        < 1e-200
+        0 < statistics.mcnemar(dict.fromkeys(range(3000), True), dict.fromkeys(range(3000), False)).p + 1e-300 < 1e-200
     )
     with pytest.raises(LVLMError, match=r"different questions \(1 differ\)"):
         statistics.mcnemar({1: True}, {})

@@ -18,9 +18,7 @@ def main(folder: str) -> None:
     alone = LVLM.from_pretrained(folder)
     conversations = [small.conversation("Is it so?", seed=seed) for seed in range(4)]
     (_, _, prompt, _), _ = spread.prefill_arguments(conversations)
-    rows = sorted(
-        (str(shard.device.id), shard.data.shape[0]) for shard in prompt.embeddings.addressable_shards
-    )
+    rows = sorted((str(shard.device.id), shard.data.shape[0]) for shard in prompt.embeddings.addressable_shards)
     found = {"rows": rows}
     for name, model in (("alone", alone), ("spread", spread)):
         pictures = model.encode_images([one[0]["content"][0]["image"] for one in conversations])

@@ -120,13 +120,7 @@ def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
         pictures = [conversation("", seed=seed + more)[0]["content"][0] for more in (0, 1)]
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": "Both" + "?" * 16}]}]
 
-    asked = [
-        conversation("Eh?", seed=1),
-        conversation("Oh", seed=2),
-        two(3),
-        conversation("Eh", seed=5),
-        two(6),
-    ]
+    asked = [conversation("Eh?", seed=1), conversation("Oh", seed=2), two(3), conversation("Eh", seed=5), two(6)]
     sizes = [(one.tokens.shape[1], one.window, one.image_count) for one in map(model.prepare, asked)]
     assert set(sizes) == {(64, 16, 1), (128, 32, 2)}
     method = methods.CMAC(
@@ -174,9 +168,7 @@ def test_a_limit_of_one_token_and_an_answer_that_stops_at_once(model, asked):
 
 def test_rows_are_written_in_place(model, asked):
     inputs = model.prepare(asked[1:3])
-    (params, config, *given), options = model.prefill_arguments(
-        inputs, methods.CMAC(), int(inputs.lengths.max())
-    )
+    (params, config, *given), options = model.prefill_arguments(inputs, methods.CMAC(), int(inputs.lengths.max()))
     state, step = jax.eval_shape(lambda *given: forward.prefill(params, config, *given, **options), *given)
     slots = jax.eval_shape(
         lambda state: continuous._empty(
@@ -325,9 +317,7 @@ def test_a_job_answers_alike_prompts_together_and_writes_them_in_order(tmp_path)
 
 
 def test_the_engine_gets_the_same_answers_by_either_schedule(model, pictures, stopping, tmp_path):
-    questions = [
-        Question(i, (pictures / f"{i % 3}.png",), "Eh" + "!" * (i // 3), None, "captions") for i in range(8)
-    ]
+    questions = [Question(i, (pictures / f"{i % 3}.png",), "Eh" + "!" * (i // 3), None, "captions") for i in range(8)]
     protocol = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=LIMIT)
 
     def answers(schedule):

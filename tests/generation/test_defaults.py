@@ -15,11 +15,7 @@ from lvlm_jax.generation.settings import Decoding
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 
-PENALISED = {
-    "do_sample": True,
-    "repetition_penalty": 1.8,
-    "temperature": 1e-6,
-}  # nearly greedy, as Qwen2.5-VL
+PENALISED = {"do_sample": True, "repetition_penalty": 1.8, "temperature": 1e-6}  # nearly greedy, as Qwen2.5-VL
 
 
 @pytest.fixture
@@ -79,13 +75,7 @@ def test_settings_that_cannot_be_honoured(given, message, folder):
 
 
 def test_settings_that_do_nothing_are_passed_over(tmp_path):
-    file = {
-        "typical_p": 1.0,
-        "no_repeat_ngram_size": 0,
-        "min_length": 0,
-        "num_beam_groups": 1,
-        "use_cache": True,
-    }
+    file = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beam_groups": 1, "use_cache": True}
     assert of_checkpoint(file, tmp_path) == {}
 
 

@@ -27,16 +27,12 @@ def moves(compiled) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"]
-)
+@pytest.mark.parametrize("method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"])
 def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
     state, _ = model.prefill(mixed, method, 41 + 64)
     step = drivers.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
     language_model = flatten(model.params["language_model"])
     sizes = {leaf.size for path, leaf in language_model.items() if path.endswith(("kernel", "embedding"))}
-    sizes |= {
-        block.key.size for cache in state.caches for block in (cache.prefix, *cache.own) if block is not None
-    }
+    sizes |= {block.key.size for cache in state.caches for block in (cache.prefix, *cache.own) if block is not None}
     assert [move for move in moves(step) if move[1] in sizes] == []
     assert moves(step), "the pattern finds nothing at all: has the text of programs changed?"

@@ -112,9 +112,7 @@ def test_lines_that_no_file_or_number_holds_do_not_stop_a_job(job):
         line(4, image="a" * 300 + ".png"),
         line(5, image="bad.ppm"),
         line("caf\ud83d"),
-        line(
-            7, image=f"data:image/png;base64,{base64.b64encode((job.folder / 'a.png').read_bytes()).decode()}"
-        ),
+        line(7, image=f"data:image/png;base64,{base64.b64encode((job.folder / 'a.png').read_bytes()).decode()}"),
         line(8, image="https://example.org/a.png"),
     ]
     summary, answers = job(asked)
@@ -223,9 +221,7 @@ def test_questions_that_cannot_be_read(job):
     with pytest.raises(LVLMError, match="one JSON list"):
         job(["[", line(1) + ",", line(2), "]"])
     with pytest.raises(LVLMError, match="image folder"):
-        run_job(
-            None, job.folder / "questions.jsonl", job.folder / "a", {}, image_folder=job.folder / "nowhere"
-        )
+        run_job(None, job.folder / "questions.jsonl", job.folder / "a", {}, image_folder=job.folder / "nowhere")
     with pytest.raises(LVLMError, match="cannot be read"):
         run_job(None, job.folder / "nothing.jsonl", job.folder / "a", {}, image_folder=job.folder)
 

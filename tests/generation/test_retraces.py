@@ -79,9 +79,7 @@ def longer_prompts(inputs):
         {"max_new_tokens": 1},
         {"max_new_tokens": 64},
     ],
-    ids=lambda change: ", ".join(
-        f"{key} {getattr(value, '__name__', value)}" for key, value in change.items()
-    ),
+    ids=lambda change: ", ".join(f"{key} {getattr(value, '__name__', value)}" for key, value in change.items()),
 )
 def test_no_program_is_traced_again(generate, inputs, change):
     if "prompts" in change:

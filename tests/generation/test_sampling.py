@@ -6,12 +6,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -104,9 +99,7 @@ def test_tokens_ruled_out_are_never_taken(logits, settings):
     sampling = Sampling.of(repetition_penalty=1.3, **settings)
     seen = jnp.ones(rows.shape, bool)
     tokens, logprobs = pick(sampling, rows, sample_keys(0, 2000), STEP, seen)
-    assert set(np.unique(tokens)) == (
-        set(allowed.tolist()) if settings else {allowed[logits[allowed].argmax()]}
-    )
+    assert set(np.unique(tokens)) == (set(allowed.tolist()) if settings else {allowed[logits[allowed].argmax()]})
     assert np.isfinite(logprobs).all()
 
 

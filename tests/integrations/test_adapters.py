@@ -258,9 +258,7 @@ def test_sampling_depends_on_the_document_alone(lmms_eval, documents):
     def seeds(numbers, **settings):
         model = Recording()
         made = ready(lmms_eval, documents, model, **settings)
-        made.generate_until(
-            [ask(f"question {n}", {"temperature": 1.0, "do_sample": True}, n) for n in numbers]
-        )
+        made.generate_until([ask(f"question {n}", {"temperature": 1.0, "do_sample": True}, n) for n in numbers])
         given = [seed for _, options in model.calls for seed in options["seed"]]
         return dict(zip([text for batch in model.texts() for text in batch], given, strict=True)), given
 
@@ -355,9 +353,7 @@ def test_loglikelihood_is_that_of_an_independent_computation(lmms_eval, pocket, 
     made = ready(lmms_eval, documents, pocket, batch_size=4)
     with pytest.warns(UserWarning, match="lowest value"):
         found = made.loglikelihood(requests)
-    np.testing.assert_allclose(
-        [value for value, _ in found], [total for total, *_ in expected], rtol=0, atol=2e-4
-    )
+    np.testing.assert_allclose([value for value, _ in found], [total for total, *_ in expected], rtol=0, atol=2e-4)
     assert [best for _, best in found] == [best for *_, best in expected]
     assert (("loglikelihood", (DOG, greedy), found[1])) in made.cache_hook.added
 
@@ -397,9 +393,7 @@ def test_with_a_method_each_token_is_scored_by_the_step_that_would_choose_it(lmm
     model = Bigrams(pocket)
     made = ready(lmms_eval, documents, model, batch_size=3, method="cmac")
     answers = ["Yes", "There is a dog on the left.", "A cup"]
-    requests = [
-        Request((DOG, lambda _, answer=answer: answer, visuals, 0, "task", "test")) for answer in answers
-    ]
+    requests = [Request((DOG, lambda _, answer=answer: answer, visuals, 0, "task", "test")) for answer in answers]
     expected = []
     for answer in answers:
         before, whole = (
@@ -431,9 +425,7 @@ def test_a_method_scores_tokens_as_it_chooses_them(lmms_eval, pocket, pictures, 
     assert made.method == method
     texts = ("Please describe this image in detail.", DOG)
     output = pocket.generate([conversation(pictures[:1], text) for text in texts], method, max_new_tokens=6)
-    ended = [
-        len(row) - (reason == "stop") for row, reason in zip(output.tokens, output.finish_reason, strict=True)
-    ]
+    ended = [len(row) - (reason == "stop") for row, reason in zip(output.tokens, output.finish_reason, strict=True)]
     assert ended[0] != ended[1]
     expected = [sum(row[:count]) for row, count in zip(output.logprobs, ended, strict=True)]
     found = made.loglikelihood(
@@ -546,17 +538,13 @@ def test_vlmevalkit_draws_alike_wherever_the_pictures_lie(vlmevalkit):
     made = vlmevalkit.LVLMJax("pocket", do_sample=True)
     made.model = Recording()
     for folder, text in (("/a/LMUData/images/POPE", DOG), ("/b/data", DOG), ("/b/data", BOTH)):
-        made.generate(
-            [{"type": "image", "value": f"{folder}/7.jpg"}, {"type": "text", "value": text}], "POPE"
-        )
+        made.generate([{"type": "image", "value": f"{folder}/7.jpg"}, {"type": "text", "value": text}], "POPE")
     first, moved, other = (options["seed"] for _, options in made.model.calls)
     assert first == moved != other
 
 
 def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
-    made = vlmevalkit.LVLMJax(
-        "pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2
-    )
+    made = vlmevalkit.LVLMJax("pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2)
     assert made.method == methods.CMAC(alpha=1.0, imd=False)
     assert made.decoding == Decoding(max_new_tokens=512, num_beams=2, temperature=0.0, stop=["."])
     with pytest.raises(LVLMError, match="use_vllm is no setting of the adapter or of method none"):

@@ -37,11 +37,7 @@ def written(path, *entries, record=RECORD, **settings):
 @LAYOUTS
 def test_entries_come_back_in_order(tmp_path, beside):
     path = tmp_path / "new" / "log.jsonl"
-    entries = [
-        {"id": 1, "text": "line\nbreak"},
-        {"id": 2, "text": "\u2028\x85é"},
-        {"id": 3, "text": "\ud800"},
-    ]
+    entries = [{"id": 1, "text": "line\nbreak"}, {"id": 2, "text": "\u2028\x85é"}, {"id": 3, "text": "\ud800"}]
     with opened(path, beside=beside) as log:
         assert log.answers == {}
         log.append(entries[:1])
@@ -87,9 +83,7 @@ def test_other_settings(tmp_path):
     assert read_log(path, RECORD, of_id) == {}
     before = written(path, {"id": 1})  # nothing was answered by the other
     for attempt in (read, lambda *given: read_log(*given, of_id)):
-        with pytest.raises(
-            LVLMError, match="begun with other settings \\(seed: 0, now 1\\).*write somewhere else"
-        ):
+        with pytest.raises(LVLMError, match="begun with other settings \\(seed: 0, now 1\\).*write somewhere else"):
             attempt(path, RECORD | {"seed": 1})
     assert path.read_bytes() == before
     assert read(path, {"seed": 0, "model": "pocket"}) == [{"id": 1}]
@@ -124,14 +118,7 @@ def test_a_record_beside_that_is_none(tmp_path, record):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"somebody's notes",
-        b"somebody's notes\n",
-        b"[]\n",
-        b'{"record": 3}\n{"id": 1}\n',
-        b'{"id": 1}\n',
-        b"\xff\n",
-    ],
+    [b"somebody's notes", b"somebody's notes\n", b"[]\n", b'{"record": 3}\n{"id": 1}\n', b'{"id": 1}\n', b"\xff\n"],
 )
 def test_another_file_is_left_alone(tmp_path, content):
     (tmp_path / "log").write_bytes(content)
@@ -177,12 +164,7 @@ def test_an_edited_line_is_named(tmp_path, beside, edit, message):
 
 @pytest.mark.parametrize(
     ("kinds", "row"),
-    [
-        ({"n": int}, {"n": True}),
-        ({"n": int}, {"n": 1.0}),
-        ({"n": (int, float)}, {"n": float("inf")}),
-        ({"n": str}, {}),
-    ],
+    [({"n": int}, {"n": True}), ({"n": int}, {"n": 1.0}), ({"n": (int, float)}, {"n": float("inf")}), ({"n": str}, {})],
 )
 def test_what_is_expected_of_fields(kinds, row):
     expect({"n": 1, "b": True, "x": 0.5}, {"n": int, "b": bool, "x": (int, float)})

@@ -19,10 +19,7 @@ EDGES = ((IMAGE, 7), (2, IMAGE, IMAGE, 1), (5, IMAGE))
 STEPS = 8
 ATOL = 1e-4
 
-BARE = {
-    "text": {"model_type": "qwen2", "num_key_value_heads": 2},
-    "vision": {"image_size": 24, "patch_size": 8},
-}
+BARE = {"text": {"model_type": "qwen2", "num_key_value_heads": 2}, "vision": {"image_size": 24, "patch_size": 8}}
 VARIETIES = {
     **checkpoints.VARIETIES,
     "bare": BARE,
@@ -58,9 +55,7 @@ class Case(NamedTuple):
         """Main, contrast (None without a branch) and combined logits, each [B, 1 + steps, V]."""
         return run_library(self.ours, self.inputs(layouts), self.forced(layouts, steps), method)
 
-    def references(
-        self, run, layouts, tokens=None, pixels=lambda given, layout: given, **settings
-    ) -> Iterator:
+    def references(self, run, layouts, tokens=None, pixels=lambda given, layout: given, **settings) -> Iterator:
         """`run(weights, config, ids, pixels, tokens, **settings)` of every sample.
 
         Args:

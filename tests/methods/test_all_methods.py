@@ -82,11 +82,7 @@ ENTRIES = {
     ),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "pai": Entry(
-        {"start_layer": 1},
-        {"alpha": 0, "gamma": 1, "beta": NO_CUT},
-        {"beta": CUT},
-        inexact=TWO_BRANCHES,
-        logits=False,
+        {"start_layer": 1}, {"alpha": 0, "gamma": 1, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES, logits=False
     ),
     "sevi": Entry(
         {"start_layer": 0, "cicd": True, "kappa": 0.6, "alpha_max": 1.3},
@@ -109,9 +105,7 @@ ENTRIES = {
         inexact=TWO_BRANCHES,
     ),
     "vista": Entry(
-        {"layers": (0, 1)},
-        {"lambda_": 0, "gamma": 0},
-        inexact="hidden states are scaled to length 1 and back",
+        {"layers": (0, 1)}, {"lambda_": 0, "gamma": 0}, inexact="hidden states are scaled to length 1 and back"
     ),
 }
 
@@ -240,9 +234,7 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
             np.testing.assert_array_equal(step.main, plain.main)
         if entry.logits:
             kept = np.isfinite(step.combined)
-            assert (
-                kept.all() or name == "deco"
-            )  # which rules out all but its candidates, whatever its strength
+            assert kept.all() or name == "deco"  # which rules out all but its candidates, whatever its strength
             np.testing.assert_allclose(step.combined[kept], plain.main[kept], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
 
@@ -303,8 +295,7 @@ def test_a_batch_equals_its_samples_alone(bench, name):
     for row in range(len(LAYOUTS)):
         alone = bench.run(build(name), row)
         mine = [
-            Numbers(*(None if a is None else a[row : row + 1] for a in dataclasses.astuple(step)))
-            for step in together
+            Numbers(*(None if a is None else a[row : row + 1] for a in dataclasses.astuple(step))) for step in together
         ]
         assert_same(alone, mine)
 

@@ -107,9 +107,7 @@ COMBINED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("method", "main", "contrast", "exits", "memory", "want"), COMBINED.values(), ids=COMBINED
-)
+@pytest.mark.parametrize(("method", "main", "contrast", "exits", "memory", "want"), COMBINED.values(), ids=COMBINED)
 def test_next_token_logits(method, main, contrast, exits, memory, want):
     def given(logits):
         return None if logits is None else jnp.asarray(logits, jnp.float32)
@@ -129,9 +127,7 @@ def test_cmac_gate():
     method = methods.CMAC(alpha=1, beta=0.1, gate="first")
     memory, combined = method.start(1), []
     for s in (2.0, 1.0, 3.0):
-        readout = methods.Readout(
-            jnp.asarray([[1.0, 0.0]]), jnp.asarray([[0.0, 0.5]]), None, jnp.asarray([s])
-        )
+        readout = methods.Readout(jnp.asarray([[1.0, 0.0]]), jnp.asarray([[0.0, 0.5]]), None, jnp.asarray([s]))
         logits, memory = method.combine(readout, memory)
         combined.append(logits[0])
     close(combined, [[2, -0.5], [1, 0], [2, -0.5]])
@@ -143,9 +139,7 @@ def test_cmac_positions():
     close(3 - turned, [1, 0.5])
 
 
-Z = row(
-    [0, 1, 3, 0], [0, 2, 0, 0]
-)  # θ = (1 + 3 + 2 + 0) / 4 = 1.5: masked are column 2 of head 0, column 1 of head 1
+Z = row([0, 1, 3, 0], [0, 2, 0, 0])  # θ = (1 + 3 + 2 + 0) / 4 = 1.5: masked are column 2 of head 0, column 1 of head 1
 W = row([0.1, 0.2, 0.4, 0.3], [0.2, 0.4, 0.2, 0.2])
 # Per head: nothing of text, (1, 3) and (5, 7) of the image: mean (3, 5), over channels too 4.
 VALUES = np.array([[[0, 0], [1, 3], [5, 7], [0, 0]]] * 2, np.float32)

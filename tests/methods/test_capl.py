@@ -20,9 +20,7 @@ THREE = [(2, IMAGE, 3, IMAGE, 1, IMAGE, 4), (5, IMAGE, IMAGE, 2)]
 def check(layouts, variety="qwen2_tied_two_feature_layers", **settings):
     exact = {**settings, "rho": settings.get("rho", "0.95")}
     given = {**settings, "rho": float(exact["rho"])}
-    return compare.assert_one_branch(
-        compare.load(DEPTH, variety), layouts, CAPL(**given), lambda: capl.Capl(**exact)
-    )
+    return compare.assert_one_branch(compare.load(DEPTH, variety), layouts, CAPL(**given), lambda: capl.Capl(**exact))
 
 
 @pytest.mark.parametrize("rho", ["0.95", "0.9", "0.4", "0.01", "1"])

@@ -16,9 +16,7 @@ DEPTH = 7  # noise 0 to 2, candidates 3 and 4, edits 5 and 6
 def check(layouts, depth=DEPTH, variety="qwen2_tied_two_feature_layers", **settings):
     exact = {**settings, "rho": settings.get("rho", "0.1")}
     given = {**settings, "rho": float(exact["rho"])}
-    return compare.assert_one_branch(
-        compare.load(depth, variety), layouts, CLVA(**given), lambda: clva.Clva(**exact)
-    )
+    return compare.assert_one_branch(compare.load(depth, variety), layouts, CLVA(**given), lambda: clva.Clva(**exact))
 
 
 def test_equals_the_reference():

@@ -30,9 +30,7 @@ def assert_equal_to_reference(variety, layouts, steps=STEPS, **strengths):
         # Were a logit this close to its threshold, float32 could decide otherwise than float64: take another seed.
         assert want.margin > 2e-5 and (IMAGE not in layouts[row] or want.gate_margin > 1e-3)
         np.testing.assert_allclose(main[row], want.main, rtol=0, atol=ATOL, err_msg=f"main, sample {row}")
-        np.testing.assert_allclose(
-            contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}"
-        )
+        np.testing.assert_allclose(contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}")
         assert_cut(combined[row], want.combined, want.main, settings, IMAGE in layouts[row])
     return results
 
@@ -82,14 +80,11 @@ WINDOWS = {"first": lambda t: slice(0, min(t + 1, 30)), "last": lambda t: slice(
 @pytest.mark.parametrize(("gate", "steps"), [("first", 40), ("last", 70)])
 def test_the_gate_looks_back_at_thirty_steps_only(gate, steps):
     layouts = [(3, IMAGE, 4), (2, IMAGE, IMAGE, 2)]
-    results = assert_equal_to_reference(
-        "llama_gqa_all_biases", layouts, steps, variant="code", alpha=1.0, gate=gate
-    )
+    results = assert_equal_to_reference("llama_gqa_all_biases", layouts, steps, variant="code", alpha=1.0, gate=gate)
     assert {alpha for result in results for alpha in result.alphas[30:]} == {0.0, 1.0}
     for name, window in {**WINDOWS, "all steps": lambda t: slice(0, t + 1)}.items():
         alphas = [
-            [float(s >= np.mean(result.gate[window(t)])) for t, s in enumerate(result.gate)]
-            for result in results
+            [float(s >= np.mean(result.gate[window(t)])) for t, s in enumerate(result.gate)] for result in results
         ]
         assert (alphas == [result.alphas for result in results]) == (name == gate)
 
@@ -152,9 +147,7 @@ def test_a_batch_equals_its_samples_alone():
     for row in range(len(MIXED)):
         sample = checkpoints.select(case.theirs.config, inputs, row)
         alone = run_library(case.ours, sample, forced[row : row + 1], method)[:2]
-        np.testing.assert_allclose(
-            [one[row] for one in together], [one[0] for one in alone], rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose([one[row] for one in together], [one[0] for one in alone], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("variant", "gate"), [("paper", None), ("code", None), ("code", "last")])

@@ -70,6 +70,4 @@ def test_candidates(top_p, most, expected):
     """Probabilities in another order than the vocabulary's; 0.8 is reached by two tokens, the third is not needed."""
     order = np.array([2, 0, 3, 1])
     probabilities = np.array([[0.5, 0.3125, 0.125, 0.0625]], np.float32)[:, order]
-    np.testing.assert_array_equal(
-        likeliest(jnp.asarray(probabilities), top_p, most)[0], np.array(expected)[order]
-    )
+    np.testing.assert_array_equal(likeliest(jnp.asarray(probabilities), top_p, most)[0], np.array(expected)[order])

@@ -28,8 +28,7 @@ def best_heads(references):
 
 
 @pytest.mark.parametrize(
-    ("beta", "heads"),
-    [(0.02, [0, None, 2]), (0.05, [0, None, 3]), (0.12, [0, None, 0]), (0.2, [None, None, 3])],
+    ("beta", "heads"), [(0.02, [0, None, 2]), (0.05, [0, None, 3]), (0.12, [0, None, 0]), (0.2, [None, None, 3])]
 )
 def test_paper(beta, heads):
     """The last sample has a tie at 0.12; the first has no sinks at 0.2."""

@@ -64,9 +64,7 @@ def qwen2_5_vl_case(folder):
     inputs = QWEN2_5_VL.inputs(theirs.config, 22, GRIDS)
     grids = torch.from_numpy(inputs["image_grid_thw"])
     with torch.no_grad():
-        features = theirs.model.get_image_features(
-            torch.from_numpy(inputs["pixel_values"]), grids
-        ).pooler_output
+        features = theirs.model.get_image_features(torch.from_numpy(inputs["pixel_values"]), grids).pooler_output
     found = iter(zip(features, grids.tolist(), strict=True))
     samples, layouts = [], []
     for row, layout in enumerate(GRIDS):
@@ -125,9 +123,7 @@ def load(family):
 def test_the_reference_of_qwen2_5_vl_equals_transformers():
     case = load("qwen2_5_vl")
     with torch.no_grad():
-        expected = case.theirs(
-            **{name: torch.from_numpy(array) for name, array in case.inputs.items()}
-        ).logits
+        expected = case.theirs(**{name: torch.from_numpy(array) for name, array in case.inputs.items()}).logits
     for row, (ids, images) in enumerate(case.samples):
         got = qwen2_5_vl.logits(case.weights, case.config, ids, images)
         np.testing.assert_allclose(got, expected.numpy()[row, -len(ids) :], rtol=0, atol=ATOL)
@@ -137,11 +133,7 @@ def test_calibrated_positions():
     """An image of two rows and three columns, then one of two rows and one column, each between text."""
     is_image = np.array([0, *[1] * 6, 0, *[1] * 2, 0], bool)
     images = qwen2_5_vl.Images(None, ((2, 3), (2, 1)))
-    ordinary = [
-        [0, 1, 1, 1, 1, 1, 1, 4, 5, 5, 7],
-        [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7],
-        [0, 1, 2, 3, 1, 2, 3, 4, 5, 5, 7],
-    ]
+    ordinary = [[0, 1, 1, 1, 1, 1, 1, 4, 5, 5, 7], [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7], [0, 1, 2, 3, 1, 2, 3, 4, 5, 5, 7]]
     np.testing.assert_array_equal(images.places(is_image), ordinary)
     calibrated = [
         [0, 1, 1, 1, 1, 1, 1, 2.5, 3.5, 3.5, 4.5],
@@ -175,9 +167,7 @@ def test_cmac(family, strengths):
         assert want.margin > (2e-5 if family == "qwen2_5_vl" else 2e-6)
         assert not has_image or want.gate_margin > 1e-3
         np.testing.assert_allclose(main[row], want.main, rtol=0, atol=ATOL, err_msg=f"main, sample {row}")
-        np.testing.assert_allclose(
-            contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}"
-        )
+        np.testing.assert_allclose(contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}")
         assert_cut(combined[row], want.combined, want.main, settings, has_image)
         assert (np.abs(want.main - plain).max() > case.visible) == (has_image and settings.cmpc)
         assert (np.abs(want.contrast - want.main).max() > case.visible) == (has_image and settings.imd)

@@ -20,9 +20,7 @@ WORDS = (17, 5, 44, 90, 23)
 def test_equals_the_reference(settings, layouts):
     method = ICD(tokens=WORDS, **settings)
     factor = 1 + 2 * float(method.alpha)
-    compare.assert_contrastive(
-        compare.load(2, "bare"), method, icd.run, factor, layouts, words=WORDS, **settings
-    )
+    compare.assert_contrastive(compare.load(2, "bare"), method, icd.run, factor, layouts, words=WORDS, **settings)
 
 
 def test_words_take_the_place_of_the_system_prompt():
@@ -73,10 +71,7 @@ def test_a_text_stands_behind_the_first_token(model):
     valid = prompt.tokens[0][prompt.image_id[0] >= 0]
     assert valid[0] == 1  # BOS
     words = model.processor.tokenizer("Confused?", add_special_tokens=False)["input_ids"]
-    disturbed = {
-        "input_ids": np.array([[1, *words, *valid[1:]]]),
-        "pixel_values": prompt.pixels,
-    }
+    disturbed = {"input_ids": np.array([[1, *words, *valid[1:]]]), "pixel_values": prompt.pixels}
     _, step = model.prefill(prompt, method)
     expected = model.logits(disturbed)[:, -1]
     np.testing.assert_allclose(step.contrast, expected, rtol=0, atol=1e-4)

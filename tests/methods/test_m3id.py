@@ -21,9 +21,7 @@ GATED = {"decay": 0.2, "alpha_gate": 0.3}
 def test_equals_the_reference(settings, layouts):
     factor = 1 + 2 * (np.exp(settings.get("decay", 0.02) * compare.STEPS) - 1)
     cuts = settings.get("variant") == "port"
-    compare.assert_contrastive(
-        compare.load(2, "bare"), M3ID(**settings), m3id.run, factor, layouts, cuts, **settings
-    )
+    compare.assert_contrastive(compare.load(2, "bare"), M3ID(**settings), m3id.run, factor, layouts, cuts, **settings)
 
 
 def test_sure_tokens_are_left_alone():

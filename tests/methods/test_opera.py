@@ -26,9 +26,7 @@ class Case:
     """One checkpoint, in transformers for the reference and in the library, and two prompts."""
 
     def __init__(self, folder):
-        theirs = checkpoints.make_llava(
-            folder, seed=21, text={"num_key_value_heads": 2}, vision={"image_size": 14}
-        )
+        theirs = checkpoints.make_llava(folder, seed=21, text={"num_key_value_heads": 2}, vision={"image_size": 14})
         self.hf_config = theirs.config
         self.weights, self.config = llava.from_torch(theirs)
         self.model = LVLM.from_pretrained(folder)
@@ -39,9 +37,7 @@ class Case:
 
     def reference(self, row, settings, limit, stop=()):
         sample = self.alone(row)
-        search = Opera(
-            self.weights, self.config, sample["input_ids"][0], sample["pixel_values"], settings, stop
-        )
+        search = Opera(self.weights, self.config, sample["input_ids"][0], sample["pixel_values"], settings, stop)
         return search.answer(limit), search
 
 
@@ -110,11 +106,7 @@ def made_history(method, parents, steps):
     columns = jnp.zeros((2, len(MADE)), jnp.int32)
     for newest, candidates in enumerate(MADE[:steps]):
         columns = method.noted(
-            columns,
-            jnp.asarray(candidates),
-            jnp.asarray(parents),
-            3 * jnp.asarray(parents),
-            jnp.int32(newest),
+            columns, jnp.asarray(candidates), jnp.asarray(parents), 3 * jnp.asarray(parents), jnp.int32(newest)
         )
     return np.asarray(columns)[:, :steps]
 
@@ -139,9 +131,7 @@ def test_the_place_to_go_back_to_is_that_of_the_newest_columns(threshold):
         assert place == place_of_notes(history.T.tolist(), threshold)
         places.append(place)
     # Beam 1 notes 11, 11, 3, 11: s is 11 after each but the third, where 3 and 11 are tied and 3 is below 10.
-    assert [step for step, place in enumerate(places) if place is not None] == {2: [12, 14], 3: [14]}.get(
-        threshold, []
-    )
+    assert [step for step, place in enumerate(places) if place is not None] == {2: [12, 14], 3: [14]}.get(threshold, [])
     assert {place for place in places if place is not None} <= {11}
 
 

@@ -21,9 +21,7 @@ from tests.reference import pai
 )
 def test_equals_the_reference(settings, fields):
     method = PAI(**fields)
-    compare.assert_contrastive(
-        compare.load(4, "bare"), method, pai.run, 1 + 2 * float(method.gamma), MIXED, **settings
-    )
+    compare.assert_contrastive(compare.load(4, "bare"), method, pai.run, 1 + 2 * float(method.gamma), MIXED, **settings)
 
 
 def test_images_at_the_edges_of_the_prompt():

@@ -21,10 +21,7 @@ from lvlm_jax.methods.parse import as_method
         ("cmac/llava-1.5/chair:beta=1e-1", CMAC(alpha=1.0, beta=0.1)),
         ("sevi/balanced", SEVI(omega=0.5, start_layer=8)),
         ("sevi/focused+cicd", SEVI(cicd=True)),
-        (
-            "sevi/balanced+cicd:layers=8,9,kappa=.3",
-            SEVI(omega=0.5, start_layer=8, cicd=True, layers=(8, 9), kappa=0.3),
-        ),
+        ("sevi/balanced+cicd:layers=8,9,kappa=.3", SEVI(omega=0.5, start_layer=8, cicd=True, layers=(8, 9), kappa=0.3)),
         ("sevi/focused+cmac", chain(SEVI(), CMAC())),
         ("eah:beta=1e+3+cmac:alpha=1,start=", None),
         ("eah:beta=1e+3+cmac:alpha=1", chain(EAH(beta=1e3), CMAC(alpha=1.0))),
@@ -74,9 +71,7 @@ def flags(words, *arguments):
 
 
 def test_flags_overrule_words_and_words_a_preset():
-    assert flags("cmac:alpha=2,beta=0.4", "--beta", "0.5", "--preset", "llava-1.5/mme") == CMAC(
-        alpha=2.0, beta=0.5
-    )
+    assert flags("cmac:alpha=2,beta=0.4", "--beta", "0.5", "--preset", "llava-1.5/mme") == CMAC(alpha=2.0, beta=0.5)
     assert flags("eah+cmac:alpha=2", "--cmac-beta", "0.5", "--no-imd") == chain(
         EAH(), CMAC(alpha=2.0, beta=0.5, imd=False)
     )

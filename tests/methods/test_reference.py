@@ -37,9 +37,7 @@ def test_reference_llava_equals_transformers_in_float64(variety, monkeypatch):
     rotary = model.model.language_model.rotary_emb
     frequencies, _ = llava.inverse_frequencies(config["text_config"])
     np.testing.assert_allclose(rotary.inv_freq.numpy(), frequencies, rtol=1e-6)
-    monkeypatch.setattr(
-        rotary, "forward", lambda x, position_ids: _rotary64(rotary, frequencies, position_ids)
-    )
+    monkeypatch.setattr(rotary, "forward", lambda x, position_ids: _rotary64(rotary, frequencies, position_ids))
     monkeypatch.setattr(torch, "float32", torch.float64)
     with torch.no_grad():
         theirs = model(**tensors).logits[0].numpy()

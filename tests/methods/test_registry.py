@@ -112,19 +112,12 @@ def test_other_packages_name_methods_by_entry_points(folder, monkeypatch):
     write(folder / "package_a.py", "")
     write(folder / "package_b.py", '@methods.register("named")')
     monkeypatch.syspath_prepend(folder)
-    own = {
-        "raise": "package_a:Lift",
-        "named": "package_b",
-        "broken": "package_c:Lift",
-        "cmac": "package_a:Lift",
-    }
+    own = {"raise": "package_a:Lift", "named": "package_b", "broken": "package_c:Lift", "cmac": "package_a:Lift"}
     points = Points(monkeypatch, **own)
     assert type(as_method("cmac")) is methods.CMAC and points.asked == 0  # nothing is imported for our own
     assert float(as_method("raise:delta=2").delta) == 2
     assert "named" not in registry.known()
-    with pytest.warns(
-        UserWarning, match="method 'broken' of .* cannot be imported: ModuleNotFoundError"
-    ) as warned:
+    with pytest.warns(UserWarning, match="method 'broken' of .* cannot be imported: ModuleNotFoundError") as warned:
         assert set(methods.names()) >= {"raise", "named", "cmac"} and "broken" not in methods.names()
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
     with pytest.raises(LVLMError, match="method 'broken' of .* cannot be imported"):
@@ -152,9 +145,7 @@ def test_a_module_that_is_reloaded_or_has_two_names_keeps_its_methods(folder, mo
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert methods.get("lift").__module__ == "another_name"
     write(folder / "other.py")
-    with pytest.raises(
-        LVLMError, match="the name 'lift' is that of another_name.Lift; give other.Lift another one"
-    ):
+    with pytest.raises(LVLMError, match="the name 'lift' is that of another_name.Lift; give other.Lift another one"):
         as_method("other.py:Lift")
 
 
@@ -226,28 +217,20 @@ def test_helpers_may_have_names_of_their_own(folder):
 def test_a_class_in_the_place_of_a_method_says_what_to_write():
     with pytest.raises(LVLMError, match=r"CMAC is a class; write CMAC\(\)"):
         as_method(methods.CMAC)
-    with pytest.raises(
-        LVLMError, match=r"method is 3; expected a method such as .* its name such as 'cmac', or None"
-    ):
+    with pytest.raises(LVLMError, match=r"method is 3; expected a method such as .* its name such as 'cmac', or None"):
         as_method(3)
     with pytest.raises(LVLMError, match="methods.chain joins several"):
         as_method([methods.CMAC(), methods.EAH()])
 
 
 def test_a_class_that_lacks_register_says_so_when_it_is_used(folder):
-    with pytest.raises(
-        LVLMError, match=r'Made is not registered; write @methods.register\("name"\) above the class'
-    ):
+    with pytest.raises(LVLMError, match=r'Made is not registered; write @methods.register\("name"\) above the class'):
         define(decorator="")()
-    with pytest.raises(
-        LVLMError, match=r'Made is not registered; write @methods.register\("made"\) above the class'
-    ):
+    with pytest.raises(LVLMError, match=r'Made is not registered; write @methods.register\("made"\) above the class'):
         as_method(define(decorator="", base="methods.EAH")())
 
 
 def test_an_unknown_contrast_prompt_is_refused_at_use(folder, model, mixed):
     noise = define("def contrast_prompt(self): return 'noise'\ndef branches(self): return (None, None)")
-    with pytest.raises(
-        LVLMError, match=r"Made: contrast_prompt\(\) is 'noise'; expected one of 'same', 'pixels'"
-    ):
+    with pytest.raises(LVLMError, match=r"Made: contrast_prompt\(\) is 'noise'; expected one of 'same', 'pixels'"):
         model.prefill(mixed, noise())

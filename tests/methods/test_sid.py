@@ -26,9 +26,7 @@ from tests.reference import sid
 def test_equals_the_reference(keep, settings, fields, layouts):
     method = SID(keep=keep, **fields)
     factor = 1 + 2 * float(method.alpha)
-    compare.assert_contrastive(
-        compare.load(4, "bare"), method, sid.run, factor, layouts, keep=keep, **settings
-    )
+    compare.assert_contrastive(compare.load(4, "bare"), method, sid.run, factor, layouts, keep=keep, **settings)
 
 
 def test_sliding_windows():

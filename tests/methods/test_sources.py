@@ -29,14 +29,10 @@ def test_what_differs_from_the_source_is_said(name):
     """As a paragraph that begins with it, names the paper or the code, and says how, or that nothing is known."""
     paragraphs = sys.modules[methods.get(name).__module__].__doc__.split("\n\n")
     (said,) = (one for one in paragraphs if one.startswith("Differs from"))
-    assert re.match(
-        r"Differs from (the paper|the authors' code|the paper and from the authors' code) in: \w", said
-    )
+    assert re.match(r"Differs from (the paper|the authors' code|the paper and from the authors' code) in: \w", said)
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_ports_and_reconstructions_are_named(name):
     for place in places(name):
-        assert (
-            set(WORDS.findall(place)) == {OF_OTHERS[name]} if name in OF_OTHERS else not WORDS.search(place)
-        )
+        assert set(WORDS.findall(place)) == {OF_OTHERS[name]} if name in OF_OTHERS else not WORDS.search(place)

@@ -17,11 +17,7 @@ from tests.reference import vista
     [
         ({"exits": (3,)}, {}, MIXED),
         ({"exits": (3,)}, {}, EDGES),
-        (
-            {"exits": (1, 3), "strength": 0.6, "gamma": 0.5},
-            {"layers": (1, 3), "lambda_": 0.6, "gamma": 0.5},
-            MIXED,
-        ),
+        ({"exits": (1, 3), "strength": 0.6, "gamma": 0.5}, {"layers": (1, 3), "lambda_": 0.6, "gamma": 0.5}, MIXED),
         ({"exits": (1, 2), "strength": -0.2}, {"start_layer": 1, "end_layer": 3, "lambda_": -0.2}, MIXED),
         ({"exits": (3,), "variant": "paper"}, {"variant": "paper"}, MIXED),
         (

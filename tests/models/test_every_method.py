@@ -152,9 +152,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 def committed(part: str) -> str:
     """What docs/models.md holds between the marks of a generated part."""
-    found = re.search(
-        rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", DOCUMENT.read_text(encoding="utf-8"), re.S
-    )
+    found = re.search(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", DOCUMENT.read_text(encoding="utf-8"), re.S)
     assert found, f"docs/models.md has no part {part!r}"
     return found[0]
 
@@ -205,9 +203,7 @@ def test_every_method(load, name):
 def test_a_batch_equals_its_samples_alone(load, name, column):
     together, alone = first_step(load(name), build(column)), first_step(load(name), build(column), ONE)
     for logits in ("main", "contrast"):
-        np.testing.assert_allclose(
-            getattr(together, logits)[ONE], getattr(alone, logits)[0], rtol=0, atol=1e-4
-        )
+        np.testing.assert_allclose(getattr(together, logits)[ONE], getattr(alone, logits)[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(zoo.FAMILIES))
@@ -252,8 +248,7 @@ def test_the_other_picture_stands_in_the_place_of_each(load):
     np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
     tiles = load("internvl")
     np.testing.assert_array_equal(
-        tiles.model.config.shown(tiles.prompt().pictures, picture)[3],
-        picture(*tiles.prompt().pixels.shape[2:]),
+        tiles.model.config.shown(tiles.prompt().pictures, picture)[3], picture(*tiles.prompt().pixels.shape[2:])
     )
 
 
@@ -284,10 +279,7 @@ BUCKETS: dict[str, dict[str, list[int]]] = {
     "`llava_onevision`": {"tiles of all images (37 an image that comes alone)": sizes(37 * 8)},
     "`internvl`": {"tiles of all images (13 an image)": sizes(13 * 8)},
     "`smolvlm`, `idefics3`": {"tiles of all images (17 an image)": sizes(17 * 8)},
-    "`instructblip`": {
-        "images": list(range(1, 9)),
-        "Q-Former words of the longest instruction": sizes(512, 16),
-    },
+    "`instructblip`": {"images": list(range(1, 9)), "Q-Former words of the longest instruction": sizes(512, 16)},
     "`qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`": {
         "images": sizes(8),
         "tokens of the largest image (16384 at most)": sizes(16384, 16),
@@ -303,9 +295,7 @@ def program_table() -> str:
     for family, buckets in BUCKETS.items():
         for place, (what, found) in enumerate(buckets.items()):
             count = str(np.prod([len(sizes) for sizes in buckets.values()])) if place == 0 else ""
-            lines.append(
-                f"| {family if place == 0 else ''} | {what} | {', '.join(map(str, found))} | {count} |"
-            )
+            lines.append(f"| {family if place == 0 else ''} | {what} | {', '.join(map(str, found))} | {count} |")
     return "\n".join(lines) + "\n"
 
 

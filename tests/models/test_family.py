@@ -14,9 +14,7 @@ from lvlm_jax.weights import model_config, names
 
 FIELDS = {field.name for field in dataclasses.fields(models.FamilyConfig)}
 HOOKS = {
-    name: value
-    for name, value in vars(models.FamilyConfig).items()
-    if not name.startswith("_") and name not in FIELDS
+    name: value for name, value in vars(models.FamilyConfig).items() if not name.startswith("_") and name not in FIELDS
 }
 CONFIGS = sorted({entry.config for entry in models.FAMILIES.values()}, key=lambda config: config.__name__)
 

@@ -85,10 +85,7 @@ def test_a_quantized_projection(kernel, dtype, tolerance):
     """Bias and adapter act on it as on a float one."""
     leaves = {"bias": random(OUTPUTS, 7), "lora_a": random((INPUTS, 2), 8), "lora_b": random((2, OUTPUTS), 9)}
     leaves = {name: jnp.asarray(leaf) * 0.1 for name, leaf in leaves.items()} | {"lora_scale": jnp.float32(2)}
-    module, x = (
-        linear(OUTPUTS, jnp.dtype(dtype), None, use_bias=True),
-        jnp.asarray(random((*FEW, INPUTS), 10)),
-    )
+    module, x = (linear(OUTPUTS, jnp.dtype(dtype), None, use_bias=True), jnp.asarray(random((*FEW, INPUTS), 10)))
     got = module.apply({"params": leaves | {"kernel_int8": kernel[0], "kernel_scale": kernel[1]}}, x)
     expected = module.apply({"params": leaves | {"kernel": int8.dequantize(*kernel)}}, x)
     assert got.dtype == dtype
@@ -118,6 +115,4 @@ def test_decoding_never_converts_a_kernel_on_a_cpu():
 def test_accelerators_are_given_one_product(platform):
     arguments = jnp.ones((1, 512)), jnp.ones((256, 512), jnp.int8)
     text = jax.jit(int8.dot).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    assert (
-        text.count("stablehlo.dot_general") == 1 and "i32" not in text.split("dot_general")[1].split("\n")[0]
-    )
+    assert text.count("stablehlo.dot_general") == 1 and "i32" not in text.split("dot_general")[1].split("\n")[0]

@@ -25,9 +25,7 @@ def test_positions_are_the_table_resized_to_each_picture(place, taps, torchs):
     table = np.random.default_rng(0).normal(size=(side**2, width)).astype(np.float32)
     count = sum(height * columns for height, columns in SIZES)
     pictures = patch_rows(
-        [{"pixel_values": np.zeros((count, 3)), "image_grid_thw": np.array([(1, *size) for size in SIZES])}],
-        3,
-        2,
+        [{"pixel_values": np.zeros((count, 3)), "image_grid_thw": np.array([(1, *size) for size in SIZES])}], 3, 2
     )
     placed = interpolation.with_positions(pictures, 2, side, place, taps)
     module = interpolation.ResampledPositions(side**2, width)

@@ -50,9 +50,7 @@ def published_with_processor(family, size, folder):
 def test_conversations_of_pictures_of_different_sizes(tmp_path):
     model = published_with_processor(QWEN2_5_VL, "Qwen2.5-VL-3B-Instruct", tmp_path)
     generator = np.random.default_rng(2)
-    pictures = [
-        Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for size in ((40, 21), (17, 50))
-    ]
+    pictures = [Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for size in ((40, 21), (17, 50))]
     messages = [[{"role": "user", "content": [{"type": "image", "image": picture}]}] for picture in pictures]
     prompt, patches = model.prepare(messages), 0
     for row, picture in enumerate(pictures):

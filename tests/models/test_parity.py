@@ -54,9 +54,7 @@ PAIRS += [(family, name) for family in ALL for name in list(family.varieties)[1:
 def pairs(quick: Callable[[int, Family], bool] = lambda place, family: True) -> Any:
     """Tests with every variety of every family, of which `quick` chooses by place and family; others are marked."""
     marked = [
-        pytest.param(
-            one, id=f"{one[0].name}-{one[1]}", marks=() if quick(place, one[0]) else pytest.mark.slow
-        )
+        pytest.param(one, id=f"{one[0].name}-{one[1]}", marks=() if quick(place, one[0]) else pytest.mark.slow)
         for place, one in enumerate(PAIRS)
     ]
     # All tests number them alike, so that all tests of a pair run after one another.
@@ -125,9 +123,7 @@ def test_a_saved_checkpoint_loads_in_transformers(pair, tmp_path):
     again, report = pair.family.load(folder)
     assert not any(report.values()), report
     inputs = pair.inputs("padded", seed=9)
-    for got, want in zip(
-        pair.family.logits(again, inputs), pair.family.logits(pair.theirs, inputs), strict=True
-    ):
+    for got, want in zip(pair.family.logits(again, inputs), pair.family.logits(pair.theirs, inputs), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
 

@@ -16,9 +16,7 @@ from lvlm_jax.weights.save import stored_shapes
 from tests.models.families import FAMILIES
 from tests.models.families.base import merged
 
-FILES = {
-    path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "published").glob("*.json")
-}
+FILES = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "published").glob("*.json")}
 SIZES = [(name, size) for name, file in FILES.items() for size in file.get("sizes", ())]
 QUICK = "SmolVLM2-256M-Video-Instruct"  # with layers of two digits
 
@@ -29,9 +27,7 @@ def transformers_state(name, raw):
     with torch.device("meta"):
         model = build(configuration.from_dict(raw))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return {
-        key: tensor for key, tensor in model.state_dict().items() if not (tied and key == "lm_head.weight")
-    }
+    return {key: tensor for key, tensor in model.state_dict().items() if not (tied and key == "lm_head.weight")}
 
 
 def assert_same_tensors(name, raw, scheme="state_dict"):
@@ -60,11 +56,7 @@ def all_but(quick):
     return [one if one[1] in quick else pytest.param(*one, marks=pytest.mark.slow) for one in SIZES]
 
 
-ENDS = {
-    size
-    for file in FILES.values()
-    for size in [*file.get("sizes", ())][:: max(1, len(file.get("sizes", ())) - 1)]
-}
+ENDS = {size for file in FILES.values() for size in [*file.get("sizes", ())][:: max(1, len(file.get("sizes", ())) - 1)]}
 
 
 @pytest.mark.parametrize(("name", "size"), all_but(ENDS))

@@ -82,9 +82,7 @@ def test_pictures_that_are_not_cut(family, tmp_path):
     assert prompt.image_id.max() == 2 and prompt.owner.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("seen", "side"), [(6, 6), (5, 6), (2, 6), (1, 6), (26, 26), (17, 26), (27, 27), (32, 32)]
-)
+@pytest.mark.parametrize(("seen", "side"), [(6, 6), (5, 6), (2, 6), (1, 6), (26, 26), (17, 26), (27, 27), (32, 32)])
 def test_positions_of_patches(seen, side):
     """Against transformers, for towers and pictures whose fractions lie on borders of the grid and between them."""
     vision = {"hidden_size": 1, "image_size": side, "patch_size": 1}

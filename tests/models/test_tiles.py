@@ -11,9 +11,7 @@ from lvlm_jax.models.tiles import Tiling, bilinear, unpadded, with_newlines
 
 # LLaVA-NeXT's and LLaVA-OneVision's, as published.
 NEXT = Tiling(336, 24, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
-ONEVISION = Tiling(
-    384, 27, tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7))
-)
+ONEVISION = Tiling(384, 27, tuple((384 * down, 384 * across) for down in range(1, 7) for across in range(1, 7)))
 
 
 def random_sizes(count):

@@ -65,14 +65,9 @@ def test_a_wide_matrix():
 @pytest.mark.parametrize("out_first", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
 def test_products_with_int8(rows, out_first):
-    x, matrix = (
-        random((rows, 150), 3),
-        np.random.default_rng(4).integers(-127, 128, (150, 1040)).astype(np.int8),
-    )
+    x, matrix = (random((rows, 150), 3), np.random.default_rng(4).integers(-127, 128, (150, 1040)).astype(np.int8))
     by_xla = _int8_transposed if out_first else _int8
-    got = native.few_rows_dot(
-        jnp.asarray(x), jnp.asarray(matrix.T if out_first else matrix), out_first, by_xla
-    )
+    got = native.few_rows_dot(jnp.asarray(x), jnp.asarray(matrix.T if out_first else matrix), out_first, by_xla)
     np.testing.assert_allclose(got, np.float64(x) @ matrix, rtol=0, atol=2e-3)
 
 
@@ -88,10 +83,7 @@ def _int8_transposed(x, matrix):
 @pytest.mark.parametrize("out_first", [False, True])
 def test_a_row_is_the_same_in_any_company(out_first):
     """To the last bit, and a row of numbers that are none spoils no other."""
-    x, matrix = (
-        jnp.asarray(random((8, 300), 5)),
-        jnp.asarray(random((2070, 300) if out_first else (300, 2070), 6)),
-    )
+    x, matrix = (jnp.asarray(random((8, 300), 5)), jnp.asarray(random((2070, 300) if out_first else (300, 2070), 6)))
     together = jax.jit(functools.partial(ours, out_first=out_first))
     for row in range(8):
         spoilt = jnp.full_like(x, jnp.nan).at[row].set(x[row])
@@ -257,9 +249,7 @@ def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho 'no such option: today' >&2; exit 1\n")
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(
-        UserWarning, match="broken could not compile few_rows.cc: no such option: today; silence"
-    ):
+    with pytest.warns(UserWarning, match="broken could not compile few_rows.cc: no such option: today; silence"):
         assert not native.available()
     assert not any(fresh.glob("*"))
 
@@ -268,9 +258,7 @@ def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, tmp_path):
 def test_a_library_is_built_once(copied, fresh):
     assert build.library() is not None
     index, file = sorted(fresh.iterdir(), key=lambda path: path.suffix)
-    assert (
-        re.fullmatch(r"few_rows-[0-9a-f]{16}", index.name) and file.name == f"few_rows-{index.read_text()}.so"
-    )
+    assert re.fullmatch(r"few_rows-[0-9a-f]{16}", index.name) and file.name == f"few_rows-{index.read_text()}.so"
     before = file.stat().st_mtime_ns
     assert build.library() is not None and file.stat().st_mtime_ns == before
 

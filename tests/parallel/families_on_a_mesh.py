@@ -24,8 +24,7 @@ def main(folder: str) -> None:
         case = zoo.load(name, path)
         prompt = case.prompt(*ROWS)
         one, two = (
-            model.prefill(prompt, methods.VCD())[1]
-            for model in (case.model, LVLM.from_pretrained(path, mesh=mesh))
+            model.prefill(prompt, methods.VCD())[1] for model in (case.model, LVLM.from_pretrained(path, mesh=mesh))
         )
         logits = (np.stack([step.main, step.contrast]) for step in (one, two))
         errors[name] = float(np.abs(np.subtract(*logits)).max())

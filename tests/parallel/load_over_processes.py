@@ -51,9 +51,7 @@ def measured(small: str, large: str, sizes: tuple | None) -> dict:
     place = parallel.parameter_sharding(parallel.make_mesh(*sizes)) if sizes else None
 
     def load(folder: str) -> dict:
-        return weights.load_parameters(
-            folder, models.config_from_hf(weights.read_config(folder)), "float32", place
-        )
+        return weights.load_parameters(folder, models.config_from_hf(weights.read_config(folder)), "float32", place)
 
     load(small)  # everything that is imported or compiled once
     forget(large)

@@ -43,9 +43,7 @@ def main(folder: str) -> None:
             found = steps(spread, inputs, method)
             errors[f"{sizes} {name}"] = [float(np.abs(found - expected[name]).max()), found.size]
         for name in SEARCHES:
-            searched = [
-                model.generate(inputs, methods.get(name)(), max_new_tokens=6) for model in (alone, spread)
-            ]
+            searched = [model.generate(inputs, methods.get(name)(), max_new_tokens=6) for model in (alone, spread)]
             one, eight = ([list(row) for row in output.tokens] for output in searched)
             errors[f"{sizes} {name}"] = [float(one != eight), sum(map(len, one))]
     print(json.dumps(errors))

@@ -92,9 +92,7 @@ def settings(**changes):
 def train(mesh, workdir, stop_in=None, seconds=0.0, **changes):
     """The trained parameters of the miniature, all but its tower."""
     params, objective = miniature()
-    task = loop.Task(
-        "talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), stop_in=stop_in, seconds=seconds), None
-    )
+    task = loop.Task("talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), stop_in=stop_in, seconds=seconds), None)
     return loop.train(task, *parts.split(params, TRAINED), settings(**changes), workdir, mesh)
 
 

@@ -89,11 +89,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "sizes",
-    [
-        (1, 2, 1),
-        pytest.param((2, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 2, 2), marks=pytest.mark.slow),
-    ],
+    [(1, 2, 1), pytest.param((2, 1, 1), marks=pytest.mark.slow), pytest.param((1, 2, 2), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_a_model_over_processes_answers_as_on_one_device(small, tmp_path, sizes):
@@ -139,9 +135,7 @@ def test_one_is_killed_the_others_say_so_and_all_go_on(curve, tmp_path, count, v
     assert all(code in (processes.LOST, -signal.SIGABRT) for code in ended)  # 134 in the words of a shell
     for index in set(range(count)) - {victim}:
         (line,) = said(errors, index)
-        assert re.match(
-            rf"train_over_processes.py: process ({victim}|0) of this run.* died or cannot be reached", line
-        )
+        assert re.match(rf"train_over_processes.py: process ({victim}|0) of this run.* died or cannot be reached", line)
         assert "start all of them again" in line and "newest checkpoint" in line
     saved = [int(path.name) for path in (workdir / "talk").iterdir() if path.name.isdigit()]
     assert saved and max(saved) < 20
@@ -290,13 +284,9 @@ def test_a_benchmark_over_processes_is_that_of_one(tmp_path):
     write_split(tmp_path / "world", "test", 3)
 
     def words(out, ways):
-        flags = (
-            f"--protocol pope/strict --batch-size 4 --resamples 10 --dtype float32 --tensor-parallel {ways}"
-        )
+        flags = f"--protocol pope/strict --batch-size 4 --resamples 10 --dtype float32 --tensor-parallel {ways}"
         places = {"--data": "world", "--model": "model", "--out": out}
-        return flags.split() + [
-            str(word) for pair in places.items() for word in (pair[0], tmp_path / pair[1])
-        ]
+        return flags.split() + [str(word) for pair in places.items() for word in (pair[0], tmp_path / pair[1])]
 
     evaluate = ["evaluate_over_processes", 2]
     assert set(codes(begin(*evaluate, *words("two", 2), errors=tmp_path / "errors"))) == {0}
@@ -311,9 +301,7 @@ def test_a_benchmark_over_processes_is_that_of_one(tmp_path):
         return {(row["group"], row["id"]): row["text"] for row in rows if "batch" not in row}
 
     assert answers(log.read_text()) == answers(whole) and not (tmp_path / "two" / "log.1.jsonl").exists()
-    assert set(codes(begin("evaluate_over_processes", 1, *words("one", 1), errors=tmp_path / "errors"))) == {
-        0
-    }
+    assert set(codes(begin("evaluate_over_processes", 1, *words("one", 1), errors=tmp_path / "errors"))) == {0}
     for split in ("random", "popular", "adversarial"):
         one, two = (tmp_path / out / f"{split}.jsonl" for out in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()

@@ -67,10 +67,7 @@ def test_every_matrix_is_split(spread):
     """What stays whole on every device are vectors, the patch filter and the tower's position table."""
     whole = {path for path, placed in spread[0]["parameters"].items() if set(placed["spec"]) <= {None}}
     matrices = {path for path in whole if path.endswith(("/kernel", "/embedding"))}
-    assert matrices == {
-        "vision_tower/patch_embedding/kernel",
-        "vision_tower/position_embedding/embedding",
-    }
+    assert matrices == {"vision_tower/patch_embedding/kernel", "vision_tower/position_embedding/embedding"}
 
 
 def test_results_equal_those_of_one_device(spread, model, mixed):

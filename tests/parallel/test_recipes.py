@@ -27,9 +27,7 @@ def run(script, folder, programs, **variables):
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"} | variables
-    return subprocess.Popen(
-        ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def flags_of(script):
@@ -92,9 +90,7 @@ def container(page):
 
 
 @pytest.mark.parametrize("page", YAML, ids=["gpu", "tpu"])
-@pytest.mark.parametrize(
-    ("code", "finished", "ended"), [(0, True, 0), (0, False, 1), (2, False, 2), (134, True, 134)]
-)
+@pytest.mark.parametrize(("code", "finished", "ended"), [(0, True, 0), (0, False, 1), (2, False, 2), (134, True, 134)])
 def test_a_pod_says_what_is_worth_another_start(tmp_path, page, code, finished, ended):
     _, script = container(page)
     if finished:

@@ -64,9 +64,7 @@ def test_every_mesh_learns_what_one_device_learns(eight, alone, mesh):
     np.testing.assert_allclose(eight["losses"][mesh], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "shard"), [("8,1,1", [16, 32]), ("1,8,1", [2, 32]), ("2,2,2", [8, 16])], ids=str
-)
+@pytest.mark.parametrize(("mesh", "shard"), [("8,1,1", [16, 32]), ("1,8,1", [2, 32]), ("2,2,2", [8, 16])], ids=str)
 def test_parameters_are_trained_where_the_table_puts_them(eight, mesh, shard):
     assert eight["shards"][mesh] == shard
 

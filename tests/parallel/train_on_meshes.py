@@ -36,9 +36,7 @@ def main(workdir: Path, folder: str = "") -> None:
         shutil.rmtree(workdir / "moved" / "talk" / "20")
         train(parallel.make_mesh(2, 2, 2), "moved")
         names.append("moved")
-    print(
-        json.dumps({"losses": {name: small_run.losses(workdir / name) for name in names}, "shards": shards})
-    )
+    print(json.dumps({"losses": {name: small_run.losses(workdir / name) for name in names}, "shards": shards}))
 
 
 if __name__ == "__main__":

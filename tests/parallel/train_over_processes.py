@@ -12,10 +12,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from tests.parallel import small_run
 
-FAULTS = {
-    "error": ZeroDivisionError("of process 1 alone"),
-    "mistake": LVLMError("a mistake that process 1 sees"),
-}
+FAULTS = {"error": ZeroDivisionError("of process 1 alone"), "mistake": LVLMError("a mistake that process 1 sees")}
 
 
 class Faulty(small_run.Talk):

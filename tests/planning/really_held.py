@@ -89,10 +89,7 @@ def answered(job) -> tuple[dict[str, int], int]:
     mesh = None if job.devices == 1 else parallel.make_mesh(*job.mesh)
     model = LVLM.from_pretrained("pocket", dtype=job.dtype, mesh=mesh, quant=job.quant)
     picture = np.zeros((96, 96, 3), np.uint8)
-    asked = {
-        "role": "user",
-        "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}],
-    }
+    asked = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]}
     found, programs = {}, {"encode_images": "images", "embed": "embed", "prefill": "prefill", "run": "decode"}
     prompt = model.prepare([[asked]] * job.batch)
     with watched(drivers, programs, found):

@@ -107,9 +107,7 @@ def learning(job):
 
 
 def main(kind: str) -> None:
-    job = plan.Job(
-        kind, config_of(LAYERS[kind]), 1, (1, 1, 1), "float32", BATCH, prompt_tokens=PROMPT, new_tokens=64
-    )
+    job = plan.Job(kind, config_of(LAYERS[kind]), 1, (1, 1, 1), "float32", BATCH, prompt_tokens=PROMPT, new_tokens=64)
     job = job.replaced(training=plan.Training("sft", lora=False)) if kind == "learn" else job
     real = growth((learning if kind == "learn" else answering)(job))
     print(json.dumps({"plan": plan.plan(job, native=True).total, "real": real}))

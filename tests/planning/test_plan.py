@@ -29,9 +29,7 @@ def compare(names, count, folder):
     """Every case's largest program is planned within a tenth of what it holds."""
     for found in in_a_process("planning.really_held", count, folder, *names, count=count):
         planned, real = (max(found[side].values()) for side in ("plan", "real"))
-        print(
-            f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}"
-        )
+        print(f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}")
         assert planned == pytest.approx(real, rel=0.1), found
 
 
@@ -65,15 +63,9 @@ def test_what_a_device_has_falls_with_their_number():
     alone = {one["kind"]: one for one in found if one["devices"] == 1}
     for one in found:
         shares = {
-            part: one["devices"] * size / alone[one["kind"]]["share"][part]
-            for part, size in one["share"].items()
+            part: one["devices"] * size / alone[one["kind"]]["share"][part] for part, size in one["share"].items()
         }
-        print(
-            one["kind"],
-            one["devices"],
-            {part: round(share, 3) for part, share in shares.items()},
-            one["total"],
-        )
+        print(one["kind"], one["devices"], {part: round(share, 3) for part, share in shares.items()}, one["total"])
         for part, share in shares.items():
             assert share == pytest.approx(1, rel=0.15), (one["kind"], one["devices"], part)
 
@@ -151,9 +143,7 @@ def command(monkeypatch, capsys):
 
 def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
     out = tmp_path / "plan.json"
-    code, printed, _ = command(
-        POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out
-    )
+    code, printed, _ = command(POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out)
     assert code == 0
     assert "batch 1, CMAC" in printed and "decode" in printed
     (found,) = json.loads(out.read_text())["plans"]

@@ -79,9 +79,7 @@ def test_a_sum_that_is_only_sliced_comes_in_slices(module):
     """The slice is of 16 numbers: each of three others sends one."""
     found = scattered_sums.scattered(module[0])
     assert collectives.read(found, module[1], devices=8).received[4] == 16 * 4 * 3
-    whole = TEXT.replace(
-        "fusion(%sum, %partition-id.1)", "fusion(%sum, %sum)"
-    )  # the second one is no slice of it
+    whole = TEXT.replace("fusion(%sum, %partition-id.1)", "fusion(%sum, %sum)")  # the second one is no slice of it
     found, _ = hlo_text.computations(whole)
     assert scattered_sums.scattered(found) == found
 

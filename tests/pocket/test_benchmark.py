@@ -76,9 +76,7 @@ def test_questions_over_several_images(folder):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [len(q.images) for q in questions] == [len(row["images"]) for row in rows]
     assert {q.group for q in questions} >= {"which_image", "in_all_images", "how_many_images"}
-    found = BENCHMARKS["mihbench"].score(
-        questions, {q.key: q.label for q in questions}, get("mihbench/short")
-    )
+    found = BENCHMARKS["mihbench"].score(questions, {q.key: q.label for q in questions}, get("mihbench/short"))
     assert found.values()["accuracy"] == 1.0
     assert "in_all_images: F1" in found.figures and "which_image: accuracy" in found.figures
 

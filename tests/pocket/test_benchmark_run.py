@@ -18,17 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(out, *words):
-    return pocket_benchmark.main(
-        ["--out", str(out), "--images", "10", "--captions", "8", "--resamples", "20", *words]
-    )
+    return pocket_benchmark.main(["--out", str(out), "--images", "10", "--captions", "8", "--resamples", "20", *words])
 
 
 def tables(path: Path) -> list[list[list[str]]]:
     """The cells of every table of a Markdown file."""
     blocks = re.findall(r"(?:^\|.*\n)+", path.read_text(), flags=re.MULTILINE)
-    return [
-        [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()] for block in blocks
-    ]
+    return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()] for block in blocks]
 
 
 def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
@@ -94,14 +90,7 @@ def test_a_world_is_whole_or_absent(tmp_path, monkeypatch):
 def test_every_setting_is_a_method():
     known = pocket_benchmark.chosen(["all"])
     assert list(pocket_benchmark.chosen(["VCD"])) == ["vcd"]
-    assert {type(method).__name__ for method in known.values()} >= {
-        "CMAC",
-        "SEVI",
-        "CLVA",
-        "EAH",
-        "OPERA",
-        "CAPL",
-    }
+    assert {type(method).__name__ for method in known.values()} >= {"CMAC", "SEVI", "CLVA", "EAH", "OPERA", "CAPL"}
     assert all(name == name.lower() and " " not in name for name in known)
 
 

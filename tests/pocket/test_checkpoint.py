@@ -26,10 +26,7 @@ def asked(text, *images):
     return [
         {
             "role": "user",
-            "content": [
-                *({"type": "image", "image": image} for image in images),
-                {"type": "text", "text": text},
-            ],
+            "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
         }
     ]
 

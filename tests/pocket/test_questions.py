@@ -150,8 +150,6 @@ def test_conversations_are_reproducible_and_mixed():
     )
     choice = np.mean([" or a" in question for question in asked])
     assert 0.2 < choice < 0.4 and 0.2 < existence < 0.4
-    suffix = np.mean(
-        ["\nAnswer the question using a single word or phrase." in question for question in asked]
-    )
+    suffix = np.mean(["\nAnswer the question using a single word or phrase." in question for question in asked])
     assert 0.05 < suffix < 0.2
     assert all(len({question for question, _ in turns}) == len(turns) for _, turns in texts)

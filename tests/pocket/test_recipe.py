@@ -31,15 +31,9 @@ def small(**changes):
     config.evaluation_rows = 8
     config.loop.update(workers=0, log_every=5, evaluate_every=30, save_every=10)
     config.model.text.update(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
     )
-    config.model.vision.update(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
-    )
+    config.model.vision.update(hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
     for stage in ("tower", "connector"):
         config[stage].update(batch=8, warmup=5)
     config.everything.update(warmup=5, single=dict(rows=3, length=256, images=3))
@@ -66,13 +60,7 @@ def test_thirty_steps_lower_the_loss_of_every_stage(run, stage):
     assert len(losses) == 6
     assert losses[-1] < 0.8 * losses[0]
     assert (
-        len(
-            logged(
-                run[0],
-                stage,
-                "val/existence/accuracy" if stage == "everything" else "val/pictures/patch_loss",
-            )
-        )
+        len(logged(run[0], stage, "val/existence/accuracy" if stage == "everything" else "val/pictures/patch_loss"))
         == 1
     )
 
@@ -82,10 +70,7 @@ def test_the_exported_checkpoint_answers_a_question(run):
     model = LVLM.from_pretrained(run[1])
     picture = render(scene_at("test", 0))
     message = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}],
-        }
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}
     ]
     out = model.generate(message, max_new_tokens=4)
     assert 1 <= len(out.tokens[0]) <= 4

@@ -19,14 +19,7 @@ def many():
 def bare(scene):
     """The background of `scene` alone."""
     return scenes.Scene(
-        scene.kind,
-        False,
-        scene.horizon,
-        scene.upper,
-        scene.lower,
-        scene.texture_seed,
-        (),
-        np.zeros_like(scene.owner),
+        scene.kind, False, scene.horizon, scene.upper, scene.lower, scene.texture_seed, (), np.zeros_like(scene.owner)
     )
 
 
@@ -63,14 +56,7 @@ def test_boxes_hold_exactly_the_pixels_that_the_object_changed(many):
             assert mask.sum() == placed.area and placed.visible >= scenes.MIN_VISIBLE - 0.001
             others = scene.objects[:i] + scene.objects[i + 1 :]
             without = scenes.Scene(
-                scene.kind,
-                False,
-                scene.horizon,
-                scene.upper,
-                scene.lower,
-                scene.texture_seed,
-                others,
-                scene.owner,
+                scene.kind, False, scene.horizon, scene.upper, scene.lower, scene.texture_seed, others, scene.owner
             )
             changed = np.abs(picture - render(without).astype(int)).max(axis=2) > 12
             assert (changed & mask).sum() > 0.5 * mask.sum(), placed

@@ -107,9 +107,7 @@ def test_popular_negatives_are_the_most_frequent_absent_objects(folder, present)
     frequency = Counter(name for names in present.values() for name in names)
     asked = {}
     for image, _, absent in _negatives(folder, "popular"):
-        left = [
-            name for name in CATEGORIES if name not in present[image] and name not in asked.get(image, [])
-        ]
+        left = [name for name in CATEGORIES if name not in present[image] and name not in asked.get(image, [])]
         assert frequency[absent] == max(frequency[name] for name in left)
         asked.setdefault(image, []).append(absent)
 
@@ -118,9 +116,7 @@ def test_adversarial_negatives_co_occur_most_with_the_object_asked_before(folder
     together = Counter((a, b) for names in present.values() for a in names for b in names if a != b)
     asked = {}
     for image, positive, absent in _negatives(folder, "adversarial"):
-        left = [
-            name for name in CATEGORIES if name not in present[image] and name not in asked.get(image, [])
-        ]
+        left = [name for name in CATEGORIES if name not in present[image] and name not in asked.get(image, [])]
         assert together[positive, absent] == max(together[positive, name] for name in left)
         asked.setdefault(image, []).append(absent)
 
@@ -136,9 +132,7 @@ def test_further_questions_point_at_files(folder):
         kinds[path.stem] = len(rows)
         for row in rows:
             files = row["images"] if "images" in row else [row["image"]]
-            assert len(set(files)) == len(files) and all(
-                (folder / "images" / name).is_file() for name in files
-            )
+            assert len(set(files)) == len(files) and all((folder / "images" / name).is_file() for name in files)
             assert row["label"] and row["answer"] and row["text"]
     assert set(kinds) == {"choice", "counting", "position", "color", "place", "multi_image"}
     assert min(kinds.values()) > 20
@@ -149,10 +143,7 @@ def test_mme_has_a_yes_and_a_no_for_each_picture(folder, task):
     texts = sorted((folder / "MME_Benchmark_release_version" / task).glob("*.txt"))
     assert len(texts) > 20
     for path in texts:
-        assert (
-            path.with_suffix(".png").read_bytes()
-            == (folder / "images" / path.with_suffix(".png").name).read_bytes()
-        )
+        assert path.with_suffix(".png").read_bytes() == (folder / "images" / path.with_suffix(".png").name).read_bytes()
         rows = [line.split("\t") for line in path.read_text().splitlines()]
         assert [answer for _, answer in rows] == ["Yes", "No"]
         assert all(question.endswith("? Please answer yes or no.") for question, _ in rows)
@@ -161,11 +152,7 @@ def test_mme_has_a_yes_and_a_no_for_each_picture(folder, task):
 def test_the_same_arguments_write_the_same_files(folder, tmp_path):
     write_split(tmp_path / "again", "test", IMAGES)
     first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    again = {
-        p.relative_to(tmp_path / "again"): p.read_bytes()
-        for p in (tmp_path / "again").rglob("*")
-        if p.is_file()
-    }
+    again = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
     assert first == again
 
 

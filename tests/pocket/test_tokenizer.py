@@ -28,9 +28,7 @@ def test_specials_and_size(tokenizer):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    "text", ["naïve — 狗 🐶\t\n  two  spaces", "\x00\x7f ÿ", "Wo ist der Hund? 3.14159", "a\r\nb"]
-)
+@pytest.mark.parametrize("text", ["naïve — 狗 🐶\t\n  two  spaces", "\x00\x7f ÿ", "Wo ist der Hund? 3.14159", "a\r\nb"])
 def test_any_text_survives_the_round_trip(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
@@ -81,12 +79,7 @@ def test_template_keeps_interleaved_images_plain_strings_and_a_system_message(pr
     def render(*messages):
         return processor.apply_chat_template(list(messages), add_generation_prompt=True)
 
-    parts = [
-        {"type": "text", "text": "A "},
-        {"type": "image"},
-        {"type": "text", "text": "B "},
-        {"type": "image"},
-    ]
+    parts = [{"type": "text", "text": "A "}, {"type": "image"}, {"type": "text", "text": "B "}, {"type": "image"}]
     assert render({"role": "user", "content": parts}) == "USER: A <image>\nB <image>\n ASSISTANT:"
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
     assert render(system, user) == "Be brief. USER: Hi ASSISTANT:"

@@ -126,22 +126,8 @@ def test_accuracy_of_pairs():
 
 def test_closeness_is_of_tokens():
     rows = [
-        {
-            "id": "a",
-            "tokens": 3,
-            "base_answer_kl": 0.6,
-            "answer_kl": 0.1,
-            "base_agreement": 1,
-            "agreement": 3,
-        },
-        {
-            "id": "b",
-            "tokens": 1,
-            "base_answer_kl": 0.2,
-            "answer_kl": 0.1,
-            "base_agreement": 1,
-            "agreement": 1,
-        },
+        {"id": "a", "tokens": 3, "base_answer_kl": 0.6, "answer_kl": 0.1, "base_agreement": 1, "agreement": 3},
+        {"id": "b", "tokens": 1, "base_answer_kl": 0.2, "answer_kl": 0.1, "base_agreement": 1, "agreement": 1},
     ]
     figures = rescore.report(held_out.closeness(rows), 50)["figures"]
     expected = {"base": 200, "student": 50, "closer": 4, "base agrees": 0.5, "student agrees": 1}
@@ -157,9 +143,7 @@ def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
     assert found.shape == (5, 2) and (found < 0).all()
     again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
     np.testing.assert_array_equal(found, again)
-    conversations = pair_batches.rows_of(
-        pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error"
-    )
+    conversations = pair_batches.rows_of(pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error")
     sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
     measured = held_out.distances(model, model, conversations, encoder, sevi)
     assert [row["id"] for row in measured] == [row.id for row in conversations]
@@ -215,10 +199,7 @@ def test_what_is_said_follows_from_the_intervals():
     preferred = findings(several_names, "truncated: chosen likelier", 0.1)
     both = Findings(
         {
-            name: {
-                "figures": own["figures"]
-                | {"plain: chosen likelier": own["figures"]["truncated: chosen likelier"]}
-            }
+            name: {"figures": own["figures"] | {"plain: chosen likelier": own["figures"]["truncated: chosen likelier"]}}
             for name, own in preferred.scores.items()
         },
         lambda one, other: {
@@ -227,14 +208,7 @@ def test_what_is_said_follows_from_the_intervals():
         },
     )
     rows = [
-        {
-            "id": name,
-            "tokens": 2,
-            "base_answer_kl": 0.4,
-            "answer_kl": 0.1,
-            "base_agreement": 1,
-            "agreement": 2,
-        }
+        {"id": name, "tokens": 2, "base_answer_kl": 0.4, "answer_kl": 0.1, "base_agreement": 1, "agreement": 2}
         for name in "ab"
     ]
     close = {"all": rescore.report(held_out.closeness(rows), 20)}

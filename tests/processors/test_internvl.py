@@ -96,7 +96,9 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
     user = {"role": "user", "content": content}
     asked = ours.prepare([user])
     text = ours.processor.tokenizer.decode(asked.tokens[0, asked.image_id[0] >= 0])
-    system = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
+    system = (
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
+    )
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
     assert text == (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{image}\nWhat?<|im_end|>\n<|im_start|>assistant\n"

@@ -17,10 +17,7 @@ from lvlm_jax.weights import model_config, names
 CHAT = [
     {
         "role": "user",
-        "content": [
-            {"type": "image", "image": Image.new("RGB", (96, 96))},
-            {"type": "text", "text": "What?"},
-        ],
+        "content": [{"type": "image", "image": Image.new("RGB", (96, 96))}, {"type": "text", "text": "What?"}],
     }
 ]
 

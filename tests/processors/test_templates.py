@@ -96,10 +96,7 @@ def test_a_template_that_reads_both_forms_gets_what_was_given(with_template):
         "{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
     )
     processor = with_template(both)
-    messages = [
-        {"role": "user", "content": "A"},
-        {"role": "assistant", "content": text_of("B") + text_of("C")},
-    ]
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": text_of("B") + text_of("C")}]
     assert templates.suited(processor, messages) == messages
     assert templates.render(processor, messages, False) == "sAlB"
 
@@ -161,9 +158,7 @@ def test_encoded_images_get_no_second_begin_token_either(pocket, with_template, 
     plain = Image.new("RGB", (side, side))
     laid_out = [
         inputs.from_messages(
-            processor,
-            config,
-            [{"role": "user", "content": [{"type": "image", "image": one}, *text_of("Hi")]}],
+            processor, config, [{"role": "user", "content": [{"type": "image", "image": one}, *text_of("Hi")]}]
         )
         for one in (encoded, plain)
     ]
@@ -231,8 +226,7 @@ USERS_ALONE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
-    [(NO_SYSTEM, "refuses the conversation: no system"), (USERS_ALONE, "does not write it")],
+    ("template", "reason"), [(NO_SYSTEM, "refuses the conversation: no system"), (USERS_ALONE, "does not write it")]
 )
 def test_a_template_without_a_system_role_is_one_line(template, reason, with_template):
     with pytest.raises(

@@ -33,9 +33,7 @@ def streamed(text, strings):
             return pieces
 
 
-@pytest.mark.parametrize(
-    "strings", [(), ("ab",), ("aab", "ba"), ("abab", "c"), ("aaaa",), ("abc", "bb", "�a")]
-)
+@pytest.mark.parametrize("strings", [(), ("ab",), ("aab", "ba"), ("abab", "c"), ("aaaa",), ("abc", "bb", "�a")])
 def test_pieces_make_up_the_text_before_the_stop(strings):
     """Many texts over few letters, so that stop strings begin, break off and overlap everywhere."""
     generator = random.Random(0)

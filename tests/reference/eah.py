@@ -26,11 +26,7 @@ class Eah:
         if self.variant == "code":
             images = np.flatnonzero(call.image_id > 0)
             first, end = images[0], images[-1] + 1
-            return (
-                sum(w[:, x, j] for x in call.rows[j + 1 :]) / (first + end - j)
-                if j + 1 < len(call.rows)
-                else 0
-            )
+            return sum(w[:, x, j] for x in call.rows[j + 1 :]) / (first + end - j) if j + 1 < len(call.rows) else 0
         later = [x for x in tokens if x > j and call.seen[x, j]]
         return sum(w[:, x, j] for x in later) / len(later) if later else None
 

@@ -181,11 +181,7 @@ def project(weights, config, layer, hidden):
     text = config["text_config"]
     name = f"{LANGUAGE}.layers.{layer}"
     x = rms_norm(weights, f"{name}.input_layernorm", hidden, text["rms_norm_eps"])
-    counts = {
-        "q": text["num_attention_heads"],
-        "k": text["num_key_value_heads"],
-        "v": text["num_key_value_heads"],
-    }
+    counts = {"q": text["num_attention_heads"], "k": text["num_key_value_heads"], "v": text["num_key_value_heads"]}
     q, k, v = (split_heads(linear(weights, f"{name}.self_attn.{p}_proj", x), counts[p]) for p in "qkv")
     if f"{name}.self_attn.q_norm.weight" in weights:
         q = rms_norm(weights, f"{name}.self_attn.q_norm", q, text["rms_norm_eps"])
@@ -239,9 +235,7 @@ def logits(weights, config, input_ids, pixel_values=None):
     positions = np.arange(len(input_ids))
     for layer in range(text["num_hidden_layers"]):
         q, k, v = project(weights, config, layer, hidden)
-        z = np.where(
-            visible(config, layer, positions, positions), scores(text, q, k, positions, positions), -np.inf
-        )
+        z = np.where(visible(config, layer, positions, positions), scores(text, q, k, positions, positions), -np.inf)
         v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
         hidden = finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", softmax(z), v))
     return head(weights, config, hidden)

@@ -60,15 +60,7 @@ def in_a_row(is_image):
 
 
 def run(
-    weights,
-    config,
-    input_ids,
-    pixel_values,
-    tokens,
-    method,
-    embed=llava.embed,
-    image_ids=image_ids,
-    places=in_a_row,
+    weights, config, input_ids, pixel_values, tokens, method, embed=llava.embed, image_ids=image_ids, places=in_a_row
 ):
     """Logits [1 + len(tokens), V]: of the next token after the prompt and after each of the forced `tokens`.
 

@@ -106,11 +106,7 @@ def rotate(config, x):
     angle = torch.outer(torch.arange(len(x), dtype=torch.float64), frequency)[:, None]
     first, second = x[..., : turning // 2], x[..., turning // 2 : turning]
     return torch.cat(
-        [
-            first * angle.cos() - second * angle.sin(),
-            second * angle.cos() + first * angle.sin(),
-            x[..., turning:],
-        ],
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin(), x[..., turning:]],
         dim=-1,
     )
 

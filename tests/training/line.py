@@ -44,13 +44,9 @@ def task(source=source, name="line", **changes):
 
 
 def settings(**changes):
-    optimizer = dict(
-        steps=30, warmup=3, peak=0.1, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0
-    )
+    optimizer = dict(steps=30, warmup=3, peak=0.1, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0)
     return ConfigDict(
-        optimizer
-        | dict(log_every=5, evaluate_every=10, save_every=10, workers=0, keep=2, accumulate=1)
-        | changes
+        optimizer | dict(log_every=5, evaluate_every=10, save_every=10, workers=0, keep=2, accumulate=1) | changes
     )
 
 

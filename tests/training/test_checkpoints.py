@@ -80,10 +80,7 @@ def test_when_none_can_be_read_nothing_is_removed(copy):
         for path in files_of(copy, step):
             if path.parent.name == "d":
                 path.write_bytes(b"")
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(LVLMError, match="no checkpoint in .*line can be read"),
-    ):
+    with pytest.warns(UserWarning), pytest.raises(LVLMError, match="no checkpoint in .*line can be read"):
         line.train(line.task(), copy)
     assert steps_in(copy) == [20, 30]
 
@@ -103,10 +100,7 @@ def test_what_a_killed_process_was_writing_is_passed_over_and_removed(whole, cop
             r"float32\[3, 2\] there and float32\[5, 2\] here",
         ),
         (({"layer": {"bias": jnp.zeros(2)}}, line.start()[1]), "layer/bias is missing there"),
-        (
-            (line.start()[0], {"layer": {"target": jnp.zeros((3, 2))}}),
-            "its frozen parameters had other values",
-        ),
+        ((line.start()[0], {"layer": {"target": jnp.zeros((3, 2))}}), "its frozen parameters had other values"),
     ],
     ids=["shape", "name", "base"],
 )

@@ -71,12 +71,7 @@ class Case:
 def case_of(model, pairs):
     encoder = Encoder(model.processor, model.config)
     rows = rows_of(pairs, encoder.pair, encoder, 2048, "error")
-    return Case(
-        model,
-        encoder,
-        rows,
-        assemble(encoder, rows, range(len(rows)), shape_of(rows, encoder, len(rows))),
-    )
+    return Case(model, encoder, rows, assemble(encoder, rows, range(len(rows)), shape_of(rows, encoder, len(rows))))
 
 
 @pytest.fixture(scope="module", params=TRAINED)
@@ -181,9 +176,7 @@ def test_so_they_have_in_parts_of_a_step(loaded, pairs, family):
     scored = jax.jit(lambda params, parts: jax.lax.map(lambda part: score(params, part), parts))
     found = scored(case.model.params, parts)[:, 0]
     places = {index: place for place, index in enumerate(parts["ids"][:, 0])}
-    assert_scored(
-        found, found != 0, {(places[index], name): rows for (index, name), rows in expected.items()}
-    )
+    assert_scored(found, found != 0, {(places[index], name): rows for (index, name), rows in expected.items()})
 
 
 def test_so_they_have_under_cross_image_attention(loaded, pairs):
@@ -215,11 +208,7 @@ def updated(task, trainable, frozen):
     step = make_step(task.objective, task.terms, transformation)
     state, metrics = step(State.create(trainable, transformation), frozen, task.source(0))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.trainable))
-    moved = {
-        path
-        for path, leaf in flatten(state.trainable).items()
-        if not np.array_equal(leaf, flatten(before)[path])
-    }
+    moved = {path for path, leaf in flatten(state.trainable).items() if not np.array_equal(leaf, flatten(before)[path])}
     return moved, {name: float(mean.value) for name, mean in metrics.items()}
 
 
@@ -232,8 +221,7 @@ def test_a_capl_step_moves_adapters_alone(case, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "llava_next"))],
+    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "llava_next"))]
 )
 def test_an_sft_step_moves_adapters_alone(loaded, pairs, tmp_path, family):
     case = case_of(loaded(family), pairs)
@@ -269,9 +257,7 @@ def test_rows_of_the_tower_are_split_and_what_tells_of_tokens_is_everywhere(load
 def test_lengths_count_the_tokens_of_every_picture(loaded, pairs):
     model = loaded("qwen2_5_vl")
     encoder = Encoder(model.processor, model.config)
-    with pytest.raises(
-        LVLMError, match=r"rows are longer than 40 tokens, first 0 with \d+; set too_long='drop'"
-    ):
+    with pytest.raises(LVLMError, match=r"rows are longer than 40 tokens, first 0 with \d+; set too_long='drop'"):
         rows_of(pairs, encoder.pair, encoder, 40, "error")
     kept = rows_of(pairs, encoder.pair, encoder, 40, "drop")
     assert [row.id for row in kept] == ["1"]
@@ -294,9 +280,7 @@ def test_pictures_that_are_read_anew_with_each_question_teach_one_answer_a_row(l
     encoder = Encoder(loaded("instructblip").processor, loaded("instructblip").config)
     first = [*pairs[2].prompt, assistant("a cat")]
     again = Conversation(pairs[2].images, [*first, user("Red?", 0), assistant("yes")], "5")
-    with pytest.raises(
-        LVLMError, match="row 5 has 2 answers about its pictures, which instructblip reads anew"
-    ):
+    with pytest.raises(LVLMError, match="row 5 has 2 answers about its pictures, which instructblip reads anew"):
         encoder.conversation(again)
     row = encoder.conversation(dataclasses.replace(again, messages=first))
     batch = assemble(encoder, [row], [0], shape_of([row], encoder, 1))

@@ -81,9 +81,7 @@ def poisoned(step):
 
 @pytest.mark.parametrize("log_every", [1, 5])
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, log_every):
-    message = (
-        r"the loss of step 14 of line is nan \(rows 13 to 16\); the last good checkpoint is that of step 10"
-    )
+    message = r"the loss of step 14 of line is nan \(rows 13 to 16\); the last good checkpoint is that of step 10"
     with pytest.raises(LVLMError, match=message):
         line.train(line.task(poisoned), tmp_path, log_every=log_every)
     assert sorted(path.name for path in (tmp_path / "line").iterdir()) == ["10"]
@@ -112,9 +110,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 
 
 def test_a_best_metric_that_is_not_measured(tmp_path):
-    with pytest.raises(
-        LVLMError, match="keep_best is 'val/loss', which is not measured; expected one of val/error"
-    ):
+    with pytest.raises(LVLMError, match="keep_best is 'val/loss', which is not measured; expected one of val/error"):
         line.train(line.task(), tmp_path, keep_best="val/loss")
     with pytest.raises(LVLMError, match="line has no validation data"):
         line.train(line.task(evaluate=None), tmp_path, keep_best="val/loss")

@@ -36,9 +36,9 @@ def test_parts_add_up_to_the_whole():
 
 def test_accuracy_counts_the_highest_logits():
     logits = jnp.eye(4)[None]
-    assert accuracy(
-        logits, jnp.array([[0, 1, 0, 0]]), jnp.array([[True, True, True, False]])
-    ).value == jnp.float32(2 / 3)
+    assert accuracy(logits, jnp.array([[0, 1, 0, 0]]), jnp.array([[True, True, True, False]])).value == jnp.float32(
+        2 / 3
+    )
 
 
 def test_a_mean_over_nothing_is_zero_not_nan():

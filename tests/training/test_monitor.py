@@ -20,9 +20,7 @@ def test_weights_that_every_token_meets():
     for head in (tied, untied):
         whole = {"language_model": decoder | head}
         assert monitor.flops_per_token(whole, frozen) == 6 * (200 + 10 + 1000)
-    adapter = {
-        "language_model": {"layers_0": {"mlp": {"up_proj": {"lora_a": leaf(10, 2), "lora_b": leaf(2, 20)}}}}
-    }
+    adapter = {"language_model": {"layers_0": {"mlp": {"up_proj": {"lora_a": leaf(10, 2), "lora_b": leaf(2, 20)}}}}}
     with_adapter = monitor.flops_per_token(adapter, frozen | {"language_model": decoder | untied})
     assert with_adapter == 4 * (1210 + 60) + 2 * 60
 
@@ -50,11 +48,7 @@ def test_the_pace_is_per_step_and_per_second(monkeypatch):
 
 
 def test_tokens_are_those_of_every_array_of_that_name():
-    batch = {
-        "images": np.zeros(9),
-        "chosen": {"tokens": np.zeros((2, 3))},
-        "rejected": {"tokens": np.zeros((2, 5))},
-    }
+    batch = {"images": np.zeros(9), "chosen": {"tokens": np.zeros((2, 3))}, "rejected": {"tokens": np.zeros((2, 5))}}
     assert monitor.token_count(batch) == 16
 
 

@@ -96,7 +96,5 @@ def test_ten_steps_lower_what_is_minimised(made):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_data_must_be_given(model, tmp_path, name):
-    with pytest.raises(
-        LVLMError, match=r"data is not set; give a file of .*, as in --config.data=\w+\.jsonl"
-    ):
+    with pytest.raises(LVLMError, match=r"data is not set; give a file of .*, as in --config.data=\w+\.jsonl"):
         task_of(name, model, "", tmp_path)

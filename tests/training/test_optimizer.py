@@ -7,9 +7,7 @@ from lvlm_jax.training import optimizer
 
 
 def settings(**changes):
-    fields = dict(
-        steps=100, warmup=10, peak=1e-2, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.1
-    )
+    fields = dict(steps=100, warmup=10, peak=1e-2, final=0.1, clip=1.0, beta1=0.9, beta2=0.99, weight_decay=0.1)
     return ConfigDict(fields | changes)
 
 

@@ -46,8 +46,7 @@ def adapted(model):
     adapters, frozen = lora.attach(model.params, RANK, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
     rng = np.random.default_rng(5)
     drawn = {
-        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32)
-        for path, leaf in flatten(adapters).items()
+        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) for path, leaf in flatten(adapters).items()
     }
     return unflatten(drawn), frozen
 

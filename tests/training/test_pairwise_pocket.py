@@ -63,9 +63,7 @@ def answers_of(batch):
 def saved(base, params, folder):
     """transformers' model with these parameters, in float64."""
     LVLM(params, base.config, base.folder).save_pretrained(folder)
-    return LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    )
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
 
 def torch_logprobs(model, batch):
@@ -126,13 +124,9 @@ def test_plain_losses_and_their_gradients_equal_torch(base, task, adapted, tmp_p
     batch = task.source(0)
 
     def losses(trainable, frozen, batch):
-        policy, mask = scorer.logprobs(
-            parts.join(trainable, frozen), batch, scorer.image_tokens(frozen, batch)
-        )
+        policy, mask = scorer.logprobs(parts.join(trainable, frozen), batch, scorer.image_tokens(frozen, batch))
         reference = scorer.alone(frozen, batch)
-        every = [
-            preference.metrics(policy, reference, mask, batch["weight"], loss, beta) for loss, beta in PLAIN
-        ]
+        every = [preference.metrics(policy, reference, mask, batch["weight"], loss, beta) for loss, beta in PLAIN]
         values = jnp.stack([metrics["preference"].value for metrics in every])
         return values, values
 
@@ -178,9 +172,7 @@ def test_capl_and_its_gradient_equal_numpy(base, task, adapted, tmp_path):
 
     def objective(trainable):
         policy = logprobs(merged(trainable, weights))
-        pairs = [
-            (policy[i], policy[i + 1], reference[i], reference[i + 1]) for i in range(0, len(answers), 2)
-        ]
+        pairs = [(policy[i], policy[i + 1], reference[i], reference[i + 1]) for i in range(0, len(answers), 2)]
         return Losses("sigmoid", 0.1, 0.0, 1.0).mean(pairs)["objective"]
 
     start = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), adapted[0])
@@ -188,8 +180,7 @@ def test_capl_and_its_gradient_equal_numpy(base, task, adapted, tmp_path):
     np.testing.assert_allclose(value, objective(start), rtol=1e-5)
     step = 1e-4
     up, down = (
-        objective(jax.tree.map(lambda x, v, sign=sign: x + sign * step * v, start, direction))
-        for sign in (1, -1)
+        objective(jax.tree.map(lambda x, v, sign=sign: x + sign * step * v, start, direction)) for sign in (1, -1)
     )
     found = sum(
         np.sum(np.asarray(g, np.float64) * v)

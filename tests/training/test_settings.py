@@ -109,9 +109,7 @@ def test_values_that_make_no_sense(recipe, values, message):
         settings.check(config)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "method", "nll", "rho"), [("capl", "capl", 1.0, 0.95), ("dpo", "none", 0.0, 0.95)]
-)
+@pytest.mark.parametrize(("recipe", "method", "nll", "rho"), [("capl", "capl", 1.0, 0.95), ("dpo", "none", 0.0, 0.95)])
 def test_what_the_files_of_configs_set(recipe, method, nll, rho):
     found = settings.read(f"configs/{recipe}.py").preference
     assert (found.method, found.nll, found.rho) == (method, nll, rho)
@@ -140,9 +138,7 @@ def test_a_config_has_the_section_of_its_objective_alone():
 
 
 def test_a_setting_of_another_objective_is_refused_by_name():
-    belongs = (
-        "preference.beta, which belongs to recipe capl and dpo, and recipe is 'sft'; leave it out, or begin"
-    )
+    belongs = "preference.beta, which belongs to recipe capl and dpo, and recipe is 'sft'; leave it out, or begin"
     with pytest.raises(LVLMError, match=f"the config has no key {belongs}"):
         settings.read("configs/sft.py", ["--config.preference.beta=0.2"])
     config = settings.base("sft").unlock()
@@ -159,17 +155,13 @@ def test_a_file_may_set_its_recipe_itself():
     assert config.preference.method == "capl" and config.flow.mu == 1.0
     settings.check(config)
     config.flow.mu = 2.0
-    with pytest.raises(
-        LVLMError, match="key flow.mu, which belongs to recipe flow_alignment, and recipe is 'dpo'"
-    ):
+    with pytest.raises(LVLMError, match="key flow.mu, which belongs to recipe flow_alignment, and recipe is 'dpo'"):
         settings.check(config)
 
 
 def test_the_command_line_may_change_the_recipe():
     settings.check(settings.read("configs/dpo.py", ["--config.recipe=sft"]))
-    with pytest.raises(
-        LVLMError, match=r"the config has no flow.kappa; begin it with .*base\('flow_alignment'\)"
-    ):
+    with pytest.raises(LVLMError, match=r"the config has no flow.kappa; begin it with .*base\('flow_alignment'\)"):
         settings.check(settings.read("configs/sft.py", ["--config.recipe=flow_alignment"]))
 
 

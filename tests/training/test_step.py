@@ -104,10 +104,7 @@ def test_the_state_is_donated_and_the_frozen_part_is_not(example):
 def test_parts_draw_different_randomness_that_repeats(example):
     def noisy(trainable, frozen, batch, key):
         noise = jax.random.normal(key)
-        return objective(trainable, frozen, batch, key) | {
-            "noise": Mean(noise, 1.0),
-            "square": Mean(noise**2, 1.0),
-        }
+        return objective(trainable, frozen, batch, key) | {"noise": Mean(noise, 1.0), "square": Mean(noise**2, 1.0)}
 
     draws = [run(example, 4, steps, noisy)[1] for steps in (1, 1, 2)]
     means, squares = zip(*((float(d["noise"].value), float(d["square"].value)) for d in draws), strict=True)
@@ -128,9 +125,7 @@ def test_master_weights_stay_in_float32_under_bfloat16_products(example):
     transformation = optax.sgd(1e-4)
     update = step.make_step(low, TERMS, transformation)
     before = np.ones((WIDTH, WIDTH), np.float32)
-    state, _ = update(
-        step.State.create({"layer": {"kernel": jnp.asarray(before)}}, transformation), frozen, batch
-    )
+    state, _ = update(step.State.create({"layer": {"kernel": jnp.asarray(before)}}, transformation), frozen, batch)
     kernel = np.asarray(state.trainable["layer"]["kernel"])
     moved = np.abs(kernel - before)
     assert kernel.dtype == np.float32 and 0 < moved.max() < 2**-9

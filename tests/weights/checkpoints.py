@@ -50,9 +50,7 @@ def random_model(seed=0, tie=False, **text) -> Llava:
 
 
 def tensors(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().to(dtype).clone().contiguous() for name, tensor in model.state_dict().items()
-    }
+    return {name: tensor.detach().to(dtype).clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
@@ -181,9 +179,7 @@ def clip_model(tower: dict, whole: bool):
         clip = CLIPVisionModel(CLIPVisionConfig(**VISION))
         clip.load_state_dict({name.removeprefix("vision_model."): value for name, value in tower.items()})
         return clip
-    text = dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
     clip = CLIPModel(CLIPConfig(vision_config=VISION, text_config=text, projection_dim=16))
     clip.load_state_dict(tower, strict=False)
     return clip
@@ -209,12 +205,8 @@ def expected_parameters(model) -> dict[str, np.ndarray]:
     for name, tensor in model.state_dict().items():
         array = tensor.detach().numpy()
         path = name.removeprefix("model.").replace("multi_modal_projector", "connector")
-        path = (
-            path.replace("encoder.", "").replace("embeddings.", "").replace("pre_layrnorm", "pre_layernorm")
-        )
-        path = (
-            path.replace("lm_head", "language_model.lm_head").replace("layers.", "layers_").replace(".", "/")
-        )
+        path = path.replace("encoder.", "").replace("embeddings.", "").replace("pre_layrnorm", "pre_layernorm")
+        path = path.replace("lm_head", "language_model.lm_head").replace("layers.", "layers_").replace(".", "/")
         if "norm" in path:
             path = path.replace("/weight", "/scale")
         elif "embed_tokens" in path or "position_embedding" in path:

@@ -262,9 +262,7 @@ def test_fields_of_other_kinds(change, model, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "change", [{"vocab_size": "x"}, {"model_type": 3}, {"mm_vision_tower": [1]}], ids=str
-)
+@pytest.mark.parametrize("change", [{"vocab_size": "x"}, {"model_type": 3}, {"mm_vision_tower": [1]}], ids=str)
 def test_fields_of_other_kinds_of_an_original_checkpoint(change, tmp_path):
     raw = make.original_config("openai/clip-vit-large-patch14-336", 96) | {"mm_hidden_size": 1024} | change
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -273,9 +271,7 @@ def test_fields_of_other_kinds_of_an_original_checkpoint(change, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "pinpoints", [3, [3], [["a", "b"]], [[336]], {"a": 1}, [[0, 336]], None, []], ids=str
-)
+@pytest.mark.parametrize("pinpoints", [3, [3], [["a", "b"]], [[336]], {"a": 1}, [[0, 336]], None, []], ids=str)
 def test_resolutions_of_any_shape(pinpoints, tmp_path):
     raw = FAMILIES["llava_next"].raw() | {"image_grid_pinpoints": pinpoints}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -326,8 +322,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 def test_hub_download_takes_torch_files_only_without_safetensors(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path,
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path
     )
     assert weights.resolve_checkpoint("owner/name") == tmp_path
     assert len(asked) == 2 and "model*.safetensors" in asked[0] and "pytorch_model*.bin" in asked[1]

@@ -16,9 +16,7 @@ CHANGES = {
     "order": {"layer": {"kernel": KERNEL[:, ::-1], "bias": BIAS}},
     "shape": {"layer": {"kernel": KERNEL.reshape(4, 3), "bias": BIAS}},
     "dtype": {"layer": {"kernel": KERNEL, "bias": BIAS.astype(jnp.float16)}},
-    "bits as another dtype": {
-        "layer": {"kernel": KERNEL, "bias": jax.lax.bitcast_convert_type(BIAS, jnp.int16)}
-    },
+    "bits as another dtype": {"layer": {"kernel": KERNEL, "bias": jax.lax.bitcast_convert_type(BIAS, jnp.int16)}},
     "name of a leaf": {"layer": {"kernel": KERNEL, "scale": BIAS}},
     "name of a module": {"other": {"kernel": KERNEL, "bias": BIAS}},
 }

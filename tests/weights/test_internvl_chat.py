@@ -238,10 +238,7 @@ def test_decoders_and_special_tokens(tmp_path):
         ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, "architectures 'Phi3ForCausalLM'"),
         ({"llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, "lacks hidden_size"),
         ({"llm_config": INTERNLM2 | {"rope_pos_id_version": "v2pe"}}, "rope_pos_id_version 'v2pe'"),
-        (
-            {"llm_config": {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}},
-            "qkv_bias True and bias False",
-        ),
+        ({"llm_config": {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}}, "qkv_bias True and bias False"),
         ({"llm_config": INTERNLM2 | SIZES["2b"][2] | {"vocab_size": 500}}, "do not name <IMG_CONTEXT>"),
         ({"vision_config": SMALL | {"model_type": "siglip"}}, "vision_config.model_type 'siglip'"),
         ({"vision_config": LARGE | {"layer_norm_eps": 1e-5}}, "layer_norm_eps 1e-05"),

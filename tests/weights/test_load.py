@@ -38,9 +38,7 @@ def assert_loads(folder, expected, dtype="float32"):
 
 
 @pytest.mark.parametrize(
-    "pairs",
-    [make.HUB, (), make.STATE_DICT_4, make.ORIGINAL],
-    ids=["hub", "state_dict", "state_dict_4", "original"],
+    "pairs", [make.HUB, (), make.STATE_DICT_4, make.ORIGINAL], ids=["hub", "state_dict", "state_dict_4", "original"]
 )
 def test_naming_schemes(pairs, model, expected, tmp_path):
     assert_loads(make.write_scheme(tmp_path / "m", model, pairs), expected)

@@ -54,8 +54,7 @@ def test_without_an_adapter_it_is_a_dense_layer(dtype, bias):
         assert str(jax.make_jaxpr(ours.apply)(made, x)) == str(jax.make_jaxpr(plain.apply)(made, x))
     # On a CPU 16-bit products are float32 ones; elsewhere they are those of nn.Dense.
     texts = [
-        jax.jit(module.apply).trace(made, x).lower(lowering_platforms=("tpu",)).as_text()
-        for module in (ours, plain)
+        jax.jit(module.apply).trace(made, x).lower(lowering_platforms=("tpu",)).as_text() for module in (ours, plain)
     ]
     assert texts[0] == texts[1]
 
@@ -101,17 +100,12 @@ def test_merged_equals_unmerged(model, mixed):
 
 def test_merging_is_the_formula_and_keeps_dtype_and_the_rest():
     _, leaves, _ = module_and_leaves()
-    params = {
-        "up": {**leaves, "kernel": leaves["kernel"].astype(jnp.bfloat16)},
-        "norm": {"scale": jnp.ones(3)},
-    }
+    params = {"up": {**leaves, "kernel": leaves["kernel"].astype(jnp.bfloat16)}, "norm": {"scale": jnp.ones(3)}}
     merged = lora.merge(params)
     assert set(flatten(merged)) == {"up/kernel", "up/bias", "norm/scale"}
     assert merged["up"]["kernel"].dtype == jnp.bfloat16
     exact = np.asarray(params["up"]["kernel"], np.float64) + low_rank_term(leaves, np.eye(24))
-    np.testing.assert_array_equal(
-        merged["up"]["kernel"], jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16)
-    )
+    np.testing.assert_array_equal(merged["up"]["kernel"], jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
     assert merged["norm"]["scale"] is params["norm"]["scale"]
 
 
@@ -137,9 +131,7 @@ def test_what_is_attached(model):
         assert constants.pop(f"{module}/lora_scale") == 1.5
         assert constants.pop(f"{module}/lora_dropout") == 0.25
     assert constants == flatten(model.params)
-    assert len({np.asarray(leaf).tobytes() for path, leaf in flat.items() if path.endswith("_a")}) == len(
-        modules
-    )
+    assert len({np.asarray(leaf).tobytes() for path, leaf in flat.items() if path.endswith("_a")}) == len(modules)
 
 
 def test_only_adapters_get_gradients_and_at_first_only_b(model, mixed):
@@ -174,10 +166,7 @@ def decoder(model):
 def test_dropout_acts_with_an_rng_alone_and_on_the_adapter_alone(model):
     adapters, frozen = adapted(model.params, dropout=0.5)
     hidden = decoder(model)
-    plain, first, second = (
-        hidden(adapters, frozen),
-        *(hidden(adapters, frozen, jax.random.key(k)) for k in (1, 2)),
-    )
+    plain, first, second = (hidden(adapters, frozen), *(hidden(adapters, frozen, jax.random.key(k)) for k in (1, 2)))
     np.testing.assert_array_equal(first, hidden(adapters, frozen, jax.random.key(1)))
     assert np.abs(first - plain).max() > 0.01 and np.abs(first - second).max() > 0.01
     np.testing.assert_array_equal(hidden({}, frozen, jax.random.key(1)), hidden({}, model.params))
@@ -250,9 +239,7 @@ def test_factors_are_split_as_their_kernel_is(module, a, b):
 
 def test_adapters_live_on_the_mesh_of_the_parameters(model):
     place = parameter_sharding(make_mesh())
-    flat = {
-        path: jax.device_put(leaf, place(path, leaf.shape)) for path, leaf in flatten(model.params).items()
-    }
+    flat = {path: jax.device_put(leaf, place(path, leaf.shape)) for path, leaf in flatten(model.params).items()}
     adapters, frozen = adapters_and_frozen = lora.attach(unflatten(flat), 2, 4.0, lora.TARGETS, 0.1, KEY)
     for path, leaf in flatten(parts.join(*adapters_and_frozen)).items():
         assert leaf.sharding == place(path, leaf.shape), path

@@ -110,9 +110,7 @@ def test_saved_again_it_is_a_normal_checkpoint(model, halves, tmp_path):
 
 def test_configuration_of_the_published_checkpoint(tmp_path):
     heads = dict.fromkeys(("num_attention_heads", "num_hidden_layers", "num_key_value_heads"), 32)
-    widths = dict(
-        hidden_size=4096, intermediate_size=11008, mm_hidden_size=1024, max_position_embeddings=4096
-    )
+    widths = dict(hidden_size=4096, intermediate_size=11008, mm_hidden_size=1024, max_position_embeddings=4096)
     published = make.original_config("openai/clip-vit-large-patch14-336", 32000) | heads | widths
     config = models.config_from_hf(to_hf_config(tmp_path, published))
     assert (config.text.vocab_size, config.image_token_id, config.pad_token_id) == (32064, 32000, 32001)

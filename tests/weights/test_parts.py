@@ -10,10 +10,7 @@ from lvlm_jax.weights.tables import flatten
 
 PARAMS = {
     "connector": {"linear_1": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}},
-    "language_model": {
-        "layers_0": {"up_proj": {"kernel": jnp.full((3, 4), 2.0)}},
-        "norm": {"scale": jnp.ones(3)},
-    },
+    "language_model": {"layers_0": {"up_proj": {"kernel": jnp.full((3, 4), 2.0)}}, "norm": {"scale": jnp.ones(3)}},
 }
 
 
@@ -21,10 +18,7 @@ PARAMS = {
     ("pattern", "expected"),
     [
         ("^connector/", {"connector/linear_1/kernel", "connector/linear_1/bias"}),
-        (
-            "kernel$",
-            {"connector/linear_1/kernel", "language_model/layers_0/up_proj/kernel"},
-        ),
+        ("kernel$", {"connector/linear_1/kernel", "language_model/layers_0/up_proj/kernel"}),
         ("", set(flatten(PARAMS))),
     ],
 )

@@ -297,9 +297,7 @@ def test_an_adapter_of_a_tied_output_layer_says_what_to_do(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved_by_peft(base, tmp_path / "a", r=2, target_modules=["lm_head", "q_proj"])
-    with pytest.raises(
-        LVLMError, match="lm_head, which this model ties to its embedding: .*merge the adapter"
-    ):
+    with pytest.raises(LVLMError, match="lm_head, which this model ties to its embedding: .*merge the adapter"):
         LVLM.from_pretrained(tmp_path / "m", adapter=tmp_path / "a")
 
 

@@ -75,8 +75,7 @@ def test_tables_that_contradict_themselves(rows, own, message):
 def test_a_scheme_may_store_a_parameter_in_a_way_of_its_own():
     apart = tuple(Row("a", f"layers_{{i}}/{name}/kernel", f"{{i}}.{name}", LINEAR) for name in "qkv")
     joint = tuple(
-        dataclasses.replace(row, name="{i}.qkv", piece=piece)
-        for row, piece in zip(apart, PIECES, strict=True)
+        dataclasses.replace(row, name="{i}.qkv", piece=piece) for row, piece in zip(apart, PIECES, strict=True)
     )
     table = Table(rows=apart, schemes={"apart": {"a": "m."}, "joint": {"a": "n."}}, own={"joint": joint})
     paths = [f"layers_{layer}/{name}/kernel" for layer in (0, 1) for name in "qkv"]
@@ -89,9 +88,7 @@ def test_a_scheme_may_store_a_parameter_in_a_way_of_its_own():
 def internlm2(tmp_path_factory):
     """A checkpoint with both kinds of fused tensors, with biases."""
     folder = tmp_path_factory.mktemp("internlm2")
-    return write_chat(
-        folder, INTERNVL.build(None, 3, text={"model_type": "llama", "attention_bias": True}), True
-    )
+    return write_chat(folder, INTERNVL.build(None, 3, text={"model_type": "llama", "attention_bias": True}), True)
 
 
 QKV = "vision_model.encoder.layers.1.attn.qkv"
@@ -110,16 +107,11 @@ WQKV = "language_model.model.layers.0.attention.wqkv"
             lambda s: {f"{WQKV}.weight": s[f"{WQKV}.weight"][:48]},
             rf"1 misshapen: {WQKV}.weight \[48, 48\] instead of \[96, 48\]",
         ),
-        (
-            lambda s: {f"{WQKV}.bias": np.zeros(95, np.float32)},
-            rf"1 misshapen: {WQKV}.bias \[95\] instead of \[96\]",
-        ),
+        (lambda s: {f"{WQKV}.bias": np.zeros(95, np.float32)}, rf"1 misshapen: {WQKV}.bias \[95\] instead of \[96\]"),
         (lambda s: {f"{WQKV}.bias": np.zeros(96, np.int32)}, f"1 not floating-point: {WQKV}.bias"),
         (lambda s: {f"{QKV}.bias": None}, f"1 missing: {QKV}.bias"),
         (
-            lambda s: {
-                "language_model.model.layers.0.self_attn.q_proj.weight": np.zeros((48, 48), np.float32)
-            },
+            lambda s: {"language_model.model.layers.0.self_attn.q_proj.weight": np.zeros((48, 48), np.float32)},
             "1 stored twice: .*wqkv.weight",
         ),
         (lambda s: {f"{WQKV}.scale": np.zeros(1, np.float32)}, f"1 unexpected: {WQKV}.scale"),

@@ -153,10 +153,7 @@ def test_quantized_kernels_are_not_trained(quantized):
 
 
 def test_a_quantized_model_is_not_saved(quantized, wide, tmp_path):
-    for save in (
-        quantized.save_pretrained,
-        lambda to: weights.save_checkpoint(to, quantized.params, quantized.config),
-    ):
+    for save in (quantized.save_pretrained, lambda to: weights.save_checkpoint(to, quantized.params, quantized.config)):
         with pytest.raises(LVLMError, match="kernel_int8 is quantized.*dequantize") as raised:
             save(tmp_path / "no")
         assert "\n" not in str(raised.value) and not (tmp_path / "no").exists()

@@ -165,9 +165,7 @@ def test_nothing_half_written_remains(exists, params, config, tmp_path, monkeypa
     if exists:
         weights.save_checkpoint(tmp_path / "out", params, config)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    monkeypatch.setattr(
-        save, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(save, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(LVLMError, match="No space left"):
         weights.save_checkpoint(tmp_path / "out", params, config, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
@@ -198,9 +196,7 @@ def test_there_is_always_a_checkpoint_under_the_name(params, config, tmp_path, m
     real = shutil.rmtree
     seen = []
 
-    def rmtree(
-        path, **options
-    ):  # what is removed is the old one, under the other's name, when the new one is there
+    def rmtree(path, **options):  # what is removed is the old one, under the other's name, when the new one is there
         seen.append((make.stored_dtypes(folder), make.stored_dtypes(Path(path))))
         real(path, **options)
 
@@ -234,11 +230,7 @@ def test_parameters_that_do_not_fit(params, config, tmp_path):
     flat["connector/linear_1/bias"] = jnp.zeros(3)
     with pytest.raises(LVLMError) as caught:
         weights.save_checkpoint(tmp_path / "out", unflatten(flat), config)
-    for part in (
-        "missing: language_model/norm/scale",
-        "unexpected: connector/linear_3/kernel",
-        "[3] instead of [48]",
-    ):
+    for part in ("missing: language_model/norm/scale", "unexpected: connector/linear_3/kernel", "[3] instead of [48]"):
         assert part in str(caught.value)
     with pytest.raises(LVLMError, match="scheme 'x'"):
         weights.save_checkpoint(tmp_path / "out", params, config, scheme="x")

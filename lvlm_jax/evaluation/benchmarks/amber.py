@@ -51,10 +51,7 @@ def _protocol(name: str, about: str, parser: str, groups: tuple[str, ...], lengt
 
 PROTOCOLS = (
     _protocol(
-        "all",
-        "descriptions and questions, answers exactly Yes or No (default)",
-        "exact",
-        (GENERATIVE, *DISCRIMINATIVE),
+        "all", "descriptions and questions, answers exactly Yes or No (default)", "exact", (GENERATIVE, *DISCRIMINATIVE)
     ),
     _protocol("generative", "descriptions", "none", (GENERATIVE,)),
     _protocol("discriminative", "questions, answers exactly Yes or No", "exact", DISCRIMINATIVE, 16),

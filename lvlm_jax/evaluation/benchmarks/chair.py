@@ -33,9 +33,7 @@ GROUP = "captions"
 
 
 def _protocol(name: str, about: str, reading: str, length: int, text: str = DESCRIBE, **settings) -> Protocol:
-    return Protocol(
-        f"chair/{name}", "chair", about, reading, length, template=text, groups=(GROUP,), **settings
-    )
+    return Protocol(f"chair/{name}", "chair", about, reading, length, template=text, groups=(GROUP,), **settings)
 
 
 LIKE_IT = "words without nltk: C_S within 0.2, C_I within 0.1 of opera's on captions of four models"
@@ -51,18 +49,10 @@ PROTOCOLS = (
         system=VICUNA,
     ),
     _protocol(
-        "pai-512",
-        "OPERA's scorer (nltk), prompt 'Please help me describe ...', 512 tokens",
-        "nltk",
-        512,
-        HELP_DESCRIBE,
+        "pai-512", "OPERA's scorer (nltk), prompt 'Please help me describe ...', 512 tokens", "nltk", 512, HELP_DESCRIBE
     ),
     _protocol(
-        "64-sentence",
-        f"64 tokens, the unfinished last sentence dropped; {LIKE_IT}",
-        "verbs",
-        64,
-        truncate="sentence",
+        "64-sentence", f"64 tokens, the unfinished last sentence dropped; {LIKE_IT}", "verbs", 64, truncate="sentence"
     ),
     _protocol("64", f"64 tokens, nothing dropped; {LIKE_IT}", "verbs", 64),
     _protocol("1024", f"1024 tokens; {LIKE_IT}", "verbs", 1024),
@@ -96,12 +86,7 @@ def read_image_list(path: Path) -> list[str]:
         rows = [line.strip() for line in text.splitlines() if line.strip()]
     if text.startswith("{") or any(isinstance(row, dict) for row in rows):
         rows = [
-            files.field(
-                row,
-                ["image", "image_id", "file_name"],
-                (str, int),
-                f"line {line} of image list {str(path)!r}",
-            )
+            files.field(row, ["image", "image_id", "file_name"], (str, int), f"line {line} of image list {str(path)!r}")
             for line, row in files.read_rows(path, "image list")
         ]
     if not rows:
@@ -143,13 +128,9 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         if ids is None:
             raise LVLMError("a chair.pkl does not say which images to describe; give an image list too")
         if not seen & by_id.keys():
-            raise LVLMError(
-                f"none of the {len(ids)} images is in the chair.pkl, first {ids[0]}; check their ids"
-            )
+            raise LVLMError(f"none of the {len(ids)} images is in the chair.pkl, first {ids[0]}; check their ids")
         # The pickle knows no file names, and its dictionary leaves out images without any object.
-        truth = {
-            number: (f"COCO_val2014_{number:012d}.jpg", by_id.get(number, frozenset())) for number in ids
-        }
+        truth = {number: (f"COCO_val2014_{number:012d}.jpg", by_id.get(number, frozenset())) for number in ids}
     else:
         wanted = seen if ids is not None else None
         truth, lexicon = read_annotations(data, protocol.synonym_list, protocol.parser, wanted)
@@ -158,18 +139,9 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     unknown = [number for number in ids if number not in truth]
     if unknown:
         raise LVLMError(f"{len(unknown)} of {len(ids)} images are not in the annotations, first {unknown[0]}")
-    paths = folders.locate_images(
-        data, [truth[number][0] for number in ids], folders.COCO_IMAGES, need_images, "CHAIR"
-    )
+    paths = folders.locate_images(data, [truth[number][0] for number in ids], folders.COCO_IMAGES, need_images, "CHAIR")
     return [
-        Question(
-            number,
-            (paths[truth[number][0]],),
-            "",
-            None,
-            GROUP,
-            {"objects": truth[number][1], "lexicon": lexicon},
-        )
+        Question(number, (paths[truth[number][0]],), "", None, GROUP, {"objects": truth[number][1], "lexicon": lexicon})
         for number in ids
     ]
 
@@ -250,9 +222,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
     """CHAIR's figures, and the length of the captions, with which they fall."""
     recall = ratio(["covered"], ["objects"])
-    faithful = Figure(
-        lambda totals: 1 - divide(totals["hallucinated_mentions"], totals["mentions"]), ("mentions",)
-    )
+    faithful = Figure(lambda totals: 1 - divide(totals["hallucinated_mentions"], totals["mentions"]), ("mentions",))
     return {
         "C_S": ratio(["hallucinated"], ["captions"]),
         "C_I": ratio(["hallucinated_mentions"], ["mentions"]),

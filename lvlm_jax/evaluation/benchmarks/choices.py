@@ -156,9 +156,7 @@ def _options(row: dict, where: str) -> dict[str, str]:
     if not lettered and _yes_no(_first(row, ANSWERS)) is not None:
         lettered = {"A": "True", "B": "False"}  # NLVR2 as it was published: a statement about two images
     if len(lettered) < 2 or any(letter not in LETTERS for letter in lettered):
-        raise LVLMError(
-            f"{where} has no options; expected columns A, B, ..., or a list 'options' or 'choices'"
-        )
+        raise LVLMError(f"{where} has no options; expected columns A, B, ..., or a list 'options' or 'choices'")
     return lettered
 
 

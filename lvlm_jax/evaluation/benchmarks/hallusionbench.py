@@ -28,13 +28,7 @@ from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 CATEGORIES = ("VD", "VS")
 PLACES = (".", "HallusionBench", "hallusion_bench", "data")
 IMAGE_FOLDER = "hallusion_bench"
-IMAGE_PLACES = (
-    IMAGE_FOLDER,
-    f"HallusionBench/{IMAGE_FOLDER}",
-    f"{IMAGE_FOLDER}/{IMAGE_FOLDER}",
-    "images",
-    ".",
-)
+IMAGE_PLACES = (IMAGE_FOLDER, f"HallusionBench/{IMAGE_FOLDER}", f"{IMAGE_FOLDER}/{IMAGE_FOLDER}", "images", ".")
 SET = ("category", "subcategory", "set_id")
 PREDICTION = "model_prediction"
 COUNTS = ("asked", "right", "unparsed", "pairs", "right pairs", "figures", "right figures")
@@ -61,9 +55,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
         )
     if data.question_file is not None:
         return {"questions": [files.given(data.question_file, "question file")]}
-    return {
-        "questions": [folders.find(data, ["HallusionBench.json"], PLACES, "HallusionBench's question file")]
-    }
+    return {"questions": [folders.find(data, ["HallusionBench.json"], PLACES, "HallusionBench's question file")]}
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
@@ -148,9 +140,7 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
     }
     parts = {"": groups} | {f"{group}: ": [group] for group in groups if len(groups) > 1}
     return {
-        f"{prefix}{name}": ratio(
-            [f"{group}/{part}" for group in members], [f"{group}/{whole}" for group in members]
-        )
+        f"{prefix}{name}": ratio([f"{group}/{part}" for group in members], [f"{group}/{whole}" for group in members])
         for prefix, members in parts.items()
         for name, (part, whole) in kinds.items()
     }

@@ -54,9 +54,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
         raise LVLMError(f"{protocol.name} needs the question file by name; give --question-file")
     unknown = set(data.groups) - set(protocol.groups)
     if unknown:
-        raise LVLMError(
-            f"MIHBench has no kind {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}"
-        )
+        raise LVLMError(f"MIHBench has no kind {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}")
     wanted = [group for group in protocol.groups if not data.groups or group in data.groups]
     return {
         group: [
@@ -123,10 +121,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     Under the parser "short" yes/no questions are parsed by "strict".
     """
     groups = list(dict.fromkeys(question.group for question in questions))
-    labels = {
-        group: {question.label.lower() for question in questions if question.group == group}
-        for group in groups
-    }
+    labels = {group: {question.label.lower() for question in questions if question.group == group} for group in groups}
     one_word = [group for group in groups if not labels[group] <= {"yes", "no"}]
     parse = parsers.yes_no("strict" if protocol.parser == "short" else protocol.parser)
     tally, unparsed = Tally(), 0

@@ -41,9 +41,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     folder = folders.data_folder(data)
     unknown = set(data.groups) - set(protocol.groups)
     if unknown:
-        raise LVLMError(
-            f"{protocol.name} has no subtask {sorted(unknown)[0]!r}; it has {', '.join(protocol.groups)}"
-        )
+        raise LVLMError(f"{protocol.name} has no subtask {sorted(unknown)[0]!r}; it has {', '.join(protocol.groups)}")
     places = [folder, folder / RELEASE, folder / "MME" / RELEASE, folder / "MME", folder / "mme" / RELEASE]
     found = {}
     for task in protocol.groups:
@@ -85,9 +83,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
                         f"line {number} of MME file {str(path)!r} is {line!r}; expected a question, a tab, Yes or No"
                     )
                 questions.append(
-                    Question(
-                        f"{image.name}/{number}", (image,), text.strip(), label, task, {"number": number}
-                    )
+                    Question(f"{image.name}/{number}", (image,), text.strip(), label, task, {"number": number})
                 )
     return questions
 
@@ -120,9 +116,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
         right = said == label
         tally.correct[question.key] = right
         task = question.group
-        tally.add(
-            question.unit, **{f"{task}/asked": 1, f"{task}/right": right, f"{task}/unparsed": said is None}
-        )
+        tally.add(question.unit, **{f"{task}/asked": 1, f"{task}/right": right, f"{task}/unparsed": said is None})
         pairs.setdefault((task, question.unit), []).append(right)
     for (task, unit), rights in pairs.items():
         tally.add(unit, **{f"{task}/images": 1, f"{task}/both": all(rights) and len(rights) == 2})
@@ -135,9 +129,7 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
     """The sums all of whose subtasks are among `groups`, and the figures of each subtask."""
     points = {task: _points(task) for task in groups}
     table = {
-        name: total([points[task] for task in members])
-        for name, members in SUMS.items()
-        if set(members) <= set(groups)
+        name: total([points[task] for task in members]) for name, members in SUMS.items() if set(members) <= set(groups)
     }
     for task in groups:
         table[f"{task}: score"] = points[task]
@@ -167,20 +159,13 @@ class TextFiles(AnswerFormat):
             where = f"line {number} of answer file {str(path)!r}"
             cells = line.rstrip("\r").split("\t")
             if len(cells) != 4:
-                raise LVLMError(
-                    f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs"
-                )
+                raise LVLMError(f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs")
             image, asked, _, said = cells
             rows.append(Row(where, None, said, group or path.stem, asked.strip(), (image.strip(),)))
         return rows
 
     def write(
-        self,
-        path: Path,
-        questions: Sequence[Question],
-        answers: Mapping,
-        protocol: Protocol,
-        model_id: str = "",
+        self, path: Path, questions: Sequence[Question], answers: Mapping, protocol: Protocol, model_id: str = ""
     ) -> list[Path]:
         """Write a file for each subtask into the folder `path`."""
         by_task: dict[str, list[str]] = {}

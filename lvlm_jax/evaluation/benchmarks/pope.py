@@ -29,9 +29,7 @@ def _protocol(name: str, about: str, parser: str, max_new_tokens: int, **setting
 
 
 PROTOCOLS = (
-    _protocol(
-        "strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX
-    ),
+    _protocol("strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX),
     _protocol("official", "POPE's and LLaVA's scorer, LLaVA's suffix", "official", 128, suffix=LLAVA_SUFFIX),
     _protocol("opera", "OPERA's scorer and system prompt, no suffix", "opera", 10, system=VICUNA),
     _protocol(
@@ -44,12 +42,7 @@ PROTOCOLS = (
         system=VICUNA,
     ),
     _protocol(
-        "vcd-greedy",
-        "VCD's scorer, suffix and system prompt, greedy",
-        "vcd",
-        64,
-        suffix=VCD_SUFFIX,
-        system=VICUNA,
+        "vcd-greedy", "VCD's scorer, suffix and system prompt, greedy", "vcd", 64, suffix=VCD_SUFFIX, system=VICUNA
     ),
     _protocol("lmms-eval", "lmms-eval's scorer, LLaVA's suffix", "lmms-eval", 128, suffix=LLAVA_SUFFIX),
     _protocol("pocket", "pocket world: no suffix, one yes/no word counts", "strict", 16),
@@ -59,9 +52,7 @@ PROTOCOLS = (
 def _groups(data: Data, protocol: Protocol) -> tuple[str, ...]:
     unknown = set(data.groups) - set(protocol.groups)
     if unknown:
-        raise LVLMError(
-            f"POPE has no split {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}"
-        )
+        raise LVLMError(f"POPE has no split {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}")
     return tuple(group for group in protocol.groups if not data.groups or group in data.groups)
 
 
@@ -112,9 +103,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
                          files.field(row, ["text"], str, where), label.strip().lower()))  # fmt: skip
     places = folders.GQA_IMAGES if data.source == "gqa" else folders.COCO_IMAGES
     paths = folders.locate_images(data, [row[2] for row in rows], places, need_images, "POPE")
-    return [
-        Question(number, (paths[image],), text, label, group) for group, number, image, text, label in rows
-    ]
+    return [Question(number, (paths[image],), text, label, group) for group, number, image, text, label in rows]
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
@@ -164,8 +153,6 @@ BENCHMARK = Benchmark(
     uses=("question_file", "image_folder", "source", "groups"),
     recorded=("source",),
     # LLaVA's scorer has the three splits in one file.
-    answers=AnswerFormat(
-        by_group=True, in_order=True, repeats=True, blocks=("adversarial", "random", "popular")
-    ),
+    answers=AnswerFormat(by_group=True, in_order=True, repeats=True, blocks=("adversarial", "random", "popular")),
     image_places=(*folders.COCO_IMAGES, *folders.GQA_IMAGES),
 )

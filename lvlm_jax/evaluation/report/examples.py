@@ -26,9 +26,7 @@ LONGEST_TEXT = 600  # characters of an answer
 PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
 SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
 # Folders below the data folder, those of all benchmarks: people keep the pictures of several in one.
-PLACES = dict.fromkeys(
-    (".", *(place for benchmark in BENCHMARKS.values() for place in benchmark.image_places))
-)
+PLACES = dict.fromkeys((".", *(place for benchmark in BENCHMARKS.values() for place in benchmark.image_places)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +170,7 @@ def _rows(path: Path, run: Run) -> Iterator[tuple[str, str | None, Answer]]:
         nth[row.group, row.images] += 1
         # MME's rows have no ids: a question is known by its image, and by whether it is the first or the second.
         identity = f"{row.images[0]}/{nth[row.group, row.images]}" if row.id is None else row.id
-        yield (
-            identity,
-            row.group if row.group in groups else None,
-            Answer(row.text, row.prompt or same, row.images),
-        )
+        yield (identity, row.group if row.group in groups else None, Answer(row.text, row.prompt or same, row.images))
 
 
 def right_answer(parser: str, right: str, wrong: str) -> str:

@@ -23,13 +23,7 @@ TITLE = "Methods against hallucination"
 
 
 def write(
-    folder: Path,
-    out: Path,
-    *,
-    title: str = TITLE,
-    images: Sequence[Path] = (),
-    each: int = 2,
-    seed: int = 0,
+    folder: Path, out: Path, *, title: str = TITLE, images: Sequence[Path] = (), each: int = 2, seed: int = 0
 ) -> list[Path]:
     """Write the report of all runs below a folder: `index.html` and `report.md`.
 
@@ -101,11 +95,7 @@ def _plain(section: Section) -> dict:
     """A section as JSON values; a cell is a list of its fields, for there are thousands."""
     tables = [
         dataclasses.asdict(dataclasses.replace(table, rows=()))
-        | {
-            "rows": [
-                vars(row) | {"cells": [list(vars(cell).values()) for cell in row.cells]} for row in table.rows
-            ]
-        }
+        | {"rows": [vars(row) | {"cells": [list(vars(cell).values()) for cell in row.cells]} for row in table.rows]}
         for table in section.tables
     ]
     return {"heading": section.heading, "intro": section.intro, "tables": tables}

@@ -180,9 +180,7 @@ def collect(folder: Path) -> list[Run]:
     """
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise LVLMError(
-            f"{str(folder)!r} is not a folder; give the one that holds the runs (lvlm evaluate --out)"
-        )
+        raise LVLMError(f"{str(folder)!r} is not a folder; give the one that holds the runs (lvlm evaluate --out)")
     paths = sorted(folder.rglob("scores.json"))
     if not paths:
         raise LVLMError(f"no scores.json in {str(folder)!r} or below; lvlm evaluate writes them")
@@ -218,9 +216,7 @@ def load(path: Path, name: str) -> Run:
         settings = record["protocol"]
         protocol = Protocol(**settings | {"groups": tuple(settings["groups"])})
         if protocol.benchmark not in BENCHMARKS:
-            raise LVLMError(
-                f"{where} is of benchmark {protocol.benchmark!r}, which this version does not know"
-            )
+            raise LVLMError(f"{where} is of benchmark {protocol.benchmark!r}, which this version does not know")
         images = found["per_image"]["images"]
         counts = tuple(found["per_image"]["counts"])
         run = Run(
@@ -235,9 +231,7 @@ def load(path: Path, name: str) -> Run:
         return run
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise LVLMError(
-            f"{where} is not of the form that lvlm evaluate writes ({said}); score it again"
-        ) from error
+        raise LVLMError(f"{where} is not of the form that lvlm evaluate writes ({said}); score it again") from error
 
 
 def _look_at(run: Run) -> tuple:

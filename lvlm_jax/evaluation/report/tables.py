@@ -12,9 +12,7 @@ from lvlm_jax.evaluation.report.cells import Cell, beats, between, cell, number,
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
-SHORTER = (
-    "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
-)
+SHORTER = "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +89,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def _which(line: Line, among: Sequence[Line]) -> str:
-    alike = [
-        set(one.settings.split(", ")) for one in among if (one.model, one.name) == (line.model, line.name)
-    ]
+    alike = [set(one.settings.split(", ")) for one in among if (one.model, one.name) == (line.model, line.name)]
     shared = set.intersection(*alike)
     return ", ".join(word for word in line.settings.split(", ") if word not in shared)
 
@@ -235,8 +231,7 @@ class Report:
         for line in self.lines:
             runs = [line.runs.get(column.protocol) for column in columns]
             cells = tuple(
-                self.figure(run, run and headline(run, column.name))
-                for run, column in zip(runs, columns, strict=True)
+                self.figure(run, run and headline(run, column.name)) for run, column in zip(runs, columns, strict=True)
             )
             rows.append(Row(line.model, line.name, line.settings, cells))
         return Table("", columns, tuple(rows), tuple(self.remarks()))
@@ -264,12 +259,7 @@ class Report:
         for heading, named in arranged(name for _, run in members for name in run.figures).items():
             columns = tuple(self.column(name, protocol, title) for title, name in named.items())
             rows = tuple(
-                Row(
-                    line.model,
-                    line.name,
-                    line.which,
-                    tuple(self.figure(run, name) for name in named.values()),
-                )
+                Row(line.model, line.name, line.which, tuple(self.figure(run, name) for name in named.values()))
                 for line, run in members
             )
             yield Table(f"{protocol}: {heading}", columns, rows)
@@ -291,12 +281,7 @@ class Report:
                 for name, direction in zip(names, directions, strict=True)
             )
             rows.append(
-                Row(
-                    group,
-                    "the method itself",
-                    "",
-                    (Cell("" if run.controls else "no controls were run"), *own),
-                )
+                Row(group, "the method itself", "", (Cell("" if run.controls else "no controls were run"), *own))
             )
             for title, control in run.controls.items():
                 cells = (
@@ -365,8 +350,6 @@ class Report:
                 run.record.get("seed"),
                 run.record["version"],
             )
-            cells = (
-                Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found)
-            )
+            cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found))
             rows.append(Row(line.model, line.name, line.settings, tuple(cells)))
         return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))

@@ -23,11 +23,7 @@ class Tokens(NamedTuple):
 
 
 def encode(
-    processor: Any,
-    stops: Collection[int],
-    messages: list[dict],
-    last_only: bool,
-    expanded: Callable[[str], str] = str,
+    processor: Any, stops: Collection[int], messages: list[dict], last_only: bool, expanded: Callable[[str], str] = str
 ) -> Tokens:
     """Token ids of a conversation that ends with an answer.
 

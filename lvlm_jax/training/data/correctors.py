@@ -84,8 +84,7 @@ def from_file(path: Path, prompts: Sequence[Prompt]) -> Corrector:
             raise LVLMError(f"{where}: id {key} occurs twice; every answer must have one correction")
         corrections[key] = files.field(row, ("chosen",), str, where)
     return Corrector(
-        lambda prompt, answer: corrections.get(prompt.id, answer),
-        {"kind": "file", "sha256": file_hash(path)},
+        lambda prompt, answer: corrections.get(prompt.id, answer), {"kind": "file", "sha256": file_hash(path)}
     )
 
 

@@ -44,9 +44,7 @@ def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
     wanted = name.removeprefix(":") or (only[0] if len(only) == 1 else "")
     if wanted not in entries:
         known = ", ".join(map(str, (ranked or list(entries))[:10]))
-        raise LVLMError(
-            f"{str(path)!r} names no data set; expected {FILE}:NAME, NAME one of: {known or 'none'}"
-        )
+        raise LVLMError(f"{str(path)!r} names no data set; expected {FILE}:NAME, NAME one of: {known or 'none'}")
     entry = _checked(entries[wanted], f"entry {wanted[:60]!r} of {str(info)!r}")
     return info.parent / entry["file_name"], info.parent, entry
 

@@ -28,9 +28,7 @@ from lvlm_jax.training.data.pair_formats import ANSWERS
 from lvlm_jax.training.data.prompts import Prompt, read_prompts
 
 STAGES = ("1", "2", "both")
-ROOM_STEP = (
-    16  # room for answers comes in multiples of this many tokens: every other room compiles another program
-)
+ROOM_STEP = 16  # room for answers comes in multiples of this many tokens: every other room compiles another program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +94,7 @@ def read(
         answers |= generate(missing, model, method, longest, batch_size, log, record)
     return [
         Conversation(
-            prompt.images,
-            [*prompt.messages, pair_files.assistant(answers[prompt.id])],
-            prompt.id,
-            prompt.extra,
+            prompt.images, [*prompt.messages, pair_files.assistant(answers[prompt.id])], prompt.id, prompt.extra
         )
         for prompt in prompts
     ]

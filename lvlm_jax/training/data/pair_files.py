@@ -64,8 +64,7 @@ class Pair:
         """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
         pictures = iter(self.images)
         return [
-            {**message, "content": [_filled(part, pictures) for part in message["content"]]}
-            for message in self.prompt
+            {**message, "content": [_filled(part, pictures) for part in message["content"]]} for message in self.prompt
         ]
 
 
@@ -85,17 +84,13 @@ def read_pairs(path: str | Path) -> list[Pair]:
         found = pair_formats.read_row(row, where)
         images = row_images(row, folder, where)
         if not images:
-            raise LVLMError(
-                f"{where} has no image; a preference pair needs at least one, in the field images"
-            )
+            raise LVLMError(f"{where} has no image; a preference pair needs at least one, in the field images")
         for name in pair_formats.ANSWERS:
             _check_answer(getattr(found, name), name, where)
         if found.chosen.strip() == found.rejected.strip():
             raise LVLMError(f"{where}: chosen and rejected are equal; remove the pair, it teaches nothing")
         if not found.prompt or found.prompt[-1]["role"] != "user":
-            raise LVLMError(
-                f"{where}: the prompt does not end with a user message; there is nothing to answer"
-            )
+            raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
         prompt = place_images(found.prompt, len(images), where)
         extra = {key: row[key] for key in row if key not in (*found.used, *IMAGE_KEYS, ID_KEYS[0])}
         pairs.append(Pair(images, prompt, found.chosen, found.rejected, row_id(row, number), extra))
@@ -202,9 +197,7 @@ def _image(given: Any, folder: Path, where: str) -> Path | bytes:
             data = base64.b64decode(given["bytes"], validate=True)
             PIL.Image.open(io.BytesIO(data))
         except Exception as error:  # a reader of pictures raises whatever the first broken byte provokes
-            raise LVLMError(
-                f"{where}: an image's bytes are no base64 of a picture that can be opened"
-            ) from error
+            raise LVLMError(f"{where}: an image's bytes are no base64 of a picture that can be opened") from error
         return data
     name = given.get("path") if isinstance(given, dict) else given
     if not isinstance(name, str) or not name:

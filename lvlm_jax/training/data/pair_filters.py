@@ -106,9 +106,7 @@ def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candid
     return kept, {reason: counts[reason] for reason in REASONS}
 
 
-def hold_out(
-    candidates: Sequence[Candidate], share: float, seed: int = 0
-) -> tuple[list[Candidate], list[Candidate]]:
+def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tuple[list[Candidate], list[Candidate]]:
     """Training and validation candidates, in order, without a picture in common.
 
     Candidates that share pictures, directly or through others, stay together. Such groups are drawn in random order,
@@ -166,8 +164,7 @@ def statistics(
     """
     counts = Counter(len(candidate.prompt.images) for candidate in kept)
     lengths = {
-        side: np.array([len(words(getattr(candidate, side))) for candidate in kept])
-        for side in ("chosen", "rejected")
+        side: np.array([len(words(getattr(candidate, side))) for candidate in kept]) for side in ("chosen", "rejected")
     }
     return {
         "prompts": prompts,

@@ -70,9 +70,7 @@ def read_row(row: dict, where: str) -> Row:
         return _implicit(pair, where)._replace(used=tuple(f"{name}_messages" for name in ANSWERS))
     if "conversations" in row:
         messages = [as_message(message, where) for message in field(row, ("conversations",), list, where)]
-        return Row(
-            _with_system(row, messages, where), *_answers(row, where), ("conversations", "system", *ANSWERS)
-        )
+        return Row(_with_system(row, messages, where), *_answers(row, where), ("conversations", "system", *ANSWERS))
     if "question" in row:
         return Row([_user(row, "question", where)], *_answers(row, where), ("question", *ANSWERS))
     if "instruction" in row:
@@ -149,9 +147,7 @@ def _bare(message: Any, found: list[Any]) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in _PICTURES and (key := next((key for key in _SOURCES if part.get(key)), None)):
-            source = (
-                part[key].get("url") if isinstance(part[key], Mapping) and "url" in part[key] else part[key]
-            )
+            source = part[key].get("url") if isinstance(part[key], Mapping) and "url" in part[key] else part[key]
             found.append(source)
             part = {"type": "image"}
         parts.append(part)
@@ -253,9 +249,7 @@ def _packed(row: dict, where: str) -> Row:
         try:
             inner = json.loads(inner)
         except (ValueError, RecursionError) as error:
-            raise LVLMError(
-                f"{where}: text is no JSON string of a question with two answers ({error})"
-            ) from error
+            raise LVLMError(f"{where}: text is no JSON string of a question with two answers ({error})") from error
     if not isinstance(inner, dict):
         raise LVLMError(f"{where}: text is a JSON {type(inner).__name__}; expected an object")
     found = read_row({key: value for key, value in inner.items() if key != "text"}, where)
@@ -275,7 +269,6 @@ def _implicit(row: dict, where: str) -> Row:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     texts = (
-        answer_text(answer[shared:], name, where)
-        for name, answer in zip(ANSWERS, (chosen, rejected), strict=True)
+        answer_text(answer[shared:], name, where) for name, answer in zip(ANSWERS, (chosen, rejected), strict=True)
     )
     return Row([as_message(message, where) for message in chosen[:shared]], *texts, ANSWERS)

@@ -68,11 +68,7 @@ class Answers:
         entry: dict[str, Any] = {"id": self.id}
         for side in SIDES:
             answer = getattr(self, side)
-            entry |= {
-                side: answer.text,
-                f"{side}_finish_reason": answer.finish_reason,
-                f"{side}_tokens": answer.tokens,
-            }
+            entry |= {side: answer.text, f"{side}_finish_reason": answer.finish_reason, f"{side}_tokens": answer.tokens}
         return entry
 
     @classmethod
@@ -81,10 +77,7 @@ class Answers:
         expect(entry, {"id": str})
         for side in SIDES:
             expect(entry, {side: str, f"{side}_finish_reason": str, f"{side}_tokens": int})
-        sides = {
-            side: Answer(entry[side], entry[f"{side}_finish_reason"], entry[f"{side}_tokens"])
-            for side in SIDES
-        }
+        sides = {side: Answer(entry[side], entry[f"{side}_finish_reason"], entry[f"{side}_tokens"]) for side in SIDES}
         return entry["id"], cls(entry["id"], **sides)
 
 

@@ -98,12 +98,7 @@ def answered(
         "seed": plan.seed,
     }
     answers = pairs.answer(
-        prompts,
-        plan,
-        lambda: LVLM.from_pretrained(path, dtype=dtype),
-        out / "answers.jsonl",
-        record,
-        batch_size,
+        prompts, plan, lambda: LVLM.from_pretrained(path, dtype=dtype), out / "answers.jsonl", record, batch_size
     )
     texts = {key: said.chosen.text for key, said in answers.items()}
     corrected = pairs.correct(prompts, texts, correct, out / "corrections.jsonl", record)
@@ -133,7 +128,5 @@ def table(figures: Mapping[str, Any]) -> str:
     lines += [("share corrected", figures["corrected"]), ("share chosen longer", figures["chosen_longer"])]
     for side, words in figures["words"].items():
         lines.append((f"words of {side}", ", ".join(f"{name} {value:g}" for name, value in words.items())))
-    lines.append(
-        ("pairs by images", ", ".join(f"{key}: {value}" for key, value in figures["images"].items()))
-    )
+    lines.append(("pairs by images", ", ".join(f"{key}: {value}" for key, value in figures["images"].items())))
     return "\n".join(f"{name:24s} {value}" for name, value in lines)

@@ -60,16 +60,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     for where, number, row in pair_files.read_rows(path, "prompt file"):
         images = pair_files.row_images(row, path.parent, where)
         if not images:
-            raise LVLMError(
-                f"{where} has no image; a preference pair needs at least one, in the field images"
-            )
+            raise LVLMError(f"{where} has no image; a preference pair needs at least one, in the field images")
         asked = files.field(row, ("prompt",), (str, list), where)
         given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         messages = [pair_formats.as_message(message, where) for message in given]
         if not messages or messages[-1]["role"] != "user":
-            raise LVLMError(
-                f"{where}: the prompt does not end with a user message; there is nothing to answer"
-            )
+            raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
         messages = pair_files.place_images(messages, len(images), where)
         if not any(part.get("text", "").strip() for part in messages[-1]["content"]):
             raise LVLMError(f"{where}: the prompt is empty; ask something")

@@ -60,8 +60,7 @@ def with_reference(
     per_row = len(rows[0].sequences)
     pieces = np.split(found, np.cumsum(lengths)[:-1])
     return tuple(
-        replace(row, reference=tuple(pieces[per_row * index : per_row * (index + 1)]))
-        for index, row in enumerate(rows)
+        replace(row, reference=tuple(pieces[per_row * index : per_row * (index + 1)])) for index, row in enumerate(rows)
     )
 
 

@@ -103,9 +103,7 @@ class Teacher(AnswerRows):
     """SEVI in these rows: in one pass what generation computes token by token."""
 
     def logits(self, site, logits):
-        def put(
-            rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]
-        ) -> jax.Array:
+        def put(rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]) -> jax.Array:
             return rows.at[:, index].set(new, mode="drop")
 
         return jax.vmap(put)(logits, self.index, self.edit(site, logits)[1])
@@ -131,10 +129,7 @@ class Student(AnswerRows):
         heads = jnp.stack([stage[..., 0] for stage in moved], axis=-1) * self.weight[:, None, :, None]
         divergence = kl_divergence(edited, own, seen[:, None])[..., None] * heads
         carry: Flow = site.carry
-        return Flow(
-            carry.divergence + divergence.sum(axis=(1, 2)),
-            carry.moved + heads.sum(axis=(1, 2)),
-        )
+        return Flow(carry.divergence + divergence.sum(axis=(1, 2)), carry.moved + heads.sum(axis=(1, 2)))
 
 
 def kl_divergence(
@@ -176,9 +171,7 @@ class Alignment:
         """What is minimised, with weights."""
         return {"attention_kl": 1.0} | ({"answer_kl": self.mu} if self.mu else {})
 
-    def objective(
-        self, trainable: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array | None
-    ) -> dict[str, Mean]:
+    def objective(self, trainable: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array | None) -> dict[str, Mean]:
         """The terms over a batch, in nats per answer token, and what else tells how training goes. Pure.
 
         Args:

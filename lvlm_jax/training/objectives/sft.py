@@ -17,9 +17,7 @@ from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
 
-def metrics(
-    module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
-) -> dict[str, Mean]:
+def metrics(module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> dict[str, Mean]:
     """`loss` (nats) and `accuracy` over the answer tokens of a batch. Pure.
 
     Args:
@@ -33,10 +31,7 @@ def metrics(
     image_id, axes = sequence["image_id"], sequence.get("axes")
     decoded = forward.decode(module, params, image_id, embedded, rngs=rngs, axes=axes)
     logits, targets, mask = forward.answer_logits(module, params, decoded.hidden[0], sequence, rngs)
-    return {
-        "loss": cross_entropy(logits, targets, mask),
-        "accuracy": accuracy(logits, targets, mask),
-    }
+    return {"loss": cross_entropy(logits, targets, mask), "accuracy": accuracy(logits, targets, mask)}
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:

@@ -65,12 +65,7 @@ def losses(
 
 
 def metrics(
-    scorer: Scorer,
-    settings: Mapping[str, float],
-    trainable: Any,
-    frozen: Any,
-    batch: Batch,
-    key: jax.Array | None,
+    scorer: Scorer, settings: Mapping[str, float], trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> dict[str, Mean]:
     """`losses` of a batch. Pure.
 
@@ -97,11 +92,7 @@ OBJECTIVE = Objective(
     "simpo",
     task,
     section="simpo",
-    defaults={
-        "beta": 2.0,
-        "gamma": 0.5,
-        "label_smoothing": 0.0,
-    },
+    defaults={"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
     docs={
         "beta": "scale of an answer's reward, its mean log-probability",
         "gamma": "the margin that the chosen answer's reward should have over the rejected one's",

@@ -51,9 +51,7 @@ def test_leaves_are_not_the_word_leave_of_the_list(tmp_path):
 
 def test_questions_by_hand(tmp_path):
     questions = read(amber_folder(tmp_path), "amber/discriminative")
-    found, scores = values(
-        questions, {1005: "Yes", 1006: "No", 1007: "Yes", 1008: "no"}, "amber/discriminative"
-    )
+    found, scores = values(questions, {1005: "Yes", 1006: "No", 1007: "Yes", 1008: "no"}, "amber/discriminative")
     # three should be No: one said so, one said Yes, one said "no", which is not exactly No
     assert found["discriminative: accuracy"] == 2 / 4
     assert found["discriminative: precision"] == 1.0
@@ -63,9 +61,7 @@ def test_questions_by_hand(tmp_path):
     assert found["attribute: accuracy"] == 1.0 and found["number: recall"] == 1.0
     assert found["relation: unparsed"] == 1.0
     assert scores.notes["unparsed"] == 1
-    found, _ = values(
-        questions, {1005: "Yes", 1006: "No", 1007: "Yes", 1008: "no"}, "amber/discriminative-strict"
-    )
+    found, _ = values(questions, {1005: "Yes", 1006: "No", 1007: "Yes", 1008: "no"}, "amber/discriminative-strict")
     assert found["discriminative: recall"] == 2 / 3
 
 
@@ -78,9 +74,7 @@ def test_dimensions_hold_their_kinds(tmp_path):
 def test_soft_matching(tmp_path, monkeypatch):
     """With vectors a noun like an annotated one is not hallucinated, and one like a temptation counts for Cog."""
     alike = {("puppy", "tree"), ("kitten", "cat")}
-    monkeypatch.setattr(
-        amber, "similar_words", lambda matching: lambda a, b: (a, b) in alike or (b, a) in alike
-    )
+    monkeypatch.setattr(amber, "similar_words", lambda matching: lambda a, b: (a, b) in alike or (b, a) in alike)
     questions = [q for q in read(amber_folder(tmp_path), "amber/generative") if q.id == 1]
     judged, covered, tempted = amber.nouns_judged(questions[0], "A puppy and a kitten.")
     assert judged == [("puppy", False), ("kitten", True)]
@@ -97,16 +91,8 @@ def test_soft_matching_needs_spacy(tmp_path):
     ("name", "change", "message"),
     [
         ("query/query_all", lambda rows: [*rows, rows[0]], "id 1 occurs twice"),
-        (
-            "query/query_all",
-            lambda rows: [*rows, {"id": 9, "image": "a.jpg", "query": "?"}],
-            "id 9 is not in",
-        ),
-        (
-            "annotations",
-            lambda rows: [rows[0] | {"truth": ["spoon"]}, *rows[1:]],
-            "annotation 1 names 'spoon'",
-        ),
+        ("query/query_all", lambda rows: [*rows, {"id": 9, "image": "a.jpg", "query": "?"}], "id 9 is not in"),
+        ("annotations", lambda rows: [rows[0] | {"truth": ["spoon"]}, *rows[1:]], "annotation 1 names 'spoon'"),
         ("annotations", lambda rows: [{"id": 1, "type": "poetic"}, *rows[1:]], "type 'poetic'"),
         ("annotations", lambda rows: [rows[0] | {"truth": [[]]}, *rows[1:]], r"annotation 1 names \[\]"),
         ("relation", lambda lists: lists | {"cat": [{}]}, "expected AMBER's relation.json"),

@@ -19,14 +19,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, chair_nltk, get
 from lvlm_jax.evaluation.benchmarks import chair
 from lvlm_jax.evaluation.chair_truth import read_chair_pickle
-from lvlm_jax.evaluation.chair_words import (
-    DOUBLE_WORDS,
-    parse_synonyms,
-    plain_lexicon,
-    singular,
-    tokens,
-    verb_stem,
-)
+from lvlm_jax.evaluation.chair_words import DOUBLE_WORDS, parse_synonyms, plain_lexicon, singular, tokens, verb_stem
 from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import CATEGORIES, SYNONYMS, coco_folder, write_lines
@@ -299,17 +292,13 @@ def fake_nltk(monkeypatch, version="3.9.1", lacks=()):
 
     class Lemmatizer:
         def lemmatize(self, word, pos):
-            return {("seated", "v"): "seat", ("potted", "a"): "potted"}.get(
-                (word, pos), word.removesuffix("s")
-            )
+            return {("seated", "v"): "seat", ("potted", "a"): "potted"}.get((word, pos), word.removesuffix("s"))
 
     stem = types.ModuleType("nltk.stem")
     stem.WordNetLemmatizer = Lemmatizer
     monkeypatch.setitem(sys.modules, "nltk", nltk)
     monkeypatch.setitem(sys.modules, "nltk.stem", stem)
-    monkeypatch.setattr(
-        chair_nltk, "lemmas", chair_nltk.lemmas.__wrapped__
-    )  # remember nothing of the stand-in
+    monkeypatch.setattr(chair_nltk, "lemmas", chair_nltk.lemmas.__wrapped__)  # remember nothing of the stand-in
 
 
 def test_words_go_through_nltk(folder, monkeypatch):
@@ -341,10 +330,7 @@ def test_missing_nltk_is_said_in_one_line(folder, monkeypatch, version, lacks, m
     with pytest.raises(LVLMError) as caught:
         read(folder, "chair/opera-64")
     said = str(caught.value)
-    assert (
-        said.startswith("chair/opera-64 finds words as the published scorer does, with nltk")
-        and message in said
-    )
+    assert said.startswith("chair/opera-64 finds words as the published scorer does, with nltk") and message in said
     assert said.endswith("or choose chair/512 or chair/64-sentence, which needs no nltk") and "\n" not in said
 
 
@@ -434,9 +420,7 @@ def dangerous(marker):
     command = f"touch {marker}"
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         yield pickle.dumps(Reduced(os.system, (command,)), protocol=protocol)
-        yield pickle.dumps(
-            {"imid_to_objects": Reduced(eval, (f"open({str(marker)!r}, 'w')",))}, protocol=protocol
-        )
+        yield pickle.dumps({"imid_to_objects": Reduced(eval, (f"open({str(marker)!r}, 'w')",))}, protocol=protocol)
     yield b"(S'" + command.encode() + b"'\nios\nsystem\n."  # INST
     yield b"(cos\nsystem\nS'" + command.encode() + b"'\no."  # OBJ
     yield b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\x00\x00\x00os\x85RX\x06\x00\x00\x00system\x86R."

@@ -25,9 +25,7 @@ def row(number, **more):
 
 
 def sample(folder):
-    rows = [
-        row(i, answer="AB"[i % 2], category=("one", "two")[i // 4], image=f"{i % 3}.jpg") for i in range(8)
-    ]
+    rows = [row(i, answer="AB"[i % 2], category=("one", "two")[i // 4], image=f"{i % 3}.jpg") for i in range(8)]
     return Data(folder, write_lines(folder / "q.jsonl", rows))
 
 
@@ -64,9 +62,7 @@ def test_vlmevalkit_table(tmp_path):
     assert first.text == 'Hint: an animal\nWhat "is"\nit?\nA. dog\nB. cat'
     assert (first.label, first.group, first.extra["options"]) == ("B", "objects", ("A", "B"))
     assert first.images == third.images == (JPEG,) and second.images == (PNG, JPEG)
-    assert ANY.prompt(third).endswith(
-        "B. cat\nAnswer with the option's letter from the given choices directly."
-    )
+    assert ANY.prompt(third).endswith("B. cat\nAnswer with the option's letter from the given choices directly.")
 
 
 def test_columns_of_hugging_face_sets(tmp_path):
@@ -106,11 +102,7 @@ def test_interleaved_placeholders(tmp_path):
         tables.interleave("<image> <image>", ("a",), "row 1")
     among = row(1, question="Which fits <image>?", options=["<image>"] * 2, image_list=["q", "a", "b"])
     (question,) = read_lines(tmp_path, among)
-    assert question.text == "Which fits <image>?\nA. <image>\nB. <image>" and names(question) == [
-        "q",
-        "a",
-        "b",
-    ]
+    assert question.text == "Which fits <image>?\nA. <image>\nB. <image>" and names(question) == ["q", "a", "b"]
 
 
 def test_figures_by_hand(tmp_path):
@@ -176,9 +168,7 @@ def test_parquet_folder(tmp_path):
     row = {"question": "?", "choices": ["x", "y"], "answer": "(A)", "image_1": {"bytes": PNG, "path": None}}
     rows = [{"idx": str(i)} | row for i in range(4)]
     for i in range(2):
-        parquet.write_table(
-            pyarrow.Table.from_pylist(rows[2 * i : 2 * i + 2]), folder / f"val-0000{i}.parquet"
-        )
+        parquet.write_table(pyarrow.Table.from_pylist(rows[2 * i : 2 * i + 2]), folder / f"val-0000{i}.parquet")
     questions = choices.read(Data(tmp_path), get("choices/blink"))
     assert [q.id for q in questions] == ["0", "1", "2", "3"]
     assert questions[0].images == (PNG,)

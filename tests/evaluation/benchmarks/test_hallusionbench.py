@@ -86,11 +86,7 @@ def test_answers_as_the_official_scorer_takes_them(questions, tmp_path):
     assert json.loads(path.read_text()) == [row | {"model_prediction": "Yes"} for row in ROWS]
     # The published sample of results has no file names; lines of our own form are read too.
     write_json(
-        path,
-        [
-            {name: row[name] for name in row if name != "filename"} | {"model_prediction": "Yes"}
-            for row in ROWS
-        ],
+        path, [{name: row[name] for name in row if name != "filename"} | {"model_prediction": "Yes"} for row in ROWS]
     )
     assert answers.match(questions, form.read(path)) == said
     write_json(path, [{"question_id": one.id, "text": "Yes", "category": one.group} for one in questions])
@@ -101,10 +97,7 @@ def test_answers_as_the_official_scorer_takes_them(questions, tmp_path):
     ("wrong", "message"),
     [
         (row("VD", 0, 0, True), "id VD illusion/3_0/0 occurs twice"),
-        (
-            row("VD", 2, 0, True, gt_answer="2"),
-            "category 'VD' and gt_answer '2'; expected VD or VS, and 0 or 1",
-        ),
+        (row("VD", 2, 0, True, gt_answer="2"), "category 'VD' and gt_answer '2'; expected VD or VS, and 0 or 1"),
         (row("VD", 2, 0, True) | {"category": "VQ"}, "has category 'VQ'"),
         (row("VD", 2, 0, True, filename=None), "filename is None; expected a string"),
         ({"category": "VD"}, "has no subcategory"),

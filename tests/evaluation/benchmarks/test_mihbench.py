@@ -47,10 +47,7 @@ def test_all_kinds(folder):
 @pytest.fixture
 def published(tmp_path):
     """The folder as its authors publish it, with COCO's and CO3D's pictures beside: two rows of each kind."""
-    frames = [
-        ["vase/64_43/frame1.jpg", "vase/64_43/frame5.jpg"],
-        ["ball/20_78/frame1.jpg", "ball/20_78/frame5.jpg"],
-    ]
+    frames = [["vase/64_43/frame1.jpg", "vase/64_43/frame5.jpg"], ["ball/20_78/frame1.jpg", "ball/20_78/frame5.jpg"]]
     for group, name in mihbench.RELEASED.items():
         images = frames if group == "identity" else [["1.jpg", "2.jpg"], ["2.jpg", "3.jpg"]]
         write_lines(tmp_path / "DAB/Questions" / name, [
@@ -99,9 +96,7 @@ def test_words_and_yes_no_mixed(tmp_path):
     data = Data(tmp_path, write_lines(tmp_path / "mixed.jsonl", listed))
     questions = mihbench.read(data, protocol)
     said = ["The first", "A cat.", "yes", "both yes and no"]
-    scores = mihbench.score(
-        questions, {q.key: text for q, text in zip(questions, said, strict=True)}, protocol
-    )
+    scores = mihbench.score(questions, {q.key: text for q, text in zip(questions, said, strict=True)}, protocol)
     figures = ("accuracy", "which: accuracy", "there: unparsed")
     assert [scores.values()[name] for name in figures] == [0.5] * 3 and scores.notes["unparsed"] == 1
 

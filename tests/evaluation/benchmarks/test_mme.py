@@ -62,9 +62,7 @@ def test_sums_need_all_their_subtasks(tmp_path):
 
 def test_missing_subtask(tmp_path):
     folder = mme_folder(tmp_path, {"existence": ["1"]})
-    with pytest.raises(
-        LVLMError, match="subtask 'count' is missing: no folder MME_Benchmark_release_version/count"
-    ):
+    with pytest.raises(LVLMError, match="subtask 'count' is missing: no folder MME_Benchmark_release_version/count"):
         read(folder)
     with pytest.raises(LVLMError, match="has no subtask 'smell'"):
         read(folder, groups=("smell",))

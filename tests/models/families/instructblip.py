@@ -37,10 +37,7 @@ class InstructBlip(Family):
     refused_layout = two
     refused_arrays = [
         (lambda a: {"qformer_input_ids": None}, "qformer_input_ids is missing"),
-        (
-            lambda a: {"qformer_input_ids": np.full((3, 5), 4)},
-            r"shape \(3, 5\).*each of 2 images or of 1 prompts",
-        ),
+        (lambda a: {"qformer_input_ids": np.full((3, 5), 4)}, r"shape \(3, 5\).*each of 2 images or of 1 prompts"),
         (lambda a: {"qformer_attention_mask": np.ones((2, 15), int)}, r"qformer_attention_mask \(2, 15\)"),
         (
             lambda a: {"qformer_input_ids": np.full((2, 25), 4), "qformer_attention_mask": None},
@@ -50,16 +47,10 @@ class InstructBlip(Family):
             lambda a: {"qformer_input_ids": np.full((2, 5), 13), "qformer_attention_mask": None},
             "qformer_input_ids holds 13; expected 0 to 12",
         ),
-        (
-            lambda a: {"pixel_values": np.zeros((2, 3, 14, 28), np.float32)},
-            r"expected \[images, 3, 28, 28\]",
-        ),
+        (lambda a: {"pixel_values": np.zeros((2, 3, 14, 28), np.float32)}, r"expected \[images, 3, 28, 28\]"),
         (lambda a: short([small.IMAGE_TOKEN_ID] * 7 + [5]), "7 image tokens.*truncated"),
         (lambda a: short([small.IMAGE_TOKEN_ID] * 4 + [5]), "1 image placeholders and 2 images"),
-        (
-            lambda a: short([5] * 5, [5] * 5, [5] * 5),
-            "3 prompts without placeholders and 2 images",
-        ),
+        (lambda a: short([5] * 5, [5] * 5, [5] * 5), "3 prompts without placeholders and 2 images"),
     ]
 
     def config(self, text=None, vision=None, qformer=None, **overrides):

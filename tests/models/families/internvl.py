@@ -20,10 +20,7 @@ IMAGE_TOKEN = 119
 
 class InternVl(Family):
     classes = InternVLConfig, InternVLForConditionalGeneration
-    layouts = {
-        "padded": [(26,), (3, (2,), 5), (2, (1,), 4, (3,), 9)],
-        "alone": [(4, (2,), 3, (1,), 6)],
-    }
+    layouts = {"padded": [(26,), (3, (2,), 5), (2, (1,), 4, (3,), 9)], "alone": [(4, (2,), 3, (1,), 6)]}
     two, one = (3, (2,), 4, (1,), 5), (2, (3,), 6)
     pictures = (30, 90), (60, 28)  # wide and tall: each is cut into tiles, and is one image
     counts = 4 * 4, 4 * 3  # with a thumbnail each
@@ -34,10 +31,7 @@ class InternVl(Family):
         (lambda a: {"pixel_values": a["pixel_values"][:2]}, "12 image tokens and pixel_values has 2 tiles"),
         (lambda a: {"pixel_values": a["pixel_values"] * np.nan}, "NaN"),
         (lambda a: {name: a[name][:, :-4] for name in ("input_ids", "attention_mask")}, "11 image tokens"),
-        (
-            lambda a: {"input_ids": a["input_ids"][:, [4, *range(1, 4), 0, *range(5, 22)]]},
-            "image 1 .* has 1 tokens",
-        ),
+        (lambda a: {"input_ids": a["input_ids"][:, [4, *range(1, 4), 0, *range(5, 22)]]}, "image 1 .* has 1 tokens"),
         (lambda a: {"num_patches": np.array([3, 1])}, "num_patches is .3, 1. and pixel_values has 3 tiles"),
         (lambda a: {"num_patches": np.array([3.0])}, "num_patches"),
     ]
@@ -147,10 +141,7 @@ def chat_state(model, internlm2):
         if "vision_tower" in name:
             fused[name.replace("q_proj", "qkv")] = torch.cat([query, key, value])
         elif not internlm2:
-            fused |= {
-                name.replace("q_proj", f"{k}_proj"): t
-                for k, t in zip("qkv", (query, key, value), strict=True)
-            }
+            fused |= {name.replace("q_proj", f"{k}_proj"): t for k, t in zip("qkv", (query, key, value), strict=True)}
         else:
             size = text.hidden_size // text.num_attention_heads
             group = text.num_attention_heads // text.num_key_value_heads

@@ -29,9 +29,7 @@ CHAT = (
     "{% endfor %}END{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 PREPROCESSOR = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
-PREPROCESSOR |= dict(
-    image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]
-)
+PREPROCESSOR |= dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
 
 
 class Patches(Family):
@@ -61,25 +59,16 @@ class Patches(Family):
     refused_arrays = [
         (lambda a: {"image_grid_thw": None}, "image_grid_thw is missing"),
         (lambda a: {"pixel_values": None}, "pixel_values is missing"),
-        (
-            lambda a: {"pixel_values": a["pixel_values"][:-1]},
-            "has 143 patches and image_grid_thw asks for 144",
-        ),
+        (lambda a: {"pixel_values": a["pixel_values"][:-1]}, "has 143 patches and image_grid_thw asks for 144"),
         (lambda a: {"pixel_values": a["pixel_values"][:, :-1]}, r"expected \[patches, "),
         (lambda a: {"image_grid_thw": a["image_grid_thw"][:, 1:]}, r"expected whole numbers \[images, 3\]"),
         (lambda a: {"image_grid_thw": a["image_grid_thw"] * [[2, 1, 1]]}, "an image of 2 frames"),
-        (
-            lambda a: {"image_grid_thw": a["image_grid_thw"] + [[0, 1, 0]]},
-            "7 x 12 patches; .* multiples of 2",
-        ),
+        (lambda a: {"image_grid_thw": a["image_grid_thw"] + [[0, 1, 0]]}, "7 x 12 patches; .* multiples of 2"),
         (lambda a: {"image_grid_thw": a["image_grid_thw"][:1]}, "has 144 patches and .* asks for 72"),
         (lambda a: {"pixel_values": a["pixel_values"] * np.nan}, "NaN or infinite"),
         (lambda a: {"input_ids": a["input_ids"][:, :-6], "attention_mask": None}, "image tokens"),
         (lambda a: {"pixel_values_videos": a["pixel_values"]}, "pixel_values_videos is given, but videos"),
-        (
-            lambda a: {"input_ids": np.where(a["input_ids"] == 118, 119, a["input_ids"])},
-            "the video token 119",
-        ),
+        (lambda a: {"input_ids": np.where(a["input_ids"] == 118, 119, a["input_ids"])}, "the video token 119"),
     ]
 
     def __init__(self, name, configuration, model):
@@ -98,15 +87,10 @@ class Patches(Family):
     def pixels(self, config, generator, images):
         vision, grids = config.vision_config, np.array([(1, *part) for one in images for part in one])
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return {
-            "pixel_values": normal(generator, grids.prod(axis=1).sum(), patch),
-            "image_grid_thw": grids,
-        }
+        return {"pixel_values": normal(generator, grids.prod(axis=1).sum(), patch), "image_grid_thw": grids}
 
     def logits(self, theirs, inputs):
-        theirs.model.rope_deltas = (
-            None  # transformers keeps what it knows of positions from one call to the next
-        )
+        theirs.model.rope_deltas = None  # transformers keeps what it knows of positions from one call to the next
         return super().logits(theirs, inputs)
 
     def greedy(self, theirs, inputs):
@@ -165,9 +149,7 @@ class Patches(Family):
 
 def encoded(ours, pictures):
     """The tokens of all images."""
-    return np.asarray(
-        drivers.encode_images(ours.params, ours.config, pictures.pixels, pictures.geometry), np.float32
-    )
+    return np.asarray(drivers.encode_images(ours.params, ours.config, pictures.pixels, pictures.geometry), np.float32)
 
 
 class Glm4v(Patches):

@@ -28,10 +28,7 @@ class QwenVl(Family):
         (lambda a: {"input_ids": a["input_ids"][:, ::-1]}, "not in pairs"),
         (lambda a: {"pixel_values": a["pixel_values"][..., :-2]}, "pixel_values has shape"),
         (lambda a: {"pixel_values": a["pixel_values"] * np.nan}, "NaN"),
-        (
-            lambda a: {"input_ids": np.delete(a["input_ids"], 6, axis=1), "attention_mask": None},
-            "15 image tokens",
-        ),
+        (lambda a: {"input_ids": np.delete(a["input_ids"], 6, axis=1), "attention_mask": None}, "15 image tokens"),
         (lambda a: {"pixel_values": None}, "give one image for each"),
     ]
 
@@ -46,9 +43,7 @@ class QwenVl(Family):
         weights = random_weights(config, seed)
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
-        return SimpleNamespace(
-            config=config, weights={name: tensor.double() for name, tensor in weights.items()}
-        )
+        return SimpleNamespace(config=config, weights={name: tensor.double() for name, tensor in weights.items()})
 
     def load(self, folder):
         weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -68,9 +63,7 @@ class QwenVl(Family):
         taken, rows = 0, []
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             count = int((ids == config["visual"]["image_start_id"]).sum())
-            rows.append(
-                (ids[mask.astype(bool)], inputs["pixel_values"][taken : taken + count] if count else ())
-            )
+            rows.append((ids[mask.astype(bool)], inputs["pixel_values"][taken : taken + count] if count else ()))
             taken += count
         return rows
 

@@ -26,19 +26,13 @@ class SmolVlm(Family):
         "text": [(11,)],
     }
     two, one = (3, (0, 0), 4, (1, 2), 5), (2, (2, 1), 6)
-    pictures = (
-        (40, 24),
-        (10, 60),
-    )  # 72 x 44 pixels are 3 x 2 tiles, 12 x 72 are 1 x 3, and each has the whole besides
+    pictures = ((40, 24), (10, 60))  # 72 x 44 pixels are 3 x 2 tiles, 12 x 72 are 1 x 3, and each has the whole besides
     counts = 28, 16
     specials = ["<image>", "<fake_token_around_image>", "<end_of_utterance>"]
     refused_layout = (4, (1, 2), 3, (0, 0), 2)
     refused_arrays = [
         (lambda a: {"pixel_values": a["pixel_values"][:, 0]}, "expected .samples, tiles, 3, side, side."),
-        (
-            lambda a: {"pixel_values": a["pixel_values"][..., :24, :]},
-            "expected .samples, tiles, 3, side, side",
-        ),
+        (lambda a: {"pixel_values": a["pixel_values"][..., :24, :]}, "expected .samples, tiles, 3, side, side"),
         (lambda a: {"pixel_values": a["pixel_values"][..., :16, :16]}, "expected .samples, tiles, 3, side, "),
         (lambda a: {"pixel_values": a["pixel_values"] * np.nan}, "NaN"),
         (lambda a: {name: a[name][:, :3] for name in PIXELS}, "16 image tokens and its 3 tiles take 12"),
@@ -54,9 +48,7 @@ class SmolVlm(Family):
 
     def adjust(self, model):
         norm = model.model.text_model.norm.weight.data
-        norm.copy_(
-            (norm - 1).sign()
-        )  # of either sign: with tied embeddings a token would mostly predict itself
+        norm.copy_((norm - 1).sign())  # of either sign: with tied embeddings a token would mostly predict itself
 
     def image(self, config, part):
         """The tokens of one image, as processors lay them out."""

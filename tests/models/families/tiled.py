@@ -10,9 +10,7 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.pocket.tokenizer import CHAT_TEMPLATE
@@ -74,10 +72,7 @@ class LlavaNext(Tiled):
         (lambda a: {"image_sizes": np.array([[8, 8]])}, "each of the 2 images"),
         (lambda a: {"image_sizes": np.array([[10, 26], [0, 8]])}, "one positive height and width"),
         (lambda a: {"image_sizes": np.array([[10, 26], [1, 9999]])}, "9999 x 1 pixels is too narrow"),
-        (
-            lambda a: {"pixel_values": np.zeros((2, 3, 8, 8))},
-            r"\(2, 3, 8, 8\); expected \[images, tiles, 3, 8, 8\]",
-        ),
+        (lambda a: {"pixel_values": np.zeros((2, 3, 8, 8))}, r"\(2, 3, 8, 8\); expected \[images, tiles, 3, 8, 8\]"),
         (lambda a: {"pixel_values": np.zeros((2, 2, 3, 8, 8))}, "has 2 tiles and its image_sizes call for 4"),
         (lambda a: {name: a[name][:, :-40] for name in ("input_ids", "attention_mask")}, "was it truncated"),
     ]
@@ -110,10 +105,7 @@ class LlavaOnevision(Tiled):
     two, one = (3, (*LANDSCAPE, ALONE), 4, (*PORTRAIT, ALONE), 5), (2, (*SQUARE, ALONE), 6)
     refused_arrays = [
         *Tiled.refused_arrays,
-        (
-            lambda a: {"batch_num_images": np.array([1, 2])},
-            r"batch_num_images is \[1, 2\]; expected .* 2 in all",
-        ),
+        (lambda a: {"batch_num_images": np.array([1, 2])}, r"batch_num_images is \[1, 2\]; expected .* 2 in all"),
         (lambda a: {"pixel_values_videos": np.zeros((1, 2, 3, 8, 8))}, "videos cannot be read"),
     ]
 

@@ -74,9 +74,7 @@ def test_bad_files(prompts, tmp_path, lines, message):
 
 
 def test_function(prompts, texts, tmp_path, judge):
-    name = judge(
-        "judge_good", "return f'{prompt.id}, {prompt.text.strip()}, {answer}, {prompt.images[0].name}'"
-    )
+    name = judge("judge_good", "return f'{prompt.id}, {prompt.text.strip()}, {answer}, {prompt.images[0].name}'")
     found = pairs.correct(prompts, texts, resolve(name, prompts), tmp_path / "log", RECORD)
     assert found["a"] == "a, What is a?, answer a, a_0.png"
 
@@ -95,9 +93,7 @@ def test_a_function_that_breaks_off_is_not_asked_again_what_it_has_answered(prom
     found = pairs.correct(prompts, texts, corrector, tmp_path / "log", RECORD)
     assert found == {name: f"answer {name}!" for name in "abc"}
     assert (tmp_path / "asked").read_text() == "abcc"
-    with pytest.raises(
-        LVLMError, match="begun with other settings \\(answers.model: 'stand-in', now 'other'\\)"
-    ):
+    with pytest.raises(LVLMError, match="begun with other settings \\(answers.model: 'stand-in', now 'other'\\)"):
         pairs.correct(prompts, texts, corrector, tmp_path / "log", {"model": "other"})
 
 

@@ -27,8 +27,7 @@ SEVI_ALL = SEVI(omega=2.0, kappa=0.4, start_layer=0)
 def write(folder, answers=(None,) * 3, name="prompts.jsonl"):
     """A file of prompts about a picture each, with answers where they are not None."""
     rows = [
-        {"id": f"row {index}", "images": [picture], "prompt": question}
-        | ({"answer": answer} if answer else {})
+        {"id": f"row {index}", "images": [picture], "prompt": question} | ({"answer": answer} if answer else {})
         for index, (picture, question, answer) in enumerate(
             zip(pair_sets.draw(folder, 3), QUESTIONS, answers, strict=True)
         )
@@ -84,10 +83,7 @@ def test_pairs_and_conversations_come_with_their_answers(tmp_path):
     speaker = Speaker(tmp_path)
     pairs = read(pair_sets.write(tmp_path), speaker)
     assert [text for (text,) in pairs.values()] == [chosen for _, _, chosen, _ in pair_sets.PAIRS]
-    talk = {
-        "images": ["0.png"],
-        "messages": [pair_sets.user("Hm?", 1), {"role": "assistant", "content": "ok"}],
-    }
+    talk = {"images": ["0.png"], "messages": [pair_sets.user("Hm?", 1), {"role": "assistant", "content": "ok"}]}
     assert read(pair_sets.write_rows(tmp_path / "talks.jsonl", [talk]), speaker) == {"1": ["ok"]}
     assert not speaker.asked
 
@@ -95,14 +91,11 @@ def test_pairs_and_conversations_come_with_their_answers(tmp_path):
 def test_what_cannot_be_answered(tmp_path, monkeypatch):
     path, speaker = write(tmp_path), Speaker(tmp_path, size=50)
     with pytest.raises(
-        LVLMError,
-        match=r"a prompt like row 1 has 50 tokens, which leaves no room for an answer in a row of 60",
+        LVLMError, match=r"a prompt like row 1 has 50 tokens, which leaves no room for an answer in a row of 60"
     ):
         read(path, speaker)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(
-        LVLMError, match="3 prompts have no answer, and several processes cannot generate them"
-    ):
+    with pytest.raises(LVLMError, match="3 prompts have no answer, and several processes cannot generate them"):
         read(path, speaker)
     assert len(read(write(tmp_path, ANSWERS), speaker)) == 3
     with pytest.raises(LVLMError, match=r"prompt row 1: answer is 7; expected a text"):

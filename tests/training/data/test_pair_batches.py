@@ -103,9 +103,7 @@ def test_a_template_that_writes_the_prompt_otherwise_is_refused(encoder):
     processor = pickle.loads(pickle.dumps(encoder.processor))
     processor.chat_template = "{{ messages | length }}" + LLAVA_HF
     with pytest.raises(LVLMError, match="writes a prompt differently once it is answered"):
-        answer_tokens.encode(
-            processor, (), tokenizer.conversation_messages(1, [("Who?", "He")]), last_only=True
-        )
+        answer_tokens.encode(processor, (), tokenizer.conversation_messages(1, [("Who?", "He")]), last_only=True)
 
 
 def test_long_rows_are_an_error_or_left_out(pairs, rows, encoder):
@@ -142,9 +140,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(rows, encoder):
     epochs = [taken[start : start + 5] for start in range(0, 20, 5)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
-    assert (
-        Batches(rows, encoder, 2, seed=4).order(0) + Batches(rows, encoder, 2, seed=4).order(1) != taken[:4]
-    )
+    assert Batches(rows, encoder, 2, seed=4).order(0) + Batches(rows, encoder, 2, seed=4).order(1) != taken[:4]
     assert source.describe(0) == ", ".join(rows[index].id for index in taken[:2])
 
 

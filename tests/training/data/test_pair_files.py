@@ -88,12 +88,7 @@ def test_turns_before_the_question_and_a_system_message_are_kept(folder):
         "conversations": [{"from": who, "value": what} for who, what in turns],
         "system": "Be brief.",
     }
-    assert [message["role"] for message in read_one(folder, row).prompt] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-    ]
+    assert [message["role"] for message in read_one(folder, row).prompt] == ["system", "user", "assistant", "user"]
 
 
 def test_a_list_of_pairs_ids_and_other_fields(folder):
@@ -128,12 +123,7 @@ def test_llama_factory_describes_its_file(folder):
     }
     write_rows(folder / "sets" / "mine.jsonl", [row])
     columns = {"messages": "messages", "chosen": "good", "rejected": "bad", "images": "pictures"}
-    tags = {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-    }
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     entry = {
         "file_name": "sets/mine.jsonl",
         "formatting": "sharegpt",
@@ -280,10 +270,7 @@ def test_conversations_of_every_format_are_the_same(name, folder):
 
 
 def test_a_system_prompt_and_a_row_without_image(folder):
-    row = {
-        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
-        "system": "Be.",
-    }
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "Be."}
     (found,) = pair_files.read_conversations(write_rows(folder / "sft.jsonl", [row]))
     assert found.messages == [said("system", "Be."), said("user", "Hi"), said("assistant", "Ho")]
     assert found.images == () and found.extra == {}
@@ -297,10 +284,7 @@ def test_earlier_turns_of_a_pair_stay(folder):
 
 
 def test_pairs_of_llama_factory_1(folder):
-    asked = {
-        "role": "user",
-        "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}],
-    }
+    asked = {"role": "user", "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}]}
     answers = {
         f"{name}_messages": [asked, {"role": "assistant", "content": [{"type": "text", "value": text}]}]
         for name, text in ANSWERS.items()
@@ -385,9 +369,7 @@ def test_descriptions_of_any_shape(read, name, folder):
 
 
 def test_two_columns_of_one_name(folder):
-    write_rows(
-        folder / "mine.jsonl", [{"pics": ["0.png"], "images": ["1.png"], "question": "What?", **ANSWERS}]
-    )
+    write_rows(folder / "mine.jsonl", [{"pics": ["0.png"], "images": ["1.png"], "question": "What?", **ANSWERS}])
     path = dataset_info(folder, mine={"file_name": "mine.jsonl", "columns": {"images": "pics"}})
     with pytest.raises(LVLMError, match="two columns that dataset_info.json calls images"):
         pair_files.read_pairs(path)

@@ -46,9 +46,7 @@ def test_each_prompt_is_answered_under_both_methods(prompts, tmp_path):
     assert asked == [["b", "d"], ["g", "a"], ["e", "f"], ["c", "c"]]
     methods = [call["method"] for call in model.calls]
     assert methods == [PLAN.chosen.method, PLAN.rejected.method] * 4
-    assert {(call["temperature"], call["top_p"], call["max_new_tokens"]) for call in model.calls} == {
-        (0.0, 1.0, 7)
-    }
+    assert {(call["temperature"], call["top_p"], call["max_new_tokens"]) for call in model.calls} == {(0.0, 1.0, 7)}
 
 
 def test_samples_have_seeds_of_their_own_that_batches_do_not_change(prompts, tmp_path):
@@ -192,18 +190,7 @@ def test_statistics():
 
 def test_held_out_pairs_share_no_picture(tmp_path):
     # 0-1-2 hang together through the pictures b and c, 3-4 through the encoded picture.
-    pictures = [
-        ("a", "b"),
-        ("b", "c"),
-        ("c",),
-        (b"png",),
-        (b"png", "e"),
-        ("f",),
-        ("g",),
-        ("h",),
-        ("i",),
-        ("j",),
-    ]
+    pictures = [("a", "b"), ("b", "c"), ("c",), (b"png",), (b"png", "e"), ("f",), ("g",), ("h",), ("i",), ("j",)]
     paths = [[name if isinstance(name, bytes) else tmp_path / name for name in names] for names in pictures]
     found = [candidate(str(index), "x", images=names) for index, names in enumerate(paths)]
     drawn = set()
@@ -261,10 +248,7 @@ IMAGE = {"type": "image"}
 
 def test_prompts_are_texts_or_messages(prompt_file, tmp_path):
     text = {"type": "text", "text": "Same?"}
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [text]},
-    ]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [text]}]
     first, second, third = read_prompts(
         prompt_file(
             {"images": TWO, "prompt": "Same?", "id": "x", "truth": "No."},

@@ -42,9 +42,7 @@ def setting(model, tmp_path):
 
 def compute(setting, folder, score=score, params=PARAMS, settings=None, size=2):
     rows, encoder = setting
-    return reference.with_reference(
-        rows, encoder, score, params, settings or {"dtype": "float32"}, folder, size
-    )
+    return reference.with_reference(rows, encoder, score, params, settings or {"dtype": "float32"}, folder, size)
 
 
 def test_every_answer_token_gets_its_own(setting, tmp_path):

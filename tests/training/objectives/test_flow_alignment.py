@@ -156,9 +156,7 @@ def run(stage=1, terms=(1.0, 1.0), trainable=None, change=lambda batch: batch, v
     _, ours, _, _ = load(variety)
     student, frozen, _ = moved_student(variety)
     batch = change(batch_of(ours.config, samples(variety)[0], stage=stage))
-    return compiled(variety, remat)(
-        student if trainable is None else trainable, frozen, batch, jnp.float32(terms)
-    )
+    return compiled(variety, remat)(student if trainable is None else trainable, frozen, batch, jnp.float32(terms))
 
 
 @pytest.mark.parametrize("variety", [SHARED, pytest.param("mistral_window", marks=pytest.mark.slow)])
@@ -177,8 +175,7 @@ def test_terms_equal_the_reference(variety):
         assert metrics["attention_kl"].count == metrics["answer_kl"].count == rows
         assert metrics[f"moved_{stage}"] == (moved, heads)
     same = sum(
-        (student.logits.argmax(-1) == teacher.logits.argmax(-1)).sum()
-        for student, teacher, _ in passes(variety)
+        (student.logits.argmax(-1) == teacher.logits.argmax(-1)).sum() for student, teacher, _ in passes(variety)
     )
     assert metrics["agreement"] == (same, rows) and 0 < same < rows
 
@@ -200,9 +197,7 @@ def test_gradients_equal_finite_differences_with_the_targets_held(stage):
         total = 0.0
         for one, (student, teacher, _) in zip(samples(SHARED)[0], passes(SHARED), strict=True):
             there = reference.forward(shifted, config, *sample(one), reference.Settings(**SETTINGS))
-            total += reference.attention_term(there, student, stage) + 0.7 * reference.answer_term(
-                there, teacher
-            )
+            total += reference.attention_term(there, student, stage) + 0.7 * reference.answer_term(there, teacher)
         return total
 
     assert abs(slope) > 0.1
@@ -233,17 +228,13 @@ def test_a_sample_without_an_image_moves_nothing_and_has_no_first_term():
 
 
 def test_samples_add_up_and_padding_takes_no_part():
-    parts_ = [
-        run(change=lambda batch, row=row: batch | {"weight": jax.nn.one_hot(row, 3)})[0] for row in range(3)
-    ]
+    parts_ = [run(change=lambda batch, row=row: batch | {"weight": jax.nn.one_hot(row, 3)})[0] for row in range(3)]
     whole, _ = run()
 
     def noisy(batch):
         answer = batch["answer"]
         noise = jax.random.randint(jax.random.key(1), answer["tokens"].shape, 3, 90)
-        return batch | {
-            "answer": answer | {"tokens": jnp.where(answer["image_id"] < 0, noise, answer["tokens"])}
-        }
+        return batch | {"answer": answer | {"tokens": jnp.where(answer["image_id"] < 0, noise, answer["tokens"])}}
 
     for name, mean in run(change=noisy)[0].items():
         np.testing.assert_array_equal(mean, whole[name])
@@ -275,8 +266,7 @@ def test_the_student_computes_what_the_model_computes():
     index = (own.sevi, batch["answer"])
     student = Student.of(*index, weight=jnp.ones(batch["answer"]["columns"].shape))
     plain, observed = (
-        jax.jit(own._answers)(ours.params, pictures, batch, method)
-        for method in (AnswerRows.of(*index), student)
+        jax.jit(own._answers)(ours.params, pictures, batch, method) for method in (AnswerRows.of(*index), student)
     )
     np.testing.assert_array_equal(observed[0], plain[0])
     assert observed[1].moved.any()

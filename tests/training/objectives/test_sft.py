@@ -76,8 +76,6 @@ def test_a_file_of_pairs_gives_its_chosen_answers(model, tmp_path):
     task = sft.task(model, models.build(model.config), settings, tmp_path)
     batch = task.source(0)["answer"]
     decode = model.processor.tokenizer.decode
-    texts = {
-        decode(tokens[answers]) for tokens, answers in zip(batch["tokens"], batch["answers"], strict=True)
-    }
+    texts = {decode(tokens[answers]) for tokens, answers in zip(batch["tokens"], batch["answers"], strict=True)}
     assert texts == {f" {chosen}</s>" for _, _, chosen, _ in pair_sets.PAIRS}
     assert task.evaluate is None

@@ -71,10 +71,7 @@ def test_no_reference_is_computed(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pairwise.Scorer, "logprobs", counted)
     made = simpo.task(
-        model,
-        models.build(model.config),
-        pair_sets.config(pair_sets.write(tmp_path), recipe="simpo"),
-        tmp_path,
+        model, models.build(model.config), pair_sets.config(pair_sets.write(tmp_path), recipe="simpo"), tmp_path
     )
     adapters = lora.attach(model.params, 2, 4.0, r"connector/linear_1$|q_proj$", 0.0, jax.random.key(0))
     batch = made.source(0)

@@ -47,9 +47,7 @@ def trl_loss(policy, reference, mask, loss, beta):
         "ref_chosen_logps": torch.tensor(told[:, 0]), "ref_rejected_logps": torch.tensor(told[:, 1]),
     }  # fmt: skip
     nothing = torch.zeros_like(logprobs)
-    answers = types.SimpleNamespace(
-        log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
-    )
+    answers = types.SimpleNamespace(log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     state = trainer(loss, beta)
     value = trl.DPOTrainer._compute_loss(state, lambda **_: answers, inputs, False)
     value.backward()
