@@ -22,18 +22,27 @@ from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
 # What transformers' processor asks of a tokenizer -> the tokens of these checkpoints.
 _MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE_TOKEN}
 
-# Name of a conversation format -> its system message. An image stands on a line of its own.
-_SYSTEM = {
-    "internvl2_5": "你是书生·万象，英文名是InternVL，"
-    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+# Of the checkpoints before InternVL 2.5; the blank behind the comma is theirs.
+_BEFORE_2_5 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+# Name of a conversation format in their `conversation.py` -> (system message, what ends a message). The formats that
+# are not here belong to decoders that are not supported either. An image stands on a line of its own.
+_FORMATS = {
+    "internvl2_5": (
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+        "<|im_end|>\n",
+    ),
+    "internlm2-chat": (_BEFORE_2_5, "<|im_end|>"),
+    "Hermes-2": (_BEFORE_2_5, "<|im_end|>"),
 }
 _CHAT = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEM<|im_end|>\n{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nSYSTEMEND{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% endfor %}{% endif %}{{ 'END' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -48,11 +57,12 @@ def load(folder: Path, config: InternVlConfig) -> Any:
     """
     if config.template is None:
         return None
-    if config.template not in _SYSTEM:
+    if config.template not in _FORMATS:
         raise LVLMError(
-            f"the chat template {config.template!r} of {folder} is not supported; expected {' or '.join(_SYSTEM)}; "
-            "give prepare() arrays instead"
+            f"the chat template {config.template!r} of {folder} is not supported; expected one of "
+            f"{', '.join(_FORMATS)}; give prepare() arrays instead"
         )
+    system, end = _FORMATS[config.template]
     tokenizer = _tokenizer(folder)
     for name, token in _MARKERS.items():
         setattr(tokenizer, name, token)
@@ -76,7 +86,7 @@ def load(folder: Path, config: InternVlConfig) -> Any:
         image_processor,
         tokenizer,
         image_seq_length=config.tokens_per_tile,
-        chat_template=_CHAT.replace("SYSTEM", _SYSTEM[config.template]).replace("IMAGE", IMAGE_TOKEN),
+        chat_template=_CHAT.replace("SYSTEM", system).replace("END", end).replace("IMAGE", IMAGE_TOKEN),
     )
 
 

@@ -18,6 +18,7 @@ from lvlm_jax.weights.checkpoint import read_optional
 
 BACKEND = "pil"  # what image processors work with, whatever is installed
 FILES = ("processor_config.json", "preprocessor_config.json")
+_WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def has_processor(folder: Path, config: FamilyConfig) -> bool:
@@ -43,6 +44,11 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
         raise LVLMError(
             f"{folder} has no processor ({' or '.join(FILES)}); give prepare() arrays, or copy the files from the "
             "checkpoint's Hugging Face repository"
+        )
+    if not any((folder / name).is_file() for name in _WORDS):  # some of transformers' tokenizers are empty then
+        raise LVLMError(
+            f"{folder} has no tokenizer (looked for {', '.join(_WORDS)}); copy it from the checkpoint's Hugging Face "
+            "repository"
         )
     try:
         processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -79,9 +79,22 @@ def qwen2_tokenizer(folder, specials):
     return len(words) + 1
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "tokenizer.json"])
-def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
-    """Tokenizers that transformers reads; the chat format with its own system message, and answers continued."""
+NEW = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+OLD = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+
+
+def published_prompt(template: str, turns: list[tuple[str, str]]) -> str:
+    """`get_prompt` of OpenGVLab's conversation.py (style MPT): every stretch ends with the format's separator."""
+    system, end = {"internvl2_5": (NEW, "<|im_end|>\n")}.get(template, (OLD, "<|im_end|>"))
+    return "".join(f"<|im_start|>{role}\n{text}{end}" for role, text in [("system", system), *turns])
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [("qwen2", "internvl2_5"), ("tokenizer.json", "internvl2_5"), ("qwen2", "internlm2-chat"), ("qwen2", "Hermes-2")],
+)
+def test_messages_of_a_checkpoint_with_another_tokenizer(kind, template, tmp_path):
+    """Tokenizers that transformers reads; the chat formats with their own system messages, and answers continued."""
     specials = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     if kind == "qwen2":
         first = qwen2_tokenizer(tmp_path, specials)
@@ -89,21 +102,18 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
         tokenizer, first = byte_tokenizer(specials), 259
         tokenizer.save_pretrained(tmp_path)
     model = INTERNVL.build(None, 2, text={"vocab_size": 270})
-    write_chat(tmp_path, model, False, first + 4)
+    write_chat(tmp_path, model, False, first + 4, template=template)
     ours = LVLM.from_pretrained(tmp_path)
     picture = np.zeros((20, 20, 3), np.uint8)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     user = {"role": "user", "content": content}
-    asked = ours.prepare([user])
+    asked = ours.prepare([*said, user])
     text = ours.processor.tokenizer.decode(asked.tokens[0, asked.image_id[0] >= 0])
-    system = (
-        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
-    )
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
-    assert text == (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{image}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    begun = ours.prepare([user, {"role": "assistant", "content": "A"}])
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", f"{image}\nWhat?")]
+    assert text == published_prompt(template, turns) + "<|im_start|>assistant\n"
+    begun = ours.prepare([*said, user, {"role": "assistant", "content": "A"}])
     assert ours.processor.tokenizer.decode(begun.tokens[0, begun.image_id[0] >= 0]) == text + "A"
 
 
@@ -111,7 +121,7 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, tmp_path):
     ("settings", "changes", "message"),
     [
         ({"tokenizer_class": "InternLM3Tokenizer"}, {}, "InternLM3Tokenizer.* copy tokenizer.json"),
-        ({}, {"template": "Hermes-2"}, "chat template 'Hermes-2'"),
+        ({}, {"template": "phi3-chat"}, "chat template 'phi3-chat'"),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, "cannot read the tokenizer of"),
     ],
 )

@@ -55,6 +55,14 @@ def test_sizes_that_the_file_names_stay(folder, settings):
     assert load.load_processor(folder, model_config(folder)).num_additional_image_tokens == 3
 
 
+def test_a_folder_without_its_tokenizer_is_refused(folder):
+    """transformers makes an empty tokenizer of some families then, whose every word is unknown."""
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(LVLMError, match="has no tokenizer .looked for tokenizer.json, .*copy it") as caught:
+        load.load_processor(folder, model_config(folder))
+    assert "\n" not in str(caught.value)
+
+
 class TorchvisionBackend:
     """Stands in for the class of that name in transformers, which needs torchvision."""
 
