@@ -29,6 +29,7 @@ SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)  # smaller numbers may count a
 SMALLEST_TEMPERATURE = 1e-30  # logits divided by it stay finite, penalised ones too
 LARGEST_PENALTY = 1e4  # of repetition, and one over it the smallest
 LARGEST_EXPONENT = 10.0  # of the length, so that 6,900 tokens to this power stay finite
+MOST_STOPS, LONGEST_STOPS = 100, 10_000  # stop strings, and their characters together
 NO_TOKEN = -1  # what no token is
 
 
@@ -141,6 +142,11 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
         raise LVLMError(f"stop is {_shown(value)}; expected a string, or a list of strings")
     if "" in strings:
         raise LVLMError("a stop string is empty, and every answer begins with it; leave it out")
+    if len(strings) > MOST_STOPS or sum(map(len, strings)) > LONGEST_STOPS:
+        raise LVLMError(
+            f"{len(strings)} stop strings of {sum(map(len, strings))} characters are looked for in every answer; give "
+            f"at most {MOST_STOPS} of together {LONGEST_STOPS}"
+        )
     return strings
 
 

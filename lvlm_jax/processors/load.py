@@ -13,6 +13,7 @@ from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors import rendering
 from lvlm_jax.processors.templates import reason
 from lvlm_jax.weights.checkpoint import read_optional
 
@@ -33,6 +34,7 @@ def load_processor(folder: Path, config: FamilyConfig) -> Any:
     Raises:
         LVLMError: no processor files, or files that cannot be read.
     """
+    rendering.RENDERER.start()  # gets ready meanwhile
     own = _own(config)
     processor = None if own is None else own.load(folder, config)
     return from_transformers(folder, config) if processor is None else processor

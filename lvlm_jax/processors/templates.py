@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors import rendering
 
 Message = Mapping[str, Any]
 Forms = dict[str, str]  # by speaker
@@ -49,7 +48,7 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
         continued: whether the last message is to be continued, so that nothing is written behind it.
 
     Raises:
-        LVLMError: the template is broken or refuses the conversation.
+        LVLMError: the template is broken, refuses the conversation, or passes a limit of `rendering`.
     """
     try:
         text = _rendered(processor, messages, prompt, continued)
@@ -59,7 +58,7 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
         raise LVLMError(
             f"the conversation holds {text[error.start]!r}, which is half of a character; write the text anew"
         ) from error
-    except Exception as error:  # a template may raise anything
+    except _Raised as error:
         raise _fault(error) from error
 
 
@@ -118,10 +117,28 @@ def _in_form(message: Message, form: str) -> dict[str, Any]:
     return {**message, "content": content}
 
 
+class _Raised(Exception):
+    """What a template raised: what sort of fault it is, the exception's name, what it says, and the broken line."""
+
+    def __init__(self, raised: str, name: str, said: str, line: int = 0):
+        super().__init__(said)
+        self.sort, self.name, self.line = raised, name, line
+
+
 def _rendered(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool) -> str:
-    return processor.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt, continue_final_message=continued
-    )
+    """The text that the `apply_chat_template` of transformers' processors and tokenizers gives."""
+    template = processor.chat_template
+    if isinstance(template, Mapping):  # several, by name
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise LVLMError(f"the chat template is {str(template)[:40]!r}; expected a text, or several with a 'default'")
+    options = {"add_generation_prompt": prompt, "continue_final_message": continued}
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    special = getattr(processor.tokenizer, "special_tokens_map", {})
+    found = rendering.RENDERER.render(template, given, {**special, **options})
+    if "text" not in found:
+        raise _Raised(**found)
+    return found["text"]
 
 
 def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
@@ -139,10 +156,9 @@ def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
         seen.append(formed)
         try:
             text = _rendered(processor, formed, False, False)
-        except jinja2.TemplateError:  # also of raise_exception, which says what it does not like
-            refused = refused or forms
-            continue
-        except Exception:  # a template may raise anything
+        except _Raised as error:
+            if error.sort != "other":  # also raise_exception, which says what it does not like
+                refused = refused or forms
             continue
         lists = (message["content"] for message in formed if not isinstance(message["content"], str))
         if any(content and repr(content) in text for content in lists):
@@ -176,17 +192,15 @@ def _trial(messages: Sequence[Message]) -> list[tuple[dict[str, Any], list[str]]
     return trial
 
 
-def _fault(error: Exception) -> LVLMError:
-    if isinstance(error, LVLMError):
-        return error
-    if isinstance(error, jinja2.TemplateSyntaxError):
+def _fault(error: _Raised) -> LVLMError:
+    if error.sort == "syntax":
         return LVLMError(
-            f"the chat template is broken at line {error.lineno} ({reason(error)}); copy chat_template.jinja from the "
+            f"the chat template is broken at line {error.line} ({reason(error)}); copy chat_template.jinja from the "
             "checkpoint's repository"
         )
-    if type(error) is jinja2.TemplateError:  # of raise_exception
+    if error.sort == "refusal":
         return LVLMError(f"the chat template refuses the conversation: {reason(error)}")
     return LVLMError(
-        f"the chat template cannot write the conversation ({type(error).__name__}: {reason(error)}); give messages of "
+        f"the chat template cannot write the conversation ({error.name}: {reason(error)}); give messages of "
         "another form, or the checkpoint another template (chat_template.jinja)"
     )

@@ -1,7 +1,10 @@
 """Tokens to text, and stop strings."""
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
+
+LONGEST_LETTER = 8  # tokens of one character; four bytes of UTF-8, and what stands before them
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -30,7 +33,14 @@ def tokens_before(
     tokenizer: Any, tokens: Sequence[int], cut: int, read: Callable[[Any, Sequence[int]], str] = decode
 ) -> int:
     """How many leading tokens it takes to write the first `cut` characters of what `read` makes of them."""
-    return next((count for count in range(len(tokens) + 1) if len(read(tokenizer, tokens[:count])) >= cut), len(tokens))
+
+    def enough(count: int) -> bool:
+        return len(read(tokenizer, tokens[:count])) >= cut
+
+    # Tokens are halved until the place is found: an answer of thousands would be read thousands of times.
+    count = bisect.bisect_left(range(len(tokens)), True, key=enough)
+    # A letter of several tokens may be more characters while it is half-written.
+    return next((before for before in range(max(0, count - LONGEST_LETTER), count) if enough(before)), count)
 
 
 class StreamWriter:
@@ -53,8 +63,9 @@ class StreamWriter:
     def _safe(self, text: str) -> int:
         end = len(text.rstrip("�"))
         for string in self.strings:
-            for size in range(min(len(string) - 1, end), 0, -1):
-                if text[:end].endswith(string[:size]):
+            # What is written was no beginning of the string when it was.
+            for size in range(min(len(string) - 1, end - self.written), 0, -1):
+                if text.endswith(string[:size], 0, end):
                     end -= size
                     break
         return end

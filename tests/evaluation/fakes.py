@@ -18,9 +18,8 @@ def tokenizer(text, add_special_tokens=True):
     return {"input_ids": word or [3 + byte % (VOCABULARY - 3) for byte in text.encode()]}
 
 
-def written(messages, **options):
-    """A chat template that writes every text."""
-    return " ".join(part.get("text", "<image>") for message in messages for part in message["content"])
+# Writes every text.
+TEMPLATE = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }} {% endfor %}{% endfor %}"
 
 
 class Oracle:
@@ -31,7 +30,7 @@ class Oracle:
         asked: how many prompts were answered.
     """
 
-    processor = SimpleNamespace(tokenizer=tokenizer, apply_chat_template=written)
+    processor = SimpleNamespace(tokenizer=tokenizer, chat_template=TEMPLATE)
     config = SimpleNamespace(tokens_per_image=1)
     mesh = None
 

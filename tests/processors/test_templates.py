@@ -1,6 +1,7 @@
 """Chat templates get the form of message that they were written for, and what they refuse is one line."""
 
 import copy
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.processors import inputs, load, templates
+from lvlm_jax.processors import inputs, load, rendering, templates
 from lvlm_jax.training.data.pair_batches import Encoder
 from lvlm_jax.training.data.pair_files import Conversation, assistant
 from lvlm_jax.weights import model_config, names
@@ -131,6 +132,45 @@ def test_what_a_template_raises_is_one_line(template, said, with_template, confi
     assert "\n" not in str(caught.value)
     with pytest.raises(LVLMError, match=f"row 7.*{said}"):
         Encoder(processor, config).conversation(Conversation((), [*messages, assistant("c")], "7"))
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end within 2 sec"),
+        ("{{ 9 ** (9 ** 9) }}", "does not end within 2 seconds"),  # never comes back to Python
+        ("{{ 'x' * 10 ** 9 }}", "needs more than 256 MB"),
+        ("{% for a in range(9999) %}{{ '%9999d' % a }}{% endfor %}", "writes more than 4,000,000 characters"),
+        ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "cannot write the conversation .RecursionError"),
+    ],
+)
+def test_a_template_without_end_is_one_line(template, said, with_template):
+    with pytest.raises(LVLMError, match=said) as caught:
+        templates.suited(with_template(template), [{"role": "user", "content": "a"}])
+        templates.render(with_template(template), [{"role": "user", "content": "a"}], True)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("prompt, continued", [(True, False), (False, False), (False, True)])
+def test_texts_are_those_of_transformers(pocket, prompt, continued):
+    messages = [
+        {"role": "system", "content": "Be brief.", "name": None},
+        {"role": "user", "content": [{"type": "image"}, *text_of("Was ist \u2028 \U0001f600 \\ \x00?")], "x": 1.5},
+        {"role": "assistant", "content": text_of(" A ")},
+    ]
+    options = {"add_generation_prompt": prompt, "continue_final_message": continued}
+    want = pocket.apply_chat_template(messages, tokenize=False, **options)
+    assert templates.render(pocket, messages, prompt, continued) == want
+
+
+def test_a_process_that_ended_is_replaced_and_a_forked_process_has_one_of_its_own(pocket):
+    asked = (pocket, [{"role": "user", "content": text_of("Hello")}], True)
+    want = templates.render(*asked)
+    rendering.RENDERER._process.kill()
+    rendering.RENDERER._process.wait()
+    assert templates.render(*asked) == want
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.starmap(templates.render, [asked] * 2) == [templates.render(*asked)] * 2
 
 
 def test_a_fault_names_its_sample(with_template, config):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lvlm_jax.processors.text import StreamWriter, first_stop
+from lvlm_jax.processors.text import StreamWriter, first_stop, tokens_before
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,22 @@ def test_only_what_may_still_change_is_held_back():
     assert writer.push("let us stow �", final=False) == " "
     assert writer.push("let us stow é", final=False) == "é"
     assert writer.push("let us stow és", final=True) == "s"
+
+
+def test_the_tokens_before_a_place_are_found_in_few_readings():
+    generator, readings = random.Random(1), 0
+
+    def read(_, tokens):
+        nonlocal readings
+        readings += 1
+        return b"".join(tokens).decode(errors="replace").strip()
+
+    for _ in range(200):
+        text = "".join(generator.choices("ab é中😀", k=generator.randint(0, 40)))
+        tokens = [bytes([byte]) for byte in text.encode()]
+        cut = generator.randint(0, len(text))
+        lengths = [len(read(None, tokens[:count])) for count in range(len(tokens) + 1)]
+        want = next((count for count, length in enumerate(lengths) if length >= cut), len(tokens))
+        assert tokens_before(None, tokens, cut, read) == want
+    readings = 0
+    assert tokens_before(None, [b"a"] * 4096, 3000, read) == 3000 and readings < 30

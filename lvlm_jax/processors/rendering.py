@@ -1,0 +1,133 @@
+"""Rendering chat templates in a process of their own, with limits on time, memory and what they write.
+
+The sandbox of Jinja keeps a template from running programs, not from running for ever or taking all memory. The process
+is started when it is first needed, serves all renderings, and ends with this one; one that passes a limit is replaced.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+
+SECONDS = 2  # of work for one rendering; published templates take thousandths
+MEGABYTES = 256  # beyond what the process has when it starts
+LETTERS = 4_000_000  # that a template writes: more than any model reads
+PATIENCE = 60  # seconds by the clock, for a process that does not work at all
+
+_PROGRAM = Path(__file__).with_name("render_worker.py")
+# A process like this one, without its current folder among the places of modules.
+_START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop()); runpy.run_path(sys.argv.pop(), None, '__main__')"
+
+
+class Renderer:
+    """A process that renders templates, one at a time; threads wait for each other."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Starts the process, if there is none, and does not wait until it is ready."""
+        with self._lock:
+            self._alive()
+
+    def render(self, template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict:
+        """What the program of `render_worker.py` answers: a "text", or what was "raised".
+
+        Args:
+            template: of Jinja, as transformers' `render_jinja_template` takes it.
+            messages: of one conversation.
+            options: of `render_jinja_template`, and the template's other variables.
+
+        Raises:
+            LVLMError: the template takes too much time or memory, or writes too much; or no process can be started.
+        """
+        asked = {"messages": list(messages), "options": {**options, "chat_template": template}}
+        line = json.dumps(asked, default=_plain).encode() + b"\n"
+        with self._lock:
+            answer = self._exchange(self._alive(), line)
+        if limit := answer.get("limit"):
+            raise LVLMError(f"the chat template {_LIMITS.get(limit, limit)}; {_ADVICE}")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _alive(self) -> subprocess.Popen:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is None:
+            words = (SECONDS, MEGABYTES, LETTERS, _PROGRAM, json.dumps([place for place in sys.path if place]))
+            one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _START, *map(str, words)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, **one},
+                )
+            except OSError as error:
+                raise LVLMError(f"no process can be started to render chat templates: {error.strerror}") from error
+        return self._process
+
+    def _exchange(self, process: subprocess.Popen, line: bytes) -> dict:
+        overdue = threading.Timer(PATIENCE, process.kill)
+        overdue.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if answer.endswith(b"\n"):
+                return json.loads(answer)
+        except BrokenPipeError:
+            pass
+        except BaseException:  # an interrupt: the answer that is still to come must not be taken for another
+            self.close()
+            raise
+        finally:
+            overdue.cancel()
+        code = process.wait()
+        self.close()
+        in_time = code not in (-getattr(signal, "SIGPROF", 0), -getattr(signal, "SIGKILL", 0))
+        return {"limit": f"ends the process that renders it (exit code {code})" if in_time else "time"}
+
+
+def _plain(value: Any) -> Any:
+    """What a template sees of a value that JSON has no word for, as in transformers."""
+    return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
+
+
+_ADVICE = "copy chat_template.jinja from the checkpoint's repository, or shorten the conversation"
+_LIMITS = {
+    "time": f"does not end within {SECONDS} seconds",
+    "memory": f"needs more than {MEGABYTES} MB",
+    "letters": f"writes more than {LETTERS:,} characters",
+}
+
+RENDERER = Renderer()
+atexit.register(lambda: RENDERER.close())
+
+
+def _forget() -> None:
+    """In a forked process: the pipes belong to the other."""
+    global RENDERER
+    RENDERER = Renderer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
