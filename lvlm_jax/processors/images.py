@@ -126,8 +126,8 @@ def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Imag
     """What `read(image, name)` makes of an image file."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns between its limit and ours; ours is the one that decides.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns between its limit and ours, and of headers that lie; what is wrong here is an error.
+            warnings.simplefilter("ignore")
             with Image.open(file) as image:
                 return read(image, name)
     except LVLMError:
@@ -161,7 +161,10 @@ def _too_large(pixels: str, name: str) -> str:
     )
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_header(image: Image.Image, name: str) -> None:
+    """Refuses, before anything is decoded, what would take too much memory or run a program."""
+    if image.format == "EPS":
+        raise LVLMError(f"image {_shown(name)} is PostScript, a program, and is not run; convert it to PNG or JPEG")
     if image.width * image.height > MAX_PIXELS:
         raise LVLMError(_too_large(f"{image.width:,} x {image.height:,}", name))
     if image.width == 0 or image.height == 0:
@@ -175,7 +178,7 @@ def _damaged(name: str, error: Exception) -> LVLMError:
 
 
 def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-    _check_size(image, name)
+    _check_header(image, name)
     try:
         # Pillow gives the size of a TIFF upright, though its record still says how it lies.
         lying = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
@@ -185,7 +188,7 @@ def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(image, name)
+    _check_header(image, name)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

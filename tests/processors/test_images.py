@@ -76,12 +76,26 @@ def test_orientation_record_is_applied(tmp_path):
             assert image_size(source) == (4, 8)
 
 
+def gif(screen, frame):
+    """The header of an animation, and one frame's."""
+    header = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes(6)
+    return header + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02L\x01\x00;"
+
+
 @pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000)])
-def test_a_huge_header_is_refused_before_decoding(tmp_path, size):
-    (tmp_path / "bomb.png").write_bytes(png_with_header(*size))
+@pytest.mark.parametrize("make", [lambda s: png_with_header(*s), lambda s: gif(s, (1, 1)), lambda s: gif((1, 1), s)])
+def test_a_huge_header_is_refused_before_decoding(tmp_path, size, make):
+    (tmp_path / "bomb").write_bytes(make(size))
     for read in (open_image, image_size):
         with pytest.raises(LVLMError, match="pixels, the limit is 100,000,000"):
-            read(tmp_path / "bomb.png")
+            read(tmp_path / "bomb")
+
+
+def test_postscript_is_not_run():
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+    for source in (program, Image.open(io.BytesIO(program))):
+        with pytest.raises(LVLMError, match="is PostScript, a program, and is not run"):
+            open_image(source)
 
 
 def test_files_that_are_no_pictures(pixels, tmp_path):
