@@ -26,7 +26,10 @@ PATIENCE = 60  # seconds by the clock, for a process that does not work at all
 
 _PROGRAM = Path(__file__).with_name("render_worker.py")
 # A process like this one, without its current folder among the places of modules.
-_START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop()); runpy.run_path(sys.argv.pop(), None, '__main__')"
+_START = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+    "runpy.run_path(sys.argv.pop(), run_name='__main__')"
+)
 
 
 class Renderer:
