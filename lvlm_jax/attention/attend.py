@@ -26,7 +26,9 @@ CAUSAL_BLOCK = 64  # rows of one product in blocked attention
 
 # A pytree, because a layer that is computed again in the backward pass takes its arguments apart.
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["transforms", "carries"], meta_fields=["layer", "num_layers", "tap"]
+    jax.tree_util.register_dataclass,
+    data_fields=["transforms", "carries"],
+    meta_fields=["layer", "num_layers", "tap", "exit_logits", "project"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
@@ -37,6 +39,7 @@ class LayerEdits:
         carries: one per branch.
         layer, num_layers: index from 0, and the depth.
         tap: what is asked of the attention weights.
+        exit_logits, project: as in `Stream` and `Site`.
     """
 
     transforms: tuple[Transform | None, ...]
@@ -44,6 +47,8 @@ class LayerEdits:
     layer: int
     num_layers: int
     tap: Tap | None = None
+    exit_logits: Callable | None = None
+    project: Callable | None = None
 
     def at(self, branch: int, phase: str) -> Transform | None:
         """The transform whose stages run in this layer."""
@@ -129,12 +134,14 @@ def _site(
         image=context.image_columns(),
         after_image=context.after_image_columns(),
         system=context.system_columns(),
+        generated=context.generated_columns(),
         row_index=context.rows()[-rows:],
         post_image=context.post_image_rows()[:, -rows:],
         mask=mask[:, -rows:],
         logits=scores[:, :, -rows:],
         carry=edits.carries[branch],
         read_values=lambda: _all_values(columns, branch),
+        project=edits.project,
     )
 
 

@@ -23,6 +23,7 @@ class Context:
         image_shift: how much further each image column lies for post-image rows, along every axis where there are
             several, than its own position says (the *positions* stage), zero elsewhere; None when all positions are
             ordinary, or when the cached image keys are turned already, as they are in every decode step.
+        answer_start: the column in which the answer begins; None where there is none, as in a prefill.
         image_count: no sample has more images; static, so that a statistic may have an axis of images.
         phase: "prefill" or "decode".
         blocked: whether attention goes by blocks of rows, which skips most of what lies above the diagonal: training
@@ -36,6 +37,7 @@ class Context:
     image_end: Int[Array, "B"]
     axes: Int[Array, "A B T"] | None = None
     image_shift: Float[Array, "*A B S"] | None = None
+    answer_start: Int[Array, ""] | None = None
     image_count: int = dataclasses.field(default=1, metadata={"static": True})
     blocked: bool = dataclasses.field(default=False, metadata={"static": True})
     phase: str = dataclasses.field(default="prefill", metadata={"static": True})
@@ -69,6 +71,12 @@ class Context:
         columns = jnp.arange(self.image_id.shape[1])
         after = (columns[None, :] >= self.image_end[:, None]) & (self.image_end[:, None] > 0)
         return after & (self.image_id != PADDING)
+
+    def generated_columns(self) -> Bool[Array, "B S"]:
+        """What was written after the prompt."""
+        if self.answer_start is None:
+            return jnp.zeros(self.image_id.shape, bool)
+        return (jnp.arange(self.image_id.shape[1]) >= self.answer_start) & (self.image_id != PADDING)
 
     def system_columns(self) -> Bool[Array, "B S"]:
         """Text before the first image; none in a sample without an image."""

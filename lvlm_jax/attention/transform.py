@@ -9,8 +9,8 @@ replacement of the same shape; the site remembers the results so far (`site.logi
 the logits stage is over). Stages see only the rows they asked for (`rows`) in the layers they asked for
 (`layers`); everywhere else nothing is traced.
 
-Outside attention, `mlp` may edit the output of a layer's feed-forward block before it is added to the stream, and
-`residual` the stream between two layers.
+Outside attention, `enter` may look at what enters a layer, `mlp` may edit the output of its feed-forward block before
+it is added to the stream, and `residual` the stream between two layers. The first two see the layer as a `Stream`.
 
 Statistics are per sample: reduce over heads, rows and columns, never over the batch axis. All arrays of a site are
 float32 or boolean.
@@ -32,7 +32,7 @@ ROWS = ("all", "post_image", "last")
 # Positions belong to the method: they hold in all layers.
 ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
 # Outside attention, in all rows of a call.
-STREAM_STAGES = ("mlp", "residual")
+STREAM_STAGES = ("enter", "mlp", "residual")
 STAGES = (*ATTENTION_STAGES, *STREAM_STAGES)
 NEAR = 0.83  # from here on (difflib's ratio) a name is taken for a slip of the pen: "logit", "wieghts", not "masked"
 
@@ -51,12 +51,14 @@ class Site:
         image_count: no sample has more images than this; static.
         after_image: columns that are text after the last image.
         system: columns that are text before the first image.
+        generated: columns that were written after the prompt; none in a prefill.
         row_index: the column index of each row.
         post_image: rows after the last image.
         mask: which columns a row sees.
         logits: attention logits, scaled, as the stages so far left them.
         carry: this branch's state, flowing from layer to layer within one forward pass.
         read_values: returns the values of all columns; for the rare stage that needs them one by one.
+        project: what the layer's output projection makes of heads' outputs `[B, H, R, D]`, as `[B, R, E]`.
     """
 
     layer: int
@@ -67,12 +69,43 @@ class Site:
     image: Bool[Array, "B S"]
     after_image: Bool[Array, "B S"]
     system: Bool[Array, "B S"]
+    generated: Bool[Array, "B S"]
     row_index: Int[Array, "R"]
     post_image: Bool[Array, "B R"]
     mask: Bool[Array, "B R S"]
     logits: Float[Array, "B H R S"]
     carry: Any
     read_values: Callable[[], Float[Array, "B K S D"]]
+    project: Callable[[Float[Array, "B H R D"]], Float[Array, "B R E"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One layer of one forward pass of one branch outside attention, as `enter` and `mlp` see it.
+
+    Attributes:
+        layer, num_layers: index from 0, and how many there are.
+        phase: "prefill" or "decode".
+        entered: what entered the layer.
+        read: what the feed-forward block read, behind its norm; None in `enter`, which comes before attention.
+        carry: this branch's state, as in `Site`.
+        input_norm, mlp_norm: the norms before attention and before the feed-forward block.
+        feed_forward: that block.
+        exit_logits: next-token logits of hidden states, behind the final norm.
+        sizes: returns the mean sizes of the entries of the feed-forward block's up and down projections.
+    """
+
+    layer: int
+    num_layers: int
+    phase: str
+    entered: Float[Array, "B T E"]
+    read: Float[Array, "B T E"] | None
+    carry: Any
+    input_norm: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
+    mlp_norm: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
+    feed_forward: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
+    exit_logits: Callable[[Float[Array, "*T E"]], Float[Array, "*T V"]]
+    sizes: Callable[[], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 class Transform:
@@ -122,8 +155,12 @@ class Transform:
         """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
         return site.carry
 
-    def mlp(self, layer: int, num_layers: int, phase: str, output: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Edits what the feed-forward block of layer `layer` adds to the stream, in all rows of the call."""
+    def enter(self, stream: Stream) -> Any:
+        """The carry from here on, from what enters a layer, before its attention; asked in every layer."""
+        return stream.carry
+
+    def mlp(self, stream: Stream, output: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Edits what the feed-forward block of a layer adds to the stream, in all rows of the call."""
         return output
 
     def residual(self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -223,9 +260,13 @@ class Chain(Transform):
                 carries[index] = member.observe(own, own_rows(weights, member))
         return tuple(carries)
 
-    def mlp(self, layer, num_layers, phase, output):
-        for member in self.members:
-            output = member.mlp(layer, num_layers, phase, output)
+    def enter(self, stream: Stream) -> tuple:
+        pairs = zip(self.members, stream.carry, strict=True)
+        return tuple(member.enter(dataclasses.replace(stream, carry=carry)) for member, carry in pairs)
+
+    def mlp(self, stream: Stream, output):
+        for member, carry in zip(self.members, stream.carry, strict=True):
+            output = member.mlp(dataclasses.replace(stream, carry=carry), output)
         return output
 
     def residual(self, layer, num_layers, phase, hidden):

@@ -19,7 +19,7 @@ from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import whole
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
+from lvlm_jax.methods.base import OTHER_TOKENS, Seen, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import Inputs, bucket
@@ -60,6 +60,8 @@ def opening(
     options = prefill_options(prompt, answer_capacity, reads, method)
     if reads is None:
         return Opening(main, None, ready, options)
+    if contrast_kind(method) == "tokens":
+        return Opening(main, drivers.contrast_tokens(ready, main), ready, options)
     contrast = main if reads is prompt else embedded(params, config, reads, host.mesh)
     return Opening(main, contrast, ready, options)
 
@@ -111,7 +113,7 @@ def prefill_options(
         answer_capacity: how many tokens must fit behind the prompt.
         reads: what the contrast branch of `method` reads, where that is not `prompt`.
     """
-    apart = reads is not None and contrast_kind(method) not in OTHER_PICTURES
+    apart = reads is not None and contrast_kind(method) not in OTHER_TOKENS
     return {
         "window": prompt.window,
         "capacity": bucket(prompt.tokens.shape[1] + answer_capacity),
@@ -180,10 +182,37 @@ def warmed_up(
         main: what the decoder reads of the prompt.
     """
     methods = list(methods)
-    if any(method is not None and method.primes for method in methods):
-        with_images, without_images = _last_hidden_states(params, config, prompt, main, mesh)
-        methods = [method and method.primed(with_images, without_images) for method in methods]
+    wanted = {name for method in methods if method is not None for name in method.primes}
+    if wanted:
+        hidden = _last_hidden_states(params, config, prompt, main, mesh) if "hidden" in wanted else None
+        attention = _last_row(params, config, prompt, main) if "attention" in wanted else None
+        seen = Seen(hidden, attention)
+        both = _with_and_without(params, config, prompt, main, mesh) if "probe" in wanted else None
+        for place, method in enumerate(methods):
+            if both is not None:  # an edited pass, so each setting has its own
+                probed = drivers.probed(params, config, both, method.probe(), prompt.image_count)
+                seen = seen._replace(probe=probed)
+            methods[place] = method and method.primed(seen)
     return jax.tree.map(jnp.copy, methods)
+
+
+def _last_row(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt) -> Float[Array, "L B T"]:
+    """Attention weights of the last prompt row, averaged over heads."""
+    static = {"window": prompt.window, "image_count": prompt.image_count, "tap": Tap(layers=None, mean_heads=True)}
+    return drivers.tapped_forward(params, config, main, None, **static).attention[:, 0, :, 0, 0]
+
+
+def _with_and_without(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, mesh: Mesh | None) -> Prompt:
+    """The prompts with their images, then the same without them, in columns of one number."""
+    bare = embedded(params, config, prompt.without_images(config.pad_token_id), mesh)
+    more, wider = (main.image_id.shape[1] - bare.image_id.shape[1], main.embeddings.shape[2] - bare.embeddings.shape[2])
+    image_id = jnp.pad(bare.image_id, ((0, 0), (more, 0)), constant_values=-1)
+    embeddings = jnp.pad(bare.embeddings, ((0, 0), (more, 0), (0, wider)))
+    axes = None
+    if main.axes is not None:
+        text = jnp.maximum(jnp.cumsum(image_id >= 0, axis=1) - 1, 0).astype(main.axes.dtype)
+        axes = jnp.concatenate([main.axes, jnp.broadcast_to(text, main.axes.shape)], axis=1)
+    return Prompt(jnp.concatenate([main.embeddings, embeddings]), jnp.concatenate([main.image_id, image_id]), axes)
 
 
 def _last_hidden_states(
@@ -207,7 +236,7 @@ def _last_hidden_states(
 def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE) -> Inputs | None:
     """The prompt that the contrast branch reads: None where it shares the main branch's.
 
-    `prompt` itself where the branch reads other pictures and there are none.
+    `prompt` itself where the branch reads other image tokens of the same pictures, or there are none.
 
     Raises:
         LVLMError: the prompt exceeds the context.
@@ -215,8 +244,8 @@ def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None,
     kind = contrast_kind(method)
     if kind == "same":
         return None
-    if kind in OTHER_PICTURES:
-        if prompt.pixels is None:
+    if kind in OTHER_TOKENS:
+        if prompt.pixels is None or kind == "tokens":
             return prompt
         if kind == "pixels":
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))

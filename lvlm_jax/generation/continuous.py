@@ -122,6 +122,7 @@ def _empty(state: State, sampling: Sampling, stop: Int[Array, "N"], batch: int, 
             image_end=jnp.zeros((batch,), jnp.int32),
             position=jnp.zeros((batch,), jnp.int32),
             index=jnp.asarray(columns, jnp.int32),
+            answer_start=jnp.asarray(columns, jnp.int32),
             image_count=like.image_count,
         )
 
@@ -278,6 +279,7 @@ def _widen(slots: Slots, size: Size) -> Slots:
             image_id=jnp.pad(old.image_id, ((0, 0), (more, 0)), constant_values=-1),
             image_end=_moved(old.image_end, more),
             index=old.index + more,
+            answer_start=old.answer_start + more,
             image_count=size.image_count,
         )
 

@@ -43,6 +43,12 @@ tapped_forward = jax.jit(_tapped, static_argnames=("config", "window", "image_co
 PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
 prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
+contrast_tokens = jax.jit(
+    lambda method, prompt: dataclasses.replace(
+        prompt, embeddings=method.contrast_tokens(prompt.embeddings, prompt.image_id)
+    )
+)
+probed = jax.jit(forward.probed, static_argnames=("config", "image_count"))
 decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
 
 

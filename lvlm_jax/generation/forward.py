@@ -15,9 +15,9 @@ from lvlm_jax.attention import Context, LayerCache, Tap, Tapped, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.transform import STREAM_STAGES, overrides
-from lvlm_jax.generation.state import Prompt, State, Step, Track
+from lvlm_jax.generation.state import Memory, Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
-from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
+from lvlm_jax.methods.base import OTHER_TOKENS, contrast_kind
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
@@ -55,6 +55,12 @@ def full_forward(
     decoded = _apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
     logits = _apply(params, config, "head", decoded.hidden[0])
     return logits, _with_exit_logits(params, config, decoded.tapped)
+
+
+def probed(params: dict, config: FamilyConfig, prompt: Prompt, transform: Transform, image_count: int = 1) -> Any:
+    """The carry that a transform has after the last layer of a prompt, all of whose rows it may edit."""
+    context = prompt_context(prompt.image_id, None, prompt.image_id.shape[1], image_count, axes=prompt.axes)
+    return _apply(params, config, "decode", prompt.embeddings[None], context, None, (transform,)).carries[0]
 
 
 def prefill(
@@ -102,7 +108,7 @@ def prefill(
         seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], before).columns
         caches = tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
-    if kind in OTHER_PICTURES:
+    if kind in OTHER_TOKENS:
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])
     else:
         rest = prompt.embeddings[None, :, split:]
@@ -123,13 +129,14 @@ def prefill(
         )
         tracks += (Track.after(contrast, other_context, contrast_capacity),)
         last = jnp.concatenate([last, other.hidden[:, :, -1]])
-    memory = method.start(prompt.image_id.shape[0]) if method else ()
+    memory = Memory(method.start(prompt.image_id.shape[0]) if method else (), ())
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
 
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
-    transforms = _branches(state.method)
+    method = state.method and state.method.recalled(state.memory.edits)
+    transforms = _branches(method)
     tracks = tuple(track.with_token() for track in state.tracks)
     contexts = tuple(track.newest() for track in tracks)
     embedded = embed(params, config, tokens[:, None], None)
@@ -223,7 +230,8 @@ def _finish(
         if exits is not None:
             exits = _apply(params, config, "exit_logits", exits, state.method.exit_norm)
         readout = Readout(main, contrast, exits, decoded.carries[0])
-        combined, memory = state.method.combine(readout, memory)
+        combined, kept = state.method.combine(readout, memory.logits)
+        memory = Memory(kept, state.method.remember(decoded.carries[0], memory.edits))
     tapped = _with_exit_logits(params, config, tapped)
     return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
 

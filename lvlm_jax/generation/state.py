@@ -1,7 +1,7 @@
 """What a generation carries from token to token."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ class Track:
         image_end: E per sample, 0 without an image.
         position: ordinary position of the next token.
         index: column of the next token, the same for all samples.
+        answer_start: column of the answer's first token.
         image_count: see `Context`.
     """
 
@@ -62,6 +63,7 @@ class Track:
     image_end: Int[Array, "B"]
     position: Int[Array, "B"]
     index: Int[Array, ""]
+    answer_start: Int[Array, ""]
     image_count: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -78,6 +80,7 @@ class Track:
             image_end=context.image_end,
             position=position,
             index=jnp.asarray(total, jnp.int32),
+            answer_start=jnp.asarray(total, jnp.int32),
             image_count=context.image_count,
         )
 
@@ -98,10 +101,23 @@ class Track:
             positions=self.position[:, None] - 1,
             first_row=self.index - 1,
             image_end=self.image_end,
+            answer_start=self.answer_start,
             image_count=self.image_count,
             phase="decode",
             explicit_rows=1,
         )
+
+
+class Memory(NamedTuple):
+    """What a method keeps from step to step; pytrees of arrays `[B, ...]`.
+
+    Attributes:
+        logits: of `Method.start` and `Method.combine`.
+        edits: of `Method.remember`; () before the prompt is run.
+    """
+
+    logits: Any
+    edits: Any
 
 
 @jax.tree_util.register_dataclass
@@ -113,14 +129,14 @@ class State:
         caches: per layer. Image keys are turned to the method's calibrated positions, if it has any.
         tracks: one for all branches, or one for each where the contrast branch has a prompt of its own layout.
         method: the method, or None.
-        memory: what the method keeps from step to step.
+        memory: what the method's combination of logits, and what its edits, keep from step to step.
         tap: what steps return besides logits.
     """
 
     caches: tuple[LayerCache, ...]
     tracks: tuple[Track, ...]
     method: Method | None
-    memory: Any
+    memory: Memory
     tap: Tap = dataclasses.field(metadata={"static": True})
 
     @property

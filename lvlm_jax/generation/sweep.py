@@ -131,7 +131,10 @@ def opening(
     ready = branches.warmed_up(params, config, prompt, main, methods, host.mesh)
     first, *others = [branches.contrast_inputs(config, prompt, method, host) for method in _readers(methods, prompt)]
     contrast, contrast_axis = None, None
-    if first is not None:
+    if contrast_kind(methods[0]) == "tokens":
+        grid = [drivers.contrast_tokens(method, main).embeddings for method in ready]
+        contrast, contrast_axis = dataclasses.replace(main, embeddings=jnp.stack(grid)), 0
+    elif first is not None:
         contrast = main if first is prompt else branches.embedded(params, config, first, host.mesh)
     if any(not jnp.array_equal(first.pixels, other.pixels) for other in others):
         grid = [branches.embedded(params, config, other, host.mesh).embeddings for other in others]

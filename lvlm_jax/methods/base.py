@@ -29,9 +29,28 @@ from lvlm_jax.methods import checks
 Strength = float | np.floating | jax.Array
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
-# pictures changed, another picture in the place of each, no pictures, or words in the place of the system prompt.
-CONTRAST_PROMPTS = ("same", "pixels", "picture", "no_image", "text")
-OTHER_PICTURES = ("pixels", "picture")  # the same layout, other image tokens
+# pictures changed, another picture in the place of each, its image tokens changed, no pictures, or words in the place
+# of the system prompt.
+CONTRAST_PROMPTS = ("same", "pixels", "picture", "tokens", "no_image", "text")
+OTHER_PICTURES = ("pixels", "picture")
+OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image tokens
+
+# What a warm-up pass can be asked for: the fields of `Seen`.
+WARM_UPS = ("hidden", "attention", "probe")
+
+
+class Seen(NamedTuple):
+    """What the warm-up pass saw of a prompt; None where it was not asked for.
+
+    Attributes:
+        hidden: all hidden states of the last prompt token, with and without images.
+        attention: weights of the last prompt row, averaged over heads.
+        probe: the carry of `Method.probe` after the last layer.
+    """
+
+    hidden: tuple[Float[Array, "L B E"], Float[Array, "L B E"]] | None = None
+    attention: Float[Array, "L B T"] | None = None
+    probe: Any = None
 
 
 class Readout(NamedTuple):
@@ -73,14 +92,14 @@ class Method(Transform):
     Attributes:
         PRESETS: settings by name.
         exit_norm: whether the final norm stands before the head of an early exit.
-        primes: whether `primed` wants the prompt's hidden states before the generation begins.
+        primes: which fields of `Seen` `primed` wants before the generation begins.
         search: the search that finds the answer (a name of `generation.searches`); None for a method that writes it
             token by token.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     exit_norm: ClassVar[bool] = True
-    primes: ClassVar[bool] = False
+    primes: ClassVar[tuple[str, ...]] = ()
     search: ClassVar[str | None] = None
 
     def __init__(self, *arguments, **fields):
@@ -155,6 +174,10 @@ class Method(Transform):
         """
         return pixels
 
+    def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """What the contrast branch's decoder reads, for "tokens"; asked after the warm-up pass."""
+        return embeddings
+
     def contrast_picture(self, height: int, width: int) -> Float[np.ndarray, "3 Y X"]:
         """The contrast branch's picture, for "picture", in pixel values of that size; here an empty one."""
         return np.zeros((3, height, width), np.float32)
@@ -171,8 +194,15 @@ class Method(Transform):
         """Hidden states whose logits `combine` wants: 0 the embeddings, i what layer i - 1 put out. Static."""
         return ()
 
-    def primed(self, with_image: Float[Array, "L B E"], without_image: Float[Array, "L B E"]) -> "Method":
-        """The method to go on with, given all hidden states of the last prompt token with and without pictures."""
+    def probe(self) -> Transform:
+        """The edits of a warm-up pass over 2 B samples, B prompts with their images and then the same without them.
+
+        So both are run in lock-step, and what a layer's rows are with and without images can decide on its edit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for a probe and has none")
+
+    def primed(self, seen: Seen) -> "Method":
+        """The method to go on with, given what the warm-up pass saw."""
         return self
 
     def start(self, batch: int) -> Any:
@@ -180,12 +210,31 @@ class Method(Transform):
         return ()
 
     @property
+    def combines(self) -> bool:
+        """Whether `combine` makes logits of its own: static. It has a rule, and something to apply it to."""
+        own = type(self).combine is not Method.combine
+        return own and (len(self.branches()) > 1 or type(self).exits is not Method.exits)
+
+    @property
     def independent_rows(self) -> bool:
         """Whether a sample's answer follows from its own row alone, in whatever columns its tokens lie; static.
 
         Continuous batching needs that: it gives the row of an answer that has ended to another prompt.
         """
-        return not self.primes
+        return not self.primes and type(self).remember is Method.remember
+
+    def remember(self, carry: Any, kept: Any) -> Any:
+        """What the edits of later steps need of this one (a pytree of arrays, `[B, ...]` each).
+
+        Args:
+            carry: the main branch's carry after the last layer.
+            kept: what the step before returned; () behind the prompt.
+        """
+        return kept
+
+    def recalled(self, kept: Any) -> "Method":
+        """The method whose edits a decode step takes, given what `remember` returned in the step before."""
+        return self
 
     def combine(self, readout: Readout, memory: Any) -> tuple[Float[Array, "B V"], Any]:
         """Next-token logits from what the step computed.

@@ -12,7 +12,7 @@ from typing import Any
 
 from lvlm_jax.attention import Chain, Transform
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, frozen
+from lvlm_jax.methods.base import WARM_UPS, Method, Readout, frozen
 
 
 def chain(*members: Method) -> Method:
@@ -35,7 +35,8 @@ class Chained(Method):
 
     def __post_init__(self):
         self._only("contrast branch", lambda member: len(member.branches()) > 1)
-        self._only("combination of logits", _combines)
+        self._only("combination of logits", lambda member: member.combines)
+        self._only("probe of the prompt", lambda member: "probe" in member.primes)
         self._only("positions", lambda member: _has_own(member, "positions"))
         for member in self.members:
             if member.search is not None:
@@ -69,6 +70,9 @@ class Chained(Method):
         owner = self._contrasting()
         return owner.contrast_pixels(pixels, image_index) if owner else pixels
 
+    def contrast_tokens(self, embeddings, image_id):
+        return self._contrasting().contrast_tokens(embeddings, image_id)
+
     def contrast_picture(self, height, width):
         return self._contrasting().contrast_picture(height, width)
 
@@ -86,8 +90,12 @@ class Chained(Method):
         return owner.exit_norm if owner else True
 
     @property
-    def primes(self) -> bool:
-        return any(member.primes for member in self.members)
+    def primes(self) -> tuple[str, ...]:
+        return tuple(name for name in WARM_UPS if any(name in member.primes for member in self.members))
+
+    @property
+    def combines(self) -> bool:
+        return self._combiner() is not None
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         owner = self._combiner()
@@ -97,9 +105,19 @@ class Chained(Method):
     def independent_rows(self) -> bool:
         return all(member.independent_rows for member in self.members)
 
-    def primed(self, with_image, without_image) -> "Chained":
-        ready = (member.primed(with_image, without_image) if member.primes else member for member in self.members)
-        return Chained(tuple(ready))
+    def probe(self) -> Transform:
+        return next(member for member in self.members if "probe" in member.primes).probe()
+
+    def primed(self, seen) -> "Chained":
+        return Chained(tuple(member.primed(seen) for member in self.members))
+
+    def remember(self, carry: Any, kept: Any) -> tuple:
+        before = kept or ((),) * len(self.members)
+        each = zip(self.members, self._carries(carry), before, strict=True)
+        return tuple(member.remember(own, memory) for member, own, memory in each)
+
+    def recalled(self, kept: Any) -> "Chained":
+        return Chained(tuple(member.recalled(memory) for member, memory in zip(self.members, kept, strict=True)))
 
     def start(self, batch: int) -> Any:
         owner = self._combiner()
@@ -109,15 +127,14 @@ class Chained(Method):
         owner = self._combiner()
         if owner is None:
             return readout.main, memory
-        edits = [member.branches()[0] for member in self.members]
         index = next(place for place, member in enumerate(self.members) if member is owner)
-        if edits[index] is None:
-            carry = ()
-        elif isinstance(self.branches()[0], Chain) and sum(edit is not None for edit in edits) > 1:
-            carry = readout.carry[sum(edit is not None for edit in edits[:index])]
-        else:
-            carry = readout.carry
-        return owner.combine(readout._replace(carry=carry), memory)
+        return owner.combine(readout._replace(carry=self._carries(readout.carry)[index]), memory)
+
+    def _carries(self, carry: Any) -> list[Any]:
+        """Each member's carry of the main branch, () for one without edits."""
+        edits = [member.branches()[0] is not None for member in self.members]
+        own = iter(carry if sum(edits) > 1 else (carry,))
+        return [next(own) if edit else () for edit in edits]
 
     def _owner(self, name: str) -> Method | None:
         return next((member for member in self.members if _has_own(member, name)), None)
@@ -126,7 +143,7 @@ class Chained(Method):
         return next((member for member in self.members if len(member.branches()) > 1), None)
 
     def _combiner(self) -> Method | None:
-        return next((member for member in self.members if _combines(member)), None)
+        return next((member for member in self.members if member.combines), None)
 
     def _only(self, what: str, wants) -> None:
         owners = [type(member).__name__ for member in self.members if wants(member)]
@@ -138,11 +155,6 @@ class Chained(Method):
 
 def _has_own(member: Method, name: str) -> bool:
     return getattr(type(member), name) is not getattr(Method, name)
-
-
-def _combines(member: Method) -> bool:
-    """Whether a member makes the logits: it has a rule, and something to apply it to."""
-    return _has_own(member, "combine") and (len(member.branches()) > 1 or _has_own(member, "exits"))
 
 
 def _merged(transforms: list[Transform | None]) -> Transform | None:

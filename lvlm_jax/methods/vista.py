@@ -62,15 +62,16 @@ class VISTA(Method):
         "llava-1.5/pope": dict(lambda_=0.01, gamma=0.3),
         "llava-1.5/mmhal": dict(lambda_=0.1, gamma=0.3),
     }
-    primes: ClassVar[bool] = True
+    primes: ClassVar[tuple[str, ...]] = ("hidden",)
     exit_norm: ClassVar[bool] = False
 
-    def primed(self, with_image, without_image) -> "VISTA":
+    def primed(self, seen) -> "VISTA":
+        with_image, without_image = seen.hidden
         vectors = with_image[1:].astype(jnp.float32) - without_image[1:].astype(jnp.float32)
         if self.variant == "code":
             # Without an image both passes are the same, and the sample is left alone.
-            seen = (vectors != 0).any(axis=(0, 2))
-            vectors = vectors.at[0, :, 0].add(seen.astype(jnp.float32))
+            differs = (vectors != 0).any(axis=(0, 2))
+            vectors = vectors.at[0, :, 0].add(differs.astype(jnp.float32))
         return dataclasses.replace(self, vectors=vectors)
 
     def branches(self):
@@ -109,8 +110,8 @@ class Steering(Transform):
 class MlpSteering(Steering):
     """Turns the output of the feed-forward block towards the image, further where it points away from it."""
 
-    def mlp(self, layer, num_layers, phase, output):
-        x, vector = output.astype(jnp.float32), self.vectors[layer][:, None]
+    def mlp(self, stream, output):
+        x, vector = output.astype(jnp.float32), self.vectors[stream.layer][:, None]
         away = jnp.maximum(0.0, -(unit(x) * unit(vector)).sum(axis=-1, keepdims=True))
         return length(x) * unit(unit(x) + self.lambda_ * (1 + away) * unit(vector))
 

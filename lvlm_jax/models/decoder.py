@@ -5,6 +5,8 @@ decoding (N = 1) and a contrastive method (N = 2) alike.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,9 +19,9 @@ from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
-from lvlm_jax.attention.transform import Transform, overrides
+from lvlm_jax.attention.transform import Stream, Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head
+from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head, weight_of
 
 
 @jax.tree_util.register_dataclass
@@ -93,18 +95,22 @@ class DecoderAttention(nn.Module):
         key = rotate(project("k_proj", config.num_kv_heads, "k_norm"), rotations.rows)
         value = project("v_proj", config.num_kv_heads)
         columns = _columns(cache, key, value, contexts)
+        o_proj = linear(config.hidden_size, self.dtype, "o_proj", use_bias=config.output_bias)
+
+        def output(heads: Float[Array, "*N B H T D"]) -> Float[Array, "*N B T E"]:
+            flat = heads.swapaxes(-3, -2)
+            return o_proj(flat.reshape(*flat.shape[:-2], -1).astype(self.dtype))
+
         mixed, carries, tapped = attend(
             tuple(rotate(query, rotations.rows)),
             columns,
             contexts,
             rotations.shift,
-            edits,
+            dataclasses.replace(edits, project=output),
             config.window(edits.layer),
             config.whole_images,
         )
-        merged = jnp.stack(mixed).swapaxes(2, 3).reshape(*x.shape[:3], -1).astype(self.dtype)
-        output = linear(config.hidden_size, self.dtype, "o_proj", use_bias=config.output_bias)(merged)
-        return output, columns, carries, tapped
+        return output(jnp.stack(mixed)), columns, carries, tapped
 
 
 def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]) -> LayerCache:
@@ -119,22 +125,24 @@ def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, context
     return LayerCache(cache.prefix, tuple(block.write(new, context.first_row - start) for block, new, context in own))
 
 
-def _edited(
-    stage: str,
-    x: Float[Array, "N B T E"],
-    transforms: tuple[Transform | None, ...],
-    layer: int,
-    num_layers: int,
-    phase: str,
+def _has(stage: str, transforms: tuple[Transform | None, ...]) -> bool:
+    """Whether any branch has a stage outside attention."""
+    return any(transform is not None and overrides(transform, stage) for transform in transforms)
+
+
+def _stacked(
+    edit: Callable[[int, Transform], jax.Array], x: Float[Array, "N B T E"], transforms: tuple[Transform | None, ...]
 ) -> Float[Array, "N B T E"]:
-    """The stage "mlp" or "residual" of every branch that has one."""
-    if not any(transform is not None and overrides(transform, stage) for transform in transforms):
-        return x
-    edited = [
-        hidden if transform is None else getattr(transform, stage)(layer, num_layers, phase, hidden)
-        for hidden, transform in zip(x, transforms, strict=True)
-    ]
+    """`x` with `edit(branch, transform)` in the place of every branch that has a transform."""
+    edited = [x[i] if transform is None else edit(i, transform) for i, transform in enumerate(transforms)]
     return jnp.stack(edited).astype(x.dtype)
+
+
+def _behind(
+    layer: int, num_layers: int, phase: str, x: Float[Array, "N B T E"], branch: int, transform: Transform
+) -> Float[Array, "B T E"]:
+    """The stage "residual" of one branch."""
+    return transform.residual(layer, num_layers, phase, x[branch])
 
 
 class DecoderMlp(nn.Module):
@@ -153,6 +161,11 @@ class DecoderMlp(nn.Module):
         gate = activation(config.hidden_act)(project(config.intermediate_size, "gate_proj")(x))
         return project(config.hidden_size, "down_proj")(gate * project(config.intermediate_size, "up_proj")(x))
 
+    def sizes(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The mean sizes of the entries of the up and down projections."""
+        parts = (self.variables["params"][name] for name in ("up_proj", "down_proj"))
+        return tuple(jnp.abs(weight_of(part)).mean() for part in parts)
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind its norm and added to the stream."""
@@ -167,17 +180,40 @@ class DecoderLayer(nn.Module):
         def norm(name: str) -> nn.Module:
             return rms_norm(config.rms_norm_eps, self.dtype, name, config.norm_offset)
 
-        normed = norm("input_layernorm")(x)
+        input_norm, mlp_norm = norm("input_layernorm"), norm("post_attention_layernorm")
+        mlp = DecoderMlp(config, self.dtype, name="mlp")
+        output_norm = norm("mlp_output_norm") if config.output_norms else lambda added: added
+        entered, transforms, carries = x, edits.transforms, edits.carries
+
+        def stream(branch: int, read: Float[Array, "B T E"] | None) -> Stream:
+            return Stream(
+                layer=edits.layer,
+                num_layers=edits.num_layers,
+                phase=contexts[0].phase,
+                entered=entered[branch],
+                read=read,
+                carry=carries[branch],
+                input_norm=input_norm,
+                mlp_norm=mlp_norm,
+                feed_forward=lambda hidden: output_norm(mlp(hidden)),
+                exit_logits=edits.exit_logits,
+                sizes=mlp.sizes,
+            )
+
+        if _has("enter", transforms):
+            carries = tuple(
+                transform.enter(stream(i, None)) if transform else carries[i] for i, transform in enumerate(transforms)
+            )
+            edits = dataclasses.replace(edits, carries=carries)
         mixed, columns, carries, tapped = DecoderAttention(self.config, self.dtype, name="self_attn")(
-            normed, contexts, rotations, cache, edits
+            input_norm(x), contexts, rotations, cache, edits
         )
         x = x + (norm("attention_output_norm")(mixed) if config.output_norms else mixed)
-        normed = norm("post_attention_layernorm")(x)
-        mixed = DecoderMlp(config, self.dtype, name="mlp")(normed)
-        mixed = norm("mlp_output_norm")(mixed) if config.output_norms else mixed
-        phase = contexts[0].phase
-        x = x + _edited("mlp", mixed, edits.transforms, edits.layer, edits.num_layers, phase)
-        return x, columns, carries, tapped
+        normed = mlp_norm(x)
+        mixed = output_norm(mlp(normed))
+        if _has("mlp", transforms):
+            mixed = _stacked(lambda i, transform: transform.mlp(stream(i, normed[i]), mixed[i]), mixed, transforms)
+        return x + mixed, columns, carries, tapped
 
 
 class Decoder(nn.Module):
@@ -241,11 +277,13 @@ class Decoder(nn.Module):
         tap = tap or Tap()
         seen, weights, streams = [], [], [x]
         for index, layer in enumerate(self.layers):
-            edits = LayerEdits(transforms, carries, index, depth, tap)
+            edits = LayerEdits(transforms, carries, index, depth, tap, functools.partial(self.exit_logits, norm=True))
             rotation = rotations[config.layer_rope(index)]
             x, columns, carries, tapped = layer(x, contexts, rotation, caches and caches[index], edits)
             x = x + added[index] if index < len(added) else x
-            x = _edited("residual", x, transforms, index, depth, contexts[0].phase)
+            if _has("residual", transforms):
+                edit = functools.partial(_behind, index, depth, contexts[0].phase, x)
+                x = _stacked(edit, x, transforms)
             seen.append(columns)
             weights += [tapped] if tap.wants(index) else []
             streams.append(x)

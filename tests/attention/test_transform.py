@@ -89,7 +89,7 @@ def assert_sites(carried, expected):
 def test_stages_see_the_rows_they_asked_for(model, mixed, transforms, rows):
     prompt = model.prepare(mixed)
     state, _ = model.prefill(prompt, Edited(transforms), MAX_LENGTH)
-    assert_sites(state.memory, expected_site(prompt.image_id, 64 - rows))
+    assert_sites(state.memory.logits, expected_site(prompt.image_id, 64 - rows))
     if len(transforms) == 1 and rows > 1:
         return  # a decode step has one row whatever was asked for: once per number of branches will do
     assert state.capacity == 128
@@ -99,7 +99,7 @@ def test_stages_see_the_rows_they_asked_for(model, mixed, transforms, rows):
     for name, fill in [("image_id", -1), ("image", False), ("after_image", False), ("mask", False)]:
         width = [(0, 0)] * (expected[name].ndim - 1) + [(0, 63)]
         expected[name] = np.pad(expected[name], width, constant_values=fill)
-    assert_sites(state.memory, expected)
+    assert_sites(state.memory.logits, expected)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,8 @@ def memory_after(model, mixed):
             method = Edited((transform,))
             embedded = Prompt(embeddings, jnp.asarray(prompt.image_id))
             state, _ = forward.prefill(params, model.config, embedded, method, **options)
-            return state.memory, forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))[0].memory
+            after, _ = forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))
+            return state.memory.logits, after.memory.logits
 
         return jax.eval_shape(both, model.params, jnp.zeros((3, 64, 48)))
 

@@ -1,5 +1,6 @@
 """What the tests of methods share: small models, forced runs of ours, and comparisons with the NumPy references."""
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lvlm_jax import LVLM
+from lvlm_jax.attention.transform import Stream
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.reference import llava, one_branch
@@ -96,6 +98,12 @@ def run_library(ours, inputs, forced, method):
         return None if arrays[0] is None else np.stack([np.asarray(array) for array in arrays], axis=1)
 
     return stacked("main"), stacked("contrast"), stacked("combined")
+
+
+def stream(layer, num_layers=3, **fields):
+    """One layer outside attention, of which the tests of a method need what is given."""
+    absent = dict.fromkeys(field.name for field in dataclasses.fields(Stream))
+    return Stream(**absent | {"layer": layer, "num_layers": num_layers, "phase": "decode"} | fields)
 
 
 def assert_close(got, want, name, factor=1.0):

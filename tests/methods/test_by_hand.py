@@ -10,6 +10,8 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.attention import Context, Site
+from lvlm_jax.methods.base import Seen
+from tests.methods.compare import stream
 
 COLUMNS = (0, 1, 1, 0)
 INF = np.inf
@@ -44,12 +46,14 @@ def site(logits, image_id=COLUMNS, layer=0, num_layers=32, carry=(), values=None
         image=shared.image_columns(),
         after_image=shared.after_image_columns(),
         system=shared.system_columns(),
+        generated=shared.generated_columns(),
         row_index=shared.rows(),
         post_image=shared.post_image_rows(),
         mask=shared.mask(),
         logits=logits[None],
         carry=carry,
         read_values=lambda: jnp.asarray(values, jnp.float32)[None],
+        project=lambda heads: heads.swapaxes(1, 2).reshape(1, logits.shape[1], -1),
     )
 
 
@@ -288,8 +292,9 @@ def test_vista(variant, stage, x, want):
     """Layer 1 of 2, v = (0, 2), λ 0.5."""
     seeing = jnp.asarray([[[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 2.0]]])
     blind = jnp.asarray([[[0.0, 0.0]], [[0.0, 0.0]], [[1.0, 0.0]]])
-    steering = methods.VISTA(lambda_=0.5, variant=variant).primed(seeing, blind).branches()[0]
-    close(getattr(steering, stage)(1, 2, "decode", jnp.asarray([[x]], jnp.float32))[0, 0], want)
+    steering = methods.VISTA(lambda_=0.5, variant=variant).primed(Seen((seeing, blind))).branches()[0]
+    place = (stream(1, 2),) if stage == "mlp" else (1, 2, "decode")
+    close(getattr(steering, stage)(*place, jnp.asarray([[x]], jnp.float32))[0, 0], want)
 
 
 def test_opera():

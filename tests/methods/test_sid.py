@@ -60,12 +60,14 @@ def test_of_equal_weights_the_earlier_tokens_are_kept():
         image=jnp.asarray(image),
         after_image=jnp.zeros((1, 6), bool),
         system=jnp.zeros((1, 6), bool),
+        generated=jnp.zeros((1, 6), bool),
         row_index=jnp.asarray([5]),
         post_image=jnp.ones((1, 1), bool),
         mask=jnp.ones((1, 1, 6), bool),
         logits=jnp.log(weights),
         carry=jnp.asarray(image),
         read_values=lambda: None,
+        project=lambda heads: None,
     )
     kept = LeastAttended(3, 2, None, None).observe(site, jnp.asarray(weights))
     np.testing.assert_array_equal(kept, [[False, True, True, True, False, False]])

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lvlm_jax.methods.base import Seen
 from lvlm_jax.methods.vista import VISTA, unit
 from tests.checkpoints import IMAGE
 from tests.methods import compare
-from tests.methods.compare import EDGES, MIXED
+from tests.methods.compare import EDGES, MIXED, stream
 from tests.reference import vista
 
 
@@ -48,10 +49,10 @@ def test_the_principal_component_of_one_sample():
     generator = np.random.default_rng(1)
     seeing, blind = (jnp.asarray(generator.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(2))
     blind = blind.at[:, 1].set(seeing[:, 1])  # the second sample has no image
-    difference = np.array(seeing[1:] - blind[1:])
-    np.testing.assert_array_equal(VISTA(variant="paper").primed(seeing, blind).vectors, difference)
+    difference, seen = np.array(seeing[1:] - blind[1:]), Seen((seeing, blind))
+    np.testing.assert_array_equal(VISTA(variant="paper").primed(seen).vectors, difference)
     difference[0, 0, 0] += 1
-    np.testing.assert_array_equal(VISTA().primed(seeing, blind).vectors, difference)
+    np.testing.assert_array_equal(VISTA().primed(seen).vectors, difference)
 
 
 def test_published_layers():
@@ -75,9 +76,9 @@ def test_norms_are_kept(variant, stage):
     generator = np.random.default_rng(0)
     hidden = jnp.asarray(generator.normal(size=(2, 5, 16)).astype(np.float32))
     states = generator.normal(size=(2, 4, 2, 16)).astype(np.float32)
-    steering = VISTA(lambda_=0.8, variant=variant).primed(*map(jnp.asarray, states)).branches()[0]
-    for name in ("mlp", "residual"):
-        turned = getattr(steering, name)(1, 3, "decode", hidden)
+    steering = VISTA(lambda_=0.8, variant=variant).primed(Seen(tuple(map(jnp.asarray, states)))).branches()[0]
+    for name, place in {"mlp": (stream(1),), "residual": (1, 3, "decode")}.items():
+        turned = getattr(steering, name)(*place, hidden)
         norms = np.linalg.norm(hidden, axis=-1)
         np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), norms, rtol=1e-5)
         assert (np.abs(turned - hidden).max() > 0.1) == (name == stage)
