@@ -92,7 +92,6 @@ class Stream:
         input_norm, mlp_norm: the norms before attention and before the feed-forward block.
         feed_forward: that block.
         exit_logits: next-token logits of hidden states, behind the final norm.
-        sizes: returns the mean sizes of the entries of the feed-forward block's up and down projections.
     """
 
     layer: int
@@ -105,7 +104,6 @@ class Stream:
     mlp_norm: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
     feed_forward: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
     exit_logits: Callable[[Float[Array, "*T E"]], Float[Array, "*T V"]]
-    sizes: Callable[[], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 class Transform:

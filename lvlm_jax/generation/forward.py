@@ -129,7 +129,7 @@ def prefill(
         )
         tracks += (Track.after(contrast, other_context, contrast_capacity),)
         last = jnp.concatenate([last, other.hidden[:, :, -1]])
-    memory = Memory(method.start(prompt.image_id.shape[0]) if method else (), ())
+    memory = Memory(method.start(prompt.image_id.shape[0]) if method else (), None)
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
 
 

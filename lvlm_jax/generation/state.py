@@ -113,7 +113,7 @@ class Memory(NamedTuple):
 
     Attributes:
         logits: of `Method.start` and `Method.combine`.
-        edits: of `Method.remember`; () before the prompt is run.
+        edits: of `Method.remember`; None before the prompt is run.
     """
 
     logits: Any

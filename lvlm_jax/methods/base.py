@@ -228,7 +228,7 @@ class Method(Transform):
 
         Args:
             carry: the main branch's carry after the last layer.
-            kept: what the step before returned; () behind the prompt.
+            kept: what the step before returned; None behind the prompt.
         """
         return kept
 

@@ -112,7 +112,7 @@ class Chained(Method):
         return Chained(tuple(member.primed(seen) for member in self.members))
 
     def remember(self, carry: Any, kept: Any) -> tuple:
-        before = kept or ((),) * len(self.members)
+        before = kept or (None,) * len(self.members)
         each = zip(self.members, self._carries(carry), before, strict=True)
         return tuple(member.remember(own, memory) for member, own, memory in each)
 

@@ -21,7 +21,7 @@ from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Stream, Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head, weight_of
+from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +152,7 @@ class DecoderMlp(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N B T E"]) -> Float[Array, "N B T E"]:
+    def __call__(self, x: Float[Array, "*N B T E"]) -> Float[Array, "*N B T E"]:
         config = self.config
 
         def project(features: int, name: str) -> nn.Dense:
@@ -160,11 +160,6 @@ class DecoderMlp(nn.Module):
 
         gate = activation(config.hidden_act)(project(config.intermediate_size, "gate_proj")(x))
         return project(config.hidden_size, "down_proj")(gate * project(config.intermediate_size, "up_proj")(x))
-
-    def sizes(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The mean sizes of the entries of the up and down projections."""
-        parts = (self.variables["params"][name] for name in ("up_proj", "down_proj"))
-        return tuple(jnp.abs(weight_of(part)).mean() for part in parts)
 
 
 class DecoderLayer(nn.Module):
@@ -197,7 +192,6 @@ class DecoderLayer(nn.Module):
                 mlp_norm=mlp_norm,
                 feed_forward=lambda hidden: output_norm(mlp(hidden)),
                 exit_logits=edits.exit_logits,
-                sizes=mlp.sizes,
             )
 
         if _has("enter", transforms):

@@ -43,13 +43,6 @@ def matrices(flat: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[int, int]]]:
     return found
 
 
-def weight_of(leaves: Mapping[str, Array]) -> Float[Array, "I O"]:
-    """The kernel of a projection as it is multiplied, without a low-rank term."""
-    if INT8_LEAVES[0] in leaves:
-        return int8.dequantize(*(leaves[name] for name in INT8_LEAVES))
-    return leaves["kernel"]
-
-
 class Linear(nn.Dense):
     """`nn.Dense`, plus a low-rank term where its parameters hold one (LoRA, arXiv 2106.09685).
 

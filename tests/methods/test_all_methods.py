@@ -51,7 +51,16 @@ class Entry:
     logits: bool = True
 
 
+# Methods of the field whose mechanisms others stand for in the quick suite.
+SLOW = {"dab", "farsight", "iat", "memvr", "nolan", "only", "sparc", "spin", "vhr"}
+
 ENTRIES = {
+    "avisc": Entry(
+        {"lambda_": 0.0},
+        {"alpha": 0, "beta": NO_CUT},
+        {"beta": CUT, "gamma": "a number of layers", "lambda_": "a threshold: a token is masked or not"},
+        inexact=TWO_BRANCHES,
+    ),
     "capl": Entry({}, {"sigma": 0}, {"rho": "a number of tokens"}),
     "clva": Entry(
         {"noise_layers": 1, "rho": 0.5},
@@ -68,11 +77,14 @@ ENTRIES = {
         {"gamma": "M is a comparison of calibrated logits"},
         inexact=TWO_BRANCHES,
     ),
+    "dab": Entry({}, {"alpha": 0}, {"tau": "a threshold: a head is edited or not"}, inexact=FUSION),
     "deco": Entry(
         {"layers": (0, 1)}, {"alpha": 0}, {"top_p": "a number of tokens", "candidates": "a number of tokens"}
     ),
     "dola": Entry({"layers": (0, 1)}, {"beta": 1}, {"beta": CUT}, logits=False),
     "eah": Entry({}, {"beta": 1e9}, {"beta": "a threshold: a head has sinks or not"}),
+    "farsight": Entry({}, {"sigma": 1e9}, inexact=FUSION),
+    "iat": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}),
     "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
     "m3id": Entry(
         {},
@@ -80,7 +92,20 @@ ENTRIES = {
         {"beta": "the port's alone", "alpha_gate": "a gate: a step is contrasted or not"},
         inexact=TWO_BRANCHES,
     ),
+    "memvr": Entry(
+        {"layers": (0,), "tau": 0.1, "rho": 0.4},
+        {"rho": 0},
+        {"tau": "a threshold: a layer is unsure or not"},
+        inexact=FUSION,
+    ),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
+    "nolan": Entry({}, {"kappa": 0}, inexact=TWO_BRANCHES),
+    "only": Entry(
+        {"tau": 1.0},
+        {"alpha_complement": 0, "alpha_contrast": 0, "beta": NO_CUT},
+        {"beta": CUT, "tau": "a threshold: complement or contrast"},
+        inexact=FUSION,
+    ),
     "pai": Entry(
         {"start_layer": 1}, {"alpha": 0, "gamma": 1, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES, logits=False
     ),
@@ -97,13 +122,27 @@ ENTRIES = {
         {"beta": CUT, "keep": "a number of tokens"},
         inexact=TWO_BRANCHES,
     ),
+    "sparc": Entry(
+        {"selected_layer": 0, "tau": 0.02, "alpha": 3.0},
+        {"alpha": 1},
+        {"tau": "a threshold: a token jumps or not", "beta": "part of a threshold"},
+        inexact=FUSION,
+    ),
+    "spin": Entry({"rho": 0.5}, {"scale": 1}, {"rho": "a number of heads"}, inexact=FUSION),
     "vaf": Entry({"start_layer": 0, "end_layer": None}, {"enhance": 1, "suppress": 1}),
+    "var": Entry(
+        {"layers": (0, 1), "tau": 1.7, "p": 0.2, "rho": 0.9},
+        {"p": 1},
+        {name: "a threshold" for name in ("rho", "tau", "least")},
+        inexact=FUSION,
+    ),
     "vcd": Entry(
         {},
         {"alpha": 0, "beta": NO_CUT},
         {"beta": CUT, "seed": SEED, "noise_step": "a whole number of steps"},
         inexact=TWO_BRANCHES,
     ),
+    "vhr": Entry({"layers": (0, 1)}, {"alpha": 1}, inexact=FUSION),
     "vista": Entry(
         {"layers": (0, 1)}, {"lambda_": 0, "gamma": 0}, inexact="hidden states are scaled to length 1 and back"
     ),
@@ -112,7 +151,14 @@ ENTRIES = {
 # Not a rule for single steps but a search of its own, with tests of its own.
 SEARCHES = {"opera"}
 
-every_method = pytest.mark.parametrize("name", [name for name in methods.names() if name not in SEARCHES])
+every_method = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in methods.names()
+        if name not in SEARCHES
+    ],
+)
 
 
 def test_every_method_has_an_entry():
@@ -302,18 +348,21 @@ def test_a_batch_equals_its_samples_alone(bench, name):
 
 @every_method
 def test_gradients_equal_finite_differences(bench, name):
-    """Of a fixed random mix of the combined logits of the prompt and of one token after it."""
+    """Of a fixed random mix of the combined logits of the prompt and of two tokens after it."""
     method = build(name)
     (params, config, main, ready), options = bench.arguments(method)
-    mix = jnp.asarray(np.random.default_rng(44).normal(size=(2, len(LAYOUTS), 60)).astype(np.float32))
+    mix = jnp.asarray(np.random.default_rng(44).normal(size=(3, len(LAYOUTS), 60)).astype(np.float32))
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @jax.value_and_grad
     def scalar(values):
         edited = dataclasses.replace(ready, **values)
-        state, first = forward.prefill(params, config, main, edited, **options)
-        _, second = forward.decode_step(params, config, state, jnp.asarray(bench.forced[0]))
-        combined = jnp.stack([first.combined, second.combined])
+        state, step = forward.prefill(params, config, main, edited, **options)
+        taken = [step.combined]
+        for tokens in bench.forced[:2]:  # SPARC's jumps count from the second on
+            state, step = forward.decode_step(params, config, state, jnp.asarray(tokens))
+            taken.append(step.combined)
+        combined = jnp.stack(taken)
         return (jnp.where(jnp.isfinite(combined), combined, 0) * mix).sum()
 
     values = {key: jnp.float32(value) for key, value in strengths(method).items()}

@@ -4,6 +4,8 @@ Stages are called directly, on one layer of one sample, or on one step's logits.
 tokens and text unless an example says otherwise.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.attention import Context, Site
 from lvlm_jax.methods.base import Seen
+from lvlm_jax.methods.memvr import Retrace
+from lvlm_jax.methods.only import lowered
+from lvlm_jax.methods.sparc import Jumps
 from tests.methods.compare import stream
 
 COLUMNS = (0, 1, 1, 0)
@@ -106,6 +111,10 @@ COMBINED = {
     # ln 0.6 + 0.6 * 0.5 ln 0.1 = -0.51083 - 0.69078   ln 0.3 + 0.6 * 0.5 ln 0.5 = -1.20397 - 0.20794
     "deco": (methods.DeCo(top_p=0.8), log(0.6, 0.3, 0.1), None, [log(0.2, 0.1, 0.7), log(0.1, 0.5, 0.4)], (),
              [-1.20161, -1.41191, -INF]),
+    # p = (1/2, 1/2), u = (3/4, 1/4):  g = -0.25 ln (2/3) + 0.25 ln 2 = 0.27465, tanh (1 / g) = 0.99862, a = 1.59890
+    # 2.59890 ln 0.5 - a ln 0.75 = -1.80142 + 0.45997   -1.80142 - a ln 0.25 = -1.80142 + 2.21654
+    "nolan": (methods.NoLan(), log(0.5, 0.5), log(0.75, 0.25), None, (), [-1.34145, 0.41512]),
+    "avisc": (methods.AvisC(), [3, 2, 0], [1, 2, 1], None, (), [5, 2, -INF]),
     # Exits (1, 3) and (3, 5), mean (2, 4):  0.7 * 2 + 0.3 * 2 = 2   0.7 * 1 + 0.3 * 4 = 1.9
     "vista": (methods.VISTA(), [2, 1], None, [[1, 3], [3, 5]], (), [2, 1.9]),
 }  # fmt: skip
@@ -277,6 +286,85 @@ def test_clva():
     close(got[0, :, 0], [[0, 0.29289, -0.14645, 0]] * 2)
 
 
+TWO = row([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.2, 0.5])
+FIELD = {
+    # ⌈0.5 * 2⌉ = 1 of two heads stays; masses on the image 0.4 and 0.4: the earlier. Head 1 times 0.1.
+    "spin": (methods.SPIN(rho=0.5, scale=0.1), COLUMNS, [TWO[0, 0], 0.1 * TWO[1, 0]]),
+    # Images of one token each: r = 0.1, 0.3 and 0.2, 0.2; means 0.2:  - 0.5 * (-0.1), - 0.5 * 0.1
+    "dab": (methods.DAB(), (0, 1, 2, 0), [[0.4, 0.15, 0.25, 0.2], TWO[1, 0]]),
+    # Column 1 is a sink: shares 0.1 of 0.4 and 0.2 of 0.4, both centric. 0.4 * 0.1 = 0.04 and 0.08 go to column 2.
+    "var": (methods.VAR(), COLUMNS, [[0.4, 0.06, 0.34, 0.2], [0.1, 0.12, 0.28, 0.5]]),
+    # A mass of 0.4 is less than 0.5: no head is centric.
+    "var, mass": (methods.VAR(least=0.5), COLUMNS, TWO[:, 0]),
+}
+
+
+@pytest.mark.parametrize(("method", "image_id", "want"), FIELD.values(), ids=FIELD)
+def test_weights_of_the_last_row(method, image_id, want):
+    here = site(np.log(TWO), image_id, carry=(jnp.asarray([[False, True, False, False]]),))
+    close(method.weights(here, jnp.asarray(TWO)[None])[0, :, 0], want)
+
+
+def test_vhr():
+    """Values are 1; head 1 has 1 with the image and 0 without, VHD 1, head 0 nothing: median 0.5, head 1 doubles.
+
+    μ + σ of (0, 1) is 1, and 1 does not lie above it.
+    """
+    probe, seeing = methods.VHR(layers=(0,)).probe(), row([1, 0, 0, 0], [0, 1, 0, 0])
+    blind = row([1, 0, 0, 0], [0, 0, 0, 0])
+    here = site(seeing, carry=(jnp.asarray([True]),), values=np.ones((2, 4, 1)))
+    here = dataclasses.replace(here, read_values=lambda: jnp.ones((2, 2, 4, 1)))
+    carry = probe.observe(here, jnp.asarray([seeing, blind]))
+    np.testing.assert_array_equal(carry[1], [[False, True]])
+    close(methods.VHR().scaled(jnp.asarray(seeing)[None], carry[1])[0, :, 0], [[1, 0, 0, 0], [0, 2, 0, 0]])
+
+
+def test_iat():
+    """Generated is the last column alone: |z| 1 and 0."""
+    z = row([1, 2, -4, 1], [0, 4, 2, 0])
+    here = dataclasses.replace(site(z), generated=jnp.asarray([[False, False, False, True]]), phase="decode")
+    close(methods.IAT().logits(here, jnp.asarray(z)[None])[0, :, 0], [[1, 2, -4, 1.8], [0, 4, 2, 0]])
+
+
+def test_farsight():
+    """σ = ln 2, all logits 0: the third of four rows has a register of 1/2 beside 3: its weights are (1/3) 3 / 3.5."""
+    z, w = np.zeros((1, 4, 4)), np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+    got = methods.FarSight(sigma=np.log(2)).weights(site(z), jnp.asarray(w, jnp.float32)[None, None])
+    close(got[0, 0, 2:], [[0.28571, 0.28571, 0.28571, 0], [0.25] * 4])
+
+
+def test_sparc():
+    """Means 0.1 and 0.2; weights 0.3 and 0.3 rise by 2 and 0.5: column 1 jumps; its new mean is 0.9 * 0.3 + 0.01."""
+    before = Jumps(jnp.asarray([[0, 0.1, 0.2, 0]]), jnp.asarray([[0.0, 2, 0, 0]]))
+    method = methods.SPARC(selected_layer=0, jumps=before)
+    here = dataclasses.replace(site(row([0, 0, 0, 0]), carry=before), phase="decode")
+    w = jnp.asarray(row([0.2, 0.3, 0.3, 0.2]))[None]
+    after = method.observe(here, w)
+    close([after.mean[0], after.count[0]], [[0, 0.28, 0.29, 0], [0, 3, 0, 0]])
+    close(method.weights(here, w)[0, :, 0], [[0.2, 0.363, 0.3, 0.2]])  # 0.3 * 1.1²
+
+
+def test_memvr():
+    """V = (1, 0): A(2, 1) = (2, 0), mean 1; FFN = (3, -1), mean 2, s = 2:  0.5 (3, -1) + 0.5 * 2 (2, 0)."""
+    method = methods.MemVR(rho=0.5, layers=(0,))
+    carry = Retrace(jnp.asarray([[[1.0, 0.0]]]), jnp.ones((1, 1, 1), bool), jnp.asarray([True]), jnp.asarray([True]))
+    here = stream(1, read=jnp.asarray([[[2.0, 1.0]]]), carry=carry)
+    close(method.mlp(here, jnp.asarray([[[3.0, -1.0]]]))[0, 0], [3.5, -0.5])
+
+
+def test_only():
+    """Mean 0.3, deviation 0.2: 0.6 is high. Then a token of each way; l~ = side + 0.5 l, d = Σ |p - p~|."""
+    kept, entropy = lowered(jnp.asarray(row([0.2, 0.2, 0.2, 0.6])[None, :, 0]), jnp.ones((1, 4), bool))
+    np.testing.assert_array_equal(kept[0, 0], [True, True, True, False])
+    close(entropy, [[np.log(3)]])
+    method = methods.ONLY(tau=0.5, beta=0.1)
+    main = jnp.asarray([[1.0, 0.0], [2.0, 0.0]])
+    side = jnp.asarray([[0.5, 0.0], [-2.0, 0.0]])
+    readout = methods.Readout(main, None, None, (jnp.ones(2, bool), side))
+    # l~ = (1, 0): d = 0:  1 + 3   0 + 0;  l~ = (-1, 0): p = (0.881, 0.119), p~ = (0.269, 0.731):  4 + 1, 0.135 > 0.1
+    close(method.combine(readout, ())[0], [[4, 0], [5, 0]])
+
+
 VISTA = {
     # n(x) = (0.6, -0.8), cos(x, -v) = 0.8: + 0.5 * 1.8 (0, 1) = (0.6, 0.1), of length 0.60828:  5 (0.98639, 0.16440)
     "away from v": ("code", "mlp", [3, -4], [4.93197, 0.82199]),
@@ -323,4 +411,5 @@ def test_opera_code():
 
 def test_every_method_is_here():
     names = {name.split(" ")[0] for name in (*COMBINED, *SIMPLE)} | {"eah", "capl", "clva", "opera"}
+    names |= {"dab", "farsight", "iat", "memvr", "only", "sparc", "spin", "var", "vhr"}
     assert names == set(methods.names())

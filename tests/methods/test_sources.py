@@ -11,7 +11,7 @@ from lvlm_jax.methods.parse import methods_help
 
 TABLE = Path(__file__).parents[2] / "docs" / "methods.md"
 # Methods with formulas that are neither the paper's nor the authors', and the word that must say so.
-OF_OTHERS = {"clva": "reconstruction", "m3id": "port"}
+OF_OTHERS = {"clva": "reconstruction", "farsight": "port", "m3id": "port"}
 WORDS = re.compile(r"\b(reconstruction|port)\b")
 
 

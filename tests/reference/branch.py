@@ -3,8 +3,6 @@
 Every branch runs its whole prompt by itself, whatever the library shares. Keys are kept unrotated.
 """
 
-import functools
-
 import numpy as np
 
 from tests.reference import llava
@@ -48,7 +46,7 @@ class Branch:
             w = self.attention[layer] = llava.softmax(z)
             attended = np.einsum("HTS,HSD->HTD", w, np.repeat(v, q.shape[0] // v.shape[0], axis=0))
             hidden = llava.finish_layer(
-                self.weights, self.config, layer, hidden, attended, functools.partial(self.mlp, layer)
+                self.weights, self.config, layer, hidden, attended, lambda x, added, layer=layer: self.mlp(layer, added)
             )
             states.append(hidden if self.residual is None else self.residual(layer, hidden))
         return np.stack(states)

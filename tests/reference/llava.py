@@ -207,18 +207,23 @@ def scores(text, q, k, row_positions, column_positions):
     return np.einsum("HTD,HSD->HTS", q, k) / math.sqrt(q.shape[-1])
 
 
-def finish_layer(weights, config, layer, hidden, attended, edit=lambda added: added):
+def finish_layer(weights, config, layer, hidden, attended, edit=lambda x, added: added):
     """The layer after its attention: `attended` [H, T, D], residual stream `hidden` [T, E] -> [T, E].
 
-    `edit` replaces what the feed-forward block adds to the stream [T, E].
+    `edit(x, added)` replaces what the feed-forward block, which reads x, adds to the stream; all [T, E].
     """
     text = config["text_config"]
     name = f"{LANGUAGE}.layers.{layer}"
     hidden = hidden + linear(weights, f"{name}.self_attn.o_proj", merge_heads(attended))
     x = rms_norm(weights, f"{name}.post_attention_layernorm", hidden, text["rms_norm_eps"])
-    gate = ACTIVATIONS[text["hidden_act"]](linear(weights, f"{name}.mlp.gate_proj", x))
-    up = linear(weights, f"{name}.mlp.up_proj", x)
-    return hidden + edit(linear(weights, f"{name}.mlp.down_proj", gate * up))
+    return hidden + edit(x, feed_forward(weights, config, layer, x))
+
+
+def feed_forward(weights, config, layer, x):
+    """What a layer's feed-forward block makes of x [T, E]."""
+    name, text = f"{LANGUAGE}.layers.{layer}.mlp", config["text_config"]
+    gate = ACTIVATIONS[text["hidden_act"]](linear(weights, f"{name}.gate_proj", x))
+    return linear(weights, f"{name}.down_proj", gate * linear(weights, f"{name}.up_proj", x))
 
 
 def head(weights, config, hidden):

@@ -2,10 +2,12 @@
 
 A method is an object with `weights(call, z) -> w`, both [H, T, S]: `z` are the attention logits of the rows of this
 call over all columns, also those that a row must not see. It may have `begin(call, embeddings)`, which is called
-before the first layer with what enters it. `softmax_seen` is what the plain model does.
+before the first layer with what enters it; `enter(call, hidden)`, called in every layer; `mlp(call, x, added)`, which
+replaces what a feed-forward block adds to the stream, given what it read. `softmax_seen` is what the plain model does.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -22,6 +24,7 @@ class Call:
         rows: position of each row [T].
         image_id: per column [S] 0 for text, k for a token of the k-th image.
         seen: Bool[T, S], which columns a row sees.
+        values: of all columns [H, S, D], key heads repeated.
     """
 
     layer: int
@@ -30,6 +33,7 @@ class Call:
     rows: np.ndarray
     image_id: np.ndarray
     seen: np.ndarray
+    values: np.ndarray | None = None
 
     def images(self):
         """Column indices of each image, in reading order."""
@@ -84,13 +88,16 @@ def run(
             call = Call(layer, depth, step == 0, rows, image_id, llava.visible(config, layer, rows, columns))
             if layer == 0 and hasattr(method, "begin"):
                 method.begin(call, hidden)
+            if hasattr(method, "enter"):
+                method.enter(call, hidden)
             q, k, v = llava.project(weights, config, layer, hidden)
             if step:
                 k = np.concatenate([keys[layer], k], axis=1)
                 v = np.concatenate([values[layer], v], axis=1)
             keys[layer], values[layer] = k, v
-            v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
+            v = call.values = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
             w = method.weights(call, llava.scores(text, q, k, positions[..., rows], positions))
-            hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v))
+            edit = functools.partial(method.mlp, call) if hasattr(method, "mlp") else lambda x, added: added
+            hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v), edit)
         results.append(llava.head(weights, config, hidden[-1:])[0])
     return np.stack(results)

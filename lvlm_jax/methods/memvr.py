@@ -1,0 +1,98 @@
+"""MemVR: image tokens looked up again where a middle layer is unsure of the next token. arXiv 2410.03577.
+
+Behind each layer i with 5 < i < 16, u_i is the entropy of the ten likeliest next tokens' probabilities, normalised
+among themselves, over ln 10 (final norm and head on the last row). In the first layer i + 1 with u_i > τ the output of
+the feed-forward block becomes, in all rows of the call,
+
+    (1 - ρ) FFN(x) + ρ s A(x)      A(x) = (x Vᵀ) V      s = mean |FFN(x)| / mean |A(x)|
+
+with V the image tokens that the decoder received. The authors scale V by the sizes of the block's matrices first, which
+s undoes. One layer a call. τ is 0.75; ρ is 0.12, for descriptions 0.31.
+
+Differs from the authors' code in: means, which there mix the samples of a batch and its padding, and here belong to a
+sample.
+
+Rows: all. Stages: enter (u), mlp. A sample without an image is left alone.
+Cost: the head for one row in ten layers; two products with the image tokens; the prompt's embeddings are kept.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Context
+from lvlm_jax.methods.base import Method, Strength, data, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
+
+CANDIDATES = 10
+
+
+class Retrace(NamedTuple):
+    """State of one pass.
+
+    Attributes:
+        visual: the image tokens, zero in other columns.
+        valid: rows that hold a token.
+        now: samples whose unsureness was met behind the layer before.
+        done: samples that looked already, or have nothing to look at.
+    """
+
+    visual: Float[Array, "B N E"]
+    valid: Bool[Array, "B T 1"]
+    now: Bool[Array, "B"]
+    done: Bool[Array, "B"]
+
+
+@register("memvr")
+class MemVR(Method):
+    """Memory-space visual retracing; see the module for the formulas."""
+
+    rho: Strength = strength(0.12, "share ρ of what is looked up", low=0, high=1)
+    tau: Strength = strength(0.75, "entropy τ above which a layer is unsure", low=0)
+    start_layer: int | float = switch(6, "first layer whose output is judged (a float: share of the depth)")
+    end_layer: int | float | None = switch(16, "the layer after the last one that is judged")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
+    visual: jax.Array | None = data("image tokens of every sample; `recalled` sets them")
+
+    PRESETS: ClassVar = {"default": dict(rho=0.12, tau=0.75), "chair": dict(rho=0.31, tau=0.75)}
+    rows: ClassVar[str] = "last"
+
+    def judged(self, layer: int, num_layers: int) -> bool:
+        """Whether a layer's input is the output of one that is judged; static."""
+        return layer - 1 in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+
+    def begin(self, context: Context, embeddings):
+        image = context.image_columns()
+        visual = jnp.where(image[..., None], embeddings, 0) if self.visual is None else self.visual
+        rows = jnp.take(context.image_id >= 0, context.rows(), axis=1)
+        without = context.image_end == 0
+        return Retrace(visual, rows[..., None], jnp.zeros_like(without), without)
+
+    def enter(self, stream):
+        if not self.judged(stream.layer, stream.num_layers):
+            return stream.carry._replace(now=jnp.zeros_like(stream.carry.done))
+        logits, _ = jax.lax.top_k(stream.exit_logits(stream.entered[:, -1]), CANDIDATES)
+        likely = jax.nn.log_softmax(logits, axis=-1)
+        unsure = -(jnp.exp(likely) * likely).sum(axis=-1) / jnp.log(CANDIDATES) > self.tau
+        done = stream.carry.done
+        return stream.carry._replace(now=unsure & ~done, done=unsure | done)
+
+    def mlp(self, stream, output):
+        if not self.judged(stream.layer, stream.num_layers):
+            return output
+        visual, valid, now, _ = stream.carry
+        plain, precise = output.astype(jnp.float32), jax.lax.Precision.HIGHEST
+        similar = jnp.einsum("BTE,BNE->BTN", stream.read, visual, precision=precise)
+        found = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
+        sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, found)]
+        scaled = found * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
+        return jnp.where(now[:, None, None], (1 - self.rho) * plain + self.rho * scaled, plain)
+
+    def remember(self, carry, kept):
+        return carry.visual
+
+    def recalled(self, kept):
+        return dataclasses.replace(self, visual=kept)

@@ -1,0 +1,100 @@
+"""ONLY: one side path of the last row, for complement or contrast. arXiv 2507.00898.
+
+Layer 0, last row, per head: among the columns of text (all but the sample's first token) and among those of images,
+weights above their group's mean + standard deviation (unbiased) become 0. With H the entropy of what is left in a
+group, normalised, heads whose H_text / H_image is below the heads' mean become 0. o is what the output projection makes
+of the values under these weights. At the last layer, with h what enters it, and the layer's own norms and feed-forward
+block:
+
+    g = 0.2 h + norm(o)      g <- g + FFN(norm'(g))      l~ = logits(g) + 0.5 l
+
+With p, p~ the distributions of l and l~, and d = Σ |p - p~|:   l + 3 l~ if d < τ, else 2 l - l~;   l >= max l + ln β
+
+β is 0.1; τ is 0.2 for yes/no questions, 0.25 for descriptions. Entropies take ln(x + 1e-6), as the authors do.
+
+Differs from the authors' code in: nothing known.
+
+Rows: last. Stages: observe (layer 0), enter (last layer). A sample without an image is left alone.
+Cost: explicit attention of one row and its values in layer 0, one more row through one feed-forward block and the head.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Context
+from lvlm_jax.methods.base import Method, Readout, Strength, plausible, strength, switch
+from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.registry import register
+
+FAINT = 1e-6
+
+
+@register("only")
+class ONLY(Method):
+    """One-layer intervention; see the module for the formulas."""
+
+    alpha_complement: Strength = strength(3.0, "weight of the side path's logits where both agree", low=0)
+    alpha_contrast: Strength = strength(1.0, "strength of the contrast where they do not", low=0)
+    tau: Strength = strength(0.2, "distance τ from which they do not agree", low=0, high=2)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    share: Strength = strength(0.2, "share of the last layer's input in the side path", low=0)
+    final_share: Strength = strength(0.5, "share of the main logits in the side path's", low=0)
+    source_layer: int = switch(0, "the layer whose attention is edited")
+
+    PRESETS: ClassVar = {"pope": dict(tau=0.2), "chair": dict(tau=0.25)}
+    rows: ClassVar[str] = "last"
+    combines: ClassVar[bool] = True
+
+    def active(self, layer, num_layers, phase):
+        return layer == self.source_layer
+
+    def begin(self, context: Context, embeddings):
+        return has_image(context), jnp.zeros((embeddings.shape[0], 1, embeddings.shape[2]), embeddings.dtype)
+
+    def observe(self, site, weights):
+        kept = site.mask[:, -1]
+        first = jnp.arange(kept.shape[1]) == (site.image_id >= 0).argmax(axis=1)[:, None]
+        row = weights[:, :, -1]
+        text, of_text = lowered(row, kept & ~site.image & ~first)
+        image, of_image = lowered(row, kept & site.image)
+        ratio = of_text / jnp.where(of_image > 0, of_image, 1)
+        ratio = jnp.where(of_image > 0, ratio, jnp.where(of_text > 0, jnp.inf, 0))
+        row = jnp.where(text & image, row, 0)
+        row = jnp.where((ratio >= ratio.mean(axis=-1, keepdims=True))[..., None], row, 0)
+        values = site.read_values().astype(jnp.float32)
+        grouped = row.reshape(row.shape[0], values.shape[1], -1, row.shape[2])
+        mixed = jnp.einsum("BKGS,BKSD->BKGD", grouped, values, precision=jax.lax.Precision.HIGHEST)
+        return site.carry[0], site.project(mixed.reshape(*row.shape[:2], 1, -1))
+
+    def enter(self, stream):
+        if stream.layer != stream.num_layers - 1:
+            return stream.carry
+        present, output = stream.carry
+        side = self.share * stream.entered[:, -1:] + stream.input_norm(output)
+        side = side + stream.feed_forward(stream.mlp_norm(side))
+        return present, stream.exit_logits(side[:, 0])
+
+    def combine(self, readout: Readout, memory):
+        present, side = readout.carry
+        main = readout.main
+        side = side + self.final_share * main
+        apart = jnp.abs(jax.nn.softmax(main) - jax.nn.softmax(side)).sum(axis=-1, keepdims=True)
+        contrast = (1 + self.alpha_contrast) * main - self.alpha_contrast * side
+        joined = jnp.where(apart < self.tau, main + self.alpha_complement * side, contrast)
+        return where_image(present, jnp.where(plausible(main, self.beta), joined, -jnp.inf), main), memory
+
+
+def lowered(row: Float[Array, "B H S"], group: Bool[Array, "B S"]) -> tuple[Bool[Array, "B H S"], Float[Array, "B H"]]:
+    """Which weights stay, all outside the group among them, and the entropy of those that stay in it."""
+    inside = group[:, None]
+    count = inside.sum(axis=-1, keepdims=True)
+    mean = jnp.where(inside, row, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
+    square = jnp.where(inside, (row - mean) ** 2, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count - 1, 1)
+    high = inside & (row > mean + jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0))
+    left = jnp.where(inside & ~high, row, 0)
+    total = left.sum(axis=-1, keepdims=True)
+    shares = left / jnp.where(total > 0, total, 1)
+    return ~high, -(shares * jnp.log(shares + FAINT)).sum(axis=-1)

@@ -1,0 +1,49 @@
+"""SPIN: heads that look least at the image are turned down. arXiv 2505.16411.
+
+In the last row, in every layer, of H heads the ⌈ρ H⌉ with most attention to the images keep their outputs, and those
+of the others are multiplied by s; ρ is 0.95, s 0.08. Of equal heads the earlier is kept.
+
+    variant="paper"   attention to the images: the sum of a head's weights on image columns
+    variant="code"    the sum of its logits there, before the softmax, and ⌊ρ H⌋ heads
+
+Differs from the authors' code in: nothing known, under "code".
+
+Rows: last. Stage: weights (a head's output is linear in them). A sample without an image is left alone.
+Cost: explicit attention in one row.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.registry import register
+
+
+@register("spin")
+class SPIN(Method):
+    """Image-guided head suppression; see the module for the formulas."""
+
+    rho: Strength = strength(0.95, "share ρ of the heads that are kept", low=0, high=1)
+    scale: Strength = strength(0.08, "factor s on the outputs of the others", low=0)
+    start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
+    end_layer: int | float | None = switch(None, "the layer after the last edited one")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
+    variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
+
+    PRESETS: ClassVar = {"llava-1.5": dict(rho=0.95, scale=0.08)}
+    rows: ClassVar[str] = "last"
+
+    def active(self, layer, num_layers, phase):
+        return layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+
+    def weights(self, site, weights):
+        seen = (site.image & site.mask[:, -1])[:, None]
+        measured = site.logits if self.variant == "code" else weights
+        attention = jnp.where(seen, measured[:, :, -1], 0).sum(axis=-1)
+        rank = jnp.argsort(jnp.argsort(-attention, axis=-1, stable=True), axis=-1)
+        wanted = self.rho * attention.shape[1]
+        # A float32 ρ may lie beside the decimal number that was meant: 0.9 of 10 heads are 9.
+        keep = jnp.floor(wanted + 1e-4) if self.variant == "code" else jnp.ceil(wanted - 1e-4)
+        turned_down = (rank >= keep) & site.image.any(axis=-1, keepdims=True)
+        return weights * jnp.where(turned_down, self.scale, 1.0)[:, :, None, None]

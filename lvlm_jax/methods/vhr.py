@@ -1,0 +1,105 @@
+"""VHR: heads whose outputs hang on the image count double. arXiv 2412.13949, from the paper's text.
+
+A warm-up pass runs the prompt with and without its images in lock-step. With A_h the output of head h at the last
+prompt row, before the output projection:
+
+    VHD_h = |A_h(with images) - A_h(without)|²
+
+VHD is set to 0 for outliers: heads with VHD_h > μ + σ over the layer's heads (population), and |A_h(without)|² > μ + σ
+likewise. Heads above the median of their layer are multiplied by α in all rows, layer by layer: a layer's VHD is taken
+behind the edits of those before, in both passes. Then they stay for the answer. α is 2; layer 1 and the last 14 of 32
+(as a share of the depth).
+
+Differs from the paper in: nothing known. The authors' code was not compared.
+
+Rows: all. Stages: observe (warm-up), weights (a head's output is linear in them). A sample without an image is left
+alone. Cost: the prompt twice more; explicit attention in the whole prompt and in one row a token.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax.attention import Context, Transform
+from lvlm_jax.methods.base import Method, Strength, data, layer_range, strength, switch
+from lvlm_jax.methods.contrast import has_image
+from lvlm_jax.methods.registry import register
+
+LAST = 14 / 32  # share of the depth
+
+
+@register("vhr")
+class VHR(Method):
+    """Vision-aware head reinforcement; see the module for the formulas."""
+
+    alpha: Strength = strength(2.0, "factor α on the outputs of heads that hang on the image", low=0)
+    layers: tuple[int, ...] | None = switch(None, "edited layers; by default layer 1 and the last 14 of 32")
+    heads: jax.Array | None = data("which heads of every edited layer and sample are scaled; `primed` sets it")
+
+    PRESETS: ClassVar = {"llava-1.5": dict(alpha=2.0)}
+    rows: ClassVar[str] = "all"
+    primes: ClassVar[tuple[str, ...]] = ("probe",)
+
+    def edited(self, num_layers: int) -> tuple[int, ...]:
+        """The layers whose heads are scaled; static."""
+        layers = self.layers
+        if layers is None:
+            layers = (1, *range(num_layers - round(LAST * num_layers), num_layers))
+        return layer_range(0, None, layers, num_layers)
+
+    def active(self, layer, num_layers, phase):
+        return self.heads is not None and layer in self.edited(num_layers)
+
+    def probe(self):
+        return Probe(self)
+
+    def primed(self, seen) -> "VHR":
+        return dataclasses.replace(self, heads=jnp.stack(seen.probe[1:]))
+
+    def weights(self, site, weights):
+        return self.scaled(weights, self.heads[self.edited(site.num_layers).index(site.layer)])
+
+    def scaled(self, weights: Float[Array, "B H R S"], heads: Bool[Array, "B H"]) -> Float[Array, "B H R S"]:
+        """The weights of those heads times α."""
+        return weights * jnp.where(heads, self.alpha, 1.0)[:, :, None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probe(Transform):
+    """The warm-up pass: the first half of the samples have their images, the second half are the same without.
+
+    The carry is which samples have an image, then which heads of each edited layer are scaled.
+    """
+
+    method: VHR
+
+    rows: ClassVar[str] = "all"
+
+    def active(self, layer, num_layers, phase):
+        return layer in self.method.edited(num_layers)
+
+    def begin(self, context: Context, embeddings):
+        return (has_image(context)[: embeddings.shape[0] // 2],)
+
+    def observe(self, site, weights):
+        values = site.read_values().astype(jnp.float32)
+        row = weights[:, :, -1]
+        grouped = row.reshape(row.shape[0], values.shape[1], -1, row.shape[2])
+        outputs = jnp.einsum("BKGS,BKSD->BKGD", grouped, values, precision=jax.lax.Precision.HIGHEST)
+        seeing, blind = jnp.split(outputs.reshape(*row.shape[:2], -1), 2)
+        distance = ((seeing - blind) ** 2).sum(axis=-1)
+        distance = jnp.where(outliers(distance) | outliers((blind**2).sum(axis=-1)), 0, distance)
+        strong = distance > jnp.median(distance, axis=-1, keepdims=True)
+        return (*site.carry, strong & site.carry[0][:, None])
+
+    def weights(self, site, weights):
+        return self.method.scaled(weights, jnp.concatenate([site.carry[-1]] * 2))
+
+
+def outliers(values: Float[Array, "B H"]) -> Bool[Array, "B H"]:
+    """Which lie above the mean by more than a standard deviation, over heads."""
+    return values > values.mean(axis=-1, keepdims=True) + values.std(axis=-1, keepdims=True)

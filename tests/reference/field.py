@@ -1,0 +1,256 @@
+"""Methods of one branch in plain NumPy float64: SPIN, DAB, IAT, FarSight, SPARC, VAR, MemVR, ONLY.
+
+Each is a method of `one_branch`; `margin` says how far a decision was from falling otherwise. A sample without an image
+stays plain.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tests.reference import llava
+from tests.reference.branch import log_softmax
+from tests.reference.one_branch import softmax_seen
+
+
+@dataclasses.dataclass
+class Field:
+    """What they share: the layers in which they act, and their margin."""
+
+    layers: tuple
+    margin: float = np.inf
+
+    def weights(self, call, z):
+        return softmax_seen(call, z)
+
+    def decided(self, *distances):
+        self.margin = min([self.margin, *(abs(float(distance)) for distance in distances)])
+
+
+@dataclasses.dataclass
+class Spin(Field):
+    rho: float = 0.95
+    scale: float = 0.08
+    variant: str = "paper"
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        image = np.flatnonzero((call.image_id > 0) & call.seen[-1])
+        if call.layer in self.layers and (call.image_id > 0).any():
+            attention = (z if self.variant == "code" else w)[:, -1, image].sum(-1)
+            count = self.rho * len(w)
+            keep = int(np.floor(count)) if self.variant == "code" else int(np.ceil(count))
+            order = sorted(range(len(w)), key=lambda h: -attention[h])
+            if keep < len(w):
+                self.decided(attention[order[keep - 1]] - attention[order[keep]])
+            for h in order[keep:]:
+                w[h, -1] *= self.scale
+        return w
+
+
+@dataclasses.dataclass
+class Dab(Field):
+    alpha: float = 0.5
+    tau: float = 0.2
+    decode: bool = False
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        images = call.images()
+        if call.layer not in self.layers or not images or not (call.prefill or self.decode):
+            return w
+        for h in range(len(w)):
+            for t, row in enumerate(call.rows):
+                if row <= images[-1][-1]:
+                    continue
+                r = [w[h, t, image].sum() for image in images]
+                self.decided(sum(r) - self.tau)
+                if sum(r) > self.tau:
+                    for image, mass in zip(images, r, strict=True):
+                        w[h, t, image] -= self.alpha * (mass - np.mean(r)) / len(image)
+        return w
+
+
+@dataclasses.dataclass
+class Iat(Field):
+    alpha: float = 0.8
+    prompt: int = 0
+
+    def weights(self, call, z):
+        if call.prefill:
+            self.prompt = len(call.image_id)
+        elif call.layer in self.layers and (call.image_id > 0).any():
+            z = z.copy()
+            z[:, -1, self.prompt :] += self.alpha * np.abs(z[:, -1, self.prompt :])
+        return softmax_seen(call, z)
+
+
+@dataclasses.dataclass
+class FarSight(Field):
+    sigma: float = 0.8
+
+    def weights(self, call, z):
+        if call.layer not in self.layers or not call.prefill or not (call.image_id > 0).any():
+            return softmax_seen(call, z)
+        columns = np.arange(len(call.image_id))
+        later = columns[None, :] > call.rows[:, None]
+        registers = -self.sigma * (columns[None, :] - call.rows[:, None])
+        w = llava.softmax(np.where(later, registers, np.where(call.seen, z, -np.inf)))
+        return np.where(later, 0, w)
+
+
+@dataclasses.dataclass
+class Sparc(Field):
+    alpha: float = 1.1
+    beta: float = 0.1
+    tau: float = 1.5
+    selected: int = 20
+    mean: np.ndarray | None = None
+    jumps: np.ndarray | None = None
+
+    def begin(self, call, hidden):
+        image = np.flatnonzero(call.image_id > 0)
+        if call.prefill:
+            self.jumps = self.new = np.zeros(len(image))
+        self.jumps = self.new  # of the steps before
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        image = np.flatnonzero(call.image_id > 0)
+        if len(image) == 0:
+            return w
+        if call.layer == self.selected:
+            attention = w[:, -1, image].mean(0)
+            if call.prefill:
+                self.mean = attention
+            else:
+                rise = (attention - self.mean) / np.where(self.mean > 0, self.mean, np.inf)
+                self.decided(*((rise - self.tau) * self.mean))
+                self.new = self.jumps + (rise >= self.tau)
+                self.mean = (1 - self.beta) * attention + self.beta * self.mean
+        if call.layer in self.layers and not call.prefill:
+            w[:, -1, image] *= self.alpha**self.jumps
+        return w
+
+
+@dataclasses.dataclass
+class Var(Field):
+    """Sinks of text and image; a layer without a sink among its image tokens stays plain."""
+
+    p: float = 0.6
+    rho: float = 0.5
+    tau: float = 20
+    least: float = 0.2
+    dims: tuple | None = None
+    sinks: dict = dataclasses.field(default_factory=dict)
+
+    def enter(self, call, hidden):
+        if call.prefill:
+            sizes = np.abs(hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + 1e-6))
+            dims = self.dims or np.argsort(-sizes[0])[:2]
+            self.sinks[call.layer] = [j for j, size in enumerate(sizes[:, list(dims)].max(-1)) if size > self.tau]
+            if call.layer in self.layers:
+                self.decided(*(sizes[:, list(dims)].max(-1) - self.tau))
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        image, sinks = np.flatnonzero(call.image_id > 0), self.sinks[call.layer]
+        visual = [j for j in sinks if j in image]
+        rest = [j for j in image if j not in sinks]
+        if call.layer not in self.layers or not visual:
+            return w
+        for h in range(len(w)):
+            for t, row in enumerate(call.rows):
+                mass, on_sinks = w[h, t, image].sum(), w[h, t, visual].sum()
+                if row <= image[-1]:
+                    continue
+                self.decided(mass - self.least, on_sinks - self.rho * mass)
+                if mass >= self.least and on_sinks / mass <= self.rho:
+                    budget = (1 - self.p) * w[h, t, sinks].sum()
+                    w[h, t, sinks] *= self.p
+                    w[h, t, rest] += budget * w[h, t, rest] / w[h, t, rest].sum()
+        return w
+
+
+@dataclasses.dataclass
+class MemVR(Field):
+    """`model` is (weights, config); `layers` are those whose output is judged."""
+
+    model: tuple = ()
+    rho: float = 0.12
+    tau: float = 0.75
+    visual: np.ndarray | None = None
+    done: bool = False
+    now: bool = False
+
+    def begin(self, call, hidden):
+        if call.prefill:
+            self.visual = hidden[call.image_id > 0]
+        self.done = len(self.visual) == 0
+
+    def enter(self, call, hidden):
+        self.now = False
+        if call.layer - 1 in self.layers and not self.done:
+            top = np.sort(llava.head(*self.model, hidden[-1:])[0])[-10:]
+            p = llava.softmax(top)
+            u = -(p * np.log(p)).sum() / np.log(10)
+            self.decided(u - self.tau)
+            self.now = self.done = u > self.tau
+
+    def mlp(self, call, x, added):
+        if not self.now:
+            return added
+        looked = (x @ self.visual.T) @ self.visual
+        scale = np.abs(added).mean() / np.abs(looked).mean()
+        return (1 - self.rho) * added + self.rho * scale * looked
+
+
+@dataclasses.dataclass
+class Only(Field):
+    """`model` is (weights, config); `sides` collects the side path's logits, one row a step."""
+
+    model: tuple = ()
+    sides: list = dataclasses.field(default_factory=list)
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        image = np.flatnonzero(call.image_id > 0)
+        if call.layer == 0 and len(image):
+            row = w[:, -1].copy()
+            text = np.setdiff1d(np.arange(1, len(call.image_id)), image)
+            ratio = []
+            for h in range(len(row)):
+                entropy = []
+                for group in (text, image):
+                    part = row[h, group]
+                    high = part.mean() + part.std(ddof=1)
+                    self.decided(*(part - high))
+                    part = np.where(part > high, 0, part)
+                    row[h, group] = part
+                    share = part / part.sum()
+                    entropy.append(-(share * np.log(share + 1e-6)).sum())
+                ratio.append(entropy[0] / entropy[1])
+            self.decided(*(np.array(ratio) - np.mean(ratio)))
+            row[np.array(ratio) < np.mean(ratio)] = 0
+            mixed = np.einsum("HS,HSD->HD", row, call.values)
+            name = f"{llava.LANGUAGE}.layers.0.self_attn.o_proj"
+            self.output = llava.linear(self.model[0], name, mixed.reshape(1, -1))
+        return w
+
+    def enter(self, call, hidden):
+        if call.layer == call.depth - 1 and (call.image_id > 0).any():
+            weights, config = self.model
+            name, epsilon = f"{llava.LANGUAGE}.layers.{call.layer}", config["text_config"]["rms_norm_eps"]
+            g = 0.2 * hidden[-1:] + llava.rms_norm(weights, f"{name}.input_layernorm", self.output, epsilon)
+            read = llava.rms_norm(weights, f"{name}.post_attention_layernorm", g, epsilon)
+            g = g + llava.feed_forward(weights, config, call.layer, read)
+            self.sides.append(llava.head(weights, config, g)[0])
+
+
+def only_combined(main, sides, tau=0.2, beta=0.1):
+    """Combined logits of ONLY [T, V], how far each is from the cut, and how far the steps are from τ."""
+    side = np.stack(sides) + 0.5 * main
+    apart = np.abs(np.exp(log_softmax(main)) - np.exp(log_softmax(side))).sum(-1, keepdims=True)
+    joined = np.where(apart < tau, main + 3 * side, 2 * main - side)
+    threshold = main.max(-1, keepdims=True) + np.log(beta)
+    return np.where(main >= threshold, joined, -np.inf), np.abs(main - threshold), np.abs(apart - tau).min()
