@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -70,6 +70,24 @@ QUICK = {
     "qwen_vl": "clva",
     "smolvlm": "sevi + cicd",
 }
+# Methods of the field, on the families that tables compare: a table of its own.
+FIELD = {
+    "avisc": ("avisc", {"lambda_": 0.0}),
+    "dab": ("dab", {}),
+    "farsight": ("farsight", {}),
+    "iat": ("iat", {"start_layer": 0, "end_layer": None}),
+    "memvr": ("memvr", {"layers": (0,), "tau": 0.1, "rho": 0.4}),
+    "nolan": ("nolan", {}),
+    "only": ("only", {}),
+    "sparc": ("sparc", {"selected_layer": 0, "tau": 0.02, "alpha": 3.0}),
+    "spin": ("spin", {"rho": 0.5}),
+    "var": ("var", {"layers": (0, 1), "tau": 1.2, "p": 0.2, "rho": 0.95, "least": 0.05}),
+    "vhr": ("vhr", {"layers": (0, 1)}),
+}
+FIELD_FAMILIES = ("internvl", "llava", "qwen2_5_vl")
+SEVERAL_IMAGES = ("capl", "capl truncated", "dab")  # act on the sample with two images alone
+LATER = ("iat", "m3id", "sparc")  # leave the first token alone
+
 TEXT_TOO = ("deco", "dola")  # look at no image, and treat all samples alike
 
 RAN = "✓"
@@ -82,7 +100,7 @@ def load(tmp_path_factory):
 
 
 def build(column: str) -> methods.Method:
-    name, settings = METHODS[column]
+    name, settings = (METHODS | FIELD)[column]
     return methods.get(name)(**settings)
 
 
@@ -92,6 +110,15 @@ def first_step(case: zoo.Case, method: methods.Method | None, *rows: int):
     return case.model.prefill(prompt, method, int(prompt.lengths.max()) + 64)[1]
 
 
+def third_step(case: zoo.Case, method: methods.Method | None):
+    """The logits after three tokens that are the same for every method."""
+    prompt = case.prompt()
+    state, step = case.model.prefill(prompt, method, int(prompt.lengths.max()) + 64)
+    for token in (5, 7, 11):
+        state, step = case.model.decode(state, np.full(3, token, np.int32))
+    return step
+
+
 def assert_generates(case: zoo.Case, method: methods.Method) -> None:
     """Eight tokens for each sample; a logit that is not a number would make their log-probabilities none."""
     out = case.model.generate(case.prompt(), method, max_new_tokens=NEW_TOKENS, stop_token_ids=())
@@ -99,49 +126,50 @@ def assert_generates(case: zoo.Case, method: methods.Method) -> None:
     assert np.isfinite(np.concatenate(out.logprobs)).all()
 
 
-def assert_acts(case: zoo.Case, column: str, plain: np.ndarray) -> None:
-    """Samples with images are changed, the one without is not; CAPL, by images that look at each other.
+def assert_acts(case: zoo.Case, column: str, plain: np.ndarray, later: np.ndarray) -> None:
+    """Samples with images are changed, the one without is not; some, where there are several images.
 
-    `plain` are the logits without a method.
+    `plain` are the logits without a method, `later` those after three tokens.
     """
     step = first_step(case, build(column))
+    if column in LATER:
+        step, plain = third_step(case, build(column)), later
     main, combined = np.asarray(step.main), np.asarray(step.combined)
     assert np.isfinite(main).all() and not np.isnan(combined).any() and (combined < np.inf).all()
     kept = np.isfinite(combined)
     changed = np.where(kept, np.abs(combined - plain), 0).max(axis=1)
     if step.contrast is not None:
         apart = np.abs(np.asarray(step.contrast) - main).max(axis=1)
-        # M3ID begins to contrast with the second token; the first is left alone.
-        changed = apart if column == "m3id" else np.minimum(changed, apart)
-    acts = {TWO} if column.startswith("capl") else {TWO, NONE, ONE} if column in TEXT_TOO else {TWO, ONE}
+        changed = np.minimum(changed, apart)
+    acts = {TWO} if column in SEVERAL_IMAGES else {TWO, NONE, ONE} if column in TEXT_TOO else {TWO, ONE}
     assert min(changed[sample] for sample in acts) > 1e-3, f"nothing changed: {changed}"
     for sample in {TWO, NONE, ONE} - acts:
         alone = kept[sample]  # CMAC cuts there too, with nothing to contrast
         np.testing.assert_allclose(combined[sample][alone], plain[sample][alone], rtol=0, atol=1e-4)
 
 
-def measured(case: zoo.Case) -> dict[str, str]:
+def measured(case: zoo.Case, columns: Iterable[str] = tuple(METHODS)) -> dict[str, str]:
     """A row of the table: for each method that it runs, or the reason why it does not."""
-    plain = np.asarray(first_step(case, None).main)
+    plain, later = (np.asarray(step(case, None).main) for step in (first_step, third_step))
     cells = {}
-    for column in METHODS:
+    for column in columns:
         try:
             assert_generates(case, build(column))
             if column != "opera":
-                assert_acts(case, column, plain)
+                assert_acts(case, column, plain, later)
             cells[column] = RAN
         except LVLMError as error:
             cells[column] = str(error)
     return cells
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
+def table(rows: dict[str, dict[str, str]], columns: Iterable[str] = tuple(METHODS)) -> str:
     """Families by methods in Markdown; reasons stand below it."""
-    lines = [f"| | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     reasons: list[str] = []
     for name, cells in sorted(rows.items()):
         shown = []
-        for column in METHODS:
+        for column in columns:
             if cells[column] != RAN and cells[column] not in reasons:
                 reasons.append(cells[column])
             shown.append(RAN if cells[column] == RAN else f"no ({reasons.index(cells[column]) + 1})")
@@ -157,20 +185,21 @@ def committed(part: str) -> str:
     return found[0]
 
 
-def committed_row(name: str) -> str:
-    return next(line for line in committed("methods").splitlines() if line.startswith(f"| `{name}` |"))
+def committed_row(name: str, part: str = "methods") -> str:
+    return next(line for line in committed(part).splitlines() if line.startswith(f"| `{name}` |"))
 
 
 def test_the_zoo_has_every_family():
     assert set(zoo.FAMILIES) == {*models.FAMILIES, "internvl_chat"} == set(QUICK)
-    assert {name for name, _ in METHODS.values()} == set(methods.names())
+    assert {name for name, _ in (METHODS | FIELD).values()} == set(methods.names())
     assert set(QUICK.values()) | {"cmac", "opera", "vcd"} == set(METHODS)
 
 
 def test_the_table_has_every_family_and_method():
-    header, _, *rows = committed("methods").split("\n\n")[0].strip().splitlines()
-    assert header == table({}).splitlines()[0]
-    assert [re.match(r"\| `(\w+)` \|", row)[1] for row in rows] == sorted(zoo.FAMILIES)
+    for part, columns, names in (("methods", METHODS, zoo.FAMILIES), ("field", FIELD, FIELD_FAMILIES)):
+        header, _, *rows = committed(part).split("\n\n")[0].strip().splitlines()
+        assert header == table({}, columns).splitlines()[0]
+        assert [re.match(r"\| `(\w+)` \|", row)[1] for row in rows] == sorted(names)
 
 
 @pytest.mark.parametrize("name", list(zoo.FAMILIES))
@@ -194,6 +223,13 @@ def test_every_method(load, name):
     """What the committed table says of a family is what runs."""
     row = table({name: measured(load(name))}).splitlines()[2]
     assert row == committed_row(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIELD_FAMILIES)
+def test_every_method_of_the_field(load, name):
+    row = table({name: measured(load(name), FIELD)}, FIELD).splitlines()[2]
+    assert row == committed_row(name, "field")
 
 
 # Methods whose second branch is another one in each family: pixels, pictures, no images, words.
@@ -310,19 +346,28 @@ def written(text: str, part: str, content: str) -> str:
     return re.sub(pattern, lambda found: found[1] + content + found[2], text, flags=re.S)
 
 
+def measured_rows(names: Iterable[str], columns: Iterable[str], load: Callable[[str, Path], zoo.Case]) -> dict:
+    """The rows of a table, printed as they come."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder, optimised(False):
+        for name in names:
+            (Path(folder) / name).mkdir()
+            rows[name] = measured(load(name, Path(folder) / name), columns)
+            jax.clear_caches()  # the programs of all families together exceed a process's mappings
+            print(name, *(cell for cell in rows[name].values()), flush=True)
+    return rows
+
+
 def main(words: list[str], load: Callable[[str, Path], zoo.Case] = zoo.load) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/models.md")
+    parser.add_argument("--part", choices=("methods", "field"), help="one of the tables alone")
     arguments = parser.parse_args(words)
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder, optimised(False):
-        for name in zoo.FAMILIES:
-            (Path(folder) / name).mkdir()
-            rows[name] = measured(load(name, Path(folder) / name))
-            jax.clear_caches()  # the programs of all families together exceed a process's mappings
-            print(name, *(cell for cell in rows[name].values()), flush=True)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for part, columns, names in (("methods", METHODS, zoo.FAMILIES), ("field", FIELD, FIELD_FAMILIES)):
+        if arguments.part in (None, part):
+            text = written(text, part, table(measured_rows(names, columns, load), columns))
     if arguments.write:
-        text = written(DOCUMENT.read_text(encoding="utf-8"), "methods", table(rows))
         DOCUMENT.write_text(written(text, "programs", program_table()), encoding="utf-8")
     return 0
 
