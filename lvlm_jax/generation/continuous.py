@@ -166,6 +166,23 @@ def _place(
         rows: where they go; one prompt given twice may go twice to one row.
     """
     first = drivers.choose_first(state, logits, prompt, slots.sampling, keys, slots.stop, 1)
+    return filled(slots, state, first, keys, limit, rows)
+
+
+def filled(
+    slots: Slots,
+    state: State,
+    first: drivers.Answers,
+    keys: Key[Array, "R"],
+    limit: Int[Array, "R"],
+    rows: Int[Array, "R"],
+) -> Slots:
+    """The slots with new answers in `rows`.
+
+    Args:
+        state: of the prefill, see `_place`.
+        first: its first tokens.
+    """
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows].set(new)
@@ -213,10 +230,15 @@ def _place(
 
 def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
     """Runs the newest token of every row, and chooses the next token of those whose answers are under way."""
-    every, running = jnp.arange(slots.count.shape[0]), slots.running
-    newest = slots.tokens[every, jnp.maximum(slots.count - 1, 0)]
+    newest = slots.tokens[jnp.arange(slots.count.shape[0]), jnp.maximum(slots.count - 1, 0)]
     state, step = forward.decode_step(params, config, slots.state, newest)
-    tokens, logprobs = slots.sampling.pick(step.combined, slots.keys, slots.count, slots.seen)
+    return chosen(slots, state, step.combined)
+
+
+def chosen(slots: Slots, state: State, logits: Float[Array, "B V"]) -> Slots:
+    """The slots behind a decode step, with the next token of rows whose answers are under way."""
+    every, running = jnp.arange(slots.count.shape[0]), slots.running
+    tokens, logprobs = slots.sampling.pick(logits, slots.keys, slots.count, slots.seen)
     # The other rows write behind the last column, which is nowhere.
     column = jnp.where(running, slots.count, slots.tokens.shape[1])
     count = slots.count + running

@@ -42,6 +42,7 @@ def _tapped(
 tapped_forward = jax.jit(_tapped, static_argnames=("config", "window", "image_count", "tap"))
 PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
 prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
+prefix = jax.jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
 contrast_tokens = jax.jit(
     lambda method, prompt: dataclasses.replace(

@@ -75,6 +75,7 @@ def prefill(
     image_count: int = 1,
     share_prefix: bool = True,
     tap: Tap = NOTHING,
+    before: tuple[LayerCache, ...] | None = None,
 ) -> tuple[State, Step]:
     """Runs the prompt.
 
@@ -90,6 +91,8 @@ def prefill(
         image_count: no sample has more images.
         share_prefix: False runs the whole prompt for every branch.
         tap: what this step and later ones return besides logits.
+        before: the `prefix` of the prompt, where it has run already; `prompt.embeddings` are then those of the rest,
+            among which must be the `edited_rows`.
     """
     total = prompt.image_id.shape[1]
     transforms = _branches(method)
@@ -99,19 +102,17 @@ def prefill(
     rows = _explicit_rows(method, together, window, total)
     shared = len(together) > 1 and kind == "same" and share_prefix and tap.rows == "last"
     split = total - rows if shared else 0
-    caches = None
-    if split:
+    rest, caches = prompt.embeddings[None, :, split:], None
+    if before is not None:
+        split, caches, rest = before[0].prefix.length, before, prompt.embeddings[None]
+    elif split:
         # Image tokens that see later ones need the rows behind the split too, where it may lie inside an image.
         end = total if config.text.whole_images else split
-        axes = None if prompt.axes is None else prompt.axes[:, :, :end]
-        before = prompt_context(prompt.image_id[:, :end], None, 0, image_count, axes=axes)
-        seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], before).columns
-        caches = tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
+        caches = prefix(params, config, prompt, end, split, image_count)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
     if kind in OTHER_TOKENS:
         branched = jnp.stack([prompt.embeddings, contrast.embeddings])
     else:
-        rest = prompt.embeddings[None, :, split:]
         branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
     asked = _with_method_exits(method, config, tap)
     decoded = _apply(params, config, "decode", branched, context, caches, together, asked)
@@ -131,6 +132,26 @@ def prefill(
         last = jnp.concatenate([last, other.hidden[:, :, -1]])
     memory = Memory(method.start(prompt.image_id.shape[0]) if method else (), None)
     return _finish(params, config, State(caches, tracks, method, memory, tap), last, decoded)
+
+
+def prefix(
+    params: dict, config: FamilyConfig, prompt: Prompt, end: int, split: int, image_count: int = 1
+) -> tuple[LayerCache, ...]:
+    """The first `split` columns of a prompt, of every layer, which all branches share.
+
+    Args:
+        end: rows that are run; more than `split` only where image tokens see later ones.
+        split: columns to keep. No method edits their rows.
+    """
+    axes = None if prompt.axes is None else prompt.axes[:, :, :end]
+    context = prompt_context(prompt.image_id[:, :end], None, 0, image_count, axes=axes)
+    seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], context).columns
+    return tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
+
+
+def edited_rows(method: Method | None, window: int, total: int) -> int:
+    """How many of the last of `total` prompt rows a method edits; all of them where a branch has its own prompt."""
+    return total if contrast_kind(method) != "same" else _explicit_rows(method, _branches(method), window, total)
 
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.errors import LVLMError
 
+_RULES = ("sample", "top_k", "top_p", "repetition_penalty")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,51 @@ class Sampling:
             kept = jnp.where(before < self.top_p, descending, jnp.inf)
             scores = jnp.where(scores < kept.min(axis=-1, keepdims=True), -jnp.inf, scores)
         return scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling(Sampling):
+    """A `Sampling` of its own for every row, in one program for all: numbers are `[B]`, and all rules are on.
+
+    A number that switches a rule off, as in `Sampling.of`, leaves the row's tokens as they are without the rule.
+    """
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[tuple[float, int, float, float]]) -> "RowSampling":
+        """From temperature, top-k, top-p and repetition penalty of each row. Host arrays."""
+        temperature, top_k, top_p, penalty = zip(*rows, strict=True)
+        floats = [np.asarray(numbers, np.float32) for numbers in (temperature, top_p, penalty)]
+        return cls(floats[0], np.asarray(top_k, np.int32), *floats[1:], frozenset(_RULES))
+
+    def pick(self, logits, keys, step, seen):
+        """As `Sampling.pick` of each row alone. Nothing is sorted or drawn while no row asks for it."""
+        penalty, scores = self.repetition_penalty[:, None], logits
+        penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
+        scores = jnp.where(seen & (penalty != 1), penalised, scores)
+        sampled, filtered = self.temperature > 0, (self.top_k > 0) | (self.top_p < 1)
+
+        def cut(scaled: jax.Array) -> jax.Array:
+            def row(scores, top_k, top_p):
+                k = jnp.where(top_k > 0, top_k, scores.shape[-1])
+                by_k, by_both = (
+                    Sampling(jnp.float32(1), k, top_p, jnp.float32(1), frozenset(rules))._filter(scores)
+                    for rules in (("top_k",), ("top_k", "top_p"))
+                )
+                # The probabilities of all tokens may sum to less than 1, in float32.
+                return jnp.where(top_p < 1, by_both, by_k)
+
+            return jax.vmap(row)(scaled, self.top_k, self.top_p)
+
+        def draw(scores: jax.Array) -> jax.Array:
+            scaled = scores / jnp.where(sampled, self.temperature, 1)[:, None]
+            scaled = jax.lax.cond((sampled & filtered).any(), cut, lambda same: same, scaled)
+            drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
+            return jnp.where(sampled, jax.vmap(jax.random.categorical)(drawn, scaled), scores.argmax(axis=-1))
+
+        tokens = jax.lax.cond(sampled.any(), draw, lambda scores: scores.argmax(axis=-1), scores)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
+        return tokens.astype(jnp.int32), logprobs
 
 
 def sample_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
