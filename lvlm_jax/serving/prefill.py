@@ -40,15 +40,15 @@ class Prefill:
             LVLMError: the contrast branch's prompt exceeds the context.
         """
         if prompt.prefilled is None:
-            run = self._behind_prefix if self._shares(prompt, method) else self._whole
+            run = self._behind_prefix if prompt.before and self.shares(method) else self._whole
             prompt.prefilled = run(prompt, method)
         return prompt.prefilled
 
-    def _shares(self, prompt: Prompt, method: Method | None) -> bool:
-        """Whether the columns before the cut are the model's alone."""
-        if prompt.before == 0 or self._model.config.reads_instruction or (method is not None and method.primes):
+    def shares(self, method: Method | None) -> bool:
+        """Whether the columns before the cut of a prompt are the model's alone, whatever the method's strengths."""
+        if self._model.config.reads_instruction or (method is not None and method.primes):
             return False
-        return edited_rows(method, prompt.behind, prompt.before + prompt.behind) <= prompt.behind
+        return edited_rows(method, 1, 2) <= 1
 
     def _behind_prefix(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
         model, laid_out, cut = self._model, prompt.laid_out, prompt.before

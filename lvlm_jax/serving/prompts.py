@@ -6,6 +6,7 @@ its keys and values can be kept (`prefill`). Both parts go to the right end of a
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -78,15 +79,20 @@ class Prompts:
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(workers, "lvlm-prompts")
 
-    def submit(self, conversation: list[dict]) -> "Future[Prompt]":
-        """Lays out a conversation, in the pool; its images are PIL images."""
-        return self._pool.submit(self._prepare, conversation)
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Calls a function in the pool."""
+        return self._pool.submit(function)
 
     def close(self) -> None:
         """Ends the pool; what waits is not done."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, conversation: list[dict]) -> Prompt:
+    def prepared(self, conversation: list[dict]) -> Prompt:
+        """Lays out a conversation, whose images are PIL images; for threads of the pool.
+
+        Raises:
+            LVLMError: a conversation that the model cannot take.
+        """
         model = self._model
         if not hasattr(self._own, "processor"):
             self._own.processor = load.load_processor(model.folder, model.config)

@@ -1,0 +1,219 @@
+"""The one thread that uses the device: it puts jobs into rows, decodes, and tells what comes of it."""
+
+import functools
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import answer, rows, searches
+from lvlm_jax.generation.continuous import Size
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.serving.errors import ApiError
+from lvlm_jax.serving.lane import Lane
+from lvlm_jax.serving.limits import Limits
+from lvlm_jax.serving.prefill import Prefill
+from lvlm_jax.serving.work import Job, Late, Priority, Update
+
+FAULT = "the server failed at this request; its log says why"
+
+
+class Engine:
+    """Answers jobs of any methods on one device.
+
+    Attributes:
+        prefill: runs prompts, and keeps what can be used again.
+        on_update: called with every job and what was told about it, for metrics.
+    """
+
+    def __init__(self, model: LVLM, limits: Limits, largest: Size):
+        """The thread does not run yet (`start`).
+
+        Args:
+            largest: of the prompts for which rows have room from the start.
+        """
+        self._model, self._limits, self._largest = model, limits, largest
+        self.prefill = Prefill(model, limits)
+        self.on_update: Callable[[Job, Update | LVLMError], None] = lambda job, said: None
+        self._lanes: dict[Any, Lane] = {}  # by structure, the one used longest ago first
+        self._inbox: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._changed = threading.Condition()
+        self._ending = False
+        self._thread = threading.Thread(target=self._loop, name="lvlm-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; answers under way are lost, so wait for them first."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken."""
+        return self._thread.is_alive() and not self._ending
+
+    @property
+    def waiting(self) -> int:
+        """Jobs without a row."""
+        with self._changed:
+            return len(self._inbox) + sum(len(lane.waiting) for lane in self._lanes.values())
+
+    @property
+    def under_way(self) -> int:
+        """Jobs with a row."""
+        with self._changed:
+            return sum(len(lane.under_way) for lane in self._lanes.values())
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Takes the jobs of one request.
+
+        Raises:
+            ApiError: the queue is full, or the engine has stopped.
+        """
+        waiting = self.waiting
+        with self._changed:
+            if not self.alive:
+                raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
+            if jobs[0].priority == Priority.PERSON and waiting + len(jobs) > self._limits.queue + self._limits.rows:
+                seconds = 1 + waiting // self._limits.rows
+                message = f"{waiting} requests wait already; try again in {seconds} s"
+                raise ApiError(429, message, "queue_full", retry_after=seconds)
+            self._inbox.extend(jobs)
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Has the thread call a function that needs the device, between two steps of the rows."""
+        future: Future = Future()
+        with self._changed:
+            if not self.alive:
+                raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def wake(self) -> None:
+        """Has the thread look for jobs that were cancelled."""
+        with self._changed:
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                if not (self._inbox or self._calls or self._ending or any(lane.busy for lane in self._lanes.values())):
+                    self._changed.wait(1.0)
+                if self._ending:
+                    self._give_up()
+                    return
+            try:
+                self._round()
+            except Exception as error:  # a fault of ours, or of the device: those under way are told, others go on
+                traceback.print_exc()
+                self._fail(error)
+
+    def _round(self) -> None:
+        """One turn of everything."""
+        self._sort_in()
+        if self._calls:
+            self._one_call()
+        lanes = [lane for lane in self._lanes.values() if lane.busy]
+        for lane in lanes:
+            lane.admit()
+        lanes = [lane for lane in lanes if lane.under_way]
+        for lane in lanes:
+            lane.advance()
+        for lane in lanes:
+            now = time.monotonic()
+            for job, said in lane.collect(now):
+                self._tell(job, said)
+
+    def _sort_in(self) -> None:
+        """Jobs from the inbox to their lanes, people's before batches'; those whose time is over are told."""
+        now = time.monotonic()
+        with self._changed:
+            taken, later = list(self._inbox), []
+            self._inbox.clear()
+            for lane in self._lanes.values():
+                for job in [*lane.waiting, *lane.under_way.values()]:
+                    if job.deadline < now and not job.cancelled:
+                        job.cancelled = True
+                        self._tell(job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less"))
+            for job in sorted(taken, key=lambda job: job.priority):
+                if job.cancelled:
+                    continue
+                if searches.obstacle(job.method, job.decoding) or rows.obstacle(job.method):
+                    self._calls.append((functools.partial(self._alone, job), Future()))
+                elif (lane := self._lane(job.structure)) is None:
+                    later.append(job)
+                else:
+                    lane.enqueue(job)
+            self._inbox.extendleft(reversed(later))
+
+    def _lane(self, structure: Any) -> Lane | None:
+        """The lane for methods of a structure; None while all lanes there may be have work of another one."""
+        if structure in self._lanes:
+            self._lanes[structure] = lane = self._lanes.pop(structure)
+            return lane
+        if len(self._lanes) >= self._limits.lanes:
+            idle = next((key for key, lane in self._lanes.items() if not lane.busy), None)
+            if idle is None:
+                return None
+            del self._lanes[idle]
+        lane = self._lanes[structure] = Lane(self._model, self._limits, self.prefill, self._largest)
+        return lane
+
+    def _alone(self, job: Job) -> None:
+        """Answers a job that no rows can take: a search."""
+        if job.cancelled:
+            return
+        model = self._model
+        try:
+            output = answer.generate(
+                model.params, model.config, job.prompt.given, job.method, job.decoding, model.host
+            )
+            fields = (output.text[0], output.tokens[0], output.logprobs[0])
+            said: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
+        except LVLMError as error:
+            said = error
+        job.began = time.monotonic()
+        self._tell(job, said)
+
+    def _one_call(self) -> None:
+        function, future = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:  # belongs to the caller
+            future.set_exception(error)
+
+    def _tell(self, job: Job, said: Update | LVLMError) -> None:
+        self.on_update(job, said)
+        job.tell(said)
+
+    def _fail(self, error: Exception) -> None:
+        """Tells everybody with a row, whose arrays may be gone with the failed program."""
+        for lane in self._lanes.values():
+            for job in lane.under_way.values():
+                self._tell(job, LVLMError(FAULT))
+            lane.under_way.clear()
+            lane.forget()
+
+    def _give_up(self) -> None:
+        for job in [*self._inbox, *(job for lane in self._lanes.values() for job in lane.waiting)]:
+            self._tell(job, Late("the server is shutting down; try again in a moment"))
+        for lane in self._lanes.values():
+            for job in lane.under_way.values():
+                self._tell(job, Late("the server is shutting down; try again in a moment"))
+        for _, future in self._calls:
+            future.cancel()

@@ -1,0 +1,151 @@
+"""A batch of rows for the jobs whose methods have one structure, seen from the host."""
+
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import rows
+from lvlm_jax.generation.beam import Finished
+from lvlm_jax.generation.continuous import Size
+from lvlm_jax.generation.sampling import RowSampling, sample_keys
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.serving.limits import Limits
+from lvlm_jax.serving.prefill import Prefill
+from lvlm_jax.serving.work import Job, Update
+
+STEPS = 8  # tokens of each row between two looks, where nobody waits for pieces
+STREAMED_STEPS = 2  # where somebody does
+
+
+class Lane:
+    """Rows on the device, and who has them.
+
+    Attributes:
+        waiting: jobs without a row, in their order.
+        under_way: jobs by row.
+    """
+
+    def __init__(self, model: LVLM, limits: Limits, prefill: Prefill, largest: Size):
+        """Nothing is on the device yet.
+
+        Args:
+            largest: of the prompts that are expected; a larger one widens the rows, for which programs are compiled.
+        """
+        self._model, self._limits, self._prefill, self._largest = model, limits, prefill, largest
+        self._rows: rows.Rows | None = None
+        self._full = False
+        self.waiting: deque[Job] = deque()
+        self.under_way: dict[int, Job] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody waits or has a row."""
+        return bool(self.waiting or self.under_way)
+
+    def enqueue(self, job: Job) -> None:
+        """Lets a job wait, people's before batches'."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > job.priority:
+            place -= 1
+        self.waiting.insert(place, job)
+
+    def admit(self) -> None:
+        """Gives free rows to jobs that wait; what is wrong with a prompt is told its job."""
+        while self.waiting and len(self.under_way) < self._limits.rows:
+            job = self.waiting.popleft()
+            if job.cancelled:
+                continue
+            try:
+                self._place(job)
+            except LVLMError as error:
+                job.tell(error)
+
+    def _place(self, job: Job) -> None:
+        model, prompt, decoding = self._model, job.prompt, job.decoding
+        state, step = self._prefill(prompt, job.method)
+        size = Size.of(state)
+        if self._rows is None:
+            # A contrast branch's own prompt may be as long as the main one's.
+            columns = (self._largest.prompt[0],) * len(size.prompt)
+            window = self._largest.window if self._prefill.shares(job.method) else columns[0]
+            expected = Size(columns, window, self._largest.image_count)
+            sizes = {"batch": self._limits.rows, "limit": self._limits.max_tokens}
+            logits = step.combined.shape[1]
+            self._rows = rows.empty(state, **sizes, vocabulary=logits, size=size.union(expected))
+        held = Size.of(self._rows.slots.state, self._rows.slots.prompt)
+        if (needed := held.union(size)) != held:
+            self._rows = rows.widen(self._rows, needed)
+        place = next(row for row in range(self._limits.rows) if row not in self.under_way)
+        stop = model.host.stops(model.config, decoding)
+        context = model.config.text.max_position_embeddings
+        row = rows.Row(
+            tokens=prompt.laid_out.tokens,
+            key=sample_keys([decoding.seed], 1),
+            limit=np.asarray([min(decoding.max_new_tokens, context - prompt.length)], np.int32),
+            place=np.asarray([place], np.int32),
+            stop=np.pad(stop, (0, rows.STOPS - len(stop)), constant_values=-1).astype(np.int32),
+            sampling=RowSampling.of_rows(
+                [(decoding.temperature, decoding.top_k, decoding.top_p, decoding.repetition_penalty)]
+            ),
+            wanted=np.asarray([job.wants_top]),
+        )
+        self._rows = rows.place(self._rows, state, step.combined, row)
+        self.under_way[place] = job
+
+    def advance(self) -> None:
+        """Lets the device decode a few tokens of every row; does not wait for it."""
+        jobs = self.under_way.values()
+        steps = STREAMED_STEPS if any(job.pieces for job in jobs) else STEPS
+        if any(job.began is None for job in jobs):
+            steps = 0  # first tokens are told at once
+        if self._full:
+            self._rows = rows.compact(self._rows)
+        keep = np.asarray([row in self.under_way for row in range(self._limits.rows)])
+        self._rows = rows.run(self._model.params, self._model.config, self._rows, keep, jnp.int32(steps))
+
+    def collect(self, now: float) -> list[tuple[Job, Update | LVLMError]]:
+        """Waits for the device; answers that have ended, and those so far of jobs that want pieces.
+
+        Rows of jobs that were cancelled or whose answers have ended are free from now on.
+        """
+        slots = self._rows.slots
+        fields = (slots.running, slots.count, slots.stopped, slots.state.index, slots.tokens, slots.logprobs)
+        running, count, stopped, index, tokens, logprobs = jax.device_get(fields)
+        self._full = bool(index >= slots.state.capacity)
+        top = None
+        if any(job.wants_top for job in self.under_way.values()):
+            top = jax.device_get((self._rows.top, self._rows.top_logprobs))
+        told = []
+        for row, job in list(self.under_way.items()):
+            job.began = job.began or now
+            if job.cancelled:
+                del self.under_way[row]
+            elif not running[row] or job.pieces or job.decoding.stop:
+                one = slice(row, row + 1)
+                answer = Finished(tokens[one], logprobs[one], count[one], stopped[one])
+                said = self._read(job, answer, bool(running[row]), top and [field[row] for field in top])
+                if isinstance(said, LVLMError) or said.reason is not None:
+                    del self.under_way[row]
+                if job.pieces or row not in self.under_way:
+                    told.append((job, said))
+        return told
+
+    def _read(self, job: Job, answer: Finished, running: bool, top: list[np.ndarray] | None) -> Update | LVLMError:
+        try:
+            output = self._model.host.read(answer, job.decoding.stop)
+        except LVLMError as error:
+            return error
+        reason = output.finish_reason[0]
+        kept = [None, None]
+        if top is not None and job.wants_top:
+            kept = [field[: len(output.tokens[0])] for field in top]
+        # A stop string ends an answer that is under way on the device.
+        reason = None if running and reason == "length" else reason
+        return Update(output.text[0], output.tokens[0], output.logprobs[0], *kept, reason)
+
+    def forget(self) -> None:
+        """Frees the rows' memory; nobody has one."""
+        self._rows, self._full = None, False

@@ -1,0 +1,141 @@
+"""Images of requests: data URIs, and addresses on hosts that the operator allows. Nothing else is opened.
+
+Bytes and pixels are counted before anything is decoded. An address is read from the internet only: its host is looked
+up once, a private address is refused, and the connection goes to the address that was checked. Redirects are errors.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import urllib.parse
+import warnings
+from collections.abc import Container
+
+from PIL import Image
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.serving.errors import ApiError
+from lvlm_jax.serving.limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other decoders are not tried on a stranger's bytes
+TIMEOUT = 10  # seconds for each part of a download
+SHOWN = 60  # characters of an address in a message
+
+
+def read(address: str, limits: Limits, hosts: Container[str] = ()) -> Image.Image:
+    """The image behind an `image_url`, upright RGB.
+
+    Args:
+        hosts: names that images may be downloaded from.
+
+    Raises:
+        ApiError: an address that is not allowed or cannot be read (400), too many bytes or pixels (413).
+    """
+    if not isinstance(address, str):
+        raise ApiError(422, "image_url has no url; expected a string", param="messages")
+    scheme = address[:8].partition(":")[0].lower()
+    if scheme == "data":
+        content = _of_data(address, limits)
+    elif scheme in ("http", "https"):
+        content = _downloaded(address, limits, hosts)
+    else:
+        raise _refused(f"an image's address is {address[:SHOWN]!r}; expected data:image/png;base64,...")
+    return decoded(content, limits)
+
+
+def decoded(content: bytes, limits: Limits) -> Image.Image:
+    """The image in the bytes of a file, upright RGB.
+
+    Raises:
+        ApiError: it is none, or has too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ours is the limit that decides
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                width, height = image.size
+    except Exception as error:  # what damaged headers raise depends on the format
+        raise _refused(f"an image of {len(content):,} bytes is none of {', '.join(FORMATS)}, or is damaged") from error
+    if width * height > limits.max_pixels * 1_000_000:
+        message = f"an image has {width} x {height} pixels; the limit is {limits.max_pixels} million"
+        raise ApiError(413, message, "image_too_large", "messages")
+    try:
+        return open_image(content)
+    except LVLMError as error:
+        raise _refused(error) from error
+
+
+def _refused(message: object) -> ApiError:
+    return ApiError(400, message, "invalid_image", "messages")
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"an image has more than {limits.max_image} MiB", "image_too_large", "messages")
+
+
+def _of_data(address: str, limits: Limits) -> bytes:
+    header, comma, content = address.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise _refused(f"an image's data is {address[:SHOWN]!r}; expected data:image/png;base64,...")
+    if len(content) * 3 // 4 > limits.max_image << 20:
+        raise _too_large(limits)
+    try:
+        return base64.b64decode("".join(content.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refused(f"an image's data is no base64 ({error}); encode it again") from error
+
+
+def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError as error:
+        raise _refused(f"an image's address is {address[:SHOWN]!r}, which is none ({error})") from error
+    if host not in hosts:
+        raise _refused(
+            f"images from {host[:SHOWN]!r} are not downloaded; send data:image/png;base64,..., or have the operator "
+            "allow the host"
+        )
+    secure = parts.scheme.lower() == "https"
+    port = port or (443 if secure else 80)
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    connection = None
+    try:
+        connection = _connected(host, _public(host, port), port, secure)
+        connection.request("GET", target, headers={"User-Agent": "lvlm_jax", "Accept": "image/*"})
+        response = connection.getresponse()
+        if response.status != 200:
+            redirect = " (redirects are not followed)" if 300 <= response.status < 400 else ""
+            raise _refused(f"{address[:SHOWN]!r} answered {response.status}{redirect}")
+        content = response.read((limits.max_image << 20) + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _refused(f"{address[:SHOWN]!r} cannot be downloaded: {type(error).__name__}") from error
+    finally:
+        if connection is not None:
+            connection.close()
+    if len(content) > limits.max_image << 20:
+        raise _too_large(limits)
+    return content
+
+
+def _public(host: str, port: int) -> str:
+    """An address of the host; only if all of them are on the internet."""
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for one in found:
+        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+            raise _refused(f"{host[:SHOWN]!r} is on a private network; nothing is read from there")
+    return sorted(found)[0]
+
+
+def _connected(host: str, ip: str, port: int, secure: bool) -> http.client.HTTPConnection:
+    """A connection to the address that was checked, under the host's name."""
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    connection.sock = socket.create_connection((ip, port), TIMEOUT)
+    if secure:
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+    return connection

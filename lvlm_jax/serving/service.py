@@ -1,0 +1,218 @@
+"""Requests to answers, without HTTP: reads, lays out, submits, collects. One for each server."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Container, Mapping
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import defaults, rows, searches
+from lvlm_jax.generation.continuous import Size
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.processors import load
+from lvlm_jax.serving.catalogue import Catalogue
+from lvlm_jax.serving.chat import Ask, Reader
+from lvlm_jax.serving.engine import FAULT, Engine
+from lvlm_jax.serving.errors import ApiError
+from lvlm_jax.serving.limits import Limits
+from lvlm_jax.serving.looks import Looks
+from lvlm_jax.serving.metrics import Compiles, Metrics
+from lvlm_jax.serving.prompts import Prompt, Prompts, columns_before, columns_behind
+from lvlm_jax.serving.replies import Pieces, Reply
+from lvlm_jax.serving.work import Job, Late, Priority, Update
+
+
+class Service:
+    """A model that answers requests.
+
+    Attributes:
+        catalogue, limits, engine, compiles, metrics, looks: its parts.
+        ready: whether programs are compiled and nothing is being shut down.
+    """
+
+    def __init__(
+        self,
+        model: LVLM,
+        name: str = "model",
+        limits: Limits | None = None,
+        aliases: Mapping[str, str] | None = None,
+        hosts: Container[str] = (),
+        only: bool = False,
+    ):
+        """The engine does not run yet (`start`).
+
+        Args:
+            name: what clients call the model.
+            aliases, only: see `Catalogue`.
+            hosts: names that images may be downloaded from.
+
+        Raises:
+            LVLMError: an alias whose method cannot be built.
+        """
+        self.model, self.limits = model, limits or Limits()
+        self.catalogue = Catalogue(name, aliases or {}, only)
+        self.compiles = Compiles()
+        self.engine = Engine(model, self.limits, self._largest())
+        self.metrics = Metrics(self.engine, self.compiles)
+        self.looks = Looks(model, self.engine, self.limits.looks)
+        self.ready = False
+        self._prompts = Prompts(model, self.limits.workers, self.limits.warm_text)
+
+        def settled(decoding):
+            return defaults.settled(decoding, model.generation_config, model.folder)
+
+        self._reader = Reader(self.catalogue, self.limits, hosts, settled)
+        # Tokenizers must not be used by two threads at once; the engine's thread has the model's own.
+        self._tokenizer = load.load_processor(model.folder, model.config).tokenizer
+        self._reading = 0  # requests whose prompts are being laid out
+
+    def _largest(self) -> Size:
+        """Of prompts with `warm_images` images and `warm_text` tokens behind them."""
+        config, images = self.model.config, self.limits.warm_images
+        # Where a picture's tokens depend on its size, the first ones widen the rows.
+        before = columns_before(images * ((config.tokens_per_image or 0) + 32)) if images else 0
+        behind = columns_behind(self.limits.warm_text)
+        return Size((before + behind,), behind, 1 << max(0, images - 1).bit_length())
+
+    def start(self) -> None:
+        """Begins to answer; `warm_up` says when it is ready."""
+        self.engine.start()
+
+    def stop(self) -> None:
+        """Ends everything."""
+        self.ready = False
+        self.engine.stop()
+        self._prompts.close()
+
+    async def read(self, content: bytes | Mapping[str, Any]) -> tuple[Ask, Prompt]:
+        """A request, from JSON or its text, with its prompt laid out.
+
+        Raises:
+            ApiError: anything that is wrong with it, or too many requests.
+        """
+
+        def work() -> tuple[Ask, Prompt]:
+            body = _json(content) if isinstance(content, bytes) else content
+            ask = self._reader.read(body)
+            try:
+                prompt = self._prompts.prepared(ask.conversation)
+            except LVLMError as error:
+                raise ApiError(400, error, "invalid_prompt", "messages") from error
+            if ask.stream and (reason := searches.obstacle(ask.method) or rows.obstacle(ask.method)):
+                raise ApiError(400, f"{reason}, so its answer cannot be streamed; leave stream out", param="stream")
+            if ask.top and (reason := searches.obstacle(ask.method) or rows.obstacle(ask.method)):
+                raise ApiError(400, f"{reason}; leave top_logprobs out", param="top_logprobs")
+            return ask, prompt
+
+        if self._reading >= self.limits.queue:
+            raise ApiError(429, "too many requests are being read; try again in 1 s", "queue_full", retry_after=1)
+        self._reading += 1
+        try:
+            return await asyncio.wrap_future(self._prompts.call(work))
+        finally:
+            self._reading -= 1
+
+    async def updates(
+        self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON
+    ) -> AsyncIterator[tuple[int, Update]]:
+        """What is told of each answer to a request, by its number; ends when all have ended.
+
+        Left early, the answers that are under way are given up and their rows freed.
+
+        Raises:
+            ApiError: too many requests wait (429), no answer in time (503), or an answer that failed (400, 500).
+        """
+        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+
+        def teller(index: int):
+            def tell(said: Update | LVLMError) -> None:
+                loop.call_soon_threadsafe(told.put_nowait, (index, said))
+
+            return tell
+
+        now = time.monotonic()
+        deadline = now + self.limits.timeout if priority == Priority.PERSON else float("inf")
+        jobs = [
+            Job(
+                prompt, ask.method, decoding, teller(index), ask.stream, bool(ask.top), deadline, priority, arrived=now
+            )
+            for index, decoding in enumerate(ask.decodings)
+        ]
+        self.engine.submit(jobs)
+        left = len(jobs)
+        try:
+            while left:
+                index, said = await told.get()
+                if isinstance(said, LVLMError):
+                    raise _failed(said)
+                left -= said.reason is not None
+                yield index, said
+        finally:
+            if left:
+                for job in jobs:
+                    job.cancelled = True
+                self.engine.wake()
+
+    async def answers(self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON) -> list[Update]:
+        """All answers to a request, whole; errors as in `updates`."""
+        found: dict[int, Update] = {}
+        async for index, said in self.updates(ask, prompt, priority):
+            found[index] = said
+        return [found[index] for index in range(len(ask.decodings))]
+
+    def reply(self, ask: Ask, prompt: Prompt, id: str | None = None, created: int | None = None) -> Reply:
+        """What all parts of the answer to a request share."""
+        return Reply(
+            id=id or f"chatcmpl-{secrets.token_hex(12)}",
+            created=int(time.time()) if created is None else created,
+            model=ask.model,
+            prompt_tokens=prompt.length,
+            tokenizer=self._tokenizer,
+            top=ask.top,
+            extra={"method": ask.method.label if ask.method else None, "seed": ask.decodings[0].seed},
+        )
+
+    async def whole(self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON) -> dict[str, Any]:
+        """A chat completion, as JSON."""
+        reply = self.reply(ask, prompt)
+        answers = await self.answers(ask, prompt, priority)
+        self._look(ask, reply, answers)
+        return reply.whole(answers)
+
+    async def chunks(self, ask: Ask, prompt: Prompt, reply: Reply | None = None) -> AsyncIterator[dict[str, Any]]:
+        """A chat completion in chunks; errors as in `updates`."""
+        reply = reply or self.reply(ask, prompt)
+        pieces = [Pieces(reply, index, decoding.stop) for index, decoding in enumerate(ask.decodings)]
+        found: dict[int, Update] = {}
+        async for index, said in self.updates(ask, prompt):
+            if index not in found:
+                yield pieces[index].first()
+            found[index] = said
+            for chunk in pieces[index].chunks(said):
+                yield chunk
+        answers = [found[index] for index in range(len(pieces))]
+        self._look(ask, reply, answers)
+        if ask.usage or ask.attention:
+            yield reply.last(answers)
+
+    def _look(self, ask: Ask, reply: Reply, answers: list[Update]) -> None:
+        """Keeps what the attention page needs, where it was asked for, and says where it will be."""
+        if ask.attention:
+            reply.extra["attention"] = self.looks.keep(ask, answers[0].tokens)
+
+
+def _failed(error: LVLMError) -> ApiError:
+    if isinstance(error, Late):
+        return ApiError(503, error, "timeout", retry_after=5)
+    if str(error) == FAULT:
+        return ApiError(500, error)
+    return ApiError(400, error)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON ({error})", "invalid_json") from error
