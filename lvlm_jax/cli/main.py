@@ -13,6 +13,7 @@ from lvlm_jax.version import __version__
 COMMANDS = {
     "infer": "ask a model about images, with or without a method; without arguments: the demo",
     "attention": "draw where a model looks while it answers, word by word",
+    "serve": "answer OpenAI clients over HTTP, with a method chosen by each request",
     "sweep": "answer the same questions under many strengths of one method",
     "evaluate": "score a benchmark: a model's answers, or answers that are there",
     "report": "put everything that was scored on one page",

@@ -9,6 +9,7 @@ Clients name registered methods alone. Words that import a module or read a file
 gives a name to.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +59,9 @@ class Catalogue:
         for name in [] if self._only else registry.names():
             method = registry.get(name)
             settings = []
-            for field in parse.settings_of(name):
+            for field in dataclasses.fields(method):
+                if "data" in field.metadata:
+                    continue
                 static = "static" in field.metadata
                 default = getattr(field, "default", None)
                 settings.append(

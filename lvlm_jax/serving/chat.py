@@ -159,7 +159,9 @@ class Reader:
             ignored.append(f"max_tokens>{longest}")
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if len(stop) > STOP_STRINGS or any(len(one) > STOP_CHARACTERS for one in stop):
-            message = f"stop has {len(stop)} strings; expected at most {STOP_STRINGS}, of up to {STOP_CHARACTERS} letters"
+            message = (
+                f"stop has {len(stop)} strings; expected at most {STOP_STRINGS}, of up to {STOP_CHARACTERS} letters"
+            )
             raise ApiError(400, message, param="stop")
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         given = {name: value for name in names if (value := getattr(request, name)) is not None}
@@ -225,5 +227,3 @@ class Reader:
                 raise ApiError(413, message, "too_much_text", "messages")
             read.append({"role": "system" if role == "developer" else role, "content": parts})
         return read, images
-
-

@@ -147,7 +147,9 @@ class Engine:
                 for job in [*lane.waiting, *lane.under_way.values()]:
                     if job.deadline < now and not job.cancelled:
                         job.cancelled = True
-                        self._tell(job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less"))
+                        self._tell(
+                            job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less")
+                        )
             for job in sorted(taken, key=lambda job: job.priority):
                 if job.cancelled:
                     continue
@@ -178,9 +180,7 @@ class Engine:
             return
         model = self._model
         try:
-            output = answer.generate(
-                model.params, model.config, job.prompt.given, job.method, job.decoding, model.host
-            )
+            output = answer.generate(model.params, model.config, job.prompt.given, job.method, job.decoding, model.host)
             fields = (output.text[0], output.tokens[0], output.logprobs[0])
             said: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
         except LVLMError as error:

@@ -74,7 +74,8 @@ class Lane:
             expected = Size(columns, window, self._largest.image_count)
             sizes = {"batch": self._limits.rows, "limit": self._limits.max_tokens}
             logits = step.combined.shape[1]
-            self._rows = rows.empty(state, **sizes, vocabulary=logits, size=size.union(expected))
+            empty = rows.empty(state, **sizes, vocabulary=logits, size=size.union(expected))
+            self._rows = rows.compact(empty)  # moves nothing; its program is compiled with the others
         held = Size.of(self._rows.slots.state, self._rows.slots.prompt)
         if (needed := held.union(size)) != held:
             self._rows = rows.widen(self._rows, needed)

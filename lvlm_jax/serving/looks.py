@@ -70,9 +70,7 @@ class Looks:
     def _page(self, kept: Kept) -> str:
         looker = look.Looker(self._model, kept.images, kept.conversation)
         name = kept.method.label if kept.method else "plain"
-        question = " ".join(
-            part["text"] for part in kept.conversation[-1]["content"] if part["type"] == "text"
-        )
+        question = " ".join(part["text"] for part in kept.conversation[-1]["content"] if part["type"] == "text")
         return page.build("Where the model looked", question, looker.pictures, [
             looker.answer(name, kept.method, kept.tokens)
         ])  # fmt: skip

@@ -56,9 +56,7 @@ class Prefill:
         axes = None if axes is None else jnp.asarray(axes)
         kept = self.prefixes.get(prompt.key)
         if kept is None:
-            embeddings = drivers.embed(
-                model.params, model.config, laid_out.tokens[:, :cut], self._image_tokens(prompt)
-            )
+            embeddings = drivers.embed(model.params, model.config, laid_out.tokens[:, :cut], self._image_tokens(prompt))
             first = Read(embeddings, image_id[:, :cut], None if axes is None else axes[:, :, :cut])
             options = {"end": cut, "split": cut, "image_count": laid_out.image_count}
             kept = drivers.prefix(model.params, model.config, first, **options)

@@ -121,4 +121,6 @@ def _keys(given: Inputs, config: Any) -> tuple[bytes, ...]:
 
 def fixed(config: Any, given: Inputs) -> bool:
     """Whether every image has tokens of its own, which depend on nothing else."""
-    return config.tokens_per_image is not None and not given.geometry and len(given.pixels) == int(given.owner.max()) + 1
+    return (
+        config.tokens_per_image is not None and not given.geometry and len(given.pixels) == int(given.owner.max()) + 1
+    )

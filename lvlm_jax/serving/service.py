@@ -28,7 +28,7 @@ class Service:
     """A model that answers requests.
 
     Attributes:
-        catalogue, limits, engine, compiles, metrics, looks: its parts.
+        catalogue, limits, engine, compiles, metrics, looks, prompts, reader: its parts.
         ready: whether programs are compiled and nothing is being shut down.
     """
 
@@ -58,12 +58,12 @@ class Service:
         self.metrics = Metrics(self.engine, self.compiles)
         self.looks = Looks(model, self.engine, self.limits.looks)
         self.ready = False
-        self._prompts = Prompts(model, self.limits.workers, self.limits.warm_text)
+        self.prompts = Prompts(model, self.limits.workers, self.limits.warm_text)
 
         def settled(decoding):
             return defaults.settled(decoding, model.generation_config, model.folder)
 
-        self._reader = Reader(self.catalogue, self.limits, hosts, settled)
+        self.reader = Reader(self.catalogue, self.limits, hosts, settled)
         # Tokenizers must not be used by two threads at once; the engine's thread has the model's own.
         self._tokenizer = load.load_processor(model.folder, model.config).tokenizer
         self._reading = 0  # requests whose prompts are being laid out
@@ -84,7 +84,7 @@ class Service:
         """Ends everything."""
         self.ready = False
         self.engine.stop()
-        self._prompts.close()
+        self.prompts.close()
 
     async def read(self, content: bytes | Mapping[str, Any]) -> tuple[Ask, Prompt]:
         """A request, from JSON or its text, with its prompt laid out.
@@ -95,9 +95,9 @@ class Service:
 
         def work() -> tuple[Ask, Prompt]:
             body = _json(content) if isinstance(content, bytes) else content
-            ask = self._reader.read(body)
+            ask = self.reader.read(body)
             try:
-                prompt = self._prompts.prepared(ask.conversation)
+                prompt = self.prompts.prepared(ask.conversation)
             except LVLMError as error:
                 raise ApiError(400, error, "invalid_prompt", "messages") from error
             if ask.stream and (reason := searches.obstacle(ask.method) or rows.obstacle(ask.method)):
@@ -110,7 +110,7 @@ class Service:
             raise ApiError(429, "too many requests are being read; try again in 1 s", "queue_full", retry_after=1)
         self._reading += 1
         try:
-            return await asyncio.wrap_future(self._prompts.call(work))
+            return await asyncio.wrap_future(self.prompts.call(work))
         finally:
             self._reading -= 1
 
@@ -135,9 +135,7 @@ class Service:
         now = time.monotonic()
         deadline = now + self.limits.timeout if priority == Priority.PERSON else float("inf")
         jobs = [
-            Job(
-                prompt, ask.method, decoding, teller(index), ask.stream, bool(ask.top), deadline, priority, arrived=now
-            )
+            Job(prompt, ask.method, decoding, teller(index), ask.stream, bool(ask.top), deadline, priority, arrived=now)
             for index, decoding in enumerate(ask.decodings)
         ]
         self.engine.submit(jobs)

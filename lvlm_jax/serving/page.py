@@ -1,0 +1,16 @@
+"""The page of the server: one HTML file without any reference to the outside, which asks this server alone."""
+
+from pathlib import Path
+
+from lvlm_jax import pages
+
+TEMPLATE = Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+
+
+def page(model: str) -> tuple[str, str]:
+    """The page for a model of that name, and its content security policy."""
+    return pages.render(TEMPLATE, f"Ask {model}", {"model": model}), POLICY

@@ -1,0 +1,103 @@
+"""A service behind uvicorn: warm-up beside the first probes, signals, and the end of the process."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import Method
+from lvlm_jax.serving.app import App
+from lvlm_jax.serving.service import Service
+from lvlm_jax.serving.warm import warm_up
+
+KEEP_ALIVE = 75  # seconds that a connection may be idle; longer than nginx keeps its own
+
+
+class Server(uvicorn.Server):
+    """Ends with the answers under way, and leaves with code 0: the process was asked to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT drain; a second SIGINT does not wait."""
+        loop = asyncio.get_running_loop()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, self._end, one)
+        try:
+            yield
+        finally:
+            for one in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(one)
+
+    def _end(self, number: int) -> None:
+        self._service.ready = False
+        self.force_exit = self.should_exit and number == signal.SIGINT
+        self.should_exit = True
+
+
+def serve(
+    service: Service,
+    methods: Sequence[Method | None],
+    host: str,
+    port: int,
+    key: str | None = None,
+    state: Path | None = None,
+) -> int:
+    """Serves until a signal ends it; the exit code.
+
+    Args:
+        methods: whose programs are compiled before the server says that it is ready.
+        key: see `App`.
+        state: the folder of files and batches; None without them.
+
+    Raises:
+        LVLMError: the model cannot answer, or the address cannot be used.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    app = App(service, key, state)
+    config = uvicorn.Config(
+        app.asgi,
+        host,
+        port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=service.limits.drain,
+        h11_max_incomplete_event_size=64 << 10,
+        lifespan="on",
+    )
+    return asyncio.run(_serve(Server(config, service), service, methods, host, port))
+
+
+async def _serve(server: Server, service: Service, methods: Sequence[Method | None], host: str, port: int) -> int:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        socket = server.config.bind_socket()
+    except SystemExit as error:  # what uvicorn makes of an address in use
+        raise LVLMError(f"{host}:{port} cannot be listened on; is another server there? give --port") from error
+    place = f"[{host}]" if ":" in host else host
+    say(f"http://{place}:{socket.getsockname()[1]} answers for {service.catalogue.name}; compiling programs")
+    service.start()
+    serving = asyncio.create_task(server.serve([socket]))
+    warming = asyncio.create_task(warm_up(service, methods, say))
+    await asyncio.wait({serving, warming}, return_when=asyncio.FIRST_COMPLETED)
+    if warming.done() and not warming.cancelled() and warming.exception():
+        server.should_exit = True
+        await serving
+        error = warming.exception()
+        raise error if isinstance(error, LVLMError) else LVLMError(f"the warm-up failed: {error}") from error
+    await serving
+    warming.cancel()
+    return 0
