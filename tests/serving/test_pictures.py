@@ -1,0 +1,65 @@
+"""Addresses of images: nothing private, no redirects, nothing too large."""
+
+import http.server
+import socket
+import threading
+
+import pytest
+
+from lvlm_jax.serving import pictures
+from lvlm_jax.serving.errors import ApiError
+from lvlm_jax.serving.limits import Limits
+from tests.serving.test_chat import uri
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """Answers a picture, a redirect, or more than is allowed."""
+
+    def do_GET(self):
+        content = pictures.base64.b64decode(uri(1).partition(",")[2])
+        status, content = {"/moved": (302, b""), "/large": (200, b"x" * (2 << 20))}.get(self.path, (200, content))
+        self.send_response(status)
+        self.send_header("Location", "/a.png")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def host():
+    server = http.server.HTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_downloads(host, monkeypatch):
+    limits, allowed = Limits(max_image=1), {"images.example"}
+
+    def read(path, name="images.example"):
+        return pictures.read(f"http://{name}:{host}{path}", limits, allowed)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", host))])
+    with pytest.raises(ApiError, match="private network"):
+        read("/a.png")
+    monkeypatch.setattr(pictures, "_public", lambda *_: "127.0.0.1")
+    assert read("/a.png").size == (28, 28)
+    for path, name, status, words in [
+        ("/moved", "images.example", 400, "redirects are not followed"),
+        ("/large", "images.example", 413, "more than 1 MiB"),
+        ("/a.png", "other.example", 400, "are not downloaded"),
+    ]:
+        with pytest.raises(ApiError, match=words) as raised:
+            read(path, name)
+        assert raised.value.status == status
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "192.168.1.1", "100.64.0.1"])
+def test_private_addresses(monkeypatch, address):
+    found = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", (address, 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ApiError, match="private network"):
+        pictures._public("images.example", 80)
