@@ -17,9 +17,7 @@ from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.lane import Lane
 from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.prefill import Prefill
-from lvlm_jax.serving.work import Job, Late, Priority, Update
-
-FAULT = "the server failed at this request; its log says why"
+from lvlm_jax.serving.work import FAULT, Job, Late, Priority, Update
 
 
 class Engine:
@@ -145,13 +143,9 @@ class Engine:
             self._inbox.clear()
             for lane in self._lanes.values():
                 for job in [*lane.waiting, *lane.under_way.values()]:
-                    if job.deadline < now and not job.cancelled:
-                        job.cancelled = True
-                        self._tell(
-                            job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less")
-                        )
+                    self._late(job, now)
             for job in sorted(taken, key=lambda job: job.priority):
-                if job.cancelled:
+                if job.cancelled or self._late(job, now):
                     continue
                 if searches.obstacle(job.method, job.decoding) or rows.obstacle(job.method):
                     self._calls.append((functools.partial(self._alone, job), Future()))
@@ -160,6 +154,13 @@ class Engine:
                 else:
                     lane.enqueue(job)
             self._inbox.extendleft(reversed(later))
+
+    def _late(self, job: Job, now: float) -> bool:
+        """Whether a job's time is over; it is told then, and its row is freed."""
+        if job.deadline < now and not job.cancelled:
+            job.cancelled = True
+            self._tell(job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less"))
+        return job.deadline < now
 
     def _lane(self, structure: Any) -> Lane | None:
         """The lane for methods of a structure; None while all lanes there may be have work of another one."""
@@ -171,7 +172,7 @@ class Engine:
             if idle is None:
                 return None
             del self._lanes[idle]
-        lane = self._lanes[structure] = Lane(self._model, self._limits, self.prefill, self._largest)
+        lane = self._lanes[structure] = Lane(self._model, self._limits, self.prefill, self._largest, self._tell)
         return lane
 
     def _alone(self, job: Job) -> None:

@@ -1,6 +1,7 @@
 """A batch of rows for the jobs whose methods have one structure, seen from the host."""
 
 from collections import deque
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from lvlm_jax.generation.sampling import RowSampling, sample_keys
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.prefill import Prefill
-from lvlm_jax.serving.work import Job, Update
+from lvlm_jax.serving.work import FAULT, Job, Update
 
+Tell = Callable[[Job, Update | LVLMError], None]
 STEPS = 8  # tokens of each row between two looks, where nobody waits for pieces
 STREAMED_STEPS = 2  # where somebody does
 
@@ -28,13 +30,15 @@ class Lane:
         under_way: jobs by row.
     """
 
-    def __init__(self, model: LVLM, limits: Limits, prefill: Prefill, largest: Size):
+    def __init__(self, model: LVLM, limits: Limits, prefill: Prefill, largest: Size, tell: Tell):
         """Nothing is on the device yet.
 
         Args:
+            tell: what is called with a job and what is told about it.
             largest: of the prompts that are expected; a larger one widens the rows, for which programs are compiled.
         """
         self._model, self._limits, self._prefill, self._largest = model, limits, prefill, largest
+        self._tell = tell
         self._rows: rows.Rows | None = None
         self._full = False
         self.waiting: deque[Job] = deque()
@@ -61,7 +65,10 @@ class Lane:
             try:
                 self._place(job)
             except LVLMError as error:
-                job.tell(error)
+                self._tell(job, error)
+            except Exception:
+                self._tell(job, LVLMError(FAULT))
+                raise
 
     def _place(self, job: Job) -> None:
         model, prompt, decoding = self._model, job.prompt, job.decoding
@@ -81,6 +88,8 @@ class Lane:
             self._rows = rows.widen(self._rows, needed)
         place = next(row for row in range(self._limits.rows) if row not in self.under_way)
         stop = model.host.stops(model.config, decoding)
+        if len(stop) > rows.STOPS:
+            raise LVLMError(f"{len(stop)} tokens end an answer, those of the model among them; expected {rows.STOPS}")
         context = model.config.text.max_position_embeddings
         row = rows.Row(
             tokens=prompt.laid_out.tokens,

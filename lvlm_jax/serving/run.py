@@ -97,11 +97,11 @@ async def _serve(server: Server, service: Service, methods: Sequence[Method | No
     serving = asyncio.create_task(server.serve([socket]))
     warming = asyncio.create_task(warm_up(service, methods, say))
     await asyncio.wait({serving, warming}, return_when=asyncio.FIRST_COMPLETED)
-    if warming.done() and not warming.cancelled() and warming.exception():
-        server.should_exit = True
-        await serving
-        error = warming.exception()
-        raise error if isinstance(error, LVLMError) else LVLMError(f"the warm-up failed: {error}") from error
+    failed = warming.done() and not server.should_exit and warming.exception()
+    server.should_exit = server.should_exit or bool(failed)
     await serving
     warming.cancel()
+    await asyncio.gather(warming, return_exceptions=True)
+    if failed:
+        raise LVLMError(f"the model cannot be served: {failed}") from failed
     return 0

@@ -14,14 +14,14 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.processors import load
 from lvlm_jax.serving.catalogue import Catalogue
 from lvlm_jax.serving.chat import Ask, Reader
-from lvlm_jax.serving.engine import FAULT, Engine
+from lvlm_jax.serving.engine import Engine
 from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.looks import Looks
 from lvlm_jax.serving.metrics import Compiles, Metrics
 from lvlm_jax.serving.prompts import Prompt, Prompts, columns_before, columns_behind
 from lvlm_jax.serving.replies import Pieces, Reply
-from lvlm_jax.serving.work import Job, Late, Priority, Update
+from lvlm_jax.serving.work import FAULT, Job, Late, Priority, Update
 
 
 class Service:

@@ -14,6 +14,8 @@ from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
 from lvlm_jax.serving.prompts import Prompt
 
+FAULT = "the server failed at this request; its log says why"
+
 
 class Priority(enum.IntEnum):
     """Who goes first: people who wait, then batches."""

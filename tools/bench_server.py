@@ -1,0 +1,110 @@
+"""Times `lvlm serve` beside a server of thirty lines on transformers' `generate`: the same model, the same requests.
+
+    python tools/bench_server.py --clients 1 8 32 --requests 64
+
+Needs torch. Prints tokens a second, and the time to the first token (median and 90th percentile), for each.
+"""
+
+import argparse
+import http.client
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+from soak_server import Server, pictures
+
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.weights.names import pocket_file
+
+
+def plain_server() -> int:
+    """transformers' `generate`, one request at a time, streamed; its port."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, TextIteratorStreamer
+
+    folder = str(pocket_file("checkpoint"))
+    processor = AutoProcessor.from_pretrained(folder)
+    model, lock = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            image, text = body["messages"][0]["content"]
+            messages = [{"role": "user", "content": [{"type": "image"}, text]}]
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            inputs = processor(images=open_image(image["image_url"]["url"]), text=prompt, return_tensors="pt")
+            self.send_response(200)
+            self.end_headers()
+            with lock:
+                streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                options = {"max_new_tokens": body["max_tokens"], "do_sample": False, "streamer": streamer}
+                threading.Thread(target=lambda: model.generate(**inputs, **options)).start()
+                for piece in streamer:
+                    if piece:
+                        self.wfile.write(
+                            f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n".encode()
+                        )
+                self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_port
+
+
+def timed(port: int, clients: int, requests: int, uris: list[str]) -> tuple[float, float, float, list[str]]:
+    """Characters a second, and the median and 90th percentile of the time to the first token."""
+
+    def one(number: int) -> tuple[float, str]:
+        image = {"type": "image_url", "image_url": {"url": uris[number % len(uris)]}}
+        words = {"type": "text", "text": "Please describe this image in detail."}
+        body = {"model": "pocket", "messages": [{"role": "user", "content": [image, words]}], "max_tokens": 48,
+                "stream": True}  # fmt: skip
+        begun, first, text = time.monotonic(), None, ""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    if piece := choice["delta"].get("content"):
+                        first = first or time.monotonic() - begun
+                        text += piece
+        return first, text
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        done = list(pool.map(one, range(requests)))
+    seconds = time.monotonic() - begun
+    firsts, texts = [first for first, _ in done], [text.strip() for _, text in done]
+    middle, late = np.quantile(firsts, [0.5, 0.9])
+    return sum(map(len, texts)) / seconds, middle, late, texts
+
+
+def main() -> int:
+    """Both servers, every number of clients; they are asked in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=8)
+    flags = parser.parse_args()
+    uris, plain = pictures(8), plain_server()
+    server = Server("--rows", str(flags.rows), "--max-tokens", "64", "--warm-text", "32")
+    print(server.ready)
+    for clients in flags.clients:
+        for name, port in (("generate", plain), ("lvlm serve", server.port)):
+            timed(port, 1, 2, uris)
+            rate, middle, late, texts = timed(port, clients, flags.requests, uris)
+            print(f"{clients:3} clients  {name:10}  {rate:7.0f} characters/s  first token {middle:.2f} s, "
+                  f"90 %: {late:.2f} s  ({len(set(texts))} answers)", flush=True)  # fmt: skip
+    server.process.terminate()
+    return server.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

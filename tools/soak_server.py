@@ -1,0 +1,164 @@
+"""Soaks `lvlm serve`: many mixed requests from many clients, every answer compared with `LVLM.generate`'s.
+
+    python tools/soak_server.py --requests 2000 --clients 32
+
+Methods, strengths and pictures are mixed; 5 % of the clients leave, 2 % of the requests are malformed, 1 % too large.
+Ends by itself, and says whether an answer was lost or mixed up, whether programs were compiled, how memory grew, and
+whether SIGTERM in the middle lost anything. Exit code 1 where something is wrong.
+"""
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from lvlm_jax import LVLM
+from lvlm_jax.weights.names import pocket_file
+
+METHODS = ("none", "cmac", "cmac:alpha=1", "cmac:alpha=0.5,beta=0.1", "vcd:alpha=0.5")
+QUESTIONS = ("Is there a dog in the image?", "Is there a cup in the image?", "What color is the knife?", "Describe.")
+LIMIT = 16  # tokens
+
+
+def pictures(count: int) -> list[str]:
+    """Crops of the sample picture, as data URIs."""
+    whole, found = Image.open(pocket_file("sample.png")).convert("RGB"), []
+    for number in range(count):
+        file = io.BytesIO()
+        whole.crop((number, number, whole.width, whole.height)).save(file, "png")
+        found.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    return found
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, *flags: str):
+        words = [sys.executable, "-m", "lvlm_jax", "serve", "--port", "0", *flags]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.port = int(re.search(r":(\d+) answers", self.process.stdout.readline())[1])
+        self.ready = self.process.stdout.readline().strip()
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+
+    def ask(self, body: bytes, leave: bool = False) -> tuple[int, dict]:
+        """Status and JSON of an answer; 0 after leaving."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        try:
+            connection.request("POST", "/v1/chat/completions", body)
+            if leave:
+                time.sleep(random.random() / 2)
+                return 0, {}
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """One of /metrics."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+
+    def memory(self) -> int:
+        """MB in memory."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) // 1024
+
+
+def main() -> int:
+    """Soak, then SIGTERM in the middle of a second, shorter one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=8)
+    flags = parser.parse_args()
+    chance, uris = random.Random(0), pictures(6)
+    kinds = [(method, question, uri) for method in METHODS for question in QUESTIONS for uri in uris]
+    model, expected = LVLM.from_pretrained("pocket"), {}
+
+    def messages(kind):
+        image = {"type": "image_url", "image_url": {"url": kind[2]}}
+        return [{"role": "user", "content": [image, {"type": "text", "text": kind[1]}]}]
+
+    for method in METHODS:
+        own = [kind for kind in kinds if kind[0] == method]
+        said = model.generate(list(map(messages, own)), method=method, max_new_tokens=LIMIT).text
+        expected |= dict(zip(own, said, strict=True))
+    server = Server("--methods", "cmac,vcd", "--rows", str(flags.rows), "--max-tokens", "64", "--max-body", "1",
+                    "--warm-text", "32", "--queue", "4096")  # fmt: skip
+    print(server.ready, flush=True)
+    counts, wrong, memory, lock = {}, [], [], threading.Lock()
+
+    def one(number: int) -> None:
+        kind, draw = chance.choice(kinds), chance.random()
+        body = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
+        content = json.dumps(body).encode()
+        what, good = "answered", 200
+        if draw < 0.02:
+            what, good = "malformed", (400, 422)
+            content = chance.choice([content[:-9], b"[]", json.dumps(body | {"temperature": "x"}).encode()])
+        elif draw < 0.03:
+            what, good, content = "oversized", 413, b" " * (2 << 20)
+        try:
+            status, answer = server.ask(content, leave=0.03 <= draw < 0.08)
+        except OSError:
+            status, answer = (413 if what == "oversized" else -1), {}  # refused while it was still being sent
+        with lock:
+            what = "left" if status == 0 else what
+            counts[what] = counts.get(what, 0) + 1
+            if status and (status not in good if isinstance(good, tuple) else status != good):
+                wrong.append(f"{what}: status {status} {answer}")
+            elif what == "answered" and answer["choices"][0]["message"]["content"] != expected[kind]:
+                wrong.append(f"{kind[:2]}: {answer['choices'][0]['message']['content']!r}, expected {expected[kind]!r}")
+            if number % (flags.requests // 10) == 0:
+                memory.append(server.memory())
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(flags.clients) as pool:
+        list(pool.map(one, range(flags.requests)))
+    seconds = time.monotonic() - begun
+    compiles = int(server.metric("lvlm_compiles_after_ready"))
+    print(f"{flags.requests} requests in {seconds:.0f} s: {counts}; {len(wrong)} wrong; {compiles} programs compiled; "
+          f"MB by tenths: {memory}", flush=True)  # fmt: skip
+
+    def last(number: int) -> int:
+        kind = kinds[number]
+        body = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
+        try:
+            status, answer = server.ask(json.dumps(body).encode())
+        except ConnectionRefusedError:
+            return 0
+        except OSError:
+            return -1
+        if status == 200 and answer["choices"][0]["message"]["content"] != expected[kind]:
+            wrong.append(f"{kind[:2]} after SIGTERM")
+        return status
+
+    with ThreadPoolExecutor(flags.clients) as pool:
+        asked = [pool.submit(last, number) for number in range(3 * flags.clients)]
+        asked[0].result()
+        server.process.send_signal(signal.SIGTERM)
+        ends = [one.result() for one in asked]
+    code = server.process.wait(120)
+    told = {status: ends.count(status) for status in set(ends)}
+    print(f"SIGTERM: exit code {code}; answers by status, 0 refused: {told}")
+    print(*wrong[:5], *server.errors[:20], sep="\n")
+    lost = told.get(-1, 0)
+    return int(bool(wrong or compiles or code or server.errors or lost or memory[-1] > 1.05 * memory[len(memory) // 2]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
