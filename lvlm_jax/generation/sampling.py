@@ -129,7 +129,7 @@ class RowSampling(Sampling):
             def row(scores, top_k, top_p):
                 k = jnp.where(top_k > 0, top_k, scores.shape[-1])
                 by_k, by_both = (
-                    Sampling(jnp.float32(1), k, top_p, jnp.float32(1), frozenset(rules))._filter(scores)
+                    Sampling(jnp.float32(1), k, top_p, jnp.float32(1), frozenset(rules))._filter(scores[None])[0]
                     for rules in (("top_k",), ("top_k", "top_p"))
                 )
                 # The probabilities of all tokens may sum to less than 1, in float32.

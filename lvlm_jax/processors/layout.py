@@ -99,22 +99,15 @@ class Inputs:
         """Positions along time, height and width, `Int[3, B, T]`; None where the model counts along one axis."""
         return None if self.grids is None else multimodal_positions(self.image_id, self.grids)
 
-    def anchored(self, split: int, before: int, behind: int, pad_token_id: int) -> "Inputs":
-        """One prompt, its first `split` tokens at the end of `before` columns, the others at the end of `behind` more.
-
-        Prompts that begin alike then lie alike in their first columns, however long the rest is:
-
-            . . B <1 1 1 1> | . . q q q
-            . . B <1 1 1 1> | q q q q q
-        """
-        valid = self.image_id[0] >= 0
-        known, ids = self.tokens[0][valid], self.image_id[0][valid]
-        columns = np.r_[before - split : before, before + behind - (len(known) - split) : before + behind]
-        tokens = np.full((1, before + behind), pad_token_id, np.int32)
-        image_id = np.full((1, before + behind), -1, np.int32)
-        tokens[0, columns], image_id[0, columns] = known, ids
-        laid_out = Inputs(tokens, image_id, None, np.arange(before + behind)[None])
-        return self._with_pictures(laid_out)
+    def padded(self, columns: int, pad_token_id: int) -> "Inputs":
+        """The same prompts in so many columns, which hold the longest of them."""
+        valid = [row >= 0 for row in self.image_id]
+        tokens = np.full((self.batch, columns), pad_token_id, np.int32)
+        image_id = np.full((self.batch, columns), -1, np.int32)
+        for row, kept in enumerate(valid):
+            start = columns - int(kept.sum())
+            tokens[row, start:], image_id[row, start:] = self.tokens[row][kept], self.image_id[row][kept]
+        return self._with_pictures(Inputs(tokens, image_id, None, np.arange(columns)[None].repeat(self.batch, axis=0)))
 
     def without_images(self, pad_token_id: int) -> "Inputs":
         """The same prompts with their image tokens left out."""
@@ -188,9 +181,6 @@ def multimodal_positions(image_id: Int[np.ndarray, "B T"], grids: Int[np.ndarray
         place = 0
         while column < end:
             here = slice(column, column + 1)
-            if ids[column] < 0:  # padding between tokens
-                column = here.stop
-                continue
             if ids[column] > 0:
                 height, width = next(sizes)
                 here = slice(column, column + height * width)

@@ -5,10 +5,13 @@ model alone, so a request with another method, or none, finds it too.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from lvlm_jax.attention import LayerCache
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.generation.forward import edited_rows
 from lvlm_jax.generation.state import Prompt as Read
@@ -16,9 +19,43 @@ from lvlm_jax.generation.state import State, Step
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
+from lvlm_jax.processors.layout import Inputs
 from lvlm_jax.serving.caches import Cache
 from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.prompts import Prompt, columns_before, fixed
+
+
+class Kept(NamedTuple):
+    """A prompt's columns before the cut.
+
+    Attributes:
+        caches: keys and values of every layer.
+        embeddings: what the decoder read; some rows before the cut are run again with those behind it.
+    """
+
+    caches: tuple[LayerCache, ...]
+    embeddings: Float[Array, "1 P E"]
+
+
+@jax.jit
+def _in_place(
+    kept: Kept, words: Float[Array, "1 W E"], places: Int[Array, "T"]
+) -> tuple[tuple[LayerCache, ...], Float[Array, "1 W E"]]:
+    """The first columns of a prompt whose padding is on the left, and the embeddings of the last W.
+
+    Keys are rotated by the positions of tokens and not of columns, so that they may be moved.
+
+    Args:
+        words: embeddings behind the cut.
+        places: see `Prompt.places`.
+    """
+    columns = kept.embeddings.shape[1]
+    before = jax.tree.map(lambda block: jnp.take(block, places[:columns], axis=2), kept.caches)
+    return before, jnp.take(jnp.concatenate([kept.embeddings, words], axis=1), places[columns:], axis=1)
+
+
+def _axes(prompt: Inputs) -> Int[Array, "A 1 T"] | None:
+    return None if prompt.axes is None else jnp.asarray(prompt.axes)
 
 
 class Prefill:
@@ -51,18 +88,19 @@ class Prefill:
         return edited_rows(method, 1, 2) <= 1
 
     def _behind_prefix(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
-        model, laid_out, cut = self._model, prompt.laid_out, prompt.before
-        image_id, axes = jnp.asarray(laid_out.image_id), laid_out.axes
-        axes = None if axes is None else jnp.asarray(axes)
+        model, laid_out = self._model, prompt.laid_out
+        first, rest = prompt.parts()
         kept = self.prefixes.get(prompt.key)
         if kept is None:
-            embeddings = drivers.embed(model.params, model.config, laid_out.tokens[:, :cut], self._image_tokens(prompt))
-            first = Read(embeddings, image_id[:, :cut], None if axes is None else axes[:, :, :cut])
-            options = {"end": cut, "split": cut, "image_count": laid_out.image_count}
-            kept = drivers.prefix(model.params, model.config, first, **options)
+            embeddings = drivers.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
+            read = Read(embeddings, jnp.asarray(first.image_id), _axes(first))
+            options = {"end": prompt.before, "split": prompt.before, "image_count": first.image_count}
+            kept = Kept(drivers.prefix(model.params, model.config, read, **options), embeddings)
             self.prefixes.put(prompt.key, kept)
-        rest = drivers.embed(model.params, model.config, laid_out.tokens[:, cut:], None)
-        return self._prefilled(prompt, Read(rest, image_id, axes), method, prompt.behind, before=kept)
+        words = drivers.embed(model.params, model.config, rest, None)
+        before, embeddings = _in_place(kept, words, prompt.places())
+        read = Read(embeddings, jnp.asarray(laid_out.image_id), _axes(laid_out))
+        return self._prefilled(prompt, read, method, prompt.behind, before=before)
 
     def _whole(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
         model = self._model
@@ -81,7 +119,7 @@ class Prefill:
         given = dataclasses.replace(prompt.given, image_tokens=tokens)
         reads = branches.contrast_inputs(model.config, given, method, model.host)
         columns = columns_before(int(reads.lengths[0]))
-        reads = reads.anchored(0, 0, columns, model.config.pad_token_id)
+        reads = reads.padded(columns, model.config.pad_token_id)
         contrast = branches.embedded(model.params, model.config, reads)
         return self._prefilled(prompt, main, ready, window, contrast=contrast, contrast_capacity=columns)
 

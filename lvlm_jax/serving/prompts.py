@@ -1,7 +1,7 @@
 """From a conversation to a prompt in columns that few sizes of programs serve; runs in a pool of threads.
 
 A prompt is cut behind its last image: the part before the cut is the same for all questions about the same images, so
-its keys and values can be kept (`prefill`). Both parts go to the right end of a number of columns from a ladder.
+its keys and values can be kept (`prefill`). Each part has a number of columns from a ladder, and padding is on the left.
 """
 
 import dataclasses
@@ -44,8 +44,9 @@ class Prompt:
 
     Attributes:
         given: as the processor and `layout` made it.
-        laid_out: the same tokens, `before` columns and `behind` more.
-        before, behind: columns before and behind the cut.
+        laid_out: the same in `before + behind` columns.
+        cut: tokens before the cut.
+        before, behind: columns for the tokens before the cut, and for those behind it.
         images: one key for each image, or one for all where their tokens depend on each other; () without images.
         key: of everything before the cut.
         prefilled: what the prefill made of it, for further answers to the same request.
@@ -53,6 +54,7 @@ class Prompt:
 
     given: Inputs
     laid_out: Inputs
+    cut: int
     before: int
     behind: int
     images: tuple[bytes, ...]
@@ -63,6 +65,21 @@ class Prompt:
     def length(self) -> int:
         """Tokens."""
         return int(self.given.lengths[0])
+
+    def parts(self) -> tuple[Inputs, np.ndarray]:
+        """The part before the cut in `before` columns, and the token ids of the other in `behind` columns."""
+        valid = self.given.image_id[0] >= 0
+        tokens, image_id = (row[0][valid][None, : self.cut] for row in (self.given.tokens, self.given.image_id))
+        first = dataclasses.replace(self.given, tokens=tokens, image_id=image_id)
+        rest = self.given.tokens[0][valid][self.cut :]
+        return first.padded(self.before, 0), np.pad(rest, (self.behind - len(rest), 0))[None]
+
+    def places(self) -> np.ndarray:
+        """Where in the columns of both `parts` each column of `laid_out` is found; anywhere for padding. `Int[T]`."""
+        total, length = self.before + self.behind, self.length
+        token = np.arange(total) - (total - length)
+        first = self.before - self.cut + token
+        return np.maximum(np.where(token < self.cut, first, total - length + token), 0).astype(np.int32)
 
 
 class Prompts:
@@ -105,10 +122,9 @@ class Prompts:
         image = np.flatnonzero(given.image_id[0][valid] > 0)
         cut = int(image[-1]) + 1 if len(image) else max(0, length - self._longest)
         before, behind = columns_before(cut), columns_behind(length - cut)
-        laid_out = given.anchored(cut, before, behind, config.pad_token_id)
-        words = laid_out.tokens[0, :before]
-        images = _keys(given, config)
-        return Prompt(given, laid_out, before, behind, images, digest([words, images]))
+        laid_out = given.padded(before + behind, config.pad_token_id)
+        words, images = given.tokens[0][valid][:cut], _keys(given, config)
+        return Prompt(given, laid_out, cut, before, behind, images, digest([words, images]))
 
 
 def _keys(given: Inputs, config: Any) -> tuple[bytes, ...]:

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 
 import pytest
 
@@ -45,12 +46,13 @@ class Running:
 def running(model, state=None, key=None, aliases=None, **limits):
     """Serves a model while the block runs."""
     service = Service(model, "small", Limits(**LIMITS | limits), aliases)
-    config = uvicorn.Config(App(service, key, state).asgi, log_level="error", lifespan="on")
-    server = Server(config, service)
-    socket = uvicorn.Config(None, port=0).bind_socket()
+    config = uvicorn.Config(App(service, key, state).asgi, port=0, log_level="error", lifespan="on")
+    server, socket = Server(config, service), config.bind_socket()
     service.start()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])))
     thread.start()
+    while not server.started:
+        time.sleep(0.01)
     try:
         yield Running(service, socket.getsockname()[1])
     finally:
