@@ -1,7 +1,7 @@
 """From a conversation to a prompt in columns that few sizes of programs serve; runs in a pool of threads.
 
 A prompt is cut behind its last image: the part before the cut is the same for all questions about the same images, so
-its keys and values can be kept (`prefill`). Each part has a number of columns from a ladder, and padding is on the left.
+its keys and values can be kept (`prefill`). Each part has a number of columns from a ladder; padding is on the left.
 """
 
 import dataclasses
