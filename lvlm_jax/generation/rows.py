@@ -8,6 +8,7 @@ The columns are those of `continuous`, whose functions move them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,8 +31,9 @@ def obstacle(method: Method | None) -> str | None:
     if reason := searches.obstacle(method):
         return reason
     for member in getattr(method, "members", (method,)):
-        # What a warm-up pass finds for a batch is each row's own here.
-        if member is not None and not (member.independent_rows or member.primes):
+        # The hidden states that a warm-up pass finds are each row's own here, and have no axis of columns.
+        hidden = member is not None and member.primes == ("hidden",) and type(member).remember is Method.remember
+        if member is not None and not (member.independent_rows or hidden):
             return f"{member.label} depends on the columns that its tokens have"
     return None
 
@@ -149,23 +151,13 @@ def _step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
         state, step = forward.decode_step(params, config, state, tokens)
         return state, step.combined
 
-    def batched(state: State, change) -> State:
-        """The state with or without the axis of its only sample; the method's leaves never have it here."""
-        tracks = (
-            dataclasses.replace(
-                track,
-                image_id=change(track.image_id),
-                image_end=change(track.image_end),
-                position=change(track.position),
-            )
-            for track in state.tracks
-        )
-        return dataclasses.replace(
-            state,
-            caches=jax.tree.map(change, state.caches),
-            tracks=tuple(tracks),
-            memory=jax.tree.map(change, state.memory),
-        )
+    def batched(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
+        """The state with or without the axis of its only sample, which shared leaves and the method never have."""
+
+        def leaf(path: tuple, value: jax.Array) -> jax.Array:
+            return value if _row_axis(path, value) is None or path[0].name == "method" else change(value)
+
+        return jax.tree_util.tree_map_with_path(leaf, state)
 
     def one(state: State, token: Int[Array, ""]) -> tuple[State, Array]:
         state, step = forward.decode_step(params, config, batched(state, lambda leaf: leaf[None]), token[None])
@@ -176,8 +168,8 @@ def _step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
 
 
 def _row_axis(path: tuple, leaf: Any) -> int | None:
-    """The write index is the same for all rows."""
-    return None if getattr(path[-1], "name", None) == "index" else 0
+    """Where the answers begin and the next token goes is the same for all rows."""
+    return None if path[0].name == "tracks" and path[-1].name in ("index", "answer_start") else 0
 
 
 def _run(params: dict, config: FamilyConfig, rows: Rows, keep: Bool[Array, "B"], steps: Int[Array, ""]) -> Rows:

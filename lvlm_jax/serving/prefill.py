@@ -112,6 +112,8 @@ class Prefill:
         kind = contrast_kind(method)
         if kind == "same":
             return self._prefilled(prompt, main, ready, window)
+        if kind == "tokens":
+            return self._prefilled(prompt, main, ready, window, contrast=drivers.contrast_tokens(ready, main))
         if kind in OTHER_PICTURES:
             reads = branches.contrast_inputs(model.config, laid_out, method, model.host)
             contrast = main if reads is laid_out else branches.embedded(model.params, model.config, reads)
