@@ -20,6 +20,7 @@ COMMANDS = {
     "preferences": "make preference pairs to train on",
     "train": "train a model: CAPL, DPO, flow alignment, fine-tuning, or the pocket model from scratch",
     "convert": "write a checkpoint in another form, or with an adapter merged",
+    "verify": "prove that a checkpoint loads, answers and saves as in transformers",
     "plan": "say what a job needs on which devices, before any is rented",
     "pocket-world": "write a split of the drawn world: images, annotations, questions",
     "pocket-benchmark": "compare every method on every benchmark of the drawn world",

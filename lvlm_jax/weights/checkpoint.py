@@ -22,12 +22,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 
 
-def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
+def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     """A folder on this machine for a path or a hub id ("llava-hf/llava-1.5-7b-hf").
 
     An existing folder is itself. Anything else is downloaded, or taken from the hub's cache, honouring
     `HF_HUB_OFFLINE`, `HF_HOME` and the like; weights as safetensors, or as `.bin` where a repository has nothing
     else. No code of a repository is downloaded or run.
+
+    Args:
+        weights: False leaves weights on the hub; their index comes along.
 
     Raises:
         LVLMError: no such folder, and no such model on the hub (or the hub is out of reach).
@@ -49,9 +52,9 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [*_TEXT_FILES, "model*.safetensors", *_ADAPTER_FILES]
+        wanted = [*_TEXT_FILES, *(("model*.safetensors", *_ADAPTER_FILES) if weights else ())]
         found = Path(snapshot_download(given, allow_patterns=wanted))
-        if not any(found.glob("model*.safetensors")):
+        if weights and not any(found.glob("model*.safetensors")):
             found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -64,7 +64,7 @@ def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | No
     Arguments and errors as in `read_config`.
     """
     config = models.config_from_hf(read_config(folder, vision_tower))
-    stops = config.stop_tokens(read_optional(folder, "generation_config.json"))
+    stops = config.stop_tokens(read_optional(Path(folder), "generation_config.json"))
     return dataclasses.replace(config, eos_token_ids=stops)
 
 
@@ -110,7 +110,7 @@ def load_parameters(
     """
     quantize.check(quant)
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
-    files, tower = _open(folder_or_files, vision_tower)
+    files, tower = open_checkpoint(folder_or_files, vision_tower)
     single = isinstance(folder_or_files, str | os.PathLike)
     where = folder_or_files if single else ", ".join(map(str, folder_or_files))
     sources = plan(where, config, expected, files, tower)
@@ -127,8 +127,12 @@ def load_parameters(
     return unflatten(flat)
 
 
-def _open(folder_or_files: Files, vision_tower) -> tuple[list[TensorFile], list[TensorFile]]:
-    """(files of the checkpoint, files of a separate vision tower)."""
+def open_checkpoint(folder_or_files: Files, vision_tower=None) -> tuple[list[TensorFile], list[TensorFile]]:
+    """(files of the checkpoint, files of a separate vision tower); arguments as in `load_parameters`.
+
+    Raises:
+        LVLMError: there are none, one cannot be read, or they hold quantized weights.
+    """
     if not isinstance(folder_or_files, str | os.PathLike):
         tower = weight_files(original.find_tower(Path(), {}, vision_tower)) if vision_tower else []
         return open_files(folder_or_files), open_files(tower)

@@ -91,9 +91,16 @@ def save_checkpoint(
     return folder
 
 
-def stored_shapes(config: FamilyConfig, scheme: str = "hub") -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of the Hugging Face checkpoint of a configuration under one of its naming schemes."""
-    tensors = _tensors(models.abstract_parameters(config), config, scheme, None)
+def stored_shapes(
+    config: FamilyConfig, scheme: str = "hub", parameters: dict | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the Hugging Face checkpoint of a configuration under one of its naming schemes.
+
+    Args:
+        parameters: of `models.abstract_parameters`, which takes seconds, where they are known.
+    """
+    parameters = models.abstract_parameters(config) if parameters is None else parameters
+    tensors = _by_name(flatten(parameters), config, scheme, None)
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
@@ -136,10 +143,7 @@ class _Tensor:
 
 
 def _tensors(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
-    """tensor name -> the tensor."""
-    table = table_for(config)
-    if scheme not in table.schemes:
-        raise LVLMError(f"naming scheme {scheme!r} is not known; expected one of {', '.join(table.schemes)}")
+    """tensor name -> the tensor, of parameters that are those of the configuration."""
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
     given, faults = flatten(params), Faults()
     for path in given.keys() - expected.keys():
@@ -150,6 +154,14 @@ def _tensors(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str
         elif given[path].shape != shape:
             faults.add("misshapen", f"{path} {list(given[path].shape)} instead of {list(shape)}")
     faults.check("the parameters to save")
+    return _by_name(given, config, scheme, dtype)
+
+
+def _by_name(given: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
+    """tensor name -> the tensor, of parameters by their paths."""
+    table = table_for(config)
+    if scheme not in table.schemes:
+        raise LVLMError(f"naming scheme {scheme!r} is not known; expected one of {', '.join(table.schemes)}")
     tensors = {}
     for name, paths in table.names(given, scheme).items():
         parts = [(table.row(path, scheme)[0], given[path]) for path in paths]

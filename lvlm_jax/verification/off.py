@@ -1,0 +1,84 @@
+"""Whether methods that are switched off, or that have no strength, leave a model as it is."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax import LVLM, methods
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors.layout import Inputs
+from lvlm_jax.verification.results import Result, compared
+
+NAME = "methods off"
+TOLERANCE = 1e-4  # of the largest logit, where strengths of zero still change the order of sums
+STEPS = 2  # of decoding, behind the prompt
+
+_NO_CUT = 1e-30  # a plausibility that rules out nothing
+# Strengths with which a method does nothing, by its name.
+NO_STRENGTH: dict[str, dict[str, Any]] = {
+    "capl": {"sigma": 0.0},
+    "clva": {"a": 0.0, "b": 0.0},
+    "cmac": {"alpha": 0.0, "beta": _NO_CUT, "gamma": 1.0},
+    "deco": {"alpha": 0.0},
+    "dola": {"beta": 1.0},
+    "eah": {"beta": 1e9},
+    "icd": {"alpha": 0.0, "beta": _NO_CUT},
+    "m3id": {"decay": 0.0},
+    "middle_layers": {"alpha": 0.0},
+    "pai": {"alpha": 0.0, "gamma": 1.0, "beta": _NO_CUT},
+    "sevi": {"omega": 0.0, "alpha_max": 0.0, "beta": _NO_CUT},
+    "sid": {"alpha": 0.0, "beta": _NO_CUT},
+    "vaf": {"enhance": 1.0, "suppress": 1.0},
+    "vcd": {"alpha": 0.0, "beta": _NO_CUT},
+    "vista": {"lambda_": 0.0, "gamma": 0.0},
+}
+
+
+def check(model: LVLM, prompt: Inputs, names: tuple[str, ...]) -> Result:
+    """Runs each method without strength, and no method before and after it.
+
+    Args:
+        names: of the methods.
+    """
+    forced = _steps(model, prompt, None, None)[1]
+    plain, _ = _steps(model, prompt, None, forced)
+    scale = max(1.0, max(float(np.abs(step).max()) for step in plain))
+    ran, left, exact, largest, faults = [], {}, [], 0.0, []
+    for name in names:
+        try:
+            if name not in NO_STRENGTH:
+                raise LVLMError("it has no strength to take away")
+            method = methods.get(name)(**NO_STRENGTH[name])
+            got, _ = _steps(model, prompt, method, forced)
+        except LVLMError as error:
+            left[name] = str(error)
+            continue
+        ran.append(name)
+        again, _ = _steps(model, prompt, None, forced)
+        if not all(np.array_equal(*pair) for pair in zip(again, plain, strict=True)):
+            faults.append(f"after {name} the model without a method answers otherwise")
+        difference = max(float(np.abs(one - other).max()) for one, other in zip(got, plain, strict=True))
+        exact += [name] if difference == 0 else []
+        largest = max(largest, difference)
+        if difference > TOLERANCE * scale:
+            faults.append(f"{name} without strength changes logits by {difference:.2g}")
+    words = (
+        f"after each of {len(ran)} methods the model without one gives the same bits; with strengths of zero "
+        f"{len(exact)} give them too, and logits differ by {largest:.1g} at most"
+    )
+    if left:
+        words += f"; left out: {', '.join(f'{name} ({why})' for name, why in left.items())}"
+    return compared(NAME, faults, words, ran=ran, same_bits=exact, largest_difference=largest, left_out=left)
+
+
+def _steps(model: LVLM, prompt: Inputs, method: methods.Method | None, forced: Any) -> tuple[list[np.ndarray], list]:
+    """The main branch's logits behind the prompt and behind forced tokens (None: the best ones), and those tokens."""
+    state, step = model.prefill(prompt, method=method, max_length=int(prompt.lengths.max()) + STEPS + 1)
+    logits, taken = [np.asarray(step.main)], []
+    for number in range(STEPS):
+        tokens = np.asarray(step.main).argmax(-1) if forced is None else forced[number]
+        taken.append(tokens)
+        state, step = model.decode(state, jnp.asarray(tokens, jnp.int32))
+        logits.append(np.asarray(step.main))
+    return logits, taken

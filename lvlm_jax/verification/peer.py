@@ -1,0 +1,184 @@
+"""transformers beside us: what its processor makes of conversations, and what its model answers.
+
+The one module of the package that imports torch, and only where a model is asked.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors import load
+from lvlm_jax.processors.templates import reason
+from lvlm_jax.verification.conversations import Conversation
+from lvlm_jax.weights import original
+from lvlm_jax.weights.checkpoint import read_configuration, read_optional
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """transformers' processor of a checkpoint.
+
+    Attributes:
+        processor: the processor itself.
+        name: what to call it.
+    """
+
+    processor: Any
+    name: str
+
+    def arrays(self, conversation: Conversation) -> Arrays:
+        """What `apply_chat_template` makes of a conversation: token ids, and what the tower takes.
+
+        Whatever a template or a processor raises goes through.
+        """
+        continued = conversation[-1]["role"] == "assistant"
+        made = self.processor.apply_chat_template(
+            self._readable(conversation, continued), tokenize=True, return_dict=True, return_tensors="np",
+            add_generation_prompt=not continued, continue_final_message=continued,
+        )  # fmt: skip
+        return {name: np.asarray(array) for name, array in made.items()}
+
+    def _readable(self, conversation: Conversation, continued: bool) -> Conversation:
+        """The conversation as given if the template writes all its texts into the prompt, else in another form."""
+        error = None
+        for string, single in ((None, None), (False, False), (True, True), (True, False)):
+            formed = [
+                message | {"content": _formed(message["content"], single if message["role"] == "user" else string)}
+                for message in conversation
+            ]
+            try:
+                text = self.processor.apply_chat_template(
+                    formed, add_generation_prompt=not continued, continue_final_message=continued
+                )
+            except Exception as problem:  # noqa: BLE001 - a template may raise anything
+                error = error or problem
+                continue
+            if "[{'type'" not in text and all(words.strip() in text for words in _texts(conversation)):
+                return formed
+        raise error or ValueError("the chat template leaves a text out, in whatever form it is given")
+
+
+def _texts(conversation: Conversation) -> list[str]:
+    """Every text of a conversation."""
+    contents = [message["content"] for message in conversation]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return [part["text"] for content in parts for part in content if "text" in part]
+
+
+def _formed(content: Any, string: bool | None) -> Any:
+    """A content as one string (True), as parts (False) or as it is (None); one with an image stays parts."""
+    if string is None or (string and any("image" in part for part in content if not isinstance(content, str))):
+        return content
+    if string:
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why transformers cannot read a checkpoint; None if it can."""
+    from transformers import CONFIG_MAPPING
+
+    given = read_configuration(folder)
+    if original.is_original(given):
+        return "transformers does not read the layout of LLaVA's authors"
+    if given.get("model_type") not in CONFIG_MAPPING:
+        return f"transformers reads model_type {given.get('model_type')!r} with code of the checkpoint alone"
+    return None
+
+
+def processor(folder: Path, config: FamilyConfig) -> Peer:
+    """transformers' own processor, with Pillow; whatever it raises goes through."""
+    import transformers
+
+    try:
+        made = transformers.AutoProcessor.from_pretrained(folder, backend=load.BACKEND, **_LOCAL)
+        name = f"AutoProcessor ({type(made).__name__}, Pillow)"
+    except ImportError:  # its part for videos needs torchvision, and has no other backend
+        made = load.processor_class(config).from_pretrained(folder, **_LOCAL)
+        made.image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend=load.BACKEND, **_LOCAL)
+        name = f"transformers' {type(made).__name__} without its part for videos (Pillow)"
+    given = read_optional(folder, load.FILES[0])
+    for field, value in config.processor_fields.items():
+        if given.get(field) is None:
+            setattr(made, field, value)
+    return Peer(made, name)
+
+
+def no_model() -> str | None:
+    """Why transformers' model cannot be asked; None if it can."""
+    return None if importlib.util.find_spec("torch") else "torch is not installed (pip install torch)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What transformers' model says of a prompt.
+
+    Attributes:
+        logits: `Float[T, V]` at every token of the prompt.
+        tokens: the greedy answer, as long as was asked for.
+        margins: `Float[M]`, how far the chosen token's logit lies above the next.
+    """
+
+    logits: np.ndarray
+    tokens: list[int]
+    margins: np.ndarray
+
+
+@contextlib.contextmanager
+def model(folder: Path) -> Iterator[Any]:
+    """transformers' model of a checkpoint in float32 on the CPU, gone when the block is left.
+
+    Raises:
+        ValueError: tensors are missing in the folder, or left over. Whatever transformers raises goes through.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    made, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **_LOCAL
+    )
+    stray = {kind: sorted(report[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if report[kind]}
+    if stray:
+        raise ValueError(f"transformers finds {stray}")
+    try:
+        yield made.eval()
+    finally:
+        del made
+        gc.collect()
+
+
+def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]:
+    """Logits and greedy answers of transformers' model, prompt by prompt; stop tokens do not stop."""
+    import torch
+    from transformers import GenerationConfig
+
+    # The checkpoint's own settings (penalties, sampling, stop tokens) would be taken where we say nothing.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True,
+        pad_token_id=0,
+    )  # fmt: skip
+    answers = []
+    with torch.no_grad():
+        for arrays in prompts:
+            given = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+            logits = model(**given).logits[0].float().numpy()
+            out = model.generate(**given)
+            best = torch.stack(out.logits)[:, 0].float().topk(2).values.numpy()
+            answers.append(Answers(logits, out.sequences[0, -new_tokens:].tolist(), best[:, 0] - best[:, 1]))
+    return answers
+
+
+def named(error: Exception) -> str:
+    """An exception of transformers in one line."""
+    return f"{type(error).__name__}: {reason(error)}"
