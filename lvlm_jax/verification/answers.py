@@ -16,6 +16,7 @@ from lvlm_jax.verification.results import LEFT_OUT, MEASURED, Result, compared
 
 LOGITS, GREEDY, COST = "logits", "greedy answers", "memory and time"
 NEW_TOKENS = 32
+REPEATS = 3  # of what is timed, of which the quickest counts
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -91,21 +92,24 @@ def cost(model: LVLM, loaded: float, prompt: Inputs) -> Result:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     seconds = {}
     for new_tokens in (1, NEW_TOKENS + 1):
-        for attempt in ("first", "again"):
+        taken = []
+        for _ in range(1 + REPEATS):
             start = time.monotonic()
             model.generate(prompt, max_new_tokens=new_tokens, stop_token_ids=())
-            seconds[new_tokens, attempt] = time.monotonic() - start
+            taken.append(time.monotonic() - start)
+        seconds[new_tokens, "first"], seconds[new_tokens, "again"] = taken[0], min(taken[1:])
     token = (seconds[NEW_TOKENS + 1, "again"] - seconds[1, "again"]) / NEW_TOKENS
     compiled = sum(seconds[count, "first"] - seconds[count, "again"] for count in (1, NEW_TOKENS + 1))
     peak = machine.device_peak() or machine.peak_memory()
+    pace = f"then {1000 * token:.1f} ms a token" if token > 0 else "then less a token than could be told"
     words = (
         f"float32: loaded in {loaded:.1f} s, compiled in {compiled:.1f} s; a prompt of {prompt.lengths[0]} tokens "
-        f"{seconds[1, 'again']:.2f} s, then {1000 * token:.1f} ms a token; weights {weights / 1e9:.2f} GB"
+        f"{seconds[1, 'again']:.2f} s, {pace}; weights {weights / 1e9:.2f} GB"
         + ("" if peak is None else f", at most {peak / 1e9:.2f} GB taken")
     )
     figures = {
         "load_seconds": round(loaded, 2), "compile_seconds": round(compiled, 2),
         "prompt_tokens": int(prompt.lengths[0]), "prompt_seconds": round(seconds[1, "again"], 3),
-        "token_milliseconds": round(1000 * token, 2), "weight_bytes": weights, "peak_bytes": peak,
+        "token_milliseconds": round(1000 * token, 2) if token > 0 else None, "weight_bytes": weights, "peak_bytes": peak,
     }  # fmt: skip
     return Result(COST, MEASURED, words, figures)
