@@ -110,6 +110,7 @@ def cost(model: LVLM, loaded: float, prompt: Inputs) -> Result:
     figures = {
         "load_seconds": round(loaded, 2), "compile_seconds": round(compiled, 2),
         "prompt_tokens": int(prompt.lengths[0]), "prompt_seconds": round(seconds[1, "again"], 3),
-        "token_milliseconds": round(1000 * token, 2) if token > 0 else None, "weight_bytes": weights, "peak_bytes": peak,
+        "token_milliseconds": round(1000 * token, 2) if token > 0 else None,
+        "weight_bytes": weights, "peak_bytes": peak,
     }  # fmt: skip
     return Result(COST, MEASURED, words, figures)
