@@ -19,7 +19,10 @@ from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.generation.state import State, Step
+from lvlm_jax.journal.record import checkpoint_hash
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.base import sources
+from lvlm_jax.methods.fitted import check_model
 from lvlm_jax.methods.parse import as_method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
@@ -36,11 +39,12 @@ class LVLM:
         folder: where the checkpoint was read from; None for parameters made elsewhere.
         mesh: the devices, or None for the default device.
         generation_config, allow_urls: see `from_pretrained`.
+        adapter: where an adapter was read from; None without one.
     """
 
     def __init__(self, params: dict, config: FamilyConfig, folder: str | Path | None = None, mesh=None):
         self.params, self.config, self.mesh, self.generation_config = params, config, mesh, "plain"
-        self.allow_urls = False
+        self.allow_urls, self.adapter = False, None
         self.folder = None if folder is None else Path(folder)
 
     @classmethod
@@ -78,6 +82,7 @@ class LVLM:
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
         params = params if adapter is None else peft.load_adapter(adapter, params, config)
         model = cls(params, config, folder, mesh)
+        model.adapter = adapter
         model.generation_config, model.allow_urls = defaults.check(generation_config), allow_urls
         return model
 
@@ -97,6 +102,25 @@ class LVLM:
             raise LVLMError("this model was not read from a folder, so it has no processor; prepare arrays")
         return load.load_processor(self.folder, self.config)
 
+    @cached_property
+    def hash(self) -> str | None:
+        """The hash of the checkpoint, and of an adapter; None for parameters made elsewhere."""
+        if self.folder is None:
+            return None
+        own = checkpoint_hash(self.folder)
+        return own if self.adapter is None else f"{own}+{checkpoint_hash(weights.resolve_checkpoint(self.adapter))}"
+
+    def method(self, given: Any) -> Method | None:
+        """A method in any form that callers may give it, ready for this model.
+
+        Raises:
+            LVLMError: no method, or one with a file that was fitted for another model.
+        """
+        method = as_method(given)
+        for source in sources(method):
+            check_model(source, self.hash, str(self.folder or "this model"))
+        return method
+
     @property
     def host(self) -> Host:
         """Devices and tokenizers, as the functions of `generation` take them."""
@@ -106,7 +130,7 @@ class LVLM:
 
     def _call(self, messages: Any, method: Any) -> tuple[dict, FamilyConfig, Inputs, Method | None]:
         """What most functions of `generation` take first."""
-        return self.params, self.config, self.prepare(messages), as_method(method)
+        return self.params, self.config, self.prepare(messages), self.method(method)
 
     def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
         """The settings with the checkpoint's own, where this call or the loading of the model asked for them."""
@@ -242,7 +266,7 @@ class LVLM:
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
         given = Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
-        options = (as_method(method), self._settled(given), batch_size, self.host)
+        options = (self.method(method), self._settled(given), batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
     def sweep(
@@ -259,7 +283,7 @@ class LVLM:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
         decoding = Decoding(max_new_tokens, temperature, seed=seed)
-        prompt, methods = self.prepare(messages), list(map(as_method, methods))
+        prompt, methods = self.prepare(messages), list(map(self.method, methods))
         return sweep.generate(self.params, self.config, prompt, methods, decoding, self.host)
 
     def stream(

@@ -80,4 +80,4 @@ def with_answer(model, prompt: Any, tokens: Sequence[int]) -> Inputs:
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
         raise LVLMError(f"one conversation can be given an answer at a time; {prompt.batch} were given")
-    return prompt.with_answer(tokens, model.config.pad_token_id)
+    return prompt.with_answers([tokens] * prompt.batch, model.config.pad_token_id)

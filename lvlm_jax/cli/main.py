@@ -17,6 +17,7 @@ COMMANDS = {
     "sweep": "answer the same questions under many strengths of one method",
     "evaluate": "score a benchmark: a model's answers, or answers that are there",
     "report": "put everything that was scored on one page",
+    "fit": "measure what a method needs first, such as directions or heads, on pairs of answers",
     "preferences": "make preference pairs to train on",
     "train": "train a model: CAPL, DPO, flow alignment, fine-tuning, or the pocket model from scratch",
     "convert": "write a checkpoint in another form, or with an adapter merged",

@@ -80,6 +80,8 @@ def method_record(method) -> dict | None:
 
 
 def _plain(value):
+    if hasattr(value, "record"):  # of what was fitted
+        return value.record()
     if dataclasses.is_dataclass(value):
         return method_record(value)
     if isinstance(value, (list, tuple)):

@@ -13,7 +13,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -25,6 +25,7 @@ from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks
+from lvlm_jax.methods.fitted import Source
 
 Strength = float | np.floating | jax.Array
 
@@ -83,6 +84,11 @@ def data(doc: str) -> Any:
     return dataclasses.field(default=None, metadata={"doc": doc, "data": True})
 
 
+def fitted(doc: str) -> Any:
+    """A field for what `lvlm fit` measured (`methods.fitted.Fitted`), given as a file's name or as its content."""
+    return dataclasses.field(default=None, metadata={"doc": doc, "fitted": True})
+
+
 class Method(Transform):
     """Base class: greedy decoding with the (identity) attention stages of `Transform`.
 
@@ -107,7 +113,7 @@ class Method(Transform):
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if {"low", "static"} & field.metadata.keys():
+            if {"low", "static", "fitted"} & field.metadata.keys():
                 value = checks.checked(type(self), field, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
 
@@ -249,7 +255,7 @@ class Method(Transform):
         return readout.main, memory
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data))
+@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data, fitted))
 def frozen(cls: type[Method]) -> type[Method]:
     """Class decorator: makes a method a frozen dataclass and a pytree, without a name for the command line.
 
@@ -287,6 +293,14 @@ def frozen(cls: type[Method]) -> type[Method]:
     with contextlib.suppress(ValueError):  # it is a pytree already
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def sources(method: Method | None) -> Iterator[Source]:
+    """Where what was fitted for a method and its members comes from."""
+    for member in getattr(method, "members", (method,)):
+        for field in dataclasses.fields(member) if member is not None else ():
+            if field.metadata.get("fitted") and getattr(member, field.name) is not None:
+                yield getattr(member, field.name).source
 
 
 def contrast_kind(method: Method | None) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.fitted import as_fitted
 
 LARGEST = float(np.finfo(np.float32).max)
 LONGEST = 60  # of a value in a message
@@ -18,12 +19,14 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 
 def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
-    """The value of a strength or a switch as a method keeps it: numbers in float32, lists as tuples.
+    """The value of a field as a method keeps it: numbers in float32, lists as tuples, files of `lvlm fit` read.
 
     Raises:
         LVLMError: a value of another kind, out of range, or none of the choices.
     """
     name = f"{owner.__name__}: {field.name}"
+    if "fitted" in field.metadata:
+        return as_fitted(owner.__name__, owner.__name__.lower(), value)
     return _static(owner, name, field, value) if "static" in field.metadata else _number(name, field, value)
 
 

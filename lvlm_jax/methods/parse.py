@@ -128,6 +128,8 @@ def _flag_settings(field: dataclasses.Field) -> dict[str, typing.Any]:
     choices = field.metadata["choices"] if field.metadata.get("static") else None
     if isinstance(field.default, bool) or True in (choices or ()):
         return {"action": Switch}
+    if field.metadata.get("fitted"):
+        return {"metavar": "FILE"}
     if not field.metadata.get("static"):
         return {"type": float}
     if choices:

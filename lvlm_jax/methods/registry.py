@@ -25,7 +25,7 @@ from typing import Any, dataclass_transform
 from lvlm_jax import config_files
 from lvlm_jax.attention.transform import ATTENTION_STAGES
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, data, frozen, strength, switch
+from lvlm_jax.methods.base import Method, data, fitted, frozen, strength, switch
 
 GROUP = "lvlm_jax.methods"  # of entry points
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -35,7 +35,7 @@ _REGISTRY: dict[str, type[Method]] = {}
 _BROKEN: set[str] = set()  # entry points that were named in a warning
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data))
+@dataclass_transform(frozen_default=True, field_specifiers=(strength, switch, data, fitted))
 def register(name: str | Any) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: makes a method a frozen dataclass and a pytree, and lets the command line name it.
 

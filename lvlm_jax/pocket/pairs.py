@@ -64,6 +64,44 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
     return path
 
 
+def write_pairs(folder: str | Path, count: int, seed: int = 0) -> Path:
+    """Write `pairs.jsonl`, lines `{id, images, prompt, good, bad}`, and its pictures below `folder`.
+
+    Good is a caption that lists what is there, bad the same with an object that is not there but typical of the place.
+
+    Args:
+        count: how many pairs.
+        seed: another seed gives other pictures.
+
+    Returns:
+        The file.
+
+    Raises:
+        LVLMError: the folder cannot be written.
+    """
+    path, rows = Path(folder) / "pairs.jsonl", []
+    try:
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            # The leading number keeps this stream apart from that of the prompts.
+            rng = np.random.default_rng([17, SPLITS["train"], seed, index])
+            scene, name = sample_scene(rng, "train"), f"images/{index:06d}.png"
+            asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+            words = [
+                captions.caption(scene, "list", np.random.default_rng([seed, index]), noisy) for noisy in (False, True)
+            ]
+            rows.append({"id": f"{index:06d}", "images": [name], "prompt": asked, "good": words[0], "bad": words[1]})
+            with files.whole(path.parent / name) as file:
+                Image.fromarray(render(scene)).save(file, "PNG")
+        with files.whole(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    except OSError as error:
+        raise LVLMError(
+            f"pairs cannot be written to {str(folder)!r}: {error.strerror}; give a folder that can be written"
+        ) from error
+    return path
+
+
 def sample_prompt(
     index: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
 ) -> tuple[list[Scene], str, str, str]:

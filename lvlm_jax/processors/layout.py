@@ -114,11 +114,14 @@ class Inputs:
         kept = [np.flatnonzero(row == 0) for row in self.image_id]
         return self._rebuilt([row[places] for row, places in zip(self.tokens, kept, strict=True)], pad_token_id)
 
-    def with_answer(self, answer: Sequence[int], pad_token_id: int) -> "Inputs":
-        """The same prompts with the same tokens behind each."""
+    def with_answers(self, answers: Sequence[Sequence[int]], pad_token_id: int) -> "Inputs":
+        """The same prompts with tokens behind each."""
         valid = [row >= 0 for row in self.image_id]
-        prompts = [np.append(row[kept], answer) for row, kept in zip(self.tokens, valid, strict=True)]
-        images = [np.append(row[kept], np.zeros(len(answer))) for row, kept in zip(self.image_id, valid, strict=True)]
+        both = list(zip(valid, answers, strict=True))
+        prompts = [np.append(row[kept], answer) for row, (kept, answer) in zip(self.tokens, both, strict=True)]
+        images = [
+            np.append(row[kept], np.zeros(len(answer))) for row, (kept, answer) in zip(self.image_id, both, strict=True)
+        ]
         return self._with_pictures(self._rebuilt(prompts, pad_token_id, images))
 
     def with_words(self, words: Sequence[int], start: int | None, pad_token_id: int) -> "Inputs":

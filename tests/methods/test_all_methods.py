@@ -13,6 +13,7 @@ import pytest
 
 from lvlm_jax import LVLM, methods
 from lvlm_jax.generation import drivers, forward
+from lvlm_jax.methods.fitted import Fitted, Source
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.methods import compare
@@ -52,9 +53,25 @@ class Entry:
 
 
 # Methods of the field whose mechanisms others stand for in the quick suite.
-SLOW = {"dab", "farsight", "iat", "memvr", "nolan", "only", "sparc", "spin", "vhr"}
+SLOW = {"adaiat", "adhh", "nullu", "vti", "dab", "farsight", "iat", "memvr", "nolan", "only", "sparc", "spin", "vhr"}
+
+
+def drawn(word, **shapes):
+    """A file of `lvlm fit` for the model of these tests, of random numbers."""
+    random = np.random.default_rng(45)
+    arrays = {name: random.uniform(0.3, 1.7, shape).astype(np.float32) for name, shape in shapes.items()}
+    return Fitted(arrays, Source(word, "bench", "pairs", "{}"))
+
 
 ENTRIES = {
+    "adaiat": Entry(
+        {"layers": (0, 1), "alpha": 0.8, "fitted": drawn("adaiat", ratios=(2, 4), thresholds=(2,))},
+        {"alpha": 0},
+        inexact=FUSION,
+    ),
+    "adhh": Entry(
+        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1}, {"tau": "a threshold: a head is off or not"}
+    ),
     "avisc": Entry(
         {"lambda_": 0.0},
         {"alpha": 0, "beta": NO_CUT},
@@ -100,6 +117,7 @@ ENTRIES = {
     ),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "nolan": Entry({}, {"kappa": 0}, inexact=TWO_BRANCHES),
+    "nullu": Entry({"fitted": drawn("nullu", directions=(2, 3, 32))}, {"alpha": 0}, inexact=FUSION),
     "only": Entry(
         {"tau": 1.0},
         {"alpha_complement": 0, "alpha_contrast": 0, "beta": NO_CUT},
@@ -143,6 +161,11 @@ ENTRIES = {
         inexact=TWO_BRANCHES,
     ),
     "vhr": Entry({"layers": (0, 1)}, {"alpha": 1}, inexact=FUSION),
+    "vti": Entry(
+        {"lambda_": 5.0, "fitted": drawn("vti", directions=(2, 32))},
+        {"lambda_": 0},
+        inexact="outputs are scaled to length 1 and back",
+    ),
     "vista": Entry(
         {"layers": (0, 1)}, {"lambda_": 0, "gamma": 0}, inexact="hidden states are scaled to length 1 and back"
     ),
@@ -176,8 +199,7 @@ def strengths(method):
     return {
         field.name: getattr(method, field.name)
         for field in dataclasses.fields(method)
-        if not field.metadata.get("static") and np.ndim(getattr(method, field.name)) == 0
-        and getattr(method, field.name) is not None
+        if "low" in field.metadata and getattr(method, field.name) is not None
     }  # fmt: skip
 
 
@@ -194,6 +216,7 @@ class Bench:
         )  # fmt: skip
         self.config = theirs.config
         self.model = LVLM.from_pretrained(folder, dtype="float32")
+        self.model.hash = "bench"
         self.inputs = checkpoints.random_inputs(self.config, seed=42, layouts=LAYOUTS)
         self.forced = np.random.default_rng(43).integers(3, 59, (STEPS, len(LAYOUTS))).astype(np.int32)
 
@@ -258,7 +281,7 @@ def assert_same(got, want, atol=1e-5):
 
 @every_method
 def test_it_acts_and_leaves_samples_without_an_image_alone(bench, name):
-    """DoLa and DeCo look at no image and treat all samples alike."""
+    """DoLa, DeCo and Nullu look at no image and treat all samples alike."""
     change = np.stack(
         [
             np.where(np.isfinite(step.combined), np.abs(step.combined - plain.combined), 0).max(axis=-1)
@@ -266,7 +289,7 @@ def test_it_acts_and_leaves_samples_without_an_image_alone(bench, name):
         ]
     )
     assert change[:, 0].max() > 0.01
-    if name not in ("dola", "deco"):
+    if name not in ("dola", "deco", "nullu"):
         assert change[:, 1].max() < 1e-5
 
 

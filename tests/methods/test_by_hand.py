@@ -13,6 +13,7 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.attention import Context, Site
 from lvlm_jax.methods.base import Seen
+from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.methods.memvr import Retrace
 from lvlm_jax.methods.only import lowered
 from lvlm_jax.methods.sparc import Jumps
@@ -305,6 +306,36 @@ def test_weights_of_the_last_row(method, image_id, want):
     close(method.weights(here, jnp.asarray(TWO)[None])[0, :, 0], want)
 
 
+def test_adhh():
+    """Text behind the image has 0.2 and 0.5: of the listed heads 0 and 1 of layer 2 only head 1 reaches 0.4."""
+    method = methods.ADHH(heads=(2, 0, 2, 1))
+    close(method.weights(site(np.log(TWO), layer=2), jnp.asarray(TWO)[None])[0, :, 0], [TWO[0, 0], [0.1, 0.2, 0.2, 0]])
+
+
+def fitted(word, **arrays):
+    return Fitted({name: jnp.asarray(array) for name, array in arrays.items()}, Source(word, "", "", ""))
+
+
+def test_adaiat():
+    """One generated column: 0.2 + 0.5 < 1. Factors 1 + 6 (1.5 - 1) = 4 and 1: (0.4, 0.1, 0.3, 0.8) / 1.6."""
+    method = methods.AdaIAT(fitted=fitted("adaiat", ratios=[[1.5, 1.0]], thresholds=[1.0]))
+    here = dataclasses.replace(site(TWO), generated=jnp.asarray([[False, False, False, True]]), phase="decode")
+    close(method.weights(here, jnp.asarray(TWO)[None])[0, :, 0], [[0.25, 0.0625, 0.1875, 0.5], TWO[1, 0]])
+
+
+def test_vti():
+    """n(3, 4) = (0.6, 0.8), + 0.1 * 5 (0, 1) = (0.6, 1.3), of length 1.43178:  5 (0.41906, 0.90796)."""
+    method = methods.VTI(lambda_=5, fitted=fitted("vti", directions=[[9.0, 9.0], [0.0, 2.0]]))
+    here = stream(1, carry=jnp.asarray([True]))
+    close(method.mlp(here, jnp.asarray([[[3.0, 4.0]]]))[0, 0], [2.09529, 4.53980])
+
+
+def test_nullu():
+    """(3, 4) along (0.6, 0.8) is 5: nothing is left of it."""
+    method = methods.Nullu(layers=(1,), fitted=fitted("nullu", directions=np.array([[[1.0, 0.0]], [[0.6, 0.8]]])))
+    close(method.mlp(stream(1), jnp.asarray([[[3.0, 4.0], [0.8, -0.6]]]))[0], [[0, 0], [0.8, -0.6]])
+
+
 def test_vhr():
     """Values are 1; head 1 has 1 with the image and 0 without, VHD 1, head 0 nothing: median 0.5, head 1 doubles.
 
@@ -410,6 +441,6 @@ def test_opera_code():
 
 
 def test_every_method_is_here():
-    names = {name.split(" ")[0] for name in (*COMBINED, *SIMPLE)} | {"eah", "capl", "clva", "opera"}
-    names |= {"dab", "farsight", "iat", "memvr", "only", "sparc", "spin", "var", "vhr"}
-    assert names == set(methods.names())
+    names = {name.split(" ")[0] for name in (*COMBINED, *SIMPLE)}
+    by_themselves = "eah capl clva opera adaiat adhh dab farsight iat memvr nullu only sparc spin var vhr vti"
+    assert names | set(by_themselves.split()) == set(methods.names())

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import pytest
 
-from lvlm_jax import methods, models
+from lvlm_jax import LVLM, methods, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
+from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.models.pictures import bucketed
 from tests.compiler import optimised
 from tests.models import zoo
@@ -84,12 +85,20 @@ FIELD = {
     "var": ("var", {"layers": (0, 1), "tau": 1.2, "p": 0.2, "rho": 0.95, "least": 0.05}),
     "vhr": ("vhr", {"layers": (0, 1)}),
 }
+# Methods with something fitted: what `lvlm fit` would have found in a model of two layers, drawn at random.
+FITTED = {
+    "adaiat": ("adaiat", {"alpha": 0.8, "layers": (0, 1)}),
+    "adhh": ("adhh", {"heads": (0, 0, 0, 1, 1, 0, 1, 1), "tau": 0.05}),
+    "nullu": ("nullu", {}),
+    "vti": ("vti", {"lambda_": 5.0}),
+}
 FIELD_FAMILIES = ("internvl", "llava", "qwen2_5_vl")
 SEVERAL_IMAGES = ("capl", "capl truncated", "dab")  # act on the sample with two images alone
-LATER = ("iat", "m3id", "sparc")  # leave the first token alone
+LATER = ("adaiat", "iat", "m3id", "sparc")  # leave the first token alone
 
-TEXT_TOO = ("deco", "dola")  # look at no image, and treat all samples alike
+TEXT_TOO = ("deco", "dola", "nullu")  # look at no image, and treat all samples alike
 
+PARTS = {"methods": (METHODS, zoo.FAMILIES), "field": (FIELD, FIELD_FAMILIES), "fitted": (FITTED, FIELD_FAMILIES)}
 RAN = "✓"
 
 
@@ -99,9 +108,24 @@ def load(tmp_path_factory):
     return functools.cache(lambda name: zoo.load(name, tmp_path_factory.mktemp(name)))
 
 
-def build(column: str) -> methods.Method:
-    name, settings = (METHODS | FIELD)[column]
+def build(column: str, model: LVLM | None = None) -> methods.Method:
+    name, settings = (METHODS | FIELD | FITTED)[column]
+    if column in FITTED and column != "adhh":
+        settings = settings | {"fitted": drawn(column, model)}
     return methods.get(name)(**settings)
+
+
+def drawn(word: str, model: LVLM) -> Fitted:
+    """A file of `lvlm fit`, of random numbers."""
+    text, random = model.config.text, np.random.default_rng(3)
+    layers, heads, width = text.num_layers, text.num_heads, text.hidden_size
+    arrays = {
+        "adaiat": {"ratios": random.uniform(0.3, 2, (layers, heads)), "thresholds": np.full(layers, heads)},
+        "nullu": {"directions": np.linalg.qr(random.normal(size=(layers, width, 2)))[0].swapaxes(1, 2)},
+        "vti": {"directions": random.normal(size=(layers, width))},
+    }[word]
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    return Fitted(arrays, Source(word, model.hash, "pairs", "{}"))
 
 
 def first_step(case: zoo.Case, method: methods.Method | None, *rows: int):
@@ -131,9 +155,10 @@ def assert_acts(case: zoo.Case, column: str, plain: np.ndarray, later: np.ndarra
 
     `plain` are the logits without a method, `later` those after three tokens.
     """
-    step = first_step(case, build(column))
+    method = build(column, case.model)
+    step = first_step(case, method)
     if column in LATER:
-        step, plain = third_step(case, build(column)), later
+        step, plain = third_step(case, method), later
     main, combined = np.asarray(step.main), np.asarray(step.combined)
     assert np.isfinite(main).all() and not np.isnan(combined).any() and (combined < np.inf).all()
     kept = np.isfinite(combined)
@@ -154,7 +179,7 @@ def measured(case: zoo.Case, columns: Iterable[str] = tuple(METHODS)) -> dict[st
     cells = {}
     for column in columns:
         try:
-            assert_generates(case, build(column))
+            assert_generates(case, build(column, case.model))
             if column != "opera":
                 assert_acts(case, column, plain, later)
             cells[column] = RAN
@@ -191,12 +216,12 @@ def committed_row(name: str, part: str = "methods") -> str:
 
 def test_the_zoo_has_every_family():
     assert set(zoo.FAMILIES) == {*models.FAMILIES, "internvl_chat"} == set(QUICK)
-    assert {name for name, _ in (METHODS | FIELD).values()} == set(methods.names())
+    assert {name for name, _ in (METHODS | FIELD | FITTED).values()} == set(methods.names())
     assert set(QUICK.values()) | {"cmac", "opera", "vcd"} == set(METHODS)
 
 
 def test_the_table_has_every_family_and_method():
-    for part, columns, names in (("methods", METHODS, zoo.FAMILIES), ("field", FIELD, FIELD_FAMILIES)):
+    for part, (columns, names) in PARTS.items():
         header, _, *rows = committed(part).split("\n\n")[0].strip().splitlines()
         assert header == table({}, columns).splitlines()[0]
         assert [re.match(r"\| `(\w+)` \|", row)[1] for row in rows] == sorted(names)
@@ -226,10 +251,12 @@ def test_every_method(load, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["field", "fitted"])
 @pytest.mark.parametrize("name", FIELD_FAMILIES)
-def test_every_method_of_the_field(load, name):
-    row = table({name: measured(load(name), FIELD)}, FIELD).splitlines()[2]
-    assert row == committed_row(name, "field")
+def test_every_method_of_the_field(load, name, part):
+    columns, _ = PARTS[part]
+    row = table({name: measured(load(name), columns)}, columns).splitlines()[2]
+    assert row == committed_row(name, part)
 
 
 # Methods whose second branch is another one in each family: pixels, pictures, no images, words.
@@ -361,10 +388,10 @@ def measured_rows(names: Iterable[str], columns: Iterable[str], load: Callable[[
 def main(words: list[str], load: Callable[[str, Path], zoo.Case] = zoo.load) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/models.md")
-    parser.add_argument("--part", choices=("methods", "field"), help="one of the tables alone")
+    parser.add_argument("--part", choices=tuple(PARTS), help="one of the tables alone")
     arguments = parser.parse_args(words)
     text = DOCUMENT.read_text(encoding="utf-8")
-    for part, columns, names in (("methods", METHODS, zoo.FAMILIES), ("field", FIELD, FIELD_FAMILIES)):
+    for part, (columns, names) in PARTS.items():
         if arguments.part in (None, part):
             text = written(text, part, table(measured_rows(names, columns, load), columns))
     if arguments.write:

@@ -1,4 +1,4 @@
-"""Methods of one branch in plain NumPy float64: SPIN, DAB, IAT, FarSight, SPARC, VAR, MemVR, ONLY.
+"""Methods of one branch in plain NumPy float64, of 2024 to 2026.
 
 Each is a method of `one_branch`; `margin` says how far a decision was from falling otherwise. A sample without an image
 stays plain.
@@ -245,6 +245,76 @@ class Only(Field):
             read = llava.rms_norm(weights, f"{name}.post_attention_layernorm", g, epsilon)
             g = g + llava.feed_forward(weights, config, call.layer, read)
             self.sides.append(llava.head(weights, config, g)[0])
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass
+class Vti(Field):
+    directions: np.ndarray | None = None
+    strength: float = 0.9
+    seeing: bool = False
+
+    def begin(self, call, hidden):
+        self.seeing = (call.image_id > 0).any()
+
+    def mlp(self, call, x, added):
+        if not self.seeing:
+            return added
+        turned = unit(added) + 0.1 * self.strength * unit(self.directions[call.layer])
+        return np.linalg.norm(added, axis=-1, keepdims=True) * unit(turned)
+
+
+@dataclasses.dataclass
+class Nullu(Field):
+    directions: np.ndarray | None = None
+
+    def mlp(self, call, x, added):
+        if call.layer in self.layers:
+            for v in self.directions[call.layer]:
+                added = added - (added @ v)[:, None] * v
+        return added
+
+
+@dataclasses.dataclass
+class Adhh(Field):
+    heads: tuple = ()
+    tau: float = 0.4
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        image = np.flatnonzero(call.image_id > 0)
+        for layer, head in self.heads:
+            if layer == call.layer and len(image):
+                mass = w[head, -1, image[-1] + 1 :].sum()
+                self.decided(mass - self.tau)
+                if mass >= self.tau:
+                    w[head, -1, image[-1] + 1 :] = 0
+        return w
+
+
+@dataclasses.dataclass
+class Adaiat(Field):
+    ratios: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
+    alpha: float = 6.0
+    prompt: int = 0
+
+    def weights(self, call, z):
+        w = softmax_seen(call, z)
+        if call.prefill:
+            self.prompt = len(call.image_id)
+        elif call.layer in self.layers and (call.image_id > 0).any():
+            written = w[:, -1, self.prompt :]
+            distance = written.mean(-1).sum() - self.thresholds[call.layer]
+            self.decided(distance)
+            if distance < 0:
+                factor = np.maximum(1 + self.alpha * (self.ratios[call.layer] - 1), 0)
+                w[:, -1, self.prompt :] *= factor[:, None]
+                w[:, -1] /= w[:, -1].sum(-1, keepdims=True)
+        return w
 
 
 def only_combined(main, sides, tau=0.2, beta=0.1):

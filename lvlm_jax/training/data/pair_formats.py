@@ -28,6 +28,7 @@ from lvlm_jax.files import field
 Message = dict[str, Any]
 
 ANSWERS = ("chosen", "rejected")
+LIKED = {"good": "chosen", "bad": "rejected"}  # what files for `lvlm fit` call them
 IMAGE_KEYS = ("images", "image", "image_path")
 ID_KEYS = ("id", "idx", "question_id")
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -63,6 +64,10 @@ class Dialogue(NamedTuple):
 def read_row(row: dict, where: str) -> Row:
     """The pair of a row in any of the formats, told apart by its keys."""
     refuse_columns(row, where)
+    if set(LIKED) <= row.keys() and not set(ANSWERS) & row.keys():
+        named = {LIKED.get(name, name): value for name, value in row.items()}
+        found = read_row(named, where)
+        return found._replace(used=(*found.used, *LIKED))
     if "text" in row and "chosen" not in row:
         return _packed(row, where)
     if "chosen_messages" in row:

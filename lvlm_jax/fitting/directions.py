@@ -1,0 +1,79 @@
+"""Directions between good and bad answers in the hidden states: VTI's, and the subspaces of Nullu."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lvlm_jax import LVLM
+from lvlm_jax.attention import Tap
+from lvlm_jax.fitting.forced import forced
+from lvlm_jax.generation import forward
+from lvlm_jax.generation.state import Prompt
+from lvlm_jax.training.data.pair_files import Pair
+
+KEPT = 16  # directions of each layer that Nullu's file holds; a method takes the first few
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window", "image_count", "mean"))
+def _states(
+    params: dict, config, prompt: Prompt, answer: Bool[Array, "B T"], window: int, image_count: int, mean: bool
+) -> Float[Array, "B L E"]:
+    """What each layer puts out, at the answer's last token or averaged over its tokens."""
+    tap = Tap(hidden=tuple(range(1, config.text.num_layers + 1)), rows="all" if mean else "last")
+    hidden = forward.full_forward(params, config, prompt, None, window, image_count, tap)[1].hidden[:, 0]
+    hidden = hidden.astype(jnp.float32)
+    if not mean:
+        return hidden[:, :, -1].swapaxes(0, 1)
+    shares = answer / answer.sum(axis=1, keepdims=True)
+    return jnp.einsum("LBTE,BT->BLE", hidden, shares, precision=jax.lax.Precision.HIGHEST)
+
+
+def differences(model: LVLM, pairs: Sequence[Pair], mean: bool) -> Float[np.ndarray, "B L E"]:
+    """Hidden states of good answers less those of bad ones."""
+    states = []
+    for side in ("good", "bad"):
+        given = forced(model, pairs, side)
+        taken = _states(model.params, model.config, given.prompt, jnp.asarray(given.answer), **given.static, mean=mean)
+        states.append(np.asarray(taken))
+    return states[0] - states[1]
+
+
+def vti_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """d of each pair: at the last token."""
+    return {"differences": differences(model, pairs, mean=False)}
+
+
+def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """v_l = mean d + the unit first principal component, of a sign that makes its largest score positive."""
+    found = collected["differences"].astype(np.float64)
+    mean = found.mean(axis=0)
+    directions = []
+    for layer in range(mean.shape[0]):
+        centred = found[:, layer] - mean[layer]
+        scores, _, components = np.linalg.svd(centred, full_matrices=False)
+        sign = np.sign(scores[np.abs(scores[:, 0]).argmax(), 0]) if len(found) > 1 else 0
+        directions.append(mean[layer] + sign * components[0])
+    return {"directions": np.stack(directions).astype(np.float32)}
+
+
+def nullu_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """D of each pair: half the difference of the means over the answers' tokens."""
+    return {"differences": differences(model, pairs, mean=True) / 2}
+
+
+def nullu_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first right singular vectors of D_l, `Float[L, R, E]`, and their singular values."""
+    found = collected["differences"].astype(np.float64)
+    directions, sizes = [], []
+    for layer in range(found.shape[1]):
+        _, values, components = np.linalg.svd(found[:, layer], full_matrices=False)
+        directions.append(components[:KEPT])
+        sizes.append(values[:KEPT])
+    return {
+        "directions": np.stack(directions).astype(np.float32),
+        "singular_values": np.stack(sizes).astype(np.float32),
+    }

@@ -1,0 +1,75 @@
+"""Pairs as forced answers: prompts with the good or the bad answer behind them, ready for one forward pass."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lvlm_jax import LVLM
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.generation import branches
+from lvlm_jax.generation.state import Prompt
+from lvlm_jax.training.data.pair_files import Pair
+
+SIDES = ("good", "bad")
+
+
+class Forced(NamedTuple):
+    """B prompts with their answers.
+
+    Attributes:
+        prompt: what the decoder reads.
+        tokens: token ids of its columns.
+        answer: columns that hold the answer.
+        static: options of `forward.full_forward`.
+    """
+
+    prompt: Prompt
+    tokens: Int[np.ndarray, "B T"]
+    answer: Bool[np.ndarray, "B T"]
+    static: dict[str, int]
+
+
+def answer_tokens(model: LVLM, pairs: Sequence[Pair], side: str) -> list[list[int]]:
+    """The tokens of the pairs' good or bad answers.
+
+    Raises:
+        LVLMError: an answer without any.
+    """
+    texts = [pair.chosen if side == "good" else pair.rejected for pair in pairs]
+    tokens = [model.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for pair, found in zip(pairs, tokens, strict=True):
+        if not found:
+            raise LVLMError(f"pair {pair.id}: the {side} answer has no token; remove the pair")
+    return tokens
+
+
+def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
+    """The pairs' prompts, each with its good or its bad answer.
+
+    Raises:
+        LVLMError: an answer without tokens, an unreadable image, or a prompt beyond the context.
+    """
+    answers = answer_tokens(model, pairs, side)
+    asked = model.prepare([pair.conversation() for pair in pairs])
+    laid_out = asked.with_answers(answers, model.config.pad_token_id)
+    longest, context = int(laid_out.lengths.max()), model.config.text.max_position_embeddings
+    if longest > context:
+        raise LVLMError(f"a prompt with its answer has {longest} tokens and the model's context is {context}")
+    total = laid_out.tokens.shape[1]
+    lengths = np.array([len(answer) for answer in answers])
+    answer = np.arange(total)[None] >= total - lengths[:, None]
+    prompt = branches.embedded(model.params, model.config, laid_out, model.mesh)
+    return Forced(prompt, laid_out.tokens, answer, {"window": total, "image_count": laid_out.image_count})
+
+
+def producing(forced: Forced) -> Bool[np.ndarray, "B T"]:
+    """The rows that produce the answer's tokens: each stands one column before its token."""
+    return np.pad(forced.answer[:, 1:], ((0, 0), (0, 1)))
+
+
+def targets(forced: Forced) -> Int[jnp.ndarray, "B T"]:
+    """The token that each row should produce."""
+    return jnp.asarray(np.pad(forced.tokens[:, 1:], ((0, 0), (0, 1))).astype(np.int32))

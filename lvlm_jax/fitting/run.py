@@ -1,0 +1,126 @@
+"""One fit: batches of pairs, parts that survive a kill, one file in the end."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lvlm_jax import LVLM, files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.fitting import attribution, directions, object_tokens
+from lvlm_jax.journal.progress import counted
+from lvlm_jax.journal.record import differences, file_hash
+from lvlm_jax.methods.fitted import Fitted, Source, settings_text, write
+from lvlm_jax.training.data.pair_files import Pair, read_pairs
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Fitter(NamedTuple):
+    """What is measured for a method.
+
+    Attributes:
+        collect: arrays of a batch of pairs, to be put one behind the other along the first axis.
+        finish: what becomes of them all.
+    """
+
+    collect: Callable[[LVLM, Sequence[Pair]], dict[str, np.ndarray]]
+    finish: Callable[[Arrays], dict[str, np.ndarray]]
+
+
+FITTERS = {
+    "vti": Fitter(directions.vti_collect, directions.vti_finish),
+    "adhh": Fitter(attribution.adhh_collect, attribution.adhh_finish),
+    "adaiat": Fitter(object_tokens.adaiat_collect, object_tokens.adaiat_finish),
+    "nullu": Fitter(directions.nullu_collect, directions.nullu_finish),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is fitted, on what.
+
+    Attributes:
+        method: a key of `FITTERS`.
+        pairs: the file of pairs, see `training.data.pair_files.read_pairs`; good and bad stand for chosen and rejected.
+        out: the file to write.
+        batch_size: pairs at once.
+        limit: only the first pairs of the file.
+    """
+
+    method: str
+    pairs: Path
+    out: Path
+    batch_size: int = 4
+    limit: int | None = None
+
+
+def fit(model: LVLM, job: Job) -> Fitted:
+    """Measures what a method needs and writes it; stopped and started again it goes on where it was.
+
+    Raises:
+        LVLMError: an unknown method, pairs that cannot be used, a model that was not read from a folder, or parts of
+            another fit beside the file.
+    """
+    if job.method not in FITTERS:
+        raise LVLMError(f"there is nothing to fit for {job.method!r}; expected one of {', '.join(FITTERS)}")
+    if model.hash is None:
+        raise LVLMError("this model was not read from a folder, so what is fitted could not be told to be its own")
+    fitter, pairs = FITTERS[job.method], read_pairs(job.pairs)[: job.limit]
+    source = Source(
+        method=job.method,
+        model=model.hash,
+        pairs=file_hash(job.pairs),
+        settings=settings_text({"pairs": len(pairs), "batch_size": job.batch_size}),
+    )
+    parts = _parts(job.out, source)
+    batches = [pairs[start : start + job.batch_size] for start in range(0, len(pairs), job.batch_size)]
+    done = len([number for number in range(len(batches)) if _part(parts, number).exists()])
+    for number, batch in counted(enumerate(batches[done:], done), len(batches), done, "batches of pairs"):
+        with files.whole(_part(parts, number)) as file:
+            file.write(safetensors.numpy.save(fitter.collect(model, batch)))
+    collected = [_loaded(_part(parts, number)) for number in range(len(batches))]
+    fitted = Fitted(
+        fitter.finish({name: np.concatenate([one[name] for one in collected]) for name in collected[0]}), source
+    )
+    write(job.out, fitted)
+    shutil.rmtree(parts)
+    return fitted
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:06d}.safetensors"
+
+
+def _loaded(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LVLMError(f"{path} is damaged ({error}); remove it and start again") from error
+
+
+def _parts(out: Path, source: Source) -> Path:
+    """The folder of what was measured so far, of this very fit.
+
+    Raises:
+        LVLMError: it cannot be made, or is that of another fit.
+    """
+    parts, record = Path(f"{out}.parts"), dataclasses.asdict(source)
+    kept = parts / "record.json"
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        if kept.exists():
+            if found := differences(json.loads(kept.read_text()), record):
+                raise LVLMError(f"{parts} is of another fit ({found[0][:120]}); remove it or give another --out")
+        else:
+            with files.whole(kept) as file:
+                file.write(json.dumps(record).encode())
+    except (OSError, ValueError) as error:
+        raise LVLMError(f"{parts} cannot be used: {error}; remove it or give another --out") from error
+    return parts

@@ -1,0 +1,138 @@
+"""`lvlm fit` on the pocket model: files, what they are refused for, resuming, and what the numbers are."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lvlm_jax import LVLM, LVLMError, fitting, methods
+from lvlm_jax.attention import Tap
+from lvlm_jax.fitting import attribution, directions, object_tokens, run
+from lvlm_jax.fitting.export import edited, export
+from lvlm_jax.methods import fitted
+from lvlm_jax.pocket.pairs import write_pairs
+from lvlm_jax.training.data.pair_files import read_pairs
+
+COUNT = 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs"), COUNT)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LVLM.from_pretrained("pocket")
+
+
+def hidden_of(model, pair, text):
+    """All states of a prompt and its answer, one sample alone through the public face: [L, T, E] of the answer."""
+    prompt, tokens = model.prepare([pair.conversation()]), model.processor.tokenizer(text, add_special_tokens=False)
+    forced = prompt.with_answers([tokens["input_ids"]], model.config.pad_token_id)
+    layers = tuple(range(1, model.config.text.num_layers + 1))
+    hidden = model.read(forced, Tap(hidden=layers, rows="all")).hidden[:, 0, 0]
+    return np.asarray(hidden)[:, -len(tokens["input_ids"]) :]
+
+
+def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeypatch):
+    """VTI; the directions are those of samples alone, whatever was batched."""
+    job = fitting.Job("vti", pairs, tmp_path / "vti.safetensors", batch_size=3)
+    calls, collect = [], run.FITTERS["vti"].collect
+
+    def once(model, batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return collect(model, batch)
+
+    monkeypatch.setitem(run.FITTERS, "vti", run.FITTERS["vti"]._replace(collect=once))
+    with pytest.raises(KeyboardInterrupt):
+        fitting.fit(model, job)
+    assert not job.out.exists()
+    with pytest.raises(LVLMError, match="is of another fit"):
+        fitting.fit(model, dataclasses.replace(job, batch_size=2))
+    found = fitting.fit(model, job)
+    assert calls == [3, 1, 1] and not (tmp_path / "vti.safetensors.parts").exists()
+    again = methods.VTI(fitted=job.out).fitted
+    np.testing.assert_array_equal(again["directions"], found["directions"])
+    assert again.source == found.source and again.source.model == model.hash
+    assert json.loads(again.source.settings) == {"pairs": COUNT, "batch_size": 3}
+    d = [hidden_of(model, p, p.chosen)[:, -1] - hidden_of(model, p, p.rejected)[:, -1] for p in read_pairs(pairs)]
+    want = directions.vti_finish({"differences": np.stack(d)})["directions"]
+    np.testing.assert_allclose(found["directions"], want, rtol=0, atol=2e-3 * np.abs(want).max())
+    other = methods.VTI(fitted=dataclasses.replace(again, source=dataclasses.replace(again.source, model="other")))
+    with pytest.raises(LVLMError, match="fitted for the checkpoint other"):
+        model.generate([read_pairs(pairs)[0].conversation()], method=other, max_new_tokens=1)
+
+
+def test_principal_component():
+    """Differences ±(2, 0) around a mean of (0, 3): v = (0, 3) + (1, 0), by the sign of the first largest score."""
+    found = directions.vti_finish({"differences": np.array([[[2.0, 3]], [[-2.0, 3]]])})["directions"]
+    np.testing.assert_allclose(found, [[1, 3]], atol=1e-6)
+
+
+def test_object_tokens():
+    found = object_tokens.differing([1, 2, 3, 4], [1, 9, 3, 4, 7])
+    assert found["good"].tolist() == [1] and found["bad"].tolist() == [1, 4]
+    assert object_tokens.differing([1, 2], [1, 5, 2])["good"].tolist() == [0, 1]
+
+
+@pytest.mark.slow
+def test_attribution_agrees_with_ablation(model, pairs):
+    """The first five heads by one gradient are among the first by ablation; rank correlation of all heads."""
+    batch = read_pairs(pairs)
+    slope, lost = attribution.by_gradient(model, batch).ravel(), attribution.by_ablation(model, batch).ravel()
+    ranks = [np.argsort(np.argsort(scores)) for scores in (slope, lost)]
+    correlation = np.corrcoef(*ranks)[0, 1]
+    first = [set(np.argsort(-scores)[:5].tolist()) for scores in (slope, lost)]
+    print(f"rank correlation {correlation:.3f}, of the first five {len(first[0] & first[1])} are shared")
+    assert correlation > 0.5 and len(first[0] & first[1]) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["adhh", "adaiat"])
+def test_the_others_are_fitted_and_act(model, pairs, tmp_path, word):
+    found = fitting.fit(model, fitting.Job(word, pairs, tmp_path / f"{word}.safetensors"))
+    again = fitted.read(tmp_path / f"{word}.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again.arrays, found.arrays)
+    assert all(np.isfinite(np.asarray(array, np.float64)).all() for array in again.arrays.values())
+    settings = {"adhh": {"tau": 0.1}, "adaiat": {"layers": (2, 3, 4)}}[word]
+    question = [read_pairs(pairs)[0].conversation()]
+    plain = model.generate(question, max_new_tokens=12).logprobs[0]
+    got = model.generate(question, method=methods.get(word)(fitted=again, **settings), max_new_tokens=12).logprobs[0]
+    assert np.isfinite(got).all() and not np.array_equal(got, plain)
+
+
+@pytest.mark.slow
+def test_nullu_exported_equals_nullu_at_inference(model, pairs, tmp_path):
+    found = fitting.fit(model, fitting.Job("nullu", pairs, tmp_path / "nullu.safetensors"))
+    states = read_pairs(pairs)[0]
+    half = [hidden_of(model, states, text).mean(axis=1) / 2 for text in (states.chosen, states.rejected)]
+    batch = directions.nullu_collect(model, read_pairs(pairs)[:1])["differences"]
+    np.testing.assert_allclose(batch[0], half[0] - half[1], rtol=0, atol=1e-3)
+    method = methods.Nullu(rank=2, fitted=found)
+    folder = export(model, method, tmp_path / "edited")
+    question = model.prepare([read_pairs(pairs)[0].conversation()])
+    want, got = model.logits(question, method), LVLM.from_pretrained(folder).logits(question)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3)
+    assert np.abs(np.asarray(model.logits(question) - got)).max() > 0.05
+    with pytest.raises(LVLMError, match="fitted for the checkpoint"):
+        edited(LVLM.from_pretrained(folder), method)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vti", "--pocket", "2", "--export", "x"], "--export writes Nullu's edit"),
+        (["vti"], "one of the arguments --pairs --pocket is required"),
+        (["cmac", "--pocket", "2"], "invalid choice: 'cmac'"),
+    ],
+)
+def test_the_command_refuses(words, message, tmp_path):
+    from lvlm_jax.cli import fit
+
+    with pytest.raises(LVLMError, match=message):
+        fit.main([*words, "--out", str(tmp_path / "f.safetensors")])
