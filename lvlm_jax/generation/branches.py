@@ -1,6 +1,7 @@
 """What the branches of a generation read: image towers run, prompts of contrast branches made, warm-up passes done."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -247,7 +248,10 @@ def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None,
     if kind in OTHER_TOKENS:
         if prompt.pixels is None or kind == "tokens":
             return prompt
-        if kind == "pixels":
+        if kind == "altered":
+            change = functools.partial(drivers.contrast_image, method)
+            pixels = config.altered(prompt.pictures, prompt.picture_index, change)
+        elif kind == "pixels":
             pixels = drivers.contrast_pixels(method, prompt.pixels, jnp.asarray(prompt.image_index))
         else:
             pixels = config.shown(prompt.pictures, method.contrast_picture)

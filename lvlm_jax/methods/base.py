@@ -30,10 +30,10 @@ from lvlm_jax.methods.fitted import Source
 Strength = float | np.floating | jax.Array
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
-# pictures changed, another picture in the place of each, its image tokens changed, no pictures, or words in the place
-# of the system prompt.
-CONTRAST_PROMPTS = ("same", "pixels", "picture", "tokens", "no_image", "text")
-OTHER_PICTURES = ("pixels", "picture")
+# pictures' pixels changed as the tower takes them or as whole pictures, another picture in the place of each, its image
+# tokens changed, no pictures, or words in the place of the system prompt.
+CONTRAST_PROMPTS = ("same", "pixels", "altered", "picture", "tokens", "no_image", "text")
+OTHER_PICTURES = ("pixels", "altered", "picture")
 OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image tokens
 
 # What a warm-up pass can be asked for: the fields of `Seen`.
@@ -179,6 +179,15 @@ class Method(Transform):
             image_index: counts each sample's rows of them from 0.
         """
         return pixels
+
+    def contrast_image(self, picture: Float[Array, "3 Y X"], index: Int[Array, ""]) -> Float[Array, "3 Y X"]:
+        """A picture of the contrast branch, for "altered"; where pictures are cut into tiles, one of its tiles.
+
+        Args:
+            picture: its pixel values as the tower receives them, of any size.
+            index: which of its sample's pictures it is, from 0.
+        """
+        return picture
 
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """What the contrast branch's decoder reads, for "tokens"; asked after the warm-up pass."""

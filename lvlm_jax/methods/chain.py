@@ -70,6 +70,9 @@ class Chained(Method):
         owner = self._contrasting()
         return owner.contrast_pixels(pixels, image_index) if owner else pixels
 
+    def contrast_image(self, picture, index):
+        return self._contrasting().contrast_image(picture, index)
+
     def contrast_tokens(self, embeddings, image_id):
         return self._contrasting().contrast_tokens(embeddings, image_id)
 

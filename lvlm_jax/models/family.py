@@ -194,6 +194,18 @@ class FamilyConfig(abc.ABC):
         """
         return np.broadcast_to(picture(*pictures.pixels.shape[2:]), pictures.pixels.shape)
 
+    def altered(
+        self, pictures: Pictures, index: Int[np.ndarray, "R"], change: Callable[[Array, Array], Array]
+    ) -> Float[Array, "R ..."]:
+        """The tower's pixels with every picture changed; by default each row is a picture.
+
+        Args:
+            pictures: the images.
+            index: handed on with each row.
+            change: makes of pixel values `Float[3, height, width]` and an index others.
+        """
+        return jax.vmap(change)(jnp.asarray(pictures.pixels), jnp.asarray(index))
+
 
 class VisionLanguageModel(nn.Module):
     """Base of the families' modules: what generation asks of a model.

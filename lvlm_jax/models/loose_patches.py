@@ -12,8 +12,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig, activation_name
@@ -124,6 +125,25 @@ class LoosePatchConfig(FamilyConfig):
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R P C"]:
         """The pixels if all images were one picture, which is asked for at a height and a width."""
         return patches_of(picture, self.vision, pictures.geometry)
+
+    def altered(
+        self, pictures: Pictures, index: Int[np.ndarray, "R"], change: Callable[[Array, Array], Array]
+    ) -> Float[Array, "R P C"]:
+        """The pixels with every picture changed, each at its own size."""
+        side, pixels = self.vision.patch_size, jnp.asarray(pictures.pixels)
+        for row, kept in enumerate(pictures.geometry["valid"]):
+            if not kept.any():
+                continue
+            places = tuple(pictures.geometry["coordinates"][row, kept].T)
+            height, width = (int(place.max()) + 1 for place in places)
+            patches = pixels[row, kept].reshape(-1, 3, self.vision.frames, side, side)
+            whole = jnp.zeros((height, width, 3, side, side), pixels.dtype).at[places].set(patches[:, :, 0])
+            picture = whole.transpose(2, 0, 3, 1, 4).reshape(3, height * side, width * side)
+            changed = change(picture, jnp.asarray(index[row])).reshape(3, height, side, width, side)
+            cut = changed.transpose(1, 3, 0, 2, 4)[places]
+            flat = jnp.repeat(cut[:, :, None], self.vision.frames, axis=2).reshape(len(patches), -1)
+            pixels = pixels.at[row, np.flatnonzero(kept)].set(flat)
+        return pixels
 
 
 def check_width(vision: Any, text: DecoderConfig) -> None:

@@ -70,7 +70,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1
-        twice = other and job.method.contrast_prompt() == "pixels"
+        twice = other and job.method.contrast_prompt() in ("pixels", "altered")
         add("images", made, own, beside, own, runs=1 + twice)
     tokens = _spread(_shape(prompt.tokens), mesh)
     made = compiled(drivers.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)

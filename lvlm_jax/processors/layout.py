@@ -95,6 +95,13 @@ class Inputs:
         return index
 
     @property
+    def picture_index(self) -> np.ndarray:
+        """Which of its sample's pictures each row of `pixels` belongs to, from 0; 0 for rows that fill. `Int[R]`."""
+        counts = np.maximum(self.image_id, 0).max(axis=1)
+        within = np.concatenate([np.arange(count) for count in counts])
+        return np.where(self.owner >= 0, within[np.maximum(self.owner, 0)], 0)
+
+    @property
     def axes(self) -> np.ndarray | None:
         """Positions along time, height and width, `Int[3, B, T]`; None where the model counts along one axis."""
         return None if self.grids is None else multimodal_positions(self.image_id, self.grids)
