@@ -53,7 +53,22 @@ class Entry:
 
 
 # Methods of the field whose mechanisms others stand for in the quick suite.
-SLOW = {"adaiat", "adhh", "nullu", "vti", "dab", "farsight", "iat", "memvr", "nolan", "only", "sparc", "spin", "vhr"}
+SLOW = {
+    "ritual",
+    "adaiat",
+    "adhh",
+    "nullu",
+    "vti",
+    "dab",
+    "farsight",
+    "iat",
+    "memvr",
+    "nolan",
+    "only",
+    "sparc",
+    "spin",
+    "vhr",
+}
 
 
 def drawn(word, **shapes):
@@ -127,6 +142,7 @@ ENTRIES = {
     "pai": Entry(
         {"start_layer": 1}, {"alpha": 0, "gamma": 1, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES, logits=False
     ),
+    "ritual": Entry({}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT, "seed": SEED}, inexact=TWO_BRANCHES),
     "sevi": Entry(
         {"start_layer": 0, "cicd": True, "kappa": 0.6, "alpha_max": 1.3},
         {"omega": 0, "alpha_max": 0, "beta": NO_CUT},
@@ -422,7 +438,13 @@ def test_another_strength_compiles_nothing(bench, name):
     bench.acting(name)
 
     def programs():
-        jitted = (drivers.prefill, drivers.full_forward, drivers.contrast_pixels, drivers.encode_images)
+        jitted = (
+            drivers.prefill,
+            drivers.full_forward,
+            drivers.contrast_pixels,
+            drivers.contrast_image,
+            drivers.encode_images,
+        )
         return [one._cache_size() for one in jitted] + [drivers.decode_step._cache_size()]
 
     before = programs()

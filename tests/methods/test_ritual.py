@@ -11,7 +11,6 @@ from PIL import Image
 from lvlm_jax import methods
 from lvlm_jax.methods import transforms
 from lvlm_jax.pixels import CLIP
-from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import EDGES, MIXED
 from tests.reference.branch import Branch, cut, has_image, logits
@@ -90,11 +89,3 @@ def test_a_picture_is_drawn_by_seed_and_number():
     for name, change in transforms.ALL.items():
         for seed in range(5):
             assert np.isfinite(change(jax.random.key(seed), PICTURE)).all(), name
-
-
-def test_loose_patches_are_whole_pictures():
-    """Qwen2-VL's patches, put together and cut again as its processor would."""
-    from tests.models import zoo
-
-    case = zoo.FAMILIES["qwen2_vl"]
-    assert IMAGE and case

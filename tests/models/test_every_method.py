@@ -6,6 +6,7 @@ The tables in docs/models.md say what ran. To write them anew (some ten minutes 
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 import sys
@@ -80,6 +81,7 @@ FIELD = {
     "memvr": ("memvr", {"layers": (0,), "tau": 0.1, "rho": 0.4}),
     "nolan": ("nolan", {}),
     "only": ("only", {}),
+    "ritual": ("ritual", {}),
     "sparc": ("sparc", {"selected_layer": 0, "tau": 0.02, "alpha": 3.0}),
     "spin": ("spin", {"rho": 0.5}),
     "var": ("var", {"layers": (0, 1), "tau": 1.2, "p": 0.2, "rho": 0.95, "least": 0.05}),
@@ -309,6 +311,17 @@ def test_the_other_picture_stands_in_the_place_of_each(load):
     patch = pixels[1, 2].reshape(3, vision.frames, side, side)
     np.testing.assert_array_equal(patch[:, 0], picture(8 * side, 4 * side)[:, side : 2 * side, :side])
     np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
+    shown, received = dataclasses.replace(prompt.pictures, pixels=pixels), []
+
+    def change(given, index):
+        received.append((np.asarray(given), int(index)))
+        return given
+
+    again = case.model.config.altered(shown, prompt.picture_index, change)
+    np.testing.assert_array_equal(again, pixels)
+    for (given, _), size in zip(received, asked, strict=True):
+        np.testing.assert_array_equal(given, picture(*size))
+    assert [index for _, index in received] == [0, 1, 0]
     tiles = load("internvl")
     np.testing.assert_array_equal(
         tiles.model.config.shown(tiles.prompt().pictures, picture)[3], picture(*tiles.prompt().pixels.shape[2:])
