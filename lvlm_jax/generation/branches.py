@@ -63,6 +63,8 @@ def opening(
         return Opening(main, None, ready, options)
     if contrast_kind(method) == "tokens":
         return Opening(main, drivers.contrast_tokens(ready, main), ready, options)
+    if contrast_kind(method) == "fewer_tokens":
+        return Opening(main, with_fewer_tokens(params, config, prompt, main, ready), ready, options)
     contrast = main if reads is prompt else embedded(params, config, reads, host.mesh)
     return Opening(main, contrast, ready, options)
 
@@ -234,6 +236,20 @@ def _last_hidden_states(
     return with_images, jnp.where(image, without_images, with_images)
 
 
+def with_fewer_tokens(
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method
+) -> Prompt:
+    """What the contrast branch reads, for "fewer_tokens".
+
+    Raises:
+        LVLMError: the family's tower has no class token.
+    """
+    if prompt.pixels is None:
+        return main
+    ranked = drivers.salience(params, config, prompt.pixels, prompt.geometry)
+    return drivers.with_fewer_tokens(method, main, ranked, prompt.image_count)
+
+
 def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None, host: Host = ALONE) -> Inputs | None:
     """The prompt that the contrast branch reads: None where it shares the main branch's.
 
@@ -245,8 +261,8 @@ def contrast_inputs(config: FamilyConfig, prompt: Inputs, method: Method | None,
     kind = contrast_kind(method)
     if kind == "same":
         return None
-    if kind in OTHER_TOKENS:
-        if prompt.pixels is None or kind == "tokens":
+    if kind in (*OTHER_TOKENS, "fewer_tokens"):
+        if prompt.pixels is None or kind in ("tokens", "fewer_tokens"):
             return prompt
         if kind == "altered":
             change = functools.partial(drivers.contrast_image, method)

@@ -45,6 +45,8 @@ prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 prefix = jax.jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
 contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
 contrast_image = jax.jit(lambda method, picture, index: method.contrast_image(picture, index))
+salience = jax.jit(forward.salience, static_argnames="config")
+with_fewer_tokens = jax.jit(forward.with_fewer_tokens, static_argnames="image_count")
 contrast_tokens = jax.jit(
     lambda method, prompt: dataclasses.replace(
         prompt, embeddings=method.contrast_tokens(prompt.embeddings, prompt.image_id)

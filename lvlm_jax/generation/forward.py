@@ -17,7 +17,7 @@ from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.transform import STREAM_STAGES, overrides
 from lvlm_jax.generation.state import Memory, Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
-from lvlm_jax.methods.base import OTHER_TOKENS, contrast_kind
+from lvlm_jax.methods.base import OTHER_LAYOUTS, OTHER_TOKENS, contrast_kind
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
@@ -30,6 +30,28 @@ def encode_images(
 ) -> Float[Array, "*N E"]:
     """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
     return _apply(params, config, "encode_images", pixels, **(geometry or {}))
+
+
+def salience(
+    params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
+) -> Float[Array, "N"]:
+    """How much the tower's class token looks at each image token, in reading order."""
+    return _apply(params, config, "salience", pixels, **(geometry or {}))
+
+
+def with_fewer_tokens(
+    method: Method, prompt: Prompt, salience: Float[Array, "N"], image_count: int
+) -> Prompt:
+    """The prompt without the image tokens that the method leaves out; what stays moves to the right end."""
+    image = prompt.image_id > 0
+    order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1
+    of_columns = jnp.where(image, salience[jnp.clip(order, 0, salience.shape[0] - 1)], 0)
+    kept = method.kept_tokens(prompt.image_id, image_count, of_columns)
+    columns = jnp.argsort(kept, axis=1, stable=True)  # those that are left out first
+    image_id = jnp.take_along_axis(jnp.where(kept, prompt.image_id, -1), columns, axis=1)
+    embeddings = jnp.take_along_axis(prompt.embeddings, columns[..., None], axis=1)
+    axes = None if prompt.axes is None else jnp.take_along_axis(prompt.axes, columns[None], axis=2)
+    return Prompt(embeddings, image_id, axes)
 
 
 def embed(
@@ -97,7 +119,7 @@ def prefill(
     total = prompt.image_id.shape[1]
     transforms = _branches(method)
     kind = contrast_kind(method)
-    apart = kind in ("no_image", "text")
+    apart = kind in OTHER_LAYOUTS
     together = transforms[:1] if apart else transforms
     rows = _explicit_rows(method, together, window, total)
     shared = len(together) > 1 and kind == "same" and share_prefix and tap.rows == "last"

@@ -134,6 +134,8 @@ def opening(
     if contrast_kind(methods[0]) == "tokens":
         grid = [drivers.contrast_tokens(method, main).embeddings for method in ready]
         contrast, contrast_axis = dataclasses.replace(main, embeddings=jnp.stack(grid)), 0
+    elif contrast_kind(methods[0]) == "fewer_tokens":
+        contrast = branches.with_fewer_tokens(params, config, prompt, main, ready[0])
     elif first is not None:
         contrast = main if first is prompt else branches.embedded(params, config, first, host.mesh)
     if any(not jnp.array_equal(first.pixels, other.pixels) for other in others):

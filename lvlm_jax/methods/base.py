@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
@@ -31,10 +31,11 @@ Strength = float | np.floating | jax.Array
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
 # pictures' pixels changed as the tower takes them or as whole pictures, another picture in the place of each, its image
-# tokens changed, no pictures, or words in the place of the system prompt.
-CONTRAST_PROMPTS = ("same", "pixels", "altered", "picture", "tokens", "no_image", "text")
+# tokens changed, some of them left out, no pictures, or words in the place of the system prompt.
+CONTRAST_PROMPTS = ("same", "pixels", "altered", "picture", "tokens", "fewer_tokens", "no_image", "text")
 OTHER_PICTURES = ("pixels", "altered", "picture")
 OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image tokens
+OTHER_LAYOUTS = ("fewer_tokens", "no_image", "text")
 
 # What a warm-up pass can be asked for: the fields of `Seen`.
 WARM_UPS = ("hidden", "attention", "probe")
@@ -168,7 +169,7 @@ class Method(Transform):
         return None
 
     def contrast_prompt(self) -> str:
-        """One of CONTRAST_PROMPTS; static. With "no_image" and "text" the contrast branch is not edited."""
+        """One of CONTRAST_PROMPTS; static. In a layout of its own (OTHER_LAYOUTS) the contrast branch is not edited."""
         return "same"
 
     def contrast_pixels(self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]) -> Float[Array, "R ..."]:
@@ -192,6 +193,18 @@ class Method(Transform):
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """What the contrast branch's decoder reads, for "tokens"; asked after the warm-up pass."""
         return embeddings
+
+    def kept_tokens(
+        self, image_id: Int[Array, "B T"], image_count: int, salience: Float[Array, "B T"]
+    ) -> Bool[Array, "B T"]:
+        """Which columns the contrast branch reads, for "fewer_tokens".
+
+        Args:
+            image_id: 0 text, k >= 1 the k-th image, -1 padding.
+            image_count: no sample has more images; static.
+            salience: of image columns, how much the tower's class token looks at them; 0 elsewhere.
+        """
+        return image_id >= 0
 
     def contrast_picture(self, height: int, width: int) -> Float[np.ndarray, "3 Y X"]:
         """The contrast branch's picture, for "picture", in pixel values of that size; here an empty one."""

@@ -76,6 +76,9 @@ class Chained(Method):
     def contrast_tokens(self, embeddings, image_id):
         return self._contrasting().contrast_tokens(embeddings, image_id)
 
+    def kept_tokens(self, image_id, image_count, salience):
+        return self._contrasting().kept_tokens(image_id, image_count, salience)
+
     def contrast_picture(self, height, width):
         return self._contrasting().contrast_picture(height, width)
 

@@ -234,6 +234,18 @@ class VisionLanguageModel(nn.Module):
         order = jnp.cumsum(placeholder.reshape(-1)).reshape(tokens.shape) - 1
         return jnp.where(placeholder[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embedded)
 
+    def salience(self, pixels: Float[Array, "R ..."], **geometry: Array) -> Float[Array, "N"]:
+        """How much the tower's class token looks at each image token, in reading order.
+
+        Raises:
+            LVLMError: the tower has none.
+        """
+        del pixels, geometry
+        raise LVLMError(
+            f"the tower of {self.config.model_type} has no class token whose attention could rank image tokens; use "
+            "another method"
+        )
+
     def decode(self, x, contexts, caches=None, transforms=None, tap=None) -> Decoded:
         """See `Decoder.__call__`."""
         return self.language_model(x, contexts, caches, transforms, tap)

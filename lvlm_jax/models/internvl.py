@@ -16,6 +16,7 @@ from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.internvit import InternVit, InternVitConfig
 from lvlm_jax.models.layers import activation, layer_norm, linear
 from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined, square_map, square_pixels
+from lvlm_jax.models.vision import class_attention
 
 CONNECTOR_NORM_EPS = 1e-5
 
@@ -219,6 +220,13 @@ class InternVl(VisionLanguageModel):
         self.vision_tower = InternVit(self.config.vision, self.dtype)
         self.connector = InternVlConnector(self.config, self.dtype)
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    def salience(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "N"]:
+        """How much the class token looks at each image token, in the layer that the connector reads."""
+        depth = self.config.vision.num_layers
+        state = self.config.feature_layer % (depth + 2)  # the last is the norm of the one before
+        ranked = class_attention(lambda: self.vision_tower(pixels.astype(self.dtype)), max(min(state, depth) - 1, 0))
+        return pixel_shuffle(ranked[..., None], self.config.shuffle).mean(axis=-1).reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R Q E"]:
         """Image tokens of R tiles, as the decoder receives them."""

@@ -16,6 +16,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import activation, linear
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
+from lvlm_jax.models.vision import class_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,14 @@ class Llava(VisionLanguageModel):
         states = self.vision_tower(pixels.astype(self.dtype))
         chosen = jnp.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
         return chosen[:, 1:] if self.config.feature_select == "default" else chosen
+
+    def salience(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "N"]:
+        """How much the class token looks at each image token, in the last layer that the connector reads."""
+        layer = max(self.config.feature_layers[-1] % (self.config.vision.num_layers + 1) - 1, 0)
+        ranked = class_attention(lambda: self.image_features(pixels), layer)
+        if self.config.feature_select == "full":  # the class token is an image token too
+            ranked = jnp.pad(ranked, ((0, 0), (1, 0)))
+        return ranked.reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
         """Image tokens of I images, as the decoder receives them."""

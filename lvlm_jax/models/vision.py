@@ -1,11 +1,15 @@
 """What vision towers share: attention over patches, patches from pixels."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+PROJECTIONS = ("q_proj", "k_proj", "q_norm", "k_norm")  # names of what makes queries and keys in towers
 
 
 def patch_attention(
@@ -27,6 +31,30 @@ def patch_attention(
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
     return product("IHPQ,IQHD->IPHD", weights, value).astype(dtype)
+
+
+def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"]:
+    """What a tower's class token pays to each patch in a layer, its heads taken as one over all channels.
+
+    Args:
+        encode: runs the tower.
+        layer: index from 0.
+    """
+    found = {}
+
+    def note(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
+        result = function(*arguments, **options)
+        name = context.module.name
+        if context.method_name == "__call__" and name in PROJECTIONS and f"layers_{layer}" in context.module.path:
+            found[name[0]] = result  # norms, where there are any, come later
+        return result
+
+    with nn.intercept_methods(note):
+        encode()
+    query, key = found["q"][:, 0], found["k"]
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    logits = jnp.einsum("RC,RPC->RP", query, key, precision=precision, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
 def patch_convolution(

@@ -53,22 +53,7 @@ class Entry:
 
 
 # Methods of the field whose mechanisms others stand for in the quick suite.
-SLOW = {
-    "ritual",
-    "adaiat",
-    "adhh",
-    "nullu",
-    "vti",
-    "dab",
-    "farsight",
-    "iat",
-    "memvr",
-    "nolan",
-    "only",
-    "sparc",
-    "spin",
-    "vhr",
-}
+SLOW = set("adaiat adhh dab damro farsight iat memvr nolan nullu only ritual sparc spin vhr vti".split())
 
 
 def drawn(word, **shapes):
@@ -109,6 +94,7 @@ ENTRIES = {
         {"gamma": "M is a comparison of calibrated logits"},
         inexact=TWO_BRANCHES,
     ),
+    "damro": Entry({"tokens": 1}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
     "dab": Entry({}, {"alpha": 0}, {"tau": "a threshold: a head is edited or not"}, inexact=FUSION),
     "deco": Entry(
         {"layers": (0, 1)}, {"alpha": 0}, {"top_p": "a number of tokens", "candidates": "a number of tokens"}

@@ -52,8 +52,11 @@ def test_one_branch(method, make, fields, layouts):
         (methods.AvisC(lambda_=0.2), field_contrast.avisc, {"lambda_": 0.2}, 3, True, MIXED),
         (methods.AvisC(gamma=0.9, lambda_=0, alpha=2, beta=0.3), field_contrast.avisc,
          {"gamma": 0.9, "lambda_": 0, "alpha": 2, "beta": 0.3}, 5, True, EDGES),
+        (methods.DAMRO(tokens=3), field_contrast.damro, {"keep": 3}, 5, True, MIXED),
+        (methods.DAMRO(tokens=1, alpha=1, beta=0.2), field_contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, 3,
+         True, EDGES),
     ],
-    ids=["nolan", "avisc", "avisc strong"],
+    ids=["nolan", "avisc", "avisc strong", "damro", "damro one"],
 )  # fmt: skip
 def test_two_branches(method, run, settings, factor, cuts, layouts):
     compare.assert_contrastive(compare.load(*CASE), method, run, factor, layouts, cuts, **settings)

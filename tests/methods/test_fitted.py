@@ -9,7 +9,7 @@ from lvlm_jax.methods import as_method, fitted
 from lvlm_jax.methods.fitted import Fitted, Source
 from tests.methods import compare
 from tests.methods.compare import EDGES, MIXED
-from tests.reference import field
+from tests.reference import field, one_branch
 
 DEPTH, HEADS, WIDTH = 4, 4, 48
 RANDOM = np.random.default_rng(7)
@@ -54,7 +54,7 @@ def test_nullu_edits_every_sample():
     case = load()
     main, _, _ = case.library(MIXED, methods.Nullu(rank=2, fitted=of("nullu", directions=SPACES)))
     reference = field.Nullu(layers=(2, 3), directions=SPACES[:, :2].astype(np.float64))
-    for row, want in enumerate(case.references(field.one_branch.run, MIXED, method=reference)):
+    for row, want in enumerate(case.references(one_branch.run, MIXED, method=reference)):
         compare.assert_close(main[row], want, f"main {row}")
 
 

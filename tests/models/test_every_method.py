@@ -76,6 +76,7 @@ QUICK = {
 FIELD = {
     "avisc": ("avisc", {"lambda_": 0.0}),
     "dab": ("dab", {}),
+    "damro": ("damro", {"tokens": 1}),
     "farsight": ("farsight", {}),
     "iat": ("iat", {"start_layer": 0, "end_layer": None}),
     "memvr": ("memvr", {"layers": (0,), "tau": 0.1, "rho": 0.4}),

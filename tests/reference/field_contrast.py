@@ -1,4 +1,4 @@
-"""NoLan, AvisC and VHR in plain NumPy float64, one sample at a time. Without an image they change nothing."""
+"""NoLan, AvisC, DAMRO and VHR in plain NumPy float64, one sample at a time. Without an image they change nothing."""
 
 import numpy as np
 
@@ -38,6 +38,34 @@ def avisc(weights, config, ids, pixels, tokens, alpha=1.0, beta=0.1, gamma=0.5, 
     embeddings[np.flatnonzero(is_image)[mean < threshold]] = 0
     other = Branch(weights, config)
     states = [other.call(embeddings, is_image)[-1, -1]]
+    states += [other.call(llava.embed(weights, config, [t], None), np.zeros(1, bool))[-1, -1] for t in tokens]
+    contrast = logits(weights, config, np.stack(states))
+    combined, distance = cut(main, main + alpha * (main - contrast), beta)
+    return main, contrast, combined, distance, margin
+
+
+def damro(weights, config, ids, pixels, tokens, keep, alpha=2.0, beta=0.1):
+    """main, contrast, combined, distances to the cut, each [1 + len(tokens), V]; how clear the choices were."""
+    main = logits(weights, config, Branch(weights, config).run(ids, pixels, tokens)[:, -1])
+    if not has_image(config, ids):
+        return main, main, main, np.full_like(main, np.inf)
+    layer = config["vision_feature_layer"]
+    layer = np.arange(config["vision_config"]["num_hidden_layers"] + 1)[layer if isinstance(layer, int) else layer[-1]]
+    is_image = np.asarray(ids) == config["image_token_index"]
+    kept, margin = ~is_image, np.inf
+    columns = np.split(np.flatnonzero(is_image), len(pixels))
+    for own, picture in zip(columns, pixels, strict=True):
+        state = llava.tower_hidden_states(weights, config, picture)[layer - 1]
+        name = f"{llava.TOWER}.encoder.layers.{layer - 1}"
+        x = llava.layer_norm(weights, f"{name}.layer_norm1", state, config["vision_config"]["layer_norm_eps"])
+        q, k = (llava.linear(weights, f"{name}.self_attn.{p}_proj", x) for p in "qk")
+        attention = llava.softmax(q[0] @ k.T / np.sqrt(k.shape[-1]))[1:]
+        order = np.argsort(-attention)
+        margin = min(margin, attention[order[keep - 1]] - attention[order[keep]])
+        kept[own[order[:keep]]] = True
+    other = Branch(weights, config)
+    embeddings = llava.embed(weights, config, ids, pixels)[kept]
+    states = [other.call(embeddings, is_image[kept])[-1, -1]]
     states += [other.call(llava.embed(weights, config, [t], None), np.zeros(1, bool))[-1, -1] for t in tokens]
     contrast = logits(weights, config, np.stack(states))
     combined, distance = cut(main, main + alpha * (main - contrast), beta)
