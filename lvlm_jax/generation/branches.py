@@ -236,9 +236,7 @@ def _last_hidden_states(
     return with_images, jnp.where(image, without_images, with_images)
 
 
-def with_fewer_tokens(
-    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method
-) -> Prompt:
+def with_fewer_tokens(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method) -> Prompt:
     """What the contrast branch reads, for "fewer_tokens".
 
     Raises:

@@ -39,9 +39,7 @@ def salience(
     return _apply(params, config, "salience", pixels, **(geometry or {}))
 
 
-def with_fewer_tokens(
-    method: Method, prompt: Prompt, salience: Float[Array, "N"], image_count: int
-) -> Prompt:
+def with_fewer_tokens(method: Method, prompt: Prompt, salience: Float[Array, "N"], image_count: int) -> Prompt:
     """The prompt without the image tokens that the method leaves out; what stays moves to the right end."""
     image = prompt.image_id > 0
     order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1

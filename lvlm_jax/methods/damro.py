@@ -1,8 +1,8 @@
 """DAMRO: contrast with the prompt that keeps only the image tokens a tower's class token looks at. arXiv 2410.04514.
 
-The contrast branch's prompt holds, of each image, the `tokens` image tokens to which the vision tower's class token pays
-most attention; the others are gone from it, and positions close up. Such tokens are high-norm outliers of the background.
-Attention is that of the layer whose output the connector reads, taken as one head over all channels:
+The contrast branch's prompt holds, of each image, the `tokens` image tokens to which the vision tower's class token
+pays most attention; the others are gone from it, and positions close up. Such tokens are high-norm outliers of the
+background. Attention is that of the layer whose output the connector reads, taken as one head over all channels:
 
     softmax(q_class kᵀ / √channels)      (InternVL: the mean over the patches that become one token)
 

@@ -16,7 +16,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import ClipTower, VisionConfig
 from lvlm_jax.models.config import activation_name, decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
-from lvlm_jax.models.family import FamilyConfig, family
+from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.llava import Connector, Llava, feature_layers, feature_select, processor_fields
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map
 from lvlm_jax.models.tiles import NEWLINE, Tiling, with_newlines
@@ -126,6 +126,9 @@ class LlavaNext(Llava):
         self.vision_tower = ClipTower(self.config.vision, self.dtype)
         self.connector = TileConnector(self.config, self.dtype)
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
+
+    # A token is not one patch of one row: it is gathered from a table, or mixed.
+    salience = VisionLanguageModel.salience
 
     def encode_images(
         self, pixels: Float[Array, "R 3 Y X"], index: Int[Array, "N *K"], weights: Float[Array, "N K"] | None = None
