@@ -173,7 +173,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
-        chosen = [name for name in methods.names() if name != "opera"]  # a beam search, no decoder to time beside
+        # OPERA is a beam search, with no decoder to time beside; others need something fitted.
+        chosen = [name for name in methods.names() if name != "opera" and not hasattr(methods.get(name), "fitted")]
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
     if arguments.quant != "none":  # what it is compared with
         runners[arguments.dtype] = Ours(wide, config, inputs, None, arguments.new_tokens)

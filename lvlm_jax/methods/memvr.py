@@ -64,6 +64,9 @@ class MemVR(Method):
         """Whether a layer's input is the output of one that is judged; static."""
         return layer - 1 in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
+    def active(self, layer, num_layers, phase):
+        return self.judged(layer, num_layers)  # nothing inside attention, but layers are not alike
+
     def begin(self, context: Context, embeddings):
         image = context.image_columns()
         visual = jnp.where(image[..., None], embeddings, 0) if self.visual is None else self.visual

@@ -43,6 +43,9 @@ class Nullu(Method):
         """The layers whose feed-forward blocks are edited; static."""
         return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
+    def active(self, layer, num_layers, phase):
+        return layer in self.edited(num_layers)  # nothing inside attention, but layers are not alike
+
     def directions(self, layer: int) -> jax.Array:
         """The directions of a layer, `Float[Array, "R E"]`."""
         return needed(self)["directions"][layer, : self.rank]

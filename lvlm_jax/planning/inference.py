@@ -14,6 +14,7 @@ from lvlm_jax.attention import Tap
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers, searches
 from lvlm_jax.generation.sampling import Sampling, sample_keys
+from lvlm_jax.generation.state import Prompt
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
@@ -94,10 +95,21 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         main = dataclasses.replace(main, embeddings=embeddings)
     if job.method is not None and job.method.primes:
         looks = {name: options[name] for name in ("window", "image_count")}
-        looks["tap"] = Tap(hidden=tuple(range(config.text.num_layers + 1)))
-        made = compiled(drivers.full_forward.trace(params, config, main, None, **looks), main)
-        own = size(main) + made.fresh
-        add("prime", made, own, read, own, runs=2)  # with the images and without them
+        # All hidden states, with the images and without them; the last row's attention, with them.
+        taps = {
+            "hidden": (Tap(hidden=tuple(range(config.text.num_layers + 1))), 2),
+            "attention": (Tap(layers=None, mean_heads=True), 1),
+        }
+        for name, (tap, runs) in taps.items():
+            if name in job.method.primes:
+                made = compiled(drivers.full_forward.trace(params, config, main, None, **looks, tap=tap), main)
+                own = size(main) + made.fresh
+                add("prime", made, own, read, own, runs=runs)
+        if "probe" in job.method.primes:
+            both = _twice(main)
+            made = compiled(drivers.probed.trace(params, config, both, job.method.probe(), looks["image_count"]), both)
+            own = size(both) + made.fresh
+            add("probe", made, own, read, own)
 
     arguments = (main, method, contrast)
     traced = drivers.prefill.trace(params, config, main, method, contrast=contrast, **options)
@@ -112,6 +124,17 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     made = compiled(traced, answers, limit, donated=1)
     add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
     return tuple(found)
+
+
+def _twice(prompt: Prompt) -> Prompt:
+    """The shapes of prompts with their images and without them."""
+
+    def doubled(leaf: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+        shape = tuple(2 * side if place == axis else side for place, side in enumerate(leaf.shape))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    axes = None if prompt.axes is None else doubled(prompt.axes, 1)
+    return Prompt(doubled(prompt.embeddings, 0), doubled(prompt.image_id, 0), axes)
 
 
 def parameters(config: FamilyConfig, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:

@@ -81,6 +81,8 @@ def assert_equal(outputs, batch):
                 methods.DoLa(layers=(0, 1)),
                 methods.SID(start_layer=1, keep=3),
                 methods.chain(methods.EAH(), methods.CMAC(alpha=1.0)),
+                methods.IAT(alpha=3.0, layers=(0, 1)),  # generated columns begin later in rows that are replaced
+                methods.DAMRO(tokens=3),
             )
         ),
     ],

@@ -17,8 +17,18 @@ from lvlm_jax.generation import sweep
         [methods.MiddleLayers(alpha=a, start_layer=0) for a in (0.0, 9.0)],
         [methods.VCD(alpha=4.0, noise_step=t) for t in (0, 900)],
         [methods.PAI(alpha=a, start_layer=0) for a in (0.0, 5.0)],
+        [methods.AvisC(alpha=4.0, lambda_=a) for a in (-1.0, 1.0)],  # other tokens of the contrast branch
+        *(
+            pytest.param(grid, marks=pytest.mark.slow)
+            for grid in (
+                [methods.VHR(alpha=a, layers=(0, 1)) for a in (1.0, 6.0)],  # a probe of each setting
+                [methods.SPARC(alpha=a, tau=0.02, selected_layer=0) for a in (1.0, 9.0)],  # memory of the edits
+                [methods.DAMRO(alpha=a, tokens=2) for a in (0.0, 4.0)],
+                [methods.RITUAL(alpha=4.0, seed=a) for a in (0, 1)],
+            )
+        ),
     ],
-    ids=["cmac", "middle_layers", "vcd", "pai"],
+    ids=["cmac", "middle_layers", "vcd", "pai", "avisc", "vhr", "sparc", "damro", "ritual"],
 )
 def test_a_sweep_equals_one_generation_after_another(model, mixed, grid):
     together = model.sweep(mixed, grid, max_new_tokens=12)

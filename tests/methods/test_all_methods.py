@@ -21,6 +21,7 @@ from tests.methods import compare
 # Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of window.
 LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
 STEPS = 3
+HASH = "of the model of these tests"
 NO_CUT = 1e-30  # a plausibility β that cuts nothing
 
 CUT = "a plausibility cut: tokens are in or out"
@@ -41,6 +42,7 @@ class Entry:
         inexact: why the main branch is not bit-equal to no method under neutral strengths; empty where it is.
         depth: layers of the model.
         logits: whether neutral strengths give back the very logits, not only their order.
+        fitted: arrays of a file of `lvlm fit`, drawn at random, by their axes: layers, heads, channels, ranks.
     """
 
     fields: dict
@@ -50,24 +52,16 @@ class Entry:
     inexact: str = ""
     depth: int = 2
     logits: bool = True
+    fitted: dict = dataclasses.field(default_factory=dict)
 
 
 # Methods of the field whose mechanisms others stand for in the quick suite.
 SLOW = set("adaiat adhh dab damro farsight iat memvr nolan nullu only ritual sparc spin vhr vti".split())
 
 
-def drawn(word, **shapes):
-    """A file of `lvlm fit` for the model of these tests, of random numbers."""
-    random = np.random.default_rng(45)
-    arrays = {name: random.uniform(0.3, 1.7, shape).astype(np.float32) for name, shape in shapes.items()}
-    return Fitted(arrays, Source(word, "bench", "pairs", "{}"))
-
-
 ENTRIES = {
     "adaiat": Entry(
-        {"layers": (0, 1), "alpha": 0.8, "fitted": drawn("adaiat", ratios=(2, 4), thresholds=(2,))},
-        {"alpha": 0},
-        inexact=FUSION,
+        {"layers": (0, 1), "alpha": 0.8}, {"alpha": 0}, inexact=FUSION, fitted={"ratios": "LH", "thresholds": "L"}
     ),
     "adhh": Entry(
         {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1}, {"tau": "a threshold: a head is off or not"}
@@ -118,7 +112,7 @@ ENTRIES = {
     ),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "nolan": Entry({}, {"kappa": 0}, inexact=TWO_BRANCHES),
-    "nullu": Entry({"fitted": drawn("nullu", directions=(2, 3, 32))}, {"alpha": 0}, inexact=FUSION),
+    "nullu": Entry({}, {"alpha": 0}, inexact=FUSION, fitted={"directions": "LRE"}),
     "only": Entry(
         {"tau": 1.0},
         {"alpha_complement": 0, "alpha_contrast": 0, "beta": NO_CUT},
@@ -164,9 +158,7 @@ ENTRIES = {
     ),
     "vhr": Entry({"layers": (0, 1)}, {"alpha": 1}, inexact=FUSION),
     "vti": Entry(
-        {"lambda_": 5.0, "fitted": drawn("vti", directions=(2, 32))},
-        {"lambda_": 0},
-        inexact="outputs are scaled to length 1 and back",
+        {"lambda_": 5.0}, {"lambda_": 0}, inexact="outputs are scaled to length 1 and back", fitted={"directions": "LE"}
     ),
     "vista": Entry(
         {"layers": (0, 1)}, {"lambda_": 0, "gamma": 0}, inexact="hidden states are scaled to length 1 and back"
@@ -190,10 +182,16 @@ def test_every_method_has_an_entry():
     assert set(ENTRIES) == set(methods.names()) - SEARCHES
 
 
-def build(name, neutral=False):
-    """The method with the settings of its entry."""
-    entry = ENTRIES[name]
-    return methods.get(name)(**entry.fields | (entry.neutral if neutral else {}))
+def build(name, neutral=False, **sizes):
+    """The method with the settings of its entry, for a model of these sizes, by default that of the tests here."""
+    entry, random = ENTRIES[name], np.random.default_rng(45)
+    sizes = {"L": entry.depth, "H": 4, "E": 32, "R": 3} | sizes
+    settings = entry.fields | (entry.neutral if neutral else {})
+    if entry.fitted:
+        shapes = {array: [sizes[letter] for letter in letters] for array, letters in entry.fitted.items()}
+        arrays = {array: random.uniform(0.3, 1.7, shape).astype(np.float32) for array, shape in shapes.items()}
+        settings = settings | {"fitted": Fitted(arrays, Source(name, HASH, "pairs", "{}"))}
+    return methods.get(name)(**settings)
 
 
 def strengths(method):
@@ -218,7 +216,7 @@ class Bench:
         )  # fmt: skip
         self.config = theirs.config
         self.model = LVLM.from_pretrained(folder, dtype="float32")
-        self.model.hash = "bench"
+        self.model.hash = HASH
         self.inputs = checkpoints.random_inputs(self.config, seed=42, layouts=LAYOUTS)
         self.forced = np.random.default_rng(43).integers(3, 59, (STEPS, len(LAYOUTS))).astype(np.int32)
 
@@ -436,5 +434,5 @@ def test_another_strength_compiles_nothing(bench, name):
     before = programs()
     for key, value in strengths(method).items():
         for other in five_values(fields[key], value):
-            bench.run(type(method)(**ENTRIES[name].fields | {key: float(other)}), steps=1)
+            bench.run(dataclasses.replace(method, **{key: float(other)}), steps=1)
     assert programs() == before

@@ -11,7 +11,7 @@ import numpy as np
 from lvlm_jax import LVLM, methods
 from lvlm_jax.parallel import make_mesh
 from tests import checkpoints
-from tests.methods.test_all_methods import ENTRIES, LAYOUTS, SEARCHES, build
+from tests.methods.test_all_methods import ENTRIES, HASH, LAYOUTS, SEARCHES, build
 
 MESHES = ((2, 2, 2), (1, 2, 4))
 STEPS = 2
@@ -34,11 +34,13 @@ def main(folder: str) -> None:
     torch_model = checkpoints.make_llava(folder, seed=5, text=text, vision=vision)
     inputs = checkpoints.random_inputs(torch_model.config, seed=6, layouts=LAYOUTS)
     alone = LVLM.from_pretrained(folder)
-    entries = {"greedy": None} | {name: build(name) for name in ENTRIES}
+    alone.hash = HASH
+    entries = {"greedy": None} | {name: build(name, L=3, E=48) for name in ENTRIES}
     expected = {name: steps(alone, inputs, method) for name, method in entries.items()}
     errors = {}
     for sizes in MESHES:
         spread = LVLM.from_pretrained(folder, mesh=make_mesh(*sizes))
+        spread.hash = HASH
         for name, method in entries.items():
             found = steps(spread, inputs, method)
             errors[f"{sizes} {name}"] = [float(np.abs(found - expected[name]).max()), found.size]
