@@ -19,11 +19,9 @@ from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.generation.state import State, Step
-from lvlm_jax.journal.record import checkpoint_hash
+from lvlm_jax.journal.record import model_hash
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import sources
-from lvlm_jax.methods.fitted import check_model
-from lvlm_jax.methods.parse import as_method
+from lvlm_jax.methods.parse import method_for
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
@@ -105,21 +103,11 @@ class LVLM:
     @cached_property
     def hash(self) -> str | None:
         """The hash of the checkpoint, and of an adapter; None for parameters made elsewhere."""
-        if self.folder is None:
-            return None
-        own = checkpoint_hash(self.folder)
-        return own if self.adapter is None else f"{own}+{checkpoint_hash(weights.resolve_checkpoint(self.adapter))}"
+        adapter = self.adapter and weights.resolve_checkpoint(self.adapter)
+        return self.folder and model_hash(self.folder, adapter)
 
-    def method(self, given: Any) -> Method | None:
-        """A method in any form that callers may give it, ready for this model.
-
-        Raises:
-            LVLMError: no method, or one with a file that was fitted for another model.
-        """
-        method = as_method(given)
-        for source in sources(method):
-            check_model(source, self.hash, str(self.folder or "this model"))
-        return method
+    def _method(self, given: Any) -> Method | None:
+        return method_for(given, lambda: self.hash, str(self.folder or "this model"))
 
     @property
     def host(self) -> Host:
@@ -130,7 +118,7 @@ class LVLM:
 
     def _call(self, messages: Any, method: Any) -> tuple[dict, FamilyConfig, Inputs, Method | None]:
         """What most functions of `generation` take first."""
-        return self.params, self.config, self.prepare(messages), self.method(method)
+        return self.params, self.config, self.prepare(messages), self._method(method)
 
     def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
         """The settings with the checkpoint's own, where this call or the loading of the model asked for them."""
@@ -266,7 +254,7 @@ class LVLM:
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
         given = Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
-        options = (self.method(method), self._settled(given), batch_size, self.host)
+        options = (self._method(method), self._settled(given), batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
     def sweep(
@@ -283,7 +271,7 @@ class LVLM:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
         decoding = Decoding(max_new_tokens, temperature, seed=seed)
-        prompt, methods = self.prepare(messages), list(map(self.method, methods))
+        prompt, methods = self.prepare(messages), list(map(self._method, methods))
         return sweep.generate(self.params, self.config, prompt, methods, decoding, self.host)
 
     def stream(

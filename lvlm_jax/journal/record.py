@@ -48,6 +48,12 @@ def checkpoint_hash(folder) -> str:
     return digest.hexdigest()
 
 
+def model_hash(folder, adapter=None) -> str:
+    """The hash of a checkpoint folder, and of the folder of an adapter that is used with it."""
+    own = checkpoint_hash(folder)
+    return own if adapter is None else f"{own}+{checkpoint_hash(adapter)}"
+
+
 def run_record(model_path, dtype: str, method, settings: dict) -> dict:
     """What decides the answers of a run, as plain JSON values; a hub id is recorded by its name alone."""
     folder = pathlib.Path(model_path)

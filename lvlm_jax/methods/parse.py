@@ -13,13 +13,15 @@ import argparse
 import dataclasses
 import re
 import typing
+from collections.abc import Callable
 
 import jax
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks, registry
-from lvlm_jax.methods.base import Method
+from lvlm_jax.methods.base import Method, sources
 from lvlm_jax.methods.chain import chain
+from lvlm_jax.methods.fitted import check_model
 
 OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not name:setting=value
 
@@ -46,6 +48,23 @@ def as_method(value: typing.Any) -> Method | None:
         name = type(value).__name__
         raise LVLMError(f'{name} is not registered; write @methods.register("{name.lower()}") above the class')
     return value
+
+
+def method_for(given: typing.Any, model: Callable[[], str | None], name: str) -> Method | None:
+    """`as_method`, for use with a model.
+
+    Args:
+        given: the method.
+        model: gives the hash of the model's checkpoint, None without one; asked only if something was fitted.
+        name: of the model, for messages.
+
+    Raises:
+        LVLMError: no method, or something was fitted for another model.
+    """
+    method = as_method(given)
+    for source in sources(method):
+        check_model(source, model(), name)
+    return method
 
 
 def hyphenated(word: str) -> str:
