@@ -37,7 +37,7 @@ class VHR(Method):
 
     alpha: Strength = strength(2.0, "factor α on the outputs of heads that hang on the image", low=0)
     layers: tuple[int, ...] | None = switch(None, "edited layers; by default layer 1 and the last 14 of 32")
-    heads: jax.Array | None = data("which heads of every edited layer and sample are scaled; `primed` sets it")
+    strong: jax.Array | None = data("which heads of every edited layer and sample are scaled; `primed` sets it")
 
     PRESETS: ClassVar = {"llava-1.5": dict(alpha=2.0)}
     rows: ClassVar[str] = "all"
@@ -51,16 +51,16 @@ class VHR(Method):
         return layer_range(0, None, layers, num_layers)
 
     def active(self, layer, num_layers, phase):
-        return self.heads is not None and layer in self.edited(num_layers)
+        return self.strong is not None and layer in self.edited(num_layers)
 
     def probe(self):
         return Probe(self)
 
     def primed(self, seen) -> "VHR":
-        return dataclasses.replace(self, heads=jnp.stack(seen.probe[1:]))
+        return dataclasses.replace(self, strong=jnp.stack(seen.probe[1:]))
 
     def weights(self, site, weights):
-        return self.scaled(weights, self.heads[self.edited(site.num_layers).index(site.layer)])
+        return self.scaled(weights, self.strong[self.edited(site.num_layers).index(site.layer)])
 
     def scaled(self, weights: Float[Array, "B H R S"], heads: Bool[Array, "B H"]) -> Float[Array, "B H R S"]:
         """The weights of those heads times α."""

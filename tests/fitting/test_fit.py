@@ -69,8 +69,8 @@ def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeyp
 
 
 def test_principal_component():
-    """Differences ±(2, 0) around a mean of (0, 3): v = (0, 3) + (1, 0), by the sign of the first largest score."""
-    found = directions.vti_finish({"differences": np.array([[[2.0, 3]], [[-2.0, 3]]])})["directions"]
+    """Differences 4, -2, -2 along one axis around a mean of (0, 3): v = (0, 3) + (1, 0), the largest score positive."""
+    found = directions.vti_finish({"differences": np.array([[[4.0, 3]], [[-2.0, 3]], [[-2.0, 3]]])})["directions"]
     np.testing.assert_allclose(found, [[1, 3]], atol=1e-6)
 
 

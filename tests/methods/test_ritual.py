@@ -64,9 +64,8 @@ def test_transforms():
         want = scipy.ndimage.correlate1d(want, kernel / kernel.sum(), axis=axis, mode="mirror")
     np.testing.assert_allclose(transforms.smoothed(given, jnp.float32(1.7)), want, atol=1e-5)
     got = transforms.enlarged(given, *map(jnp.float32, (3, 2, 12, 9)))
-    want = [
-        np.asarray(Image.fromarray(one).resize((18, 24), Image.Resampling.BILINEAR, (2, 3, 11, 15))) for one in PICTURE
-    ]
+    part = PICTURE[:, 3:15, 2:11]
+    want = [np.asarray(Image.fromarray(one).resize((18, 24), Image.Resampling.BILINEAR)) for one in part]
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
