@@ -88,9 +88,8 @@ def fit(model: LVLM, job: Job) -> Fitted:
         with files.whole(_part(parts, number)) as file:
             file.write(safetensors.numpy.save(fitter.collect(model, batch)))
     collected = [_loaded(_part(parts, number)) for number in range(len(batches))]
-    fitted = Fitted(
-        fitter.finish({name: np.concatenate([one[name] for one in collected]) for name in collected[0]}), source
-    )
+    together = {name: np.concatenate([one[name] for one in collected]) for name in collected[0]}
+    fitted = Fitted(jax.tree.map(jnp.asarray, fitter.finish(together)), source)
     write(job.out, fitted)
     shutil.rmtree(parts)
     return fitted
