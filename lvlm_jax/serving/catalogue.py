@@ -11,6 +11,7 @@ gives a name to.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from lvlm_jax.methods import Method, parse, registry
 from lvlm_jax.serving.errors import ApiError
 
 LONGEST = 400  # characters of a name
+FITTED = re.compile(r"\W*(\w+[-_])?fitted\W*")  # a setting that names a file of `lvlm fit`
+OPERATORS_FILE = "fitted names a file, which the server's operator alone may do; ask for one of its aliases"
 
 
 class Catalogue:
@@ -60,7 +63,7 @@ class Catalogue:
             method = registry.get(name)
             settings = []
             for field in dataclasses.fields(method):
-                if "data" in field.metadata:
+                if {"data", "fitted"} & field.metadata.keys():
                     continue
                 static = "static" in field.metadata
                 default = getattr(field, "default", None)
@@ -119,6 +122,8 @@ class Catalogue:
                 known = ", ".join(self.aliases) or "none"
                 raise LVLMError(f"this server has the methods of its aliases alone; expected one of {known}")
             _check_words(words)
+            if any(FITTED.fullmatch(name.lower()) for name in settings):
+                raise LVLMError(OPERATORS_FILE)
             return build_method(words, settings, ()) if settings else parse.as_method(words)
         except LVLMError as error:
             raise ApiError(400, error, "invalid_method", param) from error
@@ -134,6 +139,8 @@ def _check_words(words: str) -> None:
         raise LVLMError(f"the method has {len(words)} characters; expected at most {LONGEST}")
     for part in words.split("+"):
         name = part.partition(":")[0].partition("/")[0].strip().lower()
+        if any(FITTED.fullmatch(setting.partition("=")[0].lower()) for setting in re.split("[:,]", part)):
+            raise LVLMError(OPERATORS_FILE)
         own = parse.OWN.match(part)
         if own or any(mark in name for mark in ".\\"):
             raise LVLMError(

@@ -114,6 +114,10 @@ class Prefill:
             return self._prefilled(prompt, main, ready, window)
         if kind == "tokens":
             return self._prefilled(prompt, main, ready, window, contrast=drivers.contrast_tokens(ready, main))
+        if kind == "fewer_tokens":
+            columns = laid_out.tokens.shape[1]
+            contrast = branches.with_fewer_tokens(model.params, model.config, laid_out, main, ready)
+            return self._prefilled(prompt, main, ready, window, contrast=contrast, contrast_capacity=columns)
         if kind in OTHER_PICTURES:
             reads = branches.contrast_inputs(model.config, laid_out, method, model.host)
             contrast = main if reads is laid_out else branches.embedded(model.params, model.config, reads)

@@ -11,6 +11,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import defaults, rows, searches
 from lvlm_jax.generation.continuous import Size
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods.parse import method_for
 from lvlm_jax.processors import load
 from lvlm_jax.serving.catalogue import Catalogue
 from lvlm_jax.serving.chat import Ask, Reader
@@ -53,6 +54,8 @@ class Service:
         """
         self.model, self.limits = model, limits or Limits()
         self.catalogue = Catalogue(name, aliases or {}, only)
+        for method in self.catalogue.aliases.values():
+            method_for(method, lambda: model.hash, name)  # refuses what was fitted for another model
         self.compiles = Compiles()
         self.engine = Engine(model, self.limits, self._largest())
         self.metrics = Metrics(self.engine, self.compiles)
