@@ -154,6 +154,8 @@ def picture(url):
         ({"model": "small+nothing"}, 400, "there is no method 'nothing'"),
         ({"model": "small+os:system"}, 400, "names code or a file"),
         ({"method": "./evil.py:Evil"}, 400, "names code or a file"),
+        ({"method": "vti:lambda=1,fitted=/etc/passwd"}, 400, "fitted names a file"),
+        ({"method": "vti", "method_settings": {"vti_fitted": "a"}}, 400, "fitted names a file"),
         ({"method": "cmac", "method_settings": {"alpha": -2}}, 400, "alpha is -2.0; expected a number >= 0"),
         ({"method": "cmac", "method_settings": {"gain": 2}}, 400, "gain is no setting"),
         ({"method": "opera", "stream": True}, 400, "OPERA is a search"),
