@@ -68,6 +68,28 @@ def test_memory_and_carry_reach_the_member_that_combines(model, mixed):
             np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.SPARC(alpha=5.0, tau=0.02, selected_layer=0),
+        methods.VAR(layers=(0, 1), tau=1.7, p=0.2, rho=0.9),
+        methods.VHR(layers=(0, 1), alpha=3.0),
+        methods.ONLY(tau=1.0),
+    ],
+    ids=lambda method: method.label,
+)
+def test_what_edits_remember_is_each_members_own(model, mixed, method):
+    """Beside MemVR, which remembers image tokens and here changes nothing."""
+    idle = methods.MemVR(layers=(0,), tau=0.1, rho=0.0)
+    wanted = steps(model, mixed, method)
+    for order in ((idle, method), (method, idle)):
+        for got, want in zip(steps(model, mixed, chain(*order)), wanted, strict=True):
+            if want is not None:
+                kept = np.isfinite(want)
+                np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=1e-4)
+
+
 def test_an_unused_contrast_is_no_obstacle(model, mixed):
     """SEVI knows pictures of its own, but without CICD it has no contrast branch: VCD's pictures are used."""
     idle = SEVI(omega=0.0, start_layer=0)
