@@ -17,21 +17,38 @@ STEPS = 2  # of decoding, behind the prompt
 _NO_CUT = 1e-30  # a plausibility that rules out nothing
 # Strengths with which a method does nothing, by its name.
 NO_STRENGTH: dict[str, dict[str, Any]] = {
+    "adaiat": {"alpha": 0.0},
+    "adhh": {"tau": 1.0},
+    "avisc": {"alpha": 0.0, "beta": _NO_CUT},
     "capl": {"sigma": 0.0},
     "clva": {"a": 0.0, "b": 0.0},
     "cmac": {"alpha": 0.0, "beta": _NO_CUT, "gamma": 1.0},
+    "dab": {"alpha": 0.0},
+    "damro": {"alpha": 0.0, "beta": _NO_CUT},
     "deco": {"alpha": 0.0},
     "dola": {"beta": 1.0},
     "eah": {"beta": 1e9},
+    "farsight": {"sigma": 1e9},
+    "iat": {"alpha": 0.0},
     "icd": {"alpha": 0.0, "beta": _NO_CUT},
     "m3id": {"decay": 0.0},
+    "memvr": {"rho": 0.0},
     "middle_layers": {"alpha": 0.0},
+    "nolan": {"kappa": 0.0},
+    "nullu": {"alpha": 0.0},
+    "only": {"alpha_complement": 0.0, "alpha_contrast": 0.0, "beta": _NO_CUT},
     "pai": {"alpha": 0.0, "gamma": 1.0, "beta": _NO_CUT},
+    "ritual": {"alpha": 0.0, "beta": _NO_CUT},
     "sevi": {"omega": 0.0, "alpha_max": 0.0, "beta": _NO_CUT},
     "sid": {"alpha": 0.0, "beta": _NO_CUT},
+    "sparc": {"alpha": 1.0},
+    "spin": {"scale": 1.0},
     "vaf": {"enhance": 1.0, "suppress": 1.0},
+    "var": {"p": 1.0},
     "vcd": {"alpha": 0.0, "beta": _NO_CUT},
+    "vhr": {"alpha": 1.0},
     "vista": {"lambda_": 0.0, "gamma": 0.0},
+    "vti": {"lambda_": 0.0},
 }
 
 
