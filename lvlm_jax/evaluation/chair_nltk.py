@@ -6,6 +6,7 @@ it is, and "vases" becomes "vas".
 """
 
 import functools
+from collections.abc import Iterable
 
 from lvlm_jax.errors import LVLMError
 
@@ -20,34 +21,40 @@ PARTS = {"J": "a", "V": "v", "R": "r"}
 
 
 def require(protocol: str, instead: str) -> None:
-    """Checks that nltk and its data are there.
+    """Checks that nltk and its data are there and work.
 
     Args:
         protocol: the protocol that needs them, for the message.
-        instead: protocols that do not.
+        instead: what to take without them, for the message.
 
     Raises:
-        LVLMError: something is missing, or nltk is older than 3.9, which unpickles its data.
+        LVLMError: something is missing or unreadable, or nltk is older than 3.9, which unpickles its data.
     """
-    needs = f"{protocol} finds words as the published scorer does, with nltk"
-    ways = []
+    needs, otherwise = f"{protocol} reads words with nltk, as the published scorer does", f"or choose {instead}"
     try:
         import nltk
-    except ImportError:
-        nltk, lacks = None, list(DATA)
-        ways.append('pip install "lvlm_jax[chair]"')
-        problem = "nltk is not installed"
-    else:
-        if tuple(int(part) for part in nltk.__version__.split(".")[:2]) < (3, 9):
-            raise LVLMError(
-                f'{needs} 3.9 or later, and this is {nltk.__version__}; run: pip install -U "nltk>=3.9", '
-                f"or choose {instead}, which needs no nltk"
-            )
-        lacks = [name for name, place in DATA.items() if not _has(nltk, place)]
-        problem = f"nltk's data {', '.join(lacks)} are missing"
+
+        version = nltk.__version__
+    except (ImportError, AttributeError):  # a folder called nltk is a module without a version
+        raise LVLMError(
+            f'{needs}, and nltk is not installed; run: pip install "lvlm_jax[chair]" && {_download(DATA)}, {otherwise}'
+        ) from None
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 9):
+        raise LVLMError(f'{needs}, 3.9 or later, and this is {version}; run: pip install -U "nltk>=3.9", {otherwise}')
+    lacks = [name for name, place in DATA.items() if not _has(nltk, place)]
     if lacks:
-        ways.append(f"python -m nltk.downloader {' '.join(lacks)}")
-        raise LVLMError(f"{needs}, and {problem}; run: {' && '.join(ways)}, or choose {instead}, which needs no nltk")
+        raise LVLMError(f"{needs}, and its data {', '.join(lacks)} are missing; run: {_download(lacks)}, {otherwise}")
+    try:
+        lemmas("two dogs seated")
+    except Exception as error:  # whatever nltk raises where its data are cut short or of another kind
+        said = " ".join(str(error).split())[:80]
+        raise LVLMError(
+            f"{needs}, and its data cannot be read ({said}); run: {_download(DATA)}, {otherwise}"
+        ) from error
+
+
+def _download(names: Iterable[str]) -> str:
+    return f"python -m nltk.downloader {' '.join(names)}"
 
 
 def _has(nltk, place: str) -> bool:

@@ -65,7 +65,7 @@ PROTOCOLS = (
     ),
     _protocol("pocket", "pocket world: 160 tokens, only nouns name objects", "nouns", 160),
 )
-WITHOUT_NLTK = "chair/512 or chair/64-sentence"
+WITHOUT_NLTK = "chair/512 or chair/64-sentence, which are near it without nltk"
 
 
 def image_id(name: str | int) -> int:
