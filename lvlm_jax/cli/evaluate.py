@@ -21,8 +21,9 @@ A model too large for one host is held in common: processes that SLURM, Open MPI
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join when --tensor-parallel or --data-parallel ask for the
 devices of all, and answer every question together. See docs/scaling.md.
 
-`--controls` asks greedy decoding, sampling, the plausibility cut alone, a threshold on yes/no and greedy captions of
-the same length beside the method, and says whether the method beats them.
+`--controls` runs what is trivial beside the method: greedy decoding, sampling, the plausibility cut alone, greedy
+captions of the same length; on yes/no questions a threshold, OLM and PBA (arXiv 2504.10020). It says whether the method
+is significantly better or worse, or no difference is shown; below 30 questions there is no verdict.
 """
 
 import dataclasses

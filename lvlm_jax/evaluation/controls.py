@@ -1,4 +1,4 @@
-"""Trivial things that a method must beat: the controls beside it, and whether it does, in words.
+"""Trivial things that a method must be better than: the controls beside it, and whether it is, in words.
 
 Most of what contrastive decoding gains on POPE comes from two side effects (Yin et al. 2025, arXiv 2504.10020): the
 share of "yes" moves, and sampling becomes nearly greedy because the plausibility cut leaves few tokens. Captions get a
@@ -8,14 +8,18 @@ greedy         no method, temperature 0
 temperature    no method, drawn at temperature 1
 plausibility   no method but the cut: drawn at temperature 1 from the tokens v with l[v] >= max l + ln β, where β is
                the method's own (0.1 for a method without a cut)
+OLM            yes/no questions: "yes" where p(yes) + p(no) > 0.2 and |p(yes) - p(no)| < 0.5 for the first token of the
+               answer; else the answer of greedy decoding, or ("sampled") the one drawn at temperature 1
+PBA            yes/no questions: no method, the prompt ends in " Answer yes whenever possible."; greedy and sampled
 threshold      yes/no questions: "yes" where greedy decoding's log-odds of yes against no, for the first token of the
                answer, exceed a threshold; one for each group, chosen so that the share of yes is the method's
 length         captions: of the greedy caption of each image the first n words, n being the words of the method's
                caption of that image (the whole, where it has fewer); both by the protocol's truncation rule, which
                is not applied again to the cut text
 
-The first three are runs of the model (`decodings`), the fourth needs one pass over the prompts (`log_odds`), the last
-nothing.
+OLM and PBA are those of that paper. Greedy, temperature, plausibility and PBA are runs of the model (`decodings`), OLM
+and the threshold need one pass over the prompts (`log_odds`), the length nothing. A folder of controls that was filled
+before OLM lacks what it needs; there it is left out.
 """
 
 import dataclasses
@@ -33,7 +37,6 @@ from lvlm_jax.evaluation.engine import DEFAULT, Work, collect
 from lvlm_jax.evaluation.parsers import truncated
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.shares import Key
 from lvlm_jax.generation.output import NOT_FINITE
 from lvlm_jax.methods import Method, Strength, strength
@@ -41,11 +44,17 @@ from lvlm_jax.methods.base import frozen, plausible
 from lvlm_jax.methods.chain import Chained
 
 CUT = 0.1  # β for methods that have none
+PBA = " Answer yes whenever possible."
+OLM_KNOWN, OLM_NEAR = 0.2, 0.5  # p(yes) + p(no) must be above, their distance below
 ABOUT = {
     "greedy": "greedy decoding",
     "temperature": "sampling at temperature 1",
     "plausibility": "the plausibility cut alone",
     "threshold": "a yes/no threshold with the same share of yes",
+    "olm": "yes wherever yes and no are near (OLM), greedy",
+    "olm-sampled": "yes wherever yes and no are near (OLM), sampled",
+    "pba": "a prompt that asks for yes (PBA), greedy",
+    "pba-sampled": "a prompt that asks for yes (PBA), sampled",
     "length": "greedy captions of the same length",
 }
 
@@ -75,12 +84,14 @@ class Decoding:
 
     Attributes:
         folder: name of the folder for its answers, which tells it from those of other methods' controls.
+        yes_no: whether only the yes/no questions are put to it.
     """
 
     name: str
     folder: str
     protocol: Protocol
     method: Method | None
+    yes_no: bool = False
 
 
 def decodings(protocol: Protocol, method: Method) -> list[Decoding]:
@@ -88,10 +99,13 @@ def decodings(protocol: Protocol, method: Method) -> list[Decoding]:
     greedy = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
     drawn = dataclasses.replace(protocol, temperature=1.0, top_p=1.0)
     beta = own_cut(method)
+    for_yes = [dataclasses.replace(rule, suffix=rule.suffix + PBA) for rule in (greedy, drawn)]
     return [
         Decoding("greedy", "greedy", greedy, None),
         Decoding("temperature", "temperature", drawn, None),
         Decoding("plausibility", f"plausibility-{beta:g}", drawn, PlausibilityCut(beta)),
+        Decoding("pba", "pba", for_yes[0], None, yes_no=True),
+        Decoding("pba-sampled", "pba-sampled", for_yes[1], None, yes_no=True),
     ]
 
 
@@ -121,8 +135,7 @@ def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
     yes, no = whole[0] - whole[1], whole[1] - whole[0]
     if not yes or not no:
         raise LVLMError(
-            "the tokenizer gives yes and no the same first token, so the threshold control has no log-odds; "
-            "leave --controls out"
+            "the tokenizer gives yes and no the same first token, so controls have no log-odds; leave --controls out"
         )
     return sorted(yes), sorted(no)
 
@@ -134,7 +147,7 @@ def log_odds(
 
     Args:
         questions: with yes/no answers.
-        work: its logs are called "odds".
+        work: its logs are called "odds"; they hold p(yes) and p(no) too.
     """
     yes, no = answer_words(model.processor.tokenizer)
 
@@ -142,8 +155,12 @@ def log_odds(
         logits = np.asarray(parallel.local(model.prefill(messages)[1].combined), np.float64)
         if np.isnan(logits).any() or np.isposinf(logits).any():
             raise LVLMError(f"the logits of the first answer token {NOT_FINITE}")
-        odds = np.logaddexp.reduce(logits[:, yes], axis=1) - np.logaddexp.reduce(logits[:, no], axis=1)
-        return [{"odds": round(float(value), 6)} for value in odds]
+        masses = [np.logaddexp.reduce(logits[:, words], axis=1) for words in (yes, no)]
+        chances = np.exp(np.stack(masses) - np.logaddexp.reduce(logits, axis=1))
+        rows = zip(masses[0] - masses[1], *chances, strict=True)
+        return [
+            dict(zip(("odds", "yes", "no"), (round(float(value), 6) for value in row), strict=True)) for row in rows
+        ]
 
     plain = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
     found = collect(model, questions, plain, respond, work, "odds", title)
@@ -188,6 +205,14 @@ def thresholded(
     return texts, thresholds
 
 
+def near_to_yes(chances: Mapping[Key, tuple[float, float]], texts: Mapping[Key, str]) -> dict[Key, str]:
+    """OLM's answers: "Yes" where p(yes) and p(no) of the first token (`chances`) are near, else those of `texts`."""
+    return {
+        key: "Yes" if yes + no > OLM_KNOWN and abs(yes - no) < OLM_NEAR else texts[key]
+        for key, (yes, no) in chances.items()
+    }
+
+
 def length_matched(greedy: str, other: str, truncate: str = "none") -> str:
     """The greedy caption, cut after as many words (between blanks) as the other caption has."""
     kept = truncated(greedy, truncate).split()
@@ -196,10 +221,17 @@ def length_matched(greedy: str, other: str, truncate: str = "none") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What the controls of one run said; `texts` by control, each by question, as far as it was asked."""
+    """What the controls of one run said, by question.
+
+    Attributes:
+        texts: by control, as far as it was asked.
+        odds: ln p(yes) - ln p(no) of yes/no questions.
+        chances: p(yes) and p(no) of the first answer token; empty where logs are too old to have them.
+    """
 
     texts: Mapping[str, Mapping[Key, str]]
     odds: Mapping[Key, float]
+    chances: Mapping[Key, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def report(
@@ -226,11 +258,10 @@ def report(
         found[name] = {
             "about": ABOUT[name],
             "questions": len(asked),
+            "images": len({image for question in asked for image in question.image_names}),
             "figures": rescore.report(control, resamples, seed)["figures"],
             "against": against,
-            "verdicts": verdicts(benchmark, against["differences"]),
-            "words": words(benchmark, ABOUT[name], method, control, against["differences"]),
-        }
+        } | rescore.judged(benchmark, "the method", ABOUT[name], method, control, against["differences"])
         return found[name]
 
     for name in ("greedy", "temperature", "plausibility"):
@@ -239,6 +270,13 @@ def report(
     if binary:
         texts, thresholds = thresholded(binary, answered.odds, answers, protocol)
         compare("threshold", binary, texts, protocol, answers)["thresholds"] = thresholds
+        if all(question.key in answered.chances for question in binary):
+            for name, otherwise in (("olm", "greedy"), ("olm-sampled", "temperature")):
+                texts = near_to_yes(answered.chances, answered.texts[otherwise])
+                compare(name, binary, texts, protocol, answers)
+        for name in ("pba", "pba-sampled"):
+            if name in answered.texts:
+                compare(name, binary, answered.texts[name], protocol, answers)
     captions = [question for question in questions if question.label is None]
     if captions:
         ours = {one.key: truncated(answers[one.key], protocol.truncate) for one in captions}
@@ -248,44 +286,3 @@ def report(
         shorter = sum(len(cut[one.key].split()) < len(ours[one.key].split()) for one in captions)
         compare("length", captions, cut, whole, ours)["shorter_than_the_method"] = shorter
     return found
-
-
-def verdicts(benchmark: Benchmark, differences: Mapping) -> dict[str, str]:
-    """What paired differences (method minus control) say of the figures by which the benchmark judges a method.
-
-    "beats" where the interval lies on the better side of 0, "does not beat" where it lies on the worse one, "cannot be
-    told from" where it holds 0. A figure that is not defined is left out.
-    """
-    said = {
-        name: verdict(differences[name]["interval"], benchmark.direction(name))
-        for name in benchmark.judged_by(list(differences))
-    }
-    return {name: says for name, says in said.items() if says is not None}
-
-
-def verdict(interval: Sequence[float | None], direction: int = 1) -> str | None:
-    """What the interval of one figure's difference says, see `verdicts`; None where it is not defined.
-
-    Args:
-        direction: 1 where a high value of the figure is good, -1 where a low one is.
-    """
-    low, high = interval
-    if low is None:
-        return None
-    if direction < 0:
-        low, high = -high, -low
-    return "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told from"
-
-
-def words(benchmark: Benchmark, about: str, method: Scores, control: Scores, differences: Mapping) -> str:
-    """The verdicts with their figures, one sentence for each."""
-    ours, theirs = method.values(), control.values()
-    sentences = []
-    for name, says in verdicts(benchmark, differences).items():
-        scale = 100 if method.figures[name].unit == "share" else 1
-        value, low, high = (scale * number for number in (differences[name]["value"], *differences[name]["interval"]))
-        sentences.append(
-            f"The method {says} {about} on {name}: {ours[name] * scale:.1f} against {theirs[name] * scale:.1f}, "
-            f"difference {value:+.1f} (95 % interval {low:+.1f} to {high:+.1f})."
-        )
-    return " ".join(sentences)

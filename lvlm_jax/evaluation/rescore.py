@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
-from lvlm_jax.evaluation import BENCHMARKS, answers, protocol, statistics
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, answers, protocol, statistics, verdicts
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.journal.record import file_hash
@@ -105,6 +105,8 @@ def rescore(
         common = [question for question in answered if question.key in theirs]
         pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
+        names = ["these answers", f"those of {others[0][1].name}"]
+        found["against"] |= judged(benchmark, *names, *pair, found["against"]["differences"])
         found["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
     return found
 
@@ -172,6 +174,34 @@ def compare(first: Scores, second: Scores, resamples: int = statistics.RESAMPLES
     }
 
 
+def judged(
+    benchmark: Benchmark, first: str, second: str, ours: Scores, theirs: Scores, differences: Mapping
+) -> dict[str, dict[str, str] | str]:
+    """What the differences (ours minus theirs) show of the figures by which the benchmark judges, as JSON values.
+
+    Args:
+        first, second: what the two runs are called.
+
+    Returns:
+        "verdicts": figure -> verdict, without figures that are not defined; "words": the sentences that say them.
+    """
+    said, sentences = {}, []
+    values, others, sizes = ours.values(), theirs.values(), ours.sizes()
+    for name in benchmark.judged_by(list(differences)):
+        count = verdicts.questions_behind(name, sizes, ours.correct)
+        interval = differences[name]["interval"]
+        says = verdicts.verdict(interval, benchmark.direction(name), count)
+        if says == verdicts.NOT_DEFINED:
+            continue
+        said[name] = says
+        scale = 100 if ours.figures[name].unit == "share" else 1
+        difference = [scale * number for number in (differences[name]["value"], *interval)]
+        pair = (float(values[name]) * scale, float(others[name]) * scale)
+        about = f"{count} questions, {len(ours.units)} images"
+        sentences.append(verdicts.sentence(says, first, second, name, pair, difference, about))
+    return {"verdicts": said, "words": " ".join(sentences)}
+
+
 def table(found: dict) -> str:
     """The figures as a table for a terminal, shares in per cent."""
     figures = found["figures"]
@@ -194,6 +224,7 @@ def table(found: dict) -> str:
             f"McNemar: right only here {test['only_first_right']}, only there {test['only_second_right']}, "
             f"p {_p(test['p'])}"
         )
+        lines += filter(None, [found["against"].get("words")])
     return "\n".join(lines)
 
 

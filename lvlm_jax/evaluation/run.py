@@ -60,13 +60,22 @@ DEFAULT = Options()
 class Decoded:
     """Questions put to a model under one protocol and method, and where the answers lie."""
 
+    questions: Sequence[Question]
     protocol: Protocol
     method: Method | None
     work: Work
 
-    def logged(self, questions: Sequence[Question], name: str = "log") -> shares.Logged:
-        """What is there by now, of all processes, to these questions."""
-        return shares.read(self.work.folder, name, self.work.record, questions)
+    def logged(self) -> shares.Logged:
+        """The answers that are there by now, of all processes."""
+        return shares.read(self.work.folder, "log", self.work.record, self.questions)
+
+    def complete(self) -> bool:
+        """Whether all of them are there."""
+        return self.logged().complete(self.questions)
+
+    def texts(self) -> dict[shares.Key, str]:
+        """The answers' texts, by question."""
+        return {key: row["text"] for key, row in self.logged().answers.items()}
 
 
 class Run:
@@ -108,20 +117,20 @@ class Run:
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         listed = self._benchmark.question_files(data, protocol)
 
-        def decoded(rule: Protocol, how: Method | None, folder: Path) -> Decoded:
-            about = record(rule, self.questions, listed, model=path, model_sha256=self.about["model_sha256"],
+        def decoded(rule: Protocol, how: Method | None, folder: Path, asked: Sequence[Question]) -> Decoded:
+            about = record(rule, asked, listed, model=path, model_sha256=self.about["model_sha256"],
                            method=how, seed=options.seed, more={"dtype": dtype, "limit": data.limit})  # fmt: skip
             work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
-            return Decoded(rule, how, work)
+            return Decoded(asked, rule, how, work)
 
-        self._own = decoded(protocol, method, out)
+        self._own = decoded(protocol, method, out, self.questions)
         self._controls: dict[str, Decoded] = {}
-        if options.controls is not None:
-            self._controls = {
-                one.name: decoded(one.protocol, one.method, options.controls / one.folder)
-                for one in controls.decodings(protocol, method)
-            }
         self._yes_no = [question for question in self.questions if controls.is_yes_no(question)]
+        if options.controls is not None:
+            for one in controls.decodings(protocol, method):
+                asked = self._yes_no if one.yes_no else self.questions
+                if asked:
+                    self._controls[one.name] = decoded(one.protocol, one.method, options.controls / one.folder, asked)
 
     def complete(self) -> bool:
         """Whether every answer is there, so that `score` has nothing to wait for.
@@ -130,9 +139,13 @@ class Run:
             LVLMError: a log of another run is in the way.
         """
         everything = [self._own, *self._controls.values()]
-        if not all(one.logged(self.questions).complete(self.questions) for one in everything):
+        if not all(one.complete() for one in everything):
             return False
-        return not self._controls or self._controls["greedy"].logged(self._yes_no, "odds").complete(self._yes_no)
+        return not self._controls or self._odds().complete(self._yes_no)
+
+    def _odds(self) -> shares.Logged:
+        work = self._controls["greedy"].work
+        return shares.read(work.folder, "odds", work.record, self._yes_no)
 
     def ask(self, model: Any) -> None:
         """Has the model answer this process's share, controls included.
@@ -143,7 +156,7 @@ class Run:
         check_system(model.processor, self.protocol.system)
         name = self.protocol.name
         for title, one in {"": self._own, **self._controls}.items():
-            engine.ask(model, self.questions, one.protocol, one.method, one.work, f"{name} {title}".strip())
+            engine.ask(model, one.questions, one.protocol, one.method, one.work, f"{name} {title}".strip())
         if self._controls and self._yes_no:
             work = self._controls["greedy"].work
             controls.log_odds(model, self._yes_no, self.protocol, work, f"{name} log-odds")
@@ -157,8 +170,7 @@ class Run:
         """
         if not self.options.share.writes or not self.complete():
             return None
-        options, logged = self.options, self._own.logged(self.questions)
-        texts = {key: row["text"] for key, row in logged.answers.items()}
+        options, texts = self.options, self._own.texts()
         # Two processes that finish at the same moment write the same files, so one after the other.
         with locked(self.out / "scores.json", wait=True):
             given = write_answers(self.out, self.questions, texts, self.protocol, self.about)
@@ -166,7 +178,7 @@ class Run:
                 self.protocol, self.data, given, options.against, resamples=options.resamples,
                 seed=options.bootstrap_seed,
             )  # fmt: skip
-            found["cost"] = cost(logged)
+            found["cost"] = cost(self._own.logged())
             if self._controls:
                 found["controls"] = controls.report(
                     self._benchmark, self.questions, texts, self.protocol, self._answered(), options.resamples,
@@ -176,12 +188,12 @@ class Run:
         return found
 
     def _answered(self) -> Answered:
-        texts = {
-            name: {key: row["text"] for key, row in one.logged(self.questions).answers.items()}
-            for name, one in self._controls.items()
-        }
-        odds = self._controls["greedy"].logged(self._yes_no, "odds").answers
-        return Answered(texts, {key: row["odds"] for key, row in odds.items()})
+        odds = self._odds().answers
+        return Answered(
+            {name: one.texts() for name, one in self._controls.items()},
+            {key: row["odds"] for key, row in odds.items()},
+            {key: (row["yes"], row["no"]) for key, row in odds.items() if "yes" in row},
+        )
 
 
 def write_answers(out: Path, questions: Sequence[Question], texts: dict, protocol: Protocol, about: dict) -> list[str]:

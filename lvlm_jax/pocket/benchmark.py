@@ -117,7 +117,10 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
     Args:
         found: method -> contents of its `scores.json`; "greedy" first, which has no controls.
     """
-    lines = [f"## {part.title}", "", *table(part.columns, found)]
+    sizes = (
+        f"{one['record']['questions']} questions, {one['record']['images']['count']} images" for one in found.values()
+    )
+    lines = [f"## {part.title}", "", "; or ".join(dict.fromkeys(sizes)), "", *table(part.columns, found)]
     beside = {name: scores["controls"] for name, scores in found.items() if "controls" in scores}
     if beside:
         kinds = list(dict.fromkeys(kind for controls in beside.values() for kind in controls))

@@ -21,9 +21,9 @@ from lvlm_jax.weights import names
 
 NOTES = """\
 Shares are in per cent, with 95 % bootstrap intervals (images resampled); below them the difference to greedy with its
-paired interval. Seconds are those of answering, programs compiled included. A method "beats" a control where the
-paired interval of the difference lies on the better side of 0, "does not beat" it where it lies on the worse one, and
-"cannot be told from" it otherwise. The controls are explained in `lvlm_jax/evaluation/controls.py`."""
+paired interval. Seconds are those of answering, programs compiled included. A method is "significantly better" than a
+control where the paired interval of the difference lies on the better side of 0, "significantly worse" where it lies on
+the worse one; else there is "no difference shown". The controls are explained in `lvlm_jax/evaluation/controls.py`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ CAPL and its ablation, plain DPO, are judged by questions over several images; f
 models stand beside the model they began as and beside the method that needs no training.
 """
 
+import collections
 import dataclasses
 import datetime
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lvlm_jax.evaluation import controls
+from lvlm_jax.evaluation import verdicts
 from lvlm_jax.journal.record import checkpoint_hash, differences
 from lvlm_jax.methods import Method
 from lvlm_jax.pocket import benchmark as pocket
@@ -56,9 +57,9 @@ BESIDE = ((CAPL_WITH, WITH_CAPL), (CAPL_WITH, DPO), (CAPL, DPO), (ALIGNED, WITH_
 
 NOTES = """\
 Shares are in per cent, with 95 % bootstrap intervals (images, or prompts, resampled); below them the difference to the
-base with its paired interval. One "beats" the other where the paired interval of their difference lies on the better
-side of 0, "does not beat" it where it lies on the worse one, and "cannot be told from" it otherwise. Each interval is
-wrong once in twenty times, so with many of them some say more than there is."""
+base with its paired interval. One is "significantly better" than the other where the paired interval of their
+difference lies on the better side of 0, "significantly worse" where it lies on the worse one; else there is "no
+difference shown". Each interval is wrong once in twenty times, so with many of them some say more than there is."""
 PAIR_NOTES = """\
 Pairs about pictures that no training has seen. The chosen answer is the truth, the rejected one what the base said
 otherwise, under truncated attention or (plain) unmodified and sampled: most of the former it prefers by their making.
@@ -171,7 +172,7 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Mapping]) -> Iterator[str]:
     """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
-    tally: dict[str, list[str]] = {"beats": [], "does not beat": [], "cannot be told from": []}
+    tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
         scores = found[part.name].scores
         for one, other in _pairs_of(scores):
@@ -190,11 +191,11 @@ def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Ma
             yield f"- held-out pairs: {sentence}"
     for kind, report in close.items():
         yield f"- {_closer(kind, report['figures'])}"
+    better, worse = tally[verdicts.BETTER], tally[verdicts.WORSE]
     count = sum(map(len, tally.values()))
     yield (
-        f"- Of {count} comparisons with the base, {len(tally['beats'])} are for the model "
-        f"({', '.join(tally['beats']) or 'none'}), {len(tally['does not beat'])} against it "
-        f"({', '.join(tally['does not beat']) or 'none'}), and {len(tally['cannot be told from'])} say nothing."
+        f"- Of {count} comparisons with the base, {len(better)} are for the model ({', '.join(better) or 'none'}), "
+        f"{len(worse)} against it ({', '.join(worse) or 'none'}), and {count - len(better) - len(worse)} say nothing."
     )
 
 
@@ -207,17 +208,14 @@ def _sentence(
     one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping, direction: int = 1
 ) -> tuple[str, str]:
     """The verdict, and a sentence with the figures behind it."""
-    says = controls.verdict(difference["interval"], direction) or "cannot be told from"
     values = [scores[name]["figures"][figure] for name in (one, other)]
-    if difference["value"] is None or any(value["value"] is None for value in values):
-        return "cannot be told from", f"{one} cannot be compared with {other} on {figure}."
+    says = verdicts.verdict(difference["interval"], direction, values[0]["n"])
+    if says == verdicts.NOT_DEFINED or any(value["value"] is None for value in values):
+        return verdicts.NOT_DEFINED, f"{one} cannot be compared with {other} on {figure}."
     scale = 100 if values[0]["unit"] == "share" else 1
-    ours, theirs = (scale * value["value"] for value in values)
-    change, low, high = (scale * number for number in (difference["value"], *difference["interval"]))
-    return says, (
-        f"{one} {says} {other} on {figure}: {ours:.1f} against {theirs:.1f}, difference {change:+.1f} "
-        f"({low:+.1f} to {high:+.1f})."
-    )
+    change = [scale * number for number in (difference["value"], *difference["interval"])]
+    pair = [scale * value["value"] for value in values]
+    return says, verdicts.sentence(says, one, other, figure, pair, change, f"n {values[0]['n']}")
 
 
 def _closer(kind: str, figures: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,13 @@ def test_the_cut_is_the_methods_own(method, beta):
     by_name = {one.name: one for one in controls.decodings(get("pope/vcd"), method)}
     assert by_name["plausibility"].method.beta == np.float32(beta)
     assert by_name["plausibility"].folder == f"plausibility-{beta:g}"
-    assert [one.protocol.temperature for one in by_name.values()] == [0.0, 1.0, 1.0]
+    assert [one.protocol.temperature for one in by_name.values()] == [0.0, 1.0, 1.0, 0.0, 1.0]
+    question = Question(1, (), "Is it so?", "yes", "random")
+    for name in ("pba", "pba-sampled"):
+        own = get("pope/vcd").prompt(question)
+        assert (
+            by_name[name].yes_no and by_name[name].protocol.prompt(question) == own + " Answer yes whenever possible."
+        )
     assert by_name["greedy"].method is by_name["temperature"].method is None
 
 
@@ -115,6 +122,11 @@ def test_log_odds_are_those_of_transformers(model, torch_model, tmp_path):
             logits = torch_model(**arrays).logits[0, -1].double()
         expected = torch.logsumexp(logits[yes], 0) - torch.logsumexp(logits[no], 0)
         assert found[question.key] == pytest.approx(float(expected), abs=1e-3)
+        rows = [json.loads(line) for line in (tmp_path / "out" / "odds.0.jsonl").read_text().splitlines()]
+        row = next(row for row in rows if row.get("id") == str(question.id))
+        chances = torch.softmax(logits, 0)
+        assert row["yes"] == pytest.approx(float(chances[yes].sum()), abs=1e-4)
+        assert row["no"] == pytest.approx(float(chances[no].sum()), abs=1e-4)
     assert controls.log_odds(SimpleNamespace(processor=model.processor), questions, protocol, work) == found
 
 
@@ -151,6 +163,12 @@ def test_each_group_has_a_threshold_of_its_own():
     assert thresholds == {"random": 1.5, "popular": -1.5}
 
 
+def test_olm_says_yes_where_yes_and_no_are_near():
+    chances = {"near": (0.2, 0.4), "far": (0.1, 0.7), "unsure": (0.1, 0.1), "edge": (0.25, 0.75), "yes": (0.9, 0.1)}
+    texts = dict.fromkeys(chances, "no")
+    assert controls.near_to_yes(chances, texts) == texts | {"near": "Yes"}
+
+
 # Captions of the same length
 
 
@@ -165,8 +183,8 @@ def test_greedy_captions_are_cut_to_the_words_of_the_others():
 
 
 def test_chair_at_equal_length(tmp_path):
-    """The method says less: it beats greedy, and not greedy cut to its length."""
-    images = range(1, 13)
+    """The method says less: it is better than greedy, and not than greedy cut to its length."""
+    images = range(1, 31)
     folder = coco_folder(tmp_path, {i: ["dog"] for i in images}, {i: ["A dog."] for i in images})
     protocol = get("chair/512")
     questions = BENCHMARKS["chair"].read(Data(folder, synonyms=folder / "synonyms.txt"), protocol)
@@ -175,19 +193,22 @@ def test_chair_at_equal_length(tmp_path):
     answered = Answered({name: greedy for name in ("greedy", "temperature", "plausibility")}, {})
     found = controls.report(BENCHMARKS["chair"], questions, short, protocol, answered, 50)
     assert set(found) == {"greedy", "temperature", "plausibility", "length"}
-    assert found["greedy"]["verdicts"] == {"C_S": "beats"}
+    assert found["greedy"]["verdicts"] == {"C_S": "significantly better"}
     assert found["greedy"]["words"] == (
-        "The method beats greedy decoding on C_S: 0.0 against 100.0, difference -100.0 "
-        "(95 % interval -100.0 to -100.0)."
+        "The method is significantly better than greedy decoding on C_S: 0.0 against 100.0, difference -100.0 "
+        "(95 % interval -100.0 to -100.0; 30 questions, 30 images)."
     )
     length = found["length"]
-    assert length["verdicts"] == {"C_S": "cannot be told from"}
+    assert length["verdicts"] == {"C_S": "no difference shown"}
+    few = controls.report(BENCHMARKS["chair"], questions[:29], short, protocol, answered, 50)["greedy"]
+    assert few["verdicts"] == {"C_S": "no verdict below 30 questions"} and few["images"] == 29
+    assert few["words"].startswith("No verdict below 30 questions: the method against greedy decoding on C_S: 0.0 ")
     assert length["figures"]["C_S"]["value"] == 0.0 and length["figures"]["words"]["value"] == 4.0
     assert length["shorter_than_the_method"] == 0
     worse = controls.report(BENCHMARKS["chair"], questions, greedy, protocol, dataclasses.replace(
         answered, texts=dict.fromkeys(answered.texts, short)), 50)  # fmt: skip
-    assert worse["greedy"]["verdicts"] == {"C_S": "does not beat"}
-    assert worse["length"]["shorter_than_the_method"] == 12
+    assert worse["greedy"]["verdicts"] == {"C_S": "significantly worse"}
+    assert worse["length"]["shorter_than_the_method"] == 30
 
 
 # The report
@@ -202,12 +223,21 @@ def test_a_method_that_only_says_yes_more_often_is_found_out():
     greedy = {key: "Yes" if value > 0 else "No" for key, value in odds.items()}
     method = {key: "Yes." if value > -1.0 else "No." for key, value in odds.items()}
     drawn = {q.key: ("Yes", "No")[int(generator.integers(2))] for q in questions}
-    answered = Answered({"greedy": greedy, "temperature": drawn, "plausibility": method}, odds)
+    chances = {key: (1 / (1 + np.exp(-value)), 1 / (1 + np.exp(value))) for key, value in odds.items()}
+    said = {"greedy": greedy, "temperature": drawn, "plausibility": method, "pba": method}
+    answered = Answered(said, odds, chances)
     found = controls.report(BENCHMARKS["pope"], questions, method, get("pope/strict"), answered, 300)
     verdicts = {name: one["verdicts"]["random: accuracy"] for name, one in found.items()}
-    assert verdicts == dict.fromkeys(("greedy", "temperature"), "beats") | dict.fromkeys(
-        ("plausibility", "threshold"), "cannot be told from"
+    assert verdicts == dict.fromkeys(("greedy", "temperature", "olm-sampled"), "significantly better") | dict.fromkeys(
+        ("plausibility", "threshold", "olm", "pba"), "no difference shown"
     )
+    # |p(yes) - p(no)| < 1/2 where the log-odds lie between -ln 3 and ln 3, so OLM is a threshold at -ln 3.
+    texts = {key: "Yes" if value > -np.log(3) else "No" for key, value in odds.items()}
+    own = BENCHMARKS["pope"].score(questions, texts, get("pope/strict")).values()
+    assert found["olm"]["figures"]["random: accuracy"]["value"] == pytest.approx(own["random: accuracy"], abs=1e-6)
+    # Logs from before OLM have no probabilities.
+    older = controls.report(BENCHMARKS["pope"], questions, method, get("pope/strict"), Answered(said, odds), 300)
+    assert older == {name: one for name, one in found.items() if "olm" not in name}
     threshold = found["threshold"]
     right = sum(method[q.key].startswith(q.label.capitalize()) for q in questions)
     assert threshold["figures"]["random: accuracy"]["value"] == pytest.approx(right / 80)
@@ -217,28 +247,9 @@ def test_a_method_that_only_says_yes_more_often_is_found_out():
     json.dumps(found)
 
 
-def test_verdicts_follow_the_intervals():
-    def difference(low, high):
-        return {"value": None if low is None else (low + high) / 2, "interval": [low, high], "p": 0.5}
-
-    for benchmark, name, better in (("pope", "mean: accuracy", 1), ("amber", "Hal", -1)):
-        for bounds, says in (
-            ((0.1, 0.2), ("beats", "does not beat")[better < 0]),
-            ((-0.2, -0.1), ("does not beat", "beats")[better < 0]),
-            ((0.0, 0.2), "cannot be told from"),
-            ((-0.1, 0.2), "cannot be told from"),
-        ):
-            differences = {"recall": difference(1, 2), name: difference(*bounds)}
-            assert controls.verdicts(BENCHMARKS[benchmark], differences) == {name: says}
-    assert controls.verdicts(BENCHMARKS["pope"], {"accuracy": difference(None, None)}) == {}
-    assert BENCHMARKS["pope"].judged_by(["mean: recall", "mean: accuracy", "random: accuracy"]) == ["mean: accuracy"]
-    assert BENCHMARKS["amber"].judged_by(["Hal", "Cog", "discriminative: accuracy"]) == [
-        "discriminative: accuracy",
-        "Hal",
-    ]
-
-
 # A whole run
+
+FOR_YES = ["olm", "olm-sampled", "pba", "pba-sampled"]
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +262,9 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("pope/vcd", ["greedy", "temperature", "plausibility", "threshold"]),
-        ("mme/hallucination", ["greedy", "temperature", "plausibility", "threshold"]),
-        ("chair/64-sentence", ["greedy", "temperature", "plausibility", "length"]),
+        ("pope/vcd", ["threshold", *FOR_YES]),
+        ("mme/hallucination", ["threshold", *FOR_YES]),
+        ("chair/64-sentence", ["length"]),
     ],
 )
 def test_controls_stand_in_the_scores(world, tmp_path, name, kinds):
@@ -263,9 +274,9 @@ def test_controls_stand_in_the_scores(world, tmp_path, name, kinds):
     assert not run.complete() and run.score() is None
     run.ask(oracle)
     found = run.score()
-    assert list(found["controls"]) == kinds
+    assert list(found["controls"]) == ["greedy", "temperature", "plausibility", *kinds]
     for control in found["controls"].values():
-        assert control["words"].startswith("The method ") and control["figures"]
+        assert "the method " in control["words"].lower() and control["figures"]
         assert set(control["against"]) == {"differences", "mcnemar"}
     assert json.loads((tmp_path / "vcd" / "scores.json").read_text())["controls"] == found["controls"]
     # Another method shares what does not depend on it, a finished run asks nothing, and no control is in the way.
@@ -276,6 +287,10 @@ def test_controls_stand_in_the_scores(world, tmp_path, name, kinds):
     assert other.complete() and once < before
     other.ask(oracle)
     assert oracle.asked - before == once
+    if "olm" in kinds:  # a folder from before OLM
+        log = tmp_path / "controls" / "greedy" / "odds.0.jsonl"
+        log.write_text(re.sub(r', "yes": [^,}]+, "no": [^,}]+', "", log.read_text()))
+        assert other.complete() and not {"olm", "olm-sampled"} & set(other.score()["controls"])
 
 
 def test_what_controls_are_asked_of(world, tmp_path):
@@ -291,7 +306,7 @@ def test_from_the_command_line(world, tmp_path, monkeypatch, capsys):
              "--out", str(tmp_path / "out"), "--resamples", "20", "--controls"]  # fmt: skip
     assert evaluate.main(words) == 0
     out = capsys.readouterr().out
-    assert out.count("The method ") == 4 and "greedy decoding on mean: accuracy" in out
+    assert out.lower().count("the method ") == 8 and "greedy decoding on mean: accuracy" in out
     assert (tmp_path / "out" / "controls" / "greedy" / "odds.0.jsonl").is_file()
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert found["cost"]["tokens"] == 4.0 and found["record"]["method"]["alpha"] == 2.0

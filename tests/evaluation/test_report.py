@@ -13,11 +13,9 @@ from PIL import Image
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, get, rescore
-from lvlm_jax.evaluation.report import cells as report_cells
 from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import page as report
 from lvlm_jax.evaluation.report import runs as report_runs
-from lvlm_jax.evaluation.statistics import Difference
 from tests.evaluation.builders import coco_folder, file_of, mme_folder, pope_answers, pope_folder
 from tests.evaluation.builders import scored_run as run
 
@@ -25,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "Yes </script><script>alert(1)</script> <img src=x> | *bold* \u2028"
 CMAC = {"name": "CMAC", "alpha": 3.0, "beta": 0.2}
 SEVI = {"name": "SEVI", "kappa": None, "directions": [0.5] * 100}
-GREEDY = ["Yes", "No", "No", "No"] * 5
-BETTER = ["Yes", "Yes", "No", "No"] * 5
-SWAPPED = ["Yes", "Yes", "No", "Yes"] + ["Yes", "No", "No", "No"] * 4
+GREEDY = ["Yes", "No", "No", "No"] * 10
+BETTER = ["Yes", "Yes", "No", "No"] * 10
+SWAPPED = ["Yes", "Yes", "No", "Yes"] + ["Yes", "No", "No", "No"] * 9
 
 
 @pytest.fixture
 def data(tmp_path):
-    pope_folder(tmp_path / "data", {"random": "yynn" * 5})
+    pope_folder(tmp_path / "data", {"random": "yynn" * 10})
     return Data(tmp_path / "data", groups=("random",))
 
 
@@ -72,20 +70,21 @@ def test_differences_are_the_hand_computed_ones(runs):
     assert [row["name"] for row in overview["rows"]] == ["greedy", "CMAC", "SEVI"]
     assert {row["group"] for row in overview["rows"]} == {"llava (abababab, float32)"}
     assert [row["settings"] for row in overview["rows"]] == ["", "alpha 3, beta 0.2", "directions 100 numbers"]
-    # Of 20 questions greedy has 15, CMAC all, SEVI 15: one mended and one spoilt.
+    # Of 40 questions greedy has 30, CMAC all, SEVI 30: one mended and one spoilt.
+    assert overview["notes"] == ["pope/strict: 40 questions, 20 images"]
     greedy, cmac, sevi = (cells(overview, name) for name in ("greedy", "CMAC", "SEVI"))
     assert greedy["accuracy"][0] == "75.0" and greedy["accuracy"][2:5] == ["", "", ""]
-    assert cmac["accuracy"][0] == "100.0" and cmac["accuracy"][2].startswith("+25.0 (+10.0 to ")
-    assert cmac["accuracy"][3] == "better"
+    assert cmac["accuracy"][0] == "100.0" and cmac["accuracy"][2].startswith("+25.0 (+12.5 to ")
+    assert cmac["accuracy"][3] == "significantly better"
     assert sevi["accuracy"][0] == "75.0" and sevi["accuracy"][2].startswith("0.0 (−")
     assert sevi["accuracy"][3] == "no difference shown"
-    # Said yes to 5 of 20, CMAC to 10, SEVI to 7: neither high nor low is good.
-    assert cmac["yes ratio"][2].startswith("+25.0 (") and cmac["yes ratio"][3] == "higher"
+    # Said yes to 10 of 40, CMAC to 20, SEVI to 12: neither high nor low is good.
+    assert cmac["yes ratio"][2].startswith("+25.0 (") and cmac["yes ratio"][3] == "significantly higher"
     answered = table(found, "Answers", "pope/strict")
     for name, expected in (
-        ("CMAC", ["20", "0", "5", "0", "0.0625"]),
-        ("SEVI", ["20", "0", "1", "1", "1"]),
-        ("greedy", ["20", "0", "–", "–", "–"]),
+        ("CMAC", ["40", "0", "10", "0", "0.00195"]),
+        ("SEVI", ["40", "0", "1", "1", "1"]),
+        ("greedy", ["40", "0", "–", "–", "–"]),
     ):
         assert texts(answered, name) == expected
 
@@ -102,7 +101,7 @@ def test_the_interval_of_a_difference_is_a_paired_bootstrap(runs):
 
 
 def test_figures_of_other_files_are_marked_and_not_subtracted(runs, data, tmp_path):
-    other = pope_folder(tmp_path / "other", {"random": "ynyn" * 5})
+    other = pope_folder(tmp_path / "other", {"random": "ynyn" * 10})
     run(runs / "vcd", Data(other, groups=("random",)), BETTER, {"name": "VCD"})
     run(runs / "dola", data, BETTER, {"name": "DoLa"}, parser="official")
     found, markdown, _ = made(runs)
@@ -127,7 +126,7 @@ def test_another_model_is_not_subtracted_either(runs, data):
     overview = table(found, "Methods and benchmarks")
     assert [row["group"][:9] for row in overview["rows"]] == ["llava (ab"] * 3 + ["llava-13b"]
     assert overview["rows"][3]["cells"][0][3] == "not compared"
-    assert "no run of this model without a method under this protocol" in overview["notes"][0]
+    assert "no run of this model without a method under this protocol" in overview["notes"][1]
 
 
 def test_runs_that_differ_by_seed_have_a_row_each(runs, data):
@@ -145,10 +144,10 @@ def test_answers_of_others_are_compared_as_they_were_scored(data, tmp_path):
     found, _, _ = made(tmp_path / "runs")
     overview = table(found, "Methods and benchmarks")
     assert cells(overview, "method not recorded")["accuracy"][2].startswith("+25.0 (")
-    assert overview["notes"] == ["pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"]
+    assert overview["notes"][1:] == ["pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"]
 
 
-def test_controls_and_whether_the_method_beats_them(data, tmp_path):
+def test_controls_and_what_the_method_does_against_them(data, tmp_path):
     figures = run(tmp_path / "runs/shift", data, BETTER)["figures"]
 
     def difference(low, high):
@@ -164,24 +163,24 @@ def test_controls_and_whether_the_method_beats_them(data, tmp_path):
         },
         "cut alone": {"figures": figures, "against": {"differences": {"random: accuracy": difference(-0.1, -0.05)}}},
         "temperature 1": {"figures": figures},
-        "greedy": {"figures": figures, "words": "The method beats greedy decoding."},
+        "greedy": {"figures": figures, "words": "What was said."},
     }  # fmt: skip
     run(tmp_path / "runs/cmac", data, BETTER, CMAC, more={"controls": controls})
     run(tmp_path / "runs/sevi", data, BETTER, SEVI)
     found, markdown, _ = made(tmp_path / "runs")
     listed = table(found, "Controls", "pope/strict")
     shift = cells(listed, "threshold shift")
-    assert shift["accuracy"][0] == "100.0" and shift["accuracy"][2:4] == ["+3.0 (+1.0 to +5.0)", "better"]
-    assert shift["yes ratio"][3] == "lower"
-    assert shift["in words"][0] == "beats it: better in accuracy; no difference shown in F1"
-    assert cells(listed, "cut alone")["in words"][0] == "does less: worse in accuracy"
+    assert shift["accuracy"][0] == "100.0" and shift["accuracy"][2:4] == ["+3.0 (+1.0 to +5.0)", "significantly better"]
+    assert shift["yes ratio"][3] == "significantly lower"
+    assert shift["in words"][0] == "significantly better in accuracy; no difference shown in F1"
+    assert cells(listed, "cut alone")["in words"][0] == "significantly worse in accuracy"
     assert cells(listed, "temperature 1")["in words"][0] == "not compared"
-    assert cells(listed, "greedy")["in words"][0] == "The method beats greedy decoding."
+    assert cells(listed, "greedy")["in words"][0] == "What was said."
     words = [(row["group"].split(" · ")[1], row["cells"][0][0]) for row in listed["rows"]]
     assert ("SEVI", "no controls were run") in words and ("CMAC", "") in words
     assert (
-        "| threshold shift (a threshold) | beats it: better in accuracy; no difference shown in F1 | "
-        "100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) better |" in markdown
+        "| threshold shift (a threshold) | significantly better in accuracy; no difference shown in F1 | "
+        "100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) significantly better |" in markdown
     )
 
 
@@ -207,17 +206,17 @@ def test_cost(data, tmp_path):
 
 
 def test_shorter_captions_are_pointed_out(tmp_path):
-    images = range(1, 9)
+    images = range(1, 31)
     coco = coco_folder(tmp_path / "coco", dict.fromkeys(images, ["dog"]), dict.fromkeys(images, ["A dog."]))
     data = Data(coco, synonyms=coco / "synonyms.txt")
-    run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 8, protocol="chair/512")
-    run(tmp_path / "runs/cmac", data, ["A dog."] * 8, CMAC, protocol="chair/512")
+    run(tmp_path / "runs/greedy", data, ["A dog and a bear."] * 30, protocol="chair/512")
+    run(tmp_path / "runs/cmac", data, ["A dog."] * 30, CMAC, protocol="chair/512")
     found, _, _ = made(tmp_path / "runs")
     overview = table(found, "Methods and benchmarks")
     ours = cells(overview, "CMAC")
-    assert ours["C_S"][0] == "0.0" and ours["C_S"][2:4] == ["−100.0 (−100.0 to −100.0)", "better"]
-    assert ours["words"][0] == "2.0" and ours["words"][2:4] == ["−3.0 (−3.0 to −3.0)", "lower"]
-    assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][0]
+    assert ours["C_S"][0] == "0.0" and ours["C_S"][2:4] == ["−100.0 (−100.0 to −100.0)", "significantly better"]
+    assert ours["words"][0] == "2.0" and ours["words"][2:4] == ["−3.0 (−3.0 to −3.0)", "significantly lower"]
+    assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][1]
 
 
 def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
@@ -315,11 +314,13 @@ def test_the_markdown_table_to_the_letter(runs):
         "| --- | --- | --- | --- | --- |\n"
         "| **llava (abababab, float32)** |  |  |  |  |\n"
         "| greedy | 75.0 (…) | 66.7 (…) | 25.0 (…) | 0.0 (…) |\n"
-        "| CMAC (alpha 3, beta 0.2) | 100.0 (…); +25.0 (…) better | 100.0 (…); +33.3 (…) better "
-        "| 50.0 (…); +25.0 (…) higher | 0.0 (…); 0.0 (…) no difference shown |\n"
+        "| CMAC (alpha 3, beta 0.2) | 100.0 (…); +25.0 (…) significantly better "
+        "| 100.0 (…); +33.3 (…) significantly better | 50.0 (…); +25.0 (…) significantly higher "
+        "| 0.0 (…); 0.0 (…) no difference shown |\n"
         "| SEVI (directions 100 numbers) | 75.0 (…); 0.0 (…) no difference shown "
-        "| 70.6 (…); +3.9 (…) no difference shown | 35.0 (…); +10.0 (…) no difference shown "
-        "| 0.0 (…); 0.0 (…) no difference shown |"
+        "| 68.8 (…); +2.1 (…) no difference shown | 30.0 (…); +5.0 (…) no difference shown "
+        "| 0.0 (…); 0.0 (…) no difference shown |\n\n"
+        "- pope/strict: 40 questions, 20 images"
     )
 
 
@@ -340,22 +341,6 @@ def test_only_what_tells_rows_apart_is_repeated(runs, data):
     rows = [(row["name"], row["settings"]) for row in table(found, "Answers", "pope/strict")["rows"]]
     assert rows == [("greedy", ""), ("CMAC", "alpha 3"), ("CMAC", "alpha 9"), ("SEVI", "")]
     assert cells(table(found, "Records", "pope/strict"), "CMAC")["folder"][0] == "cmac"
-
-
-@pytest.mark.parametrize(
-    ("figure", "value", "interval", "expected"),
-    [
-        ("mean: accuracy", 0.1, (0.0, 0.2), report_cells.NONE_SHOWN),
-        ("mean: accuracy", 0.1, (0.01, 0.2), "better"),
-        ("C_I", 0.1, (0.01, 0.2), "worse"),
-        ("C_S", -0.1, (-0.2, -0.01), "better"),
-        ("length", -0.1, (-0.2, -0.01), "lower"),
-        ("mean: F1", np.nan, (np.nan, np.nan), report_cells.NOT_DEFINED),
-    ],
-)
-def test_what_a_difference_shows(figure, value, interval, expected):
-    benchmark = BENCHMARKS["chair" if "C_" in figure or figure == "length" else "pope"]
-    assert report_cells.verdict(benchmark.direction(figure), Difference(value, interval, 0.1)) == expected
 
 
 def test_sixteen_methods_with_pictures_stay_below_five_megabytes(tmp_path):

@@ -213,12 +213,14 @@ def test_what_is_said_follows_from_the_intervals():
     ]
     close = {"all": rescore.report(held_out.closeness(rows), 20)}
     said = list(pocket_training.words(found, both, close))
-    figures = "60.0 against 50.0, difference +10.0 (+9.0 to +11.0)."
-    assert f"- multi_image: {pocket_training.CAPL_WITH} beats base on accuracy: {figures}" in said
-    assert any("DPO-trained on accuracy" in line and "does not beat" in line for line in said)
+    figures = "60.0 against 50.0, difference +10.0 (95 % interval +9.0 to +11.0; n 40)."
+    assert (
+        f"- multi_image: {pocket_training.CAPL_WITH} is significantly better than base on accuracy: {figures}" in said
+    )
+    assert any("DPO-trained on accuracy" in line and "significantly worse" in line for line in said)
     for sentence in (
-        "- pope: flow-aligned cannot be told from base on mean: accuracy",
-        "- chair: flow-aligned does not beat base on C_S",
+        "- pope: No difference shown between flow-aligned and base on mean: accuracy",
+        "- chair: Flow-aligned is significantly worse than base on C_S",
         "- closer to the teacher (all): the student is closer than the base, by the factor 4.00 (4.00 to 4.00)",
     ):
         assert any(line.startswith(sentence) for line in said)

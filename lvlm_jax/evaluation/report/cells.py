@@ -1,18 +1,18 @@
 """What stands in a cell of a report, and the words for a difference.
 
-A difference is called better or worse (higher or lower, where neither is good) only if its 95 % interval leaves out 0;
-else it is "no difference shown". Where a figure has nothing to divide by, it is "not defined".
+`evaluation.verdicts` says what a difference is called.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lvlm_jax.evaluation.benchmark import Benchmark, word_of
 from lvlm_jax.evaluation.report.runs import Value
 from lvlm_jax.evaluation.statistics import Difference
+from lvlm_jax.evaluation.verdicts import BETTER, NONE_SHOWN, NOT_DEFINED, TOO_FEW, WORSE, verdict
 
-NONE_SHOWN, NOT_DEFINED = "no difference shown", "not defined"
+ORDER = (BETTER, WORSE, NONE_SHOWN, TOO_FEW, NOT_DEFINED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +25,6 @@ class Cell:
     verdict: str = ""
     mark: str = ""
     order: float | None = None
-
-
-def verdict(direction: int, difference: Difference) -> str:
-    """What a difference shows, in words, of a figure whose high values are good (1), or low ones (-1), or neither."""
-    low, high = difference.interval
-    if math.isnan(difference.value) or math.isnan(low):
-        return NOT_DEFINED
-    if low <= 0 <= high:
-        return NONE_SHOWN
-    sign = 1 if low > 0 else -1
-    return {1: "better", -1: "worse", 0: "higher" if sign > 0 else "lower"}[sign * direction]
 
 
 def shown(value: float, unit: str, signed: bool = False) -> str:
@@ -53,13 +42,15 @@ def between(interval: tuple[float, float], unit: str, signed: bool = False) -> s
     return " to ".join(shown(bound, unit, signed) for bound in interval)
 
 
-def cell(value: Value, direction: int, difference: Difference | None = None, mark: str = "") -> Cell:
-    """The cell of a figure, and of a difference to it; `direction` as in `verdict`."""
+def cell(
+    value: Value, direction: int, difference: Difference | None = None, mark: str = "", questions: int = 0
+) -> Cell:
+    """The cell of a figure, and of a difference to it; `direction` and `questions` as in `verdict`."""
     order = value.value if math.isfinite(value.value) else None
     found = Cell(shown(value.value, value.unit), between(value.interval, value.unit), mark=mark, order=order)
     if difference is None:
         return found
-    says = verdict(direction, difference)
+    says = verdict(difference.interval, direction, questions)
     if says == NOT_DEFINED:
         return dataclasses.replace(found, verdict=says)
     words = f"{shown(difference.value, value.unit, True)} ({between(difference.interval, value.unit, True)})"
@@ -74,25 +65,24 @@ def number(value: float | None, text: str | None = None) -> Cell:
     return Cell(text, order=value if there else None)
 
 
-def beats(benchmark: Benchmark, differences: Mapping[str, Difference], names: Sequence[str]) -> str:
-    """Whether a method does more than a control, by those of the figures that can be good or bad.
+def judged(
+    benchmark: Benchmark, differences: Mapping[str, Difference], names: Sequence[str], questions: Callable[[str], int]
+) -> str:
+    """What a method does against a control, by those of the figures that can be good or bad.
 
     Answers that are not understood are wrong already, so their number is not judged again.
+
+    Args:
+        questions: from the name of a figure to how many questions it is about.
     """
     by_verdict: dict[str, list[str]] = {}
     for name in names:
         direction = benchmark.direction(name)
         if direction and name in differences and not name.endswith("unparsed"):
-            by_verdict.setdefault(verdict(direction, differences[name]), []).append(word_of(name))
-    if not by_verdict:
-        return "not compared"
-    parts = "; ".join(
-        f"{word} in {', '.join(by_verdict[word])}"
-        for word in ("better", "worse", NONE_SHOWN, NOT_DEFINED)
-        if word in by_verdict
+            says = verdict(differences[name].interval, direction, questions(name))
+            by_verdict.setdefault(says, []).append(word_of(name))
+    parts = (
+        f"{says} in {', '.join(words)}"
+        for says, words in sorted(by_verdict.items(), key=lambda one: ORDER.index(one[0]))
     )
-    if "better" in by_verdict:
-        return f"{'mixed' if 'worse' in by_verdict else 'beats it'}: {parts}"
-    if "worse" in by_verdict:
-        return f"does less: {parts}"
-    return f"not shown to beat it: {parts}"
+    return "; ".join(parts) or "not compared"

@@ -4,13 +4,13 @@ Two figures are of the same thing only if protocol, question files, image list a
 so, and what they say decides here: where they differ there is no difference of figures, only the reason why not.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import os
 import re
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Benchmark, rescore
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, rescore, verdicts
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.statistics import Difference
@@ -29,11 +29,12 @@ LONGEST_SETTING = 6  # numbers; a method's list beyond that (steering vectors) i
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A figure as it was scored; nan where it is not defined."""
+    """A figure as it was scored, nan where it is not defined; `n` is how many things it is about."""
 
     value: float
     interval: tuple[float, float]
     unit: str
+    n: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,17 @@ class Run:
         return ("greedy" if not temperature else f"temperature {temperature:g}"), ""
 
     @functools.cached_property
+    def size(self) -> str:
+        """How much was asked, in words."""
+        groups = Counter(group for group, _ in self.correct)
+        named = f" ({', '.join(f'{group} {count}' for group, count in groups.items())})" if len(groups) > 1 else ""
+        return f"{self.record['questions']} questions{named}, {self.record['images']['count']} images"
+
+    def questions(self, figure: str) -> int:
+        """How many questions a figure is about."""
+        return verdicts.questions_behind(figure, {name: value.n for name, value in self.figures.items()}, self.correct)
+
+    @functools.cached_property
     def conditions(self) -> Mapping[str, str]:
         """Everything besides model and method that decides the figures: words -> value."""
         settings = dataclasses.asdict(self.protocol)
@@ -238,7 +250,7 @@ def _look_at(run: Run) -> tuple:
     """What the report reads later, read once, so that a file of another form is found out at once."""
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
     listed = [entry["name"] + entry["sha256"] for entry in entries]
-    return run.conditions, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
+    return run.conditions, run.size, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -256,7 +268,7 @@ def _interval(bounds: Sequence[float | None]) -> tuple[float, float]:
 
 def _values(found: Mapping) -> dict[str, Value]:
     return {
-        name: Value(_number(entry["value"]), _interval(entry["interval"]), str(entry["unit"]))
+        name: Value(_number(entry["value"]), _interval(entry["interval"]), str(entry["unit"]), int(entry["n"]))
         for name, entry in found.items()
     }
 
@@ -323,7 +335,7 @@ def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
     comparison that was stored with the scores (`--against`) is taken.
     """
     scores = functools.cache(restored)
-    baselines = collections.defaultdict(list)
+    baselines = defaultdict(list)
     for run in runs:
         if run.is_baseline:
             baselines[run.protocol.name, run.model].append(run)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lvlm_jax.evaluation.report.cells import Cell, beats, between, cell, number, shown
+from lvlm_jax.evaluation.report.cells import Cell, between, cell, judged, number, shown
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
@@ -176,6 +176,10 @@ class Report:
         """The lines that have a run under a protocol, with the run."""
         return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
 
+    def size(self, protocol: str) -> str:
+        """How many questions and images the figures of a protocol are of."""
+        return "; or ".join(dict.fromkeys(run.size for _, run in self.of(protocol)))
+
     def column(self, figure: str, protocol: str, title: str = "") -> Column:
         """The column of a figure under a protocol; `title` where it is not called as the figure is."""
         benchmark = next(run.benchmark for run in self.runs if run.protocol.name == protocol)
@@ -187,7 +191,9 @@ class Report:
             return Cell()
         compared = self.comparisons.get(run)
         difference = compared.differences.get(name) if isinstance(compared, Comparison) else None
-        found = cell(run.figures[name], run.benchmark.direction(name), difference, self.marks.get(run, ""))
+        found = cell(
+            run.figures[name], run.benchmark.direction(name), difference, self.marks.get(run, ""), run.questions(name)
+        )
         not_compared = compared is not None and difference is None
         return dataclasses.replace(found, verdict="not compared") if not_compared else found
 
@@ -198,12 +204,12 @@ class Report:
                 "Methods and benchmarks",
                 "Shares in per cent, below them 95 % intervals (images resampled), then the difference to the same "
                 "model without a method, on the same questions, paired. Intervals are not widened for the number of "
-                "comparisons.",
+                "comparisons. Below 30 questions there is no verdict.",
                 (self.overview(),),
             ),
             Section(
                 "Controls",
-                "What a method must beat: the figures of each control, and the method minus the control, paired.",
+                "What a method must be better than: figures of each control, and the method minus the control, paired.",
                 tuple(filter(None, map(self.controls, self.protocols))),
             ),
             Section("By category", "Every figure, by split, subtask or kind.",
@@ -237,7 +243,9 @@ class Report:
         return Table("", columns, tuple(rows), tuple(self.remarks()))
 
     def remarks(self) -> Iterator[str]:
-        """Notes to the marks, why runs were not compared or with what, and captions that got shorter."""
+        """How much was asked, notes to the marks, comparisons that were not made, captions that got shorter."""
+        for protocol in self.protocols:
+            yield f"{protocol}: {self.size(protocol)}"
         for protocol, note in self.mark_notes:
             yield f"{protocol} {note}"
         for protocol in self.protocols:
@@ -262,7 +270,7 @@ class Report:
                 Row(line.model, line.name, line.which, tuple(self.figure(run, name) for name in named.values()))
                 for line, run in members
             )
-            yield Table(f"{protocol}: {heading}", columns, rows)
+            yield Table(f"{protocol}: {heading}", columns, rows, (self.size(protocol),))
 
     def controls(self, protocol: str) -> Table | None:
         """Under each method its controls; None where nothing but models without a method ran."""
@@ -285,14 +293,16 @@ class Report:
             )
             for title, control in run.controls.items():
                 cells = (
-                    cell(control.figures[name], direction, control.differences.get(name))
+                    cell(control.figures[name], direction, control.differences.get(name), questions=run.questions(name))
                     if name in control.figures
                     else Cell()
                     for name, direction in zip(names, directions, strict=True)
                 )
-                said = control.words or beats(run.benchmark, control.differences, list(filter(None, names)))
+                said = judged(run.benchmark, control.differences, list(filter(None, names)), run.questions)
+                if not control.differences:
+                    said = control.words or said
                 rows.append(Row(group, title, control.about, (Cell(said), *cells)))
-        return Table(protocol, columns, tuple(rows))
+        return Table(protocol, columns, tuple(rows), (self.size(protocol),))
 
     def answers(self, protocol: str) -> Table:
         """How many questions, answers not understood, and answers that a method turned."""
@@ -306,7 +316,7 @@ class Report:
                 cells += [number(compared.p, f"{compared.p:.3g}")]
             cells += [number(None)] * (len(names) - len(cells))
             rows.append(Row(line.model, line.name, line.which, tuple(cells)))
-        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))
 
     def cost(self, protocol: str) -> Table:
         """Tokens an answer, time a token, and that time against the same model without a method."""
@@ -330,7 +340,7 @@ class Report:
             cells = (length, number(own.batch), time, ratio)
             rows.append(Row(line.model, line.name, line.which, cells))
         columns = tuple(Column(name, protocol, good) for name, good in names.items())
-        return Table(protocol, columns, tuple(rows))
+        return Table(protocol, columns, tuple(rows), (self.size(protocol),))
 
     def records(self, protocol: str) -> Table:
         """Folder, files, decoding and version of every run."""
@@ -352,4 +362,4 @@ class Report:
             )
             cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found))
             rows.append(Row(line.model, line.name, line.settings, tuple(cells)))
-        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))
