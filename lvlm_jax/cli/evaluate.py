@@ -103,7 +103,9 @@ def build_parser(method: str) -> common.Parser:
     where.add_argument("--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one a line")
     where.add_argument("--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category a line")
     where.add_argument("--chair-pickle", type=Path, metavar="FILE", help="CHAIR: chair.pkl instead of annotations")
-    where.add_argument("--matching", default="exact", metavar="NAME", help="AMBER: exact or spacy (default exact)")
+    where.add_argument("--matching", default="auto", metavar="auto|exact|spacy",
+                       help="AMBER: spacy: nltk's nouns, matched softly by spaCy's en_core_web_lg, as its own scorer "
+                       "does; exact: equal words of its lists; auto: spacy if it is there (default)")  # fmt: skip
     sure = parser.add_argument_group("intervals")
     sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                       help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip

@@ -5,7 +5,7 @@ The rules: words are lower-cased and brought to their ground form; some pairs of
 stands for the category that begins its line.
 
 How words come to their ground form, a "reading":
-  nltk    by nltk's tagger and WordNet, as the published scorer does it (`chair_nltk`)
+  nltk    by nltk's tagger and WordNet, as the published scorer does it (`nltk_words`)
   verbs   without nltk: nouns are made singular, and forms of a verb that is on the list count for it ("seated" is a
           seat, "skiing" is skis), but for an -ing form that a determiner makes a noun ("a comfortable seating area").
           Like the published scorer, it finds nobody in "men" and no vase in "vases".
@@ -21,7 +21,7 @@ from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import chair_nltk
+from lvlm_jax.evaluation import nltk_words
 
 READINGS = ("nltk", "verbs", "nouns")
 
@@ -136,7 +136,7 @@ class Lexicon:
         Args:
             reading: one of `READINGS`, as the module says.
         """
-        single = chair_nltk.lemmas(text) if reading == "nltk" else self._lemmas(text, reading == "verbs")
+        single = nltk_words.lemmas(text) if reading == "nltk" else self._lemmas(text, reading == "verbs")
         joined, i = [], 0
         while i < len(single):
             pair = " ".join(single[i : i + 2])

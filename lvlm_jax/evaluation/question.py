@@ -72,7 +72,8 @@ class Data:
         groups: only these splits or subtasks; empty for those of the protocol.
         only: CHAIR: only these image ids (rescoring takes them from the captions).
         limit: only the first questions of every group, this many of each; None for all.
-        matching: AMBER: "exact", or "spacy" for soft matching with spaCy's large English vectors.
+        matching: AMBER: "spacy" for soft matching with spaCy's large English vectors, as the official scorer does it,
+          "exact", or "auto" for the former where it is installed.
     """
 
     folder: Path
@@ -84,7 +85,7 @@ class Data:
     source: str = "coco"
     groups: tuple[str, ...] = ()
     only: tuple[int, ...] | None = None
-    matching: str = "exact"
+    matching: str = "auto"
     limit: int | None = None
 
     def limited(self, questions: Sequence[Question]) -> list[Question]:

@@ -8,19 +8,22 @@ Generative figures over the nouns of a description that AMBER's word lists know:
   Cog    annotated temptations ("hallu") that are named
 Discriminative figures take "No" for the positive class.
 
-The official scorer tags words with nltk and also accepts words that spaCy's large English vectors find similar (above
-0.8). Here words are matched exactly unless `matching` is "spacy"; nouns are told by the word lists, without a tagger.
-The note "matching" says which. A word that the lists have in the plural ("sunglasses") is found; the official scorer
-makes every noun singular first and never finds it. F1 is the harmonic mean; the official one divides by 0.0001 more.
+The official scorer tells nouns by nltk's tagger and also accepts words that spaCy's large English vectors find similar
+(above 0.8): that is the matching "spacy". Under "exact" nouns are those of AMBER's word lists, and only equal words
+match; a word that the lists have in the plural ("sunglasses") is found, which the official scorer makes singular and
+never finds. "auto" is "spacy" where everything for it is installed. Note and record say which it was. F1 is the
+harmonic mean; the official one divides by 0.0001 more.
 """
 
+import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import binary, folders, parsers
+from lvlm_jax.evaluation import binary, folders, nltk_words, parsers
 from lvlm_jax.evaluation.answers import AnswerFormat
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.chair_words import singular, tokens
@@ -40,6 +43,13 @@ KINDS = {
 }
 DISCRIMINATIVE = ("existence", "state", "number", "action", "relation")
 SIMILARITY = 0.8
+VECTORS = "en_core_web_lg"
+MATCHINGS = ("auto", "exact", "spacy")
+EXACT = (
+    "only equal words match. AMBER's own scorer finds nouns with nltk and takes words for equal that spaCy's large "
+    "English vectors find similar; a run published with CHAIR 7.5, Cover 50.9, Hal 37.3, Cog 3.2 gets 8.7, 51.7, 39.8, "
+    "3.2 so. For that scorer's figures install spaCy, en_core_web_lg, and nltk with its data"
+)
 QUERIES = ("query_all.json",)
 PLACES = (".", "data", "AMBER/data", "AMBER", "amber/data")
 IMAGE_PLACES = ("image", "images", "AMBER/image", "AMBER/images", "data/image", "data/images", ".")
@@ -93,9 +103,9 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         "association": association,
         "known": frozenset(association) | {word for words in association.values() for word in words},
         "safe": frozenset(files.read_text(found["safe"][0], "AMBER's safe_words.txt").splitlines()),
-        "matching": data.matching,
+        "matching": settled(data.matching),
     }
-    similar_words(data.matching)  # says at once when spaCy or its vectors are not there
+    similar_words(lists["matching"])  # says at once when something for it is not there
     notes, listed = {}, set()
     for line, row in files.read_rows(found["annotations"][0], "annotations"):
         where = f"entry {line} of {str(found['annotations'][0])!r}"
@@ -144,27 +154,46 @@ def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, di
     return GENERATIVE, None, {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
 
 
+def settled(matching: str) -> str:
+    """What is meant: for "auto" it is "spacy" where spaCy, its large English vectors, nltk and its data are there."""
+    if matching not in MATCHINGS:
+        raise LVLMError(f"matching {matching!r} is unknown; choose {', '.join(MATCHINGS)}")
+    if matching != "auto":
+        return matching
+    there = all(importlib.util.find_spec(name) is not None for name in ("spacy", VECTORS))
+    return "spacy" if there and nltk_words.have("amber") else "exact"
+
+
 @functools.cache
 def similar_words(matching: str) -> Callable[[str, str], bool]:
     """Whether two different words mean the same: never under "exact", by spaCy's vectors under "spacy".
 
     Raises:
-        LVLMError: spaCy or its large English vectors are not installed.
+        LVLMError: spaCy, its large English vectors, nltk or its data are not installed.
     """
     if matching == "exact":
         return lambda first, second: False
-    if matching != "spacy":
-        raise LVLMError(f"matching {matching!r} is unknown; choose exact or spacy")
+    nltk_words.require("amber under --matching spacy", "--matching exact")
     try:
         import spacy
 
-        vectors = spacy.load("en_core_web_lg")
+        vectors = spacy.load(VECTORS)
     except (ImportError, OSError) as error:
         raise LVLMError(
-            "matching 'spacy' needs the packages spacy and en_core_web_lg; install both, or use matching 'exact'"
+            f"matching 'spacy' needs the packages spacy and {VECTORS}; run: pip install \"lvlm_jax[amber]\" && "
+            f"python -m spacy download {VECTORS}, or choose --matching exact"
         ) from error
     parsed = functools.cache(vectors)
     return functools.cache(lambda first, second: parsed(first).similarity(parsed(second)) > SIMILARITY)
+
+
+def _nouns(text: str, lists: Mapping) -> list[str]:
+    """The nouns of a text that AMBER's word lists know."""
+    if lists["matching"] == "spacy":
+        found = nltk_words.nouns(text)
+    else:
+        found = (singular(token, lists["known"]) for token in tokens(text))
+    return [noun for noun in found if noun in lists["known"]]
 
 
 def _first(noun: str, words: Sequence[str], association: Mapping, same: Callable) -> int | None:
@@ -184,9 +213,7 @@ def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]],
         return first == second
 
     judged, covered, tempted = [], set(), set()
-    for noun in (singular(token, lists["known"]) for token in tokens(text)):
-        if noun not in lists["known"]:
-            continue
+    for noun in _nouns(text, lists):
         if noun in lists["safe"]:
             judged.append((noun, False))
             continue
@@ -237,6 +264,8 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     notes = {"parser": protocol.parser, "unparsed": unparsed}
     if described:
         notes["matching"] = described[0].extra["lists"]["matching"]
+        if notes["matching"] == "exact":
+            notes["exact matching"] = EXACT
     return tally.scores(counts, figures(groups, counts, protocol), notes)
 
 
@@ -274,7 +303,9 @@ BENCHMARK = Benchmark(
     headlines=("CHAIR", "Cover", "Hal", "Cog", "discriminative: accuracy", "discriminative: F1"),
     judged=(("accuracy",), ("Hal",)),
     uses=("question_file", "image_folder", "groups", "matching"),
+    recorded=("matching",),
     answers=AnswerFormat("answers.json", columns=("id", "response")),
     image_places=IMAGE_PLACES,
     descriptions=(GENERATIVE,),
+    narrow=lambda data, rows: dataclasses.replace(data, matching=settled(data.matching)),
 )

@@ -17,7 +17,7 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import chair_nltk, folders, parsers
+from lvlm_jax.evaluation import folders, nltk_words, parsers
 from lvlm_jax.evaluation.answers import AnswerFormat, Row
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.chair_truth import annotation_files, read_annotations, read_chair_pickle
@@ -115,7 +115,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
           which is not there.
     """
     if protocol.parser == "nltk":
-        chair_nltk.require(protocol.name, WITHOUT_NLTK)
+        nltk_words.require(protocol.name, WITHOUT_NLTK)
     listed = read_image_list(data.image_list) if data.image_list is not None else None
     ids = [image_id(name) for name in listed] if listed is not None else None
     if ids is None and data.only is not None:

@@ -1,13 +1,15 @@
 """AMBER: descriptions and questions counted by hand, "No" as the positive class, soft matching named."""
 
-import importlib.util
 import json
+import sys
+import types
 
 import pytest
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, get
 from lvlm_jax.evaluation.benchmarks import amber
+from lvlm_jax.evaluation.rescore import rescore
 from tests.evaluation.builders import ASSOCIATION, amber_folder
 
 PROTOCOLS = ["amber/all", "amber/generative", "amber/discriminative", "amber/discriminative-strict"]
@@ -37,6 +39,7 @@ def test_descriptions_by_hand(tmp_path):
     assert found["Hal"] == 1 / 2
     assert found["Cog"] == 2 / 3
     assert scores.notes["matching"] == "exact"
+    assert "8.7, 51.7, 39.8, 3.2" in scores.notes["exact matching"]
 
 
 def test_leaves_are_not_the_word_leave_of_the_list(tmp_path):
@@ -72,19 +75,59 @@ def test_dimensions_hold_their_kinds(tmp_path):
 
 
 def test_soft_matching(tmp_path, monkeypatch):
-    """With vectors a noun like an annotated one is not hallucinated, and one like a temptation counts for Cog."""
+    """As AMBER's scorer: nltk's nouns, capitals kept; one like an annotated noun is not hallucinated, one like a
+    temptation counts for Cog."""
     alike = {("puppy", "tree"), ("kitten", "cat")}
     monkeypatch.setattr(amber, "similar_words", lambda matching: lambda a, b: (a, b) in alike or (b, a) in alike)
-    questions = [q for q in read(amber_folder(tmp_path), "amber/generative") if q.id == 1]
-    judged, covered, tempted = amber.nouns_judged(questions[0], "A puppy and a kitten.")
+    monkeypatch.setattr(amber.nltk_words, "nouns", lambda text: tuple(text.split()))
+    questions = [q for q in read(amber_folder(tmp_path), "amber/generative", matching="spacy") if q.id == 1]
+    judged, covered, tempted = amber.nouns_judged(questions[0], "puppy Cat kitten walk")
     assert judged == [("puppy", False), ("kitten", True)]
     assert (covered, tempted) == ({0}, {0, 1})
+    notes = values(questions, {1: "puppy"}, "amber/generative")[1].notes
+    assert notes["matching"] == "spacy" and "exact matching" not in notes
 
 
-@pytest.mark.skipif(importlib.util.find_spec("spacy") is not None, reason="spaCy is installed")
-def test_soft_matching_needs_spacy(tmp_path):
-    with pytest.raises(LVLMError, match="needs the packages spacy and en_core_web_lg"):
-        read(amber_folder(tmp_path), matching="spacy")
+@pytest.mark.parametrize(
+    ("there", "spacy", "matching", "expected"),
+    [
+        (True, True, "auto", "spacy"),
+        (True, False, "auto", "exact"),
+        (False, True, "auto", "exact"),
+        (True, True, "exact", "exact"),
+        (
+            True,
+            False,
+            "spacy",
+            "run: pip install .* && python -m spacy download en_core_web_lg, or choose --matching e",
+        ),
+        (False, True, "spacy", "amber under --matching spacy reads words with nltk"),
+        (True, True, "soft", "matching 'soft' is unknown; choose auto, exact, spacy"),
+    ],
+)
+def test_matching_by_what_is_installed(tmp_path, monkeypatch, there, spacy, matching, expected):
+    def require(protocol, instead):
+        if not there:
+            raise LVLMError(f"{protocol} reads words with nltk ...")
+
+    monkeypatch.setattr(amber.nltk_words, "require", require)
+    monkeypatch.setattr(amber.importlib.util, "find_spec", lambda name: spacy or None)
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=lambda name: str) if spacy else None)
+    amber.similar_words.cache_clear()
+    sample(tmp_path)
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([{"id": number, "response": ""} for number in (1, 2)]))
+    data = Data(tmp_path, matching=matching)
+    try:
+        if expected in amber.MATCHINGS:
+            monkeypatch.setattr(amber.nltk_words, "nouns", lambda text: ())
+            record = rescore(get("amber/generative"), data, [str(answers)], resamples=2)["record"]
+            assert record["matching"] == expected
+        else:
+            with pytest.raises(LVLMError, match=expected):
+                amber.read(data, get("amber/generative"))
+    finally:
+        amber.similar_words.cache_clear()
 
 
 @pytest.mark.parametrize(

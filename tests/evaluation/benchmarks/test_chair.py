@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import Data, chair_nltk, get
+from lvlm_jax.evaluation import Data, get, nltk_words
 from lvlm_jax.evaluation.benchmarks import chair
 from lvlm_jax.evaluation.chair_truth import read_chair_pickle
 from lvlm_jax.evaluation.chair_words import DOUBLE_WORDS, parse_synonyms, plain_lexicon, singular, tokens, verb_stem
@@ -299,7 +299,7 @@ def fake_nltk(monkeypatch, version="3.9.1", lacks=()):
     stem.WordNetLemmatizer = Lemmatizer
     monkeypatch.setitem(sys.modules, "nltk", nltk)
     monkeypatch.setitem(sys.modules, "nltk.stem", stem)
-    monkeypatch.setattr(chair_nltk, "lemmas", chair_nltk.lemmas.__wrapped__)  # remember nothing of the stand-in
+    monkeypatch.setattr(nltk_words, "lemmas", nltk_words.lemmas.__wrapped__)  # remember nothing of the stand-in
 
 
 def test_words_go_through_nltk(folder, monkeypatch):
@@ -360,7 +360,7 @@ def test_published_figures_without_nltk():
 
 def test_published_figures_with_nltk():
     try:
-        chair_nltk.require("this test", "the test before")
+        nltk_words.require("this test", "the test before")
     except LVLMError as error:
         pytest.skip(str(error))
     for ours, theirs in published("chair/opera-512"):

@@ -1,8 +1,9 @@
-"""The words of a caption as the published CHAIR scorer has them (OPERA's chair.py): by nltk, with its data.
+"""Words of a text as published scorers have them: by nltk, with its data.
 
-Text in lower case is cut into words, every word is tagged with its part of speech, and WordNet's lemmatiser brings it
-to its ground form as that part of speech. So verbs name objects too ("seated" is a seat, "tied" a tie), "men" stays as
-it is, and "vases" becomes "vas".
+`lemmas`: CHAIR's (OPERA's chair.py). Text in lower case is cut into words, every word is tagged with its part of
+speech, and WordNet's lemmatiser brings it to its ground form as that part of speech. So verbs name objects too
+("seated" is a seat, "tied" a tie), "men" stays as it is, and "vases" becomes "vas".
+`nouns`: AMBER's (its inference.py). The nouns of a text, as they are written but for their ground form.
 """
 
 import functools
@@ -53,6 +54,15 @@ def require(protocol: str, instead: str) -> None:
         ) from error
 
 
+def have(protocol: str) -> bool:
+    """Whether nltk and its data are there and work."""
+    try:
+        require(protocol, "")
+    except LVLMError:
+        return False
+    return True
+
+
 def _download(names: Iterable[str]) -> str:
     return f"python -m nltk.downloader {' '.join(names)}"
 
@@ -77,3 +87,13 @@ def lemmas(text: str) -> tuple[str, ...]:
     lemmatize = WordNetLemmatizer().lemmatize
     tagged = nltk.pos_tag(nltk.word_tokenize(text.lower()))
     return tuple(lemmatize(word, pos=PARTS.get(tag[:1], "n")) for word, tag in tagged)
+
+
+@functools.lru_cache(maxsize=4096)
+def nouns(text: str) -> tuple[str, ...]:
+    """Nouns of a text in their ground forms, capitals kept."""
+    import nltk
+    from nltk.stem import WordNetLemmatizer
+
+    lemmatize = WordNetLemmatizer().lemmatize
+    return tuple(lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN"))
