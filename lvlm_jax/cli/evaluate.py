@@ -7,6 +7,7 @@
     lvlm evaluate --protocol chair/opera-512 --data ~/coco --synonyms synonyms.txt --rescore captions.jsonl
     lvlm evaluate --protocol chair/opera-64 --data ~/coco --chair-pickle chair.pkl --rescore captions.jsonl
     lvlm evaluate --protocol mme/hallucination --data ~/data --rescore answers_folder
+    lvlm evaluate --protocol pope/vcd --data ~/data --model M --use_cd --cd_alpha 1 --cd_beta 0.2      as VCD's script
 
 Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
 [{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no image.
@@ -30,7 +31,7 @@ import dataclasses
 from pathlib import Path
 
 from lvlm_jax import LVLM, evaluation, parallel
-from lvlm_jax.cli import common
+from lvlm_jax.cli import common, habits
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, Protocol, get, statistics
 from lvlm_jax.evaluation import rescore as scoring
@@ -116,11 +117,11 @@ def build_parser(method: str) -> common.Parser:
 
 
 def protocols() -> str:
-    """All protocols, one a line, below the links to the data of their benchmark."""
+    """All protocols, one a line, below where the data of their benchmark comes from."""
     known = [get(name) for name in evaluation.names()]
     lines = []
     for benchmark in evaluation.BENCHMARKS.values():
-        lines.append(f"{benchmark.name}: {', '.join(benchmark.links)}")
+        lines += [benchmark.name, *(f"  data: {link}" for link in benchmark.links)]
         lines += [f"  {one.name:30s} {one.about}" for one in known if one.benchmark == benchmark.name]
     return "\n".join(lines)
 
@@ -156,6 +157,7 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
 
 def main(arguments: list[str]) -> int:
     """Score what the arguments name, print the figures, and write scores.json."""
+    arguments = habits.translated(arguments, habits.EVALUATE_SAME, habits.EVALUATE_ANSWERS)
     flags = build_parser(common.ahead(arguments, method="none").method).parse_args(arguments)
     if flags.list:
         print(protocols())

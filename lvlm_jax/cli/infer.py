@@ -8,7 +8,7 @@ import time
 
 from lvlm_jax import LVLM, config_files
 from lvlm_jax.analysis import overlay
-from lvlm_jax.cli import common
+from lvlm_jax.cli import common, habits
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import jobs, scheduler
 from lvlm_jax.generation.defaults import CHOICES
@@ -230,5 +230,5 @@ def ask(arguments) -> int:
 
 def main(words: list[str]) -> int:
     """Parse the command line and do what it asks."""
-    arguments = command_line(words)
+    arguments = command_line(habits.translated(words, habits.SAME, habits.INFER_ANSWERS))
     return job(arguments) if arguments.question_file or arguments.answers_file else ask(arguments)

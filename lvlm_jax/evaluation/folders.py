@@ -1,5 +1,6 @@
 """Finding a benchmark's files in the folders people have; what is missing is named with where it was looked for."""
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,22 @@ from lvlm_jax.journal.record import file_hash
 
 # Where people keep the pictures of a benchmark, seen from the folder they name.
 COCO_IMAGES = ("val2014", "coco/val2014", "COCO_2014/val2014", "coco2014/val2014", "COCO/val2014", "images", ".")
+COCO_LINK = "https://cocodataset.org/#download (2014 Val images: val2014.zip)"
 GQA_IMAGES = ("gqa/images", "GQA/images", "images", "gqa", "GQA", ".")
+
+
+def chosen_groups(data: Data, known: Sequence[str], what: str, kind: str = "group") -> tuple[str, ...]:
+    """The groups that `data` asks for, in the order of `known`; all where it asks for none.
+
+    Raises:
+        LVLMError: one that is not known; the message names those that are.
+    """
+    for name in data.groups:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? There are" if close else "there are"
+            raise LVLMError(f"{what} has no {kind} {name!r}; {hint} {', '.join(known)}")
+    return tuple(group for group in known if not data.groups or group in data.groups)
 
 
 def data_folder(data: Data) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Benchmark, answers, protocol, statistics, verdicts
 from lvlm_jax.evaluation.question import Data
 from lvlm_jax.evaluation.scores import Scores
@@ -14,13 +15,19 @@ from lvlm_jax.journal.record import file_hash
 
 
 def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str | None, Path]]:
-    """`GROUP=FILE`, or a file or folder alone, as (group or None, path)."""
+    """`GROUP=FILE`, or a file or folder alone, as (group or None, path).
+
+    Raises:
+        LVLMError: a file that is there, with a group that is not.
+    """
     found = []
     for word in words:
         group, equals, name = word.partition("=")
         # A path may hold an equals sign itself.
         if equals and group in groups and not Path(word).exists():
             found.append((group, Path(name)))
+        elif equals and groups and Path(name).expanduser().exists() and not Path(word).expanduser().exists():
+            raise LVLMError(f"{word}: there is no group {group!r}; give GROUP=FILE with one of {', '.join(groups)}")
         else:
             found.append((None, Path(word)))
     return found

@@ -122,6 +122,7 @@ def test_list_names_every_protocol(capsys):
     assert run("--list") == 0
     out = capsys.readouterr().out
     assert "pope/vcd" in out and "chair/opera-64" in out and "choices/muirbench" in out
+    assert out.count("  data: https://") >= 12 and "annotations_trainval2014.zip" in out
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,9 @@ def test_list_names_every_protocol(capsys):
         (["--protocol", "pope"], "give a model that answers"),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--data", "nowhere"], "cannot be read|not a folder"),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--source", "flickr"], "source 'flickr' is unknown"),
-        (["--protocol", "pope", "--rescore", "a.jsonl", "--group", "easy"], "no split 'easy'"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--group", "easy"], "no split 'easy'; there are random"),
+        (["--protocol", "pope", "--rescore", "a.jsonl", "--group", "randm"], "no split 'randm'; did you mean 'random'"),
+        (["--protocol", "pope", "--rescore", "randm=a.jsonl"], "randm=a.jsonl: there is no group 'randm'; give GROUP="),
         (["--protocol", "pope", "--rescore", "a.jsonl", "--colour"], "--colour is not known here"),
     ],
 )

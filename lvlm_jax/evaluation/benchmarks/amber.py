@@ -93,6 +93,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice or is
           not annotated.
     """
+    wanted = folders.chosen_groups(data, protocol.groups, protocol.name, "kind")
     found = question_files(data, protocol)
     association = files.read_json(found["association"][0], "AMBER's relation.json")
     if not isinstance(association, dict) or not all(map(_are_words, association.values())):
@@ -120,12 +121,11 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         if number not in notes:
             raise LVLMError(f"{where}: id {number} is not in {str(found['annotations'][0])!r}")
         group, label, extra = _annotated(notes[number], number, lists)
-        if group in protocol.groups and (not data.groups or group in data.groups):
+        if group in wanted:
             questions.append((number, files.field(row, ["image"], str, where),
                               files.field(row, ["query", "text"], str, where), label, group, extra))  # fmt: skip
     if not questions:
-        wanted = ", ".join(data.groups or protocol.groups)
-        raise LVLMError(f"question file {str(found['questions'][0])!r} has no question of {wanted}")
+        raise LVLMError(f"question file {str(found['questions'][0])!r} has no question of {', '.join(wanted)}")
     paths = folders.locate_images(data, [row[1] for row in questions], IMAGE_PLACES, need_images, "AMBER")
     return [
         Question(number, (paths[image],), text, label, group, extra)
@@ -294,7 +294,7 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 BENCHMARK = Benchmark(
     name="amber",
     protocols=PROTOCOLS,
-    links=("https://github.com/junyangwang0410/AMBER",),
+    links=("https://github.com/junyangwang0410/AMBER (data/; its README links the images)",),
     question_files=question_files,
     read=read,
     score=score,

@@ -114,6 +114,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         LVLMError: missing or malformed files; an image is listed twice, or is not annotated; the protocol needs nltk,
           which is not there.
     """
+    folders.chosen_groups(data, protocol.groups, "CHAIR")
     if protocol.parser == "nltk":
         nltk_words.require(protocol.name, WITHOUT_NLTK)
     listed = read_image_list(data.image_list) if data.image_list is not None else None
@@ -272,7 +273,12 @@ def captioned(data: Data, rows: Sequence[Row]) -> Data:
 BENCHMARK = Benchmark(
     name="chair",
     protocols=PROTOCOLS,
-    links=("https://github.com/LisaAnne/Hallucination", "https://cocodataset.org (annotations, val2014)"),
+    links=(
+        "https://cocodataset.org/#download (2014 Train/Val annotations: annotations_trainval2014.zip)",
+        folders.COCO_LINK,
+        "https://github.com/LisaAnne/Hallucination/blob/master/data/synonyms.txt (--synonyms)",
+        "https://github.com/shikiw/OPERA (its chair.py makes a chair.pkl; captions in log/chair_eval_results)",
+    ),
     question_files=question_files,
     read=read,
     score=score,

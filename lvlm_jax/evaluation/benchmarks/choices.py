@@ -90,10 +90,9 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             _follow_reference(row, by_index, where)
             question = _question(row, number, folder, where)
             files.unique(seen, question.key, where)
-            if not data.groups or question.group in data.groups:
-                questions.append(question)
-    if not questions:
-        raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
+            questions.append(question)
+    wanted = folders.chosen_groups(data, list(dict.fromkeys(one.group for one in questions)), protocol.name)
+    questions = [question for question in questions if question.group in wanted]
     if need_images:
         for question in questions:
             for image in question.images:

@@ -48,11 +48,7 @@ PROTOCOLS = (
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The file of all questions."""
-    unknown = set(data.groups) - set(protocol.groups)
-    if unknown:
-        raise LVLMError(
-            f"HallusionBench has no category {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}"
-        )
+    folders.chosen_groups(data, protocol.groups, "HallusionBench", "category")
     if data.question_file is not None:
         return {"questions": [files.given(data.question_file, "question file")]}
     return {"questions": [folders.find(data, ["HallusionBench.json"], PLACES, "HallusionBench's question file")]}

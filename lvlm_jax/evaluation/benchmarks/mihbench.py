@@ -52,10 +52,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
         return {"questions": [files.given(data.question_file, "question file")]}
     if not protocol.groups:
         raise LVLMError(f"{protocol.name} needs the question file by name; give --question-file")
-    unknown = set(data.groups) - set(protocol.groups)
-    if unknown:
-        raise LVLMError(f"MIHBench has no kind {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}")
-    wanted = [group for group in protocol.groups if not data.groups or group in data.groups]
+    wanted = folders.chosen_groups(data, protocol.groups, "MIHBench", "kind")
     return {
         group: [
             folders.find(
@@ -75,7 +72,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     Raises:
         LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
     """
-    rows, seen = [], set()
+    rows, seen, kinds = [], set(), {}
     for role, (path,) in question_files(data, protocol).items():
         for number, row in tables.rows(path):
             where = f"row {number} of question file {str(path)!r}"
@@ -90,11 +87,11 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             files.unique(seen, (group, str(identity)), where)
             if not label:
                 raise LVLMError(f"{where} has an empty label")
+            kinds.setdefault(group)
             if not data.groups or group in data.groups:
                 images = tuple(tables.picture(cell, f"{where}: image") for cell in cells)
                 rows.append((identity, *tables.interleave(text, images, where), label, group))
-    if not rows:
-        raise LVLMError(f"no question of {', '.join(data.groups)} in the files of {protocol.name}")
+    folders.chosen_groups(data, list(kinds), f"the question file of {protocol.name}", "kind")
     paths = {}
     # Group by group, for the pictures of identity lie apart from those of COCO.
     for group in dict.fromkeys(row[4] for row in rows):
@@ -157,11 +154,7 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 BENCHMARK = Benchmark(
     name="mihbench",
     protocols=PROTOCOLS,
-    links=(
-        "https://github.com/pgtrece/DAB",
-        "https://cocodataset.org (val2014)",
-        "https://github.com/facebookresearch/co3d",
-    ),
+    links=("https://github.com/pgtrece/DAB", folders.COCO_LINK, "https://github.com/facebookresearch/co3d"),
     question_files=question_files,
     read=read,
     score=score,

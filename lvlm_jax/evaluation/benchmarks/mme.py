@@ -39,14 +39,9 @@ PROTOCOLS = (
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """Subtask -> its text files, in the order of their names."""
     folder = folders.data_folder(data)
-    unknown = set(data.groups) - set(protocol.groups)
-    if unknown:
-        raise LVLMError(f"{protocol.name} has no subtask {sorted(unknown)[0]!r}; it has {', '.join(protocol.groups)}")
     places = [folder, folder / RELEASE, folder / "MME" / RELEASE, folder / "MME", folder / "mme" / RELEASE]
     found = {}
-    for task in protocol.groups:
-        if data.groups and task not in data.groups:
-            continue
+    for task in folders.chosen_groups(data, protocol.groups, protocol.name, "subtask"):
         for place in places:
             nested = place / task / "questions_answers_YN"
             texts = sorted((nested if nested.is_dir() else place / task).glob("*.txt"))

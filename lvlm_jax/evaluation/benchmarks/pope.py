@@ -49,18 +49,11 @@ PROTOCOLS = (
 )
 
 
-def _groups(data: Data, protocol: Protocol) -> tuple[str, ...]:
-    unknown = set(data.groups) - set(protocol.groups)
-    if unknown:
-        raise LVLMError(f"POPE has no split {sorted(unknown)[0]!r}; choose among {', '.join(protocol.groups)}")
-    return tuple(group for group in protocol.groups if not data.groups or group in data.groups)
-
-
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """Split -> its question file. One file given by the user is for one split, named in its file name or `groups`."""
     if data.source not in SOURCES:
         raise LVLMError(f"POPE source {data.source!r} is unknown; choose one of {', '.join(SOURCES)}")
-    groups = _groups(data, protocol)
+    groups = folders.chosen_groups(data, protocol.groups, "POPE", "split")
     if data.question_file is not None:
         path = files.given(data.question_file, "question file")
         named = [group for group in groups if group in path.name.lower()]
@@ -142,7 +135,12 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 BENCHMARK = Benchmark(
     name="pope",
     protocols=PROTOCOLS,
-    links=("https://github.com/AoiDragon/POPE", "https://cocodataset.org (val2014)"),
+    links=(
+        "https://github.com/AoiDragon/POPE (output/coco; random has 2910 questions)",
+        "https://github.com/DAMO-NLP-SG/VCD (experiments/data/POPE: coco, aokvqa, gqa; random has 3000)",
+        folders.COCO_LINK,
+        "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip (for --source gqa)",
+    ),
     question_files=question_files,
     read=read,
     score=score,

@@ -112,5 +112,5 @@ def test_bad_files(tmp_path, wrong, message):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(LVLMError, match="no file HallusionBench.json in"):
         hallusionbench.read(Data(tmp_path), PROTOCOL)
-    with pytest.raises(LVLMError, match="no category 'VR'; choose among VD, VS"):
+    with pytest.raises(LVLMError, match="no category 'VR'; there are VD, VS"):
         hallusionbench.read(Data(tmp_path, groups=("VR",)), PROTOCOL)
