@@ -1,18 +1,31 @@
-"""A persistent cache of compiled programs, so that a second run of the same model starts without compiling.
+"""Where compiled programs are kept: on the disk for the next run, in memory while they are used.
 
-Its folders are private to the user: what lies in them is run as machine code, so a folder that somebody else owns or
-may write to is never used.
+The folders on the disk are private to the user: what lies in them is run as machine code, so a folder that somebody
+else owns or may write to is never used. In memory the programs used last are kept, so that a service that is asked for
+every shape does not grow without bound.
 """
 
+import collections
+import functools
+import inspect
 import os
 import pathlib
 import stat
+import threading
 import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 
 # Set to 0, off, false or no: nothing is read from or written to the disk.
 SWITCH = "LVLM_JAX_COMPILATION_CACHE"
+
+# How many programs are kept in memory; with every further one, the program that was used longest ago is dropped.
+MOST = "LVLM_JAX_PROGRAMS"
+USUALLY = 128  # two to five megabytes each on a CPU for a small model, twenty for one of 7 billion parameters
+
+_PARAMETERS = "params"  # the argument that has the same shapes in all calls with a configuration
 
 
 def off(switch: str) -> bool:
@@ -81,3 +94,81 @@ def enable_cache() -> pathlib.Path | None:
         # Start-up runs many programs that compile in a few hundredths of a second each; together they are seconds.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+def most_programs() -> int:
+    """How many programs are kept in memory: a number of 1 or more in `LVLM_JAX_PROGRAMS`, or as many as usual."""
+    word = os.environ.get(MOST, "").strip()
+    return int(word) if word.isdecimal() and int(word) > 0 else USUALLY
+
+
+class Kept:
+    """A function that `jax.jit` compiles, which keeps its programs only while they are among those used last.
+
+    `lower` and `trace` are those of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable, static: Sequence[str], options: dict[str, Any]):
+        functools.update_wrapper(self, function)
+        self._function, self._options = function, {**options, "static_argnames": tuple(static)}
+        self._names, self._static = tuple(inspect.signature(function).parameters), frozenset(static)
+        whole = self._jitted()
+        self.lower, self.trace = whole.lower, whole.trace
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _PROGRAMS.of(self, self._key(arguments, named))(*arguments, **named)
+
+    def _cache_size(self) -> int:
+        """How many programs are kept; named as in JAX."""
+        return sum(jitted._cache_size() for jitted in _PROGRAMS.all_of(self))
+
+    def _jitted(self) -> Callable:
+        # JAX keeps programs by function: one of its own can be dropped alone.
+        own = functools.wraps(self._function)(lambda *arguments, **named: self._function(*arguments, **named))
+        return jax.jit(own, **self._options)
+
+    def _key(self, arguments: tuple, named: dict[str, Any]) -> Hashable:
+        """What decides the program besides the parameters: static arguments, and structure and shapes of the others."""
+        static, traced = [], []
+        for name, value in (*zip(self._names, arguments, strict=False), *named.items()):
+            if name in self._static:
+                static.append((name, value))
+            elif name != _PARAMETERS:
+                traced.append((name, value))
+        leaves, structure = jax.tree_util.tree_flatten(traced)
+        return tuple(static), structure, tuple(getattr(leaf, "shape", ()) for leaf in leaves)
+
+
+class _Programs:
+    """Jitted functions by function and key, those used last at the end."""
+
+    def __init__(self):
+        self._kept: collections.OrderedDict[tuple[Kept, Hashable], Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, function: Kept, key: Hashable) -> Callable:
+        with self._lock:
+            jitted = self._kept.pop((function, key), None) or function._jitted()
+            self._kept[function, key] = jitted
+            dropped = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - most_programs())]
+        for old in dropped:  # one that is running goes on
+            old.clear_cache()
+        return jitted
+
+    def all_of(self, function: Kept) -> list:
+        with self._lock:
+            return [jitted for (owner, _), jitted in self._kept.items() if owner is function]
+
+
+_PROGRAMS = _Programs()
+
+
+def jit(function: Callable, static_argnames: str | Sequence[str] = (), **options: Any) -> Kept:
+    """`jax.jit` for functions of this package that are called with many shapes; see `Kept`.
+
+    Args:
+        function: of named arguments; an argument `params` has the same shapes in all calls with one configuration.
+        static_argnames, options: of `jax.jit`.
+    """
+    static = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+    return Kept(function, static, options)

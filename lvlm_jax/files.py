@@ -1,16 +1,25 @@
 """Reading and writing files, with one line that says which file, which line, and what was expected."""
 
 import contextlib
+import glob
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lvlm_jax.errors import LVLMError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 LARGEST = 4 << 30  # bytes of a file that is read whole; JSON takes several times as much as objects
+_TIDY: set[Path] = set()  # folders in which this process has removed what killed ones left
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -132,11 +141,13 @@ def write_whole(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that appears at `path` complete or not at all. `LVLMError` when it cannot be written."""
-    # Nobody can know the name beforehand, and "x" follows no link: nothing outside the folder is ever overwritten.
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as file:
+        if path.parent not in _TIDY:
+            remove_left(path.parent, f".{'[0-9a-f]' * 16}.part")
+            _TIDY.add(path.parent)
+        file, part = _new_file(path.parent)
+        with file:
             try:
                 yield file
                 file.flush()
@@ -148,6 +159,66 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except OSError as error:
         raise LVLMError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _new_file(folder: Path) -> tuple[BinaryIO, Path]:
+    """An empty file, locked for this process, and its path."""
+    while True:
+        # Nobody can know the name beforehand, and "x" follows no link: nothing outside the folder is ever overwritten.
+        part = folder / f".{secrets.token_hex(8)}.part"
+        file = part.open("xb")
+        if _claimed(file.fileno(), part):
+            return file, part
+        file.close()
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path, kind: str) -> Iterator[Path]:
+    """A new private folder `.NAME.KIND-...` beside `path`, which is removed in the end unless it was moved away.
+
+    Those that killed processes left there are removed first. `OSError` when it cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left(path.parent, f".{glob.escape(path.name)}.{kind}-*")
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{kind}-", dir=path.parent))
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+        if handle is None or _claimed(handle, folder):
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_left(folder: Path, pattern: str) -> None:
+    """Removes files and folders that match and that no process holds: their writers were killed."""
+    if fcntl is None:
+        return
+    for path in list(folder.glob(pattern)):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _claimed(handle: int, path: Path) -> bool:
+    """Locks what this process has just made; False when `remove_left` of another one came before."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, where nothing is removed either
+        return True
+    return path.exists()
 
 
 def sync_folder(folder: Path) -> None:

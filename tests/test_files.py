@@ -49,6 +49,8 @@ def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
     assert (tmp_path / "victim").read_text() == "precious"
     assert (out / "scores.json").read_text() == "{}" and not (out / "scores.json").is_symlink()
     monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    (out / ".0123456789abcdef.part").symlink_to(tmp_path / "victim")
+    files.remove_left(out, ".*.part")
     (out / ".known.part").symlink_to(tmp_path / "victim")
     with pytest.raises(LVLMError, match="cannot be written: File exists"):
         files.write_whole(out / "scores.json", "after")
@@ -102,6 +104,13 @@ def test_killed_at_any_moment_a_file_is_whole(tmp_path):
         assert kill_at(lambda: Function(write_again_and_again, path), moment, pause=0.004).in_time
         lines, rest = divmod(path.stat().st_size, len(LINE))
         assert rest == 0 and lines % 1000 == 0 and path.read_bytes() == LINE * lines
+    (tmp_path / ".0123456789abcdef.part").touch()
+    with files.whole(tmp_path / "other") as file:  # what nobody holds went, what somebody writes stays
+        (part,) = tmp_path.glob(".*.part")
+        files.remove_left(tmp_path, ".*.part")
+        assert part.exists()
+        file.write(b"x")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "log", "other"}
 
 
 def test_what_is_no_file_is_not_read(tmp_path, monkeypatch):

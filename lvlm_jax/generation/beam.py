@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lvlm_jax.compilation import jit
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import State
 from lvlm_jax.models.family import FamilyConfig
@@ -230,5 +231,5 @@ def _along(values: Array, places: Int[Array, "B K"]) -> Array:
     return jnp.take_along_axis(values, places if values.ndim == 2 else places[:, :, None], axis=1)
 
 
-begin = jax.jit(_begin, static_argnames=("beams", "answer_capacity"))
-run = jax.jit(_run, static_argnames="config", donate_argnames="search")
+begin = jit(_begin, static_argnames=("beams", "answer_capacity"))
+run = jit(_run, static_argnames="config", donate_argnames="search")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.attention import Block, LayerCache
+from lvlm_jax.compilation import jit
 from lvlm_jax.generation import drivers, forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import State, Track
@@ -351,8 +352,8 @@ def _resized(cache: LayerCache, columns: tuple[int, ...], shared: int) -> LayerC
     return LayerCache(branches[0].first(shared) if shared else None, own)
 
 
-empty = jax.jit(_empty, static_argnames=("batch", "limit", "vocabulary"))
-place = jax.jit(_place, donate_argnames="slots")
-run = jax.jit(_run, static_argnames="config", donate_argnames="slots")
-compact = jax.jit(_compact, donate_argnames="slots")
-widen = jax.jit(_widen, static_argnames="size")
+empty = jit(_empty, static_argnames=("batch", "limit", "vocabulary"))
+place = jit(_place, donate_argnames="slots")
+run = jit(_run, static_argnames="config", donate_argnames="slots")
+compact = jit(_compact, donate_argnames="slots")
+widen = jit(_widen, static_argnames="size")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.attention import Tap, Tapped
+from lvlm_jax.compilation import jit
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
@@ -21,9 +22,9 @@ from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 
-encode_images = jax.jit(forward.encode_images, static_argnames="config")
-embed = jax.jit(forward.embed, static_argnames="config")
-full_forward = jax.jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
+encode_images = jit(forward.encode_images, static_argnames="config")
+embed = jit(forward.embed, static_argnames="config")
+full_forward = jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
 
 
 def _tapped(
@@ -39,21 +40,21 @@ def _tapped(
     return forward.full_forward(params, config, prompt, method, window, image_count, tap)[1]
 
 
-tapped_forward = jax.jit(_tapped, static_argnames=("config", "window", "image_count", "tap"))
+tapped_forward = jit(_tapped, static_argnames=("config", "window", "image_count", "tap"))
 PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
-prefill = jax.jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
-prefix = jax.jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
-contrast_pixels = jax.jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
-contrast_image = jax.jit(lambda method, picture, index: method.contrast_image(picture, index))
-salience = jax.jit(forward.salience, static_argnames="config")
-with_fewer_tokens = jax.jit(forward.with_fewer_tokens, static_argnames="image_count")
-contrast_tokens = jax.jit(
+prefill = jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
+prefix = jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
+contrast_pixels = jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
+contrast_image = jit(lambda method, picture, index: method.contrast_image(picture, index))
+salience = jit(forward.salience, static_argnames="config")
+with_fewer_tokens = jit(forward.with_fewer_tokens, static_argnames="image_count")
+contrast_tokens = jit(
     lambda method, prompt: dataclasses.replace(
         prompt, embeddings=method.contrast_tokens(prompt.embeddings, prompt.image_id)
     )
 )
-probed = jax.jit(forward.probed, static_argnames=("config", "image_count"))
-decode_step = jax.jit(forward.decode_step, static_argnames="config", donate_argnames="state")
+probed = jit(forward.probed, static_argnames=("config", "image_count"))
+decode_step = jit(forward.decode_step, static_argnames="config", donate_argnames="state")
 
 
 def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tuple[State, Step]:
@@ -166,9 +167,9 @@ def _run(params: dict, config: FamilyConfig, answers: Answers, limit: Int[Array,
     return jax.lax.while_loop(unfinished, functools.partial(advance, params, config), answers)
 
 
-begin = jax.jit(choose_first, static_argnames="answer_capacity", donate_argnames="state")
-run = jax.jit(_run, static_argnames="config", donate_argnames="answers")
-advance_once = jax.jit(advance, static_argnames="config", donate_argnames="answers")
+begin = jit(choose_first, static_argnames="answer_capacity", donate_argnames="state")
+run = jit(_run, static_argnames="config", donate_argnames="answers")
+advance_once = jit(advance, static_argnames="config", donate_argnames="answers")
 
 
 def stream(params: dict, config: FamilyConfig, answers: Answers, limit: int) -> Iterator[Answers]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention import Tap
+from lvlm_jax.compilation import jit
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.beam import RULED_OUT, Finished, Hypotheses, Rule, rows_of
 from lvlm_jax.generation.state import State
@@ -119,9 +120,9 @@ def _replay(
     return jax.lax.fori_loop(0, hypotheses.count, run, (cleared, blank))
 
 
-take = jax.jit(lambda state, logits, rows: (rows_of(state, rows), logits[rows]))
-step = jax.jit(_step, static_argnames="config", donate_argnames="state")
-replay = jax.jit(_replay, static_argnames="config", donate_argnames="state")
+take = jit(lambda state, logits, rows: (rows_of(state, rows), logits[rows]))
+step = jit(_step, static_argnames="config", donate_argnames="state")
+replay = jit(_replay, static_argnames="config", donate_argnames="state")
 
 
 class Rollbacks:

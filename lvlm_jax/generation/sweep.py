@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from lvlm_jax.compilation import jit
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import branches, drivers, forward, searches
 from lvlm_jax.generation.branches import Opening
@@ -202,4 +203,4 @@ def _grid_axis(path: tuple, leaf: Any) -> int | None:
     return None if names & set(SHARED) else 0
 
 
-run = jax.jit(_run, static_argnames=("config", "answer_capacity", "contrast_axis", "options"))
+run = jit(_run, static_argnames=("config", "answer_capacity", "contrast_axis", "options"))

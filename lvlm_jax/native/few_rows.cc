@@ -285,7 +285,7 @@ void Multiply(ffi::ThreadPool& pool, Rows x, ffi::AnyBuffer w, ffi::Result<Rows>
   const Product<W> product{x.typed_data(), static_cast<const W*>(w.untyped_data()), y->typed_data(), of[0], of[1],
                            y->dimensions()[1]};
   if (product.in == 0)
-    std::memset(product.y, 0, product.rows * product.out * sizeof(float));
+    std::fill_n(product.y, product.rows * product.out, 0.0f);
   else if (product.rows > 0 && product.out > 0 && out_first)
     MultiplyOutIn(pool, product);
   else if (product.rows > 0 && product.out > 0)

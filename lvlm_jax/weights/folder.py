@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from lvlm_jax.files import remove_left
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
 
@@ -87,7 +89,9 @@ def put_in_place(partial: Path, folder: Path) -> None:
         except OSError:
             old.rename(folder)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+    # What saves left that were cut off between the two.
+    remove_left(folder.parent, f".{glob.escape(folder.name)}.old-*")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from lvlm_jax import models
+from lvlm_jax import files, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
@@ -71,23 +69,17 @@ def save_checkpoint(
     _check_target(folder, overwrite)
     tensors = _tensors(params, config, scheme, dtype)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        with files.folder_beside(folder, "partial") as partial:
+            _write_weights(partial, tensors, max_shard_size)
+            hf_config = _hf_config(config, {tensor.dtype for tensor in tensors.values()})
+            write_json(partial / "config.json", hf_config)
+            write_json(partial / "generation_config.json", _generation_config(config, processor_source))
+            if processor_source is not None:
+                copy_processor(Path(processor_source), partial, config)
+            partial.chmod(0o777 & ~_umask())
+            put_in_place(partial, folder)
     except OSError as error:
         raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        _write_weights(partial, tensors, max_shard_size)
-        hf_config = _hf_config(config, {tensor.dtype for tensor in tensors.values()})
-        write_json(partial / "config.json", hf_config)
-        write_json(partial / "generation_config.json", _generation_config(config, processor_source))
-        if processor_source is not None:
-            copy_processor(Path(processor_source), partial, config)
-        partial.chmod(0o777 & ~_umask())
-        put_in_place(partial, folder)
-    except OSError as error:
-        raise LVLMError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

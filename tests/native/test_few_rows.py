@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
 from concurrent import futures
 
 import chex
@@ -290,3 +291,21 @@ def test_a_folder_that_others_write_to_is_not_used(copied, fresh):
     with pytest.warns(UserWarning, match="other users may write"):
         assert build.library() is not None
     assert not any(fresh.iterdir())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["-march=native", "-march=x86-64"])
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_nothing_is_read_or_written_outside_and_nothing_races(sanitizer, processor, tmp_path):
+    """The whole source but for XLA's call, for this processor and without any of its vectors."""
+    here, program = pathlib.Path(__file__).parent, tmp_path / "program"
+    options = ["-std=c++17", "-O1", "-g", "-w", "-pthread", "-fno-sanitize-recover=all", f"-fsanitize={sanitizer}"]
+    folders = [f"-I{here / 'ffi'}", f"-I{pathlib.Path(build.__file__).parent}"]
+    command = [build.compiler(), *options, processor, *folders, str(here / "sanitized.cc"), "-o", str(program)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode and "sanitize" in made.stderr + made.stdout or "cannot find -l" in made.stderr:
+        pytest.skip("the compiler has no such sanitizer")
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "0 failures"), done.stderr[-2000:]

@@ -1,8 +1,11 @@
 """What is saved loads in transformers and here, bit for bit, and appears whole or not at all."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -11,11 +14,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax import weights
+from lvlm_jax import files, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import folder as saved_folder
 from lvlm_jax.weights import save
 from lvlm_jax.weights.tables import flatten, unflatten
+from tests.killing import Function, contents
 from tests.weights import checkpoints as make
 
 
@@ -211,6 +215,57 @@ def test_a_save_that_was_cut_off_between_two_renames_is_found(params, config, tm
     folder.rename(tmp_path / ".out.old-abc")
     with pytest.raises(LVLMError, match=r"out is not there, and a save .* in .*\.out\.old-abc: rename that"):
         weights.resolve_checkpoint(folder)
+
+
+def fill(folder, word):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(word)
+
+
+def replace(folder):
+    with files.folder_beside(folder, "partial") as partial:
+        fill(partial, "new")
+        saved_folder.put_in_place(partial, folder)
+
+
+def replace_until(folder, exchange, last):
+    """Is killed at the step of that number; steps are what concerns files, names, folders and libraries."""
+    if not exchange:
+        saved_folder._exchange = lambda *_: False
+    steps = itertools.count(1)
+
+    def step(event, _):
+        if event.partition(".")[0] in ("open", "os", "shutil", "tempfile", "ctypes") and next(steps) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(step)
+    replace(folder)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_any_step_a_save_leaves_the_old_or_the_new_and_the_next_one_tidies_up(exchange, tmp_path):
+    folder, seen = tmp_path / "out", set()
+    for last in itertools.count(1):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        fill(folder, "old")
+        run = Function(replace_until, folder, exchange, last)
+        run._process.join()
+        if run._process.exitcode == 0:
+            break
+        assert run._process.exitcode == -signal.SIGKILL
+        if folder.exists():
+            found = folder
+        else:  # between two renames
+            with pytest.raises(LVLMError, match="was cut off") as caught:
+                weights.resolve_checkpoint(folder)
+            (found,) = tmp_path.glob(".out.old-*")
+            assert str(found) in str(caught.value)
+        (content,) = set(contents(found).values())
+        seen.add((found == folder, content))
+        replace(folder)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and set(contents(folder).values()) == {b"new"}
+    assert seen >= {(True, b"old"), (True, b"new")} and (len(seen) > 2) == (not exchange)
 
 
 def test_permissions_follow_the_umask(params, config, tmp_path):
