@@ -1,6 +1,8 @@
 """The compilation cache: private, switched off by one variable, and no obstacle when it cannot be had."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lvlm_jax import compilation
@@ -61,3 +63,28 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
     (tmp_path / "lvlm_jax").write_text("a file in the way")
     with pytest.warns(UserWarning, match="not kept"):
         assert compilation.enable_cache() is None
+
+
+def test_programs_used_last_are_kept(monkeypatch):
+    monkeypatch.setenv(compilation.MOST, "3")
+    traced = []
+
+    def scaled(params, x, how="times", factor=1.0):
+        traced.append((x.shape, how))
+        return params * x * factor if how == "times" else params + x
+
+    function = compilation.jit(scaled, static_argnames="how")
+
+    def call(size, how="times", factor=1.0, params=2.0):
+        before = len(traced)
+        got = function(jnp.float32(params), jnp.ones(size), how=how, factor=factor)
+        np.testing.assert_array_equal(got, np.full(size, params * factor if how == "times" else params + 1))
+        return len(traced) - before
+
+    assert [call(1), call(2), call(3)] == [1, 1, 1] and function._cache_size() == 3
+    # Values compile nothing, nor does what was compiled.
+    assert [call(1), call(1, factor=3.0), call(2, params=5.0), call(3)] == [0, 0, 0, 0]
+    assert call(1, how="plus") == 1 and function._cache_size() == 3  # in the place of the one used longest ago
+    assert [call(2), call(3), call(1)] == [0, 0, 1]
+    monkeypatch.setenv(compilation.MOST, "many")
+    assert compilation.most_programs() == compilation.USUALLY
