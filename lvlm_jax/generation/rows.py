@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lvlm_jax.compilation import jit
 from lvlm_jax.generation import continuous, drivers, forward, searches
 from lvlm_jax.generation.continuous import Size, Slots
 from lvlm_jax.generation.sampling import RowSampling
@@ -201,8 +202,8 @@ def _widen(rows: Rows, size: Size) -> Rows:
     return dataclasses.replace(rows, slots=continuous._widen(rows.slots, size))
 
 
-empty = jax.jit(_empty, static_argnames=("batch", "limit", "vocabulary", "size"))
-place = jax.jit(_place, donate_argnames="rows")
-run = jax.jit(_run, static_argnames="config", donate_argnames="rows")
-compact = jax.jit(_compact, donate_argnames="rows")
-widen = jax.jit(_widen, static_argnames="size")
+empty = jit(_empty, static_argnames=("batch", "limit", "vocabulary", "size"))
+place = jit(_place, donate_argnames="rows")
+run = jit(_run, static_argnames="config", donate_argnames="rows")
+compact = jit(_compact, donate_argnames="rows")
+widen = jit(_widen, static_argnames="size")
