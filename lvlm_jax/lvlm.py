@@ -62,7 +62,7 @@ class LVLM:
         Args:
             path_or_hub_id: a folder, the id of a repository on the hub, or "pocket", the model inside the package.
             dtype: of weights, caches and products: "float32", "bfloat16", "float16" or "auto", see `weights.names`.
-            mesh: devices to spread the parameters over (`parallel.make_mesh`).
+            mesh: devices to spread the parameters over (`parallel.make_mesh`, `parallel.mesh_for`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
             quant: "int8" keeps the decoder's weights as 8-bit integers and computes in `dtype` (`weights.quantize`).
@@ -76,6 +76,8 @@ class LVLM:
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
+        if mesh is not None:
+            parallel.refuse_cut_heads(mesh, config.text.num_heads, config.text.num_kv_heads)
         place = None if mesh is None else parallel.parameter_sharding(mesh)
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
         params = params if adapter is None else peft.load_adapter(adapter, params, config)

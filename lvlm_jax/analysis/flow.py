@@ -68,6 +68,7 @@ class HideImages(Method):
     from_layer: Strength = strength(0, "first layer in which text rows do not see images")
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
 
     def mask(self, site, mask):
         text_row = site.image_id[:, site.row_index] == 0

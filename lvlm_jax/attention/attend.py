@@ -5,23 +5,31 @@
 Rows (queries) of all branches are multiplied with the shared prefix at once, and each branch's with its own block
 of columns after it. A transform sees the last `explicit_rows` rows of its branch; without transforms nothing but
 the plain program is traced.
+
+A long prompt and a training sequence are never a whole T x S map: rows that no transform sees stream over blocks of
+columns (`stream`), and rows of a transform that takes them apart (`Transform.by_rows`) come a few at a time. Any other
+transform gets the map of its own rows, in its own layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import Rotation, rotate
+from lvlm_jax.attention.stream import streamed
 from lvlm_jax.attention.tap import Tap
-from lvlm_jax.attention.transform import Site, Transform, overrides
+from lvlm_jax.attention.transform import Site, Transform, overrides, takes_rows_apart
 
-CAUSAL_BLOCK = 64  # rows of one product in blocked attention
+LARGEST_MAP = 2**26  # elements [B, H, R, S] of the map of rows that a transform takes apart, 256 MiB in float32
+FEWEST_ROWS = 16  # that come at a time, however long they are
+FEW_ROWS = 64  # whose map is small beside that many columns' keys and values
 
 
 # A pytree, because a layer that is computed again in the backward pass takes its arguments apart.
@@ -61,6 +69,10 @@ class LayerEdits:
     def tapped(self) -> bool:
         return self.tap is not None and self.tap.wants(self.layer)
 
+    def of(self, branch: int) -> "LayerEdits":
+        """Those of one branch."""
+        return dataclasses.replace(self, transforms=(self.transforms[branch],), carries=(self.carries[branch],))
+
 
 def attend(
     queries: tuple[Float[Array, "B H T D"], ...],
@@ -85,10 +97,109 @@ def attend(
     Returns:
         Per branch the mixed values; the carries for the next layer; the final weights that are tapped.
     """
-    if contexts[0].blocked and not whole_images:
-        mask = contexts[0].mask(window)
-        mixed = tuple(_causal(query, own, mask) for query, own in zip(queries, columns.own, strict=True))
-        return mixed, edits.carries, None
+    batch, heads, rows, _ = queries[0].shape
+    few = rows <= FEW_ROWS and batch * heads * rows * contexts[0].image_id.shape[1] <= LARGEST_MAP
+    if contexts[0].streams and not few:
+        branches = [
+            _in_parts(query, columns.alone(branch), contexts[branch], shift, edits.of(branch), window, whole_images)
+            for branch, query in enumerate(queries)
+        ]
+        outputs, carries, tapped = zip(*branches, strict=True)
+        return outputs, carries, _stacked(tapped, contexts)
+    outputs, carries, weights = _whole(queries, columns, contexts, shift, edits, window, whole_images)
+    return outputs, carries, _stacked([edits.tap.select(rows) for rows in weights], contexts) if edits.tapped else None
+
+
+def _in_parts(
+    query: Float[Array, "B H T D"],
+    columns: LayerCache,
+    context: Context,
+    shift: Rotation | None,
+    edits: LayerEdits,
+    window: int | None,
+    whole_images: bool,
+) -> tuple[Float[Array, "B H T D"], Any, Float[Array, "B G R S"] | None]:
+    """One branch: its plain rows streamed, the others as whole or a few at a time; its carry; what is tapped."""
+    transform, total = edits.at(0, context.phase), query.shape[2]
+    explicit = 0 if transform is None else 1 if transform.rows == "last" else context.explicit_rows
+    if shift is not None:  # columns of images lie elsewhere for these rows
+        explicit = max(explicit, context.explicit_rows)
+    if edits.tapped:
+        explicit = total if edits.tap.rows == "all" else max(explicit, 1)
+    plain, parts, carry, tapped = total - explicit, [], edits.carries[0], None
+    if plain:
+        block, sight = columns.own[0], context.sight(window, whole_images).rows(0, plain)
+        # Rows that are the first columns see no later one, unless images are seen whole.
+        if total == block.length and not whole_images:
+            block, sight = block.first(plain), sight.columns(0, plain)
+        parts.append(streamed(query[:, :, :plain], block.key, block.value, sight))
+    if explicit:
+        whole = functools.partial(
+            _whole, columns=columns, shift=shift, edits=edits, window=window, whole_images=whole_images
+        )
+        rows, cut = query[:, :, plain:], context.cut(plain, explicit)
+        if edits.tapped and edits.tap.rows == "all":
+            apart = False
+        else:
+            apart = transform is None or takes_rows_apart(transform, edits.layer, edits.num_layers, context.phase)
+        (mixed,), (carry,), (weights,) = (
+            _by_rows(whole, rows, cut, transform) if apart else whole((rows,), contexts=(cut,))
+        )
+        parts.append(mixed.astype(parts[0].dtype if parts else mixed.dtype))
+        tapped = edits.tap.select(weights) if edits.tapped else None
+    return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], carry, tapped
+
+
+def _by_rows(
+    whole: Callable, transform: Transform | None, queries: tuple[Float[Array, "B H R D"]], contexts: tuple[Context]
+) -> tuple[tuple, tuple, tuple]:
+    """What `whole` gives for all rows of a branch, from a few at a time; weights are those of the last ones."""
+    (rows,), (context,) = queries, contexts
+    batch, heads, total, _ = rows.shape
+    few = max(FEWEST_ROWS, LARGEST_MAP // (batch * heads * context.image_id.shape[1]))
+    if total <= few:
+        return whole(queries, contexts=contexts)
+    starts = jnp.arange((total - 1) // few) * few
+    last = total - 1 - (total - 1) % few
+
+    def some(start: Int[Array, ""] | int, count: int = few, **more: Any) -> Any:
+        def own(start: Int[Array, ""] | int) -> Any:
+            part = jax.lax.dynamic_slice_in_dim(rows, start, count, axis=2)
+            return whole((part,), contexts=(context.cut(start, count),), **more)
+
+        return jax.checkpoint(own)(start)  # the backward pass computes their maps again, or would hold all of them
+
+    given = {}
+    if transform is not None and overrides(transform, "statistics"):
+
+        def add(sums: Any, start: Int[Array, ""]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, some(start, only_statistics=True)), None
+
+        sums, _ = jax.lax.scan(add, some(last, total - last, only_statistics=True), starts)
+        given["statistics"] = sums
+    mixed = jax.lax.map(lambda start: some(start, **given)[0][0], starts)
+    (end,), carries, weights = some(last, total - last, **given)
+    mixed = jnp.moveaxis(mixed, 0, 2).reshape(batch, heads, last, -1)
+    return (jnp.concatenate([mixed, end], axis=2),), carries, weights
+
+
+def _whole(
+    queries: tuple[Float[Array, "B H T D"], ...],
+    columns: LayerCache,
+    contexts: tuple[Context, ...],
+    shift: Rotation | None,
+    edits: LayerEdits,
+    window: int | None,
+    whole_images: bool,
+    statistics: Any = None,
+    only_statistics: bool = False,
+) -> Any:
+    """Outputs, carries and weights of every branch, each from the whole map of the rows.
+
+    Args:
+        statistics: of the one transform, where these are only some of its rows.
+        only_statistics: gives the sums of `Transform.statistics` over these rows, and nothing else.
+    """
     logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, contexts[0], shift)
     weights, sites = [], []
     for branch, (scores, context) in enumerate(zip(logits, contexts, strict=True)):
@@ -99,7 +210,9 @@ def attend(
             sites.append(None)
             continue
         site = _site(context, edits, branch, scores, mask, columns)
-        edited, site = _edit(transform, site)
+        if only_statistics:
+            return transform.statistics(*_softened(transform, site))
+        edited, site = _edit(transform, site, statistics)
         weights.append(_after(_softmax(_before(scores, site), _before(mask[:, None], site)), edited))
         sites.append(site)
 
@@ -113,7 +226,7 @@ def attend(
         )
         outputs[branch] = _after(_before(outputs[branch], site), replaced.astype(outputs[branch].dtype))
     carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
-    return tuple(outputs), carries, _tapped(weights, contexts, edits)
+    return tuple(outputs), carries, tuple(weights)
 
 
 def _site(
@@ -155,32 +268,27 @@ def _after(plain: Array, edited: Array) -> Array:
     return jnp.concatenate([plain, edited], axis=2) if plain.shape[2] else edited
 
 
-def _tapped(
-    weights: list[Float[Array, "B H T _"]], contexts: tuple[Context, ...], edits: LayerEdits
+def _stacked(
+    tapped: Sequence[Float[Array, "B G R S"] | None], contexts: tuple[Context, ...]
 ) -> Float[Array, "N B G R S"] | None:
-    if not edits.tapped:
+    """What is tapped of every branch, or of the main one alone where branches have columns of their own."""
+    if tapped[0] is None:
         return None
-    seen = weights if all(context is contexts[0] for context in contexts) else weights[:1]
-    return jnp.stack([edits.tap.select(rows) for rows in seen])
+    return jnp.stack(tapped if all(context is contexts[0] for context in contexts) else tapped[:1])
 
 
-def _causal(query: Float[Array, "B H T D"], block: Block, mask: Bool[Array, "B T T"]) -> Float[Array, "B H T D"]:
-    """Plain causal attention in blocks of rows: what lies above the diagonal is mostly not computed."""
-    mixed = []
-    for start in range(0, query.shape[2], CAUSAL_BLOCK):
-        stop = min(start + CAUSAL_BLOCK, query.shape[2])
-        seen = Block(block.key[:, :, :stop], block.value[:, :, :stop])
-        weights = _softmax(_product(query[:, :, start:stop], seen), mask[:, start:stop, :stop])
-        mixed.append(_weighted(weights, seen))
-    return jnp.concatenate(mixed, axis=2)
-
-
-def _edit(transform: Transform, site: Site) -> tuple[Float[Array, "B H R S"], Site]:
+def _edit(transform: Transform, site: Site, statistics: Any = None) -> tuple[Float[Array, "B H R S"], Site]:
     """Logits, mask and weights stages of one branch; the returned site goes on to the values stage."""
-    site = dataclasses.replace(site, logits=transform.logits(site, site.logits))
-    weights = _softmax(site.logits, transform.mask(site, site.mask[:, None]))
+    site, weights = _softened(transform, site)
+    site = dataclasses.replace(site, statistics=statistics)
     site = dataclasses.replace(site, carry=transform.observe(site, weights))
     return transform.weights(site, weights), site
+
+
+def _softened(transform: Transform, site: Site) -> tuple[Site, Float[Array, "B H R S"]]:
+    """The site behind the logits stage, and the weights behind the mask stage."""
+    site = dataclasses.replace(site, logits=transform.logits(site, site.logits))
+    return site, _softmax(site.logits, transform.mask(site, site.mask[:, None]))
 
 
 def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> list[Float[Array, "B H T _"]]:

@@ -65,3 +65,11 @@ class LayerCache:
 
     prefix: Block | None
     own: tuple[Block, ...]
+
+    def alone(self, branch: int) -> "LayerCache":
+        """All columns of one branch in one block."""
+        own = self.own[branch]
+        if self.prefix is not None:
+            both = ((self.prefix.key, own.key), (self.prefix.value, own.value))
+            own = Block(*(jnp.concatenate(parts, axis=2) for parts in both))
+        return LayerCache(None, (own,))

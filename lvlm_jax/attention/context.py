@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lvlm_jax.attention.sight import Sight
+
 PADDING = -1  # image_id of a column that holds no token
 
 
@@ -26,8 +28,8 @@ class Context:
         answer_start: the column in which the answer begins; None where there is none, as in a prefill.
         image_count: no sample has more images; static, so that a statistic may have an axis of images.
         phase: "prefill" or "decode".
-        blocked: whether attention goes by blocks of rows, which skips most of what lies above the diagonal: training
-            without edits. Rows and columns are the same tokens then. Other rounding than in one piece.
+        streams: whether attention goes by blocks (`stream`), which holds no T x S map and skips most of what lies above
+            the diagonal, but rounds otherwise than in one piece.
         explicit_rows: how many of the last rows a method's stages may touch; includes every post-image row.
     """
 
@@ -39,29 +41,34 @@ class Context:
     image_shift: Float[Array, "*A B S"] | None = None
     answer_start: Int[Array, ""] | None = None
     image_count: int = dataclasses.field(default=1, metadata={"static": True})
-    blocked: bool = dataclasses.field(default=False, metadata={"static": True})
+    streams: bool = dataclasses.field(default=False, metadata={"static": True})
     phase: str = dataclasses.field(default="prefill", metadata={"static": True})
     explicit_rows: int = dataclasses.field(default=0, metadata={"static": True})
 
     def mask(self, window: int | None = None, whole_images: bool = False) -> Bool[Array, "B T S"]:
+        """Which columns a row sees; see `sight`."""
+        return self.sight(window, whole_images).mask()
+
+    def sight(self, window: int | None = None, whole_images: bool = False) -> Sight:
         """Which columns a row sees: itself and earlier tokens, within a sliding window if the layer has one.
 
         With `whole_images` image tokens of the prompt see later ones of their uninterrupted run too. The window bounds
         how far back they see, as it does for text.
         """
-        rows, columns = self.rows(), jnp.arange(self.image_id.shape[1])
-        visible = (columns[None, :] <= rows[:, None])[None]
-        if whole_images and self.phase == "prefill":
-            image = self.image_columns()
-            begins = image & ~jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]
-            run = jnp.where(image, jnp.cumsum(begins, axis=1), 0)
-            own = jnp.take(run, rows, axis=1)
-            visible = visible | ((own[:, :, None] == run[:, None, :]) & (own > 0)[:, :, None])
-        if window is not None:
-            # Tokens are counted, not columns: between a prompt and its answer some may be unused.
-            place = jnp.cumsum(self.image_id != PADDING, axis=1)
-            visible = visible & (place[:, None, :] > jnp.take(place, rows, axis=1)[:, :, None] - window)
-        return visible & (self.image_id != PADDING)[:, None, :]
+        image = self.image_columns() if whole_images and self.phase == "prefill" else None
+        return Sight.of(self.rows(), self.image_id != PADDING, window, image)
+
+    def cut(self, start: int | Int[Array, ""], rows: int) -> "Context":
+        """The same columns, and only `rows` rows from the `start`-th on, as many of them explicit as there were."""
+        explicit = min(rows, self.explicit_rows)
+        axes = None if self.axes is None else jax.lax.dynamic_slice_in_dim(self.axes, start, rows, axis=2)
+        return dataclasses.replace(
+            self,
+            positions=jax.lax.dynamic_slice_in_dim(self.positions, start, rows, axis=1),
+            axes=axes,
+            first_row=self.first_row + start,
+            explicit_rows=explicit,
+        )
 
     def image_columns(self) -> Bool[Array, "B S"]:
         return self.image_id > 0

@@ -14,6 +14,10 @@ it is added to the stream, and `residual` the stream between two layers. The fir
 
 Statistics are per sample: reduce over heads, rows and columns, never over the batch axis. All arrays of a site are
 float32 or boolean.
+
+The map `[B, H, R, S]` of a long prompt is larger than any memory. A transform whose stages treat every row by itself
+says `by_rows = True`, and is then given a few rows at a time; what it needs of all rows together it adds up in
+`statistics`, and asks for them by `over_all_rows` in the stages behind the softmax.
 """
 
 import dataclasses
@@ -57,6 +61,7 @@ class Site:
         mask: which columns a row sees.
         logits: attention logits, scaled, as the stages so far left them.
         carry: this branch's state, flowing from layer to layer within one forward pass.
+        statistics: sums of `Transform.statistics` over all rows, behind the softmax of a few of them; else None.
         read_values: returns the values of all columns; for the rare stage that needs them one by one.
         project: what the layer's output projection makes of heads' outputs `[B, H, R, D]`, as `[B, R, E]`.
     """
@@ -77,6 +82,7 @@ class Site:
     carry: Any
     read_values: Callable[[], Float[Array, "B K S D"]]
     project: Callable[[Float[Array, "B H R D"]], Float[Array, "B R E"]]
+    statistics: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +119,12 @@ class Transform:
         rows: which prefill rows the stages must see: "last" (the last prompt token), "post_image" (prompt rows
             after the last image; an earlier row may be among them, `site.post_image` tells) or "all".
             A decode step always has exactly its one row.
+        by_rows: whether the stages give a row the same whatever other rows are with it, but for `statistics`. They may
+            then be called with a few rows at a time; `observe` with the last ones alone.
     """
 
     rows: ClassVar[str] = "post_image"
+    by_rows: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings):
         super().__init_subclass__(**settings)
@@ -152,6 +161,14 @@ class Transform:
     def observe(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
         """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
         return site.carry
+
+    def statistics(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
+        """A pytree of sums over the rows, from the edited logits and the weights before their edit."""
+        return None
+
+    def over_all_rows(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
+        """`statistics` of all rows, for the stages behind the softmax: those that were added up, or of these rows."""
+        return self.statistics(site, weights) if site.statistics is None else site.statistics
 
     def enter(self, stream: Stream) -> Any:
         """The carry from here on, from what enters a layer, before its attention; asked in every layer."""
@@ -196,6 +213,21 @@ def overrides(transform: Transform, stage: str) -> bool:
     """Whether a transform (or any member of a chain) replaces a stage of the base class."""
     members = transform.members if isinstance(transform, Chain) else (transform,)
     return any(getattr(type(member), stage) is not getattr(Transform, stage) for member in members)
+
+
+def takes_rows_apart(transform: Transform, layer: int, num_layers: int, phase: str) -> bool:
+    """Whether the rows of a transform may come a few at a time in a layer; see `Transform.by_rows`.
+
+    So may those of a chain whose members want the same rows, if at most one of them has statistics and no other one
+    edits weights before it.
+    """
+    if not isinstance(transform, Chain):
+        return transform.by_rows and transform.rows != "last"
+    members = [member for member in transform.members if member.attends() and member.active(layer, num_layers, phase)]
+    counting = [index for index, member in enumerate(members) if overrides(member, "statistics")]
+    edited = any(overrides(member, "weights") for member in members[: counting[0]]) if counting else False
+    alike = all(member.by_rows and member.rows == members[0].rows != "last" for member in members)
+    return alike and len(counting) < 2 and not edited
 
 
 @jax.tree_util.register_dataclass
@@ -257,6 +289,11 @@ class Chain(Transform):
                 own = dataclasses.replace(narrowed(site, member), carry=site.carry[index])
                 carries[index] = member.observe(own, own_rows(weights, member))
         return tuple(carries)
+
+    def statistics(self, site: Site, weights):
+        """Of the one member that has any, where the chain is taken apart by rows."""
+        found = [member.statistics(own, weights) for member, own in self._at(site) if overrides(member, "statistics")]
+        return found[0] if found else None
 
     def enter(self, stream: Stream) -> tuple:
         pairs = zip(self.members, stream.carry, strict=True)

@@ -15,7 +15,7 @@ from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import drivers
-from lvlm_jax.generation.forward import NOTHING
+from lvlm_jax.generation.forward import NOTHING, uses_window
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import whole
 from lvlm_jax.generation.state import Prompt, State, Step
@@ -23,7 +23,7 @@ from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_TOKENS, Seen, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
-from lvlm_jax.processors.layout import Inputs, bucket
+from lvlm_jax.processors.layout import SMALLEST_WINDOW, Inputs, bucket
 
 DEFAULT_CAPACITY = 128  # tokens behind a prompt, where no length is given
 
@@ -118,11 +118,15 @@ def prefill_options(
     """
     apart = reads is not None and contrast_kind(method) not in OTHER_TOKENS
     return {
-        "window": prompt.window,
+        "window": _window(prompt, method),
         "capacity": bucket(prompt.tokens.shape[1] + answer_capacity),
         "contrast_capacity": bucket(reads.tokens.shape[1] + answer_capacity) if apart else 0,
         "image_count": prompt.image_count,
     }
+
+
+def _window(prompt: Inputs, method: Method | None) -> int:
+    return prompt.window if uses_window(method) else SMALLEST_WINDOW
 
 
 def embedded(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
@@ -165,7 +169,7 @@ def logits(
 def _full_forward(
     params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method | None, tap: Tap
 ) -> tuple[jax.Array, Tapped]:
-    static = {"window": prompt.window, "image_count": prompt.image_count, "tap": tap}
+    static = {"window": _window(prompt, method), "image_count": prompt.image_count, "tap": tap}
     return drivers.full_forward(params, config, main, method, **static)
 
 

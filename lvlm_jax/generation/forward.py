@@ -23,6 +23,7 @@ from lvlm_jax.models.decoder import Decoded, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
 
 NOTHING = Tap()
+STREAM_FROM = 256  # columns of a prompt from which attention goes by blocks; faster on a CPU from here on, too
 
 
 def encode_images(
@@ -240,6 +241,7 @@ def prompt_context(
         image_count=image_count,
         phase="prefill",
         explicit_rows=explicit_rows,
+        streams=image_id.shape[1] >= STREAM_FROM,
     )
 
 
@@ -289,6 +291,12 @@ def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Cont
 
 def _branches(method: Method | None) -> tuple[Transform | None, ...]:
     return (None,) if method is None else method.branches()
+
+
+def uses_window(method: Method | None) -> bool:
+    """Whether `window` decides on anything; where it does not, one program serves prompts with all of them."""
+    transforms = _branches(method)
+    return _explicit_rows(method, transforms, 2, 4) == 2
 
 
 def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:

@@ -51,6 +51,7 @@ class CAPL(Method):
     tile: int | None = switch(None, "tokens of a tile, where the share is taken in each; default whole images")
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
     PRESETS: ClassVar = {
         "qwen2.5-vl": dict(rho=0.95),
         "internvl2.5": dict(rho=0.95, tile=256),

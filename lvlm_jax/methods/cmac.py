@@ -131,16 +131,23 @@ class CMAC(Method):
         return contrasted(main, contrast, alpha, self.beta), memory
 
 
-def above_mean(site: Site) -> Bool[Array, "B H R S"]:
-    """M: post-image rows x image columns whose logit exceeds the block's mean over heads, rows and columns.
+def image_block(site: Site) -> Bool[Array, "B 1 R S"]:
+    """Post-image rows x image columns. Columns that a row cannot see (a sliding window) take no part."""
+    return (site.post_image[:, :, None] & site.image[:, None, :] & site.mask)[:, None]
 
-    Columns that a row cannot see (a sliding window) take no part.
-    """
-    block = (site.post_image[:, :, None] & site.image[:, None, :] & site.mask)[:, None]
-    heads = site.logits.shape[1]
-    count = jnp.maximum(block.sum(axis=(1, 2, 3)) * heads, 1)
-    theta = jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)) / count
-    return block & (site.logits > theta[:, None, None, None])
+
+def image_logits(site: Site) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """The sum of the block's logits over heads, rows and columns, and their number."""
+    block = image_block(site)
+    count = block.sum(axis=(1, 2, 3)).astype(jnp.float32) * site.logits.shape[1]
+    return jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)), count
+
+
+def above_mean(site: Site, logits: tuple[Float[Array, "B"], Float[Array, "B"]]) -> Bool[Array, "B H R S"]:
+    """M: where the block's logits exceed their mean; `logits` are the `image_logits` of all rows."""
+    total, count = logits
+    theta = total / jnp.maximum(count, 1)
+    return image_block(site) & (site.logits > theta[:, None, None, None])
 
 
 def image_uniform(site: Site) -> Float[Array, "B 1 1 S"]:
@@ -157,16 +164,26 @@ def masked_mass(weights: Float[Array, "B H R S"], mask: Bool[Array, "B H R S"]) 
 class ValueMask(Transform):
     """IMD: the values of masked positions become the image's mean value."""
 
+    by_rows: ClassVar[bool] = True
+
+    def statistics(self, site, weights):
+        return image_logits(site)
+
     def weights(self, site, weights):
-        mask = above_mean(site)
+        mask = above_mean(site, self.over_all_rows(site, weights))
         return jnp.where(mask, 0, weights) + masked_mass(weights, mask) * image_uniform(site)
 
 
 class ScalarValueMask(Transform):
     """IMD as coded by the authors: masked values become one number per head, their mean over channels too."""
 
+    by_rows: ClassVar[bool] = True
+
+    def statistics(self, site, weights):
+        return image_logits(site)
+
     def values(self, site, weights, mix):
-        mask = above_mean(site)
+        mask = above_mean(site, self.over_all_rows(site, weights))
         # A sum first: ones are exact in whatever dtype the values have, a share of one image token is not.
         image = site.image[:, None, None, :].astype(jnp.float32)
         total = mix(jnp.broadcast_to(image, (*weights.shape[:2], 1, weights.shape[3])))
@@ -178,7 +195,7 @@ class AttentionMask(Transform):
     """Ablation: masked positions are hidden before the softmax."""
 
     def mask(self, site, mask):
-        return mask & ~above_mean(site)
+        return mask & ~above_mean(site, image_logits(site))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +217,7 @@ class ValueNoise(Transform):
         variance = jnp.where(image, (values - mean) ** 2, 0).sum(axis=(2, 3), keepdims=True) / count
         key = jax.random.fold_in(site.carry, site.layer)
         noise = mean + jnp.sqrt(variance) * jax.random.normal(key, values.shape)
-        mask = above_mean(site)
+        mask = above_mean(site, image_logits(site))
         batch, heads, rows, columns = weights.shape
         distorted = jnp.where(mask, weights, 0).reshape(batch, values.shape[1], -1, columns)
         replaced = jnp.einsum("BKRS,BKSD->BKRD", distorted, noise).reshape(batch, heads, rows, -1)

@@ -23,7 +23,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import Site
 from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
@@ -43,6 +43,7 @@ class EAH(Method):
     variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,9 +54,13 @@ class EAH(Method):
         wanted = PUBLISHED[self.variant][0] if self.layer is None else self.layer
         return phase == "prefill" and layer == layer_range(wanted, None, None, num_layers)[0]
 
+    def statistics(self, site, weights):
+        return given(site, weights, own_image=self.variant == "paper")
+
     def weights(self, site, weights):
-        received = column_means(site, weights) if self.variant == "paper" else coded_means(site, weights)
-        sinks = (site.image[:, None, :] & (received > self.beta)).sum(axis=-1)
+        total, rows = self.over_all_rows(site, weights)
+        count = jnp.maximum(rows, 1) if self.variant == "paper" else coded_count(site)
+        sinks = (site.image[:, None, :] & (total / count[:, None] > self.beta)).sum(axis=-1)
         best = sinks.argmax(axis=1)
         found = sinks.max(axis=1) > 0
         if self.variant == "code":
@@ -64,24 +69,20 @@ class EAH(Method):
         return jnp.where(found[:, None, None, None], chosen, weights)
 
 
-def later_rows(site: Site) -> Bool[Array, "B R S"]:
-    """Rows behind a column that see it."""
+def given(
+    site: Site, weights: Float[Array, "B H R S"], own_image: bool
+) -> tuple[Float[Array, "B H S"], Int[Array, "B S"]]:
+    """What each column receives from later rows that see it, and how many these are; from its image's alone or all."""
     columns = jnp.arange(site.image_id.shape[1])
-    return site.mask & (site.row_index[:, None] > columns[None, :])[None]
+    givers = site.mask & (site.row_index[:, None] > columns[None, :])[None]
+    if own_image:
+        givers &= site.image_id[:, site.row_index][:, :, None] == site.image_id[:, None, :]
+    return jnp.where(givers[:, None], weights, 0).sum(axis=2), givers.sum(axis=1)
 
 
-def column_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H S"]:
-    """c of the paper: the mean weight that an image column receives from its image's later rows."""
-    row_image = site.image_id[:, site.row_index]
-    givers = later_rows(site) & (row_image[:, :, None] == site.image_id[:, None, :])
-    total = jnp.where(givers[:, None], weights, 0).sum(axis=2)
-    return total / jnp.maximum(givers.sum(axis=1), 1)[:, None]
-
-
-def coded_means(site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H S"]:
-    """c of the authors' code: what all later rows give, over S₀ + E - j."""
-    total = jnp.where(later_rows(site)[:, None], weights, 0).sum(axis=2)
+def coded_count(site: Site) -> Int[Array, "B S"]:
+    """S₀ + E - j, by which the authors' code divides."""
     position = jnp.cumsum(site.image_id >= 0, axis=1) - 1  # padding on the left has none
     first = jnp.where(site.image, position, position.shape[1]).min(axis=1, keepdims=True)
     end = jnp.where(site.image, position, -1).max(axis=1, keepdims=True) + 1
-    return total / jnp.maximum(first + end - position, 1)[:, None]
+    return jnp.maximum(first + end - position, 1)

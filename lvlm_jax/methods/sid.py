@@ -61,6 +61,7 @@ class LeastAttended(Transform):
     only: tuple[int, ...] | None
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers that see only the kept tokens."""

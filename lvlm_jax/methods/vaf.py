@@ -31,6 +31,7 @@ class VAF(Method):
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
 
     rows: ClassVar[str] = "post_image"
+    by_rows: ClassVar[bool] = True
 
     def active(self, layer, num_layers, phase):
         return layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)

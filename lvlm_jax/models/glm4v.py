@@ -5,6 +5,7 @@ to each picture by cubic convolution.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,12 +23,13 @@ from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen_vision import (
+    Attention,
     GatedMlp,
     PatchAttention,
     PatchEmbedding,
     axial_rotation,
     in_reading_order,
-    picture_groups,
+    picture_attention,
 )
 
 # Of a flat `config.json`, what is not the decoder's; besides the tokens of images and videos.
@@ -114,14 +116,12 @@ class TowerLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "R P W"], rotation: Rotation, groups: Int[Array, "R P"]
-    ) -> Float[Array, "R P W"]:
+    def __call__(self, x: Float[Array, "R P W"], rotation: Rotation, attention: Attention) -> Float[Array, "R P W"]:
         config, vision = self.config, self.config.vision
-        attention = PatchAttention(
-            vision, self.dtype, use_bias=config.attention_bias, output_bias=False, name="self_attn"
+        normed = rms_norm(config.rms_norm_eps, self.dtype, "norm1")(x)
+        x = x + PatchAttention(vision, self.dtype, use_bias=config.attention_bias, output_bias=False, name="self_attn")(
+            normed, rotation, attention
         )
-        x = x + attention(rms_norm(config.rms_norm_eps, self.dtype, "norm1")(x), rotation, groups)
         normed = rms_norm(config.rms_norm_eps, self.dtype, "norm2")(x)
         return x + GatedMlp(vision, self.dtype, use_bias=False, name="mlp")(normed)
 
@@ -147,8 +147,9 @@ class Tower(nn.Module):
         table = ResampledPositions(config.side**2, vision.hidden_size, name="position_embedding")
         x = x + table(entries, weights).astype(self.dtype)
         rotation = axial_rotation(coordinates, vision.head_dim, vision.rope_theta)
+        attention = functools.partial(picture_attention, valid=valid)
         for index in range(vision.num_layers):
-            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, picture_groups(valid))
+            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, attention)
         return rms_norm(config.rms_norm_eps, self.dtype, "output_norm")(x)
 
 

@@ -1,6 +1,7 @@
 """Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with windows in most layers of the tower, gated MLPs and RMS norms there."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,13 +16,15 @@ from lvlm_jax.models.layers import rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen2_vl import EPSILON, Qwen2Vl, Qwen2VlConfig
 from lvlm_jax.models.qwen_vision import (
+    Attention,
     GatedMlp,
     PatchAttention,
     PatchEmbedding,
     PatchMerger,
     axial_rotation,
-    picture_groups,
-    window_groups,
+    picture_attention,
+    window_attention,
+    window_numbers,
 )
 
 
@@ -72,11 +75,9 @@ class TowerLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "R P W"], rotation: Rotation, groups: Int[Array, "R P"]
-    ) -> Float[Array, "R P W"]:
+    def __call__(self, x: Float[Array, "R P W"], rotation: Rotation, attention: Attention) -> Float[Array, "R P W"]:
         normed = rms_norm(EPSILON, self.dtype, "norm1")(x)
-        x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, groups)
+        x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = rms_norm(EPSILON, self.dtype, "norm2")(x)
         return x + GatedMlp(self.config, self.dtype, name="mlp")(normed)
 
@@ -92,13 +93,21 @@ class WindowTower(nn.Module):
         self, patches: Float[Array, "R P C"], coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"]
     ) -> Float[Array, "R P W"]:
         config = self.config
-        x = PatchEmbedding(config, self.dtype, name="patch_embedding")(patches)
-        rotation = axial_rotation(coordinates, config.head_dim, config.rope_theta)
-        picture, window = picture_groups(valid), window_groups(coordinates, valid, config.window)
+        windows = window_numbers(coordinates, valid, config.window)
+        # The patches of a window side by side, filler behind all.
+        order = jnp.argsort(windows, axis=1, stable=True)
+
+        def ordered(array: Array, order: Array) -> Array:
+            return jnp.take_along_axis(array, jnp.expand_dims(order, range(2, array.ndim)), axis=1)
+
+        x = PatchEmbedding(config, self.dtype, name="patch_embedding")(ordered(patches, order))
+        rotation = axial_rotation(ordered(coordinates, order), config.head_dim, config.rope_theta)
+        inside = functools.partial(window_attention, windows=ordered(windows, order), size=config.window**2)
+        over_all = functools.partial(picture_attention, valid=ordered(valid, order))
         for index in range(config.num_layers):
-            groups = picture if index in config.full_layers else window
-            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, groups)
-        return x
+            attention = over_all if index in config.full_layers else inside
+            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, attention)
+        return ordered(x, jnp.argsort(order, axis=1))
 
 
 @family("qwen2_5_vl")

@@ -1,6 +1,7 @@
 """Qwen2-VL (arXiv 2409.12191): a tower over patches of any picture size, multimodal positions in a Qwen2 decoder."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +15,14 @@ from lvlm_jax.models.family import VisionLanguageModel, family
 from lvlm_jax.models.layers import layer_norm
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, tower_sizes
 from lvlm_jax.models.qwen_vision import (
+    Attention,
     PatchAttention,
     PatchEmbedding,
     PatchMerger,
     PlainMlp,
     axial_rotation,
     in_reading_order,
-    picture_groups,
+    picture_attention,
 )
 
 EPSILON = 1e-6  # of all norms of the tower
@@ -65,11 +67,9 @@ class TowerLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "R P W"], rotation: Rotation, groups: Int[Array, "R P"]
-    ) -> Float[Array, "R P W"]:
+    def __call__(self, x: Float[Array, "R P W"], rotation: Rotation, attention: Attention) -> Float[Array, "R P W"]:
         normed = layer_norm(EPSILON, self.dtype, "norm1")(x)
-        x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, groups)
+        x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = layer_norm(EPSILON, self.dtype, "norm2")(x)
         return x + PlainMlp(self.config, self.dtype, name="mlp")(normed)
 
@@ -87,9 +87,9 @@ class Tower(nn.Module):
         config = self.config
         x = PatchEmbedding(config, self.dtype, name="patch_embedding")(patches)
         rotation = axial_rotation(coordinates, config.head_dim, config.rope_theta)
-        groups = picture_groups(valid)
+        attention = functools.partial(picture_attention, valid=valid)
         for index in range(config.num_layers):
-            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, groups)
+            x = TowerLayer(config, self.dtype, name=f"layers_{index}")(x, rotation, attention)
         return x
 
 

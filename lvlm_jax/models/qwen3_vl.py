@@ -5,6 +5,7 @@ the stream at the image tokens behind the first layers of the decoder (DeepStack
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, li
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
-from lvlm_jax.models.qwen_vision import PatchEmbedding, PatchMerger, axial_rotation, in_reading_order, picture_groups
+from lvlm_jax.models.qwen_vision import PatchEmbedding, PatchMerger, axial_rotation, in_reading_order, picture_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,9 @@ class Tower(nn.Module):
         x = x + table(entries, weights).astype(self.dtype)
         rotation = axial_rotation(coordinates, vision.head_dim, vision.rope_theta)
         outputs = []
+        attention = functools.partial(picture_attention, valid=valid)
         for index in range(vision.num_layers):
-            x = TowerLayer(vision, self.dtype, name=f"layers_{index}")(x, rotation, picture_groups(valid))
+            x = TowerLayer(vision, self.dtype, name=f"layers_{index}")(x, rotation, attention)
             outputs.append(x)
         return outputs
 

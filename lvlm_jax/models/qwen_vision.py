@@ -3,7 +3,7 @@
 Rows and what is known of each patch come from `loose_patches`: a padded row per image, M² consecutive patches a token.
 """
 
-import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,11 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, frequencies, rotate
+from lvlm_jax.attention.sight import Sight
+from lvlm_jax.attention.stream import streamed
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig
 from lvlm_jax.models.vision import patch_attention
 
-QUERY_BLOCK = 1024  # patches that attend at a time: bounds the logits in memory
+STREAM_FROM = 1024  # patches of a picture from which attention goes by blocks
+LARGEST_MAP = 2**24  # elements of the maps of windows that are looked at at a time, 64 MiB in float32
+NOWHERE = 2**31 - 1  # the window of filler
+# Mixes values by queries and keys, `Float[Array, "R P H D"]` each.
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def axial_rotation(coordinates: Int[Array, "R P 2"], head_dim: int, theta: float) -> Rotation:
@@ -26,40 +32,67 @@ def axial_rotation(coordinates: Int[Array, "R P 2"], head_dim: int, theta: float
     return Rotation(jnp.cos(angle), jnp.sin(angle)).heads(axis=2)
 
 
-def grouped_attention(
+def picture_attention(
     query: Float[Array, "R P H D"],
     key: Float[Array, "R P H D"],
     value: Float[Array, "R P H D"],
-    groups: Int[Array, "R P"],
+    valid: Bool[Array, "R P"],
 ) -> Float[Array, "R P H D"]:
-    """Each patch attends to those of its row that have its group number; a block of queries at a time."""
-
-    def attended(block: tuple[Float[Array, "R Q H D"], Int[Array, "R Q"]]) -> Float[Array, "R Q H D"]:
-        return patch_attention(block[0], key, value, block[1][:, :, None] == groups[:, None, :])
-
-    patches = query.shape[1]
-    if patches <= QUERY_BLOCK:
-        return attended((query, groups))
-    size = math.gcd(patches, QUERY_BLOCK)
-
-    def split(array: jax.Array) -> jax.Array:
-        return jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0)
-
-    # The backward pass recomputes a block's weights, or all of them would be kept.
-    blocks = jax.lax.map(jax.checkpoint(attended), (split(query), split(groups)))
-    return jnp.moveaxis(blocks, 0, 1).reshape(query.shape)
+    """Each patch attends to all of its picture."""
+    if query.shape[1] < STREAM_FROM:
+        return patch_attention(query, key, value, valid[:, None])
+    heads = (array.swapaxes(1, 2) for array in (query, key, value))
+    return streamed(*heads, Sight.everywhere(query.shape[1], valid)).swapaxes(1, 2)
 
 
-def picture_groups(valid: Bool[Array, "R P"]) -> Int[Array, "R P"]:
-    """Groups for attention over whole pictures; filler keeps to itself."""
-    return jnp.where(valid, 0, -1)
+def window_attention(
+    query: Float[Array, "R P H D"],
+    key: Float[Array, "R P H D"],
+    value: Float[Array, "R P H D"],
+    windows: Int[Array, "R P"],
+    size: int,
+) -> Float[Array, "R P H D"]:
+    """Each patch attends to those of its window.
+
+    Args:
+        windows: numbers of windows, those of one window side by side.
+        size: no window has more patches. So a block of that many sees nothing outside itself and its neighbours.
+    """
+    rows, patches, heads, channels = query.shape
+    many = min(-(-patches // size), max(1, LARGEST_MAP // (rows * heads * 3 * size**2)))  # blocks at a time
+    filler = -patches % (many * size)
+
+    def blocks(array: jax.Array, around: int = 0, fill: int = 0) -> jax.Array:
+        edges = ((0, 0), (around, filler + around)) + ((0, 0),) * (array.ndim - 2)
+        padded = jnp.pad(array, edges, constant_values=fill)
+        return padded.reshape(rows, -1, size, *array.shape[2:])
+
+    query, own = blocks(query), blocks(windows, fill=NOWHERE)
+    key, value, seen = blocks(key, size), blocks(value, size), blocks(windows, size, NOWHERE - 1)
+
+    def attended(start: Int[Array, ""]) -> Float[Array, "R U H D"]:
+        def here(array: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(array, start, many, axis=1)
+            return part.reshape(-1, *array.shape[2:])
+
+        def around(array: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_slice_in_dim(array, start, many + 2, axis=1)
+            beside = jnp.concatenate([part[:, :-2], part[:, 1:-1], part[:, 2:]], axis=2)
+            return beside.reshape(-1, *beside.shape[2:])
+
+        mask = here(own)[:, :, None] == around(seen)[:, None, :]
+        return patch_attention(here(query), around(key), around(value), mask).reshape(rows, -1, heads, channels)
+
+    # The backward pass computes the weights again, or would keep all of them.
+    mixed = jax.lax.map(jax.checkpoint(attended), jnp.arange(query.shape[1] // many) * many)
+    return jnp.moveaxis(mixed, 0, 1).reshape(rows, -1, heads, channels)[:, :patches]
 
 
-def window_groups(coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"], side: int) -> Int[Array, "R P"]:
-    """Groups for attention inside windows of `side` x `side` patches, cut off at the picture's end."""
+def window_numbers(coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"], side: int) -> Int[Array, "R P"]:
+    """The window of each patch, of `side` x `side` patches and cut off at the picture's end; filler behind all."""
     window = coordinates // side
     # Wider than any picture is in windows, so that numbers are unique.
-    return jnp.where(valid, window[..., 0] * 2**15 + window[..., 1], -1)
+    return jnp.where(valid, window[..., 0] * 2**15 + window[..., 1], NOWHERE)
 
 
 class PatchEmbedding(nn.Module):
@@ -84,7 +117,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchAttention(nn.Module):
-    """Multi-head attention with rotary rows and columns, inside groups of patches."""
+    """Multi-head attention with rotary rows and columns; `attention` mixes values by queries and keys."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype
@@ -92,15 +125,13 @@ class PatchAttention(nn.Module):
     output_bias: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "R P W"], rotation: Rotation, groups: Int[Array, "R P"]
-    ) -> Float[Array, "R P W"]:
+    def __call__(self, x: Float[Array, "R P W"], rotation: Rotation, attention: Attention) -> Float[Array, "R P W"]:
         def project(name: str) -> Float[Array, "R P H D"]:
             flat = linear(x.shape[-1], self.dtype, name, use_bias=self.use_bias)(x)
             return flat.reshape(*x.shape[:2], self.config.num_heads, -1)
 
         query, key = rotate(project("q_proj"), rotation), rotate(project("k_proj"), rotation)
-        mixed = grouped_attention(query, key, project("v_proj"), groups)
+        mixed = attention(query, key, project("v_proj"))
         output = linear(x.shape[-1], self.dtype, "out_proj", use_bias=self.output_bias)
         return output(mixed.reshape(x.shape))
 

@@ -1,6 +1,26 @@
 """Meshes, where parameters live on them, and the start of several processes."""
 
-from lvlm_jax.parallel.mesh import AXES, batch_sharding, local, make_mesh, parameter_sharding, spread
+from lvlm_jax.parallel.mesh import (
+    AXES,
+    batch_sharding,
+    local,
+    make_mesh,
+    mesh_for,
+    parameter_sharding,
+    refuse_cut_heads,
+    spread,
+)
 from lvlm_jax.parallel.processes import lost, start
 
-__all__ = ["AXES", "batch_sharding", "local", "lost", "make_mesh", "parameter_sharding", "spread", "start"]
+__all__ = [
+    "AXES",
+    "batch_sharding",
+    "local",
+    "lost",
+    "make_mesh",
+    "mesh_for",
+    "parameter_sharding",
+    "refuse_cut_heads",
+    "spread",
+    "start",
+]

@@ -7,6 +7,7 @@ their scales like the kernel they stand for.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # The first pattern that matches a parameter's path names its axes.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed_tokens/embedding$", ("vocabulary", "embed")),
+    # By columns: split by rows, a lookup of few tokens would gather the whole table at every step.
+    (r"embed_tokens/embedding$", (None, "columns")),
     (r"lm_head/kernel$", ("embed", "vocabulary")),
     (r"/([qkv]|kv)_proj/kernel$", ("embed", "heads")),
     (r"/([qkv]|kv)_proj/bias$", ("heads",)),
@@ -31,7 +33,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(down_proj|fc2|linear_2)/kernel$", ("hidden", "embed")),
     (r"(^connector|/proj|/projection)/kernel$", (None, "embed")),
 )
-MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "embed": "fsdp"}
+MESH_AXES: dict[str, str | tuple[str, ...]] = {
+    "vocabulary": "tensor",
+    "heads": "tensor",
+    "hidden": "tensor",
+    "embed": "fsdp",
+    "columns": ("fsdp", "tensor"),
+}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,6 +61,27 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def refuse_cut_heads(mesh: Mesh, heads: int, key_heads: int) -> None:
+    """A mesh must leave attention heads whole: halves of heads would meet on other devices in every layer.
+
+    Raises:
+        LVLMError: the tensor axis does not divide the heads or the key heads.
+    """
+    ways, common = mesh.shape["tensor"], math.gcd(heads, key_heads)
+    if common % ways:
+        fitting = [str(size) for size in range(1, common + 1) if common % size == 0]
+        raise LVLMError(
+            f"a mesh with tensor={ways} cuts this model's {heads} attention heads and {key_heads} key heads; give "
+            f"tensor as one of {', '.join(fitting)} and the other devices to data or fsdp"
+        )
+
+
+def mesh_for(heads: int, key_heads: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices whose tensor axis is as large as a model's heads allow; the others are for data."""
+    devices = list(devices or jax.devices())
+    return make_mesh(data=-1, tensor=math.gcd(heads, key_heads, len(devices)), devices=devices)
+
+
 def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Where a parameter lives: a function of its path, such as "language_model/norm/scale", and its shape.
 
@@ -63,11 +92,15 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
         names = _axes(path, len(shape))
         split = [MESH_AXES.get(name) if name else None for name in names]
         even = [
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(split, shape, strict=True)
+            axis if axis and size % _ways(mesh, axis) == 0 else None for axis, size in zip(split, shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*even))
 
     return place
+
+
+def _ways(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in ([axis] if isinstance(axis, str) else axis))
 
 
 def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedSharding | None:

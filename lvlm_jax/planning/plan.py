@@ -160,12 +160,13 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
         exact: compiles all layers.
 
     Raises:
-        LVLMError: a mesh that does not multiply to the devices, or a job that cannot be planned.
+        LVLMError: a mesh that does not multiply to the devices or cuts heads, or a job that cannot be planned.
     """
     found = jax.devices()
     if len(found) < job.devices:
         raise LVLMError(f"{job.devices} devices are planned for and this process has {len(found)}")
     mesh = parallel.make_mesh(*job.mesh, devices=found[: job.devices])
+    parallel.refuse_cut_heads(mesh, job.config.text.num_heads, job.config.text.num_kv_heads)
     layers, build = job.config.text.num_layers, inference if job.training is None else training
     if exact or layers <= DEPTHS[1] or not alike_in_all_layers(job.method, layers):
         programs = build(job, job.config, mesh, native)

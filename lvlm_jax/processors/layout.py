@@ -15,9 +15,11 @@ import numpy as np
 from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.pictures import Pictures
+from lvlm_jax.models.pictures import Pictures, bucketed
 
-PROMPT_BUCKET = 64  # prompts and caches come in multiples of this many columns
+PROMPT_BUCKET = 64  # the fewest columns of prompts and caches
+# Besides those of `bucketed`: 576 image tokens (LLaVA-1.5) and a question, which would be a fifth slower in 768.
+FIXED_IMAGE = 640
 SMALLEST_WINDOW = 16  # windows of post-image rows come in powers of two from here
 
 
@@ -168,9 +170,18 @@ class Inputs:
         return Inputs(tokens, image_id, None, np.tile(np.arange(total - longest, total), (self.batch, 1)))
 
 
-def bucket(length: int, multiple: int = PROMPT_BUCKET) -> int:
-    """`length` rounded up to a multiple, at least one of them."""
-    return max(1, -(-length // multiple)) * multiple
+def bucket(length: int) -> int:
+    """`length` rounded up to a number of columns: 64, 96, 128, 192, 256, ... and 640.
+
+    At most a third is idle, and pictures of any size make a score of prompt lengths.
+    """
+    columns = max(PROMPT_BUCKET, bucketed(length, PROMPT_BUCKET // 2))
+    return FIXED_IMAGE if length <= FIXED_IMAGE < columns and length > 512 else columns
+
+
+def multiple_of(step: int, length: int) -> int:
+    """`length` rounded up to a multiple of a step, at least one of them."""
+    return max(1, -(-length // step)) * step
 
 
 def multimodal_positions(image_id: Int[np.ndarray, "B T"], grids: Int[np.ndarray, "I 2"]) -> Int[np.ndarray, "3 B T"]:

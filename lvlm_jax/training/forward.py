@@ -74,9 +74,9 @@ def decode(
 
     Args:
         image_id: 0 text, k >= 1 the k-th image, -1 padding.
-        method: None takes attention in blocks of rows, which is cheaper and rounds differently.
+        method: None for none.
         image_count: no row has more images.
-        tap: what to return besides; attention weights are seen only by attention in one piece.
+        tap: what to return besides.
         rngs: randomness of adapters that have dropout.
         axes: positions along each of the axes that the model has, if it has several.
     """
@@ -84,11 +84,10 @@ def decode(
     axes = None if axes is None else axes.swapaxes(0, 1)
     context = prompt_context(image_id, method, total if method else 0, image_count, axes=axes)
     transforms = method.branches()[:1] if method else None
-    plain = transforms is None and tap.layers == ()
     return module.apply(
         {"params": params},
         embeddings[None],
-        dataclasses.replace(context, blocked=plain),
+        dataclasses.replace(context, streams=True),
         None,
         transforms,
         tap,

@@ -4,11 +4,13 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.models import loose_patches, qwen_vision
 from lvlm_jax.models.pictures import bucketed
+from lvlm_jax.models.vision import patch_attention
 from tests.models.families.patches import QWEN2_5_VL, QWEN2_VL
 from tests.models.test_published import published
 
@@ -29,13 +31,26 @@ def test_pictures_of_all_sizes_take_few_shapes():
     assert all(len(row.geometry["order"]) * 4 == row.pixels.shape[1] for row in rows)
 
 
-def test_attention_by_blocks_is_attention_in_one_piece(monkeypatch):
-    generator = np.random.default_rng(3)
-    query, key, value = jnp.asarray(generator.normal(size=(3, 2, 48, 2, 8)), jnp.float32)
-    groups = jnp.asarray(generator.integers(-1, 3, (2, 48)))
-    whole = qwen_vision.grouped_attention(query, key, value, groups)
-    monkeypatch.setattr(qwen_vision, "QUERY_BLOCK", 32)  # 48 patches go by blocks of 16
-    np.testing.assert_allclose(qwen_vision.grouped_attention(query, key, value, groups), whole, atol=1e-6)
+@pytest.mark.parametrize(("height", "width"), [(10, 26), (6, 40), (24, 8)])
+def test_windows_and_blocks_give_what_all_patches_at_once_give(monkeypatch, height, width):
+    """Beside a small picture, whose row is filled up; windows of 8 x 8 are cut off at the picture's end."""
+    sizes = np.array([[1, height, width], [1, 4, 6]])
+    arrays = {"pixel_values": np.zeros((int(sizes.prod(axis=1).sum()), 12)), "image_grid_thw": sizes}
+    geometry = loose_patches.patch_rows([arrays], channels=12, merge=2).geometry
+    coordinates, valid = map(jnp.asarray, (geometry["coordinates"], geometry["valid"]))
+    windows = qwen_vision.window_numbers(coordinates, valid, 8)
+    order = jnp.argsort(windows, axis=1, stable=True)
+    windows, valid = (jnp.take_along_axis(array, order, axis=1) for array in (windows, valid))
+    shape = (3, *windows.shape, 2, 8)
+    query, key, value = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
+    monkeypatch.setattr(qwen_vision, "LARGEST_MAP", 2 * 2 * 2 * 3 * 64**2)  # two blocks of windows at a time
+    monkeypatch.setattr(qwen_vision, "STREAM_FROM", 1)
+    for got, mask in (
+        (qwen_vision.window_attention(query, key, value, windows, 64), windows[:, :, None] == windows[:, None, :]),
+        (qwen_vision.picture_attention(query, key, value, valid), valid[:, None, :]),
+    ):
+        want = patch_attention(query, key, value, mask)
+        np.testing.assert_allclose(*(jnp.where(valid[..., None, None], mixed, 0) for mixed in (got, want)), atol=1e-6)
 
 
 def published_with_processor(family, size, folder):

@@ -1,4 +1,4 @@
-"""Run by `test_mesh` in a process of its own, on eight simulated devices: the small model over a 1 x 2 x 4 mesh.
+"""Run by `test_mesh` in a process of its own, on eight simulated devices: the small model over a 2 x 2 x 2 mesh.
 
 Arguments: checkpoint folder, file of inputs, file for results.
 """
@@ -15,7 +15,7 @@ from lvlm_jax.parallel import make_mesh
 
 
 def main(folder: str, inputs_file: str, results_file: str) -> None:
-    model = LVLM.from_pretrained(folder, mesh=make_mesh(data=1, fsdp=2, tensor=4))
+    model = LVLM.from_pretrained(folder, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     leaves = jax.tree_util.tree_leaves_with_path(model.params)
     placements = {
         "/".join(key.key for key in path): {
@@ -29,7 +29,7 @@ def main(folder: str, inputs_file: str, results_file: str) -> None:
     greedy = model.generate(inputs, max_new_tokens=8)
     contrasted = model.generate(inputs, methods.CMAC(alpha=1.0), max_new_tokens=8)
     logits = np.asarray(model.logits(inputs))
-    twice = {name: np.concatenate([array, array]) for name, array in inputs.items()}
+    fourfold = {name: np.concatenate([array] * 4) for name, array in inputs.items()}
     encode, shares = drivers.encode_images, []
 
     def watched(params, config, pixels, *geometry):
@@ -37,7 +37,7 @@ def main(folder: str, inputs_file: str, results_file: str) -> None:
         return encode(params, config, pixels, *geometry)
 
     drivers.encode_images = watched
-    step = model.prefill(twice, methods.VCD())[1]
+    step = model.prefill(fourfold, methods.VCD())[1]
     np.savez(
         results_file,
         vcd=np.stack([step.main, step.contrast]),

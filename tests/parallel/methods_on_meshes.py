@@ -13,7 +13,7 @@ from lvlm_jax.parallel import make_mesh
 from tests import checkpoints
 from tests.methods.test_all_methods import ENTRIES, HASH, LAYOUTS, SEARCHES, build
 
-MESHES = ((2, 2, 2), (1, 2, 4))
+MESHES = ((2, 2, 2), (1, 4, 2))
 STEPS = 2
 
 

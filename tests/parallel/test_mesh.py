@@ -6,12 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.parallel import AXES, make_mesh
+from lvlm_jax.parallel import AXES, make_mesh, refuse_cut_heads
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,21 +42,21 @@ def spread(checkpoint, mixed, tmp_path_factory):
 @pytest.mark.parametrize(
     ("path", "spec", "shard"),
     [
-        ("language_model/embed_tokens/embedding", ["tensor", "fsdp"], [65, 24]),
-        ("language_model/lm_head/kernel", ["fsdp", "tensor"], [24, 65]),
-        ("language_model/layers_0/self_attn/q_proj/kernel", ["fsdp", "tensor"], [24, 12]),
-        ("language_model/layers_1/self_attn/k_proj/kernel", ["fsdp", "tensor"], [24, 6]),
-        ("language_model/layers_1/self_attn/o_proj/kernel", ["tensor", "fsdp"], [12, 24]),
-        ("language_model/layers_0/mlp/gate_proj/kernel", ["fsdp", "tensor"], [24, 20]),
-        ("language_model/layers_0/mlp/down_proj/kernel", ["tensor", "fsdp"], [20, 24]),
+        ("language_model/embed_tokens/embedding", [None, ["fsdp", "tensor"]], [260, 12]),
+        ("language_model/lm_head/kernel", ["fsdp", "tensor"], [24, 130]),
+        ("language_model/layers_0/self_attn/q_proj/kernel", ["fsdp", "tensor"], [24, 24]),
+        ("language_model/layers_1/self_attn/k_proj/kernel", ["fsdp", "tensor"], [24, 12]),
+        ("language_model/layers_1/self_attn/o_proj/kernel", ["tensor", "fsdp"], [24, 24]),
+        ("language_model/layers_0/mlp/gate_proj/kernel", ["fsdp", "tensor"], [24, 40]),
+        ("language_model/layers_0/mlp/down_proj/kernel", ["tensor", "fsdp"], [40, 24]),
         ("language_model/layers_0/input_layernorm/scale", [None], [48]),
-        ("vision_tower/layers_0/self_attn/out_proj/kernel", ["tensor", "fsdp"], [8, 16]),
-        ("vision_tower/layers_0/self_attn/v_proj/bias", ["tensor"], [8]),
-        ("vision_tower/layers_2/mlp/fc1/bias", ["tensor"], [16]),
-        ("vision_tower/layers_2/mlp/fc2/kernel", ["tensor", "fsdp"], [16, 16]),
+        ("vision_tower/layers_0/self_attn/out_proj/kernel", ["tensor", "fsdp"], [16, 16]),
+        ("vision_tower/layers_0/self_attn/v_proj/bias", ["tensor"], [16]),
+        ("vision_tower/layers_2/mlp/fc1/bias", ["tensor"], [32]),
+        ("vision_tower/layers_2/mlp/fc2/kernel", ["tensor", "fsdp"], [32, 16]),
         ("vision_tower/layers_2/mlp/fc2/bias", [None], [32]),
-        ("connector/linear_1/kernel", ["fsdp", "tensor"], [16, 12]),
-        ("connector/linear_2/kernel", ["tensor", "fsdp"], [12, 24]),
+        ("connector/linear_1/kernel", ["fsdp", "tensor"], [16, 24]),
+        ("connector/linear_2/kernel", ["tensor", "fsdp"], [24, 24]),
     ],
 )
 def test_parameters_lie_where_the_table_says(spread, path, spec, shard):
@@ -82,11 +83,11 @@ def test_results_equal_those_of_one_device(spread, model, mixed):
 
 
 def test_each_device_looks_at_its_share_of_the_images(spread, model, mixed):
-    """Six images, and six disturbed ones of the contrast branch, over two devices along `fsdp`."""
+    """Twelve images, and twelve disturbed ones of the contrast branch, over two devices each of `data` and `fsdp`."""
     placed, results = spread
     assert placed["images"] == [[3, *mixed["pixel_values"].shape[1:]]] * 2
-    twice = {name: np.concatenate([array, array]) for name, array in mixed.items()}
-    step = model.prefill(twice, methods.VCD())[1]
+    fourfold = {name: np.concatenate([array] * 4) for name, array in mixed.items()}
+    step = model.prefill(fourfold, methods.VCD())[1]
     np.testing.assert_allclose(results["vcd"], np.stack([step.main, step.contrast]), rtol=0, atol=1e-4)
 
 
@@ -109,3 +110,11 @@ def test_one_axis_takes_what_the_others_leave():
 def test_sizes_that_do_not_cover_the_devices(sizes):
     with pytest.raises(LVLMError, match="does not cover 1 devices"):
         make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "ways", "fitting"), [(28, 4, 8, "1, 2, 4"), (32, 8, 5, "1, 2, 4, 8")])
+def test_a_mesh_that_cuts_heads_is_refused(heads, key_heads, ways, fitting):
+    mesh = jax.sharding.AbstractMesh((1, 1, ways), AXES)
+    with pytest.raises(LVLMError, match=f"tensor={ways} cuts .* {heads} .* {key_heads} key heads.* one of {fitting} "):
+        refuse_cut_heads(mesh, heads, key_heads)
+    refuse_cut_heads(jax.sharding.AbstractMesh((ways, 1, 4), AXES), heads, key_heads)

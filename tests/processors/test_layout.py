@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors.layout import bucket
 from tests import checkpoints, small
 from tests.checkpoints import IMAGE
 from tests.small import CONTEXT, IMAGE_TOKEN_ID, IMAGE_TOKENS
@@ -39,9 +41,22 @@ def test_prompts_end_at_the_last_column(model, mixed):
         assert prompt.lengths[row] == length
 
 
-@pytest.mark.parametrize(("length", "columns"), [(1, 64), (64, 64), (65, 128), (CONTEXT - 1, 128)])
+@pytest.mark.parametrize(("length", "columns"), [(1, 64), (64, 64), (65, 96), (CONTEXT - 1, 96)])
 def test_columns_come_in_buckets(model, prompts, length, columns):
     assert model.prepare(prompts((length,))).tokens.shape == (1, columns)
+
+
+def test_pictures_of_any_size_make_few_programs():
+    """Prompts of 500 pictures, each with a question of another length: what decides on prefill and on decode."""
+    generator = np.random.default_rng(0)
+    sides = np.exp(generator.uniform(np.log(45), np.log(8000), (500, 2))).astype(int)
+    grids = [smart_resize(*side.tolist(), factor=28, min_pixels=56**2, max_pixels=28**2 * 16384) for side in sides]
+    lengths = [height * width // 28**2 + int(generator.integers(12, 60)) for height, width in grids]
+    assert max(lengths) > 16384 and min(lengths) < 80
+    prompts = {bucket(length) for length in lengths}
+    assert len(prompts) <= 20 and len({bucket(columns + bucket(100)) for columns in prompts}) <= 20
+    assert all(length <= bucket(length) for length in lengths)
+    assert all(1 - length / bucket(length) <= 1 / 3 for length in range(64, 40000))
 
 
 def test_images_are_numbered_within_each_sample(model, mixed, prompts):

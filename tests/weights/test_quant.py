@@ -187,7 +187,7 @@ from lvlm_jax.weights.tables import flatten
 
 folder, inputs, results = sys.argv[1:]
 inputs = dict(np.load(inputs))
-model = LVLM.from_pretrained(folder, mesh=make_mesh(data=1, fsdp=2, tensor=4), quant="int8")
+model = LVLM.from_pretrained(folder, mesh=make_mesh(data=2, fsdp=2, tensor=2), quant="int8")
 params = flatten(model.params)
 alone = flatten(LVLM.from_pretrained(folder, quant="int8").params)
 for path, leaf in params.items():
@@ -207,9 +207,9 @@ def test_eight_devices_give_what_one_gives(quantized, mixed, tmp_path):
     np.savez(tmp_path / "inputs.npz", **mixed)
     placed = run(SHARDED, quantized.folder, tmp_path / "inputs.npz", tmp_path / "out.npz", devices=8)
     layer = LANGUAGE + "layers_0"
-    assert placed[f"{layer}/self_attn/q_proj/kernel_int8"] == [["tensor", "fsdp"], [12, 24]]
-    assert placed[f"{layer}/self_attn/q_proj/kernel_scale"] == [["tensor"], [12]]
-    assert placed[f"{layer}/mlp/down_proj/kernel_int8"] == [["fsdp", "tensor"], [24, 20]]
+    assert placed[f"{layer}/self_attn/q_proj/kernel_int8"] == [["tensor", "fsdp"], [24, 24]]
+    assert placed[f"{layer}/self_attn/q_proj/kernel_scale"] == [["tensor"], [24]]
+    assert placed[f"{layer}/mlp/down_proj/kernel_int8"] == [["fsdp", "tensor"], [24, 40]]
     assert placed[f"{layer}/mlp/down_proj/kernel_scale"] == [["fsdp"], [24]]
     assert placed[LANGUAGE + "lm_head/kernel_int8"] == [["tensor", "fsdp"], [65, 24]]
     results, valid = np.load(tmp_path / "out.npz"), mixed["attention_mask"].astype(bool)

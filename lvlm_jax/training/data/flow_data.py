@@ -20,7 +20,7 @@ from lvlm_jax.journal.progress import Progress
 from lvlm_jax.journal.record import file_hash, run_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
-from lvlm_jax.processors.layout import bucket
+from lvlm_jax.processors.layout import multiple_of
 from lvlm_jax.training.data import dataset_info, pair_files
 from lvlm_jax.training.data.pair_batches import Batch, Batches
 from lvlm_jax.training.data.pair_files import Conversation
@@ -130,7 +130,7 @@ def generate(
                 batch = waiting[start : start + batch_size]
                 filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch keeps its shape
                 prepared = model.prepare([prompt.conversation() for prompt in filled])
-                room = longest - bucket(int(prepared.lengths.max()), ROOM_STEP)
+                room = longest - multiple_of(ROOM_STEP, int(prepared.lengths.max()))
                 if room < 1:
                     raise LVLMError(
                         f"a prompt like {batch[-1].id} has {prepared.lengths.max()} tokens, which leaves no room for "

@@ -30,7 +30,7 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs, templates
 from lvlm_jax.processors.images import image_size, open_image
-from lvlm_jax.processors.layout import bucket, multimodal_positions, number_images
+from lvlm_jax.processors.layout import bucket, multimodal_positions, multiple_of, number_images
 from lvlm_jax.training.data import answer_tokens, pictures
 from lvlm_jax.training.data.answer_tokens import Tokens
 from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
@@ -225,7 +225,7 @@ def shape_of(rows: Sequence[Row], encoder: Encoder, count: int) -> Shape:
     most = sorted((len(row.images) for row in rows), reverse=True)[:count]
     answers = max(tokens.answers.sum() for row in rows for tokens in row.sequences.values())
     length = bucket(max(encoder.length(row) for row in rows))
-    return Shape(count, length, bucket(int(answers)), bucket(sum(most), count))
+    return Shape(count, length, bucket(int(answers)), multiple_of(count, sum(most)))
 
 
 def image_count(rows: Sequence[Row]) -> int:
@@ -245,7 +245,7 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
     seen = encoder.pictures(rows, [tokens.ids for tokens in first])
     # A tower takes something in any case.
     shown = encoder.config.blank() if seen is None else seen
-    batch = pictures.arrays_of(shown, max(shape.images, bucket(len(shown.pixels), shape.rows)))
+    batch = pictures.arrays_of(shown, max(shape.images, multiple_of(shape.rows, len(shown.pixels))))
     number, weight = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
     number[: len(rows)], weight[: len(rows)] = ids, 1
     batch |= {"ids": number, "weight": weight}

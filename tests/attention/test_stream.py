@@ -1,0 +1,160 @@
+"""Attention by blocks and by kernels against the whole map; methods whose rows come a few at a time."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import methods
+from lvlm_jax.attention import kernels, stream
+from lvlm_jax.attention.sight import Sight
+from lvlm_jax.generation import forward
+from lvlm_jax.methods import chain
+
+BATCH, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 8
+attend = sys.modules["lvlm_jax.attention.attend"]  # the package has the function under this name
+
+
+def operands(rows: int, columns: int, dtype=jnp.float32):
+    generator = np.random.default_rng(0)
+    shapes = ((BATCH, HEADS, rows, SIZE), (BATCH, KEY_HEADS, columns, SIZE), (BATCH, KEY_HEADS, columns, SIZE))
+    return [jnp.asarray(generator.normal(size=shape) * 2, dtype) for shape in shapes]
+
+
+def sight_of(rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True) -> Sight:
+    """The last `rows` of `columns`; the second sample's padding is 37 columns, and three images lie side by side."""
+    places = np.arange(columns)
+    padding = places < 37 if left else places >= columns - 37
+    valid = jnp.asarray(np.stack([places >= 0, ~padding]))
+    image = jnp.asarray(np.isin(places // 40, (1, 2, 4)) & np.ones((BATCH, 1), bool))
+    return Sight.of(jnp.arange(columns - rows, columns), valid, window, image & valid if images else None)
+
+
+def whole(query, key, value, sight):
+    """Softmax of the whole map, of heads that are repeated."""
+    key, value = (jnp.repeat(array, HEADS // KEY_HEADS, axis=1) for array in (key, value))
+    logits = jnp.einsum("bhtd,bhsd->bhts", query, key, precision="highest") / SIZE**0.5
+    weights = jax.nn.softmax(jnp.where(sight.mask()[:, None], logits, -1e30), axis=-1)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, value, precision="highest")
+
+
+def with_slopes(function, alive, *arguments):
+    """The result and what a fixed slope of it pulls on query, key and value; rows of padding mean nothing."""
+
+    def total(query, key, value, sight):
+        mixed = jnp.where(alive, function(query, key, value, sight), 0)
+        return (mixed * jnp.cos(jnp.arange(mixed.size).reshape(mixed.shape))).sum(), mixed
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arguments)
+
+
+@pytest.mark.parametrize("block", [64, 96])
+@pytest.mark.parametrize(
+    ("rows", "columns", "how"),
+    [
+        (256, 256, {}),
+        (200, 200, dict(window=50, left=False)),
+        (200, 200, dict(images=True)),
+        (256, 256, dict(images=True, window=70)),
+        (72, 264, dict(window=100)),
+    ],
+    ids=["plain", "window, padding behind", "whole images", "whole images, window", "behind a prefix"],
+)
+def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns, how):
+    monkeypatch.setattr(stream, "CPU_BLOCK", block)
+    monkeypatch.setattr(stream, "SHORT_BLOCK", block)
+    sight = sight_of(rows, columns, **how)
+    alive = sight.mask().any(axis=-1)[:, None, :, None]
+    arguments = (*operands(rows, columns), sight)
+    got = with_slopes(stream.streamed.__wrapped__, alive, *arguments)
+    want = with_slopes(whole, alive, *arguments)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("left", [True, False])
+def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
+    """By what stands for cuDNN's kernel on any platform, and by the TPU's own kernel, interpreted."""
+    sight = sight_of(128, 128, window, left=left)
+    arguments = (*operands(128, 128), sight)
+    alive = np.asarray(sight.valid)[:, None, :, None]
+    want = np.where(alive, whole(*arguments), 0)
+    for kernel in (
+        functools.partial(kernels.cudnn, implementation="xla"),
+        functools.partial(kernels.splash, interpret=True),
+    ):
+        got = np.where(alive, jax.jit(kernel)(*arguments), 0)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def test_what_takes_a_kernel():
+    """Not on this CPU, which may have no cuDNN either; but never float32, a prefix or images that are seen whole."""
+    query, key, _ = operands(128, 128, jnp.bfloat16)
+    assert "tpu" in kernels.fitting(query, key, sight_of(128, 128))
+    assert kernels.fitting(query[:, :, :64], key, sight_of(64, 128)) == {}
+    assert kernels.fitting(query, key, sight_of(128, 128, images=True)) == {}
+    query, key, _ = operands(128, 128)
+    assert kernels.fitting(query, key, sight_of(128, 128)) == {}
+
+
+BY_ROWS = {
+    "none": None,
+    "cmac": methods.CMAC(),
+    "cmac of the code": methods.CMAC(variant="code"),
+    "eah": methods.EAH(beta=0.0001, layer=0),
+    "eah of the code": methods.EAH(variant="code", beta=0.0001, layer=0),
+    "capl": methods.CAPL(layers=(0, 1)),
+    "capl, truncated": methods.CAPL(mode="truncated"),
+    "sid": methods.SID(keep=3, start_layer=1),
+    "sevi": methods.SEVI(start_layer=0),
+    "vaf": methods.VAF(start_layer=0),
+    "a chain": chain(methods.VAF(start_layer=0), methods.CMAC()),
+    "a chain with the last row": chain(methods.EAH(beta=0.0001, layer=0), methods.SEVI(start_layer=0)),
+    "not by rows": methods.CMAC(distort="attention_mask"),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model, mixed, name):
+    """Logits of all branches and their keys and values, of a prompt that streams, rows of methods 16 at a time."""
+    method, inputs = BY_ROWS[name], model.prepare(mixed)
+    prompt = forward.Prompt(
+        forward.embed(model.params, model.config, jnp.asarray(inputs.tokens), model_images(model, inputs)),
+        jnp.asarray(inputs.image_id),
+    )
+
+    def prefill():
+        run = functools.partial(
+            forward.prefill, config=model.config, window=inputs.window, capacity=96, image_count=inputs.image_count
+        )
+        state, step = jax.jit(lambda params, prompt, method: run(params, prompt=prompt, method=method))(
+            model.params, prompt, method
+        )
+        return step.main, step.contrast, [(cache.prefix, cache.own) for cache in state.caches]
+
+    want = prefill()
+    seen = []
+    take = attend._by_rows
+    monkeypatch.setattr(attend, "_by_rows", lambda *given, **more: seen.append(name) or take(*given, **more))
+    for place, constant, value in (
+        (forward, "STREAM_FROM", 1), (attend, "FEW_ROWS", 0), (attend, "LARGEST_MAP", 1), (attend, "FEWEST_ROWS", 15),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, constant, value)
+    got = prefill()
+    assert bool(seen) == (name not in ("none", "sevi", "not by rows", "a chain with the last row"))
+    alive = jnp.asarray(inputs.image_id >= 0)
+
+    def compare(one, other):
+        if one.ndim == 4:  # keys and values: a row of padding means nothing
+            here = jnp.pad(alive, ((0, 0), (0, 96 - alive.shape[1])))[:, None, : one.shape[2], None]
+            one, other = jnp.where(here, one, 0), jnp.where(here, other, 0)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+    jax.tree.map(compare, got, want)
+
+
+def model_images(model, inputs):
+    return forward.encode_images(model.params, model.config, jnp.asarray(inputs.pixels), inputs.geometry)
