@@ -138,13 +138,10 @@ def _in_parts(
             _whole, columns=columns, shift=shift, edits=edits, window=window, whole_images=whole_images
         )
         rows, cut = query[:, :, plain:], context.cut(plain, explicit)
-        if edits.tapped and edits.tap.rows == "all":
-            apart = False
-        else:
-            apart = transform is None or takes_rows_apart(transform, edits.layer, edits.num_layers, context.phase)
-        (mixed,), (carry,), (weights,) = (
-            _by_rows(whole, rows, cut, transform) if apart else whole((rows,), contexts=(cut,))
-        )
+        apart = transform is None or takes_rows_apart(transform, edits.layer, edits.num_layers, context.phase)
+        if apart and not (edits.tapped and edits.tap.rows == "all"):
+            whole = functools.partial(_by_rows, whole, transform)
+        (mixed,), (carry,), (weights,) = whole((rows,), contexts=(cut,))
         parts.append(mixed.astype(parts[0].dtype if parts else mixed.dtype))
         tapped = edits.tap.select(weights) if edits.tapped else None
     return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], carry, tapped

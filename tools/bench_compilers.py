@@ -1,0 +1,95 @@
+"""Temporary memory of prefill, as the compilers of TPUs and GPUs have it for devices that are not there.
+
+    python tools/bench_compilers.py --compiler cuda --lengths 624,4096 --methods none,capl --batches 1,8
+
+LLaVA-1.5-7B's shapes cut to two layers, bfloat16; images of 576 tokens, as many as fit. Prints a table, one row for
+each method and batch, GiB of temporary memory and the compiler's seconds.
+"""
+
+import functools
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax import methods, models
+from lvlm_jax.cli import common
+from lvlm_jax.generation import drivers
+from lvlm_jax.generation.state import Prompt
+from lvlm_jax.methods import Method
+from lvlm_jax.parallel import make_mesh
+from lvlm_jax.planning import compilers, inference
+from lvlm_jax.planning.sizes import SIZES
+from lvlm_jax.processors.layout import bucket
+
+LAYERS, IMAGE, TEXT = 2, 576, 48
+# Of published settings those that act in two layers.
+METHODS = {
+    "none": lambda: None,
+    "cmac": lambda: methods.CMAC(),
+    "eah": lambda: methods.EAH(),
+    "capl": lambda: methods.CAPL(layers=(0, 1)),
+    "sid": lambda: methods.SID(start_layer=1),
+    "vcd": lambda: methods.VCD(),
+}
+
+
+@functools.cache
+def cut(layers: int = LAYERS) -> models.FamilyConfig:
+    """LLaVA-1.5-7B with so many layers, and room for prompts of any length."""
+    published = SIZES["llava-1.5-7b"]
+    text = published["text_config"] | {"num_hidden_layers": layers, "max_position_embeddings": 2**17}
+    return models.config_from_hf(published | {"text_config": text})
+
+
+def compiled(
+    compiler: str, length: int, batch: int, method: Method | None, layers: int = LAYERS
+) -> jax.stages.Compiled:
+    """Prefill of `batch` prompts of `length` tokens on one device, whose answers may have 128 tokens."""
+    config = cut(layers)
+    mesh = make_mesh(1, 1, 1, compilers.absent_devices(compiler)[:1])
+    params = inference.parameters(config, "bfloat16", mesh)
+    images, columns = max(1, (length - TEXT) // IMAGE), bucket(length)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    prompt = Prompt(
+        jax.ShapeDtypeStruct((batch, columns, config.text.hidden_size), jnp.bfloat16, sharding=everywhere),
+        jax.ShapeDtypeStruct((batch, columns), jnp.int32, sharding=everywhere),
+    )
+    contrast = prompt if method is not None and method.contrast_prompt() == "pixels" else None
+    count = 2 ** int(np.ceil(np.log2(images)))
+    traced = drivers.prefill.trace(
+        params, config, prompt, method, window=64, capacity=columns + 128, contrast=contrast, image_count=count
+    )
+    return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
+
+
+def temporary(program: jax.stages.Compiled) -> float:
+    """GiB."""
+    return program.memory_analysis().temp_size_in_bytes / 2**30
+
+
+def main(words: list[str]) -> int:
+    """Print the table."""
+    parser = common.Parser(prog="tools/bench_compilers.py", description=__doc__)
+    parser.add_argument("--compiler", choices=compilers.NAMES, default="cuda", help="whose (default cuda)")
+    for name, default in (("lengths", "624,4096,16384,32768"), ("batches", "1"), ("methods", ",".join(METHODS))):
+        parser.add_argument(f"--{name}", default=default, help=f"separated by commas (default {default})")
+    flags = parser.parse_args(words)
+    lengths = [int(length) for length in flags.lengths.split(",")]
+    print(f"| {flags.compiler}, jax {jax.__version__} | " + " | ".join(map(str, lengths)) + " |")
+    print("|---" * (1 + len(lengths)) + "|", flush=True)
+    for name in flags.methods.split(","):
+        for batch in map(int, flags.batches.split(",")):
+            print(f"| {name}, batch {batch} |", end="", flush=True)
+            for length in lengths:
+                start = time.process_time()
+                found = temporary(compiled(flags.compiler, length, batch, METHODS[name]()))
+                print(f" {found:.2f} ({time.process_time() - start:.0f} s) |", end="", flush=True)
+            print(flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
