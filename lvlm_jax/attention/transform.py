@@ -120,7 +120,8 @@ class Transform:
             after the last image; an earlier row may be among them, `site.post_image` tells) or "all".
             A decode step always has exactly its one row.
         by_rows: whether the stages give a row the same whatever other rows are with it, but for `statistics`. They may
-            then be called with a few rows at a time; `observe` with the last ones alone.
+            then be called with a few rows at a time; what `observe` makes of the last ones alone is the next layer's
+            carry, so that no stage may need what `observe` notes in the same layer.
     """
 
     rows: ClassVar[str] = "post_image"

@@ -33,6 +33,7 @@ class DAB(Method):
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
 
     rows: ClassVar[str] = "post_image"
+    by_rows: ClassVar[bool] = True
 
     def active(self, layer, num_layers, phase):
         edited = layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)

@@ -34,6 +34,7 @@ class FarSight(Method):
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
 
     def active(self, layer, num_layers, phase):
         return phase == "prefill" and layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)

@@ -47,6 +47,7 @@ class VAR(Method):
 
     PRESETS: ClassVar = {"llava-1.5-7b": dict(dims=(2533, 1415)), "llava-1.5-13b": dict(dims=(2100, 4743))}
     rows: ClassVar[str] = "post_image"
+    by_rows: ClassVar[bool] = True
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers whose weights change; static."""

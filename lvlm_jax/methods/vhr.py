@@ -41,6 +41,7 @@ class VHR(Method):
 
     PRESETS: ClassVar = {"llava-1.5": dict(alpha=2.0)}
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
     primes: ClassVar[tuple[str, ...]] = ("probe",)
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
