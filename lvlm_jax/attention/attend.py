@@ -25,7 +25,7 @@ from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import Rotation, rotate
 from lvlm_jax.attention.stream import streamed
 from lvlm_jax.attention.tap import Tap
-from lvlm_jax.attention.transform import Site, Transform, overrides, takes_rows_apart
+from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, takes_rows_apart
 
 LARGEST_MAP = 2**26  # elements [B, H, R, S] of the map of rows that a transform takes apart, 256 MiB in float32
 FEWEST_ROWS = 16  # that come at a time, however long they are
@@ -121,7 +121,10 @@ def _in_parts(
 ) -> tuple[Float[Array, "B H T D"], Any, Float[Array, "B G R S"] | None]:
     """One branch: its plain rows streamed, the others as whole or a few at a time; its carry; what is tapped."""
     transform, total = edits.at(0, context.phase), query.shape[2]
-    explicit = 0 if transform is None else 1 if transform.rows == "last" else context.explicit_rows
+    explicit = 0
+    if transform is not None:
+        rows = rows_in(transform, edits.layer, edits.num_layers, context.phase)
+        explicit = 1 if rows == "last" else context.explicit_rows
     if shift is not None:  # columns of images lie elsewhere for these rows
         explicit = max(explicit, context.explicit_rows)
     if edits.tapped:

@@ -216,15 +216,24 @@ def overrides(transform: Transform, stage: str) -> bool:
     return any(getattr(type(member), stage) is not getattr(Transform, stage) for member in members)
 
 
+def rows_in(transform: Transform, layer: int, num_layers: int, phase: str) -> str:
+    """Which rows a transform must see in a layer: those of its members that act there."""
+    return min((member.rows for member in _acting(transform, layer, num_layers, phase)), key=ROWS.index)
+
+
+def _acting(transform: Transform, layer: int, num_layers: int, phase: str) -> list[Transform]:
+    """The transforms that have stages of attention in a layer."""
+    members = transform.members if isinstance(transform, Chain) else (transform,)
+    return [member for member in members if member.attends() and member.active(layer, num_layers, phase)]
+
+
 def takes_rows_apart(transform: Transform, layer: int, num_layers: int, phase: str) -> bool:
     """Whether the rows of a transform may come a few at a time in a layer; see `Transform.by_rows`.
 
     So may those of a chain whose members want the same rows, if at most one of them has statistics and no other one
     edits weights before it.
     """
-    if not isinstance(transform, Chain):
-        return transform.by_rows and transform.rows != "last"
-    members = [member for member in transform.members if member.attends() and member.active(layer, num_layers, phase)]
+    members = _acting(transform, layer, num_layers, phase)
     counting = [index for index, member in enumerate(members) if overrides(member, "statistics")]
     edited = any(overrides(member, "weights") for member in members[: counting[0]]) if counting else False
     alike = all(member.by_rows and member.rows == members[0].rows != "last" for member in members)

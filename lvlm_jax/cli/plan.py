@@ -56,7 +56,8 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--master", choices=("float32", "bfloat16"), default="float32",
         help="dtype of what is trained, and of the optimizer's moments (default float32)")  # fmt: skip
     add("--accumulate", type=count, default=1, metavar="N", help="parts of an update (default 1)")
-    add("--remat", action="store_true", help="recompute layers in the backward pass")
+    add("--remat", action=argparse.BooleanOptionalAction,
+        help="recompute layers in the backward pass (default those of a billion parameters and more)")  # fmt: skip
     add("--device", action="append", metavar="NAME",
         help="what to hold the plan against, may be repeated: " + ", ".join(one.name for one in devices.DEVICES)
         + ", cpu (this machine, measured), or your own as NAME=GiB,GB/s,TFLOP/s (default: all)")  # fmt: skip

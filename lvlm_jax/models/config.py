@@ -123,6 +123,12 @@ class DecoderConfig:
         """Width of the sliding window of a layer, None for full attention."""
         return self.sliding_window[layer] if self.sliding_window else None
 
+    @property
+    def large(self) -> bool:
+        """Whether its layers have a billion parameters, beside whose activations a backward pass finds little room."""
+        mixing = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * self.hidden_size * (mixing + 3 * self.intermediate_size) >= 1e9
+
     @classmethod
     def from_hf(cls, text: Any) -> "DecoderConfig":
         """Reads a transformers text configuration object.

@@ -46,6 +46,7 @@ class Training:
     Attributes:
         recipe: one of RECIPES.
         lora: adapters on all projections of the decoder, or the parameters that `train` finds.
+        remat: recompute layers in the backward pass; None: those of a large decoder.
     """
 
     recipe: str
@@ -55,7 +56,7 @@ class Training:
     train: str = settings.base().train
     master: str = "float32"
     accumulate: int = 1
-    remat: bool = False
+    remat: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,8 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
         raise LVLMError(f"{job.devices} devices are planned for and this process has {len(found)}")
     mesh = parallel.make_mesh(*job.mesh, devices=found[: job.devices])
     parallel.refuse_cut_heads(mesh, job.config.text.num_heads, job.config.text.num_kv_heads)
+    if job.training is not None and job.training.remat is None:
+        job = dataclasses.replace(job, training=dataclasses.replace(job.training, remat=job.config.text.large))
     layers, build = job.config.text.num_layers, inference if job.training is None else training
     if exact or layers <= DEPTHS[1] or not alike_in_all_layers(job.method, layers):
         programs = build(job, job.config, mesh, native)

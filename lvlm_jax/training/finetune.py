@@ -38,7 +38,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     mesh = parallel.make_mesh(**config.mesh)
     model = load(config, mesh)
     trainable, frozen = divide(model.params, config)
-    module = models.build(model.config, jnp.dtype(config.dtype), remat=config.remat)
+    remat = model.config.text.large if config.remat is None else config.remat
+    module = models.build(model.config, jnp.dtype(config.dtype), remat=remat)
     task = objective.task(model, module, config, workdir)
     beside = frozen
     if objective.with_base and not config.lora.enabled:

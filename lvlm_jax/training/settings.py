@@ -37,7 +37,11 @@ FIELDS = (
     Field("model", "pocket", "pocket (the model inside the package), a checkpoint folder, or a hub id"),
     Field("dtype", "float32", "of products and frozen weights; trained ones follow master"),
     Field("master", "float32", "of the trained weights, and so of the optimizer's moments"),
-    Field("remat", False, "recompute each layer in the backward pass: less memory, a third more time"),
+    Field(
+        "remat",
+        None,
+        "recompute layers in the backward pass: less memory, a third more time; None: those of a billion parameters",
+    ),
     Field("data", "", "the training file; required"),
     Field("validation", "", "the held-out file; empty: nothing is evaluated"),
     Field("train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"),
