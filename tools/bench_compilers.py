@@ -17,6 +17,7 @@ import numpy as np
 from lvlm_jax import methods, models
 from lvlm_jax.cli import common
 from lvlm_jax.generation import drivers
+from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.parallel import make_mesh
@@ -62,6 +63,49 @@ def compiled(
     traced = drivers.prefill.trace(
         params, config, prompt, method, window=64, capacity=columns + 128, contrast=contrast, image_count=count
     )
+    return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
+
+
+def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConfig) -> jax.stages.Compiled:
+    """The loop of greedy decoding behind a prompt of 624 tokens, on a mesh of those sizes."""
+    mesh = make_mesh(*sizes, devices=compilers.absent_devices(compiler)[: np.prod(sizes)])
+    params = inference.parameters(config, "bfloat16", mesh)
+    columns, room = bucket(624), bucket(128)
+    prompt = Prompt(
+        jax.ShapeDtypeStruct((1, columns, config.text.hidden_size), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, columns), jnp.int32),
+    )
+
+    def begun(params: dict, prompt: Prompt) -> drivers.Answers:
+        state, step = drivers.prefill(params, config, prompt, None, window=64, capacity=columns + room)
+        stop, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, columns), jnp.int32)
+        return drivers.choose_first(state, step.combined, tokens, Sampling.of(), sample_keys(0, 1), stop, room)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = (None, "tensor") if leaf.ndim == 4 else ()  # caches by their heads
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    answers = jax.tree.map(placed, jax.eval_shape(begun, params, prompt))
+    traced = drivers.run.trace(params, config, answers, jax.ShapeDtypeStruct((), jnp.int32))
+    return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
+
+
+def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, int]]) -> jax.stages.Compiled:
+    """A tower over loose patches of pictures of such heights and widths in pixels."""
+    side, merge = config.vision.patch_size, config.vision.merge
+    unit = side * merge
+    sizes = np.array([[1, *(round(length / unit) * merge for length in picture)] for picture in pictures])
+    patches = np.broadcast_to(np.float32(0), (int(sizes.prod(axis=1).sum()), config.vision.channels))
+    shown = config.pictures([{"pixel_values": patches, "image_grid_thw": sizes}], [])
+    mesh = make_mesh(1, 1, 1, compilers.absent_devices(compiler)[:1])
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = inference.parameters(config, "bfloat16", mesh)
+
+    def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype), sharding=everywhere)
+
+    traced = drivers.encode_images.trace(params, config, *jax.tree.map(shape, (shown.pixels, shown.geometry)))
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
 
 

@@ -236,7 +236,9 @@ class Decoder(nn.Module):
             self.lm_head = linear(config.vocab_size, self.dtype, None)
 
     def embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T E"]:
-        embedded = self.embed_tokens(tokens)
+        # XLA makes a slice of the lookup of a single token, and gathers a table that lies on several devices for it.
+        alone = tokens.size == 1
+        embedded = self.embed_tokens(jnp.repeat(tokens, 2, axis=0))[:1] if alone else self.embed_tokens(tokens)
         scale = self.config.embedding_scale
         return embedded if scale == 1 else embedded * jnp.asarray(scale, embedded.dtype)
 

@@ -28,6 +28,7 @@ from lvlm_jax.models.qwen_vision import (
     PatchAttention,
     PatchEmbedding,
     axial_rotation,
+    by_chunks,
     in_reading_order,
     picture_attention,
 )
@@ -123,7 +124,7 @@ class TowerLayer(nn.Module):
             normed, rotation, attention
         )
         normed = rms_norm(config.rms_norm_eps, self.dtype, "norm2")(x)
-        return x + GatedMlp(vision, self.dtype, use_bias=False, name="mlp")(normed)
+        return x + by_chunks(GatedMlp(vision, self.dtype, use_bias=False, name="mlp"), normed)
 
 
 class Tower(nn.Module):

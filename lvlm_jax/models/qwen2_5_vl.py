@@ -22,6 +22,7 @@ from lvlm_jax.models.qwen_vision import (
     PatchEmbedding,
     PatchMerger,
     axial_rotation,
+    by_chunks,
     picture_attention,
     window_attention,
     window_numbers,
@@ -79,7 +80,7 @@ class TowerLayer(nn.Module):
         normed = rms_norm(EPSILON, self.dtype, "norm1")(x)
         x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = rms_norm(EPSILON, self.dtype, "norm2")(x)
-        return x + GatedMlp(self.config, self.dtype, name="mlp")(normed)
+        return x + by_chunks(GatedMlp(self.config, self.dtype, name="mlp"), normed)
 
 
 class WindowTower(nn.Module):

@@ -21,6 +21,7 @@ from lvlm_jax.models.qwen_vision import (
     PatchMerger,
     PlainMlp,
     axial_rotation,
+    by_chunks,
     in_reading_order,
     picture_attention,
 )
@@ -71,7 +72,7 @@ class TowerLayer(nn.Module):
         normed = layer_norm(EPSILON, self.dtype, "norm1")(x)
         x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = layer_norm(EPSILON, self.dtype, "norm2")(x)
-        return x + PlainMlp(self.config, self.dtype, name="mlp")(normed)
+        return x + by_chunks(PlainMlp(self.config, self.dtype, name="mlp"), normed)
 
 
 class Tower(nn.Module):

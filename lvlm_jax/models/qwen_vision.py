@@ -19,6 +19,7 @@ from lvlm_jax.models.vision import patch_attention
 
 STREAM_FROM = 1024  # patches of a picture from which attention goes by blocks
 LARGEST_MAP = 2**24  # elements of the maps of windows that are looked at at a time, 64 MiB in float32
+CHUNK = 2**14  # patches of all pictures that go through an MLP at a time
 NOWHERE = 2**31 - 1  # the window of filler
 # Mixes values by queries and keys, `Float[Array, "R P H D"]` each.
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -134,6 +135,21 @@ class PatchAttention(nn.Module):
         mixed = attention(query, key, project("v_proj"))
         output = linear(x.shape[-1], self.dtype, "out_proj", use_bias=self.output_bias)
         return output(mixed.reshape(x.shape))
+
+
+def by_chunks(mlp: nn.Module, x: Float[Array, "R P W"]) -> Float[Array, "R P W"]:
+    """What a module makes of each patch, of at most `CHUNK` patches at a time; its hidden channels are many."""
+    rows, patches, width = x.shape
+    count = next(n for n in range(1, patches + 1) if patches % n == 0 and rows * patches <= n * max(rows, CHUNK))
+    if count == 1:
+        return mlp(x)
+    scan = nn.scan(
+        lambda mlp, carry, part: (carry, mlp(part)),
+        variable_broadcast="params",
+        split_rngs={"params": False, "dropout": True},
+    )
+    _, made = scan(mlp, (), jnp.moveaxis(x.reshape(rows, count, -1, width), 1, 0))
+    return jnp.moveaxis(made, 0, 1).reshape(x.shape)
 
 
 class PlainMlp(nn.Module):

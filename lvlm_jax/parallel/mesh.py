@@ -22,8 +22,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # The first pattern that matches a parameter's path names its axes.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # By columns: split by rows, a lookup of few tokens would gather the whole table at every step.
-    (r"embed_tokens/embedding$", (None, "columns")),
+    (r"embed_tokens/embedding$", ("vocabulary", "embed")),
     (r"lm_head/kernel$", ("embed", "vocabulary")),
     (r"/([qkv]|kv)_proj/kernel$", ("embed", "heads")),
     (r"/([qkv]|kv)_proj/bias$", ("heads",)),
@@ -33,13 +32,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(down_proj|fc2|linear_2)/kernel$", ("hidden", "embed")),
     (r"(^connector|/proj|/projection)/kernel$", (None, "embed")),
 )
-MESH_AXES: dict[str, str | tuple[str, ...]] = {
-    "vocabulary": "tensor",
-    "heads": "tensor",
-    "hidden": "tensor",
-    "embed": "fsdp",
-    "columns": ("fsdp", "tensor"),
-}
+MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden": "tensor", "embed": "fsdp"}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -92,15 +85,11 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
         names = _axes(path, len(shape))
         split = [MESH_AXES.get(name) if name else None for name in names]
         even = [
-            axis if axis and size % _ways(mesh, axis) == 0 else None for axis, size in zip(split, shape, strict=True)
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(split, shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*even))
 
     return place
-
-
-def _ways(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[name] for name in ([axis] if isinstance(axis, str) else axis))
 
 
 def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedSharding | None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +53,21 @@ def test_windows_and_blocks_give_what_all_patches_at_once_give(monkeypatch, heig
     ):
         want = patch_attention(query, key, value, mask)
         np.testing.assert_allclose(*(jnp.where(valid[..., None, None], mixed, 0) for mixed in (got, want)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "patches"), [(1, 96), (5, 12), (5, 7)])
+def test_chunks_of_an_mlp_give_what_the_whole_gives(monkeypatch, rows, patches):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return qwen_vision.by_chunks(nn.Dense(4), x)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, patches, 4)), jnp.float32)
+    params = Wrapped().init(jax.random.key(0), x)
+    want = Wrapped().apply(params, x)
+    monkeypatch.setattr(qwen_vision, "CHUNK", 16)
+    assert jax.tree.structure(Wrapped().init(jax.random.key(0), x)) == jax.tree.structure(params)
+    np.testing.assert_allclose(Wrapped().apply(params, x), want, atol=1e-6)
 
 
 def published_with_processor(family, size, folder):

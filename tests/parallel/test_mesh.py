@@ -42,7 +42,7 @@ def spread(checkpoint, mixed, tmp_path_factory):
 @pytest.mark.parametrize(
     ("path", "spec", "shard"),
     [
-        ("language_model/embed_tokens/embedding", [None, ["fsdp", "tensor"]], [260, 12]),
+        ("language_model/embed_tokens/embedding", ["tensor", "fsdp"], [130, 24]),
         ("language_model/lm_head/kernel", ["fsdp", "tensor"], [24, 130]),
         ("language_model/layers_0/self_attn/q_proj/kernel", ["fsdp", "tensor"], [24, 24]),
         ("language_model/layers_1/self_attn/k_proj/kernel", ["fsdp", "tensor"], [24, 12]),
