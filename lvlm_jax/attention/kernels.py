@@ -45,6 +45,8 @@ def cudnn(
     start = jnp.argmax(sight.valid, axis=1)
 
     def moved(array: Float[Array, "B H T D"], by: jax.Array) -> Float[Array, "B H T D"]:
+        if not sight.causal:  # a picture's filler is behind it
+            return array
         return jax.vmap(functools.partial(jnp.roll, axis=1))(array, by)
 
     mixed = jax.nn.dot_product_attention(

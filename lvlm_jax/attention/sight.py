@@ -51,7 +51,7 @@ class Sight:
 
     @classmethod
     def everywhere(cls, rows: int, valid: Bool[Array, "B S"]) -> "Sight":
-        """Of rows that see every column that holds something: the patches of a picture."""
+        """Of rows that see every column that holds something: the patches of a picture, with filler behind them."""
         own, column = (jnp.arange(count, dtype=jnp.int32) for count in (rows, valid.shape[1]))
         return cls(own, column, valid, causal=False)
 

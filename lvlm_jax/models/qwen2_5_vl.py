@@ -101,7 +101,7 @@ class WindowTower(nn.Module):
         def ordered(array: Array, order: Array) -> Array:
             return jnp.take_along_axis(array, jnp.expand_dims(order, range(2, array.ndim)), axis=1)
 
-        x = PatchEmbedding(config, self.dtype, name="patch_embedding")(ordered(patches, order))
+        x = ordered(PatchEmbedding(config, self.dtype, name="patch_embedding")(patches), order)
         rotation = axial_rotation(ordered(coordinates, order), config.head_dim, config.rope_theta)
         inside = functools.partial(window_attention, windows=ordered(windows, order), size=config.window**2)
         over_all = functools.partial(picture_attention, valid=ordered(valid, order))
