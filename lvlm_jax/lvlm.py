@@ -179,7 +179,8 @@ class LVLM:
         """
         arguments, options = self.prefill_arguments(prompt, method, max_length)
         tap = tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
-        return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+        with parallel.ambient(self.mesh):
+            return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
 
     def prefill_arguments(
         self, prompt: Any, method: Method | str | None = None, max_length: int | None = None

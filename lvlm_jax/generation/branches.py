@@ -81,7 +81,8 @@ def prefill(
 ) -> tuple[State, Step]:
     """`forward.prefill` of a prompt behind its `opening`."""
     arguments, options = prefill_arguments(params, config, prompt, method, answer_capacity, host)
-    return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+    with parallel.ambient(host.mesh):
+        return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
 
 
 def prefill_arguments(
@@ -155,7 +156,8 @@ def full_forward(
     """`forward.full_forward` of a prompt, after the method's warm-up pass."""
     main = embedded(params, config, prompt, mesh)
     (ready,) = warmed_up(params, config, prompt, main, [method], mesh)
-    return _full_forward(params, config, prompt, main, ready, tap)
+    with parallel.ambient(mesh):
+        return _full_forward(params, config, prompt, main, ready, tap)
 
 
 def logits(

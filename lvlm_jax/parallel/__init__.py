@@ -2,6 +2,7 @@
 
 from lvlm_jax.parallel.mesh import (
     AXES,
+    ambient,
     batch_sharding,
     local,
     make_mesh,
@@ -14,6 +15,7 @@ from lvlm_jax.parallel.processes import lost, start
 
 __all__ = [
     "AXES",
+    "ambient",
     "batch_sharding",
     "local",
     "lost",

@@ -6,6 +6,7 @@ like the kernel they belong to, along the axis that they share with it; int8 ker
 their scales like the kernel they stand for.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -73,6 +74,12 @@ def mesh_for(heads: int, key_heads: int, devices: Sequence[jax.Device] | None = 
     """The mesh of all devices whose tensor axis is as large as a model's heads allow; the others are for data."""
     devices = list(devices or jax.devices())
     return make_mesh(data=-1, tensor=math.gcd(heads, key_heads, len(devices)), devices=devices)
+
+
+def ambient(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Where programs for several TPUs are traced: a TPU's kernels must know the mesh (`attention.kernels`)."""
+    on_tpus = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    return jax.set_mesh(mesh) if on_tpus else contextlib.nullcontext()
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
