@@ -75,6 +75,7 @@ class AnswerRows(Method):
     index: Int[Array, "B A"]
 
     rows: ClassVar[str] = "all"
+    by_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, sevi: SEVI, sequence: forward.Sequence, **more: Any) -> "AnswerRows":
@@ -89,12 +90,20 @@ class AnswerRows(Method):
     def edit(
         self, site, logits: Float[Array, "B H T S"]
     ) -> tuple[Float[Array, "B H A S"], Float[Array, "B H A S"], Moved, Bool[Array, "B A S"]]:
-        """Of these rows: the logits; the edited ones, without a gradient; the moved heads; what the rows see."""
-        own = jnp.take_along_axis(logits, self.index[:, None, :, None], axis=2, mode="clip")
-        seen = jnp.take_along_axis(site.mask, self.index[:, :, None], axis=1, mode="clip")
+        """Of these rows: the logits; the edited ones, without a gradient; the moved heads; what the rows see.
+
+        A row that is not among those of the site gets something or other; see `places`.
+        """
+        own = jnp.take_along_axis(logits, self.places(site)[:, None, :, None], axis=2, mode="clip")
+        seen = jnp.take_along_axis(site.mask, self.places(site)[:, :, None], axis=1, mode="clip")
         fixed = jax.lax.stop_gradient(own)
         edited, moved = aligned(fixed, seen, site.after_image, self.sevi.omega, self.sevi.kappa)
         return own, edited, moved, seen
+
+    def places(self, site) -> Int[Array, "B A"]:
+        """Where in the site these rows are; an index behind the last row for those that are not."""
+        rows, place = site.row_index.shape[0], self.index - site.row_index[0]
+        return jnp.where((place >= 0) & (place < rows), place, rows)
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +115,7 @@ class Teacher(AnswerRows):
         def put(rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]) -> jax.Array:
             return rows.at[:, index].set(new, mode="drop")
 
-        return jax.vmap(put)(logits, self.index, self.edit(site, logits)[1])
+        return jax.vmap(put)(logits, self.places(site), self.edit(site, logits)[1])
 
 
 @jax.tree_util.register_dataclass
@@ -124,12 +133,15 @@ class Student(AnswerRows):
         zeros = jnp.zeros((embeddings.shape[0], len(STAGES)), jnp.float32)
         return Flow(zeros, zeros)
 
-    def observe(self, site, weights):
+    def statistics(self, site, weights):
         own, edited, moved, seen = self.edit(site, site.logits)
-        heads = jnp.stack([stage[..., 0] for stage in moved], axis=-1) * self.weight[:, None, :, None]
+        weight = jnp.where(self.places(site) < site.row_index.shape[0], self.weight, 0)
+        heads = jnp.stack([stage[..., 0] for stage in moved], axis=-1) * weight[:, None, :, None]
         divergence = kl_divergence(edited, own, seen[:, None])[..., None] * heads
-        carry: Flow = site.carry
-        return Flow(carry.divergence + divergence.sum(axis=(1, 2)), carry.moved + heads.sum(axis=(1, 2)))
+        return Flow(divergence.sum(axis=(1, 2)), heads.sum(axis=(1, 2)))
+
+    def observe(self, site, weights):
+        return jax.tree.map(jnp.add, site.carry, self.over_all_rows(site, weights))
 
 
 def kl_divergence(

@@ -1,6 +1,7 @@
 """Flow-alignment training against generation with SEVI, and against the NumPy reference."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,17 @@ def test_the_student_computes_what_the_model_computes():
 def test_recomputed_layers_give_the_same():
     for kept, recomputed in zip(jax.tree.leaves(run()), jax.tree.leaves(run(remat=True)), strict=True):
         np.testing.assert_allclose(recomputed, kept, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_a_few_at_a_time_give_the_same(monkeypatch):
+    want = jax.tree.leaves(run())
+    attend = sys.modules["lvlm_jax.attention.attend"]  # the package has the function under this name
+    for constant, value in (("FEW_ROWS", 0), ("LARGEST_MAP", 1), ("FEWEST_ROWS", 13)):
+        monkeypatch.setattr(attend, constant, value)
+    compiled.cache_clear()
+    for few, whole in zip(jax.tree.leaves(run()), want, strict=True):
+        np.testing.assert_allclose(few, whole, rtol=1e-4, atol=1e-5)
+    compiled.cache_clear()
 
 
 def test_without_the_second_term_the_teacher_never_runs(monkeypatch):
