@@ -5,8 +5,10 @@ dtype is that of the parameters. `config` is static, `window`, `capacity` and sw
 """
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -295,8 +297,14 @@ def _branches(method: Method | None) -> tuple[Transform | None, ...]:
 
 def uses_window(method: Method | None) -> bool:
     """Whether `window` decides on anything; where it does not, one program serves prompts with all of them."""
-    transforms = _branches(method)
-    return _explicit_rows(method, transforms, 2, 4) == 2
+    return method is not None and _uses_window(jax.tree.structure(method))
+
+
+@functools.lru_cache(maxsize=64)
+def _uses_window(structure: jax.tree_util.PyTreeDef) -> bool:
+    """Strengths decide on nothing here, and would be computed with at every call."""
+    method = jax.tree.unflatten(structure, [1.0] * structure.num_leaves)
+    return _explicit_rows(method, _branches(method), 2, 4) == 2
 
 
 def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:

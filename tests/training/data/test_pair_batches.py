@@ -68,7 +68,7 @@ def test_padding_is_on_the_right_and_in_buckets(rows, encoder):
             assert (arrays["tokens"][row, length:] == encoder.config.pad_token_id).all()
         assert used[2] == 0 and not arrays["answers"][2].any()
     assert batch["weight"].tolist() == [1, 1, 0]
-    assert shape_of(rows[1:3], encoder, 2) == pair_batches.Shape(2, 128, 64, 4)
+    assert shape_of(rows[1:3], encoder, 2) == pair_batches.Shape(2, 96, 64, 4)
 
 
 def test_the_pocket_models_training_text_is_the_same():
