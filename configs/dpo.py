@@ -1,6 +1,7 @@
 """DPO on a file of pairs: `lvlm train --config dpo --config.data=pairs.jsonl --workdir runs/dpo`.
 
-Other losses: `--config.preference.loss=ipo` or `hinge`; conservative DPO: `--config.preference.label_smoothing=0.1`.
+Other losses: `--config.preference.loss=ipo`, or another of `lvlm train --config dpo --help`; several with weights:
+`"0.8*sigmoid + 0.2*bco_pair + sft"`. Conservative DPO: `--config.preference.label_smoothing=0.1`.
 """
 
 from ml_collections import ConfigDict

@@ -26,7 +26,7 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import CAPL, Method
 from lvlm_jax.training import forward, loop
 from lvlm_jax.training import preference_losses as preference
-from lvlm_jax.training.data.pair_batches import PAIR, Batch
+from lvlm_jax.training.data.pair_batches import PAIR, Batch, pictures_of
 from lvlm_jax.training.losses import Mean
 from lvlm_jax.training.registry import Check, Objective, one_of
 from lvlm_jax.training.samples import Samples
@@ -47,20 +47,21 @@ FIELDS = {
     "reference": "adapter_off",
 }
 DOCS = {
-    "loss": "sigmoid, ipo or hinge",
+    "loss": f"{', '.join(preference.LOSSES)}; several with weights as in '0.8*sigmoid + 0.2*bco_pair + sft'",
     "beta": "how strongly the policy is held to the reference",
-    "label_smoothing": "of the sigmoid loss: share of pairs whose order is wrong",
+    "label_smoothing": f"of {', '.join(preference.SMOOTHED)}: share of pairs whose order is wrong",
     "nll": "weight of the chosen answer's negative log-likelihood",
     "method": "attention of policy and reference: capl, or none",
     "sigma": "of capl: weight of the cross-image softmax",
     "rho": "of capl: share of each image's tokens that is selected",
     "reference": "adapter_off (the model without its adapter), or precomputed",
 }
+REFERENCE = one_of("reference", ("adapter_off", "precomputed"))
+BETA = Check("beta", "a number above 0, such as 0.1", lambda value: value > 0)
 CHECKS = (
-    one_of("loss", preference.LOSSES),
     one_of("method", ("capl", "none")),
-    one_of("reference", ("adapter_off", "precomputed")),
-    Check("beta", "a number above 0, such as 0.1", lambda value: value > 0),
+    REFERENCE,
+    BETA,
     Check("nll", "a weight of at least 0", lambda value: value >= 0),
     Check(
         "label_smoothing",
@@ -72,45 +73,77 @@ CHECKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Log-probabilities of both answers of each pair.
+    """Log-probabilities of the answers of each sample.
 
     Attributes:
         module: the model.
         method: whose attention is active, or None.
-        image_count: no pair has more images.
+        image_count: no sample has more images.
+        sequences: the names of a batch's sequences, S of them; those of pairs unless given.
     """
 
     module: nn.Module
     method: Method | None
     image_count: int
+    sequences: tuple[str, ...] = PAIR
 
-    def image_tokens(self, params: Any, batch: Batch, rngs: forward.Rngs = None) -> Float[Array, "*N E"]:
-        """The tower over each picture once, for both answers."""
-        return forward.image_tokens(self.module, params, batch, rngs)
+    def image_tokens(self, params: Any, batch: Batch, rngs: forward.Rngs = None) -> dict[str, Float[Array, "*N E"]]:
+        """Those of each sequence; the tower sees pictures that several sequences share once."""
+        shared = forward.image_tokens(self.module, params, batch, rngs)
+        found = {}
+        for name in self.sequences:
+            own = batch.get(pictures_of(name))
+            found[name] = shared if own is None else forward.image_tokens(self.module, params, own, rngs)
+        return found
 
     def logprobs(
-        self, params: Any, batch: Batch, image_tokens: Float[Array, "*N E"], rngs: forward.Rngs = None
-    ) -> tuple[Float[Array, "B 2 A"], Bool[Array, "B 2 A"]]:
-        """Of every answer token, chosen first, and which of the A places hold one. One pass through the decoder."""
-        embedded = {name: forward.embed(self.module, params, batch[name]["tokens"], image_tokens) for name in PAIR}
-        both = _side_by_side(*(batch[name] for name in PAIR))
+        self, params: Any, batch: Batch, image_tokens: Mapping[str, Float[Array, "*N E"]], rngs: forward.Rngs = None
+    ) -> tuple[Float[Array, "B S A"], Bool[Array, "B S A"]]:
+        """Of every answer token, and which of the A places hold one. One pass through the decoder."""
+        embedded = [
+            forward.embed(self.module, params, batch[name]["tokens"], image_tokens[name]) for name in self.sequences
+        ]
+        rows = _side_by_side(*(batch[name] for name in self.sequences))
         decoded = forward.decode(
             self.module,
             params,
-            both["image_id"],
-            _side_by_side(*embedded.values()),
+            rows["image_id"],
+            _side_by_side(*embedded),
             self.method,
             self.image_count,
             rngs=rngs,
-            axes=both.get("axes"),
+            axes=rows.get("axes"),
         )
-        logits, targets, mask = forward.answer_logits(self.module, params, decoded.hidden[0], both, rngs)
+        logits, targets, mask = forward.answer_logits(self.module, params, decoded.hidden[0], rows, rngs)
         found = forward.token_logprobs(logits, targets, mask)
-        return found.reshape(-1, 2, found.shape[-1]), mask.reshape(-1, 2, found.shape[-1])
+        shape = (-1, len(self.sequences), found.shape[-1])
+        return found.reshape(shape), mask.reshape(shape)
 
-    def alone(self, params: Any, batch: Batch) -> Float[Array, "B 2 A"]:
+    def alone(self, params: Any, batch: Batch) -> Float[Array, "B S A"]:
         """`logprobs` of a batch from its pictures on, without dropout."""
         return self.logprobs(params, batch, self.image_tokens(params, batch))[0]
+
+    def beside_reference(
+        self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[Float[Array, "B S A"], Float[Array, "B S A"], Bool[Array, "B S A"]]:
+        """Log-probabilities under policy and reference, and which of the A places hold a token.
+
+        Args:
+            trainable, frozen: the two parts of the parameters; `frozen` alone is the reference unless the batch brings
+                the reference's log-probabilities. No gradient flows through the reference.
+            key: of the adapters' dropout; None for none.
+        """
+        rngs = None if key is None else {"dropout": key}
+        params = parts.join(trainable, frozen)
+        image_tokens = self.image_tokens(params, batch, rngs)
+        policy, mask = self.logprobs(params, batch, image_tokens, rngs)
+        if "reference" in batch:
+            base = batch["reference"]
+        elif set(trainable) <= TEXT_PARTS:
+            base, _ = self.logprobs(frozen, batch, image_tokens)
+        else:
+            base = self.alone(frozen, batch)
+        return policy, jax.lax.stop_gradient(base), mask
 
 
 def metrics(
@@ -120,21 +153,10 @@ def metrics(
 
     Args:
         settings: `loss`, `beta`, `label_smoothing` of `preference_losses.metrics`.
-        trainable, frozen: the two parts of the parameters; `frozen` alone is the reference unless the batch brings
-            the reference's log-probabilities.
-        key: of the adapters' dropout; None for none.
+        trainable, frozen, key: as in `Scorer.beside_reference`.
     """
-    rngs = None if key is None else {"dropout": key}
-    params = parts.join(trainable, frozen)
-    image_tokens = scorer.image_tokens(params, batch, rngs)
-    policy, mask = scorer.logprobs(params, batch, image_tokens, rngs)
-    if "reference" in batch:
-        base = batch["reference"]
-    elif set(trainable) <= TEXT_PARTS:
-        base, _ = scorer.logprobs(frozen, batch, image_tokens)
-    else:
-        base = scorer.alone(frozen, batch)
-    return preference.metrics(policy, jax.lax.stop_gradient(base), mask, batch["weight"], **settings)
+    policy, base, mask = scorer.beside_reference(trainable, frozen, batch, key)
+    return preference.metrics(policy, base, mask, batch["weight"], **settings)
 
 
 def objective(name: str, **defaults: Any) -> Objective:
@@ -146,17 +168,29 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
     """See `registry.Objective`; precomputed log-probabilities are kept in the folder `reference` of `workdir`."""
     settings, samples = config.preference, Samples.pairs(model, config)
     scorer = Scorer(module, method_of(settings), samples.image_count)
-    if settings.reference == "precomputed":
-        identity = {"method": method_record(scorer.method), "dtype": str(module.dtype)}
-        samples = samples.with_reference(scorer.alone, identity, workdir / "reference")
+    samples = with_reference(samples, scorer, settings.reference, workdir)
     chosen = {name: settings[name] for name in ("loss", "beta", "label_smoothing")}
     pure = functools.partial(metrics, scorer, chosen)
     return samples.task(pure, terms(settings))
 
 
+def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:
+    """The samples, with the log-probabilities of their answers where `reference` is "precomputed"."""
+    if reference != "precomputed":
+        return samples
+    identity = {"method": method_record(scorer.method), "dtype": str(scorer.module.dtype)}
+    return samples.with_reference(scorer.alone, identity, workdir / "reference")
+
+
 def terms(settings: Mapping[str, Any]) -> dict[str, float]:
     """What is minimised, with weights."""
-    return {"preference": 1.0} | ({"nll": settings["nll"]} if settings["nll"] else {})
+    found = {}
+    losses = preference.mixture(settings["loss"])
+    if set(losses) - {preference.SFT}:
+        found["preference"] = 1.0
+    if preference.SFT in losses:
+        found[preference.SFT] = losses[preference.SFT]
+    return found | ({"nll": settings["nll"]} if settings["nll"] else {})
 
 
 def method_of(settings: ConfigDict) -> Method | None:
@@ -166,22 +200,30 @@ def method_of(settings: ConfigDict) -> Method | None:
 
 def _check(config: ConfigDict) -> None:
     settings = config.preference
-    if settings.label_smoothing and settings.loss != "sigmoid":
+    losses = preference.mixture(settings.loss)
+    if settings.label_smoothing and not set(losses) & set(preference.SMOOTHED):
         raise LVLMError(
-            f"preference.label_smoothing belongs to the sigmoid loss and preference.loss is {settings.loss!r}; "
-            "set one of them otherwise"
+            f"preference.label_smoothing belongs to {', '.join(preference.SMOOTHED)} and preference.loss is "
+            f"{settings.loss!r}; set one of them otherwise"
         )
-    if settings.reference == "adapter_off" and not config.lora.enabled:
+    if "exo_pair" in losses and not settings.label_smoothing:
+        raise LVLMError("the loss exo_pair needs preference.label_smoothing above 0, such as 0.001")
+    check_reference(SECTION, config)
+
+
+def check_reference(section: str, config: ConfigDict) -> None:
+    """Refuses a reference that is not there, with an `LVLMError`."""
+    if config[section].reference == "adapter_off" and not config.lora.enabled:
         raise LVLMError(
-            "preference.reference is 'adapter_off' and there is no LoRA adapter to leave out (lora.enabled is False); "
-            "set preference.reference='precomputed'"
+            f"{section}.reference is 'adapter_off' and there is no LoRA adapter to leave out (lora.enabled is False); "
+            f"set {section}.reference='precomputed'"
         )
 
 
-def _side_by_side(first: Any, second: Any) -> Any:
-    """Two batches as one, rows of a pair next to each other: a device that holds a pair's rows keeps both answers."""
+def _side_by_side(*sequences: Any) -> Any:
+    """Several as one, rows of a sample next to each other: a device that holds one of its rows holds all of them."""
 
-    def merged(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+    def merged(*rows: jax.Array) -> jax.Array:
+        return jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])
 
-    return jax.tree.map(merged, first, second)
+    return jax.tree.map(merged, *sequences)

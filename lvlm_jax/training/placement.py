@@ -17,7 +17,7 @@ from lvlm_jax import parallel
 from lvlm_jax.training.step import State
 
 ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
-GEOMETRY = (jax.tree_util.DictKey("geometry"),)  # where a batch says more of its pictures, see `pair_batches`
+GEOMETRY = "geometry"  # where a batch says more of its pictures, see `pair_batches`
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -67,7 +67,11 @@ def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
         return leaf.shape[len(lead)] if leaf.ndim > len(lead) else 0
 
     def sharding(path: tuple, leaf: np.ndarray) -> NamedSharding:
-        of_tokens = path[:1] == GEOMETRY and rows(leaf) != rows(batch["images"])
+        keys = [entry.key for entry in path]
+        owner = batch
+        for key in keys[: keys.index(GEOMETRY)] if GEOMETRY in keys else ():
+            owner = owner[key]
+        of_tokens = GEOMETRY in keys and rows(leaf) != rows(owner["images"])
         even = rows(leaf) > 0 and rows(leaf) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
         split = even and not of_tokens
         return NamedSharding(mesh, PartitionSpec(*lead, ROWS)) if split else everywhere(mesh)

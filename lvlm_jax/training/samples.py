@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.training import loop
-from lvlm_jax.training.data import pair_batches, pair_files, reference
-from lvlm_jax.training.data.pair_batches import Batch, Batches, Encoder, Row
+from lvlm_jax.training.data import columns, pair_batches, pair_files, reference
+from lvlm_jax.training.data.batches import Batches
+from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row
 from lvlm_jax.training.step import Objective
 from lvlm_jax.training.validation import evaluation
 
@@ -27,6 +29,7 @@ class Samples:
         encoder: from a sample to arrays.
         train: what is learned from.
         held_out: those of `config.validation`; empty without such a file.
+        shares: how often each file of `train` is drawn from, see `Batches.shares`.
     """
 
     model: LVLM
@@ -34,6 +37,7 @@ class Samples:
     encoder: Encoder
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
+    shares: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def read(
@@ -53,17 +57,24 @@ class Samples:
             kind, example: what the files hold and a name for one, for the error where none is given.
 
         Raises:
-            LVLMError: no file is given, or its samples cannot be used.
+            LVLMError: no file is given, its samples cannot be used, or they have a column that nothing reads.
         """
         if not config.data:
             raise LVLMError(f"data is not set; give a file of {kind}, as in --config.data={example}")
         encoder = Encoder(model.processor, model.config)
+        encoded = functools.partial(encode, encoder)
 
         def of(path: str) -> tuple[Row, ...]:
-            encoded = functools.partial(encode, encoder)
-            return pair_batches.rows_of(reader(path), encoded, encoder, config.length, config.too_long)
+            examples = reader(path)
+            columns.refuse_unused(examples, columns.words(config.ignore), path)
+            return pair_batches.rows_of(examples, encoded, encoder, config.length, config.too_long)
 
-        return cls(model, config, encoder, of(config.data), of(config.validation) if config.validation else ())
+        learned, held_out = ([of(path) for path in columns.files(paths)] for paths in (config.data, config.validation))
+        shares = columns.shares(config.data_shares, [len(rows) for rows in learned])
+        train, held_out = itertools.chain.from_iterable(learned), itertools.chain.from_iterable(held_out)
+        rows = pair_batches.alike([*train, *held_out])
+        count = sum(map(len, learned))
+        return cls(model, config, encoder, rows[:count], rows[count:], shares)
 
     @classmethod
     def pairs(cls, model: LVLM, config: ConfigDict) -> "Samples":
@@ -110,6 +121,6 @@ class Samples:
             measure: the metrics of held-out samples; None takes those of `objective`.
         """
         config = self.config
-        source = Batches(self.train, self.encoder, config.batch, config.accumulate, config.seed)
+        source = Batches(self.train, self.encoder, config.batch, config.accumulate, config.seed, self.shares)
         judge = evaluation(measure or objective, self.held_out, self.encoder, self.part, self.model.mesh)
         return loop.Task(config.recipe, objective, terms, source, judge, source.describe)

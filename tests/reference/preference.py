@@ -34,14 +34,12 @@ class Losses:
     def pair(self, chosen, rejected, reference_chosen, reference_rejected):
         """Loss, its parts and the rewards, by the names of the metrics."""
         ratios = [np.sum(p - r) for p, r in ((chosen, reference_chosen), (rejected, reference_rejected))]
-        if self.loss == "ipo":
-            ratios = [ratio / len(p) for ratio, p in zip(ratios, (chosen, rejected), strict=True)]
         h = ratios[0] - ratios[1]
         if self.loss == "sigmoid":
             right = 1 / (1 + math.exp(-self.beta * h))
             value = -(1 - self.smoothing) * math.log(right) - self.smoothing * math.log(1 - right)
         elif self.loss == "ipo":
-            value = (h - 1 / (2 * self.beta)) ** 2
+            value = (ratios[0] / len(chosen) - ratios[1] / len(rejected) - 1 / (2 * self.beta)) ** 2
         else:
             value = max(0.0, 1 - self.beta * h)
         likelihood = -np.mean(chosen)
@@ -52,7 +50,7 @@ class Losses:
             "rewards/chosen": self.beta * ratios[0],
             "rewards/rejected": self.beta * ratios[1],
             "rewards/margin": self.beta * h,
-            "rewards/accuracy": float(h > 0),
+            "rewards/accuracy": (1 + np.sign(h)) / 2,
             "logps/chosen": np.sum(chosen),
             "logps/rejected": np.sum(rejected),
         }
@@ -63,7 +61,8 @@ class Losses:
         means = {name: np.mean([one[name] for one in every]) for name in every[0]}
         drift = [p - r for c, j, rc, rj in pairs for p, r in ((c, rc), (j, rj))]
         log_ratio = np.concatenate(drift)
-        return means | {"kl": np.mean(np.exp(log_ratio) - 1 - log_ratio)}
+        tokens = np.concatenate([chosen for chosen, *_ in pairs])
+        return means | {"drift": np.mean(np.exp(log_ratio) - 1 - log_ratio), "sft": -np.mean(tokens)}
 
 
 def sequence_logits(weights, config, ids, pixels, method=None):

@@ -15,7 +15,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL
 from lvlm_jax.training import finetune, pairwise, placement, registry
 from lvlm_jax.training.data import pair_files
-from lvlm_jax.training.data.pair_batches import PAIR, Batches, Encoder, assemble, rows_of, shape_of
+from lvlm_jax.training.data.batches import Batches
+from lvlm_jax.training.data.pair_batches import PAIR, Encoder, assemble, rows_of, shape_of
 from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.step import State, make_step
 from lvlm_jax.weights import lora

@@ -18,6 +18,7 @@ NAMES = [objective.name for objective in registry.all_objectives()]
 # Settings under which all parts of an objective act on so small a model.
 CHANGES = {
     "capl": {"preference": {"rho": 0.6}},
+    "kto": {"batch": 10},  # two answers of each pair
     "flow_alignment": {"flow": {"omega": 2.0, "kappa": 0.4, "start_layer": 0.0}},
 }
 
@@ -49,7 +50,8 @@ def test_a_task_says_what_it_is(made):
     name, task, *_ = made
     assert task.name == name and all(weight > 0 for weight in task.terms.values())
     assert task.source.steps(epochs=4) == 4 and task.source.steps(epochs=0.1) == 1
-    assert task.describe(0).split(", ") == [str(index + 1) for index in task.source(0)["ids"]]
+    rows = getattr(task.source, "batches", task.source).rows
+    assert task.describe(0).split(", ") == [rows[index].id for index in task.source(0)["ids"]]
 
 
 def test_an_evaluation_without_dropout_has_the_metrics_of_a_batch_of_everything(made):

@@ -160,7 +160,7 @@ def test_a_fresh_adapter_is_the_reference(model, capl):
     task, gradient = capl
     found = values(gradient(*fresh, task.source(0))[1])
     assert found["preference"] == pytest.approx(np.log(2), abs=1e-6)
-    for name in ("rewards/margin", "rewards/chosen", "kl"):
+    for name in ("rewards/margin", "rewards/chosen", "drift"):
         assert found[name] == pytest.approx(0, abs=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_neither_an_adapter_of_the_connector_nor_dropout_reaches_the_reference(m
         values(score(trainable, frozen, batch, jax.random.key(number)))
         for trainable, number in ((adapters, 1), (moved, 1), (moved, 2), (moved, 1))
     )
-    assert fresh["kl"] == pytest.approx(0, abs=1e-6) and first["kl"] > 0.01
+    assert fresh["drift"] == pytest.approx(0, abs=1e-6) and first["drift"] > 0.01
     assert first == again and abs(first["logps/chosen"] - second["logps/chosen"]) > 1e-3
     base = [found["logps/chosen"] - found["rewards/chosen"] / 0.1 for found in (fresh, first, second)]
     assert base == pytest.approx([fresh["logps/chosen"]] * 3, rel=1e-5)
@@ -206,7 +206,7 @@ def test_a_few_steps_raise_the_margin(model, capl):
     first, last = history[0], history[-1]
     assert last["rewards/margin"] > 0.2 > abs(first["rewards/margin"])
     assert last["rewards/accuracy"] == 1 and last["preference"] < first["preference"]
-    assert last["nll"] < first["nll"] and last["kl"] > first["kl"]
+    assert last["nll"] < first["nll"] and last["drift"] > first["drift"]
 
 
 def test_a_precomputed_reference_is_the_same(model, module, data, tmp_path, adapted, expected):

@@ -75,8 +75,9 @@ def test_equal_policy_and_reference_give_log_2_and_no_reward():
     policy, _ = example()
     found = means(policy, policy, loss="sigmoid", beta=0.1)
     np.testing.assert_allclose(found["preference"], np.log(2), rtol=1e-6)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "kl"):
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margin", "drift"):
         assert found[name] == 0, name
+    assert found["rewards/accuracy"] == 0.5  # neither answer is preferred
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -104,4 +105,4 @@ def test_the_divergence_is_unbiased_for_samples_of_the_reference():
     found = preference.metrics(
         jnp.log(q)[drawn], jnp.log(p)[drawn], drawn >= 0, jnp.ones(500), loss="sigmoid", beta=0.1
     )
-    np.testing.assert_allclose(found["kl"].value, np.sum(p * np.log(p / q)), rtol=0.05)
+    np.testing.assert_allclose(found["drift"].value, np.sum(p * np.log(p / q)), rtol=0.05)

@@ -22,7 +22,8 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.processors.layout import multiple_of
 from lvlm_jax.training.data import dataset_info, pair_files
-from lvlm_jax.training.data.pair_batches import Batch, Batches
+from lvlm_jax.training.data.batches import Batches
+from lvlm_jax.training.data.pair_batches import Batch
 from lvlm_jax.training.data.pair_files import Conversation
 from lvlm_jax.training.data.pair_formats import ANSWERS
 from lvlm_jax.training.data.prompts import Prompt, read_prompts
@@ -94,7 +95,10 @@ def read(
         answers |= generate(missing, model, method, longest, batch_size, log, record)
     return [
         Conversation(
-            prompt.images, [*prompt.messages, pair_files.assistant(answers[prompt.id])], prompt.id, prompt.extra
+            prompt.images,
+            [*prompt.messages, pair_files.assistant(answers[prompt.id])],
+            prompt.id,
+            {name: value for name, value in prompt.extra.items() if name != "answer"},
         )
         for prompt in prompts
     ]

@@ -1,15 +1,16 @@
-"""Batches of preference pairs, and of conversations, by step number.
+"""Rows of preference pairs and of conversations, and the arrays that batches are.
 
 Text is tokenised once, when training begins, so that every length is known; pictures are opened when their batch is
-made. A batch depends on nothing but its number: grain shuffles each epoch anew and wraps into the next one.
+made. A batch holds:
 
     images    Float[R, ...]   pixels of all rows' pictures in reading order as the tower takes them, then zeros
     geometry  dict            what the tower must know besides, see `models.pictures.Pictures`; absent where nothing
     chosen    } dicts `tokens`, `answers`, `image_id`, `columns` and maybe `axes`, see `training.forward`;
     rejected  } `answer` alone in batches of conversations
-    reference Float[B, 2, A]      log-probabilities of the answer tokens, where they were computed beforehand
+    rejected_pictures  dict       `images` and `geometry` of a sequence that has pictures of its own, by its name
+    reference Float[B, S, A]      log-probabilities of the answer tokens of S sequences, where they were computed before
     ids       Int[B]              number of the row in the file, dropped ones not counted
-    weight    Float[B]            1, or 0 for a row that fills up an evaluation's last batch
+    weight    Float[B]            the row's own, or 0 for a row that fills up an evaluation's last batch
 
 With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of pictures come in buckets,
 because every new combination compiles a program.
@@ -21,7 +22,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from absl import logging
 
@@ -29,17 +29,21 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs, templates
-from lvlm_jax.processors.images import image_size, open_image
 from lvlm_jax.processors.layout import bucket, multimodal_positions, multiple_of, number_images
 from lvlm_jax.training.data import answer_tokens, pictures
 from lvlm_jax.training.data.answer_tokens import Tokens
 from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
-from lvlm_jax.training.data.pictures import Placeholders, Runs
+from lvlm_jax.training.data.pictures import Placeholders, Runs, opened_rgb, size_of
 
 PAIR = ("chosen", "rejected")  # a pair's sequences
 CONVERSATION = ("answer",)  # a conversation's one
 
 Batch = dict[str, Any]
+
+
+def pictures_of(sequence: str) -> str:
+    """The key of a batch under which a sequence has pictures of its own."""
+    return f"{sequence}_pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Row:
         sequences: by name, one of PAIR or CONVERSATION.
         reference: log-probabilities of the answer tokens of each sequence, in their order; None when not known.
         prompt: the text up to the last answer, as the chat template writes it.
+        pictures: those of sequences that have other pictures than `images`, by the sequence's name.
+        weight: of the row in the loss.
+        labels: numbers that an objective needs of each row; arrays `[B]` of a batch by their names.
     """
 
     id: str
@@ -59,6 +66,9 @@ class Row:
     sequences: dict[str, Runs]
     reference: tuple[np.ndarray, ...] | None = None
     prompt: str = ""
+    pictures: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+    labels: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +100,8 @@ class Encoder:
             LVLMError: naming the pair: a picture that cannot be read, or an image's placeholder in a text.
         """
         answers = {name: assistant(getattr(pair, name).strip()) for name in PAIR}
-        return self._row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True)
+        others = {} if pair.rejected_images is None else {"rejected": pair.rejected_images}
+        return self.row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True, others)
 
     def conversation(self, conversation: Conversation) -> Row:
         """A conversation whose every answer is learned.
@@ -104,51 +115,67 @@ class Encoder:
                 f"row {conversation.id} has {answers} answers about its pictures, which {self.config.model_type} "
                 "reads anew with each question; give each answer a row of its own, as the chosen one of a pair"
             )
-        return self._row(conversation, {CONVERSATION[0]: conversation.messages}, False)
+        return self.row(conversation, {CONVERSATION[0]: conversation.messages}, False)
 
     def length(self, row: Row) -> int:
         """Tokens of the row's longest sequence, those of its images included."""
         return max(sequence.length for sequence in row.sequences.values())
 
-    def pictures(self, rows: Sequence[Row], prompts: Sequence[np.ndarray]) -> Pictures | None:
+    def pictures(self, rows: Sequence[Row], prompts: Sequence[np.ndarray], sequence: str = "") -> Pictures | None:
         """What the tower takes of the pictures of some rows; None without any.
 
         Args:
             prompts: the tokens of one sequence of each row.
+            sequence: whose pictures; "": those that sequences share.
 
         Raises:
             LVLMError: naming the row: a picture that cannot be read.
         """
-        parts = [self._part(row) for row in rows]
+        parts = [self._part(row, row.pictures[sequence] if sequence else row.images) for row in rows]
         with _about(f"rows {_names(rows)}"):
             return self.config.pictures(parts, prompts)
 
-    def _row(self, example: Pair | Conversation, messages: dict[str, list[dict]], last_only: bool) -> Row:
-        row = f"row {example.id}"
-        known = self._placeholders(example)
+    def row(
+        self,
+        example: Pair | Conversation,
+        messages: dict[str, list[dict]],
+        last_only: bool,
+        pictures: dict[str, tuple] | None = None,
+    ) -> Row:
+        """A row of several sequences about the pictures of an example.
+
+        Args:
+            messages: of each sequence, by its name; all have one prompt.
+            last_only: whether the last answer alone is learned.
+            pictures: those of sequences that have other ones than the example, as many.
+
+        Raises:
+            LVLMError: as `pair`.
+        """
+        others = pictures or {}
         marker = inputs.image_marker(self.processor)
         sequences, prompt = {}, ""
         for name, said in messages.items():
-            with _about(f"{row} ({name})"):
+            known = self._placeholders(example.id, others.get(name, example.images))
+            with _about(f"row {example.id} ({name})"):
                 found = self._text(said, False).count(marker)
-            if found != len(example.images):
-                raise LVLMError(
-                    f"{row} ({name}) has {found} image placeholders for {len(example.images)} images once the chat "
-                    "template has been applied; do not write the placeholder into a message's text"
-                )
-            with _about(f"{row} ({name})"):
+                if found != len(example.images):
+                    raise LVLMError(
+                        f"it has {found} image placeholders for {len(example.images)} images once the chat template has been "
+                        "applied; do not write the placeholder into a message's text"
+                    )
                 tokens = self._tokens(said, last_only, known)
                 inputs.check_ids(tokens.ids, self.config)
                 sequences[name] = known.laid_out(tokens, self.config)
                 prompt = prompt or self._text(said[:-1], True)
-        return Row(example.id, example.images, sequences, prompt=prompt)
+        return Row(example.id, example.images, sequences, prompt=prompt, pictures=others, weight=example.weight)
 
-    def _placeholders(self, example: Pair | Conversation) -> Placeholders:
-        with _about(f"row {example.id}"):
+    def _placeholders(self, row: str, images: Sequence[Any]) -> Placeholders:
+        with _about(f"row {row}"):
             if self.config.tokens_per_image is not None:  # whatever their sizes
-                sizes = ((1, 1),) * len(example.images)
+                sizes = ((1, 1),) * len(images)
             else:
-                sizes = tuple(image_size(image) for image in example.images)
+                sizes = tuple(size_of(image) for image in images)
             if sizes not in self._by_sizes:
                 self._by_sizes[sizes] = pictures.placeholders(self.processor, self.config, sizes)
             return self._by_sizes[sizes]
@@ -168,12 +195,12 @@ class Encoder:
         stops = self.config.eos_token_ids
         return answer_tokens.encode(self.processor, stops, messages, last_only, known.expanded)
 
-    def _part(self, row: Row) -> dict[str, Any]:
-        """What the processor makes of a row's pictures."""
-        if not row.images:
+    def _part(self, row: Row, images: Sequence[Any]) -> dict[str, Any]:
+        """What the processor makes of pictures of a row."""
+        if not images:
             return {}
         with _about(f"row {row.id}"):
-            opened = [open_image(image) for image in row.images]
+            opened = [opened_rgb(image) for image in images]
             return inputs.processed(self.processor, self.config, row.prompt, opened)[1]
 
 
@@ -219,6 +246,12 @@ def rows_of(
     return kept
 
 
+def alike(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose batches have one structure: where one has pictures of its own for a sequence, all have."""
+    own = {name for row in rows for name in row.pictures}
+    return tuple(dataclasses.replace(row, pictures=dict.fromkeys(own, row.images) | row.pictures) for row in rows)
+
+
 def shape_of(rows: Sequence[Row], encoder: Encoder, count: int) -> Shape:
     """Sizes that hold any `count` rows at a time of `rows`, rounded up: I to a multiple of the row count, the
     others to buckets of the token layout."""
@@ -240,82 +273,36 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
     Raises:
         LVLMError: naming the row: a picture that cannot be read.
     """
-    sequences = {name: [row.sequences[name].tokens() for row in rows] for name in rows[0].sequences}
-    first = next(iter(sequences.values()))
-    seen = encoder.pictures(rows, [tokens.ids for tokens in first])
-    # A tower takes something in any case.
-    shown = encoder.config.blank() if seen is None else seen
-    batch = pictures.arrays_of(shown, max(shape.images, multiple_of(shape.rows, len(shown.pixels))))
     number, weight = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
-    number[: len(rows)], weight[: len(rows)] = ids, 1
-    batch |= {"ids": number, "weight": weight}
-    for name, tokens in sequences.items():
+    number[: len(rows)], weight[: len(rows)] = ids, [row.weight for row in rows]
+    batch = {"ids": number, "weight": weight}
+    for label in rows[0].labels:
+        batch[label] = np.zeros(shape.rows, np.float32)
+        batch[label][: len(rows)] = [row.labels[label] for row in rows]
+    shown = {}
+    for name in rows[0].sequences:
+        tokens = [row.sequences[name].tokens() for row in rows]
+        own = name if name in rows[0].pictures else ""
+        if own not in shown:
+            shown[own] = encoder.pictures(rows, [sequence.ids for sequence in tokens], own)
+            # A tower takes something in any case.
+            pixels = encoder.config.blank() if shown[own] is None else shown[own]
+            arrays = pictures.arrays_of(pixels, max(shape.images, multiple_of(shape.rows, len(pixels.pixels))))
+            batch |= {pictures_of(own): arrays} if own else arrays
         with _about(f"rows {_names(rows)}"):
-            image_id = number_images([own.ids == encoder.config.image_token_id for own in tokens], seen)
+            places = [sequence.ids == encoder.config.image_token_id for sequence in tokens]
+            image_id = number_images(places, shown[own])
         batch[name] = _padded(tokens, image_id, shape, encoder.config.pad_token_id)
-        if shown.grids is not None:
+        grids = (shown[own] or encoder.config.blank()).grids
+        if grids is not None:
             # Rows come first, as everywhere in a batch.
-            batch[name]["axes"] = multimodal_positions(batch[name]["image_id"], shown.grids).swapaxes(0, 1)
+            batch[name]["axes"] = multimodal_positions(batch[name]["image_id"], grids).swapaxes(0, 1)
     if rows[0].reference is not None:
         batch["reference"] = np.zeros((shape.rows, len(rows[0].reference), shape.answers), np.float32)
         for index, row in enumerate(rows):
             for sequence, logprobs in enumerate(row.reference):
                 batch["reference"][index, sequence, : len(logprobs)] = logprobs
     return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Training batches by step number; picklable.
-
-    Attributes:
-        rows: the data set.
-        encoder: makes arrays of them.
-        batch: rows of a step.
-        accumulate: parts of a step's batch, all of one shape.
-        seed: of the order.
-    """
-
-    rows: tuple[Row, ...]
-    encoder: Encoder
-    batch: int
-    accumulate: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
-            raise LVLMError(
-                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that can be cut into that "
-                "many equal parts"
-            )
-
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
-        order = self.order(step)
-        rows = [self.rows[index] for index in order]
-        size = self.batch // self.accumulate
-        cuts = [slice(start, start + size) for start in range(0, self.batch, size)]
-        shapes = [shape_of(rows[cut], self.encoder, size) for cut in cuts]
-        shape = Shape(*(max(sizes) for sizes in zip(*map(dataclasses.astuple, shapes), strict=True)))
-        parts = [assemble(self.encoder, rows[cut], order[cut], shape) for cut in cuts]
-        return parts[0] if self.accumulate == 1 else _stacked(parts)
-
-    def order(self, step: int) -> list[int]:
-        """Which rows a step takes."""
-        places = range(step * self.batch, (step + 1) * self.batch)
-        return [int(self._shuffled[place]) for place in places]
-
-    def describe(self, step: int) -> str:
-        """The ids of a step's rows, for messages."""
-        return ", ".join(self.rows[index].id for index in self.order(step))
-
-    def steps(self, epochs: float) -> int:
-        """How many steps see every row `epochs` times; at least 1."""
-        return max(1, round(epochs * len(self.rows) / self.batch))
-
-    @functools.cached_property
-    def _shuffled(self) -> grain.MapDataset:
-        return grain.MapDataset.range(len(self.rows)).shuffle(seed=self.seed).repeat()
 
 
 def in_order(rows: Sequence[Row], encoder: Encoder, size: int) -> Iterator[Batch]:
@@ -349,13 +336,3 @@ def _padded(
         places = np.flatnonzero(answers)
         padded["columns"][row, : len(places)] = places
     return padded
-
-
-def _stacked(parts: Sequence[Batch]) -> Batch:
-    first = parts[0]
-    return {
-        name: _stacked([part[name] for part in parts])
-        if isinstance(first[name], dict)
-        else pictures.stacked([part[name] for part in parts])
-        for name in first
-    }

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,10 @@ from lvlm_jax.training.data import dataset_info, pair_formats
 from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 
 PLACEHOLDER = "<image>"
+REJECTED_IMAGES, WEIGHT = (
+    "rejected_images",
+    "weight",
+)  # columns of the pictures of a rejected side, and of a row's share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +38,14 @@ class Conversation:
             the latter for each image.
         id: the row's own id, or its number in the file.
         extra: what else the row had.
+        weight: how much the row counts in the loss, beside 1 for others; above 0.
     """
 
     images: tuple[Path | bytes, ...]
     messages: list[Message]
     id: str
     extra: dict = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Pair:
         chosen, rejected: the texts of the two answers.
         id: the row's own id, or its number in the file.
         extra: what else the row had; `write_pairs` keeps it.
+        rejected_images: the pictures of the rejected side, as many; None: `images`.
+        weight: how much the pair counts in the loss, beside 1 for others; above 0.
     """
 
     images: tuple[Path | bytes, ...]
@@ -59,6 +68,8 @@ class Pair:
     rejected: str
     id: str
     extra: dict = dataclasses.field(default_factory=dict)
+    rejected_images: tuple[Path | bytes, ...] | None = None
+    weight: float = 1.0
 
     def conversation(self) -> list[Message]:
         """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
@@ -77,23 +88,22 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Raises:
         LVLMError: naming the line: a malformed row, a pair without image, a missing or unreadable image, placeholders
-            that do not match the images, an empty answer, or two equal ones.
+            that do not match the images, an empty answer, or two equal ones about the same pictures.
     """
     pairs = []
-    for where, number, row, folder in _samples(path, "preference file"):
+    for where, number, row, folder in samples(path, "preference file"):
         found = pair_formats.read_row(row, where)
-        images = row_images(row, folder, where)
-        if not images:
-            raise LVLMError(f"{where} has no image; a preference pair needs at least one, in the field images")
+        images, prompt = placed_prompt(row, found.prompt, folder, where)
         for name in pair_formats.ANSWERS:
-            _check_answer(getattr(found, name), name, where)
-        if found.chosen.strip() == found.rejected.strip():
-            raise LVLMError(f"{where}: chosen and rejected are equal; remove the pair, it teaches nothing")
-        if not found.prompt or found.prompt[-1]["role"] != "user":
-            raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
-        prompt = place_images(found.prompt, len(images), where)
-        extra = {key: row[key] for key in row if key not in (*found.used, *IMAGE_KEYS, ID_KEYS[0])}
-        pairs.append(Pair(images, prompt, found.chosen, found.rejected, row_id(row, number), extra))
+            check_answer(getattr(found, name), name, where)
+        others = _rejected_images(row, images, folder, where)
+        if found.chosen.strip() == found.rejected.strip() and others is None:
+            raise LVLMError(
+                f"{where}: chosen and rejected are equal; remove the pair, or give the rejected side other pictures "
+                f"in {REJECTED_IMAGES}"
+            )
+        about = row_id(row, number), extra(row, found.used), others, weight(row, where)
+        pairs.append(Pair(images, prompt, found.chosen, found.rejected, *about))
     return pairs
 
 
@@ -103,25 +113,23 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     Raises:
         LVLMError: naming the line: what `read_pairs` refuses, a conversation without an answer, an empty answer.
     """
-    where, _, first, _ = next(_samples(path, "conversation file"))
+    where, _, first, _ = next(samples(path, "conversation file"))
     if not pair_formats.is_dialogue(first, where):
         return [
-            Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id, pair.extra)
+            Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id, pair.extra, pair.weight)
             for pair in read_pairs(path)
         ]
     conversations = []
-    for where, number, row, folder in _samples(path, "conversation file"):
+    for where, number, row, folder in samples(path, "conversation file"):
         messages, used = pair_formats.read_dialogue(row, where)
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers or messages[-1] is not answers[-1]:
             raise LVLMError(f"{where}: the conversation does not end with an assistant message to learn")
         for answer in answers:
-            _check_answer(pair_formats.answer_text(answer, "an answer", where), "an answer", where)
+            check_answer(pair_formats.answer_text(answer, "an answer", where), "an answer", where)
         images = row_images(row, folder, where)
-        extra = {key: row[key] for key in row if key not in (*used, *IMAGE_KEYS, ID_KEYS[0])}
-        conversations.append(
-            Conversation(images, place_images(messages, len(images), where), row_id(row, number), extra)
-        )
+        placed = place_images(messages, len(images), where)
+        conversations.append(Conversation(images, placed, row_id(row, number), extra(row, used), weight(row, where)))
     return conversations
 
 
@@ -138,14 +146,18 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
 
 def row_of(pair: Pair, folder: Path) -> dict:
     """A pair as a row of TRL's format, for a file in `folder`; images inside the folder by their relative path."""
-    return {
+    row = {
         "id": pair.id,
         "images": [_written(image, folder) for image in pair.images],
         "prompt": pair.prompt,
         "chosen": [assistant(pair.chosen)],
         "rejected": [assistant(pair.rejected)],
-        **pair.extra,
     }
+    if pair.rejected_images is not None:
+        row[REJECTED_IMAGES] = [_written(image, folder) for image in pair.rejected_images]
+    if pair.weight != 1:
+        row[WEIGHT] = pair.weight
+    return row | pair.extra
 
 
 def assistant(text: str) -> Message:
@@ -153,7 +165,7 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def _samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]]:
+def samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]]:
     """(beginning of an error message, number, row under our names, what its images are relative to) of each row."""
     file, folder, entry = dataset_info.resolved(path)
     for where, number, row in read_rows(file, what):
@@ -175,11 +187,58 @@ def row_id(row: dict, number: str) -> str:
     return str(next((row[key] for key in ID_KEYS if row.get(key) is not None), number))
 
 
-def _check_answer(text: str, name: str, where: str) -> None:
+def check_answer(text: str, name: str, where: str) -> None:
+    """Raises an `LVLMError` if an answer is empty or has a placeholder of an image."""
     if not text.strip():
         raise LVLMError(f"{where}: {name} is empty; remove the row or give it an answer")
     if PLACEHOLDER in text:
         raise LVLMError(f"{where}: {name} contains {PLACEHOLDER}; an answer is text alone")
+
+
+def placed_prompt(
+    row: dict, prompt: list[Message], folder: Path, where: str
+) -> tuple[tuple[Path | bytes, ...], list[Message]]:
+    """The images of a row that is to be preferred or not, and its prompt with a part for each.
+
+    Raises:
+        LVLMError: no image, one that is missing, placeholders that do not match, or a prompt that asks nothing.
+    """
+    images = row_images(row, folder, where)
+    if not images:
+        raise LVLMError(f"{where} has no image; a row of preferences needs at least one, in the field images")
+    if not prompt or prompt[-1]["role"] != "user":
+        raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
+    return images, place_images(prompt, len(images), where)
+
+
+def extra(row: dict, used: Sequence[str]) -> dict:
+    """The columns of a row that nothing here has read."""
+    known = (*used, *IMAGE_KEYS, REJECTED_IMAGES, WEIGHT, ID_KEYS[0])
+    return {key: value for key, value in row.items() if key not in known}
+
+
+def weight(row: dict, where: str) -> float:
+    """The row's `weight`; 1 without one."""
+    given = row.get(WEIGHT)
+    if given is None:
+        return 1.0
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or not 0 < given < math.inf:
+        raise LVLMError(f"{where}: weight is {repr(given)[:40]}; expected a number above 0, or remove the row")
+    return float(given)
+
+
+def _rejected_images(row: dict, images: tuple, folder: Path, where: str) -> tuple[Path | bytes, ...] | None:
+    """The pictures of the rejected side; None where they are those of the chosen one."""
+    given = row.get(REJECTED_IMAGES)
+    if given in (None, [], ""):
+        return None
+    found = tuple(_image(one, folder, where) for one in (given if isinstance(given, list) else [given]))
+    if len(found) != len(images):
+        raise LVLMError(
+            f"{where} has {len(found)} {REJECTED_IMAGES} and {len(images)} images; expected as many, in the same order"
+        )
+    return None if found == images else found
 
 
 def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:

@@ -7,7 +7,9 @@ pictures themselves are opened when their batch is made, and processed as at inf
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +20,42 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs
+from lvlm_jax.processors.images import image_size, open_image
 from lvlm_jax.training.data.answer_tokens import Tokens
 
 SEPARATOR = "\x1e"  # in no text that a processor writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cropped:
+    """A part of a picture, enlarged to the whole picture's size.
+
+    Attributes:
+        image: the picture.
+        box: left, upper, right and lower edge of the part, in shares of the picture's sides.
+    """
+
+    image: Path | bytes
+    box: tuple[float, float, float, float]
+
+
+Picture = Path | bytes | Cropped
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Width and height in pixels, from the picture's header. Raises `LVLMError` as `images.image_size`."""
+    return image_size(picture.image if isinstance(picture, Cropped) else picture)
+
+
+def opened_rgb(picture: Picture) -> Image.Image:
+    """The picture as upright 8-bit RGB. Raises `LVLMError` as `images.open_image`."""
+    if not isinstance(picture, Cropped):
+        return open_image(picture)
+    whole = open_image(picture.image)
+    left, upper, right, lower = picture.box
+    width, height = whole.size
+    edges = (int(left * width), int(upper * height), math.ceil(right * width), math.ceil(lower * height))
+    return whole.crop(edges).resize(whole.size, Image.Resampling.BICUBIC)
 
 
 class Runs(NamedTuple):

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from lvlm_jax import files, parallel
 from lvlm_jax.journal import progress
 from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
+from lvlm_jax.training.data.pictures import Cropped, Picture
 from lvlm_jax.training.validation import on_mesh
 from lvlm_jax.weights.fingerprint import fingerprint
 
@@ -40,7 +41,7 @@ def with_reference(
     """Rows with their answer tokens' log-probabilities under `params`, from the cache where it has them.
 
     Args:
-        score: (params, batch) -> log-probabilities, one row of `Float[B, 2, A]` for each sequence; pure.
+        score: (params, batch) -> log-probabilities, one row of `Float[B, S, A]` for each sequence; pure.
         params: the reference model.
         settings: whatever else decides the log-probabilities, such as the method and the dtype; plain JSON values.
         folder: of the cache; made when missing.
@@ -75,12 +76,16 @@ def digest(rows: Sequence[Row], encoder: Encoder, params: Any, settings: dict) -
     for row in rows:
         for tokens in row.sequences.values():
             hasher.update(b"tokens" + tokens.ids.tobytes() + b"answers" + tokens.answers.tobytes())
-        for image in row.images:
-            hasher.update(b"image" + (image if isinstance(image, bytes) else _stamp(image)))
+        for image in (*row.images, *(image for name in sorted(row.pictures) for image in row.pictures[name])):
+            hasher.update(b"image" + _stamp(image))
     return hasher.hexdigest()[:32]
 
 
-def _stamp(image: Path) -> bytes:
+def _stamp(image: Picture) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Cropped):
+        return _stamp(image.image) + repr(image.box).encode()
     status = os.stat(image)
     return f"{os.path.abspath(image)} {status.st_size} {status.st_mtime_ns}".encode()
 

@@ -18,7 +18,7 @@ from lvlm_jax.weights import parts
 
 
 def metrics(module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> dict[str, Mean]:
-    """`loss` (nats) and `accuracy` over the answer tokens of a batch. Pure.
+    """`loss` (nats) and `accuracy` over the answer tokens of a batch, each with its row's weight. Pure.
 
     Args:
         trainable, frozen: the two parts of the parameters.
@@ -31,7 +31,8 @@ def metrics(module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: j
     image_id, axes = sequence["image_id"], sequence.get("axes")
     decoded = forward.decode(module, params, image_id, embedded, rngs=rngs, axes=axes)
     logits, targets, mask = forward.answer_logits(module, params, decoded.hidden[0], sequence, rngs)
-    return {"loss": cross_entropy(logits, targets, mask), "accuracy": accuracy(logits, targets, mask)}
+    weight = mask * batch["weight"][:, None]
+    return {"loss": cross_entropy(logits, targets, weight), "accuracy": accuracy(logits, targets, weight)}
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:

@@ -23,7 +23,7 @@ from lvlm_jax.training import loop
 from lvlm_jax.training.data.pair_batches import Batch
 from lvlm_jax.training.losses import Mean
 from lvlm_jax.training.pairwise import Scorer
-from lvlm_jax.training.preference_losses import pair_losses, per_pair
+from lvlm_jax.training.preference_losses import per_pair, preferred
 from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
@@ -53,7 +53,7 @@ def losses(
     rewards = beta * logps / jnp.maximum(mask.sum(axis=-1, dtype=jnp.float32), 1)
     margin = rewards[:, 0] - rewards[:, 1]
     found = {
-        "preference": pair_losses(margin - gamma, "sigmoid", 1.0, label_smoothing),
+        "preference": preferred(margin - gamma, label_smoothing),
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margin": margin,

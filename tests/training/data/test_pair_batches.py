@@ -10,7 +10,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
 from lvlm_jax.processors import inputs
 from lvlm_jax.training.data import answer_tokens, pair_batches, pair_files
-from lvlm_jax.training.data.pair_batches import Batches, Encoder, assemble, in_order, rows_of, shape_of
+from lvlm_jax.training.data.batches import Batches
+from lvlm_jax.training.data.pair_batches import Encoder, assemble, in_order, rows_of, shape_of
 from lvlm_jax.weights import names
 from tests.training import pair_sets
 from tests.training.pair_sets import user
@@ -122,7 +123,7 @@ def test_long_rows_are_an_error_or_left_out(pairs, rows, encoder):
 
 def test_the_models_own_placeholder_in_a_text_is_refused(pairs, encoder):
     bad = pair_files.Pair(pairs[0].images, [user("<image>?", 1)], "a", "b", "7")
-    with pytest.raises(LVLMError, match=r"row 7 \(chosen\) has 2 image placeholders for 1 images"):
+    with pytest.raises(LVLMError, match=r"row 7 \(chosen\): it has 2 image placeholders for 1 images"):
         rows_of([bad], encoder.pair, encoder, 95, "error")
 
 

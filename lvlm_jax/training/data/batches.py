@@ -1,0 +1,87 @@
+"""Training batches by step number.
+
+A batch depends on nothing but its number: grain shuffles each epoch of a file anew and wraps into the next one.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import grain
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.training.data import pictures
+from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, Shape, assemble, shape_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Training batches by step number; picklable.
+
+    Attributes:
+        rows: the data set; that of several files, one behind the other.
+        encoder: makes arrays of them.
+        batch: rows of a step.
+        accumulate: parts of a step's batch, all of one shape.
+        seed: of the order.
+        shares: (rows of a file, its share of what is drawn) of each file; empty: all rows equally often.
+    """
+
+    rows: tuple[Row, ...]
+    encoder: Encoder
+    batch: int
+    accumulate: int = 1
+    seed: int = 0
+    shares: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self):
+        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
+            raise LVLMError(
+                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that can be cut into that "
+                "many equal parts"
+            )
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        order = self.order(step)
+        rows = [self.rows[index] for index in order]
+        size = self.batch // self.accumulate
+        cuts = [slice(start, start + size) for start in range(0, self.batch, size)]
+        shapes = [shape_of(rows[cut], self.encoder, size) for cut in cuts]
+        shape = Shape(*(max(sizes) for sizes in zip(*map(dataclasses.astuple, shapes), strict=True)))
+        parts = [assemble(self.encoder, rows[cut], order[cut], shape) for cut in cuts]
+        return parts[0] if self.accumulate == 1 else _stacked(parts)
+
+    def order(self, step: int) -> list[int]:
+        """Which rows a step takes."""
+        places = range(step * self.batch, (step + 1) * self.batch)
+        return [int(self._shuffled[place]) for place in places]
+
+    def describe(self, step: int) -> str:
+        """The ids of a step's rows, for messages."""
+        return ", ".join(self.rows[index].id for index in self.order(step))
+
+    def steps(self, epochs: float) -> int:
+        """How many steps see every row `epochs` times; at least 1."""
+        return max(1, round(epochs * len(self.rows) / self.batch))
+
+    @functools.cached_property
+    def _shuffled(self) -> grain.MapDataset:
+        starts = itertools.accumulate((count for count, _ in self.shares), initial=0)
+        spans = [(start, start + count) for start, (count, _) in zip(starts, self.shares, strict=False)]
+        drawn = [
+            grain.MapDataset.range(*span).shuffle(seed=self.seed + number).repeat()
+            for number, span in enumerate(spans or [(0, len(self.rows))])
+        ]
+        return grain.MapDataset.mix(drawn, [share for _, share in self.shares]) if len(drawn) > 1 else drawn[0]
+
+
+def _stacked(parts: Sequence[Batch]) -> Batch:
+    first = parts[0]
+    return {
+        name: _stacked([part[name] for part in parts])
+        if isinstance(first[name], dict)
+        else pictures.stacked([part[name] for part in parts])
+        for name in first
+    }
