@@ -161,8 +161,8 @@ class Encoder:
                 found = self._text(said, False).count(marker)
                 if found != len(example.images):
                     raise LVLMError(
-                        f"it has {found} image placeholders for {len(example.images)} images once the chat template has been "
-                        "applied; do not write the placeholder into a message's text"
+                        f"it has {found} image placeholders for {len(example.images)} images once the chat template "
+                        "has been applied; do not write the placeholder into a message's text"
                     )
                 tokens = self._tokens(said, last_only, known)
                 inputs.check_ids(tokens.ids, self.config)
