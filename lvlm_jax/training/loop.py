@@ -5,8 +5,9 @@ import dataclasses
 import json
 import math
 import signal
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lvlm_jax.journal.record import differences
 from lvlm_jax.training import checkpoints, optimizer, placement
 from lvlm_jax.training.data import workers as data
 from lvlm_jax.training.losses import Mean
-from lvlm_jax.training.monitor import Monitor, Pace, flops_per_token, token_count
+from lvlm_jax.training.monitor import Answer, Monitor, Pace, flops_per_token, logger, token_count
 from lvlm_jax.training.step import Metrics, Objective, State, make_step
 
 
@@ -36,6 +37,7 @@ class Task:
             array has a leading axis of that size. Runs given in epochs ask it for `steps(epochs)`.
         evaluate: (trainable, frozen) -> metrics on held-out data; None when there is none.
         describe: number of a step, from 0 -> what its batch holds, for error messages.
+        answer: (trainable, frozen) -> answers to held-out prompts; None when none are asked for.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Task:
     source: Callable[[int], Any]
     evaluate: Callable[[Any, Any], Metrics] | None
     describe: Callable[[int], str] | None = None
+    answer: Callable[[Any, Any], Sequence[Answer]] | None = None
 
 
 class Stop:
@@ -110,8 +113,9 @@ def train(
         trainable: parameters that are learned; they are copied.
         frozen: the model's other parameters, in a disjoint nested dict.
         settings: the optimizer's fields (see `optimizer`); `log_every`, `evaluate_every`, `save_every` (steps),
-            `workers` (processes that make batches), `keep` (checkpoints); optionally `seed`, `accumulate`, and
-            `keep_best`, a metric of the log such as "val/loss": the checkpoint where it was lowest is kept too.
+            `workers` (processes that make batches), `keep` (checkpoints); optionally `seed`, `accumulate`, `logger`
+            (see `monitor.logger`), `keep_best`, a metric of the log such as "val/loss": the checkpoint where it was
+            lowest is kept too, and `patience`: the run ends when it was not lower for so many evaluations.
         mesh: devices to spread the run over; None: all of them, along `data`.
         config: what checkpoints record as the run's configuration; None: `settings`.
 
@@ -125,7 +129,7 @@ def train(
     """
     mesh = parallel.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     steps, accumulate = settings.steps, settings.get("accumulate", 1)
-    best = settings.get("keep_best", "")
+    best, patience = settings.get("keep_best", ""), settings.get("patience", 0)
     if best and task.evaluate is None:
         raise LVLMError(f"keep_best is {best!r}, but {task.name} has no validation data; give some, or leave it empty")
     config = json.loads(json.dumps(settings.to_dict() if config is None else dict(config), default=str))
@@ -143,35 +147,60 @@ def train(
         state, record = _begin(saved, template, identity, trainable, transformation, shardings)
         _warn_of_changes(record.get("config", config), config)
         start, tally = int(state.step), Tally(record.get("sums"))
+        lowest, waited = record.get("lowest"), record.get("waited", 0)
+        if patience and waited >= patience:
+            return state.trainable
         pace = Pace(flops_per_token(trainable, frozen), list(mesh.devices.flat))
 
-        def settle(step: int, metrics: Metrics, tokens: int) -> None:
-            """Reads what a step has computed. Done while the next one runs, so that no device waits for the host."""
+        def settle(step: int, metrics: Metrics, tokens: int, done: float | None = None) -> None:
+            """Reads what a step has computed. Done while the next one runs, so that no device waits for the host.
+
+            Args:
+                done: when it had ended; None: as soon as its metrics are there.
+            """
             tally.add(metrics)
+            done = time.monotonic() if done is None else done
             if not tally.finite():
                 saved.wait()
                 raise LVLMError(_not_finite(task, step, tally, saved.newest()))
             monitor.advance()
             if step == start + 1:
-                pace.restart()  # most of this step was compilation
+                pace.restart(done)  # most of this step was compilation
             else:
                 pace.count(tokens)
             if step % settings.log_every == 0 or step == steps:
-                values = tally.take() | {"learning_rate": float(rate(step - 1))} | pace.read()
+                values = tally.take() | {"learning_rate": float(rate(step - 1))} | pace.read(done)
                 monitor.write(step, values)
                 monitor.show(values)
 
+        def judged(step: int) -> dict[str, float]:
+            """Metrics of held-out data and of answers to held-out prompts, written down."""
+            with jax.set_mesh(mesh):
+                found = _evaluated(task, state.trainable, frozen)
+                answers = task.answer(state.trainable, frozen) if task.answer else ()
+            if answers:
+                found["val/answers_right"] = sum(answer.right for answer in answers) / len(answers)
+            monitor.write(step, found, answers)
+            monitor.say(step, found)
+            return found
+
         with (
-            Monitor(workdir, task.name, start, steps) as monitor,
+            Monitor(workdir, task.name, start, steps, logger(settings.get("logger", ""), workdir, config)) as monitor,
             contextlib.closing(data.batches(task.source, start, steps, settings.workers)) as batches,
         ):
+            if task.evaluate is not None and start == 0:
+                found = judged(0)
+                lowest = _score(found, best) if best else None
             running = None
             for step, batch in enumerate(batches, start + 1):
                 placed = placement.put(batch, placement.of_batch(batch, mesh, accumulate))
+                # A step that has ended before the next one begins took no longer, whenever it is read.
+                ended = running is not None and all(leaf.is_ready() for leaf in jax.tree.leaves(running[1]))
+                done = time.monotonic() if ended else None
                 with jax.set_mesh(mesh):
                     state, metrics = update(state, frozen, placed)
                 if running is not None:
-                    settle(*running)
+                    settle(*running, done)
                 running = (step, metrics, token_count(batch))
                 stopping, last = stop.wanted(step), step == steps
                 judge = task.evaluate is not None and (step % settings.evaluate_every == 0 or last)
@@ -181,19 +210,23 @@ def train(
                 settle(*running)
                 running, score = None, math.inf
                 if judge:
-                    with jax.set_mesh(mesh):
-                        found = _evaluated(task, state.trainable, frozen)
-                    monitor.write(step, found)
-                    monitor.say(step, found)
-                    score = _score(found, best) if best else score
+                    found = judged(step)
+                    if best:
+                        score = _score(found, best)
+                        better = lowest is None or score < lowest
+                        lowest, waited = (score, 0) if better else (lowest, waited + 1)
                 if keep:
                     monitor.secure()
                     # The data's position is the number of the next batch, which is that of this step.
                     position = {"step": step, "seed": settings.get("seed", 0), "next_batch": step}
-                    saved.save(step, state, identity | position | {"config": config, "sums": tally.sums}, score)
-                pace.restart()
+                    progress = {"sums": tally.sums, "lowest": lowest, "waited": waited}
+                    saved.save(step, state, identity | position | progress | {"config": config}, score)
+                pace.restart(time.monotonic())
                 if stopping:
                     raise SystemExit(0)
+                if patience and waited >= patience:
+                    monitor.say(step, {f"{best} was lowest": lowest})
+                    break
     return state.trainable
 
 

@@ -10,19 +10,24 @@ forward pass and the gradients of activations take 2 FLOPs each per weight. T: t
 the true utilisation is higher. The peak is that of dense bfloat16 products.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import image, scalar, text
 
+from lvlm_jax.config_files import user_object
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.journal import progress
@@ -62,27 +67,86 @@ class Pace:
     def __init__(self, flops: float, devices: list[jax.Device]):
         peak = peak_flops(devices[0].device_kind)
         self._flops, self._peak = flops, peak and peak * len(devices)
-        self.restart()
+        self.restart(time.monotonic())
 
-    def restart(self) -> None:
-        """Forgets what was counted: the time before is not that of steps."""
-        self._began, self._steps, self._tokens = time.monotonic(), 0, 0
+    def restart(self, now: float) -> None:
+        """Forgets what was counted: the time before `now`, in seconds of `time.monotonic`, is not that of steps."""
+        self._began, self._steps, self._tokens = now, 0, 0
 
     def count(self, tokens: int) -> None:
         """One step is done."""
         self._steps += 1
         self._tokens += tokens
 
-    def read(self) -> dict[str, float]:
-        """`seconds_per_step`, and where known `tokens_per_second` and `mfu`; starts anew."""
-        elapsed, steps, tokens = time.monotonic() - self._began, self._steps, self._tokens
-        self.restart()
+    def read(self, now: float) -> dict[str, float]:
+        """`seconds_per_step`, and where known `tokens_per_second` and `mfu`, of what was done at `now`; starts anew."""
+        elapsed, steps, tokens = max(now - self._began, sys.float_info.min), self._steps, self._tokens
+        self.restart(now)
         found = {"seconds_per_step": elapsed / steps} if steps else {}
         if steps and tokens:
             found["tokens_per_second"] = tokens / elapsed
             if self._peak:
                 found["mfu"] = self._flops * tokens / elapsed / self._peak
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model in training says to a held-out prompt.
+
+    Attributes:
+        id: of the row.
+        prompt: its words.
+        truth, text: the right answer, and the model's.
+        image: the first picture, upright 8-bit RGB `[H, W, 3]`; None without any.
+    """
+
+    id: str
+    prompt: str
+    truth: str
+    text: str
+    image: np.ndarray | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether the two answers have the same words, in any case and with any punctuation."""
+        return _words(self.text) == _words(self.truth)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+Logger = Callable[[int, Mapping[str, float]], None]
+
+
+def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
+    """Where records go besides the run's folder; None on all processes but the first.
+
+    Args:
+        word: "" for nowhere; "wandb"; or `module:function` or `file.py:function` of (step, values).
+
+    Raises:
+        LVLMError: wandb is not installed, or there is no such function.
+    """
+    if not word or jax.process_index():
+        return None
+    if word != "wandb":
+        found = user_object(word, "loop.logger")
+        if not callable(found):
+            raise LVLMError(f"loop.logger {word[:80]!r} is no function; expected one of (step, values)")
+        return found
+    try:
+        import wandb
+    except ImportError as error:
+        raise LVLMError(
+            "loop.logger is 'wandb', which is not installed; pip install wandb, or leave it empty"
+        ) from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    # A run that goes on in the same folder goes on there too.
+    identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(project="lvlm_jax", dir=str(workdir), id=identity, resume="allow", config=dict(config))
+    return lambda step, values: run.log(dict(values), step=step)
 
 
 class Monitor:
@@ -93,17 +157,18 @@ class Monitor:
         task: its name.
         start: the step that the run goes on from; what was written of later ones is taken back.
         steps: where it ends.
+        beside: also told of every record, see `logger`.
 
     Raises:
         LVLMError: here, in `write` and in `secure`, when the files cannot be written.
     """
 
-    def __init__(self, workdir: Path, task: str, start: int, steps: int):
-        self._task, self._path, self._events = task, workdir / "log.jsonl", None
+    def __init__(self, workdir: Path, task: str, start: int, steps: int, beside: Logger | None = None):
+        self._task, self._path, self._events, self._beside = task, workdir / "log.jsonl", None, beside
         self._flushed = time.monotonic()
         first = jax.process_index() == 0
         if first and start < steps:
-            rewind(self._path, task, start)
+            rewind(self._path, task, start or -1)  # a run that begins anew judges the model anew
             self._events = _event_file(workdir / "tensorboard" / task, start)
         self._progress = progress.Progress(steps, start, task, quiet=not first)
 
@@ -119,17 +184,26 @@ class Monitor:
         """One step is done."""
         self._progress.update()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A record of `values` as they are after `step`."""
+    def write(self, step: int, values: Mapping[str, float], answers: Sequence[Answer] = ()) -> None:
+        """A record of `values`, and of answers, as they are after `step`."""
         if self._events is None:
             return
         # Nine digits tell any two float32 numbers apart.
         values = {name: float(f"{value:.9g}") for name, value in values.items()}
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self._task, "step": step} | values) + "\n")
-            for name, value in values.items():
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+                said = [{"id": one.id, "text": one.text, "truth": one.truth} for one in answers]
+                record = {"stage": self._task, "step": step} | values | ({"answers": said} if said else {})
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            summaries = [scalar(name, value) for name, value in values.items()]
+            for one in answers:
+                summaries.append(text(f"answers/{one.id}", f"{one.prompt}\n\n**{one.text}**\n\n(truth: {one.truth})"))
+                if one.image is not None and step == 0:
+                    summaries.append(image(f"answers/{one.id}", one.image, dataformats="HWC"))
+            for summary in summaries:
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if self._beside is not None:
+                self._beside(step, values)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._flush()
         except OSError as error:

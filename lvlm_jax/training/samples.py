@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from ml_collections import ConfigDict
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
-from lvlm_jax.training import loop
+from lvlm_jax.training import answers, loop
+from lvlm_jax.training.answers import Asked
 from lvlm_jax.training.data import columns, pair_batches, pair_files, reference
 from lvlm_jax.training.data.batches import Batches
 from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row
@@ -29,6 +29,7 @@ class Samples:
         encoder: from a sample to arrays.
         train: what is learned from.
         held_out: those of `config.validation`; empty without such a file.
+        asked: prompts among the latter that are answered while the model learns.
         shares: how often each file of `train` is drawn from, see `Batches.shares`.
     """
 
@@ -38,6 +39,7 @@ class Samples:
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
     shares: tuple[tuple[int, float], ...] = ()
+    asked: tuple[Asked, ...] = ()
 
     @classmethod
     def read(
@@ -64,17 +66,21 @@ class Samples:
         encoder = Encoder(model.processor, model.config)
         encoded = functools.partial(encode, encoder)
 
-        def of(path: str) -> tuple[Row, ...]:
+        def examples_of(path: str) -> Sequence[Any]:
             examples = reader(path)
             columns.refuse_unused(examples, columns.words(config.ignore), path)
+            return examples
+
+        def rows_of(examples: Sequence[Any]) -> tuple[Row, ...]:
             return pair_batches.rows_of(examples, encoded, encoder, config.length, config.too_long)
 
-        learned, held_out = ([of(path) for path in columns.files(paths)] for paths in (config.data, config.validation))
-        shares = columns.shares(config.data_shares, [len(rows) for rows in learned])
-        train, held_out = itertools.chain.from_iterable(learned), itertools.chain.from_iterable(held_out)
-        rows = pair_batches.alike([*train, *held_out])
-        count = sum(map(len, learned))
-        return cls(model, config, encoder, rows[:count], rows[count:], shares)
+        files = [rows_of(examples_of(path)) for path in columns.files(config.data)]
+        held_out = [example for path in columns.files(config.validation) for example in examples_of(path)]
+        train = [row for rows in files for row in rows]
+        rows = pair_batches.alike([*train, *(rows_of(held_out) if held_out else ())])
+        shares = columns.shares(config.data_shares, list(map(len, files)))
+        asked = answers.chosen(held_out, config.loop.answers)
+        return cls(model, config, encoder, rows[: len(train)], rows[len(train) :], shares, asked)
 
     @classmethod
     def pairs(cls, model: LVLM, config: ConfigDict) -> "Samples":
@@ -123,4 +129,5 @@ class Samples:
         config = self.config
         source = Batches(self.train, self.encoder, config.batch, config.accumulate, config.seed, self.shares)
         judge = evaluation(measure or objective, self.held_out, self.encoder, self.part, self.model.mesh)
-        return loop.Task(config.recipe, objective, terms, source, judge, source.describe)
+        said = functools.partial(answers.answered, self.model, self.asked, config.loop.answer_tokens, self.part)
+        return loop.Task(config.recipe, objective, terms, source, judge, source.describe, said if self.asked else None)

@@ -74,6 +74,10 @@ FIELDS = (
     Field("loop.save_every", 100, "steps from one checkpoint to the next"),
     Field("loop.keep", 2, "newest checkpoints that stay"),
     Field("loop.keep_best", "", "also keep the one where this metric, such as val/loss, was lowest"),
+    Field("loop.patience", 0, "end when keep_best was not lower for so many evaluations; 0: never"),
+    Field("loop.answers", 0, "held-out prompts answered at each evaluation, for people to read; 0: none"),
+    Field("loop.answer_tokens", 64, "new tokens of the longest of these answers"),
+    Field("loop.logger", "", "where records also go: wandb, or module:function of (step, values)"),
 )
 
 
@@ -137,6 +141,9 @@ _CHECKS = (
     Check("loop.evaluate_every", "at least 1", lambda value: value >= 1),
     Check("loop.save_every", "at least 1", lambda value: value >= 1),
     Check("loop.keep", "at least 1", lambda value: value >= 1),
+    Check("loop.patience", "at least 0", lambda value: value >= 0),
+    Check("loop.answers", "at least 0", lambda value: value >= 0),
+    Check("loop.answer_tokens", "at least 1", lambda value: value >= 1),
 )
 
 
@@ -166,6 +173,10 @@ def check(config: ConfigDict) -> None:
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
             "that many equal parts"
         )
+    if config.loop.patience and not config.loop.keep_best:
+        raise LVLMError("loop.patience needs a metric to watch; set loop.keep_best, such as val/loss")
+    if config.loop.answers and not config.validation:
+        raise LVLMError("loop.answers asks held-out prompts and there are none; set validation, or loop.answers=0")
     if entry.check:
         entry.check(config)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from lvlm_jax import config_files
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.training.monitor import Answer
 from tests.training import line
 
 
@@ -28,15 +31,16 @@ def test_the_loss_falls_and_is_logged(tmp_path):
     np.testing.assert_allclose(kernel, line.TARGET, atol=0.05)
     logged = line.records(tmp_path)
     assert [r["step"] for r in logged if "objective" in r] == list(range(5, 201, 5))
-    assert [r["step"] for r in logged if "val/error" in r] == list(range(10, 201, 10))
-    assert logged[-1]["val/error"] < 0.05 < logged[0]["error"]
-    assert {"gradient_norm", "learning_rate", "seconds_per_step", "tokens_per_second"} <= logged[1].keys()
+    assert [r["step"] for r in logged if "val/error" in r] == list(range(0, 201, 10))
+    assert logged[-1]["val/error"] < 0.05 < logged[1]["error"]
+    np.testing.assert_allclose(logged[0]["val/error"], np.abs(line.TARGET).mean(), rtol=1e-5)  # before the first step
+    assert {"gradient_norm", "learning_rate", "seconds_per_step", "tokens_per_second"} <= logged[2].keys()
 
 
 def test_a_logged_mean_is_that_of_its_steps(tmp_path):
     line.train(line.task(), tmp_path, peak=0.0, steps=10)
     errors = [np.abs(line.source(step)["inputs"] @ line.TARGET).mean() for step in range(5)]
-    np.testing.assert_allclose(line.records(tmp_path)[0]["error"], np.mean(errors), rtol=1e-5)
+    np.testing.assert_allclose(line.records(tmp_path)[1]["error"], np.mean(errors), rtol=1e-5)
 
 
 def test_the_logged_rate_is_the_one_that_was_used(tmp_path):
@@ -102,11 +106,48 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(tm
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     """The measured error is lowest after step 15, where nothing is due to be saved but for it."""
-    found = {5: 3.0, 10: 2.0, 15: 1.0, 20: 4.0, 25: 5.0, 30: 6.0}
+    found = {0: 9.0, 5: 3.0, 10: 2.0, 15: 1.0, 20: 4.0, 25: 5.0, 30: 6.0}
     steps = iter(found.values())
     task = line.task(evaluate=lambda trainable, frozen: {"error": line.Mean(next(steps), 1.0)})
     line.train(task, tmp_path, evaluate_every=5, keep=1, keep_best="val/error")
     assert {path.name for path in (tmp_path / "line").iterdir()} == {"15", "30"}
+
+
+def test_a_run_ends_early_where_nothing_gets_better_and_stays_ended(tmp_path):
+    """Two evaluations without a lower error than the third's; a stop in between forgets neither."""
+    found = iter([9.0, 3.0, 2.0, 4.0, 2.5, 1.0])
+    task = line.task(evaluate=lambda trainable, frozen: {"error": line.Mean(next(found), 1.0)})
+    early = dict(evaluate_every=5, keep_best="val/error", patience=2)
+    with pytest.raises(SystemExit):
+        line.train(dataclasses.replace(task, source=stopping_at(16)), tmp_path, **early)
+    first = line.train(task, tmp_path, **early)
+    assert line.records(tmp_path)[-1] == {"stage": "line", "step": 20, "val/error": 2.5}
+    np.testing.assert_array_equal(line.train(task, tmp_path, **early), first)
+    assert next(found) == 1.0 and {"10", "20"} <= {path.name for path in (tmp_path / "line").iterdir()}
+
+
+def test_records_also_go_to_a_function_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("told = []\ndef log(step, values):\n    told.append((step, values))\n")
+    monkeypatch.chdir(tmp_path)
+    line.train(line.task(), tmp_path / "run", logger="mine:log")
+    told = config_files.user_module("mine:log", "logger").told
+    records = [{"stage": "line", "step": step} | values for step, values in told]
+    assert records == line.records(tmp_path / "run")
+    with pytest.raises(LVLMError, match="wandb"):
+        line.train(line.task(), tmp_path / "other", logger="wandb")
+
+
+def test_answers_are_logged_with_the_share_that_is_right(tmp_path):
+    said = [
+        Answer("7", "What?", "a cat", "A cat."),
+        Answer("8", "Who?", "nobody", "a cat", np.zeros((4, 4, 3), np.uint8)),
+    ]
+    line.train(line.task(answer=lambda trainable, frozen: said), tmp_path, steps=10)
+    first = line.records(tmp_path)[0]
+    assert first["step"] == 0 and first["val/answers_right"] == 0.5
+    assert first["answers"][1] == {"id": "8", "text": "a cat", "truth": "nobody"}
+    tags = {tag for _, tag, _ in events(tmp_path / "tensorboard" / "line")}
+    assert {"answers/7/text_summary", "answers/8", "val/answers_right"} <= tags
 
 
 def test_a_best_metric_that_is_not_measured(tmp_path):

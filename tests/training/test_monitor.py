@@ -36,15 +36,21 @@ def test_the_pace_is_per_step_and_per_second(monkeypatch):
     for _ in range(4):
         clock[0] += 0.5
         pace.count(1000)
-    found = pace.read()
+    found = pace.read(clock[0])
     assert found["seconds_per_step"] == 0.5 and found["tokens_per_second"] == 2000
     np.testing.assert_allclose(found["mfu"], 1e9 * 2000 / (2 * 989e12))
-    assert pace.read() == {}  # nothing was done since
+    assert pace.read(clock[0]) == {}  # nothing was done since
     clock[0] += 9.0
-    pace.restart()
+    pace.restart(clock[0])
     clock[0] += 1.0
     pace.count(0)
-    assert pace.read() == {"seconds_per_step": 1.0}
+    assert pace.read(clock[0]) == {"seconds_per_step": 1.0}
+    # Read late, with the next step done meanwhile: that one's time is its own.
+    clock[0] += 3.0
+    pace.count(0)
+    assert pace.read(clock[0] - 2.0) == {"seconds_per_step": 1.0}
+    pace.count(0)
+    assert pace.read(clock[0]) == {"seconds_per_step": 2.0}
 
 
 def test_tokens_are_those_of_every_array_of_that_name():

@@ -73,10 +73,7 @@ class Pair:
 
     def conversation(self) -> list[Message]:
         """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
-        pictures = iter(self.images)
-        return [
-            {**message, "content": [_filled(part, pictures) for part in message["content"]]} for message in self.prompt
-        ]
+        return with_pictures(self.prompt, self.images)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -205,7 +202,7 @@ def placed_prompt(
     """
     images = row_images(row, folder, where)
     if not images:
-        raise LVLMError(f"{where} has no image; a row of preferences needs at least one, in the field images")
+        raise LVLMError(f"{where} has no image; a preference pair needs at least one, in the field images")
     if not prompt or prompt[-1]["role"] != "user":
         raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
     return images, place_images(prompt, len(images), where)
@@ -312,5 +309,11 @@ def _parts(content: str | list, where: str) -> list[dict]:
     return parts
 
 
-def _filled(part: dict, pictures: Iterator) -> dict:
-    return {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
+def with_pictures(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
+    """Messages as `LVLM.generate` takes them, with the pictures in the places of their parts."""
+    pictures = iter(images)
+
+    def filled(part: dict) -> dict:
+        return {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
+
+    return [{**message, "content": [filled(part) for part in message["content"]]} for message in messages]

@@ -1,0 +1,90 @@
+"""What a model in training says to held-out prompts: a few, so that people can read along, and how many are right."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.lvlm import LVLM
+from lvlm_jax.processors.images import open_image
+from lvlm_jax.training.data.labelled import Labelled
+from lvlm_jax.training.data.pair_files import Conversation, Pair, with_pictures
+from lvlm_jax.training.monitor import Answer
+from lvlm_jax.weights import parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt and its right answer.
+
+    Attributes:
+        id: of the row.
+        messages: as `LVLM.prepare` takes them.
+        truth: the right answer.
+        images: the prompt's pictures, as in `pair_files.Pair`.
+    """
+
+    id: str
+    messages: list[dict]
+    truth: str
+    images: tuple[Any, ...]
+
+    @property
+    def text(self) -> str:
+        """The words of all messages."""
+        return "\n".join(part["text"] for message in self.messages for part in message["content"] if "text" in part)
+
+
+def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tuple[Asked, ...]:
+    """So many of the prompts of some examples, spread evenly over them; all where there are not as many.
+
+    Raises:
+        LVLMError: some are wanted of a run in several processes.
+    """
+    if not count:
+        return ()
+    if jax.process_count() > 1:
+        raise LVLMError("loop.answers needs a single process; set it to 0 in a run over several")
+    found = list(_asked(examples))
+    places = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
+    return tuple(found[place] for place in places)
+
+
+def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Asked]:
+    for example in examples:
+        if isinstance(example, Conversation):
+            *prompt, last = example.messages
+            truth = "".join(part["text"] for part in last["content"])
+        elif isinstance(example, Pair):
+            prompt, truth = example.prompt, example.chosen
+        elif example.desirable:
+            prompt, truth = example.prompt, example.answer
+        else:
+            continue
+        yield Asked(example.id, with_pictures(prompt, example.images), truth.strip(), example.images)
+
+
+def answered(
+    model: LVLM, asked: Sequence[Asked], new_tokens: int, batch: int, trainable: Any, frozen: Any
+) -> list[Answer]:
+    """Greedy answers of the model in training.
+
+    Args:
+        model: the base, for its configuration and processor.
+        new_tokens: of the longest answer.
+        batch: prompts at a time.
+        trainable, frozen: the two parts of the parameters.
+    """
+    now = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)
+    found = []
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        filled = [*some, *[some[-1]] * (batch - len(some))]  # the last batch keeps its shape
+        texts = now.generate([prompt.messages for prompt in filled], max_new_tokens=new_tokens).text
+        for prompt, text in zip(some, texts, strict=False):
+            shown = np.asarray(open_image(prompt.images[0])) if prompt.images else None
+            found.append(Answer(prompt.id, prompt.text, prompt.truth, text, shown))
+    return found
