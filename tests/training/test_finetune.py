@@ -60,10 +60,11 @@ def test_only_targeted_parameters_have_moved(adapted, model):
 
 def test_what_is_logged_and_evaluated(adapted):
     records = [json.loads(line) for line in (adapted[0] / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3, 3]
-    assert {"objective", "preference", "gradient_norm", "learning_rate"} <= records[0].keys()
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 3]
+    assert {"objective", "preference", "gradient_norm", "learning_rate"} <= records[1].keys()
     assert "val/preference" in records[-1]
-    assert records[0]["preference"] == pytest.approx(np.log(2), abs=1e-6)  # policy and reference are the same
+    assert records[1]["preference"] == pytest.approx(np.log(2), abs=1e-6)  # policy and reference are the same
+    assert records[0]["val/preference"] == pytest.approx(np.log(2), abs=1e-6)  # before the first step
 
 
 def test_a_finished_run_is_exported_again_without_training(adapted, monkeypatch):

@@ -208,7 +208,7 @@ def test_only_records_of_the_own_task_are_taken_back(tmp_path):
     (tmp_path / "log.jsonl").open("a").write(json.dumps({"stage": "line", "step": 7}) + "\n")
     line.train(line.task(), tmp_path, steps=10)
     stages = [(record["stage"], record["step"]) for record in line.records(tmp_path)]
-    assert stages == [(stage, step) for stage in ("before", "line") for step in (5, 10, 10)]
+    assert stages == [(stage, step) for stage in ("before", "line") for step in (0, 5, 10, 10)]
 
 
 def test_a_full_disk_under_the_log(tmp_path, monkeypatch):
