@@ -18,7 +18,7 @@ _NO_CUT = 1e-30  # a plausibility that rules out nothing
 # Strengths with which a method does nothing, by its name.
 NO_STRENGTH: dict[str, dict[str, Any]] = {
     "adaiat": {"alpha": 0.0},
-    "adhh": {"tau": 1.0},
+    "adhh": {"tau": 1.1},
     "avisc": {"alpha": 0.0, "beta": _NO_CUT},
     "capl": {"sigma": 0.0},
     "clva": {"a": 0.0, "b": 0.0},

@@ -64,7 +64,7 @@ ENTRIES = {
         {"layers": (0, 1), "alpha": 0.8}, {"alpha": 0}, inexact=FUSION, fitted={"ratios": "LH", "thresholds": "L"}
     ),
     "adhh": Entry(
-        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1}, {"tau": "a threshold: a head is off or not"}
+        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1.1}, {"tau": "a threshold: a head is off or not"}
     ),
     "avisc": Entry(
         {"lambda_": 0.0},
