@@ -64,7 +64,10 @@ ENTRIES = {
         {"layers": (0, 1), "alpha": 0.8}, {"alpha": 0}, inexact=FUSION, fitted={"ratios": "LH", "thresholds": "L"}
     ),
     "adhh": Entry(
-        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1.1}, {"tau": "a threshold: a head is off or not"}
+        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05},
+        {"tau": 1.1},
+        {"tau": "a threshold: a head is off or not"},
+        inexact=FUSION,
     ),
     "avisc": Entry(
         {"lambda_": 0.0},
@@ -96,7 +99,7 @@ ENTRIES = {
     "dola": Entry({"layers": (0, 1)}, {"beta": 1}, {"beta": CUT}, logits=False),
     "eah": Entry({}, {"beta": 1e9}, {"beta": "a threshold: a head has sinks or not"}),
     "farsight": Entry({}, {"sigma": 1e9}, inexact=FUSION),
-    "iat": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}),
+    "iat": Entry({"start_layer": 0, "end_layer": None, "alpha": 0.4}, {"alpha": 0}),
     "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
     "m3id": Entry(
         {},
