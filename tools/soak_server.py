@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rows", type=int, default=8)
     flags = parser.parse_args()
-    chance, uris = random.Random(0), pictures(6)
+    chance, uris = random.Random(0), pictures(3)
     kinds = [(method, question, uri) for method in METHODS for question in QUESTIONS for uri in uris]
     model, expected = LVLM.from_pretrained("pocket"), {}
 

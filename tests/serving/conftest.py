@@ -8,9 +8,6 @@ import threading
 import time
 
 import pytest
-
-pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
-
 import uvicorn
 
 from lvlm_jax.serving.app import App

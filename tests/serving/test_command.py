@@ -1,0 +1,66 @@
+"""`lvlm serve` as a process: bad flags, the line that says it is ready, and SIGTERM while it answers."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lvlm_jax.cli.serve import _several
+from tests.cli.command import run
+from tests.serving.test_chat import asking
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alias", "cmac"], "--alias is 'cmac'; expected NAME=METHOD"),
+        (["--methods", "cmac,nothing"], "there is no method 'nothing'"),
+        (["--rows", "0"], "0 is out of range, expected >= 1"),
+        (["--key-file", "/nowhere/key"], "key file '/nowhere/key'"),
+    ],
+)
+def test_bad_flags(monkeypatch, capsys, words, message):
+    code, _, error = run(monkeypatch, capsys, "serve", *words)
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_methods_are_separated_by_commas_that_no_setting_has():
+    words = "cmac:alpha=3,beta=0.1,vcd, sevi/balanced:layers=8,9,kappa=0.3,eah+cmac"
+    assert _several(words) == ["cmac:alpha=3,beta=0.1", "vcd", "sevi/balanced:layers=8,9,kappa=0.3", "eah+cmac"]
+
+
+@pytest.mark.slow
+def test_what_was_accepted_is_answered_after_sigterm(checkpoint, model):
+    words = ["--model", checkpoint, "--name", "small", "--port", "0", "--rows", "2", "--warm-text", "32"]
+    words += ["--alias", "strong=cmac:alpha=5"]
+    server = subprocess.Popen([sys.executable, "-m", "lvlm_jax", "serve", *words], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    port = int(re.search(r":(\d+) answers for small", server.stdout.readline())[1])
+    assert server.stdout.readline().startswith("ready: ")
+
+    def ask(seed):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+        name = "strong" if seed % 2 else "small"
+        body = {"model": name, "messages": asking("Eh?", seed), "max_tokens": 20}
+        try:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            response = connection.getresponse()
+        except ConnectionRefusedError:
+            return None
+        return json.loads(response.read())["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(ask, seed) for seed in range(24)]
+        asked[0].result()
+        server.send_signal(signal.SIGTERM)
+        said = [one.result() for one in asked]
+    assert server.wait(60) == 0 and server.stderr.read() == ""
+    assert sum(text is not None for text in said) >= 12
+    for seed, text in enumerate(said):
+        method = "cmac:alpha=5" if seed % 2 else None
+        assert text in (None, model.generate(asking("Eh?", seed), method, max_new_tokens=20).text[0])
