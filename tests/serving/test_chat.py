@@ -230,3 +230,26 @@ def test_the_other_paths(server):
     assert 'lvlm_answers_total{method="CMAC",reason="length"}' in text and "lvlm_compiles_after_ready" in text
     _, headers, page = server.request("GET", "/")
     assert "default-src 'none'" in headers["Content-Security-Policy"] and b"Ask small" in page
+
+
+@pytest.mark.slow
+def test_an_answer_links_to_its_attention(server):
+    body = {"model": "small+cmac", "messages": asking("Eh?", 1, 2), "max_tokens": 6, "lvlm": {"attention": True}}
+    answer = server.post(body)[2]
+    link = answer["lvlm"]["attention"]
+    status, _, maps = server.request("GET", f"{link}/maps")
+    assert status == 200 and maps["text"] == answer["choices"][0]["message"]["content"]
+    assert np.shape(maps["maps"]) == (2, len(maps["words"]), 4, 4)  # two pictures of 4 x 4 tokens
+    status, _, page = server.request("GET", link)
+    assert status == 200 and b"Where the model looked" in page
+    assert server.request("GET", "/attention/nothing")[0] == 404
+    answer = server.post({"model": "small", "messages": asking("Eh?"), "max_tokens": 6, "lvlm": {"attention": True}})[2]
+    status, _, error = server.request("GET", answer["lvlm"]["attention"])
+    assert status == 400 and error["error"]["code"] == "no_images"
+
+
+@pytest.mark.slow
+def test_searches_run_alone(server, model):
+    expected = model.generate(asking("Eh?", 1), "opera", max_new_tokens=6)
+    answer = server.post({"model": "small+opera", "messages": asking("Eh?", 1), "max_tokens": 6})[2]
+    assert answer["choices"][0]["message"]["content"] == expected.text[0]
