@@ -42,7 +42,7 @@ def test_each_row_is_drawn_as_alone():
             for pair in (
                 (methods.VCD(alpha=0.5), methods.VCD(alpha=2.0)),
                 (methods.PAI(start_layer=0), methods.PAI(start_layer=0, alpha=0.5)),
-                (methods.VISTA(), methods.VISTA(lambda_=0.5)),
+                (methods.VISTA(layers=(0, 1)), methods.VISTA(layers=(0, 1), lambda_=0.5)),
                 (methods.DoLa(layers=(0, 1)), methods.DoLa(layers=(0, 1))),
                 (methods.chain(methods.EAH(), methods.CMAC()), methods.chain(methods.EAH(), methods.CMAC(alpha=1.0))),
                 (methods.CMAC(variant="code", gate="first"), methods.CMAC(variant="code", gate="first", alpha=1.0)),
