@@ -234,11 +234,11 @@ def test_the_other_paths(server):
 
 @pytest.mark.slow
 def test_an_answer_links_to_its_attention(server):
-    body = {"model": "small+cmac", "messages": asking("Eh?", 1, 2), "max_tokens": 6, "lvlm": {"attention": True}}
+    body = {"model": "small+cmac", "messages": asking("Eh?", 1, 2), "max_tokens": 24, "lvlm": {"attention": True}}
     answer = server.post(body)[2]
     link = answer["lvlm"]["attention"]
     status, _, maps = server.request("GET", f"{link}/maps")
-    assert status == 200 and maps["text"] == answer["choices"][0]["message"]["content"]
+    assert status == 200 and maps["words"] and maps["text"] == answer["choices"][0]["message"]["content"]
     assert np.shape(maps["maps"]) == (2, len(maps["words"]), 4, 4)  # two pictures of 4 x 4 tokens
     status, _, page = server.request("GET", link)
     assert status == 200 and b"Where the model looked" in page
