@@ -135,7 +135,7 @@ def main() -> int:
           f"MB by tenths: {memory}", flush=True)  # fmt: skip
 
     def last(number: int) -> int:
-        kind = kinds[number]
+        kind = kinds[number % len(kinds)]
         body = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
         try:
             status, answer = server.ask(json.dumps(body).encode())
