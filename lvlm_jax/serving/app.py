@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.serving.batches import Batches
 from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.page import page
@@ -78,8 +79,9 @@ class App:
                 if not open:
                     self._check_key(request)
                 response = await endpoint(request)
-            except ApiError as error:
-                response = JSONResponse(error.body, error.status, error.headers)
+            except (ApiError, LVLMError) as error:
+                found = error if isinstance(error, ApiError) else ApiError(400, error)
+                response = JSONResponse(found.body, found.status, found.headers)
             except ClientDisconnect:
                 response = Response(status_code=499)
             response.headers.update(SECURITY)

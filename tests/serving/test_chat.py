@@ -241,7 +241,7 @@ def test_an_answer_links_to_its_attention(server):
     assert status == 200 and maps["words"] and maps["text"] == answer["choices"][0]["message"]["content"]
     assert np.shape(maps["maps"]) == (2, len(maps["words"]), 4, 4)  # two pictures of 4 x 4 tokens
     status, _, page = server.request("GET", link)
-    assert status == 200 and b"Where the model looked" in page
+    assert status == 400 and "use a deeper model" in page["error"]["message"]  # than two layers
     assert server.request("GET", "/attention/nothing")[0] == 404
     answer = server.post({"model": "small", "messages": asking("Eh?"), "max_tokens": 6, "lvlm": {"attention": True}})[2]
     status, _, error = server.request("GET", answer["lvlm"]["attention"])

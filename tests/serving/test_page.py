@@ -42,6 +42,8 @@ def test_a_person_compares_two_methods(width):
         page.locator(".answer").nth(1).locator("button").nth(1).press("Enter")
         page.locator("#maps canvas").wait_for(timeout=300_000)
         assert re.match("Where it looked before “image", page.locator("#looked").inner_text())
+        status, _, whole = server.request("GET", "/" + page.locator("#whole").get_attribute("href"))
+        assert status == 200 and b"Where the model looked" in whole
         page.get_by_text("The same from a program or a shell").press("Enter")
         page.get_by_label("For").select_option("1")
         assert "--method cmac --alpha 1.5" in page.locator("#line-lvlm-infer").inner_text()
