@@ -1,0 +1,169 @@
+"""The oracle: what a reader may do with a case, and what is a fault.
+
+A case is refused with an `LVLMError` of one short line, or accepted, and then what was read is used. Everything else
+is a fault: another exception, time beyond the limit, warnings without end, a value that is not the right one.
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hypothesis.strategies import SearchStrategy
+
+from lvlm_jax.errors import LONGEST, LVLMError
+
+ACCEPTED, REFUSED = "accepted", "refused"
+SECONDS = 10.0  # of the processor, for one case
+WAITING = 12  # times as long for a case that waits, as for a pipe, or for a processor that others use
+MOST_LINES = 20  # of warnings and of what is printed to stderr
+
+
+class Reader(NamedTuple):
+    """Something that reads what users give it.
+
+    Attributes:
+        name: in tables.
+        cases: strategy of cases.
+        read: (case, empty folder) reads the case and uses what it read; raises `LVLMError`, or `Wrong`.
+        share: how many cases it gets beside the others.
+    """
+
+    name: str
+    cases: SearchStrategy
+    read: Callable[[Any, Path], None]
+    share: float = 1.0
+
+
+class Wrong(AssertionError):
+    """What was read is not what was given."""
+
+
+class TooLong(BaseException):
+    """The time of a case is over. No `except Exception` of a reader may swallow it."""
+
+
+class Fault(AssertionError):
+    """What a reader must not do. `kind` is its column of the table."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+def same(read: Any, given: Any, what: str) -> None:
+    """Raises `Wrong` where two values differ."""
+    if read != given:
+        raise Wrong(f"{what}: {text_of(read, 200)}, expected {text_of(given, 200)}")
+
+
+def text_of(value: Any, longest: int = 1500) -> str:
+    """Anything as text."""
+    try:
+        return repr(value)[:longest]
+    except Exception:  # a number of more digits than Python prints
+        return f"a {type(value).__name__} without text"
+
+
+def used(*values: Any) -> None:
+    """Values that a user would go on to compute."""
+
+
+def attempt(reader: Reader, case: Any, folder: Path, seconds: float = SECONDS) -> str:
+    """What a reader does with a case: `ACCEPTED` or `REFUSED`.
+
+    Raises:
+        Fault: it does something else.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        with _listening() as lines, _limited(seconds):
+            reader.read(case, folder)
+        outcome = ACCEPTED
+    except LVLMError as error:
+        _check_message(str(error))
+        outcome = REFUSED
+    except Fault:
+        raise
+    except Wrong as error:
+        raise Fault("wrong", str(error)) from error
+    except TooLong as error:
+        raise Fault("hang", f"more than {seconds:g} s") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also an exit, and a panic of a library in Rust
+        raise Fault("traceback", f"{type(error).__name__}: {str(error)[:300]}") from error
+    if len(lines) > MOST_LINES:
+        raise Fault("storm", f"{len(lines)} lines of warnings, first {lines[0]!r}")
+    return outcome
+
+
+def _check_message(message: str) -> None:
+    if not message or len(message) > LONGEST or not message.isprintable():
+        raise Fault("message", f"{len(message)} characters: {message[:400]!r}")
+
+
+class _Lines(logging.Handler):
+    """Counts what is logged."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__(logging.WARNING)
+        self.lines = lines
+
+    def emit(self, record):
+        self.lines.append(record.getMessage()[:200])
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """The lines of warnings, logs and stderr while a case is read; nothing of it, nor of stdout, is shown."""
+    lines: list[str] = []
+    handler, printed = _Lines(lines), _text()
+    logging.getLogger().addHandler(handler)
+    try:
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            contextlib.redirect_stderr(printed),
+            contextlib.redirect_stdout(_text()),
+        ):
+            warnings.simplefilter("default")
+            yield lines
+    finally:
+        logging.getLogger().removeHandler(handler)
+        lines += [str(one.message)[:200] for one in warned]
+        printed.seek(0)
+        lines += printed.read().splitlines()
+
+
+def _text() -> io.TextIOWrapper:
+    """A stream like those of a process."""
+    return io.TextIOWrapper(io.BytesIO(), "utf-8", errors="replace", write_through=True)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises `TooLong` when this process has computed for so long, or has waited for longer."""
+
+    def over(*_):
+        raise TooLong
+
+    clocks = {
+        signal.SIGPROF: (signal.ITIMER_PROF, seconds),
+        signal.SIGALRM: (signal.ITIMER_REAL, WAITING * seconds),  # others may be computing on this machine
+    }
+    before = {number: signal.signal(number, over) for number in clocks}
+    for clock, left in clocks.values():
+        signal.setitimer(clock, left)
+    try:
+        yield
+    finally:
+        for clock, _ in clocks.values():
+            signal.setitimer(clock, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
