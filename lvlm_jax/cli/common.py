@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, one_line
 from lvlm_jax.methods import parse
 from lvlm_jax.parallel import processes
 
@@ -41,7 +41,7 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
     """
     # Its remarks (such as on long prompts) come before errors of ours that say the same.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode is no reason to stop
     try:
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
         if processes.lost(error):
             code = processes.account_for(error)
         else:
-            print(f"{pathlib.Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
+            print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -67,10 +67,6 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
     if code and processes.joined():
         processes.leave(code)
     sys.exit(code)
-
-
-def _one_line(message) -> str:
-    return " ".join(str(message).split())
 
 
 def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:

@@ -7,17 +7,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax import models
+from lvlm_jax.errors import LONGEST, LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
-from lvlm_jax.weights.tables import Axes, Piece, Row, Table, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Axes, Piece, Row, Table, flatten, inverse, permuted, table_for
 
 TensorFile = SafetensorsFile | BinFile
 
 _FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
-_LISTED = 10  # tensors of each kind that an error names
 _CHUNK = 1 << 24  # elements compared at a time
 
 
@@ -71,11 +71,39 @@ class Faults:
         """Raises an LVLMError of one line if anything was noted; `what` is what tensors of `where` should fit."""
         if not self.found:
             return
-        parts = []
-        for kind, tensors in self.found.items():
-            more = ", ..." if len(tensors) > _LISTED else ""
-            parts.append(f"{len(tensors)} {kind}: {', '.join(tensors[:_LISTED])}{more}")
-        raise LVLMError(f"the tensors of {where} do not fit {what}: {'; '.join(parts)}")
+        named = dict.fromkeys(self.found, 0)
+
+        def message() -> str:
+            parts = [_counted(kind, tensors, named[kind]) for kind, tensors in self.found.items()]
+            return f"the tensors of {where} do not fit {what}: {'; '.join(parts)}"
+
+        # Of every kind one tensor is named before a second one is, and no more than the message has room for.
+        for place in range(max(map(len, self.found.values()))):
+            for kind, tensors in self.found.items():
+                if named[kind] == place < len(tensors):
+                    named[kind] += 1
+                    if len(message()) > LONGEST:
+                        named[kind] -= 1
+        raise LVLMError(message())
+
+
+def check_shapes(params: Mapping, config: FamilyConfig) -> None:
+    """Refuses parameters whose shapes are not those of a configuration; leaves of adapters and int8 are passed over.
+
+    Raises:
+        LVLMError: some are misshapen; they are named.
+    """
+    faults, expected = Faults(), flatten(models.abstract_parameters(config))
+    for path, leaf in flatten(params).items():
+        if path in expected and leaf.shape != expected[path].shape:
+            faults.add("misshapen", f"{path} {list(leaf.shape)} instead of {list(expected[path].shape)}")
+    faults.check("these parameters")
+
+
+def _counted(kind: str, tensors: Sequence[str], named: int) -> str:
+    """How many tensors have a fault of a kind, and the names of the first of them."""
+    names = [*tensors[:named], "..."] if named < len(tensors) else tensors
+    return f"{len(tensors)} {kind}" + (f": {', '.join(names)}" if named else "")
 
 
 def plan(
