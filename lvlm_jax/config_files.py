@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 
 SHIPPED = pathlib.Path(__file__).parent / "configs"
@@ -33,7 +34,7 @@ def config_file(name: str | os.PathLike) -> pathlib.Path:
     """
     if str(name) in config_names():
         return SHIPPED / f"{name}.py"
-    path = pathlib.Path(name).expanduser()
+    path = files.expanded(name)
     if path.is_file():
         return path
     if str(name).isidentifier():
@@ -101,7 +102,7 @@ def user_module(name: str, what: str) -> ModuleType:
     folder = pathlib.Path.cwd()
     try:
         if source.endswith(".py"):
-            file = pathlib.Path(source).expanduser().resolve()
+            file = files.expanded(source).resolve()
             if not file.is_file():
                 raise LVLMError(f"{what} {name!r}: there is no file {source} in {str(folder)!r}")
             return _module_of_file(file, file.stem)

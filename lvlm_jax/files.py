@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 
 try:
     import fcntl
@@ -98,7 +98,7 @@ def field(row: dict, names: Sequence[str], kinds: type | tuple, where: str):
         if name in row:
             value = row[name]
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise LVLMError(f"{where}: {name} is {repr(value)[:60]}; expected {_kinds(kinds)}")
+                raise LVLMError(f"{where}: {name} is {shown(value)}; expected {_kinds(kinds)}")
             return value
     raise LVLMError(f"{where} has no {' or '.join(names)}; it has {', '.join(map(str, row)) or 'nothing'}")
 
@@ -124,9 +124,40 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether something has this path; names that nothing can have are none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "file") -> Iterator[BinaryIO]:
+    """A file that is open for reading. `LVLMError` when it is none (a pipe might wait for ever), or unreadable."""
+    if is_there(path) and not path.is_file():
+        raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise LVLMError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from error
+
+
+def expanded(name: str | os.PathLike) -> Path:
+    """A path that somebody wrote, with ~ replaced. `LVLMError` for what can be the name of nothing."""
+    try:
+        path = Path(os.fsdecode(os.path.expanduser(name)))
+        path.exists()
+    except (TypeError, ValueError, OSError) as error:  # too long, a null byte, half a surrogate
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LVLMError(f"{shown(name)} is no path ({reason}); expected the name of a file or folder") from error
+    return path
+
+
 def given(path: Path, what: str) -> Path:
     """A path that the user named himself, as an existing file."""
-    path = path.expanduser()
+    path = expanded(path)
     if not is_file(path):
         raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
     return path

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax import parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation import answer, branches, defaults, drivers, replay, scheduler, streaming, sweep
 from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
@@ -25,7 +25,7 @@ from lvlm_jax.methods.parse import method_for
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import Inputs
-from lvlm_jax.weights import lora, names, peft
+from lvlm_jax.weights import lora, names, peft, plan
 
 
 class LVLM:
@@ -38,12 +38,17 @@ class LVLM:
         mesh: the devices, or None for the default device.
         generation_config, allow_urls: see `from_pretrained`.
         adapter: where an adapter was read from; None without one.
+
+    Raises:
+        LVLMError: parameters of other shapes than the configuration's.
     """
 
     def __init__(self, params: dict, config: FamilyConfig, folder: str | Path | None = None, mesh=None):
         self.params, self.config, self.mesh, self.generation_config = params, config, mesh, "plain"
         self.allow_urls, self.adapter = False, None
         self.folder = None if folder is None else Path(folder)
+        if params:
+            plan.check_shapes(params, config)
 
     @classmethod
     def from_pretrained(
@@ -72,7 +77,7 @@ class LVLM:
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
         """
-        number_type = weights.parameter_dtype(names.dtype(dtype))
+        number_type, generation_config = weights.parameter_dtype(names.dtype(dtype)), defaults.check(generation_config)
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
@@ -83,7 +88,7 @@ class LVLM:
         params = params if adapter is None else peft.load_adapter(adapter, params, config)
         model = cls(params, config, folder, mesh)
         model.adapter = adapter
-        model.generation_config, model.allow_urls = defaults.check(generation_config), allow_urls
+        model.generation_config, model.allow_urls = generation_config, allow_urls
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -274,6 +279,8 @@ class LVLM:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
         decoding = Decoding(max_new_tokens, temperature, seed=seed)
+        if not isinstance(methods, Sequence) or isinstance(methods, str):
+            raise LVLMError(f"methods are {shown(methods)}; expected a list of them")
         prompt, methods = self.prepare(messages), list(map(self._method, methods))
         return sweep.generate(self.params, self.config, prompt, methods, decoding, self.host)
 

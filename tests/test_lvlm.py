@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, LVLMError, methods
+from lvlm_jax.weights.tables import flatten, unflatten
 from tests.small import conversation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,6 +43,13 @@ def test_a_state_must_hold_the_prompt(model, mixed):
         model.prefill(mixed, max_length=40)
 
 
+def test_parameters_of_other_shapes_are_named(model):
+    flat = flatten(model.params)
+    kernel = next(path for path in flat if path.endswith("down_proj/kernel"))
+    with pytest.raises(LVLMError, match=rf"1 misshapen: {kernel} \[\d+, \d+\] instead of"):
+        LVLM(unflatten(flat | {kernel: flat[kernel][:-1]}), model.config)
+
+
 def test_as_many_seeds_as_conversations(model, mixed):
     with pytest.raises(LVLMError, match="4 seeds were given for 3 conversations"):
         model.generate(mixed, max_new_tokens=2, seed=[1, 2, 3, 4])
@@ -55,8 +63,8 @@ def test_as_many_seeds_as_conversations(model, mixed):
         ("What is this?", "messages must be a conversation"),
         (["What is this?"], "messages must be a conversation"),
         ([conversation("one"), "two"], "messages must be a conversation"),
-        ([{"role": "user"}], "needs 'role' and 'content'; got the keys role"),
-        ([{"content": "Hello"}], "needs 'role' and 'content'; got the keys content"),
+        ([{"role": "user"}], "needs 'role' and 'content'; got the keys 'role'"),
+        ([{"content": "Hello"}], "needs 'role' and 'content'; got the keys 'content'"),
         ([{"role": "user", "content": None}], "needs 'role' and 'content'"),
         ([{"role": "user", "content": ["Hello"]}], "part of type None is not supported"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "part of type 'video'"),

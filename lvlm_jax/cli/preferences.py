@@ -19,6 +19,7 @@ the log, so they can be changed without asking the model again.
 import dataclasses
 from pathlib import Path
 
+from lvlm_jax import files
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.capl import CAPL
@@ -92,7 +93,7 @@ def answered(flags) -> preferences.Candidates:
     if flags.pocket:
         file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single)
     else:
-        file = flags.prompts.expanduser()
+        file = files.expanded(flags.prompts)
     model = flags.model_path or ("pocket" if flags.pocket else None)
     if model is None:
         raise LVLMError("no model to answer the prompts; give one with --model")

@@ -173,7 +173,7 @@ def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: S
     """
     rows = []
     for group, path in paths:
-        path = path.expanduser()
+        path = files.expanded(path)
         for file, of in _of_groups(path, groups) if path.is_dir() else [(path, group)]:
             rows += form.read(file, of)
     return rows

@@ -68,7 +68,7 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
     if wrong:
         line, what = next(iter(wrong.items()))
         raise LVLMError(f"{path}, line {line}: {what}")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = files.read_text(Path(path), "question file").split("\n")
     entries = {number: json.loads(line) for number, line in enumerate(lines, 1) if line.strip()}
     labels = {number: str(entry["label"]).lower() for number, entry in entries.items() if "label" in entry}
     folder = Path(image_folder)

@@ -119,7 +119,7 @@ def rescore(
 
 
 def _hash(path: Path) -> str:
-    path = path.expanduser()
+    path = files.expanded(path)
     return (
         protocol.files_hash([entry for entry in path.iterdir() if entry.is_file()])
         if path.is_dir()

@@ -113,7 +113,7 @@ class Run:
         self._benchmark.check(data)
         self.questions = data.limited(self._benchmark.read(data, protocol, need_images=True))
         settings = {"protocol": protocol.name, "batch_size": options.batch_size, "system": protocol.system}
-        place = str(data.folder.expanduser().resolve())  # where a report finds the pictures
+        place = str(files.expanded(data.folder).resolve())  # where a report finds the pictures
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         listed = self._benchmark.question_files(data, protocol)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.weights.checkpoint import read_optional
 
@@ -50,8 +50,8 @@ def check(choice: Any) -> str:
     Raises:
         LVLMError: it is not one of `CHOICES`.
     """
-    if choice not in CHOICES:
-        raise LVLMError(f"generation_config is {str(choice)[:40]!r}; expected {' or '.join(CHOICES)}")
+    if not isinstance(choice, str) or choice not in CHOICES:
+        raise LVLMError(f"generation_config is {shown(choice)}; expected {' or '.join(CHOICES)}")
     return choice
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import jit
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.state import Prompt, State, Step
@@ -63,7 +63,10 @@ def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tup
     Raises:
         LVLMError: the state is full, or not one token per sample.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
+    try:
+        tokens = jnp.asarray(tokens, jnp.int32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LVLMError(f"tokens are {shown(tokens)}; expected a token id per sample") from error
     expected = state.position.shape
     if tokens.shape != expected:
         raise LVLMError(f"tokens have shape {tokens.shape}; expected {expected}, one per sample")

@@ -1,6 +1,7 @@
 """Given answers, fed token by token as decoding does, and what a tap sees meanwhile."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +9,10 @@ from jaxtyping import Float
 
 from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.generation.host import ALONE, Host
+from lvlm_jax.generation.settings import LARGEST_INT
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
@@ -42,8 +44,7 @@ def replay(
     Raises:
         LVLMError: another number of answers than prompts.
     """
-    if len(answers) != prompt.batch:
-        raise LVLMError(f"{len(answers)} answers were given for {prompt.batch} conversations; give one each")
+    _check(answers, prompt)
     longest = max(map(len, answers))
     if longest == 0:
         return
@@ -53,6 +54,19 @@ def replay(
         fed = [answer[index] if index < len(answer) else config.pad_token_id for answer in answers]
         state, step = drivers.decode_step(params, config, state, jnp.asarray(fed, jnp.int32))
         yield step.tapped
+
+
+def _check(answers: Any, prompt: Inputs) -> None:
+    """Refuses what are not the tokens of one answer for each prompt."""
+    if not isinstance(answers, Sequence) or not all(map(_are_tokens, answers)):
+        raise LVLMError(f"answers are {shown(answers)}; expected a list of token ids for each conversation")
+    if len(answers) != prompt.batch:
+        raise LVLMError(f"{len(answers)} answers were given for {prompt.batch} conversations; give one each")
+
+
+def _are_tokens(answer: Any) -> bool:
+    given = isinstance(answer, Sequence | np.ndarray) and not isinstance(answer, str | bytes)
+    return given and all(isinstance(token, int | np.integer) and 0 <= token < LARGEST_INT for token in answer)
 
 
 def image_attention(
@@ -72,6 +86,7 @@ def image_attention(
     Raises:
         LVLMError: another number of answers than prompts.
     """
+    _check(answers, prompt)
     rows: list[list[np.ndarray]] = [[] for _ in answers]
     seen = replay(params, config, prompt, method, answers, Tap(layers=None), host)
     for index, tapped in enumerate(seen):

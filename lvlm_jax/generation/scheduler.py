@@ -7,13 +7,13 @@ they end. Every answer is the one that its conversation gets alone.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation import branches, continuous, searches
 from lvlm_jax.generation.beam import Finished
 from lvlm_jax.generation.host import ALONE, Host
@@ -67,8 +67,8 @@ def chosen(
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, low=1)
     batch_size = whole("batch_size", batch_size, low=1)
-    if schedule not in SCHEDULES:
-        raise LVLMError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        raise LVLMError(f"schedule is {shown(schedule)}; expected one of {', '.join(SCHEDULES)}")
     why = None if schedule == "batches" else obstacle(method, mesh)
     if schedule == "continuous" and why:
         raise LVLMError(f"continuous batching is not possible: {why}; use the schedule batches")
@@ -93,8 +93,10 @@ def generate_many(
         with what is wrong with it, in the order in which answers end.
 
     Raises:
-        LVLMError: see `Scheduler`.
+        LVLMError: see `Scheduler`; requests that are none.
     """
+    if not isinstance(requests, Iterable) or isinstance(requests, str | bytes):
+        raise LVLMError(f"requests are {shown(requests)}; expected a list of conversations with their seeds")
     scheduler = Scheduler(params, config, prepare, method, decoding, batch_size, host)
 
     def read(answer: Finished | LVLMError) -> Output | LVLMError:
@@ -114,6 +116,12 @@ class Numbered(NamedTuple):
     number: int
     conversation: Conversation
     seed: int
+
+
+def _numbered(number: int, request: Any) -> Numbered:
+    if not isinstance(request, list | tuple) or len(request) != 2:
+        raise LVLMError(f"request {number} is {shown(request)}; expected a conversation and its seed, as a pair")
+    return Numbered(number, *request)
 
 
 class Group(NamedTuple):
@@ -174,7 +182,7 @@ class Scheduler:
 
         In the order in which answers end. Requests are drawn as rows become free, one group ahead.
         """
-        queue = (Numbered(number, *request) for number, request in enumerate(requests))
+        queue = itertools.starmap(_numbered, enumerate(requests))
         ready: deque[tuple[int, Finished | LVLMError]] = deque()
         coming = self._next(queue, ready)
         while coming or self._under_way:

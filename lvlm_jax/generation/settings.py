@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation.sampling import Sampling
-from lvlm_jax.methods.checks import shown
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 

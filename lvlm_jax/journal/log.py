@@ -134,10 +134,7 @@ def read_log(path: Path, record: Mapping[str, Any], read: Read, keys: Container 
     Raises:
         LVLMError: the file is no log, was edited, or belongs to other settings.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LVLMError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    content = files.read_bytes(path, "log")
     return _entries(path, content, json.loads(json.dumps(record)), read, keys)[0]
 
 

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from lvlm_jax import files
 from lvlm_jax.version import __version__
 
 # Read at this many places, evenly spread, of a weight file; hashing all of a 14 GB model would take half a minute.
@@ -17,16 +18,16 @@ _HASH_OF = {"name": "sha256", "model": "model_sha256"}
 
 
 def file_hash(path) -> str:
-    """SHA-256 of a whole file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of a whole file, in hexadecimal. `LVLMError` when it cannot be read."""
+    with files.reading(pathlib.Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sampled_hash(path: pathlib.Path) -> bytes:
     """SHA-256 of a file's size, and of samples from its first byte to its last."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with files.reading(path) as file:
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
         for offset in np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int):
             file.seek(offset)
             digest.update(file.read(_SAMPLE_BYTES))
@@ -72,7 +73,7 @@ def adapter_record(path: str | None) -> dict:
     """What the record of a run says of its adapter, a folder or a hub id; nothing without one."""
     if path is None:
         return {}
-    folder = pathlib.Path(path).expanduser()
+    folder = files.expanded(path)
     return {"adapter": path, "adapter_sha256": checkpoint_hash(folder) if folder.is_dir() else None}
 
 
@@ -94,6 +95,8 @@ def _plain(value):
         return [_plain(item) for item in value]
     if isinstance(value, np.floating):
         return float(str(value))  # a float32 of 0.2 is 0.2, not 0.20000000298
+    if isinstance(value, range):
+        return str(value)
     if hasattr(value, "__array__"):
         return np.asarray(value).tolist()
     return value

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.methods.fitted import as_fitted
 
 LARGEST = float(np.finfo(np.float32).max)
-LONGEST = 60  # of a value in a message
 NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -90,7 +89,7 @@ def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any
 WORDS = {
     types.NoneType: "None",
     bool: "True or False",
-    int: "a whole number",
+    int: "a whole number of 64 bits",
     float: "a number with a decimal point",
     str: "a text",
     tuple[int, ...]: "a tuple of whole numbers",
@@ -113,21 +112,12 @@ def _kinds(owner: type) -> dict[str, tuple]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: bools are no numbers, and numbers are finite."""
+    """Whether a value is of a kind: bools are no numbers, and numbers are finite and have at most 64 bits."""
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:
         return isinstance(value, float) and bool(np.isfinite(value))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         return isinstance(value, range) or (isinstance(value, tuple) and all(_is(one, inner) for one in value))
     return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def shown(value: Any) -> str:
-    """A value in a message: on one line and not long, whatever it is."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # an int of thousands of digits has no text
-        text = f"a very long {type(value).__name__}"
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -17,8 +17,9 @@ from collections.abc import Callable
 
 import jax
 
+from lvlm_jax import errors
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods import checks, registry
+from lvlm_jax.methods import registry
 from lvlm_jax.methods.base import Method, sources
 from lvlm_jax.methods.chain import chain
 from lvlm_jax.methods.fitted import check_model
@@ -41,7 +42,7 @@ def as_method(value: typing.Any) -> Method | None:
     if not isinstance(value, Method):
         hint = "; methods.chain joins several" if isinstance(value, list | tuple) else ""
         raise LVLMError(
-            f"method is {checks.shown(value)}; expected a method such as methods.CMAC(alpha=1.0), its name such as "
+            f"method is {errors.shown(value)}; expected a method such as methods.CMAC(alpha=1.0), its name such as "
             f"'cmac', or None{hint}"
         )
     if jax.tree.structure(value) == jax.tree.structure(0):  # a leaf and no tree of its fields

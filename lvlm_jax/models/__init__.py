@@ -4,6 +4,7 @@ Adding one is a file here, which registers its two classes (`models.family`), an
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
         # Families that transformers does not carry read their own dict.
         hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
         config = family.from_hf(nested, hf)
+        hash(config)  # programs are compiled for it
+        config.blank()  # and are shown such a picture
     except LVLMError:
         raise
     except Exception as error:  # whatever the first bad field provokes in transformers, or in arithmetic with it
@@ -81,6 +84,7 @@ def build(config: FamilyConfig, dtype: DTypeLike = jnp.float32, remat: bool = Fa
     return FAMILIES[config.model_type].module(config, jnp.dtype(dtype), remat)
 
 
+@functools.lru_cache(maxsize=8)  # it traces the whole model
 def abstract_parameters(config: FamilyConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     module = build(config, dtype)

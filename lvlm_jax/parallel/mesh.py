@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -40,10 +40,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     Raises:
-        LVLMError: the sizes do not multiply to the number of devices.
+        LVLMError: sizes that are no whole numbers, or do not multiply to the number of devices.
     """
     devices = list(devices or jax.devices())
     sizes = [data, fsdp, tensor]
+    for axis, size in zip(AXES, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not -1 <= size <= len(devices):
+            raise LVLMError(
+                f"the mesh's axis {axis} is {shown(size)}; expected a whole number up to {len(devices)}, the "
+                "number of devices, or -1"
+            )
     if sizes.count(-1) == 1:
         rest = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0

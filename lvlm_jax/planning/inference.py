@@ -139,7 +139,7 @@ def _twice(prompt: Prompt) -> Prompt:
 
 def parameters(config: FamilyConfig, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:
     """The shapes of a model's parameters where `LVLM.from_pretrained` puts them."""
-    params = abstract(config, dtype)
+    params = models.abstract_parameters(config, dtype)
     if quant is not None:
         params = jax.eval_shape(quantize.quantize, params)
     return placed(params, placement.of_parameters(params, mesh))
@@ -150,12 +150,6 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )
-
-
-@functools.lru_cache(maxsize=8)
-def abstract(config: FamilyConfig, dtype: str) -> dict:
-    """`models.abstract_parameters`, which traces the whole model, once for each configuration."""
-    return models.abstract_parameters(config, dtype)
 
 
 def example(job: Any, config: FamilyConfig, rows: int) -> Inputs:

@@ -28,7 +28,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.planning.devices import Device
-from lvlm_jax.planning.inference import abstract, inference
+from lvlm_jax.planning.inference import inference
 from lvlm_jax.planning.programs import Program
 from lvlm_jax.planning.sizes import SHORT, SIZES
 from lvlm_jax.planning.training import RECIPES, tokens, training
@@ -244,4 +244,4 @@ def read(name: str) -> tuple[str, Any, Path | None]:
 
 
 def _count(config: FamilyConfig) -> float:
-    return float(sum(leaf.size for leaf in jax.tree.leaves(abstract(config, "float32"))))
+    return float(sum(leaf.size for leaf in jax.tree.leaves(models.abstract_parameters(config, "float32"))))

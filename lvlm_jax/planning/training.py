@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lvlm_jax import models
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.planning import programs
-from lvlm_jax.planning.inference import abstract, example, placed
+from lvlm_jax.planning.inference import example, placed
 from lvlm_jax.planning.programs import Program, size
 from lvlm_jax.processors.layout import bucket
 from lvlm_jax.training import optimizer, pairwise, placement, settings
@@ -67,12 +67,12 @@ def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float
     """
     of = job.training
     if not of.lora:
-        loaded = parts.split(abstract(config, of.master), of.train)
+        loaded = parts.split(models.abstract_parameters(config, of.master), of.train)
         trainable, first = (placed(part, placement.of_parameters(part, mesh)) for part in loaded)
         frozen = _cast(first, job.dtype)
         return trainable, frozen, size(trainable) + size(first) * (job.dtype != of.master)
 
-    base = abstract(config, job.dtype)
+    base = models.abstract_parameters(config, job.dtype)
 
     def attached(kind: tuple[str, ...]) -> dict:
         key = jax.random.key(0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.processors import addresses
 
 # Above any camera's picture, and 300 MB once decoded: a larger header is a mistake or an attack.
@@ -67,19 +67,29 @@ def _with_image(source: Any, read: Callable[[Image.Image, str], Any], allow_urls
     if isinstance(source, str) and addresses.is_address(source):
         name, source = addresses.read(source, allow_urls)
     if isinstance(source, str | os.PathLike):
-        path = pathlib.Path(source)
+        try:
+            path = pathlib.Path(source)
+        except (TypeError, ValueError) as error:  # of a user's own kind of path
+            raise LVLMError(f"an image's path is {shown(source)}: {_reason(error)}") from error
         _check_file(path)
         return _read(path, str(path), read)
     if isinstance(source, bytes | bytearray | memoryview):
         return _read(io.BytesIO(source), name, read)
     if hasattr(source, "__array__"):
-        return read(_from_array(np.asarray(source)), "the array")
+        return read(_from_array(_array(source)), "the array")
     if callable(getattr(source, "read", None)):
         return _read(io.BytesIO(_content(source)), "the open file", read)
     raise LVLMError(
         f"an image was given as {type(source).__name__}; expected a path, a PIL image, an array [H, W, 3], the bytes "
         "of a file, or an address"
     )
+
+
+def _array(source: Any) -> np.ndarray:
+    try:
+        return np.asarray(source)
+    except Exception as error:  # arrays of other libraries may raise anything
+        raise LVLMError(f"an image array cannot be read: {_reason(error)}; give a NumPy array") from error
 
 
 def _of_dict(given: Mapping) -> Any:
@@ -128,7 +138,9 @@ def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Imag
         with warnings.catch_warnings():
             # Pillow warns between its limit and ours, and of headers that lie; what is wrong here is an error.
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            # From a path Pillow maps files into memory, and those of TIFF with the sides of the picture exchanged.
+            opened = file.open("rb") if isinstance(file, pathlib.Path) else file
+            with opened, Image.open(opened) as image:
                 return read(image, name)
     except LVLMError:
         raise

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, explained, shown
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import templates
 from lvlm_jax.processors.images import open_image
@@ -53,13 +54,11 @@ def pixels_of(processor: Any, images: Sequence[Any], allow_urls: bool = False) -
     Raises:
         LVLMError: an unreadable image, or one that the processor does not take.
     """
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes) or not images:
+        raise LVLMError(f"images are {shown(images)}; expected a list of them")
     opened = [open_image(image, allow_urls) for image in images]
-    try:
+    with explained(f"the processor cannot take images of {_sizes(opened)} pixels"):
         arrays = processor.image_processor(images=opened, return_tensors="np")
-    except Exception as error:  # processors may raise anything
-        raise LVLMError(
-            f"the processor cannot take images of {_sizes(opened)} pixels: {templates.reason(error)}"
-        ) from error
     return np.asarray(arrays["pixel_values"], np.float32)
 
 
@@ -210,13 +209,9 @@ def processed(
     # Some processors treat an image that comes alone in another way.
     given = [images] if images and config.nested_images else images
     options = templates.tokenizer_options(processor, text)
-    try:
+    sizes = f" with images of {_sizes(images)} pixels" if images else ""
+    with explained(f"the processor cannot take the conversation{sizes}"):
         arrays = dict(processor(images=given or None, text=text, return_tensors="np", **options))
-    except LVLMError:
-        raise
-    except Exception as error:  # processors and tokenizers may raise anything
-        shown = f" with images of {_sizes(images)} pixels" if images else ""
-        raise LVLMError(f"the processor cannot take the conversation{shown}: {templates.reason(error)}") from error
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
 
@@ -231,10 +226,8 @@ def token_ids(processor: Any, text: str) -> np.ndarray:
     Raises:
         LVLMError: a text that the tokenizer does not take.
     """
-    try:
+    with explained(f"the tokenizer cannot take {text[:40]!r}…"):
         return np.asarray(processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"])
-    except Exception as error:  # tokenizers may raise anything
-        raise LVLMError(f"the tokenizer cannot take {text[:40]!r}…: {templates.reason(error)}") from error
 
 
 def _source(part: Mapping[str, Any]) -> Any:
@@ -254,23 +247,26 @@ def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message],
     for message in conversation:
         content = message.get("content")
         if "role" not in message or not isinstance(content, str | Sequence):
-            raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(str, message))}")
+            raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(shown, message))}")
+        if not isinstance(message["role"], str):
+            raise LVLMError(f"the role of a message is {shown(message['role'])}; expected a text such as user")
         if isinstance(content, str):
             bare.append(dict(message))
             continue
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "text" and isinstance(part.get("text"), str):
+            known = kind if isinstance(kind, str) else None
+            if known == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": part["text"]})
-            elif kind in ("image", "image_url"):
+            elif known in ("image", "image_url"):
                 source = _source(part)
                 encoded = isinstance(source, EncodedImage)
                 images.append(source if encoded else open_image(source, allow_urls))
                 parts.append({"type": "image"})
             else:
                 raise LVLMError(
-                    f"a message part of type {kind!r} is not supported; expected "
+                    f"a message part of type {shown(kind)} is not supported; expected "
                     '{"type": "text", "text": ...}, {"type": "image", "image": ...} or '
                     '{"type": "image_url", "image_url": {"url": ...}}'
                 )
@@ -290,15 +286,16 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     Raises:
         LVLMError: a missing array, wrong shapes, token ids outside the vocabulary, or pixels that are not finite.
     """
-    if "input_ids" not in arrays:
+    if arrays.get("input_ids") is None:
         raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
-    tokens = np.asarray(arrays["input_ids"])
+    arrays = {name: _array(name, given) for name, given in arrays.items() if given is not None}
+    tokens = arrays["input_ids"]
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise LVLMError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]")
     vocabulary = config.text.vocab_size
     stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
     given = arrays.get("attention_mask")
-    mask = np.ones(tokens.shape, bool) if given is None else np.asarray(given).astype(bool)
+    mask = np.ones(tokens.shape, bool) if given is None else given.astype(bool)
     if mask.shape != tokens.shape:
         raise LVLMError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {tokens.shape}")
     if (stray & mask).any():
@@ -308,6 +305,16 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     columns = [np.flatnonzero(row) for row in mask]
     prompts = [row[kept] for row, kept in zip(tokens, columns, strict=True)]
     return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
+
+
+def _array(name: Any, given: Any) -> np.ndarray:
+    try:
+        array = np.asarray(given)
+    except Exception as error:  # rows of several lengths, a tensor on another device, an object of the user's
+        raise LVLMError(f"{name} is no array of numbers ({templates.reason(error)}); give NumPy arrays") from error
+    if array.ndim == 0 or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise LVLMError(f"{name} is {shown(given)}; expected an array of numbers")
+    return array
 
 
 def with_placeholders(

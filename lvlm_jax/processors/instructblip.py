@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, BlipImageProcessorPil
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import explained
 from lvlm_jax.models.family import FamilyConfig
 
 IMAGE = "<image>"
@@ -38,13 +38,12 @@ def load(folder: Path, config: FamilyConfig) -> "InstructBlipProcessor":
     parts["qformer_tokenizer"] = (AutoTokenizer, folder / "qformer_tokenizer")
     read = {}
     for name, (kind, place) in parts.items():
-        try:
+        advice = (
+            "; copy the files (also the folder qformer_tokenizer) from the checkpoint's Hugging Face repository, or "
+            "give prepare() arrays"
+        )
+        with explained(f"cannot read the {name} of {folder}", advice):
             read[name] = kind.from_pretrained(place, local_files_only=True)
-        except Exception as error:  # transformers raises whatever the first broken file provokes
-            raise LVLMError(
-                f"cannot read the {name} of {folder}: {' '.join(str(error).split())}; copy the files (also the folder "
-                "qformer_tokenizer) from the checkpoint's Hugging Face repository, or give prepare() arrays"
-            ) from error
     return InstructBlipProcessor(**read)
 
 

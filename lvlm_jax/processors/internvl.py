@@ -12,7 +12,8 @@ import transformers
 from tokenizers import AddedToken, processors
 from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError, explained
 from lvlm_jax.models.internvl import InternVlConfig
 from lvlm_jax.pixels import IMAGENET
 from lvlm_jax.processors.load import processor_class
@@ -97,17 +98,15 @@ def _tokenizer(folder: Path) -> Any:
         LVLMError: one that transformers carries no code for, or that cannot be read.
     """
     settings = read_optional(folder, "tokenizer_config.json")
-    kind = settings.get("tokenizer_class", "")
+    kind = str(settings.get("tokenizer_class", ""))
     own = getattr(transformers, kind, None)
-    try:
+    with explained(f"cannot read the tokenizer of {folder}"):
         if own is not None:
             return own.from_pretrained(folder, local_files_only=True)
         if (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         if kind in ("InternLM2Tokenizer", "InternLM2TokenizerFast") and (folder / "tokenizer.model").is_file():
             return _internlm2_tokenizer(folder, settings)
-    except Exception as error:  # transformers raises whatever the first broken file provokes
-        raise LVLMError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error
     raise LVLMError(
         f"the tokenizer of {folder} ({kind or 'of no named class'}) needs code that comes with the checkpoint and is "
         "not run; copy tokenizer.json from the checkpoint's -hf repository"
@@ -120,7 +119,7 @@ def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
     Text before and after a special token is encoded on its own, with a blank before it if the file says so.
     """
     described = import_protobuf().ModelProto()
-    described.ParseFromString((folder / "tokenizer.model").read_bytes())
+    described.ParseFromString(files.read_bytes(folder / "tokenizer.model", "tokenizer"))
     added = {int(number): entry["content"] for number, entry in settings["added_tokens_decoder"].items()}
     # Special tokens have taken the places of unused pieces.
     names = {added.get(number, piece.piece): number for number, piece in enumerate(described.pieces)}

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, explained
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import rendering
-from lvlm_jax.processors.templates import reason
 from lvlm_jax.weights.checkpoint import read_optional
 
 BACKEND = "pil"  # what image processors work with, whatever is installed
@@ -52,10 +51,8 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
             f"{folder} has no tokenizer (looked for {', '.join(_WORDS)}); copy it from the checkpoint's Hugging Face "
             "repository"
         )
-    try:
+    with explained(f"cannot read the processor of {folder}"):
         processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the first broken file provokes
-        raise LVLMError(f"cannot read the processor of {folder}: {reason(error)}") from error
     given = read_optional(folder, FILES[0])
     for name, value in config.processor_fields.items():
         if given.get(name) is None:  # what transformers takes then fits few models
@@ -82,12 +79,10 @@ def _use_pillow(processor: Any, folder: Path) -> None:
 
     images = getattr(processor, "image_processor", None)
     if BACKEND != images_backend(images):
-        try:
+        with explained(f"cannot read the image processor of {folder}"):
             ours = transformers.AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, backend=BACKEND
             )
-        except Exception as error:  # transformers raises whatever the first broken file provokes
-            raise LVLMError(f"cannot read the image processor of {folder}: {reason(error)}") from error
         if images_backend(ours) != BACKEND:
             raise LVLMError(
                 f"transformers has no image processor of {folder} that works with Pillow ({type(ours).__name__}); "

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.qwen_vl import QwenVlConfig
 from lvlm_jax.pixels import CLIP
@@ -173,7 +174,7 @@ def chat_template(folder: Path) -> str:
     """
     own, name = folder / "chat_template.jinja", "generation_config.json"
     if own.is_file():
-        return own.read_text(encoding="utf-8")
+        return files.read_text(own, "chat template")
     kind = read_optional(folder, name).get("chat_format")
     if kind not in TEMPLATES:
         raise LVLMError(
@@ -189,12 +190,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Raises:
         LVLMError: the file cannot be read or is malformed.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise LVLMError(
-            f"cannot read {path}: {error.strerror or error}; copy it from the checkpoint's repository"
-        ) from error
+    lines = files.read_bytes(path, "vocabulary").splitlines()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         if not line:

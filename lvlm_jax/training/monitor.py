@@ -29,7 +29,7 @@ from tensorboardX.summary import image, scalar, text
 
 from lvlm_jax.config_files import user_object
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import write_whole
+from lvlm_jax.files import read_bytes, write_whole
 from lvlm_jax.journal import progress
 from lvlm_jax.parallel.peaks import peak_flops
 from lvlm_jax.weights.tables import flatten
@@ -260,7 +260,7 @@ def rewind(log: Path, task: str, step: int) -> None:
     """Takes a task's records after `step` out of a log, and what is no record, such as a line that a kill has cut."""
     if not log.exists():
         return
-    content = log.read_text(encoding="utf-8", errors="replace")
+    content = read_bytes(log, "log of the training").decode("utf-8", errors="replace")
     kept = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
     if kept != content:
         write_whole(log, kept)

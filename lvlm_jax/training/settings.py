@@ -14,7 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lvlm_jax import config_files
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
+from lvlm_jax.generation.settings import LARGEST_FLOAT, LARGEST_INT
 from lvlm_jax.training import registry
 from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.weights.lora import TARGETS
@@ -129,6 +130,8 @@ _CHECKS = (
     Check("length", "at least 2 tokens", lambda value: value >= 2),
     Check("too_long", "error or drop", lambda value: value in ("error", "drop")),
     Check("lora.rank", "at least 1", lambda value: value >= 1),
+    Check("lora.alpha", "a number above 0", lambda value: 0 < value < math.inf),
+    Check("lora.dropout", "a rate from 0 to below 1", lambda value: 0 <= value < 1),
     Check("optimizer.peak", "a learning rate above 0", lambda value: 0 < value < math.inf),
     Check("optimizer.final", "a share from 0 to 1", lambda value: 0 <= value <= 1),
     Check("optimizer.warmup", "at least 0", lambda value: 0 <= value < math.inf),
@@ -147,6 +150,9 @@ _CHECKS = (
 )
 
 
+_UNBOUNDED = ("optimizer.clip",)  # may be infinite
+
+
 def check(config: ConfigDict) -> None:
     """Refuses what no run can be made of.
 
@@ -162,12 +168,15 @@ def check(config: ConfigDict) -> None:
             raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected), entry.name)}")
     for key in sorted(expected.keys() - given.keys()):
         raise LVLMError(f"the config has no {key}; begin it with lvlm_jax.training.settings.base({entry.name!r})")
+    for key, value in given.items():
+        if isinstance(value, int | float) and not _fits(value) and not (value == math.inf and key in _UNBOUNDED):
+            raise LVLMError(f"{key} is {shown(value)}; expected a number within {_range(value)}")
     own = (check._replace(field=f"{entry.section}.{check.field}") for check in entry.checks)
     for key, wanted, holds in (*_CHECKS, *own):
         if key.startswith("lora.") and not config.lora.enabled:
             continue
         if not holds(given[key]):
-            raise LVLMError(f"{key} is {given[key]!r}; expected {wanted}")
+            raise LVLMError(f"{key} is {shown(given[key])}; expected {wanted}")
     if config.batch % config.accumulate:
         raise LVLMError(
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
@@ -179,6 +188,15 @@ def check(config: ConfigDict) -> None:
         raise LVLMError("loop.answers asks held-out prompts and there are none; set validation, or loop.answers=0")
     if entry.check:
         entry.check(config)
+
+
+def _fits(value: int | float) -> bool:
+    """Whether a program can hold a number."""
+    return abs(value) <= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT)
+
+
+def _range(value: int | float) -> str:
+    return f"int32 (up to {LARGEST_INT})" if isinstance(value, int) else f"float32 (up to {LARGEST_FLOAT:.2g})"
 
 
 def _untouched(key: str, value: Any) -> bool:

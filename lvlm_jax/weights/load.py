@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax import models
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights import internvl_chat, original, quantize
 from lvlm_jax.weights.checkpoint import open_files, read_configuration, read_optional, weight_files
@@ -74,9 +74,13 @@ def parameter_dtype(name: str) -> jnp.dtype:
     Raises:
         LVLMError: another one.
     """
-    if str(np.dtype(name) if name == np.float32 else name) not in DTYPES:
-        raise LVLMError(f"dtype {name!r} is not supported; expected one of {', '.join(DTYPES)}")
-    return jnp.dtype(name)
+    try:
+        dtype = jnp.dtype(name) if name is not None else None
+    except (TypeError, ValueError):
+        dtype = None
+    if str(dtype) not in DTYPES:
+        raise LVLMError(f"dtype {shown(name)} is not supported; expected one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def load_parameters(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lvlm_jax import files
 from lvlm_jax.weights.load import DTYPES
 
 NUMBER_TYPES = ("auto", *DTYPES)  # what `dtype` takes
@@ -17,8 +18,15 @@ def pocket_file(name: str) -> pathlib.Path:
 
 
 def checkpoint(name: str | os.PathLike) -> str:
-    """The folder or hub id that a user means: "pocket" is the model inside the package."""
-    return str(pocket_file("checkpoint")) if str(name) == "pocket" else os.path.expanduser(name)
+    """The folder or hub id that a user means: "pocket" is the model inside the package.
+
+    Raises:
+        LVLMError: something that is no name.
+    """
+    if isinstance(name, str | os.PathLike) and str(name) == "pocket":
+        return str(pocket_file("checkpoint"))
+    files.expanded(name)
+    return os.path.expanduser(os.fsdecode(name))  # a Path would lose the ./ that no hub id has
 
 
 def dtype(name: Any) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.checkpoint import read_configuration, resolve_checkpoint, weight_files
 
@@ -59,7 +60,7 @@ def find_tower(folder: Path, config: dict, vision_tower: str | os.PathLike | Non
     if not named:
         return None
     name = Path(named).name
-    candidates = (Path(named).expanduser(), folder / name, folder.resolve().parent / name)
+    candidates = (files.expanded(named), folder / name, folder.resolve().parent / name)
     return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 

@@ -58,7 +58,7 @@ def save_adapter(
     Raises:
         LVLMError: no adapters in `params`, or the folder cannot be written.
     """
-    folder, flat = Path(folder).expanduser(), flatten(params)
+    folder, flat = files.expanded(folder), flatten(params)
     paths = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not paths:
         raise LVLMError(f"nothing to save to {folder}: the parameters hold no LoRA adapter")

@@ -4,7 +4,6 @@ Modules are named by endings or by regular expressions, as PEFT reads them. The 
 that does not come to an end in time is refused.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import regex
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 
 CONFIG = "adapter_config.json"
 
@@ -57,7 +56,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     unknown += ["bias"] * (settings["bias"] != "none")
     unknown += ["init_lora_weights"] * (settings["init_lora_weights"] not in _HARMLESS_INITIAL)
     if unknown:
-        values = ", ".join(f"{name} = {_shown(settings[name])}" for name in unknown[:5])
+        values = ", ".join(f"{name} = {shown(settings[name])}" for name in unknown[:5])
         raise LVLMError(
             f"{path} sets {values}, which is not supported; merge the adapter with PEFT and load the merged model"
         )
@@ -70,7 +69,7 @@ def _check_types(path: Path, settings: dict[str, Any]) -> None:
 
     def expect(name: str, right: bool, expected: str) -> None:
         if not right:
-            raise LVLMError(f"{path}: {name} is {_shown(settings.get(name))}; expected {expected}")
+            raise LVLMError(f"{path}: {name} is {shown(settings.get(name))}; expected {expected}")
 
     for name in ("rank_pattern", "alpha_pattern"):
         settings[name] = settings[name] or {}
@@ -83,17 +82,17 @@ def _check_types(path: Path, settings: dict[str, Any]) -> None:
     scales = [("lora_alpha", settings.get("lora_alpha")), *settings["alpha_pattern"].items()]
     for name, value in (*ranks, *scales):
         if not (_is_number(value) and 0 < value <= _LARGEST):
-            raise LVLMError(f"{path}: {name[:60]} is {_shown(value)}; expected a positive number")
+            raise LVLMError(f"{path}: {name[:60]} is {shown(value)}; expected a positive number")
     for name, value in ranks:
         if value != int(value):
-            raise LVLMError(f"{path}: {name[:60]} is {_shown(value)}; expected a whole number")
+            raise LVLMError(f"{path}: {name[:60]} is {shown(value)}; expected a whole number")
     rate = settings["lora_dropout"]
     expect("lora_dropout", _is_number(rate) and 0 <= rate < 1, "a rate from 0 to below 1")
     for name in ("target_modules", "exclude_modules"):
         value = settings[name]
         words = value if isinstance(value, list) else [value] * (value is not None)
         if not all(isinstance(word, str) for word in words):
-            raise LVLMError(f"{path}: {_shown(value)} is neither a list of modules nor an expression")
+            raise LVLMError(f"{path}: {shown(value)} is neither a list of modules nor an expression")
         if isinstance(value, str):
             _check_expression(path, value, value)
     for pattern in (*settings["rank_pattern"], *settings["alpha_pattern"]):
@@ -110,10 +109,6 @@ def _check_expression(path: Path, text: str, whole: str) -> None:
         regex.compile(whole)
     except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
         raise LVLMError(f"{path}: {text[:60]!r} is not a regular expression: {error}") from error
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)[:60]
 
 
 def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.models import int8
 from lvlm_jax.models.layers import INT8_LEAVES
 from lvlm_jax.parallel.mesh import sharding_beside
@@ -24,8 +24,8 @@ Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 def check(quant: str | None) -> None:
     """Raises an LVLMError unless `quant` is one of QUANTS, or None for float kernels."""
-    if quant is not None and quant not in QUANTS:
-        raise LVLMError(f"quant {quant!r} is not supported; expected {' or '.join(QUANTS)}, or None for none")
+    if quant is not None and not (isinstance(quant, str) and quant in QUANTS):
+        raise LVLMError(f"quant {shown(quant)} is not supported; expected {' or '.join(QUANTS)}, or None for none")
 
 
 def is_quantized(path: str) -> bool:

@@ -65,7 +65,7 @@ def save_checkpoint(
             or no space.
     """
     refuse(params)
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     _check_target(folder, overwrite)
     tensors = _tensors(params, config, scheme, dtype)
     try:

@@ -240,11 +240,12 @@ def test_tiff_files_lie_upright_once(tmp_path):
         (6, (0, 3), (4, 6)),
         (8, (5, 0), (4, 6)),
     ):
-        path = tmp_path / f"{orientation}.tiff"
-        Image.fromarray(corner).save(path, tiffinfo={0x0112: orientation})
-        image = np.asarray(open_image(path))
-        assert image[place].tolist() == [255] * 3 and image.sum() == 3 * 255
-        assert image_size(path) == size == open_image(path).size
+        for mode in ("RGB", "L"):  # Pillow maps files of grey pictures into memory
+            path = tmp_path / f"{orientation}{mode}.tiff"
+            Image.fromarray(corner).convert(mode).save(path, tiffinfo={0x0112: orientation})
+            image = np.asarray(open_image(path))
+            assert image[place].tolist() == [255] * 3 and image.sum() == 3 * 255
+            assert image_size(path) == size == open_image(path).size
 
 
 @pytest.mark.parametrize(

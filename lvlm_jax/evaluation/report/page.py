@@ -40,7 +40,7 @@ def write(
         LVLMError: no run can be read, an image folder is none, or a file cannot be written.
     """
     for place in images:
-        if not place.expanduser().is_dir():
+        if not files.expanded(place).is_dir():
             raise LVLMError(f"image folder {str(place)!r} is not a folder; check the path")
     runs = report_runs.collect(folder)
     comparisons = report_runs.compare(runs)

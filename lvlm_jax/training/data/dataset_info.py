@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 
 FILE = "dataset_info.json"
 # LLaMA-Factory's columns, by the names under which `pair_formats` reads them.
@@ -35,9 +35,9 @@ def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
     """
     before, found, name = str(path).rpartition(FILE)
     if not found or (name and not name.startswith(":")):
-        path = Path(path).expanduser()
+        path = files.expanded(path)
         return path, path.parent, None
-    info = Path(before + FILE).expanduser()
+    info = files.expanded(before + FILE)
     entries = files.read_json(info, "LLaMA-Factory's description", dict)
     ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
     only = ranked if len(ranked) == 1 else list(entries)
@@ -52,7 +52,7 @@ def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
 def _checked(entry: Any, where: str) -> dict[str, Any]:
     """The entry, with empty `columns` and `tags` where it has none."""
     if not isinstance(entry, dict):
-        raise LVLMError(f"{where} is {_shown(entry)}; expected an object with a file_name")
+        raise LVLMError(f"{where} is {shown(entry)}; expected an object with a file_name")
     entry = {key: value for key, value in entry.items() if value not in (None, "", False)}
     for key in ("script_url", "hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name"):
         if key in entry and "file_name" not in entry:
@@ -63,16 +63,16 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
     if "num_samples" in entry:
         raise LVLMError(f"{where} has num_samples, which is not supported; make a file of those rows")
     if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
-        raise LVLMError(f"{where}: formatting is {_shown(entry['formatting'])}; expected alpaca or sharegpt")
+        raise LVLMError(f"{where}: formatting is {shown(entry['formatting'])}; expected alpaca or sharegpt")
     for key, known in (("columns", _COLUMNS), ("tags", {**_TAGS, **_ROLE_TAGS, **_OTHER_TAGS})):
         given = entry.setdefault(key, {})
         if not isinstance(given, dict):
-            raise LVLMError(f"{where}: {key} is {_shown(given)}; expected an object of names")
+            raise LVLMError(f"{where}: {key} is {shown(given)}; expected an object of names")
         for ours, theirs in given.items():
             if ours not in known:
                 raise LVLMError(f"{where}: {key} has {ours[:40]!r}; expected one of {', '.join(known)}")
             if theirs is not None and (not isinstance(theirs, str) or not theirs):
-                raise LVLMError(f"{where}: {ours} of {key} is {_shown(theirs)}; expected a name")
+                raise LVLMError(f"{where}: {ours} of {key} is {shown(theirs)}; expected a name")
     return entry
 
 
@@ -103,7 +103,3 @@ def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
             raise LVLMError(f"{where} has two columns that {FILE} calls {name}; rename or remove one")
         made[name] = value(given)
     return made
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:60]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.log import AnswerLog, text_of
 from lvlm_jax.journal.progress import Progress
@@ -88,7 +89,7 @@ def read(
     answers = {prompt.id: _given(prompt) for prompt in prompts if "answer" in prompt.extra}
     missing = [prompt for prompt in prompts if prompt.id not in answers]
     if missing:
-        settings = {"data": file_hash(Path(path).expanduser()), "length": longest}
+        settings = {"data": file_hash(files.expanded(path)), "length": longest}
         record = run_record(model.folder, _dtype(model), method, settings)
         name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
         log = folder / f"{name}.jsonl"
@@ -152,7 +153,7 @@ def _asks(path: str | Path) -> bool:
     """Whether a file holds prompts, and not preference pairs or whole conversations."""
     if dataset_info.FILE in str(path):
         return False
-    _, _, row = next(pair_files.read_rows(Path(path).expanduser(), "conversation file"))
+    _, _, row = next(pair_files.read_rows(files.expanded(path), "conversation file"))
     return "prompt" in row and not row.keys() & set(ANSWERS)
 
 

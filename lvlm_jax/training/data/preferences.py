@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.record import file_hash, method_record, run_record
 from lvlm_jax.lvlm import LVLM
@@ -113,7 +114,7 @@ def given(file: str, out: Path) -> Candidates:
         LVLMError: an unusable file, or one that the results in `out` would overwrite.
     """
     written = [(out / name).resolve() for name in ("pairs.jsonl", "validation.jsonl")]
-    if Path(file).expanduser().resolve() in written:
+    if files.expanded(file).resolve() in written:
         raise LVLMError(f"--pairs {file!r} would be overwritten; give another --out")
     found = read_pairs(file)
     candidates = [Candidate(of_pair(pair), pair.chosen, pair.rejected) for pair in found]
