@@ -24,9 +24,9 @@ def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str 
     for word in words:
         group, equals, name = word.partition("=")
         # A path may hold an equals sign itself.
-        if equals and group in groups and not Path(word).exists():
+        if equals and group in groups and not files.is_there(Path(word)):
             found.append((group, Path(name)))
-        elif equals and groups and Path(name).expanduser().exists() and not Path(word).expanduser().exists():
+        elif equals and groups and files.expanded(name).exists() and not files.expanded(word).exists():
             raise LVLMError(f"{word}: there is no group {group!r}; give GROUP=FILE with one of {', '.join(groups)}")
         else:
             found.append((None, Path(word)))

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, explained
 
 FORMAT = "lvlm_jax fitted 1"
 
@@ -60,13 +60,12 @@ def read(path: str | os.PathLike) -> Fitted:
     Raises:
         LVLMError: it cannot be read, or `lvlm fit` did not write it.
     """
-    path = Path(path).expanduser()
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, safetensors.SafetensorError) as error:
-        raise LVLMError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    path = files.expanded(path)
+    content = files.read_bytes(path, "file of lvlm fit")
+    with explained(f"cannot read {path}"), safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    with explained(f"cannot read {path}"):
+        arrays = {name: jnp.asarray(array) for name, array in safetensors.numpy.load(content).items()}
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not set(names) <= metadata.keys():
         raise LVLMError(f"{path} is no file of lvlm fit; make one with lvlm fit METHOD --pairs FILE --out {path.name}")

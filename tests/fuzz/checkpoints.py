@@ -1,5 +1,6 @@
 """Readers of what a checkpoint's folder holds: weights, configurations, adapters."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from lvlm_jax import models, weights
 from lvlm_jax.generation import defaults
 from lvlm_jax.generation.settings import GREEDY, Decoding
+from lvlm_jax.methods import fitted
 from lvlm_jax.weights import checkpoint, peft_settings
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 from tests.fuzz import generators as make
 from tests.fuzz.engine import Reader, Wrong, same, used
+from tests.fuzz.questions import made
 from tests.models.families import FAMILIES
 from tests.weights import checkpoints as tiny
 
@@ -161,6 +164,21 @@ def shards(files: make.Files, folder: Path) -> None:
             file.view(name).sum()
 
 
+def fitted_file(files: make.Files, folder: Path) -> None:
+    make.write(files, folder)
+    found = fitted.read(folder / "f.safetensors")
+    for name, array in found.arrays.items():
+        same(array.shape, safetensors.numpy.load(files["f.safetensors"])[name].shape, name)
+    json.dumps(found.record())
+
+
+@functools.cache
+def fitted_files() -> make.Files:
+    source = fitted.Source(**{field.name: "x" for field in dataclasses.fields(fitted.Source)})
+    arrays = {name: TENSORS[name] for name in ("a", "b.c")}
+    return made(lambda folder: fitted.write(folder / "f.safetensors", fitted.Fitted(arrays, source)))
+
+
 INDEX = json.dumps({"metadata": {"total_size": 24}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
 
 
@@ -177,6 +195,7 @@ READERS = (
         2,
     ),
     Reader("safetensors index", st.deferred(_shard_cases), shards),
+    Reader("file of lvlm fit", st.deferred(lambda: make.changed_folder(fitted_files())), fitted_file, 0.5),
     Reader(".bin", torch_files(), bin_file),
     Reader("config.json", st.deferred(config_cases), configuration, 2),
     Reader("parameters of a config.json", st.deferred(config_cases), parameters, 0.3),

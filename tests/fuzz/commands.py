@@ -36,6 +36,8 @@ COMPUTES = (
     "lvlm_jax.training.finetune.train",
     "lvlm_jax.cli.train.enable_cache",
     "lvlm_jax.parallel.start",
+    "lvlm_jax.cli.fit.write_pairs",
+    "lvlm_jax.verification.run.checks",
 )
 GENERATION = "--temperature 0.5 --top-p 0.9 --top-k 5 --repetition-penalty 1.1 --max-new-tokens 4 --seed 1"
 LINES = {
@@ -72,6 +74,12 @@ LINES = {
         "7b 13b --table --counts 1,8 --objective sft --full --train x --rank 4 --accumulate 2 --remat --out p.json",
         "config.json --data 2 --fsdp 2 --images 2 --prompt-tokens 100 --new-tokens 10 --quant int8 --dtype bfloat16",
     ),
+    "serve": (
+        "--model pocket --name x --methods cmac,vcd:alpha=1 --alias a=cmac:alpha=1 --aliases-only --key-file key.txt",
+        "--host 127.0.0.1 --port 0 --allow-host x --state s --dtype float32 --quant int8 --generation-config plain",
+    ),
+    "fit": ("vti --pairs pairs.jsonl --out f.safetensors --model pocket --batch-size 2 --limit 3 --seed 1",),
+    "verify": ("pocket --record r.json --methods cmac,vcd --scratch .", "pocket --files-only --methods none"),
     "pocket-world": ("--out o --split test --images 3 --seed 1", "--sample s.png"),
     "pocket-benchmark": ("--methods vcd sevi-focused --images 5 --captions 5 --batch-size 2 --out o --markdown m.md",),
     "pocket-training": ("--out o --steps 2 --images 10 --captions 10 --config.dpo.steps=3 --resamples 5",),
@@ -85,6 +93,7 @@ def files() -> make.Files:
     pope = {f"pope/{name}": content for name, content in benchmark_files("pope").items()}
     runs = {f"runs/{name}": content for name, content in run_files().items() if name.endswith("scores.json")}
     own = {"q.jsonl": lines(ASKED), "pairs.jsonl": lines(PAIRS[:1]), "prompts.jsonl": lines(PROMPTS)}
+    own["key.txt"] = b"secret\n"
     config = {"config.json": json.dumps({"model_type": "llava"}).encode()}
     return {"a.png": PNG, "b.png": PNG, "0.png": PNG, **pope, **runs, **own, **config}
 

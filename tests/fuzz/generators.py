@@ -83,7 +83,7 @@ def changed(draw, document: Any, values=json_values, most: int = 2) -> Any:
         container, key = draw(st.sampled_from(there))
         how = draw(st.sampled_from(("replace", "replace", "near", "drop", "wrap", "copy", "rename", "text")))
         if how == "replace":
-            container[key] = draw(values)
+            container[key] = _fresh(draw(values))
         elif how == "near":
             container[key] = draw(near(container[key]))
         elif how == "wrap":
@@ -101,6 +101,11 @@ def changed(draw, document: Any, values=json_values, most: int = 2) -> Any:
         else:
             container.insert(key, copy.deepcopy(container[key]))
     return document
+
+
+def _fresh(value: Any) -> Any:
+    """A value that may be changed: lists and dicts of a strategy are there for other cases too."""
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
 
 
 def printed(value: Any) -> str:

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from lvlm_jax.cli import main
 from lvlm_jax.errors import LVLMError
-from tests.fuzz import engine, pool, readers
+from tests.fuzz import commands, engine, pool, readers
 from tests.fuzz.engine import Fault, Reader, attempt, same
 
 QUICK = readers.shared(3_000)
@@ -27,6 +28,10 @@ def test_many_cases_in_child_processes(capsys):
     assert sum(sum(found.values()) for found in counts.values()) >= pool.CASES
     for name, found in counts.items():  # a reader that refuses everything is fed the wrong cases
         assert found["accepted"], name
+
+
+def test_every_command_is_fuzzed():
+    assert commands.LINES.keys() == main.COMMANDS.keys()
 
 
 def _long(case, folder):
