@@ -121,7 +121,8 @@ def answer(
 def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
     """A line for each point: the share of answers that differ from greedy, their mean length, and the accuracy.
 
-    The accuracy is that of the first "yes" or "no" of an answer, where questions have such labels.
+    The accuracy is that of the first "yes" or "no" of an answer, where questions have such labels. The last line says
+    how many questions and images the figures are of.
     """
     labels = [one.label for one in asked]
     rows = [["settings", "changed", "tokens", "accuracy"], ["greedy", "", "", _accuracy(found.greedy, labels)]]
@@ -132,7 +133,9 @@ def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
     rows = [row[: 4 if any(line[3] for line in rows[1:]) else 3] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
+    parts = (part for one in asked for message in one.messages for part in message["content"])
+    images = {str(part["image"]) for part in parts if part["type"] == "image"}
+    return "\n".join([*lines, f"questions {len(asked)}, images {len(images)}"])
 
 
 def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> None:

@@ -76,6 +76,7 @@ def test_answers_and_their_table(questions, tmp_path):
         "alpha=1   0.000    1.0     0.333",
         "alpha=2   1.000    3.0     0.667",
         "alpha=3   1.000    3.0     0.667",
+        "questions 3, images 1",
     ]
     grid.write(tmp_path / "out.jsonl", asked, points, found)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
