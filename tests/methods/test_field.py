@@ -40,7 +40,14 @@ def reference(make, fields):
     return make(**fields, **model)
 
 
-@pytest.mark.parametrize(("method", "make", "fields", "layouts"), ONE_BRANCH.values(), ids=ONE_BRANCH)
+# What further variants and strengths show, at ten seconds more.
+SLOW = ("spin code", "dab decode", "var dims", "farsight", "iat")
+
+
+@pytest.mark.parametrize(
+    ("method", "make", "fields", "layouts"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in ONE_BRANCH.items()],
+)
 def test_one_branch(method, make, fields, layouts):
     compare.assert_one_branch(compare.load(*CASE), layouts, method, lambda: reference(make, fields))
 
@@ -50,11 +57,15 @@ def test_one_branch(method, make, fields, layouts):
     [
         (methods.NoLan(), field_contrast.nolan, {}, 4.2, False, MIXED),
         (methods.AvisC(lambda_=0.2), field_contrast.avisc, {"lambda_": 0.2}, 3, True, MIXED),
-        (methods.AvisC(gamma=0.9, lambda_=0, alpha=2, beta=0.3), field_contrast.avisc,
-         {"gamma": 0.9, "lambda_": 0, "alpha": 2, "beta": 0.3}, 5, True, EDGES),
+        pytest.param(
+            methods.AvisC(gamma=0.9, lambda_=0, alpha=2, beta=0.3), field_contrast.avisc,
+            {"gamma": 0.9, "lambda_": 0, "alpha": 2, "beta": 0.3}, 5, True, EDGES, marks=pytest.mark.slow,
+        ),
         (methods.DAMRO(tokens=3), field_contrast.damro, {"keep": 3}, 5, True, MIXED),
-        (methods.DAMRO(tokens=1, alpha=1, beta=0.2), field_contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, 3,
-         True, EDGES),
+        pytest.param(
+            methods.DAMRO(tokens=1, alpha=1, beta=0.2), field_contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, 3,
+            True, EDGES, marks=pytest.mark.slow,
+        ),
     ],
     ids=["nolan", "avisc", "avisc strong", "damro", "damro one"],
 )  # fmt: skip
@@ -62,7 +73,9 @@ def test_two_branches(method, run, settings, factor, cuts, layouts):
     compare.assert_contrastive(compare.load(*CASE), method, run, factor, layouts, cuts, **settings)
 
 
-@pytest.mark.parametrize(("tau", "layouts"), [(0.2, MIXED), (1.2, EDGES)], ids=["contrast", "both"])
+@pytest.mark.parametrize(
+    ("tau", "layouts"), [pytest.param(0.2, MIXED, marks=pytest.mark.slow), (1.2, EDGES)], ids=["contrast", "both"]
+)
 def test_only(tau, layouts):
     case = compare.load(*CASE)
     main, _, combined = case.library(layouts, methods.ONLY(tau=tau))
@@ -82,7 +95,9 @@ def test_only(tau, layouts):
     assert ways == ({True} if tau == 0.2 else {True, False})
 
 
-@pytest.mark.parametrize(("layers", "alpha", "layouts"), [(None, 2.0, MIXED), ((0, 2), 0.3, EDGES)])
+@pytest.mark.parametrize(
+    ("layers", "alpha", "layouts"), [(None, 2.0, MIXED), pytest.param((0, 2), 0.3, EDGES, marks=pytest.mark.slow)]
+)
 def test_vhr(layers, alpha, layouts):
     case = compare.load(*CASE)
     method = methods.VHR(layers=layers, alpha=alpha)
