@@ -21,7 +21,7 @@ from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.parallel import make_mesh
-from lvlm_jax.planning import compilers, inference
+from lvlm_jax.planning import compilers, inference, plan, training
 from lvlm_jax.planning.sizes import SIZES
 from lvlm_jax.processors.layout import bucket
 
@@ -106,6 +106,18 @@ def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, 
         return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype), sharding=everywhere)
 
     traced = drivers.encode_images.trace(params, config, *jax.tree.map(shape, (shown.pixels, shown.geometry)))
+    return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
+
+
+def update(compiler: str, length: int, layers: int = LAYERS, recipe: str = "dpo") -> jax.stages.Compiled:
+    """One update of adapters by a pair of rows of `length` tokens, on one device; layers are recomputed."""
+    config = cut(layers)
+    job = plan.Job(
+        "7b", config, images=max(1, (length - 192) // IMAGE), prompt_tokens=length - 128, new_tokens=128,
+        training=plan.Training(recipe, remat=True),
+    )  # fmt: skip
+    mesh = make_mesh(1, 1, 1, compilers.absent_devices(compiler)[:1])
+    traced = training.traced_update(job, config, mesh)[0]
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
 
 

@@ -36,17 +36,8 @@ def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[
     Raises:
         LVLMError: see `example`, `lora.attach` and `parts.split`.
     """
-    of, defaults = job.training, settings.base(job.training.recipe)
-    trainable, frozen, kept = divided(job, config, mesh)
-    transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
-    state = placement.of_state(trainable, transformation, mesh)
-    rows = batch(job, config, mesh)
-    objective, terms = _objective(job, config, defaults)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere(mesh)
-    update = make_step(objective, terms, transformation, 0, of.accumulate, shardings)
-    arguments = (state, frozen, rows)
-    with jax.set_mesh(mesh):  # as the loop does
-        traced = update.trace(*arguments)
+    traced, arguments, shardings, kept = traced_update(job, config, mesh)
+    state, frozen, rows = arguments
     made = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
     held = {
         "parameters": size((state.trainable, frozen)),
@@ -57,6 +48,21 @@ def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[
     moved = 2 * size(state) + size((frozen, rows))
     told = made.messages
     return (Program("step", held, made.orders, made.flops, moved, told.received, told.count),)
+
+
+def traced_update(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, tuple, tuple, float]:
+    """The traced program of an update, its arguments (state, frozen, rows), shardings, and bytes of `divided`."""
+    defaults = settings.base(job.training.recipe)
+    trainable, frozen, kept = divided(job, config, mesh)
+    transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
+    state = placement.of_state(trainable, transformation, mesh)
+    rows = batch(job, config, mesh)
+    objective, terms = _objective(job, config, defaults)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere(mesh)
+    update = make_step(objective, terms, transformation, 0, job.training.accumulate, shardings)
+    with jax.set_mesh(mesh):  # as the loop does
+        traced = update.trace(state, frozen, rows)
+    return traced, (state, frozen, rows), shardings, kept
 
 
 def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float]:

@@ -35,6 +35,12 @@ def test_the_memory_of_a_prompt_grows_with_its_length(compiler, name):
 
 
 @pytest.mark.slow
+def test_the_memory_of_an_update_grows_with_its_length(compiler):
+    near, far = (bench_compilers.temporary(bench_compilers.update(compiler, length)) for length in (1024, 4096))
+    assert far <= 2 * 4 * near
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "most"), [([(3584, 3584)], 1.5), ([(1024, 1024)] * 16, 2.0)], ids=["one large picture", "sixteen"]
 )
