@@ -1,7 +1,7 @@
 """Compiled programs that nothing was allocated for: what one device would hold, compute, move and receive in a run.
 
 Arguments are `jax.ShapeDtypeStruct`s with shardings. Two kinds of machines are compiled for, both by XLA's compiler for
-CPUs, the one compiler that makes programs for hundreds of devices that are not there:
+CPUs, which is always there (those of TPUs and GPUs may be, see `compilers`):
 
 - this CPU itself: the program that would run here, as it would;
 - accelerators: products in 16 bits where the program says so (`double_width`), and an order of operations that holds
