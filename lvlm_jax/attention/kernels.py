@@ -5,6 +5,7 @@ float32, which kernels round; rows behind a prefix; image tokens that see later 
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ def fitting(query: Float[Array, "B H T D"], key: Float[Array, "B K S D"], sight:
         return found
     if query.dtype in HALVES and _cudnn_takes(query.shape, key.shape, query.dtype):
         found["cuda"] = cudnn
-    if query.dtype == jnp.bfloat16 and _one_device_or_mesh():
+    if query.dtype == jnp.bfloat16 and compiles_for_tpus() and _one_device_or_mesh():
         found["tpu"] = splash
     return found
 
@@ -131,6 +132,12 @@ def _splash(window: int | None, causal: bool, interpret: bool, query, key, value
     scaled = (query * query.shape[-1] ** -0.5).astype(query.dtype)
     mixed = jax.vmap(attention)(scaled, key, value, splash_attention_kernel.SegmentIds(segments, segments))
     return mixed[:, :, :rows].astype(query.dtype)
+
+
+@functools.cache
+def compiles_for_tpus() -> bool:
+    """Whether this Python has the compiler of TPUs; elsewhere their kernel would be traced for nothing."""
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def _one_device_or_mesh() -> bool:

@@ -90,8 +90,9 @@ def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
-def test_what_takes_a_kernel():
-    """Not on this CPU, which may have no cuDNN either; but never float32, a prefix or images that are seen whole."""
+def test_what_takes_a_kernel(monkeypatch):
+    """Where there is a compiler for TPUs; but never float32, a prefix or images that are seen whole."""
+    monkeypatch.setattr(kernels, "compiles_for_tpus", lambda: True)
     query, key, _ = operands(128, 128, jnp.bfloat16)
     assert "tpu" in kernels.fitting(query, key, sight_of(128, 128))
     assert kernels.fitting(query[:, :, :64], key, sight_of(64, 128)) == {}
