@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import LayerCache
+from lvlm_jax.compilation import jit
 from lvlm_jax.generation import branches, drivers
 from lvlm_jax.generation.forward import edited_rows
 from lvlm_jax.generation.state import Prompt as Read
@@ -37,7 +38,7 @@ class Kept(NamedTuple):
     embeddings: Float[Array, "1 P E"]
 
 
-@jax.jit
+@jit
 def _in_place(
     kept: Kept, words: Float[Array, "1 W E"], places: Int[Array, "T"]
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "1 W E"]]:
