@@ -76,8 +76,19 @@ def convert(world, out):
 
 
 def preferences(world, out):
-    words = ["--prompts", world / "prompts.jsonl", "--model", world / "model", "--out", out, "--batch-size", "8"]
-    return [*words, "--max-new-tokens", "4", "--keep-unfinished", "--near-duplicate", "1", "--holdout", "0.2"]
+    words = ["--prompts", world / "prompts.jsonl", "--model", world / "model", "--out", out, "--rejected-by", "plain"]
+    return [
+        *words,
+        "--batch-size",
+        "8",
+        "--max-new-tokens",
+        "6",
+        "--keep-unfinished",
+        "--near-duplicate",
+        "1",
+        "--holdout",
+        "0.2",
+    ]
 
 
 def report(world, out):
