@@ -77,18 +77,8 @@ def convert(world, out):
 
 def preferences(world, out):
     words = ["--prompts", world / "prompts.jsonl", "--model", world / "model", "--out", out, "--rejected-by", "plain"]
-    return [
-        *words,
-        "--batch-size",
-        "8",
-        "--max-new-tokens",
-        "6",
-        "--keep-unfinished",
-        "--near-duplicate",
-        "1",
-        "--holdout",
-        "0.2",
-    ]
+    words += ["--batch-size", "8", "--max-new-tokens", "6", "--keep-unfinished", "--near-duplicate", "1"]
+    return [*words, "--holdout", "0.2"]
 
 
 def report(world, out):
