@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dtype = "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
     config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
+    config.allow_urls = False  # download images that are http or https addresses
     config.system = "none"  # system prompt: a text, or vicuna for Vicuna's sentence
 
     config.method = "none"  # see `lvlm infer --help` for the names; the method's own settings are flags

@@ -278,7 +278,7 @@ class LVLM:
         Raises:
             LVLMError: unusable messages or settings, or methods that differ in more than strengths.
         """
-        decoding = Decoding(max_new_tokens, temperature, seed=seed)
+        decoding = self._settled(Decoding(max_new_tokens, temperature, seed=seed))
         if not isinstance(methods, Sequence) or isinstance(methods, str):
             raise LVLMError(f"methods are {shown(methods)}; expected a list of them")
         prompt, methods = self.prepare(messages), list(map(self._method, methods))

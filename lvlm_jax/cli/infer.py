@@ -64,8 +64,10 @@ def command_line(words: list[str]):
     )
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
+    add("--allow-urls", action="store_true", help="download images that are http or https addresses")
+
     add = common.flags(parser, defaults, "one or more questions about the same images")
-    add("--image", action="append", metavar="FILE", help="an image; repeat it for several")
+    add("--image", action="append", metavar="FILE", help="an image, or the address of one; repeat it for several")
     add(
         "--prompt",
         action="append",
@@ -77,7 +79,11 @@ def command_line(words: list[str]):
     add("--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked")
 
     add = common.flags(parser, defaults, "a file of questions")
-    add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text}; image: a name, or a list")
+    add(
+        "--question-file",
+        metavar="FILE",
+        help="JSON lines {question_id, image, text}; image: a name, an address, or a list",
+    )
     add("--image-folder", metavar="FOLDER", help="where those images are")
     add("--answers-file", metavar="FILE", help="JSON lines {question_id, prompt, text, model_id, image, metadata}")
     add("--batch-size", type=common.number(int, low=1), metavar="N", help="questions answered at once")
@@ -132,6 +138,7 @@ def load(arguments) -> LVLM:
         adapter=arguments.adapter,
         quant=names.quant(arguments.quant),
         generation_config=arguments.generation_config,
+        allow_urls=arguments.allow_urls,
     )
     check_system(model.processor, system_prompt(arguments.system))
     return model
@@ -175,6 +182,7 @@ def job(arguments) -> int:
         model_id=pathlib.Path(arguments.model_path).name,
         streams=streams,
         system=system_prompt(arguments.system),
+        allow_urls=arguments.allow_urls,
     )
     print(
         f"{arguments.answers_file}: {summary.before} answered before, {summary.now} now, "
@@ -191,7 +199,7 @@ def ask(arguments) -> int:
         raise LVLMError("--attention-map does not go with --stream; leave one of them out")
     if arguments.attention_map and not arguments.image:
         raise LVLMError("--attention-map needs a picture; give --image")
-    images = [open_image(path) for path in arguments.image]
+    images = [open_image(path, arguments.allow_urls) for path in arguments.image]
     system = system_prompt(arguments.system)
     conversations = [conversation(images, text, system) for text in arguments.prompt]
     methods = {}

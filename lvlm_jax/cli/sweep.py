@@ -15,6 +15,7 @@ from lvlm_jax import LVLM
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import grid
+from lvlm_jax.generation.defaults import CHOICES
 from lvlm_jax.methods import parse
 from lvlm_jax.weights import names
 
@@ -45,6 +46,9 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--batch-size", type=common.number(int, low=1), default=8, metavar="N", help="questions at once (default 8)")
     add("--points", type=common.number(int, low=1), default=16, metavar="N",
         help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
+    add("--generation-config", choices=CHOICES, default="plain",
+        help="checkpoint: all answers with the settings of its generation_config.json (default plain)")  # fmt: skip
+    add("--allow-urls", action="store_true", help="download images that are http or https addresses")
     add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
     add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
     common.method_flags(parser, common.ahead(words, method="none").method)
@@ -73,7 +77,12 @@ def main(words: list[str]) -> int:
     """Run the grid and print the table."""
     arguments = command_line(words)
     questions = asked(arguments)
-    model = LVLM.from_pretrained(arguments.model_path, dtype=arguments.dtype)
+    model = LVLM.from_pretrained(
+        arguments.model_path,
+        dtype=arguments.dtype,
+        generation_config=arguments.generation_config,
+        allow_urls=arguments.allow_urls,
+    )
     answers = grid.answer(
         model,
         questions,

@@ -13,6 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation, read_questions
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
+from lvlm_jax.processors.images import within
 
 Point = Mapping[str, float]  # strength -> value
 
@@ -74,7 +75,9 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
     folder = Path(image_folder)
     return [
         Asked(
-            one.question_id, conversation([folder / name for name in one.image_names], one.text), labels.get(one.line)
+            one.question_id,
+            conversation([within(folder, name) for name in one.image_names], one.text),
+            labels.get(one.line),
         )
         for one in questions[:limit]
     ]

@@ -146,14 +146,19 @@ def _seed(seed: int, question: Question) -> int:
 
 
 def _requests(
-    batches: Iterable[list[Question]], folder: pathlib.Path, seed: int, fail: Callable[[int, str], None], system: str
+    batches: Iterable[list[Question]],
+    folder: pathlib.Path,
+    seed: int,
+    fail: Callable[[int, str], None],
+    system: str,
+    allow_urls: bool,
 ) -> Iterator[list[Request]]:
     """The questions of each batch with their pictures opened; `fail(line, reason)` for those that cannot be."""
     for batch in batches:
         ready = []
         for question in batch:
             try:
-                images = [open_image(within(folder, name)) for name in question.image_names]
+                images = [open_image(within(folder, name), allow_urls) for name in question.image_names]
                 asked = conversation(images, question.text, system)
                 ready.append(Request(question.line, asked, _seed(seed, question)))
             except LVLMError as error:
@@ -173,11 +178,13 @@ def run_job(
     model_id: str = "",
     streams: bool = False,
     system: str = "",
+    allow_urls: bool = False,
 ) -> Summary:
     """Answer every question of `question_file` that `answers_file` does not answer yet.
 
     `load` is called once, and only when something is left to do; with `streams` it gives a `Stream`, else an
     `Answerer`. `record` holds everything else that decides an answer (the hash of the question file is added here).
+    Images that are `http` or `https` addresses are downloaded if `allow_urls` says so.
     What a question draws depends on `seed` and its id, not on its line or on where a run was interrupted.
 
     A line that is no question, a broken picture, a prompt that does not fit: each is reported on stderr with its line
@@ -207,7 +214,7 @@ def run_job(
             return summary
         stream = load() if streams else in_batches(load())
         batches = _batches(questions, done, batch_size)
-        requests = _requests(batches, pathlib.Path(image_folder), seed, fail, system)
+        requests = _requests(batches, pathlib.Path(image_folder), seed, fail, system, allow_urls)
         known: dict[int, Answer] = {}
         with progress.Progress(len(questions), len(done), "answers") as shown:
 

@@ -40,8 +40,8 @@ def read(address: str, allow_urls: bool) -> tuple[str, bytes | Path]:
         raise LVLMError(f"image {name!r} is an address of a kind that is not read; download it first")
     if not allow_urls:
         raise LVLMError(
-            f"image {name!r} is an address, and nothing is downloaded unless you say so; pass allow_urls=True to "
-            "LVLM.from_pretrained, or download it first"
+            f"image {name!r} is an address, and nothing is downloaded unless you say so; give --allow-urls "
+            "(allow_urls=True to LVLM.from_pretrained), or download it first"
         )
     return name, _downloaded(address, name)
 

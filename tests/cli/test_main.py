@@ -94,3 +94,11 @@ def test_shims_of_the_clone(name):
 def test_the_import_path_is_left_alone():
     for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "lvlm_jax").rglob("*.py")):
         assert "sys.path" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("words", [("infer",), ("sweep", "--method", "cmac", "--grid", "alpha=0,1")])
+def test_addresses_are_downloaded_where_the_user_allows_it(words, monkeypatch, capsys):
+    words = [*words, "--image", "http://127.0.0.1:1/a.png", "--prompt", "What?"]
+    for allowed, said in (([], "give --allow-urls"), (["--allow-urls"], "cannot be downloaded")):
+        code, _, error = run(monkeypatch, capsys, *words, *allowed)
+        assert code == 2 and said in error and error.count("\n") == 1

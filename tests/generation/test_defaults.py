@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax import LVLM
+from lvlm_jax import LVLM, methods
 from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.defaults import of_checkpoint, settled
@@ -42,6 +42,10 @@ def test_as_transformers_generates(folder, torch_model):
     greedy = plain.generate(question, max_new_tokens=12).tokens[0]
     assert greedy != want
     assert loaded.generate(question, max_new_tokens=12, generation_config="plain").tokens[0] == greedy
+    grid = [methods.VAF(start_layer=0, enhance=strength, suppress=1.0) for strength in (1.0, 8.0)]
+    swept = [out.tokens for out in loaded.sweep(question, grid, max_new_tokens=12)]
+    assert swept == [loaded.generate(question, method=one, max_new_tokens=12).tokens for one in grid]
+    assert swept[0][0] == want
 
 
 def test_what_a_call_gives_comes_first(folder):

@@ -129,6 +129,12 @@ def test_lines_that_no_file_or_number_holds_do_not_stop_a_job(job):
         assert reason in summary.failures[number] and "\n" not in summary.failures[number]
 
 
+def test_addresses_are_downloaded_where_the_job_allows_it(job):
+    for allowed, reason in ((False, "nothing is downloaded"), (True, "cannot be downloaded")):
+        summary, _ = job([line(1, image="http://127.0.0.1:1/a.png")], allow_urls=allowed)
+        assert reason in summary.failures[1]
+
+
 def test_bad_lines_are_named_and_the_others_answered(job, capsys):
     asked = [
         line(1),

@@ -218,7 +218,7 @@ def address(file):
 
 def test_addresses_are_read_where_the_user_allows_it(address, file, pixels, monkeypatch):
     place = address + urllib.parse.quote(file.name)
-    with pytest.raises(LVLMError, match="nothing is downloaded unless you say so; pass allow_urls=True"):
+    with pytest.raises(LVLMError, match="nothing is downloaded unless you say so; give --allow-urls"):
         open_image(place)
     np.testing.assert_array_equal(np.asarray(open_image(place, allow_urls=True)), pixels)
     assert image_size({"url": place}, allow_urls=True) == (30, 20)
