@@ -15,7 +15,7 @@ from lvlm_jax.version import __version__
 
 PASSED, FAILED, LEFT_OUT, MEASURED = "passed", "failed", "left out", "measured"
 _LIBRARIES = ("jax", "flax", "numpy", "transformers", "tokenizers", "pillow", "torch", "torchvision")
-_WIDTH = 120  # of a table
+_WIDTH, _NAME = 120, 15  # of a table, and of its first column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +43,12 @@ def compared(name: str, faults: Sequence[str], words: str, **figures: Any) -> Re
     return Result(name, FAILED, "; ".join(faults[:3]) + more, figures | {"faults": len(faults)})
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results as lines of a table, long words over several lines."""
-    widths = [max(len(getattr(result, field)) for result in results) for field in ("name", "status")]
-    lines = []
-    for result in results:
-        head = f"{result.name:{widths[0]}}  {result.status:{widths[1]}}  "
-        lines += textwrap.wrap(
-            result.words, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
-        ) or [head.rstrip()]
-    return "\n".join(lines)
+def line(result: Result) -> str:
+    """A result as a line of a table; long words take several."""
+    head = f"{result.name:{_NAME}}  {result.status:{len(MEASURED)}}  "
+    return textwrap.fill(
+        result.words, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+    )
 
 
 def summary(results: Sequence[Result]) -> str:
