@@ -9,7 +9,7 @@ or by their index), token ids and pixels of 13 conversations. With weights: savi
 without strength, memory and time. With torch: logits and 32 greedy tokens of three prompts with images, in float32,
 which takes 4 bytes for each of the model's numbers, once for transformers and then once for this library.
 
-Prints a table. The record is JSON to paste into an issue: figures, versions and machine, and no path of yours. Exit
+Prints a table, line by line. The record is JSON to paste into an issue: figures, versions and machine, and no path of yours. Exit
 code: 0 if nothing failed, 1 if a check failed, 2 if nothing could be checked.
 """
 
@@ -56,12 +56,16 @@ def main(words: list[str]) -> int:
     arguments = command_line(words)
     start = time.monotonic()
     folder = checkpoint.resolve_checkpoint(names.checkpoint(arguments.model), weights=not arguments.files_only)
-    found = list(run.checks(folder, arguments.methods, arguments.scratch, arguments.vision_tower, arguments.files_only))
-    print(results.table(found))
+    found = []
+    options = (arguments.methods, arguments.scratch, arguments.vision_tower, arguments.files_only)
+    for result in run.checks(folder, *options):
+        print(results.line(result), flush=True)
+        found.append(result)
     print(f"\n{arguments.model}: {results.summary(found)}, {time.monotonic() - start:.0f} s")
     if arguments.record:
         name = Path(arguments.model).name if expanded(arguments.model).is_dir() else arguments.model
         made = results.record(name, checkpoint_hash(folder), found, time.monotonic() - start)
-        write_whole(arguments.record, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(made, indent=1, ensure_ascii=False)
+        write_whole(arguments.record, text.replace(str(folder), name) + "\n")  # errors name the folder
         print(f"written to {arguments.record}")
     return int(any(result.status == results.FAILED for result in found))

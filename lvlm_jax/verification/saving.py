@@ -31,7 +31,9 @@ def check(folder: Path, config: FamilyConfig, vision_tower: str | None, scratch:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     free = shutil.disk_usage(scratch).free
     if size > free:
-        return Result(NAME, LEFT_OUT, f"{scratch} has {free / 1e9:.1f} GB free, the weights take {size / 1e9:.1f} GB")
+        return Result(
+            NAME, LEFT_OUT, f"--scratch has {free / 1e9:.1f} GB free, and the weights take {size / 1e9:.1f} GB"
+        )
     with tempfile.TemporaryDirectory(prefix="lvlm-verify-", dir=scratch) as home:
         saved = weights.save_checkpoint(Path(home) / "saved", params, config, folder)
         return _compare(folder, saved, config, params, size, ask)

@@ -75,6 +75,7 @@ def test_what_does_not_fit_fails(copy, monkeypatch, capsys, tmp_path):
     save_file(stray, copy / "model.safetensors", metadata={"format": "pt"})
     code, checks, _, _ = verify(monkeypatch, capsys, copy, tmp_path, "--methods", "none")
     assert code == 1 and "1 unexpected: stray.weight" in checks[TENSORS]["words"]
+    assert "the tensors of model do not fit" in checks[TENSORS]["words"]  # and no path of this machine
     assert checks[LOGITS]["status"] == "left out"
 
 
