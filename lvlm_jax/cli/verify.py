@@ -9,8 +9,8 @@ or by their index), token ids and pixels of 13 conversations. With weights: savi
 without strength, memory and time. With torch: logits and 32 greedy tokens of three prompts with images, in float32,
 which takes 4 bytes for each of the model's numbers, once for transformers and then once for this library.
 
-Prints a table, line by line. The record is JSON to paste into an issue: figures, versions and machine, and no path of yours. Exit
-code: 0 if nothing failed, 1 if a check failed, 2 if nothing could be checked.
+Prints a table, line by line. The record is JSON to paste into an issue: figures, versions and machine, and no path of
+yours. Exit code: 0 if nothing failed, 1 if a check failed, 2 if nothing could be checked.
 """
 
 import argparse
