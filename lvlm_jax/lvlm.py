@@ -77,6 +77,8 @@ class LVLM:
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
         """
+        if not isinstance(mesh, jax.sharding.Mesh | None):
+            raise LVLMError(f"mesh is {shown(mesh)}; expected one that parallel.make_mesh makes")
         number_type, generation_config = weights.parameter_dtype(names.dtype(dtype)), defaults.check(generation_config)
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))

@@ -1,6 +1,7 @@
 """Readers of settings: of every call of `LVLM`, of methods, of the words that name methods."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from lvlm_jax.journal.record import method_record
 from lvlm_jax.methods import chain, parse, registry
 from tests.fuzz import generators as make
 from tests.fuzz.engine import Reader, Wrong, same, used
-from tests.fuzz.pictures import PNG, TALK, images, small_processor, with_pictures
+from tests.fuzz.pictures import ADDRESS, PNG, TALK, images, small_processor, with_pictures
 
 
 class Reached(BaseException):
@@ -217,7 +218,58 @@ def mesh(given: dict[str, Any], folder: Path) -> None:
     same(made.size, len(jax.devices()), "devices")
 
 
+BODY = {
+    "model": "m",
+    "messages": [
+        {"role": "system", "content": "Be."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": ADDRESS, "detail": "auto"}},
+                {"type": "text", "text": "What?"},
+            ],
+        },
+    ],
+    "max_tokens": 5,
+    "temperature": 0.5,
+    "stop": ["x"],
+    "n": 1,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "stream_options": {"include_usage": True},
+    "method": "cmac",
+    "method_settings": {"alpha": 2.0},
+}
+
+
+@functools.cache
+def _requests() -> Any:
+    from lvlm_jax.serving import catalogue, chat, limits
+
+    return chat.Reader(catalogue.Catalogue("m", {"careful": "cmac:alpha=3"}), limits.Limits())
+
+
+def request(body: Any, folder: Path) -> None:
+    """A request to the server: an error of 400 to 499 in one line, or all that an answer needs."""
+    from lvlm_jax.serving.errors import ApiError
+
+    try:
+        body = json.loads(make.written_json(body))
+    except ValueError as error:
+        raise LVLMError(error) from error
+    try:
+        asked = _requests().read(body)
+    except ApiError as error:
+        if not 400 <= error.status < 500:
+            raise
+        raise LVLMError(error.message) from error
+    json.dumps(method_record(asked.method), allow_nan=False)
+    for decoding in asked.decodings:
+        used(decoding.sampling)
+
+
 READERS = (
+    Reader("request to the server", make.changed(BODY, most=3), request, 1.5),
     Reader("settings", settings(), decoding, 3),
     Reader("calls", calls(), call, 3),
     Reader("loading", settings(LOADING, 2), loading),

@@ -74,6 +74,7 @@ def picture(content: bytes, folder: Path) -> None:
 
 
 PNG = encoded("PNG", "RGB", 1)
+ADDRESS = "data:image/png;base64," + base64.b64encode(PNG).decode()
 ARRAYS = (
     np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint16), np.zeros((4, 6, 1)), np.full((4, 6, 4), 1.5),
     np.zeros((4, 6, 3), np.float16), np.zeros((4, 6, 3), np.int64), np.zeros((0, 6, 3), np.uint8), np.zeros((2, 0)),
@@ -108,7 +109,7 @@ IMAGE_VALUES = st.sampled_from(
         *ARRAYS, PNG, bytearray(PNG), memoryview(PNG), Image.new("RGB", (4, 6)), Image.new("F", (4, 6)), Odd.Array(),
         Image.new("RGB", (0, 6)), Image.new("PA", (4, 6)), Image.new("I;16", (4, 6)), Odd.File(), Odd.Name(),
         "/dev/zero",
-        "/dev/null", "/", "a.png", Path("a.png"), "data:image/png;base64," + base64.b64encode(PNG).decode(),
+        "/dev/null", "/", "a.png", Path("a.png"), ADDRESS,
         "data:image/png;base64,%zz", "data:,", "http://a", "ftp://a", "file:a.png", "file://", "https://[::1", "//x/y",
         {"bytes": PNG}, {"path": "a.png"}, {"url": "a.png"}, {"bytes": 3}, {"path": {"path": "a.png"}},
         {"url": b"\xff"},

@@ -1,6 +1,7 @@
 """Which files a run learns from and how often, and which of their columns it may leave unread."""
 
 import math
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def files(text: str) -> tuple[str, ...]:
     """The files of a list separated by commas; a file whose name has a comma is one."""
-    return (text,) if disk.is_file(Path(text).expanduser()) else words(text)
+    return (text,) if disk.is_file(Path(os.path.expanduser(text))) else words(text)
 
 
 def shares(text: str, counts: Sequence[int]) -> tuple[tuple[int, float], ...]:
