@@ -77,8 +77,7 @@ def convert(world, out):
 
 def preferences(world, out):
     words = ["--prompts", world / "prompts.jsonl", "--model", world / "model", "--out", out, "--rejected-by", "plain"]
-    words += ["--batch-size", "8", "--max-new-tokens", "6", "--keep-unfinished", "--near-duplicate", "1"]
-    return [*words, "--holdout", "0.2"]
+    return [*words, "--batch-size", "8", "--max-new-tokens", "6", "--keep-unfinished", "--near-duplicate", "1"]
 
 
 def report(world, out):
@@ -91,7 +90,7 @@ COMPARED = {
     evaluate: ["adversarial.jsonl", "popular.jsonl", "random.jsonl"],
     train: ["adapter/adapter_model.safetensors", "export/model.safetensors"],
     convert: ["model/config.json", "model/model.safetensors", "model/tokenizer.json"],
-    preferences: ["pairs.jsonl", "validation.jsonl", "statistics.json", "answers.jsonl"],
+    preferences: ["pairs.jsonl", "statistics.json", "answers.jsonl"],
     report: ["index.html", "report.md"],
 }
 
