@@ -90,7 +90,7 @@ def main() -> int:
     """Both servers, every number of clients; they are asked in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=64, help="of a measurement, or one for each client")
     parser.add_argument("--rows", type=int, default=8)
     flags = parser.parse_args()
     uris, plain = pictures(8), plain_server()
@@ -99,7 +99,7 @@ def main() -> int:
     for clients in flags.clients:
         for name, port in (("generate", plain), ("lvlm serve", server.port)):
             timed(port, 1, 2, uris)
-            rate, middle, late, texts = timed(port, clients, flags.requests, uris)
+            rate, middle, late, texts = timed(port, clients, max(clients, flags.requests), uris)
             print(f"{clients:3} clients  {name:10}  {rate:7.0f} characters/s  first token {middle:.2f} s, "
                   f"90 %: {late:.2f} s  ({len(set(texts))} answers)", flush=True)  # fmt: skip
     server.process.terminate()
