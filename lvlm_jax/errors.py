@@ -42,7 +42,9 @@ def shown(value: object) -> str:
     """A value in a message: on one line and not long, whatever it is."""
     try:
         text = repr(value)
-    except Exception:  # a number of thousands of digits has no text, and an object of a user's may raise anything
+    except ValueError:  # a number of thousands of digits has no text
+        text = f"a very long {type(value).__name__}"
+    except Exception:  # an object of a user's may raise anything
         text = f"a value of type {type(value).__name__} without a text"
     return one_line(text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}{GAP}")
 
