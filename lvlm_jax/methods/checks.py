@@ -89,7 +89,7 @@ def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any
 WORDS = {
     types.NoneType: "None",
     bool: "True or False",
-    int: "a whole number of 64 bits",
+    int: "a whole number",
     float: "a number with a decimal point",
     str: "a text",
     tuple[int, ...]: "a tuple of whole numbers",
