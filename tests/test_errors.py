@@ -41,12 +41,7 @@ def test_long_messages_keep_their_beginning_and_their_end():
 
 @pytest.mark.parametrize(
     "value, expected",
-    [
-        ("a\nb", r"'a\nb'"),
-        (10**5000, "a very long int"),
-        (Odd(), "a value of type Odd without a text"),
-        (None, "None"),
-    ],
+    [("a\nb", r"'a\nb'"), (10**5000, "a very long int"), (Odd(), "a value of type Odd without a text"), (None, "None")],
     ids=["text", "digits", "odd", "None"],
 )
 def test_values_in_messages(value, expected):
