@@ -45,18 +45,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
     devices = list(devices or jax.devices())
     sizes = [data, fsdp, tensor]
     for axis, size in zip(AXES, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not -1 <= size <= len(devices):
-            raise LVLMError(
-                f"the mesh's axis {axis} is {shown(size)}; expected a whole number up to {len(devices)}, the "
-                "number of devices, or -1"
-            )
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise LVLMError(f"the mesh's axis {axis} is {shown(size)}; expected a whole number, or -1 for the rest")
     if sizes.count(-1) == 1:
-        rest = -int(np.prod(sizes))
+        rest = -math.prod(map(int, sizes))
         sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+    if min(sizes) < 1 or math.prod(map(int, sizes)) != len(devices):
+        asked = f"data={shown(data)}, fsdp={shown(fsdp)}, tensor={shown(tensor)}"
         raise LVLMError(
-            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not cover {len(devices)} devices; "
-            "the sizes must multiply to their number (one may be -1)"
+            f"a mesh of {asked} does not cover {len(devices)} devices; the sizes must multiply to their number (one may "
+            "be -1)"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 

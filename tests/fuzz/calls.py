@@ -255,7 +255,7 @@ def request(body: Any, folder: Path) -> None:
 
     try:
         body = json.loads(make.written_json(body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LVLMError(error) from error
     try:
         asked = _requests().read(body)

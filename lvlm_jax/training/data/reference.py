@@ -110,10 +110,11 @@ def _read(path: Path, lengths: list[int]) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             logprobs, counts = arrays["logprobs"], arrays["counts"]
+            fits = counts.tolist() == lengths and logprobs.shape == (sum(lengths),)
     except Exception as error:  # a damaged file raises whatever its first wrong byte provokes
         logging.warning("reference cache %s cannot be read (%s) and is computed again", path, error)
         return None
-    return logprobs if counts.tolist() == lengths and logprobs.shape == (sum(lengths),) else None
+    return logprobs if fits else None
 
 
 def _write(path: Path, logprobs: np.ndarray, lengths: list[int]) -> None:
