@@ -53,8 +53,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
     if min(sizes) < 1 or math.prod(map(int, sizes)) != len(devices):
         asked = f"data={shown(data)}, fsdp={shown(fsdp)}, tensor={shown(tensor)}"
         raise LVLMError(
-            f"a mesh of {asked} does not cover {len(devices)} devices; the sizes must multiply to their number (one may "
-            "be -1)"
+            f"a mesh of {asked} does not cover {len(devices)} devices; "
+            "the sizes must multiply to their number (one may be -1)"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 

@@ -78,7 +78,7 @@ def parameter_dtype(name: str) -> jnp.dtype:
         dtype = jnp.dtype(name) if name is not None else None
     except (TypeError, ValueError):
         dtype = None
-    if str(dtype) not in DTYPES:
+    if str(name if isinstance(name, str) else dtype) not in DTYPES:  # NumPy has other names for them
         raise LVLMError(f"dtype {shown(name)} is not supported; expected one of {', '.join(DTYPES)}")
     return dtype
 
