@@ -25,11 +25,6 @@ LETTERS = 4_000_000  # that a template writes: more than any model reads
 PATIENCE = 60  # seconds by the clock, for a process that does not work at all
 
 _PROGRAM = Path(__file__).with_name("render_worker.py")
-# A process like this one, without its current folder among the places of modules.
-_START = (
-    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "runpy.run_path(sys.argv.pop(), run_name='__main__')"
-)
 
 
 class Renderer:
@@ -74,11 +69,11 @@ class Renderer:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
-            words = (SECONDS, MEGABYTES, LETTERS, _PROGRAM, json.dumps([place for place in sys.path if place]))
+            words = (_PROGRAM, SECONDS, MEGABYTES, LETTERS)
             one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _START, *map(str, words)],
+                    [sys.executable, "-P", *map(str, words)],  # the folder of the program holds no modules for it
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -1,0 +1,6 @@
+"""The same as `lvlm serve`, for a clone with the package installed, as `make demo` does it."""
+
+from lvlm_jax.cli.main import run
+
+if __name__ == "__main__":
+    run("serve")
