@@ -1,14 +1,29 @@
-"""The settings under which methods are compared on the pocket model: the papers', layers as shares of the depth.
+"""The settings under which methods are compared on the models of the pocket world: the papers', never tuned there.
 
-Published layers are of a 32-layer decoder; the pocket model has eight. Chosen once, not tuned on the pocket world.
+Published layers are of a 32-layer decoder. The pocket model has eight, so there they are shares of the depth; a model
+of about their depth, as smol with 30, is asked with the numbers as they are.
 """
 
 from lvlm_jax import methods
 
+# The methods whose published layers are numbers.
+_PUBLISHED = {
+    "sevi-balanced": methods.SEVI.preset("balanced"),
+    "sevi-focused": methods.SEVI.preset("focused"),
+    "pai": methods.PAI(),
+    "vaf": methods.VAF(),
+    "middle-layers": methods.MiddleLayers(),
+    "deco": methods.DeCo(start_layer=20, end_layer=29),
+}
 
-def get_methods() -> dict[str, methods.Method]:
-    """Method by the name it has on the command line and in the table."""
-    return {
+
+def get_methods(published_layers: bool = False) -> dict[str, methods.Method]:
+    """Method by the name it has on the command line and in the table.
+
+    Args:
+        published_layers: the papers' own numbers of layers, for a model of about their depth.
+    """
+    shares = {
         "cmac-pope": methods.CMAC.preset("llava-1.5/pope"),
         "cmac-chair": methods.CMAC.preset("llava-1.5/chair"),
         "capl": methods.CAPL(),  # acts on several images alone
@@ -28,3 +43,4 @@ def get_methods() -> dict[str, methods.Method]:
         "vista": methods.VISTA(),
         "opera": methods.OPERA.preset("code"),
     }
+    return shares | _PUBLISHED if published_layers else shares

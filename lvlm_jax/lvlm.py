@@ -65,7 +65,8 @@ class LVLM:
         """Loads a Hugging Face checkpoint.
 
         Args:
-            path_or_hub_id: a folder, the id of a repository on the hub, or "pocket", the model inside the package.
+            path_or_hub_id: a folder, a GGUF file of a LLaMA, the id of a repository on the hub, or "pocket" or "smol",
+                the models of this package.
             dtype: of weights, caches and products: "float32", "bfloat16", "float16" or "auto", see `weights.names`.
             mesh: devices to spread the parameters over (`parallel.make_mesh`, `parallel.mesh_for`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.

@@ -3,6 +3,7 @@
     lvlm pocket-benchmark                                          all methods, 200 images
     lvlm pocket-benchmark --images 60                              fewer to ask about, 200 to describe
     lvlm pocket-benchmark --methods vcd sevi-focused --images 100
+    lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real language model inside
     lvlm pocket-benchmark --markdown docs/pocket_benchmark.md      also write the tables there
 
 Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD holds answers and scores, and the
@@ -13,6 +14,7 @@ import re
 import time
 from pathlib import Path
 
+from lvlm_jax import weights
 from lvlm_jax.cli import common
 from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
@@ -20,15 +22,19 @@ from lvlm_jax.evaluation import statistics
 from lvlm_jax.files import write_whole
 from lvlm_jax.methods import Method, parse
 from lvlm_jax.pocket import benchmark_run
+from lvlm_jax.weights import names
+
+DEEP = 24  # layers from which a model is asked with the papers' own numbers of layers, which are of 32
 
 
-def chosen(wanted: list[str]) -> dict[str, Method]:
-    """Name -> method, of configs/pocket_benchmark.py.
+def chosen(wanted: list[str], model: str = "pocket") -> dict[str, Method]:
+    """Name -> method, of configs/pocket_benchmark.py, for a model.
 
     Raises:
         LVLMError: a wanted method is not there.
     """
-    known = settings.get_methods()
+    config = weights.model_config(weights.resolve_checkpoint(names.checkpoint(model)))
+    known = settings.get_methods(published_layers=config.text.num_layers >= DEEP)
     if wanted == ["all"]:
         return known
     found = {}
@@ -57,7 +63,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--captions", type=common.number(int, 1), default=200, metavar="N",
                         help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
-                        help="another checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
+                        help="smol, or a checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
+    parser.add_argument("--dtype", choices=names.NUMBER_TYPES, default="auto",
+                        help="of weights and products (default auto); bfloat16 is fast on CPUs with AMX")  # fmt: skip
     parser.add_argument(
         "--batch-size", type=common.number(int, 1), default=64, metavar="N", help="prompts at once (default 64)"
     )
@@ -68,7 +76,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     flags = parser.parse_args(arguments)
     began = time.monotonic()
-    methods = chosen(flags.methods)
+    methods = chosen(flags.methods, flags.model_path)
+    options = "" if flags.model_path == "pocket" else f" --model {flags.model_path}"
+    options += "" if flags.dtype == "auto" else f" --dtype {flags.dtype}"
     words = "" if flags.methods == ["all"] else f" --methods {' '.join(flags.methods)}"
     setup = benchmark_run.Setup(
         flags.out,
@@ -77,7 +87,8 @@ def main(arguments: list[str]) -> int:
         flags.captions,
         flags.batch_size,
         flags.resamples,
-        f"lvlm pocket-benchmark --images {flags.images} --captions {flags.captions}{words}",
+        f"lvlm pocket-benchmark{options} --images {flags.images} --captions {flags.captions}{words}",
+        flags.dtype,
     )
     text = benchmark_run.run(setup, methods)
     if flags.markdown:

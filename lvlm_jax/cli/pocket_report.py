@@ -14,13 +14,20 @@ from lvlm_jax import LVLM
 from lvlm_jax.cli import common
 from lvlm_jax.files import write_whole
 from lvlm_jax.pocket import report
+from lvlm_jax.weights import names
 
 
 def main(arguments: list[str]) -> int:
     """Examine the checkpoint that the arguments name and write what was found."""
     parser = common.Parser(prog="lvlm pocket-report", description=__doc__)
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
-                        help="checkpoint folder (default: the one inside the package)")  # fmt: skip
+                        help="smol, or a checkpoint folder (default: the one inside)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=names.NUMBER_TYPES,
+        default="float32",
+        help="of weights and products (default float32); bfloat16 is fast on CPUs with AMX",
+    )
     parser.add_argument(
         "--images", type=common.number(int, 20), default=300, metavar="N", help="test images (default 300)"
     )
@@ -43,13 +50,14 @@ def main(arguments: list[str]) -> int:
         help="where the report goes (default runs/pocket_report)",
     )
     flags = parser.parse_args(arguments)
-    model = LVLM.from_pretrained(flags.model_path)
+    model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
     began = time.monotonic()
     figures = report.examine(model, flags.images, flags.batch_size, flags.seed)
     about = {
         "date": datetime.date.today().isoformat(),
         "images": flags.images,
         "seed": flags.seed,
+        "dtype": names.dtype(flags.dtype),
         "seconds": round(time.monotonic() - began),
     }
     table = report.markdown(figures, about)

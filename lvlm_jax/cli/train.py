@@ -22,6 +22,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.methods import parse
 from lvlm_jax.pocket import recipe as pocket
+from lvlm_jax.pocket import smol_recipe
 from lvlm_jax.training import finetune, registry, settings
 
 
@@ -44,6 +45,7 @@ def fields(name: str) -> str:
 def main(words: list[str]) -> int:
     """Trains as the flags say."""
     registry.register(pocket.RECIPE)
+    registry.register(smol_recipe.RECIPE)
     parser = common.Parser(prog="lvlm train", description=__doc__, add_help=False)
     parser.add_argument(
         "--config",

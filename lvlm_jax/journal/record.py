@@ -12,7 +12,7 @@ from lvlm_jax.version import __version__
 # Read at this many places, evenly spread, of a weight file; hashing all of a 14 GB model would take half a minute.
 _SAMPLES = 64
 _SAMPLE_BYTES = 16 * 1024
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 # Which hash says what a name stands for: a folder that was moved, with the same in it, is the same.
 _HASH_OF = {"name": "sha256", "model": "model_sha256"}
 

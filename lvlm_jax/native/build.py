@@ -1,4 +1,4 @@
-"""Compiles `few_rows.cc` for the machine at hand, once, and makes it known to XLA.
+"""Compiles `few_rows.cc` for the machine at hand, with `many_rows.h`, once, and makes both known to XLA.
 
 The library lies in the user's own cache folder. What decides it is the source, the compiler with what it knows of the
 processor, and jaxlib. Several processes may build it at once; each puts whole files in place.
@@ -25,8 +25,10 @@ from lvlm_jax.files import whole
 SWITCH = "LVLM_JAX_NATIVE"
 
 TARGET = "lvlm_jax_few_rows"
+TILES = "lvlm_jax_many_rows"
 
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
+_HEADERS = tuple(_SOURCE.with_name(name) for name in ("for_each.h", "many_rows.h"))
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _SECONDS = 120  # a compiler that takes longer hangs
 
@@ -38,6 +40,19 @@ def available() -> bool:
     if found is None:
         return False
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(found.few_rows), platform="cpu")
+    return True
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether products of many rows of bfloat16 are done here: the processor has AMX, and the system allows it."""
+    found = library()
+    if found is None:
+        return False
+    found.many_rows_ready.restype = ctypes.c_bool
+    if not found.many_rows_ready():
+        return False
+    jax.ffi.register_ffi_target(TILES, jax.ffi.pycapsule(found.many_rows), platform="cpu")
     return True
 
 
@@ -83,7 +98,11 @@ def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
     """
     processor, knows = _processor_option(compiler)
     key = hashlib.sha256()
-    for part in (_SOURCE.read_bytes(), knows, *(o.encode() for o in (*_OPTIONS, jaxlib.__version__))):
+    for part in (
+        *(path.read_bytes() for path in (_SOURCE, *_HEADERS)),
+        knows,
+        *(o.encode() for o in (*_OPTIONS, jaxlib.__version__)),
+    ):
         key.update(hashlib.sha256(part).digest())
     index = folder / f"few_rows-{key.hexdigest()[:16]}"
     if index.is_file():

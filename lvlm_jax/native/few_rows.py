@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.native import build
+from lvlm_jax.native import build, many_rows
 
 # Above so many rows XLA's product with a float32 matrix is as fast: reading is no longer what takes the time.
 FEW_ROWS = 8
@@ -32,9 +32,9 @@ def few_rows_dot(
     """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
 
     Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, and any number
-    of rows with a matrix of 16 bits, which XLA would convert for all layers at once; sums are float32. On other
-    platforms the program has `otherwise` in its place. Differentiable and batched as `otherwise` is; a batch of x alone
-    is more rows.
+    of rows with a matrix of 16 bits, which XLA would convert for all layers at once (those of bfloat16 alone by
+    `many_rows`, where the sizes fit); sums are float32. On other platforms the program has `otherwise` in its place.
+    Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
 
     Args:
         x: rows.
@@ -56,6 +56,8 @@ def few_rows_dot(
     empty = 0 in (*x.shape, *matrix.shape)
     if empty or not ours or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:
         return otherwise(x, matrix)
+    if many_rows.fits(x, matrix):
+        return many_rows.many_rows_dot(x, matrix, out_first)
     return _product.bind(x, matrix, out_first=out_first, otherwise=otherwise, at_most=at_most)
 
 
@@ -88,16 +90,10 @@ def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, at_most):
     if alone and math.prod(rows.shape[:-1]) <= at_most and build.available():
         call = functools.partial(_call, out_first=out_first)
     elif held.dtype in _HALF:
-        call = functools.partial(_widened, out_first=out_first)
+        call = functools.partial(many_rows.widened, out_first=out_first)
     else:
         call = otherwise
     return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
-
-
-def _widened(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
-    return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(x.dtype)
 
 
 def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
@@ -126,13 +122,3 @@ def _batch(operands, axes, *, otherwise, **how):
 
 
 batching.primitive_batchers[_product] = _batch
-
-
-def converted_late(matrix: Array, x: Float[Array, "..."]) -> Float32[Array, "..."]:
-    """The matrix in float32, in an expression that nothing can compute before `x` is there.
-
-    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
-    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
-    """
-    never = x[(0,) * x.ndim] > jnp.inf
-    return (matrix + never.astype(matrix.dtype)).astype(jnp.float32)

@@ -37,6 +37,7 @@ class Setup:
         batch_size: prompts at once.
         resamples: of the bootstrap.
         command: the command line, for the document.
+        dtype: of weights and products.
     """
 
     out: Path
@@ -46,6 +47,7 @@ class Setup:
     batch_size: int = 64
     resamples: int = statistics.RESAMPLES
     command: str = "lvlm pocket-benchmark"
+    dtype: str = "auto"
 
     def world(self, part: benchmark.Part) -> Path:
         """Folder of the test images that a part of the benchmark is about."""
@@ -66,7 +68,7 @@ def run(setup: Setup, methods: Mapping[str, Method]) -> str:
     """
     for count in {setup.images, setup.captions}:
         benchmark.write_world(setup.out / f"world-{count}", count)
-    path, dtype = names.checkpoint(setup.model), names.dtype("auto")
+    path, dtype = names.checkpoint(setup.model), names.dtype(setup.dtype)
     model = LVLM.from_pretrained(path, dtype=dtype)
     found: dict[str, dict] = {part.name: {} for part in benchmark.PARTS}
     text = ""

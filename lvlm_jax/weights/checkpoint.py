@@ -9,6 +9,7 @@ from pathlib import Path
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.gguf import GgufFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 
 # (single file, index file, glob of files without an index), in the order in which transformers looks for them. So a
@@ -16,6 +17,7 @@ from lvlm_jax.weights.safetensors_file import SafetensorsFile
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json", "model*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ("model.gguf", "model.gguf.index.json", "model*.gguf"),
 )
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -127,10 +129,13 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def open_files(paths: Sequence[str | os.PathLike]) -> list[SafetensorsFile | BinFile]:
+_READERS = {".bin": BinFile, ".pt": BinFile, ".pth": BinFile, ".gguf": GgufFile}  # all others: safetensors
+
+
+def open_files(paths: Sequence[str | os.PathLike]) -> list[SafetensorsFile | BinFile | GgufFile]:
     """Opens weight files by their suffix.
 
     Raises:
         LVLMError: a file cannot be read.
     """
-    return [BinFile(path) if str(path).endswith((".bin", ".pt", ".pth")) else SafetensorsFile(path) for path in paths]
+    return [_READERS.get(Path(path).suffix, SafetensorsFile)(path) for path in paths]

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 
 from lvlm_jax import files
+from lvlm_jax.weights import gguf_folder, smol
+from lvlm_jax.weights.gguf import SUFFIX
 from lvlm_jax.weights.load import DTYPES
 
 NUMBER_TYPES = ("auto", *DTYPES)  # what `dtype` takes
@@ -18,15 +20,21 @@ def pocket_file(name: str) -> pathlib.Path:
 
 
 def checkpoint(name: str | os.PathLike) -> str:
-    """The folder or hub id that a user means: "pocket" is the model inside the package.
+    """The folder or hub id that a user means.
+
+    "pocket" is the model inside the package. "smol" (`weights.smol`) and a GGUF file (`weights.gguf_folder`) become
+    folders in the user's cache the first time.
 
     Raises:
-        LVLMError: something that is no name.
+        LVLMError: something that is no name, smol without its language model, or a GGUF file that cannot be read.
     """
     if isinstance(name, str | os.PathLike) and str(name) == "pocket":
         return str(pocket_file("checkpoint"))
+    if isinstance(name, str | os.PathLike) and str(name) == "smol":
+        return str(smol.composed())
     files.expanded(name)
-    return os.path.expanduser(os.fsdecode(name))  # a Path would lose the ./ that no hub id has
+    path = os.path.expanduser(os.fsdecode(name))  # a Path would lose the ./ that no hub id has
+    return str(gguf_folder.as_folder(path)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 
 
 def dtype(name: Any) -> Any:

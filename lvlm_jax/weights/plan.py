@@ -11,11 +11,12 @@ from lvlm_jax import models
 from lvlm_jax.errors import LONGEST, LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.gguf import GgufFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 from lvlm_jax.weights.tables import Axes, Piece, Row, Table, flatten, inverse, permuted, table_for
 
-TensorFile = SafetensorsFile | BinFile
+TensorFile = SafetensorsFile | BinFile | GgufFile
 
 _FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 _CHUNK = 1 << 24  # elements compared at a time

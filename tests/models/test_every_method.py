@@ -218,7 +218,7 @@ def committed_row(name: str, part: str = "methods") -> str:
 
 
 def test_the_zoo_has_every_family():
-    assert set(zoo.FAMILIES) == {*models.FAMILIES, "internvl_chat"} == set(QUICK)
+    assert set(zoo.FAMILIES) == {*models.FAMILIES, "internvl_chat"} - {"llama"} == set(QUICK)  # sees no images
     assert {name for name, _ in (METHODS | FIELD | MORE).values()} == set(methods.names())
     assert set(QUICK.values()) | {"cmac", "opera", "vcd"} == set(METHODS)
 

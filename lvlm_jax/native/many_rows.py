@@ -1,0 +1,122 @@
+"""The product of many rows with a matrix, both bfloat16, lowered to `many_rows.h` on CPUs with AMX."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, BFloat16, Float, Float32
+
+from lvlm_jax.native import build
+
+# Fewer rows are not worth rearranging the matrix for the tiles.
+MANY_ROWS = 32
+_STEP = 32  # what the tiles ask of both sizes of a matrix to be a multiple of
+
+
+def fits(x: Array, matrix: Array) -> bool:
+    """Whether a product is of this kind, by dtypes and shapes."""
+    half = x.dtype == matrix.dtype == jnp.bfloat16
+    return half and math.prod(x.shape[:-1]) >= MANY_ROWS and not any(size % _STEP for size in matrix.shape)
+
+
+def many_rows_dot(x: BFloat16[Array, "*T K"], matrix: Array, out_first: bool) -> BFloat16[Array, "*T N"]:
+    """x · matrix with sums in float32, of a product that `fits`. Differentiable in both, and batched in x.
+
+    Args:
+        x: rows.
+        matrix: [K, N], or [N, K] if `out_first`.
+    """
+    return _product.bind(x, matrix, out_first=out_first)
+
+
+_product = Primitive("many_rows_dot")
+
+
+@_product.def_impl
+def _run(x, matrix, **how):
+    return _compiled(**how)(x, matrix)
+
+
+@functools.cache
+def _compiled(**how: Any):
+    return jax.jit(functools.partial(_product.bind, **how))
+
+
+@_product.def_abstract_eval
+def _shape(x, matrix, *, out_first):
+    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), x.dtype)
+
+
+def _by_xla(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
+    contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
+    return jax.lax.dot_general(x, matrix, contracted)
+
+
+def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    shape = jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0 if out_first else 1]), x.dtype)
+    product = jax.ffi.ffi_call(build.TILES, shape)(rows, matrix, out_first=out_first)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _lower_plain(context, x, matrix, *, out_first):
+    call = functools.partial(_by_xla, out_first=out_first)
+    return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
+
+
+def _lower_on_cpu(context, x, matrix, *, out_first):
+    # Over several devices the compiler divides a product, and could not divide a call.
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
+    call = functools.partial(_call if alone and build.tiles() else widened, out_first=out_first)
+    return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
+
+
+mlir.register_lowering(_product, _lower_plain)
+mlir.register_lowering(_product, _lower_on_cpu, platform="cpu")
+
+
+def _of_rows(cotangent, x, matrix, *, out_first):
+    """The gradient in x: a product with the matrix turned."""
+    del x
+    return _product.bind(cotangent, matrix, out_first=not out_first)
+
+
+def _of_matrix(cotangent, x, matrix, *, out_first):
+    del matrix
+    rows = tuple(range(x.ndim - 1))
+    one, other = (cotangent, x) if out_first else (x, cotangent)
+    return jax.lax.dot_general(one, other, ((rows, rows), ((), ())))
+
+
+ad.defbilinear(_product, _of_rows, _of_matrix)
+
+
+def _batch(operands, axes, *, out_first):
+    (x, matrix), (x_axis, matrix_axis) = operands, axes
+    if matrix_axis is not None:
+        return jax.vmap(functools.partial(_by_xla, out_first=out_first), axes)(x, matrix), 0
+    return _product.bind(jnp.moveaxis(x, x_axis, 0), matrix, out_first=out_first), 0
+
+
+batching.primitive_batchers[_product] = _batch
+
+
+def widened(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
+    """The product in float32 on a CPU, the matrix converted when its turn comes."""
+    wide = x.astype(jnp.float32)
+    contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
+    return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(x.dtype)
+
+
+def converted_late(matrix: Array, x: Float[Array, "..."]) -> Float32[Array, "..."]:
+    """The matrix in float32, in an expression that nothing can compute before `x` is there.
+
+    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
+    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
+    """
+    never = x[(0,) * x.ndim] > jnp.inf
+    return (matrix + never.astype(matrix.dtype)).astype(jnp.float32)

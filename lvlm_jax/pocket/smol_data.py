@@ -1,0 +1,198 @@
+"""Batches for `smol`: rows of chat turns over one image, over two, and over none, as the language model's chat has it.
+
+Everything here is NumPy, for it runs in a worker process beside the training.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lvlm_jax.pocket import catalogue, conversations, questions, recipe_data, smol_text
+from lvlm_jax.pocket.captions import THIRDS, third
+from lvlm_jax.pocket.scenes import Scene, render, sample_scene
+from lvlm_jax.pocket.smol_text import Turn
+
+IMAGE, IMAGE_TOKENS = "<image>", 64
+KINDS = ("existence", "choice", "counting", "position", "colour", "place", "refused")
+SHARES = np.cumsum((0.5, 0.24, 0.08, 0.08, 0.05, 0.03, 0.02))
+TURNS = 16  # more than fit into a row
+ANSWERS = 80  # learned tokens of a row; later ones are left out
+
+
+def segments(images: int, turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    """(prompt, answer) pieces of a conversation in ChatML; only the answers are learned, with the end of a turn."""
+    shown, found = f"{IMAGE}\n" * images, []
+    for question, answer in turns:
+        between = "\n" if found else ""
+        found.append((f"{between}<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n", answer))
+        shown = ""
+    return found
+
+
+def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a conversation, cut before the first turn that does not fit into `length`.
+
+    Returns:
+        ids, the places of the tokens that are learned, and the places of the first token of answers of one word.
+    """
+    image = encoder.convert_tokens_to_ids(IMAGE)
+    ids: list[int] = []
+    learned: list[int] = []
+    words: list[int] = []
+    for prompt, answer in segments(images, turns):
+        asked = []
+        for token in encoder(prompt, add_special_tokens=False)["input_ids"]:
+            asked += [image] * IMAGE_TOKENS if token == image else [token]
+        said = [*encoder(answer, add_special_tokens=False)["input_ids"], encoder.eos_token_id]
+        if len(ids) + len(asked) + len(said) > length:
+            break
+        start = len(ids) + len(asked)
+        ids += asked + said
+        learned += range(start, start + len(said))
+        words += [start] if " " not in answer or answer.startswith(("Yes", "No")) else []
+    return ids, learned, words
+
+
+def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[Turn]:
+    """Different questions about one image; of four such rows one begins with a description, and two have it later."""
+    turns, asked = [], set()
+    for _ in range(TURNS):
+        kind = KINDS[min(int(SHARES.searchsorted(rng.random())), len(KINDS) - 1)]
+        if kind == "existence":
+            about, turn = smol_text.existence_turn(scene, rng, hard)
+        elif kind == "refused":
+            about, turn = kind, smol_text.refused_turn(rng)
+        else:
+            options = {"hard": hard} if kind == "choice" else {}
+            question = questions.SINGLE[kind](scene, rng, **options)
+            about, turn = (None, None) if question is None else (question.text, _worded(question, rng))
+        # Asked again, a question is answered by what was said before.
+        if turn is not None and about not in asked:
+            turns.append(turn)
+            asked.add(about)
+    place = rng.random()
+    if place < 0.75:
+        turns.insert(0 if place < 0.25 else 4, smol_text.caption_turn(scene, rng))
+    return turns
+
+
+def several_turns(scenes: list[Scene], rng: np.random.Generator) -> list[Turn]:
+    """Questions about two images together."""
+    kinds, turns = list(questions.MULTI.values()), []
+    while len(turns) < TURNS // 2:
+        question = smol_text.pick(kinds, rng)(scenes, rng)
+        if question is not None:
+            turns.append(_worded(question, rng))
+    return turns
+
+
+def _worded(question: questions.Question, rng: np.random.Generator) -> Turn:
+    """A question answered by a sentence, or with a benchmark's suffix and answered by a word."""
+    if rng.random() < 0.6:
+        return question.text, question.full
+    return question.text + conversations.suffix(question), question.short
+
+
+@dataclasses.dataclass(frozen=True)
+class Chats:
+    """Batches of rows over one image each, but for the first row of every second batch: no image, or two, by turns.
+
+    `hard` is the share of the absent objects asked for that is typical of the place; None: not one.
+    """
+
+    seed: int
+    encoder: Any
+    rows: int
+    length: int
+    hard: float | None = None
+    split: str = "train"
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """Batch `step`, as `rows_of` makes it."""
+        rng = np.random.default_rng([17, self.seed, step])
+        samples: list = []
+        if step % 4 == 2:
+            first = sample_scene(rng, self.split)
+            scenes = [first, sample_scene(rng, self.split, first.kind if rng.random() < 0.6 else None)]
+            samples = [(scenes, several_turns(scenes, rng))]
+        elif step % 4 == 0:
+            samples = [([], smol_text.spoken_turns(TURNS, rng))]
+        while len(samples) < self.rows:
+            scene = sample_scene(rng, self.split)
+            samples.append(([scene], single_turns(scene, rng, self.hard)))
+        return rows_of(self.encoder, samples, self.length, self.rows + 1)
+
+
+def rows_of(encoder: Any, samples: Sequence[tuple[list[Scene], Sequence[Turn]]], length: int, images: int) -> dict:
+    """Conversations as arrays.
+
+    Returns:
+        tokens: int32 [rows, length], right-padded.
+        columns: int32 [rows, ANSWERS], where learned tokens stand; 0 behind the last.
+        words: bool [rows, ANSWERS], which of them are the first token of an answer of one word.
+        images: uint8 [images, 96, 96, 3], of all rows in reading order, then black ones.
+    """
+    tokens = np.full((len(samples), length), encoder.pad_token_id, np.int32)
+    columns = np.zeros((len(samples), ANSWERS), np.int32)
+    words = np.zeros(columns.shape, bool)
+    pictures = np.zeros((images, 96, 96, 3), np.uint8)
+    used = 0
+    for row, (scenes, turns) in enumerate(samples):
+        ids, learned, first = encode(encoder, len(scenes), turns, length)
+        learned = learned[: columns.shape[1]]
+        tokens[row, : len(ids)] = ids
+        columns[row, : len(learned)] = learned
+        words[row, : len(learned)] = np.isin(learned, first)
+        for scene in scenes:
+            pictures[used] = render(scene)
+            used += 1
+    return {"tokens": tokens, "columns": columns, "words": words, "images": pictures}
+
+
+def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str, np.ndarray]]:
+    """Single questions about validation scenes, by kind, `count` rows each; answers of one word.
+
+    `existence` has any absent object in its "no" half, `tempting` one that is typical of the place.
+    """
+    rng = np.random.default_rng([18, 0])
+    kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "position")}
+    while any(len(rows) < count for rows in kinds.values()):
+        scene = sample_scene(rng, "val")
+        yes = rng.random() < 0.5
+        for kind, hard in (("existence", 0.0), ("tempting", 1.0)):
+            name = smol_text.pick(list(scene.counts), rng) if yes else questions.absent_category(scene, rng, hard)
+            asked = questions.EXISTENCE[0].format(questions.article(name))
+            kinds[kind].append(([scene], [(asked, "Yes" if yes else "No")]))
+        question = questions.choice(scene, rng)
+        kinds["choice"].append(([scene], [(question.text + recipe_data.ONE_WORD, question.short)]))
+        alone = [placed for placed in scene.objects if scene.counts[placed.category] == 1]
+        if alone:
+            asked = f"Where is the {alone[0].category} in the image?"
+            kinds["position"].append(([scene], [(asked + recipe_data.ONE_WORD, third(alone[0]))]))
+    made = {kind: rows_of(encoder, rows[:count], length, count) for kind, rows in kinds.items()}
+    for arrays in made.values():
+        arrays["words"] = np.zeros_like(arrays["words"])
+        arrays["words"][:, 0] = True  # the first token of the answer, whatever its length
+    return made
+
+
+def label_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
+    """What an image token of each label of `recipe_data.place_labels` should be, float32 [labels, E].
+
+    The mean of the language model's own embeddings of the label's words.
+    """
+    names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
+    return np.stack([_mean_embedding(embedding, encoder, name) for name in names])
+
+
+def column_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
+    """What is added to an image token by its column: the words "left", "middle", "right", float32 [8, E]."""
+    side = int(IMAGE_TOKENS**0.5)
+    names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
+    return np.stack([_mean_embedding(embedding, encoder, name) for name in names])
+
+
+def _mean_embedding(embedding: np.ndarray, encoder: Any, words: str) -> np.ndarray:
+    return embedding[encoder(f" {words}", add_special_tokens=False)["input_ids"]].mean(axis=0)

