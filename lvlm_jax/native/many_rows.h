@@ -131,7 +131,7 @@ static ffi::Error ManyRows(ffi::ThreadPool pool, Halves x, Halves w, ffi::Result
   });
   return ffi::Error::Success();
 #else
-  return ffi::Error::Internal("many_rows: compiled without AMX");
+  return ffi::Error::InvalidArgument("many_rows: compiled without AMX");
 #endif
 }
 
