@@ -270,5 +270,5 @@ def _stays(line: str, task: str, step: int) -> bool:
     try:
         record = json.loads(line)
         return line.endswith("\n") and (record["stage"] != task or record["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
