@@ -78,20 +78,15 @@ class LVLM:
         Raises:
             LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
         """
-        if not isinstance(mesh, jax.sharding.Mesh | None):
-            raise LVLMError(f"mesh is {shown(mesh)}; expected one that parallel.make_mesh makes")
         number_type, generation_config = weights.parameter_dtype(names.dtype(dtype)), defaults.check(generation_config)
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
-        if mesh is not None:
-            parallel.refuse_cut_heads(mesh, config.text.num_heads, config.text.num_kv_heads)
-        place = None if mesh is None else parallel.parameter_sharding(mesh)
+        place = parallel.placing(mesh, config.text.num_heads, config.text.num_kv_heads)
         params = weights.load_parameters(folder, config, number_type, place, vision_tower, quant)
         params = params if adapter is None else peft.load_adapter(adapter, params, config)
         model = cls(params, config, folder, mesh)
-        model.adapter = adapter
-        model.generation_config, model.allow_urls = generation_config, allow_urls
+        model.adapter, model.generation_config, model.allow_urls = adapter, generation_config, allow_urls
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:

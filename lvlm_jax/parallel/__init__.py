@@ -8,6 +8,7 @@ from lvlm_jax.parallel.mesh import (
     make_mesh,
     mesh_for,
     parameter_sharding,
+    placing,
     refuse_cut_heads,
     spread,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "make_mesh",
     "mesh_for",
     "parameter_sharding",
+    "placing",
     "refuse_cut_heads",
     "spread",
     "start",

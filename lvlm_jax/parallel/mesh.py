@@ -103,6 +103,20 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
     return place
 
 
+def placing(mesh: Any, heads: int, key_heads: int) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
+    """`parameter_sharding` of a mesh for a model of so many heads; None without a mesh.
+
+    Raises:
+        LVLMError: it is no mesh, or cuts attention heads.
+    """
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        raise LVLMError(f"mesh is {shown(mesh)}; expected one that parallel.make_mesh makes")
+    refuse_cut_heads(mesh, heads, key_heads)
+    return parameter_sharding(mesh)
+
+
 def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
     """Where a parameter that is added beside another one lives: on the same mesh, as the table says.
 

@@ -203,7 +203,7 @@ def test_bad_pictures_and_prompts(refuses, tmp_path):
     ("words", "message"),
     [
         (["--bogus"], "--bogus is not known"),
-        (["--prompt", "a", "--alpha", "3"], "--method cmac"),
+        (["--prompt", "a", "--alpha", "3"], "it is a setting of --method adaiat or avisc or cmac or"),
         (["--method", "magic"], "magic"),
         (["--method", "cmac", "--alpha", "-1"], "alpha is -1"),
         (["--method", "cmac", "--beta", "much"], "--beta"),

@@ -90,7 +90,7 @@ def test_without_labels_there_is_no_accuracy(questions):
 
 
 def test_the_command(questions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.LVLM, "from_pretrained", lambda path, dtype: Model())
+    monkeypatch.setattr(sweep.LVLM, "from_pretrained", lambda path, **options: Model())
     command = functools.partial(run, monkeypatch, capsys, "sweep")
     words = ("--method", "cmac", "--gamma", 1, "--question-file", questions, "--limit", 2)
     code, out, error = command(*words, "--grid", "alpha=0,4", "--out", "out.jsonl")

@@ -273,7 +273,7 @@ def test_errors_name_the_row(loaded, pairs, tmp_path):
         encoder.pair(narrow)
     with pytest.raises(LVLMError, match="row 8: image .* is not a picture"):
         encoder.pair(dataclasses.replace(narrow, images=(tmp_path / "bad.png",), id="8"))
-    with pytest.raises(LVLMError, match=r"row 9 \(chosen\) has 2 image placeholders for 1 images"):
+    with pytest.raises(LVLMError, match=r"row 9 \(chosen\): it has 2 image placeholders for 1 images"):
         encoder.pair(dataclasses.replace(pairs[2], chosen="<|image_pad|>", id="9"))
 
 
