@@ -242,6 +242,7 @@ def replace_until(folder, exchange, last):
     replace(folder)
 
 
+@pytest.mark.slow  # a process for each of some thirty steps
 @pytest.mark.parametrize("exchange", [True, False])
 def test_killed_at_any_step_a_save_leaves_the_old_or_the_new_and_the_next_one_tidies_up(exchange, tmp_path):
     folder, seen = tmp_path / "out", set()
