@@ -45,7 +45,12 @@ def assert_equal(model: LVLM, reference: torch.nn.Module, prompts: list[np.ndarr
     for row, prompt in enumerate(prompts):
         with torch.no_grad():
             want = reference(torch.tensor(prompt[None])).logits[0].numpy()
-            said = reference.generate(torch.tensor(prompt[None]), min_new_tokens=24, max_new_tokens=24, do_sample=False)
+            # Without a mask transformers hides the stop tokens of earlier turns, because they are its pad token too.
+            given = {
+                "input_ids": torch.tensor(prompt[None]),
+                "attention_mask": torch.ones(1, len(prompt), dtype=torch.int64),
+            }
+            said = reference.generate(**given, min_new_tokens=24, max_new_tokens=24, do_sample=False)
         np.testing.assert_allclose(logits[row, -len(prompt) :], want, rtol=0, atol=atol)
         assert list(answers[row]) == said[0, len(prompt) :].tolist()
 
