@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax import parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
-from lvlm_jax.errors import LVLMError, shown
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import answer, branches, defaults, drivers, replay, scheduler, streaming, sweep
 from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
@@ -95,8 +95,7 @@ class LVLM:
         Raises:
             LVLMError: the folder is in the way or cannot be written, or the model is quantized.
         """
-        merged = lora.merge(self.params)
-        return weights.save_checkpoint(folder, merged, self.config, self.folder, overwrite=overwrite)
+        return weights.save_checkpoint(folder, lora.merge(self.params), self.config, self.folder, overwrite=overwrite)
 
     @cached_property
     def processor(self) -> Any:
@@ -173,12 +172,9 @@ class LVLM:
         """Runs the prompt and returns the logits of the first answer token.
 
         Args:
-            max_length: tokens, prompt included, that the state must hold; default 128 more than the prompt.
+            max_length: tokens that the state must hold, the prompt's at least; default 128 more than the prompt.
             share_prefix: False runs the whole prompt once per branch, for comparison.
             tap: what steps return besides logits; True is the attention of the last row in all layers and heads.
-
-        Raises:
-            LVLMError: `max_length` is less than the prompt has.
         """
         arguments, options = self.prefill_arguments(prompt, method, max_length)
         tap = tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
@@ -190,15 +186,12 @@ class LVLM:
     ) -> tuple[tuple, dict[str, Any]]:
         """What `prefill` passes to `generation.forward.prefill`, for those who lower, vmap or time it themselves."""
         *model, prompt, method = self._call(prompt, method)
-        capacity = branches.answer_capacity(prompt, max_length)
-        return branches.prefill_arguments(*model, prompt, method, capacity, self.host)
+        return branches.prefill_arguments(
+            *model, prompt, method, branches.answer_capacity(prompt, max_length), self.host
+        )
 
     def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
-        """Appends one token per sample and returns the logits of the next. `state` is donated: use the new one.
-
-        Raises:
-            LVLMError: the state is full, or not one token per sample.
-        """
+        """Appends a token per sample to `state`, which is donated, and returns the next logits. Full: an error."""
         return drivers.decode(self.params, self.config, state, tokens)
 
     def generate(
@@ -229,9 +222,8 @@ class LVLM:
             LVLMError: unusable messages or settings.
         """
         sampling = (temperature, top_k, top_p, repetition_penalty, seed)
-        given = Decoding(max_new_tokens, *sampling, stop, stop_token_ids, num_beams, length_penalty)
-        decoding = self._settled(given, generation_config)
-        return answer.generate(*self._call(messages, method), decoding, self.host)
+        decoding = Decoding(max_new_tokens, *sampling, stop, stop_token_ids, num_beams, length_penalty)
+        return answer.generate(*self._call(messages, method), self._settled(decoding, generation_config), self.host)
 
     def generate_many(
         self,
@@ -271,16 +263,10 @@ class LVLM:
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> list[Output]:
-        """Answers a batch, as `generate` does, for each of many strengths of one method, in one program for all.
-
-        Raises:
-            LVLMError: unusable messages or settings, or methods that differ in more than strengths.
-        """
+        """Answers a batch, as `generate` does, for each of many strengths of one method, in one program."""
         decoding = self._settled(Decoding(max_new_tokens, temperature, seed=seed))
-        if not isinstance(methods, Sequence) or isinstance(methods, str):
-            raise LVLMError(f"methods are {shown(methods)}; expected a list of them")
-        prompt, methods = self.prepare(messages), list(map(self._method, methods))
-        return sweep.generate(self.params, self.config, prompt, methods, decoding, self.host)
+        methods = [self._method(method) for method in sweep.listed(methods)]
+        return sweep.generate(self.params, self.config, self.prepare(messages), methods, decoding, self.host)
 
     def stream(
         self,
@@ -295,14 +281,9 @@ class LVLM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """Yields the answer to one conversation piece by piece; arguments as in `generate`.
-
-        Raises:
-            LVLMError: unusable messages or settings, or more than one conversation.
-        """
-        sampling = (temperature, top_k, top_p, repetition_penalty, seed)
-        decoding = self._settled(Decoding(max_new_tokens, *sampling, stop, stop_token_ids))
-        return streaming.stream(*self._call(messages, method), decoding, self.host)
+        """Yields the answer to one conversation (more are an error) piece by piece; otherwise as `generate`."""
+        decoding = Decoding(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, stop_token_ids)
+        return streaming.stream(*self._call(messages, method), self._settled(decoding), self.host)
 
     def attention(
         self, messages: Any, tokens: Sequence[Sequence[int]], method: Method | str | None = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from lvlm_jax.compilation import jit
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.generation import branches, drivers, forward, searches
 from lvlm_jax.generation.branches import Opening
 from lvlm_jax.generation.host import ALONE, Host
@@ -31,6 +31,13 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
 SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers and State without a grid axis
+
+
+def listed(methods: Sequence[Any]) -> Sequence[Any]:
+    """The methods of a sweep as they were given; an `LVLMError` where they are no list."""
+    if not isinstance(methods, Sequence) or isinstance(methods, str):
+        raise LVLMError(f"methods are {shown(methods)}; expected a list of them")
+    return methods
 
 
 def generate(
