@@ -199,12 +199,10 @@ def expression(text: str, folder: Path) -> None:
 
 @st.composite
 def grids(draw) -> tuple[str, list[str]]:
-    axes = draw(
-        st.lists(st.sampled_from(("alpha=0,1,3", "gamma=1,2", "beta=0.1", "alpha=1e5")), min_size=1, max_size=2)
-    )
-    return draw(st.sampled_from(("cmac", "vcd", "sevi"))), [
-        draw(st.just(axis) | make.changed_text(axis)) for axis in axes
-    ]
+    known = st.sampled_from(("alpha=0,1,3", "gamma=1,2", "beta=0.1", "alpha=1e5"))
+    axes = draw(st.lists(known, min_size=1, max_size=2))
+    name = draw(st.sampled_from(("cmac", "vcd", "sevi")))
+    return name, [draw(st.just(axis) | make.changed_text(axis)) for axis in axes]
 
 
 def sweep_grid(case: tuple[str, list[str]], folder: Path) -> None:
@@ -218,28 +216,12 @@ def mesh(given: dict[str, Any], folder: Path) -> None:
     same(made.size, len(jax.devices()), "devices")
 
 
+_ASKED = [{"type": "image_url", "image_url": {"url": ADDRESS, "detail": "auto"}}, {"type": "text", "text": "What?"}]
 BODY = {
-    "model": "m",
-    "messages": [
-        {"role": "system", "content": "Be."},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": ADDRESS, "detail": "auto"}},
-                {"type": "text", "text": "What?"},
-            ],
-        },
-    ],
-    "max_tokens": 5,
-    "temperature": 0.5,
-    "stop": ["x"],
-    "n": 1,
-    "logprobs": True,
-    "top_logprobs": 2,
-    "stream_options": {"include_usage": True},
-    "method": "cmac",
-    "method_settings": {"alpha": 2.0},
-}
+    "model": "m", "messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": _ASKED}],
+    "max_tokens": 5, "temperature": 0.5, "stop": ["x"], "n": 1, "logprobs": True, "top_logprobs": 2,
+    "stream_options": {"include_usage": True}, "method": "cmac", "method_settings": {"alpha": 2.0},
+}  # fmt: skip
 
 
 @functools.cache

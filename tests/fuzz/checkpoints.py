@@ -25,12 +25,8 @@ from tests.fuzz.questions import made
 from tests.models.families import FAMILIES
 from tests.weights import checkpoints as tiny
 
-TENSORS = {
-    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "b.c": np.arange(4, dtype=np.float16),
-    "empty": np.zeros((0, 3), np.int64),
-    "one": np.array(3.0, np.float64),
-}
+TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.arange(4, dtype=np.float16)}
+TENSORS |= {"empty": np.zeros((0, 3), np.int64), "one": np.array(3.0, np.float64)}
 
 
 def safetensors_file(files: make.Files, folder: Path) -> None:
@@ -187,22 +183,15 @@ def _shard_cases() -> st.SearchStrategy[make.Files]:
     return make.changed_folder({"model.safetensors.index.json": INDEX.encode(), **parts})
 
 
+SAFETENSORS = {"model.safetensors": safetensors.numpy.save(TENSORS)}
+SETTINGS = {defaults.FILE: json.dumps(GENERATION).encode()}
 READERS = (
-    Reader(
-        "safetensors",
-        st.deferred(lambda: make.changed_folder({"model.safetensors": safetensors.numpy.save(TENSORS)})),
-        safetensors_file,
-        2,
-    ),
+    Reader("safetensors", st.deferred(lambda: make.changed_folder(SAFETENSORS)), safetensors_file, 2),
     Reader("safetensors index", st.deferred(_shard_cases), shards),
     Reader("file of lvlm fit", st.deferred(lambda: make.changed_folder(fitted_files())), fitted_file, 0.5),
     Reader(".bin", torch_files(), bin_file),
     Reader("config.json", st.deferred(config_cases), configuration, 2),
     Reader("parameters of a config.json", st.deferred(config_cases), parameters, 0.3),
-    Reader(
-        "generation_config",
-        st.deferred(lambda: make.changed_folder({defaults.FILE: json.dumps(GENERATION).encode()})),
-        generation_config,
-    ),
+    Reader("generation_config", st.deferred(lambda: make.changed_folder(SETTINGS)), generation_config),
     Reader("adapter_config", adapter_configs(), adapter_config),
 )

@@ -127,11 +127,8 @@ def _listening() -> Iterator[list[str]]:
     handler, printed = _Lines(lines), _text()
     logging.getLogger().addHandler(handler)
     try:
-        with (
-            warnings.catch_warnings(record=True) as warned,
-            contextlib.redirect_stderr(printed),
-            contextlib.redirect_stdout(_text()),
-        ):
+        streams = contextlib.redirect_stderr(printed), contextlib.redirect_stdout(_text())
+        with warnings.catch_warnings(record=True) as warned, streams[0], streams[1]:
             warnings.simplefilter("default")
             yield lines
     finally:
@@ -153,10 +150,8 @@ def _limited(seconds: float) -> Iterator[None]:
     def over(*_):
         raise TooLong
 
-    clocks = {
-        signal.SIGPROF: (signal.ITIMER_PROF, seconds),
-        signal.SIGALRM: (signal.ITIMER_REAL, WAITING * seconds),  # others may be computing on this machine
-    }
+    waits = WAITING * seconds  # others may be computing on this machine
+    clocks = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, waits)}
     before = {number: signal.signal(number, over) for number in clocks}
     for clock, left in clocks.values():
         signal.setitimer(clock, left)

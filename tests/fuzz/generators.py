@@ -19,14 +19,9 @@ Files = Mapping[str, bytes]
 
 # A text that stands in written JSON as it is, without quotes: what a JSON writer would never write.
 RAW = {
-    "raw:infinite": "1e999",
-    "raw:digits": "9" * 5000,
-    "raw:deep": "[" * 3000 + "]" * 3000,
-    "raw:open": "[" * 3000,
-    "raw:twice": '{"a": 1, "a": 2}',
-    "raw:nothing": "",
-    "raw:zero": "-0",
-}
+    "raw:infinite": "1e999", "raw:digits": "9" * 5000, "raw:deep": "[" * 3000 + "]" * 3000, "raw:open": "[" * 3000,
+    "raw:twice": '{"a": 1, "a": 2}', "raw:nothing": "", "raw:zero": "-0",
+}  # fmt: skip
 TEXTS = (
     "", " ", "\n", "\t", "\x00", "\x1b[31m", "a\x00b", "\ud83d", "é", "图片", "🐕", "\u2028", "x" * 300, "x" * 5000,
     "a/b", "../x", "/", ".", "~", "-1", "0", "1", "1.5", "1e5", "nan", "inf", "true", "null", "none", "yes", "No",
@@ -236,19 +231,9 @@ def changed_words(draw, content: bytes) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-STRUCTURES = {
-    "json": changed_json,
-    "jsonl": changed_lines,
-    "tsv": changed_table,
-    "csv": changed_table,
-    "txt": changed_words,
-    "jinja": changed_words,
-    "tiktoken": changed_words,
-    "py": changed_words,
-    "parquet": changed_parquet,
-    "pkl": changed_pickle,
-    "safetensors": changed_safetensors,
-}
+STRUCTURES = {"json": changed_json, "jsonl": changed_lines, "parquet": changed_parquet, "pkl": changed_pickle}
+STRUCTURES |= {"safetensors": changed_safetensors} | dict.fromkeys(("tsv", "csv"), changed_table)
+STRUCTURES |= dict.fromkeys(("txt", "jinja", "tiktoken", "py"), changed_words)
 
 
 def changed_file(name: str, content: bytes) -> st.SearchStrategy[bytes]:

@@ -198,11 +198,9 @@ def choices_table(files: make.Files, folder: Path) -> None:
 
 
 SCORER = {
-    "imid_to_objects": {1: ["dog", "cat"], 2: {"cat"}},
-    "inverse_synonym_dict": {"dog": "dog", "puppy": "dog", "cat": "cat"},
-    "double_word_dict": {"hot dog": "hot dog"},
-    "caption_annotations": [],
-}
+    "imid_to_objects": {1: ["dog", "cat"], 2: {"cat"}}, "double_word_dict": {"hot dog": "hot dog"},
+    "inverse_synonym_dict": {"dog": "dog", "puppy": "dog", "cat": "cat"}, "caption_annotations": [],
+}  # fmt: skip
 
 
 def chair_pickle(files: make.Files, folder: Path) -> None:

@@ -20,60 +20,42 @@ IMAGE = {"images": ["0.png"]}
 # A row of every format that `training.data.pair_formats` names.
 PAIRS = (
     {**IMAGE, "id": 7, "prompt": "<image>What?", **ANSWERS, "judge": {"score": 3}},
-    {
-        **IMAGE,
-        "prompt": [{"role": "user", "content": [{"type": "image"}, TEXT]}],
-        **{
-            name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in ANSWERS.items()
-        },
-    },
-    {
-        **IMAGE,
-        "conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "<image>What?"}],
-        **{name: {"from": "gpt", "value": text} for name, text in ANSWERS.items()},
-    },
+    {**IMAGE, "prompt": [{"role": "user", "content": [{"type": "image"}, TEXT]}], **{
+        name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in ANSWERS.items()}},
+    {**IMAGE, "conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "<image>What?"}],
+     **{name: {"from": "gpt", "value": text} for name, text in ANSWERS.items()}},
     {**IMAGE, "instruction": "And now?", "input": "", "history": [["<image>What?", "a cup"]], "system": "", **ANSWERS},
-    {
-        f"{name}_messages": [
-            {"role": "user", "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}]},
-            {"role": "assistant", "content": [{"type": "text", "value": text}]},
-        ]
-        for name, text in ANSWERS.items()
-    },
+    {f"{name}_messages": [
+        {"role": "user", "content": [{"type": "image_url", "value": "0.png"}, {"type": "text", "value": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": text}]},
+    ] for name, text in ANSWERS.items()},
     {"idx": 3, "question": "What?", **ANSWERS, "image": {"bytes": None, "path": "0.png"}},
     {"text": json.dumps({"question": "What?", **ANSWERS}), "image_path": "0.png"},
-)
+)  # fmt: skip
 SAID = {"role": "assistant", "content": "a cat"}
 CONVERSATIONS = (
     {**IMAGE, "messages": [{"role": "user", "content": [{"type": "image"}, TEXT]}, SAID]},
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"}, TEXT]}, SAID]},
-    {
-        "id": "a",
-        "image": "0.png",
-        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cup"}],
-    },
+    {"id": "a", "image": "0.png",
+     "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cup"}]},
     {**IMAGE, "instruction": "What?", "input": "", "output": "a cat", "history": [["Hi", "Ho"]]},
-)
+)  # fmt: skip
 PROMPTS = (
     {**IMAGE, "prompt": "<image>What?", "truth": "a cat"},
     {**IMAGE, "id": "b", "prompt": [{"role": "user", "content": [TEXT]}]},
 )
 INFO = {
     "mine": {
-        "file_name": "rows.jsonl",
-        "ranking": True,
-        "formatting": "sharegpt",
+        "file_name": "rows.jsonl", "ranking": True, "formatting": "sharegpt",
         "columns": {"messages": "talk", "chosen": "good", "rejected": "bad", "images": "pictures"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
     },
     "other": {"file_name": "other.json"},
-}
+}  # fmt: skip
 NAMED = {
-    "talk": [{"role": "user", "content": "<image>What?"}],
-    "good": {"role": "assistant", "content": "a cat"},
-    "bad": {"role": "assistant", "content": "a dog"},
-    "pictures": ["0.png"],
-}
+    "talk": [{"role": "user", "content": "<image>What?"}], "good": {"role": "assistant", "content": "a cat"},
+    "bad": {"role": "assistant", "content": "a dog"}, "pictures": ["0.png"],
+}  # fmt: skip
 
 
 @functools.cache
@@ -82,14 +64,11 @@ def picture() -> make.Files:
 
 
 def _rows(*kinds: dict) -> st.SearchStrategy[make.Files]:
-    def cases():
-        return st.sampled_from(kinds).flatmap(
-            lambda row: make.changed_folder(
-                {"rows.jsonl": lines([row, row | {"id": "other"}]), **picture()}, "rows.jsonl"
-            )
-        )
+    def of(row: dict) -> st.SearchStrategy[make.Files]:
+        files = {"rows.jsonl": lines([row, row | {"id": "other"}]), **picture()}
+        return make.changed_folder(files, "rows.jsonl")
 
-    return st.deferred(cases)
+    return st.deferred(lambda: st.sampled_from(kinds).flatmap(of))
 
 
 def pairs(files: make.Files, folder: Path) -> None:
