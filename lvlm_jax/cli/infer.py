@@ -8,7 +8,7 @@ import time
 
 from lvlm_jax import LVLM, config_files
 from lvlm_jax.analysis import overlay
-from lvlm_jax.cli import common, habits
+from lvlm_jax.cli import common, demo, habits
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import jobs, scheduler
 from lvlm_jax.generation.defaults import CHOICES
@@ -17,14 +17,15 @@ from lvlm_jax.journal import record
 from lvlm_jax.methods import parse
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.templates import check_system
-from lvlm_jax.weights import names
+from lvlm_jax.weights import names, smol
 from lvlm_jax.weights.quantize import QUANTS
 
 EXAMPLES = """\
 examples:
   lvlm infer
       the small model inside the package describes a sample image and answers questions about it, greedy
-      beside CMAC, and draws where it looked
+      beside CMAC, and draws where it looked; with lvlm_jax[smol] installed it is smol, and two descriptions more
+      show what a method mends and what it spoils, and how often
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
   lvlm infer --model-path llava-1.5-7b-hf --question-file coco_pope_random.json --image-folder val2014 \\
@@ -39,9 +40,11 @@ def command_line(words: list[str]):
     """The command line as a namespace: defaults from the config, the demo filled in, `method` built (or None)."""
     # The config holds the defaults, and the method's fields become flags, so both are looked up first.
     asked = dict.fromkeys(("image", "prompt", "question_file", "answers_file"))
-    chosen = common.ahead(words, config="infer", method=None, **asked)
+    chosen = common.ahead(words, config="infer", method=None, model=None, model_path=None, **asked)
     defaults = config_files.load_config(chosen.config)
-    demo = not any(getattr(chosen, name) for name in asked)
+    alone = not any(getattr(chosen, name) for name in asked)
+    if alone and not (chosen.model or chosen.model_path) and defaults.model_path == "pocket" and smol.usable():
+        defaults.model_path = "smol"
 
     parser = common.Parser(
         prog="lvlm infer", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
@@ -52,7 +55,7 @@ def command_line(words: list[str]):
         "--model-path",
         "--model",
         metavar="PATH",
-        help="checkpoint folder or hub id; pocket: the one inside the package",
+        help="checkpoint folder or hub id; pocket: the one inside the package; smol: see docs/smol.md",
     )
     add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
     add("--dtype", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
@@ -108,11 +111,12 @@ def command_line(words: list[str]):
     )
     add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
     add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
-    name = chosen.method or (defaults.demo.method if demo else defaults.method)
+    name = chosen.method or (defaults.demo.method if alone else defaults.method)
     common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(name, arguments)
-    if demo:
+    arguments.examples = defaults.demo.examples if alone and arguments.model_path == "smol" else None
+    if alone:
         arguments.image = [str(names.pocket_file("sample.png"))]
         arguments.prompt = list(defaults.demo.prompts)
         if not arguments.stream:
@@ -233,6 +237,8 @@ def ask(arguments) -> int:
             rows += overlay.rows_of(model, name, images, conversations[0], output.tokens[0], methods[name])
         overlay.draw(arguments.attention_map, rows)
         print(f"\nwhere each looked while answering the first question: {arguments.attention_map}")
+    if arguments.examples:
+        demo.show(model, arguments.examples, arguments.max_new_tokens)
     return 0
 
 

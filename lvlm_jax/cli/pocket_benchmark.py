@@ -3,15 +3,18 @@
     lvlm pocket-benchmark                                          all methods, 200 images
     lvlm pocket-benchmark --images 60                              fewer to ask about, 200 to describe
     lvlm pocket-benchmark --methods vcd sevi-focused --images 100
-    lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real language model inside
+    lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real language model inside, and
+                                                                   what of the papers' claims shows on it
     lvlm pocket-benchmark --markdown docs/pocket_benchmark.md      also write the tables there
 
 Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD holds answers and scores, and the
 controls lie beside them; stopped and started again, it goes on where it was. OUT/table.md has the tables.
 """
 
+import argparse
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from lvlm_jax import weights
@@ -21,23 +24,31 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import statistics
 from lvlm_jax.files import write_whole
 from lvlm_jax.methods import Method, parse
-from lvlm_jax.pocket import benchmark_run
+from lvlm_jax.pocket import benchmark, benchmark_run
 from lvlm_jax.weights import names
 
+PARTS = {part.name: part for part in benchmark.PARTS}
 DEEP = 24  # layers from which a model is asked with the papers' own numbers of layers, which are of 32
 
 
-def chosen(wanted: list[str], model: str = "pocket") -> dict[str, Method]:
-    """Name -> method, of configs/pocket_benchmark.py, for a model.
+def deep(model: str) -> bool:
+    """Whether a model is about as deep as those that papers give numbers of layers for."""
+    return weights.model_config(weights.resolve_checkpoint(names.checkpoint(model))).text.num_layers >= DEEP
+
+
+def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Mapping[str, Method]]:
+    """Name -> method, or methods by parts, of configs/pocket_benchmark.py.
+
+    Args:
+        published: with the papers' own numbers of layers.
 
     Raises:
         LVLMError: a wanted method is not there.
     """
-    config = weights.model_config(weights.resolve_checkpoint(names.checkpoint(model)))
-    known = settings.get_methods(published_layers=config.text.num_layers >= DEEP)
+    known = settings.get_published() if published else settings.get_methods()
     if wanted == ["all"]:
         return known
-    found = {}
+    found: dict[str, Method | Mapping[str, Method]] = {}
     for name in wanted:
         if ":" in name:
             folder = re.sub(r"[^a-z0-9.=]+", "-", name.lower())
@@ -69,6 +80,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--batch-size", type=common.number(int, 1), default=64, metavar="N", help="prompts at once (default 64)"
     )
+    parser.add_argument("--seeds", type=common.number(int, 1), metavar="N",
+                        help="worlds that images are drawn from, in turns (default 1; 3 for a deep model)")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS), metavar="PART",
+                        help=f"{', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_benchmark"), metavar="DIR",
@@ -76,10 +91,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     flags = parser.parse_args(arguments)
     began = time.monotonic()
-    methods = chosen(flags.methods, flags.model_path)
-    options = "" if flags.model_path == "pocket" else f" --model {flags.model_path}"
-    options += "" if flags.dtype == "auto" else f" --dtype {flags.dtype}"
-    words = "" if flags.methods == ["all"] else f" --methods {' '.join(flags.methods)}"
+    published = deep(flags.model_path)
+    methods, seeds = chosen(flags.methods, published), flags.seeds or (3 if published else 1)
     setup = benchmark_run.Setup(
         flags.out,
         flags.model_path,
@@ -87,8 +100,11 @@ def main(arguments: list[str]) -> int:
         flags.captions,
         flags.batch_size,
         flags.resamples,
-        f"lvlm pocket-benchmark{options} --images {flags.images} --captions {flags.captions}{words}",
+        command(flags),
         flags.dtype,
+        seeds,
+        [PARTS[name] for name in PARTS if name in flags.parts],
+        settings.get_claims() if published else {},
     )
     text = benchmark_run.run(setup, methods)
     if flags.markdown:
@@ -96,3 +112,22 @@ def main(arguments: list[str]) -> int:
     print(text)
     print(f"{time.monotonic() - began:.0f} s; tables in {flags.out / 'table.md'}")
     return 0
+
+
+def command(flags: argparse.Namespace) -> str:
+    """The command line that makes the same document, without what changes no figure."""
+    words = ["lvlm pocket-benchmark"]
+    if flags.model_path != "pocket":
+        words += ["--model", flags.model_path]
+    if flags.dtype != "auto":
+        words += ["--dtype", flags.dtype]
+    words += ["--images", str(flags.images), "--captions", str(flags.captions)]
+    if flags.seeds:
+        words += ["--seeds", str(flags.seeds)]
+    if flags.batch_size != 64:
+        words += ["--batch-size", str(flags.batch_size)]
+    if flags.parts != list(PARTS):
+        words += ["--parts", *flags.parts]
+    if flags.methods != ["all"]:
+        words += ["--methods", *flags.methods]
+    return " ".join(words)

@@ -92,8 +92,11 @@ MULTI_IMAGE = Part(
 PARTS = (POPE, CHAIR, MME, MULTI_IMAGE)
 
 
-def write_world(folder: Path, images: int) -> None:
+def write_world(folder: Path, images: int, seeds: int = 1) -> None:
     """The first `images` scenes of the test split, unless the folder is there; it is complete or absent.
+
+    Args:
+        seeds: how many worlds the scenes are drawn from, in turns.
 
     Raises:
         LVLMError: too few images for POPE, or a folder that cannot be written.
@@ -103,7 +106,7 @@ def write_world(folder: Path, images: int) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
-            splits.write_split(Path(part) / "world", "test", images)
+            splits.write_split(Path(part) / "world", "test", images, tuple(range(seeds)))
             (Path(part) / "world").rename(folder)
     except OSError as error:
         raise LVLMError(
@@ -124,9 +127,9 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
     beside = {name: scores["controls"] for name, scores in found.items() if "controls" in scores}
     if beside:
         kinds = list(dict.fromkeys(kind for controls in beside.values() for kind in controls))
-        lines += ["", _row(["method against", *kinds]), "|---" * (len(kinds) + 1) + "|"]
+        lines += ["", row(["method against", *kinds]), "|---" * (len(kinds) + 1) + "|"]
         for name, controls in beside.items():
-            lines.append(_row([name, *(_judged(controls.get(kind)) for kind in kinds)]))
+            lines.append(row([name, *(_judged(controls.get(kind)) for kind in kinds)]))
     return "\n".join(lines) + "\n"
 
 
@@ -141,27 +144,28 @@ def table(columns: Mapping[str, str], found: Mapping[str, Mapping], what: str = 
     """
     timed = ["seconds"] * any("cost" in scores for scores in found.values())
     heading = [what, *columns, *timed]
-    lines = [_row(heading), "|---" * len(heading) + "|"]
+    lines = [row(heading), "|---" * len(heading) + "|"]
     for name, scores in found.items():
         control = scores.get("controls", {}).get("greedy", {})
         against = scores.get("against", control.get("against", {})).get("differences", {})
-        cells = [_cell(scores["figures"].get(figure), against.get(figure)) for figure in columns.values()]
-        lines.append(_row([name, *cells, *(f"{scores['cost']['seconds']:.0f}" for _ in timed)]))
+        cells = [cell(scores["figures"].get(figure), against.get(figure)) for figure in columns.values()]
+        lines.append(row([name, *cells, *(f"{scores['cost']['seconds']:.0f}" for _ in timed)]))
     return lines
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(figure: Mapping | None, difference: Mapping | None) -> str:
+def cell(figure: Mapping | None, difference: Mapping | None = None) -> str:
     """A figure with its interval and, below it, its difference to greedy with the paired interval."""
     if figure is None or figure["value"] is None:
         return "–"
     unit = figure["unit"]
-    text = f"{_number(figure['value'], unit)} ({_between(figure['interval'], unit)})"
+    text = f"{number(figure['value'], unit)} ({between(figure['interval'], unit)})"
     if difference is not None and difference["value"] is not None:
-        change = _number(difference["value"], unit, "+"), _between(difference["interval"], unit, "+")
+        change = number(difference["value"], unit, "+"), between(difference["interval"], unit, "+")
         text += f"<br>{change[0]} ({change[1]})"
     return text
 
@@ -171,14 +175,16 @@ def _judged(control: Mapping | None) -> str:
         return "–"
     differences, figures = control["against"]["differences"], control["figures"]
     return "<br>".join(
-        f"{says} ({_number(differences[name]['value'], figures[name]['unit'], '+')} {name})"
+        f"{says} ({number(differences[name]['value'], figures[name]['unit'], '+')} {name})"
         for name, says in control["verdicts"].items()
     ) or "not defined"  # fmt: skip
 
 
-def _number(value: float | None, unit: str, sign: str = "") -> str:
+def number(value: float | None, unit: str, sign: str = "") -> str:
+    """A figure of a unit, shares in per cent."""
     return "–" if value is None else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
 
 
-def _between(interval: list, unit: str, sign: str = "") -> str:
-    return " to ".join(_number(bound, unit, sign) for bound in interval)
+def between(interval: list, unit: str, sign: str = "") -> str:
+    """The ends of an interval."""
+    return " to ".join(number(bound, unit, sign) for bound in interval)

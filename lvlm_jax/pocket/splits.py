@@ -9,6 +9,7 @@ MME_Benchmark_release_version/{existence,count,position,color}/NAME.png and NAME
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,13 +31,13 @@ MME_SUFFIX = " Please answer yes or no."
 SAMPLE = ("test", 2822)
 
 
-def write_split(folder: str | Path, split: str, images: int, seed: int = 0) -> dict[str, int]:
+def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[int, ...] = 0) -> dict[str, int]:
     """Write the first `images` scenes of a split; the same arguments always write the same data.
 
     Args:
         folder: new or empty.
         split: "train" (a quarter of its captions wrong), "val" or "test" (a share of its scenes against type).
-        seed: another seed gives another world's worth of scenes.
+        seed: another seed gives another world's worth of scenes; of several, one image of each in turn.
 
     Returns:
         How many images, objects and captions were written, and how many questions of each file.
@@ -51,8 +52,9 @@ def write_split(folder: str | Path, split: str, images: int, seed: int = 0) -> d
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LVLMError(f"{folder} is not an empty folder; give a new one")
-    scenes = [scene_at(split, index, seed) for index in range(images)]
-    pope = _pope(split, scenes, seed)  # may find too few images, so before anything is written
+    seeds = seed if isinstance(seed, tuple) else (seed,)
+    scenes = [scene_at(split, index // len(seeds), seeds[index % len(seeds)]) for index in range(images)]
+    pope = _pope(split, scenes, seeds)  # may find too few images, so before anything is written
     try:
         for name in ("images", "annotations", "pope", "questions"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -60,11 +62,11 @@ def write_split(folder: str | Path, split: str, images: int, seed: int = 0) -> d
         raise LVLMError(f"cannot make the folder {folder}: {error.strerror}; give one that can be written") from error
     for index, scene in enumerate(scenes):
         Image.fromarray(render(scene)).save(folder / "images" / file_name(split, index))
-    counts = _write_annotations(folder / "annotations", split, scenes, seed)
+    counts = _write_annotations(folder / "annotations", split, scenes, seeds)
     for strategy, rows in pope.items():
         counts[f"pope_{strategy}"] = _write_lines(folder / "pope" / f"pope_{strategy}.json", rows)
-    counts |= _write_questions(folder / "questions", split, scenes, seed)
-    counts |= _write_mme(folder / "MME_Benchmark_release_version", split, scenes, seed)
+    counts |= _write_questions(folder / "questions", split, scenes, seeds)
+    counts |= _write_mme(folder / "MME_Benchmark_release_version", split, scenes, seeds)
     return counts
 
 
@@ -73,18 +75,23 @@ def file_name(split: str, index: int) -> str:
     return f"pocket_{split}_{index:06d}.png"
 
 
+def number(name: str | int) -> int:
+    """Place in its split of the image with this file name or id."""
+    return int(re.findall(r"\d+", str(name))[-1]) % 1_000_000
+
+
 def demo_scene() -> Scene:
     """The scene of the shipped `sample.png`."""
     return scene_at(*SAMPLE)
 
 
-def _generator(purpose: int, split: str, seed: int) -> np.random.Generator:
+def _generator(purpose: int, split: str, seeds: tuple[int, ...]) -> np.random.Generator:
     """Each file draws from a generator of its own, so that a change to one leaves the others as they are."""
-    return np.random.default_rng([12, purpose, SPLITS[split], seed])
+    return np.random.default_rng([12, purpose, SPLITS[split], *seeds])
 
 
-def _write_annotations(folder: Path, split: str, scenes: list[Scene], seed: int) -> dict[str, int]:
-    rng = _generator(0, split, seed)
+def _write_annotations(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
+    rng = _generator(0, split, seeds)
     first = FIRST_ID[split]
     listed = [
         {"id": first + i, "file_name": file_name(split, i), "width": SIZE, "height": SIZE, "scene": scene.kind}
@@ -106,7 +113,11 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene], seed: int)
             )
         for text, _ in captions.five_captions(scene, rng, captions.NOISE if split == "train" else 0.0):
             texts.append({"id": first * 10 + len(texts), "image_id": first + i, "caption": text})
-    information = {"description": "lvlm_jax pocket world", "split": split, "seed": seed}
+    information = {
+        "description": "lvlm_jax pocket world",
+        "split": split,
+        "seed": seeds[0] if len(seeds) == 1 else seeds,
+    }
     listed_categories = [{"id": number, "name": name} for name, number in catalogue.COCO_IDS.items()]
     instances = {"info": information, "images": listed, "annotations": objects, "categories": listed_categories}
     _write_json(folder / f"instances_{split}.json", instances)
@@ -121,10 +132,10 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     return np.diff(np.concatenate([[0], edges])).tolist()
 
 
-def _pope(split: str, scenes: list[Scene], seed: int) -> dict[str, list[dict]]:
+def _pope(split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, list[dict]]:
     images = [(file_name(split, i), list(scene.counts)) for i, scene in enumerate(scenes)]
     return {
-        strategy: pope_rows(images, strategy, catalogue.CATEGORIES, _generator(1, split, seed))
+        strategy: pope_rows(images, strategy, catalogue.CATEGORIES, _generator(1, split, seeds))
         for strategy in STRATEGIES
     }
 
@@ -135,8 +146,8 @@ def _row(number: int, images: list[str], question: Question) -> dict:
             "answer": question.full}  # fmt: skip
 
 
-def _write_questions(folder: Path, split: str, scenes: list[Scene], seed: int) -> dict[str, int]:
-    rng = _generator(2, split, seed)
+def _write_questions(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
+    rng = _generator(2, split, seeds)
     written = {}
     for kind in ("choice", "counting", "position", "colour", "place"):
         rows: list[dict] = []
@@ -166,8 +177,8 @@ def _groups(scenes: list[Scene], rng: np.random.Generator) -> Iterable[list[int]
             yield [first, *(int(i) for i in rng.choice(others, size - 1, replace=False))]
 
 
-def _write_mme(folder: Path, split: str, scenes: list[Scene], seed: int) -> dict[str, int]:
-    rng = _generator(3, split, seed)
+def _write_mme(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
+    rng = _generator(3, split, seeds)
     written = {}
     for task, kind in MME_TASKS.items():
         (folder / task).mkdir(parents=True)

@@ -51,6 +51,12 @@ def base() -> Path:
     return files[0]
 
 
+def usable() -> bool:
+    """Whether all that it is put together from is installed."""
+    packages = all(importlib.util.find_spec(name) for name in (PACKAGE, "gguf"))
+    return packages and all((SHIPPED / name).is_file() for name in TRAINED.values())
+
+
 def config() -> FamilyConfig:
     """The configuration of the model, whose language model is SmolLM2."""
     return models.config_from_hf(read_configuration(SHIPPED))

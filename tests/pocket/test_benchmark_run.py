@@ -5,13 +5,15 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lvlm_jax.cli import pocket_benchmark
+from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import get
 from lvlm_jax.pocket import benchmark as pocket
-from lvlm_jax.pocket import benchmark_run, splits
+from lvlm_jax.pocket import benchmark_run, claims, splits
 from tests.evaluation.fakes import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,53 @@ def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
     assert asked < oracle.asked < 1.5 * asked  # greedy, sampling and the cut are shared
     with pytest.raises(LVLMError, match="no method 'magic'; it has all, cmac-pope, .* opera"):
         run(out, "--methods", "magic")
+
+
+def test_what_papers_claim_is_held_against_the_figures(tmp_path, monkeypatch):
+    """Every row says what the table's interval says, and the worlds' differences are those of their images."""
+    monkeypatch.setattr(benchmark_run.LVLM, "from_pretrained", lambda *_, **__: Oracle())
+    monkeypatch.setattr(pocket_benchmark, "deep", lambda _: True)
+    words = ["--methods", "vcd", "capl", "iat", "--seeds", "2", "--parts", "pope", "chair", "multi_image"]
+    assert run(tmp_path, *words, "--images", "40") == 0
+    claimed, mended, pope = tables(tmp_path / "table.md")[:3]
+    assert [row[:2] for row in claimed[2:]] == [
+        *(["vcd", word] for word in ("POPE accuracy", "POPE F1", "C_S", "C_I")),
+        ["iat", "C_S"], ["iat", "C_I"], ["capl", "several images"],
+    ]  # fmt: skip
+    scores = json.loads((tmp_path / "pope" / "vcd" / "scores.json").read_text())
+    difference = scores["controls"]["greedy"]["against"]["differences"]["mean: accuracy"]
+    low, high = difference["interval"]
+    assert claimed[2][5].strip("*") == ("shown" if low > 0 else "opposite" if high < 0 else "not shown")
+    assert claimed[2][4].startswith(f"{100 * difference['value']:+.1f} (")
+    right = [
+        {(group, number): good for group, number, good in json.loads(path.read_text())["correct"]}
+        for path in (tmp_path / "pope" / name / "scores.json" for name in ("vcd", "greedy"))
+    ]
+    files = [json.loads(line) for line in (tmp_path / "world-40-of-2/pope/pope_random.json").read_text().splitlines()]
+    even = [("random", str(row["question_id"])) for row in files if splits.number(row["image"]) % 2 == 0]
+    change = np.mean([right[0][key] for key in even]) - np.mean([right[1][key] for key in even])
+    found = claims.by_world(
+        dataclasses.replace(claims.FIGURES["POPE accuracy"], figure="random: accuracy"),
+        tmp_path / "pope" / "vcd", tmp_path / "pope" / "greedy", 2,
+    )  # fmt: skip
+    assert found[0] == pytest.approx(change)
+    assert [row[0] for row in mended[2:]] == ["vcd", "iat"]
+    assert [row[0] for row in pope[2:]] == ["greedy", "vcd"]  # iat cannot act on one word, nor capl on one image
+
+
+def test_verdicts_follow_interval_and_claim():
+    said = [claims.verdict(interval, 1) for interval in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], [0, 0.1], [None, 1])]
+    assert said == ["shown", "not shown", "opposite", "not shown", "not shown"]
+    assert [claims.verdict(interval, -1) for interval in ([0.1, 0.2], [-0.2, -0.1])] == ["opposite", "shown"]
+
+
+def test_every_claim_is_about_a_figure_of_a_method():
+    known, claimed = settings.get_published(), settings.get_claims()
+    assert {word for words in claimed.values() for word in words} <= set(claims.FIGURES)
+    assert all(any(claims.of(name, {word: "x"}) for name in known) for word in claimed)
+    assert [name for name in known if not claims.of(name, claimed)] == ["dola-low"]
+    for part in (part for given in known.values() if isinstance(given, dict) for part in given):
+        assert part in {one.name for one in pocket.PARTS}
 
 
 def no_space(*_):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket.catalogue import CATEGORIES
-from lvlm_jax.pocket.splits import write_split
+from lvlm_jax.pocket.splits import file_name, write_split
 from tests.pocket.words import categories_in
 
 IMAGES = 120
@@ -154,6 +154,15 @@ def test_the_same_arguments_write_the_same_files(folder, tmp_path):
     first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
     assert first == again
+
+
+def test_of_several_seeds_one_image_of_each_in_turn(folder, tmp_path):
+    write_split(tmp_path / "two", "test", 12, (0, 1))
+    write_split(tmp_path / "other", "test", 6, 1)
+    for place in range(6):
+        ours = [(tmp_path / "two" / "images" / file_name("test", 2 * place + seed)).read_bytes() for seed in (0, 1)]
+        theirs = [(one / "images" / file_name("test", place)).read_bytes() for one in (folder, tmp_path / "other")]
+        assert ours == theirs
 
 
 @pytest.mark.parametrize(

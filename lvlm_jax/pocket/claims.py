@@ -1,0 +1,162 @@
+"""Does what papers claim of their methods show on a model of the pocket world? One page of the pocket benchmark.
+
+A claim is that a figure is better with a method than without: "shown" where the paired 95 % interval of the difference
+to greedy decoding lies on the better side of 0, "opposite" where it lies on the other side, else "not shown". Beside it
+stand the same difference in each of the worlds that the images come from, what many papers compare with (sampling),
+and a trivial control with the same side effect: as many words, or as many times yes.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm_jax.evaluation.report import runs
+from lvlm_jax.pocket import benchmark, splits
+
+SHOWN, OPPOSITE, NOT_SHOWN = "shown", "opposite", "not shown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A figure that claims are about: its part of the benchmark, its name there, and the trivial control beside it."""
+
+    part: benchmark.Part
+    figure: str
+    control: str
+
+
+FIGURES = {
+    "POPE accuracy": Measure(benchmark.POPE, "mean: accuracy", "threshold"),
+    "POPE F1": Measure(benchmark.POPE, "mean: F1", "threshold"),
+    "C_S": Measure(benchmark.CHAIR, "C_S", "length"),
+    "C_I": Measure(benchmark.CHAIR, "C_I", "length"),
+    "caption F1": Measure(benchmark.CHAIR, "F1", "length"),
+    "several images": Measure(benchmark.MULTI_IMAGE, "accuracy", "threshold"),
+}
+
+NOTES = """\
+Figures are shares in per cent, differences in points, each with its 95 % interval (images resampled, paired). "Shown":
+the interval of the difference to greedy decoding lies on the side that the paper claims; "opposite": on the other one.
+By chance alone an interval misses 0 on a given side in 2.5 of 100 cases. "Worlds" are the differences in the parts of
+the images that each seed drew. "Sampling": the method, decoded greedily, against no method, sampled at temperature 1,
+which is what many papers compare with; greedy decoding alone would do much of that. "Trivial": against greedy
+captions cut to the method's length, or, of yes/no questions,
+against a threshold that says yes as often as the method."""
+
+
+def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The claims about a row of the table: those under its name, or under the first word of it."""
+    return claims.get(name, claims.get(name.split("-")[0], ()))
+
+
+def verdict(interval: Sequence[float | None], direction: int) -> str:
+    """What the interval of a method's difference to greedy says of the claim that it is better.
+
+    Args:
+        direction: 1 where a high value is good, -1 where a low one is.
+    """
+    low, high = interval
+    if low is None or high is None or low <= 0 <= high:
+        return NOT_SHOWN
+    return SHOWN if (low > 0) == (direction > 0) else OPPOSITE
+
+
+def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[float]:
+    """Differences of the method to greedy, for the images of each world alone.
+
+    Args:
+        method, greedy: folders of the runs.
+        worlds: into how many worlds the images are dealt, as `splits.write_split` does it.
+    """
+    values = []
+    for folder in (method, greedy):
+        scores = runs.restored(runs.load(folder / "scores.json", folder.name))
+        world = np.array([splits.number(unit.split("+")[0]) % worlds for unit in scores.units])
+        weights = (world == np.arange(worlds)[:, None]).astype(float)
+        values.append(scores.values(weights)[measure.figure])
+    return [float(difference) for difference in values[0] - values[1]]
+
+
+def page(
+    found: Mapping[str, Mapping[str, Mapping]], claims: Mapping[str, Sequence[str]], out: Path, worlds: int
+) -> str:
+    """The page: a table of all claims, how many are shown, and how often captions are mended and spoilt.
+
+    Args:
+        found: part -> method -> contents of its `scores.json`; "greedy" among the methods.
+        claims: method -> keys of `FIGURES`.
+        out: folder of the benchmark.
+    """
+    rows, verdicts = [], Counter()
+    for name in dict.fromkeys(name for scores in found.values() for name in scores):
+        for word in of(name, claims):
+            measure = FIGURES[word]
+            scores = found.get(measure.part.name, {}).get(name)
+            if scores is None:
+                continue
+            says, cells = _row(measure, scores, out / measure.part.name / name, worlds)
+            verdicts[says] += 1
+            rows.append(benchmark.row([name, word, *cells]))
+    heading = ["method", "better by", "greedy", "with it", "difference", "claim", "worlds", "sampling", "trivial"]
+    counted = ", ".join(f"{verdicts[word]} {word}" for word in (SHOWN, NOT_SHOWN, OPPOSITE))
+    lines = ["## Does what the papers claim show here?", "", f"Of {len(rows)} claims: {counted}.", "", NOTES, ""]
+    lines += [benchmark.row(heading), "|---" * len(heading) + "|", *rows]
+    return "\n".join([*lines, "", *_captions(found.get(benchmark.CHAIR.name, {}))]) + "\n"
+
+
+def _row(measure: Measure, scores: Mapping, folder: Path, worlds: int) -> tuple[str, list[str]]:
+    """The verdict on a claim, and the cells of its row."""
+    greedy = scores["controls"]["greedy"]
+    difference = greedy["against"]["differences"][measure.figure]
+    says = verdict(difference["interval"], measure.part.benchmark.direction(measure.figure))
+    unit = scores["figures"][measure.figure]["unit"]
+    each = [benchmark.number(one, unit, "+") for one in by_world(measure, folder, folder.parent / "greedy", worlds)]
+    cells = [
+        benchmark.cell(greedy["figures"][measure.figure]),
+        benchmark.cell(scores["figures"][measure.figure]),
+        f"{benchmark.number(difference['value'], unit, '+')} ({benchmark.between(difference['interval'], unit, '+')})",
+        f"**{says}**" if says != NOT_SHOWN else says,
+        ", ".join(each),
+        _beside(measure, scores["controls"], "temperature", unit),
+        _beside(measure, scores["controls"], measure.control, unit),
+    ]
+    return says, cells
+
+
+def _beside(measure: Measure, controls: Mapping, kind: str, unit: str) -> str:
+    """Whether the method is better than a control, with the difference; "–" where the control has no such figure."""
+    difference = controls.get(kind, {}).get("against", {}).get("differences", {}).get(measure.figure)
+    if difference is None or difference["value"] is None:
+        return "–"
+    word = {SHOWN: "better", OPPOSITE: "worse", NOT_SHOWN: "no difference"}
+    says = word[verdict(difference["interval"], measure.part.benchmark.direction(measure.figure))]
+    return f"{says} ({benchmark.number(difference['value'], unit, '+')})"
+
+
+def _captions(found: Mapping[str, Mapping]) -> list[str]:
+    """How often a method mends a caption, and how often it spoils one; with the first images of each."""
+    if len(found) < 2:
+        return []
+    free = {name: {number: right for _, number, right in scores["correct"]} for name, scores in found.items()}
+    greedy = free["greedy"]
+    heading = ["method", "mended", "spoilt", "mended images", "spoilt images"]
+    lines = [
+        "## Captions mended and spoilt",
+        "",
+        f"Of {len(greedy)} images: greedy decoding names an object that is not there and the method does not (mended), "
+        "or the other way round (spoilt); numbers of the first images.",
+        "",
+        benchmark.row(heading),
+        "|---" * len(heading) + "|",
+    ]
+    for name, right in free.items():
+        if name != "greedy":
+            mended = [number for number, good in right.items() if good and not greedy[number]]
+            spoilt = [number for number, good in right.items() if greedy[number] and not good]
+            counts = [str(len(mended)), str(len(spoilt))]
+            first = [", ".join(str(splits.number(number)) for number in some[:3]) or "–" for some in (mended, spoilt)]
+            lines.append(benchmark.row([name, *counts, *first]))
+    return lines
