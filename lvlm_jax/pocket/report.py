@@ -15,6 +15,14 @@ from lvlm_jax.pocket.scenes import scene_at
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 DETAILED = "Please describe this image in detail."
 RESAMPLES = 2000
+# Questions without an image that no training text of the two models holds, with what a right answer has in it.
+SPOKEN = {
+    "What is the capital of France?": "paris",
+    "What is the capital of Italy?": "rome",
+    "What color is the sky on a clear day?": "blue",
+    "How many legs does a dog have?": "four",
+    "Who wrote Hamlet?": "shakespeare",
+}
 # Longest names first, so that a teddy bear is no bear and a hot dog no dog.
 FORMS = {form: name for name in catalogue.CATEGORIES for form in (name, catalogue.plural(name))}
 NAMED = re.compile(r"\b(" + "|".join(sorted(map(re.escape, FORMS), key=len, reverse=True)) + r")\b")
@@ -159,13 +167,20 @@ def questions(examiner: Examiner) -> dict:
     return found
 
 
+def spoken(examiner: Examiner) -> dict:
+    """How many questions about no image are answered, which a language model can do from what it knows."""
+    said = examiner.ask([{"images": [], "text": text} for text in SPOKEN], "without an image", "", 40)
+    right = [word in text.lower() for word, (text, _) in zip(SPOKEN.values(), said, strict=True)]
+    return {"questions without an image: answered": rate(grouped(list(SPOKEN), right))}
+
+
 def examine(model: LVLM, images: int, batch: int, seed: int = 0) -> dict[str, dict]:
     """All figures, each `{value, interval, n}`, of a model on the first `images` scenes of the test split."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "split"
         splits.write_split(folder, "test", images, seed)
         examiner = Examiner(model, folder, batch)
-        return pope(examiner) | descriptions(examiner, images, seed) | questions(examiner)
+        return pope(examiner) | descriptions(examiner, images, seed) | questions(examiner) | spoken(examiner)
 
 
 def markdown(figures: dict, about: dict) -> str:

@@ -1,0 +1,41 @@
+"""The demo: of smol where all of it is installed, with a description that is mended and one that is spoilt."""
+
+from types import SimpleNamespace
+
+from PIL import Image
+
+from lvlm_jax import config_files
+from lvlm_jax.cli import demo, infer
+from lvlm_jax.pocket.catalogue import CATEGORIES
+from lvlm_jax.pocket.scenes import scene_at
+from lvlm_jax.weights import smol
+
+
+def test_the_demo_is_of_smol_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(smol, "usable", lambda: True)
+    alone, named, asked = (infer.command_line(words) for words in ([], ["--model", "pocket"], ["--prompt", "Hello"]))
+    assert (alone.model_path, named.model_path, asked.model_path) == ("smol", "pocket", "pocket")
+    assert alone.examples and not named.examples and not asked.examples
+    monkeypatch.setattr(smol, "usable", lambda: False)
+    assert infer.command_line([]).model_path == "pocket"
+
+
+def test_examples_mark_what_is_not_there_and_say_how_often(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chosen = config_files.load_config("infer").demo.examples
+    scenes = [scene_at("test", chosen[kind].scene, chosen[kind].seed) for kind in ("mended", "spoilt")]
+    absent = [next(name for name in CATEGORIES if name not in scene.counts) for scene in scenes]
+    there = [next(iter(scene.counts)) for scene in scenes]
+
+    def generate(asked, method, max_new_tokens):
+        assert len(asked) == 2 and max_new_tokens == 9
+        words = [absent[0], there[1]] if method is None else [there[0], absent[1]]
+        return SimpleNamespace(text=[f"I see a {word}." for word in words])
+
+    demo.show(SimpleNamespace(generate=generate), chosen, 9)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith(f"I see a {absent[0]}. [not there: {absent[0]}]") and lines[3].endswith(f"{there[0]}.")
+    assert lines[7].endswith(f"{there[1]}.") and lines[8].endswith(f"[not there: {absent[1]}]")
+    for place, kind in ((4, "mended"), (9, "spoilt")):
+        assert f"in {chosen[kind].count} of {chosen.images} images" in lines[place]
+        assert Image.open(tmp_path / "runs" / f"demo_{kind}.png").size == (96, 96)
