@@ -102,7 +102,14 @@ def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]
     return False, band
 
 
-def pack(maps: Float[np.ndarray, "G L W cells"]) -> tuple[str, str]:
+def share_of(size: tuple[int, int], region: tuple[float, float, float, float] | None) -> list[float]:
+    """Left, top, width and height of a region of a picture, as shares of the picture; None is all of it."""
+    width, height = size
+    left, top, right, bottom = region or (0, 0, width, height)
+    return [left / width, top / height, (right - left) / width, (bottom - top) / height]
+
+
+def pack(maps: Float[np.ndarray, "*any cells"]) -> tuple[str, str]:
     """Maps as base64: one byte a cell, and a float32 scale for each map.
 
         value = scale · (byte / 255)²
@@ -157,15 +164,13 @@ def _base64(array: np.ndarray) -> str:
 
 
 def _picture(picture: Picture, budget: float) -> dict:
-    width, height = picture.image.size
-    left, top, right, bottom = picture.region or (0, 0, width, height)
     small = picture.image.convert("RGB")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     kind, file = _encoded(small, budget)
     return {
         "source": f"data:image/{kind};base64," + base64.b64encode(file).decode(),
         "size": [small.width, small.height],
-        "region": [left / width, top / height, (right - left) / width, (bottom - top) / height],
+        "region": share_of(picture.image.size, picture.region),
     }
 
 

@@ -45,6 +45,9 @@ def build_parser(limits: Any) -> common.Parser:
     where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     where.add_argument("--port", type=common.number(int, 0, 65535), default=8000, metavar="N",
                        help="0: any that is free (default 8000)")  # fmt: skip
+    where.add_argument("--server-name", action="append", default=[], metavar="NAME",
+                       help="a name by which clients reach a server on 127.0.0.1, as behind a proxy that passes it on; "
+                       "may be repeated")  # fmt: skip
     where.add_argument("--key-file", type=Path, metavar="FILE",
                        help=f"its first line is the key that clients must send (or set {KEY})")  # fmt: skip
     where.add_argument("--allow-host", action="append", default=[], metavar="NAME",
@@ -110,7 +113,8 @@ def main(words: list[str]) -> int:
     name = flags.name or Path(flags.model_path).name
     service = Service(model, name, limits, named, frozenset(map(str.lower, flags.allow_host)), flags.aliases_only)
     warm = [None, *methods, *service.catalogue.aliases.values()]
-    return serve(service, warm, flags.host, flags.port, secret, flags.state)
+    known = [one.lower() for one in flags.server_name]
+    return serve(service, warm, flags.host, flags.port, secret, flags.state, known)
 
 
 def _several(text: str) -> list[str]:

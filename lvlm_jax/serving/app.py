@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,24 @@ log = logging.getLogger("lvlm.serve")
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "SAMEORIGIN"}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
 IGNORED = "X-LVLM-Ignored"  # names the fields of a request that mean nothing here
+UNPRINTABLE = re.compile("[^ -~]")  # what no header may hold
 
 
 class App:
     """The application of one service."""
 
-    def __init__(self, service: Service, key: str | None = None, state: Path | None = None):
+    def __init__(
+        self, service: Service, key: str | None = None, state: Path | None = None, names: Container[str] | None = None
+    ):
         """The ASGI application is `asgi`.
 
         Args:
             key: what `Authorization: Bearer KEY` must say; None lets everybody in.
             state: the folder of files and batches; None without them.
+            names: of this server, which a request's Host must be one of; None: any. A page on the internet whose name
+                was pointed at this machine would read answers otherwise.
         """
-        self._service, self._key = service, key
+        self._service, self._key, self._names = service, key, names
         self.batches = Batches(service, state) if state else None
         routes = [
             self._route("/", self._page, "GET", open=True),
@@ -76,6 +82,7 @@ class App:
     def _route(self, path: str, endpoint: Endpoint, method: str, open: bool = False) -> Route:
         async def answered(request: Request) -> Response:
             try:
+                self._check_origin(request)
                 if not open:
                     self._check_key(request)
                 response = await endpoint(request)
@@ -89,6 +96,15 @@ class App:
             return response
 
         return Route(path, answered, methods=[method])
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuses what pages of other servers have a visitor's browser ask for."""
+        host = request.headers.get("host", "")
+        if self._names is not None and _name(host) not in self._names:
+            message = f"this server is not called {host[:80]!r}; its operator can allow the name with --server-name"
+            raise ApiError(403, message, "wrong_host")
+        if request.method != "GET" and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            raise ApiError(403, "pages of other servers may not ask this one", "wrong_origin")
 
     def _check_key(self, request: Request) -> None:
         """Compares in constant time; says nothing of the key that was given."""
@@ -131,14 +147,15 @@ class App:
         service = self._service
         if not service.engine.alive:
             raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
-        body = await self._body(request, service.limits.max_body << 20)
-        ask, prompt = await service.read(body)
-        headers = {IGNORED: ", ".join(ask.ignored)[:1000].encode("ascii", "replace").decode()} if ask.ignored else {}
+        with service.reading():
+            ask, prompt = await service.read(await self._body(request, service.limits.max_body << 20))
+        headers = {IGNORED: UNPRINTABLE.sub("?", ", ".join(ask.ignored))[:1000]} if ask.ignored else {}
         if not ask.stream:
             whole = await _unless_gone(request, service.whole(ask, prompt))
             return JSONResponse(whole, headers=headers)
         chunks = service.chunks(ask, prompt)
-        first = await anext(chunks)  # so that what is wrong at the start has its own status
+        # So that what is wrong at the start has its own status.
+        first = await _unless_gone(request, anext(chunks))
 
         async def events() -> AsyncIterator[bytes]:
             async with contextlib.aclosing(chunks):
@@ -207,6 +224,11 @@ async def _unless_gone(request: Request, answer: Awaitable[Any]) -> Any:
     finally:
         leaving.cancel()
         working.cancel()
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    return host.rpartition("]")[0].lstrip("[").lower() if host.startswith("[") else host.partition(":")[0].lower()
 
 
 def _model(name: str) -> dict:

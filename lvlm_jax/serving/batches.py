@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class Batches:
         file, purpose = form.get("file"), form.get("purpose")
         if not hasattr(file, "read") or not isinstance(purpose, str):
             raise ApiError(400, "the form needs file and purpose", param="file")
+        limit = self._service.limits.max_state
+        if self._store.size() + len(content) > limit << 20:
+            message = f"the files that are kept here would have more than {limit} MiB; delete some"
+            raise ApiError(413, message, "storage_full", "file")
         return JSONResponse(self._store.add_file((file.filename or "file")[:200], purpose[:40], await file.read()))
 
     async def _files(self, request: Request) -> Response:
@@ -112,7 +117,7 @@ class Batches:
         if not isinstance(asked, dict) or asked.get("endpoint") != ENDPOINT:
             raise ApiError(400, f"a batch needs endpoint {ENDPOINT} and input_file_id", param="endpoint")
         file = str(asked.get("input_file_id"))
-        requests = _requests(self._store.content(file))
+        requests = await asyncio.to_thread(_requests, self._store.content(file))
         now = int(time.time())
         batch = {
             "id": new_id("batch"),
@@ -149,7 +154,8 @@ class Batches:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             batch = self._store.load(batch["id"], "batch")
-            self._store.save(batch | {"status": "cancelled", "cancelled_at": int(time.time())})
+            if batch["status"] in UNDER_WAY:
+                self._store.save(batch | {"status": "cancelled", "cancelled_at": int(time.time())})
         return JSONResponse(self._store.load(batch["id"], "batch"))
 
     def _start(self, batch: dict[str, Any]) -> None:
@@ -161,7 +167,7 @@ class Batches:
         """Answers what is not answered, and writes the files of answers and of errors."""
         store = self._store
         try:
-            requests = _requests(store.content(batch["input_file_id"]))
+            requests = await asyncio.to_thread(_requests, store.content(batch["input_file_id"]))
             record = {"requests": file_hash(store.path(batch["input_file_id"], ".jsonl"))}
             path = store.path(batch["id"], ".log")
             with AnswerLog(path, record, _answered, set(requests)) as log:
@@ -187,13 +193,18 @@ class Batches:
             bad = [answers[name] for name in requests if _failed(answers[name])]
             for key, entries in (("output_file_id", good), ("error_file_id", bad)):
                 if entries:
-                    content = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+                    content = "".join(json.dumps(entry) + "\n" for entry in entries)
                     file = store.add_file(f"{batch['id']}_{key[:-8]}.jsonl", "batch_output", content.encode())
                     batch[key] = file["id"]
             store.save(batch | {"status": "completed", "completed_at": int(time.time())})
-        except (ApiError, LVLMError, OSError) as error:
+        except Exception as error:
+            first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            known = isinstance(first, ApiError | LVLMError | OSError)
+            if not known:
+                traceback.print_exception(first)
+            message = str(first)[:300] if known else "the server failed at this batch; its log says why"
             with contextlib.suppress(OSError):
-                errors = {"object": "list", "data": [{"code": "failed", "message": str(error)[:300]}]}
+                errors = {"object": "list", "data": [{"code": "failed", "message": message}]}
                 store.save(batch | {"status": "failed", "errors": errors})
 
     async def _entry(self, name: str, body: dict) -> dict[str, Any]:

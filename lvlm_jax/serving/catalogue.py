@@ -46,10 +46,12 @@ class Catalogue:
         """
         self.name, self._only = name, only
         self.aliases: dict[str, Method | None] = {}
+        self._words: dict[str, str | None] = {}  # what clients may know of them
         for alias, words in aliases.items():
             if alias == name or "+" in alias or not alias:
                 raise LVLMError(f"an alias is {alias!r}; expected a name without + that is not the model's, {name!r}")
             self.aliases[alias] = parse.as_method(words)
+            self._words[alias] = words if _of_registry(words) else None
 
     def models(self) -> list[str]:
         """Names for a client to choose from: the model, the aliases, the model with each method as it comes."""
@@ -79,8 +81,11 @@ class Catalogue:
                 )
             about = (method.__doc__ or "").splitlines()[0]
             found.append({"id": name, "about": about, "settings": settings, "presets": list(method.PRESETS)})
-        return found + [{"id": alias, "about": "an alias of this server", "settings": [], "presets": []}
-                        for alias in self.aliases]  # fmt: skip
+        return found + [
+            {"id": alias, "about": f"an alias of this server: {words or 'its own method'}", "words": words}
+            | {"settings": [], "presets": []}
+            for alias, words in self._words.items()
+        ]
 
     def method(self, model: str, method: str | None = None, settings: Mapping[str, Any] | None = None) -> Method | None:
         """The method of a request.
@@ -131,6 +136,15 @@ class Catalogue:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _of_registry(words: str) -> bool:
+    """Whether words name registered methods alone, which they then mean to anybody."""
+    try:
+        _check_words(words)
+    except LVLMError:
+        return False
+    return True
 
 
 def _check_words(words: str) -> None:

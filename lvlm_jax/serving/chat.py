@@ -153,7 +153,8 @@ class Reader:
 
     def _decodings(self, request: ChatRequest, ignored: list[str]) -> list[Decoding]:
         limits = self._limits
-        longest = request.max_completion_tokens or request.max_tokens or limits.max_tokens
+        asked = (request.max_completion_tokens, request.max_tokens, limits.max_tokens)
+        longest = next(value for value in asked if value is not None)
         if longest > limits.max_tokens:
             longest = limits.max_tokens
             ignored.append(f"max_tokens>{longest}")
@@ -187,7 +188,7 @@ class Reader:
 
     def _conversation(self, messages: list[dict[str, Any]]) -> tuple[list[dict], list[Image.Image]]:
         """HF chat messages, built anew from what is known: nothing of a client's goes further unread."""
-        limits, images, characters, read = self._limits, [], 0, []
+        limits, images, pixels, characters, read = self._limits, [], 0, 0, []
         if len(messages) > limits.max_messages:
             message = f"there are {len(messages)} messages; the limit is {limits.max_messages}"
             raise ApiError(413, message, param="messages")
@@ -214,8 +215,10 @@ class Reader:
                         raise ApiError(413, message, "too_many_images", "messages")
                     source = part.get("image_url")
                     address = source.get("url") if isinstance(source, dict) else source
-                    images.append(pictures.read(address, limits, self._hosts))
-                    parts.append({"type": "image", "image": images[-1]})
+                    image = pictures.read(address, limits, self._hosts, limits.max_request_pixels * 1_000_000 - pixels)
+                    pixels += image.width * image.height
+                    images.append(image)
+                    parts.append({"type": "image", "image": image})
                 else:
                     raise ApiError(
                         400,

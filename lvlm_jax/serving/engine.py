@@ -1,6 +1,5 @@
 """The one thread that uses the device: it puts jobs into rows, decodes, and tells what comes of it."""
 
-import functools
 import threading
 import time
 import traceback
@@ -39,6 +38,7 @@ class Engine:
         self.on_update: Callable[[Job, Update | LVLMError], None] = lambda job, said: None
         self._lanes: dict[Any, Lane] = {}  # by structure, the one used longest ago first
         self._inbox: deque[Job] = deque()
+        self._searches: deque[Job] = deque()  # jobs that no rows can take
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._ending = False
@@ -65,7 +65,8 @@ class Engine:
     def waiting(self) -> int:
         """Jobs without a row."""
         with self._changed:
-            return len(self._inbox) + sum(len(lane.waiting) for lane in self._lanes.values())
+            lanes = sum(len(lane.waiting) for lane in self._lanes.values())
+            return len(self._inbox) + len(self._searches) + lanes
 
     @property
     def under_way(self) -> int:
@@ -91,11 +92,17 @@ class Engine:
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Has the thread call a function that needs the device, between two steps of the rows."""
+        """Has the thread call a function that needs the device, between two steps of the rows.
+
+        Raises:
+            ApiError: the queue is full, or the engine has stopped.
+        """
         future: Future = Future()
         with self._changed:
             if not self.alive:
                 raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
+            if len(self._calls) >= self._limits.queue:
+                raise ApiError(429, "too many attention pages are asked for", "queue_full", retry_after=5)
             self._calls.append((function, future))
             self._changed.notify()
         return future
@@ -108,7 +115,8 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                if not (self._inbox or self._calls or self._ending or any(lane.busy for lane in self._lanes.values())):
+                waiting = self._inbox or self._searches or self._calls or self._ending
+                if not (waiting or any(lane.busy for lane in self._lanes.values())):
                     self._changed.wait(1.0)
                 if self._ending:
                     self._give_up()
@@ -122,6 +130,10 @@ class Engine:
     def _round(self) -> None:
         """One turn of everything."""
         self._sort_in()
+        if self._searches:
+            first = min(self._searches, key=lambda job: job.priority)
+            self._searches.remove(first)
+            self._alone(first)
         if self._calls:
             self._one_call()
         lanes = [lane for lane in self._lanes.values() if lane.busy]
@@ -144,11 +156,13 @@ class Engine:
             for lane in self._lanes.values():
                 for job in [*lane.waiting, *lane.under_way.values()]:
                     self._late(job, now)
+            for job in self._searches:
+                self._late(job, now)
             for job in sorted(taken, key=lambda job: job.priority):
                 if job.cancelled or self._late(job, now):
                     continue
                 if searches.obstacle(job.method, job.decoding) or rows.obstacle(job.method):
-                    self._calls.append((functools.partial(self._alone, job), Future()))
+                    self._searches.append(job)
                 elif (lane := self._lane(job.structure)) is None:
                     later.append(job)
                 else:
@@ -186,6 +200,9 @@ class Engine:
             said: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
         except LVLMError as error:
             said = error
+        except Exception:  # rows of others are whole
+            traceback.print_exc()
+            said = LVLMError(FAULT)
         job.began = time.monotonic()
         self._tell(job, said)
 
@@ -211,10 +228,8 @@ class Engine:
             lane.forget()
 
     def _give_up(self) -> None:
-        for job in [*self._inbox, *(job for lane in self._lanes.values() for job in lane.waiting)]:
+        with_lanes = [job for lane in self._lanes.values() for job in (*lane.waiting, *lane.under_way.values())]
+        for job in [*self._inbox, *self._searches, *with_lanes]:
             self._tell(job, Late("the server is shutting down; try again in a moment"))
-        for lane in self._lanes.values():
-            for job in lane.under_way.values():
-                self._tell(job, Late("the server is shutting down; try again in a moment"))
         for _, future in self._calls:
             future.cancel()

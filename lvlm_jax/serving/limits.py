@@ -29,6 +29,7 @@ class Limits:
     max_body: int = limit(32, "MiB of a request")
     max_image: int = limit(16, "MiB of one image file")
     max_pixels: int = limit(40, "million pixels of one image")
+    max_request_pixels: int = limit(160, "million pixels of all images of a request together")
     max_images: int = limit(16, "images of a request")
     max_text: int = limit(100_000, "characters of a request's texts together")
     max_messages: int = limit(256, "messages of a request")
@@ -38,6 +39,8 @@ class Limits:
     warm_images: int = limit(1, "images of a prompt for which programs are compiled at the start", low=0)
     warm_text: int = limit(128, "tokens behind the images for which programs are compiled at the start")
     looks: int = limit(64, "answers whose attention page can still be asked for", low=0)
+    look_cache: int = limit(256, "MiB of images that are kept for attention pages", low=0)
+    max_state: int = limit(4096, "MiB of files in --state; more get 413")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

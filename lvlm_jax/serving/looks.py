@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lvlm_jax import analysis
-from lvlm_jax.analysis import look, page
+from lvlm_jax.analysis import look, overlay, page
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.processors import text
 from lvlm_jax.serving.chat import Ask
 from lvlm_jax.serving.engine import Engine
 from lvlm_jax.serving.errors import ApiError
+from lvlm_jax.serving.limits import Limits
 
 
 class Kept(NamedTuple):
@@ -24,19 +25,25 @@ class Kept(NamedTuple):
     method: Method | None
     tokens: list[int]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its images."""
+        return sum(3 * image.width * image.height for image in self.images)
+
 
 class Looks:
     """The newest answers whose attention was asked for, by names that nobody can guess."""
 
-    def __init__(self, model: LVLM, engine: Engine, capacity: int):
-        self._model, self._engine, self._capacity = model, engine, capacity
+    def __init__(self, model: LVLM, engine: Engine, limits: Limits):
+        self._model, self._engine = model, engine
+        self._capacity, self._room = limits.looks, limits.look_cache << 20
         self._kept: OrderedDict[str, Kept] = OrderedDict()
 
     def keep(self, ask: Ask, tokens: list[int]) -> str:
         """Keeps an answer; the path of its page."""
         name = secrets.token_urlsafe(18)
         self._kept[name] = Kept(ask.conversation, ask.images, ask.method, tokens)
-        while len(self._kept) > self._capacity:
+        while len(self._kept) > self._capacity or sum(one.size for one in self._kept.values()) > self._room:
             self._kept.popitem(last=False)
         return f"/attention/{name}"
 
@@ -61,7 +68,7 @@ class Looks:
     def _find(self, name: str) -> Kept:
         kept = self._kept.get(name)
         if kept is None:
-            message = f"this answer's attention is not kept (the newest {self._capacity} are); ask again"
+            message = f"this answer's attention is not kept (at most the newest {self._capacity} are); ask again"
             raise ApiError(404, message, "not_found")
         if not kept.images:
             raise ApiError(400, "the conversation has no images to look at", "no_images")
@@ -76,13 +83,20 @@ class Looks:
         ])  # fmt: skip
 
     def _maps(self, kept: Kept) -> dict[str, Any]:
+        """Of the mean over layers and heads; packed, for each word, all images one behind the other (`page.pack`)."""
         model = self._model
         prompt = model.prepare(kept.conversation)
         places = analysis.token_places(model.config, prompt, len(kept.images))
-        decode = text.decode
-        answer, words = analysis.words_of(kept.tokens, lambda tokens: decode(model.processor.tokenizer, tokens))
+        answer, words = analysis.words_of(kept.tokens, lambda tokens: text.decode(model.processor.tokenizer, tokens))
         weights = model.attention(prompt, [kept.tokens], kept.method)[0].transpose(1, 0, 2, 3)
-        by_word = analysis.word_maps(weights.mean((1, 2)), words)
-        maps = [np.round(one / max(float(one.max()), 1e-12), 3).tolist() for one in
-                analysis.patch_maps(by_word, places)] if words else []  # fmt: skip
-        return {"text": answer, "words": [[word.text, word.start, word.end] for word in words], "maps": maps}
+        maps = analysis.patch_maps(analysis.word_maps(weights.mean((1, 2)), words), places)
+        cells, scales = page.pack(np.concatenate([one.reshape(len(words), -1) for one in maps], axis=-1))
+        fit = overlay.fitted(model, len(kept.images))
+        return {
+            "text": answer,
+            "words": [[word.text, word.start, word.end] for word in words],
+            "grids": [list(grid.shape) for grid in places],
+            "regions": [page.share_of(image.size, overlay.seen_region(*image.size, fit)) for image in kept.images],
+            "maps": cells,
+            "scales": scales,
+        }

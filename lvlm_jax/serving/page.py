@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lvlm_jax import pages
+from lvlm_jax.analysis import page as attention
 
 TEMPLATE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -13,4 +14,4 @@ POLICY = (
 
 def page(model: str) -> tuple[str, str]:
     """The page for a model of that name, and its content security policy."""
-    return pages.render(TEMPLATE, f"Ask {model}", {"model": model}), POLICY
+    return pages.render(TEMPLATE, f"Ask {model}", {"model": model}, [attention.TEMPLATE.parent]), POLICY

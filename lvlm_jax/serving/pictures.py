@@ -1,16 +1,19 @@
 """Images of requests: data URIs, and addresses on hosts that the operator allows. Nothing else is opened.
 
 Bytes and pixels are counted before anything is decoded. An address is read from the internet only: its host is looked
-up once, a private address is refused, and the connection goes to the address that was checked. Redirects are errors.
+up once, a private address is refused, and the connection goes to the address that was checked. Redirects are errors,
+and a download has an end in time.
 """
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import ipaddress
 import socket
 import ssl
+import threading
 import urllib.parse
 import warnings
 from collections.abc import Container
@@ -24,14 +27,18 @@ from lvlm_jax.serving.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other decoders are not tried on a stranger's bytes
 TIMEOUT = 10  # seconds for each part of a download
+LONGEST = 30  # seconds for all of it
+# Networks whose addresses carry one of the other protocol: NAT64 and 6to4.
+CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
 SHOWN = 60  # characters of an address in a message
 
 
-def read(address: str, limits: Limits, hosts: Container[str] = ()) -> Image.Image:
+def read(address: str, limits: Limits, hosts: Container[str] = (), left: float = float("inf")) -> Image.Image:
     """The image behind an `image_url`, upright RGB.
 
     Args:
         hosts: names that images may be downloaded from.
+        left: pixels that the other images of the request leave to this one.
 
     Raises:
         ApiError: an address that is not allowed or cannot be read (400), too many bytes or pixels (413).
@@ -45,10 +52,10 @@ def read(address: str, limits: Limits, hosts: Container[str] = ()) -> Image.Imag
         content = _downloaded(address, limits, hosts)
     else:
         raise _refused(f"an image's address is {address[:SHOWN]!r}; expected data:image/png;base64,...")
-    return decoded(content, limits)
+    return decoded(content, limits, left)
 
 
-def decoded(content: bytes, limits: Limits) -> Image.Image:
+def decoded(content: bytes, limits: Limits, left: float = float("inf")) -> Image.Image:
     """The image in the bytes of a file, upright RGB.
 
     Raises:
@@ -63,6 +70,9 @@ def decoded(content: bytes, limits: Limits) -> Image.Image:
         raise _refused(f"an image of {len(content):,} bytes is none of {', '.join(FORMATS)}, or is damaged") from error
     if width * height > limits.max_pixels * 1_000_000:
         message = f"an image has {width} x {height} pixels; the limit is {limits.max_pixels} million"
+        raise ApiError(413, message, "image_too_large", "messages")
+    if width * height > left:
+        message = f"the images have more than {limits.max_request_pixels} million pixels together"
         raise ApiError(413, message, "image_too_large", "messages")
     try:
         return open_image(content)
@@ -104,9 +114,11 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
     secure = parts.scheme.lower() == "https"
     port = port or (443 if secure else 80)
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-    connection = None
+    connection = ending = None
     try:
         connection = _connected(host, _public(host, port), port, secure)
+        ending = threading.Timer(LONGEST, _cut, [connection.sock])
+        ending.start()
         connection.request("GET", target, headers={"User-Agent": "lvlm_jax", "Accept": "image/*"})
         response = connection.getresponse()
         if response.status != 200:
@@ -116,6 +128,8 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _refused(f"{address[:SHOWN]!r} cannot be downloaded: {type(error).__name__}") from error
     finally:
+        if ending is not None:
+            ending.cancel()
         if connection is not None:
             connection.close()
     if len(content) > limits.max_image << 20:
@@ -123,11 +137,18 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
     return content
 
 
+def _cut(connection: socket.socket) -> None:
+    """Ends a download that takes too long: whoever reads it meets its end."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def _public(host: str, port: int) -> str:
     """An address of the host; only if all of them are on the internet."""
     found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     for one in found:
-        if not ipaddress.ip_address(one.partition("%")[0]).is_global:
+        address = ipaddress.ip_address(one.partition("%")[0])
+        if not address.is_global or address.is_multicast or any(address in network for network in CARRIERS):
             raise _refused(f"{host[:SHOWN]!r} is on a private network; nothing is read from there")
     return sorted(found)[0]
 

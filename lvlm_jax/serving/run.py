@@ -17,6 +17,7 @@ from lvlm_jax.serving.app import App
 from lvlm_jax.serving.service import Service
 from lvlm_jax.serving.warm import warm_up
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 KEEP_ALIVE = 75  # seconds that a connection may be idle; longer than nginx keeps its own
 
 
@@ -55,6 +56,7 @@ def serve(
     port: int,
     key: str | None = None,
     state: Path | None = None,
+    names: Sequence[str] = (),
 ) -> int:
     """Serves until a signal ends it; the exit code.
 
@@ -62,12 +64,13 @@ def serve(
         methods: whose programs are compiled before the server says that it is ready.
         key: see `App`.
         state: the folder of files and batches; None without them.
+        names: by which clients reach a server on a loopback address, besides its own.
 
     Raises:
         LVLMError: the model cannot answer, or the address cannot be used.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    app = App(service, key, state)
+    app = App(service, key, state, {*LOCAL, host, *names} if host in LOCAL else None)
     config = uvicorn.Config(
         app.asgi,
         host,

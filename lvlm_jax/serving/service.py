@@ -1,10 +1,12 @@
 """Requests to answers, without HTTP: reads, lays out, submits, collects. One for each server."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Container, Mapping
+from collections.abc import AsyncIterator, Container, Iterator, Mapping
 from typing import Any
 
 from lvlm_jax.errors import LVLMError
@@ -59,7 +61,7 @@ class Service:
         self.compiles = Compiles()
         self.engine = Engine(model, self.limits, self._largest())
         self.metrics = Metrics(self.engine, self.compiles)
-        self.looks = Looks(model, self.engine, self.limits.looks)
+        self.looks = Looks(model, self.engine, self.limits)
         self.ready = False
         self.prompts = Prompts(model, self.limits.workers, self.limits.warm_text)
 
@@ -69,7 +71,7 @@ class Service:
         self.reader = Reader(self.catalogue, self.limits, hosts, settled)
         # Tokenizers must not be used by two threads at once; the engine's thread has the model's own.
         self._tokenizer = load.load_processor(model.folder, model.config).tokenizer
-        self._reading = 0  # requests whose prompts are being laid out
+        self._reading = 0  # requests that arrive or whose prompts are being laid out
 
     def _largest(self) -> Size:
         """Of prompts with `warm_images` images and `warm_text` tokens behind them."""
@@ -93,7 +95,7 @@ class Service:
         """A request, from JSON or its text, with its prompt laid out.
 
         Raises:
-            ApiError: anything that is wrong with it, or too many requests.
+            ApiError: anything that is wrong with it.
         """
 
         def work() -> tuple[Ask, Prompt]:
@@ -107,13 +109,23 @@ class Service:
                 raise ApiError(400, f"{reason}, so its answer cannot be streamed; leave stream out", param="stream")
             if ask.top and (reason := searches.obstacle(ask.method) or rows.obstacle(ask.method)):
                 raise ApiError(400, f"{reason}; leave top_logprobs out", param="top_logprobs")
-            return ask, prompt
+            # Whole images are large: of a request that waits only what the model reads of them is kept.
+            return ask if ask.attention else dataclasses.replace(ask, conversation=[], images=[]), prompt
 
+        return await asyncio.wrap_future(self.prompts.call(work))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a client's request arrives and is read; only so many are at once.
+
+        Raises:
+            ApiError: too many are.
+        """
         if self._reading >= self.limits.queue:
             raise ApiError(429, "too many requests are being read; try again in 1 s", "queue_full", retry_after=1)
         self._reading += 1
         try:
-            return await asyncio.wrap_future(self.prompts.call(work))
+            yield
         finally:
             self._reading -= 1
 

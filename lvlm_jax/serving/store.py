@@ -67,6 +67,10 @@ class Store:
         ]
         return sorted(found, key=lambda one: one["created_at"], reverse=True)
 
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.folder.glob("file-*.jsonl"))
+
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
         """Keeps a file."""
         id = new_id("file")

@@ -40,10 +40,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model, state=None, key=None, aliases=None, **limits):
+def running(model, state=None, key=None, aliases=None, names=None, name="small", **limits):
     """Serves a model while the block runs."""
-    service = Service(model, "small", Limits(**LIMITS | limits), aliases)
-    config = uvicorn.Config(App(service, key, state).asgi, port=0, log_level="error", lifespan="on")
+    service = Service(model, name, Limits(**LIMITS | limits), aliases)
+    config = uvicorn.Config(App(service, key, state, names).asgi, port=0, log_level="error", lifespan="on")
     server, socket = Server(config, service), config.bind_socket()
     service.start()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])))

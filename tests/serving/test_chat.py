@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import re
+import shutil
 import socket
+import subprocess
 import time
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from PIL import Image
 
 from lvlm_jax import methods
+from lvlm_jax.processors import text
 from lvlm_jax.serving.replies import DONE, Pieces, Reply, event
 from lvlm_jax.serving.work import Update
 from tests.serving.conftest import running
@@ -104,25 +108,49 @@ def test_nothing_is_compiled_for_other_strengths_seeds_images_and_questions(serv
     assert server.service.engine.prefill.prefixes.hits == hits + 1  # the picture that was there before
 
 
-def test_golden_bytes_of_a_stream(model):
-    reply = Reply("chatcmpl-1", 7, "small", 20, model.processor.tokenizer, None, {"method": "CMAC", "seed": 0})
-    pieces = Pieces(reply, 0, ["END"])
-    updates = [Update("Hé E", [1, 2], [0.0, 0.0], None, None, None), Update("Hé", [1], [0.0], None, None, "stop")]
-    chunks = [pieces.first(), *(chunk for said in updates for chunk in pieces.chunks(said)), reply.last(updates[1:])]
-    head = '"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"small"'
+def golden(head, pieces, reason, prompt, written, extra):
+    """The bytes of a stream with usage: role, content, finish, usage, the end."""
 
     def choice(delta, reason):
         return f'"choices":[{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{reason}}}]'
 
     lines = [
         choice('{"role":"assistant","content":""}', "null"),
-        choice('{"content":"Hé "}', "null"),
-        choice("{}", '"stop"'),
-        '"choices":[],"usage":{"prompt_tokens":20,"completion_tokens":1,"total_tokens":21},'
-        '"lvlm":{"method":"CMAC","seed":0}',
+        *(choice(f'{{"content":{json.dumps(piece, ensure_ascii=False)}}}', "null") for piece in pieces),
+        choice("{}", f'"{reason}"'),
+        f'"choices":[],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{written},'
+        f'"total_tokens":{prompt + written}}},"lvlm":{extra}',
     ]
-    golden = "".join(f"data: {{{head},{line}}}\n\n" for line in lines) + "data: [DONE]\n\n"
-    assert b"".join(map(event, chunks)) + DONE == golden.encode()
+    return ("".join(f"data: {{{head},{line}}}\n\n" for line in lines) + "data: [DONE]\n\n").encode()
+
+
+def test_golden_bytes_of_a_stream(model):
+    reply = Reply("chatcmpl-1", 7, "small", 20, model.processor.tokenizer, None, {"method": "CMAC", "seed": 0})
+    pieces = Pieces(reply, 0, ["END"])
+    updates = [Update("Hé E", [1, 2], [0.0, 0.0], None, None, None), Update("Hé", [1], [0.0], None, None, "stop")]
+    chunks = [pieces.first(), *(chunk for said in updates for chunk in pieces.chunks(said)), reply.last(updates[1:])]
+    head = '"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"small"'
+    expected = golden(head, ["Hé "], "stop", 20, 1, '{"method":"CMAC","seed":0}')
+    assert b"".join(map(event, chunks)) + DONE == expected
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_curl(server, model):
+    def curl(body):
+        words = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", "@-"]
+        return subprocess.run(words, input=json.dumps(body).encode(), capture_output=True, check=True).stdout
+
+    body = {"model": "small+cmac:alpha=2", "messages": asking("Oh", 2), "max_tokens": 12, "seed": 4}
+    expected = model.generate(body["messages"], methods.CMAC(alpha=2.0), max_new_tokens=12)
+    assert json.loads(curl(body))["choices"][0]["message"]["content"] == expected.text[0]
+    found = curl(body | {"stream": True, "stream_options": {"include_usage": True}})
+    head = re.match(rb'data: \{("id":"chatcmpl-\w{24}","object":"chat.completion.chunk","created":\d{10},'
+                    rb'"model":"small\+cmac:alpha=2"),"choices"', found)[1].decode()  # fmt: skip
+    chunks = [json.loads(line[6:])["choices"] for line in found.split(b"\n\n")[1:-4]]
+    pieces = [chunk[0]["delta"]["content"] for chunk in chunks]
+    assert "".join(pieces) == expected.text[0] and len(pieces) > 1
+    counts = int(model.prepare(body["messages"]).lengths[0]), len(expected.tokens[0])
+    assert found == golden(head, pieces, expected.finish_reason[0], *counts, '{"method":"CMAC","seed":4}')
 
 
 GOOD = {"model": "small", "messages": asking("Eh?")}
@@ -147,6 +175,10 @@ def picture(url):
         ({"messages": []}, 422, "messages: "),
         ({"temperature": "1"}, 422, "temperature"),
         ({"temperature": -1}, 400, "temperature is -1; expected 0, or a number"),
+        ({"max_tokens": 0}, 400, "max_new_tokens is 0"),
+        ({"temperature": float("nan")}, 400, "temperature is nan"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"messages": asking("\ud800")}, 400, ""),
         ({"n": 9}, 400, "n is 9; expected 1 to 4"),
         ({"stop": ["a"] * 5}, 400, "stop has 5 strings"),
         ({"top_logprobs": 3}, 400, "beside logprobs: true"),
@@ -183,9 +215,9 @@ def test_errors(server, change, status, words):
 
 
 def test_unknown_fields_and_cut_limits_are_told_in_a_header(server):
-    status, headers, answer = server.post(GOOD | {"max_tokens": 900, "logit_bias": {}, "user": "me"})
+    status, headers, answer = server.post(GOOD | {"max_tokens": 900, "logit_bias": {}, "user": "me", "é\r\nA: b": 1})
     assert status == 200 and answer["usage"]["completion_tokens"] == 24
-    assert headers["X-LVLM-Ignored"] == "logit_bias, max_tokens>24"
+    assert headers["X-LVLM-Ignored"] == "logit_bias, ???A: b, max_tokens>24" and "A" not in headers
 
 
 def test_a_client_that_leaves_frees_its_rows(server):
@@ -203,16 +235,20 @@ def test_a_client_that_leaves_frees_its_rows(server):
 
 
 def test_keys_queues_and_times(model):
-    with running(model, key="secret", queue=1, rows=1, timeout=0.3) as server:
+    with running(model, key="secret", names=["127.0.0.1"], queue=1, rows=1, timeout=0.3) as server:
+        for headers in ({"Host": "evil.example:80"}, {"Sec-Fetch-Site": "cross-site"}):
+            status, _, answer = server.post(GOOD, Authorization="Bearer secret", **headers)
+            assert status == 403 and answer["error"]["type"] == "permission_error"
         assert server.post(GOOD)[0] == 401 and server.post(GOOD, Authorization="Bearer secre")[0] == 401
         assert server.request("GET", "/health")[0] == 200
         key = {"Authorization": "Bearer secret"}
         status, headers, answer = server.post(GOOD | {"n": 3}, **key)
         assert status == 429 and int(headers["Retry-After"]) >= 1 and "wait already" in answer["error"]["message"]
         engine = server.service.engine
-        engine.call(lambda: time.sleep(1.0))  # a busy device
-        status, headers, answer = server.post(GOOD, **key)
-        assert status == 503 and headers["Retry-After"] and "no answer within 0.3 s" in answer["error"]["message"]
+        for body in (GOOD, GOOD | {"method": "opera"}):
+            engine.call(lambda: time.sleep(1.0))  # a busy device
+            status, headers, answer = server.post(body, **key)
+            assert status == 503 and headers["Retry-After"] and "no answer within 0.3 s" in answer["error"]["message"]
 
 
 def test_the_other_paths(server):
@@ -233,13 +269,23 @@ def test_the_other_paths(server):
 
 
 @pytest.mark.slow
-def test_an_answer_links_to_its_attention(server):
+def test_an_answer_links_to_its_attention(server, model):
     body = {"model": "small+cmac", "messages": asking("Eh?", 1, 2), "max_tokens": 24, "lvlm": {"attention": True}}
     answer = server.post(body)[2]
     link = answer["lvlm"]["attention"]
     status, _, maps = server.request("GET", f"{link}/maps")
     assert status == 200 and maps["words"] and maps["text"] == answer["choices"][0]["message"]["content"]
-    assert np.shape(maps["maps"]) == (2, len(maps["words"]), 4, 4)  # two pictures of 4 x 4 tokens
+    assert maps["grids"] == [[4, 4], [4, 4]] and maps["regions"] == [[0, 0, 1, 1]] * 2  # of each picture
+    scales, cells = (
+        np.frombuffer(base64.b64decode(maps[name]), kind) for name, kind in (("scales", "<f4"), ("maps", "u1"))
+    )
+    (said,) = model.generate(body["messages"], "cmac", max_new_tokens=24).tokens
+    (weights,) = model.attention(model.prepare(body["messages"]), [said], methods.CMAC())
+    tokens = weights.mean((0, 1))  # of each token of the answer, over both pictures
+    ends = np.asarray([len(text.decode(model.processor.tokenizer, said[: place + 1])) for place in range(len(said))])
+    for (_, start, end), scale, row in zip(maps["words"], scales, cells.reshape(-1, 32), strict=True):
+        own = (ends > start) & (np.append(0, ends[:-1]) < end)
+        np.testing.assert_allclose(scale * (row / 255) ** 2, tokens[own].mean(0), atol=0.01 * scale)
     status, _, page = server.request("GET", link)
     assert status == 400 and "use a deeper model" in page["error"]["message"]  # than two layers
     assert server.request("GET", "/attention/nothing")[0] == 404
