@@ -1,13 +1,16 @@
 """Times `lvlm serve` beside a server of thirty lines on transformers' `generate`: the same model, the same requests.
 
-    python tools/bench_server.py --clients 1 8 32 --requests 64
+    python tools/bench_server.py --clients 1 8 32 --repeats 3
 
-Needs torch. Prints tokens a second, and the time to the first token (median and 90th percentile), for each.
+Needs torch. Prints characters a second, and the time to the first token (median and 90th percentile of the requests),
+each as the median, minimum and maximum of the measurements; and whether both servers gave the same answers. Caches of
+images and prompts are off unless `--caches` is given: the eight pictures come again and again.
 """
 
 import argparse
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -90,20 +93,38 @@ def main() -> int:
     """Both servers, every number of clients; they are asked in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=64, help="of a measurement, or one for each client")
+    parser.add_argument("--requests", type=int, default=32, help="of a measurement, or one for each client")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each server and number of clients")
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--caches", action="store_true", help="leave the server's caches on")
     flags = parser.parse_args()
-    uris, plain = pictures(8), plain_server()
-    server = Server("--rows", str(flags.rows), "--max-tokens", "64", "--warm-text", "32")
+    uris = pictures(8)
+    caches = [] if flags.caches else ["--image-cache", "0", "--prefix-cache", "0"]
+    server = Server("--rows", str(flags.rows), "--max-tokens", "64", "--warm-text", "32", *caches)
     print(server.ready)
+    ports = {"generate": plain_server(), "lvlm serve": server.port}
+    for port in ports.values():
+        timed(port, 1, len(uris), uris)  # whatever is slow the first time
+    same = True
     for clients in flags.clients:
-        for name, port in (("generate", plain), ("lvlm serve", server.port)):
-            timed(port, 1, 2, uris)
-            rate, middle, late, texts = timed(port, clients, max(clients, flags.requests), uris)
-            print(f"{clients:3} clients  {name:10}  {rate:7.0f} characters/s  first token {middle:.2f} s, "
-                  f"90 %: {late:.2f} s  ({len(set(texts))} answers)", flush=True)  # fmt: skip
+        found = {name: [] for name in ports}
+        for _ in range(flags.repeats):
+            for name, port in ports.items():
+                found[name].append(timed(port, clients, max(clients, flags.requests), uris))
+            same = same and found["generate"][-1][3] == found["lvlm serve"][-1][3]
+        for name, runs in found.items():
+            rate, middle, late = ([run[place] for run in runs] for place in range(3))
+            print(f"{clients:3} clients  {name:10}  {spread(rate, 0)} characters/s  "
+                  f"first token {spread(middle, 2)} s, 90 %: {spread(late, 2)} s", flush=True)  # fmt: skip
+    print(f"answers of both servers equal: {same}; load {os.getloadavg()[0]:.1f}")
     server.process.terminate()
-    return server.process.wait()
+    return server.process.wait() or int(not same)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, with the smallest and the largest."""
+    low, middle, high = (f"{value:.{digits}f}" for value in np.quantile(values, [0, 0.5, 1]))
+    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tools/soak_server.py --requests 2000 --clients 32
 
-Methods, strengths and pictures are mixed; 5 % of the clients leave, 2 % of the requests are malformed, 1 % too large.
+Methods, strengths, pictures, greedy and sampled answers, whole and streamed ones are mixed; 5 % of the clients leave,
+2 % of the requests are malformed, 1 % too large.
 Ends by itself, and says whether an answer was lost or mixed up, whether programs were compiled, how memory grew, and
 whether SIGTERM in the middle lost anything. Exit code 1 where something is wrong.
 """
@@ -28,6 +29,7 @@ from lvlm_jax.weights.names import pocket_file
 
 METHODS = ("none", "cmac", "cmac:alpha=1", "cmac:alpha=0.5,beta=0.1", "vcd:alpha=0.5")
 QUESTIONS = ("Is there a dog in the image?", "Is there a cup in the image?", "What color is the knife?", "Describe.")
+DECODINGS = ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 7})
 LIMIT = 16  # tokens
 
 
@@ -52,16 +54,25 @@ class Server:
         self.errors: list[str] = []
         threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
 
-    def ask(self, body: bytes, leave: bool = False) -> tuple[int, dict]:
-        """Status and JSON of an answer; 0 after leaving."""
+    def ask(self, body: bytes, leave: bool = False) -> tuple[int, str]:
+        """Status and text of an answer, streamed or whole; 0 after leaving."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             connection.request("POST", "/v1/chat/completions", body)
             if leave:
                 time.sleep(random.random() / 2)
-                return 0, {}
+                return 0, ""
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
+            content = response.read()
+            if response.status != 200:
+                return response.status, content.decode()
+            if response.headers["content-type"] == "application/json":
+                return 200, json.loads(content)["choices"][0]["message"]["content"]
+            *events, end, empty = content.split(b"\n\n")
+            if end != b"data: [DONE]" or empty:
+                raise ConnectionError(f"a stream ends in {content[-60:]!r}")
+            deltas = [choice["delta"] for event in events for choice in json.loads(event[6:]).get("choices", ())]
+            return 200, "".join(delta.get("content", "") for delta in deltas)
         finally:
             connection.close()
 
@@ -86,17 +97,24 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8)
     flags = parser.parse_args()
     chance, uris = random.Random(0), pictures(3)
-    kinds = [(method, question, uri) for method in METHODS for question in QUESTIONS for uri in uris]
+    kinds = [(method, question, uri, drawn) for method in METHODS for question in QUESTIONS for uri in uris
+             for drawn in range(len(DECODINGS))]  # fmt: skip
     model, expected = LVLM.from_pretrained("pocket"), {}
 
     def messages(kind):
         image = {"type": "image_url", "image_url": {"url": kind[2]}}
         return [{"role": "user", "content": [image, {"type": "text", "text": kind[1]}]}]
 
+    def asked(kind, stream):
+        words = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
+        return words | {"stream": stream} | DECODINGS[kind[3]]
+
     for method in METHODS:
-        own = [kind for kind in kinds if kind[0] == method]
-        said = model.generate(list(map(messages, own)), method=method, max_new_tokens=LIMIT).text
-        expected |= dict(zip(own, said, strict=True))
+        for drawn, settings in enumerate(DECODINGS):
+            own = [kind for kind in kinds if kind[0] == method and kind[3] == drawn]
+            settings = settings | {"max_new_tokens": LIMIT, "seed": [settings.get("seed", 0)] * len(own)}
+            said = model.generate(list(map(messages, own)), method=method, **settings).text
+            expected |= dict(zip(own, said, strict=True))
     server = Server("--methods", "cmac,vcd", "--rows", str(flags.rows), "--max-tokens", "64", "--max-body", "1",
                     "--warm-text", "32", "--queue", "4096")  # fmt: skip
     print(server.ready, flush=True)
@@ -104,7 +122,7 @@ def main() -> int:
 
     def one(number: int) -> None:
         kind, draw = chance.choice(kinds), chance.random()
-        body = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
+        body = asked(kind, chance.random() < 0.4)
         content = json.dumps(body).encode()
         what, good = "answered", 200
         if draw < 0.02:
@@ -115,14 +133,14 @@ def main() -> int:
         try:
             status, answer = server.ask(content, leave=0.03 <= draw < 0.08)
         except OSError:
-            status, answer = (413 if what == "oversized" else -1), {}  # refused while it was still being sent
+            status, answer = (413 if what == "oversized" else -1), ""  # refused while it was still being sent
         with lock:
             what = "left" if status == 0 else what
             counts[what] = counts.get(what, 0) + 1
             if status and (status not in good if isinstance(good, tuple) else status != good):
                 wrong.append(f"{what}: status {status} {answer}")
-            elif what == "answered" and answer["choices"][0]["message"]["content"] != expected[kind]:
-                wrong.append(f"{kind[:2]}: {answer['choices'][0]['message']['content']!r}, expected {expected[kind]!r}")
+            elif what == "answered" and answer != expected[kind]:
+                wrong.append(f"{kind[:2]}: {answer!r}, expected {expected[kind]!r}")
             if number % (flags.requests // 10) == 0:
                 memory.append(server.memory())
 
@@ -136,14 +154,13 @@ def main() -> int:
 
     def last(number: int) -> int:
         kind = kinds[number % len(kinds)]
-        body = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
         try:
-            status, answer = server.ask(json.dumps(body).encode())
+            status, answer = server.ask(json.dumps(asked(kind, number % 3 == 0)).encode())
         except ConnectionRefusedError:
             return 0
         except OSError:
             return -1
-        if status == 200 and answer["choices"][0]["message"]["content"] != expected[kind]:
+        if status == 200 and answer != expected[kind]:
             wrong.append(f"{kind[:2]} after SIGTERM")
         return status
 

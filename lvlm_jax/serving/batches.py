@@ -27,6 +27,7 @@ from lvlm_jax.serving.work import Priority
 
 ENDPOINT = "/v1/chat/completions"
 LARGEST = 200 << 20  # bytes of a file of requests
+UPLOADS = 2  # files that arrive at once; each is held in memory
 REQUESTS = 50_000  # of a batch
 UNDER_WAY = ("in_progress", "cancelling")
 
@@ -42,6 +43,7 @@ class Batches:
     def __init__(self, service: Service, folder: Path):
         self._service, self._store = service, Store(folder)
         self._running: dict[str, asyncio.Task] = {}
+        self._uploading = asyncio.Semaphore(UPLOADS)
 
     def routes(
         self, body: Callable[[Request, int], Awaitable[bytes]]
@@ -74,6 +76,10 @@ class Batches:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _upload(self, request: Request) -> Response:
+        async with self._uploading:
+            return await self._uploaded(request)
+
+    async def _uploaded(self, request: Request) -> Response:
         content = await self._body(request, LARGEST)
 
         async def stream():
