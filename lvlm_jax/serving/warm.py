@@ -13,6 +13,7 @@ from lvlm_jax.generation import rows
 from lvlm_jax.methods import Method
 from lvlm_jax.serving.prompts import Prompt, columns_behind
 from lvlm_jax.serving.service import Service
+from lvlm_jax.serving.work import Priority
 
 SIDE = 336  # pixels of a picture to warm up with
 WORDS = (1, 12, 40, 160, 600, 2400)  # of prompts; among them some for every number of columns behind the images
@@ -33,7 +34,8 @@ async def warm_up(service: Service, methods: Sequence[Method | None], say: Calla
         for prompt in prompts:
             prompt.prefilled = None
             asks = [_ask(service, method, settings) for settings in kinds]
-            await asyncio.gather(*(service.answers(ask, prompt) for ask in asks))
+            # As a batch's: compiling may take longer than a person's request may wait.
+            await asyncio.gather(*(service.answers(ask, prompt, Priority.BATCH) for ask in asks))
     service.compiles.before = service.compiles.total
     service.ready = True
     say(f"ready: {service.compiles.total} programs in {time.monotonic() - begun:.0f} s")
