@@ -1,8 +1,10 @@
 """Addresses of images: nothing private, no redirects, nothing too large."""
 
+import contextlib
 import http.server
 import socket
 import threading
+import time
 
 import pytest
 
@@ -21,6 +23,11 @@ class Host(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Location", "/a.png")
         self.end_headers()
+        if self.path == "/slow":  # a byte now and then, for ever
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         self.wfile.write(content)
 
     def log_message(self, *_):
@@ -29,7 +36,7 @@ class Host(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host():
-    server = http.server.HTTPServer(("127.0.0.1", 0), Host)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()
@@ -46,10 +53,12 @@ def test_downloads(host, monkeypatch):
     with pytest.raises(ApiError, match="private network"):
         read("/a.png")
     monkeypatch.setattr(pictures, "_public", lambda *_: "127.0.0.1")
+    monkeypatch.setattr(pictures, "LONGEST", 0.5)
     assert read("/a.png").size == (28, 28)
     for path, name, status, words in [
         ("/moved", "images.example", 400, "redirects are not followed"),
         ("/large", "images.example", 413, "more than 1 MiB"),
+        ("/slow", "images.example", 400, "images.example"),
         ("/a.png", "other.example", 400, "are not downloaded"),
     ]:
         with pytest.raises(ApiError, match=words) as raised:
@@ -57,7 +66,18 @@ def test_downloads(host, monkeypatch):
         assert raised.value.status == status
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "192.168.1.1", "100.64.0.1"])
+def test_the_images_of_a_request_have_a_limit_together():
+    assert pictures.read(uri(1), Limits(), left=28 * 28).size == (28, 28)
+    with pytest.raises(ApiError, match="more than 160 million pixels together") as raised:
+        pictures.read(uri(1), Limits(), left=28 * 28 - 1)
+    assert raised.value.status == 413
+
+
+PRIVATE = ["10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "192.168.1.1", "100.64.0.1", "224.0.0.1",
+           "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses(monkeypatch, address):
     found = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", (address, 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
