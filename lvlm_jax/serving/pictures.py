@@ -115,9 +115,10 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
     port = port or (443 if secure else 80)
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     connection = ending = None
+    late = threading.Event()
     try:
         connection = _connected(host, _public(host, port), port, secure)
-        ending = threading.Timer(LONGEST, _cut, [connection.sock])
+        ending = threading.Timer(LONGEST, _cut, [connection.sock, late])
         ending.start()
         connection.request("GET", target, headers={"User-Agent": "lvlm_jax", "Accept": "image/*"})
         response = connection.getresponse()
@@ -125,6 +126,8 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
             redirect = " (redirects are not followed)" if 300 <= response.status < 400 else ""
             raise _refused(f"{address[:SHOWN]!r} answered {response.status}{redirect}")
         content = response.read((limits.max_image << 20) + 1)
+        if late.is_set():
+            raise _refused(f"{address[:SHOWN]!r} was not downloaded within {LONGEST} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _refused(f"{address[:SHOWN]!r} cannot be downloaded: {type(error).__name__}") from error
     finally:
@@ -137,8 +140,9 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
     return content
 
 
-def _cut(connection: socket.socket) -> None:
+def _cut(connection: socket.socket, late: threading.Event) -> None:
     """Ends a download that takes too long: whoever reads it meets its end."""
+    late.set()
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -58,7 +58,7 @@ def test_downloads(host, monkeypatch):
     for path, name, status, words in [
         ("/moved", "images.example", 400, "redirects are not followed"),
         ("/large", "images.example", 413, "more than 1 MiB"),
-        ("/slow", "images.example", 400, "images.example"),
+        ("/slow", "images.example", 400, "not downloaded within 0.5 s"),
         ("/a.png", "other.example", 400, "are not downloaded"),
     ]:
         with pytest.raises(ApiError, match=words) as raised:
