@@ -5,17 +5,13 @@ import csv
 import importlib.util
 import json
 
-import pytest
-
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Data, get, tables
-from lvlm_jax.evaluation.benchmarks import choices
-from tests.evaluation.builders import write_lines
+from tests.evaluation.builders import read, scored, write_lines
+from tests.refusals import refused
 
 PROTOCOLS = ["choices/any"]
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 40
 JPEG = b"\xff\xd8\xff\xe0" + b"1" * 400
-ANY = get("choices/any")
 
 
 def row(number, **more):
@@ -29,17 +25,15 @@ def sample(folder):
     return Data(folder, write_lines(folder / "q.jsonl", rows))
 
 
-def tsv(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def tsv(path, *rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, delimiter="\t")
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
-    return path
 
 
-def read_lines(tmp_path, *rows, **where):
-    return choices.read(Data(tmp_path, write_lines(tmp_path / "q.jsonl", rows), **where), ANY)
+def read_lines(tmp_path, *rows, **more):
+    return read("choices/any", tmp_path, question_file=write_lines(tmp_path / "q.jsonl", rows), **more)
 
 
 def names(question):
@@ -49,35 +43,33 @@ def names(question):
 def test_vlmevalkit_table(tmp_path):
     """Several pictures in one cell, quoted line ends, empty options, and a reference to another row's picture."""
     png, jpeg = (base64.b64encode(picture).decode() for picture in (PNG, JPEG))
-    rows = [
-        {"index": "0", "image": jpeg, "question": 'What "is"\nit?', "A": "dog", "B": "cat", "answer": "B",
-         "category": "objects", "hint": "an animal"},
-        {"index": "1", "image": json.dumps([png, jpeg]), "question": "Alike?", "A": "yes", "B": "no",
-         "C": "perhaps", "answer": "A", "category": "pairs"},
-        {"index": "2", "image": "0", "question": "Again?", "A": "dog", "B": "cat", "answer": "A",
-         "category": "objects"},
-    ]  # fmt: skip
-    tsv(tmp_path / "BLINK.tsv", rows)
-    first, second, third = choices.read(Data(tmp_path), get("choices/blink"))
+    common = {"A": "dog", "B": "cat", "answer": "A", "category": "objects"}
+    tsv(
+        tmp_path / "BLINK.tsv",
+        {"index": "0", "image": jpeg, "question": 'What "is"\nit?', **common, "answer": "B", "hint": "an animal"},
+        {"index": "1", "image": json.dumps([png, jpeg]), "question": "Alike?", **common, "C": "perhaps"},
+        {"index": "2", "image": "0", "question": "Again?", **common},
+    )
+    first, second, third = read("choices/blink", tmp_path)
     assert first.text == 'Hint: an animal\nWhat "is"\nit?\nA. dog\nB. cat'
     assert (first.label, first.group, first.extra["options"]) == ("B", "objects", ("A", "B"))
     assert first.images == third.images == (JPEG,) and second.images == (PNG, JPEG)
-    assert ANY.prompt(third).endswith("B. cat\nAnswer with the option's letter from the given choices directly.")
+    asked = get("choices/any").prompt(third)
+    assert asked.endswith("B. cat\nAnswer with the option's letter from the given choices directly.")
 
 
 def test_columns_of_hugging_face_sets(tmp_path):
+    pair, sharper = {"image1": "a.png", "image2": "b.png"}, {"option0": "first", "option1": "second"}
     found = read_lines(
         tmp_path,
         {"idx": "v1", "question": "?", "choices": ["x", "y"], "answer": "(B)", "sub_task": "Depth",
          "image_1": "a.png", "image_2": "b.png", "image_3": None},
         {"question_id": 2, "question": "Both are dogs.", "answer": "False", "left_image": "l.png",
          "right_image": "r.png"},
-        {"id": 3, "question": "Sharper?", "option0": "first", "option1": "second", "correct_choice": "0",
-         "image1": "a.png", "image2": "b.png"},
+        {"id": 3, "question": "Sharper?", **sharper, "correct_choice": "0", **pair},
         row(4, options={"A": "cat", "B": "dog"}, answer="Dog", images=["a.png"]),
         # Q-Bench2 writes N/A into the columns of options that a question does not have.
-        {"id": 5, "question": "Sharper?", "option0": "first", "option1": "second", "option2": "N/A",
-         "option3": "N/A", "correct_choice": "B", "image1": "a.png", "image2": "b.png"},
+        {"id": 5, "question": "Sharper?", **sharper, "option2": "N/A", "option3": "N/A", "correct_choice": "B", **pair},
         image_folder=tmp_path,
     )  # fmt: skip
     assert [q.label for q in found] == ["B", "B", "A", "B", "B"]
@@ -87,19 +79,12 @@ def test_columns_of_hugging_face_sets(tmp_path):
     assert found[4].text == "Sharper?\nA. first\nB. second"
 
 
-def test_pictures_of_one_name_in_different_folders(tmp_path):
-    questions = read_lines(tmp_path, *(row(i, images=[f"{i}/a.png", f"{i}/b.png"]) for i in range(2)))
-    assert questions[1].images == (tmp_path / "1/a.png", tmp_path / "1/b.png")
-    scores = choices.score(questions, {q.key: "A" for q in questions}, ANY)
-    assert scores.units == ("0/a.png+0/b.png", "1/a.png+1/b.png")
-
-
 def test_interleaved_placeholders(tmp_path):
     text, images = tables.interleave("See <image 2> and <img1>: <image>", ("a", "b", "c", "d"), "row 1")
     assert text == "<image>See <image> and <image>: <image>" and images == ("d", "b", "a", "c")
     assert tables.interleave("none", ("a", "b"), "row 1") == ("none", ("a", "b"))
-    with pytest.raises(LVLMError, match="row 1 has the placeholder '<image>' but 1 images"):
-        tables.interleave("<image> <image>", ("a",), "row 1")
+    message = "row 1 has the placeholder '<image>' but 1 images"
+    refused(message, tables.interleave, "<image> <image>", ("a",), "row 1")
     among = row(1, question="Which fits <image>?", options=["<image>"] * 2, image_list=["q", "a", "b"])
     (question,) = read_lines(tmp_path, among)
     assert question.text == "Which fits <image>?\nA. <image>\nB. <image>" and names(question) == ["q", "a", "b"]
@@ -108,18 +93,18 @@ def test_interleaved_placeholders(tmp_path):
 def test_figures_by_hand(tmp_path):
     kinds = ["near", "near", "far", "far"]
     rows = (row(i, answer="B", category=kind, image=f"{i}.png") for i, kind in enumerate(kinds))
-    questions = read_lines(tmp_path, *rows)
-    said = dict(zip((q.key for q in questions), ["B", "A", "y", "(b)"], strict=True))
-    scores = choices.score(questions, said, ANY)
-    found = {name: float(value) for name, value in scores.values().items()}
-    assert found == {"accuracy": 0.5, "unparsed": 0.25, "near: accuracy": 0.5, "near: unparsed": 0.0,
-                     "far: accuracy": 0.5, "far: unparsed": 0.5}  # fmt: skip
+    found, scores = scored("choices/any", read_lines(tmp_path, *rows), ["B", "A", "y", "(b)"])
+    expected = {"accuracy": 0.5, "unparsed": 0.25, "near: accuracy": 0.5, "near: unparsed": 0.0}
+    assert found == expected | {"far: accuracy": 0.5, "far: unparsed": 0.5}
     assert scores.notes == {"parser": "letter", "unparsed": 1}
+    # Pictures of one name in different folders are different images.
+    questions = read_lines(tmp_path, *(row(i, images=[f"{i}/a.png", f"{i}/b.png"]) for i in range(2)))
+    assert questions[1].images == (tmp_path / "1/a.png", tmp_path / "1/b.png")
+    assert scored("choices/any", questions, "A")[1].units == ("0/a.png+0/b.png", "1/a.png+1/b.png")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
+def test_bad_rows_and_files(tmp_path):
+    for more, message in (
         ({"answer": None}, "has no answer"),
         ({"answer": "C"}, "answer 'C' is none of the options A, B"),
         ({"options": None}, "has no options"),
@@ -128,55 +113,36 @@ def test_figures_by_hand(tmp_path):
         ({"image": [{}]}, "expected a file name or an"),
         ({"image": "?" * 400}, "nor base64"),
         ({"options": "[x"}, "begins like a list but is none"),
-    ],
-)
-def test_bad_rows(tmp_path, more, message):
-    with pytest.raises(LVLMError, match=message):
-        read_lines(tmp_path, row(1, **more))
-
-
-def test_duplicates_and_missing_files(tmp_path):
-    with pytest.raises(LVLMError, match="occurs twice"):
-        read_lines(tmp_path, row(1), row(1))
-    with pytest.raises(LVLMError, match=r"no muirbench\*\.tsv, muirbench\*\.jsonl or folder muirbench\*/"):
-        choices.read(Data(tmp_path), get("choices/muirbench"))
-    path = write_lines(tmp_path / "q.jsonl", [row(1, image="a.png")])
-    with pytest.raises(LVLMError, match="a.png' of question 1 is missing"):
-        choices.read(Data(tmp_path, path), ANY, need_images=True)
+    ):
+        refused(message, read_lines, tmp_path, row(1, **more))
+    refused("occurs twice", read_lines, tmp_path, row(1), row(1))
+    missing = r"no muirbench\*\.tsv, muirbench\*\.jsonl or folder muirbench\*/"
+    refused(missing, read, "choices/muirbench", tmp_path)
+    refused("a.png' of question 1 is missing", read_lines, tmp_path, row(1, image="a.png"), need_images=True)
     for name, content, message in (
         ("q.xlsx", "x", "another ending than .tsv, .parquet"),
         ("q.tsv", "index\tquestion\n1\n", "row 1 .* has not as many cells as the heading"),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(LVLMError, match=message):
-            choices.read(Data(tmp_path, tmp_path / name), ANY)
-
-
-def test_two_tables_of_one_benchmark(tmp_path):
+        refused(message, read, "choices/any", tmp_path, question_file=tmp_path / name)
     for name in ("MUIRBench.tsv", "muirbench_small.tsv"):
-        tsv(tmp_path / name, [{"index": 1, "question": "?", "A": "x", "B": "y", "answer": "A"}])
-    with pytest.raises(LVLMError, match="2 files fit choices/muirbench .* --question-file"):
-        choices.read(Data(tmp_path), get("choices/muirbench"))
+        tsv(tmp_path / name, {"index": 1, "question": "?", "A": "x", "B": "y", "answer": "A"})
+    refused("2 files fit choices/muirbench .* --question-file", read, "choices/muirbench", tmp_path)
 
 
 def test_parquet_folder(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     folder = tmp_path / "BLINK" / "Depth"
     folder.mkdir(parents=True)
-    row = {"question": "?", "choices": ["x", "y"], "answer": "(A)", "image_1": {"bytes": PNG, "path": None}}
-    rows = [{"idx": str(i)} | row for i in range(4)]
+    if importlib.util.find_spec("pyarrow") is None:
+        (folder / "val.parquet").write_bytes(b"PAR1")
+        refused("needs the package pyarrow; install it", read, "choices/blink", tmp_path)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    common = {"question": "?", "choices": ["x", "y"], "answer": "(A)", "image_1": {"bytes": PNG, "path": None}}
+    rows = [{"idx": str(i)} | common for i in range(4)]
     for i in range(2):
         parquet.write_table(pyarrow.Table.from_pylist(rows[2 * i : 2 * i + 2]), folder / f"val-0000{i}.parquet")
-    questions = choices.read(Data(tmp_path), get("choices/blink"))
-    assert [q.id for q in questions] == ["0", "1", "2", "3"]
-    assert questions[0].images == (PNG,)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is installed")
-def test_parquet_without_pyarrow(tmp_path):
-    (tmp_path / "blink").mkdir()
-    (tmp_path / "blink" / "val.parquet").write_bytes(b"PAR1")
-    with pytest.raises(LVLMError, match="needs the package pyarrow; install it"):
-        choices.read(Data(tmp_path), get("choices/blink"))
+    questions = read("choices/blink", tmp_path)
+    assert [q.id for q in questions] == ["0", "1", "2", "3"] and questions[0].images == (PNG,)
