@@ -21,7 +21,7 @@ from lvlm_jax import weights
 from lvlm_jax.cli import common
 from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import statistics
+from lvlm_jax.evaluation import controls, statistics
 from lvlm_jax.files import write_whole
 from lvlm_jax.methods import Method, parse
 from lvlm_jax.pocket import benchmark, benchmark_run
@@ -45,7 +45,7 @@ def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Map
     Raises:
         LVLMError: a wanted method is not there.
     """
-    known = settings.get_published() if published else settings.get_methods()
+    known: dict = settings.get_published() if published else settings.get_methods()
     if wanted == ["all"]:
         return known
     found: dict[str, Method | Mapping[str, Method]] = {}
@@ -84,6 +84,8 @@ def main(arguments: list[str]) -> int:
                         help="worlds that images are drawn from, in turns (default 1; 3 for a deep model)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default all)")  # fmt: skip
+    parser.add_argument("--controls", nargs="+", choices=controls.RUNS, default=list(controls.RUNS), metavar="NAME",
+                        help=f"runs beside: {', '.join(controls.RUNS)} (default all; greedy always)")  # fmt: skip
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_benchmark"), metavar="DIR",
@@ -105,6 +107,7 @@ def main(arguments: list[str]) -> int:
         seeds,
         [PARTS[name] for name in PARTS if name in flags.parts],
         settings.get_claims() if published else {},
+        flags.controls,
     )
     text = benchmark_run.run(setup, methods)
     if flags.markdown:
@@ -128,6 +131,8 @@ def command(flags: argparse.Namespace) -> str:
         words += ["--batch-size", str(flags.batch_size)]
     if flags.parts != list(PARTS):
         words += ["--parts", *flags.parts]
+    if flags.controls != list(controls.RUNS):
+        words += ["--controls", *flags.controls]
     if flags.methods != ["all"]:
         words += ["--methods", *flags.methods]
     return " ".join(words)

@@ -18,8 +18,8 @@ length         captions: of the greedy caption of each image the first n words, 
                is not applied again to the cut text
 
 OLM and PBA are those of that paper. Greedy, temperature, plausibility and PBA are runs of the model (`decodings`), OLM
-and the threshold need one pass over the prompts (`log_odds`), the length nothing. A folder of controls that was filled
-before OLM lacks what it needs; there it is left out.
+and the threshold need one pass over the prompts (`log_odds`), the length nothing. What needs a run that was not asked
+for, or that a folder of controls filled before OLM lacks, is left out.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ from lvlm_jax.methods.chain import Chained
 CUT = 0.1  # β for methods that have none
 PBA = " Answer yes whenever possible."
 OLM_KNOWN, OLM_NEAR = 0.2, 0.5  # p(yes) + p(no) must be above, their distance below
+RUNS = ("greedy", "temperature", "plausibility", "pba", "pba-sampled")  # the controls that are runs of the model
 ABOUT = {
     "greedy": "greedy decoding",
     "temperature": "sampling at temperature 1",
@@ -247,7 +248,8 @@ def report(
 
     Args:
         answers: the method's.
-        answered: answers of greedy, temperature and plausibility to all questions; log-odds of the yes/no ones.
+        answered: answers of greedy to all questions, and of the other runs that were asked for; log-odds of the yes/no
+            questions.
         resamples, seed: of the bootstrap.
     """
     found = {}
@@ -264,7 +266,7 @@ def report(
         } | rescore.judged(benchmark, "the method", ABOUT[name], method, control, against["differences"])
         return found[name]
 
-    for name in ("greedy", "temperature", "plausibility"):
+    for name in (name for name in ("greedy", "temperature", "plausibility") if name in answered.texts):
         compare(name, questions, answered.texts[name], protocol, answers)
     binary = [question for question in questions if is_yes_no(question)]
     if binary:
@@ -272,6 +274,8 @@ def report(
         compare("threshold", binary, texts, protocol, answers)["thresholds"] = thresholds
         if all(question.key in answered.chances for question in binary):
             for name, otherwise in (("olm", "greedy"), ("olm-sampled", "temperature")):
+                if otherwise not in answered.texts:
+                    continue
                 texts = near_to_yes(answered.chances, answered.texts[otherwise])
                 compare(name, binary, texts, protocol, answers)
         for name in ("pba", "pba-sampled"):

@@ -18,7 +18,7 @@ import jax
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, controls, engine, rescore, shares, statistics
-from lvlm_jax.evaluation.controls import Answered
+from lvlm_jax.evaluation.controls import RUNS, Answered
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
 from lvlm_jax.evaluation.question import Data, Question
@@ -37,6 +37,7 @@ class Options:
         batch_size: prompts at once.
         seed: of sampling.
         controls: folder for the controls' logs; None for no controls.
+        runs: which of `controls.RUNS` are made; greedy decoding always is.
         share: the part of the questions that this process answers.
         against: answer files of another run to compare with.
         resamples, bootstrap_seed: of the intervals.
@@ -46,6 +47,7 @@ class Options:
     batch_size: int = 16
     seed: int = 0
     controls: Path | None = None
+    runs: Sequence[str] = RUNS
     share: Share = ALONE
     against: Sequence[str] = ()
     resamples: int = statistics.RESAMPLES
@@ -129,7 +131,7 @@ class Run:
         if options.controls is not None:
             for one in controls.decodings(protocol, method):
                 asked = self._yes_no if one.yes_no else self.questions
-                if asked:
+                if asked and one.name in ("greedy", *options.runs):
                     self._controls[one.name] = decoded(one.protocol, one.method, options.controls / one.folder, asked)
 
     def complete(self) -> bool:

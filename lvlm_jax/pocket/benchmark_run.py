@@ -11,6 +11,7 @@ import jax
 
 from lvlm_jax import files
 from lvlm_jax.evaluation import get, statistics
+from lvlm_jax.evaluation.controls import RUNS
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.journal.record import checkpoint_hash
 from lvlm_jax.lvlm import LVLM
@@ -41,6 +42,7 @@ class Setup:
         seeds: worlds that the images are drawn from, in turns.
         parts: of the benchmark.
         claims: method -> figures that are better with it, says its paper: names of `claims.FIGURES`.
+        controls: runs beside each method, of `evaluation.controls.RUNS`; greedy decoding always is.
     """
 
     out: Path
@@ -54,6 +56,7 @@ class Setup:
     seeds: int = 1
     parts: Sequence[benchmark.Part] = benchmark.PARTS
     claims: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    controls: Sequence[str] = RUNS
 
     def world(self, part: benchmark.Part) -> Path:
         """Folder of the test images that a part of the benchmark is about."""
@@ -89,7 +92,10 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
                 continue
             folder = setup.out / part.name
             options = Options(
-                setup.batch_size, controls=folder if method is not None else None, resamples=setup.resamples
+                setup.batch_size,
+                controls=folder if method is not None else None,
+                runs=setup.controls,
+                resamples=setup.resamples,
             )
             # The greedy control is the greedy row itself: both have the same log.
             data = part.data(setup.world(part))

@@ -71,7 +71,8 @@ def test_what_papers_claim_is_held_against_the_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_run.LVLM, "from_pretrained", lambda *_, **__: Oracle())
     monkeypatch.setattr(pocket_benchmark, "deep", lambda _: True)
     words = ["--methods", "vcd", "capl", "iat", "--seeds", "2", "--parts", "pope", "chair", "multi_image"]
-    assert run(tmp_path, *words, "--images", "40") == 0
+    assert run(tmp_path, *words, "--images", "40", "--controls", "temperature") == 0
+    assert {path.name for path in (tmp_path / "pope").iterdir()} == {"greedy", "vcd", "temperature"}
     claimed, mended, pope = tables(tmp_path / "table.md")[:3]
     assert [row[:2] for row in claimed[2:]] == [
         *(["vcd", word] for word in ("POPE accuracy", "POPE F1", "C_S", "C_I")),
