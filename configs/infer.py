@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     demo.attention_map = "runs/demo.png"
     # With smol installed the demo is smol's, and shows a description that a method mends and one that it spoils: counts
-    # of the images of docs/smol_benchmark.md, where image i is scene i // 3 of the seed i % 3.
+    # of a pocket benchmark's images (0: no examples), where of three seeds image i is scene i // 3 of the seed i % 3.
     demo.examples = ml_collections.ConfigDict(dict(method="cmac/llava-1.5/chair", images=0, folder="runs"))
     demo.examples.mended = dict(count=0, scene=0, seed=0)
     demo.examples.spoilt = dict(count=0, scene=0, seed=0)

@@ -115,7 +115,8 @@ def command_line(words: list[str]):
     common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(name, arguments)
-    arguments.examples = defaults.demo.examples if alone and arguments.model_path == "smol" else None
+    examples = defaults.demo.examples
+    arguments.examples = examples if alone and arguments.model_path == "smol" and examples.images else None
     if alone:
         arguments.image = [str(names.pocket_file("sample.png"))]
         arguments.prompt = list(defaults.demo.prompts)

@@ -182,7 +182,7 @@ def _judged(control: Mapping | None) -> str:
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
     """A figure of a unit, shares in per cent."""
-    return "–" if value is None else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
+    return "–" if value is None or value != value else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
 
 
 def between(interval: list, unit: str, sign: str = "") -> str:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lvlm_jax.evaluation import verdicts
 from lvlm_jax.evaluation.report import runs
 from lvlm_jax.pocket import benchmark, splits
 
 SHOWN, OPPOSITE, NOT_SHOWN = "shown", "opposite", "not shown"
+SAYS = {verdicts.BETTER: SHOWN, verdicts.WORSE: OPPOSITE, verdicts.NONE_SHOWN: NOT_SHOWN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,7 @@ the interval of the difference to greedy decoding lies on the side that the pape
 By chance alone an interval misses 0 on a given side in 2.5 of 100 cases. "Worlds" are the differences in the parts of
 the images that each seed drew. "Sampling": the method, decoded greedily, against no method, sampled at temperature 1,
 which is what many papers compare with; greedy decoding alone would do much of that. "Trivial": against greedy
-captions cut to the method's length, or, of yes/no questions,
-against a threshold that says yes as often as the method."""
+captions cut to the method's length, or, of yes/no questions, against a threshold with as many times yes."""
 
 
 def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
@@ -52,16 +53,15 @@ def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
     return claims.get(name, claims.get(name.split("-")[0], ()))
 
 
-def verdict(interval: Sequence[float | None], direction: int) -> str:
+def verdict(interval: Sequence[float | None], direction: int, questions: int) -> str:
     """What the interval of a method's difference to greedy says of the claim that it is better.
 
     Args:
         direction: 1 where a high value is good, -1 where a low one is.
+        questions: how many the figure is about.
     """
-    low, high = interval
-    if low is None or high is None or low <= 0 <= high:
-        return NOT_SHOWN
-    return SHOWN if (low > 0) == (direction > 0) else OPPOSITE
+    says = verdicts.verdict(interval, direction, questions)
+    return "not shown (the same)" if list(interval) == [0, 0] else SAYS.get(says, says)
 
 
 def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[float]:
@@ -90,7 +90,7 @@ def page(
         claims: method -> keys of `FIGURES`.
         out: folder of the benchmark.
     """
-    rows, verdicts = [], Counter()
+    rows, counts = [], Counter()
     for name in dict.fromkeys(name for scores in found.values() for name in scores):
         for word in of(name, claims):
             measure = FIGURES[word]
@@ -98,10 +98,10 @@ def page(
             if scores is None:
                 continue
             says, cells = _row(measure, scores, out / measure.part.name / name, worlds)
-            verdicts[says] += 1
+            counts[NOT_SHOWN if says.startswith(NOT_SHOWN) else says] += 1
             rows.append(benchmark.row([name, word, *cells]))
     heading = ["method", "better by", "greedy", "with it", "difference", "claim", "worlds", "sampling", "trivial"]
-    counted = ", ".join(f"{verdicts[word]} {word}" for word in (SHOWN, NOT_SHOWN, OPPOSITE))
+    counted = ", ".join(f"{counts[word]} {word}" for word in dict.fromkeys((SHOWN, NOT_SHOWN, OPPOSITE, *counts)))
     lines = ["## Does what the papers claim show here?", "", f"Of {len(rows)} claims: {counted}.", "", NOTES, ""]
     lines += [benchmark.row(heading), "|---" * len(heading) + "|", *rows]
     return "\n".join([*lines, "", *_captions(found.get(benchmark.CHAIR.name, {}))]) + "\n"
@@ -111,14 +111,15 @@ def _row(measure: Measure, scores: Mapping, folder: Path, worlds: int) -> tuple[
     """The verdict on a claim, and the cells of its row."""
     greedy = scores["controls"]["greedy"]
     difference = greedy["against"]["differences"][measure.figure]
-    says = verdict(difference["interval"], measure.part.benchmark.direction(measure.figure))
+    direction = measure.part.benchmark.direction(measure.figure)
+    says = verdict(difference["interval"], direction, scores["record"]["questions"])
     unit = scores["figures"][measure.figure]["unit"]
     each = [benchmark.number(one, unit, "+") for one in by_world(measure, folder, folder.parent / "greedy", worlds)]
     cells = [
         benchmark.cell(greedy["figures"][measure.figure]),
         benchmark.cell(scores["figures"][measure.figure]),
         f"{benchmark.number(difference['value'], unit, '+')} ({benchmark.between(difference['interval'], unit, '+')})",
-        f"**{says}**" if says != NOT_SHOWN else says,
+        f"**{says}**" if says in (SHOWN, OPPOSITE) else says,
         ", ".join(each),
         _beside(measure, scores["controls"], "temperature", unit),
         _beside(measure, scores["controls"], measure.control, unit),
@@ -131,9 +132,9 @@ def _beside(measure: Measure, controls: Mapping, kind: str, unit: str) -> str:
     difference = controls.get(kind, {}).get("against", {}).get("differences", {}).get(measure.figure)
     if difference is None or difference["value"] is None:
         return "–"
-    word = {SHOWN: "better", OPPOSITE: "worse", NOT_SHOWN: "no difference"}
-    says = word[verdict(difference["interval"], measure.part.benchmark.direction(measure.figure))]
-    return f"{says} ({benchmark.number(difference['value'], unit, '+')})"
+    direction = measure.part.benchmark.direction(measure.figure)
+    says = verdicts.verdict(difference["interval"], direction, controls[kind]["questions"])
+    return f"{says.removeprefix('significantly ')} ({benchmark.number(difference['value'], unit, '+')})"
 
 
 def _captions(found: Mapping[str, Mapping]) -> list[str]:

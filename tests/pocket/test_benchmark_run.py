@@ -100,9 +100,11 @@ def test_what_papers_claim_is_held_against_the_figures(tmp_path, monkeypatch):
 
 
 def test_verdicts_follow_interval_and_claim():
-    said = [claims.verdict(interval, 1) for interval in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], [0, 0.1], [None, 1])]
-    assert said == ["shown", "not shown", "opposite", "not shown", "not shown"]
-    assert [claims.verdict(interval, -1) for interval in ([0.1, 0.2], [-0.2, -0.1])] == ["opposite", "shown"]
+    intervals = [0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], [0, 0.1], [None, 1], [0, 0]
+    said = [claims.verdict(interval, 1, 30) for interval in intervals]
+    assert said == ["shown", "not shown", "opposite", "not shown", "not defined", "not shown (the same)"]
+    assert [claims.verdict(interval, -1, 30) for interval in ([0.1, 0.2], [-0.2, -0.1])] == ["opposite", "shown"]
+    assert claims.verdict([0.1, 0.2], 1, 29) == "no verdict below 30 questions"
 
 
 def test_every_claim_is_about_a_figure_of_a_method():
