@@ -183,6 +183,11 @@ class Transform:
         """Edits the residual stream behind layer `layer`, in all rows of the call."""
         return hidden
 
+    @property
+    def parts(self) -> tuple["Transform", ...]:
+        """The transforms that this one is made of: itself, unless it joins or wraps others."""
+        return (self,)
+
     def attends(self) -> bool:
         """Whether any stage inside attention is overridden."""
         return any(overrides(self, stage) for stage in ATTENTION_STAGES)
@@ -212,8 +217,7 @@ def check_definition(cls: type[Transform]) -> None:
 
 def overrides(transform: Transform, stage: str) -> bool:
     """Whether a transform (or any member of a chain) replaces a stage of the base class."""
-    members = transform.members if isinstance(transform, Chain) else (transform,)
-    return any(getattr(type(member), stage) is not getattr(Transform, stage) for member in members)
+    return any(getattr(type(part), stage) is not getattr(Transform, stage) for part in transform.parts)
 
 
 def rows_in(transform: Transform, layer: int, num_layers: int, phase: str) -> str:
@@ -251,6 +255,10 @@ class Chain(Transform):
         mixing = [type(member).__name__ for member in self.members if overrides(member, "values")]
         if len(mixing) > 1:
             raise LVLMError(f"{' and '.join(mixing)} cannot be chained: each replaces the product with the values")
+
+    @property
+    def parts(self) -> tuple[Transform, ...]:
+        return tuple(part for member in self.members for part in member.parts)
 
     @property
     def rows(self) -> str:

@@ -26,7 +26,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lvlm_jax import parallel
@@ -67,7 +66,7 @@ class PlausibilityCut(Method):
     beta: Strength = strength(CUT, "plausibility cut β", low=0, high=1)
 
     def combine(self, readout, memory):
-        return jnp.where(plausible(readout.main, self.beta), readout.main, -jnp.inf), memory
+        return plausible(readout.main, readout.main, self.beta), memory
 
 
 def own_cut(method: Method) -> float:

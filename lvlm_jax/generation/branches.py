@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -193,16 +193,22 @@ def warmed_up(
     methods = list(methods)
     wanted = {name for method in methods if method is not None for name in method.primes}
     if wanted:
-        hidden = _last_hidden_states(params, config, prompt, main, mesh) if "hidden" in wanted else None
-        attention = _last_row(params, config, prompt, main) if "attention" in wanted else None
-        seen = Seen(hidden, attention)
-        both = _with_and_without(params, config, prompt, main, mesh) if "probe" in wanted else None
+        found = seen(params, config, prompt, main, wanted, mesh)
+        both = with_and_without(params, config, prompt, main, mesh) if "probe" in wanted else None
         for place, method in enumerate(methods):
             if both is not None:  # an edited pass, so each setting has its own
                 probed = drivers.probed(params, config, both, method.probe(), prompt.image_count)
-                seen = seen._replace(probe=probed)
-            methods[place] = method and method.primed(seen)
+                found = found._replace(probe=probed)
+            methods[place] = method and method.primed(found)
     return jax.tree.map(jnp.copy, methods)
+
+
+def seen(
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, wanted: Collection[str], mesh: Mesh | None = None
+) -> Seen:
+    """What the plain warm-up passes see of a prompt; a `probe` is the method's own, and not among it."""
+    hidden = _last_hidden_states(params, config, prompt, main, mesh) if "hidden" in wanted else None
+    return Seen(hidden, _last_row(params, config, prompt, main) if "attention" in wanted else None)
 
 
 def _last_row(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt) -> Float[Array, "L B T"]:
@@ -211,7 +217,9 @@ def _last_row(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt) 
     return drivers.tapped_forward(params, config, main, None, **static).attention[:, 0, :, 0, 0]
 
 
-def _with_and_without(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, mesh: Mesh | None) -> Prompt:
+def with_and_without(
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, mesh: Mesh | None = None
+) -> Prompt:
     """The prompts with their images, then the same without them, in columns of one number."""
     bare = embedded(params, config, prompt.without_images(config.pad_token_id), mesh)
     more, wider = (main.image_id.shape[1] - bare.image_id.shape[1], main.embeddings.shape[2] - bare.embeddings.shape[2])

@@ -32,14 +32,14 @@ def encode_images(
     params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
 ) -> Float[Array, "*N E"]:
     """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
-    return _apply(params, config, "encode_images", pixels, **(geometry or {}))
+    return apply(params, config, "encode_images", pixels, **(geometry or {}))
 
 
 def salience(
     params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
 ) -> Float[Array, "N"]:
     """How much the tower's class token looks at each image token, in reading order."""
-    return _apply(params, config, "salience", pixels, **(geometry or {}))
+    return apply(params, config, "salience", pixels, **(geometry or {}))
 
 
 def with_fewer_tokens(method: Method, prompt: Prompt, salience: Float[Array, "N"], image_count: int) -> Prompt:
@@ -59,7 +59,7 @@ def embed(
     params: dict, config: FamilyConfig, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"] | None
 ) -> Float[Array, "B T E"]:
     """Decoder inputs: token embeddings with the image tokens in their places."""
-    return _apply(params, config, "embed", tokens, image_tokens)
+    return apply(params, config, "embed", tokens, image_tokens)
 
 
 def full_forward(
@@ -72,18 +72,18 @@ def full_forward(
     tap: Tap = NOTHING,
 ) -> tuple[Float[Array, "B T V"], Tapped]:
     """Logits of every row in one pass without a cache, of the main branch when a method has several, and the tap."""
-    transforms = _branches(method)[:1]
+    transforms = transforms_of(method)[:1]
     rows = _explicit_rows(method, transforms, window, prompt.image_id.shape[1])
     context = prompt_context(prompt.image_id, method, rows, image_count, axes=prompt.axes)
-    decoded = _apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
-    logits = _apply(params, config, "head", decoded.hidden[0])
+    decoded = apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
+    logits = apply(params, config, "head", decoded.hidden[0])
     return logits, _with_exit_logits(params, config, decoded.tapped)
 
 
 def probed(params: dict, config: FamilyConfig, prompt: Prompt, transform: Transform, image_count: int = 1) -> Any:
     """The carry that a transform has after the last layer of a prompt, all of whose rows it may edit."""
     context = prompt_context(prompt.image_id, None, prompt.image_id.shape[1], image_count, axes=prompt.axes)
-    return _apply(params, config, "decode", prompt.embeddings[None], context, None, (transform,)).carries[0]
+    return apply(params, config, "decode", prompt.embeddings[None], context, None, (transform,)).carries[0]
 
 
 def prefill(
@@ -118,7 +118,7 @@ def prefill(
             among which must be the `edited_rows`.
     """
     total = prompt.image_id.shape[1]
-    transforms = _branches(method)
+    transforms = transforms_of(method)
     kind = contrast_kind(method)
     apart = kind in OTHER_LAYOUTS
     together = transforms[:1] if apart else transforms
@@ -138,7 +138,7 @@ def prefill(
     else:
         branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
     asked = _with_method_exits(method, config, tap)
-    decoded = _apply(params, config, "decode", branched, context, caches, together, asked)
+    decoded = apply(params, config, "decode", branched, context, caches, together, asked)
     caches = tuple(
         _cache(columns, config.text, layer, context, capacity) for layer, columns in enumerate(decoded.columns)
     )
@@ -146,7 +146,7 @@ def prefill(
     last = decoded.hidden[:, :, -1]
     if apart:
         other_context = prompt_context(contrast.image_id, None, 0, image_count, axes=contrast.axes)
-        other = _apply(params, config, "decode", contrast.embeddings[None], other_context)
+        other = apply(params, config, "decode", contrast.embeddings[None], other_context)
         caches = tuple(
             LayerCache(None, (*cache.own, columns.own[0].padded(contrast_capacity)))
             for cache, columns in zip(caches, other.columns, strict=True)
@@ -168,24 +168,24 @@ def prefix(
     """
     axes = None if prompt.axes is None else prompt.axes[:, :, :end]
     context = prompt_context(prompt.image_id[:, :end], None, 0, image_count, axes=axes)
-    seen = _apply(params, config, "decode", prompt.embeddings[None, :, :end], context).columns
+    seen = apply(params, config, "decode", prompt.embeddings[None, :, :end], context).columns
     return tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
 
 
 def edited_rows(method: Method | None, window: int, total: int) -> int:
     """How many of the last of `total` prompt rows a method edits; all of them where a branch has its own prompt."""
-    return total if contrast_kind(method) != "same" else _explicit_rows(method, _branches(method), window, total)
+    return total if contrast_kind(method) != "same" else _explicit_rows(method, transforms_of(method), window, total)
 
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
     method = state.method and state.method.recalled(state.memory.edits)
-    transforms = _branches(method)
+    transforms = transforms_of(method)
     tracks = tuple(track.with_token() for track in state.tracks)
     contexts = tuple(track.newest() for track in tracks)
     embedded = embed(params, config, tokens[:, None], None)
     branched = jnp.broadcast_to(embedded[None], (len(transforms), *embedded.shape))
-    decoded = _apply(
+    decoded = apply(
         params,
         config,
         "decode",
@@ -257,14 +257,14 @@ def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tap
     """Hidden states of the caller's early exits turned into logits."""
     if tapped.exits is None:
         return tapped
-    return tapped._replace(exits=_apply(params, config, "exit_logits", tapped.exits, True))
+    return tapped._replace(exits=apply(params, config, "exit_logits", tapped.exits, True))
 
 
 def _finish(
     params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: Decoded
 ) -> tuple[State, Step]:
     """Head on the last row, early exits, then the method's combination of branches."""
-    logits = _apply(params, config, "head", last)
+    logits = apply(params, config, "head", last)
     main, contrast = logits[0], logits[1] if logits.shape[0] > 1 else None
     combined, memory, tapped = main, state.memory, decoded.tapped
     if state.method is not None:
@@ -273,7 +273,7 @@ def _finish(
             tapped = tapped._replace(exits=exits[:asked] if asked else None)
             exits = exits[asked:, 0] if exits.shape[0] > asked else None
         if exits is not None:
-            exits = _apply(params, config, "exit_logits", exits, state.method.exit_norm)
+            exits = apply(params, config, "exit_logits", exits, state.method.exit_norm)
         readout = Readout(main, contrast, exits, decoded.carries[0])
         combined, kept = state.method.combine(readout, memory.logits)
         memory = Memory(kept, state.method.remember(decoded.carries[0], memory.edits))
@@ -291,7 +291,8 @@ def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Cont
     return LayerCache(columns.prefix, tuple(block.padded(own) for block in columns.own))
 
 
-def _branches(method: Method | None) -> tuple[Transform | None, ...]:
+def transforms_of(method: Method | None) -> tuple[Transform | None, ...]:
+    """The attention edits of each branch."""
     return (None,) if method is None else method.branches()
 
 
@@ -304,7 +305,7 @@ def uses_window(method: Method | None) -> bool:
 def _uses_window(structure: jax.tree_util.PyTreeDef) -> bool:
     """Strengths decide on nothing here, and would be computed with at every call."""
     method = jax.tree.unflatten(structure, [1.0] * structure.num_leaves)
-    return _explicit_rows(method, _branches(method), 2, 4) == 2
+    return _explicit_rows(method, transforms_of(method), 2, 4) == 2
 
 
 def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:
@@ -318,6 +319,7 @@ def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ..
     return max(needed, default=0 if len(transforms) == 1 else 1)
 
 
-def _apply(params: dict, config: FamilyConfig, function: str, *arguments: Any, **options: Any) -> Any:
+def apply(params: dict, config: FamilyConfig, function: str, *arguments: Any, **options: Any) -> Any:
+    """A function of the module of `config`, in the dtype of the parameters."""
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
     return models.build(config, dtype).apply({"params": params}, *arguments, method=function, **options)

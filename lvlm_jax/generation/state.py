@@ -107,6 +107,20 @@ class Track:
             explicit_rows=1,
         )
 
+    def with_tokens(self, count: int) -> Context:
+        """The context of the rows of `count` tokens more, all at once."""
+        text = jnp.zeros((self.image_id.shape[0], count), self.image_id.dtype)
+        return Context(
+            image_id=jax.lax.dynamic_update_slice(self.image_id, text, (0, self.index)),
+            positions=self.position[:, None] + jnp.arange(count, dtype=self.position.dtype),
+            first_row=self.index,
+            image_end=self.image_end,
+            answer_start=self.answer_start,
+            image_count=self.image_count,
+            phase="decode",
+            explicit_rows=count,
+        )
+
 
 class Memory(NamedTuple):
     """What a method keeps from step to step; pytrees of arrays `[B, ...]`.

@@ -27,7 +27,7 @@ from lvlm_jax.methods.vti import needed
 class AdaIAT(Method):
     """Adaptive increased attention to generated text; see the module for the formula."""
 
-    alpha: Strength = strength(6.0, "strength α: how much of M - 1 is added", low=0)
+    alpha: Strength = strength(6.0, "strength α: how much of M - 1 is added", low=0, per="head")
     start_layer: int | float = switch(5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(18, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
@@ -44,8 +44,8 @@ class AdaIAT(Method):
         count = jnp.maximum(site.generated.sum(axis=-1), 1)
         attention = jnp.where(written, weights, 0).sum(axis=(1, 2, 3)) / count
         low = (attention < found["thresholds"][site.layer]) & site.image.any(axis=-1)
-        factor = jnp.maximum(1 + self.alpha * (found["ratios"][site.layer] - 1), 0)
-        raised = jnp.where(written, weights * factor[:, None, None], weights)
+        factor = jnp.maximum(1 + self.alpha * (found["ratios"][site.layer][:, None, None] - 1), 0)
+        raised = jnp.where(written, weights * factor, weights)
         total = raised.sum(axis=-1, keepdims=True)
         raised = raised / jnp.where(total > 0, total, 1)
         return jnp.where(low[:, None, None, None] & (total > 0), raised, weights)

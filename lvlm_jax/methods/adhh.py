@@ -37,7 +37,9 @@ THIRTEEN_B = (0, 8, 29, 27, 23, 18, 20, 11, 36, 26, 19, 37, 22, 16, 22, 34, 21, 
 class ADHH(Method):
     """Adaptive deactivation of hallucination heads; see the module for the formula."""
 
-    tau: Strength = strength(0.4, "mass τ on text from which a head is switched off; above 1: none is", low=0)
+    tau: Strength = strength(
+        0.4, "mass τ on text from which a head is switched off; above 1: none is", low=0, flat="a threshold"
+    )
     heads: tuple[int, ...] | None = switch(None, "the heads, as layer, head, layer, head, …")
     fitted: Fitted | None = fitted("heads, a file of lvlm fit adhh; `heads` overrules it")
 

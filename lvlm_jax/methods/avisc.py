@@ -32,9 +32,11 @@ class AvisC(Method):
     """Attentional vision calibration; see the module for the formulas."""
 
     alpha: Strength = strength(1.0, "contrast strength α", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
-    gamma: Strength = strength(0.5, "share γ of the image's mass in the chosen layers", low=0, high=1)
-    lambda_: Strength = strength(1.0, "deviations λ above the mean from which a token stays")
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
+    gamma: Strength = strength(
+        0.5, "share γ of the image's mass in the chosen layers", low=0, high=1, flat="a number of layers"
+    )
+    lambda_: Strength = strength(1.0, "deviations λ above the mean from which a token stays", flat="a threshold")
     attention: jax.Array | None = data("attention of the last prompt row in every layer; `primed` sets it")
 
     PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1, gamma=0.5, lambda_=1.0)}

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,9 +24,12 @@ from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks
+from lvlm_jax.methods.cuts import Soft, plausible
 from lvlm_jax.methods.fitted import Source
 
 Strength = float | np.floating | jax.Array
+
+FORMS = ("model", "layer", "head")  # one number, one of each layer, one of each layer and head
 
 # How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
 # pictures' pixels changed as the tower takes them or as whole pictures, another picture in the place of each, its image
@@ -70,9 +72,29 @@ class Readout(NamedTuple):
     carry: Any
 
 
-def strength(default: float | None, doc: str, low: float = -np.inf, high: float = np.inf) -> Any:
-    """A numeric field of a method: an array leaf, one finite number in `[low, high]`."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
+def strength(
+    default: float | None,
+    doc: str,
+    low: float = -np.inf,
+    high: float = np.inf,
+    per: str = "model",
+    flat: str = "",
+    cuts: bool = False,
+    when: tuple[str, Any] | None = None,
+) -> Any:
+    """A numeric field of a method: an array leaf, one finite number in `[low, high]`.
+
+    Args:
+        default, doc, low, high: its default, what it is in words, its bounds.
+        per: the finest form it takes, one of FORMS. "layer" and "head": in the place of the number there may be an
+            array with a value for each layer `[L]`; "head": or for each layer and query head `[L, H]`. A stage then
+            finds a value of its layer, for heads of the shape `[H, 1, 1]`.
+        flat: why it has no gradient and cannot be learned, such as "a threshold"; "" where it has one.
+        cuts: it rules tokens out, and is a `cuts.Soft` where answers are scored for training.
+        when: the name of a switch and the value that it must have for the number to be used at all.
+    """
+    about = {"doc": doc, "low": low, "high": high, "per": per, "flat": flat, "cuts": cuts, "when": when}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def switch(default: Any, doc: str, choices: tuple | None = None) -> Any:
@@ -244,6 +266,14 @@ class Method(Transform):
         return own and (len(self.branches()) > 1 or type(self).exits is not Method.exits)
 
     @property
+    def step_by_step(self) -> bool:
+        """Whether a decode step's edits follow from those of earlier ones, so that they cannot be made at once; static.
+
+        A `remember` that returns what it is given behind the prompt says no.
+        """
+        return type(self).remember is not Method.remember
+
+    @property
     def independent_rows(self) -> bool:
         """Whether a sample's answer follows from its own row alone, in whatever columns its tokens lie; static.
 
@@ -318,7 +348,9 @@ def frozen(cls: type[Method]) -> type[Method]:
 
 
 def sources(method: Method | None) -> Iterator[Source]:
-    """Where what was fitted for a method and its members comes from."""
+    """Where what was fitted or learned for a method and its members comes from."""
+    if getattr(method, "source", None) is not None:
+        yield method.source
     for member in getattr(method, "members", (method,)):
         for field in dataclasses.fields(member) if member is not None else ():
             if field.metadata.get("fitted") and getattr(member, field.name) is not None:
@@ -383,13 +415,11 @@ def layer_range(
     return found
 
 
-def plausible(main: Float[Array, "B V"], beta: Strength) -> jax.Array:
-    """Adaptive plausibility (arXiv 2210.15097): tokens whose raw logit is at least max + ln β."""
-    return main >= main.max(axis=-1, keepdims=True) + jnp.log(jnp.asarray(beta, jnp.float32))
-
-
 def contrasted(
-    main: Float[Array, "B V"], contrast: Float[Array, "B V"], alpha: Float[Array, "#B #V"] | Strength, beta: Strength
+    main: Float[Array, "B V"],
+    contrast: Float[Array, "B V"],
+    alpha: Float[Array, "#B #V"] | Strength,
+    beta: Strength | Soft,
 ) -> Float[Array, "B V"]:
     """(1 + α) l - α l̃ on plausible tokens, -inf elsewhere."""
-    return jnp.where(plausible(main, beta), (1 + alpha) * main - alpha * contrast, -jnp.inf)
+    return plausible((1 + alpha) * main - alpha * contrast, main, beta)

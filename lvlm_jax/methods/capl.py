@@ -37,8 +37,10 @@ from lvlm_jax.methods.registry import register
 class CAPL(Method):
     """Selective cross-image attention, or truncated attention; see the module for the formulas."""
 
-    sigma: Strength = strength(0.5, "weight σ of the cross-image softmax", low=0, high=1)
-    rho: Strength = strength(0.95, "share ρ of each image's tokens that is selected", low=0, high=1)
+    sigma: Strength = strength(0.5, "weight σ of the cross-image softmax", low=0, high=1, per="head")
+    rho: Strength = strength(
+        0.95, "share ρ of each image's tokens that is selected", low=0, high=1, flat="a number of tokens"
+    )
     mode: str = switch("cross", "images look at each other, or must not", choices=("cross", "truncated"))
     variant: str = switch(
         "paper", "truncated: an image token sees its image, or only itself", choices=("paper", "code-qwen")

@@ -108,6 +108,10 @@ class Chained(Method):
         return owner.exits(num_layers) if owner else ()
 
     @property
+    def step_by_step(self) -> bool:
+        return any(member.step_by_step for member in self.members)
+
+    @property
     def independent_rows(self) -> bool:
         return all(member.independent_rows for member in self.members)
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError, shown
+from lvlm_jax.methods.cuts import Soft
 from lvlm_jax.methods.fitted import as_fitted
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -29,16 +31,16 @@ def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
     return _static(owner, name, field, value) if "static" in field.metadata else _number(name, field, value)
 
 
-def _number(name: str, field: dataclasses.Field, value: Any) -> np.float32 | jax.Array | jax.ShapeDtypeStruct | None:
+def _number(name: str, field: dataclasses.Field, value: Any) -> Any:
     if value is None and field.default is None:
         return None
+    if isinstance(value, Soft) and field.metadata.get("cuts"):
+        return Soft(_number(name, field, value.value), value.softness)
+    listed = isinstance(value, list | tuple) and field.metadata.get("per", "model") != "model"
+    if listed or isinstance(value, Layered) or getattr(value, "shape", ()) != ():
+        return _layered(name, field, value)
     low, high = field.metadata["low"], field.metadata["high"]
     expected = f"expected {_range(low, high)}" + (" or None" if field.default is None else "")
-    if isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray) and value.shape != ():
-        raise LVLMError(
-            f"{name} has shape {value.shape}; {expected}. For several values give sweep a method for each, or build "
-            "the method inside jax.vmap"
-        )
     real = isinstance(value, NUMBERS) and not isinstance(value, bool)
     if isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
@@ -53,6 +55,38 @@ def _number(name: str, field: dataclasses.Field, value: Any) -> np.float32 | jax
     if isinstance(value, jax.Array):
         return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
     return value if abstract else np.float32(value)
+
+
+def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
+    """Values by layer, or by layer and head.
+
+    Raises:
+        LVLMError: the strength does not take them, or one of them is no number in its range.
+    """
+    low, high, per = (field.metadata.get(key, "model") for key in ("low", "high", "per"))
+    expected = f"expected {_range(low, high)}{FORMS[per]}"
+    values = value.values if isinstance(value, Layered) else value
+    if not isinstance(values, jax.Array | jax.ShapeDtypeStruct):
+        try:
+            values = np.asarray(values, np.float64)
+        except (TypeError, ValueError) as error:
+            raise LVLMError(f"{name} is {shown(values)}; {expected}") from error
+    if values.ndim not in DIMENSIONS[per] or not values.size:
+        raise LVLMError(
+            f"{name} has shape {values.shape}; {expected}. For several values give sweep a method for each, or build "
+            "the method inside jax.vmap"
+        )
+    if isinstance(values, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(values, "is_fully_addressable", True):
+        return Layered(values)
+    host = np.asarray(values, np.float64)
+    if not (np.isfinite(host) & (host >= low) & (host <= high) & (abs(host) <= LARGEST)).all():
+        raise LVLMError(f"{name} has values from {host.min():g} to {host.max():g}; each must be {_range(low, high)}")
+    return Layered(values if isinstance(values, jax.Array) else jnp.asarray(host, jnp.float32))
+
+
+# What a strength may be besides one number, by the finest form that it takes.
+DIMENSIONS = {"model": (), "layer": (1,), "head": (1, 2)}
+FORMS = {"model": "", "layer": ", or one for each layer", "head": ", or one for each layer, or layer and head"}
 
 
 def _range(low: float, high: float) -> str:

@@ -60,7 +60,9 @@ class CLVA(Method):
     a: Strength = strength(1.0, "how much anchors are raised, a", low=0)
     b: Strength = strength(0.5, "how much the noise of the first layers is lowered, b", low=0)
     lambda_: Strength = strength(1.0, "share λ of the noise taken from the anchor layer", low=0)
-    rho: Strength = strength(0.1, "share ρ of the image's tokens that may be anchors", low=0, high=1)
+    rho: Strength = strength(
+        0.1, "share ρ of the image's tokens that may be anchors", low=0, high=1, flat="a number of tokens"
+    )
     gate: bool = switch(True, "edit only as far as attention has drifted", choices=(True, False))
     noise_layers: int = switch(3, "how many first layers make the noise")
     anchor_start: float = switch(0.3, "share of the depth where candidate layers begin, inclusive")

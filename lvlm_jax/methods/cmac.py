@@ -51,9 +51,11 @@ GATE_STEPS = 30
 class CMAC(Method):
     """Cross-modal attention calibration; see the module for the formulas."""
 
-    alpha: Strength = strength(3.0, "contrast strength α", low=0)
-    beta: Strength = strength(0.2, "plausibility cut β", low=0, high=1)
-    gamma: Strength | None = strength(None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6)
+    alpha: Strength = strength(3.0, "contrast strength α", low=0, when=("imd", True))
+    beta: Strength = strength(0.2, "plausibility cut β", low=0, high=1, cuts=True, when=("imd", True))
+    gamma: Strength | None = strength(
+        None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6, when=("cmpc", True)
+    )
     variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
     imd: bool = switch(True, "value-masked contrast branch", choices=(True, False))
     cmpc: bool = switch(True, "calibrated positions", choices=(True, False))
@@ -63,7 +65,9 @@ class CMAC(Method):
         choices=("value_mask", "attention_mask", "value_noise"),
     )
     gate: str | None = switch(None, "30 steps whose mean image logit switches α off", choices=(None, "first", "last"))
-    noise_seed: Strength = strength(0, "seed of distort='value_noise'", low=0, high=2**24)
+    noise_seed: Strength = strength(
+        0, "seed of distort='value_noise'", low=0, high=2**24, flat="a seed", when=("distort", "value_noise")
+    )
 
     PRESETS: ClassVar = {
         "llava-1.5/pope": dict(alpha=3.0, beta=0.2),

@@ -31,7 +31,7 @@ class DAMRO(Method):
     """Dive into attention mechanism of LVLM; see the module for the formulas."""
 
     alpha: Strength = strength(2.0, "contrast strength α", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     tokens: int = switch(10, "how many tokens of each image the contrast branch keeps")
 
     PRESETS: ClassVar = {"default": dict(alpha=2.0, beta=0.1, tokens=10)}

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, strength, switch
+from lvlm_jax.methods.cuts import Soft, kept
 from lvlm_jax.methods.registry import register
 
 
@@ -30,8 +31,10 @@ class DeCo(Method):
     """Dynamic correction decoding; see the module for the formulas."""
 
     alpha: Strength = strength(0.6, "strength α of the correction", low=0)
-    top_p: Strength = strength(0.9, "probability that the candidates reach together", low=0, high=1)
-    candidates: Strength = strength(20, "how many candidates at most, a whole number", low=1)
+    top_p: Strength = strength(
+        0.9, "probability that the candidates reach together", low=0, high=1, flat="a number of tokens", cuts=True
+    )
+    candidates: Strength = strength(20, "how many candidates at most, a whole number", low=1, flat="a number of tokens")
     start_layer: int | float = switch(20 / 32, "first early exit")
     end_layer: int | float | None = switch(29 / 32, "the hidden state after the last early exit")
     layers: tuple[int, ...] | None = switch(None, "explicit hidden states, which overrule both")
@@ -42,11 +45,13 @@ class DeCo(Method):
         return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def combine(self, readout: Readout, memory):
-        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), self.top_p, self.candidates)
+        reached = self.top_p.value if isinstance(self.top_p, Soft) else self.top_p
+        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), reached, self.candidates)
         sure = jnp.where(likely, jax.nn.softmax(readout.exits, axis=-1), 0).max(axis=-1)
         chosen = jnp.take_along_axis(readout.exits, sure.argmax(axis=0)[None, :, None], axis=0)[0]
         corrected = readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen
-        return jnp.where(likely, corrected, -jnp.inf), memory
+        least = jnp.where(likely, readout.main, jnp.inf).min(axis=-1, keepdims=True)
+        return kept(corrected, readout.main, likely, least, self.top_p), memory
 
 
 def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strength) -> Bool[Array, "B V"]:

@@ -34,7 +34,7 @@ from lvlm_jax.methods.registry import register
 class DoLa(Method):
     """Decoding by contrasting layers; see the module for the formulas."""
 
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     layers: str | tuple[int, ...] = switch("low", "early exits: 'low', 'high' or hidden states")
     variant: str = switch("paper", "with or without the final norm", choices=("paper", "code"))
 
@@ -62,7 +62,7 @@ class DoLa(Method):
         early = jax.nn.log_softmax(readout.exits, axis=-1)
         index = divergence(final, early).argmax(axis=0)
         chosen = jnp.take_along_axis(early, index[None, :, None], axis=0)[0]
-        return jnp.where(plausible(final, self.beta), final - chosen, -jnp.inf), memory
+        return plausible(final - chosen, final, self.beta), memory
 
 
 def divergence(final: Float[Array, "B V"], early: Float[Array, "X B V"]) -> Float[Array, "X B"]:

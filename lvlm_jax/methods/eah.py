@@ -36,7 +36,9 @@ PUBLISHED = {"paper": (1, 0.002), "code": (15, 0.0008)}  # layer, β
 class EAH(Method):
     """Enhanced attention heads; see the module for the formulas."""
 
-    beta: Strength | None = strength(None, "what makes a vision sink, β; default 0.002 (paper) or 0.0008 (code)", low=0)
+    beta: Strength | None = strength(
+        None, "what makes a vision sink, β; default 0.002 (paper) or 0.0008 (code)", low=0, flat="a threshold"
+    )
     layer: int | float | None = switch(
         None, "the edited layer (a float: share of the depth); default 1 (paper) or 15 (code)"
     )

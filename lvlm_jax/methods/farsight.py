@@ -28,7 +28,9 @@ from lvlm_jax.methods.registry import register
 class FarSight(Method):
     """Attention registers behind the diagonal, a port; see the module for the formula."""
 
-    sigma: Strength = strength(math.log(256) / math.log(1024), "fall σ of a register's logit with its distance", low=0)
+    sigma: Strength = strength(
+        math.log(256) / math.log(1024), "fall σ of a register's logit with its distance", low=0, per="layer"
+    )
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")

@@ -119,11 +119,11 @@ def check_model(source: Source, model: str | None, name: str) -> None:
         LVLMError: the hashes differ.
     """
     if source.model != model:
+        anew = f"fit it anew with lvlm fit {source.method} --model {name}"
+        if source.method == "learned":
+            anew = "learn it anew with lvlm train --config learned_method"
         told = "was not read from a folder, so its hash is not known" if model is None else f"has {model[:12]}…"
-        raise LVLMError(
-            f"{source.method} was fitted for the checkpoint {source.model[:12]}… and {name} {told}; "
-            f"fit it anew with lvlm fit {source.method} --model {name}"
-        )
+        raise LVLMError(f"{source.method} was fitted for the checkpoint {source.model[:12]}… and {name} {told}; {anew}")
 
 
 def settings_text(settings: dict[str, Any]) -> str:

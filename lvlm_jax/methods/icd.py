@@ -31,7 +31,7 @@ class ICD(Method):
     """Instruction contrastive decoding; see the module for the formulas."""
 
     alpha: Strength = strength(1.0, "contrast strength α", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     prompt: str = switch(DISTURBANCE, "the disturbing instruction")
     tokens: tuple[int, ...] | None = switch(None, "its token ids; they overrule `prompt`")
     qformer: str = switch(

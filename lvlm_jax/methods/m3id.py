@@ -34,9 +34,14 @@ class M3ID(Method):
 
     decay: Strength = strength(0.02, "forgetting rate λ of the image, per token", low=0)
     alpha_gate: Strength = strength(
-        0.9, "'paper': tokens are contrasted where no token is as probable as this", low=0, high=1
+        0.9,
+        "'paper': tokens are contrasted where no token is as probable as this",
+        low=0,
+        high=1,
+        flat="a threshold",
+        when=("variant", "paper"),
     )
-    beta: Strength = strength(0.1, "'port': plausibility cut β", low=0, high=1)
+    beta: Strength = strength(0.1, "'port': plausibility cut β", low=0, high=1, cuts=True, when=("variant", "port"))
     variant: str = switch("paper", "formulas of the paper or of RITUAL's port", choices=("paper", "port"))
 
     PRESETS: ClassVar = {"paper": dict(decay=0.02, variant="paper"), "port": dict(decay=0.02, beta=0.1, variant="port")}

@@ -50,8 +50,8 @@ class Retrace(NamedTuple):
 class MemVR(Method):
     """Memory-space visual retracing; see the module for the formulas."""
 
-    rho: Strength = strength(0.12, "share ρ of what is looked up", low=0, high=1)
-    tau: Strength = strength(0.75, "entropy τ above which a layer is unsure", low=0)
+    rho: Strength = strength(0.12, "share ρ of what is looked up", low=0, high=1, per="layer")
+    tau: Strength = strength(0.75, "entropy τ above which a layer is unsure", low=0, flat="a threshold")
     start_layer: int | float = switch(6, "first layer whose output is judged (a float: share of the depth)")
     end_layer: int | float | None = switch(16, "the layer after the last one that is judged")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
@@ -93,6 +93,10 @@ class MemVR(Method):
         sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, found)]
         scaled = found * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
         return jnp.where(now[:, None, None], (1 - self.rho) * plain + self.rho * scaled, plain)
+
+    @property
+    def step_by_step(self) -> bool:
+        return False
 
     def remember(self, carry, kept):
         return carry.visual

@@ -23,7 +23,7 @@ from lvlm_jax.methods.registry import register
 class MiddleLayers(Method):
     """Image logits raised by the heads' mean in the middle layers; see the module for the formula."""
 
-    alpha: Strength = strength(0.5, "share of the mean absolute logit that is added, α", low=0)
+    alpha: Strength = strength(0.5, "share of the mean absolute logit that is added, α", low=0, per="head")
     start_layer: int | float = switch(5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(19, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")

@@ -30,7 +30,7 @@ from lvlm_jax.methods.vti import needed
 class Nullu(Method):
     """Null space projection of hallucination directions; see the module for the formula."""
 
-    alpha: Strength = strength(1.0, "share α of the directions' part that is taken out", low=0, high=1)
+    alpha: Strength = strength(1.0, "share α of the directions' part that is taken out", low=0, high=1, per="layer")
     rank: int = switch(4, "how many directions")
     start_layer: int | float = switch(0.5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")

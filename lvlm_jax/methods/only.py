@@ -38,8 +38,8 @@ class ONLY(Method):
 
     alpha_complement: Strength = strength(3.0, "weight of the side path's logits where both agree", low=0)
     alpha_contrast: Strength = strength(1.0, "strength of the contrast where they do not", low=0)
-    tau: Strength = strength(0.2, "distance τ from which they do not agree", low=0, high=2)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    tau: Strength = strength(0.2, "distance τ from which they do not agree", low=0, high=2, flat="a threshold")
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     share: Strength = strength(0.2, "share of the last layer's input in the side path", low=0)
     final_share: Strength = strength(0.5, "share of the main logits in the side path's", low=0)
     source_layer: int = switch(0, "the layer whose attention is edited")
@@ -84,7 +84,7 @@ class ONLY(Method):
         apart = jnp.abs(jax.nn.softmax(main) - jax.nn.softmax(side)).sum(axis=-1, keepdims=True)
         contrast = (1 + self.alpha_contrast) * main - self.alpha_contrast * side
         joined = jnp.where(apart < self.tau, main + self.alpha_complement * side, contrast)
-        return where_image(present, jnp.where(plausible(main, self.beta), joined, -jnp.inf), main), memory
+        return where_image(present, plausible(joined, main, self.beta), main), memory
 
 
 def lowered(row: Float[Array, "B H S"], group: Bool[Array, "B S"]) -> tuple[Bool[Array, "B H S"], Float[Array, "B H"]]:

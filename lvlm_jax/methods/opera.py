@@ -53,8 +53,8 @@ CODE_FIRST_COLUMN = 10  # the authors' code does not go back to earlier tokens
 class OPERA(Method):
     """Over-trust penalty and retrospection-allocation; see the module for the formulas."""
 
-    alpha: Strength = strength(1.0, "penalty weight α", low=0)
-    sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0)
+    alpha: Strength = strength(1.0, "penalty weight α", low=0, flat="part of a search")
+    sigma: Strength = strength(50.0, "scale factor σ of attention weights", low=0, flat="part of a search")
     beams: int = switch(5, "beams per sample")
     candidates: int = switch(5, "tokens tried per beam")
     threshold: int = switch(15, "how often a column recurs before a rollback")

@@ -28,9 +28,9 @@ from lvlm_jax.methods.registry import register
 class PAI(Method):
     """Pay attention to the image; see the module for the formulas."""
 
-    alpha: Strength = strength(0.2, "share of its size that an image logit gains, α", low=0)
+    alpha: Strength = strength(0.2, "share of its size that an image logit gains, α", low=0, per="head")
     gamma: Strength = strength(1.1, "guidance γ; 1 for no contrast", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     start_layer: int | float = switch(2, "first layer with the edit")
     end_layer: int | float | None = switch(None, "the layer after the last one with the edit")
     layers: tuple[int, ...] | None = switch(None, "explicit layers, which overrule both")
@@ -56,5 +56,5 @@ class PAI(Method):
     def combine(self, readout: Readout, memory):
         edited = jax.nn.log_softmax(readout.main, axis=-1)
         blind = jax.nn.log_softmax(readout.contrast, axis=-1)
-        guided = jnp.where(plausible(edited, self.beta), self.gamma * (edited - blind) + blind, -jnp.inf)
+        guided = plausible(self.gamma * (edited - blind) + blind, edited, self.beta)
         return where_image(readout.carry, guided, readout.main), memory

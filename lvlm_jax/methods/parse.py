@@ -7,6 +7,8 @@ cmac:alpha=3,beta=0.1                 with settings, named like its flags
 sevi/balanced:layers=8,9,kappa=0.3    with both; numbers up to the next name belong to one setting
 eah+cmac:alpha=1                      several, chained
 mymodule:MyMethod   file.py:MyMethod  a user's own class, in the place of the name
+pai:alpha=0.1,0.2,0.3                 a strength for each layer, where the method takes that
+learned:FILE                          what lvlm train --config learned_method wrote
 """
 
 import argparse
@@ -19,7 +21,7 @@ import jax
 
 from lvlm_jax import errors
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods import registry
+from lvlm_jax.methods import learned, registry
 from lvlm_jax.methods.base import Method, sources
 from lvlm_jax.methods.chain import chain
 from lvlm_jax.methods.fitted import check_model
@@ -113,6 +115,7 @@ def methods_help() -> str:
             lines.append(f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}")
     lines += [
         "",
+        "  Learned strengths: --method learned:FILE, a file of lvlm train --config learned_method.",
         "  Your own: --method mymodule:MyMethod or --method file.py:MyMethod, a class of methods.Method.",
         "  Two methods at once: --method eah+cmac. A setting whose name is taken (by another method, or by a flag",
         "  above) carries the method's name: --vcd-seed, --icd-prompt, --cmac-preset; it always may.",
@@ -132,6 +135,8 @@ def add_method_flags(parser: argparse.ArgumentParser, words: str) -> None:
     Raises:
         LVLMError: there is no such method.
     """
+    if learned.path_of(words):
+        return
     members = list(dict.fromkeys(member.name for member in _members(words)))
     taken = {option for action in parser._actions for option in action.option_strings}
     shared = [f"--{_flag(field)}" for member in members for field in _fields(member)]
@@ -151,7 +156,7 @@ def _flag_settings(field: dataclasses.Field) -> dict[str, typing.Any]:
     if field.metadata.get("fitted"):
         return {"metavar": "FILE"}
     if not field.metadata.get("static"):
-        return {"type": float}
+        return {"type": float if field.metadata.get("per", "model") == "model" else _by_layer}
     if choices:
         return {"choices": choices}
     return {"type": _word_or_numbers if isinstance(field.default, str) else _numbers}
@@ -166,6 +171,14 @@ def _numbers(text: str) -> int | float | tuple[int, ...] | None:
     return float(text) if "." in text else int(text)
 
 
+def _by_layer(text: str) -> float | tuple[float, ...]:
+    """`0.5` as a number, `0.1,0.2` as one for each layer."""
+    return tuple(float(part) for part in text.split(",")) if "," in text else float(text)
+
+
+_by_layer.__name__ = "number"  # argparse names it in its message about a malformed value
+
+
 def _word_or_numbers(text: str) -> str | tuple[int, ...]:
     """`low` as it is, `8,9,10` as a tuple."""
     return tuple(int(part) for part in text.split(",")) if text.replace(",", "").isdigit() else text
@@ -177,9 +190,6 @@ class _Member(typing.NamedTuple):
     name: str
     preset: str | None
     settings: dict[str, typing.Any]
-
-
-OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not name:setting=value
 
 
 def _members(words: str) -> list[_Member]:
@@ -253,6 +263,8 @@ def build_method(words: str, arguments: argparse.Namespace) -> Method | None:
     """
     if words.strip().lower() == "none":
         return None
+    if path := learned.path_of(words):
+        return learned.read(path)
     return chain(*(_build(member, vars(arguments)) for member in _members(words)))
 
 

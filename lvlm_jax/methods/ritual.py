@@ -37,8 +37,8 @@ class RITUAL(Method):
     """Random image transformations as a universal helper; see the module for the formulas."""
 
     alpha: Strength = strength(3.0, "weight α of the transformed picture's logits", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
-    seed: Strength = strength(0, "seed of the transforms, a whole number", low=0, high=2**24)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
+    seed: Strength = strength(0, "seed of the transforms, a whole number", low=0, high=2**24, flat="a seed")
     only: str | None = switch(None, "one transform for all pictures", choices=(None, *transforms.ALL))
 
     PRESETS: ClassVar = {"default": dict(alpha=3.0, beta=0.1)}
@@ -59,5 +59,5 @@ class RITUAL(Method):
 
     def combine(self, readout: Readout, memory):
         joined = readout.main + self.alpha * readout.contrast
-        combined = jnp.where(plausible(readout.main, self.beta), joined, -jnp.inf)
+        combined = plausible(joined, readout.main, self.beta)
         return where_image(readout.carry, combined, readout.main), memory

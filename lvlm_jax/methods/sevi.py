@@ -52,8 +52,8 @@ INDISTINCT = {"paper": 1e-4, "code": 1e-4, "code-qwen": 0.1}  # up to here the b
 class SEVI(Method):
     """Heads aligned with the flow of visual information; see the module for the formulas."""
 
-    omega: Strength = strength(4.0, "how far a head is drawn to the better ones, ω", low=0)
-    kappa: Strength = strength(0.2, "share of one token that makes a head a core head, κ", low=0)
+    omega: Strength = strength(4.0, "how far a head is drawn to the better ones, ω", low=0, per="head")
+    kappa: Strength = strength(0.2, "share of one token that makes a head a core head, κ", low=0, flat="a threshold")
     start_layer: int | float = switch(4, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
@@ -63,8 +63,8 @@ class SEVI(Method):
         "formulas of the paper, of the authors' code, or of their Qwen2-VL files",
         choices=("paper", "code", "code-qwen"),
     )
-    alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1)
+    alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0, when=("cicd", True))
+    beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1, cuts=True, when=("cicd", True))
     other_image: Float[Array, "3 Y X"] | None = data(
         "CICD's other picture as a processor's pixel values, of any size; default a built-in one"
     )

@@ -35,8 +35,10 @@ class SID(Method):
     """Self-introspective decoding; see the module for the formulas."""
 
     alpha: Strength = strength(0.5, "contrast strength α", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
-    keep: Strength = strength(100, "how many image tokens the contrast branch keeps, a whole number", low=1)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
+    keep: Strength = strength(
+        100, "how many image tokens the contrast branch keeps, a whole number", low=1, flat="a number of tokens"
+    )
     start_layer: int | float = switch(2, "first layer that sees only the kept tokens")
     end_layer: int | float | None = switch(None, "the layer after the last one that does")
     layers: tuple[int, ...] | None = switch(None, "explicit layers, which overrule both")

@@ -37,9 +37,11 @@ class Jumps(NamedTuple):
 class SPARC(Method):
     """Selective progressive attention recalibration; see the module for the formulas."""
 
-    alpha: Strength = strength(1.1, "factor α on a value for each jump of its token", low=0)
-    beta: Strength = strength(0.1, "weight β of the past in the running mean", low=0, high=1)
-    tau: Strength = strength(1.5, "relative rise τ that is a jump", low=0)
+    alpha: Strength = strength(1.1, "factor α on a value for each jump of its token", low=0, per="layer")
+    beta: Strength = strength(
+        0.1, "weight β of the past in the running mean", low=0, high=1, flat="part of a threshold"
+    )
+    tau: Strength = strength(1.5, "relative rise τ that is a jump", low=0, flat="a threshold")
     selected_layer: int | float = switch(20, "the layer whose attention is watched (a float: share of the depth)")
     start_layer: int | float = switch(0, "first layer whose values are scaled")
     end_layer: int | float | None = switch(None, "the layer after the last one")

@@ -24,8 +24,8 @@ from lvlm_jax.methods.registry import register
 class SPIN(Method):
     """Image-guided head suppression; see the module for the formulas."""
 
-    rho: Strength = strength(0.95, "share ρ of the heads that are kept", low=0, high=1)
-    scale: Strength = strength(0.08, "factor s on the outputs of the others", low=0)
+    rho: Strength = strength(0.95, "share ρ of the heads that are kept", low=0, high=1, flat="a number of heads")
+    scale: Strength = strength(0.08, "factor s on the outputs of the others", low=0, per="head")
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
@@ -46,4 +46,4 @@ class SPIN(Method):
         # A float32 ρ may lie beside the decimal number that was meant: 0.9 of 10 heads are 9.
         keep = jnp.floor(wanted + 1e-4) if self.variant == "code" else jnp.ceil(wanted - 1e-4)
         turned_down = (rank >= keep) & site.image.any(axis=-1, keepdims=True)
-        return weights * jnp.where(turned_down, self.scale, 1.0)[:, :, None, None]
+        return weights * jnp.where(turned_down[..., None, None], self.scale, 1.0)

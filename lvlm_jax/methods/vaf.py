@@ -24,8 +24,8 @@ from lvlm_jax.methods.registry import register
 class VAF(Method):
     """Visual amplification fusion; see the module for the formula."""
 
-    enhance: Strength = strength(1.15, "factor on logits of image columns", low=0)
-    suppress: Strength = strength(0.95, "factor on logits of system columns", low=0)
+    enhance: Strength = strength(1.15, "factor on logits of image columns", low=0, per="head")
+    suppress: Strength = strength(0.95, "factor on logits of system columns", low=0, per="head")
     start_layer: int | float = switch(9, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(15, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
@@ -37,6 +37,6 @@ class VAF(Method):
         return layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def logits(self, site, logits):
-        factor = jnp.where(site.image, self.enhance, jnp.where(site.system, self.suppress, 1.0))
-        edited = logits * factor[:, None, None, :]
+        image, system = (columns[:, None, None] for columns in (site.image, site.system))
+        edited = logits * jnp.where(image, self.enhance, jnp.where(system, self.suppress, 1.0))
         return jnp.where(site.post_image[:, None, :, None], edited, logits)

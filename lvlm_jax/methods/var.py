@@ -35,10 +35,14 @@ EPSILON = 1e-6  # of the norm
 class VAR(Method):
     """Visual attention redistribution; see the module for the formulas."""
 
-    p: Strength = strength(0.6, "share p of its weight that a sink keeps", low=0, high=1)
-    rho: Strength = strength(0.5, "largest share ρ of sinks in an image-centric head's image mass", low=0, high=1)
-    tau: Strength = strength(20, "size τ of a sink dimension", low=0)
-    least: Strength = strength(0.2, "least mass of an image-centric head on image columns", low=0, high=1)
+    p: Strength = strength(0.6, "share p of its weight that a sink keeps", low=0, high=1, per="head")
+    rho: Strength = strength(
+        0.5, "largest share ρ of sinks in an image-centric head's image mass", low=0, high=1, flat="a threshold"
+    )
+    tau: Strength = strength(20, "size τ of a sink dimension", low=0, flat="a threshold")
+    least: Strength = strength(
+        0.2, "least mass of an image-centric head on image columns", low=0, high=1, flat="a threshold"
+    )
     dims: tuple[int, ...] | None = switch(None, "sink dimensions; by default the two largest of the first token")
     start_layer: int | float = switch(2, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one; by default the last layer")
@@ -91,6 +95,10 @@ class VAR(Method):
         receives = (site.image & ~sinks)[:, None, None]
         moved = jnp.where(sinks[:, None, None], self.p * weights, jnp.where(receives, grown, weights))
         return jnp.where(centric & (rest > 0), moved, weights)
+
+    @property
+    def step_by_step(self) -> bool:
+        return False
 
     def remember(self, carry, kept):
         return jnp.stack(carry[1:], axis=1) if kept is None else kept

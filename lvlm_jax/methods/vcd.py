@@ -40,9 +40,11 @@ class VCD(Method):
     """Visual contrastive decoding; see the module for the formulas."""
 
     alpha: Strength = strength(1.0, "contrast strength α", low=0)
-    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1)
-    noise_step: Strength = strength(500, "diffusion step of the noise, a whole number", low=0, high=999)
-    seed: Strength = strength(0, "seed of the noise, a whole number", low=0, high=2**24)
+    beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
+    noise_step: Strength = strength(
+        500, "diffusion step of the noise, a whole number", low=0, high=999, flat="a whole number of steps"
+    )
+    seed: Strength = strength(0, "seed of the noise, a whole number", low=0, high=2**24, flat="a seed")
 
     PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1), "pope": dict(alpha=1.0, beta=0.2)}
 

@@ -35,7 +35,7 @@ LAST = 14 / 32  # share of the depth
 class VHR(Method):
     """Vision-aware head reinforcement; see the module for the formulas."""
 
-    alpha: Strength = strength(2.0, "factor α on the outputs of heads that hang on the image", low=0)
+    alpha: Strength = strength(2.0, "factor α on the outputs of heads that hang on the image", low=0, per="head")
     layers: tuple[int, ...] | None = switch(None, "edited layers; by default layer 1 and the last 14 of 32")
     strong: jax.Array | None = data("which heads of every edited layer and sample are scaled; `primed` sets it")
 
@@ -65,7 +65,7 @@ class VHR(Method):
 
     def scaled(self, weights: Float[Array, "B H R S"], heads: Bool[Array, "B H"]) -> Float[Array, "B H R S"]:
         """The weights of those heads times α."""
-        return weights * jnp.where(heads, self.alpha, 1.0)[:, :, None, None]
+        return weights * jnp.where(heads[..., None, None], self.alpha, 1.0)
 
 
 @jax.tree_util.register_dataclass

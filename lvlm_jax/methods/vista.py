@@ -47,7 +47,7 @@ FIRST_EXIT = {"code": 26 / 32, "paper": 27 / 32}
 class VISTA(Method):
     """Visual information steering with self-logits augmentation; see the module for the formulas."""
 
-    lambda_: Strength = strength(0.17, "steering strength λ")
+    lambda_: Strength = strength(0.17, "steering strength λ", per="layer")
     gamma: Strength = strength(0.3, "weight γ of the exits", low=0, high=1)
     start_layer: int | float | None = switch(
         None, "first exit, a hidden state; by default 26/32 of the depth, 27/32 under 'paper'"

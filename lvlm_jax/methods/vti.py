@@ -30,7 +30,7 @@ from lvlm_jax.methods.vista import length, unit
 class VTI(Method):
     """Visual and textual intervention, its textual half; see the module for the formulas."""
 
-    lambda_: Strength = strength(0.9, "steering strength λ")
+    lambda_: Strength = strength(0.9, "steering strength λ", per="layer")
     fitted: Fitted | None = fitted("directions, a file of lvlm fit vti")
 
     PRESETS: ClassVar = {"llava-1.5": dict(lambda_=0.9)}

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax.attention.attend import LayerEdits, attend
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
+from lvlm_jax.attention.layered import at_layer
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Stream, Transform, overrides
@@ -273,13 +274,14 @@ class Decoder(nn.Module):
         tap = tap or Tap()
         seen, weights, streams = [], [], [x]
         for index, layer in enumerate(self.layers):
-            edits = LayerEdits(transforms, carries, index, depth, tap, functools.partial(self.exit_logits, norm=True))
+            here = at_layer(transforms, index, depth)
+            edits = LayerEdits(here, carries, index, depth, tap, functools.partial(self.exit_logits, norm=True))
             rotation = rotations[config.layer_rope(index)]
             x, columns, carries, tapped = layer(x, contexts, rotation, caches and caches[index], edits)
             x = x + added[index] if index < len(added) else x
-            if _has("residual", transforms):
+            if _has("residual", here):
                 edit = functools.partial(_behind, index, depth, contexts[0].phase, x)
-                x = _stacked(edit, x, transforms)
+                x = _stacked(edit, x, here)
             seen.append(columns)
             weights += [tapped] if tap.wants(index) else []
             streams.append(x)

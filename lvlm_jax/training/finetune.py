@@ -25,7 +25,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Returns:
         The folder of the Hugging Face checkpoint, `export` in `workdir`, adapters merged. With LoRA `adapter` beside it
-        holds them alone, in PEFT's format.
+        holds them alone, in PEFT's format. An objective that trains something else says what it wrote.
 
     Raises:
         LVLMError: a setting, a model or data that cannot be used; see also `loop.train`.
@@ -37,7 +37,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     fields.check(config)
     mesh = parallel.make_mesh(**config.mesh)
     model = load(config, mesh)
-    trainable, frozen = divide(model.params, config)
+    trainable, frozen = (objective.divide or _divided)(model, config)
     remat = model.config.text.large if config.remat is None else config.remat
     module = models.build(model.config, jnp.dtype(config.dtype), remat=remat)
     task = objective.task(model, module, config, workdir)
@@ -46,12 +46,18 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         beside = objective.with_base(trainable, frozen)
     settings = loop_settings(config, task)
     trained = loop.train(task, trainable, beside, settings, workdir, mesh, config.to_dict())
+    if objective.export:
+        return objective.export(trained, model, config, workdir)
     return export(trained, frozen, model, config, workdir)
+
+
+def _divided(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
+    return divide(model.params, config)
 
 
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
     """The model to train, on the mesh; in the dtype of the master weights where any of them are the model's own."""
-    dtype = config.dtype if config.lora.enabled else config.master
+    dtype = config.master if config.train and not config.lora.enabled else config.dtype
     return LVLM.from_pretrained(config.model, dtype=dtype, mesh=mesh)
 
 

@@ -53,7 +53,8 @@ def flops_per_token(trainable: Any, frozen: Any) -> float:
 def token_count(batch: Any) -> int:
     """The size of all arrays of a batch that are called `tokens`."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    return sum(leaf.size for path, leaf in leaves if getattr(path[-1], "key", None) == "tokens")
+    names = ((getattr(path[-1], "key", getattr(path[-1], "name", None)), leaf) for path, leaf in leaves)
+    return sum(leaf.size for name, leaf in names if name == "tokens")
 
 
 class Pace:

@@ -67,7 +67,7 @@ def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
         return leaf.shape[len(lead)] if leaf.ndim > len(lead) else 0
 
     def sharding(path: tuple, leaf: np.ndarray) -> NamedSharding:
-        keys = [entry.key for entry in path]
+        keys = [getattr(entry, "key", None) for entry in path]
         owner = batch
         for key in keys[: keys.index(GEOMETRY)] if GEOMETRY in keys else ():
             owner = owner[key]

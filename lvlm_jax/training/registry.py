@@ -55,6 +55,9 @@ class Objective:
         check: refuses fields that do not go together, with an `LVLMError`; it is given the whole config.
         with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model beside the trained
             one. Called in full fine-tuning, where the frozen part alone is not that model.
+        shared: fields that all objectives have, and what they are here unless a config says otherwise.
+        divide: (model, config) -> (trainable, frozen), where something else is trained than the model's parameters.
+        export: (trained, model, config, workdir) -> what was written, in the place of a checkpoint.
     """
 
     name: str
@@ -65,6 +68,9 @@ class Objective:
     checks: tuple[Check, ...] = ()
     check: Callable[[ConfigDict], None] | None = None
     with_base: Callable[[Any, Any], Any] | None = None
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    divide: Callable[[LVLM, ConfigDict], tuple[Any, Any]] | None = None
+    export: Callable[[Any, LVLM, ConfigDict, Path], Path] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,8 @@ def base(recipe: str = "") -> ConfigDict:
         # "capl" and "dpo" share a section, whose defaults are then those of the first.
         if objective.section and objective.section not in config:
             config[objective.section] = ConfigDict(dict(objective.defaults))
+        if recipe:
+            config.update_from_flattened_dict(objective.shared)
     return config.lock()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, methods
-from lvlm_jax.generation import drivers, forward
+from lvlm_jax.generation import drivers, forcing, forward
+from lvlm_jax.methods.cuts import softened
 from lvlm_jax.methods.fitted import Fitted, Source
 from tests import checkpoints
 from tests.checkpoints import IMAGE
@@ -24,8 +25,6 @@ STEPS = 3
 HASH = "of the model of these tests"
 NO_CUT = 1e-30  # a plausibility β that cuts nothing
 
-CUT = "a plausibility cut: tokens are in or out"
-SEED = "a seed"
 FUSION = "statistics of the logits make the compiler fuse their product otherwise"
 TWO_BRANCHES = "a second branch is multiplied along with the first"
 
@@ -37,7 +36,6 @@ class Entry:
     Attributes:
         fields: settings under which it acts in a model of `depth` layers and images of four tokens.
         neutral: strengths, on top of them, that leave greedy decoding.
-        flat: numeric fields without a slope, and why. Their gradient must be zero.
         kinked: fields whose formula has a kink or a jump near by, and where; their slope is taken over less.
         inexact: why the main branch is not bit-equal to no method under neutral strengths; empty where it is.
         depth: layers of the model.
@@ -47,7 +45,6 @@ class Entry:
 
     fields: dict
     neutral: dict
-    flat: dict = dataclasses.field(default_factory=dict)
     kinked: dict = dataclasses.field(default_factory=dict)
     inexact: str = ""
     depth: int = 2
@@ -63,102 +60,50 @@ ENTRIES = {
     "adaiat": Entry(
         {"layers": (0, 1), "alpha": 0.8}, {"alpha": 0}, inexact=FUSION, fitted={"ratios": "LH", "thresholds": "L"}
     ),
-    "adhh": Entry(
-        {"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05},
-        {"tau": 1.1},
-        {"tau": "a threshold: a head is off or not"},
-        inexact=FUSION,
-    ),
-    "avisc": Entry(
-        {"lambda_": 0.0},
-        {"alpha": 0, "beta": NO_CUT},
-        {"beta": CUT, "gamma": "a number of layers", "lambda_": "a threshold: a token is masked or not"},
-        inexact=TWO_BRANCHES,
-    ),
-    "capl": Entry({}, {"sigma": 0}, {"rho": "a number of tokens"}),
+    "adhh": Entry({"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1.1}, inexact=FUSION),
+    "avisc": Entry({"lambda_": 0.0}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
+    "capl": Entry({}, {"sigma": 0}),
     "clva": Entry(
         {"noise_layers": 1, "rho": 0.5},
         {"a": 0, "b": 0},
-        {"rho": "a number of tokens"},
-        {"lambda_": "relu(p - λ n) starts where λ = p / n"},
+        kinked={"lambda_": "relu(p - λ n) starts where λ = p / n"},
         inexact=FUSION,
         depth=3,
     ),
     "cmac": Entry(
         {"alpha": 1.0},
         {"alpha": 0, "beta": NO_CUT, "gamma": 1},
-        {"beta": CUT, "noise_seed": SEED},
-        {"gamma": "M is a comparison of calibrated logits"},
+        kinked={"gamma": "M is a comparison of calibrated logits"},
         inexact=TWO_BRANCHES,
     ),
-    "damro": Entry({"tokens": 1}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
-    "dab": Entry({}, {"alpha": 0}, {"tau": "a threshold: a head is edited or not"}, inexact=FUSION),
-    "deco": Entry(
-        {"layers": (0, 1)}, {"alpha": 0}, {"top_p": "a number of tokens", "candidates": "a number of tokens"}
-    ),
-    "dola": Entry({"layers": (0, 1)}, {"beta": 1}, {"beta": CUT}, logits=False),
-    "eah": Entry({}, {"beta": 1e9}, {"beta": "a threshold: a head has sinks or not"}),
+    "damro": Entry({"tokens": 1}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
+    "dab": Entry({}, {"alpha": 0}, inexact=FUSION),
+    "deco": Entry({"layers": (0, 1)}, {"alpha": 0}),
+    "dola": Entry({"layers": (0, 1)}, {"beta": 1}, logits=False),
+    "eah": Entry({}, {"beta": 1e9}),
     "farsight": Entry({}, {"sigma": 1e9}, inexact=FUSION),
     "iat": Entry({"start_layer": 0, "end_layer": None, "alpha": 0.4}, {"alpha": 0}),
-    "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES),
-    "m3id": Entry(
-        {},
-        {"decay": 0},
-        {"beta": "the port's alone", "alpha_gate": "a gate: a step is contrasted or not"},
-        inexact=TWO_BRANCHES,
-    ),
-    "memvr": Entry(
-        {"layers": (0,), "tau": 0.1, "rho": 0.4},
-        {"rho": 0},
-        {"tau": "a threshold: a layer is unsure or not"},
-        inexact=FUSION,
-    ),
+    "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
+    "m3id": Entry({}, {"decay": 0}, unused=("beta", "alpha_gate"), inexact=TWO_BRANCHES),
+    "memvr": Entry({"layers": (0,), "tau": 0.1, "rho": 0.4}, {"rho": 0}, inexact=FUSION),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "nolan": Entry({}, {"kappa": 0}, inexact=TWO_BRANCHES),
     "nullu": Entry({}, {"alpha": 0}, inexact=FUSION, fitted={"directions": "LRE"}),
-    "only": Entry(
-        {"tau": 1.0},
-        {"alpha_complement": 0, "alpha_contrast": 0, "beta": NO_CUT},
-        {"beta": CUT, "tau": "a threshold: complement or contrast"},
-        inexact=FUSION,
-    ),
-    "pai": Entry(
-        {"start_layer": 1}, {"alpha": 0, "gamma": 1, "beta": NO_CUT}, {"beta": CUT}, inexact=TWO_BRANCHES, logits=False
-    ),
-    "ritual": Entry({}, {"alpha": 0, "beta": NO_CUT}, {"beta": CUT, "seed": SEED}, inexact=TWO_BRANCHES),
+    "only": Entry({"tau": 1.0}, {"alpha_complement": 0, "alpha_contrast": 0, "beta": NO_CUT}, inexact=FUSION),
+    "pai": Entry({"start_layer": 1}, {"alpha": 0, "gamma": 1, "beta": NO_CUT}, inexact=TWO_BRANCHES, logits=False),
+    "ritual": Entry({}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
     "sevi": Entry(
         {"start_layer": 0, "cicd": True, "kappa": 0.6, "alpha_max": 1.3},
         {"omega": 0, "alpha_max": 0, "beta": NO_CUT},
-        {"beta": CUT, "kappa": "a threshold: a head is a core head or not"},
-        {"alpha_max": "a minimum of itself and what the divergence asks for"},
+        kinked={"alpha_max": "a minimum of itself and what the divergence asks for"},
         inexact=TWO_BRANCHES,
     ),
-    "sid": Entry(
-        {"start_layer": 1, "keep": 2},
-        {"alpha": 0, "beta": NO_CUT},
-        {"beta": CUT, "keep": "a number of tokens"},
-        inexact=TWO_BRANCHES,
-    ),
-    "sparc": Entry(
-        {"selected_layer": 0, "tau": 0.02, "alpha": 3.0},
-        {"alpha": 1},
-        {"tau": "a threshold: a token jumps or not", "beta": "part of a threshold"},
-        inexact=FUSION,
-    ),
-    "spin": Entry({"rho": 0.5}, {"scale": 1}, {"rho": "a number of heads"}, inexact=FUSION),
+    "sid": Entry({"start_layer": 1, "keep": 2}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
+    "sparc": Entry({"selected_layer": 0, "tau": 0.02, "alpha": 3.0}, {"alpha": 1}, inexact=FUSION),
+    "spin": Entry({"rho": 0.5}, {"scale": 1}, inexact=FUSION),
     "vaf": Entry({"start_layer": 0, "end_layer": None}, {"enhance": 1, "suppress": 1}),
-    "var": Entry(
-        {"layers": (0, 1), "tau": 1.7, "p": 0.2, "rho": 0.9},
-        {"p": 1},
-        {name: "a threshold" for name in ("rho", "tau", "least")},
-        inexact=FUSION,
-    ),
-    "vcd": Entry(
-        {},
-        {"alpha": 0, "beta": NO_CUT},
-        {"beta": CUT, "seed": SEED, "noise_step": "a whole number of steps"},
-        inexact=TWO_BRANCHES,
-    ),
+    "var": Entry({"layers": (0, 1), "tau": 1.7, "p": 0.2, "rho": 0.9}, {"p": 1}, inexact=FUSION),
+    "vcd": Entry({}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
     "vhr": Entry({"layers": (0, 1)}, {"alpha": 1}, inexact=FUSION),
     "vti": Entry(
         {"lambda_": 5.0}, {"lambda_": 0}, inexact="outputs are scaled to length 1 and back", fitted={"directions": "LE"}
@@ -373,41 +318,59 @@ def test_a_batch_equals_its_samples_alone(bench, name):
 
 
 @every_method
-def test_gradients_equal_finite_differences(bench, name):
-    """Of a fixed random mix of the combined logits of the prompt and of two tokens after it."""
+def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite_differences(bench, name):
+    """Rows of an answer all at once equal decode steps; the gradient is that of a random mix of the combined logits.
+
+    Strengths take their finest form, one value for each layer or head. One without a gradient says why in its field,
+    and so cannot be learned; every other one has a slope.
+    """
     method = build(name)
+    fields = {field.name: field.metadata for field in dataclasses.fields(method)}
     (params, config, main, ready), options = bench.arguments(method)
-    mix = jnp.asarray(np.random.default_rng(44).normal(size=(3, len(LAYOUTS), 60)).astype(np.float32))
+    mix = jnp.asarray(np.random.default_rng(44).normal(size=(len(LAYOUTS), STEPS + 1, 60)).astype(np.float32))
+    tokens = jnp.pad(jnp.asarray(bench.forced.T), ((0, 0), (0, 1)))
+    shapes = {"model": (), "layer": (ENTRIES[name].depth,), "head": (ENTRIES[name].depth, 4)}
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    @jax.value_and_grad
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def scalar(values):
-        edited = dataclasses.replace(ready, **values)
+        edited = softened(dataclasses.replace(ready, **values), 1.0)
         state, step = forward.prefill(params, config, main, edited, **options)
-        taken = [step.combined]
-        for tokens in bench.forced[:2]:  # SPARC's jumps count from the second on
-            state, step = forward.decode_step(params, config, state, jnp.asarray(tokens))
-            taken.append(step.combined)
-        combined = jnp.stack(taken)
-        return (jnp.where(jnp.isfinite(combined), combined, 0) * mix).sum()
+        found = forcing.forced(params, config, state, step, tokens)
+        return (found.combined * mix).sum() / 10, found
 
-    values = {key: jnp.float32(value) for key, value in strengths(method).items()}
-    flat = ENTRIES[name].flat
-    assert set(flat) <= set(values)
-    at, gradients = scalar(values)
+    start = strengths(method)
+    values = {key: jnp.full(shapes[fields[key]["per"]], value, jnp.float32) for key, value in start.items()}
+    (at, found), gradients = scalar(values)
+    for row, step in enumerate(bench.acting(name)):
+        np.testing.assert_allclose(found.main[:, row], step.main, rtol=0, atol=2e-5)
+        if step.contrast is not None:
+            np.testing.assert_allclose(found.contrast[:, row], step.contrast, rtol=0, atol=2e-5)
     assert np.isfinite(at)
-    for key, gradient in gradients.items():
-        assert np.isfinite(gradient), key
-        if key in flat:
-            assert gradient == 0, f"{key} should be flat: it is {flat[key]}"
+    for key, slopes in gradients.items():
+        assert np.isfinite(slopes).all(), key
+        switch, value = fields[key]["when"] or (None, None)
+        if fields[key]["flat"] or (switch and getattr(method, switch) != value):
+            assert not slopes.any(), f"{key} should be flat: it is {fields[key]['flat']}"
             continue
-        width = (0.001 if key in ENTRIES[name].kinked else 0.01) * max(abs(float(values[key])), 0.1)
-        above, below = (float(scalar(values | {key: values[key] + h})[0]) for h in (width, -width))
-        slope = (above - below) / (2 * width)
+        width = (0.001 if key in ENTRIES[name].kinked else 0.01) * max(abs(float(start[key])), 0.1)
+        above, below = (float(scalar(values | {key: values[key] + h})[0][0]) for h in (width, -width))
+        gradient, slope = float(slopes.sum()), (above - below) / (2 * width)
         rounding = 1e-6 * max(abs(float(at)), 10) / width
-        print(f"{name}.{key}: {float(gradient):.4f} {slope:.4f} (rounding {rounding:.1e})")
+        print(f"{name}.{key}: {gradient:.4f} {slope:.4f} (rounding {rounding:.1e})")
         assert abs(slope) > 10 * rounding, f"{key}: the slope is too small to be measured"
         assert abs(slope - gradient) < 0.02 * abs(slope) + rounding, key
+
+
+@pytest.mark.parametrize("name", ["m3id", "deco", "sparc"])
+def test_what_runs_along_the_tokens_of_a_known_answer(bench, name):
+    """A count of tokens, early exits, edits that hang on the step before; cuts are hard."""
+    (params, config, main, ready), options = bench.arguments(build(name))
+    state, step = drivers.prefill(params, config, main, ready, **options)
+    tokens = jnp.pad(jnp.asarray(bench.forced.T), ((0, 0), (0, 1)))
+    found = jax.jit(forcing.forced, static_argnames="config")(params, config, state, step, tokens)
+    for row, want in enumerate(bench.acting(name)):
+        np.testing.assert_allclose(found.combined[:, row], want.combined, rtol=0, atol=5e-5)
 
 
 def five_values(field, value):

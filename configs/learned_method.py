@@ -1,0 +1,31 @@
+"""A method's strengths by gradient: `lvlm train --config learned_method --config.data=pairs.jsonl --workdir DIR`.
+
+The model is frozen. Pairs are those of `lvlm preferences`, or any that `dpo` takes. The result is
+`DIR/method.safetensors`, which `--method learned:DIR/method.safetensors` runs wherever a method runs.
+
+What `config.learned` means:
+
+    method     whose strengths: the words of `--method`, several with + between them; strengths begin where they say
+    per        "model": every strength is one number; "layer": one for each layer; "head": for each layer and head
+    strengths  only these, as in "pai.alpha,omega"; empty: all that have a gradient. Counts, thresholds and seeds have
+               none and stay as they are
+    beta       how much log p(chosen) - log p(rejected) counts; at a β near 0 only the likelihood of chosen answers does
+    nll        weight of the chosen answer's negative log-likelihood
+    softness   of plausibility cuts while answers are scored, in nats; towards 0 they are the hard cuts of a generation
+
+In the log: `nll` in nats per token, `margin` (log p(chosen) - log p(rejected)) and `accuracy` (the share of pairs where
+it is above 0), and `preference`, what is minimised beside `nll`.
+"""
+
+from ml_collections import ConfigDict
+
+from lvlm_jax.training import settings
+
+
+def get_config() -> ConfigDict:
+    """PAI, SEVI and VAF chained, a value for each layer; three epochs of 16 pairs a step."""
+    config = settings.base("learned_method")
+    config.epochs = 3.0
+    config.learned.method = "pai+sevi+vaf"
+    config.learned.per = "layer"
+    return config

@@ -1,0 +1,128 @@
+"""A method whose strengths were learned (`lvlm train --config learned_method`), and the file that it lies in.
+
+The file is safetensors: the strengths, and what was fitted for a member. Its metadata name the members with their
+switches, and whose they are: the hash of the checkpoint, that of the pairs, the settings of the training. Nothing in a
+file is run: members are methods of this package, or of others that are known already.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lvlm_jax import files
+from lvlm_jax.attention.layered import Layered
+from lvlm_jax.errors import LVLMError, explained
+from lvlm_jax.methods import registry
+from lvlm_jax.methods.base import Method, frozen
+from lvlm_jax.methods.chain import Chained
+from lvlm_jax.methods.fitted import Fitted, Source
+
+FORMAT = "lvlm_jax learned 1"
+WORD = "learned"  # `--method learned:FILE`
+
+
+@frozen
+class Learned(Chained):
+    """Methods of one chain, with learned strengths.
+
+    Attributes:
+        source: what they were learned on.
+    """
+
+    source: Source | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def label(self) -> str:
+        return f"learned {super().label}"
+
+
+def path_of(words: str) -> Path | None:
+    """The file that `learned:FILE` names; None for other words."""
+    word, _, path = words.strip().partition(":")
+    return Path(path) if word == WORD and path else None
+
+
+def write(path: str | os.PathLike, method: Learned) -> None:
+    """Writes a file in one step.
+
+    Raises:
+        LVLMError: the folder cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    members = [_described(index, member, arrays) for index, member in enumerate(method.members)]
+    content = safetensors.numpy.save(
+        arrays, {"format": FORMAT, "members": json.dumps(members), **dataclasses.asdict(method.source)}
+    )
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with files.whole(Path(path)) as file:
+            file.write(content)
+    except OSError as error:
+        raise LVLMError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read(path: str | os.PathLike) -> Learned:
+    """The method of a file.
+
+    Raises:
+        LVLMError: it cannot be read, the training did not write it, or a member is unknown here.
+    """
+    path = files.expanded(path)
+    content = files.read_bytes(path, "learned method")
+    with explained(f"cannot read {path}"):
+        arrays = safetensors.numpy.load(content)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    names = [field.name for field in dataclasses.fields(Source)]
+    if metadata.get("format") != FORMAT or not {"members", *names} <= metadata.keys():
+        raise LVLMError(f"{path} is no learned method; make one with lvlm train --config learned_method")
+    with explained(f"cannot read {path}"):
+        described = json.loads(metadata["members"])
+        members = tuple(_member(index, one, arrays) for index, one in enumerate(described))
+    if not members:
+        raise LVLMError(f"{path} has no members; make it anew with lvlm train --config learned_method")
+    return Learned(members, Source(**{name: metadata[name] for name in names}))
+
+
+def name_of(member: Method) -> str:
+    """The word of a method."""
+    return next(name for name in registry.names() if registry.get(name) is type(member))
+
+
+def _described(index: int, member: Method, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A member's word and switches, as JSON values; its arrays are added to `arrays`."""
+    switches, source = {}, None
+    for field in dataclasses.fields(member):
+        value, key = getattr(member, field.name), f"{index}.{field.name}"
+        if field.metadata.get("static"):
+            switches[field.name] = list(value) if isinstance(value, range) else value
+        elif isinstance(value, Fitted):
+            source = dataclasses.asdict(value.source)
+            arrays |= {f"{key}.{name}": np.asarray(array) for name, array in value.arrays.items()}
+        elif value is not None:
+            value = value.values if isinstance(value, Layered) else value
+            arrays[key] = np.asarray(jax.device_get(value), np.float32)
+    return {"method": name_of(member), "switches": switches, "fitted": source}
+
+
+def _member(index: int, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Method:
+    """The method that `_described` describes."""
+    word, switches = described["method"], described["switches"]
+    if word not in registry.names():
+        raise LVLMError(
+            f"a learned method has {word!r}, which is unknown here; import the module that registers it first"
+        )
+    prefix = f"{index}."
+    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    given = {name: array[()] if not array.shape else array for name, array in own.items() if "." not in name}
+    if described["fitted"]:
+        inner = {name.partition(".")[2]: array for name, array in own.items() if "." in name}
+        given["fitted"] = Fitted(inner, Source(**described["fitted"]))
+    return registry.get(word)(**switches, **given)

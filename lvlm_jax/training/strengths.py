@@ -1,0 +1,196 @@
+"""Strengths of a method as numbers that an optimizer may move anywhere: each is kept within its bounds by a bijection.
+
+With s₀ where a strength begins and θ what is learned, 0 at first:
+
+    low ≤ s           s = low + (s₀ - low) softplus(θ + c) / softplus(c)      c = ln(e - 1), so that softplus(c) = 1
+    low ≤ s ≤ high    s = low + (high - low) σ(θ + logit((s₀ - low) / (high - low)))
+    no bounds         s = s₀ + max(|s₀|, 0.1) θ
+
+so a step of a given size moves every strength by a like share of itself. Bounds are approached and never met, and a
+strength cannot begin at one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lvlm_jax.attention.layered import Layered
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.base import FORMS
+from lvlm_jax.methods.learned import name_of
+
+ONE = math.log(math.e - 1)  # whose softplus is 1
+SMALLEST = 0.1  # what a step is a share of, where an unbounded strength begins near 0
+
+Theta = Mapping[str, Mapping[str, Float[Array, "..."]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnable:
+    """One strength of one member.
+
+    Attributes:
+        member: number of the member.
+        group: of its parameters, such as "0_pai".
+        name: of the field.
+        low, high: its bounds.
+        start: where it begins: a number, or values `[L]` or `[L, H]`.
+        layers: those in which the member acts; None for a number.
+    """
+
+    member: int
+    group: str
+    name: str
+    low: float
+    high: float
+    start: np.ndarray
+    layers: tuple[int, ...] | None
+
+    def theta(self) -> np.ndarray:
+        """0, for every value that is learned."""
+        return np.zeros_like(self.start if self.layers is None else self.start[list(self.layers)])
+
+    def value(self, theta: Float[Array, "..."]) -> Any:
+        """The strength, as its field takes it; layers in which the member does not act keep where they began."""
+        if self.layers is None:
+            return self._bounded(theta, self.start)
+        places = np.asarray(self.layers)
+        return Layered(jnp.asarray(self.start).at[places].set(self._bounded(theta, self.start[places])))
+
+    def _bounded(self, theta: Float[Array, "..."], start: np.ndarray) -> Float[Array, "..."]:
+        if math.isinf(self.low):
+            return start + np.maximum(np.abs(start), SMALLEST) * theta
+        if math.isinf(self.high):
+            return self.low + (start - self.low) * jax.nn.softplus(theta + ONE)
+        share = (start - self.low) / (self.high - self.low)
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(theta + np.log(share) - np.log1p(-share))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strengths:
+    """The strengths of some methods that are learned.
+
+    Attributes:
+        members: the methods, where they begin.
+        learnables: what is learned of them.
+    """
+
+    members: tuple[Method, ...]
+    learnables: tuple[Learnable, ...]
+
+    @classmethod
+    def of(
+        cls, members: Sequence[Method], per: str, num_layers: int, num_heads: int, names: Sequence[str] = ()
+    ) -> "Strengths":
+        """Those of methods that have a gradient, in the finest form that they and `per` allow.
+
+        Args:
+            per: one of FORMS.
+            num_layers, num_heads: of the model.
+            names: only these, "alpha" or "pai.alpha"; empty: all that have a gradient.
+
+        Raises:
+            LVLMError: a search, a strength that is not there, has no gradient or begins at its bound, or nothing left.
+        """
+        wanted, found = set(names), []
+        for index, member in enumerate(members):
+            word = name_of(member)
+            if member.search is not None:
+                raise LVLMError(f"{member.label} is a search and gives its answers no likelihood; leave it out")
+            for field in dataclasses.fields(member):
+                asked = {field.name.strip("_"), f"{word}.{field.name.strip('_')}"} & set(names)
+                if "flat" not in field.metadata or (names and not asked):
+                    continue
+                wanted -= asked
+                reason = _unlearnable(member, field)
+                if reason and asked:
+                    raise LVLMError(f"{word}.{field.name} {reason} and has no gradient; leave it out")
+                if not reason:
+                    found.append(_learnable(index, word, member, field, per, num_layers, num_heads))
+        if wanted:
+            raise LVLMError(f"no method has a strength {', '.join(sorted(wanted))}; expected one of {_known(members)}")
+        if not found:
+            raise LVLMError("none of these methods has a strength with a gradient; name others")
+        return cls(tuple(members), tuple(found))
+
+    def start(self) -> dict[str, dict[str, np.ndarray]]:
+        """θ at first."""
+        tree: dict[str, dict[str, np.ndarray]] = {}
+        for one in self.learnables:
+            tree.setdefault(one.group, {})[one.name] = one.theta()
+        return tree
+
+    def members_at(self, theta: Theta) -> tuple[Method, ...]:
+        """The methods with the strengths of θ."""
+        members = list(self.members)
+        for one in self.learnables:
+            change = {one.name: one.value(theta[one.group][one.name])}
+            members[one.member] = dataclasses.replace(members[one.member], **change)
+        return tuple(members)
+
+    def refuse_unmoved(self, theta: Theta) -> None:
+        """Refuses a run that has begun and left a strength where it was: it has no gradient there.
+
+        Raises:
+            LVLMError: naming it.
+        """
+        moved = [bool(np.any(np.asarray(theta[one.group][one.name]))) for one in self.learnables]
+        pairs = zip(self.learnables, moved, strict=True)
+        still = [f"{one.group.partition('_')[2]}.{one.name}" for one, any_moved in pairs if not any_moved]
+        if still and any(moved):
+            raise LVLMError(
+                f"{', '.join(still)} had no gradient on these pairs, so nothing is learned; "
+                "name the others in learned.strengths"
+            )
+
+
+def _unlearnable(member: Method, field: dataclasses.Field) -> str:
+    """Why a strength has no gradient; "" where it has one."""
+    if field.metadata["flat"]:
+        return f"is {field.metadata['flat']}"
+    switch, value = field.metadata["when"] or ("", None)
+    return f"is used only with {switch}={value}" if switch and getattr(member, switch) != value else ""
+
+
+def _learnable(
+    index: int, word: str, member: Method, field: dataclasses.Field, per: str, num_layers: int, num_heads: int
+) -> Learnable:
+    given = getattr(member, field.name)
+    form = min(per, field.metadata["per"], key=FORMS.index)
+    start = np.asarray(given.values if isinstance(given, Layered) else given, np.float32)
+    form = max(form, FORMS[start.ndim], key=FORMS.index)
+    shape = {"model": (), "layer": (num_layers,), "head": (num_layers, num_heads)}[form]
+    layers = None
+    if form != "model":
+        if start.shape[:1] not in ((), (num_layers,)):
+            raise LVLMError(f"{word}.{field.name} has {len(start)} values and the model {num_layers} layers")
+        start = np.broadcast_to(start.reshape(start.shape + (1,) * (len(shape) - start.ndim)), shape)
+        layers = tuple(
+            layer
+            for layer in range(num_layers)
+            if any(member.active(layer, num_layers, phase) for phase in ("prefill", "decode"))
+        )
+    low, high = float(field.metadata["low"]), float(field.metadata["high"])
+    if (start <= low).any() or (start >= high).any():
+        raise LVLMError(
+            f"{word}.{field.name} begins at its bound, {low if (start <= low).any() else high:g}, and could not leave "
+            f"it; begin inside, as in {word}:{field.name.strip('_')}={_inside(low, high):g}"
+        )
+    return Learnable(index, f"{index}_{word}", field.name, low, high, start, layers)
+
+
+def _inside(low: float, high: float) -> float:
+    return low + 0.1 * (min(high, low + 1) - low)
+
+
+def _known(members: Sequence[Method]) -> str:
+    fields = [(member, field) for member in members for field in dataclasses.fields(member) if "flat" in field.metadata]
+    learnable = [(member, field) for member, field in fields if not _unlearnable(member, field)]
+    return ", ".join(f"{name_of(member)}.{field.name}" for member, field in learnable)
