@@ -12,6 +12,7 @@ from PIL import Image
 
 from lvlm_jax import analysis, files
 from lvlm_jax.analysis import figures, overlay, page
+from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
@@ -29,7 +30,10 @@ def settings_of(method: Method | None) -> str:
     parts, usual = [], type(method)()
     for field in dataclasses.fields(method):
         value, name = getattr(method, field.name), field.name.rstrip("_")
-        if not field.metadata.get("static") and value is not None:
+        if isinstance(value, Layered):
+            lowest, highest = float(value.values.min()), float(value.values.max())
+            parts.append(f"{name} {lowest:g} to {highest:g} by layer")
+        elif "low" in field.metadata and value is not None:
             parts.append(f"{name} {float(value):g}")
         elif field.metadata.get("static") and value != getattr(usual, field.name):
             parts.append(f"{name} {value}")

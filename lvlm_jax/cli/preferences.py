@@ -44,6 +44,8 @@ def build_parser() -> common.Parser:
                         help="folder of everything that is written (default runs/preferences)")  # fmt: skip
     parser.add_argument("--pocket-single", type=common.number(float, 0, 1), default=SINGLE, metavar="SHARE",
                         help=f"share of --pocket's prompts about one image (default {SINGLE})")  # fmt: skip
+    parser.add_argument("--pocket-describe", type=common.number(float, 0, 1), default=0.0, metavar="SHARE",
+                        help="share of those that ask for a description (default 0)")  # fmt: skip
     parser.add_argument("--corrector", metavar="WHAT",
                         help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
     parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
@@ -91,7 +93,7 @@ def build_parser() -> common.Parser:
 def answered(flags) -> preferences.Candidates:
     """Candidates from a model's answers to the prompts of a file or of the pocket world."""
     if flags.pocket:
-        file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single)
+        file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single, flags.pocket_describe)
     else:
         file = files.expanded(flags.prompts)
     model = flags.model_path or ("pocket" if flags.pocket else None)

@@ -26,7 +26,7 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
     Raises:
         LVLMError: not a list of numbers, not a strength of the method, or a value out of its range.
     """
-    known = [field.name for field in dataclasses.fields(method) if "low" in field.metadata]
+    known = strengths(method)
     values = {}
     for axis in axes:
         name, _, text = axis.partition("=")
@@ -41,8 +41,37 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
             raise LVLMError(f"--grid {axis}: expected numbers, as in {name}=0,0.5,1") from error
     grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     for point in grid:
-        dataclasses.replace(method, **point)  # refuses what is out of range before a model is loaded
+        at(method, point)  # refuses what is out of range before a model is loaded
     return grid
+
+
+def strengths(method: Method) -> dict[str, tuple[int, str]]:
+    """Name -> (number of the member, field) of every strength; of several members "vaf.enhance" too, or it alone."""
+    members = getattr(method, "members", (method,))
+    fields = [
+        (index, field.name)
+        for index, member in enumerate(members)
+        for field in dataclasses.fields(member)
+        if "low" in field.metadata
+    ]
+    names = [name for _, name in fields]
+    found = {name: (index, name) for index, name in fields if names.count(name) == 1}
+    if len(members) > 1:
+        found |= {f"{type(members[index]).__name__.lower()}.{name}": (index, name) for index, name in fields}
+    return found
+
+
+def at(method: Method, point: Point) -> Method:
+    """The method at a point of its grid.
+
+    Raises:
+        LVLMError: a strength out of range.
+    """
+    known, members = strengths(method), list(getattr(method, "members", (method,)))
+    for name, value in point.items():
+        index, field = known[name]
+        members[index] = dataclasses.replace(members[index], **{field: value})
+    return dataclasses.replace(method, members=tuple(members)) if hasattr(method, "members") else members[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +135,7 @@ def answer(
     Raises:
         LVLMError: a strength out of range, an unreadable image, or a prompt that does not fit.
     """
-    settings = [dataclasses.replace(method, **point) for point in grid]
+    settings = [at(method, point) for point in grid]
     found = Answers([], [[] for _ in grid], [[] for _ in grid])
     with Progress(len(asked), title="questions", quiet=len(asked) <= batch_size) as progress:
         for start in range(0, len(asked), batch_size):

@@ -17,12 +17,12 @@ from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.integrations import build_method
-from lvlm_jax.methods import Method, parse, registry
+from lvlm_jax.methods import Method, learned, parse, registry
 from lvlm_jax.serving.errors import ApiError
 
 LONGEST = 400  # characters of a name
 FITTED = re.compile(r"\W*(\w+[-_])?fitted\W*")  # a setting that names a file of `lvlm fit`
-OPERATORS_FILE = "fitted names a file, which the server's operator alone may do; ask for one of its aliases"
+OPERATORS_FILE = "{} names a file, which the server's operator alone may do; ask for one of its aliases"
 
 
 class Catalogue:
@@ -128,7 +128,7 @@ class Catalogue:
                 raise LVLMError(f"this server has the methods of its aliases alone; expected one of {known}")
             _check_words(words)
             if any(FITTED.fullmatch(name.lower()) for name in settings):
-                raise LVLMError(OPERATORS_FILE)
+                raise LVLMError(OPERATORS_FILE.format("fitted"))
             return build_method(words, settings, ()) if settings else parse.as_method(words)
         except LVLMError as error:
             raise ApiError(400, error, "invalid_method", param) from error
@@ -151,10 +151,12 @@ def _check_words(words: str) -> None:
     """Refuses a class from a module or a file; parts that are no method's settings are left to the parser."""
     if len(words) > LONGEST:
         raise LVLMError(f"the method has {len(words)} characters; expected at most {LONGEST}")
+    if learned.path_of(words):
+        raise LVLMError(OPERATORS_FILE.format(learned.WORD))
     for part in words.split("+"):
         name = part.partition(":")[0].partition("/")[0].strip().lower()
         if any(FITTED.fullmatch(setting.partition("=")[0].lower()) for setting in re.split("[:,]", part)):
-            raise LVLMError(OPERATORS_FILE)
+            raise LVLMError(OPERATORS_FILE.format("fitted"))
         own = parse.OWN.match(part)
         if own or any(mark in name for mark in ".\\"):
             raise LVLMError(

@@ -84,7 +84,7 @@ ENTRIES = {
     "farsight": Entry({}, {"sigma": 1e9}, inexact=FUSION),
     "iat": Entry({"start_layer": 0, "end_layer": None, "alpha": 0.4}, {"alpha": 0}),
     "icd": Entry({"tokens": (5, 7, 11)}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
-    "m3id": Entry({}, {"decay": 0}, unused=("beta", "alpha_gate"), inexact=TWO_BRANCHES),
+    "m3id": Entry({}, {"decay": 0}, inexact=TWO_BRANCHES),
     "memvr": Entry({"layers": (0,), "tau": 0.1, "rho": 0.4}, {"rho": 0}, inexact=FUSION),
     "middle_layers": Entry({"start_layer": 0, "end_layer": None}, {"alpha": 0}, inexact=FUSION),
     "nolan": Entry({}, {"kappa": 0}, inexact=TWO_BRANCHES),

@@ -187,6 +187,7 @@ def picture(url):
         ({"model": "small+os:system"}, 400, "names code or a file"),
         ({"method": "./evil.py:Evil"}, 400, "names code or a file"),
         ({"method": "vti:lambda=1,fitted=/etc/passwd"}, 400, "fitted names a file"),
+        ({"method": "learned:/etc/passwd"}, 400, "learned names a file"),
         ({"method": "vti", "method_settings": {"vti_fitted": "a"}}, 400, "fitted names a file"),
         ({"method": "cmac", "method_settings": {"alpha": -2}}, 400, "alpha is -2.0; expected a number >= 0"),
         ({"method": "cmac", "method_settings": {"gain": 2}}, 400, "gain is no setting"),

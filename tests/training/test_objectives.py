@@ -15,6 +15,8 @@ from lvlm_jax.weights import lora
 from tests.training import pair_sets
 
 NAMES = [objective.name for objective in registry.all_objectives()]
+# Strengths are learned in a way of their own, and have tests of their own.
+OF_PARAMETERS = [name for name in NAMES if name != "learned_method"]
 # Settings under which all parts of an objective act on so small a model.
 CHANGES = {
     "capl": {"preference": {"rho": 0.6}},
@@ -29,7 +31,7 @@ def task_of(name, model, data, folder, **changes):
     return registry.find(name).task(model, models.build(model.config), config, folder)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=OF_PARAMETERS)
 def made(request, model, tmp_path_factory):
     """(name, task, gradient, adapters, frozen): `gradient` of what is minimised, and the metrics."""
     folder = tmp_path_factory.mktemp(request.param)

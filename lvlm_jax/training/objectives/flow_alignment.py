@@ -32,6 +32,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from lvlm_jax.attention.each_row import one_by_one
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI, Moved, aligned
@@ -94,11 +95,16 @@ class AnswerRows(Method):
 
         A row that is not among those of the site gets something or other; see `places`.
         """
-        own = jnp.take_along_axis(logits, self.places(site)[:, None, :, None], axis=2, mode="clip")
-        seen = jnp.take_along_axis(site.mask, self.places(site)[:, :, None], axis=1, mode="clip")
+        own, seen = self.taken(site, logits)
         fixed = jax.lax.stop_gradient(own)
         edited, moved = aligned(fixed, seen, site.after_image, self.sevi.omega, self.sevi.kappa)
         return own, edited, moved, seen
+
+    def taken(self, site, logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H A S"], Bool[Array, "B A S"]]:
+        """Of these rows the logits, and what they see."""
+        places = self.places(site)
+        own = jnp.take_along_axis(logits, places[:, None, :, None], axis=2, mode="clip")
+        return own, jnp.take_along_axis(site.mask, places[:, :, None], axis=1, mode="clip")
 
     def places(self, site) -> Int[Array, "B A"]:
         """Where in the site these rows are; an index behind the last row for those that are not."""
@@ -109,13 +115,18 @@ class AnswerRows(Method):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher(AnswerRows):
-    """SEVI in these rows: in one pass what generation computes token by token."""
+    """SEVI in these rows: in one pass what generation computes token by token (`attention.each_row`)."""
 
     def logits(self, site, logits):
+        own, seen = self.taken(site, logits)
+        post_image = jnp.take_along_axis(site.post_image, self.places(site), axis=1, mode="clip")
+        rows = dataclasses.replace(site, logits=own, mask=seen, post_image=post_image)
+        edited = one_by_one(self.sevi.logits, rows, own, columns=self.index, carry_axis=None)
+
         def put(rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]) -> jax.Array:
             return rows.at[:, index].set(new, mode="drop")
 
-        return jax.vmap(put)(logits, self.places(site), self.edit(site, logits)[1])
+        return jax.vmap(put)(logits, self.places(site), edited)
 
 
 @jax.tree_util.register_dataclass
