@@ -196,6 +196,8 @@ def warmed_up(
         found = seen(params, config, prompt, main, wanted, mesh)
         both = with_and_without(params, config, prompt, main, mesh) if "probe" in wanted else None
         for place, method in enumerate(methods):
+            if method is not None and "tower" in method.primes:
+                found = found._replace(tower=through_edited_tower(params, config, prompt, main, method, mesh))
             if both is not None:  # an edited pass, so each setting has its own
                 probed = drivers.probed(params, config, both, method.probe(), prompt.image_count)
                 found = found._replace(probe=probed)
@@ -215,6 +217,17 @@ def _last_row(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt) 
     """Attention weights of the last prompt row, averaged over heads."""
     static = {"window": prompt.window, "image_count": prompt.image_count, "tap": Tap(layers=None, mean_heads=True)}
     return drivers.tapped_forward(params, config, main, None, **static).attention[:, 0, :, 0, 0]
+
+
+def through_edited_tower(
+    params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method, mesh: Mesh | None = None
+) -> Float[Array, "B T E"]:
+    """What the decoder reads of a prompt when the tower has the edit of a method."""
+    if prompt.pixels is None:
+        return main.embeddings
+    pixels, geometry = parallel.spread((prompt.pixels, prompt.geometry), mesh)
+    tokens = drivers.encode_edited(params, config, pixels, method, geometry)
+    return embedded(params, config, dataclasses.replace(prompt, image_tokens=tokens), mesh).embeddings
 
 
 def with_and_without(

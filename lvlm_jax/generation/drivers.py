@@ -23,6 +23,7 @@ from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 
 encode_images = jit(forward.encode_images, static_argnames="config")
+encode_edited = jit(forward.encode_edited, static_argnames="config")
 embed = jit(forward.embed, static_argnames="config")
 full_forward = jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
 

@@ -47,7 +47,7 @@ class Opened:
     Attributes:
         main: what the main branch reads.
         contrast: what the contrast branch reads, where that is another prompt.
-        hidden, attention: fields of `Seen` that the method's warm-up asks for.
+        hidden, attention, tower: fields of `Seen` that the method's warm-up asks for.
         both: prompts with and without images, for a method's probe.
         window: `Inputs.window`, as the size of an axis, because it is static: `Bool[B, window]`.
         tokens: of the answers, padded on the right.
@@ -58,6 +58,7 @@ class Opened:
     contrast: Prompt | None
     hidden: Any
     attention: Any
+    tower: Any
     both: Prompt | None
     window: Bool[Array, "B W"]
     tokens: Int[Array, "B N A"]
@@ -85,6 +86,9 @@ def opened(
     main = branches.embedded(params, config, prompt, host.mesh)
     primes = () if method is None else method.primes
     seen = branches.seen(params, config, prompt, main, primes, host.mesh)
+    tower = None
+    if "tower" in primes:
+        tower = branches.through_edited_tower(params, config, prompt, main, method, host.mesh)
     both = branches.with_and_without(params, config, prompt, main, host.mesh) if "probe" in primes else None
     contrast, kind = None, contrast_kind(method)
     if kind == "fewer_tokens":
@@ -99,7 +103,9 @@ def opened(
         for place, answer in enumerate(several):
             tokens[row, place, : len(answer)], answered[row, place, : len(answer)] = answer, True
     window = np.zeros((prompt.batch, prompt.window), bool)
-    return Opened(main, contrast, seen.hidden, seen.attention, both, *map(jnp.asarray, (window, tokens, answered)))
+    return Opened(
+        main, contrast, seen.hidden, seen.attention, tower, both, *map(jnp.asarray, (window, tokens, answered))
+    )
 
 
 def logits(params: dict, config: FamilyConfig, given: Opened, method: Method | None, image_count: int) -> Forced:
@@ -114,7 +120,7 @@ def logits(params: dict, config: FamilyConfig, given: Opened, method: Method | N
         probe = None
         if given.both is not None:
             probe = forward.probed(params, config, given.both, method.probe(), image_count)
-        method = method.primed(Seen(given.hidden, given.attention, probe))
+        method = method.primed(Seen(given.hidden, given.attention, given.tower, probe))
     kind = contrast_kind(method)
     if kind == "tokens":
         contrast = drivers.contrast_tokens(method, given.main)
@@ -156,7 +162,7 @@ def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens:
         rows = [None if each is None else each.swapaxes(0, 1) for each in rows]
         firsts = [getattr(step, name) for name in Forced._fields]
         return Forced(*(_behind(first, rest) for first, rest in zip(firsts, rows, strict=True)))
-    main, contrast, exits, carries = _rows(params, config, state, tokens[:, :-1])
+    main, contrast, others, exits, carries = _rows(params, config, state, tokens[:, :-1])
     if state.method is None:
         return Forced(_behind(step.main, main), None, _behind(step.main, main))
     method = state.method
@@ -165,7 +171,7 @@ def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens:
         combined, memory = method.combine(row, memory)
         return memory, combined
 
-    by_row = Readout(_rows_first(main), _rows_first(contrast), exits, carries)
+    by_row = Readout(_rows_first(main), _rows_first(contrast), exits, carries, others)
     _, combined = jax.lax.scan(combine, state.memory.logits, by_row)
     return Forced(
         _behind(step.main, main), _behind(step.contrast, contrast), _behind(step.combined, combined.swapaxes(0, 1))
@@ -173,7 +179,7 @@ def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens:
 
 
 def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B A"]) -> tuple:
-    """A decode steps at once: main and contrast logits `[B, A, V]`, early exits `[A, X, B, V]`, the main carry."""
+    """A decode steps at once: logits `[B, A, V]` of the first branches, of the others `[A, N, B, V]`, exits, carry."""
     method = state.method and state.method.recalled(state.memory.edits)
     transforms = tuple(edit and EachRow(edit) for edit in forward.transforms_of(method))
     contexts = tuple(track.with_tokens(tokens.shape[1]) for track in state.tracks)
@@ -194,7 +200,8 @@ def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
     if exits:
         early = forward.apply(params, config, "exit_logits", decoded.tapped.hidden[:, 0], method.exit_norm)
         early = jnp.moveaxis(early, 2, 0)
-    return found[0], found[1] if len(transforms) > 1 else None, early, decoded.carries[0]
+    others = jnp.moveaxis(found[2:], 2, 0) if len(transforms) > 2 else None
+    return found[0], found[1] if len(transforms) > 1 else None, others, early, decoded.carries[0]
 
 
 def _behind(first: Float[Array, "B V"] | None, rest: Float[Array, "B A V"] | None) -> Float[Array, "B A V"] | None:

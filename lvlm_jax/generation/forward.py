@@ -23,6 +23,7 @@ from lvlm_jax.methods.base import OTHER_LAYOUTS, OTHER_TOKENS, contrast_kind
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import Decoded, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.models.vision import with_edited_values
 
 NOTHING = Tap()
 STREAM_FROM = 256  # columns of a prompt from which attention goes by blocks; faster on a CPU from here on, too
@@ -33,6 +34,22 @@ def encode_images(
 ) -> Float[Array, "*N E"]:
     """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
     return apply(params, config, "encode_images", pixels, **(geometry or {}))
+
+
+def encode_edited(
+    params: dict,
+    config: FamilyConfig,
+    pixels: Float[Array, "R ..."],
+    method: Method,
+    geometry: dict[str, Array] | None = None,
+) -> Float[Array, "*N E"]:
+    """`encode_images` by a tower with the edit of a method."""
+
+    def edit(layer: int, values: Float[Array, "R P C"]) -> Float[Array, "R P C"]:
+        valid = (geometry or {}).get("valid", jnp.ones(values.shape[:2], bool))
+        return method.tower_values(layer, values, valid)
+
+    return with_edited_values(lambda: encode_images(params, config, pixels, geometry), edit)
 
 
 def salience(
@@ -134,7 +151,8 @@ def prefill(
         caches = prefix(params, config, prompt, end, split, image_count)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
     if kind in OTHER_TOKENS:
-        branched = jnp.stack([prompt.embeddings, contrast.embeddings])
+        further = [prompt.embeddings] * (len(together) - 2)
+        branched = jnp.stack([prompt.embeddings, contrast.embeddings, *further])
     else:
         branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
     asked = _with_method_exits(method, config, tap)
@@ -274,7 +292,8 @@ def _finish(
             exits = exits[asked:, 0] if exits.shape[0] > asked else None
         if exits is not None:
             exits = apply(params, config, "exit_logits", exits, state.method.exit_norm)
-        readout = Readout(main, contrast, exits, decoded.carries[0])
+        others = logits[2:] if logits.shape[0] > 2 else None
+        readout = Readout(main, contrast, exits, decoded.carries[0], others)
         combined, kept = state.method.combine(readout, memory.logits)
         memory = Memory(kept, state.method.remember(decoded.carries[0], memory.edits))
     tapped = _with_exit_logits(params, config, tapped)

@@ -40,7 +40,7 @@ OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image token
 OTHER_LAYOUTS = ("fewer_tokens", "no_image", "text")
 
 # What a warm-up pass can be asked for: the fields of `Seen`.
-WARM_UPS = ("hidden", "attention", "probe")
+WARM_UPS = ("hidden", "attention", "tower", "probe")
 
 
 class Seen(NamedTuple):
@@ -49,11 +49,13 @@ class Seen(NamedTuple):
     Attributes:
         hidden: all hidden states of the last prompt token, with and without images.
         attention: weights of the last prompt row, averaged over heads.
+        tower: what the decoder reads, image tokens by the tower with the edit of `Method.tower_values`.
         probe: the carry of `Method.probe` after the last layer.
     """
 
     hidden: tuple[Float[Array, "L B E"], Float[Array, "L B E"]] | None = None
     attention: Float[Array, "L B T"] | None = None
+    tower: Float[Array, "B T E"] | None = None
     probe: Any = None
 
 
@@ -64,12 +66,14 @@ class Readout(NamedTuple):
         main, contrast: raw logits of the branches; `contrast` is None without a second branch.
         exits: the main branch's early-exit logits, in the order of `Method.exits`; None without any.
         carry: the main branch's carry after the last layer.
+        others: raw logits of the branches behind the second; None without any.
     """
 
     main: Float[Array, "B V"]
     contrast: Float[Array, "B V"] | None
     exits: Float[Array, "X B V"] | None
     carry: Any
+    others: Float[Array, "N B V"] | None = None
 
 
 def strength(
@@ -171,7 +175,10 @@ class Method(Transform):
         return {**cls.PRESETS[name], **changes}
 
     def branches(self) -> tuple[Transform | None, ...]:
-        """The attention edits of the main branch and, if there is one, of the contrast branch; static structure."""
+        """The attention edits of the main branch and, if there is one, of the contrast branch; static structure.
+
+        Further branches read what the main one reads.
+        """
         return (self if any(overrides(self, stage) for stage in STAGES) else None,)
 
     def positions(
@@ -215,6 +222,14 @@ class Method(Transform):
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """What the contrast branch's decoder reads, for "tokens"; asked after the warm-up pass."""
         return embeddings
+
+    def tower_values(self, layer: int, values: Float[Array, "R P C"], valid: Bool[Array, "R P"]) -> jax.Array:
+        """The values of patches in the attention of a layer of the tower, all heads' channels, for the warm-up "tower".
+
+        Args:
+            valid: patches that are there, and no filler.
+        """
+        return values
 
     def kept_tokens(
         self, image_id: Int[Array, "B T"], image_count: int, salience: Float[Array, "B T"]

@@ -36,7 +36,8 @@ class Chained(Method):
     def __post_init__(self):
         self._only("contrast branch", lambda member: len(member.branches()) > 1)
         self._only("combination of logits", lambda member: member.combines)
-        self._only("probe of the prompt", lambda member: "probe" in member.primes)
+        for kind in ("probe", "tower"):
+            self._only(f"{kind} of the prompt", lambda member, kind=kind: kind in member.primes)
         self._only("positions", lambda member: _has_own(member, "positions"))
         for member in self.members:
             if member.search is not None:
@@ -51,11 +52,11 @@ class Chained(Method):
     def branches(self) -> tuple[Transform | None, ...]:
         branches = [member.branches() for member in self.members]
         main = _merged([transforms[0] for transforms in branches])
-        contrast = next((transforms[1] for transforms in branches if len(transforms) > 1), None)
         if all(len(transforms) == 1 for transforms in branches):
             return (main,)
+        own = next(transforms[1:] for transforms in branches if len(transforms) > 1)
         if self.contrast_prompt() != "same":
-            return (main, contrast)
+            return (main, *own)
         return (main, _merged([transforms[-1] for transforms in branches]))
 
     def positions(self, position, images_before, image_tokens):
@@ -75,6 +76,9 @@ class Chained(Method):
 
     def contrast_tokens(self, embeddings, image_id):
         return self._contrasting().contrast_tokens(embeddings, image_id)
+
+    def tower_values(self, layer, values, valid):
+        return next(member for member in self.members if "tower" in member.primes).tower_values(layer, values, valid)
 
     def kept_tokens(self, image_id, image_count, salience):
         return self._contrasting().kept_tokens(image_id, image_count, salience)

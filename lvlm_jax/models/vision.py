@@ -57,6 +57,20 @@ def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"
     return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
+def with_edited_values(encode: Callable[[], Any], edit: Callable[[int, jax.Array], jax.Array]) -> Any:
+    """What `encode` gives with `edit(layer, values [R, P, C])` in the place of the values in a tower's layers."""
+
+    def change(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
+        result, path = function(*arguments, **options), context.module.path
+        if context.method_name != "__call__" or path[-1:] != ("v_proj",) or "vision_tower" not in path:
+            return result
+        (layer,) = (int(name.removeprefix("layers_")) for name in path if name.startswith("layers_"))
+        return edit(layer, result)
+
+    with nn.intercept_methods(change):
+        return encode()
+
+
 def patch_convolution(
     pixels: Float[Array, "I 3 Y X"], width: int, patch: int, dtype: jnp.dtype, name: str, use_bias: bool
 ) -> Float[Array, "I P W"]:

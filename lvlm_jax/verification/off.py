@@ -21,6 +21,7 @@ NO_STRENGTH: dict[str, dict[str, Any]] = {
     "adhh": {"tau": 1.1},
     "avisc": {"alpha": 0.0, "beta": _NO_CUT},
     "capl": {"sigma": 0.0},
+    "causalmm": {"gamma": 0.0, "beta": _NO_CUT},
     "clva": {"a": 0.0, "b": 0.0},
     "cmac": {"alpha": 0.0, "beta": _NO_CUT, "gamma": 1.0},
     "dab": {"alpha": 0.0},

@@ -53,7 +53,7 @@ class Entry:
 
 
 # Methods of the field whose mechanisms others stand for in the quick suite.
-SLOW = set("adaiat adhh dab damro farsight iat memvr nolan nullu only ritual sparc spin vhr vti".split())
+SLOW = set("adaiat adhh causalmm dab damro farsight iat memvr nolan nullu only ritual sparc spin vhr vti".split())
 
 
 ENTRIES = {
@@ -63,6 +63,7 @@ ENTRIES = {
     "adhh": Entry({"heads": (0, 0, 0, 1, 1, 2, 1, 3), "tau": 0.05}, {"tau": 1.1}, inexact=FUSION),
     "avisc": Entry({"lambda_": 0.0}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
     "capl": Entry({}, {"sigma": 0}),
+    "causalmm": Entry({}, {"gamma": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
     "clva": Entry(
         {"noise_layers": 1, "rho": 0.5},
         {"a": 0, "b": 0},

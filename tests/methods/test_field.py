@@ -7,7 +7,7 @@ from lvlm_jax import methods
 from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import EDGES, MIXED
-from tests.reference import field, field_contrast, one_branch
+from tests.reference import causalmm, field, field_contrast, one_branch
 
 DEPTH = 4
 CASE = (DEPTH, "bare")
@@ -66,8 +66,13 @@ def test_one_branch(method, make, fields, layouts):
             methods.DAMRO(tokens=1, alpha=1, beta=0.2), field_contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, 3,
             True, EDGES, marks=pytest.mark.slow,
         ),
+        (methods.CausalMM(), causalmm.run, {}, 3, True, MIXED),
+        pytest.param(
+            methods.CausalMM(gamma=1, beta=0.2, seed=7), causalmm.run, {"gamma": 1, "beta": 0.2, "seed": 7}, 5,
+            True, EDGES, marks=pytest.mark.slow,
+        ),
     ],
-    ids=["nolan", "avisc", "avisc strong", "damro", "damro one"],
+    ids=["nolan", "avisc", "avisc strong", "damro", "damro one", "causalmm", "causalmm seed"],
 )  # fmt: skip
 def test_two_branches(method, run, settings, factor, cuts, layouts):
     compare.assert_contrastive(compare.load(*CASE), method, run, factor, layouts, cuts, **settings)

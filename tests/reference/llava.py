@@ -69,8 +69,8 @@ def merge_heads(x):
 # ----------------------------------------------- vision tower, connector
 
 
-def tower_hidden_states(weights, config, pixels):
-    """Hidden states of the CLIP tower for one image `pixels` [3, height, width].
+def tower_hidden_states(weights, config, pixels, edit=lambda layer, w: w):
+    """Hidden states of the CLIP tower for one image `pixels` [3, height, width]; `edit` may replace weights [H, T, S].
 
     Returns a list of num_layers + 1 arrays [1 + patches, W]: the embeddings after the first norm, then the
     output of every layer. The norm after the last layer belongs to pooling and is not part of any of them.
@@ -91,7 +91,7 @@ def tower_hidden_states(weights, config, pixels):
         name = f"{TOWER}.encoder.layers.{layer}"
         y = layer_norm(weights, f"{name}.layer_norm1", x, epsilon)
         q, k, v = (split_heads(linear(weights, f"{name}.self_attn.{p}_proj", y), heads) for p in "qkv")
-        w = softmax(np.einsum("HTD,HSD->HTS", q, k) / math.sqrt(q.shape[-1]))
+        w = edit(layer, softmax(np.einsum("HTD,HSD->HTS", q, k) / math.sqrt(q.shape[-1])))
         x = x + linear(weights, f"{name}.self_attn.out_proj", merge_heads(np.einsum("HTS,HSD->HTD", w, v)))
         y = linear(weights, f"{name}.mlp.fc1", layer_norm(weights, f"{name}.layer_norm2", x, epsilon))
         x = x + linear(weights, f"{name}.mlp.fc2", ACTIVATIONS[vision["hidden_act"]](y))
@@ -99,9 +99,9 @@ def tower_hidden_states(weights, config, pixels):
     return states
 
 
-def image_features(weights, config, pixels):
+def image_features(weights, config, pixels, *edit):
     """Features [N, E] of one image as they enter the language model."""
-    states = tower_hidden_states(weights, config, pixels)
+    states = tower_hidden_states(weights, config, pixels, *edit)
     layers = config["vision_feature_layer"]
     layers = [layers] if isinstance(layers, int) else layers
     x = np.concatenate([states[layer] for layer in layers], axis=-1)
@@ -111,12 +111,15 @@ def image_features(weights, config, pixels):
     return linear(weights, f"{CONNECTOR}.linear_2", ACTIVATIONS[config["projector_hidden_act"]](x))
 
 
-def embed(weights, config, input_ids, pixel_values):
-    """Embeddings [T, E] of one sample, image tokens replaced by the features of `pixel_values` [n, 3, h, w]."""
+def embed(weights, config, input_ids, pixel_values, *edit):
+    """Embeddings [T, E] of one sample, image tokens replaced by the features of `pixel_values` [n, 3, h, w].
+
+    `edit` is that of `tower_hidden_states`, if any.
+    """
     x = weights[f"{LANGUAGE}.embed_tokens.weight"][input_ids]
     is_image = np.asarray(input_ids) == config["image_token_index"]
     if is_image.any():
-        x[is_image] = np.concatenate([image_features(weights, config, pixels) for pixels in pixel_values])
+        x[is_image] = np.concatenate([image_features(weights, config, pixels, *edit) for pixels in pixel_values])
     return x
 
 
