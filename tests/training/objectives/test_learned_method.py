@@ -43,7 +43,7 @@ def strengths_of(words, per="head", names=(), layers=2, heads=4):
 
 
 def test_strengths_begin_where_they_are_and_keep_their_bounds():
-    found = strengths_of("pai:start_layer=1+vista:lambda=-0.5")
+    found = Strengths.of((methods.PAI(start_layer=1), methods.VISTA(lambda_=-0.5)), "head", 2, 4)
     names = [f"{one.group}.{one.name}" for one in found.learnables]
     assert names == ["0_pai.alpha", "0_pai.gamma", "0_pai.beta", "1_vista.lambda_", "1_vista.gamma"]
     start = found.start()
@@ -68,7 +68,7 @@ def test_strengths_begin_where_they_are_and_keep_their_bounds():
         ("vaf", ["alpha"], "no method has a strength alpha; expected one of vaf.enhance, vaf.suppress"),
         ("eah", [], "none of these methods has a strength with a gradient"),
         ("opera", [], "OPERA is a search"),
-        ("pai:alpha=0", [], "pai.alpha begins at its bound, 0, .*; begin inside, as in pai:alpha=0.1"),
+        ("pai:alpha=0,start_layer=1", [], "pai.alpha begins at its bound, 0, .*; begin inside, as in pai:alpha=0.1"),
         ("vaf:enhance=1,1.1,1.2", [], "vaf.enhance has 3 values and the model 2 layers"),
     ],
 )
@@ -80,7 +80,7 @@ def test_what_cannot_be_learned_is_named(words, names, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora.enabled": True}, "trains no parameter of the model"),
+        ({"lora.enabled": True}, "no parameter of the model"),
         ({"loop.workers": 1}, "set loop.workers=0"),
         ({"accumulate": 5}, "in one piece"),
         ({"mesh.fsdp": 2}, "one device"),
