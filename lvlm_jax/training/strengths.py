@@ -172,11 +172,7 @@ def _learnable(
         if start.shape[:1] not in ((), (num_layers,)):
             raise LVLMError(f"{word}.{field.name} has {len(start)} values and the model {num_layers} layers")
         start = np.broadcast_to(start.reshape(start.shape + (1,) * (len(shape) - start.ndim)), shape)
-        layers = tuple(
-            layer
-            for layer in range(num_layers)
-            if any(member.active(layer, num_layers, phase) for phase in ("prefill", "decode"))
-        )
+        layers = tuple(layer for layer in range(num_layers) if _acts(member, layer, num_layers))
     low, high = float(field.metadata["low"]), float(field.metadata["high"])
     if (start <= low).any() or (start >= high).any():
         raise LVLMError(
@@ -184,6 +180,15 @@ def _learnable(
             f"it; begin inside, as in {word}:{field.name.strip('_')}={_inside(low, high):g}"
         )
     return Learnable(index, f"{index}_{word}", field.name, low, high, start, layers)
+
+
+def _acts(member: Method, layer: int, num_layers: int) -> bool:
+    """Whether a member's stages run in a layer; one that does not say where has a transform that acts everywhere."""
+    if hasattr(member, "edited"):
+        return layer in member.edited(num_layers)
+    if type(member).active is Method.active and not callable(member.layers):
+        return True
+    return any(member.active(layer, num_layers, phase) for phase in ("prefill", "decode"))
 
 
 def _inside(low: float, high: float) -> float:

@@ -33,6 +33,7 @@ from lvlm_jax.methods.base import FORMS
 from lvlm_jax.methods.cuts import softened
 from lvlm_jax.methods.fitted import Source, settings_text
 from lvlm_jax.methods.learned import Learned, write
+from lvlm_jax.methods.parse import method_for
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import multiple_of
 from lvlm_jax.training import loop
@@ -190,7 +191,7 @@ def strengths_of(model: LVLM, config: ConfigDict) -> Strengths:
         LVLMError: no such method, or strengths that cannot be learned.
     """
     settings = config.learned
-    method = model._method(settings.method)
+    method = method_for(settings.method, lambda: model.hash, config.model)
     if method is None:
         raise LVLMError("learned.method is 'none'; name a method, or several as in pai+sevi+vaf")
     members = getattr(method, "members", (method,))
