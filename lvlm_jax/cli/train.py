@@ -76,5 +76,5 @@ def main(words: list[str]) -> int:
     parallel.start(given.distributed)
     enable_cache()
     folder = finetune.train(config, given.workdir)
-    print(f"checkpoint written to {folder}")
+    print(f"{'checkpoint' if folder.is_dir() else 'result'} written to {folder}")
     return 0

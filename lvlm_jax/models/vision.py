@@ -60,10 +60,16 @@ def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"
 def with_edited_values(encode: Callable[[], Any], edit: Callable[[int, jax.Array], jax.Array]) -> Any:
     """What `encode` gives with `edit(layer, values [R, P, C])` in the place of the values in a tower's layers."""
 
+    inside: list[tuple] = []  # a projection calls its base class, which is intercepted too
+
     def change(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
-        result, path = function(*arguments, **options), context.module.path
-        if context.method_name != "__call__" or path[-1:] != ("v_proj",) or "vision_tower" not in path:
-            return result
+        path = context.module.path
+        values = context.method_name == "__call__" and path[-1:] == ("v_proj",) and "vision_tower" in path
+        if not values or path in inside:
+            return function(*arguments, **options)
+        inside.append(path)
+        result = function(*arguments, **options)
+        inside.remove(path)
         (layer,) = (int(name.removeprefix("layers_")) for name in path if name.startswith("layers_"))
         return edit(layer, result)
 

@@ -64,14 +64,15 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
     return path
 
 
-def write_pairs(folder: str | Path, count: int, seed: int = 0) -> Path:
+def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "list") -> Path:
     """Write `pairs.jsonl`, lines `{id, images, prompt, good, bad}`, and its pictures below `folder`.
 
-    Good is a caption that lists what is there, bad the same with an object that is not there but typical of the place.
+    Good is a caption of what is there, bad the same with an object that is not there but typical of the place.
 
     Args:
         count: how many pairs.
         seed: another seed gives other pictures.
+        style: of the captions, see `captions.caption`.
 
     Returns:
         The file.
@@ -88,7 +89,7 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0) -> Path:
             scene, name = sample_scene(rng, "train"), f"images/{index:06d}.png"
             asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
             words = [
-                captions.caption(scene, "list", np.random.default_rng([seed, index]), noisy) for noisy in (False, True)
+                captions.caption(scene, style, np.random.default_rng([seed, index]), noisy) for noisy in (False, True)
             ]
             rows.append({"id": f"{index:06d}", "images": [name], "prompt": asked, "good": words[0], "bad": words[1]})
             with files.whole(path.parent / name) as file:
