@@ -34,10 +34,11 @@ def test_a_strength_is_one_finite_number_in_its_range(cls, field):
     assert getattr(cls(**{field.name: array}), field.name) is array
     whole = getattr(cls(**{field.name: jnp.asarray(max(int(value), 1))}), field.name)
     assert whole.dtype == jnp.float32 and whole == max(int(value), 1)
-    wrong = ["0.5", [0.5], (0.5,), {}, True, np.bool_(True), 1j, object(), torch.tensor(0.5), jnp.asarray(True),
+    wrong = ["0.5", {}, True, np.bool_(True), 1j, object(), torch.tensor(0.5), jnp.asarray(True),
              np.nan, np.inf, -np.inf, 1e39, 10**400, -(10**5000), np.float64(1e300), np.array(np.nan),
-             np.ones(2), jnp.ones(3), jnp.ones((1,)), jnp.asarray(jnp.nan), jnp.asarray(jnp.inf),
-             jax.ShapeDtypeStruct((2,), jnp.float32)]  # fmt: skip
+             np.ones((2, 1, 1)), np.ones(0), jnp.asarray(jnp.nan), jnp.asarray(jnp.inf)]  # fmt: skip
+    if field.metadata["per"] == "model":  # others take a value for each layer
+        wrong += [[0.5], (0.5,), np.ones(2), jnp.ones(3), jnp.ones((1,)), jax.ShapeDtypeStruct((2,), jnp.float32)]
     wrong += [None] * (field.default is not None)
     wrong += [low - 1, np.float32(low - 1), jnp.asarray(low - 1)] * bool(np.isfinite(low))
     wrong += [high + 1, jnp.asarray(high + 1)] * bool(np.isfinite(high) and high < 2**20)
