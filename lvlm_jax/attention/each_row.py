@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.context import PADDING
 from lvlm_jax.attention.transform import Site, Stream, Transform
@@ -23,7 +23,7 @@ CARRY, ROW = 0, 2  # the axis of rows in a carry, and in what has the shape of a
 def one_by_one(
     edit: Callable[[Site, Any], Any],
     site: Site,
-    array: Float[Array, "B H R S"],
+    array: Float[Array, "B H R S"] | Bool[Array, "B #H R S"],
     columns: Int[Array, "B R"] | None = None,
     carry_axis: int | None = CARRY,
     out_axis: int = ROW,

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError
@@ -29,7 +28,7 @@ from lvlm_jax.methods.learned import name_of
 ONE = math.log(math.e - 1)  # whose softplus is 1
 SMALLEST = 0.1  # what a step is a share of, where an unbounded strength begins near 0
 
-Theta = Mapping[str, Mapping[str, Float[Array, "..."]]]
+Theta = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +56,14 @@ class Learnable:
         """0, for every value that is learned."""
         return np.zeros_like(self.start if self.layers is None else self.start[list(self.layers)])
 
-    def value(self, theta: Float[Array, "..."]) -> Any:
+    def value(self, theta: jax.Array | np.ndarray) -> Any:
         """The strength, as its field takes it; layers in which the member does not act keep where they began."""
         if self.layers is None:
             return self._bounded(theta, self.start)
         places = np.asarray(self.layers)
         return Layered(jnp.asarray(self.start).at[places].set(self._bounded(theta, self.start[places])))
 
-    def _bounded(self, theta: Float[Array, "..."], start: np.ndarray) -> Float[Array, "..."]:
+    def _bounded(self, theta: jax.Array | np.ndarray, start: np.ndarray) -> jax.Array:
         if math.isinf(self.low):
             return start + np.maximum(np.abs(start), SMALLEST) * theta
         if math.isinf(self.high):

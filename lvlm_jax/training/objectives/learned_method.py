@@ -108,9 +108,9 @@ class Scored:
         return self.batches.steps(epochs)
 
 
-def _answer(tokens: Any) -> np.ndarray:
+def _answer(tokens: Any) -> list[int]:
     """The answer's tokens of a sequence, its stop token included."""
-    return tokens.ids[tokens.answers]
+    return tokens.ids[tokens.answers].tolist()
 
 
 def metrics(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,8 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_meth
     """Its metrics are those of generation; the file reloads bit-equal; another model is refused."""
     monkeypatch.setattr(finetune, "load", lambda *_: model)
     whole = finetune.train(config_of(data, validation=str(data)), tmp_path / "whole")
-    finetune.train(config_of(data, steps=2), tmp_path / "parts")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it was when it was stopped behind the third step
+    shutil.rmtree(tmp_path / "parts" / "learned_method" / "4")
     (tmp_path / "parts" / "method.safetensors").unlink()
     again = finetune.train(config_of(data, validation=str(data)), tmp_path / "parts")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
