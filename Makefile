@@ -1,5 +1,6 @@
 # make demo   the pocket model answers questions about a picture, greedy beside CMAC
 # make test   lint and tests
+# make docs   the site of docs/, in site/
 # Each makes .venv and installs what it needs and this folder itself (so that .venv/bin/lvlm runs what is here), the
 # first time only. Another Python: make demo PYTHON=python3.12
 
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.run-installed
 	$(BIN)/lvlm infer
@@ -21,8 +22,11 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site build dist *.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt install python3-venv); name one with make PYTHON=..." >&2; exit 2; }
@@ -34,4 +38,8 @@ $(VENV)/.run-installed: requirements.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test-installed: requirements-test.txt $(VENV)/.run-installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
+	@touch $@
+
+$(VENV)/.docs-installed: pyproject.toml $(VENV)/.run-installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

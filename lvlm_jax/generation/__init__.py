@@ -1,0 +1,1 @@
+"""Prefill, decode loops, branches, sampling, searches, continuous batching, sweeps and jobs."""
