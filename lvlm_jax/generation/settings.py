@@ -8,6 +8,7 @@ compiles nothing.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from numbers import Real
@@ -27,6 +28,7 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)  # smaller numbers may count as zero on a device
 SMALLEST_TEMPERATURE = 1e-30  # logits divided by it stay finite, penalised ones too
 LARGEST_PENALTY = 1e4  # of repetition, and one over it the smallest
+MOST_ITEMS = 100_000  # of seeds or stop tokens
 LARGEST_EXPONENT = 10.0  # of the length, so that 6,900 tokens to this power stay finite
 MOST_STOPS, LONGEST_STOPS = 100, 10_000  # stop strings, and their characters together
 NO_TOKEN = -1  # what no token is
@@ -132,11 +134,11 @@ def _temperature(value: Any) -> float:
 
 def _seeds(value: Any) -> int | tuple[int, ...]:
     several = isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1
-    return tuple(map(seed_of_request, value)) if several else seed_of_request(value)
+    return tuple(map(seed_of_request, _items("seed", value))) if several else seed_of_request(value)
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else _items(value)
+    strings = (value,) if isinstance(value, str) else _items("stop", value)
     if strings is None or not all(isinstance(one, str) for one in strings):
         raise LVLMError(f"stop is {_shown(value)}; expected a string, or a list of strings")
     if "" in strings:
@@ -152,17 +154,20 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 def _stop_tokens(value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    tokens = None if isinstance(value, str) else _items(value)
+    tokens = None if isinstance(value, str) else _items("stop_token_ids", value)
     if tokens is None:
         raise LVLMError(f"stop_token_ids is {_shown(value)}; expected a list of token ids")
     return tuple(whole("stop_token_ids", token, low=0) for token in tokens)
 
 
-def _items(value: Any) -> tuple | None:
-    """The items of a list or the like; None for anything that has none."""
-    if isinstance(value, dict | bytes) or not isinstance(value, Iterable):
+def _items(name: str, value: Any) -> tuple | None:
+    """The items of a list or the like, which may be endless; None for anything that has none."""
+    if isinstance(value, dict | bytes) or not isinstance(value, Iterable) or not getattr(value, "ndim", 1):
         return None
-    return tuple(value) if getattr(value, "ndim", 1) else None
+    items = tuple(itertools.islice(value, MOST_ITEMS + 1))
+    if len(items) > MOST_ITEMS:
+        raise LVLMError(f"{name} has more than {MOST_ITEMS} items; expected at most that many")
+    return items
 
 
 def _scalar(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from decimal import Decimal
 from fractions import Fraction
 
@@ -61,6 +62,9 @@ BAD = [
     ("seed", None, f"is None; {SEED}"),
     ("seed", 0.5, f"is 0.5; {SEED}"),
     ("seed", [1, -2], f"is -2; {SEED}"),
+    ("seed", range(10**12), "has more than 100000 items; expected at most that many"),
+    ("stop", range(10**12), "has more than 100000 items; expected at most that many"),
+    ("stop_token_ids", itertools.count(), "has more than 100000 items; expected at most that many"),
     ("stop", None, "is None; expected a string, or a list of strings"),
     ("stop", 3, "is 3; expected a string, or a list of strings"),
     ("stop", ["a", 3], "is ['a', 3]; expected a string, or a list of strings"),
