@@ -31,7 +31,7 @@ def test_a_full_state_takes_no_token(model, mixed):
         model.decode(state, [5, 6, 7])
 
 
-@pytest.mark.parametrize("tokens", [[1, 2], [1, 2, 3, 4], [[1, 2, 3]], 5], ids=str)
+@pytest.mark.parametrize("tokens", [[1, 2], [1, 2, 3, 4], [[1, 2, 3]], 5, range(10**12)], ids=str)
 def test_one_token_per_sample(model, mixed, tokens):
     state, _ = model.prefill(mixed, max_length=41 + 64)
     with pytest.raises(LVLMError, match=r"expected \(3,\), one per sample"):

@@ -6,7 +6,7 @@ look for stop strings now and then without another program.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,11 +64,13 @@ def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tup
     Raises:
         LVLMError: the state is full, or not one token per sample.
     """
+    expected = state.position.shape
+    if not hasattr(tokens, "shape") and not (isinstance(tokens, Sequence) and len(tokens) == expected[0]):
+        raise LVLMError(f"tokens are {shown(tokens)}; expected {expected}, one per sample")
     try:
         tokens = jnp.asarray(tokens, jnp.int32)
     except (TypeError, ValueError, OverflowError) as error:
         raise LVLMError(f"tokens are {shown(tokens)}; expected a token id per sample") from error
-    expected = state.position.shape
     if tokens.shape != expected:
         raise LVLMError(f"tokens have shape {tokens.shape}; expected {expected}, one per sample")
     if int(state.index) >= state.capacity:

@@ -17,6 +17,8 @@ from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
+LONGEST_ANSWER = 2**20  # tokens; more than any model can hold
+
 
 def replay(
     params: dict,
@@ -66,7 +68,9 @@ def _check(answers: Any, prompt: Inputs) -> None:
 
 def _are_tokens(answer: Any) -> bool:
     given = isinstance(answer, Sequence | np.ndarray) and not isinstance(answer, str | bytes)
-    return given and all(isinstance(token, int | np.integer) and 0 <= token < LARGEST_INT for token in answer)
+    if not given or len(answer) > LONGEST_ANSWER:
+        return False
+    return all(isinstance(token, int | np.integer) and 0 <= token < LARGEST_INT for token in answer)
 
 
 def image_attention(
