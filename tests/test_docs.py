@@ -16,8 +16,6 @@ from lvlm_jax.cli import main
 from lvlm_jax.methods import registry
 from lvlm_jax.weights import names
 
-pytestmark = pytest.mark.full_compiler  # what readers would see
-
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING"))]
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.S)
@@ -64,7 +62,7 @@ def test_examples_run(page, namespace, capsys):
             exec(compile(code, page.name, "exec"), namespace)
     if page.name == "start.md":
         plain, changed, shape, _ = capsys.readouterr().out.split("\n", 3)
-        assert plain.startswith("There") and changed.startswith("There") and shape.startswith("(8, ")
+        assert "kitchen" in plain and "kitchen" in changed and shape.startswith("(8, ")
 
 
 def test_the_method_of_the_readme_is_what_its_words_say(namespace):
