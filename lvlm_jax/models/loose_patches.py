@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.models.config import DecoderConfig, activation_name
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, grid_map, joined
@@ -71,6 +71,9 @@ def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[s
         raise LVLMError(
             f"vision_config.rope_parameters of type {rope['rope_type']!r} are not supported; expected 'axial'"
         )
+    theta = rope.get("rope_theta", 10000.0)
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise LVLMError(f"vision_config.rope_parameters: rope_theta is {shown(theta)}; expected a positive number")
     if hidden_size % (4 * vision.num_heads):
         raise LVLMError(
             f"a vision tower of width {hidden_size} with {vision.num_heads} heads is not supported; "
@@ -85,7 +88,7 @@ def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[s
         frames=vision.temporal_patch_size,
         merge=vision.spatial_merge_size,
         hidden_act=activation_name("vision_config.hidden_act", vision.hidden_act),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(theta),
     )
 
 

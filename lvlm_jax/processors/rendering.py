@@ -21,7 +21,7 @@ from lvlm_jax.errors import LVLMError
 
 SECONDS = 2  # of work for one rendering; published templates take thousandths
 MEGABYTES = 256  # beyond what the process has when it starts
-LETTERS = 4_000_000  # that a template writes: more than any model reads
+LETTERS = 2_000_000  # that a template writes: more than any model reads
 PATIENCE = 60  # seconds by the clock, for a process that does not work at all
 
 _PROGRAM = Path(__file__).with_name("render_worker.py")
