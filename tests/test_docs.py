@@ -31,8 +31,8 @@ def commands(page):
     """The command lines of a page, each as words; a comment behind it is dropped."""
     shell = [code for language, code in FENCE.findall(page.read_text()) if language == "bash"]
     lines = re.findall(r"^    (.*)$", FENCE.sub("", page.read_text()), re.M) + "\n".join(shell).splitlines()
-    found = (line.split("…")[0].replace("\\", "") for line in lines if re.match(r"(.venv/bin/)?lvlm [a-z-]+( |$)", line))
-    return [shlex.split(line, comments=True) for line in found]
+    ours = (line for line in lines if re.match(r"(.venv/bin/)?lvlm [a-z-]+( |$)", line))
+    return [shlex.split(line.split("…")[0].replace("\\", ""), comments=True) for line in ours]
 
 
 @pytest.fixture(scope="module")
