@@ -1,5 +1,6 @@
 """What a pocket checkpoint can and cannot do: POPE, captions, forced choice and the rest, on the test split, greedy."""
 
+import itertools
 import json
 import re
 import tempfile
@@ -71,9 +72,11 @@ class Examiner:
 
     def ask(self, rows: list[dict], title: str, suffix: str = "", max_new_tokens: int = 12) -> list[tuple[str, bool]]:
         """Answers to `rows` (of `text` and `image` or `images`), and whether each answer ended by itself."""
+        asked = [(tuple(self._names(row)), row["text"]) for row in rows]
+        first = {prompt: i for i, prompt in reversed(list(enumerate(asked)))}  # POPE's splits share half of theirs
         # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
-        order = sorted(range(len(rows)), key=lambda i: (len(self._names(rows[i])), len(rows[i]["text"])))
-        answers: list = [None] * len(rows)
+        order = sorted(first.values(), key=lambda i: (len(asked[i][0]), len(asked[i][1])))
+        answers: dict[int, tuple[str, bool]] = {}
         with Progress(len(order), title=title) as progress:
             for start in range(0, len(order), self.batch):
                 chosen = order[start : start + self.batch]
@@ -84,7 +87,7 @@ class Examiner:
                 for position, i in enumerate(chosen):
                     answers[i] = (out.text[position].strip(), out.finish_reason[position] == "stop")
                 progress.update(len(chosen))
-        return answers
+        return [answers[first[prompt]] for prompt in asked]
 
     def accuracy(self, rows: list[dict], title: str) -> list[bool]:
         """Whether each one-word answer is the label."""
@@ -109,15 +112,16 @@ def _lines(path: Path) -> list[dict]:
 
 def pope(examiner: Examiner) -> dict:
     """The three POPE files as they come, and the random one with every question put to another picture."""
+    strategies = ("random", "popular", "adversarial")
+    listed = {name: _lines(examiner.folder / "pope" / f"pope_{name}.json") for name in strategies}
+    names = sorted({row["image"] for row in listed["random"]})
+    other = dict(zip(names, np.roll(names, 7).tolist(), strict=True))
+    asked = listed | {"shuffled": [row | {"image": other[row["image"]]} for row in listed["random"]]}
+    answers = iter(examiner.ask([row for rows in asked.values() for row in rows], "POPE", max_new_tokens=4))
     found = {}
-    for strategy in ("random", "popular", "adversarial", "shuffled"):
-        rows = _lines(examiner.folder / "pope" / f"pope_{'random' if strategy == 'shuffled' else strategy}.json")
-        asked = rows
-        if strategy == "shuffled":
-            names = sorted({row["image"] for row in rows})
-            other = dict(zip(names, np.roll(names, 7).tolist(), strict=True))
-            asked = [row | {"image": other[row["image"]]} for row in rows]
-        said = [text.lower().startswith("yes") for text, _ in examiner.ask(asked, f"POPE {strategy}", max_new_tokens=4)]
+    for strategy in asked:
+        rows = listed.get(strategy, listed["random"])
+        said = [text.lower().startswith("yes") for text, _ in itertools.islice(answers, len(rows))]
         right = [yes == (row["label"] == "yes") for yes, row in zip(said, rows, strict=True)]
         keys = [row["image"] for row in rows]
         found[f"POPE {strategy}: accuracy"] = rate(grouped(keys, right))
