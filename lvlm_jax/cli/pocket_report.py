@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the test split (default 0)"
     )
+    parser.add_argument("--parts", nargs="+", choices=report.PARTS, default=list(report.PARTS), metavar="PART",
+                        help=f"{', '.join(report.PARTS)} (default all)")  # fmt: skip
     parser.add_argument(
         "--out",
         type=Path,
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
     began = time.monotonic()
-    figures = report.examine(model, flags.images, flags.batch_size, flags.seed)
+    figures = report.examine(model, flags.images, flags.batch_size, flags.seed, flags.parts)
     about = {
         "date": datetime.date.today().isoformat(),
         "images": flags.images,

@@ -42,6 +42,7 @@ def test_every_prompt_is_asked_once_and_a_model_that_knows_is_right(tmp_path):
     assert figures["POPE shuffled: accuracy"]["value"] < 0.8
     assert len(set(model.asked)) > len(model.asked) - 8  # the last batch is filled up
     assert set(model.right) <= set(model.asked)
+    assert report.examine(model, 24, 8, parts=["pope"]) == figures
 
 
 def test_questions_without_an_image():
