@@ -13,6 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.questions import conversation, read_questions
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
+from lvlm_jax.methods.learned import name_of
 from lvlm_jax.processors.images import within
 
 Point = Mapping[str, float]  # strength -> value
@@ -57,7 +58,7 @@ def strengths(method: Method) -> dict[str, tuple[int, str]]:
     names = [name for _, name in fields]
     found = {name: (index, name) for index, name in fields if names.count(name) == 1}
     if len(members) > 1:
-        found |= {f"{type(members[index]).__name__.lower()}.{name}": (index, name) for index, name in fields}
+        found |= {f"{name_of(members[index])}.{name}": (index, name) for index, name in fields}
     return found
 
 

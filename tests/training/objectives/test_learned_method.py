@@ -121,7 +121,8 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_meth
     scored = forcing.logprobs(model.params, model.config, opened, method, 2)[0, 0, : len(said.tokens[0])]
     np.testing.assert_allclose(scored, said.logprobs[0], rtol=0, atol=1e-4)
     swept = model.sweep(prompt, [grid.at(method, point) for point in grid.points(method, ["vaf.enhance=1,2"])], 3)
-    assert len(swept) == 2 and model.attention(prompt, method) is not None
+    looked = model.attention(prompt, said.tokens, method)
+    assert len(swept) == 2 and np.isfinite(looked[0]).all()
 
     monkeypatch.setitem(vars(model), "hash", "of another one")
     with pytest.raises(LVLMError, match="learned was fitted for the checkpoint .*; learn it anew with lvlm train"):
