@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict(dict(rank=8, alpha=16.0, targets=r"language_model/.*(q|k|v|o|gate|up|down)_proj$"))
     adamw = dict(final=0.05, clip=1.0, beta1=0.9, beta2=0.98, weight_decay=0.0)
     config.connector = ConfigDict(dict(adamw, steps=400, batch=32, warmup=20, peak=2e-3, distance=0.3))
-    config.language = ConfigDict(dict(adamw, steps=400, warmup=10, peak=1.5e-3, word_weight=0.5))
+    config.language = ConfigDict(dict(adamw, steps=800, warmup=10, peak=1.5e-3, word_weight=0.5))
     config.language.rows = 5  # of a step, each with as many turns as fit
     config.language.length = 256
     # Of the absent objects asked for, the share typical of the place; None: not one. See docs/pocket.md.
