@@ -1,4 +1,4 @@
-"""Attention maps over pictures: words from tokens, the part of the picture that was seen, the drawing."""
+"""Attention maps over pictures: the part of the picture that was seen, the words, the drawing."""
 
 import numpy as np
 import pytest
@@ -6,27 +6,6 @@ from PIL import Image
 
 from lvlm_jax.analysis import overlay
 from lvlm_jax.errors import LVLMError
-
-PIECES = ["<s>", "A", " din", "ing", " table", ",", " a", " dog", ".", "</s>"]
-
-
-def decode(tokens):
-    """Special tokens are left out, as a tokenizer does when asked for text."""
-    return "".join(PIECES[token] for token in tokens if not PIECES[token].startswith("<")).strip()
-
-
-def test_a_word_has_the_mean_map_of_its_tokens():
-    tokens = list(range(len(PIECES)))
-    maps = np.arange(len(tokens), dtype=np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)
-    words, joined = overlay.by_words(tokens, decode, maps)
-    assert words == ["A", "dining", "table", "a", "dog"]
-    np.testing.assert_array_equal(joined[:, 0, 0], [1, 2.5, 4, 6, 7])
-    assert joined.shape == (5, 2, 3)
-
-
-def test_no_words_no_maps():
-    words, joined = overlay.by_words([0, 9], decode, np.ones((2, 2, 3)))
-    assert words == [] and joined.shape == (0, 2, 3)
 
 
 def test_what_maps_cover():
@@ -67,9 +46,5 @@ def test_a_png_with_one_row_for_each_answer(tmp_path):
     assert two.width == one.width and two.height > 1.9 * one.height
     # The heat colours the picture, which is black.
     assert np.asarray(one.convert("RGB")).std(-1).max() > 30
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
     with pytest.raises(LVLMError, match="cannot be written"):
-        overlay.draw(tmp_path / "file" / "map.png", [row(np.ones((1, 2, 2)), ["dog"])])
+        overlay.draw(tmp_path / "two.png" / "map.png", [full])

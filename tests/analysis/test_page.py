@@ -20,24 +20,24 @@ def picture(width=900, height=600, region=None):
     return page.Picture(Image.fromarray(noise).resize((width, height)), region)
 
 
-def answer(name="greedy", text="a red dog runs", words=4, layers=3, heads=2, images=2, grid=(4, 5), seed=0):
-    rng = np.random.default_rng(seed)
-    places = [Word("dog", 0, 3, (index,)) for index in range(words)]
-    curves = rng.random((words, layers))
-    sizes = [(grid[0] + index, grid[1]) for index in range(images)]  # pictures have grids of their own
-    maps = [rng.exponential(size=(layers, heads, words, *size)).astype(np.float32) / 1e4 for size in sizes]
+def answer(name="greedy", text="a red dog runs", words=4, layers=3, heads=2, grid=(4, 5)):
+    """About two pictures with grids of their own."""
+    rng = np.random.default_rng(0)
+    curves, sizes = rng.random((words, layers)), (grid, (grid[0] + 1, grid[1]))
     return page.Answer(
-        name=name,
-        settings="alpha 3",
-        text=text,
-        words=places,
-        maps=maps,
-        mass=rng.random((layers, heads, words)),
-        sinks=rng.random((layers, heads)),
-        flow=rng.random(layers + 1),
-        probe=curves,
-        drift=(curves, curves),
-    )
+        name=name, settings="alpha 3", text=text, words=[Word("dog", 0, 3, (index,)) for index in range(words)],
+        maps=[rng.exponential(size=(layers, heads, words, *size)).astype(np.float32) / 1e4 for size in sizes],
+        mass=rng.random((layers, heads, words)), sinks=rng.random((layers, heads)), flow=rng.random(layers + 1),
+        probe=curves, drift=(curves, curves),
+    )  # fmt: skip
+
+
+def built_of(*answers, title="t", question="q"):
+    return page.build(title, question, [picture(), picture()], answers or [answer()])
+
+
+def numbers(packed):
+    return np.frombuffer(base64.b64decode(packed), np.uint8) / 255
 
 
 def read(built: str) -> dict:
@@ -48,28 +48,24 @@ def read(built: str) -> dict:
 
 def test_maps_come_back_out():
     given = answer()
-    built = read(page.build("t", "q", [picture(), picture()], [given]))
+    built = read(built_of(given))
     assert built["groups"] == ["mean", "max", "0", "1"] and built["band"] == 1
-    packed = built["answers"][0]
-    cells = np.frombuffer(base64.b64decode(packed["maps"]), np.uint8).reshape(4, 3, 4, -1) / 255
-    maps = cells**2 * np.frombuffer(base64.b64decode(packed["scales"]), "<f4").reshape(4, 3, 4, 1)
     assert built["grids"] == [[4, 5], [5, 5]]
+    packed = built["answers"][0]
+    scales = np.frombuffer(base64.b64decode(packed["scales"]), "<f4").reshape(4, 3, 4, 1)
+    maps = numbers(packed["maps"]).reshape(4, 3, 4, -1) ** 2 * scales
     flat = np.concatenate([maps.reshape(3, 2, 4, -1) for maps in given.maps], axis=-1)
-    for group, expected in enumerate([flat.mean(1), flat.max(1), flat[:, 0], flat[:, 1]]):
-        np.testing.assert_allclose(maps[group], expected, atol=0.005 * expected.max())
-    mass = (np.frombuffer(base64.b64decode(packed["mass"]), np.uint8) / 255) ** 2
+    for found, expected in zip(maps, [flat.mean(1), flat.max(1), flat[:, 0], flat[:, 1]], strict=True):
+        np.testing.assert_allclose(found, expected, atol=0.005 * expected.max())
+    mass = numbers(packed["mass"]) ** 2
     np.testing.assert_allclose(mass.reshape(4, 3, 2), given.mass.transpose(2, 0, 1), atol=0.005)
-
-
-def test_a_small_weight_beside_a_large_one_is_not_lost():
-    maps = np.array([1.0, 0.001, 0.0], np.float32).reshape(1, 1, 1, 3)
-    cells = np.frombuffer(base64.b64decode(page.pack(maps)[0]), np.uint8)
-    np.testing.assert_allclose((cells / 255) ** 2, maps.ravel(), rtol=0.02)
+    # A small weight beside a large one is not lost.
+    maps = np.array([1.0, 0.001, 0.0], np.float32)
+    np.testing.assert_allclose(numbers(page.pack(maps.reshape(1, 1, 1, 3))[0]) ** 2, maps, rtol=0.02)
 
 
 def test_text_of_the_model_stays_text():
-    hostile = answer(name=HOSTILE, text=HOSTILE)
-    built = page.build(HOSTILE, HOSTILE, [picture(), picture()], [hostile])
+    built = built_of(answer(name=HOSTILE, text=HOSTILE), title=HOSTILE, question=HOSTILE)
     assert "<img" not in built and 'alert(1)">' not in built.replace("\\u003e", ">x")
     assert built.count("</script>") == 2
     data = read(built)
@@ -79,7 +75,7 @@ def test_text_of_the_model_stays_text():
 
 
 def test_nothing_outside_is_referred_to():
-    built = page.build("t", "q", [picture(), picture()], [answer()])
+    built = built_of()
     assert "http" not in built.replace("http-equiv", "")
     assert "default-src 'none'" in built
     assert not re.search(r"@import|url\(|<link|\bfetch\(|XMLHttp|import\(|src=|href=", built)
@@ -90,8 +86,7 @@ def test_nothing_outside_is_referred_to():
     "words, layers, heads, grid", [(40, 8, 8, (8, 8)), (40, 32, 32, (24, 24)), (400, 32, 32, (24, 24))]
 )
 def test_size_with_two_images_and_two_answers(words, layers, heads, grid):
-    size = dict(words=words, layers=layers, heads=1, grid=grid)
-    answers = [answer(name, **size) for name in ("greedy", "CMAC")]
+    answers = [answer(name, words=words, layers=layers, heads=1, grid=grid) for name in ("greedy", "CMAC")]
     noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), np.uint8)  # no picture is larger than this
     # Memory of the test: heads that are all alike, without a copy of them.
     for one in answers:
@@ -113,6 +108,6 @@ def test_the_part_that_was_seen():
 
 def test_an_answer_without_words_is_refused():
     with pytest.raises(LVLMError, match="CMAC has no words"):
-        page.build("t", "q", [picture(), picture()], [answer(), answer("CMAC", words=0)])
+        built_of(answer(), answer("CMAC", words=0))
     with pytest.raises(LVLMError, match="nothing has no words"):
         page.build("t", "q", [picture()], [])

@@ -57,19 +57,15 @@ def test_mean_attention_has_the_edits_of_a_method(model, prompt):
     np.testing.assert_allclose(row, last, atol=1e-6)
 
 
-def test_follow_gives_one_item_for_each_token(model, prompt):
+def test_follow_gives_one_item_for_each_token_of_one_conversation(model, prompt, mixed):
     tap = Tap(layers=(1,), heads=(0, 2), hidden=(2,))
     items = list(analysis.follow(model, prompt, ANSWER, tap))
     assert [item.attention.shape[:5] for item in items] == [(1, 1, 1, 2, 1)] * len(ANSWER)
     assert [item.hidden.shape[:4] for item in items] == [(1, 1, 1, 1)] * len(ANSWER)
     assert list(analysis.follow(model, prompt, [], tap)) == []
-
-
-def test_one_conversation_at_a_time(model, mixed):
-    with pytest.raises(LVLMError, match="one conversation"):
-        next(analysis.follow(model, mixed, ANSWER, Tap()))
-    with pytest.raises(LVLMError, match="one conversation"):
-        analysis.with_answer(model, mixed, ANSWER)
+    for use in (lambda *given: next(analysis.follow(*given, Tap())), analysis.with_answer):
+        with pytest.raises(LVLMError, match="one conversation"):
+            use(model, mixed, ANSWER)
 
 
 @pytest.mark.parametrize("at_once", [1, 2**28])
@@ -119,14 +115,8 @@ def test_masking_probe(model, torch_model, prompt):
         expected = 0.5 * (plain * np.log(plain / mean) + hidden * np.log(hidden / mean)).sum(-1)
         np.testing.assert_allclose(probe[layer, 0], expected, atol=1e-4)
     assert probe[0].max() > 0.01
-
-
-def test_hiding_behind_the_last_layer_is_bit_equal_to_nothing(model, prompt):
-    hidden = analysis.HideImages(from_layer=2)
-    np.testing.assert_array_equal(model.logits(prompt, hidden), model.logits(prompt))
-
-
-def test_the_probe_wants_rows_that_are_there(model, prompt):
+    # Hiding behind the last layer is bit-equal to nothing.
+    np.testing.assert_array_equal(model.logits(prompt, analysis.HideImages(from_layer=2)), model.logits(prompt))
     with pytest.raises(LVLMError, match="rows is 400"):
         analysis.masking_probe(model, prompt, rows=400)
 

@@ -9,14 +9,7 @@ from lvlm_jax import analysis
 from lvlm_jax.errors import LVLMError
 
 # Padding, text, two images with text between them, text; one image at the start; no image.
-IMAGE_ID = np.array(
-    [
-        [-1, -1, 0, 1, 1, 1, 0, 2, 2, 2, 0, 0],
-        [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
-        [-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ],
-    np.int32,
-)
+IMAGE_ID = np.int32([[-1, -1, 0, 1, 1, 1, 0, 2, 2, 2, 0, 0], [1] * 6 + [0] * 6, [-1] + [0] * 11])
 LAYERS, HEADS, SIZE = 5, 3, IMAGE_ID.shape[1]
 
 
@@ -137,8 +130,5 @@ def test_drift_without_an_anchor_has_no_gate():
     drift = analysis.drift_curve(np.full((8, 2, 10), 0.01, np.float32))
     np.testing.assert_allclose(drift.noise, 1, atol=1e-6)
     assert (np.asarray(drift.anchor) == 0).all() and (np.asarray(drift.gate) == 0).all()
-
-
-def test_a_model_too_shallow_for_drift_is_refused():
     with pytest.raises(LVLMError, match="deeper model"):
         analysis.drift_curve(np.ones((2, 2, 10), np.float32))

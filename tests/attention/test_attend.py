@@ -80,13 +80,8 @@ def test_attention_without_edits(arrays, transform):
 
 def test_stages_edit_the_explicit_rows_only(arrays):
     outputs, carry = run(arrays, Chain((Cap(0.5), Shift(2.0))))
-    want = expected(
-        arrays,
-        logits=lambda z: np.minimum(z, 0.5),
-        hide=(0, 1),
-        weights=lambda w: w / 2,
-        values=lambda output: output + 2,
-    )
+    edits = {"hide": (0, 1), "weights": lambda w: w / 2, "values": lambda output: output + 2}
+    want = expected(arrays, logits=lambda z: np.minimum(z, 0.5), **edits)
     assert_equal_where_alive(outputs, want)
     assert np.abs(want - expected(arrays))[:, :, -EXPLICIT:].min() > 0.01
     # What `observe` saw are weights before their edit: each explicit row sums to 1.
@@ -100,44 +95,25 @@ def test_a_chain_applies_its_members_in_order(arrays):
     assert_equal_where_alive(first, expected(arrays, logits=lambda z: np.minimum(3 * z, 0.5), **edits))
     assert_equal_where_alive(second, expected(arrays, logits=lambda z: 3 * np.minimum(z, 0.5), **edits))
     assert np.abs(first - second).max() > 0.1
+    twice, _ = run(arrays, Chain((Cap(0.5), Cap(0.4))))  # two may edit the mask
+    edits["weights"] = lambda w: w / 4
+    assert_equal_where_alive(twice, expected(arrays, logits=lambda z: np.minimum(z, 0.4), **edits))
 
 
-def test_two_members_may_edit_the_mask(arrays):
-    outputs, _ = run(arrays, Chain((Cap(0.5), Cap(0.4))))
-    want = expected(arrays, logits=lambda z: np.minimum(z, 0.4), hide=(0, 1), weights=lambda w: w / 4)
-    assert_equal_where_alive(outputs, want)
-
-
-def test_members_of_a_chain_carry_their_own(arrays):
+def test_members_of_a_chain_carry_their_own_and_act_in_their_layers(arrays):
     chain = Chain((Scale(2.0), Scale(0.5, layers=range(1, 2)), Identity()))
-    _, carry = run(arrays, chain)
+    outputs, carry = run(arrays, chain)
     assert [int(count) for count in carry[:2]] == [1, 0] and carry[2] == ()
+    assert_equal_where_alive(outputs, expected(arrays, logits=lambda z: 2 * z))
     outputs, carry = run(arrays, chain, layer=1, carry=carry)
     assert [int(count) for count in carry[:2]] == [2, 1]
     assert_equal_where_alive(outputs, expected(arrays))  # twice and half
 
 
-def test_a_member_acts_in_its_layers_only(arrays):
-    late = Scale(3.0, layers=range(1, 2))
-    untouched, count = run(arrays, late)
-    assert_equal_where_alive(untouched, expected(arrays))
-    assert int(count) == 0
-    scaled, count = run(arrays, late, layer=1)
-    assert_equal_where_alive(scaled, expected(arrays, logits=lambda z: 3 * z))
-    assert int(count) == 1
-
-
-@pytest.mark.parametrize(
-    ("rows", "widest"), [(("last", "post_image"), "post_image"), (("all", "last"), "all"), (("last", "last"), "last")]
-)
-def test_a_chain_asks_for_the_rows_of_its_neediest_member(rows, widest):
-    members = [Scale(1.0), Scale(2.0)]
-    for member, needed in zip(members, rows, strict=True):
-        member.rows = needed
-    assert Chain(tuple(members)).rows == widest
-
-
-def test_only_one_member_replaces_the_values():
+def test_what_a_chain_asks_for_and_refuses():
+    """The rows of its neediest member; one member at most that replaces the values."""
+    for one, other, widest in (("last", "post_image", "post_image"), ("all", "last", "all"), ("last", "last", "last")):
+        assert Chain((Scale(1.0, rows=one), Identity(other))).rows == widest
     with pytest.raises(LVLMError, match="Shift and Identity cannot be chained"):
         Chain((Shift(1.0), Scale(2.0), Identity()))
     assert Chain((Shift(1.0), Scale(2.0))).members[0].amount == 1.0

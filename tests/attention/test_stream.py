@@ -126,18 +126,14 @@ BY_ROWS = {
 def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model, mixed, name):
     """Logits of all branches and their keys and values, of a prompt that streams, rows of methods 16 at a time."""
     method, inputs = BY_ROWS[name], model.prepare(mixed)
-    prompt = forward.Prompt(
-        forward.embed(model.params, model.config, jnp.asarray(inputs.tokens), model_images(model, inputs)),
-        jnp.asarray(inputs.image_id),
-    )
+    pictures = forward.encode_images(model.params, model.config, jnp.asarray(inputs.pixels), inputs.geometry)
+    embedded = forward.embed(model.params, model.config, jnp.asarray(inputs.tokens), pictures)
+    prompt = forward.Prompt(embedded, jnp.asarray(inputs.image_id))
 
     def prefill():
-        run = functools.partial(
-            forward.prefill, config=model.config, window=inputs.window, capacity=96, image_count=inputs.image_count
-        )
-        state, step = jax.jit(lambda params, prompt, method: run(params, prompt=prompt, method=method))(
-            model.params, prompt, method
-        )
+        shapes = dict(window=inputs.window, capacity=96, image_count=inputs.image_count)
+        run = jax.jit(lambda *given: forward.prefill(given[0], model.config, *given[1:], **shapes))
+        state, step = run(model.params, prompt, method)
         return step.main, step.contrast, [(cache.prefix, cache.own) for cache in state.caches]
 
     want = prefill()
@@ -159,7 +155,3 @@ def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
     jax.tree.map(compare, got, want)
-
-
-def model_images(model, inputs):
-    return forward.encode_images(model.params, model.config, jnp.asarray(inputs.pixels), inputs.geometry)

@@ -58,17 +58,16 @@ class Witness(Transform):
         return super().active(layer, num_layers, phase) and phase in self.phases
 
     def observe(self, site, weights) -> Any:
-        seen = {
-            name: getattr(site, name) for name in ("image_id", "image", "after_image", "post_image", "mask", "logits")
-        }
+        names = ("image_id", "image", "after_image", "post_image", "mask", "logits")
+        seen = {name: getattr(site, name) for name in names}
         return (*site.carry, seen | {"weights": weights, "layer": jnp.asarray(site.layer)})
 
 
 class Scale(Transform):
     """Multiplies logits. Counts its calls in its carry."""
 
-    def __init__(self, factor: float, layers: range | None = None):
-        self.factor, self.only = factor, layers
+    def __init__(self, factor: float, layers: range | None = None, rows: str = "post_image"):
+        self.factor, self.only, self.rows = factor, layers, rows
 
     def layers(self, num_layers):
         return range(num_layers) if self.only is None else self.only
@@ -96,8 +95,7 @@ class Cap(Transform):
         return jnp.minimum(logits, self.ceiling)
 
     def mask(self, site, mask):
-        heads = jnp.arange(site.logits.shape[1])[:, None, None]
-        columns = jnp.arange(site.logits.shape[3])
+        heads, columns = jnp.arange(site.logits.shape[1])[:, None, None], jnp.arange(site.logits.shape[3])
         return mask & ((heads != 0) | (columns != 1))
 
     def weights(self, site, weights):

@@ -32,25 +32,20 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
     assert lines(capsys) == ["answers: 400 of 400, 14.3 a second"]
 
 
-def test_slow_steps_and_notes(clock, capsys):
+def test_a_short_job_and_a_quiet_process_say_nothing(clock, capsys):
+    for seconds, quiet in ((9, False), (90, True)):
+        with progress.Progress(2, quiet=quiet) as shown:
+            clock[0] += seconds
+            shown.update(2)
+    assert lines(capsys) == []
+
+
+def test_slow_steps_notes_and_things_that_are_counted(clock, capsys):
     with progress.Progress(2000, title="capl") as shown:
         shown.note({"loss": "0.5"})
         clock[0] += 20
         shown.update()
     assert lines(capsys)[0] == "capl: 1 of 2000, 20.0 s each, 11:06:20 left, loss 0.5"
-
-
-def test_a_short_job_and_a_quiet_process_say_nothing(clock, capsys):
-    with progress.Progress(2) as shown:
-        clock[0] += 9
-        shown.update(2)
-    with progress.Progress(2, quiet=True) as shown:
-        clock[0] += 90
-        shown.update(2)
-    assert lines(capsys) == []
-
-
-def test_things_are_counted(clock, capsys):
     found = []
     for thing in progress.counted("abc", 3, title="letters"):
         clock[0] += 10

@@ -25,12 +25,5 @@ divided = jax.device_put(matrix, NamedSharding(mesh, PartitionSpec(None, "tensor
 whole = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 got = product(whole, divided)
 assert got.sharding.spec == PartitionSpec(None, "tensor"), got.sharding
-print(
-    json.dumps(
-        {
-            "calls": calls(whole, divided),
-            "alone": calls(x, matrix),
-            "error": float(np.abs(np.asarray(got) - np.float64(x) @ np.float64(matrix)).max()),
-        }
-    )
-)
+error = float(np.abs(np.asarray(got) - np.float64(x) @ np.float64(matrix)).max())
+print(json.dumps({"calls": calls(whole, divided), "alone": calls(x, matrix), "error": error}))

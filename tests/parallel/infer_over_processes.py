@@ -1,4 +1,4 @@
-"""Run by `test_hosts` in each of several processes that JAX joins: the small model over a mesh of all of them.
+"""Run by `test_mesh` in each of several processes that JAX joins: the small model over a mesh of all of them.
 
 Arguments: checkpoint folder, file of inputs, file for results (process 0 writes it), sizes of the mesh such as 1,2,1.
 """

@@ -5,8 +5,6 @@ bytes of the model, of what this process holds and of its largest tensor; the pe
 bytes of the slices it read, and bytes that came from the disk, the file not being in memory before.
 """
 
-import ctypes
-import gc
 import json
 import os
 import sys
@@ -18,13 +16,9 @@ from jax.experimental import multihost_utils
 
 from lvlm_jax import models, parallel, weights
 from lvlm_jax.weights import plan
+from tests.planning.resident_growth import begin_anew, number
 
 MESHES = {"one device": None, "fsdp": (1, 2, 1), "tensor": (1, 1, 2)}
-
-
-def number(file: str, field: str) -> int:
-    line = next(line for line in Path("/proc/self", file).read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * (1024 if file == "status" else 1)
 
 
 class Recorder(np.ndarray):
@@ -41,10 +35,9 @@ class Recorder(np.ndarray):
 def forget(folder: str) -> None:
     """Has the system drop a checkpoint's files from its memory."""
     for path in Path(folder).glob("*.safetensors"):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measured(small: str, large: str, sizes: tuple | None) -> dict:
@@ -56,20 +49,12 @@ def measured(small: str, large: str, sizes: tuple | None) -> dict:
     load(small)  # everything that is imported or compiled once
     forget(large)
     Recorder.read = 0
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the load before has freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-    resident, disk = number("status", "VmRSS"), number("io", "read_bytes")
+    resident, disk = begin_anew(), number("io", "read_bytes")
     leaves = jax.tree.leaves(load(large))
-    return {
-        "model": sum(leaf.nbytes for leaf in leaves),
-        "held": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),
-        "largest": max(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),
-        "peak": number("status", "VmHWM") - resident,
-        "resident": number("status", "VmRSS") - resident,
-        "slices": Recorder.read,
-        "disk": number("io", "read_bytes") - disk,
-    }
+    held = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards]
+    found = {"model": sum(leaf.nbytes for leaf in leaves), "held": sum(held), "largest": max(held)}
+    found |= {"peak": number("status", "VmHWM") - resident, "resident": number("status", "VmRSS") - resident}
+    return found | {"slices": Recorder.read, "disk": number("io", "read_bytes") - disk}
 
 
 def main(small: str, large: str, results: str) -> None:

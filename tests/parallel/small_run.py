@@ -1,8 +1,5 @@
 """Training runs small enough to be repeated on many meshes: a LLaVA in miniature, and a real one of two layers."""
 
-import json
-import os
-import signal
 import time
 
 import jax
@@ -15,6 +12,7 @@ from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.training import loop
 from lvlm_jax.training.losses import cross_entropy
 from lvlm_jax.weights import parts
+from tests.training.line import records
 
 ROWS, TOKENS, TEXT = 8, 40, 3
 WORDS, IMAGE_TOKEN, PATCHES, WIDTH = 64, 63, 16, 16
@@ -22,21 +20,18 @@ TRAINED = "^(language_model|connector)/"
 
 
 class Talk:
-    """One image and a ragged answer in each row of random tokens. Asks this process to stop in a step, if told to.
+    """One image and a ragged answer in each row of random tokens.
 
     Args:
         images: shape of the array of one image.
         seconds: that a batch takes, to leave time for being killed.
     """
 
-    def __init__(self, images, image_token=IMAGE_TOKEN, patches=PATCHES, stop_in=None, seconds=0.0):
-        self.images, self.image_token, self.patches, self.stop_in = images, image_token, patches, stop_in
-        self.seconds = seconds
+    def __init__(self, images, image_token=IMAGE_TOKEN, patches=PATCHES, seconds=0.0):
+        self.images, self.image_token, self.patches, self.seconds = images, image_token, patches, seconds
 
     def __call__(self, step):
         time.sleep(self.seconds)
-        if step == self.stop_in:
-            os.kill(os.getpid(), signal.SIGTERM)
         rng = np.random.default_rng([7, step])
         tokens = rng.integers(3, WORDS - 1, (ROWS, TOKENS), dtype=np.int32)
         tokens[:, TEXT : TEXT + self.patches] = self.image_token
@@ -89,10 +84,10 @@ def settings(**changes):
     return ConfigDict(fields | changes)
 
 
-def train(mesh, workdir, stop_in=None, seconds=0.0, **changes):
+def train(mesh, workdir, seconds=0.0, **changes):
     """The trained parameters of the miniature, all but its tower."""
     params, objective = miniature()
-    task = loop.Task("talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), stop_in=stop_in, seconds=seconds), None)
+    task = loop.Task("talk", objective, {"loss": 1.0}, Talk((PATCHES, 8), seconds=seconds), None)
     return loop.train(task, *parts.split(params, TRAINED), settings(**changes), workdir, mesh)
 
 
@@ -114,5 +109,4 @@ def train_model(folder, mesh, workdir):
 
 def losses(workdir):
     """Of every step."""
-    lines = (workdir / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["objective"] for line in lines]
+    return [record["objective"] for record in records(workdir)]

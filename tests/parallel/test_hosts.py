@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -13,103 +12,24 @@ import time
 import numpy as np
 import pytest
 
-from lvlm_jax import LVLM, parallel
+from lvlm_jax import parallel
 from lvlm_jax.parallel import last_words, processes
 from lvlm_jax.pocket.splits import write_split
 from tests import checkpoints
 from tests import small as small_model
-from tests.parallel import infer_over_processes, small_run
+from tests.parallel import load_over_processes, small_run, train_over_processes
+from tests.parallel.simulated import COMMON, PATIENCE, SILENCE, begin, codes, finish, said
 from tests.weights.test_resources import MB, write_large
 
-pytestmark = pytest.mark.full_compiler  # the answers of other processes
-
-ROOT = pathlib.Path(__file__).parents[2]
-PATIENCE = 600  # seconds for what takes ten: the machine may be busy
-SILENCE = 10  # seconds after which JAX counts a process as gone, in these tests
-
-
-def begin(script, count, *words, errors):
-    """`count` processes of a script in tests/parallel; standard error of each goes to a file in the folder `errors`."""
-    errors.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    common = {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(count), processes.PEER_TIMEOUT: str(SILENCE),
-        processes.JOIN_TIMEOUT: str(PATIENCE),
-    }  # fmt: skip
-    begun = []
-    for index in range(count):
-        with (errors / str(index)).open("w") as file:
-            begun.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", f"tests.parallel.{script}", *map(str, words)],
-                    env=os.environ | common | {"JAX_PROCESS_ID": str(index)},
-                    cwd=ROOT,
-                    stdout=subprocess.DEVNULL,
-                    stderr=file,
-                )
-            )
-    return begun
-
-
-def codes(begun):
-    """Exit codes; none of them outlives the test."""
-    try:
-        return [process.wait(PATIENCE) for process in begun]
-    finally:
-        for process in begun:
-            process.kill()
-
-
-def said(errors, index):
-    """The lines on standard error of a process, without its progress bar."""
-    text = (errors / str(index)).read_text().replace("\r", "\n")
-    return [line for line in text.splitlines() if line and not line.startswith("talk: ")]
+TRAIN = train_over_processes.__name__
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """(checkpoint, file of inputs, what `infer_over_processes` finds on one device)."""
-    folder = tmp_path_factory.mktemp("small")
-    image = checkpoints.IMAGE
-    torch_model = checkpoints.make_llava(
-        folder / "model", seed=5, text={"num_key_value_heads": 2}, vision={"image_size": 14, "patch_size": 7}
-    )
-    layouts = [(4, image, 3), (9,), (2, image, 1, image, 6), (3, image, 2)]
-    inputs = checkpoints.random_inputs(torch_model.config, seed=6, layouts=layouts)
-    np.savez(folder / "inputs.npz", **inputs)
-    return (
-        folder / "model",
-        folder / "inputs.npz",
-        infer_over_processes.answers(LVLM.from_pretrained(folder / "model"), inputs),
-    )
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [(1, 2, 1), pytest.param((2, 1, 1), marks=pytest.mark.slow), pytest.param((1, 2, 2), marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_a_model_over_processes_answers_as_on_one_device(small, tmp_path, sizes):
-    folder, inputs, expected = small
-    words = [folder, inputs, tmp_path / "found.npz", ",".join(map(str, sizes))]
-    begun = begin("infer_over_processes", int(np.prod(sizes)), *words, errors=tmp_path / "errors")
-    assert set(codes(begun)) == {0}, said(tmp_path / "errors", 0)[-20:]
-    found = np.load(tmp_path / "found.npz")
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        atol = 0 if name.endswith("tokens") else 1e-4
-        np.testing.assert_allclose(found[name], values, rtol=0, atol=atol, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def curve(tmp_path_factory):
-    """Losses of the miniature on one device, which nobody kills."""
+def alone(tmp_path_factory):
+    """(losses, trained kernel) of the miniature on one device, which nobody kills."""
     workdir = tmp_path_factory.mktemp("alone")
-    small_run.train(None, workdir)
-    return small_run.losses(workdir)
+    trained = small_run.train(None, workdir)
+    return small_run.losses(workdir), trained["language_model"]["lm_head"]["kernel"]
 
 
 def kill_in_the_middle(begun, victim, log):
@@ -123,9 +43,9 @@ def kill_in_the_middle(begun, victim, log):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "victim"), [(2, 1), (2, 0), (4, 2)], ids=str)
-def test_one_is_killed_the_others_say_so_and_all_go_on(curve, tmp_path, count, victim):
+def test_one_is_killed_the_others_say_so_and_all_go_on(alone, tmp_path, count, victim):
     workdir, errors = tmp_path / "run", tmp_path / "errors"
-    begun = begin("train_over_processes", count, workdir, 0.3, errors=errors)
+    begun = begin(TRAIN, count, workdir, 0.3, errors=errors)
     kill_in_the_middle(begun, victim, workdir / "log.jsonl")
     killed = time.monotonic()
     ended = codes(begun)
@@ -139,9 +59,22 @@ def test_one_is_killed_the_others_say_so_and_all_go_on(curve, tmp_path, count, v
         assert "start all of them again" in line and "newest checkpoint" in line
     saved = [int(path.name) for path in (workdir / "talk").iterdir() if path.name.isdigit()]
     assert saved and max(saved) < 20
-    again = begin("train_over_processes", count, workdir, 0, errors=errors)
-    assert set(codes(again)) == {0}, said(errors, 0)[-20:]
-    np.testing.assert_allclose(small_run.losses(workdir), curve, rtol=0, atol=1e-5)
+    finish(TRAIN, count, workdir, 0, errors=errors)
+    np.testing.assert_allclose(small_run.losses(workdir), alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_stop_together_when_one_is_asked_to_and_learn_what_one_learns(alone, tmp_path):
+    """Their checkpoint is then read by one process."""
+    finish(TRAIN, 2, tmp_path, 0, "--fault", "stop", errors=tmp_path / "errors")
+    stopped = small_run.losses(tmp_path)
+    assert 11 <= len(stopped) < 20 and (tmp_path / "talk" / str(len(stopped))).is_dir()
+    finish(TRAIN, 2, tmp_path, 0, errors=tmp_path / "errors")
+    np.testing.assert_allclose(small_run.losses(tmp_path), alone[0], rtol=0, atol=1e-5)
+    kernel = np.load(tmp_path / "kernel.npy")
+    np.testing.assert_allclose(kernel, alone[1], rtol=0, atol=1e-5)
+    again = small_run.train(None, tmp_path, save_every=3, keep=2)
+    np.testing.assert_array_equal(again["language_model"]["lm_head"]["kernel"], kernel)
 
 
 @pytest.mark.slow
@@ -150,8 +83,7 @@ def test_one_is_killed_the_others_say_so_and_all_go_on(curve, tmp_path, count, v
 )
 def test_an_error_of_one_alone_ends_all(tmp_path, fault, code, words):
     """It does not wait for the others, which wait for it."""
-    begun = begin("train_over_processes", 2, tmp_path, 0.1, "--fault", fault, errors=tmp_path / "errors")
-    ended = codes(begun)
+    ended = codes(begin(TRAIN, 2, tmp_path, 0.1, "--fault", fault, errors=tmp_path / "errors"))
     assert ended[0] in (processes.LOST, -signal.SIGABRT) and ended[1] == code
     assert words in said(tmp_path / "errors", 1)[-1]
     (line,) = said(tmp_path / "errors", 0)
@@ -174,17 +106,11 @@ def test_the_variables_of_slurm_are_enough():
 
     job = next(job for job in range(100, 4096) if free(61440 + job))  # as JAX chooses the port
     common = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    common |= {"JAX_PLATFORMS": "cpu", "SLURM_STEP_NUM_NODES": "1", processes.JOIN_TIMEOUT: str(PATIENCE)}
-    begun = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOINED],
-            env=os.environ | common | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    common |= os.environ | COMMON | {"SLURM_STEP_NUM_NODES": "1", processes.JOIN_TIMEOUT: str(PATIENCE)}
+    begun = []
+    for index in "01":
+        own = common | {"SLURM_PROCID": index, "SLURM_LOCALID": index}
+        begun.append(subprocess.Popen([sys.executable, "-c", JOINED], env=own, stdout=subprocess.PIPE, text=True))
     printed = [process.communicate(timeout=PATIENCE)[0].splitlines()[-1] for process in begun]
     assert printed == ["0 2 2", "1 2 2"]
 
@@ -232,9 +158,7 @@ def test_a_report_of_jax_becomes_one_line(report, what):
 def test_everything_else_is_passed_on_as_it_comes():
     lines = ["a bar \r 1/2", "E1121 17:13:59.8 1 other.cc:1] x\n", "é", "\n", f"{WATCH}\nalone\n", "end"]
     assert passed_on(*lines) == "".join(lines)
-
-
-def test_a_sign_without_a_report_is_held_back_for_a_moment_only():
+    # A sign without a report is held back for a moment only.
     assert passed_on("before\n", WATCH + "\n", "after\n", pause=0.8) == f"before\n{WATCH}\nafter\n"
 
 
@@ -261,8 +185,7 @@ def test_what_says_that_a_process_is_gone(monkeypatch, error, lost):
 def test_each_process_loads_its_half(tmp_path):
     checkpoints.make_llava(tmp_path / "small", seed=3)
     large = write_large(tmp_path / "large", "F32")
-    begun = begin("load_over_processes", 2, tmp_path / "small", large, tmp_path, errors=tmp_path / "errors")
-    assert set(codes(begun)) == {0}, said(tmp_path / "errors", 0)[-20:]
+    finish(load_over_processes.__name__, 2, tmp_path / "small", large, tmp_path, errors=tmp_path / "errors")
     for index in range(2):
         found = json.loads((tmp_path / f"{index}.json").read_text())
         print(json.dumps(found, indent=1))  # the figures of docs/scaling.md, with pytest -s
@@ -283,25 +206,24 @@ def test_a_benchmark_over_processes_is_that_of_one(tmp_path):
     small_model.write_processor(tmp_path / "model")
     write_split(tmp_path / "world", "test", 3)
 
-    def words(out, ways):
-        flags = f"--protocol pope/strict --batch-size 4 --resamples 10 --dtype float32 --tensor-parallel {ways}"
+    def evaluate(count, out):
+        flags = f"--protocol pope/strict --batch-size 4 --resamples 10 --dtype float32 --tensor-parallel {count}"
         places = {"--data": "world", "--model": "model", "--out": out}
-        return flags.split() + [str(word) for pair in places.items() for word in (pair[0], tmp_path / pair[1])]
-
-    evaluate = ["evaluate_over_processes", 2]
-    assert set(codes(begin(*evaluate, *words("two", 2), errors=tmp_path / "errors"))) == {0}
-    log = tmp_path / "two" / "log.0.jsonl"
-    whole = log.read_text()
-    lines = whole.splitlines(keepends=True)
-    log.write_text("".join(lines[: len(lines) // 2]))
-    assert set(codes(begin(*evaluate, *words("two", 2), errors=tmp_path / "errors"))) == {0}
+        words = [str(word) for pair in places.items() for word in (pair[0], tmp_path / pair[1])]
+        finish("lvlm_jax", count, "evaluate", *flags.split(), *words, errors=tmp_path / "errors")
 
     def answers(text):
         rows = map(json.loads, text.splitlines()[1:])
         return {(row["group"], row["id"]): row["text"] for row in rows if "batch" not in row}
 
+    evaluate(2, "two")
+    log = tmp_path / "two" / "log.0.jsonl"
+    whole = log.read_text()
+    lines = whole.splitlines(keepends=True)
+    log.write_text("".join(lines[: len(lines) // 2]))
+    evaluate(2, "two")
     assert answers(log.read_text()) == answers(whole) and not (tmp_path / "two" / "log.1.jsonl").exists()
-    assert set(codes(begin("evaluate_over_processes", 1, *words("one", 1), errors=tmp_path / "errors"))) == {0}
+    evaluate(1, "one")
     for split in ("random", "popular", "adversarial"):
         one, two = (tmp_path / out / f"{split}.jsonl" for out in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()

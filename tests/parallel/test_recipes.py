@@ -30,18 +30,12 @@ def run(script, folder, programs, **variables):
     return subprocess.Popen(["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def flags_of(script):
-    """The settings that the `train.py` of a script is given."""
-    command = script.partition("train.py")[2]
-    return re.findall(r"--config\.(\S+?)=(\S+)", command)
-
-
 @pytest.mark.parametrize("script", [*BASH, *YAML], ids=["sbatch", "tpu-vm", "gpu", "tpu"])
-def test_their_settings_are_known(script, tmp_path):
+def test_their_settings_are_known(script):
     """A config read with them, as train.py reads it."""
-    words = [f"--config.{name}={value}" for name, value in flags_of(script)]
-    assert len(words) == 5
-    settings.check(settings.read(ROOT / "configs" / "capl.py", words))
+    flags = re.findall(r"--config\.(\S+?)=(\S+)", script.partition("train.py")[2])
+    assert len(flags) == 5
+    settings.check(settings.read(ROOT / "configs" / "capl.py", [f"--config.{name}={value}" for name, value in flags]))
     for name in re.findall(r"LVLM_JAX_\w+", script):
         assert name in (processes.PEER_TIMEOUT, processes.JOIN_TIMEOUT)
 
@@ -66,46 +60,40 @@ def test_slurm_starts_again_what_is_worth_it(tmp_path, code, restarts, finished,
     assert process.returncode == ended and (printed == "scontrol requeue 7\n") == requeued
 
 
-def container(page):
-    """(environment, shell script) of the one container of a JobSet; what must fit together does."""
+def pod(page, folder):
+    """The shell script of the one container of a JobSet; what must fit together does."""
     jobset = yaml.safe_load(page)
     (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
-    (box,) = spec["template"]["spec"]["containers"]
-    (rule,) = spec["podFailurePolicy"]["rules"]
+    inner = spec["template"]["spec"]
+    (box,), (rule,) = inner["containers"], spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": box["name"], "operator": "In", "values": [2]}
-    assert {mount["name"] for mount in box["volumeMounts"]} == {
-        volume["name"] for volume in spec["template"]["spec"]["volumes"]
-    }
+    assert {mount["name"] for mount in box["volumeMounts"]} == {volume["name"] for volume in inner["volumes"]}
     environment = {one["name"]: one.get("value") for one in box["env"]}
     if "JAX_NUM_PROCESSES" in environment:
         name = f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
-        port = box["ports"][0]["containerPort"]
-        assert environment["JAX_COORDINATOR_ADDRESS"] == f"{name}:{port}"
-        assert environment["JAX_NUM_PROCESSES"] == str(spec["parallelism"])
-        assert "JAX_PROCESS_ID" in environment
+        assert environment["JAX_COORDINATOR_ADDRESS"] == f"{name}:{box['ports'][0]['containerPort']}"
+        assert environment["JAX_NUM_PROCESSES"] == str(spec["parallelism"]) and "JAX_PROCESS_ID" in environment
     assert box["command"] == ["bash", "-c"]
-    return environment, box["args"][0]
+    return box["args"][0].replace("/shared", str(folder))
 
 
 @pytest.mark.parametrize("page", YAML, ids=["gpu", "tpu"])
-@pytest.mark.parametrize(("code", "finished", "ended"), [(0, True, 0), (0, False, 1), (2, False, 2), (134, True, 134)])
-def test_a_pod_says_what_is_worth_another_start(tmp_path, page, code, finished, ended):
-    _, script = container(page)
-    if finished:
-        (tmp_path / "runs" / "capl" / "export").mkdir(parents=True)
-        (tmp_path / "runs" / "capl" / "export" / "config.json").touch()
-    process = run(script.replace("/shared", str(tmp_path)), tmp_path, {"python": f"exit {code}"})
-    process.communicate(timeout=60)
-    assert process.returncode == ended
+def test_a_pod_says_what_is_worth_another_start(tmp_path, page):
+    for code, finished, ended in ((0, False, 1), (2, False, 2), (0, True, 0), (134, True, 134)):
+        if finished:
+            (tmp_path / "runs" / "capl" / "export").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "runs" / "capl" / "export" / "config.json").touch()
+        process = run(pod(page, tmp_path), tmp_path, {"python": f"exit {code}"})
+        process.communicate(timeout=60)
+        assert process.returncode == ended, (code, finished)
 
 
 @pytest.mark.parametrize("page", YAML, ids=["gpu", "tpu"])
 def test_a_pod_that_is_evicted_lets_the_training_save(tmp_path, page):
-    _, script = container(page)
     saving = "trap 'sleep 0.3; touch saved; exit 0' TERM\ntouch begun\nwhile true; do sleep 0.05; done"
-    process = run(script.replace("/shared", str(tmp_path)), tmp_path, {"python": saving})
+    process = run(pod(page, tmp_path), tmp_path, {"python": saving})
     deadline = time.monotonic() + 60
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < deadline and process.poll() is None

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from lvlm_jax import LVLM, methods, parallel
 from lvlm_jax.generation import drivers
 from lvlm_jax.planning import plan
 from lvlm_jax.training import finetune, loop, settings
+from tests.training import pair_sets
 
 NEW_TOKENS = {False: 64, True: 16}  # of answers; of learned ones, with which rows have 128 tokens
-ANSWERS = {"chosen": "a dog beside a tree", "rejected": "a cat"}
 QUESTION = "What is in the picture?"
+PAIR = (QUESTION, 1, "a dog beside a tree", "a cat")
 
 # name -> fields of the `Job` beside those that all have
 CASES = {
@@ -88,10 +88,9 @@ def answered(job) -> tuple[dict[str, int], int]:
     """Bytes by program while the pocket model answers about pictures, and the tokens of a prompt."""
     mesh = None if job.devices == 1 else parallel.make_mesh(*job.mesh)
     model = LVLM.from_pretrained("pocket", dtype=job.dtype, mesh=mesh, quant=job.quant)
-    picture = np.zeros((96, 96, 3), np.uint8)
-    asked = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]}
     found, programs = {}, {"encode_images": "images", "embed": "embed", "prefill": "prefill", "run": "decode"}
-    prompt = model.prepare([[asked]] * job.batch)
+    parts = [{"type": "image", "image": np.zeros((96, 96, 3), np.uint8)}, {"type": "text", "text": QUESTION}]
+    prompt = model.prepare([[{"role": "user", "content": parts}]] * job.batch)
     with watched(drivers, programs, found):
         model.generate(prompt, job.method, max_new_tokens=job.new_tokens, stop_token_ids=())
     return found, int(prompt.lengths.max())
@@ -102,7 +101,7 @@ def trained(job, workdir) -> dict[str, int]:
     of = job.training
     config = settings.base(of.recipe)
     config.update(dtype=job.dtype, master=of.master, steps=2, batch=job.batch, remat=of.remat)
-    config.update(accumulate=of.accumulate, data=str(_pairs(workdir, job.batch)))
+    config.update(accumulate=of.accumulate, data=str(pair_sets.write(workdir, [PAIR] * job.batch, side=96)))
     config.lora.update(enabled=of.lora, rank=of.rank)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), job.mesh, strict=True)))
     config.loop.update(workers=0)
@@ -113,16 +112,6 @@ def trained(job, workdir) -> dict[str, int]:
     finally:
         loop.make_step = make
     return found
-
-
-def _pairs(folder: Path, count: int) -> Path:
-    Image.new("RGB", (96, 96)).save(folder / "picture.png")
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-    row = {"images": ["picture.png"], "prompt": [asked]}
-    row |= {name: [{"role": "assistant", "content": text}] for name, text in ANSWERS.items()}
-    path = folder / "pairs.jsonl"
-    path.write_text((json.dumps(row) + "\n") * count)
-    return path
 
 
 def main(devices: int, workdir: Path, cases: list[str]) -> None:

@@ -41,20 +41,26 @@ def config_of(layers: int):
     return models.config_from_hf(HF | {"text_config": HF["text_config"] | {"num_hidden_layers": layers}})
 
 
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def number(file: str, field: str) -> int:
+    """Bytes, from a file about this process."""
+    found = re.search(rf"^{field}:\s+(\d+)( kB)?", Path("/proc/self", file).read_text(), re.M)
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+def begin_anew() -> int:
+    """Has the system take back what is free, and the peak begin at what is resident now, which it gives."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return number("status", "VmRSS")
 
 
 def growth(work) -> int:
     """The most that memory grows by in a second run: in the first one programs are compiled."""
     work()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = begin_anew()
     work()
-    return resident("VmHWM") - before
+    return number("status", "VmHWM") - before
 
 
 def made(shapes):
@@ -64,9 +70,8 @@ def made(shapes):
 
 def answering(job):
     config, images = job.config, job.config.tokens_per_image
-    tokens = np.full((BATCH, PROMPT), 5)
+    tokens, size = np.full((BATCH, PROMPT), 5), config.vision.image_size
     tokens[:, 8 : 8 + images] = config.image_token_id
-    size = config.vision.image_size
     inputs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
     inputs["pixel_values"] = np.zeros((BATCH, 3, size, size), np.float32)
 

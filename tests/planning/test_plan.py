@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 
 import pytest
 
@@ -13,39 +12,23 @@ from lvlm_jax.weights import names
 from tests.cli.command import run
 from tests.parallel.simulated import in_a_process
 
-ROOT = pathlib.Path(__file__).parents[2]
 POCKET = names.checkpoint("pocket")
 
-# One device: quick enough for every run of the tests. The others are slow.
-FEW = ["greedy"]
-MANY = [
+ALONE = [
     "dpo, adapters",
     "greedy of eight", "cmac", "vcd", "int8", "bfloat16", "sft, all of it", "sft, recomputed", "sft, in parts",
 ]  # fmt: skip
 SPREAD = ["greedy, tensor", "greedy, data", "sft, fsdp", "dpo, fsdp"]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((ALONE, 1), (SPREAD, 2), (SPREAD, 8))]
 
 
-def compare(names, count, folder):
-    """Every case's largest program is planned within a tenth of what it holds."""
-    for found in in_a_process("planning.really_held", count, folder, *names, count=count):
+@pytest.mark.parametrize(("names", "count"), [(["greedy"], 1), *SLOW], ids=["quick", "one", "two", "eight"])
+def test_a_plan_is_what_jobs_hold(tmp_path, names, count):
+    """Every case's largest program is planned within a tenth of what it holds on one of so many devices."""
+    for found in in_a_process("planning.really_held", count, tmp_path, *names, count=count):
         planned, real = (max(found[side].values()) for side in ("plan", "real"))
         print(f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}")
         assert planned == pytest.approx(real, rel=0.1), found
-
-
-def test_a_plan_is_what_a_job_holds(tmp_path):
-    compare(FEW, 1, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_plan_is_what_other_jobs_hold(tmp_path):
-    compare(MANY, 1, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 8])
-def test_a_plan_is_what_one_of_many_devices_holds(tmp_path, count):
-    compare(SPREAD, count, tmp_path)
 
 
 @pytest.mark.slow
@@ -62,23 +45,18 @@ def test_what_a_device_has_falls_with_their_number():
     found = in_a_process("parallel.shares", count=8)
     alone = {one["kind"]: one for one in found if one["devices"] == 1}
     for one in found:
-        shares = {
-            part: one["devices"] * size / alone[one["kind"]]["share"][part] for part, size in one["share"].items()
-        }
+        whole = alone[one["kind"]]["share"]
+        shares = {part: one["devices"] * size / whole[part] for part, size in one["share"].items()}
         print(one["kind"], one["devices"], {part: round(share, 3) for part, share in shares.items()}, one["total"])
         for part, share in shares.items():
             assert share == pytest.approx(1, rel=0.15), (one["kind"], one["devices"], part)
 
 
-@pytest.fixture(scope="module")
-def seven():
-    """The plan of LLaVA-1.5-7B in bfloat16 on one accelerator."""
-    name, config, _ = plan.read("7b")
-    return plan.plan(plan.Job(name, config, mesh=(1, 1, 1)))
-
-
 @pytest.mark.slow
-def test_figures_of_llava_7b_by_hand(seven):
+def test_figures_of_llava_7b_by_hand():
+    """Of LLaVA-1.5-7B in bfloat16 on one accelerator."""
+    name, config, _ = plan.read("7b")
+    seven = plan.plan(plan.Job(name, config, mesh=(1, 1, 1)))
     # Decoder: two vocabularies, 32 layers of four attention and three MLP kernels and two norms, the last norm.
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     decoder = 2 * 32064 * 4096 + 32 * layer + 4096
@@ -87,23 +65,18 @@ def test_figures_of_llava_7b_by_hand(seven):
     tower = 3 * 14**2 * 1024 + 1024 + 577 * 1024 + 24 * block + 2 * 2 * 1024
     connector = 1024 * 4096 + 4096 + 4096**2 + 4096
     assert seven.parameters == decoder + tower + connector == 7_063_427_072
-    (decode,) = (one for one in seven.programs if one.name == "decode")
+    decode, prefill = (next(one for one in seven.programs if one.name == name) for name in ("decode", "prefill"))
     # 8 + 576 + 40 tokens and 128 more, each in columns of 64.
     assert decode.held["cache"] == 32 * 2 * 4096 * 2 * (640 + 128)
     assert decode.held["parameters"] == 2 * seven.parameters
     # One token meets every kernel of the decoder, and 768 columns of keys and values.
     kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096
     assert decode.flops == pytest.approx(2 * kernels + 32 * 2 * 2 * 4096 * 768, rel=0.01)
-    (prefill,) = (one for one in seven.programs if one.name == "prefill")
     attended = sum(64 * stop for stop in range(64, 641, 64))  # rows in blocks of 64 see no later block
     rows = 640 * (kernels - 32064 * 4096) + 32064 * 4096 + 32 * 2 * 4096 * attended
     assert prefill.flops == pytest.approx(2 * rows, rel=0.02)
-
-
-@pytest.mark.slow
-def test_a_token_takes_as_long_as_its_bytes_take_to_be_read(seven):
-    """The decoder without its table of embeddings, and the cache, over 3.35 TB/s."""
-    read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096) + 32 * 2 * 4096 * 2 * 768
+    # A token takes as long as the decoder without its table of embeddings, and the cache, take at 3.35 TB/s.
+    read = 2 * kernels + 32 * 2 * 4096 * 2 * 768
     assert seven.seconds(devices.find("h100"))["token"] == pytest.approx(read / 3.35e12, rel=0.01)
     assert devices.find("tpu-v5e").holds(seven.total) and not devices.find("mine=14,1,1").holds(seven.total)
 
@@ -117,21 +90,15 @@ def test_two_depths_say_what_all_layers_say():
         assert near.parameters == exact.parameters
         for one, other in zip(near.programs, exact.programs, strict=True):
             assert one.name == other.name
-            for figure in ("total", "flops", "moved"):
-                expected = pytest.approx(getattr(other, figure), rel=0.05)
-                assert getattr(one, figure) == expected, (one.name, figure)
+            figures = [[getattr(program, name) for name in ("total", "flops", "moved")] for program in (one, other)]
+            assert figures[0] == pytest.approx(figures[1], rel=0.05), one.name
 
 
-@pytest.mark.parametrize(
-    ("method", "alike"),
-    [
-        (None, True), (methods.CMAC(), True), (methods.VCD(), True), (methods.CAPL(), True),
-        (methods.SEVI(), False), (methods.EAH(), False), (methods.DoLa(), False), (methods.CLVA(), False),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_methods_that_edit_some_layers_take_all_layers(method, alike):
-    assert plan.alike_in_all_layers(method, 32) is alike
+def test_methods_that_edit_some_layers_take_all_layers():
+    for method in (None, methods.CMAC(), methods.VCD(), methods.CAPL()):
+        assert plan.alike_in_all_layers(method, 32), method
+    for method in (methods.SEVI(), methods.EAH(), methods.DoLa(), methods.CLVA()):
+        assert not plan.alike_in_all_layers(method, 32), method
 
 
 @pytest.fixture

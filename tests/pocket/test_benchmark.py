@@ -24,27 +24,26 @@ def read(folder, name, **where):
     return BENCHMARKS[protocol.benchmark].read(Data(folder, **where), protocol, need_images=True)
 
 
+def scored(name, questions, said):
+    """The figures of answers, one for each question."""
+    protocol = get(name)
+    return BENCHMARKS[protocol.benchmark].score(questions, {q.key: said(q) for q in questions}, protocol).values()
+
+
 @pytest.mark.parametrize("name", ["pope/strict", "pope/vcd", "mme/hallucination"])
 def test_right_answers_score_full_marks(folder, tmp_path, name):
-    questions = read(folder, name)
-    protocol = get(name)
+    questions, protocol = read(folder, name), get(name)
     said = {question.key: question.label.capitalize() for question in questions}
     path = tmp_path / ("mme" if protocol.benchmark == "mme" else "answers.jsonl")
     BENCHMARKS[protocol.benchmark].answers.write(path, questions, said, protocol)
     found = rescore.rescore(protocol, Data(folder), [str(path)], resamples=20)
-    figures = found["figures"]
-    if protocol.benchmark == "mme":
-        assert figures["hallucination"]["value"] == 800.0
-    else:
-        assert figures["mean: accuracy"]["value"] == 1.0
-        assert figures["mean: yes ratio"]["value"] == 0.5
+    full = {"hallucination": 800.0} if path.stem == "mme" else {"mean: accuracy": 1.0, "mean: yes ratio": 0.5}
+    assert {figure: found["figures"][figure]["value"] for figure in full} == full
     assert found["record"]["questions"] == len(questions) > IMAGES
 
 
 def test_saying_yes_to_everything(folder):
-    questions = read(folder, "pope/strict")
-    scores = BENCHMARKS["pope"].score(questions, {q.key: "Yes" for q in questions}, get("pope/strict"))
-    found = scores.values()
+    found = scored("pope/strict", read(folder, "pope/strict"), lambda question: "Yes")
     for split in ("random", "popular", "adversarial"):
         assert found[f"{split}: accuracy"] == found[f"{split}: precision"] == 0.5
         assert found[f"{split}: recall"] == found[f"{split}: yes ratio"] == 1.0
@@ -52,38 +51,30 @@ def test_saying_yes_to_everything(folder):
 
 def test_captions(folder):
     """A caption that names exactly what is there; and the same with one more object."""
-    protocol = get("chair/pocket")
     questions = read(folder, "chair/pocket")
-    scenes = {q.id: scene_at("test", i) for i, q in enumerate(questions)}
-    there = {number: set(scene.counts) for number, scene in scenes.items()}
-    assert all(there[q.id] <= q.extra["objects"] for q in questions)
-    extra = sum(len(q.extra["objects"] - there[q.id]) for q in questions)
-    assert extra == 0  # the reference captions of this split name nothing that is not there
-    plurals = {q.key: " and ".join(map(catalogue.plural, sorted(there[q.id]))) + "." for q in questions}
-    found = BENCHMARKS["chair"].score(questions, plurals, protocol).values()
+    there = {q.id: set(scene_at("test", index).counts) for index, q in enumerate(questions)}
+    # The reference captions of this split name nothing that is not there.
+    assert all(there[q.id] == set(q.extra["objects"]) for q in questions)
+    true = {q.id: " and ".join(map(catalogue.plural, sorted(there[q.id]))) + "." for q in questions}
+    found = scored("chair/pocket", questions, lambda question: true[question.id])
     assert (found["C_S"], found["C_I"], found["recall"], found["F1"]) == (0.0, 0.0, 1.0, 1.0)
-    absent = {q.id: next(name for name in catalogue.CATEGORIES if name not in there[q.id]) for q in questions}
-    more = {q.key: f"{plurals[q.key]} There is also a {absent[q.id]}." for q in questions}
-    found = BENCHMARKS["chair"].score(questions, more, protocol).values()
-    mentions = sum(map(len, there.values()))
+    absent = {
+        number: next(name for name in catalogue.CATEGORIES if name not in names) for number, names in there.items()
+    }
+    found = scored("chair/pocket", questions, lambda q: f"{true[q.id]} There is also a {absent[q.id]}.")
     assert found["C_S"] == 1.0
-    assert found["C_I"] == pytest.approx(IMAGES / (mentions + IMAGES))
+    assert found["C_I"] == pytest.approx(IMAGES / (sum(map(len, there.values())) + IMAGES))
 
 
-def test_questions_over_several_images(folder):
-    path = folder / "questions" / "multi_image.jsonl"
+@pytest.mark.parametrize("kind", ["multi_image", "choice", "counting", "position", "color", "place"])
+def test_further_questions(folder, kind):
+    path = folder / "questions" / f"{kind}.jsonl"
     questions = read(folder, "mihbench/short", question_file=path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [len(q.images) for q in questions] == [len(row["images"]) for row in rows]
-    assert {q.group for q in questions} >= {"which_image", "in_all_images", "how_many_images"}
-    found = BENCHMARKS["mihbench"].score(questions, {q.key: q.label for q in questions}, get("mihbench/short"))
-    assert found.values()["accuracy"] == 1.0
-    assert "in_all_images: F1" in found.figures and "which_image: accuracy" in found.figures
-
-
-@pytest.mark.parametrize("kind", ["choice", "counting", "position", "color", "place"])
-def test_single_image_questions(folder, kind):
-    questions = read(folder, "mihbench/short", question_file=folder / "questions" / f"{kind}.jsonl")
-    said = {q.key: f"The {q.label}." for q in questions}
-    scores = BENCHMARKS["mihbench"].score(questions, said, get("mihbench/short"))
-    assert scores.values()["accuracy"] == 1.0
+    said = "{}" if kind == "multi_image" else "The {}."
+    found = scored("mihbench/short", questions, lambda question: said.format(question.label))
+    assert found["accuracy"] == 1.0
+    if kind == "multi_image":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [len(q.images) for q in questions] == [len(row["images"]) for row in rows]
+        assert {q.group for q in questions} >= {"which_image", "in_all_images", "how_many_images"}
+        assert "in_all_images: F1" in found and "which_image: accuracy" in found

@@ -7,32 +7,22 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import LVLM
 from lvlm_jax.pocket.scenes import render, scene_at
+from lvlm_jax.weights import names
 from tests.checkpoints import to_torch
 
-CHECKPOINT = "lvlm_jax/pocket/checkpoint"
-
 
 @pytest.fixture(scope="module")
-def folder(request):
-    return request.config.rootpath / CHECKPOINT
-
-
-@pytest.fixture(scope="module")
-def pocket(folder):
-    return LVLM.from_pretrained(folder)
+def pocket():
+    return LVLM.from_pretrained(names.checkpoint("pocket"))
 
 
 def asked(text, *images):
-    return [
-        {
-            "role": "user",
-            "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
-        }
-    ]
+    shown = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def test_transformers_loads_it_with_equal_logits_and_tokens(pocket, folder):
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+def test_transformers_loads_it_with_equal_logits_and_tokens(pocket):
+    theirs = LlavaForConditionalGeneration.from_pretrained(pocket.folder, dtype=torch.float32).eval()
     scenes = [render(scene_at("test", index)) for index in range(3)]
     prompts = [
         asked("Please describe this image in detail.", scenes[0]),
@@ -40,15 +30,12 @@ def test_transformers_loads_it_with_equal_logits_and_tokens(pocket, folder):
         asked("Hello."),
     ]
     prepared = pocket.prepare(prompts)
-    inputs = {
-        "input_ids": prepared.tokens.astype(np.int64),
-        "attention_mask": (prepared.image_id >= 0).astype(np.int64),
-        "pixel_values": prepared.pixels,
-    }
+    valid = prepared.image_id >= 0
+    inputs = {"input_ids": prepared.tokens.astype(np.int64), "attention_mask": valid.astype(np.int64)}
+    inputs["pixel_values"] = prepared.pixels
     with torch.no_grad():
         expected = theirs(**to_torch(inputs)).logits.numpy()
         generated = theirs.generate(**to_torch(inputs), max_new_tokens=24, do_sample=False).numpy()
-    valid = inputs["attention_mask"].astype(bool)
     np.testing.assert_allclose(np.asarray(pocket.logits(inputs))[valid], expected[valid], rtol=0, atol=1e-4)
     answers = pocket.generate(prompts, max_new_tokens=24)
     for ours, row in zip(answers.tokens, generated[:, inputs["input_ids"].shape[1] :], strict=True):

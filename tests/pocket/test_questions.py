@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import pytest
 
 from lvlm_jax.pocket import questions
 from lvlm_jax.pocket.conversations import sample_conversation, sample_text
@@ -95,38 +94,30 @@ def test_colour():
     assert 0.4 < yes_rate(answers) < 0.6
 
 
-@pytest.fixture(scope="module")
-def several():
-    """Groups of two to four scenes of one place, so that they share objects."""
-    rng = np.random.default_rng(4)
-    return [[sample_scene(rng, "test", "a farm") for _ in range(2 + i % 3)] for i in range(120)]
-
-
-def test_questions_over_several_images(several):
-    rng = np.random.default_rng(5)
+def test_questions_over_several_images():
+    """Of two to four scenes of one place, so that they share objects."""
+    rng, answers = np.random.default_rng(5), {}
     ordinals = ("first", "second", "third", "fourth")
-    answers = {}
-    for group in several:
+    for number in range(120):
+        group = [sample_scene(rng, "test", "a farm") for _ in range(2 + number % 3)]
+        has = [set(scene.counts) for scene in group]
         for kind, make in questions.MULTI.items():
-            question = make(group, rng)
-            if question is None:
+            if (question := make(group, rng)) is None:
                 continue
-            has = [set(scene.counts) for scene in group]
+            holds = [name in names for name in categories_in(question.text) for names in has]
+            assert len(holds) == (0 if kind == "same_object" else len(group))
             if kind == "same_object":
                 expected = "Yes" if set.intersection(*has) else "No"
+            elif kind == "which_image":
+                assert sum(holds) == 1
+                expected = ordinals[holds.index(True)]
+            elif kind == "how_many_images":
+                expected = str(sum(holds))
+            elif kind == "in_all_images":
+                expected = "Yes" if all(holds) else "No"
             else:
-                (name,) = categories_in(question.text)
-                holds = [name in names for names in has]
-                if kind == "which_image":
-                    assert sum(holds) == 1
-                    expected = ordinals[holds.index(True)]
-                elif kind == "how_many_images":
-                    expected = str(sum(holds))
-                elif kind == "in_all_images":
-                    expected = "Yes" if all(holds) else "No"
-                else:
-                    (ordinal,) = re.findall("first|second|third|fourth", question.text)
-                    expected = "Yes" if holds[ordinals.index(ordinal)] else "No"
+                (ordinal,) = re.findall("first|second|third|fourth", question.text)
+                expected = "Yes" if holds[ordinals.index(ordinal)] else "No"
             assert question.short == expected, question
             answers.setdefault(kind, set()).add(expected)
     assert all(len(found) > 1 for found in answers.values()) and len(answers) == len(questions.MULTI)
@@ -145,9 +136,8 @@ def test_conversations_are_reproducible_and_mixed():
     single = [turns for scenes, turns in texts if len(scenes) == 1]
     asked = [question for turns in single for question, _ in turns]
     assert len(asked) / len(single) > 6.5
-    existence = np.mean(
-        [bool(re.match(r"Is there an? (?!red|blue|green|yellow|purple)|Does|Can|Do you", q)) for q in asked]
-    )
+    whether = re.compile(r"Is there an? (?!red|blue|green|yellow|purple)|Does|Can|Do you")
+    existence = np.mean([bool(whether.match(question)) for question in asked])
     choice = np.mean([" or a" in question for question in asked])
     assert 0.2 < choice < 0.4 and 0.2 < existence < 0.4
     suffix = np.mean(["\nAnswer the question using a single word or phrase." in question for question in asked])

@@ -11,20 +11,25 @@ from lvlm_jax.pocket import tokenizer
 from lvlm_jax.pocket.catalogue import CATEGORIES, SCENE_NAMES
 
 SINGLE, SEVERAL = pocket_data.Part(6, 256, 6), pocket_data.Part(2, 384, 7)
+ENCODER = tokenizer.pocket_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def conversations():
-    return pocket_data.Conversations(5, tokenizer.pocket_tokenizer(), SINGLE, SEVERAL)
+    return pocket_data.Conversations(5, ENCODER, SINGLE, SEVERAL)
+
+
+@pytest.fixture(scope="module")
+def batch(conversations):
+    return conversations(0)
 
 
 def equal(first, second):
     return jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
-def test_a_batch_holds_both_kinds_of_conversation(conversations):
-    batch = conversations(0)
-    image = conversations.encoder.convert_tokens_to_ids(tokenizer.IMAGE)
+def test_a_batch_holds_both_kinds_of_conversation(conversations, batch):
+    image = ENCODER.convert_tokens_to_ids(tokenizer.IMAGE)
     assert equal(batch, conversations(0)) and not equal(batch, conversations(1))
     for name, part in (("single", SINGLE), ("several", SEVERAL)):
         rows = batch[name]
@@ -36,13 +41,11 @@ def test_a_batch_holds_both_kinds_of_conversation(conversations):
         assert rows["images"][shown].any(axis=(1, 2, 3)).all() and not rows["images"][~shown].any()
 
 
-def test_answers_and_nothing_else_carry_loss(conversations):
-    rows = conversations(0)["single"]
-    for tokens, answers in zip(rows["tokens"], rows["answers"], strict=True):
-        text = conversations.encoder.decode(tokens[answers])
-        whole = conversations.encoder.decode(tokens[tokens != conversations.encoder.pad_token_id])
+def test_answers_and_nothing_else_carry_loss(batch):
+    for tokens, answers in zip(batch["single"]["tokens"], batch["single"]["answers"], strict=True):
+        whole = ENCODER.decode(tokens[tokens != ENCODER.pad_token_id])
         spoken = [turn.split("</s>")[0] for turn in whole.split(" ASSISTANT:")[1:]]
-        assert text.split("</s>")[:-1] == spoken
+        assert ENCODER.decode(tokens[answers]).split("</s>")[:-1] == spoken
 
 
 def test_labels_name_what_a_patch_shows():
@@ -52,37 +55,28 @@ def test_labels_name_what_a_patch_shows():
     assert 0.3 < background.mean() < 0.95
     for labels, empty in zip(batch["labels"], background, strict=True):
         assert len(set(labels[empty])) == 1  # the one kind of place
-
-    names = [*CATEGORIES, *SCENE_NAMES]
-    words = pocket_data.label_words(tokenizer.pocket_tokenizer())
-    assert len(words) == len(names) == pocket_data.LABEL_COUNT
-    assert len(set(words)) == len(words)  # no two names begin with the same token
-    assert tokenizer.pocket_tokenizer().decode(words[names.index("dog")]) == " dog"
+    names, words = [*CATEGORIES, *SCENE_NAMES], pocket_data.label_words(ENCODER)
+    # No two names begin with the same token.
+    assert len(set(words)) == len(words) == len(names) == pocket_data.LABEL_COUNT
+    assert ENCODER.decode(words[names.index("dog")]) == " dog"
 
 
 def test_held_out_questions_ask_for_one_token():
-    made = pocket_data.held_out(tokenizer.pocket_tokenizer(), 12)
+    made = pocket_data.held_out(ENCODER, 12)
     assert set(made) == {"existence", "tempting", "choice", "counting", "position"}
-    for rows in made.values():
-        assert np.all(rows["answers"].sum(axis=1) == 1)
-    spoken = [
-        tokenizer.pocket_tokenizer().decode(token)
-        for token in made["existence"]["tokens"][made["existence"]["answers"]]
-    ]
-    assert set(spoken) == {" Yes", " No"}
+    assert all(np.all(rows["answers"].sum(axis=1) == 1) for rows in made.values())
+    spoken = made["existence"]["tokens"][made["existence"]["answers"]]
+    assert {ENCODER.decode(token) for token in spoken} == {" Yes", " No"}
 
 
-def test_drill_rows_ask_whether_which_and_where_beside_a_caption(conversations):
+def test_drill_rows_ask_whether_which_and_where_beside_a_caption(conversations, batch):
     drilled = dataclasses.replace(conversations, drill=4)(0)
-    plain = conversations(0)
-    encoder = conversations.encoder
     words = {" Yes", " No", " left", " middle", " right", *(f" {name}" for name in CATEGORIES)}
-    for row in range(4):
-        tokens, answers = drilled["single"]["tokens"][row], drilled["single"]["answers"][row]
-        spoken = encoder.decode(tokens[answers]).split("</s>")[:-1]
+    for tokens, answers in zip(drilled["single"]["tokens"][:4], drilled["single"]["answers"][:4], strict=True):
+        spoken = ENCODER.decode(tokens[answers]).split("</s>")[:-1]
         captions = [answer for answer in spoken if answer not in words]
         assert len(spoken) >= 6 and len(captions) <= 1
         assert not captions or captions[0] in (spoken[0], spoken[-1])
-    assert equal(drilled["several"], plain["several"])
-    assert np.array_equal(drilled["single"]["tokens"][4:], plain["single"]["tokens"][4:])
-    assert np.array_equal(drilled["single"]["images"], plain["single"]["images"])
+    assert equal(drilled["several"], batch["several"])
+    assert np.array_equal(drilled["single"]["tokens"][4:], batch["single"]["tokens"][4:])
+    assert np.array_equal(drilled["single"]["images"], batch["single"]["images"])

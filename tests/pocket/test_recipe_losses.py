@@ -1,31 +1,24 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lvlm_jax import models
-from lvlm_jax.models.pictures import whole_pictures
+from lvlm_jax import LVLM, models
 from lvlm_jax.pocket import recipe as pocket
 from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.pocket import tokenizer
-from lvlm_jax.processors.layout import lay_out
+
+TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+VISION = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A small untrained model of the pocket family and its module."""
-    settings = ConfigDict(
-        {
-            "vision_feature_layer": -1,
-            "text": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
-            "vision": dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2),
-        }
-    )
+    """A small untrained model of the pocket family."""
+    settings = ConfigDict({"vision_feature_layer": -1, "text": TEXT, "vision": VISION})
     config = models.config_from_hf(pocket.hf_config(settings, tokenizer.pocket_tokenizer()))
-    return models.build(config), pocket.initial_parameters(config, 0)
+    return LVLM(pocket.initial_parameters(config, 0), config)
 
 
 def rows(config, lengths, images, width):
@@ -38,46 +31,18 @@ def rows(config, lengths, images, width):
     return tokens, rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(module, params, tokens, images):
-    return sft.next_token_logits(module, params, tokens, sft.encode(module, params, images))
-
-
-def test_padding_after_a_row_changes_nothing(tiny):
-    module, params = tiny
-    tokens, images = rows(module.config, [90], [1], 90)
-    padded = np.concatenate([tokens, np.full((1, 20), module.config.pad_token_id)], axis=1)
-    plain = logits(module, params, tokens, images)
-    np.testing.assert_allclose(logits(module, params, padded, images)[:, :90], plain, atol=1e-5)
-
-
-def test_images_go_to_their_rows_in_reading_order(tiny):
-    module, params = tiny
-    tokens, images = rows(module.config, [80, 150], [1, 2], 150)
-    together = logits(module, params, tokens, images)
-    first = logits(module, params, tokens[:1, :80], images[:1])
-    second = logits(module, params, tokens[1:], images[1:])
-    np.testing.assert_allclose(together[0, :80], first[0], atol=1e-5)
-    np.testing.assert_allclose(together[1], second[0], atol=1e-5)
-    swapped = logits(module, params, tokens[1:], images[[2, 1]])
-    assert np.abs(swapped - second)[0, 130:].max() > 1e-3
-
-
-def test_image_numbers_are_those_of_generation(tiny):
-    module, _ = tiny
-    config = module.config
-    tokens, _ = rows(config, [192], [2], 192)
-    laid = lay_out(
-        [tokens[0]],
-        [np.arange(192)],
-        192,
-        whole_pictures(np.zeros((2, 3, 96, 96), np.float32), 64),
-        config.image_token_id,
-        config.pad_token_id,
-        1024,
-    )
-    image_id = sft.image_id_of(jnp.asarray(tokens), config.image_token_id, 64)
-    np.testing.assert_array_equal(image_id, laid.image_id)
+def test_rows_have_the_logits_of_generation(tiny):
+    """Images go to their rows in reading order, and padding changes nothing."""
+    module, lengths = models.build(tiny.config), np.array([80, 150])
+    tokens, images = rows(tiny.config, lengths, [1, 2], 150)
+    valid = np.arange(150) < lengths[:, None]
+    inputs = {"input_ids": tokens, "attention_mask": valid, "pixel_values": np.asarray(sft.pixels(images))}
+    encoded = sft.encode(module, tiny.params, images)
+    found = jax.jit(lambda *given: sft.next_token_logits(module, *given))(tiny.params, tokens, encoded)
+    expected = np.asarray(tiny.logits(inputs))
+    np.testing.assert_allclose(found[valid], expected[valid], rtol=0, atol=1e-5)
+    swapped = np.asarray(tiny.logits(inputs | {"pixel_values": inputs["pixel_values"][[0, 2, 1]]}))
+    assert np.abs(swapped - expected)[1, 130:].max() > 1e-3
 
 
 def test_pixels_are_those_of_the_processor():
@@ -87,23 +52,17 @@ def test_pixels_are_those_of_the_processor():
 
 
 def test_only_answers_have_a_gradient(tiny):
-    module, params = tiny
-    tokens, images = rows(module.config, [90], [1], 90)
-    answers = np.zeros((1, 90), bool)
-    answers[0, 80:84] = True
+    module = models.build(tiny.config)
+    tokens, images = rows(tiny.config, [90], [1], 90)
+    batch = {"answers": (np.arange(90) >= 80)[None] & (np.arange(90) < 84), "images": images}
 
     @jax.jit
+    @jax.value_and_grad
     def loss(params, tokens):
-        return sft.metrics(
-            module, params, {"tokens": tokens, "answers": jnp.asarray(answers), "images": jnp.asarray(images)}
-        )["loss"].value
+        return sft.metrics(module, params, batch | {"tokens": tokens})["loss"].value
 
-    value = loss(params, jnp.asarray(tokens))
-    later = tokens.copy()
-    later[0, 84:] = 7
-    assert loss(params, jnp.asarray(later)) == value
-    changed = tokens.copy()
-    changed[0, 83] = 7
-    assert loss(params, jnp.asarray(changed)) != value
-    gradient = jax.jit(jax.grad(loss))(params, jnp.asarray(tokens))
+    later, changed = tokens.copy(), tokens.copy()
+    later[0, 84:] = changed[0, 83] = 7
+    (value, gradient), (same, _), (other, _) = (loss(tiny.params, one) for one in (tokens, later, changed))
+    assert same == value != other
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["connector"]))

@@ -28,19 +28,12 @@ def test_specials_and_size(tokenizer):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 3)
 
 
-@pytest.mark.parametrize("text", ["naïve — 狗 🐶\t\n  two  spaces", "\x00\x7f ÿ", "Wo ist der Hund? 3.14159", "a\r\nb"])
-def test_any_text_survives_the_round_trip(tokenizer, text):
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_token_id not in ids
-
-
-def test_random_unicode_survives_the_round_trip(tokenizer):
+def test_any_text_survives_the_round_trip(tokenizer):
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        points = rng.integers(0, 0x10FFFF, 20)
-        text = "".join(chr(point) for point in points if not 0xD800 <= point <= 0xDFFF)
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    drawn = ["".join(chr(p) for p in rng.integers(0, 0x10FFFF, 20) if not 0xD800 <= p <= 0xDFFF) for _ in range(50)]
+    for text in ("naïve — 狗 🐶\t\n  two  spaces", "\x00\x7f ÿ", "Wo ist der Hund? 3.14159", "a\r\nb", *drawn):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
 
 
 def test_words_of_the_world_are_single_tokens(tokenizer):
@@ -68,17 +61,15 @@ def test_encoding_equals_template_and_processor(tokenizer, processor):
     assert len(sizes) > 1
 
 
-def test_the_prompt_at_inference_is_the_beginning_of_the_training_text(processor):
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert prompt == "USER: <image>\nIs there a dog? ASSISTANT:"
-    assert pocket.conversation_text(1, [("Is there a dog?", "No.")]) == prompt + " No.</s>"
+def test_the_template(processor):
+    """The prompt at inference is the beginning of the training text; interleaved images and a system message stay."""
 
-
-def test_template_keeps_interleaved_images_plain_strings_and_a_system_message(processor):
     def render(*messages):
         return processor.apply_chat_template(list(messages), add_generation_prompt=True)
 
+    prompt = render({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a dog?"}]})
+    assert prompt == "USER: <image>\nIs there a dog? ASSISTANT:"
+    assert pocket.conversation_text(1, [("Is there a dog?", "No.")]) == prompt + " No.</s>"
     parts = [{"type": "text", "text": "A "}, {"type": "image"}, {"type": "text", "text": "B "}, {"type": "image"}]
     assert render({"role": "user", "content": parts}) == "USER: A <image>\nB <image>\n ASSISTANT:"
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}

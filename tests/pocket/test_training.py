@@ -20,15 +20,12 @@ from lvlm_jax.pocket.training_report import BASE, Arm, Findings
 from lvlm_jax.training import held_out, settings
 from lvlm_jax.training.data import pair_batches
 from lvlm_jax.training.data.pair_batches import Encoder
-from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.data.pair_files import Conversation, assistant, read_pairs
 from lvlm_jax.training.objectives import flow_alignment
+from lvlm_jax.weights import names
 from tests.evaluation.fakes import Oracle
 from tests.training import pair_sets
 from tests.training.stand_in import StandIn
-
-ROOT = Path(__file__).resolve().parents[2]
-
-pytestmark = pytest.mark.full_compiler  # a test of the whole path runs for minutes
 
 SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answers.prompts=3",
          "--config.answers.held_out=2", "--config.answers.describe=0.5"]  # fmt: skip
@@ -111,28 +108,30 @@ def test_models_on_the_benchmark(tmp_path):
     assert oracle.asked == asked
 
 
+def values(scores, resamples=20):
+    return {name: figure["value"] for name, figure in rescore.report(scores, resamples)["figures"].items()}
+
+
 def test_accuracy_of_pairs():
     """Three pairs: chosen likelier, rejected likelier but less than before, rejected likelier and more so."""
     policy = {"set": np.array([[-1.0, -2.0], [-3.0, -2.0], [-9.0, -2.0]])}
     before = {"set": np.array([[-1.0, -2.5], [-5.0, -2.0], [-4.0, -2.0]])}
-    ids = {"set": ["a", "b", "c"]}
-    trained = rescore.report(held_out.pair_scores(ids, policy, before), 20)["figures"]
-    assert trained["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    assert trained["set: moved"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    first = rescore.report(held_out.pair_scores(ids, before), 20)["figures"]
-    assert first["set: chosen likelier"]["value"] == pytest.approx(1 / 3, abs=1e-6)
-    assert first["set: moved"]["value"] is None
+    ids, third = {"set": ["a", "b", "c"]}, pytest.approx(1 / 3, abs=1e-6)
+    assert values(held_out.pair_scores(ids, policy, before)) == {"set: chosen likelier": third, "set: moved": third}
+    assert values(held_out.pair_scores(ids, before)) == {"set: chosen likelier": third, "set: moved": None}
+
+
+def close_row(number, tokens, base, own, base_agreement, agreement):
+    kl = {"base_answer_kl": base, "answer_kl": own}
+    return {"id": number, "tokens": tokens, "base_agreement": base_agreement, "agreement": agreement} | kl
 
 
 def test_closeness_is_of_tokens():
-    rows = [
-        {"id": "a", "tokens": 3, "base_answer_kl": 0.6, "answer_kl": 0.1, "base_agreement": 1, "agreement": 3},
-        {"id": "b", "tokens": 1, "base_answer_kl": 0.2, "answer_kl": 0.1, "base_agreement": 1, "agreement": 1},
-    ]
-    figures = rescore.report(held_out.closeness(rows), 50)["figures"]
+    scores = held_out.closeness([close_row("a", 3, 0.6, 0.1, 1, 3), close_row("b", 1, 0.2, 0.1, 1, 1)])
     expected = {"base": 200, "student": 50, "closer": 4, "base agrees": 0.5, "student agrees": 1}
-    assert {name: figure["value"] for name, figure in figures.items()} == pytest.approx(expected)
-    assert 2 <= figures["closer"]["interval"][0] <= figures["closer"]["interval"][1] <= 6
+    assert values(scores) == pytest.approx(expected)
+    low, high = rescore.report(scores, 50)["figures"]["closer"]["interval"]
+    assert 2 <= low <= high <= 6
 
 
 def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
@@ -143,7 +142,8 @@ def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
     assert found.shape == (5, 2) and (found < 0).all()
     again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
     np.testing.assert_array_equal(found, again)
-    conversations = pair_batches.rows_of(pair_sets_conversations(pairs), encoder.conversation, encoder, 95, "error")
+    chosen = [Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id) for pair in pairs]
+    conversations = pair_batches.rows_of(chosen, encoder.conversation, encoder, 95, "error")
     sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
     measured = held_out.distances(model, model, conversations, encoder, sevi)
     assert [row["id"] for row in measured] == [row.id for row in conversations]
@@ -157,67 +157,35 @@ def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
     assert total == pytest.approx(float(whole["base_answer_kl"].total), rel=1e-3) and total > 1e-3
 
 
-def pair_sets_conversations(pairs):
-    """The prompts with their chosen answers."""
-    return [
-        tool.flow_data.Conversation(
-            pair.images, [*pair.prompt, tool.flow_data.pair_files.assistant(pair.chosen)], pair.id
-        )
-        for pair in pairs
-    ]
-
-
-def scores(**values):
-    return {
-        "figures": {
-            name: {"value": value, "interval": [value, value], "n": 40, "unit": "share"}
-            for name, value in values.items()
-        },
-        "cost": {"seconds": 1.0},
-        "record": {"questions": 40, "images": {"count": 20}},
-    }
-
-
-def findings(names, figure, change):
+def findings(names, change, *figures):
     """Every model is better than the one before by `change`, which is certain."""
     values = {name: 0.5 + change * place for place, name in enumerate(names)}
 
+    def scores(value):
+        figure = {"value": value, "interval": [value, value], "n": 40, "unit": "share"}
+        record = {"questions": 40, "images": {"count": 20}}
+        return {"figures": dict.fromkeys(figures, figure), "cost": {"seconds": 1.0}, "record": record}
+
     def compare(one, other):
         apart = values[one] - values[other]
-        return {figure: {"value": apart, "interval": [apart - 0.01, apart + 0.01], "p": 0.0}}
+        return dict.fromkeys(figures, {"value": apart, "interval": [apart - 0.01, apart + 0.01], "p": 0.0})
 
-    return Findings({name: scores(**{figure: value}) for name, value in values.items()}, compare)
+    return Findings({name: scores(value) for name, value in values.items()}, compare)
 
 
 def test_what_is_said_follows_from_the_intervals():
-    several, one = pocket_training.arms("base", str, None, None)
-    several_names, one_names = list(several), list(one)
+    several, one = map(list, pocket_training.arms("base", str, None, None))
     found = {
-        "multi_image": findings(several_names, "accuracy", 0.05),
-        "pope": findings(one_names, "mean: accuracy", 0.0),
-        "chair": findings(one_names, "C_S", 0.05),  # here less is better
+        "multi_image": findings(several, 0.05, "accuracy"),
+        "pope": findings(one, 0.0, "mean: accuracy"),
+        "chair": findings(one, 0.05, "C_S"),  # here less is better
     }
-    preferred = findings(several_names, "truncated: chosen likelier", 0.1)
-    both = Findings(
-        {
-            name: {"figures": own["figures"] | {"plain: chosen likelier": own["figures"]["truncated: chosen likelier"]}}
-            for name, own in preferred.scores.items()
-        },
-        lambda one, other: {
-            name: preferred.compare(one, other)["truncated: chosen likelier"]
-            for name in ("truncated: chosen likelier", "plain: chosen likelier")
-        },
-    )
-    rows = [
-        {"id": name, "tokens": 2, "base_answer_kl": 0.4, "answer_kl": 0.1, "base_agreement": 1, "agreement": 2}
-        for name in "ab"
-    ]
-    close = {"all": rescore.report(held_out.closeness(rows), 20)}
+    both = findings(several, 0.1, "truncated: chosen likelier", "plain: chosen likelier")
+    close = {"all": rescore.report(held_out.closeness([close_row(name, 2, 0.4, 0.1, 1, 2) for name in "ab"]), 20)}
     said = list(pocket_training.words(found, both, close))
     figures = "60.0 against 50.0, difference +10.0 (95 % interval +9.0 to +11.0; n 40)."
-    assert (
-        f"- multi_image: {pocket_training.CAPL_WITH} is significantly better than base on accuracy: {figures}" in said
-    )
+    better = f"{pocket_training.CAPL_WITH} is significantly better than base on accuracy"
+    assert f"- multi_image: {better}: {figures}" in said
     assert any("DPO-trained on accuracy" in line and "significantly worse" in line for line in said)
     for sentence in (
         "- pope: No difference shown between flow-aligned and base on mean: accuracy",
@@ -228,50 +196,18 @@ def test_what_is_said_follows_from_the_intervals():
     assert "Of 8 comparisons with the base, 4 are for the model" in said[-1]
     assert "2 against it (base, SEVI (chair), flow-aligned (chair))" in said[-1]
     statistics = {"truncated": {"kept": 3, "prompts": 9}}
-    config = settings.read(command.SETTINGS)
-    page = pocket_training.document(
-        config, str(ROOT / "lvlm_jax/pocket/checkpoint"), "command", {"pairs": 2.0}, statistics, found, both, close
-    )  # fmt: skip
+    given = settings.read(command.SETTINGS), names.checkpoint("pocket"), "command", {"pairs": 2.0}, statistics
+    page = pocket_training.document(*given, found, both, close)
     assert "truncated 3 of 9 prompts" in page and "## How close to the edited teacher" in page
     assert len(re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)) == 5
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--config.nothing=1"], "has no key nothing"),
-        (["--config.capl.lora.rank=0"], "lora.rank is 0; expected at least 1"),
-        (["--steps", "0"], "0 is out of range"),
-        (["--nothing"], "nothing"),
-    ],
-)
-def test_settings_that_cannot_be(tmp_path, words, message):
-    with pytest.raises(LVLMError, match=message):
-        command.main(["--out", str(tmp_path), *words])
+def test_settings_that_cannot_be(tmp_path):
+    for word, message in (
+        ("--config.nothing=1", "has no key nothing"),
+        ("--config.capl.lora.rank=0", "lora.rank is 0; expected at least 1"),
+        ("--steps=0", "0 is out of range"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            command.main(["--out", str(tmp_path), word])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_whole_path(tmp_path, monkeypatch):
-    target = tmp_path / "page.md"
-    words = [
-        "--out", str(tmp_path / "run"), "--steps", "2", "--images", "10", "--captions", "10", "--resamples", "20",
-        "--batch-size", "16",
-        "--markdown", str(target), "--config.pairs.prompts=24", "--config.pairs.held_out=16",
-        "--config.pairs.batch=8", "--config.answers.prompts=8", "--config.answers.held_out=4",
-        "--config.capl.batch=2", "--config.dpo.batch=2", "--config.flow_alignment.batch=4",
-    ]  # fmt: skip
-    assert command.main(words) == 0
-    page = target.read_text()
-    for title in ("What came of it", "Descriptions (CHAIR)", "Held-out pairs", "How close to the edited"):
-        assert f"## {title}" in page
-    assert "- Of 8 comparisons with the base" in page and "model checkpoint" in page
-    for recipe in tool.RECIPES:
-        assert (tmp_path / "run" / recipe / "adapter" / "adapter_config.json").is_file()
-    monkeypatch.setattr(tool.finetune, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(tool.preferences, "answered", lambda *_: pytest.fail("asked again"))
-    assert command.main(words) == 0
-    tables = [text[text.index("## What came of it") :] for text in (page, target.read_text())]
-    assert tables[0] == tables[1]
-    with pytest.raises(LVLMError, match=r"capl' was made with other settings \(config.optimizer.peak"):
-        command.main([*words, "--config.capl.optimizer.peak=1e-3"])

@@ -3,6 +3,7 @@
 Arguments: work folder, seconds that each batch takes, processes that make batches.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -12,18 +13,14 @@ from tests.training import line
 STEPS = 80
 
 
-class Slowly:
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def __call__(self, step):
-        time.sleep(self.seconds)
-        return line.source(step)
+def slowly(step, seconds):
+    time.sleep(seconds)
+    return line.source(step)
 
 
 def train(workdir, seconds, workers):
     changes = dict(steps=STEPS, log_every=1, save_every=3, evaluate_every=20)
-    line.train(line.task(Slowly(seconds)), workdir, workers=workers, **changes)
+    line.train(line.task(functools.partial(slowly, seconds=seconds)), workdir, workers=workers, **changes)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 from PIL import Image
 
-from lvlm_jax.training import settings
+from lvlm_jax import models
+from lvlm_jax.training import registry, settings
+from lvlm_jax.training.step import loss
 
 # (question, images, chosen, rejected): one image or two, answers of different lengths.
 PAIRS = [
@@ -61,3 +64,24 @@ def config(data, **changes):
         place = section if name in section else config
         place.update({name: value})
     return config
+
+
+def task(model, data, folder, recipe="dpo", **changes):
+    """A recipe's task over those pairs."""
+    given = config(data, recipe=recipe, **changes)
+    settings.check(given)
+    return registry.find(recipe).task(model, models.build(model.config), given, folder)
+
+
+def gradient(task):
+    """(trainable, frozen, batch) -> ((what is minimised, the metrics), its gradient)."""
+
+    def total(trainable, frozen, batch):
+        metrics = task.objective(trainable, frozen, batch, None)
+        return loss(metrics, task.terms, {name: metrics[name].count for name in task.terms}), metrics
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def values(metrics):
+    return {name: float(mean.value) for name, mean in metrics.items()}

@@ -13,12 +13,7 @@ from lvlm_jax.training import finetune
 from lvlm_jax.training.objectives import flow_alignment
 from lvlm_jax.weights import peft
 from lvlm_jax.weights.tables import flatten
-from tests.training import pair_sets
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return pair_sets.write(tmp_path_factory.mktemp("pairs"))
+from tests.training import line, pair_sets
 
 
 def config_for(checkpoint, data, **changes):
@@ -26,6 +21,12 @@ def config_for(checkpoint, data, **changes):
     config.model, config.optimizer.peak = checkpoint, 1e-2
     config.loop.update(workers=0, log_every=1)
     return config
+
+
+def moved(before, after):
+    """Paths of the parameters that differ."""
+    after = flatten(after)
+    return {path for path, leaf in flatten(before).items() if not np.array_equal(after[path], leaf)}
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +38,22 @@ def adapted(checkpoint, data, tmp_path_factory):
     return workdir, config
 
 
-def logits(model, mixed):
-    return np.asarray(model.logits(mixed))[mixed["attention_mask"].astype(bool)]
-
-
 def test_the_export_holds_the_base_and_the_adapter(adapted, model, mixed):
-    workdir, config = adapted
+    """Of which only the targeted parameters have moved."""
+    workdir, _ = adapted
     merged = LVLM.from_pretrained(workdir / "export")
-    with_adapter = peft.load_adapter(workdir / "adapter", model.params, model.config)
-    unmerged = LVLM(with_adapter, model.config)
-    np.testing.assert_allclose(logits(merged, mixed), logits(unmerged, mixed), rtol=0, atol=1e-5)
-    assert np.abs(logits(merged, mixed) - logits(model, mixed)).max() > 1e-3
+    unmerged = LVLM(peft.load_adapter(workdir / "adapter", model.params, model.config), model.config)
+    valid = mixed["attention_mask"].astype(bool)
+    found, expected, plain = (np.asarray(one.logits(mixed))[valid] for one in (merged, unmerged, model))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(found - plain).max() > 1e-3
     assert json.loads((workdir / "adapter" / "adapter_config.json").read_text())["r"] == 16
-
-
-def test_only_targeted_parameters_have_moved(adapted, model):
-    merged = flatten(LVLM.from_pretrained(adapted[0] / "export").params)
-    moved = {path for path, leaf in flatten(model.params).items() if not np.array_equal(merged[path], leaf)}
-    targeted = {path for path in merged if path.startswith("language_model/layers_") and "_proj" in path}
-    assert moved == targeted
+    targeted = {path for path in flatten(model.params) if path.startswith("language_model/layers_") and "_proj" in path}
+    assert moved(model.params, merged.params) == targeted
 
 
 def test_what_is_logged_and_evaluated(adapted):
-    records = [json.loads(line) for line in (adapted[0] / "log.jsonl").read_text().splitlines()]
+    records = line.records(adapted[0])
     assert [record["step"] for record in records] == [0, 1, 2, 3, 3]
     assert {"objective", "preference", "gradient_norm", "learning_rate"} <= records[1].keys()
     assert "val/preference" in records[-1]
@@ -74,33 +68,24 @@ def test_a_finished_run_is_exported_again_without_training(adapted, monkeypatch)
     monkeypatch.setattr(finetune.loop, "make_step", lambda *a: lambda *b: pytest.fail("a step was made"))
     finetune.train(config, workdir)
     assert (workdir / "export" / "model.safetensors").read_bytes() == before
-
-
-def test_a_checkpoint_of_another_rank_is_an_error(adapted):
-    workdir, config = adapted
     other = config.copy_and_resolve_references()
     other.lora.rank = 8
-    with pytest.raises(
-        LVLMError, match=r"another model \(.*lora_a is float32\[80, 16\] there and float32\[80, 8\] here\)"
-    ):
+    message = r"another model \(.*lora_a is float32\[80, 16\] there and float32\[80, 8\] here\)"
+    with pytest.raises(LVLMError, match=message):
         finetune.train(other, workdir)
 
 
 def test_full_fine_tuning_in_bfloat16_keeps_float32_master_weights(checkpoint, data, model, tmp_path):
     config = config_for(checkpoint, data, lora={"enabled": False}, dtype="bfloat16", steps=1)
     config.train = r"^language_model/layers_1/|^connector/"
-    mesh = parallel.make_mesh(1, 1, 1)
-    trainable, frozen = finetune.divide(finetune.load(config, mesh).params, config)
+    trainable, frozen = finetune.divide(finetune.load(config, parallel.make_mesh(1, 1, 1)).params, config)
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
-    np.testing.assert_array_equal(
-        trainable["connector"]["linear_1"]["kernel"], model.params["connector"]["linear_1"]["kernel"]
-    )
-    folder = finetune.train(config, tmp_path)
-    exported = flatten(LVLM.from_pretrained(folder, dtype="bfloat16").params)
-    base = flatten(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
-    moved = {path for path, leaf in base.items() if not np.array_equal(exported[path], leaf)}
-    assert moved and all(path.startswith(("language_model/layers_1/", "connector/")) for path in moved)
+    kernel, base = (params["connector"]["linear_1"]["kernel"] for params in (trainable, model.params))
+    np.testing.assert_array_equal(kernel, base)
+    exported = LVLM.from_pretrained(finetune.train(config, tmp_path), dtype="bfloat16").params
+    paths = moved(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params), exported)
+    assert paths and all(path.startswith(("language_model/layers_1/", "connector/")) for path in paths)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -113,11 +98,8 @@ def test_full_fine_tuning_keeps_the_base_for_a_recipe_that_needs_it(checkpoint, 
         return trainable
 
     monkeypatch.setattr(finetune.loop, "train", train)
-    config = config_for(checkpoint, data, recipe="flow_alignment", lora={"enabled": False})
-    finetune.train(config, tmp_path)
-    kept = flatten(seen["frozen"][flow_alignment.BASE])
-    for path, leaf in flatten(seen["trainable"]).items():
-        np.testing.assert_array_equal(kept[path], leaf)
+    finetune.train(config_for(checkpoint, data, recipe="flow_alignment", lora={"enabled": False}), tmp_path)
+    assert not moved(seen["trainable"], seen["frozen"][flow_alignment.BASE])
     assert (tmp_path / "export" / "config.json").is_file()
 
 
@@ -129,6 +111,7 @@ def test_full_fine_tuning_keeps_the_base_for_a_recipe_that_needs_it(checkpoint, 
         (dict(model="/no/such/folder"), "/no/such/folder"),
         (dict(data="/no/such/pairs.jsonl"), "/no/such/pairs.jsonl"),
         (dict(mesh={"data": 3}), "does not cover 1 devices"),
+        (dict(length=50), "3 of 5 rows are longer than 50 tokens, first 2 with"),
     ],
     ids=str,
 )

@@ -12,8 +12,6 @@ from tests.training import interrupted, line
 
 pytestmark = pytest.mark.full_compiler  # bit-equal to what another process learns
 
-SECONDS = 0.03  # per step
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -24,7 +22,7 @@ def whole(tmp_path_factory):
 
 
 def begin(workdir, workers=0):
-    return Command("-m", "tests.training.interrupted", workdir, SECONDS, workers)
+    return Command("-m", "tests.training.interrupted", workdir, 0.03, workers)  # seconds per step
 
 
 def test_a_run_that_is_killed_and_stopped_ends_like_one_that_was_not(whole, tmp_path):
@@ -37,7 +35,7 @@ def test_a_run_that_is_killed_and_stopped_ends_like_one_that_was_not(whole, tmp_
     run.finish()
     last = line.records(tmp_path)[-1]["step"]
     assert last < interrupted.STEPS and (tmp_path / "line" / str(last)).is_dir()
-    begin(tmp_path).finish()
+    interrupted.train(tmp_path, seconds=0, workers=0)
     assert line.curve(tmp_path) == whole
 
 

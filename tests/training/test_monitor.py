@@ -1,11 +1,14 @@
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
 from lvlm_jax.journal import progress
 from lvlm_jax.training import monitor
+
+SHOWN = {"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321}
 
 
 def leaf(*shape):
@@ -15,8 +18,8 @@ def leaf(*shape):
 def test_weights_that_every_token_meets():
     decoder = {"layers_0": {"mlp": {"up_proj": {"kernel": leaf(10, 20)}}}, "norm": {"scale": leaf(10)}}
     frozen = {"vision_tower": {"fc": {"kernel": leaf(50, 50)}}, "connector": {"kernel": leaf(9, 9)}}
-    untied = {"embed_tokens": {"embedding": leaf(100, 10)}, "lm_head": {"kernel": leaf(10, 100)}}
     tied = {"embed_tokens": {"embedding": leaf(100, 10)}}
+    untied = tied | {"lm_head": {"kernel": leaf(10, 100)}}
     for head in (tied, untied):
         whole = {"language_model": decoder | head}
         assert monitor.flops_per_token(whole, frozen) == 6 * (200 + 10 + 1000)
@@ -25,14 +28,10 @@ def test_weights_that_every_token_meets():
     assert with_adapter == 4 * (1210 + 60) + 2 * 60
 
 
-class Device:
-    device_kind = "NVIDIA H200"
-
-
 def test_the_pace_is_per_step_and_per_second(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
-    pace = monitor.Pace(1e9, [Device(), Device()])
+    pace = monitor.Pace(1e9, [SimpleNamespace(device_kind="NVIDIA H200")] * 2)
     for _ in range(4):
         clock[0] += 0.5
         pace.count(1000)
@@ -58,20 +57,16 @@ def test_tokens_are_those_of_every_array_of_that_name():
     assert monitor.token_count(batch) == 16
 
 
-def test_the_bar_shows_loss_speed_and_use(tmp_path, capsys, monkeypatch):
+def test_loss_speed_and_use_are_shown_in_a_bar_and_without_a_terminal_in_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with monitor.Monitor(tmp_path, "capl", start=0, steps=2) as watch:
+        watch.show(SHOWN)
+        watch.advance()
+    shown = capsys.readouterr().err
+    assert re.match(r"capl: 1 of 2, .* left, loss 0.6931, tokens/s 12346, MFU 43.2%\n", shown) and "\r" not in shown
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with monitor.Monitor(tmp_path, "capl", start=0, steps=4) as watch:
         watch.advance()
-        watch.show({"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321})
+        watch.show(SHOWN)
     shown = capsys.readouterr().err
     assert "capl" in shown and "loss=0.6931, tokens/s=12346, MFU=43.2%" in shown
-
-
-def test_without_a_terminal_there_are_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    with monitor.Monitor(tmp_path, "capl", start=0, steps=2) as watch:
-        watch.show({"objective": 0.6931, "tokens_per_second": 12345.6, "mfu": 0.4321})
-        watch.advance()
-    shown = capsys.readouterr().err
-    assert re.match(r"capl: 1 of 2, .* left, loss 0.6931, tokens/s 12346, MFU 43.2%\n", shown)
-    assert "\r" not in shown

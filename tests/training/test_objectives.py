@@ -6,17 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import registry, settings
+from lvlm_jax.training import registry
 from lvlm_jax.training.data import pair_batches
-from lvlm_jax.training.step import loss
-from lvlm_jax.weights import lora
 from tests.training import pair_sets
 
-NAMES = [objective.name for objective in registry.all_objectives()]
-# Strengths are learned in a way of their own, and have tests of their own.
-OF_PARAMETERS = [name for name in NAMES if name != "learned_method"]
 # Settings under which all parts of an objective act on so small a model.
 CHANGES = {
     "capl": {"preference": {"rho": 0.6}},
@@ -25,27 +19,21 @@ CHANGES = {
 }
 
 
-def task_of(name, model, data, folder, **changes):
-    config = pair_sets.config(data, recipe=name, **CHANGES.get(name, {}) | changes)
-    settings.check(config)
-    return registry.find(name).task(model, models.build(model.config), config, folder)
-
-
-@pytest.fixture(scope="module", params=OF_PARAMETERS)
-def made(request, model, tmp_path_factory):
-    """(name, task, gradient, adapters, frozen): `gradient` of what is minimised, and the metrics."""
-    folder = tmp_path_factory.mktemp(request.param)
-    data = pair_sets.write(folder)
-    task = task_of(request.param, model, data, folder, validation=str(data))
-
-    def total(trainable, frozen, batch):
-        metrics = task.objective(trainable, frozen, batch, None)
-        return loss(metrics, task.terms, {name: metrics[name].count for name in task.terms}), metrics
-
-    adapters, frozen = lora.attach(model.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
+# Strengths are learned in a way of their own, and have tests of their own.
+@pytest.fixture(scope="module", params=[name for name in registry.names() if name != "learned_method"])
+def made(request, model, data, fresh, tmp_path_factory):
+    """(name, task, gradient, adapters, frozen)"""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    task = pair_sets.task(model, data, folder, name, validation=str(data), **CHANGES.get(name, {}))
     rng = np.random.default_rng(5)  # a policy that is not the base
-    moved = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32), adapters)
-    return request.param, task, jax.jit(jax.value_and_grad(total, has_aux=True)), moved, frozen
+    moved = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32), fresh[0])
+    return name, task, pair_sets.gradient(task), moved, fresh[1]
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_data_must_be_given(model, tmp_path, name):
+    with pytest.raises(LVLMError, match=r"data is not set; give a file of .*, as in --config.data=\w+\.jsonl"):
+        pair_sets.task(model, "", tmp_path, name)
 
 
 def test_a_task_says_what_it_is(made):
@@ -96,9 +84,3 @@ def test_ten_steps_lower_what_is_minimised(made):
         adapters = jax.tree.map(jnp.add, adapters, updates)
         values.append(float(value))
     assert values[-1] < 0.7 * values[0]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_data_must_be_given(model, tmp_path, name):
-    with pytest.raises(LVLMError, match=r"data is not set; give a file of .*, as in --config.data=\w+\.jsonl"):
-        task_of(name, model, "", tmp_path)

@@ -20,17 +20,13 @@ def registered(monkeypatch):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_has_one_objective_of_its_name(path):
+def test_a_file_has_one_objective_of_its_name_a_config_and_a_row_in_the_docs(path):
     objective = registry.find(path.stem)
     assert isinstance(objective, Objective) and objective.name == path.stem
     assert bool(objective.section) == bool(objective.defaults)
     assert {check.field for check in objective.checks} <= objective.defaults.keys()
     module = importlib.import_module(f"{objectives.__name__}.{path.stem}")
     assert [entry for entry in vars(module).values() if isinstance(entry, Objective)] == [objective]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_objective_has_a_config_and_a_row_in_the_docs(path):
     config = settings.read(ROOT / "configs" / path.name)
     settings.check(config)
     assert config.recipe == path.stem
@@ -48,6 +44,9 @@ def test_another_package_adds_an_objective(registered):
     registry.register(mine)  # as a module that is imported twice does
     assert registry.find("mine") is mine and "mine" in registry.names()
     assert settings.base("mine").mine.tau == 1.0 and settings.base().mine.tau == 1.0
+    for name in ("dpo", "mine"):
+        with pytest.raises(LVLMError, match=f"the recipe name '{name}' is taken"):
+            registry.register(Objective(name, lambda *_: None))
 
 
 def test_a_recipe_trains_by_itself(registered, tmp_path):
@@ -57,11 +56,3 @@ def test_a_recipe_trains_by_itself(registered, tmp_path):
     assert finetune.train(config, tmp_path) == tmp_path / "own"
     with pytest.raises(LVLMError, match="recipe 'own' has a configuration of its own"):
         settings.base("own")
-
-
-def test_a_taken_name_is_refused(registered):
-    for name in ("dpo", "mine"):
-        if name == "mine":
-            registry.register(Objective(name, lambda *_: None))
-        with pytest.raises(LVLMError, match=f"the recipe name '{name}' is taken"):
-            registry.register(Objective(name, lambda *_: None))

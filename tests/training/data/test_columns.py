@@ -6,12 +6,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import registry
 from lvlm_jax.training.data import pair_files
 from lvlm_jax.training.data.batches import Batches
-from lvlm_jax.training.data.pair_batches import Encoder, alike, assemble, pictures_of, rows_of, shape_of
+from lvlm_jax.training.data.pair_batches import alike, assemble, pictures_of, rows_of, shape_of
 from tests.training import pair_sets
 
 ROW = {"images": ["0.png"], "prompt": "What?", "chosen": "a cat", "rejected": "a dog"}
@@ -23,12 +21,11 @@ def written(tmp_path):
     return lambda *changes: pair_sets.write_rows(tmp_path / "pairs.jsonl", [ROW | change for change in changes])
 
 
-def test_pictures_of_the_rejected_side_are_shown_there(written, model):
+def test_pictures_of_the_rejected_side_are_shown_there(written, encoder):
     """Rows without them show the shared pictures; the same text about other pictures is a pair."""
     same_text = {"rejected": "a cat", "rejected_images": ["2.png"]}
     path = written({"rejected_images": ["1.png"], "weight": 0.5}, same_text, {})
     pairs = pair_files.read_pairs(path)
-    encoder = Encoder(model.processor, model.config)
     rows = alike(rows_of(pairs, encoder.pair, encoder, 95, "error"))
     batch = assemble(encoder, rows, range(3), shape_of(rows, encoder, 3))
     shown, own = batch["images"], batch[pictures_of("rejected")]["images"]
@@ -40,34 +37,12 @@ def test_pictures_of_the_rejected_side_are_shown_there(written, model):
     assert [dataclasses.replace(pair, id="") for pair in copied] == [dataclasses.replace(pair, id="") for pair in pairs]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rejected_images": ["1.png", "2.png"]}, "has 2 rejected_images and 1 images; expected as many"),
-        ({"rejected_images": ["9.png"]}, "does not exist"),
-        ({"rejected": "a cat", "rejected_images": ["0.png"]}, "chosen and rejected are equal"),
-        ({"weight": 0}, "weight is 0; expected a number above 0"),
-        ({"weight": "2"}, "weight is '2'; expected a number above 0"),
-        ({"weight": float("inf")}, "weight is inf; expected a number above 0"),
-    ],
-)
-def test_what_cannot_be_used_is_named_by_its_line(written, change, message):
-    with pytest.raises(LVLMError, match=f"line 2 .*{message}"):
-        pair_files.read_pairs(written({}, change))
-
-
-def task_of(model, data, folder, recipe="dpo", **changes):
-    return registry.find(recipe).task(
-        model, models.build(model.config), pair_sets.config(data, recipe=recipe, **changes), folder
-    )
-
-
 @pytest.mark.parametrize("recipe", ["dpo", "sft", "kto", "mdpo", "flow_alignment"])
 def test_a_column_that_nothing_uses_is_an_error(written, model, tmp_path, recipe):
     path = written({"source": "me"}, {"score": 3, "margin": 0.5})
     with pytest.raises(LVLMError, match=r"row 2.* has the column 'score', which training does not use"):
-        task_of(model, path, tmp_path, recipe)
-    task_of(model, path, tmp_path, recipe, ignore="score, margin")
+        pair_sets.task(model, path, tmp_path, recipe)
+    pair_sets.task(model, path, tmp_path, recipe, ignore="score, margin")
 
 
 def test_files_are_drawn_from_as_often_as_is_said(tmp_path, model):
@@ -76,11 +51,11 @@ def test_files_are_drawn_from_as_often_as_is_said(tmp_path, model):
         (tmp_path / name).mkdir()
         files.append(str(pair_sets.write(tmp_path / name, pairs)))
     data = ", ".join(files)
-    source = task_of(model, data, tmp_path, data_shares="1, 3").source
+    source = pair_sets.task(model, data, tmp_path, data_shares="1, 3").source
     drawn = collections.Counter(index for step in range(16) for index in source.order(step))
     assert drawn[4] == 60 and all(drawn[row] == 5 for row in range(4))
-    plain = task_of(model, data, tmp_path).source
+    plain = pair_sets.task(model, data, tmp_path).source
     assert isinstance(plain, Batches) and sorted(plain.order(0)) == [0, 1, 2, 3, 4]
     for shares in ("1", "1, 0", "1, x"):
         with pytest.raises(LVLMError, match=f"data_shares is '{shares}' and data names 2 files"):
-            task_of(model, data, tmp_path, data_shares=shares)
+            pair_sets.task(model, data, tmp_path, data_shares=shares)

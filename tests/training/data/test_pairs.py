@@ -19,6 +19,7 @@ from lvlm_jax.training.data.pair_filters import (
     statistics,
 )
 from lvlm_jax.training.data.prompts import Prompt, read_prompts
+from tests.training.pair_sets import write_rows
 from tests.training.stand_in import PLAN, StandIn, prompt
 
 RECORD = {"model": "stand-in", "seed": 5}
@@ -27,8 +28,7 @@ RECORD = {"model": "stand-in", "seed": 5}
 @pytest.fixture
 def prompts(tmp_path):
     """Seven prompts about one to three pictures, not in the order in which they are asked."""
-    counts = {"a": 2, "b": 1, "c": 3, "d": 1, "e": 2, "f": 2, "g": 1}
-    return [prompt(tmp_path, name, images=count) for name, count in counts.items()]
+    return [prompt(tmp_path, name, images=count) for name, count in zip("abcdefg", (2, 1, 3, 1, 2, 2, 1), strict=True)]
 
 
 def run(prompts, log, model, batch_size=2, plan=PLAN, record=RECORD):
@@ -42,10 +42,8 @@ def test_each_prompt_is_answered_under_both_methods(prompts, tmp_path):
     assert said["c"].chosen.text == "cross What is c?" and said["c"].rejected.text == "truncated What is c?"
     assert (said["c"].chosen.tokens, said["c"].chosen.finish_reason) == (4, "stop")
     # Prompts with equally many pictures are asked together, and the last batch is filled up.
-    asked = [[text[-2] for text in batch] for batch in model.batches]
-    assert asked == [["b", "d"], ["g", "a"], ["e", "f"], ["c", "c"]]
-    methods = [call["method"] for call in model.calls]
-    assert methods == [PLAN.chosen.method, PLAN.rejected.method] * 4
+    assert ["".join(text[-2] for text in batch) for batch in model.batches] == ["bd", "ga", "ef", "cc"]
+    assert [call["method"] for call in model.calls] == [PLAN.chosen.method, PLAN.rejected.method] * 4
     assert {(call["temperature"], call["top_p"], call["max_new_tokens"]) for call in model.calls} == {(0.0, 1.0, 7)}
 
 
@@ -60,59 +58,39 @@ def test_samples_have_seeds_of_their_own_that_batches_do_not_change(prompts, tmp
     assert other["a"].chosen.text != found[0]["a"].chosen.text
 
 
-def test_killed_at_any_call_a_run_loses_and_doubles_nothing(prompts, tmp_path):
-    whole = run(prompts, tmp_path / "whole", StandIn())
-    lines = sorted((tmp_path / "whole").read_bytes().splitlines())
-    for call in range(8):
-        log = tmp_path / f"killed_{call}"
-        with pytest.raises(KeyboardInterrupt):
-            run(prompts, log, StandIn(killed_at=call))
-        model = StandIn()
-        assert run(prompts, log, model) == whole
-        assert len(model.batches) == 4 - call // 2
-        assert sorted(log.read_bytes().splitlines()) == lines
-    assert run(prompts, log, None) == whole  # everything is there: no model is asked
-
-
-def test_a_log_cut_anywhere_is_completed(prompts, tmp_path):
+def test_killed_at_any_call_a_log_loses_and_doubles_nothing(prompts, tmp_path):
     whole = run(prompts, tmp_path / "whole", StandIn())
     content = (tmp_path / "whole").read_bytes()
-    for length in range(0, len(content), 41):
-        (tmp_path / "cut").write_bytes(content[:length])
-        assert run(prompts, tmp_path / "cut", StandIn()) == whole
-        assert sorted((tmp_path / "cut").read_bytes().splitlines()) == sorted(content.splitlines())
+    for call in range(8):
+        log, model = tmp_path / f"killed_{call}", StandIn()
+        with pytest.raises(KeyboardInterrupt):
+            run(prompts, log, StandIn(killed_at=call))
+        assert run(prompts, log, model) == whole
+        assert len(model.batches) == 4 - call // 2
+        assert sorted(log.read_bytes().splitlines()) == sorted(content.splitlines())
+    assert run(prompts, log, None) == whole  # everything is there: no model is asked
+    with pytest.raises(LVLMError, match="begun with other settings \\(seed: 5, now 6\\)"):
+        run(prompts, tmp_path / "whole", StandIn(), record=RECORD | {"seed": 6})
+    assert (tmp_path / "whole").read_bytes() == content
 
 
 def test_a_prompt_that_cannot_be_answered_is_named_and_tried_again(prompts, tmp_path, capsys):
-    asked = [*prompts, prompt(tmp_path, "h", "too long?")]
-    said = run(asked, tmp_path / "log", StandIn(), batch_size=8)
-    assert set(said) == set("abcdefg")
-    assert "prompt h: the prompt has 99 tokens" in capsys.readouterr().err
+    said = run([*prompts, prompt(tmp_path, "h", "too long?")], tmp_path / "log", StandIn(), batch_size=8)
+    assert set(said) == set("abcdefg") and "prompt h: the prompt has 99 tokens" in capsys.readouterr().err
     said = run([*prompts, prompt(tmp_path, "h", "short?")], tmp_path / "log", StandIn())
     assert said["h"].chosen.text == "cross short?"
 
 
-def test_a_log_of_other_settings_is_left_alone(prompts, tmp_path):
-    run(prompts, tmp_path / "log", StandIn())
-    before = (tmp_path / "log").read_bytes()
-    with pytest.raises(LVLMError, match="begun with other settings \\(seed: 5, now 6\\)"):
-        run(prompts, tmp_path / "log", StandIn(), record=RECORD | {"seed": 6})
-    assert (tmp_path / "log").read_bytes() == before
-
-
 def test_candidates_know_what_was_corrected_and_what_was_cut(tmp_path):
-    asked = [prompt(tmp_path, name, text) for name, text in (("a", "endless a"), ("b", "b"), ("c", "c"))]
-    asked.append(prompt(tmp_path, "d", "too long"))
+    asked = [prompt(tmp_path, text[-1], text) for text in ("endless a", "b", "c", "too long d")]
     said = run(asked, tmp_path / "log", StandIn())
-    corrected = {"a": "Cross endless a.", "b": "The truth.", "c": "cross c"}
-    found = pairs.candidates(asked, said, corrected)
-    assert [(one.prompt.id, one.chosen, one.rejected) for one in found] == [
-        ("a", "Cross endless a.", "truncated endless a"),
-        ("b", "The truth.", "truncated b"),
-        ("c", "cross c", "truncated c"),
+    found = pairs.candidates(asked, said, {"a": "Cross endless a.", "b": "The truth.", "c": "cross c"})
+    # A full stop is no correction.
+    assert [(one.prompt.id, one.chosen, one.rejected, one.corrected, one.unfinished) for one in found] == [
+        ("a", "Cross endless a.", "truncated endless a", False, True),
+        ("b", "The truth.", "truncated b", True, False),
+        ("c", "cross c", "truncated c", False, False),
     ]
-    assert [one.corrected for one in found] == [False, True, False]  # a full stop is no correction
-    assert [one.unfinished for one in found] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -128,22 +106,18 @@ def test_candidates_know_what_was_corrected_and_what_was_cut(tmp_path):
     ],
 )
 def test_overlap(first, second, expected):
-    assert overlap(first, second) == pytest.approx(expected)
-    assert overlap(second, first) == pytest.approx(expected)
+    assert overlap(first, second) == overlap(second, first) == pytest.approx(expected)
 
 
 def test_normalised():
     assert normalised(' "A  dog\nsits."') == normalised("a dog sits") == "a dog sits"
-    assert normalised("3.5") != normalised("35")
-    assert normalised("C++") != normalised("C")
+    assert normalised("3.5") != normalised("35") and normalised("C++") != normalised("C")
 
 
 def candidate(chosen, rejected, unfinished=False, images=("x",), corrected=False):
-    asked = Prompt(tuple(images), [], "id")
-    return Candidate(asked, chosen, rejected, corrected, unfinished)
+    return Candidate(Prompt(tuple(images), [], "id"), chosen, rejected, corrected, unfinished)
 
 
-LONG = "word " * 60
 EXAMPLES = [
     (candidate("A dog.", "A cat."), None),
     (candidate(" \n", "A cat."), "empty"),
@@ -151,7 +125,7 @@ EXAMPLES = [
     (candidate("yes", "no", unfinished=True), "unfinished"),
     (candidate("yes", "no " * 301), "too_long"),
     (candidate("yes", "no " * 300), None),
-    (candidate(LONG + "left", LONG + "right"), "near_duplicate"),  # 2 * 60 / 122 = 0.984
+    (candidate("word " * 60 + "left", "word " * 60 + "right"), "near_duplicate"),  # 2 * 60 / 122 = 0.984
     (candidate("word " * 40 + "left", "word " * 40 + "right"), None),  # 2 * 40 / 82 = 0.976
 ]
 
@@ -164,28 +138,19 @@ def test_filters(example, reason):
 
 
 def test_statistics():
-    found = [
+    good = [
         candidate("a b c", "d", images=("1",), corrected=True),
         candidate("a", "b c", images=("1", "2")),
         candidate("e f", "g h", images=("3",)),
-        *(example for example, reason in EXAMPLES if reason),
     ]
+    found = [*good, *(example for example, reason in EXAMPLES if reason)]
     kept, dropped = sift(found, Filters())
-    assert kept == found[:3]
-    assert dropped == dict.fromkeys(REASONS, 1)
+    assert kept == good and dropped == dict.fromkeys(REASONS, 1)
+    chosen, rejected = ({"mean": mean, "median": 2.0, "largest": most} for mean, most in ((2.0, 3), (1.67, 2)))
     assert statistics(9, found, kept, dropped) == {
-        "prompts": 9,
-        "failed": 1,
-        "kept": 3,
-        "dropped": dropped,
-        "corrected": 0.3333,
-        "chosen_longer": 0.3333,
-        "words": {
-            "chosen": {"mean": 2.0, "median": 2.0, "largest": 3},
-            "rejected": {"mean": 1.67, "median": 2.0, "largest": 2},
-        },
-        "images": {"1": 2, "2": 1},
-    }
+        "prompts": 9, "failed": 1, "kept": 3, "dropped": dropped, "corrected": 0.3333, "chosen_longer": 0.3333,
+        "words": {"chosen": chosen, "rejected": rejected}, "images": {"1": 2, "2": 1},
+    }  # fmt: skip
 
 
 def test_held_out_pairs_share_no_picture(tmp_path):
@@ -204,10 +169,9 @@ def test_held_out_pairs_share_no_picture(tmp_path):
         assert hold_out(found, 0.3, seed) == (training, validation)
         drawn.add(tuple(held))
     assert len(drawn) > 2
-    with pytest.raises(LVLMError, match="cannot be held out.*fewest that do are 3"):
-        hold_out(found[:3], 0.5)
-    with pytest.raises(LVLMError, match="cannot be held out"):
-        hold_out(found[:1], 0.5)
+    for few, message in ((found[:3], "cannot be held out.*fewest that do are 3"), (found[:1], "cannot be held out")):
+        with pytest.raises(LVLMError, match=message):
+            hold_out(few, 0.5)
 
 
 def test_pairs_are_written_with_statistics_and_record(prompts, tmp_path):
@@ -217,9 +181,9 @@ def test_pairs_are_written_with_statistics_and_record(prompts, tmp_path):
     training, validation = (read_pairs(tmp_path / name) for name in ("pairs.jsonl", "validation.jsonl"))
     assert len(training) == figures["training"] == 5 and len(validation) == figures["validation"] == 2
     assert figures == json.loads((tmp_path / "statistics.json").read_text())
-    by_id = {pair.id: pair for pair in (*training, *validation)}
-    assert by_id["c"].chosen == "c is here" and by_id["c"].rejected == "truncated What is c?"
-    assert by_id["c"].images == prompts[2].images and by_id["c"].prompt == prompts[2].messages
+    (pair,) = (pair for pair in (*training, *validation) if pair.id == "c")
+    assert (pair.chosen, pair.rejected) == ("c is here", "truncated What is c?")
+    assert pair.images == prompts[2].images and pair.prompt == prompts[2].messages
     assert json.loads((tmp_path / "pairs.jsonl").read_text().split("\n")[0])["images"][0] == "a_0.png"
     record = json.loads((tmp_path / "pairs.jsonl.run.json").read_text())
     assert record["model"] == "stand-in" and record["filters"]["max_words"] == 300
@@ -231,35 +195,26 @@ def test_pairs_are_written_with_statistics_and_record(prompts, tmp_path):
 
 
 @pytest.fixture
-def prompt_file(tmp_path):
+def read(tmp_path):
     prompt(tmp_path, "a", images=2)
-
-    def write(*rows):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-        return tmp_path / "prompts.jsonl"
-
-    return write
+    return lambda *rows: read_prompts(write_rows(tmp_path / "prompts.jsonl", rows))
 
 
-TWO = ["a_0.png", "a_1.png"]
-IMAGE = {"type": "image"}
+IMAGE, SAME = {"type": "image"}, {"type": "text", "text": "Same?"}
+TWO = {"images": ["a_0.png", "a_1.png"]}
 
 
-def test_prompts_are_texts_or_messages(prompt_file, tmp_path):
-    text = {"type": "text", "text": "Same?"}
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [text]}]
-    first, second, third = read_prompts(
-        prompt_file(
-            {"images": TWO, "prompt": "Same?", "id": "x", "truth": "No."},
-            {"images": TWO, "prompt": "<image> and <image>?"},
-            {"images": TWO, "prompt": messages, "chosen": "left", "rejected": "out", "source": "here"},
-        )
+def test_prompts_are_texts_or_messages(read, tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [SAME]}]
+    first, second, third = read(
+        TWO | {"prompt": "Same?", "id": "x", "truth": "No."},
+        TWO | {"prompt": "<image> and <image>?"},
+        TWO | {"prompt": messages, "chosen": "left", "rejected": "out", "source": "here"},
     )
     assert (first.id, first.truth) == ("x", "No.") and (second.id, second.truth) == ("2", None)
-    assert first.messages == [{"role": "user", "content": [IMAGE, IMAGE, text]}]
+    assert first.messages == [{"role": "user", "content": [IMAGE, IMAGE, SAME]}]
     assert [part.get("text") for part in second.messages[0]["content"]] == [None, " and ", None, "?"]
-    assert third.messages[1]["content"] == [IMAGE, IMAGE, text] and third.extra == {"source": "here"}
+    assert third.messages[1]["content"] == [IMAGE, IMAGE, SAME] and third.extra == {"source": "here"}
     places = [part.get("image") for part in second.conversation()[0]["content"]]
     assert places == [tmp_path / "a_0.png", None, tmp_path / "a_1.png", None]
 
@@ -267,19 +222,23 @@ def test_prompts_are_texts_or_messages(prompt_file, tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ("{broken", "line 2 of .*prompts.jsonl.* is not JSON"),
         ({"prompt": "Same?"}, "has no image"),
         ({"images": ["missing.png"], "prompt": "Same?"}, "'.*missing.png' does not exist"),
-        ({"images": TWO}, "has no prompt"),
-        ({"images": TWO, "prompt": " "}, "prompt is empty"),
-        ({"images": TWO, "prompt": "<image> Same?"}, "1 image placeholders and 2 images"),
-        ({"images": TWO, "prompt": [{"role": "assistant", "content": "Hi"}]}, "end with a user message"),
-        ({"images": TWO, "prompt": ["Hi"]}, "a message is 'Hi'"),
-        ({"images": TWO, "prompt": "Same?", "id": "1"}, "id 1 occurs twice"),
-        ({"images": TWO, "prompt": "Same?", "truth": 3}, "truth is 3; expected a string"),
+        (TWO, "has no prompt"),
+        (TWO | {"prompt": " "}, "prompt is empty"),
+        (TWO | {"prompt": "<image> Same?"}, "1 image placeholders and 2 images"),
+        (TWO | {"prompt": [{"role": "assistant", "content": "Hi"}]}, "end with a user message"),
+        (TWO | {"prompt": ["Hi"]}, "a message is 'Hi'"),
+        (TWO | {"prompt": "Same?", "id": "1"}, "id 1 occurs twice"),
+        (TWO | {"prompt": "Same?", "truth": 3}, "truth is 3; expected a string"),
     ],
 )
-def test_bad_prompts_are_named_by_their_line(prompt_file, row, message):
-    path = prompt_file({"images": TWO, "prompt": "Same?"}, row)
+def test_bad_prompts_are_named_by_their_line(read, row, message):
     with pytest.raises(LVLMError, match=f"line 2 of.*{message}|{message}"):
-        read_prompts(path)
+        read(TWO | {"prompt": "Same?"}, row)
+
+
+def test_a_line_of_prompts_that_is_no_json(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("{broken")
+    with pytest.raises(LVLMError, match="line 1 of .*prompts.jsonl.* is not JSON"):
+        read_prompts(tmp_path / "prompts.jsonl")

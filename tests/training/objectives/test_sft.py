@@ -4,20 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from lvlm_jax import models
-from lvlm_jax.training.objectives import sft
-from lvlm_jax.weights import lora
 from tests.reference import llava
 from tests.reference.preference import sequence_logits
 from tests.training import pair_sets
-from tests.training.pair_sets import config, user, write_rows
+from tests.training.pair_sets import user, write_rows
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Conversations over two images, without one, and over one in two turns."""
-    folder = tmp_path_factory.mktemp("talks")
-    names = pair_sets.draw(folder, 3)
+@pytest.fixture
+def talks(tmp_path):
+    """A file of conversations over two images, without one, and over one in two turns."""
+    names = pair_sets.draw(tmp_path, 3)
 
     def said(text):
         return {"role": "assistant", "content": [{"type": "text", "text": text}]}
@@ -27,32 +23,13 @@ def data(tmp_path_factory):
         {"messages": [user("Hello", 0), said("good day")]},
         {"images": names[2:], "messages": [user("Hm?", 1), said("ok"), user("Yes?", 0), said("a cat")]},
     ]
-    return write_rows(folder / "talks.jsonl", rows)
+    return write_rows(tmp_path / "talks.jsonl", rows)
 
 
-@pytest.fixture(scope="module")
-def task(model, data, tmp_path_factory):
-    settings = config(data, recipe="sft", batch=3, validation=str(data))
-    return sft.task(model, models.build(model.config), settings, tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def gradient(task):
-    def total(trainable, frozen, batch):
-        metrics = task.objective(trainable, frozen, batch, None)
-        return metrics["loss"].value, metrics
-
-    return jax.jit(jax.grad(total, has_aux=True))
-
-
-@pytest.fixture
-def adapters(model):
-    return lora.attach(model.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
-
-
-def test_the_loss_is_the_mean_over_the_tokens_of_every_answer(task, gradient, torch_model, adapters):
+def test_the_loss_is_the_mean_over_the_tokens_of_every_answer(talks, model, torch_model, fresh, tmp_path):
+    task = pair_sets.task(model, talks, tmp_path, "sft", batch=3)
     batch = task.source(0)
-    _, found = gradient(*adapters, batch)
+    found = jax.jit(task.objective)(*fresh, batch, None)
     weights, settings = llava.from_torch(torch_model)
     images, losses, right = iter(batch["images"]), [], []
     for row in range(3):
@@ -71,11 +48,9 @@ def test_the_loss_is_the_mean_over_the_tokens_of_every_answer(task, gradient, to
     np.testing.assert_allclose(found["accuracy"].value, np.mean(right), rtol=1e-6)
 
 
-def test_a_file_of_pairs_gives_its_chosen_answers(model, tmp_path):
-    settings = config(pair_sets.write(tmp_path), recipe="sft")
-    task = sft.task(model, models.build(model.config), settings, tmp_path)
-    batch = task.source(0)["answer"]
-    decode = model.processor.tokenizer.decode
+def test_a_file_of_pairs_gives_its_chosen_answers(model, data, tmp_path):
+    task = pair_sets.task(model, data, tmp_path, "sft")
+    batch, decode = task.source(0)["answer"], model.processor.tokenizer.decode
     texts = {decode(tokens[answers]) for tokens, answers in zip(batch["tokens"], batch["answers"], strict=True)}
     assert texts == {f" {chosen}</s>" for _, _, chosen, _ in pair_sets.PAIRS}
     assert task.evaluate is None
