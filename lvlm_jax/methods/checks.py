@@ -68,9 +68,11 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     values = value.values if isinstance(value, Layered) else value
     if not isinstance(values, jax.Array | jax.ShapeDtypeStruct):
         try:
-            values = np.asarray(values, np.float64)
-        except (TypeError, ValueError) as error:
+            values = np.asarray(values)
+        except (TypeError, ValueError) as error:  # rows of different lengths
             raise LVLMError(f"{name} is {shown(values)}; {expected}") from error
+    if not (jnp.issubdtype(values.dtype, jnp.integer) or jnp.issubdtype(values.dtype, jnp.floating)):
+        raise LVLMError(f"{name} is {shown(value)}; {expected}")
     if values.ndim not in DIMENSIONS[per] or not values.size:
         raise LVLMError(
             f"{name} has shape {values.shape}; {expected}. For several values give sweep a method for each, or build "
@@ -81,7 +83,8 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     host = np.asarray(values, np.float64)
     if not (np.isfinite(host) & (host >= low) & (host <= high) & (abs(host) <= LARGEST)).all():
         raise LVLMError(f"{name} has values from {host.min():g} to {host.max():g}; each must be {_range(low, high)}")
-    return Layered(values if isinstance(values, jax.Array) else jnp.asarray(host, jnp.float32))
+    kept = isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating)
+    return Layered(values if kept else jnp.asarray(host, jnp.float32))
 
 
 # What a strength may be besides one number, by the finest form that it takes.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 
 from lvlm_jax import errors
+from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import learned, registry
 from lvlm_jax.methods.base import Method, sources
@@ -95,6 +96,7 @@ def _fields(name: str) -> list[dataclasses.Field]:
 
 def shown(value) -> str:
     """A setting as the command line takes it."""
+    value = tuple(value.record()) if isinstance(value, Layered) else value
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

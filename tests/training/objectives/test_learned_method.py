@@ -170,7 +170,9 @@ def test_a_value_for_each_layer_and_head():
     for wrong, message in (
         ([[[1.0]]], r"has shape \(1, 1, 1\); expected a number >= 0, or one for each layer, or layer and head"),
         ([-1.0, 2.0], "has values from -1 to 2; each must be a number >= 0"),
-        (["a"], "expected a number >= 0, or one"),
+        (["1"], "expected a number >= 0, or one"),
+        ([True, False], "expected a number >= 0, or one"),
+        ([[1.0], [1.0, 2.0]], "expected a number >= 0, or one"),
     ):
         with pytest.raises(LVLMError, match=f"VAF: enhance .*{message}"):
             methods.VAF(enhance=wrong)
