@@ -25,20 +25,21 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from lvlm_jax import LVLM
-from lvlm_jax.weights.names import pocket_file
+from lvlm_jax.pocket import scenes
 
 METHODS = ("none", "cmac", "cmac:alpha=1", "cmac:alpha=0.5,beta=0.1", "vcd:alpha=0.5")
-QUESTIONS = ("Is there a dog in the image?", "Is there a cup in the image?", "What color is the knife?", "Describe.")
+# Answers of many words, so that one in the place of another is seen.
+QUESTIONS = ("Please describe this image in detail.", "Describe this image.", "Is there a cup in the image?")
 DECODINGS = ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 7})
-LIMIT = 16  # tokens
+LIMIT = 24  # tokens
 
 
 def pictures(count: int) -> list[str]:
-    """Crops of the sample picture, as data URIs."""
-    whole, found = Image.open(pocket_file("sample.png")).convert("RGB"), []
+    """Pictures of the pocket world, as data URIs."""
+    found = []
     for number in range(count):
         file = io.BytesIO()
-        whole.crop((number, number, whole.width, whole.height)).save(file, "png")
+        Image.fromarray(scenes.render(scenes.scene_at("test", number))).save(file, "png")
         found.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     return found
 
@@ -96,7 +97,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rows", type=int, default=8)
     flags = parser.parse_args()
-    chance, uris = random.Random(0), pictures(3)
+    chance, uris = random.Random(0), pictures(4)
     kinds = [(method, question, uri, drawn) for method in METHODS for question in QUESTIONS for uri in uris
              for drawn in range(len(DECODINGS))]  # fmt: skip
     model, expected = LVLM.from_pretrained("pocket"), {}
@@ -115,6 +116,7 @@ def main() -> int:
             settings = settings | {"max_new_tokens": LIMIT, "seed": [settings.get("seed", 0)] * len(own)}
             said = model.generate(list(map(messages, own)), method=method, **settings).text
             expected |= dict(zip(own, said, strict=True))
+    print(f"{len(set(expected.values()))} different answers to {len(kinds)} requests", flush=True)
     server = Server("--methods", "cmac,vcd", "--rows", str(flags.rows), "--max-tokens", "64", "--max-body", "1",
                     "--warm-text", "32", "--queue", "4096")  # fmt: skip
     print(server.ready, flush=True)
