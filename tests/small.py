@@ -56,3 +56,13 @@ def conversation(text: str, seed: int | None = None) -> list[dict]:
         picture = np.random.default_rng(seed).integers(0, 256, (28, 28, 3), dtype=np.uint8)
         parts.insert(0, {"type": "image", "image": picture})
     return [{"role": "user", "content": parts}]
+
+
+def encoded(model, conversations: list[list[dict]]) -> list[list[dict]]:
+    """Those conversations with the picture of each encoded by the model."""
+    pictures = model.encode_images([one[0]["content"][0]["image"] for one in conversations])
+    contents = [
+        [{"type": "image", "image": image}, one[0]["content"][1]]
+        for one, image in zip(conversations, pictures, strict=True)
+    ]
+    return [[{"role": "user", "content": content}] for content in contents]

@@ -24,45 +24,40 @@ def own_cache(tmp_path, monkeypatch):
 def test_folder_is_private_and_given_to_jax(tmp_path):
     folder = compilation.enable_cache()
     assert folder == tmp_path / "lvlm_jax" / "xla"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700] * 2
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert compilation.enable_cache() == folder
-
-
-@pytest.mark.parametrize("word", ["0", "off", "False"])
-def test_one_variable_switches_it_off(tmp_path, monkeypatch, word):
-    monkeypatch.setenv(compilation.SWITCH, word)
-    assert compilation.enable_cache() is None
-    assert jax.config.jax_compilation_cache_dir is None
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_folder_chosen_by_the_user_stays(tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))  # one chosen by the user stays
     assert compilation.enable_cache() == tmp_path / "mine"
 
 
-def test_a_folder_others_may_write_to_is_not_used(tmp_path):
-    (tmp_path / "lvlm_jax" / "xla").mkdir(parents=True)
-    (tmp_path / "lvlm_jax").chmod(0o700)
-    (tmp_path / "lvlm_jax" / "xla").chmod(0o777)
-    with pytest.warns(UserWarning, match="other users may write"):
-        assert compilation.enable_cache() is None
-    assert jax.config.jax_compilation_cache_dir is None
+def test_one_variable_switches_it_off(tmp_path, monkeypatch):
+    for word in ("0", "off", "False"):
+        monkeypatch.setenv(compilation.SWITCH, word)
+        assert compilation.enable_cache() is None and jax.config.jax_compilation_cache_dir is None
+    assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_of_somebody_else_is_not_used(monkeypatch):
+def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path, monkeypatch):
+    def refused(message):
+        with pytest.warns(UserWarning, match=message):
+            assert compilation.enable_cache() is None
+        assert jax.config.jax_compilation_cache_dir is None
+
+    ours = tmp_path / "lvlm_jax"
+    (ours / "xla").mkdir(parents=True)
+    ours.chmod(0o700)
+    (ours / "xla").chmod(0o777)
+    refused("other users may write")
+    (ours / "xla").chmod(0o700)
     owner = compilation.os.getuid()
-    monkeypatch.setattr(compilation.os, "getuid", lambda: owner + 1)
-    with pytest.warns(UserWarning, match=f"belongs to user {owner}"):
-        assert compilation.enable_cache() is None
-
-
-def test_a_folder_that_cannot_be_made_is_no_error(tmp_path):
-    (tmp_path / "lvlm_jax").write_text("a file in the way")
-    with pytest.warns(UserWarning, match="not kept"):
-        assert compilation.enable_cache() is None
+    with monkeypatch.context() as patched:
+        patched.setattr(compilation.os, "getuid", lambda: owner + 1)
+        refused(f"belongs to user {owner}")
+    (ours / "xla").rmdir()
+    ours.rmdir()
+    ours.write_text("a file in the way")
+    refused("not kept")
 
 
 def test_programs_used_last_are_kept(monkeypatch):

@@ -1,12 +1,13 @@
 """A user's own objects by name: from the current folder, from a file, installed; what is wrong is one line."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
 
 from lvlm_jax.config_files import load_config, user_module, user_object
-from lvlm_jax.errors import LVLMError
+from tests.refusals import refused
 
 
 @pytest.fixture
@@ -20,54 +21,46 @@ def folder(tmp_path, monkeypatch):
     assert sys.path == places
 
 
+def write(folder, **modules):
+    """Files with these contents; a double underscore stands for a slash."""
+    for name, code in modules.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+
+
+def loaded(name):
+    return user_object(name, "method")
+
+
 def test_a_module_of_the_current_folder(folder):
-    (folder / "mine_one.py").write_text(
-        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    alpha: float = 2.0\n"
-        "    class Inner:\n        pass\n"
-    )
-    mine = user_object("mine_one:Mine", "method")
-    assert dataclasses.asdict(mine()) == {"alpha": 2.0}
-    assert user_object("mine_one:Mine.Inner", "method") is mine.Inner
+    code = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    alpha: float = 2.0\n"
+    write(folder, mine_one=code + "    class Inner:\n        pass\n")
+    mine = loaded("mine_one:Mine")
+    assert dataclasses.asdict(mine()) == {"alpha": 2.0} and loaded("mine_one:Mine.Inner") is mine.Inner
     # By its file it is the same class: a module that registers something must not run twice.
-    assert user_object("mine_one.py:Mine", "method") is mine
-    assert user_object(f"{folder}/mine_one.py:Mine", "method") is mine
+    assert loaded("mine_one.py:Mine") is mine and loaded(f"{folder}/mine_one.py:Mine") is mine
     assert user_module("mine_one:Mine", "method").__file__ == str(folder / "mine_one.py")
-
-
-def test_a_file_elsewhere_with_its_neighbours(folder, monkeypatch):
-    elsewhere = folder / "else where"
-    elsewhere.mkdir()
-    (elsewhere / "mine_two.py").write_text("from mine_two_helper import value\ndef f():\n    return value\n")
-    (elsewhere / "mine_two_helper.py").write_text("value = 5\n")
-    finders = list(sys.meta_path)
-    assert user_object("else where/mine_two.py:f", "method")() == 5
-    assert sys.meta_path == finders
-    with pytest.raises(LVLMError, match="there is no file mine_two.py in"):
-        user_object("mine_two.py:f", "method")
-
-
-def test_a_package_of_the_current_folder(folder):
     (folder / "mine_three").mkdir()
-    (folder / "mine_three" / "__init__.py").write_text("")
-    (folder / "mine_three" / "inner.py").write_text("from . import other\nvalue = other.value\n")
-    (folder / "mine_three" / "other.py").write_text("value = 7\n")
-    assert user_object("mine_three.inner:value", "method") == 7
+    (folder / "mine_three" / "__init__.py").write_text("")  # a package
+    write(folder, mine_three__inner="from . import other\nvalue = other.value\n", mine_three__other="value = 7\n")
+    assert loaded("mine_three.inner:value") == 7
+    assert loaded("os.path:join")("a", "b") == "a/b"  # an installed one
 
 
-def test_two_files_of_one_name_and_a_file_named_like_a_loaded_module(folder):
-    for name, value in (("a", 1), ("b", 2)):
-        (folder / name).mkdir()
-        (folder / name / "mine_four.py").write_text(f"value = {value}\n")
-    assert [user_object(f"{name}/mine_four.py:value", "method") for name in "abab"] == [1, 2, 1, 2]
-    (folder / "json.py").write_text("value = 3\n")
-    assert user_object("json:value", "method") == 3
-    import json
-
-    assert json is sys.modules["json"] and json.loads("4") == 4
-
-
-def test_an_installed_module(folder):
-    assert user_object("os.path:join", "method")("a", "b") == "a/b"
+def test_files_elsewhere(folder):
+    """With their neighbours; two of one name; one named like a module that is loaded."""
+    (folder / "else where").mkdir()
+    (folder / "else where" / "mine_two.py").write_text(
+        "from mine_two_helper import value\ndef f():\n    return value\n"
+    )
+    (folder / "else where" / "mine_two_helper.py").write_text("value = 5\n")
+    finders = list(sys.meta_path)
+    assert loaded("else where/mine_two.py:f")() == 5 and sys.meta_path == finders
+    refused("there is no file mine_two.py in", loaded, "mine_two.py:f")
+    write(folder, a__mine_four="value = 1\n", b__mine_four="value = 2\n", json="value = 3\n")
+    assert [loaded(f"{name}/mine_four.py:value") for name in "abab"] == [1, 2, 1, 2]
+    assert loaded("json:value") == 3 and json is sys.modules["json"] and json.loads("4") == 4
 
 
 @pytest.mark.parametrize(
@@ -87,27 +80,20 @@ def test_an_installed_module(folder):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(folder, name, message):
-    (folder / "wrong_code.py").write_text("1 / 0\n")
-    (folder / "wrong_import.py").write_text("import absent_neighbour\n")
-    with pytest.raises(LVLMError, match=message) as caught:
-        user_object(name, "method")
-    assert "\n" not in str(caught.value)
+    write(folder, wrong_code="1 / 0\n", wrong_import="import absent_neighbour\n")
+    refused(message, loaded, name)
     assert "wrong_code" not in sys.modules
 
 
 def test_code_that_failed_is_run_again_when_it_is_repaired(folder):
-    (folder / "mine_five.py").write_text("value = absent\n")
-    with pytest.raises(LVLMError, match="NameError"):
-        user_object("mine_five:value", "method")
-    (folder / "mine_five.py").write_text("value = 'repaired now'\n")
-    assert user_object("mine_five:value", "method") == "repaired now"
+    write(folder, mine_five="value = absent\n")
+    refused("NameError", loaded, "mine_five:value")
+    write(folder, mine_five="value = 'repaired now'\n")
+    assert loaded("mine_five:value") == "repaired now"
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "def get_config():\n    raise SystemExit", "exit()"])
-def test_a_config_that_ends_the_process_is_an_error(code, tmp_path):
-    (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(LVLMError, match="mine.py' failed: (SystemExit|KeyError)"):
-        load_config(tmp_path / "mine.py")
-    (tmp_path / "theirs.py").write_text("raise SystemExit")
-    with pytest.raises(LVLMError, match="cannot be imported .SystemExit"):
-        user_object(f"{tmp_path / 'theirs.py'}:Method", "method")
+def test_a_config_that_ends_the_process_is_an_error(tmp_path):
+    for code in ("import sys; sys.exit(3)", "def get_config():\n    raise SystemExit", "exit()"):
+        write(tmp_path, mine=code, theirs="raise SystemExit")
+        refused("mine.py' failed: (SystemExit|KeyError)", load_config, tmp_path / "mine.py")
+    refused("cannot be imported .SystemExit", loaded, f"{tmp_path / 'theirs.py'}:Method")

@@ -22,14 +22,22 @@ def run(monkeypatch, capsys, *words):
     return left.value.code, printed.out, printed.err
 
 
-def write_small(folder: Path) -> Path:
-    """The pocket model cut down to two decoder layers, as a checkpoint in a new folder."""
+def refuses(monkeypatch, capsys, message, *words):
+    """`lvlm WORDS` ends with code 2, nothing on stdout and one line on stderr that matches the message; the line."""
+    code, out, error = run(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "") and error.count("\n") == 1 and error.startswith(f"lvlm {words[0]}: "), error
+    assert re.search(message, error), error
+    return error
+
+
+def write_small(folder: Path, layers: int = 2) -> Path:
+    """The pocket model cut down to a few of its decoder layers, as a checkpoint in a new folder."""
     shutil.copytree(names.pocket_file("checkpoint"), folder)
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 2
+    config["text_config"]["num_hidden_layers"] = layers
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensors[name] for name in tensors if not re.search(r"language_model.*layers\.[2-9]", name)}
+    kept = {name: tensors[name] for name in tensors if not re.search(rf"language_model.*layers\.[{layers}-9]", name)}
     assert len(kept) < len(tensors)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -2,92 +2,68 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from lvlm_jax.cli import attention
 from lvlm_jax.weights import names
-from tests.cli.command import run
+from tests.cli.command import refuses, write_small
 from tests.models.families.patches import QWEN2_VL
 
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """The pocket model cut down to four decoder layers, the fewest that have anchors."""
-    folder = tmp_path_factory.mktemp("models") / "shallow"
-    shutil.copytree(names.pocket_file("checkpoint"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 4
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensors[name] for name in tensors if not re.search(r"language_model.*layers\.[4-9]", name)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    """Four decoder layers, the fewest that have anchors."""
+    return write_small(tmp_path_factory.mktemp("models") / "shallow", layers=4)
 
 
-@pytest.fixture(scope="module")
-def written(shallow, tmp_path_factory):
-    """The folder of a run with two pictures, greedy beside CMAC, over the same 40 words with markup among them."""
-    folder = tmp_path_factory.mktemp("attention")
-    wide = folder / "wide.png"
-    Image.new("RGB", (192, 96), (40, 80, 120)).save(wide)
-    answer = "</script><b>The dog & the cat.</b> " + "the image shows a dog " * 7
-    words = ["--model", shallow, "--image", names.pocket_file("sample.png"), "--image", wide, "--answer", answer]
-    words += ["--method", "cmac", "--alpha", "2", "--prompt", "What is <b>here</b>?", "--out", folder / "out"]
-    assert attention.main([str(word) for word in words]) == 0
-    return folder / "out"
-
-
-def page_data(folder):
-    built = (folder / "index.html").read_text(encoding="utf-8")
+def page_of(*words, out):
+    """The page of a run, and the data in it."""
+    assert attention.main([str(word) for word in (*words, "--out", out)]) == 0
+    built = (out / "index.html").read_text(encoding="utf-8")
     return built, json.loads(re.search(r'id="data">(.*?)</script>', built, re.S)[1])
 
 
-def test_the_page_is_small_and_stands_alone(written):
-    built, data = page_data(written)
-    assert len(built.encode()) < 5_000_000
+def test_what_is_written(shallow, tmp_path):
+    """Two pictures, greedy beside CMAC, over the same words with markup among them."""
+    wide, out = tmp_path / "wide.png", tmp_path / "out"
+    Image.new("RGB", (192, 96), (40, 80, 120)).save(wide)
+    answer = "</script><b>The dog & the cat.</b> " + "the image shows a dog " * 3
+    words = ["--model", shallow, "--image", names.pocket_file("sample.png"), "--image", wide, "--answer", answer]
+    words += ["--method", "cmac", "--alpha", "2", "--prompt", "What is <b>here</b>?"]
+    built, data = page_of(*words, out=out)
+    # It is small, stands alone, and markup in texts stays text.
+    assert len(built.encode()) < 3_000_000
     assert "http" not in built.replace("http-equiv", "") and not re.search(r"src=|href=|url\(", built)
     assert len(data["pictures"]) == 2 and data["layers"] == 4 and data["heads"] == 8
-
-
-def test_both_answers_have_their_words_maps_and_curves(written):
-    _, data = page_data(written)
-    assert [answer["name"] for answer in data["answers"]] == ["greedy", "CMAC"]
-    assert data["answers"][1]["settings"].startswith("alpha 2, beta 0.2")
-    for answer in data["answers"]:
-        count = len(answer["words"])
-        assert count >= 40
-        assert all(answer["text"][start:end] == word for word, start, end in answer["words"])
-        assert len(answer["probe"]) == len(answer["drift"][0]) == count
-        assert len(answer["flow"]) == 5 and answer["flow"][0] == 0 and answer["flow"][-1] > 0
-    maps = [answer["maps"] for answer in data["answers"]]
-    assert maps[0] != maps[1]  # CMAC turns image keys
-    assert data["answers"][0]["probe"] == data["answers"][1]["probe"]  # of the model without a method
-
-
-def test_markup_in_texts_stays_text(written):
-    built, data = page_data(written)
     assert "</script><b>" in data["answers"][0]["text"] or "<b>" in data["question"]
     assert built.count("</script>") == 2 and "<b>here" not in built
-
-
-def test_pictures_are_written(written):
-    names = {path.name for path in written.iterdir()}
-    words = {f"words_{answer}_{image}.png" for answer in ("greedy", "cmac") for image in (1, 2)}
-    assert names == {"index.html", "image_mass.png", "sinks.png", "flow.png", "probe.png", "drift.png"} | words
-    for name in names - {"index.html"}:
-        with Image.open(written / name) as image:
+    # Both answers have their words, maps and curves.
+    greedy, cmac = data["answers"]
+    assert [greedy["name"], cmac["name"]] == ["greedy", "CMAC"] and cmac["settings"].startswith("alpha 2, beta 0.2")
+    for one in (greedy, cmac):
+        count = len(one["words"])
+        assert count >= 15
+        assert all(one["text"][start:end] == word for word, start, end in one["words"])
+        assert len(one["probe"]) == len(one["drift"][0]) == count
+        assert len(one["flow"]) == 5 and one["flow"][0] == 0 and one["flow"][-1] > 0
+    assert greedy["maps"] != cmac["maps"]  # CMAC turns image keys
+    assert greedy["probe"] == cmac["probe"]  # of the model without a method
+    names_written = {path.name for path in out.iterdir()}
+    pictures = {f"words_{answer}_{image}.png" for answer in ("greedy", "cmac") for image in (1, 2)}
+    pictures |= {"image_mass.png", "sinks.png", "flow.png", "probe.png", "drift.png"}
+    assert names_written == {"index.html"} | pictures
+    for name in pictures:
+        with Image.open(out / name) as image:
             assert image.width > 400 and np.asarray(image.convert("L")).std() > 5
 
 
 @pytest.mark.slow
 def test_pictures_with_grids_of_their_own(tmp_path):
     """Qwen2-VL: two pictures of different sizes on one page."""
-    model = tmp_path / "model"
+    model, out = tmp_path / "model", tmp_path / "out"
     tokenizer = QWEN2_VL.write_processor(model)
     text = {"vocab_size": len(tokenizer), "num_hidden_layers": 4}
     QWEN2_VL.build(model, 5, text=text, **QWEN2_VL.token_ids(tokenizer))
@@ -95,12 +71,10 @@ def test_pictures_with_grids_of_their_own(tmp_path):
     for number, size in enumerate(((40, 16), (16, 24))):
         Image.new("RGB", size, (40, 80, 120)).save(tmp_path / f"{number}.png")
         words += ["--image", tmp_path / f"{number}.png"]
-    assert attention.main([str(word) for word in [*words, "--out", tmp_path / "out"]]) == 0
-    _, data = page_data(tmp_path / "out")
+    _, data = page_of(*words, out=out)
     assert data["grids"] == [[2, 5], [3, 2]] and len(data["pictures"]) == 2
-    assert {path.name for path in (tmp_path / "out").glob("words_*")} == {
-        f"words_{answer}_{image}.png" for answer in ("greedy", "vaf") for image in (1, 2)
-    }
+    pictures = {f"words_{answer}_{image}.png" for answer in ("greedy", "vaf") for image in (1, 2)}
+    assert {path.name for path in out.glob("words_*")} == pictures
 
 
 @pytest.mark.parametrize(
@@ -119,5 +93,4 @@ def test_pictures_with_grids_of_their_own(tmp_path):
 def test_one_line_and_code_two(shallow, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    code, _, printed = run(monkeypatch, capsys, "attention", "--model", shallow, *words)
-    assert code == 2 and message in printed and printed.count("\n") == 1
+    refuses(monkeypatch, capsys, message, "attention", "--model", shallow, *words)

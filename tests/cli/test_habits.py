@@ -4,8 +4,8 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.cli import common, evaluate, habits
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import parse
+from tests.refusals import refused
 
 
 def parsed(words):
@@ -29,6 +29,14 @@ def test_copied_command_lines():
     assert method == methods.OPERA(alpha=2.0, sigma=50.0, candidates=4, beams=5, threshold=15)
     assert (flags.group, str(flags.image_folder)) == (["random"], "COCO_2014/val2014")
     assert parsed("--model M --method cmac --use_cd --cd_alpha 3")[1] == methods.CMAC(alpha=3.0)
+    for words, message in (  # what has no equal is answered
+        ("--conv-mode llava_v1", "^--conv-mode: .*--system vicuna"),
+        ("--gpu-id 0", "CUDA_VISIBLE_DEVICES"),
+        ("--temperature 1.0", "^--temperature: the protocol decides that: pope/vcd samples"),
+        ("--beam 5", "--beams is not known here; it is a setting of --method opera"),
+        ("--answers-file a.jsonl", "below --out; --rescore FILE"),
+    ):
+        refused(message, parsed, f"--model M {words}")
 
 
 def test_what_is_read_as_ours_is_said():
@@ -36,19 +44,3 @@ def test_what_is_read_as_ours_is_said():
         assert habits.translated(["--cd_alpha=2"], habits.SAME, habits.INFER_ANSWERS) == ["--alpha=2"]
     with pytest.warns(UserWarning, match="^--use_cd is --method vcd here$"):
         assert habits.translated(["--use_cd", "--prompt", "x"], habits.SAME, {})[:2] == ["--method", "vcd"]
-
-
-@pytest.mark.filterwarnings("ignore:.* here")
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--model M --conv-mode llava_v1", "^--conv-mode: .*--system vicuna"),
-        ("--model M --gpu-id 0", "CUDA_VISIBLE_DEVICES"),
-        ("--model M --temperature 1.0", "^--temperature: the protocol decides that: pope/vcd samples"),
-        ("--model M --beam 5", "--beams is not known here; it is a setting of --method opera"),
-        ("--model M --answers-file a.jsonl", "below --out; --rescore FILE"),
-    ],
-)
-def test_what_has_no_equal_is_answered(words, message):
-    with pytest.raises(LVLMError, match=message):
-        parsed(words)

@@ -9,10 +9,9 @@ import sys
 import pytest
 
 from lvlm_jax.cli import main
-from tests.cli.command import run
+from tests.cli.command import refuses, run
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOOLS = [name for name in main.COMMANDS if name not in ("infer", "train")]
 
 
 def test_every_command_is_one_line_of_the_help(monkeypatch, capsys):
@@ -31,31 +30,26 @@ def test_every_file_is_a_command():
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_the_help_of_each_command(monkeypatch, capsys, name):
+def test_each_command(monkeypatch, capsys, name):
+    """Its help, an unknown flag, and its shim in the clone."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     code, out, error = run(monkeypatch, capsys, name, "--help")
     assert (code, error) == (0, "")
     assert out.startswith(f"usage: lvlm {name} ")
     assert re.search(rf"^ +lvlm {name}( |$)", out, re.MULTILINE), "no example"
     assert not re.search(r"python |tools/|\b(?<!configs/)(infer|train)\.py", out)
+    refuses(monkeypatch, capsys, "", name, "--such-a-flag-there-is-none")
+    folder = ROOT if name in ("infer", "train") else ROOT / "tools"
+    text = (folder / f"{name.replace('-', '_')}.py").read_text()
+    assert f'run("{name}")' in text and text.count("\n") < 8
 
 
-@pytest.mark.parametrize("name", main.COMMANDS)
-def test_an_unknown_flag_of_each_command_is_one_line(monkeypatch, capsys, name):
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    code, out, error = run(monkeypatch, capsys, name, "--such-a-flag-there-is-none")
-    assert (code, out) == (2, "")
-    assert error.startswith(f"lvlm {name}: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "word, hint",
-    [("infre", "did you mean infer?"), ("pocket-wrld", "did you mean pocket-world?"), ("xyz", "lvlm --help")],
-)
-def test_an_unknown_command_is_one_line(monkeypatch, capsys, word, hint):
-    code, out, error = run(monkeypatch, capsys, word)
-    assert (code, out) == (2, "")
-    assert error.startswith(f"lvlm: '{word}' is no command; ") and hint in error and error.count("\n") == 1
+def test_an_unknown_command_is_one_line(monkeypatch, capsys):
+    hints = {"infre": "did you mean infer?", "pocket-wrld": "did you mean pocket-world?", "xyz": "lvlm --help"}
+    for word, hint in hints.items():
+        code, out, error = run(monkeypatch, capsys, word)
+        assert (code, out) == (2, "")
+        assert error.startswith(f"lvlm: '{word}' is no command; ") and hint in error and error.count("\n") == 1
 
 
 def test_the_top_level_imports_no_jax():
@@ -84,13 +78,6 @@ def test_as_a_module_and_from_the_clone(tmp_path):
         assert done.stderr.startswith("lvlm report: 'nowhere' is not a folder") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", main.COMMANDS)
-def test_shims_of_the_clone(name):
-    folder = ROOT / "tools" if name in TOOLS else ROOT
-    text = (folder / f"{name.replace('-', '_')}.py").read_text()
-    assert f'run("{name}")' in text and text.count("\n") < 8
-
-
 def test_the_import_path_is_left_alone():
     for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "lvlm_jax").rglob("*.py")):
         assert "sys.path" not in path.read_text(), path
@@ -99,6 +86,5 @@ def test_the_import_path_is_left_alone():
 @pytest.mark.parametrize("words", [("infer",), ("sweep", "--method", "cmac", "--grid", "alpha=0,1")])
 def test_addresses_are_downloaded_where_the_user_allows_it(words, monkeypatch, capsys):
     words = [*words, "--image", "http://127.0.0.1:1/a.png", "--prompt", "What?"]
-    for allowed, said in (([], "give --allow-urls"), (["--allow-urls"], "cannot be downloaded")):
-        code, _, error = run(monkeypatch, capsys, *words, *allowed)
-        assert code == 2 and said in error and error.count("\n") == 1
+    refuses(monkeypatch, capsys, "give --allow-urls", *words)
+    refuses(monkeypatch, capsys, "cannot be downloaded", *words, "--allow-urls")

@@ -10,7 +10,8 @@ from lvlm_jax import methods
 from lvlm_jax.pocket.pairs import sample_prompt
 from lvlm_jax.training.data import preferences
 from lvlm_jax.training.data.pair_files import read_pairs
-from tests.cli.command import run
+from tests.cli.command import refuses, run
+from tests.evaluation.builders import write_lines
 from tests.training.stand_in import StandIn, prompt
 
 
@@ -54,8 +55,7 @@ def test_pairs_of_the_pocket_world(command, stand_in, tmp_path):
 
 
 def test_flags_reach_the_model_and_the_record(command, stand_in, tmp_path):
-    row = {"images": ["a_0.png", "a_1.png"], "prompt": "Same?"}
-    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    write_lines(tmp_path / "p.jsonl", [{"images": ["a_0.png", "a_1.png"], "prompt": "Same?"}])
     attention = ("--rho", 0.8, "--sigma", 0.3, "--variant", "code-qwen", "--preset", "glm-4.1v")
     sampling = ("--temperature", 0.7, "--top-p", 0.9, "--max-new-tokens", 5)
     code, _, _ = command("--prompts", "p.jsonl", "--model", "m", "--out", "a", *attention, *sampling)
@@ -63,14 +63,13 @@ def test_flags_reach_the_model_and_the_record(command, stand_in, tmp_path):
     assert code == 0
     assert chosen["method"] == methods.CAPL(rho=0.8, sigma=0.3)
     assert rejected["method"] == methods.CAPL(mode="truncated", variant="code-qwen")
-    assert [(call["temperature"], call["top_p"], call["max_new_tokens"]) for call in (chosen, rejected)] == [
-        (0.7, 0.9, 5)
-    ] * 2
+    given = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5}
+    assert given.items() <= chosen.items() and given.items() <= rejected.items()
     record = json.loads((tmp_path / "a" / "pairs.jsonl.run.json").read_text())
     assert record["method"]["rho"] == 0.8 and record["rejected_method"]["mode"] == "truncated"
     assert record["generation"]["max_new_tokens"] == 5 and record["corrector"] is None
-    code, _, _ = command("--prompts", "p.jsonl", "--model", "m", "--out", "b", "--rejected-by", "plain",
-                         "--preset", "glm-4.1v")  # fmt: skip
+    words = ("--prompts", "p.jsonl", "--model", "m", "--out", "b", "--rejected-by", "plain", "--preset", "glm-4.1v")
+    code, _, _ = command(*words)
     chosen, rejected = stand_in.calls[2:]
     assert code == 0 and chosen["method"] == methods.CAPL(rho=0.9) and rejected["method"] is None
     assert (chosen["temperature"], rejected["temperature"]) == (0.0, 1.0)
@@ -82,9 +81,9 @@ def test_pairs_of_a_model(command, model, checkpoint, tmp_path):
         {"images": ["a_1.png", "a_0.png"], "prompt": "<image>, <image>: alike?"},
         {"images": ["a_0.png"], "prompt": "What?"},
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, error = command("--prompts", "p.jsonl", "--model", checkpoint, "--max-new-tokens", 6,
-                             "--batch-size", 2, "--keep-unfinished", "--out", "out")  # fmt: skip
+    write_lines(tmp_path / "p.jsonl", rows)
+    words = ("--prompts", "p.jsonl", "--model", checkpoint, "--max-new-tokens", 6, "--batch-size", 2)
+    code, _, error = command(*words, "--keep-unfinished", "--out", "out")
     log = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().split("\n")[1:-1]]
     said = {entry["id"]: entry for entry in log}
     pictures = [{"type": "image", "image": str(tmp_path / name)} for name in rows[0]["images"]]
@@ -95,30 +94,27 @@ def test_pairs_of_a_model(command, model, checkpoint, tmp_path):
     assert said["1"]["chosen"] != said["1"]["rejected"]
     assert said["3"]["chosen"] == said["3"]["rejected"]  # one picture has no other to look at
     assert code == 0, error
-    assert [pair.id for pair in read_pairs(tmp_path / "out" / "pairs.jsonl")] == [
-        entry["id"] for entry in sorted(log, key=lambda one: one["id"]) if entry["chosen"] != entry["rejected"]
-    ]
+    differ = sorted(entry["id"] for entry in log if entry["chosen"] != entry["rejected"])
+    assert [pair.id for pair in read_pairs(tmp_path / "out" / "pairs.jsonl")] == differ
 
 
-def test_pairs_that_are_there(command, tmp_path):
+def test_pairs_that_are_there(command, monkeypatch, capsys, tmp_path):
     rows = [
         {"question": "What?", "chosen": "A red dog.", "rejected": "A cat.", "image": "a_0.png", "idx": 4},
         {"question": "What?", "chosen": "Yes", "rejected": "yes.", "image": "a_1.png", "idx": 5},
         {"question": "What?", "chosen": "A cup.", "rejected": "A red cup.", "image": "a_1.png", "idx": 6},
     ]
-    (tmp_path / "rlhf_v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "rlhf_v.jsonl", rows)
     code, out, _ = command("--pairs", "rlhf_v.jsonl", "--out", "out", "--holdout", 0.5)
     assert code == 0 and "dropped: equal           1" in out
     (training,), (held,) = (read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation"))
     assert {training.id, held.id} == {"4", "6"} and training.images != held.images
-    refused = [
+    for words, message in (
         (("--pairs", "out/pairs.jsonl", "--out", "out"), "would be overwritten"),
         (("--pairs", "rlhf_v.jsonl", "--model", "pocket"), "leave --model and --corrector out"),
         (("--pairs", "missing.jsonl"), "cannot be read"),
-    ]
-    for words, message in refused:
-        code, _, error = command(*words)
-        assert code == 2 and message in error and error.count("\n") == 1
+    ):
+        refuses(monkeypatch, capsys, message, "preferences", *words)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get, names, protocol, rescore
 from lvlm_jax.evaluation.chair_words import READINGS
 from lvlm_jax.evaluation.parsers import YES_NO
 from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import runs as report_runs
 from tests.evaluation.builders import file_of, scored_run
+from tests.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {name: file_of(name) for name in BENCHMARKS}
@@ -50,10 +50,8 @@ def test_what_a_benchmark_says_of_itself(benchmark):
 
 def test_names():
     assert names() == [settings.name for benchmark in BENCHMARKS.values() for settings in benchmark.protocols]
-    with pytest.raises(LVLMError, match="'pope/vdc' is unknown; choose one of pope/strict, pope/official"):
-        get("pope/vdc")
-    with pytest.raises(LVLMError, match="'poop' is unknown; choose one of .*pope"):
-        get("poop")
+    refused("'pope/vdc' is unknown; choose one of pope/strict, pope/official", get, "pope/vdc")
+    refused("'poop' is unknown; choose one of .*pope", get, "poop")
     with pytest.raises(ValueError, match="registered already"):
         protocol.register(get("pope"))
 
@@ -68,46 +66,34 @@ def test_settings_that_a_benchmark_has_no_use_for(name, tmp_path):
         if field in benchmark.uses:
             benchmark.check(data)
             continue
-        with pytest.raises(LVLMError, match=f"{name} has no use for {field.replace('_', ' ')} .* it takes "):
-            benchmark.check(data)
-        with pytest.raises(LVLMError, match="has no use for"):
-            rescore.rescore(benchmark.protocols[0], data, ["a.jsonl"])
+        refused(f"{name} has no use for {field.replace('_', ' ')} .* it takes ", benchmark.check, data)
+        refused("has no use for", rescore.rescore, benchmark.protocols[0], data, ["a.jsonl"])
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_answers_come_back_as_they_were_written(name, tmp_path):
-    settings, benchmark, _, questions = asked(name, tmp_path / "data")
+def test_answers_and_figures_come_back_from_the_files(name, tmp_path):
+    settings, benchmark, data, questions = asked(name, tmp_path / "data")
+    # Answers, as they were written.
     said = {question.key: f'{question.id} "ü\u2028' for question in questions}
     target = tmp_path / "out" / benchmark.answers.name
     written = benchmark.answers.write(target, questions, said | {("none", "9"): "?"}, settings, "pocket")
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(written)
     found = answers.match(questions, answers.read([(None, target)], benchmark.answers, settings.groups))
     assert {key: text.split() for key, text in found.items()} == {key: text.split() for key, text in said.items()}
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_figures_by_groups_are_those_of_the_score(name, tmp_path):
-    """A report makes them from stored counts alone; and right answers are right."""
-    settings, benchmark, _, questions = asked(name, tmp_path)
+    # Figures by groups, which a report makes from stored counts alone, are those of the score; right answers are right.
     labelled = [question for question in questions if question.label is not None]
     scores = benchmark.score(labelled, {one.key: one.label.capitalize() for one in labelled}, settings)
     assert all(scores.correct[question.key] for question in labelled)
-    groups = list(dict.fromkeys(group for group, _ in scores.correct))
     if labelled:
-        again = benchmark.figures(groups, scores.counts, settings)
+        again = benchmark.figures(list(dict.fromkeys(group for group, _ in scores.correct)), scores.counts, settings)
         assert list(again) == list(scores.figures) and benchmark.judged_by(list(again))
     assert all(question.label for question in questions if question.group not in benchmark.descriptions)
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_differences_from_the_files_equal_those_from_the_answers(name, tmp_path):
-    settings, benchmark, data, questions = asked(name, tmp_path / "data")
+    # Differences of two runs are those of their answers.
     rng = np.random.default_rng(0)
     ours, theirs = ([str(word) for word in rng.choice(WORDS, len(questions))] for _ in range(2))
     scored_run(tmp_path / "runs/greedy", data, theirs, protocol=name)
     scored_run(tmp_path / "runs/cmac", data, ours, {"name": "CMAC"}, protocol=name)
-    keys = [question.key for question in questions]
-    pair = [benchmark.score(questions, dict(zip(keys, said, strict=True)), settings) for said in (ours, theirs)]
+    pair = [benchmark.score(questions, dict(zip(said, texts, strict=True)), settings) for texts in (ours, theirs)]
     expected = rescore.compare(*pair, resamples=200)
     ((_, found),) = report_runs.compare(report_runs.collect(tmp_path / "runs")).items()
     assert found.differences.keys() == expected["differences"].keys()

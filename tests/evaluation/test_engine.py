@@ -20,6 +20,7 @@ from lvlm_jax.generation import drivers
 from lvlm_jax.methods.base import OTHER_PICTURES
 from tests import small
 from tests.evaluation.fakes import Oracle
+from tests.refusals import refused
 
 PROTOCOL = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=4)
 
@@ -29,13 +30,16 @@ def questions(tmp_path_factory):
     """Twenty questions about seven pictures, one of them about two, one about none; lengths of two classes."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
-    paths = []
-    for number in range(7):
-        paths.append(folder / f"{number}.png")
-        Image.fromarray(generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(paths[-1])
+    paths = [folder / f"{number}.png" for number in range(7)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(path)
     asked = [((paths[i % 7],), f"Is it {'so ' * (i % 3)}{i}?") for i in range(18)]
     asked += [((paths[1], paths[5]), "Are they?"), ((), "Is it?")]
     return [Question(i, images, text, "yes", "random") for i, (images, text) in enumerate(asked)]
+
+
+def ask(questions, model=None, protocol=PROTOCOL, **work):
+    return engine.ask(model or Oracle(), questions, protocol, work=Work(**work))
 
 
 @pytest.fixture
@@ -49,11 +53,9 @@ def tower(monkeypatch):
 def test_answers_do_not_depend_on_the_batch(model, questions, tower):
     """Nor on who encoded the pictures; and every picture is encoded once."""
     questions = questions[:18]  # those about one picture: fewer programs
-    whole = engine.ask(model, questions, PROTOCOL, work=Work(batch_size=16))
-    assert list(whole) == [question.key for question in questions]
-    assert tower == [7]
-    assert whole == engine.ask(model, questions, PROTOCOL, work=Work(batch_size=1))
-    assert tower == [7] + [1] * 7
+    whole = ask(questions, model, batch_size=16)
+    assert list(whole) == [question.key for question in questions] and tower == [7]
+    assert whole == ask(questions, model, batch_size=1) and tower == [7] + [1] * 7
     for question in questions[:3]:
         picture = {"type": "image", "image": str(question.images[0])}
         messages = [{"role": "user", "content": [picture, {"type": "text", "text": question.text}]}]
@@ -73,74 +75,58 @@ def test_methods_take_encoded_pictures(model, method, tower):
     conversations = [small.conversation("Which of them?", seed=1), small.conversation("Is it so?", seed=2)]
     plain = model.generate(conversations, method, max_new_tokens=4)
     before = len(tower)
-    pictures = [one[0]["content"][0]["image"] for one in conversations]
-    encoded = model.encode_images(pictures)
-    messages = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, one[0]["content"][1]]}]
-        for one, image in zip(conversations, encoded, strict=True)
-    ]
-    again = model.generate(messages, method, max_new_tokens=4)
-    assert again == plain
+    messages = small.encoded(model, conversations)
+    assert model.generate(messages, method, max_new_tokens=4) == plain
     assert len(tower) - before == 1 + (method.contrast_prompt() in OTHER_PICTURES)
     whole, laid_out = model.prepare(conversations), model.prepare(messages)
     for name in ("tokens", "image_id", "pixels"):
         np.testing.assert_array_equal(getattr(laid_out, name), getattr(whole, name))
-
-
-def test_encoded_pictures_do_not_mix_with_others(model):
-    picture = np.zeros((28, 28, 3), np.uint8)
-    (encoded,) = model.encode_images([picture])
-    parts = [{"type": "image", "image": image} for image in (encoded, picture)]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Same?"}]}]
-    with pytest.raises(LVLMError, match="1 of 2 images are encoded; encode all images of a batch, or none"):
-        model.prepare(messages)
+    images = [messages[0][0]["content"][0], conversations[0][0]["content"][0]]
+    message = "1 of 2 images are encoded; encode all images of a batch, or none"
+    refused(message, model.prepare, [{"role": "user", "content": [*images, {"type": "text", "text": "Same?"}]}])
 
 
 def test_questions_with_the_same_prompt_are_put_once(questions):
     twice = [*questions, *(dataclasses.replace(question, group="popular") for question in questions)]
+
+    def by_split(found):
+        return [[found[group, str(i)] for i in range(20)] for group in ("random", "popular")]
+
     oracle = Oracle()
-    found = engine.ask(oracle, twice, PROTOCOL, work=Work(batch_size=5))
-    assert oracle.asked == 20
-    assert [found["random", str(i)] for i in range(20)] == [found["popular", str(i)] for i in range(20)]
+    random, popular = by_split(ask(twice, oracle, batch_size=5))
+    assert oracle.asked == 20 and random == popular
     drawn = dataclasses.replace(PROTOCOL, temperature=1.0)
-    found = engine.ask(oracle, twice, drawn, work=Work(batch_size=5))
-    assert oracle.asked == 60  # drawn answers differ
-    assert [found["random", str(i)] for i in range(20)] != [found["popular", str(i)] for i in range(20)]
-    assert found == engine.ask(Oracle(), twice[::-1], drawn, work=Work(batch_size=16))  # by key, not by place
-    assert found != engine.ask(Oracle(), twice, drawn, work=Work(batch_size=16, seed=1))
+    found = ask(twice, oracle, drawn, batch_size=5)
+    random, popular = by_split(found)
+    assert oracle.asked == 60 and random != popular  # drawn answers differ
+    assert found == ask(twice[::-1], protocol=drawn, batch_size=16)  # by key, not by place
+    assert found != ask(twice, protocol=drawn, batch_size=16, seed=1)
 
 
-def test_prompts_about_one_picture_follow_each_other(questions):
+def test_prompts_about_one_picture_follow_each_other_and_stay_together(questions):
     batches = engine.plan(questions, PROTOCOL, 4)
     assert sorted(index for batch in batches for prompt in batch for index in prompt) == list(range(20))
     assert [len(batch) for batch in batches] == [4] * 5
     order = [questions[prompt[0]].images for batch in batches for prompt in batch]
     changes = sum(one != other for one, other in zip(order, order[1:], strict=False))
     assert changes == len(set(order)) - 1
-
-
-@pytest.mark.parametrize("processes", [2, 3, 30])
-def test_shares_are_disjoint_and_complete(questions, processes):
-    shares = [
-        [prompt for batch in engine.plan(questions, PROTOCOL, 4, Share(k, processes)) for prompt in batch]
-        for k in range(processes)
-    ]
-    times = Counter(index for share in shares for prompt in share for index in prompt)
-    assert times == Counter(range(20))
-    owners = Counter(image for share in shares for image in {questions[prompt[0]].images for prompt in share})
-    assert set(owners.values()) == {1}  # no picture is encoded by two
+    for processes in (2, 3, 30):  # their shares are disjoint and complete
+        plans = [engine.plan(questions, PROTOCOL, 4, Share(k, processes)) for k in range(processes)]
+        shares = [[prompt for batch in plan for prompt in batch] for plan in plans]
+        assert Counter(i for share in shares for prompt in share for i in prompt) == Counter(range(20))
+        owners = Counter(image for share in shares for image in {questions[prompt[0]].images for prompt in share})
+        assert set(owners.values()) == {1}  # no picture is encoded by two
 
 
 def test_pictures_that_do_not_fit_are_encoded_again(questions):
     paths = [question.images[0] for question in questions[:7]]
     oracle = Oracle()
     with Pictures(oracle, paths, 3, remembered=50) as pictures:  # one group of three takes 72 bytes
-        first = [pictures.ready([path])[0].tokens for path in paths]
-        again = [pictures.ready([path])[0].tokens for path in paths]
+        first, again = ([pictures.ready([path])[0].tokens for path in paths] for _ in range(2))
+        np.testing.assert_array_equal(first, again)
     assert oracle.encoded == [3] * 6
-    np.testing.assert_array_equal(first, again)
     means = [np.asarray(Image.open(path), np.float32).mean(axis=(0, 1))[None] for path in paths]
-    np.testing.assert_array_equal(first, means)
+    np.testing.assert_array_equal(again, means)
     with Pictures(Oracle(), [b"no picture"], 3) as pictures, pytest.raises(LVLMError, match="of a table cannot be"):
         pictures.ready([b"no picture"])
 
@@ -152,51 +138,48 @@ def test_models_whose_image_tokens_depend_on_the_prompt_get_plain_pictures(quest
     paths = [question.images[0] for question in questions[:7]]
     with Pictures(oracle, paths, 3, remembered=28 * 28 * 3) as pictures:
         for path in paths * 2:
-            (picture,) = pictures.ready([path])
-            assert picture.tobytes() == Image.open(path).tobytes()
-    whole = engine.ask(oracle, questions, PROTOCOL, work=Work(batch_size=16))
-    assert whole == engine.ask(oracle, questions, PROTOCOL, work=Work(batch_size=3))
-    assert whole != engine.ask(Oracle(), questions, PROTOCOL, work=Work(batch_size=3))
+            assert pictures.ready([path])[0].tobytes() == Image.open(path).tobytes()
+    whole = ask(questions, oracle, batch_size=16)
+    assert whole == ask(questions, oracle, batch_size=3) != ask(questions, batch_size=3)
     assert oracle.encoded == []
 
 
-def test_a_killed_run_goes_on_where_it_was(questions, tmp_path):
-    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
-    log = tmp_path / "log.0.jsonl"
-    whole = engine.ask(Oracle(), questions, PROTOCOL, work=work)
-    lines = [line for line in log.read_bytes().splitlines(keepends=True) if b'"batch"' not in line]
+@pytest.fixture
+def work(tmp_path):
+    return {"batch_size": 4, "folder": tmp_path, "record": {"who": "oracle"}}
+
+
+def test_a_killed_run_goes_on_where_it_was(questions, tmp_path, work):
+    def answered():
+        lines = (tmp_path / "log.0.jsonl").read_bytes().splitlines(keepends=True)
+        return [line for line in lines if b'"batch"' not in line]
+
+    whole, lines = ask(questions, **work), answered()
     assert len(lines) == 1 + 20
-    log.write_bytes(b"".join(lines[:6]) + lines[6][:9])  # five answers and a piece of the sixth
+    (tmp_path / "log.0.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:9])  # five answers and a piece of another
     oracle = Oracle()
-    assert engine.ask(oracle, questions, PROTOCOL, work=work) == whole
+    assert ask(questions, oracle, **work) == whole
     assert oracle.asked == 16  # the second batch of four was not whole, so it is put again as it was
-    again = [line for line in log.read_bytes().splitlines(keepends=True) if b'"batch"' not in line]
-    assert sorted(again) == sorted(lines)
-    engine.ask(oracle, questions, PROTOCOL, work=work)
+    assert sorted(answered()) == sorted(lines)
+    ask(questions, oracle, **work)
     assert oracle.asked == 16
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_and_loses_nothing(questions, tmp_path):
-    path = tmp_path / "broken.png"
-    path.write_bytes(questions[4].images[0].read_bytes()[:200])
+def test_a_picture_that_cannot_be_read_stops_the_run_and_loses_nothing(questions, tmp_path, work):
+    path, content = tmp_path / "broken.png", questions[4].images[0].read_bytes()
+    path.write_bytes(content[:200])
     asked = [*questions, Question("last", (path,), "Is it?", "yes", "random")]
-    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
-    with pytest.raises(LVLMError, match=r"image '.*broken.png' cannot be decoded"):
-        engine.ask(Oracle(), asked, PROTOCOL, work=work)
-    path.write_bytes(questions[4].images[0].read_bytes())
+    refused(r"image '.*broken.png' cannot be decoded", ask, asked, **work)
+    path.write_bytes(content)
     oracle = Oracle()
-    found = engine.ask(oracle, asked, PROTOCOL, work=work)
-    assert len(found) == 21 and oracle.asked < 21
+    assert len(ask(asked, oracle, **work)) == 21 and oracle.asked < 21
 
 
-def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path):
-    work = Work(batch_size=4, folder=tmp_path, record={"who": "oracle"})
-    engine.ask(Oracle(), questions, PROTOCOL, work=work)
-    other = dataclasses.replace(work, record={"who": "another"})
-    with pytest.raises(LVLMError, match=r"begun with other settings \(who: 'oracle', now 'another'\)"):
-        engine.ask(Oracle(), questions, PROTOCOL, work=other)
-    with pytest.raises(LVLMError, match=r"log.0.jsonl' was begun with other settings"):
-        engine.ask(Oracle(), questions, PROTOCOL, work=dataclasses.replace(other, share=Share(1, 2)))
+def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path, work):
+    ask(questions, **work)
+    other = work | {"record": {"who": "another"}}
+    refused(r"begun with other settings \(who: 'oracle', now 'another'\)", ask, questions, **other)
+    refused(r"log.0.jsonl' was begun with other settings", ask, questions, **other, share=Share(1, 2))
     log = tmp_path / "log.0.jsonl"
     whole = log.read_text()
     answer = json.loads(whole.splitlines()[1])
@@ -209,8 +192,6 @@ def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path):
         ({"batch": cost | {"seconds": math.inf}}, "its seconds is inf"),
     ):
         log.write_text(whole + json.dumps(row) + "\n")
-        with pytest.raises(LVLMError, match=f"^line {whole.count(chr(10)) + 1} of .*{message}"):
-            engine.ask(Oracle(), questions, PROTOCOL, work=work)
+        refused(f"^line {whole.count(chr(10)) + 1} of .*{message}", ask, questions, **work)
     log.write_text("not a log\n")
-    with pytest.raises(LVLMError, match="is no log of answers"):
-        engine.ask(Oracle(), questions, PROTOCOL, work=work)
+    refused("is no log of answers", ask, questions, **work)

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from lvlm_jax.cli import sweep
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import grid
 from lvlm_jax.methods import CMAC
 from tests.cli.command import run
+from tests.evaluation.builders import write_lines
+from tests.refusals import refused
 
 
 class Model:
@@ -36,31 +37,21 @@ class Model:
 def questions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("a.png")
-    rows = [
-        {"question_id": f"q{n}", "image": "a.png", "text": "Is it?", "label": label}
-        for n, label in enumerate(("Yes", "no", "yes"))
-    ]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "q.jsonl"
+    row = {"image": "a.png", "text": "Is it?"}
+    labels = enumerate(("Yes", "no", "yes"))
+    return write_lines(tmp_path / "q.jsonl", [row | {"question_id": f"q{n}", "label": label} for n, label in labels])
 
 
 def test_points_are_the_product_of_the_axes():
     found = grid.points(CMAC(), ["alpha=0,1.5", "gamma=1,2"])
     assert found == [{"alpha": a, "gamma": g} for a in (0.0, 1.5) for g in (1.0, 2.0)]
-
-
-@pytest.mark.parametrize(
-    "axis, message",
-    [
+    for axis, message in (
         ("omega=1", "CMAC has no strength 'omega'; expected one of alpha"),
         ("alpha=1,x", "expected numbers, as in alpha=0,0.5,1"),
         ("alpha", "expected numbers"),
         ("beta=-1", "beta"),
-    ],
-)
-def test_what_is_no_axis(axis, message):
-    with pytest.raises(LVLMError, match=message):
-        grid.points(CMAC(), [axis])
+    ):
+        refused(message, grid.points, CMAC(), [axis])
 
 
 def test_answers_and_their_table(questions, tmp_path):
@@ -81,12 +72,9 @@ def test_answers_and_their_table(questions, tmp_path):
     grid.write(tmp_path / "out.jsonl", asked, points, found)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[3] == {"settings": {"alpha": 2.0}, "question_id": "q0", "text": "Yes, it is"} and len(rows) == 9
-
-
-def test_without_labels_there_is_no_accuracy(questions):
-    asked = grid.of_prompts(["Is it?"], ["a.png"])
-    found = grid.Answers(["No"], [["No"]], [[1]])
-    assert grid.table(asked, [{"alpha": 1.0}], found).splitlines()[0] == "settings  changed  tokens"
+    unlabelled = grid.of_prompts(["Is it?"], ["a.png"])  # without labels there is no accuracy
+    table = grid.table(unlabelled, [{"alpha": 1.0}], grid.Answers(["No"], [["No"]], [[1]]))
+    assert table.splitlines()[0] == "settings  changed  tokens"
 
 
 def test_the_command(questions, tmp_path, monkeypatch, capsys):

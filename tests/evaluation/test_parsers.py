@@ -1,95 +1,44 @@
 """Every parser on the answers that tell it from the others."""
 
-import pytest
-
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import parsers
+from tests.refusals import refused
 
-# text, then what official, opera, lmms-eval, strict, first-four and exact make of it
-TABLE = [
-    ("yes", "yes", "yes", "yes", "yes", "yes", None),
-    ("Yes", "yes", "yes", "yes", "yes", "yes", "yes"),
-    ("No", "no", "no", "no", "no", "no", "no"),
-    (" no ", "no", "no", "no", "no", "no", None),
-    ("Yes.", "yes", "yes", None, "yes", "yes", None),
-    ("No, there is no dog.", "no", "no", None, "no", "no", None),
-    # only the second sentence denies
-    ("There is a cat. There is no dog.", "yes", "no", None, "no", None, None),
-    # contractions are OPERA's alone
-    ("There isn't a dog", "yes", "no", None, None, None, None),
-    # capitals: NO is in OPERA's list, not in the official one
-    ("NO", "yes", "no", "no", "no", "no", None),
-    ("NOT", "yes", "yes", None, None, "no", None),
-    # both words
-    ("Yes and no", "no", "no", None, None, "yes", None),
-    # neither
-    ("A dog", "yes", "yes", None, None, None, None),
-    ("", "yes", "yes", None, None, None, None),
-    # words inside words
-    ("I know nothing", "yes", "yes", None, None, None, None),
-    ("nobody", "yes", "yes", None, None, "no", None),
-    # a comma without a blank: the official rule drops it and joins the words
-    ("no,there is none", "yes", "yes", None, "no", "no", None),
-    ("No\nthere is none", "yes", "yes", None, "no", "no", None),
-    ("Not really", "yes", "yes", None, None, "no", None),
-    ("it is not", "no", "no", None, None, None, None),
-    ("   yes", "yes", "yes", "yes", "yes", None, None),
-]
+NAMES = ("official", "opera", "lmms-eval", "strict", "first-four", "exact")
+# What they make of a text: y, n, or - for neither.
+TABLE = {
+    "yes": "yyyyy-", "Yes": "yyyyyy", "No": "nnnnnn", " no ": "nnnnn-", "Yes.": "yy-yy-", "   yes": "yyyy--",
+    "No, there is no dog.": "nn-nn-", "There is a cat. There is no dog.": "yn-n--",  # only the second sentence denies
+    "There isn't a dog": "yn----",  # contractions are OPERA's alone
+    "NO": "ynnnn-", "NOT": "yy--n-",  # capitals: NO is in OPERA's list, not in the official one
+    "Yes and no": "nn--y-", "A dog": "yy----", "": "yy----",  # both words, or neither
+    "I know nothing": "yy----", "nobody": "yy--n-",  # words inside words
+    "no,there is none": "yy-nn-",  # a comma without a blank: the official rule drops it and joins the words
+    "No\nthere is none": "yy-nn-", "Not really": "yy--n-", "it is not": "nn----",
+}  # fmt: skip
+# What VCD's makes of a text where yes is right, and where no is: it is steered by the label.
+VCD = {
+    "Yes": "yy", "No": "nn", "Yes and no": "yn",  # right, whatever is right
+    "A dog": "ny", "I know": "nn", " YES ": "yy",  # wrong, whatever is right; a no inside a word
+}  # fmt: skip
+LETTERS = {
+    "B": "B", "(B)": "B", "b.": "B", "B. a dog": "B", "The answer is C.": "C", "A dog and a cat: D": "D", "A. Dog": "A",
+    "A is right": "A", "Answer: A": "A", "a dog": None, "Because of the dog": None, "I'd say B": "B", "": None,
+    "E": None, "Both A and B": "A",  # there is no E
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: repr(row[0]))
-def test_yes_no(row):
-    text, *expected = row
-    names = ("official", "opera", "lmms-eval", "strict", "first-four", "exact")
-    assert [parsers.yes_no(name)(text, "yes") for name in names] == expected
-    assert [parsers.yes_no(name)(text, "no") for name in names] == expected  # the label decides nothing
+def test_yes_no():
+    words = {"y": "yes", "n": "no", "-": None}
+    for text, row in TABLE.items():
+        for label in ("yes", "no"):  # which decides nothing
+            found = [parsers.yes_no(name)(text, label) for name in NAMES]
+            assert found == [words[letter] for letter in row], text
+    for text, row in VCD.items():
+        assert [parsers.vcd(text, "yes"), parsers.vcd(text, "no")] == [words[letter] for letter in row], text
+    refused("'loose' is unknown; choose one of official, opera", parsers.yes_no, "loose")
 
 
-@pytest.mark.parametrize(
-    ("text", "for_yes", "for_no"),
-    [
-        ("Yes", "yes", "yes"),
-        ("No", "no", "no"),
-        ("Yes and no", "yes", "no"),  # right, whatever is right
-        ("A dog", "no", "yes"),  # wrong, whatever is right
-        ("I know", "no", "no"),  # a no inside a word
-        (" YES ", "yes", "yes"),
-    ],
-)
-def test_vcd_is_steered_by_the_label(text, for_yes, for_no):
-    assert parsers.vcd(text, "yes") == for_yes
-    assert parsers.vcd(text, "no") == for_no
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("B", "B"),
-        ("(B)", "B"),
-        ("b.", "B"),
-        ("B. a dog", "B"),
-        ("The answer is C.", "C"),
-        ("A dog and a cat: D", "D"),
-        ("A is right", "A"),
-        ("A. Dog", "A"),
-        ("Answer: A", "A"),
-        ("a dog", None),
-        ("Because of the dog", None),
-        ("E", None),  # no such option
-        ("I'd say B", "B"),
-        ("", None),
-        ("Both A and B", "A"),
-    ],
-)
-def test_letter(text, expected):
-    assert parsers.letter(text, ("A", "B", "C", "D")) == expected
-
-
-def test_letter_with_many_options_is_not_fooled_by_contractions():
-    assert parsers.letter("I'd say B", tuple("ABCDEFGHI")) == "B"
-    assert parsers.letter("I think it is B", tuple("ABCDEFGHI")) == "B"
-
-
-def test_unknown_parser():
-    with pytest.raises(LVLMError, match="'loose' is unknown; choose one of official, opera"):
-        parsers.yes_no("loose")
+def test_letter():
+    assert {text: parsers.letter(text, tuple("ABCD")) for text in LETTERS} == LETTERS
+    for text in ("I'd say B", "I think it is B"):  # contractions and words do not name the option I
+        assert parsers.letter(text, tuple("ABCDEFGHI")) == "B"

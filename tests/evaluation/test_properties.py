@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from lvlm_jax.evaluation import binary, get
-from lvlm_jax.evaluation.benchmarks import amber, chair, choices, mihbench, mme, pope
+from lvlm_jax.evaluation.benchmarks import amber, mihbench, mme, pope
 from lvlm_jax.evaluation.chair_words import Lexicon
 from lvlm_jax.evaluation.parsers import letter
 from lvlm_jax.evaluation.question import Question
+from tests.evaluation.builders import scored
 from tests.reference import scorers
 
 SETS = 1000
@@ -23,36 +23,32 @@ def words(rng):
     return joined.join(PIECES[i] for i in rng.integers(0, len(PIECES), rng.integers(0, 5)))
 
 
-def same(found, expected):
+def same(found, expected, prefix=""):
     """Every expected figure is found; None is nan."""
     for name, value in expected.items():
-        if value is None:
-            assert math.isnan(found[name]), name
-        else:
-            assert float(found[name]) == pytest.approx(value, abs=1e-12), name
+        number = found[prefix + name]
+        assert math.isnan(number) if value is None else number == pytest.approx(value, abs=1e-12), name
 
 
 def picture(i):
     return (f"image{i}".encode(),)
 
 
+def yes_or_no(rng):
+    return ("yes", "no")[rng.integers(2)]
+
+
 @pytest.mark.parametrize("parser", ["strict", "official", "opera", "vcd", "lmms-eval"])
 def test_pope(parser):
     rng = np.random.default_rng(0)
-    protocol = get(f"pope/{parser}")
     for _ in range(SETS // 5):
-        splits = pope.SPLITS[: rng.integers(1, 4)]
-        rows = [
-            {"split": split, "text": words(rng), "label": ("yes", "no")[rng.integers(2)]}
-            for split in splits
-            for _ in range(rng.integers(1, 12))
-        ]
+        splits = [split for split in pope.SPLITS[: rng.integers(1, 4)] for _ in range(rng.integers(1, 12))]
+        rows = [{"split": split, "text": words(rng), "label": yes_or_no(rng)} for split in splits]
         questions = [Question(i, picture(i // 3), "?", row["label"], row["split"]) for i, row in enumerate(rows)]
-        answers = {q.key: row["text"] for q, row in zip(questions, rows, strict=True)}
-        scores = pope.score(questions, answers, protocol)
+        found, scores = scored(f"pope/{parser}", questions, [row["text"] for row in rows])
         expected = scorers.pope(rows, parser)
-        assert set(scores.figures) == set(expected)
-        same(scores.values(), expected)
+        assert set(found) == set(expected)
+        same(found, expected)
         rights = [scorers.pope_parse(parser, row["text"], row["label"]) == row["label"] for row in rows]
         assert list(scores.correct.values()) == rights
 
@@ -62,32 +58,31 @@ def test_chair():
     names = [f"thing{i}" for i in range(6)]
     lexicon = Lexicon({name: name for name in names}, {}, "test")
     for _ in range(SETS):
-        questions, answers, rows = [], {}, []
+        questions, rows = [], []
         for i in range(rng.integers(1, 6)):
             truth = frozenset(name for name in names if rng.random() < 0.3)
+            questions.append(Question(i, picture(i), "", None, "captions", {"objects": truth, "lexicon": lexicon}))
             mentions = [names[j] for j in rng.integers(0, 6, rng.integers(0, 5))]
-            question = Question(i, picture(i), "", None, "captions", {"objects": truth, "lexicon": lexicon})
-            questions.append(question)
-            answers[question.key] = " and ".join(mentions)
             rows.append({"mentions": mentions, "truth": set(truth)})
-        same(chair.score(questions, answers, get("chair")).values(), scorers.chair(rows))
+        found, _ = scored("chair", questions, [" and ".join(row["mentions"]) for row in rows])
+        same(found, scorers.chair(rows))
 
 
 def test_mme():
     rng = np.random.default_rng(2)
     for _ in range(SETS):
-        rows, questions, answers = [], [], {}
-        for task in mme.HALLUCINATION[: rng.integers(1, 5)]:
-            for image in range(rng.integers(1, 5)):
-                for number, label in enumerate(("yes", "no"), start=1):
-                    question = Question(f"{image}/{number}", picture(image), "?", label, task)
-                    questions.append(question)
-                    answers[question.key] = words(rng)
-                    rows.append({"task": task, "image": image, "label": label, "text": answers[question.key]})
+        tasks = mme.HALLUCINATION[: rng.integers(1, 5)]
+        images = [(task, image) for task in tasks for image in range(rng.integers(1, 5))]
+        asked = [(task, image, label) for task, image in images for label in ("yes", "no")]
+        rows = [{"task": task, "image": image, "label": label, "text": words(rng)} for task, image, label in asked]
+        questions = [
+            Question(f"{row['image']}/{1 + i % 2}", picture(row["image"]), "?", row["label"], row["task"])
+            for i, row in enumerate(rows)
+        ]
+        found, _ = scored("mme", questions, [row["text"] for row in rows])
         expected = scorers.mme(rows)
-        scores = mme.score(questions, answers, get("mme"))
-        same(scores.values(), expected)
-        assert ("hallucination" in scores.figures) == ("hallucination" in expected)
+        same(found, expected)
+        assert ("hallucination" in found) == ("hallucination" in expected)
 
 
 def test_amber_descriptions():
@@ -102,67 +97,57 @@ def test_amber_descriptions():
         extra = {"truth": tuple(truth), "temptations": tuple(temptations), "lists": lists}
         question = Question(1, picture(1), "", None, "generative", extra)
         wrong, n, covered, tempted = scorers.amber_description(nouns, truth, temptations, association, names[7:])
-        scores = amber.score([question], {question.key: ", ".join(nouns)}, get("amber/generative"))
         expected = {"CHAIR": scorers.share(wrong, n), "Cover": covered / 2, "Hal": float(wrong > 0), "Cog": tempted / 2}
-        same(scores.values(), expected)
+        same(scored("amber/generative", [question], ", ".join(nouns))[0], expected)
 
 
 def test_amber_questions():
     rng = np.random.default_rng(4)
     texts = ["Yes", "No", "yes", "no", "No.", "maybe"]
     for _ in range(SETS):
-        questions = [
-            Question(i, picture(i // 2), "?", ("yes", "no")[rng.integers(2)],
-                     amber.DISCRIMINATIVE[rng.integers(5)])
-            for i in range(rng.integers(1, 20))
-        ]  # fmt: skip
-        answers = {q.key: texts[rng.integers(6)] for q in questions}
-        said = [{"Yes": "yes", "No": "no"}.get(answers[q.key]) for q in questions]
+        count = range(rng.integers(1, 20))
+        kinds = [(yes_or_no(rng), amber.DISCRIMINATIVE[rng.integers(5)]) for _ in count]
+        questions = [Question(i, picture(i // 2), "?", *kind) for i, kind in enumerate(kinds)]
+        answers = [texts[rng.integers(6)] for _ in count]
+        said = [{"Yes": "yes", "No": "no"}.get(text) for text in answers]
         expected = scorers.yes_no_figures(said, [q.label for q in questions], "no")
-        found = amber.score(questions, answers, get("amber/discriminative")).values()
-        same(found, {f"discriminative: {name}": value for name, value in expected.items()})
+        same(scored("amber/discriminative", questions, answers)[0], expected, "discriminative: ")
 
 
 def test_choices():
     rng = np.random.default_rng(5)
     pieces = ["A", "B", "C", "(D)", "a", "b.", "the", "dog", "E", "Answer:", "B)", "x"]
+    options = tuple("ABCD")
     for _ in range(SETS):
-        questions = [
-            Question(i, picture(i), "?", "ABCD"[rng.integers(4)], "all", {"options": tuple("ABCD")})
-            for i in range(rng.integers(1, 15))
-        ]
-        answers = {q.key: " ".join(pieces[j] for j in rng.integers(0, 12, rng.integers(0, 4))) for q in questions}
-        rows = [{"said": letter(answers[q.key], tuple("ABCD")), "label": q.label} for q in questions]
-        same(choices.score(questions, answers, get("choices/any")).values(), scorers.letters(rows))
+        labels = [options[rng.integers(4)] for _ in range(rng.integers(1, 15))]
+        questions = [Question(i, picture(i), "?", one, "all", {"options": options}) for i, one in enumerate(labels)]
+        answers = [" ".join(pieces[j] for j in rng.integers(0, 12, rng.integers(0, 4))) for _ in labels]
+        rows = [{"said": letter(text, options), "label": one} for text, one in zip(answers, labels, strict=True)]
+        same(scored("choices/any", questions, answers)[0], scorers.letters(rows))
 
 
 def test_mihbench_is_pope_by_kind():
     rng = np.random.default_rng(6)
     for _ in range(SETS // 5):
-        questions = [
-            Question(i, (*picture(i), *picture(i + 1)), "?", ("yes", "no")[rng.integers(2)], group)
-            for group in mihbench.GROUPS
-            for i in range(rng.integers(1, 6))
-        ]
+        kinds = [(i, group) for group in mihbench.GROUPS for i in range(rng.integers(1, 6))]
+        questions = [Question(i, (*picture(i), *picture(i + 1)), "?", yes_or_no(rng), group) for i, group in kinds]
         answers = {q.key: words(rng) for q in questions}
-        found = mihbench.score(questions, answers, get("mihbench")).values()
+        found, _ = scored("mihbench", questions, answers)
         for group in mihbench.GROUPS:
             chosen = [q for q in questions if q.group == group]
             said = [scorers.pope_parse("strict", answers[q.key], "") for q in chosen]
-            expected = scorers.yes_no_figures(said, [q.label for q in chosen])
-            same(found, {f"{group}: {name}": value for name, value in expected.items()})
+            same(found, scorers.yes_no_figures(said, [q.label for q in chosen]), f"{group}: ")
 
 
 def test_resampling_by_weights_is_resampling_by_rows():
     """A figure of weighted images equals the figure of images repeated that often."""
     rng = np.random.default_rng(7)
-    questions = [Question(i, picture(i // 2), "?", ("yes", "no")[rng.integers(2)], "random") for i in range(30)]
+    questions = [Question(i, picture(i // 2), "?", yes_or_no(rng), "random") for i in range(30)]
     answers = {q.key: ("yes", "no", "maybe")[rng.integers(3)] for q in questions}
-    scores = pope.score(questions, answers, get("pope"))
+    scores = scored("pope", questions, answers)[1]
     for _ in range(50):
         drawn = rng.integers(0, 15, 15)
         rows = [q for image in drawn for q in questions if q.images == picture(image)]
         said = [{"maybe": None}.get(answers[q.key], answers[q.key]) for q in rows]
-        expected = scorers.yes_no_figures(said, [binary.label_of(q) for q in rows])
         found = scores.values(np.bincount(drawn, minlength=15))
-        same(found, {f"random: {name}": value for name, value in expected.items()})
+        same(found, scorers.yes_no_figures(said, [q.label for q in rows]), "random: ")

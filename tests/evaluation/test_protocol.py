@@ -11,27 +11,18 @@ from lvlm_jax.evaluation import Data, get, record
 from lvlm_jax.evaluation.benchmarks import pope
 from tests.evaluation.builders import pope_folder
 
-
-@pytest.mark.parametrize(
-    ("name", "suffix", "length", "parser"),
-    [
-        ("pope/official", "\nAnswer the question using a single word or phrase.", 128, "official"),
-        ("pope/opera", "", 10, "opera"),
-        ("pope/vcd", " Please answer this question with one word.", 64, "vcd"),
-        ("pope/lmms-eval", "\nAnswer the question using a single word or phrase.", 128, "lmms-eval"),
-    ],
-)
-def test_pope_as_published(name, suffix, length, parser):
-    settings = get(name)
-    assert (settings.suffix, settings.max_new_tokens, settings.parser) == (suffix, length, parser)
+LLAVA = "\nAnswer the question using a single word or phrase."
 
 
-def test_chair_as_published():
-    assert get("chair/opera-64").truncate == "sentence" and get("chair/opera-512").truncate == "none"
-    for name, length in (("opera-512", 512), ("opera-64", 64), ("1024", 1024)):
-        assert get(f"chair/{name}").max_new_tokens == length
-    named = ("opera-512", "opera-64", "pai-512")
-    assert {name: get(f"chair/{name}").parser for name in named} == dict.fromkeys(named, "nltk")
+def test_protocols_as_published():
+    said = {"official": (LLAVA, 128), "opera": ("", 10), "lmms-eval": (LLAVA, 128)}
+    for name, (suffix, length) in (said | {"vcd": (" Please answer this question with one word.", 64)}).items():
+        settings = get(f"pope/{name}")
+        assert (settings.suffix, settings.max_new_tokens, settings.parser) == (suffix, length, name)
+    for name, length, truncate in (("opera-512", 512, "none"), ("opera-64", 64, "sentence")):
+        settings = get(f"chair/{name}")
+        assert (settings.max_new_tokens, settings.truncate, settings.parser) == (length, truncate, "nltk")
+    assert get("chair/1024").max_new_tokens == 1024 and get("chair/pai-512").parser == "nltk"
     assert get("chair/opera-512").template == "Please describe this image in detail."
     assert get("chair/pai-512").template == "Please help me describe the image in detail."
 
@@ -45,21 +36,17 @@ def found(tmp_path):
 
 
 def test_record(found):
-    _, settings, questions, files = found
+    folder, settings, questions, files = found
     made = record(settings, questions, files, model="llava", revision="abc", method=methods.CMAC(alpha=2.5), seed=7)
-    assert made["protocol"]["name"] == "pope/vcd" and made["protocol"]["parser"] == "vcd"
-    assert made["protocol"]["max_new_tokens"] == 64 and made["protocol"]["temperature"] == 1.0
-    assert made["questions"] == 4 and made["images"]["count"] == 2
+    expected = {"name": "pope/vcd", "parser": "vcd", "max_new_tokens": 64, "temperature": 1.0}
+    assert expected.items() <= made["protocol"].items()
+    assert (made["questions"], made["images"]["count"], made["seed"]) == (4, 2, 7) and made["version"]
     assert len(made["images"]["list_sha256"]) == len(made["files"]["random"]["sha256"]) == 64
     assert made["files"]["random"]["name"] == "coco_pope_random.json"
     assert made["model"] == {"name": "llava", "sha256": None, "revision": "abc"}
     assert made["method"]["name"] == "CMAC" and made["method"]["alpha"] == 2.5
-    assert made["seed"] == 7 and made["version"]
     assert json.loads(json.dumps(made)) == made
-
-
-def test_record_tells_files_and_image_lists_apart(found):
-    folder, settings, questions, files = found
+    # It tells files and image lists apart.
     before = record(settings, questions, files)
     assert record(settings, questions, files) == before
     assert record(settings, questions[::-1], files)["images"]["list_sha256"] != before["images"]["list_sha256"]

@@ -12,7 +12,9 @@ import sys
 import tomllib
 import types
 import warnings
+from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,41 +23,25 @@ from PIL import Image
 
 from lvlm_jax import LVLM, methods
 from lvlm_jax import integrations as adapters
-from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Data, engine, get
+from lvlm_jax.evaluation import engine, get
 from lvlm_jax.generation.questions import conversation
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.pocket.scenes import render, scene_at
 from lvlm_jax.pocket.splits import write_split
+from tests.evaluation.builders import read, scored
+from tests.refusals import refused
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUFFIX = "\nAnswer the question using a single word or phrase."
 DOG, BOTH = f"Is there a dog in the image?{SUFFIX}", f"Is there a cup in both images?{SUFFIX}"
 
 
-def modules(**contents):
-    """Modules to put into `sys.modules`: dotted names with `__` for dots."""
-    made = {}
-    for name, members in contents.items():
-        name = name.replace("__", ".")
-        made[name] = types.ModuleType(name)
-        vars(made[name]).update(members)
-    return made
-
-
 def stand_in_for_lmms_eval():
-    class Hook:
-        def __init__(self):
-            self.added = []
-
-        def add_partial(self, attribute, request, result):
-            self.added.append((attribute, request, result))
-
     class lmms(abc.ABC):  # noqa: N801
         is_simple = True
 
         def __init__(self):
-            self._rank, self._world_size, self.cache_hook, self.task_dict = 0, 1, Hook(), {}
+            self._rank, self._world_size, self.cache_hook, self.task_dict = 0, 1, mock.Mock(), {}
 
         rank = property(lambda self: self._rank)
         world_size = property(lambda self: self._world_size)
@@ -69,13 +55,6 @@ def stand_in_for_lmms_eval():
         @abc.abstractmethod
         def generate_until_multi_round(self, requests): ...
 
-    @dataclasses.dataclass(frozen=True)
-    class ModelManifest:
-        model_id: str
-        simple_class_path: str | None = None
-        chat_class_path: str | None = None
-        aliases: tuple[str, ...] = ()
-
     def value(text):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -88,14 +67,10 @@ def stand_in_for_lmms_eval():
         parts = re.findall(r"(?:\[[^]]*\]|[^,])+", text)
         return {key: value(rest) for key, rest in (part.split("=", 1) for part in parts)}
 
-    return modules(
-        lmms_eval={},
-        lmms_eval__api={},
-        lmms_eval__api__model={"lmms": lmms},
-        lmms_eval__models={},
-        lmms_eval__models__registry_v2={"ModelManifest": ModelManifest},
-        lmms_eval__utils={"simple_parse_args_string": simple_parse_args_string},
-    )
+    made = {"lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.models": {}, "lmms_eval.api.model": {"lmms": lmms}}
+    fields = ("model_id", "simple_class_path", "chat_class_path", "aliases")
+    made["lmms_eval.models.registry_v2"] = {"ModelManifest": namedtuple("Manifest", fields, defaults=(None, None, ()))}
+    return made | {"lmms_eval.utils": {"simple_parse_args_string": simple_parse_args_string}}
 
 
 def stand_in_for_vlmevalkit():
@@ -110,14 +85,15 @@ def stand_in_for_vlmevalkit():
             assert all(part["type"] in self.allowed_types for part in message)
             return self.generate_inner(message, dataset)
 
-    return modules(vlmeval={}, vlmeval__vlm={}, vlmeval__vlm__base={"BaseModel": BaseModel})
+    return {"vlmeval": {}, "vlmeval.vlm": {}, "vlmeval.vlm.base": {"BaseModel": BaseModel}}
 
 
 def adapter(stand_in, name):
-    """A module of the adapters, imported beside a stand-in and forgotten afterwards."""
+    """A module of the adapters, imported beside stand-ins, {module: members}, and forgotten afterwards."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, content in stand_in.items():
-            patch.setitem(sys.modules, module, content)
+        for module, members in stand_in.items():
+            patch.setitem(sys.modules, module, types.ModuleType(module))
+            vars(sys.modules[module]).update(members)
         patch.delitem(sys.modules, f"lvlm_jax.integrations.{name}", raising=False)
         yield importlib.import_module(f"lvlm_jax.integrations.{name}")
         sys.modules.pop(f"lvlm_jax.integrations.{name}")
@@ -202,8 +178,30 @@ def ready(module, documents, model, **settings):
     return made
 
 
+@pytest.fixture
+def recorded(lmms_eval, documents):
+    """recorded(**settings): the adapter, and the `Recording` that it asks."""
+
+    def build(**settings):
+        model = Recording()
+        return ready(lmms_eval, documents, model, **settings), model
+
+    return build
+
+
+def hooked(made):
+    """What the adapter gave to lmms-eval's cache: (name, request, answer)."""
+    return [call.args for call in made.cache_hook.add_partial.call_args_list]
+
+
 def ask(text, settings, document=0):
+    """A request to generate, with its settings, or to score a continuation."""
     return Request((text, settings, visuals, document, "task", "test"))
+
+
+def ends_with(answer):
+    """The continuation, as a function of the document."""
+    return lambda _: answer
 
 
 def test_entry_point_leads_to_the_model(lmms_eval):
@@ -232,9 +230,8 @@ def test_answers_are_those_of_generate(lmms_eval, documents, questions, said):
         assert made.generate_until(requests) == cut != said.text
 
 
-def test_batches_are_of_alike_settings_and_lengths(lmms_eval, documents):
-    model = Recording()
-    made = ready(lmms_eval, documents, model, batch_size=2)
+def test_batches_are_of_alike_settings_and_lengths(recorded):
+    made, model = recorded(batch_size=2)
     few, many = {"max_new_tokens": 4, "until": "."}, {"max_new_tokens": 4.0, "until": ["."], "temperature": 0}
     texts = ["ccc", "a", "<image> b", "eeeee", "bb", "dddd", "other"]
     requests = [ask(text, many if index % 2 else few) for index, text in enumerate(texts[:-1])]
@@ -246,18 +243,15 @@ def test_batches_are_of_alike_settings_and_lengths(lmms_eval, documents):
         same = Decoding(temperature=0.0, stop=(".",), max_new_tokens=4, seed=options["seed"])
         assert options == {"method": None} | vars(same)
     assert model.calls[3][1]["max_new_tokens"] == 5 and model.calls[3][1]["stop"] == ()
-    hooked = {request[0]: (name, request[1], answer) for name, request, answer in made.cache_hook.added}
-    assert hooked["a"] == ("generate_until", many, "0") and len(hooked) == 7
-
+    assert ("generate_until", ("a", many), "0") in hooked(made) and len(hooked(made)) == 7
     model.calls.clear()
     made.generate_until([ask(text, few) for text in ("a", "b", "c")])
     assert model.texts() == [["a", "b"], ["c", "c"]]  # the last batch keeps the shape of those before
 
 
-def test_sampling_depends_on_the_document_alone(lmms_eval, documents):
+def test_sampling_depends_on_the_document_alone(recorded):
     def seeds(numbers, **settings):
-        model = Recording()
-        made = ready(lmms_eval, documents, model, **settings)
+        made, model = recorded(**settings)
         made.generate_until([ask(f"question {n}", {"temperature": 1.0, "do_sample": True}, n) for n in numbers])
         given = [seed for _, options in model.calls for seed in options["seed"]]
         return dict(zip([text for batch in model.texts() for text in batch], given, strict=True)), given
@@ -269,9 +263,8 @@ def test_sampling_depends_on_the_document_alone(lmms_eval, documents):
     assert repeated[0] == first["question 0"] and len(set(repeated)) == 3
 
 
-def test_settings_that_mean_nothing_here_are_named_once(lmms_eval, documents):
-    model = Recording()
-    made = ready(lmms_eval, documents, model)
+def test_settings_that_mean_nothing_here_are_named_once(recorded):
+    made, model = recorded()
     request = ask(DOG, {"max_new_tokens": 1, "image_aspect_ratio": "pad"})
     with pytest.warns(UserWarning, match="no use for the generation settings image_aspect_ratio"):
         made.generate_until([request])
@@ -281,11 +274,9 @@ def test_settings_that_mean_nothing_here_are_named_once(lmms_eval, documents):
     assert model.calls[0][1] == model.calls[1][1] and "image_aspect_ratio" not in model.calls[0][1]
 
 
-def test_rounds_go_on_until_the_task_says_so(lmms_eval, pictures, documents):
+def test_rounds_go_on_until_the_task_says_so(recorded, pictures, documents):
     """The second document has two rounds more than the first; its rounds show another picture, or none."""
-    model = Recording()
-    made = ready(lmms_eval, documents, model, batch_size=2)
-    seen = []
+    (made, model), seen = recorded(batch_size=2), []
 
     def next_round(document, previous_output, round_idx, previous_round_info):
         number = documents.index(document)
@@ -298,16 +289,10 @@ def test_rounds_go_on_until_the_task_says_so(lmms_eval, pictures, documents):
     assert model.texts() == [[DOG, DOG], ["round 1"], ["round 2"]]
     counts = [[len(one[0]["content"]) - 1 for one in messages] for messages, _ in model.calls]
     assert counts == [[1, 2], [1], [0]]
-    assert seen == [
-        (0, 1, ("0",), None),
-        (1, 1, ("1",), None),
-        (1, 2, ("1", "2"), "after 1"),
-        (1, 3, ("1", "2", "3"), "after 2"),
-    ]
-    assert [(name, answers) for name, _, answers in made.cache_hook.added] == [
-        ("generate_until_multi_round", ["0"]),
-        ("generate_until_multi_round", ["1", "2", "3"]),
-    ]
+    second = [(1, 1, ("1",), None), (1, 2, ("1", "2"), "after 1"), (1, 3, ("1", "2", "3"), "after 2")]
+    assert seen == [(0, 1, ("0",), None), *second]
+    found = [(name, answers) for name, _, answers in hooked(made)]
+    assert found == [("generate_until_multi_round", answers) for answers in (["0"], ["1", "2", "3"])]
 
 
 def independent(pocket, cases):
@@ -345,29 +330,20 @@ def test_loglikelihood_is_that_of_an_independent_computation(lmms_eval, pocket, 
     ]
     expected = independent(pocket, cases)
     assert [best for *_, best in expected] == [False, True, False, False]
-    requests = [
-        Request((text, f" {answer}", visuals, 1 if len(images) == 2 else 0, "task", "test"))
-        for images, text, answer in cases[:3]
-    ]
+    requests = [ask(text, f" {answer}", int(len(images) == 2)) for images, text, answer in cases[:3]]
     requests.append(Request(("", "Yes")))  # a choice by itself comes without a document
     made = ready(lmms_eval, documents, pocket, batch_size=4)
     with pytest.warns(UserWarning, match="lowest value"):
         found = made.loglikelihood(requests)
     np.testing.assert_allclose([value for value, _ in found], [total for total, *_ in expected], rtol=0, atol=2e-4)
     assert [best for _, best in found] == [best for *_, best in expected]
-    assert (("loglikelihood", (DOG, greedy), found[1])) in made.cache_hook.added
+    assert ("loglikelihood", (DOG, greedy), found[1]) in hooked(made)
 
     # The same as functions of the document, and as the loss that lmms-eval's own models return.
     made = ready(lmms_eval, documents, pocket, batch_size=4, likelihood="loss")
-    computed = [
-        Request((request.args[0], lambda _, text=answer: text, *request.args[2:]))
-        for request, (*_, answer) in zip(requests, cases, strict=True)
-    ]
-    computed[3] = Request(("", "Yes"))
-    losses = made.loglikelihood(computed)
-    np.testing.assert_allclose(
-        [loss for loss, _ in losses], [-total / count for total, count, _ in expected], rtol=0, atol=2e-4
-    )
+    computed = [ask(text, ends_with(answer), int(len(images) == 2)) for images, text, answer in cases[:3]]
+    losses = [loss for loss, _ in made.loglikelihood([*computed, requests[3]])]
+    np.testing.assert_allclose(losses, [-total / count for total, count, _ in expected], rtol=0, atol=2e-4)
 
 
 class Bigrams:
@@ -393,56 +369,36 @@ def test_with_a_method_each_token_is_scored_by_the_step_that_would_choose_it(lmm
     model = Bigrams(pocket)
     made = ready(lmms_eval, documents, model, batch_size=3, method="cmac")
     answers = ["Yes", "There is a dog on the left.", "A cup"]
-    requests = [Request((DOG, lambda _, answer=answer: answer, visuals, 0, "task", "test")) for answer in answers]
-    expected = []
+    requests = [ask(DOG, ends_with(answer)) for answer in answers]
+    expected, paths = [], []
     for answer in answers:
-        before, whole = (
-            pocket.processor.tokenizer(f"{DOG} ASSISTANT:{end}")["input_ids"] for end in ("", f" {answer}")
-        )
+        ends = (f"{DOG} ASSISTANT:{end}" for end in ("", f" {answer}"))
+        before, whole = (pocket.processor.tokenizer(text)["input_ids"] for text in ends)
         assert whole[: len(before)] == before
-        rows = model.table[whole[len(before) - 1 : -1]]
-        normal = np.log(np.exp(rows).sum(axis=-1))
-        expected.append((rows[np.arange(len(rows)), whole[len(before) :]] - normal).sum())
+        path = np.array(whole[len(before) - 1 :])
+        rows = model.table[path[:-1]]
+        expected.append((rows[np.arange(len(rows)), path[1:]] - np.log(np.exp(rows).sum(axis=-1))).sum())
+        paths.append(path)
     found = made.loglikelihood(requests)
     np.testing.assert_allclose([value for value, _ in found], expected, rtol=1e-5)
     assert not any(best for _, best in found)
-
     # Make the second answer what greedy decoding writes: each of its tokens the best after the one before.
-    before, whole = (
-        pocket.processor.tokenizer(f"{DOG} ASSISTANT:{end}")["input_ids"] for end in ("", f" {answers[1]}")
-    )
-    path = whole[len(before) - 1 :]
-    assert len(set(path)) == len(path)
-    model.table[path[:-1], path[1:]] = 99.0
-    assert [best for _, best in made.loglikelihood(requests)] == [False, True, False]
+    assert len(set(paths[1].tolist())) == len(paths[1])
+    model.table[paths[1][:-1], paths[1][1:]] = 99.0
+    model.table[paths[2][-2], paths[2][-1]] = -np.inf  # below the cut of plausible tokens
+    found = made.loglikelihood(requests)
+    assert [best for _, best in found] == [False, True, False] and found[2][0] == -np.inf
 
 
-@pytest.mark.slow
-def test_a_method_scores_tokens_as_it_chooses_them(lmms_eval, pocket, pictures, documents):
-    """What a contrastive method wrote by itself has the log-probability that it reported, and is greedy."""
-    method = methods.CMAC(alpha=3.0, beta=0.2)
-    made = ready(lmms_eval, documents, pocket, batch_size=2, method="cmac", alpha=3, beta=0.2)
-    assert made.method == method
-    texts = ("Please describe this image in detail.", DOG)
-    output = pocket.generate([conversation(pictures[:1], text) for text in texts], method, max_new_tokens=6)
-    ended = [len(row) - (reason == "stop") for row, reason in zip(output.tokens, output.finish_reason, strict=True)]
-    assert ended[0] != ended[1]
-    expected = [sum(row[:count]) for row, count in zip(output.logprobs, ended, strict=True)]
-    found = made.loglikelihood(
-        [
-            Request((text, lambda _, answer=answer: answer, visuals, 0, "task", "test"))
-            for text, answer in zip(texts, output.text, strict=True)
-        ]
-    )
-    np.testing.assert_allclose([value for value, _ in found], expected, rtol=0, atol=2e-4)
-    assert [best for _, best in found] == [True, True]
-    far = [Request((text, lambda _: "kitchen", visuals, 0, "task", "test")) for text in texts]
-    assert made.loglikelihood(far) == [(-np.inf, False)] * 2  # below the cut of plausible tokens
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
+def test_model_arguments(lmms_eval):
+    """They go before flags; what is wrong with one is one line."""
+    created = lmms_eval.LVLMJax.create_from_arg_string
+    words = "pretrained=pocket,method=vcd+middle_layers,vcd_seed=3,layers=[2,3],batch_size=4,seed=7"
+    made = created(words, {"batch_size": 1, "max_batch_size": None})
+    assert (made.batch_size, made.seed) == (4, 7)
+    vcd, middle = made.method.members
+    assert vcd.seed == 3 and tuple(middle.layers) == (2, 3)
+    for given, message in (
         ("pretrained", r"expected key=value,key=value"),
         ("method=cmac", r"no model is named; give pretrained="),
         ("pretrained=/nowhere/at/all", r"/nowhere/at/all"),
@@ -456,63 +412,41 @@ def test_a_method_scores_tokens_as_it_chooses_them(lmms_eval, pocket, pictures, 
         ("pretrained=pocket,batch_size=0", r"batch_size is 0; expected"),
         ("pretrained=pocket,seed=-1", r"seed is -1.0; expected a whole number from 0"),
         ("pretrained=pocket,likelihood=high", r"likelihood is 'high'; expected one of logprob, loss"),
-    ],
-)
-def test_bad_arguments_are_one_clear_line(lmms_eval, given, message):
-    with pytest.raises(LVLMError, match=message) as caught:
-        lmms_eval.LVLMJax.create_from_arg_string(given, {"batch_size": 1, "device": None})
-    assert "\n" not in str(caught.value)
+    ):
+        refused(message, created, given, {"batch_size": 1, "device": None})
 
 
 def test_bad_requests_are_one_clear_line(lmms_eval, pocket, documents):
     made = ready(lmms_eval, documents, pocket)
-    for settings, text, message in (
-        ({"temperature": "hot"}, DOG, "temperature is 'hot'; expected 0, or a number"),
-        ({"max_new_tokens": 0}, DOG, "max_new_tokens is 0"),
-        ({}, "<image> <image> Same?", "2 <image> placeholders but 1 images"),
+    for request, message in (
+        (ask(DOG, {"temperature": "hot"}), "temperature is 'hot'; expected 0, or a number"),
+        (ask(DOG, {"max_new_tokens": 0}), "max_new_tokens is 0"),
+        (ask("<image> <image> Same?", {}), "2 <image> placeholders but 1 images"),
+        (Request((DOG, {}, lambda _: [7], 0, "task", "test")), r"given as int; expected a path, a PIL image"),
     ):
-        with pytest.raises(LVLMError, match=message):
-            made.generate_until([ask(text, settings)])
-    with pytest.raises(LVLMError, match="continuation is empty"):
-        made.loglikelihood([Request((DOG, lambda _: " ", visuals, 0, "task", "test"))])
-    with pytest.raises(LVLMError, match=r"given as int; expected a path, a PIL image"):
-        made.generate_until([Request((DOG, {}, lambda _: [7], 0, "task", "test"))])
+        refused(message, made.generate_until, [request])
+    refused("continuation is empty", made.loglikelihood, [ask(DOG, ends_with(" "))])
     searching = ready(lmms_eval, documents, pocket, method="opera")
-    with pytest.raises(LVLMError, match="OPERA is a search"):
-        searching.loglikelihood([Request((DOG, "Yes", visuals, 0, "task", "test"))])
+    refused("OPERA is a search", searching.loglikelihood, [ask(DOG, "Yes")])
 
 
-def test_model_arguments_go_before_flags(lmms_eval):
-    made = lmms_eval.LVLMJax.create_from_arg_string(
-        "pretrained=pocket,method=vcd+middle_layers,vcd_seed=3,layers=[2,3],batch_size=4,seed=7",
-        {"batch_size": 1, "max_batch_size": None},
-    )
-    assert (made.batch_size, made.seed) == (4, 7)
-    vcd, middle = made.method.members
-    assert vcd.seed == 3 and tuple(middle.layers) == (2, 3)
-
-
-@pytest.mark.parametrize(
-    "given, expected",
-    [
+def test_settings_of_a_generation():
+    for given, expected in (
         ({}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
         ({"temperature": 0.7, "do_sample": False, "top_k": 5}, {"temperature": 0.0}),
         ({"do_sample": True, "top_k": 5.0}, {"temperature": 1.0, "top_k": 5}),
         ({"do_sample": True, "temperature": 0, "top_p": 0}, {"temperature": 0}),
-        ({"max_new_tokens": 8, "top_p": None, "num_beams": 3}, {"max_new_tokens": 8, "num_beams": 3,
-                                                               "temperature": 0.0}),
-    ],
-)  # fmt: skip
-def test_settings_of_a_generation(given, expected):
-    assert adapters.decoding(given, 64) == Decoding(**{"max_new_tokens": 64} | expected)
+        ({"max_new_tokens": 8, "top_p": None, "num_beams": 3},
+         {"max_new_tokens": 8, "num_beams": 3, "temperature": 0.0}),
+    ):  # fmt: skip
+        assert adapters.decoding(given, 64) == Decoding(**{"max_new_tokens": 64} | expected)
 
 
 def test_vlmevalkit_keeps_pictures_and_text_in_their_order(vlmevalkit, pocket, pictures, questions, tmp_path):
-    paths = []
-    for index, picture in enumerate(pictures[:2]):
-        paths.append(str(tmp_path / f"{index}.png"))
-        picture.save(paths[-1])
+    paths = [str(tmp_path / f"{index}.png") for index in range(2)]
+    for path, picture in zip(paths, pictures, strict=False):
+        picture.save(path)
     parts = [("text", "First "), ("image", paths[0]), ("text", "then "), ("image", paths[1]), ("text", BOTH)]
     message = [{"type": kind, "value": value} for kind, value in parts]
     expected = [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in parts]}]
@@ -547,18 +481,10 @@ def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
     made = vlmevalkit.LVLMJax("pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2)
     assert made.method == methods.CMAC(alpha=1.0, imd=False)
     assert made.decoding == Decoding(max_new_tokens=512, num_beams=2, temperature=0.0, stop=["."])
-    with pytest.raises(LVLMError, match="use_vllm is no setting of the adapter or of method none"):
-        vlmevalkit.LVLMJax("pocket", use_vllm=True)
-    with pytest.raises(LVLMError, match="type 'video'; expected"):
-        made.generate_inner([{"type": "video", "value": "a.mp4"}])
-    with pytest.raises(LVLMError, match="the message is empty"):
-        made.generate_inner([])
-
-
-def documented_task():
-    """The files of the task in docs/adapters.md, by name."""
-    text = (REPOSITORY / "docs" / "adapters.md").read_text()
-    return dict(re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", text, re.DOTALL))
+    message = "use_vllm is no setting of the adapter or of method none"
+    refused(message, vlmevalkit.LVLMJax, "pocket", use_vllm=True)
+    refused("type 'video'; expected", made.generate_inner, [{"type": "video", "value": "a.mp4"}])
+    refused("the message is empty", made.generate_inner, [])
 
 
 @pytest.mark.slow
@@ -567,7 +493,8 @@ def test_lmms_eval_itself_gives_our_score(pocket, tmp_path):
     """The task of the documentation, asked by lmms-eval through the entry point and by our own engine."""
     folder = tmp_path / "data"
     write_split(folder, "test", 14)
-    files = documented_task()
+    text = (REPOSITORY / "docs" / "adapters.md").read_text()
+    files = dict(re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", text, re.DOTALL))
     assert set(files) == {"pope_local.yaml", "local.py"}
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -582,13 +509,12 @@ def test_lmms_eval_itself_gives_our_score(pocket, tmp_path):
     theirs = json.loads(results.read_text())["results"]["pope_local"]
 
     protocol = get("pope/lmms-eval")
-    questions = BENCHMARKS["pope"].read(Data(folder, groups=("random",)), protocol, need_images=True)
-    said = engine.ask(pocket, questions, protocol)
-    answers = {key: one.text for key, one in said.items()}
-    ours = BENCHMARKS["pope"].score(questions, answers, protocol).values()
+    questions = read(protocol.name, folder, need_images=True, groups=("random",))
+    answers = {key: one.text for key, one in engine.ask(pocket, questions, protocol).items()}
+    ours, _ = scored(protocol.name, questions, answers)
     assert len(questions) == 60
-    for name, figure in (("accuracy", "accuracy"), ("precision", "precision"), ("recall", "recall"),
-                         ("f1_score", "F1")):  # fmt: skip
+    for name in ("accuracy", "precision", "recall", "f1_score"):
+        figure = "F1" if name == "f1_score" else name
         assert theirs[f"pope_{name},none"] == pytest.approx(ours[f"random: {figure}"], abs=1e-9)
     (samples,) = (tmp_path / "out").rglob("*_samples_pope_local.jsonl")
     rows = [json.loads(line)["pope_accuracy"] for line in samples.read_text().splitlines()]

@@ -14,34 +14,17 @@ from lvlm_jax import models, weights
 from lvlm_jax.weights import lora
 from lvlm_jax.weights.tables import flatten, unflatten
 
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=28,
-    patch_size=14,
-    projection_dim=16,
-)
-TEXT = dict(
-    vocab_size=96,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+VISION |= dict(image_size=28, patch_size=14, projection_dim=16)
+TEXT = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+TEXT |= dict(num_key_value_heads=2, vocab_size=96)
 
 
 def random_model(seed=0, tie=False, **text) -> Llava:
     """A transformers model with random weights in every tensor, biases and norms included."""
     torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**{**TEXT, **text}, tie_word_embeddings=tie),
-        image_token_index=90,
-        tie_word_embeddings=tie,
-    )
+    text = LlamaConfig(**{**TEXT, **text}, tie_word_embeddings=tie)
+    config = LlavaConfig(CLIPVisionConfig(**VISION), text, image_token_index=90, tie_word_embeddings=tie)
     model = Llava(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,6 +45,11 @@ def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
     return {rename(name): tensor for name, tensor in state.items()}
 
 
+def hub_tensors(model, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """The tensors under the names of published checkpoints."""
+    return renamed(tensors(model, dtype), *HUB)
+
+
 HUB = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -77,10 +65,15 @@ ORIGINAL = (
 )
 
 
-def write(folder, config: dict, state: dict):
+def write_config(folder, config: dict):
+    """The folder, with that `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write(folder, config: dict, state: dict):
+    save_file(state, write_config(folder, config) / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -89,21 +82,22 @@ def config_of(folder):
     return models.config_from_hf(weights.read_config(folder))
 
 
-def change_config(folder, change: dict) -> None:
+def load(folder, *arguments, **options):
+    """Its parameters."""
+    return weights.load_parameters(folder, config_of(folder), *arguments, **options)
+
+
+def change_config(folder, change: dict, name: str = "config.json") -> None:
     """Changes entries of the `config.json` of a folder."""
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | change))
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
 
 
 def adapted(params, targets=lora.TARGETS, rank=3, alpha=7.0, dropout=0.0, key=0):
     """(adapters, frozen) of `params`, with a B that is not zero."""
     adapters, frozen = lora.attach(params, rank, alpha, targets, dropout, jax.random.key(key))
-    rng = np.random.default_rng(key)
-    flat = {
-        path: jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32) if path.endswith("_b") else leaf
-        for path, leaf in flatten(adapters).items()
-    }
-    return unflatten(flat), frozen
+    rng, flat = np.random.default_rng(key), flatten(adapters)
+    drawn = {path: rng.normal(0, 0.05, leaf.shape) for path, leaf in flat.items() if path.endswith("_b")}
+    return unflatten(flat | {path: jnp.asarray(leaf, jnp.float32) for path, leaf in drawn.items()}), frozen
 
 
 def write_scheme(folder, model, pairs=(), dtype=torch.float32):
@@ -111,12 +105,10 @@ def write_scheme(folder, model, pairs=(), dtype=torch.float32):
 
 
 def write_sharded(folder, config: dict, state: dict, count: int):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, config)
     names, weight_map = sorted(state), {}
     for number in range(count):
-        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        part = names[number::count]
+        file, part = f"model-{number + 1:05}-of-{count:05}.safetensors", names[number::count]
         save_file({name: state[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
@@ -126,43 +118,18 @@ def write_sharded(folder, config: dict, state: dict, count: int):
 
 def original_config(tower: str, vocabulary: int) -> dict:
     """`config.json` of a liuhaotian checkpoint, with small sizes."""
-    return {
-        "_name_or_path": "llava-v1.5-small",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "freeze_mm_mlp_adapter": False,
-        "freeze_mm_vision_resampler": False,
-        "hidden_act": "silu",
-        "hidden_size": TEXT["hidden_size"],
-        "image_aspect_ratio": "pad",
-        "initializer_range": 0.02,
-        "intermediate_size": TEXT["intermediate_size"],
-        "max_length": 4096,
-        "max_position_embeddings": 2048,
-        "mm_hidden_size": VISION["hidden_size"],
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_resampler_type": None,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": tower,
-        "model_type": "llava_llama",
-        "num_attention_heads": TEXT["num_attention_heads"],
-        "num_hidden_layers": TEXT["num_hidden_layers"],
-        "num_key_value_heads": TEXT["num_key_value_heads"],
-        "pad_token_id": 0,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "transformers_version": "4.31.0",
-        "tune_mm_mlp_adapter": False,
-        "use_cache": True,
-        "vocab_size": vocabulary,
-    }
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+    return {name: TEXT[name] for name in names} | {
+        "_name_or_path": "llava-v1.5-small", "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama",
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": vocabulary, "hidden_act": "silu",
+        "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "image_aspect_ratio": "pad",
+        "initializer_range": 0.02, "max_length": 4096, "max_position_embeddings": 2048, "pretraining_tp": 1,
+        "mm_hidden_size": VISION["hidden_size"], "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2, "mm_vision_tower": tower, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0",
+        "tune_mm_mlp_adapter": False, "use_cache": True,
+    }  # fmt: skip
 
 
 def split_tower(state: dict) -> tuple[dict, dict]:
@@ -186,8 +153,7 @@ def clip_model(tower: dict, whole: bool):
 
 
 def stored_dtypes(folder) -> set[torch.dtype]:
-    files = folder.glob("*.safetensors")
-    return {tensor.dtype for file in files for tensor in load_file(file).values()}
+    return {tensor.dtype for file in folder.glob("*.safetensors") for tensor in load_file(file).values()}
 
 
 def assert_same(a: dict, b: dict) -> None:

@@ -1,29 +1,19 @@
 """`lvlm convert`: one command, one line on failure."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_jax.cli import convert as convert_command
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.cli import convert
+from tests.cli.command import run
+from tests.refusals import refused
 from tests.weights import checkpoints as make
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
 
-
-def convert(*arguments, cwd=None):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
-
-
-def test_convert_an_original_checkpoint(tmp_path):
+def test_convert_an_original_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     model = make.random_model(vocab_size=90)
     rest, tower = make.split_tower(make.tensors(model))
     make.write(tmp_path / "llava", make.original_config("openai/x", 90), rest)
@@ -31,9 +21,9 @@ def test_convert_an_original_checkpoint(tmp_path):
     (tmp_path / "processor").mkdir()
     (tmp_path / "processor" / "tokenizer.json").write_text("{}")
     words = "llava out/bf16 --dtype bfloat16 --vision-tower tower --processor processor"
-    done = convert(*words.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote out/bf16: ") and done.stdout.count("\n") == 1
+    code, said, errors = run(monkeypatch, capsys, "convert", *words.split())
+    assert code == 0, errors
+    assert said.startswith("wrote out/bf16: ") and said.count("\n") == 1
     out = tmp_path / "out" / "bf16"
     assert make.stored_dtypes(out) == {torch.bfloat16} and (out / "tokenizer.json").exists()
     loaded, report = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
@@ -44,26 +34,20 @@ def test_convert_an_original_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "words, message",
     [
-        (["absent/folder/x", "out"], "no such folder"),
-        (["owner/absent", "out"], "neither a folder here nor a model"),
-        (["empty", "out"], r"config\.json"),
-        (["empty"], "target"),
-        (["empty", "out", "--dtype", "int4"], "int4"),
+        ("absent/folder/x out", "no such folder"),
+        ("owner/absent out", "neither a folder here nor a model"),
+        ("empty out", r"config\.json"),
+        ("empty", "target"),
+        ("empty out --dtype int4", "int4"),
     ],
 )
-def test_failures(arguments, message, tmp_path, monkeypatch):
+def test_failures(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LVLMError, match=message) as caught:
-        convert_command.main(arguments)
-    assert "\n" not in str(caught.value)
+    refused(message, convert.main, words.split())
+    code, _, said = run(monkeypatch, capsys, "convert", *words.split())
+    assert code == 2 and said.startswith("lvlm convert: ") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_a_failure_is_one_line_and_code_two(tmp_path):
-    done = convert("absent/folder/x", "out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("lvlm convert: no such folder") and done.stderr.count("\n") == 1

@@ -7,30 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from lvlm_jax import models, weights
-from lvlm_jax.errors import LVLMError
+from lvlm_jax import weights
 from lvlm_jax.weights.tables import flatten
+from tests.refusals import refused
 from tests.weights import checkpoints as make
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make.random_model()
-
-
-@pytest.fixture(scope="module")
-def config(model):
-    return models.config_from_hf(model.config.to_dict())
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    return make.expected_parameters(model)
+def expected(drawn):
+    return make.expected_parameters(drawn)
 
 
 def assert_loads(folder, expected, dtype="float32"):
-    config = make.config_of(folder)
-    params = flatten(weights.load_parameters(folder, config, dtype))
+    params = flatten(make.load(folder, dtype))
     assert params.keys() == expected.keys()
     for path, array in params.items():
         assert array.dtype == dtype
@@ -40,55 +29,46 @@ def assert_loads(folder, expected, dtype="float32"):
 @pytest.mark.parametrize(
     "pairs", [make.HUB, (), make.STATE_DICT_4, make.ORIGINAL], ids=["hub", "state_dict", "state_dict_4", "original"]
 )
-def test_naming_schemes(pairs, model, expected, tmp_path):
-    assert_loads(make.write_scheme(tmp_path / "m", model, pairs), expected)
+def test_naming_schemes(pairs, drawn, expected, tmp_path):
+    assert_loads(make.write_scheme(tmp_path / "m", drawn, pairs), expected)
 
 
 @pytest.mark.parametrize(("size", "shards"), [("1GB", 0), ("60KB", 3)])
-def test_what_transformers_writes(size, shards, model, expected, tmp_path):
-    model.save_pretrained(tmp_path, max_shard_size=size)
+def test_what_transformers_writes(size, shards, drawn, expected, tmp_path):
+    drawn.save_pretrained(tmp_path, max_shard_size=size)
     assert len(list(tmp_path.glob("model-*.safetensors"))) >= shards
     assert_loads(tmp_path, expected)
 
 
-def test_shards_without_an_index(model, expected, tmp_path):
-    folder = make.write_sharded(tmp_path / "m", model.config.to_dict(), make.tensors(model), 3)
+def test_shards_without_an_index_and_files_instead_of_a_folder(drawn, drawn_config, expected, tmp_path):
+    folder = make.write_sharded(tmp_path / "m", drawn.config.to_dict(), make.tensors(drawn), 3)
     (folder / "model.safetensors.index.json").unlink()
     assert_loads(folder, expected)
+    params = flatten(weights.load_parameters(sorted(folder.glob("*.safetensors")), drawn_config))
+    np.testing.assert_array_equal(params["language_model/norm/scale"], expected["language_model/norm/scale"])
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
-def test_dtypes(stored, wanted, model, tmp_path):
+def test_dtypes(stored, drawn, tmp_path):
     rounded = make.random_model()
     rounded.to(stored).float()
     expected = make.expected_parameters(rounded)
-    expected = {path: array.astype(jnp.dtype(wanted)) for path, array in expected.items()}
-    assert_loads(make.write_scheme(tmp_path / "m", model, make.HUB, stored), expected, wanted)
+    folder = make.write_scheme(tmp_path / "m", drawn, make.HUB, stored)
+    for wanted in ("float32", "bfloat16", "float16"):
+        assert_loads(folder, {path: array.astype(jnp.dtype(wanted)) for path, array in expected.items()}, wanted)
+    kept = {str(leaf.dtype) for leaf in flatten(make.load(folder)).values()}  # without a dtype the stored one stays
+    assert kept == {str(stored).removeprefix("torch.")}
+    make.write_config(tmp_path / "bin", drawn.config.to_dict())
+    for zipped in (True, False):  # torch files
+        path = tmp_path / "bin" / "pytorch_model.bin"
+        torch.save(make.hub_tensors(drawn, stored), path, _use_new_zipfile_serialization=zipped)
+        assert_loads(tmp_path / "bin", expected)
 
 
-def test_without_a_dtype_the_stored_one_stays(model, config, tmp_path):
-    folder = make.write_scheme(tmp_path / "m", model, make.HUB, torch.float16)
-    loaded = flatten(weights.load_parameters(folder, config))
-    assert {leaf.dtype for leaf in loaded.values()} == {jnp.dtype("float16")}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files(dtype, zipped, model, tmp_path):
-    rounded = make.random_model()
-    rounded.to(dtype).float()
-    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    state = make.renamed(make.tensors(model, dtype), *make.HUB)
-    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert_loads(tmp_path, make.expected_parameters(rounded))
-
-
-def test_sharded_torch_files(model, expected, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    state = make.renamed(make.tensors(model), *make.HUB)
+def test_sharded_torch_files(drawn, expected, tmp_path):
+    make.write_config(tmp_path, drawn.config.to_dict())
+    state, weight_map = make.hub_tensors(drawn), {}
     names = sorted(state)
-    weight_map = {}
     for number in range(2):
         file = f"pytorch_model-{number + 1:05}-of-00002.bin"
         torch.save({name: state[name] for name in names[number::2]}, tmp_path / file)
@@ -97,64 +77,46 @@ def test_sharded_torch_files(model, expected, tmp_path):
     assert_loads(tmp_path, expected)
 
 
-def test_a_torch_file_with_code_is_refused(model, tmp_path):
+def test_a_torch_file_with_code_is_refused(drawn_config, tmp_path):
     class Attack:
         def __reduce__(self):
             return (open, (str(tmp_path / "created"), "w"))
 
-    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     torch.save({"a": Attack()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(LVLMError, match="pytorch_model.bin"):
-        weights.load_parameters(tmp_path, models.config_from_hf(model.config.to_dict()))
+    refused("pytorch_model.bin", weights.load_parameters, tmp_path, drawn_config)
     assert not (tmp_path / "created").exists()
 
 
-def test_files_instead_of_a_folder(model, config, expected, tmp_path):
-    folder = make.write_scheme(tmp_path / "m", model, make.HUB)
-    params = flatten(weights.load_parameters([folder / "model.safetensors"], config))
-    np.testing.assert_array_equal(params["language_model/norm/scale"], expected["language_model/norm/scale"])
-
-
-def test_known_buffers_are_passed_over(model, expected, tmp_path):
-    state = make.renamed(make.tensors(model), *make.HUB)
-    state["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
-    state["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
-    assert_loads(make.write(tmp_path / "m", model.config.to_dict(), state), expected)
-
-
-def test_layers_behind_the_feature_layer_may_be_absent(model, config, expected, tmp_path):
-    state = make.renamed(make.tensors(model), *make.HUB)
+def test_what_may_be_there_besides_and_what_may_be_absent(drawn, drawn_config, expected, tmp_path):
+    """Known buffers; layers behind the feature layer."""
+    state, raw = make.hub_tensors(drawn), drawn.config.to_dict()
+    buffers = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    buffers["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    assert_loads(make.write(tmp_path / "more", raw, state | buffers), expected)
     unread = {name for name in state if "post_layernorm" in name or "vision_model.encoder.layers.2." in name}
     assert len(unread) == 18
     kept = {name: tensor for name, tensor in state.items() if name not in unread}
-    folder = make.write(tmp_path / "m", model.config.to_dict(), kept)
-    params = flatten(weights.load_parameters(folder, config))
-    for path, array in params.items():
+    for path, array in flatten(make.load(make.write(tmp_path / "less", raw, kept))).items():
         read = not path.startswith(("vision_tower/post_layernorm/", "vision_tower/layers_2/"))
         np.testing.assert_array_equal(array, expected[path] if read else np.zeros_like(expected[path]))
     del kept["vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias"]
-    folder = make.write(tmp_path / "n", model.config.to_dict(), kept)
-    with pytest.raises(LVLMError, match=r"1 missing: vision_tower.*\.encoder.layers.1.mlp.fc1.bias$"):
-        weights.load_parameters(folder, config)
+    missing = r"1 missing: vision_tower.*\.encoder.layers.1.mlp.fc1.bias$"
+    refused(missing, make.load, make.write(tmp_path / "too little", raw, kept))
 
 
 def test_tied_embeddings(tmp_path):
     tied = make.random_model(tie=True)
-    expected = make.expected_parameters(tied)
+    expected, raw, state = make.expected_parameters(tied), tied.config.to_dict(), make.hub_tensors(tied)
     del expected["language_model/lm_head/kernel"]
-    state = make.renamed(make.tensors(tied), *make.HUB)
-    assert_loads(make.write(tmp_path / "present", tied.config.to_dict(), state), expected)
-    head = state.pop("language_model.lm_head.weight")
-    assert_loads(make.write(tmp_path / "absent", tied.config.to_dict(), state), expected)
-    state["language_model.lm_head.weight"] = head + 1
-    folder = make.write(tmp_path / "different", tied.config.to_dict(), state)
-    with pytest.raises(LVLMError, match="tie_word_embeddings"):
-        weights.load_parameters(folder, models.config_from_hf(tied.config.to_dict()))
+    assert_loads(make.write(tmp_path / "present", raw, state), expected)
+    head = {"language_model.lm_head.weight": state.pop("language_model.lm_head.weight") + 1}
+    assert_loads(make.write(tmp_path / "absent", raw, state), expected)
+    refused("tie_word_embeddings", make.load, make.write(tmp_path / "different", raw, state | head))
 
 
-def test_parameters_do_not_alias_the_file(model, config, tmp_path):
-    folder = make.write_scheme(tmp_path / "m", model, make.HUB)
-    params = flatten(weights.load_parameters(folder, config, "float32"))
+def test_parameters_do_not_alias_the_file(drawn, tmp_path):
+    folder = make.write_scheme(tmp_path / "m", drawn, make.HUB)
+    params = flatten(make.load(folder, "float32"))
     before = {path: np.array(array) for path, array in params.items()}
     with open(folder / "model.safetensors", "r+b") as file:
         size = file.seek(0, 2)

@@ -9,11 +9,11 @@ import pytest
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.attention.context import Context
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.layers import Linear, linear
 from lvlm_jax.parallel import make_mesh, parameter_sharding
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
+from tests.refusals import refused
 from tests.weights.checkpoints import adapted
 
 KEY = jax.random.key(0)
@@ -43,19 +43,16 @@ def test_without_an_adapter_it_is_a_dense_layer(dtype, bias):
     """The same parameters and the same operations, so that no program is slower for LoRA. Of few rows: `native`."""
     dtype, x = jnp.dtype(dtype), jnp.ones((4, 5, 6))
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    ours, plain = (
-        linear(4, dtype, None, use_bias=bias),
-        nn.Dense(4, bias, dtype=dtype, precision=precision, kernel_init=nn.initializers.normal(0.02)),
-    )
+    ours = linear(4, dtype, None, use_bias=bias)
+    plain = nn.Dense(4, bias, dtype=dtype, precision=precision, kernel_init=nn.initializers.normal(0.02))
     made = ours.init(KEY, x)
     assert set(made["params"]) == {"kernel", "bias"} - (set() if bias else {"bias"})
     chex.assert_trees_all_equal(made, plain.init(KEY, x), strict=False)
     if dtype == jnp.float32:
         assert str(jax.make_jaxpr(ours.apply)(made, x)) == str(jax.make_jaxpr(plain.apply)(made, x))
     # On a CPU 16-bit products are float32 ones; elsewhere they are those of nn.Dense.
-    texts = [
-        jax.jit(module.apply).trace(made, x).lower(lowering_platforms=("tpu",)).as_text() for module in (ours, plain)
-    ]
+    traced = [jax.jit(module.apply).trace(made, x) for module in (ours, plain)]
+    texts = [one.lower(lowering_platforms=("tpu",)).as_text() for one in traced]
     assert texts[0] == texts[1]
 
 
@@ -91,14 +88,13 @@ def test_merged_equals_unmerged(model, mixed):
     merged = lora.merge(params)
     assert jax.tree.structure(merged) == jax.tree.structure(model.params)
     valid = mixed["attention_mask"].astype(bool)
-    unmerged_logits, merged_logits, base = (
-        np.asarray(LVLM(tree, model.config).logits(mixed))[valid] for tree in (params, merged, model.params)
-    )
+    trees = (params, merged, model.params)
+    unmerged_logits, merged_logits, base = (np.asarray(LVLM(tree, model.config).logits(mixed))[valid] for tree in trees)
     assert np.abs(unmerged_logits - base).max() > 0.1
     np.testing.assert_allclose(merged_logits, unmerged_logits, rtol=0, atol=1e-5)
 
 
-def test_merging_is_the_formula_and_keeps_dtype_and_the_rest():
+def test_merging_is_the_formula_and_keeps_dtype_and_the_rest(model):
     _, leaves, _ = module_and_leaves()
     params = {"up": {**leaves, "kernel": leaves["kernel"].astype(jnp.bfloat16)}, "norm": {"scale": jnp.ones(3)}}
     merged = lora.merge(params)
@@ -107,18 +103,15 @@ def test_merging_is_the_formula_and_keeps_dtype_and_the_rest():
     exact = np.asarray(params["up"]["kernel"], np.float64) + low_rank_term(leaves, np.eye(24))
     np.testing.assert_array_equal(merged["up"]["kernel"], jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
     assert merged["norm"]["scale"] is params["norm"]["scale"]
-
-
-def test_merging_the_frozen_part_gives_the_base(model):
-    _, frozen = lora.attach(model.params, 2, 4.0, lora.TARGETS, 0.1, KEY)
+    _, frozen = lora.attach(model.params, 2, 4.0, lora.TARGETS, 0.1, KEY)  # the frozen part merged is the base
     assert flatten(lora.merge(frozen)) == flatten(model.params)
 
 
 def test_what_is_attached(model):
+    assert not [path for path in flatten(models.abstract_parameters(model.config)) if "lora" in path]
     adapters, frozen = lora.attach(model.params, 4, 6.0, lora.TARGETS, 0.25, KEY)
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    modules = {f"language_model/layers_{i}/self_attn/{name}" for i in (0, 1) for name in projections}
-    modules |= {f"language_model/layers_{i}/mlp/{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
+    names = [f"self_attn/{name}_proj" for name in "qkvo"] + [f"mlp/{name}_proj" for name in ("gate", "up", "down")]
+    modules = {f"language_model/layers_{i}/{name}" for i in (0, 1) for name in names}
     flat, constants = flatten(adapters), flatten(frozen)
     assert set(flat) == {f"{module}/{leaf}" for module in modules for leaf in ("lora_a", "lora_b")}
     for module in modules:
@@ -134,26 +127,13 @@ def test_what_is_attached(model):
     assert len({np.asarray(leaf).tobytes() for path, leaf in flat.items() if path.endswith("_a")}) == len(modules)
 
 
-def test_only_adapters_get_gradients_and_at_first_only_b(model, mixed):
-    adapters, frozen = lora.attach(model.params, 4, 8.0, "layers_1/mlp/up_proj$", 0.0, KEY)
-    hidden = decoder(model)
-    found = flatten(jax.grad(lambda *both: jnp.sin(hidden(*both)).sum())(adapters, frozen))
-    up = "language_model/layers_1/mlp/up_proj"
-    assert set(found) == {f"{up}/lora_a", f"{up}/lora_b"}
-    assert not found[f"{up}/lora_a"].any() and found[f"{up}/lora_b"].any()
-
-
-def decoder(model):
+@pytest.fixture(scope="module")
+def hidden(model):
     """jitted (adapters, frozen, key or None) -> hidden states of two random rows of embeddings."""
     module = models.build(model.config)
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 2, 7, 48)), jnp.float32)
-    image_id = jnp.zeros((2, 7), jnp.int32)
-    context = Context(
-        image_id=image_id,
-        positions=jnp.broadcast_to(jnp.arange(7), (2, 7)),
-        first_row=jnp.zeros((), jnp.int32),
-        image_end=jnp.zeros((2,), jnp.int32),
-    )
+    positions, zero = jnp.broadcast_to(jnp.arange(7), (2, 7)), jnp.zeros((), jnp.int32)
+    context = Context(jnp.zeros((2, 7), jnp.int32), positions, first_row=zero, image_end=jnp.zeros((2,), jnp.int32))
 
     @jax.jit
     def hidden(adapters, frozen, key=None):
@@ -163,19 +143,21 @@ def decoder(model):
     return hidden
 
 
-def test_dropout_acts_with_an_rng_alone_and_on_the_adapter_alone(model):
+def test_only_adapters_get_gradients_and_at_first_only_b(model, hidden):
+    adapters, frozen = lora.attach(model.params, 4, 8.0, "layers_1/mlp/up_proj$", 0.0, KEY)
+    found = flatten(jax.grad(lambda *both: jnp.sin(hidden(*both)).sum())(adapters, frozen))
+    a, b = (f"language_model/layers_1/mlp/up_proj/{name}" for name in ("lora_a", "lora_b"))
+    assert set(found) == {a, b} and not found[a].any() and found[b].any()
+
+
+def test_dropout_acts_with_an_rng_alone_and_on_the_adapter_alone(model, hidden):
     adapters, frozen = adapted(model.params, dropout=0.5)
-    hidden = decoder(model)
     plain, first, second = (hidden(adapters, frozen), *(hidden(adapters, frozen, jax.random.key(k)) for k in (1, 2)))
     np.testing.assert_array_equal(first, hidden(adapters, frozen, jax.random.key(1)))
     assert np.abs(first - plain).max() > 0.01 and np.abs(first - second).max() > 0.01
     np.testing.assert_array_equal(hidden({}, frozen, jax.random.key(1)), hidden({}, model.params))
-
-
-def test_nothing_is_drawn_where_there_is_no_rate(model):
-    adapters, frozen = adapted(model.params, dropout=0.0)
-    hidden = decoder(model)
-    assert "random_bits" not in str(jax.make_jaxpr(hidden)(adapters, frozen, KEY))
+    without = adapted(model.params, dropout=0.0)  # nothing is drawn where there is no rate
+    assert "random_bits" not in str(jax.make_jaxpr(hidden)(*without, KEY))
 
 
 def test_dropout_under_remat():
@@ -189,27 +171,27 @@ def test_dropout_under_remat():
         def __call__(self, x):
             return jnp.sin(self.layer(10, name="up")(jnp.cos(x)))
 
-    def loss(factors, layer):
-        params = {"params": {"up": leaves | factors}}
-        return Twice(layer).apply(params, x, rngs={"dropout": KEY}).sum()
+    def loss(factors, layer=Linear):
+        return Twice(layer).apply({"params": {"up": leaves | factors}}, x, rngs={"dropout": KEY}).sum()
+
+    def rematerialised(factors):
+        return loss(factors, nn.remat(Linear))
 
     factors = {name: leaves[name] for name in ("lora_a", "lora_b")}
-    value, gradient = jax.value_and_grad(loss)(factors, nn.remat(Linear))
-    assert abs(value - loss(factors, Linear)) < 1e-5 and "remat" in str(
-        jax.make_jaxpr(jax.grad(lambda tree: loss(tree, nn.remat(Linear))))(factors)
-    )
+    value, gradient = jax.value_and_grad(rematerialised)(factors)
+    assert abs(value - loss(factors)) < 1e-5
+    assert "remat" in str(jax.make_jaxpr(jax.grad(rematerialised))(factors))
     for name, leaf in factors.items():
         direction = jnp.sign(gradient[name])
-        up, down = (loss({**factors, name: leaf + step * direction}, Linear) for step in (1e-3, -1e-3))
+        up, down = (loss({**factors, name: leaf + step * direction}) for step in (1e-3, -1e-3))
         assert float(up - down) / 2e-3 == pytest.approx(float(jnp.abs(gradient[name]).sum()), rel=0.02)
 
 
 def test_dropout_has_the_mean_of_no_dropout():
     module, leaves, x = module_and_leaves(rate=0.3)
     draws = 4000
-    outputs = jax.jit(jax.vmap(lambda key: module.apply({"params": leaves}, x, rngs={"dropout": key})))(
-        jax.random.split(KEY, draws)
-    )
+    run = jax.jit(jax.vmap(lambda key: module.apply({"params": leaves}, x, rngs={"dropout": key})))
+    outputs = run(jax.random.split(KEY, draws))
     expected = np.asarray(module.apply({"params": leaves}, x))
     # Each input is kept or not on its own: variances of Bernoulli(0.7) / 0.7 add up.
     through = float(leaves["lora_scale"]) * np.asarray(leaves["lora_a"]) @ np.asarray(leaves["lora_b"])
@@ -219,63 +201,36 @@ def test_dropout_has_the_mean_of_no_dropout():
     assert error.max() < 4.5
 
 
-@pytest.mark.parametrize(
-    ("module", "a", "b"),
-    [
+def test_factors_are_split_as_their_kernel_is(model):
+    place = parameter_sharding(make_mesh())
+    for module, a, b in (
         ("language_model/layers_0/self_attn/q_proj", ("fsdp", None), (None, "tensor")),
         ("language_model/layers_0/mlp/down_proj", ("tensor", None), (None, "fsdp")),
         ("vision_tower/layers_0/self_attn/out_proj", ("tensor", None), (None, "fsdp")),
         ("language_model/lm_head", ("fsdp", None), (None, "tensor")),
         ("connector/linear_3", (None, None), (None, None)),
-    ],
-)
-def test_factors_are_split_as_their_kernel_is(module, a, b):
-    place = parameter_sharding(make_mesh())
-    assert tuple(place(f"{module}/lora_a", (8, 4)).spec) == a
-    assert tuple(place(f"{module}/lora_b", (4, 8)).spec) == b
-    for constant in ("lora_scale", "lora_dropout"):
-        assert tuple(place(f"{module}/{constant}", ()).spec) == ()
-
-
-def test_adapters_live_on_the_mesh_of_the_parameters(model):
-    place = parameter_sharding(make_mesh())
+    ):
+        assert tuple(place(f"{module}/lora_a", (8, 4)).spec) == a
+        assert tuple(place(f"{module}/lora_b", (4, 8)).spec) == b
+        assert all(tuple(place(f"{module}/lora_{name}", ()).spec) == () for name in ("scale", "dropout"))
+    # They live on the mesh of the parameters.
     flat = {path: jax.device_put(leaf, place(path, leaf.shape)) for path, leaf in flatten(model.params).items()}
-    adapters, frozen = adapters_and_frozen = lora.attach(unflatten(flat), 2, 4.0, lora.TARGETS, 0.1, KEY)
-    for path, leaf in flatten(parts.join(*adapters_and_frozen)).items():
+    whole = parts.join(*lora.attach(unflatten(flat), 2, 4.0, lora.TARGETS, 0.1, KEY))
+    for path, leaf in flatten(whole).items():
         assert leaf.sharding == place(path, leaf.shape), path
-    merged = flatten(lora.merge(parts.join(adapters, frozen)))
-    assert all(leaf.sharding == flat[path].sharding for path, leaf in merged.items())
+    assert all(leaf.sharding == flat[path].sharding for path, leaf in flatten(lora.merge(whole)).items())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": 0}, "rank 0 "),
-        ({"rank": -4}, "rank -4 "),
-        ({"alpha": 0.0}, "alpha 0.0 "),
-        ({"alpha": float("nan")}, "alpha nan "),
-        ({"dropout": 1.0}, "dropout 1.0 "),
-        ({"dropout": -0.1}, "dropout -0.1 "),
-        ({"targets": "query_proj$"}, "'query_proj\\$', matches nothing"),
-        ({"targets": "*"}, "not a regular expression"),
-        ({"targets": "layers_1"}, "input_layernorm', which has no matrix"),
-        ({"targets": "patch_embedding"}, "patch_embedding', which has no matrix"),
-        ({"targets": "embed_tokens"}, "embed_tokens', which has no matrix"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be_used(settings, message, model):
-    given = {"rank": 4, "alpha": 8.0, "targets": lora.TARGETS, "dropout": 0.0} | settings
-    with pytest.raises(LVLMError, match=message) as caught:
-        lora.attach(model.params, **given, key=KEY)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_second_adapter_is_refused(model):
-    params = parts.join(*adapted(model.params))
-    with pytest.raises(LVLMError, match="hold a LoRA adapter already .*merge it"):
-        lora.attach(params, 4, 8.0, lora.TARGETS, 0.0, KEY)
-
-
-def test_a_configuration_has_no_adapters(model):
-    assert not [path for path in flatten(models.abstract_parameters(model.config)) if "lora" in path]
+def test_settings_that_cannot_be_used(model):
+    numbers = [("rank", 0), ("rank", -4), ("alpha", 0.0), ("alpha", float("nan")), ("dropout", 1.0), ("dropout", -0.1)]
+    whole = parts.join(*adapted(model.params))
+    for name, value, message in (
+        *((name, value, f"{name} {value} ") for name, value in numbers),
+        ("targets", "query_proj$", "'query_proj\\$', matches nothing"),
+        ("targets", "*", "not a regular expression"),
+        ("targets", "layers_1", "input_layernorm', which has no matrix"),
+        *(("targets", name, f"{name}', which has no matrix") for name in ("patch_embedding", "embed_tokens")),
+        ("params", whole, "hold a LoRA adapter already .*merge it"),
+    ):
+        given = {"params": model.params, "rank": 4, "alpha": 8.0, "targets": lora.TARGETS, "dropout": 0.0}
+        refused(message, lora.attach, **given | {name: value}, key=KEY)

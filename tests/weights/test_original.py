@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import models, weights
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights.original import append_rows, to_hf_config
 from lvlm_jax.weights.tables import flatten
+from tests.refusals import refused
 from tests.weights import checkpoints as make
 
 VOCABULARY = 90  # grows to 128; the image token becomes 90
@@ -28,6 +28,13 @@ def halves(model):
 
 def write(folder, state, tower="openai/clip-small"):
     return make.write(folder, make.original_config(tower, VOCABULARY), state)
+
+
+@pytest.fixture
+def original(halves, tmp_path):
+    """The folder of a checkpoint whose tower lies beside."""
+    make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
+    return write(tmp_path / "llava", halves[0])
 
 
 def load(folder, **options):
@@ -53,55 +60,46 @@ def assert_right(config, params, model):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["CLIPModel", "CLIPVisionModel"])
-@pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_tower_beside_the_checkpoint(whole, format, model, halves, tmp_path):
+def test_tower_beside_the_checkpoint(whole, model, halves, tmp_path):
     state, tower = halves
-    clip = make.clip_model(tower, whole)
-    clip.save_pretrained(tmp_path / "clip-small")
-    if format == "bin":
-        (tmp_path / "clip-small" / "model.safetensors").unlink()
-        stored = clip.state_dict() if whole else tower
-        stored = stored | {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
-        torch.save(stored, tmp_path / "clip-small" / "pytorch_model.bin")
-    assert_right(*load(write(tmp_path / "llava", state)), model)
+    clip, folder = make.clip_model(tower, whole), tmp_path / "clip-small"
+    clip.save_pretrained(folder)
+    checkpoint = write(tmp_path / "llava", state)
+    assert_right(*load(checkpoint), model)
+    (folder / "model.safetensors").unlink()
+    stored = clip.state_dict() if whole else tower
+    torch.save(stored | {"vision_model.embeddings.position_ids": torch.arange(5)[None]}, folder / "pytorch_model.bin")
+    assert_right(*load(checkpoint), model)
 
 
 def test_tower_named_by_argument_or_absolute_path(model, halves, tmp_path):
     state, tower = halves
-    make.clip_model(tower, True).save_pretrained(tmp_path / "elsewhere" / "tower")
-    named = str(tmp_path / "elsewhere" / "tower")
-    assert_right(*load(write(tmp_path / "a", state), vision_tower=named), model)
-    assert_right(*load(write(tmp_path / "b", state, tower=named)), model)
-
-
-def test_tower_inside_the_checkpoint(model, halves, tmp_path):
-    make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
-    state = make.renamed(make.tensors(model), *make.ORIGINAL)
-    other = {name: tensor + 1 for name, tensor in halves[1].items()}
-    folder = write(tmp_path / "llava", state)
-    assert_right(*load(folder), model)
-    make.clip_model(other, True).save_pretrained(tmp_path / "other")
-    _, params = load(folder, vision_tower=tmp_path / "other")
-    bias = np.asarray(params["vision_tower/pre_layernorm/bias"])
+    named = tmp_path / "elsewhere" / "tower"
+    make.clip_model(tower, True).save_pretrained(named)
+    assert_right(*load(write(tmp_path / "a", state), vision_tower=str(named)), model)
+    assert_right(*load(write(tmp_path / "b", state, tower=str(named))), model)
+    # One that is inside the checkpoint is taken, but where another is named.
+    other = {name: tensor + 1 for name, tensor in tower.items()}
+    make.clip_model(other, True).save_pretrained(tmp_path / "clip-small")
+    inside = write(tmp_path / "c", make.renamed(make.tensors(model), *make.ORIGINAL))
+    assert_right(*load(inside), model)
+    bias = np.asarray(load(inside, vision_tower=tmp_path / "clip-small")[1]["vision_tower/pre_layernorm/bias"])
     np.testing.assert_array_equal(bias, other["vision_model.pre_layrnorm.bias"].numpy())
 
 
-def test_saved_again_it_is_a_normal_checkpoint(model, halves, tmp_path):
-    make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
-    folder = write(tmp_path / "llava", halves[0])
-    config = make.config_of(folder)
-    params = weights.load_parameters(folder, config)
+def test_saved_again_it_is_a_normal_checkpoint(model, original, tmp_path):
+    config = make.config_of(original)
+    params = weights.load_parameters(original, config)
     saved = weights.save_checkpoint(tmp_path / "out", params, config)
-    make.assert_same(weights.load_parameters(saved, make.config_of(saved)), params)
+    make.assert_same(make.load(saved), params)
     loaded, report = LlavaForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(report.values())
-    tokens = torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]])
-    pixels = torch.randn(1, 3, 28, 28)
+    inputs = {"input_ids": torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]]), "pixel_values": torch.randn(1, 3, 28, 28)}
     model.config.image_token_id = model.model.config.image_token_id = VOCABULARY
     model.resize_token_embeddings(128)
     with torch.no_grad():
-        wanted = model(input_ids=tokens, pixel_values=pixels).logits[..., :VOCABULARY]
-        found = loaded.float().eval()(input_ids=tokens, pixel_values=pixels).logits
+        wanted = model(**inputs).logits[..., :VOCABULARY]
+        found = loaded.float().eval()(**inputs).logits
     torch.testing.assert_close(found[..., :VOCABULARY], wanted)
     # The mean row's logit is the mean logit, so an added token never wins.
     mean = wanted.mean(-1, keepdim=True).expand(-1, -1, 128 - VOCABULARY)
@@ -118,58 +116,28 @@ def test_configuration_of_the_published_checkpoint(tmp_path):
     assert config.text.max_position_embeddings == 4096 and config.eos_token_ids == (2,)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type 'mlp3x_gelu'"),
-        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls'"),
-        ({"mm_hidden_size": 64}, "mm_hidden_size 64"),
-        ({"mm_vision_tower": "openai/absent"}, "vision_tower="),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end of config.json is 'True'; expected false"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio of config.json is 'anyres'.*LLaVA-NeXT"),
-        ({"image_aspect_ratio": ["pad"]}, "image_aspect_ratio"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
-        ({"mm_resampler_type": "perceiver"}, "mm_resampler_type"),
-    ],
-)
-def test_unsupported_configurations(change, message, halves, tmp_path):
-    make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
-    folder = write(tmp_path / "llava", halves[0])
-    make.change_config(folder, change)
-    with pytest.raises(LVLMError, match=message):
-        weights.read_config(folder)
-
-
-def test_tower_weights_that_are_nowhere(halves, tmp_path):
-    folder = write(tmp_path / "llava", halves[0], tower="openai/clip-vit-large-patch14-336")
-    make.change_config(folder, {"mm_hidden_size": 1024})
-    config = make.config_of(folder)
-    with pytest.raises(LVLMError, match="holds no vision tower.*vision_tower="):
-        weights.load_parameters(folder, config)
-
-
-def test_a_tower_that_is_not_clip(halves, tmp_path):
-    folder = write(tmp_path / "llava", halves[0])
-    (tmp_path / "clip-small").mkdir()
-    (tmp_path / "clip-small" / "config.json").write_text('{"model_type": "siglip_vision_model"}')
-    with pytest.raises(LVLMError, match="siglip_vision_model"):
-        weights.read_config(folder)
-
-
-def test_a_foreign_tensor_in_the_tower_is_reported(halves, tmp_path):
-    make.clip_model(halves[1], True).save_pretrained(tmp_path / "clip-small")
+def test_unsupported_configurations_and_towers(original, halves, model, tmp_path):
+    published = make.original_config("openai/clip-small", VOCABULARY)
+    for name, value, message in (
+        ("mm_projector_type", "linear", "{} 'linear'"), ("mm_projector_type", "mlp3x_gelu", "{} 'mlp3x_gelu'"),
+        ("mm_vision_select_feature", "cls", "{} 'cls'"), ("mm_hidden_size", 64, "{} 64"),
+        ("mm_vision_tower", "openai/absent", "vision_tower="), ("mm_patch_merge_type", "spatial_unpad", "{}"),
+        ("mm_use_im_start_end", True, "{} of config.json is 'True'; expected false"),
+        ("image_aspect_ratio", "anyres", "{} of config.json is 'anyres'.*LLaVA-NeXT"),
+        ("image_aspect_ratio", ["pad"], "{}"), ("mm_resampler_type", "perceiver", "{}"),
+    ):  # fmt: skip
+        folder = make.write_config(original, published | {name: value})
+        refused(message.format(name), weights.read_config, folder)
+    known = published | {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
+    refused("holds no vision tower.*vision_tower=", make.load, make.write_config(original, known))
+    make.write_config(original, published)
     stored = halves[1] | {"vision_model.extra": torch.ones(1)}
     save_file(stored, tmp_path / "clip-small" / "model.safetensors")
-    folder = write(tmp_path / "llava", halves[0])
-    with pytest.raises(LVLMError, match="1 unexpected: vision_model.extra"):
-        weights.load_parameters(folder, make.config_of(folder))
-
-
-def test_a_tower_for_a_checkpoint_that_has_one_is_refused(model, tmp_path):
-    folder = make.write_scheme(tmp_path / "m", model, make.HUB)
-    with pytest.raises(LVLMError, match="leave it out"):
-        weights.read_config(folder, vision_tower=tmp_path)
+    refused("1 unexpected: vision_model.extra", make.load, original)
+    (tmp_path / "clip-small" / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    refused("siglip_vision_model", weights.read_config, original)
+    whole = make.write_scheme(tmp_path / "m", model, make.HUB)  # has a tower
+    refused("leave it out", weights.read_config, whole, vision_tower=tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

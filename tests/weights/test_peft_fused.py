@@ -6,20 +6,16 @@ from safetensors.torch import load_file
 from transformers import Glm4vForConditionalGeneration
 
 from lvlm_jax import LVLM
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import lora
 from lvlm_jax.weights.peft import WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.models.families.patches import GLM4V
 from tests.models.families.qwen_vl import QWEN_VL
+from tests.refusals import refused
 from tests.weights import checkpoints
 from tests.weights.test_peft import adapted, assert_equal_logits, load_with_peft, saved_by_peft
 
 FUSED = r"(gate_proj|up_proj|vision_tower/.*_proj)$"
-
-
-def assert_close(got, want):
-    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +32,14 @@ def base(case):
     return Glm4vForConditionalGeneration.from_pretrained(case[0], attn_implementation="eager").float().eval()
 
 
+def saved_and_loaded(params, model, folder):
+    """The folder of the adapter of `params`, which merges as they do when it is loaded again."""
+    save_adapter(folder, params, model.config)
+    again = lora.merge(load_adapter(folder, model.params, model.config))
+    chex.assert_trees_all_close(again, lora.merge(params), rtol=0, atol=1e-6)
+    return folder
+
+
 def test_peft_loads_what_we_save(case, base, tmp_path):
     """Every projection with an A, some with a rank or a scale of their own, and a query without its key."""
     _, ours, inputs = case
@@ -44,10 +48,8 @@ def test_peft_loads_what_we_save(case, base, tmp_path):
         params = unflatten(flatten(params) | flatten(adapted(ours.params, targets, rank, alpha, key=rank)))
     missing = "vision_tower/layers_0/self_attn/k_proj/lora"
     params = unflatten({path: leaf for path, leaf in flatten(params).items() if missing not in path})
-    folder = save_adapter(tmp_path / "adapter", params, ours.config)
+    folder = saved_and_loaded(params, ours, tmp_path / "adapter")
     assert_equal_logits(load_with_peft(base, folder), lora.merge(params), ours, inputs)
-    again = lora.merge(load_adapter(folder, ours.params, ours.config))
-    assert_close(again, lora.merge(params))
 
 
 def test_we_load_what_peft_saves_and_save_it_as_it_was(case, base, tmp_path):
@@ -68,14 +70,9 @@ def test_heads_that_take_turns_in_a_tensor(tmp_path):
     QWEN_VL.build(tmp_path, 14)
     ours = LVLM.from_pretrained(tmp_path)
     params = adapted(ours.params, r"(language_model|vision_tower)/.*(q|k|v)_proj$", rank=2)
-    folder = save_adapter(tmp_path / "adapter", params, ours.config)
-    names = {name.split(".lora_")[0] for name in load_file(folder / WEIGHTS)}
-    assert names == {
-        f"base_model.model.transformer.{module}"
-        for layer in (0, 1)
-        for module in (f"h.{layer}.attn.c_attn", f"visual.transformer.resblocks.{layer}.attn.in_proj")
-    }
-    again = lora.merge(load_adapter(folder, ours.params, ours.config))
-    assert_close(again, lora.merge(params))
-    with pytest.raises(LVLMError, match="connector/q_proj cannot be saved: PEFT knows no linear module"):
-        save_adapter(folder, adapted(ours.params, "connector/q_proj$"), ours.config)
+    folder = saved_and_loaded(params, ours, tmp_path / "adapter")
+    modules = [(f"h.{i}.attn.c_attn", f"visual.transformer.resblocks.{i}.attn.in_proj") for i in (0, 1)]
+    names = {f"base_model.model.transformer.{module}" for pair in modules for module in pair}
+    assert {name.split(".lora_")[0] for name in load_file(folder / WEIGHTS)} == names
+    other = adapted(ours.params, "connector/q_proj$")
+    refused("connector/q_proj cannot be saved: PEFT knows no linear module", save_adapter, folder, other, ours.config)

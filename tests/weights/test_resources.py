@@ -1,4 +1,4 @@
-"""Memory, devices and imports of a load, each measured in a process of its own."""
+"""Memory and devices of a load, each measured in a process of its own."""
 
 import json
 import os
@@ -33,24 +33,14 @@ def small(tmp_path_factory):
     return make.write_scheme(tmp_path_factory.mktemp("small") / "m", make.random_model(), make.HUB)
 
 
-def write_large(folder: Path, dtype: str) -> Path:
-    """About 300 MB of float32 (77 million parameters), or half of that."""
+def write_large(folder: Path, dtype: str, layers: int = 4) -> Path:
+    """About 300 MB of float32 (77 million parameters), or half of that; with fewer layers, 60 MB less for each."""
     hf = make.random_model().config.to_dict()
-    hf["text_config"] |= {
-        "vocab_size": 8000,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-    }
-    config = models.config_from_hf(hf)
-    stored, random = stored_shapes(config), np.random.default_rng(0)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf))
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=128, num_hidden_layers=layers)
+    hf["text_config"] |= dict(vocab_size=8000, hidden_size=1024, intermediate_size=4096) | heads
+    stored, random = stored_shapes(models.config_from_hf(hf)), np.random.default_rng(0)
     write_safetensors(
-        folder / "model.safetensors",
+        make.write_config(folder, hf) / "model.safetensors",
         [(name, shape, DTYPES[dtype]) for name, shape in stored.items()],
         lambda name: random.random(stored[name], np.float32).astype(DTYPES[dtype]),
     )
@@ -96,11 +86,11 @@ def measured(*cases: tuple) -> list[dict]:
 def test_peak_memory_is_the_model_and_one_tensor(small, tmp_path):
     # VmHWM counts every resident page, those of the mapped file included: the strictest measure there is.
     sizes = {"float32": 4, "bfloat16": 2}
-    folders = {write_large(tmp_path / "f32", "F32"): 4, write_large(tmp_path / "f16", "F16"): 2}
+    folders = {write_large(tmp_path / "f32", "F32", 2): 4, write_large(tmp_path / "f16", "F16", 2): 2}
     cases = [(folder, dtype) for folder in folders for dtype in sizes]
     results = measured(*((small, folder, dtype, None) for folder, dtype in cases))
     for (folder, dtype), found in zip(cases, results, strict=True):
-        assert found["model"] > 150 * MB
+        assert found["model"] > 90 * MB
         # One tensor, counted as it is in the file and as it is converted.
         tensor = found["largest"] * (folders[folder] + sizes[dtype])
         assert found["peak"] < found["model"] + tensor + 25 * MB, found
@@ -135,6 +125,12 @@ def place(path, shape):
         return NamedSharding(mesh, P("fsdp", "tensor"))
     return NamedSharding(mesh, P("tensor") if path.endswith("/embedding") and shape[0] % 2 == 0 else P())
 
+def same(params, shardings=None):
+    assert params.keys() == single.keys()
+    for path, leaf in params.items():
+        assert shardings is None or leaf.sharding == shardings[path], path
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+
 for dtype in ("float32", "bfloat16"):
     single = flatten(weights.load_parameters(folder, config, dtype))
     shardings = {path: place(path, leaf.shape) for path, leaf in single.items()}
@@ -142,21 +138,13 @@ for dtype in ("float32", "bfloat16"):
         read.clear()
         sharded = flatten(weights.load_parameters(folder, config, dtype, given))
         assert len(read) == 8 * len(sharded) and {whole // part for whole, part in read} == {1, 2, 8}
-        assert sharded.keys() == single.keys()
-        for path, leaf in sharded.items():
-            assert leaf.sharding == shardings[path], path
-            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+        same(sharded, shardings)
     everywhere = NamedSharding(mesh, P())
-    replicated = flatten(weights.load_parameters(folder, config, dtype, everywhere))
-    for path, leaf in replicated.items():
-        assert leaf.sharding == everywhere
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+    same(flatten(weights.load_parameters(folder, config, dtype, everywhere)), dict.fromkeys(single, everywhere))
 
 kernel = sharded["language_model/layers_0/mlp/up_proj/kernel"]
 saved = weights.save_checkpoint(sys.argv[2], unflatten(sharded), config)
-again = flatten(weights.load_parameters(saved, config))
-for path, leaf in again.items():
-    np.testing.assert_array_equal(np.asarray(leaf), np.asarray(single[path]), err_msg=path)
+same(flatten(weights.load_parameters(saved, config)))
 print(json.dumps(dict(devices=jax.device_count(), shards=len({str(shard.index) for shard in kernel.addressable_shards}),
                       shard=kernel.addressable_shards[0].data.shape, whole=kernel.shape)))
 """
@@ -165,20 +153,3 @@ print(json.dumps(dict(devices=jax.device_count(), shards=len({str(shard.index) f
 def test_loading_onto_eight_devices_equals_one(small, tmp_path):
     found = run(SHARDED, small, tmp_path / "out", devices=8)
     assert found == {"devices": 8, "shards": 8, "shard": [12, 40], "whole": [48, 80]}
-
-
-WITHOUT_TORCH = """
-import json, sys
-sys.modules["torch"] = None  # importing it raises
-import lvlm_jax
-from lvlm_jax import models, weights
-folder = sys.argv[1]
-config = models.config_from_hf(weights.read_config(folder))
-params = weights.load_parameters(folder, config, "float32")
-weights.save_checkpoint(sys.argv[2], params, config)
-print(json.dumps(sorted(params)))
-"""
-
-
-def test_safetensors_are_read_and_written_without_torch(small, tmp_path):
-    assert run(WITHOUT_TORCH, small, tmp_path / "out") == ["connector", "language_model", "vision_tower"]

@@ -1,5 +1,6 @@
 """What is saved loads in transformers and here, bit for bit, and appears whole or not at all."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,35 +16,36 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import files, weights
-from lvlm_jax.errors import LVLMError
 from lvlm_jax.weights import folder as saved_folder
 from lvlm_jax.weights import save
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests.killing import Function, contents
+from tests.refusals import refused
 from tests.weights import checkpoints as make
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make.random_model()
-
-
-@pytest.fixture(scope="module")
-def source(model, tmp_path_factory):
-    folder = make.write_scheme(tmp_path_factory.mktemp("source") / "m", model, make.HUB)
+def source(drawn, tmp_path_factory):
+    folder = make.write_scheme(tmp_path_factory.mktemp("source") / "m", drawn, make.HUB)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     return folder
 
 
 @pytest.fixture(scope="module")
-def config(source):
-    return make.config_of(source)
+def params(source):
+    return make.load(source, "float32")
 
 
-@pytest.fixture(scope="module")
-def params(source, config):
-    return weights.load_parameters(source, config, "float32")
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def saved(params, drawn_config, out):
+    """saved(**options): the folder in which the parameters were saved."""
+    return functools.partial(weights.save_checkpoint, out, params, drawn_config)
 
 
 def assert_transformers_loads(folder, model):
@@ -56,128 +58,106 @@ def assert_transformers_loads(folder, model):
 
 
 @pytest.mark.parametrize("scheme", ["hub", "transformers", "state_dict", "state_dict_4"])
-def test_transformers_loads_it_with_equal_tensors(scheme, model, params, config, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config, scheme=scheme)
-    assert_transformers_loads(folder, model)
+def test_transformers_loads_it_with_equal_tensors(scheme, drawn, saved):
+    loaded = assert_transformers_loads(saved(scheme=scheme), drawn)
+    if scheme == "hub":  # and gives equal logits
+        inputs = {"input_ids": torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]]), "pixel_values": torch.randn(1, 3, 28, 28)}
+        with torch.no_grad():
+            assert torch.equal(*(net(**inputs).logits for net in (drawn, loaded.eval())))
 
 
-def test_transformers_gives_equal_logits(model, params, config, tmp_path):
-    loaded = assert_transformers_loads(weights.save_checkpoint(tmp_path / "out", params, config), model)
-    tokens = torch.tensor([[1, 5, 90, 90, 90, 90, 7, 8]])
-    pixels = torch.randn(1, 3, 28, 28)
-    with torch.no_grad():
-        logits = [net(input_ids=tokens, pixel_values=pixels).logits for net in (model, loaded.eval())]
-    assert torch.equal(*logits)
-
-
-def test_tied_embeddings(tmp_path):
+def test_tied_embeddings(tmp_path, out):
     tied = make.random_model(tie=True)
     source = make.write_scheme(tmp_path / "in", tied, make.HUB)
-    config = make.config_of(source)
-    folder = weights.save_checkpoint(tmp_path / "out", weights.load_parameters(source, config), config)
-    loaded = assert_transformers_loads(folder, tied)
+    loaded = assert_transformers_loads(weights.save_checkpoint(out, make.load(source), make.config_of(source)), tied)
     assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_round_trip_is_bit_equal(dtype, source, config, tmp_path):
-    first = weights.load_parameters(source, config, dtype)
-    once = weights.save_checkpoint(tmp_path / "a", first, config, source)
-    second = weights.load_parameters(once, make.config_of(once))
+def test_round_trip_is_bit_equal(dtype, source, drawn_config, tmp_path):
+    first = make.load(source, dtype)
+    once = weights.save_checkpoint(tmp_path / "a", first, drawn_config, source)
+    second = make.load(once)
     make.assert_same(first, second)
-    twice = weights.save_checkpoint(tmp_path / "b", second, config, once)
-    for file in once.iterdir():
-        assert file.read_bytes() == (twice / file.name).read_bytes(), file.name
+    assert contents(once) == contents(weights.save_checkpoint(tmp_path / "b", second, drawn_config, once))
 
 
-def test_the_dtype_is_written_into_the_configuration(params, config, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config, dtype="bfloat16")
+def test_dtypes(params, drawn_config, saved, tmp_path):
+    folder = saved(dtype="bfloat16")
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
+    flat = flatten(params)
+    mixed = unflatten({path: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf for path, leaf in flat.items()})
+    make.assert_same(make.load(weights.save_checkpoint(tmp_path / "mixed", mixed, drawn_config)), mixed)
+    # Parameters from a jitted step.
+    stepped = jax.jit(lambda tree: jax.tree.map(lambda leaf: (leaf * 2).astype(jnp.bfloat16), tree))(params)
+    make.assert_same(make.load(weights.save_checkpoint(tmp_path / "stepped", stepped, drawn_config)), stepped)
 
 
-def test_a_mixture_of_dtypes(params, config, tmp_path):
-    mixed = unflatten(
-        {path: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf for path, leaf in flatten(params).items()}
-    )
-    folder = weights.save_checkpoint(tmp_path / "out", mixed, config)
-    make.assert_same(weights.load_parameters(folder, config), mixed)
-
-
-def test_shards(model, params, config, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config, max_shard_size=60_000)
+def test_shards(drawn, params, saved):
+    folder = saved(max_shard_size=60_000)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     assert all(file.stat().st_size < 80_000 for file in files)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in flatten(params).values())
-    assert_transformers_loads(folder, model)
-    make.assert_same(weights.load_parameters(folder, config), params)
+    assert_transformers_loads(folder, drawn)
+    make.assert_same(make.load(folder), params)
 
 
-def test_processor_files_are_copied_and_code_is_not(params, config, source, tmp_path):
+def test_processor_files_are_copied_and_code_is_not(params, drawn_config, source, saved, tmp_path):
     source = Path(shutil.copytree(source, tmp_path / "source"))
     (source / "video_preprocessor_config.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (source / "modeling_custom.py").write_text("raise SystemExit")
     with pytest.warns(UserWarning, match="code of its own, which is not copied: modeling_custom.py"):
-        folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
+        folder = saved(source)
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     names |= {"video_preprocessor_config.json", "additional_chat_templates"}
     assert {file.name for file in folder.iterdir()} == names
     template = folder / "additional_chat_templates" / "rag.jinja"
     assert template.read_text() == "{{ messages }}"
-    again = weights.save_checkpoint(folder, params, config, folder, overwrite=True)
+    again = saved(folder, overwrite=True)
     assert {file.name for file in again.iterdir()} == names and template.exists()
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.5
-    plain = weights.save_checkpoint(tmp_path / "plain", params, config)
+    plain = weights.save_checkpoint(tmp_path / "plain", params, drawn_config)
     assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
-def test_an_existing_folder_is_refused(params, config, source, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config, source)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(LVLMError, match="not empty"):
-        weights.save_checkpoint(folder, params, config)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    weights.save_checkpoint(folder, params, config, processor_source=folder, dtype="bfloat16", overwrite=True)
-    assert (folder / "tokenizer.json").exists()
-    assert make.stored_dtypes(folder) == {torch.bfloat16}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_spares_folders_that_are_no_checkpoint(params, config, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(LVLMError, match=r"thesis\.tex"):
-        weights.save_checkpoint(tmp_path / "out", params, config, overwrite=True)
-    with pytest.raises(LVLMError, match="is a file"):
-        weights.save_checkpoint(tmp_path / "out" / "thesis.tex", params, config, overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
-
-
-def test_an_empty_folder_is_taken(params, config, tmp_path):
-    (tmp_path / "out").mkdir()
-    weights.save_checkpoint(tmp_path / "out", params, config)
-    assert (tmp_path / "out" / "config.json").exists()
+def test_what_is_overwritten(source, saved, out):
+    out.mkdir()
+    saved(source)  # an empty folder is taken
+    before = contents(out)
+    refused("not empty", saved)
+    assert contents(out) == before
+    saved(processor_source=out, dtype="bfloat16", overwrite=True)
+    assert (out / "tokenizer.json").exists() and make.stored_dtypes(out) == {torch.bfloat16}
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")  # folders that are no checkpoint are spared
+    refused(r"thesis\.tex", saved, overwrite=True)
+    assert contents(out) == {"thesis.tex": b"years of work"}
+    shutil.rmtree(out)
+    out.write_text("years of work")
+    refused("is a file", saved, overwrite=True)
+    assert out.read_text() == "years of work"
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_nothing_half_written_remains(exists, params, config, tmp_path, monkeypatch):
+def test_nothing_half_written_remains(exists, saved, tmp_path, monkeypatch):
     if exists:
-        weights.save_checkpoint(tmp_path / "out", params, config)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        saved()
+    before = contents(tmp_path)
     monkeypatch.setattr(save, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(LVLMError, match="No space left"):
-        weights.save_checkpoint(tmp_path / "out", params, config, overwrite=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
-    assert len(list(tmp_path.iterdir())) == exists
+    refused("No space left", saved, overwrite=True)
+    assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == exists
 
 
-def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(params, config, tmp_path, monkeypatch):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config)
+def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(saved, out, monkeypatch):
+    saved()
     real = Path.rename
 
     def rename(self, target):
@@ -187,37 +167,33 @@ def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(params, con
 
     monkeypatch.setattr(Path, "rename", rename)
     monkeypatch.setattr(saved_folder, "_exchange", lambda *_: False)  # as where the system cannot
-    with pytest.raises(LVLMError, match="Input/output error"):
-        weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
-    assert make.stored_dtypes(folder) == {torch.float32}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    refused("Input/output error", saved, dtype="bfloat16", overwrite=True)
+    assert make.stored_dtypes(out) == {torch.float32}
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+    monkeypatch.undo()
+    out.rename(out.parent / ".out.old-abc")  # as a save leaves it that was cut off between two renames
+    cut_off = r"out is not there, and a save .* in .*\.out\.old-abc: rename that"
+    refused(cut_off, weights.resolve_checkpoint, out)
 
 
-def test_there_is_always_a_checkpoint_under_the_name(params, config, tmp_path, monkeypatch):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config)
-    if not saved_folder._exchange(*(make.write(tmp_path / name, {}, {}) for name in "ab")):
+def test_there_is_always_a_checkpoint_under_the_name(saved, out, monkeypatch):
+    saved()
+    if not saved_folder._exchange(*(make.write(out.parent / name, {}, {}) for name in "ab")):
         pytest.skip("this system cannot exchange two names")
-    real = shutil.rmtree
-    seen = []
+    real, seen = shutil.rmtree, []
 
     def rmtree(path, **options):  # what is removed is the old one, under the other's name, when the new one is there
-        seen.append((make.stored_dtypes(folder), make.stored_dtypes(Path(path))))
+        seen.append((make.stored_dtypes(out), make.stored_dtypes(Path(path))))
         real(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("renamed in two steps"))
-    weights.save_checkpoint(folder, params, config, dtype="bfloat16", overwrite=True)
+    saved(dtype="bfloat16", overwrite=True)
     assert seen == [({torch.bfloat16}, {torch.float32})]
 
 
-def test_a_save_that_was_cut_off_between_two_renames_is_found(params, config, tmp_path):
-    folder = weights.save_checkpoint(tmp_path / "out", params, config)
-    folder.rename(tmp_path / ".out.old-abc")
-    with pytest.raises(LVLMError, match=r"out is not there, and a save .* in .*\.out\.old-abc: rename that"):
-        weights.resolve_checkpoint(folder)
-
-
 def fill(folder, word):
+    folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_text(word)
 
@@ -244,56 +220,43 @@ def replace_until(folder, exchange, last):
 
 @pytest.mark.slow  # a process for each of some thirty steps
 @pytest.mark.parametrize("exchange", [True, False])
-def test_killed_at_any_step_a_save_leaves_the_old_or_the_new_and_the_next_one_tidies_up(exchange, tmp_path):
-    folder, seen = tmp_path / "out", set()
+def test_killed_at_any_step_a_save_leaves_the_old_or_the_new_and_the_next_one_tidies_up(exchange, out):
+    seen = set()
     for last in itertools.count(1):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        fill(folder, "old")
-        run = Function(replace_until, folder, exchange, last)
+        shutil.rmtree(out, ignore_errors=True)
+        fill(out, "old")
+        run = Function(replace_until, out, exchange, last)
         run._process.join()
         if run._process.exitcode == 0:
             break
         assert run._process.exitcode == -signal.SIGKILL
-        if folder.exists():
-            found = folder
-        else:  # between two renames
-            with pytest.raises(LVLMError, match="was cut off") as caught:
-                weights.resolve_checkpoint(folder)
-            (found,) = tmp_path.glob(".out.old-*")
-            assert str(found) in str(caught.value)
+        found = out
+        if not out.exists():  # between two renames
+            (found,) = out.parent.glob(".out.old-*")
+            assert str(found) in refused("was cut off", weights.resolve_checkpoint, out)
         (content,) = set(contents(found).values())
-        seen.add((found == folder, content))
-        replace(folder)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and set(contents(folder).values()) == {b"new"}
+        seen.add((found == out, content))
+        replace(out)
+        assert [entry.name for entry in out.parent.iterdir()] == ["out"] and set(contents(out).values()) == {b"new"}
     assert seen >= {(True, b"old"), (True, b"new")} and (len(seen) > 2) == (not exchange)
 
 
-def test_permissions_follow_the_umask(params, config, tmp_path):
+def test_permissions_follow_the_umask(saved):
     mask = os.umask(0o022)
     try:
-        folder = weights.save_checkpoint(tmp_path / "out", params, config)
+        folder = saved()
     finally:
         os.umask(mask)
     assert folder.stat().st_mode & 0o777 == 0o755
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_parameters_that_do_not_fit(params, config, tmp_path):
+def test_parameters_that_do_not_fit(params, drawn_config, saved, out):
     flat = flatten(params)
     del flat["language_model/norm/scale"]
     flat["connector/linear_3/kernel"] = jnp.zeros((1, 1))
     flat["connector/linear_1/bias"] = jnp.zeros(3)
-    with pytest.raises(LVLMError) as caught:
-        weights.save_checkpoint(tmp_path / "out", unflatten(flat), config)
-    for part in ("missing: language_model/norm/scale", "unexpected: connector/linear_3/kernel", "[3] instead of [48]"):
-        assert part in str(caught.value)
-    with pytest.raises(LVLMError, match="scheme 'x'"):
-        weights.save_checkpoint(tmp_path / "out", params, config, scheme="x")
-    assert not list(tmp_path.iterdir())
-
-
-def test_bfloat16_parameters_from_a_jitted_step_are_saved(params, config, tmp_path):
-    stepped = jax.jit(lambda tree: jax.tree.map(lambda leaf: (leaf * 2).astype(jnp.bfloat16), tree))(params)
-    folder = weights.save_checkpoint(tmp_path / "out", stepped, config)
-    make.assert_same(weights.load_parameters(folder, config), stepped)
+    message = refused("missing: language_model/norm/scale", weights.save_checkpoint, out, unflatten(flat), drawn_config)
+    assert "unexpected: connector/linear_3/kernel" in message and "[3] instead of [48]" in message
+    refused("scheme 'x'", saved, scheme="x")
+    assert not list(out.parent.iterdir())
