@@ -4,10 +4,12 @@ import functools
 import json
 import os
 import random
+import shutil
 import sys
 
 import pytest
 
+from lvlm_jax import LVLM
 from lvlm_jax.cli import main
 from lvlm_jax.pocket.splits import write_split
 from lvlm_jax.weights import names
@@ -36,6 +38,11 @@ def run(world, words):
     sys.argv = ["lvlm", *map(str, words)]
     sys.stdout = sys.stderr = open(os.devnull, "w")
     main.main()
+
+
+def save(world, folder):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    LVLM.from_pretrained(world / "model").save_pretrained(folder, overwrite=True)
 
 
 def infer(world, out):
@@ -69,3 +76,24 @@ def test_answers_are_those_of_a_run_that_nobody_disturbed(command, kills, world,
 
 
 TIMED = ("scores.json",)  # also say how long the run took
+
+
+@pytest.mark.parametrize("how", ["convert", "save"])
+def test_a_folder_holds_one_checkpoint_or_the_other(how, world, tmp_path):
+    folder = tmp_path / "out" / "model"
+    words = ["convert", world / "model", folder, "--dtype", "bfloat16", "--overwrite"]
+
+    def start():
+        return Function(run, world, words) if how == "convert" else Function(save, world, folder)
+
+    start().finish()
+    new = contents(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(world / "model", folder)
+    (folder / "README.md").write_text("old")
+    old, rng = contents(folder), random.Random(0)
+    for _ in range(RUNS):
+        kill_at(start, half_written(folder.parent, ".model.partial-*"), rng.uniform(0, 0.02))
+        assert contents(folder) in (old, new)
+    start().finish()
+    assert contents(folder) == new and [entry.name for entry in folder.parent.iterdir()] == ["model"]
