@@ -1,4 +1,4 @@
-"""Compiles `few_rows.cc` for the machine at hand, with `many_rows.h`, once, and makes both known to XLA.
+"""Compiles `few_rows.cc` for the machine at hand, with its headers, once, and makes it known to XLA.
 
 The library lies in the user's own cache folder. What decides it is the source, the compiler with what it knows of the
 processor, and jaxlib. Several processes may build it at once; each puts whole files in place.
@@ -28,7 +28,7 @@ TARGET = "lvlm_jax_few_rows"
 TILES = "lvlm_jax_many_rows"
 
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ("for_each.h", "many_rows.h"))
+_HEADERS = tuple(_SOURCE.with_name(name) for name in ("for_each.h", "lanes.h", "many_rows.h", "some_rows.h"))
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _SECONDS = 120  # a compiler that takes longer hangs
 

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.native import build, many_rows
 
-# Above so many rows XLA's product with a float32 matrix is as fast: reading is no longer what takes the time.
+# Up to so many rows reading the matrix is what takes the time, and `few_rows.cc` reads it once.
 FEW_ROWS = 8
+# Up to so many rows, those of a short prompt, `some_rows.h` is as fast as XLA and loses less than half as much.
+SOME_ROWS = 128
 
 _FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 _HALF = _FLOATS[1:]
@@ -31,9 +33,9 @@ def few_rows_dot(
 ) -> Float[Array, "*T N"]:
     """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
 
-    Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, and any number
-    of rows with a matrix of 16 bits, which XLA would convert for all layers at once (those of bfloat16 alone by
-    `many_rows`, where the sizes fit); sums are float32. On other platforms the program has `otherwise` in its place.
+    Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, some rows with
+    one of floats [K, N], and any number of rows with a matrix of 16 bits, which XLA would convert for all layers at once
+    (those of bfloat16 alone by `many_rows`, where the sizes fit); sums are float32. On other platforms the program has `otherwise` in its place.
     Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
 
     Args:
@@ -41,7 +43,7 @@ def few_rows_dot(
         matrix: [K, N], or [N, K] if `out_first`.
         otherwise: the same product in XLA's words, for any number of leading axes, in the dtype of x; a function of a
             module, not a new one for each call.
-        at_most: how many rows are few.
+        at_most: how many rows are few, where some are not ours.
 
     Raises:
         LVLMError: the inner sizes of x and matrix differ.
@@ -52,6 +54,7 @@ def few_rows_dot(
             f"rows {list(x.shape)} cannot be multiplied with a matrix {list(matrix.shape)}; "
             f"expected [..., K] and {sides}"
         )
+    at_most = at_most if out_first or matrix.dtype not in _FLOATS else max(at_most, SOME_ROWS)
     ours = matrix.dtype in _HALF or math.prod(x.shape[:-1]) <= at_most
     empty = 0 in (*x.shape, *matrix.shape)
     if empty or not ours or x.dtype not in _FLOATS or matrix.dtype not in _KINDS:

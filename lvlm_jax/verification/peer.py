@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,14 +169,19 @@ def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True,
         pad_token_id=0,
     )  # fmt: skip
-    answers = []
+    # All logits of the prompt come from the one pass that begins the answer: its pictures may take minutes.
+    every = {"logits_to_keep": 0} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    answers, passes = [], []
+    hook = model.register_forward_hook(lambda module, given, out: passes.append(out.logits[0]))
     with torch.no_grad():
         for arrays in prompts:
+            passes.clear()
             given = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-            logits = model(**given).logits[0].float().numpy()
-            out = model.generate(**given)
+            out = model.generate(**given, **every)
             best = torch.stack(out.logits)[:, 0].float().topk(2).values.numpy()
-            answers.append(Answers(logits, out.sequences[0, -new_tokens:].tolist(), best[:, 0] - best[:, 1]))
+            logits, tokens = passes[0].float().numpy(), out.sequences[0, -new_tokens:].tolist()
+            answers.append(Answers(logits, tokens, best[:, 0] - best[:, 1]))
+    hook.remove()
     return answers
 
 

@@ -71,7 +71,7 @@ int main() {
   const int64_t sizes[][2] = {{0, 5},   {5, 0},   {0, 0},      {1, 1},     {5, 3},   {7, 8},
                               {15, 17}, {64, 48}, {130, 1031}, {150, 2070}, {700, 33}};
   for (const auto& [in, out] : sizes)
-    for (int64_t rows : {0, 1, 2, 3, 4, 7})
+    for (int64_t rows : {0, 1, 2, 3, 4, 7, 9, 14})
       for (bool out_first : {false, true})
         for (int64_t shift : {0, 1}) {
           const int64_t threads = 1 + rows % 3;
