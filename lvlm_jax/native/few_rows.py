@@ -34,16 +34,16 @@ def few_rows_dot(
     """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
 
     Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, some rows with
-    one of floats [K, N], and any number of rows with a matrix of 16 bits, which XLA would convert for all layers at once
-    (those of bfloat16 alone by `many_rows`, where the sizes fit); sums are float32. On other platforms the program has `otherwise` in its place.
-    Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
+    one of floats [K, N], and any number of rows with a matrix of 16 bits, which XLA would convert for all layers at
+    once (those of bfloat16 alone by `many_rows`, where the sizes fit); sums are float32. On other platforms the program
+    has `otherwise` in its place. Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
 
     Args:
         x: rows.
         matrix: [K, N], or [N, K] if `out_first`.
         otherwise: the same product in XLA's words, for any number of leading axes, in the dtype of x; a function of a
             module, not a new one for each call.
-        at_most: how many rows are few, where some are not ours.
+        at_most: how many rows are few; with floats [K, N] never less than `SOME_ROWS`.
 
     Raises:
         LVLMError: the inner sizes of x and matrix differ.
