@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from lvlm_jax.serving.service import Service
 from lvlm_jax.serving.warm import warm_up
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+ON_ITS_WAY = 0.5  # seconds that the request of a new connection may take to arrive when the server ends
 KEEP_ALIVE = 75  # seconds that a connection may be idle; longer than nginx keeps its own
 
 
@@ -42,6 +44,13 @@ class Server(uvicorn.Server):
         finally:
             for one in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(one)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no connection, reads what is on its way over those that it took, and ends with the answers."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(ON_ITS_WAY)
+        await super().shutdown(sockets)
 
     def _end(self, number: int) -> None:
         self._service.ready = False
@@ -91,13 +100,13 @@ async def _serve(server: Server, service: Service, methods: Sequence[Method | No
         print(line, flush=True)
 
     try:
-        socket = server.config.bind_socket()
+        listening = server.config.bind_socket()
     except SystemExit as error:  # what uvicorn makes of an address in use
         raise LVLMError(f"{host}:{port} cannot be listened on; is another server there? give --port") from error
     place = f"[{host}]" if ":" in host else host
-    say(f"http://{place}:{socket.getsockname()[1]} answers for {service.catalogue.name}; compiling programs")
+    say(f"http://{place}:{listening.getsockname()[1]} answers for {service.catalogue.name}; compiling programs")
     service.start()
-    serving = asyncio.create_task(server.serve([socket]))
+    serving = asyncio.create_task(server.serve([listening]))
     warming = asyncio.create_task(warm_up(service, methods, say))
     await asyncio.wait({serving, warming}, return_when=asyncio.FIRST_COMPLETED)
     failed = warming.done() and not server.should_exit and warming.exception()

@@ -1,16 +1,23 @@
 """`lvlm serve` as a process: bad flags, the line that says it is ready, and SIGTERM while it answers."""
 
+import asyncio
 import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvicorn
 
 from lvlm_jax.cli.serve import _several
+from lvlm_jax.serving.run import Server
 from tests.cli.command import run
 from tests.serving.test_chat import asking
 
@@ -32,6 +39,26 @@ def test_bad_flags(monkeypatch, capsys, words, message):
 def test_methods_are_separated_by_commas_that_no_setting_has():
     words = "cmac:alpha=3,beta=0.1,vcd, sevi/balanced:layers=8,9,kappa=0.3,eah+cmac"
     assert _several(words) == ["cmac:alpha=3,beta=0.1", "vcd", "sevi/balanced:layers=8,9,kappa=0.3", "eah+cmac"]
+
+
+def test_a_request_on_its_way_is_answered_when_the_server_ends():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"here"})
+
+    config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
+    server, listening = Server(config, types.SimpleNamespace(ready=True)), config.bind_socket()
+    port, thread = listening.getsockname()[1], threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        time.sleep(0.1)
+        server.should_exit = True
+        time.sleep(0.25)  # it looks every tenth of a second
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    thread.join()
 
 
 @pytest.mark.slow
