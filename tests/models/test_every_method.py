@@ -90,6 +90,7 @@ FIELD = {
 MORE = {
     "adaiat": ("adaiat", {"alpha": 0.8, "layers": (0, 1)}),
     "adhh": ("adhh", {"heads": (0, 0, 0, 1, 1, 0, 1, 1), "tau": 0.05}),
+    "causalmm": ("causalmm", {}),
     "damro": ("damro", {"tokens": 1}),
     "nullu": ("nullu", {}),
     "ritual": ("ritual", {}),
