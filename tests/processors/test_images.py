@@ -36,6 +36,12 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
+@pytest.fixture
+def file(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a b.png")
+    return tmp_path / "a b.png"
+
+
 def test_rgb_arrives_unchanged_from_path_image_and_array(pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     path = tmp_path / "a.png"
@@ -45,27 +51,21 @@ def test_rgb_arrives_unchanged_from_path_image_and_array(pixels, tmp_path):
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
-def test_transparency_is_dropped_as_in_transformers(pixels, tmp_path):
+def test_other_modes(pixels, tmp_path):
+    """Transparency is dropped as in transformers, palettes are looked up, sixteen bits are scaled and not cut off."""
     alpha = np.zeros((20, 30, 1), np.uint8)
     Image.fromarray(np.concatenate([pixels, alpha], -1)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png")), pixels)
-
-
-def test_palette_is_looked_up(tmp_path):
-    colours = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
-    index = np.array([[0, 1], [1, 0]])
-    Image.fromarray(colours[index]).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
-    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.gif")), colours[index])
-
-
-def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)[np.array([[0, 1], [1, 0]])]
+    Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.gif")), colours)
     grey = np.array([[0, 256, 32768, 65535]], np.uint16)
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    for source in (tmp_path / "a.png", grey):
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    for source in (tmp_path / "grey.png", grey):
         np.testing.assert_array_equal(np.asarray(open_image(source))[0, :, 0], [0, 1, 128, 255])
 
 
-def test_orientation_record_is_applied(tmp_path):
+def test_pictures_lie_upright_once(tmp_path):
     image = Image.new("RGB", (8, 4), "white")
     exif = image.getexif()
     exif[0x0112] = 6  # stored lying on its side
@@ -74,6 +74,16 @@ def test_orientation_record_is_applied(tmp_path):
     with Image.open(tmp_path / "a.jpg") as lying:
         for source in (tmp_path / "a.jpg", lying, np.asarray(open_image(tmp_path / "a.jpg"))):
             assert image_size(source) == (4, 8)
+    corner = np.zeros((4, 6, 3), np.uint8)
+    corner[0, 0] = 255
+    places = {1: ((0, 0), (6, 4)), 3: ((3, 5), (6, 4)), 6: ((0, 3), (4, 6)), 8: ((5, 0), (4, 6))}
+    for orientation, (place, size) in places.items():
+        for mode in ("RGB", "L"):  # Pillow maps TIFF files of grey pictures into memory
+            path = tmp_path / f"{orientation}{mode}.tiff"
+            Image.fromarray(corner).convert(mode).save(path, tiffinfo={0x0112: orientation})
+            image = np.asarray(open_image(path))
+            assert image[place].tolist() == [255] * 3 and image.sum() == 3 * 255
+            assert image_size(path) == size == open_image(path).size
 
 
 def gif(screen, frame):
@@ -91,54 +101,81 @@ def test_a_huge_header_is_refused_before_decoding(tmp_path, size, make):
             read(tmp_path / "bomb")
 
 
-def test_postscript_is_not_run():
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
-    for source in (program, Image.open(io.BytesIO(program))):
-        with pytest.raises(LVLMError, match="is PostScript, a program, and is not run"):
-            open_image(source)
+def refused(read, given, message):
+    """In one line of moderate length that can be written."""
+    with pytest.raises(LVLMError, match=message) as caught:
+        read(given)
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 400
+    said.encode()  # half a letter is written out
 
 
-def test_files_that_are_no_pictures(pixels, tmp_path):
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    Image.fromarray(pixels).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
-    expected = {
-        "text.jpg": "not a picture",
-        "empty.jpg": "not a picture",
-        "half.png": "truncated",
-        "missing.jpg": "does not exist",
-        "": "is a folder",
-    }
-    for name, message in expected.items():
-        with pytest.raises(LVLMError, match=message) as caught:
-            open_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(LVLMError, match="truncated"):
-        open_image(Image.open(tmp_path / "half.png"))
-    with pytest.raises(LVLMError, match="download it"):
-        open_image("https://example.org/a.jpg")
+PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+NO_PICTURES = [
+    (b"", "'the bytes' is not a picture"),
+    (b"no picture", "'the bytes' is not a picture"),
+    ("data:image/png;base64,@@@", "is no base64 text"),
+    ("data:image/png;base64", "has no data"),
+    ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not a picture"),
+    ("file:///nowhere/a.png", "'/nowhere/a.png' does not exist"),
+    ("file://elsewhere/a.png", "lies on another machine"),
+    ("s3://bucket/a.png", "of a kind that is not read; download it"),
+    ("https://example.org/a.jpg", "download it"),
+    ({"bytes": None, "path": None}, "a dict with 'bytes', 'path'; expected one of"),
+    ({}, "a dict with nothing; expected one of"),
+    (io.StringIO("text"), "open it in mode 'rb'"),
+    ("/dev/null", "is a pipe"),
+]
 
 
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
+def test_what_is_no_picture():
+    for given, message in NO_PICTURES:
+        for read in (open_image, image_size):
+            refused(read, given, message)
+    for program in (PROGRAM, Image.open(io.BytesIO(PROGRAM))):
+        refused(open_image, program, "is PostScript, a program, and is not run")
+    for array, message in (
         (np.zeros((3, 20, 30), np.uint8), "move the channels"),
         (np.zeros((20, 30, 3), np.int64), "dtype int64"),
         (np.full((20, 30, 3), 200.0), "from 0 to 1"),
         (np.zeros((0, 30, 3), np.uint8), "is empty"),
         (7, "given as int"),
-    ],
-)
-def test_arrays_that_are_no_pictures(array, message):
-    with pytest.raises(LVLMError, match=message):
-        open_image(array)
+    ):
+        refused(open_image, array, message)
 
 
-@pytest.fixture
-def file(pixels, tmp_path):
-    Image.fromarray(pixels).save(tmp_path / "a b.png")
-    return tmp_path / "a b.png"
+def test_files_that_are_no_pictures(file):
+    folder, whole, damaged = file.parent, file.read_bytes(), "cannot be (decoded|opened)|is not a picture"
+    for name, content, message in (
+        ("text.jpg", b"not a picture", "not a picture"),
+        ("empty.jpg", b"", "not a picture"),
+        ("half.png", whole[:900], "truncated"),
+        ("a.ppm", b"P6\n4 x\n255\n" + bytes(48), damaged),
+        ("b.ppm", b"P6\n4 4\n99999999\n" + bytes(48), damaged),
+        ("d.ppm", b"P3\n2 2\n255\n1 2 nothing", damaged),
+        ("a.dds", b"DDS " + struct.pack("<4I", 124, 0, 4, 4) + b"\xff" * 108, damaged),
+        ("a.avif", b"\x00\x00\x00\x1cftypavif" + b"\x00" * 60, damaged),
+        ("a.tiff", b"II*\x00\xff\xff\xff\x7f", damaged),
+    ):  # damage of more formats, and more of it, is among the fuzzed cases
+        (folder / name).write_bytes(content)
+        for given in (folder / name, content):
+            refused(open_image, given, message)
+    refused(open_image, Image.open(folder / "half.png"), "truncated")
+    os.mkfifo(folder / "pipe.png")
+    for name, message in (
+        ("missing.jpg", "does not exist"),
+        ("", "is a folder"),
+        ("pipe.png", "is a pipe"),
+        ("a" * 300 + ".png", "cannot be opened: File name too long"),
+        ("caf\ud83d.png", "cannot be opened|does not exist"),
+        ("a\0b.png", "cannot be opened: .*null"),
+        ("a.png/b.png", "does not exist"),
+    ):
+        for read in (open_image, image_size):
+            refused(read, folder / name, message)
+    with file.open("rb") as closed:
+        pass
+    refused(open_image, closed, "open file cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -167,36 +204,9 @@ def test_a_file_that_was_read_before_is_read_from_its_beginning(file, pixels):
     content = io.BytesIO(file.read_bytes())
     content.read()
     np.testing.assert_array_equal(np.asarray(open_image(content)), pixels)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (b"", "'the bytes' is not a picture"),
-        (b"no picture", "'the bytes' is not a picture"),
-        ("data:image/png;base64,@@@", "is no base64 text"),
-        ("data:image/png;base64", "has no data"),
-        ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not a picture"),
-        ("file:///nowhere/a.png", "'/nowhere/a.png' does not exist"),
-        ("file://elsewhere/a.png", "lies on another machine"),
-        ("s3://bucket/a.png", "of a kind that is not read; download it"),
-        ({"bytes": None, "path": None}, "a dict with 'bytes', 'path'; expected one of"),
-        ({}, "a dict with nothing; expected one of"),
-        (io.StringIO("text"), "open it in mode 'rb'"),
-    ],
-)
-def test_what_is_handed_over_and_is_no_image(given, message):
-    for read in (open_image, image_size):
-        with pytest.raises(LVLMError, match=message) as caught:
-            read(given)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_closed_file_is_refused(file):
-    with file.open("rb") as closed:
-        pass
-    with pytest.raises(LVLMError, match="open file cannot be read"):
-        open_image(closed)
+    assert within("folder", "a.png") == Path("folder/a.png")  # as files of questions name pictures
+    for name in ("data:image/png;base64,AAAA", "file:///a.png", "https://example.org/a.png"):
+        assert within("folder", name) == name
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -217,81 +227,11 @@ def address(file):
 
 
 def test_addresses_are_read_where_the_user_allows_it(address, file, pixels, monkeypatch):
-    place = address + urllib.parse.quote(file.name)
-    with pytest.raises(LVLMError, match="nothing is downloaded unless you say so; give --allow-urls"):
-        open_image(place)
-    np.testing.assert_array_equal(np.asarray(open_image(place, allow_urls=True)), pixels)
+    place, read = address + urllib.parse.quote(file.name), functools.partial(open_image, allow_urls=True)
+    refused(open_image, place, "nothing is downloaded unless you say so; give --allow-urls")
+    np.testing.assert_array_equal(np.asarray(read(place)), pixels)
     assert image_size({"url": place}, allow_urls=True) == (30, 20)
-    with pytest.raises(LVLMError, match="cannot be downloaded: HTTP Error 404"):
-        open_image(address + "missing.png", allow_urls=True)
-    with pytest.raises(LVLMError, match="cannot be downloaded"):
-        open_image("https://127.0.0.1:1/a.png", allow_urls=True)
+    refused(read, address + "missing.png", "cannot be downloaded: HTTP Error 404")
+    refused(read, "https://127.0.0.1:1/a.png", "cannot be downloaded")
     monkeypatch.setattr(addresses, "LARGEST_DOWNLOAD", 100)
-    with pytest.raises(LVLMError, match="more than 100 bytes"):
-        open_image(place, allow_urls=True)
-
-
-def test_tiff_files_lie_upright_once(tmp_path):
-    corner = np.zeros((4, 6, 3), np.uint8)
-    corner[0, 0] = 255
-    for orientation, place, size in (
-        (1, (0, 0), (6, 4)),
-        (3, (3, 5), (6, 4)),
-        (6, (0, 3), (4, 6)),
-        (8, (5, 0), (4, 6)),
-    ):
-        for mode in ("RGB", "L"):  # Pillow maps files of grey pictures into memory
-            path = tmp_path / f"{orientation}{mode}.tiff"
-            Image.fromarray(corner).convert(mode).save(path, tiffinfo={0x0112: orientation})
-            image = np.asarray(open_image(path))
-            assert image[place].tolist() == [255] * 3 and image.sum() == 3 * 255
-            assert image_size(path) == size == open_image(path).size
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.ppm", b"P6\n4 x\n255\n" + bytes(48)),
-        ("b.ppm", b"P6\n4 4\n99999999\n" + bytes(48)),
-        ("c.ppm", b"P6\n4 4\n255\n" + bytes(7)),
-        ("d.ppm", b"P3\n2 2\n255\n1 2 nothing"),
-        ("a.dds", b"DDS " + struct.pack("<4I", 124, 0, 4, 4) + b"\xff" * 108),
-        ("b.dds", b"DDS " + bytes(124)),
-        ("a.avif", b"\x00\x00\x00\x1cftypavif" + b"\x00" * 60),
-        ("a.tiff", b"II*\x00\xff\xff\xff\x7f"),
-        ("a.gif", b"GIF89a\x04\x00\x04\x00\xff\x00\x00"),
-        ("a.bmp", b"BM" + b"\xff" * 60),
-    ],
-)
-def test_a_damaged_file_of_any_format_is_one_line(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    for given in (tmp_path / name, content):
-        with pytest.raises(LVLMError, match=r"cannot be (decoded|opened)|is not a picture") as caught:
-            open_image(given)
-        assert "\n" not in str(caught.value)
-
-
-def test_names_that_no_file_has(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    expected = {
-        "pipe.png": "is a pipe",
-        "a" * 300 + ".png": "cannot be opened: File name too long",
-        "caf\ud83d.png": "cannot be opened|does not exist",
-        "a\0b.png": "cannot be opened: .*null",
-        "a.png/b.png": "does not exist",
-    }
-    for name, message in expected.items():
-        for read in (open_image, image_size):
-            with pytest.raises(LVLMError, match=message) as caught:
-                read(tmp_path / name)
-            said = str(caught.value)
-            assert "\n" not in said and len(said) < 400
-            said.encode()  # half a letter is written out
-    with pytest.raises(LVLMError, match="is a pipe"):
-        open_image("/dev/null")
-
-
-def test_a_file_of_questions_may_name_addresses():
-    assert within("folder", "a.png") == Path("folder/a.png")
-    for name in ("data:image/png;base64,AAAA", "file:///a.png", "https://example.org/a.png"):
-        assert within("folder", name) == name
+    refused(read, place, "more than 100 bytes")

@@ -19,8 +19,7 @@ def internlm2_tokenizer(folder, prefix):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [*"▁abcdef", "ab", "▁ab", "abc", "[UNUSED_1]", "[UNUSED_2]"]
     for number, piece in enumerate(pieces):
-        entry = described.pieces.add()
-        entry.piece, entry.score = piece, float(-number)
+        described.pieces.add(piece=piece, score=float(-number))
     described.trainer_spec.model_type = 2
     described.trainer_spec.unk_piece = "<unk>"
     described.trainer_spec.byte_fallback = True
@@ -117,24 +116,22 @@ def test_messages_of_a_checkpoint_with_another_tokenizer(kind, template, tmp_pat
     assert ours.processor.tokenizer.decode(begun.tokens[0, begun.image_id[0] >= 0]) == text + "A"
 
 
-@pytest.mark.parametrize(
-    ("settings", "changes", "message"),
-    [
-        ({"tokenizer_class": "InternLM3Tokenizer"}, {}, "InternLM3Tokenizer.* copy tokenizer.json"),
-        ({}, {"template": "phi3-chat"}, "chat template 'phi3-chat'"),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, "cannot read the tokenizer of"),
-    ],
-)
-def test_processors_that_cannot_be_made(settings, changes, message, tmp_path):
-    write_chat(tmp_path, INTERNVL.build(None, 2), False, IMAGE_TOKEN, **changes)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(LVLMError, match=message):
-        LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])
-
-
-def test_a_tokenizer_that_contradicts_the_configuration(tmp_path):
-    first = qwen2_tokenizer(tmp_path, ["<img>", "</img>", "<IMG_CONTEXT>"])
-    write_chat(tmp_path, INTERNVL.build(None, 2, text={"vocab_size": 270}), False, first + 5)
-    message = f"has <IMG_CONTEXT> at {first + 2} and the configuration at {first + 5}"
-    with pytest.raises(LVLMError, match=message):
-        LVLM.from_pretrained(tmp_path).prepare([{"role": "user", "content": "a"}])
+def test_processors_that_cannot_be_made(tmp_path):
+    for number, (settings, changes, message) in enumerate(
+        (
+            ({"tokenizer_class": "InternLM3Tokenizer"}, {}, "InternLM3Tokenizer.* copy tokenizer.json"),
+            ({}, {"template": "phi3-chat"}, "chat template 'phi3-chat'"),
+            ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}, "cannot read the tokenizer of"),
+            (None, {}, "has <IMG_CONTEXT> at {0} and the configuration at {1}"),
+        )
+    ):
+        folder, token = tmp_path / str(number), IMAGE_TOKEN
+        folder.mkdir()
+        if settings is None:
+            first = qwen2_tokenizer(folder, ["<img>", "</img>", "<IMG_CONTEXT>"])
+            message, token = message.format(first + 2, first + 5), first + 5
+        else:
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_chat(folder, INTERNVL.build(None, 2, text={"vocab_size": 270}), False, token, **changes)
+        with pytest.raises(LVLMError, match=message):
+            LVLM.from_pretrained(folder).prepare([{"role": "user", "content": "a"}])

@@ -41,9 +41,21 @@ def test_prompts_end_at_the_last_column(model, mixed):
         assert prompt.lengths[row] == length
 
 
-@pytest.mark.parametrize(("length", "columns"), [(1, 64), (64, 64), (65, 96), (CONTEXT - 1, 96)])
-def test_columns_come_in_buckets(model, prompts, length, columns):
-    assert model.prepare(prompts((length,))).tokens.shape == (1, columns)
+def test_columns_and_windows_come_in_buckets(model, prompts):
+    """A window holds all rows after the last image of the batch's longest."""
+    for length, columns in ((1, 64), (64, 64), (65, 96), (CONTEXT - 1, 96)):
+        assert model.prepare(prompts((length,))).tokens.shape == (1, columns)
+    for layouts, window in (
+        ([(5,)], 16),  # nothing comes after an image
+        ([(IMAGE, 16)], 16),
+        ([(IMAGE, 17)], 32),
+        ([(40, IMAGE, 2), (IMAGE, 33)], 64),
+        ([(IMAGE, 2, IMAGE, 3)], 16),
+        ([(2, IMAGE)], 16),
+    ):
+        assert model.prepare(prompts(*layouts)).window == window
+    with pytest.raises(LVLMError, match="has 96 tokens and the model's context is 96"):
+        model.prepare(prompts((CONTEXT,)))
 
 
 def test_pictures_of_any_size_make_few_programs():
@@ -69,48 +81,32 @@ def test_images_are_numbered_within_each_sample(model, mixed, prompts):
     np.testing.assert_array_equal(side_by_side, [-1] * 31 + one + two + [0])
 
 
-@pytest.mark.parametrize(
-    ("layouts", "window"),
-    [
-        ([(5,)], 16),  # nothing comes after an image
-        ([(IMAGE, 16)], 16),
-        ([(IMAGE, 17)], 32),
-        ([(40, IMAGE, 2), (IMAGE, 33)], 64),  # the longest of the batch decides
-        ([(IMAGE, 2, IMAGE, 3)], 16),  # only what follows the last image
-        ([(2, IMAGE)], 16),
-    ],
-)
-def test_window_holds_all_rows_after_the_last_image(model, prompts, layouts, window):
-    assert model.prepare(prompts(*layouts)).window == window
+def test_the_side_of_the_padding(model, mixed):
+    """Source columns lead back to what was given, and logits do not depend on it."""
+    found = []
+    for arrays in (mixed, right_padded(mixed)):
+        prompt, mask = model.prepare(arrays), arrays["attention_mask"].astype(bool)
+        assert prompt.source_columns.shape == mask.shape
+        tokens = np.take_along_axis(prompt.tokens, prompt.source_columns, axis=1)
+        np.testing.assert_array_equal(tokens[mask], arrays["input_ids"][mask])
+        held = np.take_along_axis(prompt.image_id, prompt.source_columns, axis=1) >= 0
+        np.testing.assert_array_equal(held, mask)
+        logits = model.logits(arrays)
+        assert logits.shape == (*mask.shape, model.config.text.vocab_size)
+        found.append(np.asarray(logits)[mask])
+    np.testing.assert_array_equal(*found)
+    assert np.ptp(found[0], axis=0).min() > 0.1
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_source_columns_lead_back_to_what_was_given(model, mixed, side):
-    arrays = mixed if side == "left" else right_padded(mixed)
-    prompt = model.prepare(arrays)
-    mask = arrays["attention_mask"].astype(bool)
-    assert prompt.source_columns.shape == mask.shape
-    found = np.take_along_axis(prompt.tokens, prompt.source_columns, axis=1)
-    np.testing.assert_array_equal(found[mask], arrays["input_ids"][mask])
-    held = np.take_along_axis(prompt.image_id, prompt.source_columns, axis=1) >= 0
-    np.testing.assert_array_equal(held, mask)
-
-
-def test_logits_do_not_depend_on_the_side_of_the_padding(model, mixed):
-    left, right = model.logits(mixed), model.logits(right_padded(mixed))
-    assert left.shape == right.shape == (*mixed["input_ids"].shape, model.config.text.vocab_size)
-    left = np.asarray(left)[mixed["attention_mask"].astype(bool)]
-    right = np.asarray(right)[right_padded(mixed)["attention_mask"].astype(bool)]
-    np.testing.assert_array_equal(left, right)
-    assert np.ptp(left, axis=0).min() > 0.1
-
-
-def test_a_hole_in_the_mask_holds_no_token(model, prompts):
+def test_what_no_mask_shows_holds_no_token(model, mixed, prompts):
+    """A hole in a mask; under padding -100 is a common filler; and what is prepared stays what it is."""
     arrays = prompts((8,))
     arrays["attention_mask"][0, 3] = 0
     prompt = model.prepare(arrays)
     np.testing.assert_array_equal(prompt.tokens[0, -7:], np.delete(arrays["input_ids"][0], 3))
-    assert prompt.lengths[0] == 7
+    assert prompt.lengths[0] == 7 and model.prepare(prompt) is prompt
+    filled = np.where(mixed["attention_mask"] == 0, -100, mixed["input_ids"])
+    np.testing.assert_array_equal(model.prepare(mixed | {"input_ids": filled}).tokens, model.prepare(mixed).tokens)
 
 
 def test_placeholders_are_expanded(model, mixed):
@@ -124,67 +120,41 @@ def test_placeholders_are_expanded(model, mixed):
                 images += 1
         rows.append(np.asarray(kept))
         assert images == small.MIXED[row].count(IMAGE)
-    width = max(map(len, rows))
-    short = {
-        "input_ids": np.stack([np.pad(row, (width - len(row), 0)) for row in rows]),
-        "attention_mask": np.stack([np.arange(width) >= width - len(row) for row in rows]),
-        "pixel_values": mixed["pixel_values"],
-    }
+    short = checkpoints.padded(rows) | {"pixel_values": mixed["pixel_values"]}
     expanded, whole = model.prepare(short), model.prepare(mixed)
     for name in ("tokens", "image_id", "pixels", "source_columns"):
         np.testing.assert_array_equal(getattr(expanded, name), getattr(whole, name), err_msg=name)
 
 
-def test_prepared_inputs_are_taken_as_they_are(model, mixed):
-    prompt = model.prepare(mixed)
-    assert model.prepare(prompt) is prompt
-
-
-def spoiled(arrays, **changes):
-    """Copies of the arrays with some of them replaced, or left out where the change is None."""
-    changed = {name: np.array(array) for name, array in arrays.items()} | changes
-    return {name: array for name, array in changed.items() if array is not None}
-
-
-def with_value(array, place, value):
+def put(array, place, value):
     array = np.array(array)
     array[place] = value
     return array
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a: {"pixel_values": a["pixel_values"][:2]}, "3 image placeholders and 2 images"),
-        (lambda a: {"pixel_values": None}, "image tokens, which do not end where one of the 0 images"),
-        (lambda a: {"pixel_values": np.repeat(a["pixel_values"], 2, 0)}, "3 image placeholders and 6 images"),
-        (lambda a: {"input_ids": with_value(a["input_ids"], (0, -4), 7)}, "15 image tokens.*truncated"),
-        (lambda a: {"pixel_values": with_value(a["pixel_values"], (1, 0, 0, 0), np.nan)}, "NaN or infinite"),
-        (lambda a: {"pixel_values": with_value(a["pixel_values"], (1, 0, 0, 0), -np.inf)}, "NaN or infinite"),
-        (lambda a: {"pixel_values": a["pixel_values"][..., :14]}, r"expected \[images, 3, 28, 28\]"),
-        (lambda a: {"pixel_values": a["pixel_values"].transpose(0, 2, 3, 1)}, r"shape \(3, 28, 28, 3\)"),
-        (lambda a: {"input_ids": with_value(a["input_ids"], (1, -1), 260)}, "holds 260; expected 0 to 259"),
-        (lambda a: {"input_ids": with_value(a["input_ids"], (1, -1), -5)}, "holds -5"),
-        (lambda a: {"attention_mask": a["attention_mask"][:, 1:]}, r"attention_mask has shape \(3, 40\)"),
-        (lambda a: {"attention_mask": with_value(a["attention_mask"], 1, 0)}, "sample 1 .* has no tokens"),
-        (lambda a: {"input_ids": a["input_ids"].astype(float)}, "whole numbers"),
-        (lambda a: {"input_ids": a["input_ids"][0]}, r"shape \(41,\)"),
-        (lambda a: {"input_ids": None}, "input_ids is missing"),
-    ],
-)
-def test_arrays_that_cannot_be_used(model, mixed, change, message):
-    with pytest.raises(LVLMError, match=message) as raised:
-        model.prepare(spoiled(mixed, **change(mixed)))
-    assert "\n" not in str(raised.value)
+SPOILED = [
+    (lambda a: {"pixel_values": a["pixel_values"][:2]}, "3 image placeholders and 2 images"),
+    (lambda a: {"pixel_values": None}, "image tokens, which do not end where one of the 0 images"),
+    (lambda a: {"pixel_values": np.repeat(a["pixel_values"], 2, 0)}, "3 image placeholders and 6 images"),
+    (lambda a: {"input_ids": put(a["input_ids"], (0, -4), 7)}, "15 image tokens.*truncated"),
+    (lambda a: {"pixel_values": put(a["pixel_values"], (1, 0, 0, 0), np.nan)}, "NaN or infinite"),
+    (lambda a: {"pixel_values": put(a["pixel_values"], (1, 0, 0, 0), -np.inf)}, "NaN or infinite"),
+    (lambda a: {"pixel_values": a["pixel_values"][..., :14]}, r"expected \[images, 3, 28, 28\]"),
+    (lambda a: {"pixel_values": a["pixel_values"].transpose(0, 2, 3, 1)}, r"shape \(3, 28, 28, 3\)"),
+    (lambda a: {"input_ids": put(a["input_ids"], (1, -1), 260)}, "holds 260; expected 0 to 259"),
+    (lambda a: {"input_ids": put(a["input_ids"], (1, -1), -5)}, "holds -5"),
+    (lambda a: {"attention_mask": a["attention_mask"][:, 1:]}, r"attention_mask has shape \(3, 40\)"),
+    (lambda a: {"attention_mask": put(a["attention_mask"], 1, 0)}, "sample 1 .* has no tokens"),
+    (lambda a: {"input_ids": a["input_ids"].astype(float)}, "whole numbers"),
+    (lambda a: {"input_ids": a["input_ids"][0]}, r"shape \(41,\)"),
+    (lambda a: {"input_ids": None}, "input_ids is missing"),
+]
 
 
-def test_padding_may_hold_any_token(model, mixed):
-    """What stands under a mask of 0 is nobody's token: -100 is a common filler."""
-    filled = np.where(mixed["attention_mask"] == 0, -100, mixed["input_ids"])
-    prompt = model.prepare(spoiled(mixed, input_ids=filled))
-    np.testing.assert_array_equal(prompt.tokens, model.prepare(mixed).tokens)
-
-
-def test_a_prompt_that_fills_the_context_is_refused(model, prompts):
-    with pytest.raises(LVLMError, match="has 96 tokens and the model's context is 96"):
-        model.prepare(prompts((CONTEXT,)))
+def test_arrays_that_cannot_be_used(model, mixed):
+    """None leaves an array out."""
+    for change, message in SPOILED:
+        changed = {name: array for name, array in (mixed | change(mixed)).items() if array is not None}
+        with pytest.raises(LVLMError, match=message) as raised:
+            model.prepare(changed)
+        assert "\n" not in str(raised.value)

@@ -51,17 +51,14 @@ def padded(tmp_path_factory):
     return original(tmp_path_factory.mktemp("pad"), "pad")
 
 
-def test_pictures_are_padded_with_the_mean_color(padded):
+def test_pictures_are_padded_with_the_mean_color(padded, tmp_path):
     clip = small.build_processor().image_processor
     color = tuple(int(value * 255) for value in clip.image_mean)
     for picture in (wide(), wide().transpose(Image.Transpose.ROTATE_90)):
         want = clip(images=expand2square(picture, color), return_tensors="np")["pixel_values"][0]
         np.testing.assert_allclose(pixels(padded, picture), want, rtol=0, atol=1e-6)
     assert not np.array_equal(pixels(padded, wide(0)), pixels(padded, wide(255)))
-
-
-def test_square_ones_are_cropped(tmp_path):
-    model = original(tmp_path, "square")
+    model = original(tmp_path, "square")  # whose pictures are cropped
     assert np.array_equal(pixels(model, wide(0)), pixels(model, wide(255)))
 
 

@@ -14,12 +14,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.weights import model_config, names
 
-CHAT = [
-    {
-        "role": "user",
-        "content": [{"type": "image", "image": Image.new("RGB", (96, 96))}, {"type": "text", "text": "What?"}],
-    }
-]
+PARTS = [{"type": "image", "image": Image.new("RGB", (96, 96))}, {"type": "text", "text": "What?"}]
+CHAT = [{"role": "user", "content": PARTS}]
 
 
 @pytest.fixture
@@ -49,14 +45,11 @@ def test_sizes_that_older_files_leave_out_come_from_the_model(folder, settings, 
     np.testing.assert_array_equal(got.pixels, want.pixels)
 
 
-def test_sizes_that_the_file_names_stay(folder, settings):
+def test_what_files_say_stays_and_a_folder_without_its_tokenizer_is_refused(folder, settings):
+    """transformers makes an empty tokenizer of some families then, whose every word is unknown."""
     settings["num_additional_image_tokens"] = 3
     (folder / "processor_config.json").write_text(json.dumps(settings))
     assert load.load_processor(folder, model_config(folder)).num_additional_image_tokens == 3
-
-
-def test_a_folder_without_its_tokenizer_is_refused(folder):
-    """transformers makes an empty tokenizer of some families then, whose every word is unknown."""
     (folder / "tokenizer.json").unlink()
     with pytest.raises(LVLMError, match="has no tokenizer .looked for tokenizer.json, .*copy it") as caught:
         load.load_processor(folder, model_config(folder))

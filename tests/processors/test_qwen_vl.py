@@ -107,23 +107,18 @@ def test_special_tokens_have_the_published_numbers():
         assert tokenizer(f"a{name}b")["input_ids"] == [RANKS[b"a"], number, RANKS[b"b"]]
 
 
-@pytest.mark.parametrize(
-    "string",
-    [
+def test_tokens_of_text(tokenizer):
+    """Of texts with all kinds of words, then of random ones."""
+    for string in (
         "the cats' greatest eating, it's 2023!\n\n\nThe  end ",
         "xyzzy xyzzy the reat",
         "图片 cafe\u0301 café\r\n\t I'LL would\u00a0not",
         "   \n  !!\n\n ...?\r\n",
         "",
-    ],
-)
-def test_tokens_of_text(tokenizer, string):
-    ids = tokenizer(string)["input_ids"]
-    assert ids == encode_by_ranks(string)
-    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", string)
-
-
-def test_tokens_of_random_text(tokenizer):
+    ):
+        ids = tokenizer(string)["input_ids"]
+        assert ids == encode_by_ranks(string)
+        assert tokenizer.decode(ids) == unicodedata.normalize("NFC", string)
     generator = random.Random(0)
     pieces = [*"at|re|ing| the| |  |\n|it|'s|é|e\u0301|图|片|9|!|xyzzy|c|a".split("|")]
     for _ in range(400):
@@ -158,7 +153,7 @@ def test_chat_text(model):
     assert continued.rstrip() == brief + "<|im_start|>assistant\nWell,"
 
 
-def test_text_of_the_base_model(tmp_path, model):
+def test_text_of_the_base_model_and_of_a_template_beside_the_weights(tmp_path, model):
     write_files(tmp_path, "raw")
     render = load_processor(tmp_path, model.config).apply_chat_template
     conversation = [
@@ -169,9 +164,6 @@ def test_text_of_the_base_model(tmp_path, model):
     want = "Picture 1: <img><imgpad></img>\nIs it a cat? Answer: yes\n"
     want += "Picture 2: <img><imgpad></img>\nIs it a dog? Answer:"
     assert render(conversation, tokenize=False, add_generation_prompt=True) == want
-
-
-def test_a_template_beside_the_weights_wins(tmp_path, model):
     write_files(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     processor = load_processor(tmp_path, model.config)
@@ -199,7 +191,8 @@ def test_prepared_messages(model):
         np.testing.assert_allclose(pixels, normal.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_encoded_images_give_the_same_layout(model):
+def test_the_model_with_its_processor(model, tmp_path):
+    """Encoded images give the same layout, answers are text and end with the turn, and the processor travels."""
     image = picture(3)
     conversation = [{"role": "user", "content": parts(image, "What?")}]
     plain = model.prepare(conversation)
@@ -207,42 +200,32 @@ def test_encoded_images_give_the_same_layout(model):
     again = model.prepare([{"role": "user", "content": parts(encoded, "What?")}])
     np.testing.assert_array_equal(again.tokens, plain.tokens)
     np.testing.assert_array_equal(again.pixels, plain.pixels)
-
-
-def test_answers_are_text_and_end_with_the_turn(model):
-    out = model.generate([{"role": "user", "content": parts(picture(0), "What?")}], max_new_tokens=4)
+    out = model.generate(conversation, max_new_tokens=4)
     assert model.config.eos_token_ids == (COUNT, COUNT + 2, COUNT + 1)
     assert out.text[0] == text.decode(model.processor.tokenizer, out.tokens[0])
     assert len(out.tokens[0]) and out.text[0]
-
-
-def test_a_saved_checkpoint_keeps_its_processor(model, tmp_path):
     folder = model.save_pretrained(tmp_path / "saved")
     assert has_processor(folder, model.config)
-    conversation = [{"role": "user", "content": parts(picture(0), "What?")}]
     again = LVLM({}, model.config, folder).prepare(conversation)
-    np.testing.assert_array_equal(again.tokens, model.prepare(conversation).tokens)
+    np.testing.assert_array_equal(again.tokens, plain.tokens)
     model.save_pretrained(folder, overwrite=True)
-
-
-def test_processors_travel_between_processes(model):
-    again = pickle.loads(pickle.dumps(model.processor))
+    again = pickle.loads(pickle.dumps(model.processor))  # between processes
     assert again.tokenizer("the cat")["input_ids"] == encode_by_ranks("the cat")
     assert json.loads(again.image_processor.to_json_string())["size"] == 40
 
 
-def test_calls_that_are_refused(model):
-    with pytest.raises(LVLMError, match="1 <imgpad> and 0 images"):
-        model.processor(text="<img><imgpad></img>")
-    with pytest.raises(LVLMError, match="return_tensors is 'pt'"):
-        model.processor(text="a", return_tensors="pt")
-    with pytest.raises(LVLMError, match="2 image placeholders and 1 images"):
-        model.prepare([{"role": "user", "content": parts(picture(0), "<imgpad>")}])
-
-
-def test_files_that_are_refused(tmp_path, model):
-    with pytest.raises(LVLMError, match="qwen.tiktoken. cannot be read"):
-        load_processor(tmp_path, model.config)
+def test_what_is_refused(tmp_path, model):
+    for ask, message in (
+        (lambda: model.processor(text="<img><imgpad></img>"), "1 <imgpad> and 0 images"),
+        (lambda: model.processor(text="a", return_tensors="pt"), "return_tensors is 'pt'"),
+        (
+            lambda: model.prepare([{"role": "user", "content": parts(picture(0), "<imgpad>")}]),
+            "2 image placeholders and 1 images",
+        ),
+        (lambda: load_processor(tmp_path, model.config), "qwen.tiktoken. cannot be read"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            ask()
     write_files(tmp_path, "other")
     with pytest.raises(LVLMError, match="chat_format .* is 'other'"):
         load_processor(tmp_path, model.config)
@@ -251,19 +234,10 @@ def test_files_that_are_refused(tmp_path, model):
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(LVLMError, match="chat_format .* is None"):
         load_processor(tmp_path, model.config)
-
-
-@pytest.mark.parametrize(
-    "content, match",
-    [
-        ("IQ== zero", "line 1"),
-        ("I!Q 0", "line 1"),
-        ("\nIQ==", "line 2"),
-        ("IQ== 0", "single bytes"),
+    for content, message in (
+        ("IQ== zero", "line 1"), ("I!Q 0", "line 1"), ("\nIQ==", "line 2"), ("IQ== 0", "single bytes"),
         ("", "single bytes"),
-    ],
-)
-def test_rank_files_that_are_refused(tmp_path, content, match):
-    (tmp_path / "qwen.tiktoken").write_text(content)
-    with pytest.raises(LVLMError, match=match):
-        read_ranks(tmp_path / "qwen.tiktoken")
+    ):  # fmt: skip
+        (tmp_path / "qwen.tiktoken").write_text(content)
+        with pytest.raises(LVLMError, match=message):
+            read_ranks(tmp_path / "qwen.tiktoken")

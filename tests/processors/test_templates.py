@@ -115,23 +115,23 @@ def test_images_stay_lists_beside_strings(with_template, config):
         inputs.from_messages(with_template(STRINGS), config, messages)
 
 
-@pytest.mark.parametrize(
-    "template, said",
-    [
+def test_what_a_template_raises_is_one_line(with_template, config):
+    """Which names the sample, or the row."""
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": text_of("b")}]
+    for template, said in (
         (REFUSES, "refuses the conversation: roles must alternate"),
         ("{% for m in %}", "broken at line 1"),
         ("{{ ''.__class__.__mro__ }}", "cannot write the conversation .SecurityError"),
         ("{{ 1 / 0 }}", "cannot write the conversation .ZeroDivisionError"),
-    ],
-)
-def test_what_a_template_raises_is_one_line(template, said, with_template, config):
-    processor = with_template(template)
-    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": text_of("b")}]
-    with pytest.raises(LVLMError, match=said) as caught:
-        inputs.from_messages(processor, config, messages)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(LVLMError, match=f"row 7.*{said}"):
-        Encoder(processor, config).conversation(Conversation((), [*messages, assistant("c")], "7"))
+    ):
+        processor = with_template(template)
+        with pytest.raises(LVLMError, match=said) as caught:
+            inputs.from_messages(processor, config, messages)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(LVLMError, match=f"row 7.*{said}"):
+            Encoder(processor, config).conversation(Conversation((), [*messages, assistant("c")], "7"))
+    with pytest.raises(LVLMError, match="^sample 1: the chat template refuses"):
+        inputs.from_messages(with_template(REFUSES), config, [messages[:1], messages])
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,6 @@ def test_a_process_that_ended_is_replaced_and_a_forked_process_has_one_of_its_ow
         assert pool.starmap(templates.render, [asked] * 2) == [templates.render(*asked)] * 2
 
 
-def test_a_fault_names_its_sample(with_template, config):
-    processor = with_template(REFUSES)
-    good, bad = [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}] * 2
-    with pytest.raises(LVLMError, match="^sample 1: the chat template refuses"):
-        inputs.from_messages(processor, config, [good, bad])
-
-
 def test_a_begin_token_that_the_template_writes_is_the_only_one(pocket, with_template, config):
     messages = [{"role": "user", "content": text_of("Hello")}]
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "np"}
@@ -188,21 +181,14 @@ def test_a_begin_token_that_the_template_writes_is_the_only_one(pocket, with_tem
         ids, _ = learned(processor, config, [*messages, assistant("Hi")])
         assert prompt_of(processor, config, messages).tolist() == want == ids[: len(want)].tolist()
         assert want.count(processor.tokenizer.bos_token_id) == 1
-
-
-def test_encoded_images_get_no_second_begin_token_either(pocket, with_template, config):
-    processor = with_template("{{ bos_token }}" + pocket.chat_template)
+    side = config.vision.image_size  # and pictures that are encoded ahead get no second one either
     tokens = np.zeros((config.tokens_per_image, config.text.hidden_size), np.float32)
-    side = config.vision.image_size
     encoded = inputs.EncodedImage(np.zeros((3, side, side), np.float32), tokens)
-    plain = Image.new("RGB", (side, side))
-    laid_out = [
-        inputs.from_messages(
-            processor, config, [{"role": "user", "content": [{"type": "image", "image": one}, *text_of("Hi")]}]
-        )
-        for one in (encoded, plain)
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": one}, *text_of("Hi")]}]
+        for one in (encoded, Image.new("RGB", (side, side)))
     ]
-    np.testing.assert_array_equal(laid_out[0].tokens, laid_out[1].tokens)
+    np.testing.assert_array_equal(*(inputs.from_messages(processor, config, one).tokens for one in conversations))
 
 
 def test_a_template_that_writes_other_blanks_behind_an_answered_prompt_can_be_trained(with_template, config):
@@ -241,15 +227,12 @@ def test_what_a_processor_raises_is_one_line_that_names_the_sample(pocket, confi
         inputs.from_messages(Narrow(), config, [asked(40), asked(400)])
 
 
-def test_half_a_surrogate_is_one_line(pocket, config):
+def test_what_no_tokenizer_or_embedding_holds_is_refused(pocket, config):
     with pytest.raises(LVLMError, match=r"holds '.ud83d', which is half of a character") as caught:
         inputs.from_messages(pocket, config, [{"role": "user", "content": "caf\ud83d"}])
     str(caught.value).encode()
     with pytest.raises(LVLMError, match="cannot take"):
         inputs.token_ids(pocket, "caf\ud83d")
-
-
-def test_tokens_without_a_row_in_the_embedding_are_refused(pocket, config):
     processor = copy.deepcopy(pocket)
     processor.tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     number = processor.tokenizer.convert_tokens_to_ids("<|new|>")
@@ -265,18 +248,14 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 USERS_ALONE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"), [(NO_SYSTEM, "refuses the conversation: no system"), (USERS_ALONE, "does not write it")]
-)
-def test_a_template_without_a_system_role_is_one_line(template, reason, with_template):
-    with pytest.raises(
-        LVLMError, match=f"no place for the system prompt 'Be brief.': .*{reason}.* --system none"
-    ) as caught:
+def test_a_template_without_a_system_role_is_one_line(with_template):
+    for template, reason in (
+        (NO_SYSTEM, "refuses the conversation: no system"), (USERS_ALONE, "does not write it"),
+    ):  # fmt: skip
+        match = f"no place for the system prompt 'Be brief.': .*{reason}.* --system none"
+        with pytest.raises(LVLMError, match=match) as caught:
+            templates.check_system(with_template(template), "Be brief.")
+        assert "\n" not in str(caught.value)
+        templates.check_system(with_template(template), "")  # none is no problem
+    for template in (USERS_LISTS, STRINGS, LISTS):
         templates.check_system(with_template(template), "Be brief.")
-    assert "\n" not in str(caught.value)
-    templates.check_system(with_template(template), "")  # none is no problem
-
-
-@pytest.mark.parametrize("template", [USERS_LISTS, STRINGS, LISTS])
-def test_a_template_that_writes_a_system_prompt_passes(template, with_template):
-    templates.check_system(with_template(template), "Be brief.")
