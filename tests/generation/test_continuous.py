@@ -26,6 +26,7 @@ from tests.small import conversation
 
 LIMIT = 24
 SAMPLED = {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+GATED = methods.CMAC(alpha=1.0, variant="code", gate="first")  # a shared prefix, and the gate's memory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +71,7 @@ def assert_equal(outputs, batch):
     [
         (None, {}),
         (None, SAMPLED),
-        (methods.CMAC(alpha=1.0, variant="code", gate="first"), {}),  # a shared prefix, and the gate's memory
+        (GATED, {}),
         (methods.VCD(), {}),
         (methods.PAI(start_layer=0), {}),  # a second layout
         *(
@@ -125,10 +126,7 @@ def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
     asked = [conversation("Eh?", seed=1), conversation("Oh", seed=2), two(3), conversation("Eh", seed=5), two(6)]
     sizes = [(one.tokens.shape[1], one.window, one.image_count) for one in map(model.prepare, asked)]
     assert set(sizes) == {(64, 16, 1), (96, 32, 2)}
-    method = methods.CMAC(
-        alpha=1.0, variant="code", gate="first"
-    )  # as above, so that small prompts find their programs
-    settings = {"method": method, "max_new_tokens": LIMIT, "stop_token_ids": stop}
+    settings = {"method": GATED, "max_new_tokens": LIMIT, "stop_token_ids": stop}
     outputs = many(model, asked, batch_size=3, **settings)
     assert_equal(outputs, model.generate(asked, **settings))
 
@@ -246,19 +244,21 @@ def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked, meth
 
 
 def test_the_schedule_follows_the_length_of_answers():
-    assert scheduler.chosen("auto", methods.CMAC(), None, 512, 8)
-    assert not scheduler.chosen("auto", methods.CMAC(), None, 10, 8)
-    assert not scheduler.chosen("auto", None, None, 512, 1)
-    assert not scheduler.chosen("batches", None, None, 512, 8)
-    assert scheduler.chosen("continuous", None, None, 10, 1)
-    with pytest.raises(LVLMError, match="schedule is 'both'; expected one of auto, continuous, batches"):
-        scheduler.chosen("both", None, None, 10, 8)
-
-
-def test_settings_are_checked(model, asked):
-    for name in ("max_new_tokens", "batch_size"):
-        with pytest.raises(LVLMError, match=f"{name} is 0; expected a whole number from 1"):
-            next(model.generate_many([(asked[0], 0)], **{name: 0}))
+    for given, taken in (
+        (("auto", methods.CMAC(), None, 512, 8), True),
+        (("auto", methods.CMAC(), None, 10, 8), False),
+        (("auto", None, None, 512, 1), False),
+        (("batches", None, None, 512, 8), False),
+        (("continuous", None, None, 10, 1), True),
+    ):
+        assert scheduler.chosen(*given) is taken
+    for given, message in (
+        (("both", None, None, 10, 8), "schedule is 'both'; expected one of auto, continuous, batches"),
+        (("auto", None, None, None, 8), "max_new_tokens is None"),
+        (("auto", None, None, 512, "8"), "batch_size is '8'"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            scheduler.chosen(*given)
 
 
 @pytest.fixture

@@ -48,51 +48,36 @@ def test_as_transformers_generates(folder, torch_model):
     assert swept[0][0] == want
 
 
-def test_what_a_call_gives_comes_first(folder):
+def test_what_a_file_says_and_what_a_call_gives(folder):
     decoding = settled(Decoding(temperature=0.5, max_new_tokens=7), "checkpoint", folder)
     assert (decoding.temperature, decoding.repetition_penalty, decoding.max_new_tokens) == (0.5, 1.8, 7)
     assert decoding.top_k == 50  # what transformers samples from where the file says nothing
     assert settled(Decoding(), "plain", folder) == Decoding()
-
-
-def test_without_sampling_its_settings_are_not_used(folder):
-    write(folder, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": None})
+    write(folder, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": None})  # of sampling, which is off
     assert settled(Decoding(), "checkpoint", folder) == Decoding()
+    nothing = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beam_groups": 1, "use_cache": True}
+    assert of_checkpoint(nothing, folder) == {}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_settings_that_cannot_be_honoured(folder):
+    for given, message in (
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
         ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
         ({"repetition_penalty": [1]}, "repetition_penalty is"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size, which is not supported"),
         ({"bad_words_ids": [[3]]}, "bad_words_ids"),
-    ],
-)
-def test_settings_that_cannot_be_honoured(given, message, folder):
-    write(folder, given)
-    with pytest.raises(LVLMError, match=message) as caught:
-        settled(Decoding(), "checkpoint", folder)
-    assert "generation_config.json" in str(caught.value)
-    assert settled(Decoding(), "plain", folder) == Decoding()
-
-
-def test_settings_that_do_nothing_are_passed_over(tmp_path):
-    file = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beam_groups": 1, "use_cache": True}
-    assert of_checkpoint(file, tmp_path) == {}
-
-
-def test_an_unknown_choice_is_refused(checkpoint):
+    ):
+        write(folder, given)
+        with pytest.raises(LVLMError, match=message) as caught:
+            settled(Decoding(), "checkpoint", folder)
+        assert "generation_config.json" in str(caught.value)
+        assert settled(Decoding(), "plain", folder) == Decoding()
+    for end in ("</s>", [[2]], {"a": 1}, 2.5, [2, None]):
+        write(folder, {"eos_token_id": end})
+        with pytest.raises(LVLMError, match="generation_config.json: eos_token_id"):
+            LVLM.from_pretrained(folder)
     with pytest.raises(LVLMError, match="generation_config is 'mine'; expected plain or checkpoint"):
-        LVLM.from_pretrained(checkpoint, generation_config="mine")
-
-
-@pytest.mark.parametrize("end", ["</s>", [[2]], {"a": 1}, 2.5, [2, None]])
-def test_stop_tokens_of_odd_kinds(end, folder):
-    write(folder, {"eos_token_id": end})
-    with pytest.raises(LVLMError, match="generation_config.json: eos_token_id"):
-        LVLM.from_pretrained(folder)
+        LVLM.from_pretrained(folder, generation_config="mine")
 
 
 def test_the_record_of_a_job_names_the_choice(folder, tmp_path):

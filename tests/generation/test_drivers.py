@@ -70,25 +70,13 @@ def test_a_stop_token_ends_its_own_answer_only(model, mixed, greedy):
     assert {"length", "stop"} == set(out.finish_reason)
 
 
-def test_the_first_token_may_be_a_stop_token(model, alone, greedy):
+def test_where_an_answer_ends(model, alone, mixed, greedy):
     out = model.generate(alone(0), max_new_tokens=24, stop_token_ids=[greedy.tokens[0][0]])
     assert out.tokens == [greedy.tokens[0][:1]] and out.finish_reason == ["stop"]
-
-
-@pytest.mark.parametrize("limit", [1, 2, 23])
-def test_max_new_tokens_is_exact(model, mixed, greedy, limit):
-    out = model.generate(mixed, max_new_tokens=limit)
-    assert out.tokens == [row[:limit] for row in greedy.tokens]
-    assert out.finish_reason == ["length"] * 3
-
-
-def test_max_new_tokens_is_at_least_one(model, mixed):
-    with pytest.raises(LVLMError, match="max_new_tokens is 0"):
-        model.generate(mixed, max_new_tokens=0)
-
-
-def test_the_context_ends_an_answer(model, alone, greedy):
-    sample = alone(2)
+    for limit in (1, 2, 23):
+        out = model.generate(mixed, max_new_tokens=limit)
+        assert out.tokens == [row[:limit] for row in greedy.tokens] and out.finish_reason == ["length"] * 3
+    sample = alone(2)  # the context ends it
     out = model.generate(sample, max_new_tokens=10_000)
     assert len(out.tokens[0]) == CONTEXT - sample["input_ids"].shape[1] == 55
     assert out.tokens[0][:24] == greedy.tokens[2] and out.finish_reason == ["length"]
@@ -130,26 +118,15 @@ def test_a_stop_string_ends_its_own_answer_only(model, spoken):
     assert out.tokens[1] == both.tokens[1]
 
 
-def test_a_stop_string_that_is_never_said_changes_nothing(model, spoken):
+def test_streamed_pieces_are_the_answer(model, mixed, spoken):
     messages, whole = spoken
     assert model.generate(messages, max_new_tokens=24, stop="never said") == whole
-
-
-def test_streamed_pieces_are_the_answer(model, spoken):
-    messages, whole = spoken
     pieces = list(model.stream(messages, max_new_tokens=24))
     assert "".join(pieces) == whole.text[0] and len(pieces) > 4 and all(pieces)
-
-
-def test_streamed_pieces_are_the_answer_when_a_stop_token_ends_it(model, spoken):
-    messages, whole = spoken
     stop = [whole.tokens[0][9]]
     out = model.generate(messages, max_new_tokens=24, stop_token_ids=stop)
     assert "".join(model.stream(messages, max_new_tokens=24, stop_token_ids=stop)) == out.text[0]
     assert out.finish_reason == ["stop"]
-
-
-def test_stream_takes_one_conversation(model, mixed):
     with pytest.raises(LVLMError, match="one conversation and got 3"):
         next(model.stream(mixed, max_new_tokens=4))
 

@@ -46,19 +46,13 @@ def job(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     (tmp_path / "text.png").write_text("no picture")
 
-    def run(lines, model=None, record=None, **settings):
-        model = model or Echo()
+    def run(lines, model=None, record=None, name="answers.jsonl", **settings):
         (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-        summary = run_job(
-            model.load,
-            tmp_path / "questions.jsonl",
-            tmp_path / "answers.jsonl",
-            record if record is not None else {"model": "echo", "method": None},
-            image_folder=tmp_path,
-            **settings,
-        )
-        text = (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
-        return summary, [json.loads(line) for line in text.splitlines()]
+        load = (model or Echo()).load
+        record = record if record is not None else {"model": "echo", "method": None}
+        files = tmp_path / "questions.jsonl", tmp_path / name
+        summary = run_job(load, *files, record, image_folder=tmp_path, **settings)
+        return summary, [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
 
     run.folder = tmp_path
     return run
@@ -88,13 +82,10 @@ def test_answers_have_llava_fields_in_the_order_of_the_questions(job):
     assert answers[0]["metadata"] == {"line": 1, "method": None, "finish_reason": "stop", "tokens": 3}
 
 
-def test_a_draw_depends_on_the_id_and_the_seed_and_not_on_the_line(tmp_path):
+def test_a_draw_depends_on_the_id_and_the_seed_and_not_on_the_line(job):
     def texts(lines, seed):
-        (tmp_path / "q.jsonl").write_text("\n".join(lines))
-        answers = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        run_job(Echo().load, tmp_path / "q.jsonl", answers, {}, tmp_path, seed=seed)
-        rows = map(json.loads, answers.read_text().splitlines())
-        return {row["question_id"]: row["text"] for row in rows}
+        name = f"{len(list(job.folder.iterdir()))}.jsonl"
+        return {row["question_id"]: row["text"] for row in job(lines, name=name, seed=seed)[1]}
 
     asked = [line(number, image=None) for number in (1, 2, "1")]
     first, turned, other = texts(asked, 0), texts(asked[::-1], 0), texts(asked, 1)
@@ -102,77 +93,45 @@ def test_a_draw_depends_on_the_id_and_the_seed_and_not_on_the_line(tmp_path):
     assert len(set(first.values()) | set(other.values())) == 6
 
 
-def test_lines_that_no_file_or_number_holds_do_not_stop_a_job(job):
+def test_bad_lines_are_named_and_the_others_answered(job, capsys):
     os.mkfifo(job.folder / "pipe.png")
     (job.folder / "bad.ppm").write_bytes(b"P6\n4 x\n255\n")
-    asked = [
-        line(1),
-        f'{{"question_id": {"9" * 5000}, "text": "What?"}}',
-        line(3, image="pipe.png"),
-        line(4, image="a" * 300 + ".png"),
-        line(5, image="bad.ppm"),
-        line("caf\ud83d"),
-        line(7, image=f"data:image/png;base64,{base64.b64encode((job.folder / 'a.png').read_bytes()).decode()}"),
-        line(8, image="https://example.org/a.png"),
-    ]
-    summary, answers = job(asked)
-    assert [answer["question_id"] for answer in answers] == [1, "caf?", 7]
-    expected = {
-        2: "5000 digits",
-        3: "is a pipe",
-        4: "File name too long",
-        5: "cannot be decoded",
-        8: "nothing is downloaded",
+    encoded = base64.b64encode((job.folder / "a.png").read_bytes()).decode()
+    asked = {
+        line(1): None,
+        f'{{"question_id": {"9" * 5000}, "text": "What?"}}': "5000 digits",
+        line(3, image="pipe.png"): "is a pipe",
+        line(4, image="a" * 300 + ".png"): "File name too long",
+        line(5, image="bad.ppm"): "cannot be decoded",
+        line("caf\ud83d"): None,
+        line(7, image=f"data:image/png;base64,{encoded}"): None,
+        line(8, image="https://example.org/a.png"): "nothing is downloaded",
+        "{not json": "not JSON",
+        line(10, image="text.png"): "not a picture",
+        line(11, image="missing.png"): "does not exist",
+        line(12, "this is too long"): "99 tokens",
+        line(13, "<image><image>?"): "2 <image> placeholders but 1 images",
+        "[1]": "JSON list",
+        line(15, text=3): "text is 3",
+        line(16, image=5): "image is 5",
+        line([17]): "question_id is [17]",
+        "": None,
+        line(19): None,
     }
+    summary, answers = job(list(asked), batch_size=4)
+    assert [answer["question_id"] for answer in answers] == [1, "caf?", 7, 19]
+    expected = {number: reason for number, reason in enumerate(asked.values(), 1) if reason}
     assert summary.failures.keys() == expected.keys()
-    for number, reason in expected.items():
-        assert reason in summary.failures[number] and "\n" not in summary.failures[number]
-
-
-def test_addresses_are_downloaded_where_the_job_allows_it(job):
-    for allowed, reason in ((False, "nothing is downloaded"), (True, "cannot be downloaded")):
-        summary, _ = job([line(1, image="http://127.0.0.1:1/a.png")], allow_urls=allowed)
-        assert reason in summary.failures[1]
-
-
-def test_bad_lines_are_named_and_the_others_answered(job, capsys):
-    asked = [
-        line(1),
-        "{not json",
-        "",
-        line(4, image="text.png"),
-        line(5, image="missing.png"),
-        line(6, "this is too long"),
-        line(7, "<image><image>?"),
-        "[1]",
-        line(9, text=3),
-        line(10, image=5),
-        line([11]),
-        line(12),
-    ]
-    summary, answers = job(asked, batch_size=4)
-    assert [answer["question_id"] for answer in answers] == [1, 12]
-    expected = {
-        2: "not JSON",
-        4: "not a picture",
-        5: "does not exist",
-        6: "99 tokens",
-        7: "2 <image> placeholders but 1 images",
-        8: "JSON list",
-        9: "text is 3",
-        10: "image is 5",
-        11: "question_id is [11]",
-    }
-    assert summary.failures.keys() == expected.keys()
-    for number, reason in expected.items():
-        assert reason in summary.failures[number]
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == len(expected)
-    for number in expected:
+    for number, reason in expected.items():
+        assert reason in summary.failures[number] and "\n" not in summary.failures[number]
         assert any(f"line {number} of" in text for text in printed)
+    summary, _ = job([line(1, image="http://127.0.0.1:1/a.png")], allow_urls=True, name="downloaded.jsonl")
+    assert "cannot be downloaded" in summary.failures[1]
 
 
-def test_a_failed_line_is_tried_again_by_the_next_run(job):
+def test_a_failed_line_is_tried_again_by_the_next_run_and_a_finished_job_loads_no_model(job):
     asked = [line(1), line(2, image="late.png"), line(3)]
     summary, _ = job(asked)
     assert list(summary.failures) == [2]
@@ -180,25 +139,19 @@ def test_a_failed_line_is_tried_again_by_the_next_run(job):
     summary, answers = job(asked)
     assert (summary.before, summary.now, summary.failures) == (2, 1, {})
     assert sorted(answer["question_id"] for answer in answers) == [1, 2, 3]
-
-
-def test_a_finished_job_loads_no_model(job):
-    job([line(1)])
     model = Echo()
-    summary, answers = job([line(1)], model)
-    assert model.loaded == 0
-    assert summary.before == 1 and len(answers) == 1
+    summary, answers = job(asked, model)
+    assert model.loaded == 0 and summary.before == 3 and len(answers) == 3
 
 
-@pytest.mark.parametrize("tail", [b'{"question_id": 3, "te', b'{"question_id": 3, "te\n', b"\0\0\0\n"])
-def test_a_line_cut_short_is_dropped_and_answered_again(job, tail):
-    asked = [line(number) for number in (1, 2, 3)]
+def test_a_line_cut_short_is_dropped_and_answered_again(job):
+    asked, path = [line(number) for number in (1, 2, 3)], job.folder / "answers.jsonl"
     _, whole = job(asked)
-    path = job.folder / "answers.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]) + tail)
-    summary, answers = job(asked)
-    assert summary.before == 2
-    assert answers == whole
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:2])
+    for tail in (b'{"question_id": 3, "te', b'{"question_id": 3, "te\n', b"\0\0\0\n"):
+        path.write_bytes(kept + tail)
+        summary, answers = job(asked)
+        assert summary.before == 2 and answers == whole
 
 
 @pytest.mark.parametrize("change", ["record", "questions", "seed"])
@@ -213,23 +166,18 @@ def test_other_settings_are_refused(job, change):
     assert (job.folder / "answers.jsonl").read_bytes() == before
 
 
-def test_a_foreign_answers_file_is_left_alone(job):
+def test_files_that_cannot_be_used(job):
     path = job.folder / "answers.jsonl"
     path.write_text("my notes, without a line end")
     with pytest.raises(LVLMError, match="write somewhere else"):
         job([line(1)])
     assert path.read_text() == "my notes, without a line end"
-
-
-def test_questions_that_cannot_be_read(job):
-    with pytest.raises(LVLMError, match="is empty"):
-        job([""])
-    with pytest.raises(LVLMError, match="one JSON list"):
-        job(["[", line(1) + ",", line(2), "]"])
-    with pytest.raises(LVLMError, match="image folder"):
-        run_job(None, job.folder / "questions.jsonl", job.folder / "a", {}, image_folder=job.folder / "nowhere")
-    with pytest.raises(LVLMError, match="cannot be read"):
-        run_job(None, job.folder / "nothing.jsonl", job.folder / "a", {}, image_folder=job.folder)
+    for lines, message in (([""], "is empty"), (["[", line(1) + ",", line(2), "]"], "one JSON list")):
+        with pytest.raises(LVLMError, match=message):
+            job(lines)
+    for name, images, message in (("questions", "nowhere", "image folder"), ("nothing", "", "cannot be read")):
+        with pytest.raises(LVLMError, match=message):
+            run_job(None, job.folder / f"{name}.jsonl", job.folder / "a", {}, image_folder=job.folder / images)
 
 
 def test_images_go_where_the_placeholders_are():
@@ -270,9 +218,11 @@ def test_killed_again_and_again_no_line_is_lost_or_doubled(tmp_path):
     assert len(contents(whole.parent)) == 2  # the answers and their record
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
+def test_an_edited_answers_file_is_refused(job):
+    asked, path, model = [line(number) for number in (1, 2, 3)], job.folder / "answers.jsonl", Echo()
+    job(asked)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for old, new, message in (
         (b"{.*}", b"[1]", "\\(a JSON list, not an object"),
         (b"{.*}", b"{not json}", "is not JSON"),
         (b'"line": 2', b'"line": 1e999', "\\(its line is inf"),
@@ -280,18 +230,12 @@ def test_killed_again_and_again_no_line_is_lost_or_doubled(tmp_path):
         (b'"line": 2', b'"line": 999', "answers 999, which is not asked"),
         (b'"line": 2', b'"line": 1', "answers 1 a second time"),
         (b"metadata", b"m", "\\(it has no 'metadata'"),
-    ],
-)
-def test_an_edited_answers_file_is_refused(job, old, new, message):
-    asked = [line(number) for number in (1, 2, 3)]
-    job(asked)
-    path, model = job.folder / "answers.jsonl", Echo()
-    lines = path.read_bytes().splitlines(keepends=True)
-    before = lines[0] + re.sub(old, new, lines[1]) + lines[2]
-    path.write_bytes(before)
-    with pytest.raises(LVLMError, match=f"^line 2 of '.*answers.jsonl' .*{message}"):
-        job(asked, model)
-    assert path.read_bytes() == before and model.loaded == 0
+    ):
+        before = lines[0] + re.sub(old, new, lines[1]) + lines[2]
+        path.write_bytes(before)
+        with pytest.raises(LVLMError, match=f"^line 2 of '.*answers.jsonl' .*{message}"):
+            job(asked, model)
+        assert path.read_bytes() == before and model.loaded == 0
 
 
 def test_an_answers_folder_that_vanishes_is_no_success(tmp_path):

@@ -23,40 +23,42 @@ NOT_FINITE = "logits of answer token 1 are not finite"
 OPERA = methods.OPERA(beams=2, candidates=2)
 
 
-@pytest.fixture(scope="module")
-def broken(model):
-    """The small model, for which the letter Z is not a number."""
-    letter = model.processor.tokenizer.convert_tokens_to_ids("Z")
+def with_row(model, token, value):
+    """The model with another embedding of a token."""
     params = {**model.params, "language_model": {**model.params["language_model"]}}
     table = params["language_model"]["embed_tokens"]["embedding"]
-    params["language_model"]["embed_tokens"] = {"embedding": table.at[letter].set(jnp.nan)}
+    params["language_model"]["embed_tokens"] = {"embedding": table.at[token].set(value)}
     assert "lm_head" in params["language_model"]  # else every answer would be broken
     return LVLM(params, model.config, model.folder)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda model: model.generate(BAD, **NEW),
-        lambda model: model.generate(BAD, temperature=1.0, top_p=0.9, repetition_penalty=1.1, **NEW),
-        lambda model: model.generate(BAD, stop="never", **NEW),
-        lambda model: model.generate(BAD, num_beams=2, **NEW),
-        lambda model: model.generate(BAD, OPERA, **NEW),
-        lambda model: list(model.stream(BAD, **NEW)),
-        lambda model: model.sweep(BAD, [methods.CMAC(alpha=1.0), methods.CMAC(alpha=2.0)], **NEW),
-    ],
-    ids=["greedy", "sampled", "stop string", "beams", "opera", "stream", "sweep"],
-)
-def test_an_answer_whose_logits_are_not_finite_is_an_error(broken, ask):
-    with pytest.raises(LVLMError, match=NOT_FINITE):
-        ask(broken)
+@pytest.fixture(scope="module")
+def broken(model):
+    """The small model, for which the letter Z is not a number."""
+    return with_row(model, model.processor.tokenizer.convert_tokens_to_ids("Z"), jnp.nan)
 
 
-def test_the_error_names_the_sample(broken):
+def test_an_answer_whose_logits_are_not_finite_is_an_error(broken):
+    """Which names the sample."""
+    for ask in (
+        lambda: broken.generate(BAD, **NEW),
+        lambda: broken.generate(BAD, temperature=1.0, top_p=0.9, repetition_penalty=1.1, **NEW),
+        lambda: broken.generate(BAD, stop="never", **NEW),
+        lambda: broken.generate(BAD, num_beams=2, **NEW),
+        lambda: broken.generate(BAD, OPERA, **NEW),
+        lambda: list(broken.stream(BAD, **NEW)),
+    ):
+        with pytest.raises(LVLMError, match=NOT_FINITE):
+            ask()
     with pytest.raises(LVLMError, match=f"^sample 1: the {NOT_FINITE}"):
         broken.generate([GOOD, BAD], **NEW)
     with pytest.raises(LVLMError, match=f"^setting 0 of the sweep: sample 1: the {NOT_FINITE}"):
-        broken.sweep([GOOD, BAD], [methods.CMAC(alpha=1.0)], **NEW)
+        broken.sweep([GOOD, BAD], [methods.CMAC(alpha=1.0), methods.CMAC(alpha=2.0)], **NEW)
+    questions = [Question(1, (), "What?", "yes", "random"), Question(2, (), "Zoo?", "yes", "random")]
+    for schedule in ("batches", "continuous"):
+        work = engine.Work(batch_size=2, schedule=schedule)
+        with pytest.raises(LVLMError, match=NOT_FINITE):
+            engine.ask(broken, questions, get("pope/strict"), work=work)
 
 
 def test_other_answers_are_those_of_a_sound_model(broken, model):
@@ -86,41 +88,28 @@ def test_logits_that_become_infinite_later_are_an_error_too(model):
     """The answer ends there, and the token is named."""
     first = model.generate(GOOD, **NEW).tokens[0]
     place = next(place for place, token in enumerate(first) if token not in first[:place] and place)
-    params = {**model.params, "language_model": {**model.params["language_model"]}}
-    table = params["language_model"]["embed_tokens"]["embedding"]
-    params["language_model"]["embed_tokens"] = {"embedding": table.at[first[place]].set(jnp.inf)}
-    later = LVLM(params, model.config, model.folder)
+    later = with_row(model, first[place], jnp.inf)
     for ask in (later.generate, lambda *given, **options: list(later.stream(*given, **options))):
         with pytest.raises(LVLMError, match=f"answer token {place + 2} are not finite"):
             ask(GOOD, **NEW)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "row, sound",
-    [
+def test_a_row_is_sound_unless_it_has_nan_infinity_or_nothing_finite(broken):
+    """And the device does not go on with an answer that is lost."""
+    for row, sound in (
         ([0.0, 1.0, -np.inf], True),
         ([-np.inf, 3.0, -np.inf], True),
         ([0.0, np.nan, 1.0], False),
         ([0.0, np.inf, 1.0], False),
         ([-np.inf, -np.inf, -np.inf], False),
-    ],
-)
-def test_a_row_is_sound_unless_it_has_nan_infinity_or_nothing_finite(row, sound, temperature):
-    sampling = Sampling.of(temperature=temperature, top_k=2)
-    logits = jnp.asarray([row], jnp.float32)
-    _, logprobs = sampling.pick(logits, sample_keys(0, 1), jnp.int32(0), None)
-    assert bool(jnp.isnan(logprobs[0])) != sound
-
-
-def test_a_broken_answer_ends_at_once(broken):
-    """The device does not go on with an answer that is lost."""
-    prompt = broken.prepare(BAD)
+    ):
+        for temperature in (0.0, 1.0):
+            sampling, logits = Sampling.of(temperature=temperature, top_k=2), jnp.asarray([row], jnp.float32)
+            _, logprobs = sampling.pick(logits, sample_keys(0, 1), jnp.int32(0), None)
+            assert bool(jnp.isnan(logprobs[0])) != sound
     state, step = broken.prefill(BAD, max_length=90)
-    none = np.asarray([-1], np.int32)
-    begun = drivers.begin(
-        state, step.combined, prompt.tokens, Sampling.of(), sample_keys(0, 1), none, answer_capacity=8
-    )
+    arguments = state, step.combined, broken.prepare(BAD).tokens, Sampling.of(), sample_keys(0, 1)
+    begun = drivers.begin(*arguments, np.asarray([-1], np.int32), answer_capacity=8)
     assert bool(begun.finished[0])
 
 
@@ -160,11 +149,3 @@ def test_stop_strings_with_a_special_token_stop(model, talker, stop):
         assert "".join(model.stream(GOOD, stop=stop, **NEW)) == out.text[0]
         ((_, many),) = model.generate_many([(GOOD, 0)], stop=stop, **NEW)
         assert (many.text, many.tokens, many.finish_reason) == (out.text, out.tokens, out.finish_reason)
-
-
-def test_an_evaluation_of_answers_that_are_not_finite_stops(broken):
-    questions = [Question(1, (), "What?", "yes", "random"), Question(2, (), "Zoo?", "yes", "random")]
-    for schedule in ("batches", "continuous"):
-        work = engine.Work(batch_size=2, schedule=schedule)
-        with pytest.raises(LVLMError, match=NOT_FINITE):
-            engine.ask(broken, questions, get("pope/strict"), work=work)

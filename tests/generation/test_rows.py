@@ -54,15 +54,11 @@ def test_each_row_is_drawn_as_alone():
 def test_answers_are_those_of_generate(model, monkeypatch, strengths):
     monkeypatch.setattr(continuous, "answer_columns", lambda limit: (64, LIMIT + 4))  # rows move left again and again
     prefill, prompts = Prefill(model, Limits()), Prompts(model, 1, 32)
-    asked = [
-        conversation("Eh?", seed=1),
-        conversation("Oh", seed=2),
-        conversation("No picture"),
-        conversation("E", seed=1),
-    ]
+    asked = [conversation(text, seed) for text, seed in (("Eh?", 1), ("Oh", 2), ("No picture", None), ("E", 1))]
     slots, expected = None, []
     for place, messages in enumerate(asked):
-        method, numbers = strengths[place % 2], DRAWN[place]
+        method = strengths[place % 2]
+        numbers = DRAWN[place if method is None else place % 2 * 2]  # programs of two ways to draw are enough
         settings = dict(zip(NAMES, numbers, strict=True))
         expected.append(model.generate(messages, method=method, max_new_tokens=LIMIT, seed=place, **settings))
         prompt = prompts.laid_out(model.prepare(messages))
@@ -98,7 +94,7 @@ def test_answers_are_those_of_generate(model, monkeypatch, strengths):
 
 
 def test_sizes_come_from_a_ladder():
-    assert [columns_before(tokens) for tokens in (0, 1, 64, 65, 200, 257, 600, 1100)] == [
-        0, 64, 64, 128, 256, 384, 768, 1536,
-    ]  # fmt: skip
-    assert [columns_behind(tokens) for tokens in (1, 32, 33, 128, 129)] == [32, 32, 128, 128, 512]
+    before = {0: 0, 1: 64, 64: 64, 65: 128, 200: 256, 257: 384, 600: 768, 1100: 1536}
+    assert {tokens: columns_before(tokens) for tokens in before} == before
+    behind = {1: 32, 32: 32, 33: 128, 128: 128, 129: 512}
+    assert {tokens: columns_behind(tokens) for tokens in behind} == behind

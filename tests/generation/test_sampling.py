@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -60,6 +59,8 @@ def processed(logits, temperature, top_k=0, top_p=1.0):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_tokens_are_drawn_with_their_probabilities(logits, settings):
+    best, _ = pick(Sampling.of(), jnp.asarray(np.stack([logits, -logits])), sample_keys(0, 2), STEP, None)
+    np.testing.assert_array_equal(best, [logits.argmax(), logits.argmin()])
     expected = probabilities(logits, **settings)
     np.testing.assert_allclose(processed(logits, **settings), expected, rtol=0, atol=1e-6)
     rows = jnp.broadcast_to(logits, (DRAWS, VOCABULARY))
@@ -70,37 +71,27 @@ def test_tokens_are_drawn_with_their_probabilities(logits, settings):
     assert (np.abs(frequency - expected) <= 5 * deviation).all()
 
 
-def test_greedy_takes_the_most_likely_token(logits):
-    rows = jnp.asarray(np.stack([logits, -logits]))
-    tokens, _ = pick(Sampling.of(), rows, sample_keys(0, 2), STEP, None)
-    np.testing.assert_array_equal(tokens, [logits.argmax(), logits.argmin()])
-
-
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_k": 3}], ids=str)
-def test_log_probabilities_are_those_of_the_unmodified_logits(logits, settings):
-    rows = jnp.asarray(np.stack([np.roll(logits, shift) for shift in range(6)]))
-    sampling = Sampling.of(repetition_penalty=1.5, **settings)
-    seen = jnp.ones(rows.shape, bool)
-    tokens, logprobs = pick(sampling, rows, sample_keys(0, 6), STEP, seen)
-    wide = np.asarray(rows, np.float64)
-    expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-    np.testing.assert_allclose(logprobs, expected[np.arange(6), tokens], rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 5.0}, {"temperature": 5.0, "top_k": 20, "top_p": 0.999}], ids=str
 )
-def test_tokens_ruled_out_are_never_taken(logits, settings):
-    """A method rules tokens out with -inf; neither a high temperature nor a generous filter brings them back."""
+def test_what_is_never_taken_and_log_probabilities(logits, settings):
+    """A method rules tokens out with -inf; neither a high temperature nor a generous filter brings them back.
+
+    Log-probabilities are those of the unmodified logits.
+    """
     allowed = np.array([3, 11])
     ruled = np.full_like(logits, -np.inf)
     ruled[allowed] = logits[allowed]
     rows = jnp.broadcast_to(ruled, (2000, VOCABULARY))
     sampling = Sampling.of(repetition_penalty=1.3, **settings)
-    seen = jnp.ones(rows.shape, bool)
-    tokens, logprobs = pick(sampling, rows, sample_keys(0, 2000), STEP, seen)
+    tokens, logprobs = pick(sampling, rows, sample_keys(0, 2000), STEP, jnp.ones(rows.shape, bool))
     assert set(np.unique(tokens)) == (set(allowed.tolist()) if settings else {allowed[logits[allowed].argmax()]})
     assert np.isfinite(logprobs).all()
+    rows = jnp.asarray(np.stack([np.roll(logits, shift) for shift in range(6)]))
+    tokens, logprobs = pick(sampling, rows, sample_keys(0, 6), STEP, jnp.ones(rows.shape, bool))
+    wide = np.asarray(rows, np.float64)
+    expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, expected[np.arange(6), tokens], rtol=0, atol=1e-5)
 
 
 def test_repetition_penalty_equals_that_of_transformers():
@@ -139,17 +130,14 @@ def sampled(model, mixed):
     )
 
 
-def test_a_seed_gives_the_same_tokens_again(sampled):
-    assert sampled(5) == sampled(5)
-    assert sampled(5) != sampled(6)
-    assert sampled([1, 2, 3]) == sampled([1, 2, 3])
-
-
-def test_a_seed_per_conversation_gives_what_it_gives_alone(sampled, alone):
-    together = sampled([7, 8, 9])
-    assert [sampled(seed, alone(row))[0] for row, seed in enumerate([7, 8, 9])] == together
-    changed = sampled([7, 8, 10])
+def test_seeds(model, mixed, sampled, alone):
+    """One gives the same tokens again; one for each conversation gives what it gives alone."""
+    assert sampled(5) == sampled(5) != sampled(6)
+    together, changed = sampled([7, 8, 9]), sampled([7, 8, 10])
+    assert sampled([7, 8, 9]) == together == [sampled(seed, alone(row))[0] for row, seed in enumerate([7, 8, 9])]
     assert changed[:2] == together[:2] and changed[2] != together[2]
+    with pytest.raises(LVLMError, match="2 seeds were given for 3 conversations"):
+        model.generate(mixed, temperature=1.0, seed=[1, 2])
 
 
 def test_conversations_of_a_batch_have_their_own_streams(logits):
@@ -159,30 +147,3 @@ def test_conversations_of_a_batch_have_their_own_streams(logits):
     second, _ = pick(Sampling.of(temperature=1.0), rows, keys, jnp.int32(1), None)
     assert len(np.unique(first)) > 12
     assert (np.asarray(first) == np.asarray(second)).mean() < 0.3
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_k": 2.5}, "top_k is 2.5"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
-        ({"repetition_penalty": -2.0}, "repetition_penalty is -2.0"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range(model, mixed, settings, message, monkeypatch):
-    # A user's own mistake is not met by the tests' type checks.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(LVLMError, match=message):
-        model.generate(mixed, **settings)
-
-
-def test_as_many_seeds_as_conversations(model, mixed):
-    with pytest.raises(LVLMError, match="2 seeds were given for 3 conversations"):
-        model.generate(mixed, temperature=1.0, seed=[1, 2])

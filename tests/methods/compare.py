@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvlm_jax import LVLM
+from lvlm_jax import LVLM, methods
 from lvlm_jax.attention.transform import Stream
 from tests import checkpoints
 from tests.checkpoints import IMAGE
-from tests.reference import llava, one_branch
+from tests.reference import cmac, llava, one_branch
 
 # Two images, none, one, of different lengths: padded, and with text before, between and behind.
 MIXED = ((4, IMAGE, 3, IMAGE, 6), (9,), (3, IMAGE, 11))
@@ -27,13 +27,6 @@ VARIETIES = {
     "bare": BARE,
     "bare_window": BARE | {"text": BARE["text"] | {"model_type": "mistral", "sliding_window": 14}},
 }
-
-# Depth and variety, prompts, and fields of a method that acts in layers 1 and 2.
-UPPER = [
-    ((4,), MIXED, {"start_layer": 1, "end_layer": 3}),
-    ((4,), EDGES, {"start_layer": 1, "end_layer": 3}),
-    ((3, "mistral_window"), MIXED, {"layers": (1, 2)}),
-]
 
 
 class Case(NamedTuple):
@@ -57,14 +50,16 @@ class Case(NamedTuple):
         """Main, contrast (None without a branch) and combined logits, each [B, 1 + steps, V]."""
         return run_library(self.ours, self.inputs(layouts), self.forced(layouts, steps), method)
 
-    def references(self, run, layouts, tokens=None, pixels=lambda given, layout: given, **settings) -> Iterator:
+    def references(
+        self, run, layouts, tokens=None, pixels=lambda given, layout: given, steps=STEPS, **settings
+    ) -> Iterator:
         """`run(weights, config, ids, pixels, tokens, **settings)` of every sample.
 
         Args:
-            tokens: what decoding takes, [samples, steps]; default those that are forced.
+            tokens: what decoding takes, [samples, steps]; by default `steps` that are forced.
             pixels: replaces a sample's pictures, given them and its layout.
         """
-        inputs, tokens = self.inputs(layouts), self.forced(layouts) if tokens is None else tokens
+        inputs, tokens = self.inputs(layouts), self.forced(layouts, steps) if tokens is None else tokens
         for row, layout in enumerate(layouts):
             sample = checkpoints.select(self.theirs.config, inputs, row)
             pictures = pixels(sample.get("pixel_values"), layout)
@@ -107,9 +102,7 @@ def stream(layer, num_layers=3, **fields):
 
 
 def assert_close(got, want, name, factor=1.0):
-    """Within the tolerance; prints the largest difference (`pytest -s`)."""
     error = np.abs(got - want).max()
-    print(f"{name}: {error:.1e}")
     assert error <= ATOL * factor, f"{name} differs by {error}"
 
 
@@ -122,11 +115,22 @@ def assert_combined(got, want, distance, factor, name="combined", cuts=True):
     assert not cuts or np.isneginf(got[~kept & clear]).all()
 
 
-def assert_cut(got, want, main, settings, has_image):
-    """CMAC's combined logits [T, V]: equal inside the cut; −inf outside, where there is an image."""
-    with np.errstate(divide="ignore"):
-        cut = main.max(-1, keepdims=True) + np.log(settings.beta)
-    assert_combined(got, want, np.abs(main - cut), 1 + 2 * settings.alpha, cuts=has_image)
+def assert_cmac(case, layouts, strengths, steps=STEPS, least=2e-5):
+    """Both branches and the combined logits; returns the references' results, one per sample."""
+    settings = cmac.Settings(**strengths)
+    main, contrast, combined = case.library(layouts, methods.CMAC(**strengths), steps)
+    contrast = main if contrast is None else contrast
+    results = list(case.references(cmac.run, layouts, steps=steps, settings=settings))
+    for row, want in enumerate(results):
+        # Were a logit this close to its threshold, float32 could decide otherwise than float64: take another seed.
+        assert want.margin > least and (IMAGE not in layouts[row] or want.gate_margin > 1e-3)
+        np.testing.assert_allclose(main[row], want.main, rtol=0, atol=ATOL, err_msg=f"main, sample {row}")
+        np.testing.assert_allclose(contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}")
+        with np.errstate(divide="ignore"):
+            cut = want.main.max(-1, keepdims=True) + np.log(settings.beta)
+        distance, factor = np.abs(want.main - cut), 1 + 2 * settings.alpha
+        assert_combined(combined[row], want.combined, distance, factor, cuts=IMAGE in layouts[row])
+    return results
 
 
 def assert_plain(case, layouts, method):
@@ -137,7 +141,7 @@ def assert_plain(case, layouts, method):
     np.testing.assert_allclose(combined, plain, rtol=0, atol=1e-5)
 
 
-def assert_one_branch(case, layouts, method, make_reference):
+def assert_one_branch(case, layouts, method, make_reference, visible=0.05):
     """The main branch equals the reference in prefill and cached decoding. Returns the references, one per sample.
 
     The edit must be visible: some logits differ from the plain model's; a sample without an image stays plain.
@@ -145,15 +149,15 @@ def assert_one_branch(case, layouts, method, make_reference):
     main, _, combined = case.library(layouts, method)
     references, effects = [make_reference() for _ in layouts], []
     each = iter(references)
-    wanted = case.references(lambda *sample: one_branch.run(*sample, next(each)), layouts)
-    plains = case.references(one_branch.run, layouts, method=one_branch.Plain())
+    wanted = case.references(lambda *sample, **model: one_branch.run(*sample, next(each), **model), layouts)
+    plains = case.references(one_branch.run, layouts)
     for row, (want, plain, layout) in enumerate(zip(wanted, plains, layouts, strict=True)):
         np.testing.assert_allclose(main[row], want, rtol=0, atol=ATOL, err_msg=f"sample {row}")
         np.testing.assert_array_equal(combined[row], main[row])
         if IMAGE not in layout:
             np.testing.assert_allclose(want, plain, rtol=0, atol=1e-9)
         effects.append(np.abs(want - plain).max())
-    assert max(effects) > 0.05, f"the method changes nothing: {effects}"
+    assert max(effects) > visible, f"the method changes nothing: {effects}"
     # Were a decision this close, float32 could take it otherwise than float64: take another seed.
     assert min(getattr(reference, "margin", np.inf) for reference in references) > 2e-6
     return references

@@ -23,13 +23,6 @@ def steps(model, prompt, method, count=3):
     ]
 
 
-def test_a_chain_of_one_is_that_one():
-    method = CMAC()
-    assert chain(method) is method
-    with pytest.raises(LVLMError, match="at least one method"):
-        chain()
-
-
 def test_edits_hold_on_both_branches_of_one_prompt(model, mixed):
     """MiddleLayers with CMAC: the main branch is MiddleLayers' own, the contrast is edited by both."""
     edit = MiddleLayers(alpha=2.0, **SMALL)
@@ -59,29 +52,27 @@ def test_a_member_keeps_to_its_own_rows(model, mixed):
     np.testing.assert_allclose(together, steps(model, mixed, last)[0], rtol=0, atol=1e-5)
 
 
-def test_memory_and_carry_reach_the_member_that_combines(model, mixed):
-    gated = CMAC(variant="code", cmpc=False, alpha=1.0)
-    idle = VAF(enhance=1.0, suppress=1.0, **SMALL)
-    for order in ((idle, gated), (gated, idle)):
-        for got, want in zip(steps(model, mixed, chain(*order)), steps(model, mixed, gated), strict=True):
-            kept = np.isfinite(want)
-            np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=1e-4)
+IDLE = VAF(enhance=1.0, suppress=1.0, **SMALL)
+RETRACED = methods.MemVR(layers=(0,), tau=0.1, rho=0.0)  # remembers image tokens, and changes nothing
+EDITS = [
+    methods.SPARC(alpha=5.0, tau=0.02, selected_layer=0),
+    methods.VAR(layers=(0, 1), tau=1.7, p=0.2, rho=0.9),
+    methods.VHR(layers=(0, 1), alpha=3.0),
+    methods.ONLY(tau=1.0),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
+    ("method", "idle"),
     [
-        methods.SPARC(alpha=5.0, tau=0.02, selected_layer=0),
-        methods.VAR(layers=(0, 1), tau=1.7, p=0.2, rho=0.9),
-        methods.VHR(layers=(0, 1), alpha=3.0),
-        methods.ONLY(tau=1.0),
+        (CMAC(variant="code", cmpc=False, alpha=1.0), IDLE),  # which combines
+        # Without CICD SEVI has no contrast branch, so VCD's pictures are used.
+        (VCD(), SEVI(omega=0.0, start_layer=0)),
+        *(pytest.param(method, RETRACED, marks=pytest.mark.slow) for method in EDITS),
     ],
     ids=lambda method: method.label,
 )
-def test_what_edits_remember_is_each_members_own(model, mixed, method):
-    """Beside MemVR, which remembers image tokens and here changes nothing."""
-    idle = methods.MemVR(layers=(0,), tau=0.1, rho=0.0)
+def test_memory_and_carry_reach_each_member(model, mixed, method, idle):
     wanted = steps(model, mixed, method)
     for order in ((idle, method), (method, idle)):
         for got, want in zip(steps(model, mixed, chain(*order)), wanted, strict=True):
@@ -90,37 +81,24 @@ def test_what_edits_remember_is_each_members_own(model, mixed, method):
                 np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=1e-4)
 
 
-def test_an_unused_contrast_is_no_obstacle(model, mixed):
-    """SEVI knows pictures of its own, but without CICD it has no contrast branch: VCD's pictures are used."""
-    idle = SEVI(omega=0.0, start_layer=0)
-    for got, want in zip(steps(model, mixed, chain(idle, VCD())), steps(model, mixed, VCD()), strict=True):
-        kept = np.isfinite(want)
-        np.testing.assert_allclose(got[kept], want[kept], rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("members", "message"),
     [
         ((VCD(), PAI(start_layer=0)), "VCD and PAI cannot be chained: each wants its own contrast branch"),
         ((CMAC(), DoLa()), "CMAC and DoLa cannot be chained: each wants its own combination of logits"),
+        ((CMAC(), methods.DeCo(layers=(60, 70))), "each wants its own combination of logits"),
         ((CMAC(imd=False), CMAC(imd=False)), "each wants its own positions"),
+        ((), "at least one method"),
     ],
-    ids=["contrast", "combination", "positions"],
 )
 def test_contradictions_are_refused(members, message):
     with pytest.raises(LVLMError, match=message):
         chain(*members)
 
 
-def test_layers_of_a_deep_model_are_no_obstacle():
-    deep = chain(EAH(), methods.DeCo(layers=(60, 70)))
-    assert deep.exits(80) == (60, 70)
-    with pytest.raises(LVLMError, match="each wants its own combination of logits"):
-        chain(CMAC(), methods.DeCo(layers=(60, 70)))
-
-
-def test_chains_of_chains_are_flat():
-    inner = chain(VAF(), MiddleLayers())
+def test_chains_are_flat_and_take_the_layers_of_deep_models():
+    method, inner = CMAC(), chain(VAF(), MiddleLayers())
+    assert chain(method) is method
     assert [type(one) for one in chain(EAH(), inner).members] == [EAH, VAF, MiddleLayers]
-    assert chain(EAH(), inner).label == "EAH + VAF + MiddleLayers"
-    assert "chained" not in methods.names()
+    assert chain(EAH(), inner).label == "EAH + VAF + MiddleLayers" and "chained" not in methods.names()
+    assert chain(EAH(), methods.DeCo(layers=(60, 70))).exits(80) == (60, 70)

@@ -12,6 +12,7 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL, CLVA, CMAC, EAH, ICD, OPERA, SEVI, SID, VAF, VCD, DoLa
 from lvlm_jax.methods.base import layer_range
+from lvlm_jax.methods.sid import LeastAttended
 
 FIELDS = [
     pytest.param(methods.get(name), field, id=f"{name}-{field.name}")
@@ -77,6 +78,24 @@ def test_a_switch_is_of_its_kind(cls, field):
         (lambda: OPERA(candidates=5.0), "OPERA: candidates is 5.0; expected a whole number"),
         (lambda: EAH(variant="codes"), "EAH: variant is 'codes'; expected one of 'paper', 'code'"),
         (lambda: CAPL(tile=2.0), "CAPL: tile is 2.0; expected a whole number or None"),
+        (lambda: CAPL(tile=0), "tile is 0; expected a whole number >= 1"),
+        (lambda: OPERA(beams=0), "beams is 0"),
+        (lambda: OPERA(candidates=1.5), "candidates is 1.5"),
+        (lambda: VCD(noise_step=1000), "noise_step"),
+        (lambda: DoLa(layers="middle"), "'low', 'high'"),
+        (lambda: DoLa(layers="high").exits(2), "none of this model's 2 layers"),
+        (lambda: VAF().active(0, 4, "prefill"), "9 to 15"),
+        (lambda: CLVA().active(0, 3, "prefill"), "CLVA in"),
+        (lambda: CLVA(start_layer=12).active(0, 32, "prefill"), "CLVA in"),
+        (lambda: LeastAttended(3, 0, None, None).active(0, 4, "prefill"), "start_layer of at least 1"),
+        (lambda: layer_range(9, 15, None, 4), "layers from 9 to 15 are none of this model's 4 layers"),
+        (lambda: layer_range(10**12, 10**13, None, 4), "layers from 1000000000000 to 10000000000000 are none"),
+        (lambda: layer_range(-(10**12), -1, None, 4), "are none"),
+        (lambda: layer_range(1e300, None, None, 4), "are none"),
+        (lambda: layer_range(0, None, 8, 4), r"layers \[8\] are none"),
+        (lambda: layer_range(0, None, range(8, 10**12), 4), r"layers range\(8, 1000000000000\) are none"),
+        (lambda: SEVI.preset("bold"), "SEVI has no preset 'bold'; expected one of focused, balanced"),
+        (lambda: VAF.preset("bold"), "VAF has no preset 'bold'; it has none at all"),
     ],
 )
 def test_what_is_wrong_is_said(make, message):
@@ -132,22 +151,6 @@ def test_layers_are_numbers_or_shares_of_the_depth(start, end, layers, expected)
     assert layer_range(start, end, layers, 8) == expected
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "layers", "message"),
-    [
-        (9, 15, None, "layers from 9 to 15 are none of this model's 4 layers"),
-        (10**12, 10**13, None, "layers from 1000000000000 to 10000000000000 are none"),
-        (-(10**12), -1, None, "are none"),
-        (1e300, None, None, "are none"),
-        (0, None, 8, r"layers \[8\] are none"),
-        (0, None, range(8, 10**12), r"layers range\(8, 1000000000000\) are none"),
-    ],
-)
-def test_no_layer_left_is_refused(start, end, layers, message):
-    with pytest.raises(LVLMError, match=message):
-        layer_range(start, end, layers, 4)
-
-
 @pytest.mark.parametrize("bound", [10**12, -(10**12), 1e12])
 def test_bounds_far_out_of_the_model_answer_at_once(bound):
     assert VAF(start_layer=-abs(bound), end_layer=abs(bound)).active(7, 8, "decode")
@@ -156,10 +159,3 @@ def test_bounds_far_out_of_the_model_answer_at_once(bound):
         CLVA(anchor_start=0, anchor_end=abs(bound), noise_layers=1).active(0, 8, "prefill")
     with pytest.raises(LVLMError, match="none of this model's 8 layers|start_layer of at least 1"):
         SID(start_layer=bound, end_layer=abs(bound)).branches()[1].active(0, 8, "prefill")
-
-
-def test_an_unknown_preset_is_refused():
-    with pytest.raises(LVLMError, match="SEVI has no preset 'bold'; expected one of focused, balanced"):
-        SEVI.preset("bold")
-    with pytest.raises(LVLMError, match="VAF has no preset 'bold'; it has none at all"):
-        VAF.preset("bold")

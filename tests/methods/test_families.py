@@ -13,7 +13,8 @@ import torch
 
 from lvlm_jax import LVLM, methods
 from tests.checkpoints import IMAGE
-from tests.methods.compare import ATOL, STEPS, assert_cut, run_library
+from tests.methods import compare
+from tests.methods.compare import ATOL, STEPS, run_library
 from tests.models.families.instructblip import INSTRUCTBLIP
 from tests.models.families.instructblip import QUERIES as TOKENS_OF_AN_IMAGE
 from tests.models.families.patches import QWEN2_5_VL
@@ -23,7 +24,7 @@ TEXT = {"num_hidden_layers": 3, "num_key_value_heads": 2}
 # Rows and columns of patches: lying and upright images, two, none and one of them, of different lengths.
 GRIDS = [(2, (4, 12), 3, (8, 4), 4), (9,), (3, (12, 6), 11)]
 QUERIES = [(IMAGE, IMAGE, 9), (9,), (IMAGE, 11)]  # images stand first
-IMAGES = (True, False, True)
+IMAGES = ((IMAGE,), (), (IMAGE,))  # whether a sample has some
 
 
 class Case(NamedTuple):
@@ -45,14 +46,12 @@ class Case(NamedTuple):
     layouts: list[dict]
     visible: float
 
-    def cmac(self, row, settings):
-        layout = {name: value for name, value in self.layouts[row].items() if name != "image_ids"}
-        return cmac.run(self.weights, self.config, *self.samples[row], self.forced[row], settings, **layout)
+    def library(self, layouts, method, steps=STEPS):
+        return run_library(self.ours, self.inputs, self.forced, method)
 
-    def one_branch(self, row, method):
-        return one_branch.run(
-            self.weights, self.config, *self.samples[row], self.forced[row], method, **self.layouts[row]
-        )
+    def references(self, run, layouts, steps=STEPS, **settings):
+        for sample, forced, layout in zip(self.samples, self.forced, self.layouts, strict=True):
+            yield run(self.weights, self.config, *sample, forced, **settings, **layout)
 
 
 def forced_tokens(vocabulary):
@@ -159,51 +158,26 @@ CODE = {"variant": "code", "alpha": 1.0}
 )
 def test_cmac(family, strengths):
     case, settings = load(family), cmac.Settings(**strengths)
-    main, contrast, combined = run_library(case.ours, case.inputs, case.forced, methods.CMAC(**strengths))
-    contrast = main if contrast is None else contrast
-    for row, has_image in enumerate(IMAGES):
-        want, plain = case.cmac(row, settings), case.one_branch(row, one_branch.Plain())
-        # Were a logit this close to its threshold, float32 could decide otherwise than float64: take another seed.
-        assert want.margin > (2e-5 if family == "qwen2_5_vl" else 2e-6)
-        assert not has_image or want.gate_margin > 1e-3
-        np.testing.assert_allclose(main[row], want.main, rtol=0, atol=ATOL, err_msg=f"main, sample {row}")
-        np.testing.assert_allclose(contrast[row], want.contrast, rtol=0, atol=ATOL, err_msg=f"contrast, sample {row}")
-        assert_cut(combined[row], want.combined, want.main, settings, has_image)
-        assert (np.abs(want.main - plain).max() > case.visible) == (has_image and settings.cmpc)
-        assert (np.abs(want.contrast - want.main).max() > case.visible) == (has_image and settings.imd)
+    results = compare.assert_cmac(case, IMAGES, strengths, least=2e-5 if family == "qwen2_5_vl" else 2e-6)
+    for want, plain, own in zip(results, case.references(one_branch.run, IMAGES), IMAGES, strict=True):
+        assert (np.abs(want.main - plain).max() > case.visible) == (bool(own) and settings.cmpc)
+        assert (np.abs(want.contrast - want.main).max() > case.visible) == (bool(own) and settings.imd)
+
+
+SINGLE = {
+    "eah": (methods.EAH, eah.Eah, {"beta": 0.03, "layer": 1}),
+    "sevi": (methods.SEVI, sevi.Sevi, {"omega": 2.0, "start_layer": 1, "kappa": 0.4}),
+    "capl": (methods.CAPL, capl.Capl, {"rho": "0.6"}),
+    "eah_code": (methods.EAH, eah.Eah, {"beta": 0.06, "layer": 1, "variant": "code"}),
+    "capl_truncated": (methods.CAPL, capl.Capl, {"mode": "truncated"}),
+}
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "make_reference"),
-    [
-        (family, *case)
-        for family in ("qwen2_5_vl", "instructblip")
-        for case in [
-            (methods.EAH(beta=0.03, layer=1), lambda: eah.Eah(beta=0.03, layer=1)),
-            (
-                methods.SEVI(omega=2.0, start_layer=1, kappa=0.4),
-                lambda: sevi.Sevi(omega=2.0, start_layer=1, kappa=0.4),
-            ),
-            (methods.CAPL(rho=0.6), lambda: capl.Capl(rho="0.6")),
-            (methods.EAH(beta=0.06, layer=1, variant="code"), lambda: eah.Eah(beta=0.06, layer=1, variant="code")),
-            (methods.CAPL(mode="truncated"), lambda: capl.Capl(mode="truncated")),
-        ][: 5 if family == "qwen2_5_vl" else 3]
-    ],
-    ids=["qwen2_5_vl-eah", "qwen2_5_vl-sevi", "qwen2_5_vl-capl", "qwen2_5_vl-eah_code", "qwen2_5_vl-capl_truncated",
-         "instructblip-eah", "instructblip-sevi", "instructblip-capl"],
-)  # fmt: skip
-def test_single_branch_methods(family, method, make_reference):
-    case = load(family)
-    main, _, combined = run_library(case.ours, case.inputs, case.forced, method)
-    references, effects = [], []
-    for row, has_image in enumerate(IMAGES):
-        references.append(make_reference())
-        want, plain = case.one_branch(row, references[-1]), case.one_branch(row, one_branch.Plain())
-        np.testing.assert_allclose(main[row], want, rtol=0, atol=ATOL, err_msg=f"sample {row}")
-        np.testing.assert_array_equal(combined[row], main[row])
-        if not has_image:
-            np.testing.assert_allclose(want, plain, rtol=0, atol=1e-9)
-        effects.append(np.abs(want - plain).max())
-    assert max(effects) > case.visible, f"the method changes nothing: {effects}"
-    # Were a decision this close, float32 could take it otherwise than float64: take another seed.
-    assert min(reference.margin for reference in references) > 2e-6
+    ("family", "name"),
+    [*(("qwen2_5_vl", name) for name in SINGLE), *(("instructblip", name) for name in ("eah", "sevi", "capl"))],
+)
+def test_single_branch_methods(family, name):
+    (method, make, settings), case = SINGLE[name], load(family)
+    given = {name: float(value) if name == "rho" else value for name, value in settings.items()}
+    compare.assert_one_branch(case, IMAGES, method(**given), lambda: make(**settings), case.visible)

@@ -112,48 +112,41 @@ def made_history(method, parents, steps):
 
 
 def test_the_code_notes_one_column_per_beam_and_step():
-    """The mode of all candidates, in the beam's place, whichever beams go on; the paper keeps those of the tokens."""
+    """The mode of all candidates, in the beam's place, whichever beams go on; the paper keeps those of the tokens.
+
+    The place to go back to is that of the newest columns, if each beam has noted it at least `threshold` times. Column
+    3 is the most frequent of all, and blocks nothing.
+    """
     modes = [[mode(beam) for beam in step] for step in MADE]
     for parents in ([0, 1], [1, 0], [0, 0]):
         history = made_history(OPERA(**CODE), parents, len(MADE))
         np.testing.assert_array_equal(history.T, modes)
     paper = made_history(OPERA(**CODE | dict(variant="paper")), [1, 1], len(MADE))
     np.testing.assert_array_equal(paper.T, [[beams[1][0]] * 2 for beams in MADE])
-
-
-@pytest.mark.parametrize("threshold", [2, 3, 4, 5])
-def test_the_place_to_go_back_to_is_that_of_the_newest_columns(threshold):
-    """Each beam has noted it at least `threshold` times. Column 3 is the most frequent of all, and blocks nothing."""
-    method, places = OPERA(**CODE | dict(threshold=threshold)), []
-    for steps in range(1, len(MADE) + 1):
-        history = made_history(method, [1, 0], steps)
-        place = method.recurring(history, np.ones(2, bool))
-        assert place == place_of_notes(history.T.tolist(), threshold)
-        places.append(place)
     # Beam 1 notes 11, 11, 3, 11: s is 11 after each but the third, where 3 and 11 are tied and 3 is below 10.
-    assert [step for step, place in enumerate(places) if place is not None] == {2: [12, 14], 3: [14]}.get(threshold, [])
-    assert {place for place in places if place is not None} <= {11}
+    for threshold, back in ((2, {12: 11, 14: 11}), (3, {14: 11}), (4, {}), (5, {})):
+        method, places = OPERA(**CODE | dict(threshold=threshold)), {}
+        for step in range(len(MADE)):
+            history = made_history(method, [1, 0], step + 1)
+            place = method.recurring(history, np.ones(2, bool))
+            assert place == place_of_notes(history.T.tolist(), threshold)
+            places |= {step: place} if place is not None else {}
+        assert places == back
 
 
-def test_a_made_history_goes_back_twice():
+def test_ways_back_of_made_histories():
     """To the place, then (no more often than `max_rollbacks` there) to the place before it, then not any more."""
     method = OPERA(**CODE | dict(max_rollbacks=1))
-    history, alive = made_history(method, [0, 1], 15), [np.ones(2, bool)] * 16
+    history, alive = made_history(method, [0, 1], 15), [np.ones(2, bool)] * 20
     rollbacks = driver.Rollbacks(method)
-    assert rollbacks.target(history, alive) == 11
-    rollbacks.note(11, [(0, 7), (1, 9)])
-    assert rollbacks.target(history, alive) == 10
-    rollbacks.note(10, [(0, 5), (1, 5)])
+    for target, pairs in ((11, [(0, 7), (1, 9)]), (10, [(0, 5), (1, 5)])):
+        assert rollbacks.target(history, alive[:16]) == target
+        rollbacks.note(target, pairs)
     assert rollbacks.banned == {10: [(0, 5), (1, 5)]}  # what was banned further on may be chosen again
-    assert rollbacks.target(history, alive) is None
+    assert rollbacks.target(history, alive[:16]) is None
     np.testing.assert_array_equal(rollbacks.tokens(10), [[5, -1], [-1, 5]])
-
-
-def test_an_earlier_place_may_follow_a_later_one_under_code():
-    """Under the paper's rule it may not."""
-    for variant, second in (("code", 10), ("paper", None)):
-        method = OPERA(**CODE | dict(variant=variant, threshold=1))
-        rollbacks, alive = driver.Rollbacks(method), [np.ones(2, bool)] * 20
+    for variant, second in (("code", 10), ("paper", None)):  # an earlier place may follow a later one in the code alone
+        rollbacks = driver.Rollbacks(OPERA(**CODE | dict(variant=variant, threshold=1)))
         assert rollbacks.target(np.array([[12] * 18] * 2), alive) == 12
         rollbacks.note(12, [(0, 1), (1, 2)])
         assert rollbacks.target(np.array([[10] * 18] * 2), alive) == second
@@ -171,13 +164,22 @@ def test_scores_are_float16_under_code():
     np.testing.assert_array_equal(columns, [1, 1, 1])  # the window begins at column 1, even where all is 0
 
 
-def test_a_batch_equals_its_samples_alone(case, ways_back):
+def test_samples_alone_and_other_strengths(case, ways_back):
+    """A batch equals its samples alone; other strengths compile nothing, and huge products stay finite."""
     together = case.model.generate(case.inputs, OPERA(**SMALL), max_new_tokens=14)
     for row in range(len(LAYOUTS)):
         alone = case.model.generate(case.alone(row), OPERA(**SMALL), max_new_tokens=14)
         assert alone.tokens[0] == together.tokens[row]
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-4)
     assert ways_back[:2] == ways_back[2:] and ways_back[0] != ways_back[1]
+
+    def programs():
+        return [program._cache_size() for program in (driver.step, driver.replay, driver.take)]
+
+    before = programs()
+    out = case.model.generate(case.inputs, OPERA(**SMALL | dict(alpha=2.0, sigma=1e6)), max_new_tokens=13)
+    assert programs() == before
+    assert np.isfinite(np.concatenate(out.logprobs)).all() and [len(row) for row in out.tokens] == [13, 13]
 
 
 @pytest.mark.parametrize(("variant", "candidates"), [("paper", 5), ("code", VOCABULARY)])
@@ -192,36 +194,13 @@ def test_without_penalty_and_ways_back_it_is_beam_search(case, variant, candidat
     assert case.model.generate(case.inputs, acting, max_new_tokens=14).tokens != beams.tokens
 
 
-def test_other_strengths_compile_nothing_and_huge_products_stay_finite(case):
-    def programs():
-        return [program._cache_size() for program in (driver.step, driver.replay, driver.take)]
-
-    case.model.generate(case.inputs, OPERA(**SMALL), max_new_tokens=14)
-    before = programs()
-    out = case.model.generate(case.inputs, OPERA(**SMALL | dict(alpha=2.0, sigma=1e6)), max_new_tokens=13)
-    assert programs() == before
-    assert np.isfinite(np.concatenate(out.logprobs)).all() and [len(row) for row in out.tokens] == [13, 13]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"beams": 0}, "beams is 0"), ({"candidates": 1.5}, "candidates is 1.5")]
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(LVLMError, match=message):
-        OPERA(**settings)
-
-
 def test_what_the_search_cannot_do_is_said(case):
-    def generate(method=None, **settings):
-        return case.model.generate(case.inputs, method or OPERA(), **settings)
-
-    with pytest.raises(LVLMError, match="does not sample"):
-        generate(temperature=1.0)
-    with pytest.raises(LVLMError, match="OPERA's beams 5"):
-        generate(num_beams=3)
-    with pytest.raises(LVLMError, match="cannot be chained"):
-        generate(chain(CMAC(), OPERA()))
-    with pytest.raises(LVLMError, match="cannot be streamed"):
-        next(case.model.stream(case.alone(0), OPERA()))
-    with pytest.raises(LVLMError, match="cannot be swept"):
-        case.model.sweep(case.inputs, [OPERA(), OPERA(alpha=2.0)])
+    for ask, message in (
+        (lambda: case.model.generate(case.inputs, OPERA(), temperature=1.0), "does not sample"),
+        (lambda: case.model.generate(case.inputs, OPERA(), num_beams=3), "OPERA's beams 5"),
+        (lambda: case.model.generate(case.inputs, chain(CMAC(), OPERA())), "cannot be chained"),
+        (lambda: next(case.model.stream(case.alone(0), OPERA())), "cannot be streamed"),
+        (lambda: case.model.sweep(case.inputs, [OPERA(), OPERA(alpha=2.0)]), "cannot be swept"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            ask()

@@ -111,7 +111,15 @@ class Points:
 def test_other_packages_name_methods_by_entry_points(folder, monkeypatch):
     write(folder / "package_a.py", "")
     write(folder / "package_b.py", '@methods.register("named")')
+    (folder / "package_d.py").write_text("number = 1\n")
     monkeypatch.syspath_prepend(folder)
+    Points(monkeypatch, empty="package_d", number="package_d:number")
+    for name, message in (
+        ("empty", "'empty' of .* registers no method of that name; write module:Class"),
+        ("number", "'package_d:number' is a int; expected a class"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            as_method(name)
     own = {"raise": "package_a:Lift", "named": "package_b", "broken": "package_c:Lift", "cmac": "package_a:Lift"}
     points = Points(monkeypatch, **own)
     assert type(as_method("cmac")) is methods.CMAC and points.asked == 0  # nothing is imported for our own
@@ -123,16 +131,6 @@ def test_other_packages_name_methods_by_entry_points(folder, monkeypatch):
     with pytest.raises(LVLMError, match="method 'broken' of .* cannot be imported"):
         as_method("broken")
     assert methods.get("cmac") is methods.CMAC
-
-
-def test_an_entry_point_that_registers_nothing_is_named(folder, monkeypatch):
-    (folder / "package_d.py").write_text("number = 1\n")
-    monkeypatch.syspath_prepend(folder)
-    Points(monkeypatch, empty="package_d", number="package_d:number")
-    with pytest.raises(LVLMError, match="'empty' of .* registers no method of that name; write module:Class"):
-        as_method("empty")
-    with pytest.raises(LVLMError, match="'package_d:number' is a int; expected a class"):
-        as_method("number")
 
 
 def test_a_module_that_is_reloaded_or_has_two_names_keeps_its_methods(folder, monkeypatch):
@@ -147,13 +145,10 @@ def test_a_module_that_is_reloaded_or_has_two_names_keeps_its_methods(folder, mo
     write(folder / "other.py")
     with pytest.raises(LVLMError, match="the name 'lift' is that of another_name.Lift; give other.Lift another one"):
         as_method("other.py:Lift")
-
-
-def test_a_cell_of_a_notebook_may_run_again(folder):
-    for delta in (1.0, 2.0):
-        cell = textwrap.dedent(LIFT.format(decorator='@methods.register("lift")')).replace("0.5", str(delta))
+    for delta in (1.0, 2.0):  # a cell of a notebook may run again
+        cell = textwrap.dedent(LIFT.format(decorator='@methods.register("cell")')).replace("0.5", str(delta))
         exec(compile(cell, f"<cell {delta}>", "exec"), {"__name__": "__main__"})
-        assert float(as_method("lift").delta) == delta
+        assert float(as_method("cell").delta) == delta
 
 
 def define(body="pass", decorator='@methods.register("made")', base="methods.Method"):
@@ -214,23 +209,15 @@ def test_helpers_may_have_names_of_their_own(folder):
     assert made().mass() == 1
 
 
-def test_a_class_in_the_place_of_a_method_says_what_to_write():
-    with pytest.raises(LVLMError, match=r"CMAC is a class; write CMAC\(\)"):
-        as_method(methods.CMAC)
-    with pytest.raises(LVLMError, match=r"method is 3; expected a method such as .* its name such as 'cmac', or None"):
-        as_method(3)
-    with pytest.raises(LVLMError, match="methods.chain joins several"):
-        as_method([methods.CMAC(), methods.EAH()])
-
-
-def test_a_class_that_lacks_register_says_so_when_it_is_used(folder):
-    with pytest.raises(LVLMError, match=r'Made is not registered; write @methods.register\("name"\) above the class'):
-        define(decorator="")()
-    with pytest.raises(LVLMError, match=r'Made is not registered; write @methods.register\("made"\) above the class'):
-        as_method(define(decorator="", base="methods.EAH")())
-
-
-def test_an_unknown_contrast_prompt_is_refused_at_use(folder, model, mixed):
+def test_what_is_no_registered_method_says_what_to_write(folder, model, mixed):
     noise = define("def contrast_prompt(self): return 'noise'\ndef branches(self): return (None, None)")
-    with pytest.raises(LVLMError, match=r"Made: contrast_prompt\(\) is 'noise'; expected one of 'same', 'pixels'"):
-        model.prefill(mixed, noise())
+    for make, message in (
+        (lambda: as_method(methods.CMAC), r"CMAC is a class; write CMAC\(\)"),
+        (lambda: as_method(3), r"method is 3; expected a method such as .* its name such as 'cmac', or None"),
+        (lambda: as_method([methods.CMAC(), methods.EAH()]), "methods.chain joins several"),
+        (define(decorator=""), r'Made is not registered; write @methods.register\("name"\) above the class'),
+        (lambda: as_method(define(decorator="", base="methods.EAH")), r'write @methods.register\("made"\) above the'),
+        (lambda: model.prefill(mixed, noise()), r"contrast_prompt\(\) is 'noise'; expected one of 'same', 'pixels'"),
+    ):
+        with pytest.raises(LVLMError, match=message):
+            make()

@@ -24,15 +24,15 @@ from lvlm_jax.generation import drivers
 from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.models.pictures import bucketed
 from tests.compiler import optimised
+from tests.methods.test_all_methods import ENTRIES
 from tests.models import zoo
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 NEW_TOKENS = 8
 TWO, NONE, ONE = range(3)  # samples of the batch, by their images
 
-# Column -> method and the settings under which it acts in two decoder layers and on images of a few tokens.
-METHODS = {
-    "capl": ("capl", {}),
+# Columns with settings of their own; others are methods as they act in every small model, see ENTRIES.
+OWN = {
     "capl truncated": ("capl", {"mode": "truncated"}),
     "clva": (
         "clva",
@@ -40,21 +40,25 @@ METHODS = {
          "gate": False},
     ),
     "cmac": ("cmac", {}),
-    "deco": ("deco", {"layers": (0, 1)}),
-    "dola": ("dola", {"layers": (0, 1)}),
-    "eah": ("eah", {}),
-    "icd": ("icd", {"tokens": (5, 7, 11)}),
-    "m3id": ("m3id", {}),
-    "middle_layers": ("middle_layers", {"start_layer": 0, "end_layer": None}),
     "opera": ("opera", {"beams": 2, "candidates": 2}),
-    "pai": ("pai", {"start_layer": 1}),
     "sevi + cicd": ("sevi", {"start_layer": 0, "cicd": True, "kappa": 0.6}),
-    "sid": ("sid", {"start_layer": 1, "keep": 2}),
-    "vaf": ("vaf", {"start_layer": 0, "end_layer": None}),
-    "vcd": ("vcd", {}),
-    "vista": ("vista", {"layers": (0, 1)}),
+    "iat": ("iat", {"start_layer": 0, "end_layer": None}),
+    "only": ("only", {}),
+    "var": ("var", {"layers": (0, 1), "tau": 1.2, "p": 0.2, "rho": 0.95, "least": 0.05}),
+    "adaiat": ("adaiat", {"alpha": 0.8, "layers": (0, 1)}),
+    "adhh": ("adhh", {"heads": (0, 0, 0, 1, 1, 0, 1, 1), "tau": 0.05}),
 }  # fmt: skip
 
+
+def columns(names: str) -> dict[str, tuple[str, dict]]:
+    """Column -> method and the settings under which it acts in two decoder layers and on images of a few tokens."""
+    return {name: OWN.get(name) or (name, ENTRIES[name].fields) for name in names.split(", ")}
+
+
+METHODS = columns(
+    "capl, capl truncated, clva, cmac, deco, dola, eah, icd, m3id, middle_layers, opera, pai, sevi + cicd, sid, vaf, "
+    "vcd, vista"
+)
 # In the quick suite each family has CMAC and one more method, and each method a family.
 QUICK = {
     "gemma3": "capl",
@@ -72,30 +76,10 @@ QUICK = {
     "qwen_vl": "clva",
     "smolvlm": "sevi + cicd",
 }
-# Methods of the field, on the families that tables compare: a table of its own.
-FIELD = {
-    "avisc": ("avisc", {"lambda_": 0.0}),
-    "dab": ("dab", {}),
-    "farsight": ("farsight", {}),
-    "iat": ("iat", {"start_layer": 0, "end_layer": None}),
-    "memvr": ("memvr", {"layers": (0,), "tau": 0.1, "rho": 0.4}),
-    "nolan": ("nolan", {}),
-    "only": ("only", {}),
-    "sparc": ("sparc", {"selected_layer": 0, "tau": 0.02, "alpha": 3.0}),
-    "spin": ("spin", {"rho": 0.5}),
-    "var": ("var", {"layers": (0, 1), "tau": 1.2, "p": 0.2, "rho": 0.95, "least": 0.05}),
-    "vhr": ("vhr", {"layers": (0, 1)}),
-}
-# More of them; what `lvlm fit` would have found in a model of two layers is drawn at random.
-MORE = {
-    "adaiat": ("adaiat", {"alpha": 0.8, "layers": (0, 1)}),
-    "adhh": ("adhh", {"heads": (0, 0, 0, 1, 1, 0, 1, 1), "tau": 0.05}),
-    "causalmm": ("causalmm", {}),
-    "damro": ("damro", {"tokens": 1}),
-    "nullu": ("nullu", {}),
-    "ritual": ("ritual", {}),
-    "vti": ("vti", {"lambda_": 5.0}),
-}
+# Methods of the field, on the families that tables compare: tables of their own. What `lvlm fit` would have found in a
+# model of two layers is drawn at random.
+FIELD = columns("avisc, dab, farsight, iat, memvr, nolan, only, sparc, spin, var, vhr")
+MORE = columns("adaiat, adhh, damro, nullu, ritual, vti")
 FIELD_FAMILIES = ("internvl", "llava", "qwen2_5_vl")
 SEVERAL_IMAGES = ("capl", "capl truncated", "dab")  # act on the sample with two images alone
 LATER = ("adaiat", "iat", "m3id", "sparc")  # leave the first token alone

@@ -59,11 +59,6 @@ def test_the_forward_pass_of_training_sees_whole_images(ours):
     np.testing.assert_allclose(np.asarray(got)[:, -want.shape[1] :], want, rtol=0, atol=1e-4)
 
 
-def test_layers_of_the_published_sizes():
-    text = models.config_from_hf(published("gemma3", "gemma-3-4b-it")).text
-    assert text.layer_rope(5).factor == 8 and [text.window(layer) for layer in (4, 5)] == [1024, None]
-
-
 def test_images_encoded_ahead_stand_for_their_pictures(ours):
     picture = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "b"}]
@@ -88,8 +83,10 @@ def test_crops_count_as_images_unless_the_arrays_say_whose_they_are(ours):
         ours.prepare({**arrays, "num_crops": np.array([2])})
 
 
-def test_bfloat16_parameters_run(ours):
+def test_bfloat16_parameters_and_published_layers(ours):
     params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), ours.params)
     arrays = arrays_of(ours, ALONE)
     half = np.asarray(LVLM(params, ours.config).logits(arrays), np.float32)
     assert np.corrcoef(half[0, -1], np.asarray(ours.logits(arrays))[0, -1])[0, 1] > 0.99
+    text = models.config_from_hf(published("gemma3", "gemma-3-4b-it")).text
+    assert text.layer_rope(5).factor == 8 and [text.window(layer) for layer in (4, 5)] == [1024, None]

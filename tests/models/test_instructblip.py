@@ -1,6 +1,6 @@
 """What only InstructBLIP has: a Q-Former that reads the instruction, with a tokenizer of its own, in two layouts."""
 
-import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -12,24 +12,32 @@ from tests import small
 from tests.checkpoints import IMAGE
 from tests.models.families.instructblip import INSTRUCTBLIP, QUERIES
 from tests.models.test_published import published
-from tests.reference import icd
-
-
-@pytest.fixture(scope="module", params=["vicuna", "published"])
-def pair(request, tmp_path_factory):
-    """(transformers' model, ours with a processor, transformers' processor) in one of the two layouts."""
-    folder = tmp_path_factory.mktemp(request.param)
-    theirs = INSTRUCTBLIP.build(folder, **INSTRUCTBLIP.varieties[request.param])
-    processor = INSTRUCTBLIP.write_processor(folder, request.param == "published")
-    return theirs, LVLM.from_pretrained(folder, dtype="float32"), processor
+from tests.reference import contrast
 
 
 @pytest.fixture(scope="module")
-def vicuna(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vicuna")
-    theirs = INSTRUCTBLIP.build(folder)
-    INSTRUCTBLIP.write_processor(folder, False)
-    return theirs, LVLM.from_pretrained(folder, dtype="float32")
+def load(tmp_path_factory):
+    """load(layout): transformers' model, ours with a processor, transformers' processor."""
+
+    @functools.cache
+    def made(layout):
+        folder = tmp_path_factory.mktemp(layout)
+        theirs = INSTRUCTBLIP.build(folder, **INSTRUCTBLIP.varieties[layout])
+        processor = INSTRUCTBLIP.write_processor(folder, layout == "published")
+        return theirs, LVLM.from_pretrained(folder, dtype="float32"), processor
+
+    return made
+
+
+@pytest.fixture(params=["vicuna", "published"])
+def pair(request, load):
+    """In one of the two layouts."""
+    return load(request.param)
+
+
+@pytest.fixture
+def vicuna(load):
+    return load("vicuna")[:2]
 
 
 def arrays(theirs, ours, seed, layouts):
@@ -123,7 +131,7 @@ def test_icd_disturbs_what_the_qformer_reads(vicuna, variant):
     prompt = model.prepare([small.conversation("what is this?", seed=1), small.conversation("is this red?")])
     reader = model.processor.qformer_tokenizer
     _, step = model.prefill(prompt, ICD(prompt="you are confused", qformer=variant))
-    words = icd.instruction(
+    words = contrast.instruction(
         reader("what is this?")["input_ids"], reader("you are confused", add_special_tokens=False)["input_ids"],
         variant, reader.cls_token_id, reader.sep_token_id,
     )  # fmt: skip
@@ -142,12 +150,7 @@ def test_icd_disturbs_what_the_qformer_reads(vicuna, variant):
     np.testing.assert_allclose(step.combined, step.main, rtol=0, atol=1e-5)
 
 
-def test_image_tokens_are_not_encoded_ahead(vicuna):
-    with pytest.raises(LVLMError, match="pictures of instructblip cannot be encoded ahead"):
-        vicuna[1].encode_images([np.zeros((28, 28, 3), np.uint8)])
-
-
-def test_instructions_come_in_few_lengths(vicuna):
+def test_instructions_come_in_few_lengths_and_image_tokens_not_ahead(vicuna, tmp_path):
     shapes = set()
     for length in range(1, 24):
         given = INSTRUCTBLIP.inputs(INSTRUCTBLIP.config(), 1, [(IMAGE, 9)])
@@ -155,6 +158,13 @@ def test_instructions_come_in_few_lengths(vicuna):
         given["qformer_attention_mask"] = np.ones((1, length), int)
         shapes.add(vicuna[1].prepare(given).geometry["words"].shape)
     assert shapes == {(1, 16), (1, 32)}
+    with pytest.raises(LVLMError, match="pictures of instructblip cannot be encoded ahead"):
+        vicuna[1].encode_images([np.zeros((28, 28, 3), np.uint8)])
+    INSTRUCTBLIP.write_processor(tmp_path, False)
+    for file in (tmp_path / "qformer_tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(LVLMError, match="cannot read the qformer_tokenizer"):
+        LVLM(vicuna[1].params, vicuna[1].config, tmp_path).prepare(small.conversation("what?", seed=1))
 
 
 def test_stop_tokens():
@@ -167,13 +177,3 @@ def test_stop_tokens():
     config = models.config_from_hf(hf.to_dict())
     assert (config.bos_token_id, config.eos_token_ids) == (1, (5,))
     assert config.stop_tokens({"eos_token_id": 1}) == (1,)
-
-
-def test_a_folder_without_the_second_tokenizer_says_so(vicuna, tmp_path):
-    _, ours = vicuna
-    INSTRUCTBLIP.write_processor(tmp_path, False)
-    for file in (tmp_path / "qformer_tokenizer").iterdir():
-        file.unlink()
-    model = LVLM(ours.params, dataclasses.replace(ours.config), tmp_path)
-    with pytest.raises(LVLMError, match="cannot read the qformer_tokenizer"):
-        model.prepare(small.conversation("what?", seed=1))

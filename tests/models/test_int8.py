@@ -43,6 +43,9 @@ def test_products_equal_those_of_the_dequantized_kernel(kernel, rows):
     for product in (int8.dot, jax.jit(int8.dot), int8._dot_by_xla, int8._dot_converted):
         got = np.asarray(product(x, kernel[0])) * np.asarray(kernel[1])
         np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
+    batch = jnp.asarray(random((5, *rows, INPUTS), 6))
+    got = jax.vmap(int8.dot, in_axes=(0, None))(batch, kernel[0])
+    np.testing.assert_allclose(got, int8._dot_converted(batch, kernel[0]), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("product", [int8.dot, int8._dot_by_xla])
@@ -74,12 +77,6 @@ def test_gradients_are_those_of_the_converted_kernel(kernel, rows, dtype):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.02)
 
 
-def test_vmap(kernel):
-    x = jnp.asarray(random((5, *FEW, INPUTS), 6))
-    got = jax.vmap(int8.dot, in_axes=(0, None))(x, kernel[0])
-    np.testing.assert_allclose(got, int8._dot_converted(x, kernel[0]), rtol=1e-5, atol=1e-3)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_quantized_projection(kernel, dtype, tolerance):
     """Bias and adapter act on it as on a float one."""
@@ -98,21 +95,16 @@ def chain(x, kernels):
     return x
 
 
-@pytest.mark.parametrize("function", [chain, jax.grad(lambda x, kernels: chain(x, kernels).sum())])
-def test_a_cpu_holds_one_converted_kernel_at_a_time(function):
-    """Eight kernels of 256 KB would be 8 MB in float32."""
+def test_programs():
+    """A CPU holds one converted kernel at a time (eight of 256 KB would be 8 MB in float32), and none to decode."""
     kernels = [jnp.ones((512, 512), jnp.int8)] * 8
-    compiled = jax.jit(function).lower(jnp.ones((40, 512)), kernels).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
-
-
-def test_decoding_never_converts_a_kernel_on_a_cpu():
-    compiled = jax.jit(chain).lower(jnp.ones((1, 512)), [jnp.ones((512, 512), jnp.int8)] * 8).compile()
-    assert "f32[512,512]" not in compiled.as_text() and "s32[512,512]" not in compiled.as_text()
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_are_given_one_product(platform):
-    arguments = jnp.ones((1, 512)), jnp.ones((256, 512), jnp.int8)
-    text = jax.jit(int8.dot).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("stablehlo.dot_general") == 1 and "i32" not in text.split("dot_general")[1].split("\n")[0]
+    for function in (chain, jax.grad(lambda x, kernels: chain(x, kernels).sum())):
+        compiled = jax.jit(function).lower(jnp.ones((40, 512)), kernels).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
+    text = jax.jit(chain).lower(jnp.ones((1, 512)), kernels).compile().as_text()
+    assert "f32[512,512]" not in text and "s32[512,512]" not in text
+    for platform in ("cuda", "tpu"):  # accelerators are given one product
+        arguments = jnp.ones((1, 512)), jnp.ones((256, 512), jnp.int8)
+        text = jax.jit(int8.dot).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.dot_general") == 1
+        assert "i32" not in text.split("dot_general")[1].split("\n")[0]

@@ -17,28 +17,28 @@ from tests.models.families.patches import QWEN2_5_VL, QWEN2_VL
 from tests.models.test_published import published
 
 
+def rows(sizes):
+    """What is made of pictures of these sizes."""
+    sizes = np.array(sizes)
+    arrays = {"pixel_values": np.zeros((sizes.prod(axis=1).sum(), 12)), "image_grid_thw": sizes}
+    return loose_patches.patch_rows([arrays], channels=12, merge=2)
+
+
 def test_pictures_of_all_sizes_take_few_shapes():
     """Each shape is a program of the tower: up to 16384 tokens, the largest picture the published processors give."""
     shapes = {bucketed(tokens, loose_patches.SMALLEST_ROW) for tokens in range(1, 16385)}
     assert len(shapes) == 20 and max(shapes) == 16384
 
-    def rows_of(height, width):
-        arrays = {"pixel_values": np.zeros((height * width, 12))}
-        arrays["image_grid_thw"] = np.array([[1, height, width]])
-        return loose_patches.patch_rows([arrays], channels=12, merge=2)
-
-    rows = [rows_of(height, width) for height in range(2, 25, 2) for width in range(2, 25, 2)]
+    found = [rows([[1, height, width]]) for height in range(2, 25, 2) for width in range(2, 25, 2)]
     patches = (64, 128, 192, 256, 384, 512, 768)
-    assert {row.pixels.shape for row in rows} == {(1, count, 12) for count in patches}
-    assert all(len(row.geometry["order"]) * 4 == row.pixels.shape[1] for row in rows)
+    assert {row.pixels.shape for row in found} == {(1, count, 12) for count in patches}
+    assert all(len(row.geometry["order"]) * 4 == row.pixels.shape[1] for row in found)
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 26), (6, 40), (24, 8)])
 def test_windows_and_blocks_give_what_all_patches_at_once_give(monkeypatch, height, width):
     """Beside a small picture, whose row is filled up; windows of 8 x 8 are cut off at the picture's end."""
-    sizes = np.array([[1, height, width], [1, 4, 6]])
-    arrays = {"pixel_values": np.zeros((int(sizes.prod(axis=1).sum()), 12)), "image_grid_thw": sizes}
-    geometry = loose_patches.patch_rows([arrays], channels=12, merge=2).geometry
+    geometry = rows([[1, height, width], [1, 4, 6]]).geometry
     coordinates, valid = map(jnp.asarray, (geometry["coordinates"], geometry["valid"]))
     windows = qwen_vision.window_numbers(coordinates, valid, 8)
     order = jnp.argsort(windows, axis=1, stable=True)

@@ -71,7 +71,7 @@ def test_every_full_size_tensor():
     assert stored_shapes(models.config_from_hf(PUBLISHED)) == tensor_shapes(PUBLISHED)
 
 
-def test_context():
+def test_context_and_stop_tokens():
     longer = models.config_from_hf({**PUBLISHED, "use_dynamic_ntk": False, "use_logn_attn": False})
     assert longer.text.max_position_embeddings == 8192
     config = models.config_from_hf(QWEN_VL.raw())
@@ -79,24 +79,16 @@ def test_context():
     with pytest.raises(LVLMError, match="context is 20"):
         crowded = LVLM({}, dataclasses.replace(config, text=short))
         crowded.prepare(QWEN_VL.inputs(QWEN_VL.config(), 1, [(4, IMAGE, 6)]))
-
-
-@pytest.mark.parametrize(
-    "generation, stops",
-    [
+    config = models.config_from_hf(PUBLISHED)
+    for generation, stops in (
         ({}, (151643,)),
         ({"chat_format": "raw", "eos_token_id": 151643, "stop_words_ids": [[151643]]}, (151643,)),
         ({"chat_format": "chatml", "eos_token_id": 151643}, (151643, 151645, 151644)),
         ({"chat_format": "chatml", "eos_token_id": [5, 6]}, (5, 6, 151645, 151644)),
-    ],
-)
-def test_stop_tokens(generation, stops):
-    assert models.config_from_hf(PUBLISHED).stop_tokens(generation) == stops
-
-
-def test_stop_words_of_several_tokens_are_refused():
+    ):
+        assert config.stop_tokens(generation) == stops
     with pytest.raises(LVLMError, match="stop_words_ids"):
-        models.config_from_hf(PUBLISHED).stop_tokens({"stop_words_ids": [[1, 2]]})
+        config.stop_tokens({"stop_words_ids": [[1, 2]]})
 
 
 @pytest.mark.parametrize("target", [16, 20, 32, 5])
@@ -111,8 +103,7 @@ def test_bicubic_weights_are_those_of_torch(target):
 def test_resampler_positions():
     """Channels 0 to E/4 are sines of the column, then cosines of it, then the same of the row."""
     places = np.asarray(sinusoidal_initializer(jax.random.key(0), (16, 8))).reshape(4, 4, 8)
-    for row in range(4):
-        for column in range(4):
-            angles = [np.array([place, place / 100]) for place in (column, row)]
-            want = np.concatenate([turn(angle) for angle in angles for turn in (np.sin, np.cos)])
-            np.testing.assert_allclose(places[row, column], want, atol=1e-6)
+    for row, column in np.ndindex(4, 4):
+        angles = [np.array([place, place / 100]) for place in (column, row)]
+        want = np.concatenate([turn(angle) for angle in angles for turn in (np.sin, np.cos)])
+        np.testing.assert_allclose(places[row, column], want, atol=1e-6)

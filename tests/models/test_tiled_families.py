@@ -41,19 +41,17 @@ def test_internvl_lays_out_tiles_by_the_bucket(tmp_path):
     assert prompt.owner.tolist() == [0] * 4 + [1] * 3 + [-1] and not prompt.pixels[-1].any()
     text = ours.prepare([{"role": "user", "content": "only words"}])
     assert text.pixels is None and np.isfinite(ours.logits(text)).all()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_flags_that_transformers_4_leaves_out_are_those_of_the_decoder(tied):
-    raw = INTERNVL.config(text={"tie_word_embeddings": tied}).to_dict()
-    del raw["tie_word_embeddings"]
-    config = models.config_from_hf(raw)
-    assert config.text.tie_word_embeddings is config.hf["tie_word_embeddings"] is tied
-    assert config.image_token_id == INTERNVL.rest["image_token_id"]
+    for tied in (True, False):  # a flag that transformers 4 leaves out is that of the decoder
+        raw = INTERNVL.config(text={"tie_word_embeddings": tied}).to_dict()
+        del raw["tie_word_embeddings"]
+        config = models.config_from_hf(raw)
+        assert config.text.tie_word_embeddings is config.hf["tie_word_embeddings"] is tied
+        assert config.image_token_id == INTERNVL.rest["image_token_id"]
 
 
 @pytest.mark.parametrize("family", [SMOLVLM, IDEFICS3], ids=lambda family: family.name)
-def test_smolvlm_takes_one_placeholder_for_a_row_or_for_a_tile(family):
+def test_smolvlm(family, tmp_path):
+    """One placeholder for a row or for a tile; rows of tiles come in buckets; pictures that are not cut."""
     ours, mark = bare(family), family.rest["image_token_id"]
     pixels = {"pixel_values": np.random.default_rng(5).normal(size=(1, 3, 3, SIDE, SIDE)).astype(np.float32)}
     size = (6 // ours.config.scale) ** 2
@@ -61,19 +59,10 @@ def test_smolvlm_takes_one_placeholder_for_a_row_or_for_a_tile(family):
     assert whole.image_id.max() == 1 and (whole.image_id == 1).sum() == 3 * size
     each = ours.prepare({"input_ids": np.array([[5, *[mark] * 3, 6]])} | pixels)
     assert [(each.image_id == image).sum() for image in (1, 2, 3)] == [size] * 3
-
-
-@pytest.mark.parametrize("family", [SMOLVLM, IDEFICS3], ids=lambda family: family.name)
-def test_rows_of_tiles_come_in_buckets(family):
-    ours = bare(family)
     layouts = [[((1, count), 4)] for count in (3, 4, 5)]
     prompts = [ours.prepare(family.inputs(family.config(), 5, layout)) for layout in layouts]
     assert [len(prompt.pixels) for prompt in prompts] == [4, 6, 6]
     assert prompts[1].owner.tolist() == [0] * 5 + [-1]
-
-
-@pytest.mark.parametrize("family", [SMOLVLM, IDEFICS3], ids=lambda family: family.name)
-def test_pictures_that_are_not_cut(family, tmp_path):
     ours = family.with_processor(tmp_path)
     picture = np.random.default_rng(2).integers(0, 256, (40, 24, 3), dtype=np.uint8)
     settings = dict(return_tensors="np", do_image_splitting=False)
@@ -100,11 +89,14 @@ def test_positions_of_patches(seen, side):
 
 def test_tiles_without_marks_are_images():
     tile = [9, 9]
-    assert tiles_per_image(np.array([*tile, 1, *tile, 1]), 9, 2) == [1, 1]  # no fence in front
-    assert tiles_per_image(np.array([1, *tile, 1, *tile]), 9, 2) == [1, 1]  # none behind
-    assert tiles_per_image(np.array([1, *tile, *tile, 1]), 9, 2) == [1, 1]  # none between
-    assert tiles_per_image(np.array([1, *tile, 1, *tile, 1, 1, *tile, 1]), 9, 2) == [2, 1]
-    assert tiles_per_image(np.array([1, 2]), 9, 2) == []
+    for row, counts in (
+        ([*tile, 1, *tile, 1], [1, 1]),  # no fence in front
+        ([1, *tile, 1, *tile], [1, 1]),  # none behind
+        ([1, *tile, *tile, 1], [1, 1]),  # none between
+        ([1, *tile, 1, *tile, 1, 1, *tile, 1], [2, 1]),
+        ([1, 2], []),
+    ):
+        assert tiles_per_image(np.array(row), 9, 2) == counts
 
 
 def test_llava_next_expands_placeholders():

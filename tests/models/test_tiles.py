@@ -35,26 +35,22 @@ def test_resolution_and_border_are_those_of_transformers(tiling):
         np.testing.assert_array_equal(tiling.enlarged(2, size), expected)
 
 
-@pytest.mark.parametrize("shape, wanted", [((54, 81), (50, 76)), ((162, 100), (103, 63)), ((7, 5), (3, 4))])
-def test_bilinear_is_torch_s(shape, wanted):
-    values = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-    index, weights = bilinear(np.arange(values.size).reshape(shape), *wanted)
-    got = (values.reshape(-1)[index] * weights).sum(-1)
-    expected = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], wanted, mode="bilinear")
-    np.testing.assert_allclose(got, expected[0, 0].numpy(), rtol=0, atol=2e-6)
-
-
-def test_an_image_that_fits_keeps_its_border():
+def test_resizing_borders_and_newlines():
+    """Bilinear as torch's; an image that fits keeps its border; rows end with a newline."""
+    for shape, wanted in (((54, 81), (50, 76)), ((162, 100), (103, 63)), ((7, 5), (3, 4))):
+        values = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+        index, weights = bilinear(np.arange(values.size).reshape(shape), *wanted)
+        got = (values.reshape(-1)[index] * weights).sum(-1)
+        expected = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], wanted, mode="bilinear")
+        np.testing.assert_allclose(got, expected[0, 0].numpy(), rtol=0, atol=2e-6)
     whole = np.arange(12).reshape(3, 4)
-    np.testing.assert_array_equal(unpadded(whole, (30, 40)), whole)
-    np.testing.assert_array_equal(unpadded(whole, (10, 40)), whole[1:2])
-    np.testing.assert_array_equal(unpadded(whole, (30, 20)), whole[:, 1:3])
-
-
-def test_rows_end_with_a_newline():
+    for size, kept in (((30, 40), whole), ((10, 40), whole[1:2]), ((30, 20), whole[:, 1:3])):
+        np.testing.assert_array_equal(unpadded(whole, size), kept)
     np.testing.assert_array_equal(with_newlines(np.array([[3, 4], [5, 6]]), 0), [3, 4, 0, 5, 6, 0])
     pairs = with_newlines(np.ones((2, 1, 2), np.float32), (0, 7))
     np.testing.assert_array_equal(pairs, [[1, 1], [0, 7], [1, 1], [0, 7]])
+    with pytest.raises(LVLMError, match="4000 x 1 pixels"):
+        NEXT.grid((1, 4000))
 
 
 def test_few_programs_serve_all_sizes():
@@ -67,8 +63,3 @@ def test_few_programs_serve_all_sizes():
         pictures = tiling.packed(pixels, [1 + down * across], index=[np.arange(9)])
         shapes.add((pictures.pixels.shape, pictures.geometry["index"].shape))
     assert 4 <= len(shapes) <= 10
-
-
-def test_an_image_too_narrow_to_show_is_an_error():
-    with pytest.raises(LVLMError, match="4000 x 1 pixels"):
-        NEXT.grid((1, 4000))

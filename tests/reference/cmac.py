@@ -1,9 +1,8 @@
 """CMAC (IMD + CMPC, arXiv 2501.01926) in plain NumPy float64, one sample at a time.
 
-Two complete branches are run, each with its own list of unrotated keys and of values per layer; nothing is
-shared between them, so the reference is also the full re-run that a shared prefix has to equal. A call is the
-prefill of the whole prompt or the decoding of one token: the threshold of IMD belongs to a layer and a call,
-so the keys and values of earlier calls are kept as those calls made them.
+Two complete branches are run, and nothing is shared between them: the reference is also the full re-run that a shared
+prefix has to equal. The threshold of IMD belongs to a layer and a call (the prefill of the whole prompt, or the
+decoding of one token), so the keys and values of earlier calls are kept as those calls made them.
 
 Readings of the text that are open to choice:
 - several images: image columns are the tokens of all images, E is the index after the last of them;
@@ -22,6 +21,7 @@ import dataclasses
 import numpy as np
 
 from tests.reference import llava
+from tests.reference.one_branch import Branch
 
 GATE_WINDOW = 30
 
@@ -58,7 +58,7 @@ class Result:
     gate_margin: float  # smallest |s_t − mean|, over t ≥ 1
 
 
-def calibrated_positions(is_image, gamma):
+def calibrated_positions(is_image, gamma=1.0):
     """P^c(p) = p − (1 − 1/gamma)·c(p) for every position; c(p) counts the image tokens strictly before p."""
     before = np.concatenate([[0], np.cumsum(is_image)[:-1]])
     return np.arange(len(is_image)) - (1 - 1 / gamma) * before
@@ -110,45 +110,30 @@ def distorted_output(z, v, block, is_image, settings, noise=None):
     return kept + np.einsum("HTS,HSD->HTD", np.where(masked, w, 0), replacement), margin
 
 
-class Branch:
-    """One branch with its own growing keys and values; `distorted` says whether IMD acts on it."""
+class Edited:
+    """The edits of one branch; `distorted` says whether IMD acts on it."""
 
-    def __init__(self, weights, config, settings, distorted, noise, places=calibrated_positions):
-        self.weights, self.config, self.settings, self.places = weights, config, settings, places
+    def __init__(self, config, settings, distorted, noise, places):
+        self.config, self.settings, self.places = config["text_config"], settings, places
         self.distorted, self.noise = distorted, noise
-        layers = config["text_config"]["num_hidden_layers"]
-        self.keys, self.values = [None] * layers, [None] * layers
-        self.calls = 0
-        self.margin = np.inf
+        self.calls, self.margin = 0, np.inf
 
-    def call(self, embeddings, is_image):
-        """Feed new rows [T, E], `is_image` Bool[S] for all tokens so far; returns hidden [T, E] and s_t."""
-        text = self.config["text_config"]
-        hidden, sums = embeddings, []
-        active = is_image.any()
-        rows = np.arange(len(is_image) - len(embeddings), len(is_image))
-        for layer in range(text["num_hidden_layers"]):
-            q, k, v = llava.project(self.weights, self.config, layer, hidden)
-            if self.keys[layer] is not None:
-                k = np.concatenate([self.keys[layer], k], axis=1)
-                v = np.concatenate([self.values[layer], v], axis=1)
-            self.keys[layer], self.values[layer] = k, v
-            v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-            z, block = calibrated_scores(text, q, k, rows, is_image, self.settings, self.places)
-            seen = llava.visible(self.config, layer, rows, np.arange(len(is_image)))
-            z, block = np.where(seen, z, -np.inf), block & seen
-            sums.append(z[:, -1, is_image & seen[-1]].sum(axis=-1).mean())
-            if active and self.distorted and self.settings.imd:
-                noise = None
-                if self.settings.distort == "value_noise":
-                    noise = self.noise(self.calls, layer, v[:, is_image])
-                attended, margin = distorted_output(z, v, block, is_image, self.settings, noise)
-                self.margin = min(self.margin, margin)
-            else:
-                attended = np.einsum("HTS,HSD->HTD", llava.softmax(z), v)
-            hidden = llava.finish_layer(self.weights, self.config, layer, hidden, attended)
-        self.calls += 1
-        return hidden, float(np.mean(sums))
+    def begin(self, call, hidden):
+        self.calls, self.sums = self.calls + 1, []
+
+    def attend(self, call, z):
+        is_image = call.image_id > 0
+        z, block = calibrated_scores(self.config, call.q, call.k, call.rows, is_image, self.settings, self.places)
+        z, block = np.where(call.seen, z, -np.inf), block & call.seen
+        self.sums.append(z[:, -1, is_image & call.seen[-1]].sum(axis=-1).mean())
+        if not (is_image.any() and self.distorted and self.settings.imd):
+            return np.einsum("HTS,HSD->HTD", llava.softmax(z), call.values)
+        noise = None
+        if self.settings.distort == "value_noise":
+            noise = self.noise(self.calls - 1, call.layer, call.values[:, is_image])
+        attended, margin = distorted_output(z, call.values, block, is_image, self.settings, noise)
+        self.margin = min(self.margin, margin)
+        return attended
 
 
 def combine(main, contrast, alpha, beta):
@@ -158,52 +143,24 @@ def combine(main, contrast, alpha, beta):
     return np.where(keep, (1 + alpha) * main - alpha * contrast, -np.inf)
 
 
-def run(
-    weights,
-    config,
-    input_ids,
-    pixel_values,
-    tokens,
-    settings,
-    noise=None,
-    embed=llava.embed,
-    places=calibrated_positions,
-):
+def run(weights, config, input_ids, pixel_values, tokens, settings, noise=None, places=calibrated_positions, **model):
     """Prefill one unpadded sample and decode the forced `tokens`; returns a Result of 1 + len(tokens) rows.
 
     `noise(call, layer, values)` draws the replacement for `values` [H, image tokens, D] under
-    distort="value_noise"; it is asked for by the contrast branch only. `embed` and `places` (see `calibrated_scores`)
-    are those of the model.
+    distort="value_noise"; it is asked for by the contrast branch only. `places` (see `calibrated_scores`), `embed` and
+    `image_ids` are those of the model.
     """
-    is_image = np.asarray(input_ids) == config["image_token_index"]
-    main = Branch(weights, config, settings, distorted=False, noise=None, places=places)
-    contrast = Branch(weights, config, settings, distorted=True, noise=noise, places=places)
-    rows = embed(weights, config, input_ids, pixel_values)
-    table = {"main": [], "contrast": [], "combined": []}
-    gate, alphas, gate_margin = [], [], np.inf
+    edits = [Edited(config, settings, distorted, noise, places) for distorted in (False, True)]
+    branches = [Branch(weights, config, edit, places=places, **model) for edit in edits]
+    table, gate, alphas, gate_margin = [], [], [], np.inf
     for step in range(len(tokens) + 1):
-        if step:
-            rows = embed(weights, config, [tokens[step - 1]], None)
-            is_image = np.append(is_image, False)
-        hidden, statistic = main.call(rows, is_image)
-        l_main = llava.head(weights, config, hidden[-1:])[0]
-        hidden, _ = contrast.call(rows, is_image)
-        l_contrast = llava.head(weights, config, hidden[-1:])[0]
-
-        gate.append(statistic)
+        states = [one.token(tokens[step - 1]) if step else one.prompt(input_ids, pixel_values) for one in branches]
+        main, contrast = (llava.head(weights, config, state[-1, -1]) for state in states)
+        gate.append(float(np.mean(edits[0].sums)))
         mean = np.mean(gate[-GATE_WINDOW:] if settings.gate == "last" else gate[:GATE_WINDOW])
-        alpha = 0.0 if settings.gate is not None and statistic < mean else settings.alpha
+        alphas.append(0.0 if settings.gate is not None and gate[-1] < mean else settings.alpha)
         if step:
-            gate_margin = min(gate_margin, abs(statistic - mean))
-        alphas.append(alpha)
-        table["main"].append(l_main)
-        table["contrast"].append(l_contrast)
-        combined = combine(l_main, l_contrast, alpha, settings.beta) if settings.imd else l_main
-        table["combined"].append(combined)
-    return Result(
-        **{name: np.stack(rows) for name, rows in table.items()},
-        alphas=alphas,
-        gate=gate,
-        margin=contrast.margin,
-        gate_margin=gate_margin,
-    )
+            gate_margin = min(gate_margin, abs(gate[-1] - mean))
+        combined = combine(main, contrast, alphas[-1], settings.beta) if settings.imd else main
+        table.append((main, contrast, combined))
+    return Result(*map(np.stack, zip(*table, strict=True)), alphas, gate, edits[1].margin, gate_margin)

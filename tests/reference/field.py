@@ -1,4 +1,4 @@
-"""Methods of one branch in plain NumPy float64, of 2024 to 2026.
+"""Methods of one branch in plain NumPy float64.
 
 Each is a method of `one_branch`; `margin` says how far a decision was from falling otherwise. A sample without an image
 stays plain.
@@ -9,8 +9,7 @@ import dataclasses
 import numpy as np
 
 from tests.reference import llava
-from tests.reference.branch import log_softmax
-from tests.reference.one_branch import softmax_seen
+from tests.reference.one_branch import cut, log_softmax, softmax_seen
 
 
 @dataclasses.dataclass
@@ -317,10 +316,40 @@ class Adaiat(Field):
         return w
 
 
+@dataclasses.dataclass
+class Vaf(Field):
+    """ClearSight. System columns are the text before the first image."""
+
+    enhance: float = 1.15
+    suppress: float = 0.95
+
+    def weights(self, call, z):
+        images = np.flatnonzero(call.image_id > 0)
+        if call.layer in self.layers and len(images):
+            z = z.copy()
+            for t, row in enumerate(call.rows):
+                if row > images[-1]:
+                    z[:, t, images] *= self.enhance
+                    z[:, t, : images[0]] *= self.suppress
+        return softmax_seen(call, z)
+
+
+@dataclasses.dataclass
+class MiddleLayers(Field):
+    """arXiv 2411.16724."""
+
+    alpha: float = 0.5
+
+    def weights(self, call, z):
+        if call.layer in self.layers:
+            z = z.copy()
+            for j in np.flatnonzero(call.image_id > 0):
+                z[:, -1, j] += self.alpha * np.abs(z[:, -1, j]).mean()
+        return softmax_seen(call, z)
+
+
 def only_combined(main, sides, tau=0.2, beta=0.1):
     """Combined logits of ONLY [T, V], how far each is from the cut, and how far the steps are from τ."""
     side = np.stack(sides) + 0.5 * main
     apart = np.abs(np.exp(log_softmax(main)) - np.exp(log_softmax(side))).sum(-1, keepdims=True)
-    joined = np.where(apart < tau, main + 3 * side, 2 * main - side)
-    threshold = main.max(-1, keepdims=True) + np.log(beta)
-    return np.where(main >= threshold, joined, -np.inf), np.abs(main - threshold), np.abs(apart - tau).min()
+    return *cut(main, np.where(apart < tau, main + 3 * side, 2 * main - side), beta), np.abs(apart - tau).min()

@@ -10,8 +10,7 @@ import dataclasses
 import numpy as np
 
 from tests.reference import llava
-from tests.reference.branch import log_softmax
-from tests.reference.one_branch import image_ids
+from tests.reference.one_branch import Branch, log_softmax
 
 
 @dataclasses.dataclass
@@ -46,32 +45,31 @@ def edit(z, after, settings):
 class Pass:
     """One pass: logits [A, V] of the answer rows; per edited layer and row z [H, S] of seen columns, ẑ and stages."""
 
-    logits: np.ndarray
-    rows: dict
+    answer_rows: list
+    settings: Settings
+    edited: bool
+    rows: dict = dataclasses.field(default_factory=dict)
+    logits: np.ndarray | None = None
+
+    def weights(self, call, z):
+        images = np.flatnonzero(call.image_id > 0)
+        after = call.rows > images[-1] if len(images) else np.zeros(len(call.rows), bool)
+        z = np.where(call.seen, z, -np.inf)
+        for row in self.answer_rows if call.layer >= self.settings.start_layer else ():
+            own, seen = z[:, row, call.seen[row]], call.seen[row]
+            new, stage = edit(own, after[seen], self.settings)
+            self.rows[call.layer, row] = own, new, stage
+            if self.edited:
+                z[:, row, seen] = new
+        return llava.softmax(z)
 
 
 def forward(weights, config, tokens, pixels, answer_rows, settings, edited=False):
     """A `Pass` over `tokens`; `edited` puts ẑ in the place of z in the answer rows."""
-    image_id = image_ids(config, tokens)
-    places = np.arange(len(tokens))
-    images = np.flatnonzero(image_id > 0)
-    after = places > images[-1] if len(images) else np.zeros(len(tokens), bool)
-    hidden = llava.embed(weights, config, tokens, pixels)
-    rows = {}
-    for layer in range(config["text_config"]["num_hidden_layers"]):
-        q, k, v = llava.project(weights, config, layer, hidden)
-        visible = llava.visible(config, layer, places, places)
-        z = np.where(visible, llava.scores(config["text_config"], q, k, places, places), -np.inf)
-        for row in answer_rows if layer >= settings.start_layer else ():
-            own = z[:, row, visible[row]]
-            new, stage = edit(own, after[visible[row]], settings)
-            rows[layer, row] = own, new, stage
-            if edited:
-                z[:, row, visible[row]] = new
-        v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-        attended = np.einsum("HTS,HSD->HTD", llava.softmax(z), v)
-        hidden = llava.finish_layer(weights, config, layer, hidden, attended)
-    return Pass(llava.head(weights, config, hidden[answer_rows]), rows)
+    found = Pass(answer_rows, settings, edited)
+    hidden = Branch(weights, config, found).prompt(tokens, pixels)[-1]
+    found.logits = llava.head(weights, config, hidden[answer_rows])
+    return found
 
 
 def kl(target, logits):

@@ -1,9 +1,11 @@
-"""One branch of the plain NumPy LLaVA whose attention weights a method may edit; one unpadded sample at a time.
+"""One branch of the plain NumPy LLaVA, one unpadded sample at a time: a prompt, then forced tokens.
 
-A method is an object with `weights(call, z) -> w`, both [H, T, S]: `z` are the attention logits of the rows of this
-call over all columns, also those that a row must not see. It may have `begin(call, embeddings)`, which is called
-before the first layer with what enters it; `enter(call, hidden)`, called in every layer; `mlp(call, x, added)`, which
-replaces what a feed-forward block adds to the stream, given what it read. `softmax_seen` is what the plain model does.
+Every branch runs its whole prompt by itself, whatever the library shares, with its own keys (unrotated) and values. A
+method is an object with some of: `weights(call, z) -> w`, both [H, T, S], where z are the attention logits of the rows
+of a call over all columns, also those that a row must not see (default `softmax_seen`); `attend(call, z)`, the heads'
+outputs [H, T, D], in its place; `begin(call, embeddings)` before the first layer; `enter(call, hidden)` in every layer;
+`mlp(call, x, added)`, which replaces what a feed-forward block adds to the stream, given what it read;
+`residual(call, hidden)`, which replaces the stream behind a layer.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ class Call:
         rows: position of each row [T].
         image_id: per column [S] 0 for text, k for a token of the k-th image.
         seen: Bool[T, S], which columns a row sees.
+        q, k: queries of the rows [H, T, D] and keys of all columns [K, S, D], both unrotated.
         values: of all columns [H, S, D], key heads repeated.
     """
 
@@ -33,6 +36,8 @@ class Call:
     rows: np.ndarray
     image_id: np.ndarray
     seen: np.ndarray
+    q: np.ndarray | None = None
+    k: np.ndarray | None = None
     values: np.ndarray | None = None
 
     def images(self):
@@ -42,9 +47,6 @@ class Call:
 
 class Plain:
     """The method that does nothing."""
-
-    def weights(self, call, z):
-        return softmax_seen(call, z)
 
 
 def softmax_seen(call, z):
@@ -63,41 +65,80 @@ def in_a_row(is_image):
     return np.arange(len(is_image))
 
 
-def run(
-    weights, config, input_ids, pixel_values, tokens, method, embed=llava.embed, image_ids=image_ids, places=in_a_row
-):
-    """Logits [1 + len(tokens), V]: of the next token after the prompt and after each of the forced `tokens`.
+class Branch:
+    """A sample under way. `attention[layer]` is what the softmax of the newest call gave, [H, T, S].
 
     `embed`, `image_ids` and `places` are those of the model; `places(is_image)` gives the positions of all tokens so
     far, [S] or one row for each axis.
     """
-    text = config["text_config"]
-    depth = text["num_hidden_layers"]
-    keys, values = [None] * depth, [None] * depth
-    image_id = image_ids(config, input_ids)
-    hidden = embed(weights, config, input_ids, pixel_values)
-    results = []
-    for step in range(len(tokens) + 1):
-        if step:
-            hidden = embed(weights, config, [tokens[step - 1]], None)
-            image_id = np.append(image_id, 0)
-        columns = np.arange(len(image_id))
-        rows = columns[len(columns) - len(hidden) :]
-        positions = places(image_id > 0)
-        for layer in range(depth):
-            call = Call(layer, depth, step == 0, rows, image_id, llava.visible(config, layer, rows, columns))
-            if layer == 0 and hasattr(method, "begin"):
-                method.begin(call, hidden)
-            if hasattr(method, "enter"):
-                method.enter(call, hidden)
-            q, k, v = llava.project(weights, config, layer, hidden)
-            if step:
-                k = np.concatenate([keys[layer], k], axis=1)
-                v = np.concatenate([values[layer], v], axis=1)
-            keys[layer], values[layer] = k, v
-            v = call.values = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-            w = method.weights(call, llava.scores(text, q, k, positions[..., rows], positions))
-            edit = functools.partial(method.mlp, call) if hasattr(method, "mlp") else lambda x, added: added
-            hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v), edit)
-        results.append(llava.head(weights, config, hidden[-1:])[0])
-    return np.stack(results)
+
+    def __init__(self, weights, config, method=None, embed=llava.embed, image_ids=image_ids, places=in_a_row):
+        self.weights, self.config, self.method = weights, config, method
+        self.embed, self.image_ids, self.places = embed, image_ids, places
+        self.depth = config["text_config"]["num_hidden_layers"]
+        self.cache, self.attention = [None] * self.depth, [None] * self.depth
+        self.image_id = np.zeros(0, int)
+
+    def call(self, hidden, image_id):
+        """Appends rows [T, E], `image_id` [T]; their hidden states [1 + L, T, E], of which 0 is the input."""
+        prefill = not len(self.image_id)
+        self.image_id = np.concatenate([self.image_id, image_id])
+        columns = np.arange(len(self.image_id))
+        rows, positions, states = columns[-len(hidden) :], self.places(self.image_id > 0), [hidden]
+        for layer in range(self.depth):
+            seen = llava.visible(self.config, layer, rows, columns)
+            call = Call(layer, self.depth, prefill, rows, self.image_id, seen)
+            for hook in ("begin", "enter") if layer == 0 else ("enter",):
+                getattr(self.method, hook, lambda call, hidden: None)(call, hidden)
+            call.q, k, v = llava.project(self.weights, self.config, layer, hidden)
+            if not prefill:
+                k, v = (np.concatenate(pair, axis=1) for pair in zip(self.cache[layer], (k, v), strict=True))
+            self.cache[layer] = k, v
+            call.k, call.values = k, np.repeat(v, len(call.q) // len(v), axis=0)
+            z = llava.scores(self.config["text_config"], call.q, k, positions[..., rows], positions)
+            attended = getattr(self.method, "attend", self.attend)(call, z)
+            edit = functools.partial(getattr(self.method, "mlp", lambda call, x, added: added), call)
+            hidden = llava.finish_layer(self.weights, self.config, layer, hidden, attended, edit)
+            hidden = getattr(self.method, "residual", lambda call, hidden: hidden)(call, hidden)
+            states.append(hidden)
+        return np.stack(states)
+
+    def attend(self, call, z):
+        w = self.attention[call.layer] = getattr(self.method, "weights", softmax_seen)(call, z)
+        return np.einsum("HTS,HSD->HTD", w, call.values)
+
+    def prompt(self, ids, pixels):
+        return self.call(self.embed(self.weights, self.config, ids, pixels), self.image_ids(self.config, ids))
+
+    def token(self, token):
+        return self.call(self.embed(self.weights, self.config, [token], None), np.zeros(1, int))
+
+    def run(self, ids, pixels, tokens):
+        """The last row's hidden states [1 + len(tokens), 1 + L, E] of the prompt and of every forced token."""
+        return np.stack([self.prompt(ids, pixels)[:, -1], *(self.token(token)[:, -1] for token in tokens)])
+
+
+def run(weights, config, input_ids, pixel_values, tokens, method=None, **model):
+    """Logits [1 + len(tokens), V]: of the next token after the prompt and after each of the forced `tokens`."""
+    states = Branch(weights, config, method, **model).run(input_ids, pixel_values, tokens)
+    return llava.head(weights, config, states[:, -1])
+
+
+def without_images(config, ids):
+    """The prompt with its image tokens left out."""
+    return [token for token in ids if token != config["image_token_index"]]
+
+
+def has_image(config, ids):
+    return config["image_token_index"] in list(ids)
+
+
+def log_softmax(z):
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def cut(main, combined, beta):
+    """`combined` [T, V] where l >= max(l) + ln(beta), −inf elsewhere; and how far each l is from that threshold."""
+    threshold = main.max(axis=-1, keepdims=True) + np.log(beta)
+    return np.where(main >= threshold, combined, -np.inf), np.abs(main - threshold)

@@ -10,7 +10,8 @@ in the beams' places when beams move to others, and the place is the mode of the
 
 import numpy as np
 
-from tests.reference import branch, llava
+from tests.reference import llava
+from tests.reference.one_branch import Branch, image_ids, log_softmax
 
 DEAD = -1e9
 
@@ -49,19 +50,17 @@ class Opera:
     def run(self, tokens):
         """Next-token logits [V], and rows [t, S] of the last layer's attention, largest over heads."""
         if tokens not in self.memo:
-            model = branch.Branch(self.weights, self.config)
-            embeddings = self.prompt
-            is_image = np.array(self.ids) == self.config["image_token_index"]
+            model, embeddings = Branch(self.weights, self.config), self.prompt
             if tokens:
                 more = self.weights[f"{llava.LANGUAGE}.embed_tokens.weight"][list(tokens)]
                 embeddings = np.concatenate([embeddings, more])
-                is_image = np.concatenate([is_image, np.zeros(len(tokens), bool)])
-            hidden = model.call(embeddings, is_image)[-1, -1]
+            image_id = np.append(image_ids(self.config, self.ids), np.zeros(len(tokens), int))
+            hidden = model.call(embeddings, image_id)[-1, -1]
             attention = model.attention[-1].max(axis=0)
             if self.variant == "code":
                 attention = attention / attention.sum(axis=1, keepdims=True)
             rows = attention[len(self.ids) :]
-            self.memo[tokens] = llava.head(self.weights, self.config, hidden[None])[0], rows, is_image
+            self.memo[tokens] = llava.head(self.weights, self.config, hidden), rows, image_id > 0
         return self.memo[tokens]
 
     def over_trust(self, tokens):
@@ -95,11 +94,11 @@ class Opera:
         """(token, gain, log-probability, column) of the tokens that may follow, most likely first."""
         logits = self.run(beam.tokens)[0]
         order = np.argsort(-logits, kind="stable")[: self.candidates]
-        logprobs = branch.log_softmax(logits)
+        logprobs = log_softmax(logits)
         found = [self.over_trust((*beam.tokens, int(token))) for token in order]
         phi = np.array([one for one, _ in found])
         if self.variant == "code":
-            gains = branch.log_softmax(logits[order] - self.alpha * phi)
+            gains = log_softmax(logits[order] - self.alpha * phi)
         else:
             gains = logprobs[order] - self.alpha * phi
         return [

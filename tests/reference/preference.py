@@ -67,18 +67,4 @@ class Losses:
 
 def sequence_logits(weights, config, ids, pixels, method=None):
     """Next-token logits [T, V] of one whole sequence, under the attention of a method of `one_branch`."""
-    method = method or one_branch.Plain()
-    text, depth = config["text_config"], config["text_config"]["num_hidden_layers"]
-    image_id = one_branch.image_ids(config, ids)
-    hidden = llava.embed(weights, config, ids, pixels)
-    rows = np.arange(len(ids))
-    for layer in range(depth):
-        seen = llava.visible(config, layer, rows, rows)
-        call = one_branch.Call(layer, depth, True, rows, image_id, seen)
-        if layer == 0 and hasattr(method, "begin"):
-            method.begin(call, hidden)
-        q, k, v = llava.project(weights, config, layer, hidden)
-        v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-        w = method.weights(call, llava.scores(text, q, k, rows, rows))
-        hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v))
-    return llava.head(weights, config, hidden)
+    return llava.head(weights, config, one_branch.Branch(weights, config, method).prompt(ids, pixels)[-1])

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from tests.reference import llava
+from tests.reference import llava, one_branch
 
 
 def from_torch(model):
@@ -71,14 +71,5 @@ def embed(weights, config, input_ids, images):
 
 def logits(weights, config, input_ids, images):
     """Logits [T, V] of one sample in one plain pass."""
-    text = config["text_config"]
-    hidden = embed(weights, config, input_ids, images)
-    columns = np.arange(len(input_ids))
-    positions = images.places(np.asarray(input_ids) == config["image_token_index"])
-    for layer in range(text["num_hidden_layers"]):
-        q, k, v = llava.project(weights, config, layer, hidden)
-        z = llava.scores(text, q, k, positions, positions)
-        w = llava.softmax(np.where(llava.visible(config, layer, columns, columns), z, -np.inf))
-        v = np.repeat(v, q.shape[0] // v.shape[0], axis=0)
-        hidden = llava.finish_layer(weights, config, layer, hidden, np.einsum("HTS,HSD->HTD", w, v))
-    return llava.head(weights, config, hidden)
+    branch = one_branch.Branch(weights, config, None, embed, images.image_ids, images.places)
+    return llava.head(weights, config, branch.prompt(input_ids, images)[-1])

@@ -67,24 +67,13 @@ def image_tokens(weights, config, pixels):
     x = layer_norm(weights, f"{pool}.ln_kv", x)
     places = weights[f"{pool}.pos_embed"]
     query = layer_norm(weights, f"{pool}.ln_q", weights[f"{pool}.query"])
-    width = visual["output_dim"]
+    width, projection = visual["output_dim"], (f"{pool}.attn.in_proj_weight", f"{pool}.attn.in_proj_bias")
+    result = (f"{pool}.attn.out_proj.weight", f"{pool}.attn.out_proj.bias")
+    read = (query + places)[:, None], (x + grid_positions(places, len(x)))[:, None], x[:, None]
     out, _ = F.multi_head_attention_forward(
-        (query + places)[:, None],
-        (x + grid_positions(places, len(x)))[:, None],
-        x[:, None],
-        embed_dim_to_check=width,
-        num_heads=width // 128,
-        in_proj_weight=weights[f"{pool}.attn.in_proj_weight"],
-        in_proj_bias=weights[f"{pool}.attn.in_proj_bias"],
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=0.0,
-        out_proj_weight=weights[f"{pool}.attn.out_proj.weight"],
-        out_proj_bias=weights[f"{pool}.attn.out_proj.bias"],
-        training=False,
-        need_weights=False,
-    )
+        *read, width, width // 128, *(weights[name] for name in projection), None, None, False, 0.0,
+        *(weights[name] for name in result), training=False, need_weights=False,
+    )  # fmt: skip
     return layer_norm(weights, f"{VISUAL}.ln_post", out[:, 0]) @ weights[f"{VISUAL}.proj"]
 
 
@@ -125,12 +114,9 @@ def logits(weights, config, ids, pixel_values=()):
     for index in range(config["num_hidden_layers"]):
         name = f"transformer.h.{index}"
         fused = linear(weights, f"{name}.attn.c_attn", rms_norm(config, weights, f"{name}.ln_1", x))
-        split = (
-            part.reshape(len(ids), config["num_attention_heads"], config["kv_channels"])
-            for part in fused.chunk(3, dim=-1)
-        )
-        q, k, v = split
-        q, k, v = rotate(config, q).transpose(0, 1), rotate(config, k).transpose(0, 1), v.transpose(0, 1)
+        heads = len(ids), config["num_attention_heads"], config["kv_channels"]
+        q, k, v = (part.reshape(heads) for part in fused.chunk(3, dim=-1))
+        q, k, v = (part.transpose(0, 1) for part in (rotate(config, q), rotate(config, k), v))
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~causal, -torch.inf).softmax(-1)
         x = x + linear(weights, f"{name}.attn.c_proj", (scores @ v).transpose(0, 1).flatten(1))
         normed = rms_norm(config, weights, f"{name}.ln_2", x)

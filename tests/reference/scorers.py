@@ -12,9 +12,6 @@ def average(values):
     return None if any(value is None for value in values) else sum(values) / len(values)
 
 
-# ---------------------------------------------------------- POPE
-
-
 def pope_parse(parser, text, label):
     if parser == "official":
         if "." in text:
@@ -83,9 +80,6 @@ def pope(rows, parser):
     return figures
 
 
-# ---------------------------------------------------------- CHAIR
-
-
 def chair(rows):
     """rows: {mentions: [category, ...] in order, truth: set}."""
     bad_captions = bad = mentions = objects = covered = named = 0
@@ -117,9 +111,6 @@ def chair(rows):
     }
 
 
-# ---------------------------------------------------------- MME
-
-
 def mme_parse(text):
     head = text[:4].lower()
     if "yes" in head:
@@ -146,9 +137,6 @@ def mme(rows):
     return figures
 
 
-# ---------------------------------------------------------- AMBER
-
-
 def amber_description(nouns, truth, temptations, association, safe):
     """(hallucinated nouns, all nouns, objects covered, temptations named), nouns matched exactly."""
 
@@ -169,9 +157,6 @@ def amber_description(nouns, truth, temptations, association, safe):
             tempted.add(owner(noun, temptations))
         wrong += 1
     return wrong, len(nouns), len(covered), len(tempted)
-
-
-# ---------------------------------------------------------- multiple choice, tests
 
 
 def letters(rows):

@@ -61,45 +61,22 @@ class InternVl(Family):
 def chat_config(config, decoder):
     """The `config.json` of OpenGVLab's layout; `decoder` is the name of their decoder's class."""
     text, vision = config.text_config.to_dict(), config.vision_config
-    kept = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act",
-    )  # fmt: skip
+    kept = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    kept += "max_position_embeddings rms_norm_eps hidden_act"
     llm = {"architectures": [decoder], "tie_word_embeddings": config.tie_word_embeddings}
-    llm |= {name: text[name] for name in kept} | {"eos_token_id": 2, "pad_token_id": 0, "temperature": 1.0}
+    llm |= {name: text[name] for name in kept.split()} | {"eos_token_id": 2, "pad_token_id": 0, "temperature": 1.0}
     rope = text["rope_parameters"]
     llm["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
         llm["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
     if decoder == "InternLM2ForCausalLM":
         llm |= {"model_type": "internlm2", "bias": config.text_config.attention_bias}
-    return {
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
-        "model_type": "internvl_chat",
-        "llm_config": llm,
-        "vision_config": {
-            "model_type": "intern_vit_6b",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "image_size": vision.image_size[0],
-            "patch_size": vision.patch_size[0],
-            "norm_type": vision.norm_type,
-            "qkv_bias": vision.attention_bias,
-            "qk_normalization": vision.use_qk_norm,
-        },
-        "downsample_ratio": config.downsample_ratio,
-        "select_layer": config.vision_feature_layer,
-        "ps_version": "v2",
-        "template": "internvl2_5",
-        "dynamic_image_size": True,
-        "use_thumbnail": True,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": 6,
-        "torch_dtype": "float32",
-    }
+    kept = "hidden_size intermediate_size num_hidden_layers num_attention_heads norm_type".split()
+    tower = {"model_type": "intern_vit_6b", "qkv_bias": vision.attention_bias, "qk_normalization": vision.use_qk_norm}
+    tower |= {"image_size": vision.image_size[0], "patch_size": vision.patch_size[0]}
+    tower |= {name: getattr(vision, name) for name in kept}
+    own = {"downsample_ratio": config.downsample_ratio, "select_layer": config.vision_feature_layer}
+    return INTERNVL.chat_config | {"llm_config": llm, "vision_config": tower} | own
 
 
 _TOWER = {
