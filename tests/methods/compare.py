@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from lvlm_jax import LVLM, methods
 from lvlm_jax.attention.transform import Stream
@@ -27,6 +28,11 @@ VARIETIES = {
     "bare": BARE,
     "bare_window": BARE | {"text": BARE["text"] | {"model_type": "mistral", "sliding_window": 14}},
 }
+
+
+def cases(table, slow=()):
+    """The arguments of a parametrised test, by name; some of them are slow."""
+    return [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, case in table.items()]
 
 
 class Case(NamedTuple):

@@ -25,15 +25,11 @@ CASES = {
     "edges code": (MAIN, EDGES, {"variant": "code"}),
     "mistral_window": ("mistral_window", MIXED, {}),
 }
-SLOW = {name: (name, MIXED, {}) for name in ("llama_gqa_all_biases", "qwen3_full_selection", "llama", "yarn_rope")}
+MORE = {name: (name, MIXED, {}) for name in ("llama_gqa_all_biases", "qwen3_full_selection", "llama", "yarn_rope")}
 
 
 @pytest.mark.parametrize(
-    ("variety", "layouts", "strengths"),
-    [
-        *(pytest.param(*case, id=name) for name, case in CASES.items()),
-        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
-    ],
+    ("variety", "layouts", "strengths"), compare.cases(CASES | MORE, [*MORE, "neither", "edges code"])
 )
 def test_equals_the_reference(variety, layouts, strengths):
     results = compare.assert_cmac(load(variety=variety), layouts, strengths)

@@ -59,47 +59,49 @@ def test_head_zero_counts_in_the_papers_eah_only():
     compare.assert_plain(compare.load(3), MIXED, methods.EAH(beta=0.0, layer=1, variant="code"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "case", "layouts"),
-    [
-        ({}, (5,), MIXED),
-        ({"omega": 0.5, "start_layer": 1, "kappa": 0.35}, (5,), MIXED),
-        ({"omega": 4.0, "start_layer": 0, "kappa": 0.5}, (5,), MIXED),
-        ({"omega": 2.0, "start_layer": 1, "kappa": 0.4}, (5,), EDGES),
-        ({"omega": 2.0, "start_layer": 0, "kappa": 0.4}, (3, "mistral_window"), MIXED),
-        ({"omega": 2.0, "start_layer": 0, "kappa": 0.5, "variant": "code-qwen"}, (5,), MIXED),
-    ],
-    ids=["focused", "mild", "all_layers", "edges", "window", "code_qwen"],
-)
+SEVI = {
+    "focused": ({}, (5,), MIXED),
+    "mild": ({"omega": 0.5, "start_layer": 1, "kappa": 0.35}, (5,), MIXED),
+    "all_layers": ({"omega": 4.0, "start_layer": 0, "kappa": 0.5}, (5,), MIXED),
+    "edges": ({"omega": 2.0, "start_layer": 1, "kappa": 0.4}, (5,), EDGES),
+    "window": ({"omega": 2.0, "start_layer": 0, "kappa": 0.4}, (3, "mistral_window"), MIXED),
+    "code_qwen": ({"omega": 2.0, "start_layer": 0, "kappa": 0.5, "variant": "code-qwen"}, (5,), MIXED),
+}
+
+
+@pytest.mark.parametrize(("settings", "case", "layouts"), compare.cases(SEVI, slow=["mild"]))
 def test_sevi(settings, case, layouts):
     references = check(methods.SEVI, sevi.Sevi, case, layouts, **settings)
     if settings and layouts == MIXED and len(case) == 1:  # both stages are met
         assert set().union(*(reference.stages for reference in references)) == {"text", "global"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "keep", "layouts", "variety"),
-    [
-        ({"rho": "0.95"}, 8, MIXED, ()),
-        ({"rho": "0.9"}, 8, MIXED, ()),
-        ({"rho": "0.4"}, 3, MIXED, ()),
-        ({"rho": "0.01"}, 1, MIXED, ()),
-        ({"rho": "1"}, 9, MIXED, ()),
-        # Nine tokens an image: whole tiles and a rest. "A tile" longer than the image is the image.
-        ({"rho": "0.6", "tile": 4}, 2 + 2 + 1, MIXED, ()),
-        ({"rho": "0.6", "tile": 3}, 1 + 1 + 1, MIXED, ()),
-        ({"rho": "0.6", "tile": 100}, 5, MIXED, ()),
-        ({"layers": (1, 2)}, None, MIXED, ()),
-        ({"rho": "0.6"}, None, MIXED, ("mistral_window",)),
-        *(({"sigma": 0.8, "rho": "0.5"}, None, layouts, ()) for layouts in (EDGES, THREE)),
-        *((TRUNCATED, None, layouts, ()) for layouts in (MIXED, EDGES, THREE)),
-        *((TRUNCATED | {"variant": "code-qwen"}, None, layouts, ()) for layouts in (MIXED, EDGES, THREE)),
-    ],
-    ids=str,
-)
-def test_capl(settings, keep, layouts, variety):
+CAPL = {
+    **{f"rho {rho}": ({"rho": rho}, keep, MIXED) for rho, keep in
+       (("0.95", 8), ("0.9", 8), ("0.4", 3), ("0.01", 1), ("1", 9))},
+    # Nine tokens an image: whole tiles and a rest. "A tile" longer than the image is the image.
+    "tile 4": ({"rho": "0.6", "tile": 4}, 2 + 2 + 1, MIXED),
+    "tile 3": ({"rho": "0.6", "tile": 3}, 1 + 1 + 1, MIXED),
+    "tile 100": ({"rho": "0.6", "tile": 100}, 5, MIXED),
+    "layers": ({"layers": (1, 2)}, None, MIXED),
+    "mistral_window": ({"rho": "0.6"}, None, MIXED),
+    "edges": ({"sigma": 0.8, "rho": "0.5"}, None, EDGES),
+    "three images": ({"sigma": 0.8, "rho": "0.5"}, None, THREE),
+    "truncated": (TRUNCATED, None, MIXED),
+    "truncated edges": (TRUNCATED, None, EDGES),
+    "truncated three": (TRUNCATED, None, THREE),
+    "code-qwen": (TRUNCATED | {"variant": "code-qwen"}, None, MIXED),
+    "code-qwen edges": (TRUNCATED | {"variant": "code-qwen"}, None, EDGES),
+    "code-qwen three": (TRUNCATED | {"variant": "code-qwen"}, None, THREE),
+}  # fmt: skip
+SLOW_CAPL = ["tile 3", "layers", "truncated edges", "code-qwen", "code-qwen edges"]
+
+
+@pytest.mark.parametrize("name", compare.cases({name: (name,) for name in CAPL}, SLOW_CAPL))
+def test_capl(name):
     """`keep` is how many tokens of an image are selected."""
-    references = check(methods.CAPL, capl.Capl, (3, *variety), layouts, **settings)
+    (settings, keep, layouts), window = CAPL[name], [name] * (name == "mistral_window")
+    references = check(methods.CAPL, capl.Capl, (3, *window), layouts, **settings)
     assert keep is None or [len(reference.chosen) for reference in references] == [2 * keep, 0, keep]
 
 
@@ -121,7 +123,7 @@ CLVA = {
 }
 
 
-@pytest.mark.parametrize(("settings", "layouts", "case"), CLVA.values(), ids=CLVA)
+@pytest.mark.parametrize(("settings", "layouts", "case"), compare.cases(CLVA))
 def test_clva(settings, layouts, case):
     check(methods.CLVA, clva.Clva, case, layouts, **{"rho": "0.1"} | settings)
 
@@ -184,7 +186,7 @@ FIELD = {
                field.Adaiat, {"layers": (1, 2, 3), "ratios": RATIOS, "thresholds": THRESHOLDS}, MIXED),
 }  # fmt: skip
 # What further variants and strengths show, at ten seconds more; and fitted methods at the edges.
-SLOW = ("spin code", "dab decode", "var dims", "farsight", "iat")
+SLOW = ("spin code", "dab decode", "var dims", "farsight", "iat", "middle edges")
 AT_EDGES = {f"{name} edges": (*FIELD[name][:3], EDGES) for name in ("vti", "adhh", "adaiat")}
 
 
@@ -205,13 +207,7 @@ def reference(make, fields):
 CASES = LATE | {name: (*case, BARE) for name, case in (FIELD | AT_EDGES).items()}
 
 
-@pytest.mark.parametrize(
-    ("method", "make", "fields", "layouts", "where"),
-    [
-        pytest.param(*case, id=name, marks=pytest.mark.slow if name in (*SLOW, *AT_EDGES) else ())
-        for name, case in CASES.items()
-    ],
-)
+@pytest.mark.parametrize(("method", "make", "fields", "layouts", "where"), compare.cases(CASES, [*SLOW, *AT_EDGES]))
 def test_field(method, make, fields, layouts, where):
     bare()
     compare.assert_one_branch(compare.load(*where), layouts, method, lambda: reference(make, fields))

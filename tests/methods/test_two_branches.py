@@ -68,10 +68,13 @@ CASES = {
     "damro": (methods.DAMRO(tokens=3), contrast.damro, {"keep": 3}, MIXED, DEEP, 5),
     "damro one": (ONE, contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, EDGES, DEEP, 3),
 }  # fmt: skip
-SLOW, UNCUT = ("ritual crop", "avisc strong", "damro one"), ("nolan", "m3id", "m3id gated", "m3id gated edges")
+SLOW, UNCUT = (
+    ("ritual crop", "avisc strong", "damro one", "vcd edges", "pai layers"),
+    ("nolan", "m3id", "m3id gated", "m3id gated edges"),
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow if one in SLOW else ()) for one in CASES])
+@pytest.mark.parametrize("name", compare.cases({name: (name,) for name in CASES}, SLOW))
 def test_equals_the_reference(name):
     method, run, settings, layouts, case, factor = CASES[name]
     compare.assert_contrastive(compare.load(*case), method, run, factor, layouts, name not in UNCUT, **settings)

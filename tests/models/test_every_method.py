@@ -84,6 +84,7 @@ FIELD_FAMILIES = ("internvl", "llava", "qwen2_5_vl")
 SEVERAL_IMAGES = ("capl", "capl truncated", "dab")  # act on the sample with two images alone
 LATER = ("adaiat", "iat", "m3id", "sparc")  # leave the first token alone
 
+TOKENS = (5, 7, 11)  # before those steps
 TEXT_TOO = ("deco", "dola", "nullu")  # look at no image, and treat all samples alike
 
 PARTS = {"methods": (METHODS, zoo.FAMILIES), "field": (FIELD, FIELD_FAMILIES), "more": (MORE, FIELD_FAMILIES)}
@@ -116,17 +117,14 @@ def drawn(word: str, model: LVLM) -> Fitted:
     return Fitted(arrays, Source(word, model.hash, "pairs", "{}"))
 
 
-def first_step(case: zoo.Case, method: methods.Method | None, *rows: int):
-    """The logits behind the prompts, with room for the answer as `generate` makes it."""
+def stepped(case: zoo.Case, method: methods.Method | None, *rows: int, tokens: Iterable[int] = ()):
+    """The logits behind the prompts, or after tokens that are the same for every method.
+
+    There is room for the answer as `generate` makes it.
+    """
     prompt = case.prompt(*rows)
-    return case.model.prefill(prompt, method, int(prompt.lengths.max()) + 64)[1]
-
-
-def third_step(case: zoo.Case, method: methods.Method | None):
-    """The logits after three tokens that are the same for every method."""
-    prompt = case.prompt()
     state, step = case.model.prefill(prompt, method, int(prompt.lengths.max()) + 64)
-    for token in (5, 7, 11):
+    for token in tokens:
         state, step = case.model.decode(state, np.full(3, token, np.int32))
     return step
 
@@ -143,10 +141,8 @@ def assert_acts(case: zoo.Case, column: str, plain: np.ndarray, later: np.ndarra
 
     `plain` are the logits without a method, `later` those after three tokens.
     """
-    method = build(column, case.model)
-    step = first_step(case, method)
-    if column in LATER:
-        step, plain = third_step(case, method), later
+    step = stepped(case, build(column, case.model), tokens=TOKENS if column in LATER else ())
+    plain = later if column in LATER else plain
     main, combined = np.asarray(step.main), np.asarray(step.combined)
     assert np.isfinite(main).all() and not np.isnan(combined).any() and (combined < np.inf).all()
     kept = np.isfinite(combined)
@@ -163,7 +159,7 @@ def assert_acts(case: zoo.Case, column: str, plain: np.ndarray, later: np.ndarra
 
 def measured(case: zoo.Case, columns: Iterable[str] = tuple(METHODS)) -> dict[str, str]:
     """A row of the table: for each method that it runs, or the reason why it does not."""
-    plain, later = (np.asarray(step(case, None).main) for step in (first_step, third_step))
+    plain, later = (np.asarray(stepped(case, None, tokens=tokens).main) for tokens in ((), TOKENS))
     cells = {}
     for column in columns:
         try:
@@ -191,9 +187,13 @@ def table(rows: dict[str, dict[str, str]], columns: Iterable[str] = tuple(METHOD
     return "\n".join(lines) + "\n"
 
 
+def marked(part: str) -> str:
+    """The pattern of what docs/models.md holds between the marks of a generated part."""
+    return rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)"
+
+
 def committed(part: str) -> str:
-    """What docs/models.md holds between the marks of a generated part."""
-    found = re.search(rf"(?<=<!-- {part} -->\n).*?(?=<!-- end -->)", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    found = re.search(marked(part), DOCUMENT.read_text(encoding="utf-8"), re.S)
     assert found, f"docs/models.md has no part {part!r}"
     return found[0]
 
@@ -219,7 +219,7 @@ def test_the_table_has_every_family_and_method():
 def test_cmac_and_one_more(load, name):
     """One generates, and the first token of the other has finite logits."""
     assert_generates(load(name), build("cmac"))
-    step = first_step(load(name), build(QUICK[name]))
+    step = stepped(load(name), build(QUICK[name]))
     assert np.isfinite(step.main).all() and not np.isnan(step.combined).any()
     cells = dict(zip(METHODS, committed_row(name).split(" | ")[1:], strict=True))
     assert cells["cmac"] == RAN and cells[QUICK[name]].startswith(RAN)
@@ -230,18 +230,14 @@ def test_methods_that_no_family_above_has(load, column):
     assert_generates(load("qwen2_vl"), build(column))
 
 
+ROWS = [("methods", name) for name in zoo.FAMILIES]
+ROWS += [(part, name) for part in ("field", "more") for name in FIELD_FAMILIES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(zoo.FAMILIES))
-def test_every_method(load, name):
+@pytest.mark.parametrize(("part", "name"), ROWS)
+def test_every_method(load, name, part):
     """What the committed table says of a family is what runs."""
-    row = table({name: measured(load(name))}).splitlines()[2]
-    assert row == committed_row(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["field", "more"])
-@pytest.mark.parametrize("name", FIELD_FAMILIES)
-def test_every_method_of_the_field(load, name, part):
     columns, _ = PARTS[part]
     row = table({name: measured(load(name), columns)}, columns).splitlines()[2]
     assert row == committed_row(name, part)
@@ -252,7 +248,7 @@ def test_every_method_of_the_field(load, name, part):
 @pytest.mark.parametrize("column", ["vcd", "sevi + cicd", "m3id", "icd"])
 @pytest.mark.parametrize("name", list(zoo.FAMILIES))
 def test_a_batch_equals_its_samples_alone(load, name, column):
-    together, alone = first_step(load(name), build(column)), first_step(load(name), build(column), ONE)
+    together, alone = stepped(load(name), build(column)), stepped(load(name), build(column), ONE)
     for logits in ("main", "contrast"):
         np.testing.assert_allclose(getattr(together, logits)[ONE], getattr(alone, logits)[0], rtol=0, atol=1e-4)
 
@@ -362,14 +358,12 @@ def program_table() -> str:
 
 
 def test_the_number_of_programs():
-    print(program_table())
     assert committed("programs") == program_table()
 
 
 def written(text: str, part: str, content: str) -> str:
     """The document with a generated part replaced."""
-    pattern = rf"(<!-- {part} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda found: found[1] + content + found[2], text, flags=re.S)
+    return re.sub(marked(part), lambda _: content, text, flags=re.S)
 
 
 def measured_rows(names: Iterable[str], columns: Iterable[str], load: Callable[[str, Path], zoo.Case]) -> dict:

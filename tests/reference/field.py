@@ -14,16 +14,64 @@ from tests.reference.one_branch import cut, log_softmax, softmax_seen
 
 @dataclasses.dataclass
 class Field:
-    """What they share: the layers in which they act, and their margin."""
+    """What they share: the layers in which they act, their margin, and the length of the prompt.
+
+    `logits(call, z)` and `edit(call, w)` change logits [H, T, S] before the softmax and weights behind it, in place.
+    """
 
     layers: tuple
     margin: float = np.inf
+    prompt: int = 0
+
+    def begin(self, call, hidden):
+        self.prompt = len(call.image_id) if call.prefill else self.prompt
+
+    def acts(self, call):
+        return call.layer in self.layers and (call.image_id > 0).any()
+
+    def logits(self, call, z):
+        pass
+
+    def edit(self, call, w):
+        pass
 
     def weights(self, call, z):
-        return softmax_seen(call, z)
+        if not self.acts(call):
+            return softmax_seen(call, z)
+        z = z.copy()
+        self.logits(call, z)
+        w = softmax_seen(call, z)
+        self.edit(call, w)
+        return w
 
     def decided(self, *distances):
         self.margin = min([self.margin, *(abs(float(distance)) for distance in distances)])
+
+
+@dataclasses.dataclass
+class Vaf(Field):
+    """ClearSight. System columns are the text before the first image."""
+
+    enhance: float = 1.15
+    suppress: float = 0.95
+
+    def logits(self, call, z):
+        images = np.flatnonzero(call.image_id > 0)
+        for t, row in enumerate(call.rows):
+            if row > images[-1]:
+                z[:, t, images] *= self.enhance
+                z[:, t, : images[0]] *= self.suppress
+
+
+@dataclasses.dataclass
+class MiddleLayers(Field):
+    """arXiv 2411.16724."""
+
+    alpha: float = 0.5
+
+    def logits(self, call, z):
+        for j in np.flatnonzero(call.image_id > 0):
+            z[:, -1, j] += self.alpha * np.abs(z[:, -1, j]).mean()
 
 
 @dataclasses.dataclass
@@ -32,19 +80,18 @@ class Spin(Field):
     scale: float = 0.08
     variant: str = "paper"
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
+    def logits(self, call, z):
+        self.z = z
+
+    def edit(self, call, w):
         image = np.flatnonzero((call.image_id > 0) & call.seen[-1])
-        if call.layer in self.layers and (call.image_id > 0).any():
-            attention = (z if self.variant == "code" else w)[:, -1, image].sum(-1)
-            count = self.rho * len(w)
-            keep = int(np.floor(count)) if self.variant == "code" else int(np.ceil(count))
-            order = sorted(range(len(w)), key=lambda h: -attention[h])
-            if keep < len(w):
-                self.decided(attention[order[keep - 1]] - attention[order[keep]])
-            for h in order[keep:]:
-                w[h, -1] *= self.scale
-        return w
+        attention = (self.z if self.variant == "code" else w)[:, -1, image].sum(-1)
+        count = self.rho * len(w)
+        keep = int(np.floor(count)) if self.variant == "code" else int(np.ceil(count))
+        order = sorted(range(len(w)), key=lambda h: -attention[h])
+        if keep < len(w):
+            self.decided(attention[order[keep - 1]] - attention[order[keep]])
+        w[order[keep:], -1] *= self.scale
 
 
 @dataclasses.dataclass
@@ -53,35 +100,25 @@ class Dab(Field):
     tau: float = 0.2
     decode: bool = False
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
+    def edit(self, call, w):
         images = call.images()
-        if call.layer not in self.layers or not images or not (call.prefill or self.decode):
-            return w
-        for h in range(len(w)):
-            for t, row in enumerate(call.rows):
-                if row <= images[-1][-1]:
-                    continue
-                r = [w[h, t, image].sum() for image in images]
-                self.decided(sum(r) - self.tau)
-                if sum(r) > self.tau:
-                    for image, mass in zip(images, r, strict=True):
-                        w[h, t, image] -= self.alpha * (mass - np.mean(r)) / len(image)
-        return w
+        for h, (t, row) in ((h, one) for h in range(len(w)) for one in enumerate(call.rows)):
+            if row <= images[-1][-1] or not (call.prefill or self.decode):
+                continue
+            r = [w[h, t, image].sum() for image in images]
+            self.decided(sum(r) - self.tau)
+            if sum(r) > self.tau:
+                for image, mass in zip(images, r, strict=True):
+                    w[h, t, image] -= self.alpha * (mass - np.mean(r)) / len(image)
 
 
 @dataclasses.dataclass
 class Iat(Field):
     alpha: float = 0.8
-    prompt: int = 0
 
-    def weights(self, call, z):
-        if call.prefill:
-            self.prompt = len(call.image_id)
-        elif call.layer in self.layers and (call.image_id > 0).any():
-            z = z.copy()
+    def logits(self, call, z):
+        if not call.prefill:
             z[:, -1, self.prompt :] += self.alpha * np.abs(z[:, -1, self.prompt :])
-        return softmax_seen(call, z)
 
 
 @dataclasses.dataclass
@@ -89,7 +126,7 @@ class FarSight(Field):
     sigma: float = 0.8
 
     def weights(self, call, z):
-        if call.layer not in self.layers or not call.prefill or not (call.image_id > 0).any():
+        if not (self.acts(call) and call.prefill):
             return softmax_seen(call, z)
         columns = np.arange(len(call.image_id))
         later = columns[None, :] > call.rows[:, None]
@@ -108,16 +145,12 @@ class Sparc(Field):
     jumps: np.ndarray | None = None
 
     def begin(self, call, hidden):
-        image = np.flatnonzero(call.image_id > 0)
         if call.prefill:
-            self.jumps = self.new = np.zeros(len(image))
+            self.new = np.zeros((call.image_id > 0).sum())
         self.jumps = self.new  # of the steps before
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
+    def edit(self, call, w):
         image = np.flatnonzero(call.image_id > 0)
-        if len(image) == 0:
-            return w
         if call.layer == self.selected:
             attention = w[:, -1, image].mean(0)
             if call.prefill:
@@ -127,9 +160,8 @@ class Sparc(Field):
                 self.decided(*((rise - self.tau) * self.mean))
                 self.new = self.jumps + (rise >= self.tau)
                 self.mean = (1 - self.beta) * attention + self.beta * self.mean
-        if call.layer in self.layers and not call.prefill:
+        if not call.prefill:
             w[:, -1, image] *= self.alpha**self.jumps
-        return w
 
 
 @dataclasses.dataclass
@@ -146,29 +178,23 @@ class Var(Field):
     def enter(self, call, hidden):
         if call.prefill:
             sizes = np.abs(hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + 1e-6))
-            dims = self.dims or np.argsort(-sizes[0])[:2]
-            self.sinks[call.layer] = [j for j, size in enumerate(sizes[:, list(dims)].max(-1)) if size > self.tau]
+            sizes = sizes[:, list(self.dims or np.argsort(-sizes[0])[:2])].max(-1)
+            self.sinks[call.layer] = [j for j, size in enumerate(sizes) if size > self.tau]
             if call.layer in self.layers:
-                self.decided(*(sizes[:, list(dims)].max(-1) - self.tau))
+                self.decided(*(sizes - self.tau))
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
+    def edit(self, call, w):
         image, sinks = np.flatnonzero(call.image_id > 0), self.sinks[call.layer]
-        visual = [j for j in sinks if j in image]
-        rest = [j for j in image if j not in sinks]
-        if call.layer not in self.layers or not visual:
-            return w
-        for h in range(len(w)):
-            for t, row in enumerate(call.rows):
-                mass, on_sinks = w[h, t, image].sum(), w[h, t, visual].sum()
-                if row <= image[-1]:
-                    continue
-                self.decided(mass - self.least, on_sinks - self.rho * mass)
-                if mass >= self.least and on_sinks / mass <= self.rho:
-                    budget = (1 - self.p) * w[h, t, sinks].sum()
-                    w[h, t, sinks] *= self.p
-                    w[h, t, rest] += budget * w[h, t, rest] / w[h, t, rest].sum()
-        return w
+        visual, rest = [j for j in sinks if j in image], [j for j in image if j not in sinks]
+        for h, (t, row) in ((h, one) for h in range(len(w)) for one in enumerate(call.rows)):
+            if row <= image[-1] or not visual:
+                continue
+            mass, on_sinks = w[h, t, image].sum(), w[h, t, visual].sum()
+            self.decided(mass - self.least, on_sinks - self.rho * mass)
+            if mass >= self.least and on_sinks / mass <= self.rho:
+                budget = (1 - self.p) * w[h, t, sinks].sum()
+                w[h, t, sinks] *= self.p
+                w[h, t, rest] += budget * w[h, t, rest] / w[h, t, rest].sum()
 
 
 @dataclasses.dataclass
@@ -196,6 +222,9 @@ class MemVR(Field):
             self.decided(u - self.tau)
             self.now = self.done = u > self.tau
 
+    def weights(self, call, z):
+        return softmax_seen(call, z)
+
     def mlp(self, call, x, added):
         if not self.now:
             return added
@@ -211,30 +240,26 @@ class Only(Field):
     model: tuple = ()
     sides: list = dataclasses.field(default_factory=list)
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
-        image = np.flatnonzero(call.image_id > 0)
-        if call.layer == 0 and len(image):
-            row = w[:, -1].copy()
-            text = np.setdiff1d(np.arange(1, len(call.image_id)), image)
-            ratio = []
-            for h in range(len(row)):
-                entropy = []
-                for group in (text, image):
-                    part = row[h, group]
-                    high = part.mean() + part.std(ddof=1)
-                    self.decided(*(part - high))
-                    part = np.where(part > high, 0, part)
-                    row[h, group] = part
-                    share = part / part.sum()
-                    entropy.append(-(share * np.log(share + 1e-6)).sum())
-                ratio.append(entropy[0] / entropy[1])
-            self.decided(*(np.array(ratio) - np.mean(ratio)))
-            row[np.array(ratio) < np.mean(ratio)] = 0
-            mixed = np.einsum("HS,HSD->HD", row, call.values)
-            name = f"{llava.LANGUAGE}.layers.0.self_attn.o_proj"
-            self.output = llava.linear(self.model[0], name, mixed.reshape(1, -1))
-        return w
+    def edit(self, call, w):
+        """Changes nothing; a copy of the first layer's last row becomes the side path."""
+        if call.layer:
+            return
+        image, row, ratio = np.flatnonzero(call.image_id > 0), w[:, -1].copy(), []
+        text = np.setdiff1d(np.arange(1, len(call.image_id)), image)
+        for h in range(len(row)):
+            entropy = []
+            for group in (text, image):
+                part = row[h, group]
+                high = part.mean() + part.std(ddof=1)
+                self.decided(*(part - high))
+                row[h, group] = part = np.where(part > high, 0, part)
+                share = part / part.sum()
+                entropy.append(-(share * np.log(share + 1e-6)).sum())
+            ratio.append(entropy[0] / entropy[1])
+        self.decided(*(np.array(ratio) - np.mean(ratio)))
+        row[np.array(ratio) < np.mean(ratio)] = 0
+        mixed = np.einsum("HS,HSD->HD", row, call.values).reshape(1, -1)
+        self.output = llava.linear(self.model[0], f"{llava.LANGUAGE}.layers.0.self_attn.o_proj", mixed)
 
     def enter(self, call, hidden):
         if call.layer == call.depth - 1 and (call.image_id > 0).any():
@@ -246,6 +271,13 @@ class Only(Field):
             self.sides.append(llava.head(weights, config, g)[0])
 
 
+def only_combined(main, sides, tau=0.2, beta=0.1):
+    """Combined logits of ONLY [T, V], how far each is from the cut, and how far the steps are from τ."""
+    side = np.stack(sides) + 0.5 * main
+    apart = np.abs(np.exp(log_softmax(main)) - np.exp(log_softmax(side))).sum(-1, keepdims=True)
+    return *cut(main, np.where(apart < tau, main + 3 * side, 2 * main - side), beta), np.abs(apart - tau).min()
+
+
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -254,13 +286,9 @@ def unit(x):
 class Vti(Field):
     directions: np.ndarray | None = None
     strength: float = 0.9
-    seeing: bool = False
-
-    def begin(self, call, hidden):
-        self.seeing = (call.image_id > 0).any()
 
     def mlp(self, call, x, added):
-        if not self.seeing:
+        if not (call.image_id > 0).any():
             return added
         turned = unit(added) + 0.1 * self.strength * unit(self.directions[call.layer])
         return np.linalg.norm(added, axis=-1, keepdims=True) * unit(turned)
@@ -271,9 +299,8 @@ class Nullu(Field):
     directions: np.ndarray | None = None
 
     def mlp(self, call, x, added):
-        if call.layer in self.layers:
-            for v in self.directions[call.layer]:
-                added = added - (added @ v)[:, None] * v
+        for v in self.directions[call.layer] if call.layer in self.layers else ():
+            added = added - (added @ v)[:, None] * v
         return added
 
 
@@ -282,16 +309,12 @@ class Adhh(Field):
     heads: tuple = ()
     tau: float = 0.4
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
-        image = np.flatnonzero(call.image_id > 0)
-        for layer, head in self.heads:
-            if layer == call.layer and len(image):
-                mass = w[head, -1, image[-1] + 1 :].sum()
-                self.decided(mass - self.tau)
-                if mass >= self.tau:
-                    w[head, -1, image[-1] + 1 :] = 0
-        return w
+    def edit(self, call, w):
+        text = w[:, -1, np.flatnonzero(call.image_id > 0)[-1] + 1 :]
+        for head in [head for layer, head in self.heads if layer == call.layer]:
+            self.decided(text[head].sum() - self.tau)
+            if text[head].sum() >= self.tau:
+                text[head] = 0
 
 
 @dataclasses.dataclass
@@ -299,57 +322,13 @@ class Adaiat(Field):
     ratios: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     alpha: float = 6.0
-    prompt: int = 0
 
-    def weights(self, call, z):
-        w = softmax_seen(call, z)
+    def edit(self, call, w):
         if call.prefill:
-            self.prompt = len(call.image_id)
-        elif call.layer in self.layers and (call.image_id > 0).any():
-            written = w[:, -1, self.prompt :]
-            distance = written.mean(-1).sum() - self.thresholds[call.layer]
-            self.decided(distance)
-            if distance < 0:
-                factor = np.maximum(1 + self.alpha * (self.ratios[call.layer] - 1), 0)
-                w[:, -1, self.prompt :] *= factor[:, None]
-                w[:, -1] /= w[:, -1].sum(-1, keepdims=True)
-        return w
-
-
-@dataclasses.dataclass
-class Vaf(Field):
-    """ClearSight. System columns are the text before the first image."""
-
-    enhance: float = 1.15
-    suppress: float = 0.95
-
-    def weights(self, call, z):
-        images = np.flatnonzero(call.image_id > 0)
-        if call.layer in self.layers and len(images):
-            z = z.copy()
-            for t, row in enumerate(call.rows):
-                if row > images[-1]:
-                    z[:, t, images] *= self.enhance
-                    z[:, t, : images[0]] *= self.suppress
-        return softmax_seen(call, z)
-
-
-@dataclasses.dataclass
-class MiddleLayers(Field):
-    """arXiv 2411.16724."""
-
-    alpha: float = 0.5
-
-    def weights(self, call, z):
-        if call.layer in self.layers:
-            z = z.copy()
-            for j in np.flatnonzero(call.image_id > 0):
-                z[:, -1, j] += self.alpha * np.abs(z[:, -1, j]).mean()
-        return softmax_seen(call, z)
-
-
-def only_combined(main, sides, tau=0.2, beta=0.1):
-    """Combined logits of ONLY [T, V], how far each is from the cut, and how far the steps are from τ."""
-    side = np.stack(sides) + 0.5 * main
-    apart = np.abs(np.exp(log_softmax(main)) - np.exp(log_softmax(side))).sum(-1, keepdims=True)
-    return *cut(main, np.where(apart < tau, main + 3 * side, 2 * main - side), beta), np.abs(apart - tau).min()
+            return
+        written = w[:, -1, self.prompt :]
+        distance = written.mean(-1).sum() - self.thresholds[call.layer]
+        self.decided(distance)
+        if distance < 0:
+            written *= np.maximum(1 + self.alpha * (self.ratios[call.layer] - 1), 0)[:, None]
+            w[:, -1] /= w[:, -1].sum(-1, keepdims=True)
