@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, methods
+from lvlm_jax.attention import Context, Site
 from lvlm_jax.attention.transform import Stream
 from tests import checkpoints
 from tests.checkpoints import IMAGE
@@ -20,6 +22,7 @@ MIXED = ((4, IMAGE, 3, IMAGE, 6), (9,), (3, IMAGE, 11))
 # An image that opens the prompt, two images side by side, an image that ends the prompt.
 EDGES = ((IMAGE, 7), (2, IMAGE, IMAGE, 1), (5, IMAGE))
 STEPS = 8
+COLUMNS = (0, 1, 1, 0)  # system text, two image tokens and text
 ATOL = 1e-4
 
 BARE = {"text": {"model_type": "qwen2", "num_key_value_heads": 2}, "vision": {"image_size": 24, "patch_size": 8}}
@@ -99,6 +102,52 @@ def run_library(ours, inputs, forced, method):
         return None if arrays[0] is None else np.stack([np.asarray(array) for array in arrays], axis=1)
 
     return stacked("main"), stacked("contrast"), stacked("combined")
+
+
+def context(image_id, rows, phase="prefill"):
+    """The last `rows` rows of one sample over all its columns."""
+    image_id = jnp.asarray([image_id], jnp.int32)
+    columns = jnp.arange(image_id.shape[1])
+    first = image_id.shape[1] - rows
+    return Context(
+        image_id=image_id,
+        positions=columns[None, first:],
+        first_row=jnp.int32(first),
+        image_end=jnp.where(image_id > 0, columns + 1, 0).max(axis=1),
+        image_count=int(image_id.max()),
+        phase=phase,
+        explicit_rows=rows,
+    )
+
+
+def site(logits, image_id=COLUMNS, layer=0, num_layers=32, carry=(), values=None, **changes):
+    """One layer in prefill; `logits` [heads, rows, columns] of the last rows, `values` [heads, columns, channels]."""
+    logits = jnp.asarray(logits, jnp.float32)
+    shared = context(image_id, logits.shape[1])
+    here = Site(
+        layer=layer,
+        num_layers=num_layers,
+        phase="prefill",
+        image_id=shared.image_id,
+        image_count=shared.image_count,
+        image=shared.image_columns(),
+        after_image=shared.after_image_columns(),
+        system=shared.system_columns(),
+        generated=shared.generated_columns(),
+        row_index=shared.rows(),
+        post_image=shared.post_image_rows(),
+        mask=shared.mask(),
+        logits=logits[None],
+        carry=carry,
+        read_values=lambda: jnp.asarray(values, jnp.float32)[None],
+        project=lambda heads: heads.swapaxes(1, 2).reshape(1, logits.shape[1], -1),
+    )
+    return dataclasses.replace(here, **changes)
+
+
+def row(*heads):
+    """[heads, 1, columns]: the last row of each head."""
+    return np.array(heads, np.float32)[:, None]
 
 
 def stream(layer, num_layers=3, **fields):

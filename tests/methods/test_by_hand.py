@@ -4,62 +4,22 @@ Stages are called directly, on one layer of one sample, or on one step's logits.
 tokens and text unless an example says otherwise.
 """
 
+import dataclasses
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.attention import Context, Site
 from lvlm_jax.methods.base import Seen
-from tests.methods.compare import stream
+from lvlm_jax.methods.fitted import Fitted, Source
+from lvlm_jax.methods.memvr import Retrace
+from lvlm_jax.methods.only import lowered
+from lvlm_jax.methods.sparc import Jumps
+from tests.methods.compare import COLUMNS, context, row, site, stream
 
-COLUMNS = (0, 1, 1, 0)
 INF = np.inf
-
-
-def context(image_id, rows, phase="prefill"):
-    """The last `rows` rows of one sample over all its columns."""
-    image_id = jnp.asarray([image_id], jnp.int32)
-    columns = jnp.arange(image_id.shape[1])
-    first = image_id.shape[1] - rows
-    return Context(
-        image_id=image_id,
-        positions=columns[None, first:],
-        first_row=jnp.int32(first),
-        image_end=jnp.where(image_id > 0, columns + 1, 0).max(axis=1),
-        image_count=int(image_id.max()),
-        phase=phase,
-        explicit_rows=rows,
-    )
-
-
-def site(logits, image_id=COLUMNS, layer=0, num_layers=32, carry=(), values=None):
-    """One layer in prefill; `logits` [heads, rows, columns] of the last rows, `values` [heads, columns, channels]."""
-    logits = jnp.asarray(logits, jnp.float32)
-    shared = context(image_id, logits.shape[1])
-    return Site(
-        layer=layer,
-        num_layers=num_layers,
-        phase="prefill",
-        image_id=shared.image_id,
-        image_count=shared.image_count,
-        image=shared.image_columns(),
-        after_image=shared.after_image_columns(),
-        system=shared.system_columns(),
-        generated=shared.generated_columns(),
-        row_index=shared.rows(),
-        post_image=shared.post_image_rows(),
-        mask=shared.mask(),
-        logits=logits[None],
-        carry=carry,
-        read_values=lambda: jnp.asarray(values, jnp.float32)[None],
-        project=lambda heads: heads.swapaxes(1, 2).reshape(1, logits.shape[1], -1),
-    )
-
-
-def row(*heads):
-    """[heads, 1, columns]: the last row of each head."""
-    return np.array(heads, np.float32)[:, None]
 
 
 def close(got, want):
@@ -177,57 +137,78 @@ MAPS = np.array(
 )
 EAH = {
     # Means of later image rows: head 0 (0.6 + 0.1) / 2 = 0.35, 0.2; head 1 (0.4 + 0.4) / 2 = 0.4, 0.5: 1 and 2 sinks.
-    "paper": (methods.EAH(beta=0.3), 1),
+    "eah": (methods.EAH(beta=0.3), 1),
     # 0.35, 0.2 and 0.4, 0.5 again, of which 0.45 leaves head 1 one sink, and head 0 none.
-    "paper, one sink": (methods.EAH(beta=0.45), 1),
-    "paper, no sink": (methods.EAH(beta=0.55), None),
+    "eah, one sink": (methods.EAH(beta=0.45), 1),
+    "eah, no sink": (methods.EAH(beta=0.55), None),
     # All later rows, over S0 + E - j = 3, 2, 1:  head 0 (0.6 + 0.1 + 0.25) / 3 = 0.317, (0.2 + 0.25) / 2 = 0.225, 0.25
     # head 1 (0.4 + 0.4 + 0.1) / 3 = 0.3, (0.5 + 0.1) / 2 = 0.3, 0.1.  Two sinks of head 1; of head 0 alone, no change.
-    "code": (methods.EAH(variant="code", beta=0.28), 1),
-    "code, head 0": (methods.EAH(variant="code", beta=0.31), None),
+    "eah code": (methods.EAH(variant="code", beta=0.28), 1),
+    "eah code, head 0": (methods.EAH(variant="code", beta=0.31), None),
 }
-
-
-@pytest.mark.parametrize(("method", "winner"), EAH.values(), ids=EAH)
-def test_eah(method, winner):
-    got = method.weights(site(np.zeros((2, 4, 4)), (1, 1, 1, 0)), jnp.asarray(MAPS, jnp.float32)[None])
-    close(got[0], MAPS if winner is None else MAPS[[winner, winner]])
-
-
+ONE, LAST = (0, 1, 0, 0), jnp.asarray([[False, False, False, True]])
+SECOND = jnp.asarray([[False, True, False, False]])
 GLOBAL = [0, 0, 1, 1]  # text 2e = 5.44 of 7.44; the largest share of it, 0.5, is below κ = 0.6
-SEVI = {
+SEVI = methods.SEVI(omega=4, kappa=0.6)
+Z24, TWO = row([1, 2, -4, 1], [0, 4, 2, 0]), row([0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.2, 0.5])
+EVEN = np.tril(np.ones((1, 4, 4))) / np.arange(1, 5)[:, None]
+
+
+def fitted(word, **arrays):
+    return Fitted({name: jnp.asarray(array) for name, array in arrays.items()}, Source(word, "", "", ""))
+
+
+# Method, what it edits (logits that are not given are 0, weights of softmax), the site, and the rows that come out.
+STAGES = {
+    **{name: (method, MAPS, {"image_id": (1, 1, 1, 0)}, MAPS if winner is None else MAPS[[winner, winner]])
+       for name, (method, winner) in EAH.items()},
+    # SEVI: system text, one image token, two text tokens.
     # e² + e = 10.1 outside against 2: head 0 is drawn to head 1:  (2 + 0, 1 + 0, 0 + 4, 0 + 4) / 5
-    "stage 1": ("paper", [[2, 1, 0, 0], GLOBAL], [[0.4, 0.2, 0.8, 0.8], GLOBAL]),
+    "sevi, stage 1": (SEVI, row([2, 1, 0, 0], GLOBAL), {"image_id": ONE}, [[0.4, 0.2, 0.8, 0.8], GLOBAL]),
     # 20.1 / 21.1 of the text on one token: head 0 is core, head 1 drawn to it:  (0, 0, 1 + 12, 1 + 0) / 5
-    "stage 2": ("paper", [[0, 0, 3, 0], GLOBAL], [[0, 0, 3, 0], [0, 0, 2.6, 0.2]]),
+    "sevi, stage 2": (SEVI, row([0, 0, 3, 0], GLOBAL), {"image_id": ONE}, [[0, 0, 3, 0], [0, 0, 2.6, 0.2]]),
     # e² + 1 = 8.4 on system text and image against e + 1 = 3.7
-    "system text counts": ("paper", [[2, 0, 1, 0], GLOBAL], [[0.4, 0, 1, 0.8], GLOBAL]),
+    "sevi, system text": (SEVI, row([2, 0, 1, 0], GLOBAL), {"image_id": ONE}, [[0.4, 0, 1, 0.8], GLOBAL]),
     # 1 on the image against 3.7, of which 0.73 on one token: core:  (0 + 8, 0, 1 + 4, 1 + 0) / 5
-    "code-qwen": ("code-qwen", [[2, 0, 1, 0], GLOBAL], [[2, 0, 1, 0], [1.6, 0, 1, 0.2]]),
-}
-
-
-@pytest.mark.parametrize(("variant", "logits", "want"), SEVI.values(), ids=SEVI)
-def test_sevi(variant, logits, want):
-    """System text, one image token, two text tokens; ω 4."""
-    method, z = methods.SEVI(omega=4, kappa=0.6, variant=variant), row(*logits)
-    close(method.logits(site(z, (0, 1, 0, 0)), jnp.asarray(z)[None])[0, :, 0], want)
-
-
-SIMPLE = {
+    "sevi, code-qwen": (dataclasses.replace(SEVI, variant="code-qwen"), row([2, 0, 1, 0], GLOBAL), {"image_id": ONE},
+                        [[2, 0, 1, 0], [1.6, 0, 1, 0.2]]),
     # |z| 2 and 4:  2 + 0.2 * 2   -4 + 0.2 * 4
-    "pai": (methods.PAI(), [[1, 2.4, -3.2, 1], [0, 4.8, 2.4, 0]]),
+    "pai": (methods.PAI(), Z24, {}, [[1, 2.4, -3.2, 1], [0, 4.8, 2.4, 0]]),
     # system 0.95, image 1.15:  0.95   2.3   -4.6
-    "vaf": (methods.VAF(), [[0.95, 2.3, -4.6, 1], [0, 4.6, 2.3, 0]]),
+    "vaf": (methods.VAF(), Z24, {}, [[0.95, 2.3, -4.6, 1], [0, 4.6, 2.3, 0]]),
     # mean |z| over heads (2 + 4) / 2 = 3 and (4 + 2) / 2 = 3, half of it is 1.5
-    "middle_layers": (methods.MiddleLayers(), [[1, 3.5, -2.5, 1], [0, 5.5, 3.5, 0]]),
-}
+    "middle_layers": (methods.MiddleLayers(), Z24, {}, [[1, 3.5, -2.5, 1], [0, 5.5, 3.5, 0]]),
+    # Generated is the last column alone: |z| 1 and 0.
+    "iat": (methods.IAT(), Z24, {"generated": LAST, "phase": "decode"}, [[1, 2, -4, 1.8], [0, 4, 2, 0]]),
+    # ⌈0.5 * 2⌉ = 1 of two heads stays; masses on the image 0.4 and 0.4: the earlier. Head 1 times 0.1.
+    "spin": (methods.SPIN(rho=0.5, scale=0.1), TWO, {}, [TWO[0, 0], 0.1 * TWO[1, 0]]),
+    # Images of one token each: r = 0.1, 0.3 and 0.2, 0.2; means 0.2:  - 0.5 * (-0.1), - 0.5 * 0.1
+    "dab": (methods.DAB(), TWO, {"image_id": (0, 1, 2, 0)}, [[0.4, 0.15, 0.25, 0.2], TWO[1, 0]]),
+    # Column 1 is a sink: shares 0.1 of 0.4 and 0.2 of 0.4, both centric. 0.4 * 0.1 = 0.04 and 0.08 go to column 2.
+    "var": (methods.VAR(), TWO, {"carry": (SECOND,)}, [[0.4, 0.06, 0.34, 0.2], [0.1, 0.12, 0.28, 0.5]]),
+    # A mass of 0.4 is less than 0.5: no head is centric.
+    "var, mass": (methods.VAR(least=0.5), TWO, {"carry": (SECOND,)}, TWO[:, 0]),
+    # Text behind the image has 0.2 and 0.5: of the listed heads 0 and 1 of layer 2 only head 1 reaches 0.4.
+    "adhh": (methods.ADHH(heads=(2, 0, 2, 1)), TWO, {"layer": 2}, [TWO[0, 0], [0.1, 0.2, 0.2, 0]]),
+    # One generated column: 0.2 + 0.5 < 1. Factors 1 + 6 (1.5 - 1) = 4 and 1: (0.4, 0.1, 0.3, 0.8) / 1.6.
+    "adaiat": (methods.AdaIAT(fitted=fitted("adaiat", ratios=[[1.5, 1.0]], thresholds=[1.0])), TWO,
+               {"generated": LAST, "phase": "decode"}, [[0.25, 0.0625, 0.1875, 0.5], TWO[1, 0]]),
+    # σ = ln 2, all logits 0: registers are 1/2, 1/4, 1/8. The third of four rows has 1/2 beside 3: (1/3) 3 / 3.5. The
+    # first has 0.875 beside 1, the second 0.75 beside 2.
+    "farsight": (methods.FarSight(sigma=np.log(2)), EVEN, {},
+                 [[0.53333, 0, 0, 0], [0.36364, 0.36364, 0, 0], [0.28571, 0.28571, 0.28571, 0], [0.25] * 4]),
+}  # fmt: skip
+ON_LOGITS = ("sevi", "pai", "vaf", "middle_layers", "iat")
 
 
-@pytest.mark.parametrize(("method", "want"), SIMPLE.values(), ids=SIMPLE)
-def test_logits_of_the_last_row(method, want):
-    z = row([1, 2, -4, 1], [0, 4, 2, 0])
-    close(method.branches()[0].logits(site(z), jnp.asarray(z)[None])[0, :, 0], want)
+@pytest.mark.parametrize("name", STAGES)
+def test_stage(name):
+    """One layer's logits or weights."""
+    method, given, where, want = STAGES[name]
+    stage = "logits" if name.startswith(ON_LOGITS) else "weights"
+    logits = given if stage == "logits" else np.log(given) if np.min(given) > 0 else np.zeros_like(given)
+    got = getattr(method, stage)(site(logits, **where), jnp.asarray(given, jnp.float32)[None])[0]
+    close(got, np.reshape(np.asarray(want, np.float32), got.shape))
 
 
 def test_sid_keeps_the_least_attended():
@@ -329,7 +310,65 @@ def test_opera_code():
     close(gains, [[-0.23080, -1.57941]])
 
 
+def test_vti():
+    """n(3, 4) = (0.6, 0.8), + 0.1 * 5 (0, 1) = (0.6, 1.3), of length 1.43178:  5 (0.41906, 0.90796)."""
+    method = methods.VTI(lambda_=5, fitted=fitted("vti", directions=[[9.0, 9.0], [0.0, 2.0]]))
+    here = stream(1, carry=jnp.asarray([True]))
+    close(method.mlp(here, jnp.asarray([[[3.0, 4.0]]]))[0, 0], [2.09529, 4.53980])
+
+
+def test_nullu():
+    """(3, 4) along (0.6, 0.8) is 5: nothing is left of it."""
+    method = methods.Nullu(layers=(1,), fitted=fitted("nullu", directions=np.array([[[1.0, 0.0]], [[0.6, 0.8]]])))
+    close(method.mlp(stream(1), jnp.asarray([[[3.0, 4.0], [0.8, -0.6]]]))[0], [[0, 0], [0.8, -0.6]])
+
+
+def test_vhr():
+    """Values are 1; head 1 has 1 with the image and 0 without, VHD 1, head 0 nothing: median 0.5, head 1 doubles.
+
+    μ + σ of (0, 1) is 1, and 1 does not lie above it.
+    """
+    probe, seeing = methods.VHR(layers=(0,)).probe(), row([1, 0, 0, 0], [0, 1, 0, 0])
+    blind = row([1, 0, 0, 0], [0, 0, 0, 0])
+    here = site(seeing, carry=(jnp.asarray([True]),), values=np.ones((2, 4, 1)))
+    here = dataclasses.replace(here, read_values=lambda: jnp.ones((2, 2, 4, 1)))
+    carry = probe.observe(here, jnp.asarray([seeing, blind]))
+    np.testing.assert_array_equal(carry[1], [[False, True]])
+    close(methods.VHR().scaled(jnp.asarray(seeing)[None], carry[1])[0, :, 0], [[1, 0, 0, 0], [0, 2, 0, 0]])
+
+
+def test_sparc():
+    """Means 0.1 and 0.2; weights 0.3 and 0.3 rise by 2 and 0.5: column 1 jumps; its new mean is 0.9 * 0.3 + 0.01."""
+    before = Jumps(jnp.asarray([[0, 0.1, 0.2, 0]]), jnp.asarray([[0.0, 2, 0, 0]]))
+    method = methods.SPARC(selected_layer=0, jumps=before)
+    here = dataclasses.replace(site(row([0, 0, 0, 0]), carry=before), phase="decode")
+    w = jnp.asarray(row([0.2, 0.3, 0.3, 0.2]))[None]
+    after = method.observe(here, w)
+    close([after.mean[0], after.count[0]], [[0, 0.28, 0.29, 0], [0, 3, 0, 0]])
+    close(method.weights(here, w)[0, :, 0], [[0.2, 0.363, 0.3, 0.2]])  # 0.3 * 1.1²
+
+
+def test_memvr():
+    """V = (1, 0): A(2, 1) = (2, 0), mean 1; FFN = (3, -1), mean 2, s = 2:  0.5 (3, -1) + 0.5 * 2 (2, 0)."""
+    method = methods.MemVR(rho=0.5, layers=(0,))
+    carry = Retrace(jnp.asarray([[[1.0, 0.0]]]), jnp.ones((1, 1, 1), bool), jnp.asarray([True]), jnp.asarray([True]))
+    here = stream(1, read=jnp.asarray([[[2.0, 1.0]]]), carry=carry)
+    close(method.mlp(here, jnp.asarray([[[3.0, -1.0]]]))[0, 0], [3.5, -0.5])
+
+
+def test_only():
+    """Mean 0.3, deviation 0.2: 0.6 is high. Then a token of each way; l~ = side + 0.5 l, d = Σ |p - p~|."""
+    kept, entropy = lowered(jnp.asarray(row([0.2, 0.2, 0.2, 0.6])[None, :, 0]), jnp.ones((1, 4), bool))
+    np.testing.assert_array_equal(kept[0, 0], [True, True, True, False])
+    close(entropy, [[np.log(3)]])
+    method = methods.ONLY(tau=0.5, beta=0.1)
+    main = jnp.asarray([[1.0, 0.0], [2.0, 0.0]])
+    side = jnp.asarray([[0.5, 0.0], [-2.0, 0.0]])
+    readout = methods.Readout(main, None, None, (jnp.ones(2, bool), side))
+    # l~ = (1, 0): d = 0:  1 + 3   0 + 0;  l~ = (-1, 0): p = (0.881, 0.119), p~ = (0.269, 0.731):  4 + 1, 0.135 > 0.1
+    close(method.combine(readout, ())[0], [[4, 0], [5, 0]])
+
+
 def test_every_method_is_here():
-    names = {name.split(" ")[0] for name in (*COMBINED, *SIMPLE)}
-    by_themselves = "eah capl clva opera adaiat adhh dab farsight iat memvr nullu only sparc spin var vhr vti"
-    assert names | set(by_themselves.split()) == set(methods.names())
+    names = {re.match(r"\w+", name)[0] for name in (*COMBINED, *STAGES)}
+    assert names | set("sid capl clva opera memvr nullu only sparc vhr vti".split()) == set(methods.names())

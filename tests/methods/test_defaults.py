@@ -10,8 +10,7 @@ from lvlm_jax.attention import Context
 from lvlm_jax.methods import CAPL, CLVA, EAH, SEVI, SID, VISTA, DeCo, DoLa, per_image
 from lvlm_jax.methods.sid import LeastAttended
 from tests.methods import compare
-from tests.methods.compare import MIXED
-from tests.methods.test_by_hand import row, site
+from tests.methods.compare import MIXED, row, site
 from tests.reference import exits
 
 NOWHERE, ALL = [], list(range(6))
