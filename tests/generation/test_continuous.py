@@ -66,26 +66,26 @@ def assert_equal(outputs, batch):
         np.testing.assert_allclose(output.logprobs[0], batch.logprobs[row], rtol=0, atol=1e-4)
 
 
+SLOW = [
+    methods.VCD(),
+    methods.M3ID(decay=0.05),  # at larger ones rounding grows with its strength
+    methods.ICD(tokens=(5, 6, 7)),
+    methods.DoLa(layers=(0, 1)),
+    methods.SID(start_layer=1, keep=3),
+    methods.chain(methods.EAH(), methods.CMAC(alpha=1.0)),
+    methods.IAT(alpha=3.0, layers=(0, 1)),  # generated columns begin later in rows that are replaced
+    methods.DAMRO(tokens=3),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
         (None, {}),
         (None, SAMPLED),
         (GATED, {}),
-        (methods.VCD(), {}),
         (methods.PAI(start_layer=0), {}),  # a second layout
-        *(
-            pytest.param(method, {}, marks=pytest.mark.slow)
-            for method in (
-                methods.M3ID(decay=0.05),  # at larger ones rounding grows with its strength
-                methods.ICD(tokens=(5, 6, 7)),
-                methods.DoLa(layers=(0, 1)),
-                methods.SID(start_layer=1, keep=3),
-                methods.chain(methods.EAH(), methods.CMAC(alpha=1.0)),
-                methods.IAT(alpha=3.0, layers=(0, 1)),  # generated columns begin later in rows that are replaced
-                methods.DAMRO(tokens=3),
-            )
-        ),
+        *(pytest.param(method, {}, marks=pytest.mark.slow) for method in SLOW),
     ],
     ids=lambda value: value.label if isinstance(value, Method) else "sampled" if value else "",
 )
@@ -170,20 +170,15 @@ def test_rows_are_written_in_place(model, asked):
     inputs = model.prepare(asked[1:3])
     (params, config, *given), options = model.prefill_arguments(inputs, methods.CMAC(), int(inputs.lengths.max()))
     state, step = jax.eval_shape(lambda *given: forward.prefill(params, config, *given, **options), *given)
-    slots = jax.eval_shape(
-        lambda state: continuous._empty(
-            state, Sampling.of(), np.asarray([-1], np.int32), 4, LIMIT, step.combined.shape[1]
-        ),
-        state,
-    )
+    stop, vocabulary = np.asarray([-1], np.int32), step.combined.shape[1]
+    slots = jax.eval_shape(lambda state: continuous._empty(state, Sampling.of(), stop, 4, LIMIT, vocabulary), state)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slots.state.caches))
     tokens, numbers = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
-    place = continuous.place.lower(slots, state, step.combined, tokens, keys, numbers, numbers).compile()
-    assert place.memory_analysis().alias_size_in_bytes >= held
-    assert place.memory_analysis().temp_size_in_bytes < held
-    compact = continuous.compact.lower(slots).compile()
-    assert compact.memory_analysis().alias_size_in_bytes >= held
+    place = continuous.place.lower(slots, state, step.combined, tokens, keys, numbers, numbers)
+    place, compact = (one.compile().memory_analysis() for one in (place, continuous.compact.lower(slots)))
+    assert place.alias_size_in_bytes >= held and place.temp_size_in_bytes < held
+    assert compact.alias_size_in_bytes >= held
 
 
 def test_a_sliding_window_counts_tokens_and_not_columns():
@@ -224,23 +219,19 @@ class Shared(Method):
         return jnp.zeros(())
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
+def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked):
+    for method, reason in (
         (methods.VISTA(), "VISTA keeps something for a batch"),
         (methods.OPERA(), "OPERA is a search of its own"),
         (methods.CMAC(distort="value_noise"), "CMAC keeps"),
         (methods.chain(methods.EAH(), methods.VISTA()), "EAH . VISTA keeps"),
         (Shared(), "Shared keeps"),
-    ],
-    ids=lambda value: value.label if isinstance(value, Method) else "",
-)
-def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked, method, reason):
-    with pytest.raises(LVLMError, match=f"continuous batching is not possible: {reason}"):
-        next(model.generate_many([(asked[0], 0)], method))
-    with pytest.raises(LVLMError, match=f"{reason}.*use the schedule batches"):
-        scheduler.chosen("continuous", method, None, 512, 8)
-    assert not scheduler.chosen("auto", method, None, 512, 8)
+    ):
+        with pytest.raises(LVLMError, match=f"continuous batching is not possible: {reason}"):
+            next(model.generate_many([(asked[0], 0)], method))
+        with pytest.raises(LVLMError, match=f"{reason}.*use the schedule batches"):
+            scheduler.chosen("continuous", method, None, 512, 8)
+        assert not scheduler.chosen("auto", method, None, 512, 8)
 
 
 def test_the_schedule_follows_the_length_of_answers():
