@@ -59,7 +59,7 @@ def test_what_a_file_says_and_what_a_call_gives(folder):
     assert of_checkpoint(nothing, folder) == {}
 
 
-def test_settings_that_cannot_be_honoured(folder):
+def test_settings_that_cannot_be_honoured(folder, checkpoint):
     for given, message in (
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
         ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot'"),
@@ -77,7 +77,7 @@ def test_settings_that_cannot_be_honoured(folder):
         with pytest.raises(LVLMError, match="generation_config.json: eos_token_id"):
             LVLM.from_pretrained(folder)
     with pytest.raises(LVLMError, match="generation_config is 'mine'; expected plain or checkpoint"):
-        LVLM.from_pretrained(folder, generation_config="mine")
+        LVLM.from_pretrained(checkpoint, generation_config="mine")
 
 
 def test_the_record_of_a_job_names_the_choice(folder, tmp_path):

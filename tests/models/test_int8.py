@@ -43,9 +43,12 @@ def test_products_equal_those_of_the_dequantized_kernel(kernel, rows):
     for product in (int8.dot, jax.jit(int8.dot), int8._dot_by_xla, int8._dot_converted):
         got = np.asarray(product(x, kernel[0])) * np.asarray(kernel[1])
         np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
-    batch = jnp.asarray(random((5, *rows, INPUTS), 6))
-    got = jax.vmap(int8.dot, in_axes=(0, None))(batch, kernel[0])
-    np.testing.assert_allclose(got, int8._dot_converted(batch, kernel[0]), rtol=1e-5, atol=1e-3)
+
+
+def test_vmap(kernel):
+    x = jnp.asarray(random((5, *FEW, INPUTS), 6))
+    got = jax.vmap(int8.dot, in_axes=(0, None))(x, kernel[0])
+    np.testing.assert_allclose(got, int8._dot_converted(x, kernel[0]), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("product", [int8.dot, int8._dot_by_xla])
