@@ -94,6 +94,13 @@ def test_next_token_logits(method, main, contrast, exits, memory, want):
     close(combined[0], want)
 
 
+def test_causalmm():
+    """2 * 3 - 0.5 (1 + 2) = 4.5   2 * 2 - 0.5 (2 + 1) = 2.5   0 < 3 + ln 0.1."""
+    main, tower, decoder = jnp.asarray([[[3.0, 2, 0]], [[1, 2, 1]], [[2, 1, 1]]])
+    readout = methods.Readout(main, tower, None, jnp.ones(1, bool), decoder[None])
+    close(methods.CausalMM().combine(readout, ())[0], [[4.5, 2.5, -INF]])
+
+
 def test_cmac_gate():
     """s = 2, 1, 3; means of the steps so far 2, 1.5, 2: α is 0 at the second step alone. 2 * 1 - 0 = 2, 2 * 0 - 0.5."""
     method = methods.CMAC(alpha=1, beta=0.1, gate="first")
@@ -371,4 +378,4 @@ def test_only():
 
 def test_every_method_is_here():
     names = {re.match(r"\w+", name)[0] for name in (*COMBINED, *STAGES)}
-    assert names | set("sid capl clva opera memvr nullu only sparc vhr vti".split()) == set(methods.names())
+    assert names | set("sid capl causalmm clva opera memvr nullu only sparc vhr vti".split()) == set(methods.names())

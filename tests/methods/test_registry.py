@@ -53,7 +53,7 @@ def write(path, decorator='@methods.register("lift")'):
 
 
 def test_every_file_of_the_folder_is_found():
-    assert len(methods.names()) == 33
+    assert len(methods.names()) == 34
     for name in methods.names():
         cls = methods.get(name)
         assert getattr(methods, cls.__name__) is cls and cls.__name__ in methods.__all__

@@ -11,7 +11,7 @@ from lvlm_jax.methods import ICD, M3ID, PAI, SEVI, SID, VCD, VISTA, DeCo, DoLa
 from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import ATOL, EDGES, MIXED
-from tests.reference import contrast, exits, one_branch, sevi
+from tests.reference import causalmm, contrast, exits, one_branch, sevi
 
 SHALLOW, DEEP = (2, "bare"), (4, "bare")
 WORDS = (17, 5, 44, 90, 23)
@@ -67,9 +67,12 @@ CASES = {
                      5),
     "damro": (methods.DAMRO(tokens=3), contrast.damro, {"keep": 3}, MIXED, DEEP, 5),
     "damro one": (ONE, contrast.damro, {"keep": 1, "alpha": 1, "beta": 0.2}, EDGES, DEEP, 3),
+    "causalmm": (methods.CausalMM(), causalmm.run, {}, MIXED, DEEP, 3),
+    "causalmm seed": (methods.CausalMM(gamma=1, beta=0.2, seed=7), causalmm.run, {"gamma": 1, "beta": 0.2, "seed": 7},
+                      EDGES, DEEP, 5),
 }  # fmt: skip
 SLOW, UNCUT = (
-    ("ritual crop", "avisc strong", "damro one", "vcd edges", "pai layers"),
+    ("ritual crop", "avisc strong", "damro one", "vcd edges", "pai layers", "causalmm seed"),
     ("nolan", "m3id", "m3id gated", "m3id gated edges"),
 )
 

@@ -79,7 +79,7 @@ QUICK = {
 # Methods of the field, on the families that tables compare: tables of their own. What `lvlm fit` would have found in a
 # model of two layers is drawn at random.
 FIELD = columns("avisc, dab, farsight, iat, memvr, nolan, only, sparc, spin, var, vhr")
-MORE = columns("adaiat, adhh, damro, nullu, ritual, vti")
+MORE = columns("adaiat, adhh, causalmm, damro, nullu, ritual, vti")
 FIELD_FAMILIES = ("internvl", "llava", "qwen2_5_vl")
 SEVERAL_IMAGES = ("capl", "capl truncated", "dab")  # act on the sample with two images alone
 LATER = ("adaiat", "iat", "m3id", "sparc")  # leave the first token alone

@@ -6,7 +6,7 @@ Attention is shuffled by an order that layer and seed give: places are sorted by
 import numpy as np
 
 from tests.reference import llava, one_branch
-from tests.reference.branch import Branch, cut, has_image, logits
+from tests.reference.contrast import alone, changed_prompt
 
 MASK = 0xFFFFFFFF
 
@@ -45,19 +45,16 @@ class Shuffled:
 
 def run(weights, config, ids, pixels, tokens, gamma=0.5, beta=0.1, seed=0):
     """main, contrast (of the tower), combined, distances to the cut, each [1 + len(tokens), V]."""
-    main = logits(weights, config, Branch(weights, config).run(ids, pixels, tokens)[:, -1])
-    if not has_image(config, ids):
-        return main, main, main, np.full_like(main, np.inf)
+    main = one_branch.run(weights, config, ids, pixels, tokens)
+    if not one_branch.has_image(config, ids):
+        return alone(main)
 
     def edit(layer, w):
         everything = np.ones(w.shape[-1], bool)
         return np.stack([shuffled(w[:, row], everything, layer, seed) for row in range(w.shape[1])], axis=1)
 
-    is_image = np.asarray(ids) == config["image_token_index"]
-    other = Branch(weights, config)
-    states = [other.call(llava.embed(weights, config, ids, pixels, edit), is_image)[-1, -1]]
-    states += [other.call(llava.embed(weights, config, [t], None), np.zeros(1, bool))[-1, -1] for t in tokens]
-    tower = logits(weights, config, np.stack(states))
+    embeddings = llava.embed(weights, config, ids, pixels, edit)
+    tower = changed_prompt(weights, config, embeddings, one_branch.image_ids(config, ids), tokens)
     decoder = one_branch.run(weights, config, ids, pixels, tokens, Shuffled(seed))
-    combined, distance = cut(main, (1 + 2 * gamma) * main - gamma * tower - gamma * decoder, beta)
-    return main, tower, combined, distance
+    combined = (1 + 2 * gamma) * main - gamma * tower - gamma * decoder
+    return main, tower, *one_branch.cut(main, combined, beta)
