@@ -5,6 +5,7 @@ A new method needs an entry in ENTRIES; its formula has a test file of its own.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,8 +196,7 @@ class Bench:
         return self.run(build(name))
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
+class Numbers(NamedTuple):
     """One step's logits on the host."""
 
     main: np.ndarray
@@ -205,8 +205,10 @@ class Numbers:
 
     @classmethod
     def of(cls, step):
-        contrast = None if step.contrast is None else np.asarray(step.contrast)
-        return cls(np.asarray(step.main), contrast, np.asarray(step.combined))
+        return cls(*(None if part is None else np.asarray(part) for part in (step.main, step.contrast, step.combined)))
+
+    def row(self, row):
+        return Numbers(*(None if part is None else part[row : row + 1] for part in self))
 
 
 @pytest.fixture(scope="module")
@@ -311,11 +313,7 @@ def test_a_step_keeps_the_form_of_the_state(bench, name):
 def test_a_batch_equals_its_samples_alone(bench, name):
     together = bench.acting(name)
     for row in range(len(LAYOUTS)):
-        alone = bench.run(build(name), row)
-        mine = [
-            Numbers(*(None if a is None else a[row : row + 1] for a in dataclasses.astuple(step))) for step in together
-        ]
-        assert_same(alone, mine)
+        assert_same(bench.run(build(name), row), [step.row(row) for step in together])
 
 
 @every_method
@@ -389,14 +387,8 @@ def test_another_strength_compiles_nothing(bench, name):
     bench.acting(name)
 
     def programs():
-        jitted = (
-            drivers.prefill,
-            drivers.full_forward,
-            drivers.contrast_pixels,
-            drivers.contrast_image,
-            drivers.encode_images,
-        )
-        return [one._cache_size() for one in jitted] + [drivers.decode_step._cache_size()]
+        jitted = "prefill decode_step full_forward contrast_pixels contrast_image encode_images".split()
+        return [getattr(drivers, name)._cache_size() for name in jitted]
 
     before = programs()
     for key, value in strengths(method).items():

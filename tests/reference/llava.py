@@ -22,9 +22,6 @@ def from_torch(model):
     return weights, model.config.to_dict()
 
 
-# ---------------------------------------------------------- small pieces
-
-
 def linear(weights, name, x):
     """x [..., in] through the linear layer `name`, with its bias if it has one."""
     y = x @ weights[f"{name}.weight"].T
@@ -64,9 +61,6 @@ def split_heads(x, count):
 def merge_heads(x):
     """[H, T, D] -> [T, H·D]."""
     return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
-
-
-# ----------------------------------------------- vision tower, connector
 
 
 def tower_hidden_states(weights, config, pixels, edit=lambda layer, w: w):
@@ -123,9 +117,6 @@ def embed(weights, config, input_ids, pixel_values, *edit):
     return x
 
 
-# ------------------------------------------------------ rotary positions
-
-
 def inverse_frequencies(text):
     """(frequencies [D/2], factor on cos and sin) of the rotary kind in `text["rope_parameters"]`.
 
@@ -174,9 +165,6 @@ def rotate(text, x, positions):
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-# -------------------------------------------------------- language model
 
 
 def project(weights, config, layer, hidden):
