@@ -53,6 +53,11 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
         )
     with explained(f"cannot read the processor of {folder}"):
         processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not hasattr(processor, "tokenizer"):  # transformers falls back on a tokenizer, or on what reads images
+        raise LVLMError(
+            f"the processor of {folder} is a {type(processor).__name__}, not one of images and text; take "
+            "processor_class from the checkpoint's repository"
+        )
     given = read_optional(folder, FILES[0])
     for name, value in config.processor_fields.items():
         if given.get(name) is None:  # what transformers takes then fits few models

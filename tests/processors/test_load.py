@@ -85,3 +85,9 @@ def test_images_are_read_with_pillow_whatever_is_installed(folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", lambda *a, **b: WithTorchvision())
     with pytest.raises(LVLMError, match="no image processor of .* that works with Pillow .WithTorchvision"):
         load.load_processor(folder, config)
+
+
+def test_a_class_that_transformers_does_not_know_is_no_reason_to_read_text_alone(folder, settings):
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"processor_class": "Llava-1r"}))
+    with pytest.raises(LVLMError, match="not one of images and text; take processor_class from"):
+        load.load_processor(folder, model_config(folder))
