@@ -37,22 +37,22 @@ class Options:
         batch_size: prompts at once.
         seed: of sampling.
         controls: folder for the controls' logs; None for no controls.
-        runs: which of `controls.RUNS` are made; greedy decoding always is.
         share: the part of the questions that this process answers.
         against: answer files of another run to compare with.
         resamples, bootstrap_seed: of the intervals.
         schedule: as in `engine.Work`.
+        runs: which of `controls.RUNS` are made; greedy decoding always is.
     """
 
     batch_size: int = 16
     seed: int = 0
     controls: Path | None = None
-    runs: Sequence[str] = RUNS
     share: Share = ALONE
     against: Sequence[str] = ()
     resamples: int = statistics.RESAMPLES
     bootstrap_seed: int = 0
     schedule: str = "auto"
+    runs: Sequence[str] = RUNS
 
 
 DEFAULT = Options()

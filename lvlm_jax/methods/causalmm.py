@@ -11,9 +11,11 @@ same for all heads and rows. Places, patches of a picture or tokens of a sample,
 are mixed by x ^= x >> 16, x *= 7FEB352D, x ^= x >> 15, x *= 846CA68B, x ^= x >> 16.
 
 What is shuffled, and that one order serves all heads, is our reading of the paper. Towers that attend in windows are
-shuffled over the whole picture. Differs from the authors' code in: the tower, whose features are there multiplied by a
-shuffled attention map that was shrunk to one number a patch; the order, which is drawn anew in every call; the two
-interventions, of which it has one at a time.
+shuffled over the whole picture.
+
+Differs from the authors' code in: the tower, whose features are there multiplied by a shuffled attention map that was
+shrunk to one number a patch; the order, which is drawn anew in every call; the two interventions, of which it has one
+at a time.
 
 Rows: after the last image, in the third branch. Stage: weights. A sample without an image is left alone.
 Cost: the tower twice, two prompts more, and two more rows through the weights per token.

@@ -154,12 +154,13 @@ def test_a_job_writes_llavas_answer_file(command, refuses, small, tmp_path):
 
     _, alone, _ = command(*model, "--no-compare", "--image", SAMPLE, "--prompt", "Is there a dog?")
     assert alone.split("  CMAC  ")[1].split() == first["text"].split()
-    assert "system" in refuses("begun with other settings", *model, *files, "--system", "vicuna")
+    code, _, error = command(*model, *files, "--system", "vicuna")
+    assert code == 2 and "begun with other settings (system: ''" in error
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "Hello"}\n')
     refuses("begun with other settings", *model, *files)
 
 
-def test_bad_pictures_prompts_and_flags(refuses, tmp_path):
+def test_bad_pictures_prompts_and_flags(command, refuses, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "bomb.png").write_bytes(png_with_header(30_000, 30_000))
     for message, words in (
@@ -176,7 +177,8 @@ def test_bad_pictures_prompts_and_flags(refuses, tmp_path):
     ):  # fmt: skip
         refuses(message, *words.split())
     refuses("2 <image> placeholders but 1 images", "--image", SAMPLE, "--prompt", "<image> <image> a")
-    refuses("context", "--image", SAMPLE, "--prompt", "word " * 3000)
+    code, _, error = command("--image", SAMPLE, "--prompt", "word " * 3000)
+    assert code == 2 and "and the model's context is 1024" in error
 
 
 def test_bad_checkpoints(refuses, tmp_path):

@@ -73,9 +73,9 @@ def test_image_and_prompt_tell_questions_of_one_id_apart(tmp_path):
     assert match(questions, None, tmp_path, rows) == {("popular", "1"): "no", ("random", "1"): "yes"}
 
 
-def asking(number, group, **more):
+def asking(number, kind, **more):
     """A row that answers question `number` of a split whose questions are all about its own kind of thing."""
-    return {"question_id": number, "prompt": f"Is there a {group} one?\nAnswer.", "text": f"{group} {number}"} | more
+    return {"question_id": number, "prompt": f"Is there a {kind} one?\nAnswer.", "text": f"{kind} {number}"} | more
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_what_is_no_registered_method_says_what_to_write(folder, model, mixed):
         (lambda: as_method(3), r"method is 3; expected a method such as .* its name such as 'cmac', or None"),
         (lambda: as_method([methods.CMAC(), methods.EAH()]), "methods.chain joins several"),
         (define(decorator=""), r'Made is not registered; write @methods.register\("name"\) above the class'),
-        (lambda: as_method(define(decorator="", base="methods.EAH")), r'write @methods.register\("made"\) above the'),
+        (lambda: as_method(define(decorator="", base="methods.EAH")()), r'write @methods.register\("made"\) above the'),
         (lambda: model.prefill(mixed, noise()), r"contrast_prompt\(\) is 'noise'; expected one of 'same', 'pixels'"),
     ):
         with pytest.raises(LVLMError, match=message):

@@ -28,7 +28,7 @@ def rows(config, lengths, images, width):
     for row, length in enumerate(lengths):
         tokens[row, :length] = rng.integers(5, 1000, length)
         tokens[row, 3 : 3 + 64 * images[row]] = config.image_token_id
-    return tokens, rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8)
+    return tokens, jnp.asarray(rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8))
 
 
 def test_rows_have_the_logits_of_generation(tiny):

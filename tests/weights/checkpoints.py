@@ -24,7 +24,9 @@ def random_model(seed=0, tie=False, **text) -> Llava:
     """A transformers model with random weights in every tensor, biases and norms included."""
     torch.manual_seed(seed)
     text = LlamaConfig(**{**TEXT, **text}, tie_word_embeddings=tie)
-    config = LlavaConfig(CLIPVisionConfig(**VISION), text, image_token_index=90, tie_word_embeddings=tie)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=90, tie_word_embeddings=tie
+    )
     model = Llava(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

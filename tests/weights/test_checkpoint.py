@@ -39,6 +39,7 @@ def test_a_stray_adapter_is_not_the_model(drawn, drawn_config, tmp_path):
     save_file(LORA, tmp_path / "adapter_model.safetensors")
     refused(r"holds an adapter \(adapter_model.safetensors\).*adapter=", weight_files, tmp_path)
     torch.save(make.hub_tensors(drawn), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(drawn.config.to_dict()))
     assert names(tmp_path) == ["pytorch_model.bin"]
     weights.load_parameters(tmp_path, drawn_config)
 

@@ -41,7 +41,7 @@ def low_rank_term(leaves, x):
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_an_adapter_it_is_a_dense_layer(dtype, bias):
     """The same parameters and the same operations, so that no program is slower for LoRA. Of few rows: `native`."""
-    dtype, x = jnp.dtype(dtype), jnp.ones((4, 5, 6))
+    dtype, x = jnp.dtype(dtype), jnp.ones((4, 50, 6))
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     ours = linear(4, dtype, None, use_bias=bias)
     plain = nn.Dense(4, bias, dtype=dtype, precision=precision, kernel_init=nn.initializers.normal(0.02))

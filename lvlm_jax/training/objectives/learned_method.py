@@ -151,8 +151,8 @@ def metrics(
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
     """See `registry.Objective`."""
     del module, workdir
-    settings, strengths = config.learned, strengths_of(model, config)
     samples = Samples.read(model, config, pair_files.read_pairs, asked, "preference pairs", "pairs.jsonl")
+    settings, strengths = config.learned, strengths_of(model, config)
     source = Scored(
         Batches(samples.train, samples.encoder, config.batch, 1, config.seed, samples.shares),
         model,
