@@ -1,5 +1,7 @@
 """Which files of a folder are the model: those that transformers would load."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
