@@ -54,7 +54,17 @@ def namespace(pocket, monkeypatch, tmp_path):
     registry._REGISTRY.update(known)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+LONG = ("attention.md",)  # half a minute of programs
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.name in LONG))
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_examples_run(page, namespace, capsys):
     for code in blocks(page):
         ast.parse(code)
