@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors
+import numpy as np
 import safetensors.numpy
 
 from lvlm_jax import files
@@ -61,14 +61,11 @@ def read(path: str | os.PathLike) -> Fitted:
         LVLMError: it cannot be read, or `lvlm fit` did not write it.
     """
     path = files.expanded(path)
-    content = files.read_bytes(path, "file of lvlm fit")
-    with explained(f"cannot read {path}"), safetensors.safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-    with explained(f"cannot read {path}"):
-        arrays = {name: jnp.asarray(array) for name, array in safetensors.numpy.load(content).items()}
+    arrays, metadata = load(path, "file of lvlm fit")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not set(names) <= metadata.keys():
         raise LVLMError(f"{path} is no file of lvlm fit; make one with lvlm fit METHOD --pairs FILE --out {path.name}")
+    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     return Fitted(arrays, Source(**{name: metadata[name] for name in names}))
 
 
@@ -79,7 +76,29 @@ def write(path: str | os.PathLike, fitted: Fitted) -> None:
         LVLMError: the folder cannot be written.
     """
     arrays = {name: jax.device_get(array) for name, array in fitted.arrays.items()}
-    content = safetensors.numpy.save(arrays, {"format": FORMAT, **fitted.record()})
+    save(path, arrays, {"format": FORMAT, **fitted.record()})
+
+
+def load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata of a safetensors file.
+
+    Raises:
+        LVLMError: it cannot be read; `kind` says in the message what it should be.
+    """
+    content = files.read_bytes(path, kind)
+    with explained(f"cannot read {path}"):
+        arrays = safetensors.numpy.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return arrays, header.get("__metadata__", {})
+
+
+def save(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file in one step.
+
+    Raises:
+        LVLMError: the folder cannot be written.
+    """
+    content = safetensors.numpy.save(arrays, metadata)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with files.whole(Path(path)) as file:

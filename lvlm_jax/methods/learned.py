@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lvlm_jax import files
 from lvlm_jax.attention.layered import Layered
@@ -22,7 +20,7 @@ from lvlm_jax.errors import LVLMError, explained
 from lvlm_jax.methods import registry
 from lvlm_jax.methods.base import Method, frozen
 from lvlm_jax.methods.chain import Chained
-from lvlm_jax.methods.fitted import Fitted, Source
+from lvlm_jax.methods.fitted import Fitted, Source, load, save
 
 FORMAT = "lvlm_jax learned 1"
 WORD = "learned"  # `--method learned:FILE`
@@ -57,15 +55,8 @@ def write(path: str | os.PathLike, method: Learned) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     members = [_described(index, member, arrays) for index, member in enumerate(method.members)]
-    content = safetensors.numpy.save(
-        arrays, {"format": FORMAT, "members": json.dumps(members), **dataclasses.asdict(method.source)}
-    )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(Path(path)) as file:
-            file.write(content)
-    except OSError as error:
-        raise LVLMError(f"cannot write {path}: {error.strerror or error}") from error
+    metadata = {"format": FORMAT, "members": json.dumps(members), **dataclasses.asdict(method.source)}
+    save(path, arrays, metadata)
 
 
 def read(path: str | os.PathLike) -> Learned:
@@ -75,11 +66,7 @@ def read(path: str | os.PathLike) -> Learned:
         LVLMError: it cannot be read, the training did not write it, or a member is unknown here.
     """
     path = files.expanded(path)
-    content = files.read_bytes(path, "learned method")
-    with explained(f"cannot read {path}"):
-        arrays = safetensors.numpy.load(content)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+    arrays, metadata = load(path, "learned method")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not {"members", *names} <= metadata.keys():
         raise LVLMError(f"{path} is no learned method; make one with lvlm train --config learned_method")
