@@ -12,10 +12,11 @@ import safetensors.numpy
 import torch
 from hypothesis import strategies as st
 
-from lvlm_jax import models, weights
+from lvlm_jax import methods, models, weights
 from lvlm_jax.generation import defaults
 from lvlm_jax.generation.settings import GREEDY, Decoding
-from lvlm_jax.methods import fitted
+from lvlm_jax.journal.record import method_record
+from lvlm_jax.methods import fitted, learned
 from lvlm_jax.weights import checkpoint, peft_settings
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
@@ -175,6 +176,34 @@ def fitted_files() -> make.Files:
     return made(lambda folder: fitted.write(folder / "f.safetensors", fitted.Fitted(arrays, source)))
 
 
+@functools.cache
+def learned_files() -> make.Files:
+    source = fitted.Source("learned", "x", "x", "{}")
+    directions = fitted.Fitted({"directions": np.ones((2, 4), np.float32)}, fitted.Source("vti", "x", "x", "{}"))
+    members = (methods.PAI(alpha=0.4), methods.VAF(), methods.get("vti")(fitted=directions))
+    return made(lambda folder: learned.write(folder / "f.safetensors", learned.Learned(members, source)))
+
+
+@st.composite
+def learned_cases(draw) -> make.Files:
+    """The file of a learned method; in half of the cases its members, which are JSON in the metadata, are changed."""
+    if draw(st.booleans()):
+        return draw(make.changed_folder(learned_files()))
+    content = learned_files()["f.safetensors"]
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    members = make.written_json(draw(make.changed(json.loads(metadata["members"]))))
+    members = members.encode("utf-8", "replace").decode()
+    return {"f.safetensors": safetensors.numpy.save(safetensors.numpy.load(content), metadata | {"members": members})}
+
+
+def learned_method(files: make.Files, folder: Path) -> None:
+    make.write(files, folder)
+    method = learned.read(folder / "f.safetensors")
+    learned.write(folder / "again.safetensors", method)
+    same(learned.read(folder / "again.safetensors").label, method.label, "label")
+    json.dumps(method_record(method))
+
+
 INDEX = json.dumps({"metadata": {"total_size": 24}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}})
 
 
@@ -189,6 +218,7 @@ READERS = (
     Reader("safetensors", st.deferred(lambda: make.changed_folder(SAFETENSORS)), safetensors_file, 2),
     Reader("safetensors index", st.deferred(_shard_cases), shards),
     Reader("file of lvlm fit", st.deferred(lambda: make.changed_folder(fitted_files())), fitted_file, 0.5),
+    Reader("learned method", learned_cases(), learned_method, 0.5),
     Reader(".bin", torch_files(), bin_file),
     Reader("config.json", st.deferred(config_cases), configuration, 2),
     Reader("parameters of a config.json", st.deferred(config_cases), parameters, 0.3),
