@@ -29,7 +29,8 @@ from jaxtyping import Array, Bool, Int
 from lvlm_jax.attention import Site
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import per_image
-from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Strength, strength, switch
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lvlm_jax.methods.base import Method, Readout, Strength, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
 from lvlm_jax.methods.cuts import Soft, kept
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 

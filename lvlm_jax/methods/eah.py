@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import Site
-from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Strength, strength, switch
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 PUBLISHED = {"paper": (1, 0.002), "code": (15, 0.0008)}  # layer, β

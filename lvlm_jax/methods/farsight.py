@@ -20,7 +20,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Strength, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Strength, strength, switch
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 

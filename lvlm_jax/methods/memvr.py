@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context
-from lvlm_jax.methods.base import Method, Strength, data, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Strength, data, strength, switch
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 CANDIDATES = 10

@@ -35,8 +35,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.attention import Context, Transform
-from lvlm_jax.methods.base import Method, Readout, Strength, data, layer_range, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, data, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, has_image, where_image
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 # First exit by variant; the last one is the last hidden state that is no final one.

@@ -11,7 +11,7 @@ import torch
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import CAPL, CLVA, CMAC, EAH, ICD, OPERA, SEVI, SID, VAF, VCD, DoLa
-from lvlm_jax.methods.base import layer_range
+from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.sid import LeastAttended
 
 FIELDS = [
