@@ -16,7 +16,7 @@ _HOMES = {"LVLM": "lvlm_jax.lvlm", "LVLMError": "lvlm_jax.errors", "Output": "lv
 
 
 def __getattr__(name: str) -> Any:
-    # JAX is imported when the first of these is asked for: `lvlm --help` needs none of them.
+    # JAX is imported only when one of these is used: `lvlm --help` needs none of them.
     if name == "methods":
         return importlib.import_module("lvlm_jax.methods")
     if name in _HOMES:

@@ -1,8 +1,8 @@
-"""Where compiled programs are kept: on the disk for the next run, in memory while they are used.
+"""Caches compiled programs: on disk for later runs, in memory for repeated calls.
 
-The folders on the disk are private to the user: what lies in them is run as machine code, so a folder that somebody
-else owns or may write to is never used. In memory the programs used last are kept, so that a service that is asked for
-every shape does not grow without bound.
+The folders on disk are private to the user, because the machine code in them is executed: a folder that another user
+owns or can write to is never used. In memory, only the most recently used programs are kept, so that a server that
+receives requests of many shapes does not grow without bound.
 """
 
 import collections
@@ -18,24 +18,26 @@ from typing import Any
 
 import jax
 
-# Set to 0, off, false or no: nothing is read from or written to the disk.
+# Set to 0, off, false or no: nothing is read from disk or written to it.
 SWITCH = "LVLM_JAX_COMPILATION_CACHE"
 
-# How many programs are kept in memory; with every further one, the program that was used longest ago is dropped.
-MOST = "LVLM_JAX_PROGRAMS"
-USUALLY = 128  # two to five megabytes each on a CPU for a small model, twenty for one of 7 billion parameters
+# How many programs are kept in memory; beyond that, the least recently used program is dropped.
+LIMIT_VARIABLE = "LVLM_JAX_PROGRAMS"
+DEFAULT_LIMIT = (
+    128  # each takes two to five megabytes on a CPU for a small model, twenty for one of 7 billion parameters
+)
 
-_PARAMETERS = "params"  # the argument that has the same shapes in all calls with a configuration
+_PARAMETERS = "params"  # the argument whose shapes are the same in all calls with one configuration
 
 
-def off(switch: str) -> bool:
-    """Whether an environment variable says no."""
+def switched_off(switch: str) -> bool:
+    """Whether an environment variable is set to 0, off, false or no."""
     return os.environ.get(switch, "").strip().lower() in ("0", "off", "false", "no")
 
 
 def cache_folder(name: str) -> pathlib.Path:
     """`$XDG_CACHE_HOME/lvlm_jax/name`, or the same under `~/.cache`."""
-    # The XDG rule: a relative path in the variable counts as unset.
+    # By the XDG rule, a relative path in the variable counts as unset.
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
         base = pathlib.Path.home() / ".cache"
@@ -43,7 +45,7 @@ def cache_folder(name: str) -> pathlib.Path:
 
 
 def _why_unsafe(folder: pathlib.Path) -> str | None:
-    """Why programs found in `folder` must not be run, or None when only this user can have put them there."""
+    """Why programs in `folder` must not be run; None if only this user can have put them there."""
     status = folder.stat()
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a folder"
@@ -55,9 +57,9 @@ def _why_unsafe(folder: pathlib.Path) -> str | None:
 
 
 def private_folder(name: str, switch: str) -> pathlib.Path | None:
-    """Makes a cache folder, and the one around it, for programs that only this user can have put there.
+    """Makes a cache folder, and the one around it, that only this user can write to.
 
-    None, with a warning that says why and names the variable that silences it, where there can be no such folder.
+    If that is not possible, returns None with a warning that says why and which variable turns the warning off.
     """
     try:
         folder = cache_folder(name)
@@ -70,20 +72,20 @@ def private_folder(name: str, switch: str) -> pathlib.Path | None:
                     stacklevel=3,
                 )
                 return None
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder can be found
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         warnings.warn(f"compiled programs are not kept: {error}; silence this with {switch}=0", stacklevel=3)
         return None
     return folder
 
 
 def enable_cache() -> pathlib.Path | None:
-    """Keep compiled programs on disk from now on; safe to call more than once.
+    """Caches compiled programs on disk from now on; calling it again changes nothing.
 
-    Returns the folder in use, or None when there is none: switched off by `LVLM_JAX_COMPILATION_CACHE=0`, or the
-    folder cannot be made or is not safe to use (a warning says which). A folder already chosen by the user through
-    JAX's own `jax_compilation_cache_dir` is left as it is.
+    Returns the folder, or None without one: because of `LVLM_JAX_COMPILATION_CACHE=0`, or because the folder cannot be
+    made or is not safe (a warning says which). A folder that the user has set through JAX's own
+    `jax_compilation_cache_dir` is left alone.
     """
-    if off(SWITCH):
+    if switched_off(SWITCH):
         return None
     chosen = jax.config.jax_compilation_cache_dir
     if chosen:
@@ -91,19 +93,19 @@ def enable_cache() -> pathlib.Path | None:
     folder = private_folder("xla", SWITCH)
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Start-up runs many programs that compile in a few hundredths of a second each; together they are seconds.
+        # Start-up runs many programs that each compile in a few hundredths of a second; together they take seconds.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 
-def most_programs() -> int:
-    """How many programs are kept in memory: a number of 1 or more in `LVLM_JAX_PROGRAMS`, or as many as usual."""
-    word = os.environ.get(MOST, "").strip()
-    return int(word) if word.isdecimal() and int(word) > 0 else USUALLY
+def max_programs() -> int:
+    """How many programs are kept in memory: the number in `LVLM_JAX_PROGRAMS` if it is 1 or more, else the default."""
+    word = os.environ.get(LIMIT_VARIABLE, "").strip()
+    return int(word) if word.isdecimal() and int(word) > 0 else DEFAULT_LIMIT
 
 
-class Kept:
-    """A function that `jax.jit` compiles, which keeps its programs only while they are among those used last.
+class CachedJit:
+    """A function compiled by `jax.jit` that drops its least recently used programs.
 
     `lower` and `trace` are those of `jax.jit`.
     """
@@ -112,23 +114,23 @@ class Kept:
         functools.update_wrapper(self, function)
         self._function, self._options = function, {**options, "static_argnames": tuple(static)}
         self._names, self._static = tuple(inspect.signature(function).parameters), frozenset(static)
-        whole = self._jitted()
-        self.lower, self.trace = whole.lower, whole.trace
+        jitted = self._jitted()
+        self.lower, self.trace = jitted.lower, jitted.trace
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return _PROGRAMS.of(self, self._key(arguments, named))(*arguments, **named)
 
     def _cache_size(self) -> int:
-        """How many programs are kept; named as in JAX."""
+        """How many programs are kept. The name is JAX's."""
         return sum(jitted._cache_size() for jitted in _PROGRAMS.all_of(self))
 
     def _jitted(self) -> Callable:
-        # JAX keeps programs by function: one of its own can be dropped alone.
+        # JAX keeps programs per function, so each function made here can be dropped by itself.
         own = functools.wraps(self._function)(lambda *arguments, **named: self._function(*arguments, **named))
         return jax.jit(own, **self._options)
 
     def _key(self, arguments: tuple, named: dict[str, Any]) -> Hashable:
-        """What decides the program besides the parameters: static arguments, and structure and shapes of the others."""
+        """What determines the program besides the parameters: static arguments, structure and shapes of the others."""
         static, traced = [], []
         for name, value in (*zip(self._names, arguments, strict=False), *named.items()):
             if name in self._static:
@@ -140,22 +142,22 @@ class Kept:
 
 
 class _Programs:
-    """Jitted functions by function and key, those used last at the end."""
+    """Jitted functions by function and key; the most recently used are at the end."""
 
     def __init__(self):
-        self._kept: collections.OrderedDict[tuple[Kept, Hashable], Any] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[CachedJit, Hashable], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, function: Kept, key: Hashable) -> Callable:
+    def of(self, function: CachedJit, key: Hashable) -> Callable:
         with self._lock:
             jitted = self._kept.pop((function, key), None) or function._jitted()
             self._kept[function, key] = jitted
-            dropped = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - most_programs())]
-        for old in dropped:  # one that is running goes on
+            dropped = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - max_programs())]
+        for old in dropped:  # a running program is not interrupted
             old.clear_cache()
         return jitted
 
-    def all_of(self, function: Kept) -> list:
+    def all_of(self, function: CachedJit) -> list:
         with self._lock:
             return [jitted for (owner, _), jitted in self._kept.items() if owner is function]
 
@@ -163,12 +165,12 @@ class _Programs:
 _PROGRAMS = _Programs()
 
 
-def jit(function: Callable, static_argnames: str | Sequence[str] = (), **options: Any) -> Kept:
-    """`jax.jit` for functions of this package that are called with many shapes; see `Kept`.
+def jit(function: Callable, static_argnames: str | Sequence[str] = (), **options: Any) -> CachedJit:
+    """`jax.jit` for functions of this package that are called with many shapes; see `CachedJit`.
 
     Args:
-        function: of named arguments; an argument `params` has the same shapes in all calls with one configuration.
-        static_argnames, options: of `jax.jit`.
+        function: takes named arguments; its argument `params` has the same shapes in all calls with one configuration.
+        static_argnames, options: as for `jax.jit`.
     """
     static = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
-    return Kept(function, static, options)
+    return CachedJit(function, static, options)

@@ -1,4 +1,4 @@
-"""What a user has written in Python: configuration files, and single objects such as a method or a corrector."""
+"""Loads what users write in Python: configuration files, and single objects such as a method or a corrector."""
 
 import contextlib
 import difflib
@@ -21,38 +21,38 @@ SHIPPED = pathlib.Path(__file__).parent / "configs"
 
 
 def config_names() -> list[str]:
-    """The files of `configs/`, which come with the package, by the names that `load_config` takes."""
+    """Names of the configuration files in `configs/`, which ship with the package."""
     files = SHIPPED.glob("[a-z]*.py")
     return sorted(path.stem for path in files if "def get_config(" in path.read_text(encoding="utf-8"))
 
 
 def config_file(name: str | os.PathLike) -> pathlib.Path:
-    """The file of a configuration: of one word such as "capl" the one in `configs/`, else the path itself.
+    """The path of a configuration: a single word such as "capl" is a file of `configs/`, anything else is a path.
 
     Raises:
-        LVLMError: no such file.
+        LVLMError: there is no such file.
     """
     if str(name) in config_names():
         return SHIPPED / f"{name}.py"
-    path = files.expanded(name)
+    path = files.expand(name)
     if path.is_file():
         return path
     if str(name).isidentifier():
-        known = config_names()
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        names = config_names()
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
         raise LVLMError(f"there is no config {str(name)!r}; {hint} (or give the path of a file)")
     raise LVLMError(f"config {str(name)!r} is not a file; expected Python with a function get_config()")
 
 
 def load_config(name: str | os.PathLike) -> ml_collections.ConfigDict:
-    """The `ConfigDict` that `get_config()` of a Python file returns.
+    """Runs `get_config()` of a Python file and returns its `ConfigDict`.
 
     Args:
-        name: a path, or the name of a file in `configs/`, see `config_file`.
+        name: a path, or the name of a file in `configs/`; see `config_file`.
 
     Raises:
-        LVLMError: no such file, its code fails, or it has no `get_config()` that returns a `ConfigDict`.
+        LVLMError: there is no such file, its code fails, or it has no `get_config()` that returns a `ConfigDict`.
     """
     path = config_file(name)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
@@ -70,39 +70,39 @@ def load_config(name: str | os.PathLike) -> ml_collections.ConfigDict:
 
 
 def user_object(name: str, what: str) -> Any:
-    """An object of the user's own code, by the words of a command line.
+    """Loads an object from the user's own code.
 
     Args:
-        name: "module:attribute" or "path/file.py:attribute". A file module.py in the current folder comes before an
-            installed module of that name. The attribute may have dots.
-        what: what the object is for, such as "method"; error messages begin with it.
+        name: "module:attribute" or "path/file.py:attribute". A file module.py in the current folder takes precedence
+            over an installed module of that name. The attribute may contain dots.
+        what: the object's purpose, such as "method"; error messages begin with it.
 
     Raises:
-        LVLMError: no such module or file, its code fails, or it has no such attribute.
+        LVLMError: there is no such module, file or attribute, or its code fails.
     """
     module = user_module(name, what)
     source, attribute = _split(name, what)
-    found: Any = module
+    value: Any = module
     for part in attribute.split("."):
         try:
-            found = getattr(found, part)
+            value = getattr(value, part)
         except AttributeError as error:
             kind = "file" if source.endswith(".py") else "module"
             raise LVLMError(f"{what} {name!r}: there is no {attribute} in {kind} {source}") from error
-    return found
+    return value
 
 
 def user_module(name: str, what: str) -> ModuleType:
-    """The module that `user_object` takes the object from; it runs once, however often it is asked for.
+    """Imports the module that `user_object` reads from. Its code runs once, even if it is imported many times.
 
     Raises:
-        LVLMError: no such module or file, or its code fails.
+        LVLMError: there is no such module or file, or its code fails.
     """
     source, _ = _split(name, what)
     folder = pathlib.Path.cwd()
     try:
         if source.endswith(".py"):
-            file = files.expanded(source).resolve()
+            file = files.expand(source).resolve()
             if not file.is_file():
                 raise LVLMError(f"{what} {name!r}: there is no file {source} in {str(folder)!r}")
             return _module_of_file(file, file.stem)
@@ -131,16 +131,16 @@ def _split(name: str, what: str) -> tuple[str, str]:
 
 
 def _module_of_file(file: pathlib.Path, name: str) -> ModuleType:
-    """Runs a file as module `name`, or by its path where another module has that name."""
-    for known in (name, str(file)):
-        loaded = sys.modules.get(known)
+    """Imports a file as module `name`, or under its path if another module has that name."""
+    for module_name in (name, str(file)):
+        loaded = sys.modules.get(module_name)
         if loaded is not None and os.path.realpath(getattr(loaded, "__file__", None) or "") == str(file):
             return loaded
     if name in sys.modules:
         name = str(file)
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look up their module there
     try:
         with _neighbours(file.parent):
             spec.loader.exec_module(module)
@@ -151,7 +151,7 @@ def _module_of_file(file: pathlib.Path, name: str) -> ModuleType:
 
 
 class _Neighbours:
-    """Finds modules in one folder, for those that are found nowhere else."""
+    """Finds modules in one folder, if Python finds them nowhere else."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = str(folder)
@@ -162,10 +162,10 @@ class _Neighbours:
 
 @contextlib.contextmanager
 def _neighbours(folder: pathlib.Path) -> Iterator[None]:
-    """While the user's code is imported, it may import modules that lie beside it."""
+    """Lets the user's code import modules from its own folder."""
     finder = _Neighbours(folder)
     sys.meta_path.append(finder)
-    importlib.invalidate_caches()  # the files may be newer than what the importer has seen
+    importlib.invalidate_caches()  # the folder may contain files that are newer than the importer's cache
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Reading and writing files, with one line that says which file, which line, and what was expected."""
+"""Reads and writes files; errors name the file and the line, and say what was expected."""
 
 import contextlib
 import glob
@@ -18,12 +18,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LARGEST = 4 << 30  # bytes of a file that is read whole; JSON takes several times as much as objects
-_TIDY: set[Path] = set()  # folders in which this process has removed what killed ones left
+LARGEST = 4 << 30  # bytes of a file that is read at once; parsed JSON takes several times as much memory
+_TIDY: set[Path] = set()  # folders that this process has already cleared of files left by killed processes
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """The content of a file. `LVLMError` when it is no file (a pipe might wait for ever), too large, or unreadable."""
+    """Reads a whole file.
+
+    Raises:
+        LVLMError: not a regular file (reading a pipe could block for ever), too large, or unreadable.
+    """
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -37,7 +41,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file. `LVLMError` when it cannot be read, is not UTF-8, or is empty."""
+    """Reads a text file. Raises `LVLMError` if it is unreadable, empty, or not UTF-8."""
     content = read_bytes(path, what)
     try:
         text = content.decode("utf-8-sig")
@@ -49,15 +53,15 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_json(path: Path, what: str, kind: type = object) -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Args:
         path: the file.
-        what: names it in errors, as "annotations".
-        kind: what the value must be: `dict`, `list`, or anything.
+        what: the file's purpose, for errors; for example "annotations".
+        kind: the expected type: `dict`, `list`, or anything.
 
     Raises:
-        LVLMError: a file that cannot be read, is not JSON, or holds a value of another kind.
+        LVLMError: the file is unreadable, is not JSON, or contains another type.
     """
     try:
         value = json.loads(read_text(path, what))
@@ -69,13 +73,13 @@ def read_json(path: Path, what: str, kind: type = object) -> Any:
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:
-    """Objects of a JSON-lines file, or of one JSON list, each with its number (from 1; empty lines count)."""
+    """Reads the objects of a JSON-lines file or of one JSON list, each with its number (from 1; empty lines count)."""
     text = read_text(path, what)
     if text.lstrip().startswith("["):
         rows = list(enumerate(read_json(path, what), start=1))
     else:
         rows = []
-        # Not splitlines: it also breaks at characters that JSON strings may hold.
+        # Not splitlines: it also splits at characters that JSON strings may contain.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
@@ -93,7 +97,11 @@ def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:
 
 
 def field(row: dict, names: Sequence[str], kinds: type | tuple, where: str):
-    """The first of `names` that `row` has. `LVLMError` (beginning with `where`) when it has none or another type."""
+    """Returns the value of the first of `names` that is in `row`.
+
+    Raises:
+        LVLMError: none of them is, or the value has another type; the message begins with `where`.
+    """
     for name in names:
         if name in row:
             value = row[name]
@@ -109,23 +117,23 @@ def _kinds(kinds: type | tuple) -> str:
 
 
 def unique(seen: set, key, where: str) -> None:
-    """Add `key` to `seen`. `LVLMError` when it is there already."""
+    """Adds `key` to `seen`. Raises `LVLMError` if it is already in there."""
     if key in seen:
-        shown = key if isinstance(key, (str, int)) else " ".join(map(str, key))
-        raise LVLMError(f"{where}: id {shown} occurs twice; every id must occur once")
+        text = key if isinstance(key, (str, int)) else " ".join(map(str, key))
+        raise LVLMError(f"{where}: id {text} occurs twice; every id must occur once")
     seen.add(key)
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is a file, whatever somebody wrote there: names that no file can have are none."""
+    """Whether a path is a regular file; False for a string that cannot be a file name."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long, a null byte, half a surrogate
+    except (OSError, ValueError):  # too long, a null byte, or a lone surrogate
         return False
 
 
-def is_there(path: Path) -> bool:
-    """Whether something has this path; names that nothing can have are none."""
+def exists(path: Path) -> bool:
+    """Whether a path exists; False for a string that cannot be a file name."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -133,9 +141,10 @@ def is_there(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str = "file") -> Iterator[BinaryIO]:
-    """A file that is open for reading. `LVLMError` when it is none (a pipe might wait for ever), or unreadable."""
-    if is_there(path) and not path.is_file():
+def open_file(path: Path, what: str = "file") -> Iterator[BinaryIO]:
+    """Opens a file for reading. Raises `LVLMError` if it is unreadable or not a regular file (a pipe could block for
+    ever)."""
+    if exists(path) and not path.is_file():
         raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
     try:
         with path.open("rb") as file:
@@ -144,38 +153,42 @@ def reading(path: Path, what: str = "file") -> Iterator[BinaryIO]:
         raise LVLMError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
-def expanded(name: str | os.PathLike) -> Path:
-    """A path that somebody wrote, with ~ replaced. `LVLMError` for what can be the name of nothing."""
+def expand(name: str | os.PathLike) -> Path:
+    """A path with ~ expanded. Raises `LVLMError` for a value that cannot be a path."""
     try:
         path = Path(os.fsdecode(os.path.expanduser(name)))
         path.exists()
-    except (TypeError, ValueError, OSError) as error:  # too long, a null byte, half a surrogate
+    except (TypeError, ValueError, OSError) as error:  # too long, a null byte, or a lone surrogate
         reason = getattr(error, "strerror", None) or str(error)
         raise LVLMError(f"{shown(name)} is no path ({reason}); expected the name of a file or folder") from error
     return path
 
 
-def given(path: Path, what: str) -> Path:
-    """A path that the user named himself, as an existing file."""
-    path = expanded(path)
+def existing_file(path: Path, what: str) -> Path:
+    """Returns a path that the user named, if it is an existing file. Raises `LVLMError` otherwise."""
+    path = expand(path)
     if not is_file(path):
         raise LVLMError(f"{what} {str(path)!r} is not a file; check the path")
     return path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either complete or absent. `LVLMError` when it cannot be written."""
-    with whole(path) as file:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is either complete or absent. Raises `LVLMError` if it cannot be written."""
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8", errors="replace"))
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that appears at `path` complete or not at all. `LVLMError` when it cannot be written."""
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file for writing; it appears at `path` when it is complete, or not at all.
+
+    Raises:
+        LVLMError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent not in _TIDY:
-            remove_left(path.parent, f".{'[0-9a-f]' * 16}.part")
+            remove_stale(path.parent, f".{'[0-9a-f]' * 16}.part")
             _TIDY.add(path.parent)
         file, part = _new_file(path.parent)
         with file:
@@ -193,28 +206,28 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _new_file(folder: Path) -> tuple[BinaryIO, Path]:
-    """An empty file, locked for this process, and its path."""
+    """Creates an empty file, locked for this process; returns it with its path."""
     while True:
-        # Nobody can know the name beforehand, and "x" follows no link: nothing outside the folder is ever overwritten.
+        # The name is random, and mode "x" follows no link, so nothing outside the folder is ever overwritten.
         part = folder / f".{secrets.token_hex(8)}.part"
         file = part.open("xb")
-        if _claimed(file.fileno(), part):
+        if _lock_new(file.fileno(), part):
             return file, part
         file.close()
 
 
 @contextlib.contextmanager
 def folder_beside(path: Path, kind: str) -> Iterator[Path]:
-    """A new private folder `.NAME.KIND-...` beside `path`, which is removed in the end unless it was moved away.
+    """Makes a private folder `.NAME.KIND-...` beside `path`, and removes it at the end unless it was moved away.
 
-    Those that killed processes left there are removed first. `OSError` when it cannot be made.
+    Folders left there by killed processes are removed first. Raises `OSError` if the folder cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_left(path.parent, f".{glob.escape(path.name)}.{kind}-*")
+    remove_stale(path.parent, f".{glob.escape(path.name)}.{kind}-*")
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{kind}-", dir=path.parent))
         handle = os.open(folder, os.O_RDONLY) if fcntl else None
-        if handle is None or _claimed(handle, folder):
+        if handle is None or _lock_new(handle, folder):
             break
         os.close(handle)
     try:
@@ -225,13 +238,13 @@ def folder_beside(path: Path, kind: str) -> Iterator[Path]:
             os.close(handle)
 
 
-def remove_left(folder: Path, pattern: str) -> None:
-    """Removes files and folders that match and that no process holds: their writers were killed."""
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Removes matching files and folders that no process has locked: their writers were killed."""
     if fcntl is None:
         return
     for path in list(folder.glob(pattern)):
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # opening a pipe would block
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -239,8 +252,8 @@ def remove_left(folder: Path, pattern: str) -> None:
                 os.close(handle)
 
 
-def _claimed(handle: int, path: Path) -> bool:
-    """Locks what this process has just made; False when `remove_left` of another one came before."""
+def _lock_new(handle: int, path: Path) -> bool:
+    """Locks a file or folder that this process has just made; False if `remove_stale` of another process was faster."""
     if fcntl is None:
         return True
     try:
@@ -253,10 +266,10 @@ def _claimed(handle: int, path: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the names of a folder's files on the disk, where the file system can."""
+    """Flushes the file names of a folder to the disk, where the file system allows it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # the files themselves are on the disk
+        with contextlib.suppress(OSError):  # the files' contents are already on the disk
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,4 +1,7 @@
-"""The public face: thin wrappers over functions of `generation` that users may jit, shard, vmap, differentiate."""
+"""`LVLM`, the public interface: thin wrappers over pure functions of `generation`.
+
+Users may jit, shard, vmap and differentiate those functions themselves.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,13 +37,13 @@ class LVLM:
     Attributes:
         params: the parameters, a plain nested dict of arrays.
         config: the configuration.
-        folder: where the checkpoint was read from; None for parameters made elsewhere.
+        folder: the checkpoint's folder; None if the parameters do not come from a checkpoint.
         mesh: the devices, or None for the default device.
         generation_config, allow_urls: see `from_pretrained`.
-        adapter: where an adapter was read from; None without one.
+        adapter: the adapter's folder or hub id; None without an adapter.
 
     Raises:
-        LVLMError: parameters of other shapes than the configuration's.
+        LVLMError: the shapes of the parameters differ from the configuration's.
     """
 
     def __init__(self, params: dict, config: FamilyConfig, folder: str | Path | None = None, mesh=None):
@@ -76,7 +79,7 @@ class LVLM:
             allow_urls: whether images in messages are downloaded from `http` and `https` addresses.
 
         Raises:
-            LVLMError: anything about the checkpoint or the adapter that cannot be used, named.
+            LVLMError: the checkpoint or the adapter cannot be used; the message says why.
         """
         number_type, generation_config = weights.parameter_dtype(names.dtype(dtype)), defaults.check(generation_config)
         enable_cache()
@@ -90,49 +93,50 @@ class LVLM:
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-        """Writes a Hugging Face checkpoint folder that transformers loads, adapters merged into the weights.
+        """Writes a Hugging Face checkpoint that transformers can load, with adapters merged into the weights.
 
         Raises:
-            LVLMError: the folder is in the way or cannot be written, or the model is quantized.
+            LVLMError: the folder exists already or cannot be written, or the model is quantized.
         """
         return weights.save_checkpoint(folder, lora.merge(self.params), self.config, self.folder, overwrite=overwrite)
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's transformers processor, read when first needed; an `LVLMError` where it has none."""
+        """The checkpoint's transformers processor, loaded on first use. Raises `LVLMError` if there is none."""
         if self.folder is None:
             raise LVLMError("this model was not read from a folder, so it has no processor; prepare arrays")
         return load.load_processor(self.folder, self.config)
 
     @cached_property
     def hash(self) -> str | None:
-        """The hash of the checkpoint, and of an adapter; None for parameters made elsewhere."""
+        """The hash of the checkpoint and its adapter; None if the parameters do not come from a checkpoint."""
         adapter = self.adapter and weights.resolve_checkpoint(self.adapter)
         return self.folder and model_hash(self.folder, adapter)
 
-    def _method(self, given: Any) -> Method | None:
-        return method_for(given, lambda: self.hash, str(self.folder or "this model"))
+    def _method(self, method: Any) -> Method | None:
+        return method_for(method, lambda: self.hash, str(self.folder or "this model"))
 
     @property
     def host(self) -> Host:
         """Devices and tokenizers, as the functions of `generation` take them."""
-        speaks = self.folder is not None and load.has_processor(self.folder, self.config)
-        tokenizer = (lambda: self.processor.tokenizer) if speaks else None
+        has_processor = self.folder is not None and load.has_processor(self.folder, self.config)
+        tokenizer = (lambda: self.processor.tokenizer) if has_processor else None
         return Host(self.mesh, tokenizer, lambda: load.words_tokenizer(self.processor))
 
     def _call(self, messages: Any, method: Any) -> tuple[dict, FamilyConfig, Inputs, Method | None]:
-        """What most functions of `generation` take first."""
+        """The first arguments of most functions in `generation`."""
         return self.params, self.config, self.prepare(messages), self._method(method)
 
     def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
-        """The settings with the checkpoint's own, where this call or the loading of the model asked for them."""
+        """Fills in the checkpoint's settings where `generation_config` (of the call or the model) asks for them."""
         return defaults.settled(decoding, choice or self.generation_config, self.folder)
 
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
-        """Lays out HF chat messages (one conversation or a list), or the arrays of a HF processor.
+        """Turns HF chat messages (one conversation or a list) or a HF processor's arrays into a token layout.
 
         Raises:
-            LVLMError: malformed messages, unreadable images, placeholders without images, a prompt beyond the context.
+            LVLMError: malformed messages, an unreadable image, a placeholder without an image, or a prompt longer than
+                the context.
         """
         if isinstance(messages, Inputs):
             return messages
@@ -141,24 +145,29 @@ class LVLM:
         return inputs.from_messages(self.processor, self.config, messages, self.allow_urls)
 
     def encode_images(self, images: Sequence[Any]) -> list[inputs.EncodedImage]:
-        """Runs the tower over images (paths, PIL images or arrays) once, for use in place of the images in messages.
+        """Runs the vision tower once; the results can replace the images in messages.
+
+        Args:
+            images: paths, PIL images or arrays.
 
         Raises:
-            LVLMError: an unreadable image, no processor, or a family whose image tokens depend on more than the image.
+            LVLMError: an image is unreadable, there is no processor, or the family's image tokens depend on more than
+                the image.
         """
         inputs.check_encodes_ahead(self.config)
         pixels = inputs.pixels_of(self.processor, images, self.allow_urls)
         return branches.encode_images(self.params, self.config, pixels, self.mesh)
 
     def logits(self, prompt: Any, method: Method | str | None = None) -> Float[Array, "B U V"]:
-        """Logits at every prompt token, in one pass without a cache, of the main branch of `method`.
+        """Logits of the main branch of `method` at every prompt token, in one pass without a cache.
 
-        Columns are those of the arrays given (for messages, of the longest prompt); at padding they mean nothing.
+        The columns are those of the given arrays (for messages, those of the longest prompt). Logits at padding are
+        meaningless.
         """
         return branches.logits(*self._call(prompt, method), self.mesh)
 
     def read(self, prompt: Any, tap: Tap, method: Method | str | None = None) -> Tapped:
-        """What `tap` asks for, from one forward pass over a prompt without a cache, in the columns of its `prepare`."""
+        """The attention weights or hidden states that `tap` names, from one forward pass over a prompt."""
         return branches.full_forward(*self._call(prompt, method), tap, self.mesh)[1]
 
     def prefill(
@@ -172,9 +181,11 @@ class LVLM:
         """Runs the prompt and returns the logits of the first answer token.
 
         Args:
-            max_length: tokens that the state must hold, the prompt's at least; default 128 more than the prompt.
+            max_length: how many tokens the cache must have room for, prompt included; by default the prompt's and 128
+                more.
             share_prefix: False runs the whole prompt once per branch, for comparison.
-            tap: what steps return besides logits; True is the attention of the last row in all layers and heads.
+            tap: what each step returns besides logits; True means the attention of the last row in all layers and
+                heads.
         """
         arguments, options = self.prefill_arguments(prompt, method, max_length)
         tap = tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
@@ -184,14 +195,18 @@ class LVLM:
     def prefill_arguments(
         self, prompt: Any, method: Method | str | None = None, max_length: int | None = None
     ) -> tuple[tuple, dict[str, Any]]:
-        """What `prefill` passes to `generation.forward.prefill`, for those who lower, vmap or time it themselves."""
+        """The arguments that `prefill` passes to `generation.forward.prefill`, for users who lower, vmap or time it."""
         *model, prompt, method = self._call(prompt, method)
         return branches.prefill_arguments(
             *model, prompt, method, branches.answer_capacity(prompt, max_length), self.host
         )
 
     def decode(self, state: State, tokens: Int[Array, "B"] | Sequence[int]) -> tuple[State, Step]:
-        """Appends a token per sample to `state`, which is donated, and returns the next logits. Full: an error."""
+        """Appends one token per sample and returns the next logits. `state` is donated.
+
+        Raises:
+            LVLMError: the cache is full.
+        """
         return drivers.decode(self.params, self.config, state, tokens)
 
     def generate(
@@ -215,8 +230,8 @@ class LVLM:
         Args:
             messages: anything `prepare` takes.
             method: a method of `lvlm_jax.methods`; None for plain decoding.
-            max_new_tokens, ..., length_penalty: checked and explained in `generation.settings.Decoding`.
-            generation_config: for this call; None as the model was loaded.
+            max_new_tokens, ..., length_penalty: see `generation.settings.Decoding`.
+            generation_config: "checkpoint" or "plain" for this call; None for the model's own setting.
 
         Raises:
             LVLMError: unusable messages or settings.
@@ -238,21 +253,22 @@ class LVLM:
         stop_token_ids: Sequence[int] | None = None,
         batch_size: int = 8,
     ) -> Iterator[tuple[int, Output | LVLMError]]:
-        """Answers any number of conversations by continuous batching: an answer that ends makes room for another.
+        """Answers any number of conversations by continuous batching: when an answer ends, the next conversation
+        starts.
 
         Args:
-            requests: conversations, each with its seed; drawn as they are needed.
-            batch_size: answers under way at once.
+            requests: conversations, each with its seed; the iterable is read as needed.
+            batch_size: how many answers are generated at once.
 
         Yields:
-            A conversation's number, from 0, and its answer or what is wrong with it, in the order in which answers end.
+            A conversation's number (from 0) with its answer or its error, in the order in which the answers end.
 
         Raises:
             LVLMError: unusable settings, or a method whose rows cannot be replaced (`scheduler.obstacle`).
         """
         sampling = (temperature, top_k, top_p, repetition_penalty)
-        given = Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
-        options = (self._method(method), self._settled(given), batch_size, self.host)
+        decoding = Decoding(max_new_tokens, *sampling, stop=stop, stop_token_ids=stop_token_ids)
+        options = (self._method(method), self._settled(decoding), batch_size, self.host)
         return scheduler.generate_many(self.params, self.config, self.prepare, requests, *options)
 
     def sweep(
@@ -263,7 +279,7 @@ class LVLM:
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
     ) -> list[Output]:
-        """Answers a batch, as `generate` does, for each of many strengths of one method, in one program."""
+        """Answers a batch as `generate` does, for each of many strengths of one method, in one program."""
         decoding = self._settled(Decoding(max_new_tokens, temperature, seed=seed))
         methods = [self._method(method) for method in sweep.listed(methods)]
         return sweep.generate(self.params, self.config, self.prepare(messages), methods, decoding, self.host)
@@ -281,20 +297,20 @@ class LVLM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """Yields the answer to one conversation (more are an error) piece by piece; otherwise as `generate`."""
+        """Yields the answer to one conversation piece by piece; otherwise as `generate`."""
         decoding = Decoding(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, stop_token_ids)
         return streaming.stream(*self._call(messages, method), self._settled(decoding), self.host)
 
     def attention(
         self, messages: Any, tokens: Sequence[Sequence[int]], method: Method | str | None = None
     ) -> list[Float[np.ndarray, "L T H N"]]:
-        """Where the main branch looked while it produced given answers.
+        """How much the main branch attended to each image token while it produced given answers.
 
         Args:
-            messages, method: as for the `generate` that gave the answers.
-            tokens: the T answer tokens of each conversation, as `Output.tokens` has them.
+            messages, method: those of the `generate` call that gave the answers.
+            tokens: the T answer tokens of each conversation, as in `Output.tokens`.
 
         Returns:
-            Per conversation the weights, in the row that produced each token, of its N image tokens, in order.
+            For each conversation, the attention weights of its N image tokens, in the row that produced each token.
         """
         return replay.image_attention(*self._call(messages, method), tokens, self.host)

@@ -1,4 +1,4 @@
-"""Pages: one HTML file without any reference to the outside, with the data that its script shows inside."""
+"""Renders self-contained HTML pages: one file with its data inside, without external references."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import jinja2
 
 
 def render(template: Path, title: str, data: Mapping[str, Any], parts: Sequence[Path] = ()) -> str:
-    """A page from its template, which has the places `{{ title }}` and, inside a script element, `{{ data | tojson }}`.
+    """Renders a page from a template with the places `{{ title }}` and, in a script element, `{{ data | tojson }}`.
 
-    Whatever the data holds stays data: neither the title nor a text in it becomes markup or ends the script.
+    Title and data are escaped: no text in them can become markup or end the script.
 
     Args:
         data: JSON values, without nan.
-        parts: folders of files that the template includes, besides its own.
+        parts: further folders with files that the template includes.
     """
     loader = jinja2.FileSystemLoader([template.parent, *parts])
     environment = jinja2.Environment(loader=loader, autoescape=True, keep_trailing_newline=True)

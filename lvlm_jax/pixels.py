@@ -1,10 +1,10 @@
-"""How vision towers expect their pixels: values from 0 to 1, less a mean, over a deviation, for red, green and blue."""
+"""How vision towers expect their pixels: values in [0, 1], minus a mean, divided by a standard deviation."""
 
 from typing import NamedTuple
 
 
 class Normalisation(NamedTuple):
-    """Of the three channels."""
+    """Mean and standard deviation of the red, green and blue channels."""
 
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]

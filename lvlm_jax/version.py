@@ -1,3 +1,3 @@
-"""The version of this package; `pyproject.toml` and the records of runs read it here."""
+"""The version of this package, for `pyproject.toml` and for the records of runs."""
 
 __version__ = "0.1.0"

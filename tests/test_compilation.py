@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path, monkeypatch):
 
 
 def test_programs_used_last_are_kept(monkeypatch):
-    monkeypatch.setenv(compilation.MOST, "3")
+    monkeypatch.setenv(compilation.LIMIT_VARIABLE, "3")
     traced = []
 
     def scaled(params, x, how="times", factor=1.0):
@@ -81,5 +81,5 @@ def test_programs_used_last_are_kept(monkeypatch):
     assert [call(1), call(1, factor=3.0), call(2, params=5.0), call(3)] == [0, 0, 0, 0]
     assert call(1, how="plus") == 1 and function._cache_size() == 3  # in the place of the one used longest ago
     assert [call(2), call(3), call(1)] == [0, 0, 1]
-    monkeypatch.setenv(compilation.MOST, "many")
-    assert compilation.most_programs() == compilation.USUALLY
+    monkeypatch.setenv(compilation.LIMIT_VARIABLE, "many")
+    assert compilation.max_programs() == compilation.DEFAULT_LIMIT

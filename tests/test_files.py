@@ -13,14 +13,14 @@ from tests.refusals import refused
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "new" / "scores.json"
-    files.write_whole(path, "{}")
-    with pytest.raises(ZeroDivisionError), files.whole(path) as file:
+    files.write_atomically(path, "{}")
+    with pytest.raises(ZeroDivisionError), files.atomic_file(path) as file:
         file.write(b"half")
         _ = 1 / 0
     assert contents(path.parent) == {"scores.json": b"{}"}
     umask = os.umask(0o027)
     try:
-        files.write_whole(path, json.dumps({"a": "\ud800"}, ensure_ascii=False))
+        files.write_atomically(path, json.dumps({"a": "\ud800"}, ensure_ascii=False))
     finally:
         os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o640
@@ -30,7 +30,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    refused("scores.json' cannot be written: No space left on device", files.write_whole, path, "after")
+    refused("scores.json' cannot be written: No space left on device", files.write_atomically, path, "after")
     assert contents(path.parent) == {"scores.json": b'{"a": "?"}'}
 
 
@@ -41,14 +41,14 @@ def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
     victim.write_text("precious")
     out.mkdir()
     (out / f"scores.json{guessed}").symlink_to(victim)
-    files.write_whole(out / "scores.json", "{}")
+    files.write_atomically(out / "scores.json", "{}")
     assert victim.read_text() == "precious"
     assert (out / "scores.json").read_text() == "{}" and not (out / "scores.json").is_symlink()
     monkeypatch.setattr("secrets.token_hex", lambda _: "known")
     (out / ".0123456789abcdef.part").symlink_to(victim)
-    files.remove_left(out, ".*.part")
+    files.remove_stale(out, ".*.part")
     (out / ".known.part").symlink_to(victim)
-    refused("cannot be written: File exists", files.write_whole, out / "scores.json", "after")
+    refused("cannot be written: File exists", files.write_atomically, out / "scores.json", "after")
     assert victim.read_text() == "precious"
 
 
@@ -75,7 +75,7 @@ LINE = b"x" * 1000 + b"\n"
 def write_again_and_again(path):
     """Files that take longer and longer to write, each followed by a line in a log."""
     for count in range(1, 100_000):
-        with files.whole(path) as file:
+        with files.atomic_file(path) as file:
             file.writelines(LINE for _ in range(1000 * (1 + count % 20)))
         with path.with_name("log").open("ab") as log:
             log.write(b"\n")
@@ -90,9 +90,9 @@ def test_killed_at_any_moment_a_file_is_whole(tmp_path):
         lines, rest = divmod(path.stat().st_size, len(LINE))
         assert rest == 0 and lines % 1000 == 0 and path.read_bytes() == LINE * lines
     (tmp_path / ".0123456789abcdef.part").touch()
-    with files.whole(tmp_path / "other") as file:  # what nobody holds went, what somebody writes stays
+    with files.atomic_file(tmp_path / "other") as file:  # what nobody holds went, what somebody writes stays
         (part,) = tmp_path.glob(".*.part")
-        files.remove_left(tmp_path, ".*.part")
+        files.remove_stale(tmp_path, ".*.part")
         assert part.exists()
         file.write(b"x")
     assert {entry.name for entry in tmp_path.iterdir()} == {"file", "log", "other"}

@@ -118,7 +118,7 @@ def write(
     """
     built = page.build(title, prompt, pictures, answers)
     drawn = _draw(folder, pictures, answers)
-    files.write_whole(folder / "index.html", built)
+    files.write_atomically(folder / "index.html", built)
     return [folder / "index.html", *drawn]
 
 

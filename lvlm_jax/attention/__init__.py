@@ -1,4 +1,4 @@
-"""The one attention function, the stages a method may override, rotary positions and key/value caches."""
+"""The attention function, the stages that a method may override, rotary positions, and key/value caches."""
 
 from lvlm_jax.attention.attend import attend
 from lvlm_jax.attention.cache import Block, LayerCache

@@ -2,13 +2,13 @@
 
     positions → logits → mask → weights → values
 
-Rows (queries) of all branches are multiplied with the shared prefix at once, and each branch's with its own block
-of columns after it. A transform sees the last `explicit_rows` rows of its branch; without transforms nothing but
-the plain program is traced.
+The rows (queries) of all branches are multiplied with the shared prefix at once; each branch's rows also with the
+branch's own columns after the prefix. A transform sees the last `explicit_rows` rows of its branch. Without transforms,
+only the plain program is traced.
 
-A long prompt and a training sequence are never a whole T x S map: rows that no transform sees stream over blocks of
-columns (`stream`), and rows of a transform that takes them apart (`Transform.by_rows`) come a few at a time. Any other
-transform gets the map of its own rows, in its own layers.
+A long prompt or training sequence never has its whole T x S map in memory. Rows that no transform sees stream over
+blocks of columns (`stream`). Rows of a transform with `Transform.by_rows` are computed a few at a time. Any other
+transform gets the whole map of its own rows, in its own layers.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
 from lvlm_jax.attention.rotary import Rotation, rotate
-from lvlm_jax.attention.stream import streamed
+from lvlm_jax.attention.stream import streaming_attention
 from lvlm_jax.attention.tap import Tap
-from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, takes_rows_apart
+from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, splits_by_rows
 
-LARGEST_MAP = 2**26  # elements [B, H, R, S] of the map of rows that a transform takes apart, 256 MiB in float32
-FEWEST_ROWS = 16  # that come at a time, however long they are
-FEW_ROWS = 64  # whose map is small beside that many columns' keys and values
+LARGEST_MAP = 2**26  # elements [B, H, R, S] of one map if the rows can be split, 256 MiB in float32
+MIN_ROWS = 16  # that are computed at a time, however many columns there are
+SHORT_QUERY = 64  # whose map is small beside the keys and values of that many columns
 
 
-# A pytree, because a layer that is computed again in the backward pass takes its arguments apart.
+# A pytree, because `jax.checkpoint` flattens the arguments of a layer that the backward pass recomputes.
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["transforms", "carries"],
@@ -40,13 +40,13 @@ FEW_ROWS = 64  # whose map is small beside that many columns' keys and values
 )
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
-    """What is done to, and asked of, one layer.
+    """The edits of one layer, and the tap on it.
 
     Attributes:
         transforms: one (or None) per branch.
         carries: one per branch.
-        layer, num_layers: index from 0, and the depth.
-        tap: what is asked of the attention weights.
+        layer, num_layers: index of this layer, from 0; number of layers.
+        tap: which attention weights to return.
         exit_logits, project: as in `Stream` and `Site`.
     """
 
@@ -59,7 +59,7 @@ class LayerEdits:
     project: Callable | None = None
 
     def at(self, branch: int, phase: str) -> Transform | None:
-        """The transform whose stages run in this layer."""
+        """The transform of a branch, if its stages run in this layer."""
         transform = self.transforms[branch]
         if transform is None or not transform.attends():
             return None
@@ -70,7 +70,7 @@ class LayerEdits:
         return self.tap is not None and self.tap.wants(self.layer)
 
     def of(self, branch: int) -> "LayerEdits":
-        """Those of one branch."""
+        """The edits of one branch."""
         return dataclasses.replace(self, transforms=(self.transforms[branch],), carries=(self.carries[branch],))
 
 
@@ -88,29 +88,35 @@ def attend(
     Args:
         queries: per branch, rotated to the ordinary positions.
         columns: keys rotated to their own positions, and values.
-        contexts: rows, columns and masks of each branch; one and the same where they share a prompt.
+        contexts: rows, columns and masks of each branch; the same object if branches share a prompt.
         shift: the rotation of `image_shift`, or None.
-        edits: what each branch does to its rows.
+        edits: the transforms of each branch.
         window: sliding-window width of this layer.
-        whole_images: image tokens see the later ones of their image too.
+        whole_images: image tokens also see later tokens of their image.
 
     Returns:
-        Per branch the mixed values; the carries for the next layer; the final weights that are tapped.
+        Per branch the weighted sums of the values; the carries for the next layer; the tapped weights after all edits.
     """
     batch, heads, rows, _ = queries[0].shape
-    few = rows <= FEW_ROWS and batch * heads * rows * contexts[0].image_id.shape[1] <= LARGEST_MAP
-    if contexts[0].streams and not few:
+    small = rows <= SHORT_QUERY and batch * heads * rows * contexts[0].image_id.shape[1] <= LARGEST_MAP
+    if contexts[0].streams and not small:
         branches = [
-            _in_parts(query, columns.alone(branch), contexts[branch], shift, edits.of(branch), window, whole_images)
+            _streamed_branch(
+                query, columns.alone(branch), contexts[branch], shift, edits.of(branch), window, whole_images
+            )
             for branch, query in enumerate(queries)
         ]
         outputs, carries, tapped = zip(*branches, strict=True)
-        return outputs, carries, _stacked(tapped, contexts)
-    outputs, carries, weights = _whole(queries, columns, contexts, shift, edits, window, whole_images)
-    return outputs, carries, _stacked([edits.tap.select(rows) for rows in weights], contexts) if edits.tapped else None
+        return outputs, carries, _stack_taps(tapped, contexts)
+    outputs, carries, weights = _whole_map(queries, columns, contexts, shift, edits, window, whole_images)
+    return (
+        outputs,
+        carries,
+        _stack_taps([edits.tap.select(rows) for rows in weights], contexts) if edits.tapped else None,
+    )
 
 
-def _in_parts(
+def _streamed_branch(
     query: Float[Array, "B H T D"],
     columns: LayerCache,
     context: Context,
@@ -119,71 +125,75 @@ def _in_parts(
     window: int | None,
     whole_images: bool,
 ) -> tuple[Float[Array, "B H T D"], Any, Float[Array, "B G R S"] | None]:
-    """One branch: its plain rows streamed, the others as whole or a few at a time; its carry; what is tapped."""
+    """One branch: plain rows by streaming, explicit rows at once or a few at a time. Returns values, carry, tapped
+    weights."""
     transform, total = edits.at(0, context.phase), query.shape[2]
     explicit = 0
     if transform is not None:
         rows = rows_in(transform, edits.layer, edits.num_layers, context.phase)
         explicit = 1 if rows == "last" else context.explicit_rows
-    if shift is not None:  # columns of images lie elsewhere for these rows
+    if shift is not None:  # image columns have other positions for these rows
         explicit = max(explicit, context.explicit_rows)
     if edits.tapped:
         explicit = total if edits.tap.rows == "all" else max(explicit, 1)
     plain, parts, carry, tapped = total - explicit, [], edits.carries[0], None
     if plain:
-        block, sight = columns.own[0], context.sight(window, whole_images).rows(0, plain)
-        # Rows that are the first columns see no later one, unless images are seen whole.
+        block, lazy_mask = columns.own[0], context.lazy_mask(window, whole_images).rows(0, plain)
+        # The first rows of the columns see no later column, unless images are seen whole.
         if total == block.length and not whole_images:
-            block, sight = block.first(plain), sight.columns(0, plain)
-        parts.append(streamed(query[:, :, :plain], block.key, block.value, sight))
+            block, lazy_mask = block.first(plain), lazy_mask.columns(0, plain)
+        parts.append(streaming_attention(query[:, :, :plain], block.key, block.value, lazy_mask))
     if explicit:
-        whole = functools.partial(
-            _whole, columns=columns, shift=shift, edits=edits, window=window, whole_images=whole_images
+        attend_rows = functools.partial(
+            _whole_map, columns=columns, shift=shift, edits=edits, window=window, whole_images=whole_images
         )
-        rows, cut = query[:, :, plain:], context.cut(plain, explicit)
-        apart = transform is None or takes_rows_apart(transform, edits.layer, edits.num_layers, context.phase)
-        if apart and not (edits.tapped and edits.tap.rows == "all"):
-            whole = functools.partial(_by_rows, whole, transform)
-        (mixed,), (carry,), (weights,) = whole((rows,), contexts=(cut,))
+        rows, rows_context = query[:, :, plain:], context.cut(plain, explicit)
+        splits = transform is None or splits_by_rows(transform, edits.layer, edits.num_layers, context.phase)
+        if splits and not (edits.tapped and edits.tap.rows == "all"):
+            attend_rows = functools.partial(_row_blocks, attend_rows, transform)
+        (mixed,), (carry,), (weights,) = attend_rows((rows,), contexts=(rows_context,))
         parts.append(mixed.astype(parts[0].dtype if parts else mixed.dtype))
         tapped = edits.tap.select(weights) if edits.tapped else None
     return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], carry, tapped
 
 
-def _by_rows(
-    whole: Callable, transform: Transform | None, queries: tuple[Float[Array, "B H R D"]], contexts: tuple[Context]
+def _row_blocks(
+    attend_rows: Callable,
+    transform: Transform | None,
+    queries: tuple[Float[Array, "B H R D"]],
+    contexts: tuple[Context],
 ) -> tuple[tuple, tuple, tuple]:
-    """What `whole` gives for all rows of a branch, from a few at a time; weights are those of the last ones."""
+    """Runs `attend_rows` on a few rows at a time; returns the weights of the last ones."""
     (rows,), (context,) = queries, contexts
     batch, heads, total, _ = rows.shape
-    few = max(FEWEST_ROWS, LARGEST_MAP // (batch * heads * context.image_id.shape[1]))
-    if total <= few:
-        return whole(queries, contexts=contexts)
-    starts = jnp.arange((total - 1) // few) * few
-    last = total - 1 - (total - 1) % few
+    limit = max(MIN_ROWS, LARGEST_MAP // (batch * heads * context.image_id.shape[1]))
+    if total <= limit:
+        return attend_rows(queries, contexts=contexts)
+    starts = jnp.arange((total - 1) // limit) * limit
+    last = total - 1 - (total - 1) % limit
 
-    def some(start: Int[Array, ""] | int, count: int = few, **more: Any) -> Any:
-        def own(start: Int[Array, ""] | int) -> Any:
+    def run(start: Int[Array, ""] | int, count: int = limit, **more: Any) -> Any:
+        def run_rows(start: Int[Array, ""] | int) -> Any:
             part = jax.lax.dynamic_slice_in_dim(rows, start, count, axis=2)
-            return whole((part,), contexts=(context.cut(start, count),), **more)
+            return attend_rows((part,), contexts=(context.cut(start, count),), **more)
 
-        return jax.checkpoint(own)(start)  # the backward pass computes their maps again, or would hold all of them
+        return jax.checkpoint(run_rows)(start)  # the backward pass recomputes their maps instead of keeping them all
 
-    given = {}
+    options = {}
     if transform is not None and overrides(transform, "statistics"):
 
         def add(sums: Any, start: Int[Array, ""]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, some(start, only_statistics=True)), None
+            return jax.tree.map(jnp.add, sums, run(start, only_statistics=True)), None
 
-        sums, _ = jax.lax.scan(add, some(last, total - last, only_statistics=True), starts)
-        given["statistics"] = sums
-    mixed = jax.lax.map(lambda start: some(start, **given)[0][0], starts)
-    (end,), carries, weights = some(last, total - last, **given)
+        sums, _ = jax.lax.scan(add, run(last, total - last, only_statistics=True), starts)
+        options["statistics"] = sums
+    mixed = jax.lax.map(lambda start: run(start, **options)[0][0], starts)
+    (end,), carries, weights = run(last, total - last, **options)
     mixed = jnp.moveaxis(mixed, 0, 2).reshape(batch, heads, last, -1)
     return (jnp.concatenate([mixed, end], axis=2),), carries, weights
 
 
-def _whole(
+def _whole_map(
     queries: tuple[Float[Array, "B H T D"], ...],
     columns: LayerCache,
     contexts: tuple[Context, ...],
@@ -194,11 +204,11 @@ def _whole(
     statistics: Any = None,
     only_statistics: bool = False,
 ) -> Any:
-    """Outputs, carries and weights of every branch, each from the whole map of the rows.
+    """Outputs, carries and weights of every branch, from the whole map of the given rows.
 
     Args:
-        statistics: of the one transform, where these are only some of its rows.
-        only_statistics: gives the sums of `Transform.statistics` over these rows, and nothing else.
+        statistics: those of the only transform over all rows, if these are only some of the rows.
+        only_statistics: returns just the sums of `Transform.statistics` over these rows.
     """
     logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, contexts[0], shift)
     weights, sites = [], []
@@ -211,9 +221,11 @@ def _whole(
             continue
         site = _site(context, edits, branch, scores, mask, columns)
         if only_statistics:
-            return transform.statistics(*_softened(transform, site))
+            return transform.statistics(*_softmax_stages(transform, site))
         edited, site = _edit(transform, site, statistics)
-        weights.append(_after(_softmax(_before(scores, site), _before(mask[:, None], site)), edited))
+        weights.append(
+            _with_edited_rows(_softmax(_unedited_rows(scores, site), _unedited_rows(mask[:, None], site)), edited)
+        )
         sites.append(site)
 
     outputs = _mix(weights, columns)
@@ -224,7 +236,9 @@ def _whole(
         replaced = edits.transforms[branch].values(
             site, weights[branch][:, :, -rows:], lambda rows, branch=branch: _mix_branch(rows, columns, branch)
         )
-        outputs[branch] = _after(_before(outputs[branch], site), replaced.astype(outputs[branch].dtype))
+        outputs[branch] = _with_edited_rows(
+            _unedited_rows(outputs[branch], site), replaced.astype(outputs[branch].dtype)
+        )
     carries = tuple(site.carry if site else carry for site, carry in zip(sites, edits.carries, strict=True))
     return tuple(outputs), carries, tuple(weights)
 
@@ -258,35 +272,35 @@ def _site(
     )
 
 
-def _before(array: Array, site: Site) -> Array:
-    """Of an array `[B, ?, T, ...]` the rows ahead of those a transform sees."""
+def _unedited_rows(array: Array, site: Site) -> Array:
+    """The rows of an array `[B, ?, T, ...]` before those that a transform sees."""
     return array[:, :, : array.shape[2] - site.logits.shape[2]]
 
 
-def _after(plain: Array, edited: Array) -> Array:
-    """Rows that were left alone, then those that were edited."""
+def _with_edited_rows(plain: Array, edited: Array) -> Array:
+    """Concatenates unedited and edited rows."""
     return jnp.concatenate([plain, edited], axis=2) if plain.shape[2] else edited
 
 
-def _stacked(
+def _stack_taps(
     tapped: Sequence[Float[Array, "B G R S"] | None], contexts: tuple[Context, ...]
 ) -> Float[Array, "N B G R S"] | None:
-    """What is tapped of every branch, or of the main one alone where branches have columns of their own."""
+    """Stacks the tapped weights of all branches; the main one's alone if branches have columns of their own."""
     if tapped[0] is None:
         return None
     return jnp.stack(tapped if all(context is contexts[0] for context in contexts) else tapped[:1])
 
 
 def _edit(transform: Transform, site: Site, statistics: Any = None) -> tuple[Float[Array, "B H R S"], Site]:
-    """Logits, mask and weights stages of one branch; the returned site goes on to the values stage."""
-    site, weights = _softened(transform, site)
+    """Runs the logits, mask and weights stages of one branch; returns weights, and a site for the values stage."""
+    site, weights = _softmax_stages(transform, site)
     site = dataclasses.replace(site, statistics=statistics)
     site = dataclasses.replace(site, carry=transform.observe(site, weights))
     return transform.weights(site, weights), site
 
 
-def _softened(transform: Transform, site: Site) -> tuple[Site, Float[Array, "B H R S"]]:
-    """The site behind the logits stage, and the weights behind the mask stage."""
+def _softmax_stages(transform: Transform, site: Site) -> tuple[Site, Float[Array, "B H R S"]]:
+    """Returns the site after the logits stage, and the weights after the mask stage."""
     site = dataclasses.replace(site, logits=transform.logits(site, site.logits))
     return site, _softmax(site.logits, transform.mask(site, site.mask[:, None]))
 
@@ -303,7 +317,7 @@ def _logits(rows: tuple[Float[Array, "B H T D"], ...], columns: LayerCache) -> l
 def _calibrated_logits(
     queries: tuple[Float[Array, "B H T D"], ...], columns: LayerCache, context: Context, shift: Rotation
 ) -> list[Float[Array, "B H T _"]]:
-    """Logits whose cross-modal block, post-image rows x image columns, comes from the shifted image keys."""
+    """Logits in which post-image rows see image columns through the shifted image keys."""
     plain = context.positions.shape[1] - context.explicit_rows
     block = (context.post_image_rows()[:, :, None] & context.image_columns()[:, None, :])[:, None]
     cross = _logits(tuple(query[:, :, plain:] for query in queries), shifted(columns, shift))
@@ -314,7 +328,7 @@ def _calibrated_logits(
 
 
 def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
-    """The same columns with every key turned on by `shift`, whose angles are zero outside images."""
+    """The same columns with every key rotated further by `shift`, whose angles are zero outside images."""
 
     def turn(block: Block, start: int) -> Block:
         part = Rotation(
@@ -328,7 +342,7 @@ def shifted(columns: LayerCache, shift: Rotation) -> LayerCache:
 
 
 def _mix(weights: list[Float[Array, "B H T _"]], columns: LayerCache) -> list[Float[Array, "B H T D"]]:
-    """Weights times values for every branch; the prefix is read once for all of them."""
+    """The product of weights and values for every branch; reads the prefix once for all of them."""
     if columns.prefix is None:
         return [_weighted(rows, block) for rows, block in zip(weights, columns.own, strict=True)]
     split = columns.prefix.length
@@ -340,7 +354,7 @@ def _mix(weights: list[Float[Array, "B H T _"]], columns: LayerCache) -> list[Fl
 def _for_all_branches(
     product: Callable[[jax.Array, Block], jax.Array], rows: tuple[jax.Array, ...], prefix: Block
 ) -> list[jax.Array]:
-    """A product of every branch's rows with the shared prefix, which is read once."""
+    """A product of every branch's rows with the shared prefix, reading the prefix once."""
 
     def together(*rows: jax.Array) -> list[jax.Array]:
         return jnp.split(product(jnp.concatenate(rows, axis=2), prefix), len(rows), axis=2)
@@ -348,7 +362,7 @@ def _for_all_branches(
     def one_by_one(*rows: jax.Array) -> list[jax.Array]:
         return [product(row, prefix) for row in rows]
 
-    # A CPU keeps one layer's prefix in its cache between two products, and multiplies single rows much faster.
+    # A CPU keeps the prefix of one layer in its cache between two products, and multiplies single rows much faster.
     return jax.lax.platform_dependent(*rows, cpu=one_by_one, default=together)
 
 
@@ -389,5 +403,5 @@ def _softmax(
 
 
 def _precision(operand: jax.Array) -> jax.lax.Precision:
-    """float32 means float32: accelerators would otherwise round the operands of a product."""
+    """The highest precision for float32 operands, which accelerators would otherwise round."""
     return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

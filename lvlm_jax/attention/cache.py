@@ -1,14 +1,14 @@
 """Keys and values that attention reads.
 
-Every branch of a generation (greedy has one, a contrastive method two) sees the same prompt up to the last
-image and its own continuation:
+The branches of a generation (one in greedy decoding, two in a contrastive method) share the prompt up to the last
+image; each has its own continuation:
 
     columns    0 ............ P-1 | P ................. P+S-1
     branch 0   shared prefix      | own block 0
     branch 1   shared prefix      | own block 1
 
-so the prefix is stored and read once. Without a contrast branch there is no prefix: P = 0 and one own block.
-Heads come before positions because each head's keys are then contiguous, which is how they are read.
+The prefix is stored and read once. Without a contrast branch there is no prefix: P = 0, and one own block. The head
+axis comes before the position axis because attention reads the keys of one head contiguously.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Block:
         return self.key.shape[2]
 
     def write(self, new: "Block", index: Int[Array, ""]) -> "Block":
-        """Overwrites columns `index ... index + new.length`; in place when the buffer is donated."""
+        """Overwrites columns `index` to `index + new.length`, in place if the buffer is donated."""
         zero = jnp.zeros((), jnp.int32)
         start = (zero, zero, index, zero)
 
@@ -45,7 +45,8 @@ class Block:
             return jax.lax.cond(index < self.length, update, lambda *same: same, key, value)
 
         # For a batch of one, XLA's CPU compiler fuses a bare update into each of its readers and then copies the whole
-        # cache for them. It does not fuse across a conditional; other platforms would pay a host round trip for one.
+        # cache for them. It does not fuse across a conditional. Other platforms do not need it, and would pay a host
+        # round trip.
         return Block(*jax.lax.platform_dependent(self.key, self.value, cpu=guarded, default=update))
 
     def first(self, length: int) -> "Block":
@@ -53,7 +54,7 @@ class Block:
         return Block(self.key[:, :, :length], self.value[:, :, :length])
 
     def padded(self, length: int) -> "Block":
-        """The same columns followed by zeros up to `length` columns."""
+        """The same columns, followed by zeros to a total of `length` columns."""
         width = ((0, 0), (0, 0), (0, length - self.length), (0, 0))
         return Block(jnp.pad(self.key, width), jnp.pad(self.value, width))
 
@@ -61,15 +62,15 @@ class Block:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's columns: an optional prefix shared by all branches, and one own block per branch."""
+    """One layer's columns: an optional prefix that all branches share, and one own block per branch."""
 
     prefix: Block | None
     own: tuple[Block, ...]
 
     def alone(self, branch: int) -> "LayerCache":
-        """All columns of one branch in one block."""
+        """A cache with all columns of one branch in one block."""
         own = self.own[branch]
         if self.prefix is not None:
-            both = ((self.prefix.key, own.key), (self.prefix.value, own.value))
-            own = Block(*(jnp.concatenate(parts, axis=2) for parts in both))
+            pairs = ((self.prefix.key, own.key), (self.prefix.value, own.value))
+            own = Block(*(jnp.concatenate(parts, axis=2) for parts in pairs))
         return LayerCache(None, (own,))

@@ -1,9 +1,9 @@
-"""Rows of an answer that is known already, each edited as the decode step that writes it edits its own.
+"""Edits every row of a known answer as the decode step for that row would.
 
-A decode step sees one row and the columns up to it. Under teacher forcing all rows of an answer are run at once, and
-`EachRow` makes of a transform one that treats each of them as its step would: stages are mapped over the rows, and for
-each row the columns behind it are not written yet. So `rows = "last"` holds in every row, a statistic over rows is
-taken of one, and every row has a carry of its own.
+A decode step sees one row and the columns up to it. Under teacher forcing all rows of an answer run at once. `EachRow`
+wraps a transform and treats each row as its own step: stages are mapped over the rows, and columns behind a row count
+as not written yet. So `rows = "last"` is true of every row, a statistic over rows is taken over one row, and every row
+has its own carry.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention.context import PADDING
 from lvlm_jax.attention.transform import Site, Stream, Transform
 
-CARRY, ROW = 0, 2  # the axis of rows in a carry, and in what has the shape of a map
+CARRY, ROW = 0, 2  # the axis of rows in a carry, and in arrays shaped like an attention map
 
 
-def one_by_one(
+def map_rows(
     edit: Callable[[Site, Any], Any],
     site: Site,
     array: Float[Array, "B H R S"] | Bool[Array, "B #H R S"],
@@ -28,46 +28,47 @@ def one_by_one(
     carry_axis: int | None = CARRY,
     out_axis: int = ROW,
 ) -> Any:
-    """What `edit` makes of each row of a site by itself, and of that row of `array`, which may be a mask.
+    """Applies `edit` to each row of a site by itself.
 
     Args:
         edit: a stage.
-        columns: which column each row is; those behind it are not written yet. By default `site.row_index`; where they
-            differ between samples an edit has no `row_index`.
-        carry_axis: of rows in `site.carry`; None where all rows have one.
-        out_axis: of rows in the result.
+        array: the stage's second argument, an attention map or a mask; `edit` gets its row.
+        columns: the column of each row; columns behind it count as not written yet. The default is `site.row_index`. If
+            given, the columns may differ between samples, and the site's `row_index` is None.
+        carry_axis: the axis of rows in `site.carry`; None if all rows share one carry.
+        out_axis: the axis of rows in the result.
     """
-    alike = columns is None
-    columns = jnp.broadcast_to(site.row_index, site.mask.shape[:2]) if alike else columns
+    same_columns = columns is None
+    columns = jnp.broadcast_to(site.row_index, site.mask.shape[:2]) if same_columns else columns
 
-    def alone(column: Array, logits: Array, mask: Array, post_image: Array, carry: Any, part: Array) -> Any:
-        written = jnp.arange(site.image_id.shape[1]) <= column[:, None]
-        own = dataclasses.replace(
+    def edit_row(column: Array, logits: Array, mask: Array, post_image: Array, carry: Any, part: Array) -> Any:
+        visible = jnp.arange(site.image_id.shape[1]) <= column[:, None]
+        row_site = dataclasses.replace(
             site,
             phase="decode",
-            image_id=jnp.where(written, site.image_id, PADDING),
-            image=site.image & written,
-            after_image=site.after_image & written,
-            system=site.system & written,
-            generated=site.generated & written,
-            row_index=column[:1] if alike else None,
+            image_id=jnp.where(visible, site.image_id, PADDING),
+            image=site.image & visible,
+            after_image=site.after_image & visible,
+            system=site.system & visible,
+            generated=site.generated & visible,
+            row_index=column[:1] if same_columns else None,
             post_image=post_image[:, None],
             mask=mask[:, None],
             logits=logits[:, :, None],
             carry=carry,
         )
-        found = edit(own, part[:, :, None])
-        return found[:, :, 0] if out_axis == ROW else found
+        edited = edit(row_site, part[:, :, None])
+        return edited[:, :, 0] if out_axis == ROW else edited
 
     axes = (1, ROW, 1, 1, carry_axis, ROW)
-    each = jax.vmap(alone, in_axes=axes, out_axes=out_axis)
+    each = jax.vmap(edit_row, in_axes=axes, out_axes=out_axis)
     return each(columns, site.logits, site.mask, site.post_image, site.carry, array)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EachRow(Transform):
-    """A transform that treats each row of a call as a decode step of its own; its carry has a leading axis of rows."""
+    """Wraps a transform to treat each row of a call as a separate decode step; its carry has a leading axis of rows."""
 
     transform: Transform
 
@@ -84,49 +85,53 @@ class EachRow(Transform):
         return self.transform.attends()
 
     def begin(self, context, embeddings):
-        def alone(row: Int[Array, ""], hidden: Float[Array, "B E"]) -> Any:
-            written = jnp.arange(context.image_id.shape[1]) <= context.first_row + row
+        def begin_row(row: Int[Array, ""], hidden: Float[Array, "B E"]) -> Any:
+            visible = jnp.arange(context.image_id.shape[1]) <= context.first_row + row
             cut = dataclasses.replace(context.cut(row, 1), explicit_rows=1)
-            own = dataclasses.replace(cut, image_id=jnp.where(written, context.image_id, PADDING))
+            own = dataclasses.replace(cut, image_id=jnp.where(visible, context.image_id, PADDING))
             return self.transform.begin(own, hidden[:, None])
 
-        return jax.vmap(alone, in_axes=(0, 1))(jnp.arange(embeddings.shape[1]), embeddings)
+        return jax.vmap(begin_row, in_axes=(0, 1))(jnp.arange(embeddings.shape[1]), embeddings)
 
     def logits(self, site, logits):
-        return one_by_one(self.transform.logits, site, logits)
+        return map_rows(self.transform.logits, site, logits)
 
     def mask(self, site, mask):
-        return one_by_one(self.transform.mask, site, mask)
+        return map_rows(self.transform.mask, site, mask)
 
     def weights(self, site, weights):
-        return one_by_one(self.transform.weights, site, weights)
+        return map_rows(self.transform.weights, site, weights)
 
     def values(self, site, weights, mix):
-        return one_by_one(lambda own, row: self.transform.values(own, row, mix), site, weights)
+        return map_rows(lambda own, row: self.transform.values(own, row, mix), site, weights)
 
     def observe(self, site, weights):
-        return one_by_one(self.transform.observe, site, weights, out_axis=CARRY)
+        return map_rows(self.transform.observe, site, weights, out_axis=CARRY)
 
     def enter(self, stream):
-        return _along(lambda own, _: self.transform.enter(own), stream, stream.entered, out_axis=CARRY)
+        return _map_stream_rows(lambda own, _: self.transform.enter(own), stream, stream.layer_input, out_axis=CARRY)
 
     def mlp(self, stream, output):
-        return _along(lambda own, row: self.transform.mlp(own, row)[:, 0], stream, output)
+        return _map_stream_rows(lambda own, row: self.transform.mlp(own, row)[:, 0], stream, output)
 
     def residual(self, layer, num_layers, phase, hidden):
-        def alone(row: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        def edit_row(row: Float[Array, "B E"]) -> Float[Array, "B E"]:
             return self.transform.residual(layer, num_layers, phase, row[:, None])[:, 0]
 
-        return jax.vmap(alone, in_axes=1, out_axes=1)(hidden)
+        return jax.vmap(edit_row, in_axes=1, out_axes=1)(hidden)
 
 
-def _along(edit: Callable, stream: Stream, array: Float[Array, "B T E"], out_axis: int = 1) -> Any:
-    """What `edit` makes of each row of a stream by itself, and of that row of `array`."""
-    reads = stream.read is not None
+def _map_stream_rows(edit: Callable, stream: Stream, array: Float[Array, "B T E"], out_axis: int = 1) -> Any:
+    """Applies `edit` to each row of a stream by itself, with that row of `array`."""
+    has_mlp_input = stream.mlp_input is not None
 
-    def alone(entered: Array, read: Array | None, carry: Any, part: Array) -> Any:
-        own = dataclasses.replace(stream, entered=entered[:, None], read=read[:, None] if reads else None, carry=carry)
-        return edit(own, part[:, None])
+    def edit_row(entered: Array, read: Array | None, carry: Any, part: Array) -> Any:
+        row_stream = dataclasses.replace(
+            stream, layer_input=entered[:, None], mlp_input=read[:, None] if has_mlp_input else None, carry=carry
+        )
+        return edit(row_stream, part[:, None])
 
-    axes = (1, 1 if reads else None, CARRY, 1)
-    return jax.vmap(alone, in_axes=axes, out_axes=out_axis)(stream.entered, stream.read, stream.carry, array)
+    axes = (1, 1 if has_mlp_input else None, CARRY, 1)
+    return jax.vmap(edit_row, in_axes=axes, out_axes=out_axis)(
+        stream.layer_input, stream.mlp_input, stream.carry, array
+    )

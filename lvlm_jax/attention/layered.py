@@ -1,4 +1,4 @@
-"""Strengths that are not one number for the whole model: one for each layer, or one for each layer and head."""
+"""Strengths with one value per layer, or per layer and head, instead of one number for the whole model."""
 
 import copy
 import dataclasses
@@ -15,33 +15,33 @@ from lvlm_jax.errors import LVLMError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layered:
-    """A strength by layer; stands where a number would. A layer's stages find their own value in its place.
+    """A strength with a value for each layer, used in place of a number. Each layer's stages see their own value.
 
     Attributes:
-        values: one for each layer, `Float[L]`, or for each layer and query head, `Float[L H]`.
+        values: one per layer, `Float[L]`, or one per layer and query head, `Float[L H]`.
     """
 
-    values: Any  # an array, or what JAX puts in its place while it rebuilds a tree
+    values: Any  # an array, or whatever JAX puts in its place while it rebuilds a tree
 
     def at(self, layer: int, num_layers: int) -> Float[Array, "..."]:
-        """The value of a layer, or `[H, 1, 1]` for its heads, to be multiplied with `[B, H, R, S]`.
+        """The value for a layer; `[H, 1, 1]` if there is one per head, to be multiplied with `[B, H, R, S]`.
 
         Raises:
-            LVLMError: the values are those of a model of another depth.
+            LVLMError: the number of values is not the number of layers.
         """
-        given = self.values.shape[0]
-        if given != num_layers:
-            raise LVLMError(f"a strength has {given} values and the model {num_layers} layers; give one for each layer")
+        count = self.values.shape[0]
+        if count != num_layers:
+            raise LVLMError(f"a strength has {count} values and the model {num_layers} layers; give one for each layer")
         value = self.values[layer]
         return value[:, None, None] if value.ndim else value
 
     def record(self) -> list:
-        """What the record of a run says of it."""
+        """The values as the record of a run stores them."""
         return np.asarray(self.values).tolist()
 
 
 def at_layer(transform: Any, layer: int, num_layers: int) -> Any:
-    """A transform with the values of a layer in the place of its `Layered` strengths; itself where it has none."""
+    """Replaces every `Layered` strength of a transform by its value for a layer."""
     if isinstance(transform, Layered):
         return transform.at(layer, num_layers)
     if isinstance(transform, tuple):
@@ -49,15 +49,15 @@ def at_layer(transform: Any, layer: int, num_layers: int) -> Any:
         return members if any(new is not old for new, old in zip(members, transform, strict=True)) else transform
     if not isinstance(transform, Transform) or not dataclasses.is_dataclass(transform):
         return transform
-    changed = {}
+    values = {}
     for field in dataclasses.fields(transform):
         before = getattr(transform, field.name)
         after = at_layer(before, layer, num_layers)
         if after is not before:
-            changed[field.name] = after
-    if not changed:
+            values[field.name] = after
+    if not values:
         return transform
-    own = copy.copy(transform)  # and not `replace`, which would check what is no longer a user's
-    for name, value in changed.items():
+    own = copy.copy(transform)  # not `replace`, which would validate the arrays like user input
+    for name, value in values.items():
         object.__setattr__(own, name, value)
     return own

@@ -1,8 +1,8 @@
 """Rotary positions: frequencies of every supported scaling kind, and the rotation itself.
 
-A head vector is split in two halves (the convention of the Hugging Face LLaMA family): component i of the
-first half and component i of the second half form the plane that turns by `position * frequency_i`.
-Angles, cosines and sines are float32 whatever the model's dtype.
+A head vector is split into two halves (the convention of the Hugging Face LLaMA family): component i of the first half
+and component i of the second half span a plane, which is rotated by `position * frequency_i`. Angles, cosines and sines
+are float32 whatever the model's dtype.
 """
 
 import dataclasses
@@ -24,18 +24,19 @@ class RopeConfig:
 
     Attributes:
         theta: base wavelength.
-        kind: one of `KINDS`. `dynamic` equals `default` up to the context length, beyond which this
-            library refuses prompts anyway.
+        kind: one of `KINDS`. `dynamic` equals `default` up to the context length, and longer prompts are refused
+            anyway.
         factor: how many times the context is stretched (`linear`, `llama3`, `yarn`).
         original_length: context length of the pre-training (`llama3`, `yarn`).
-        low_frequency_factor, high_frequency_factor: the band that `llama3` blends.
+        low_frequency_factor, high_frequency_factor: the band in which `llama3` blends.
         beta_fast, beta_slow, truncate: the ramp of `yarn` (arXiv 2309.00071, section 3.2).
         attention_factor: factor on cosine and sine (`yarn`); None derives it from `factor`.
         mscale, mscale_all_dim: `yarn` variants of that derivation.
-        share: of each head vector, what turns at all; the components behind it stay.
-        pairs: a plane is formed by neighbouring components instead of one of each half.
-        sections: how many planes follow the first, second and third axis of multimodal positions; empty for one axis.
-        interleaved: those planes take turns, the first axis keeping what is left, instead of lying in blocks.
+        share: the fraction of each head vector that is rotated; the remaining components stay as they are.
+        pairs: a plane consists of two neighbouring components instead of one from each half.
+        sections: how many planes belong to the first, second and third axis of multimodal positions; empty for one
+            axis.
+        interleaved: the axes alternate from plane to plane instead of forming blocks; the first axis gets the rest.
     """
 
     theta: float = 10000.0
@@ -60,7 +61,7 @@ class RopeConfig:
             raise LVLMError(f"rope scaling kind {self.kind!r} is not supported; expected one of {', '.join(KINDS)}")
 
     def scale(self) -> float:
-        """Factor on cosine and sine, so that attention logits grow by its square (1 except for `yarn`)."""
+        """Factor on cosine and sine; attention logits are multiplied by its square (1 except for `yarn`)."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -75,7 +76,7 @@ class RopeConfig:
 
 
 def plane_axes(rope: RopeConfig, planes: int) -> np.ndarray | None:
-    """Which axis of multimodal positions turns each plane, `Int[planes]`; None where positions have one axis."""
+    """The axis of multimodal positions that rotates each plane, `Int[planes]`; None if positions have one axis."""
     if not rope.sections:
         return None
     count = len(rope.sections)
@@ -102,16 +103,16 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Long wavelengths are stretched by `factor`, short ones kept, the band between blended linearly."""
+    """Long wavelengths are stretched by `factor`, short ones are kept, and the band between is blended linearly."""
     wavelength = 2 * np.pi / plain
-    turns = rope.original_length / wavelength  # how often a plane turns within the original context
+    turns = rope.original_length / wavelength  # rotations of a plane within the original context
     low, high = rope.low_frequency_factor, rope.high_frequency_factor
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - keep) * plain / rope.factor + keep * plain).astype(np.float32)
 
 
 def _yarn(rope: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """Ramp from kept (fast planes) to stretched (slow planes), arXiv 2309.00071 equation 23."""
+    """Ramp from kept (fast) planes to stretched (slow) planes, arXiv 2309.00071 equation 23."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -137,7 +138,7 @@ class Rotation:
 
     @classmethod
     def at(cls, positions: Num[Array, "*P"], frequency: np.ndarray, scale: float = 1.0) -> "Rotation":
-        """The rotation to `positions`; fractional and negative positions are fine."""
+        """The rotation to `positions`, which may be fractional or negative."""
         angle = positions.astype(jnp.float32)[..., None] * frequency
         return cls(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
@@ -150,7 +151,7 @@ class Rotation:
         axes: Num[Array, "A ..."] | None = None,
         scale: float = 1.0,
     ) -> "Rotation":
-        """The rotation of a decoder to `positions`, or to multimodal positions `axes` where they are given."""
+        """A decoder's rotation to `positions`, or to multimodal positions `axes` if given."""
         frequency = frequencies(rope, head_dim)
         if axes is not None:
             positions = jnp.moveaxis(axes[plane_axes(rope, len(frequency))], 0, -1)
@@ -165,13 +166,13 @@ class Rotation:
 
 
 def rotate(vector: Float[Array, "*S D"], rotation: Rotation) -> Float[Array, "*S D"]:
-    """Turns head vectors; `rotation` broadcasts against the vectors' leading axes. Rotations compose exactly."""
+    """Rotates head vectors; `rotation` broadcasts against the vectors' leading axes. Rotations compose exactly."""
     turning = 2 * rotation.cosine.shape[-1]
     if turning < vector.shape[-1]:
-        turned = rotate(vector[..., :turning], rotation)
-        return jnp.concatenate([turned, vector[..., turning:]], axis=-1)
+        rotated = rotate(vector[..., :turning], rotation)
+        return jnp.concatenate([rotated, vector[..., turning:]], axis=-1)
     wide = vector.astype(jnp.float32)
     first, second = (wide[..., ::2], wide[..., 1::2]) if rotation.pairs else jnp.split(wide, 2, axis=-1)
     parts = [first * rotation.cosine - second * rotation.sine, second * rotation.cosine + first * rotation.sine]
-    turned = jnp.stack(parts, axis=-1).reshape(wide.shape) if rotation.pairs else jnp.concatenate(parts, axis=-1)
-    return turned.astype(vector.dtype)
+    rotated = jnp.stack(parts, axis=-1).reshape(wide.shape) if rotation.pairs else jnp.concatenate(parts, axis=-1)
+    return rotated.astype(vector.dtype)

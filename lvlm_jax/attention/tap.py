@@ -1,4 +1,4 @@
-"""What a caller asks to see of a forward pass, and what it gets. Nothing else is kept."""
+"""Requests for attention weights and hidden states of a forward pass, and the arrays that come back."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,16 +8,17 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A request, static: another one compiles another program.
+    """A request for what a forward pass should return besides logits. It is static: another tap compiles another
+    program.
 
     Attributes:
-        layers: whose attention weights, after all edits, are returned; None for all of them.
-        heads: which heads of them; None for all.
+        layers: layers whose attention weights are returned, after all edits; None for all layers.
+        heads: heads whose weights are returned; None for all.
         rows: "last", or "all" rows of the call (a decode step has one).
-        mean_heads: averages the chosen heads before anything is kept.
-        hidden: residual streams to return for the same rows, numbered as Hugging Face's `hidden_states`:
-            0 the embeddings, i what layer i - 1 put out, without the final norm.
-        exits: residual streams whose early-exit logits are returned, last row only, behind the final norm.
+        mean_heads: return the mean over the chosen heads.
+        hidden: residual streams to return for the same rows, numbered as Hugging Face's `hidden_states`: 0 is the
+            embeddings, i the output of layer i - 1, without the final norm.
+        exits: residual streams whose early-exit logits are returned, after the final norm, for the last row only.
     """
 
     layers: tuple[int, ...] | None = ()
@@ -28,20 +29,20 @@ class Tap:
     exits: tuple[int, ...] = ()
 
     def wants(self, layer: int) -> bool:
-        """Whether the attention weights of a layer are asked for."""
+        """Whether to return the attention weights of a layer."""
         return self.layers is None or layer in self.layers
 
     def select(self, weights: Float[Array, "B H T S"]) -> Float[Array, "B G R S"]:
-        """The heads and rows that were asked for."""
+        """The requested heads and rows of attention weights."""
         rows = weights if self.rows == "all" else weights[:, :, -1:]
         chosen = rows if self.heads is None else rows[:, list(self.heads)]
         return chosen.mean(axis=1, keepdims=True) if self.mean_heads else chosen
 
 
 class Tapped(NamedTuple):
-    """What a `Tap` asked for; a field that was not asked for is None.
+    """The arrays that a `Tap` requests; the others are None.
 
-    N branches, the main one first; attention of the main branch alone where branches have prompts of their own.
+    N branches, the main one first. Attention of the main branch alone if branches have prompts of their own.
     """
 
     attention: Float[Array, "L N B G R S"] | None

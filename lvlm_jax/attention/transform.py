@@ -1,23 +1,24 @@
 """The transform protocol: what a method may do inside attention.
 
-One layer of one forward pass is a `Site`. Attention goes through five stages
+A `Site` is one layer of one forward pass. Attention goes through five stages
 
     positions → logits → mask → weights → values
 
-and a transform overrides those it needs. Each stage receives what the stage before produced and returns a
-replacement of the same shape; the site remembers the results so far (`site.logits` are the edited logits once
-the logits stage is over). Stages see only the rows they asked for (`rows`) in the layers they asked for
-(`layers`); everywhere else nothing is traced.
+and a transform overrides the stages it needs. Each stage receives the result of the stage before and returns a
+replacement of the same shape. The site keeps the results so far: `site.logits` are the edited logits once the logits
+stage is over. Stages see only the rows (`rows`) and layers (`layers`) that the transform names; nothing is traced
+elsewhere.
 
-Outside attention, `enter` may look at what enters a layer, `mlp` may edit the output of its feed-forward block before
-it is added to the stream, and `residual` the stream between two layers. The first two see the layer as a `Stream`.
+Outside attention, `enter` observes the input of a layer, `mlp` edits the output of its feed-forward block before it is
+added to the residual stream, and `residual` edits the stream between two layers. The first two see the layer as a
+`Stream`.
 
 Statistics are per sample: reduce over heads, rows and columns, never over the batch axis. All arrays of a site are
 float32 or boolean.
 
-The map `[B, H, R, S]` of a long prompt is larger than any memory. A transform whose stages treat every row by itself
-says `by_rows = True`, and is then given a few rows at a time; what it needs of all rows together it adds up in
-`statistics`, and asks for them by `over_all_rows` in the stages behind the softmax.
+The map `[B, H, R, S]` of a long prompt does not fit into memory. A transform whose stages treat every row by itself
+sets `by_rows = True` and then gets a few rows at a time. If it needs sums over all rows, it adds them up in
+`statistics` and reads them with `over_all_rows` in the stages after the softmax.
 """
 
 import dataclasses
@@ -33,12 +34,12 @@ from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
 
 ROWS = ("all", "post_image", "last")
-# Positions belong to the method: they hold in all layers.
+# Positions belong to the method: they apply in all layers.
 ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
 # Outside attention, in all rows of a call.
 STREAM_STAGES = ("enter", "mlp", "residual")
 STAGES = (*ATTENTION_STAGES, *STREAM_STAGES)
-NEAR = 0.83  # from here on (difflib's ratio) a name is taken for a slip of the pen: "logit", "wieghts", not "masked"
+NEAR = 0.83  # difflib ratio from which a name counts as a misspelling: "logit", "wieghts", but not "masked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +49,23 @@ class Site:
     B samples, R explicit rows (queries), S columns (keys), H query heads, K key/value heads, D head size.
 
     Attributes:
-        layer, num_layers: index from 0, and how many there are.
+        layer, num_layers: index of this layer, from 0; number of layers.
         phase: "prefill" or "decode".
-        image_id: per column: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
+        image_id: per column: 0 for text, k >= 1 for the k-th image, -1 for padding and columns that are not written
+            yet.
         image: columns that are image tokens.
-        image_count: no sample has more images than this; static.
+        image_count: the largest number of images in a sample; static.
         after_image: columns that are text after the last image.
         system: columns that are text before the first image.
-        generated: columns that were written after the prompt; none in a prefill.
+        generated: columns written after the prompt; none in a prefill.
         row_index: the column index of each row.
         post_image: rows after the last image.
-        mask: which columns a row sees.
-        logits: attention logits, scaled, as the stages so far left them.
-        carry: this branch's state, flowing from layer to layer within one forward pass.
-        statistics: sums of `Transform.statistics` over all rows, behind the softmax of a few of them; else None.
-        read_values: returns the values of all columns; for the rare stage that needs them one by one.
-        project: what the layer's output projection makes of heads' outputs `[B, H, R, D]`, as `[B, R, E]`.
+        mask: which columns each row sees.
+        logits: scaled attention logits, with the edits so far.
+        carry: this branch's state, passed from layer to layer within one forward pass.
+        statistics: sums of `Transform.statistics` over all rows, if this site has only some of the rows; else None.
+        read_values: returns the values of all columns, for the rare stage that needs them one by one.
+        project: applies the layer's output projection to heads' outputs: `[B, H, R, D]` to `[B, R, E]`.
     """
 
     layer: int
@@ -90,21 +92,21 @@ class Stream:
     """One layer of one forward pass of one branch outside attention, as `enter` and `mlp` see it.
 
     Attributes:
-        layer, num_layers: index from 0, and how many there are.
+        layer, num_layers: index of this layer, from 0; number of layers.
         phase: "prefill" or "decode".
-        entered: what entered the layer.
-        read: what the feed-forward block read, behind its norm; None in `enter`, which comes before attention.
+        layer_input: the input of the layer.
+        mlp_input: the normalised input of the feed-forward block; None in `enter`, which runs before attention.
         carry: this branch's state, as in `Site`.
         input_norm, mlp_norm: the norms before attention and before the feed-forward block.
-        feed_forward: that block.
-        exit_logits: next-token logits of hidden states, behind the final norm.
+        feed_forward: the feed-forward block.
+        exit_logits: maps hidden states to next-token logits, through the final norm.
     """
 
     layer: int
     num_layers: int
     phase: str
-    entered: Float[Array, "B T E"]
-    read: Float[Array, "B T E"] | None
+    layer_input: Float[Array, "B T E"]
+    mlp_input: Float[Array, "B T E"] | None
     carry: Any
     input_norm: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
     mlp_norm: Callable[[Float[Array, "*T E"]], Float[Array, "*T E"]]
@@ -116,12 +118,12 @@ class Transform:
     """Attention edits of one branch; this base class edits nothing.
 
     Attributes:
-        rows: which prefill rows the stages must see: "last" (the last prompt token), "post_image" (prompt rows
-            after the last image; an earlier row may be among them, `site.post_image` tells) or "all".
-            A decode step always has exactly its one row.
-        by_rows: whether the stages give a row the same whatever other rows are with it, but for `statistics`. They may
-            then be called with a few rows at a time; what `observe` makes of the last ones alone is the next layer's
-            carry, so that no stage may need what `observe` notes in the same layer.
+        rows: which prefill rows the stages need: "last" (the last prompt token), "post_image" (prompt rows after the
+            last image; earlier rows may be among them, see `site.post_image`) or "all". A decode step always has
+            exactly one row.
+        by_rows: True if the stages edit a row in the same way whichever rows come with it, except for `statistics`.
+            They may then get a few rows at a time. The carry for the next layer is what `observe` returns for the last
+            of these calls, so no stage may use what `observe` computes in the same layer.
     """
 
     rows: ClassVar[str] = "post_image"
@@ -132,15 +134,15 @@ class Transform:
         check_definition(cls)
 
     def layers(self, num_layers: int) -> range:
-        """The layers whose attention takes this transform's stages."""
+        """The layers in which the attention stages run."""
         return range(num_layers)
 
     def active(self, layer: int, num_layers: int, phase: str) -> bool:
-        """Whether the stages run in this layer in this phase; static. A prefill-only method overrides it."""
+        """Whether the stages run in this layer and phase; static. A prefill-only method overrides it."""
         return layer in self.layers(num_layers)
 
     def begin(self, context: Context, embeddings: Float[Array, "B T E"]) -> Any:
-        """The carry of this branch before the first layer (a pytree of arrays), from what enters that layer."""
+        """The carry of this branch before the first layer (a pytree of arrays), given the input of that layer."""
         return ()
 
     def logits(self, site: Site, logits: Float[Array, "B H R S"]) -> Float[Array, "B H R S"]:
@@ -152,52 +154,53 @@ class Transform:
         return mask
 
     def weights(self, site: Site, weights: Float[Array, "B H R S"]) -> Float[Array, "B H R S"]:
-        """Edits attention weights after the softmax. Anything linear in the values belongs here: it costs no read."""
+        """Edits attention weights after the softmax. Edits that are linear in the values belong here: they cost no
+        extra read."""
         return weights
 
     def values(self, site: Site, weights: Float[Array, "B H R S"], mix: Callable) -> Float[Array, "B H R D"]:
-        """Turns weights into outputs. `mix(weights)` is the product with the values, one read of them each."""
+        """Turns weights into outputs. `mix(weights)` is the product with the values; each call reads them once."""
         return mix(weights)
 
     def observe(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
-        """The carry for the next layer, from this layer's edited logits and the weights before their edit."""
+        """The carry for the next layer, given this layer's edited logits and unedited weights."""
         return site.carry
 
     def statistics(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
-        """A pytree of sums over the rows, from the edited logits and the weights before their edit."""
+        """A pytree of sums over the rows, given the edited logits and the unedited weights."""
         return None
 
     def over_all_rows(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
-        """`statistics` of all rows, for the stages behind the softmax: those that were added up, or of these rows."""
+        """`statistics` over all rows, for the stages after the softmax, even if this site has only some of the rows."""
         return self.statistics(site, weights) if site.statistics is None else site.statistics
 
     def enter(self, stream: Stream) -> Any:
-        """The carry from here on, from what enters a layer, before its attention; asked in every layer."""
+        """Observes the input of a layer before its attention; returns the carry from here on. Called in every layer."""
         return stream.carry
 
     def mlp(self, stream: Stream, output: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Edits what the feed-forward block of a layer adds to the stream, in all rows of the call."""
+        """Edits what a layer's feed-forward block adds to the residual stream, in all rows of the call."""
         return output
 
     def residual(self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Edits the residual stream behind layer `layer`, in all rows of the call."""
+        """Edits the residual stream after layer `layer`, in all rows of the call."""
         return hidden
 
     @property
     def parts(self) -> tuple["Transform", ...]:
-        """The transforms that this one is made of: itself, unless it joins or wraps others."""
+        """The transforms that this one consists of: itself, unless it joins or wraps others."""
         return (self,)
 
     def attends(self) -> bool:
-        """Whether any stage inside attention is overridden."""
+        """Whether any attention stage is overridden."""
         return any(overrides(self, stage) for stage in ATTENTION_STAGES)
 
 
 def check_definition(cls: type[Transform]) -> None:
-    """Refuses a class whose `rows` or whose name of a stage is a slip: it would be a method that does nothing.
+    """Refuses a class with an invalid `rows` or a misspelt stage: such a method would do nothing.
 
     Raises:
-        LVLMError: `rows` is none of ROWS, or a public name is nearly that of a stage or of another hook.
+        LVLMError: `rows` is not in ROWS, or a public name almost equals that of a stage or another hook.
     """
     rows = vars(cls).get("rows", ROWS[0])
     rows = rows.default if isinstance(rows, dataclasses.Field) else rows
@@ -216,28 +219,28 @@ def check_definition(cls: type[Transform]) -> None:
 
 
 def overrides(transform: Transform, stage: str) -> bool:
-    """Whether a transform (or any member of a chain) replaces a stage of the base class."""
+    """Whether a transform, or any member of a chain, overrides a stage of the base class."""
     return any(getattr(type(part), stage) is not getattr(Transform, stage) for part in transform.parts)
 
 
 def rows_in(transform: Transform, layer: int, num_layers: int, phase: str) -> str:
-    """Which rows a transform must see in a layer: those of its members that act there."""
-    return min((member.rows for member in _acting(transform, layer, num_layers, phase)), key=ROWS.index)
+    """The rows that a transform needs in a layer: those of its members that act there."""
+    return min((member.rows for member in _active_members(transform, layer, num_layers, phase)), key=ROWS.index)
 
 
-def _acting(transform: Transform, layer: int, num_layers: int, phase: str) -> list[Transform]:
-    """The transforms that have stages of attention in a layer."""
+def _active_members(transform: Transform, layer: int, num_layers: int, phase: str) -> list[Transform]:
+    """The members of a transform that edit attention in a layer."""
     members = transform.members if isinstance(transform, Chain) else (transform,)
     return [member for member in members if member.attends() and member.active(layer, num_layers, phase)]
 
 
-def takes_rows_apart(transform: Transform, layer: int, num_layers: int, phase: str) -> bool:
-    """Whether the rows of a transform may come a few at a time in a layer; see `Transform.by_rows`.
+def splits_by_rows(transform: Transform, layer: int, num_layers: int, phase: str) -> bool:
+    """Whether a transform may get a few rows at a time in a layer; see `Transform.by_rows`.
 
-    So may those of a chain whose members want the same rows, if at most one of them has statistics and no other one
-    edits weights before it.
+    True of a chain whose members use the same rows, if at most one of them has statistics and none before it edits
+    weights.
     """
-    members = _acting(transform, layer, num_layers, phase)
+    members = _active_members(transform, layer, num_layers, phase)
     counting = [index for index, member in enumerate(members) if overrides(member, "statistics")]
     edited = any(overrides(member, "weights") for member in members[: counting[0]]) if counting else False
     alike = all(member.by_rows and member.rows == members[0].rows != "last" for member in members)
@@ -247,7 +250,8 @@ def takes_rows_apart(transform: Transform, layer: int, num_layers: int, phase: s
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain(Transform):
-    """Transforms of one branch applied one after another, stage by stage. The carry is a tuple, one entry each."""
+    """Transforms of one branch, applied one after another in every stage. The carry is a tuple with one entry per
+    member."""
 
     members: tuple[Transform, ...]
 
@@ -273,13 +277,13 @@ class Chain(Transform):
     def logits(self, site: Site, logits):
         for member, own in self._at(site):
             own = dataclasses.replace(own, logits=logits)
-            edited = member.logits(narrowed(own, member), own_rows(logits, member))
+            edited = member.logits(narrow_site(own, member), own_rows(logits, member))
             logits = with_own_rows(logits, edited, member)
         return logits
 
     def mask(self, site: Site, mask):
         for member, own in self._at(site):
-            edited = member.mask(narrowed(own, member), own_rows(mask, member))
+            edited = member.mask(narrow_site(own, member), own_rows(mask, member))
             heads = max(mask.shape[1], edited.shape[1])
             mask = jnp.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
             mask = with_own_rows(mask, jnp.broadcast_to(edited, (*mask.shape[:2], *edited.shape[2:])), member)
@@ -287,7 +291,7 @@ class Chain(Transform):
 
     def weights(self, site: Site, weights):
         for member, own in self._at(site):
-            edited = member.weights(narrowed(own, member), own_rows(weights, member))
+            edited = member.weights(narrow_site(own, member), own_rows(weights, member))
             weights = with_own_rows(weights, edited, member)
         return weights
 
@@ -296,7 +300,7 @@ class Chain(Transform):
             if overrides(member, "values"):
                 if member.rows != "last" or weights.shape[2] == 1:
                     return member.values(own, weights, mix)
-                last = member.values(narrowed(own, member), weights[:, :, -1:], mix)
+                last = member.values(narrow_site(own, member), weights[:, :, -1:], mix)
                 return jnp.concatenate([mix(weights[:, :, :-1]), last], axis=2)
         return mix(weights)
 
@@ -304,14 +308,16 @@ class Chain(Transform):
         carries = list(site.carry)
         for index, member in enumerate(self.members):
             if member.active(site.layer, site.num_layers, site.phase):
-                own = dataclasses.replace(narrowed(site, member), carry=site.carry[index])
+                own = dataclasses.replace(narrow_site(site, member), carry=site.carry[index])
                 carries[index] = member.observe(own, own_rows(weights, member))
         return tuple(carries)
 
     def statistics(self, site: Site, weights):
-        """Of the one member that has any, where the chain is taken apart by rows."""
-        found = [member.statistics(own, weights) for member, own in self._at(site) if overrides(member, "statistics")]
-        return found[0] if found else None
+        """The statistics of the one member that has any."""
+        statistics = [
+            member.statistics(own, weights) for member, own in self._at(site) if overrides(member, "statistics")
+        ]
+        return statistics[0] if statistics else None
 
     def enter(self, stream: Stream) -> tuple:
         pairs = zip(self.members, stream.carry, strict=True)
@@ -334,7 +340,7 @@ class Chain(Transform):
 
 
 def own_rows(array: Array, transform: Transform) -> Array:
-    """Of an array `[B, ?, R, ...]` the rows that a transform asked for, where others asked for more."""
+    """The rows of an array `[B, ?, R, ...]` that a transform named in `rows`; other transforms may need more."""
     return array[:, :, -1:] if transform.rows == "last" else array
 
 
@@ -345,8 +351,8 @@ def with_own_rows(array: Array, edited: Array, transform: Transform) -> Array:
     return jnp.concatenate([array[:, :, :-1], edited], axis=2)
 
 
-def narrowed(site: Site, transform: Transform) -> Site:
-    """The site with only the rows that a transform asked for."""
+def narrow_site(site: Site, transform: Transform) -> Site:
+    """The site with only the rows that a transform named in `rows`."""
     if transform.rows != "last":
         return site
     return dataclasses.replace(

@@ -54,7 +54,7 @@ def main(words: list[str]) -> int:
         raise LVLMError(f"--export writes Nullu's edit into a checkpoint; {flags.method} has none, leave it out")
     pairs = flags.pairs or write_pairs(Path(f"{flags.out}.pairs"), flags.pocket, flags.seed)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
-    job = fitting.Job(flags.method, files.expanded(pairs), files.expanded(flags.out), flags.batch_size, flags.limit)
+    job = fitting.Job(flags.method, files.expand(pairs), files.expand(flags.out), flags.batch_size, flags.limit)
     fitted = fitting.fit(model, job)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(fitted.arrays.items()))
     print(f"{job.out}: {shapes}")

@@ -18,7 +18,7 @@ import sys
 
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import write_whole
+from lvlm_jax.files import write_atomically
 from lvlm_jax.methods import parse
 from lvlm_jax.planning import devices, plan
 from lvlm_jax.planning import report as plan_report
@@ -119,7 +119,7 @@ def main(words: list[str]) -> int:
     if arguments.out:
         found = {"command": "lvlm plan " + " ".join(words), "date": datetime.date.today().isoformat()}
         found["plans"] = [plan_report.record(one, held) for one in plans]
-        write_whole(arguments.out, json.dumps(found, indent=2) + "\n")
+        write_atomically(arguments.out, json.dumps(found, indent=2) + "\n")
     return 0
 
 

@@ -95,7 +95,7 @@ def answered(flags) -> preferences.Candidates:
     if flags.pocket:
         file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single, flags.pocket_describe)
     else:
-        file = files.expanded(flags.prompts)
+        file = files.expand(flags.prompts)
     model = flags.model_path or ("pocket" if flags.pocket else None)
     if model is None:
         raise LVLMError("no model to answer the prompts; give one with --model")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import expanded, write_whole
+from lvlm_jax.files import expand, write_atomically
 from lvlm_jax.journal.record import checkpoint_hash
 from lvlm_jax.methods import registry
 from lvlm_jax.verification import results, run
@@ -63,9 +63,9 @@ def main(words: list[str]) -> int:
         found.append(result)
     print(f"\n{arguments.model}: {results.summary(found)}, {time.monotonic() - start:.0f} s")
     if arguments.record:
-        name = Path(arguments.model).name if expanded(arguments.model).is_dir() else arguments.model
+        name = Path(arguments.model).name if expand(arguments.model).is_dir() else arguments.model
         made = results.record(name, checkpoint_hash(folder), found, time.monotonic() - start)
         text = json.dumps(made, indent=1, ensure_ascii=False)
-        write_whole(arguments.record, text.replace(str(folder), name) + "\n")  # errors name the folder
+        write_atomically(arguments.record, text.replace(str(folder), name) + "\n")  # errors name the folder
         print(f"written to {arguments.record}")
     return int(any(result.status == results.FAILED for result in found))

@@ -153,7 +153,7 @@ class AnswerFormat:
             text = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
         else:
             text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        files.write_whole(path, text)
+        files.write_atomically(path, text)
         return [path]
 
 
@@ -173,7 +173,7 @@ def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: S
     """
     rows = []
     for group, path in paths:
-        path = files.expanded(path)
+        path = files.expand(path)
         for file, of in _of_groups(path, groups) if path.is_dir() else [(path, group)]:
             rows += form.read(file, of)
     return rows

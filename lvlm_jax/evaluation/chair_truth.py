@@ -165,7 +165,7 @@ def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
     """The user's synonym list, which must know all categories; without one, the category names."""
     if data.synonyms is None:
         return plain_lexicon(categories)
-    path = files.given(data.synonyms, "synonym list")
+    path = files.existing_file(data.synonyms, "synonym list")
     lexicon = parse_synonyms(files.read_text(path, "synonym list"), synonym_list == "repaired", path.name)
     missing = [name for name in categories if name not in lexicon.categories]
     if missing:

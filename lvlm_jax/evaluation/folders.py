@@ -31,7 +31,7 @@ def chosen_groups(data: Data, known: Sequence[str], what: str, kind: str = "grou
 
 def data_folder(data: Data) -> Path:
     """`data.folder` as an existing folder."""
-    folder = files.expanded(data.folder)
+    folder = files.expand(data.folder)
     if not folder.is_dir():
         raise LVLMError(f"data folder {str(folder)!r} is not a folder; give the one that holds the benchmark")
     return folder
@@ -67,7 +67,7 @@ def locate_images(data: Data, names: Sequence[str], places: Sequence[str], neede
     """
     distinct = list(dict.fromkeys(names))
     if data.image_folder is not None:
-        folders = [files.expanded(data.image_folder)]
+        folders = [files.expand(data.image_folder)]
         if not folders[0].is_dir():
             raise LVLMError(f"image folder {str(folders[0])!r} is not a folder; check the path")
     else:

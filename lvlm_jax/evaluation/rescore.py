@@ -24,9 +24,9 @@ def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str 
     for word in words:
         group, equals, name = word.partition("=")
         # A path may hold an equals sign itself.
-        if equals and group in groups and not files.is_there(Path(word)):
+        if equals and group in groups and not files.exists(Path(word)):
             found.append((group, Path(name)))
-        elif equals and groups and files.expanded(name).exists() and not files.expanded(word).exists():
+        elif equals and groups and files.expand(name).exists() and not files.expand(word).exists():
             raise LVLMError(f"{word}: there is no group {group!r}; give GROUP=FILE with one of {', '.join(groups)}")
         else:
             found.append((None, Path(word)))
@@ -119,7 +119,7 @@ def rescore(
 
 
 def _hash(path: Path) -> str:
-    path = files.expanded(path)
+    path = files.expand(path)
     return (
         protocol.files_hash([entry for entry in path.iterdir() if entry.is_file()])
         if path.is_dir()
@@ -268,5 +268,5 @@ def _plain(value) -> str:
 def write(found: dict, folder: Path) -> Path:
     """Write `scores.json` into a folder, whole or not at all."""
     path = folder / "scores.json"
-    files.write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    files.write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return path

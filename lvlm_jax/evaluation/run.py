@@ -115,7 +115,7 @@ class Run:
         self._benchmark.check(data)
         self.questions = data.limited(self._benchmark.read(data, protocol, need_images=True))
         settings = {"protocol": protocol.name, "batch_size": options.batch_size, "system": protocol.system}
-        place = str(files.expanded(data.folder).resolve())  # where a report finds the pictures
+        place = str(files.expand(data.folder).resolve())  # where a report finds the pictures
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         listed = self._benchmark.question_files(data, protocol)
 
@@ -213,7 +213,7 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
         chosen = [question for question in questions if group in (None, question.group)]
         form.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
         beside = target.with_name(target.name + ".run.json")
-        files.write_whole(beside, json.dumps(about, indent=1) + "\n")
+        files.write_atomically(beside, json.dumps(about, indent=1) + "\n")
         found.append(f"{group}={target}" if apart else str(target))
     return found
 

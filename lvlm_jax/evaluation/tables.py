@@ -37,7 +37,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _tsv(path: Path) -> Iterator[tuple[int, dict]]:
-    files.given(path, "question file")
+    files.existing_file(path, "question file")
     with _CELL_LIMIT, open(path, encoding="utf-8-sig", newline="") as file:
         before = csv.field_size_limit(2**31 - 1)  # pictures are cells here
         try:

@@ -85,7 +85,7 @@ def fit(model: LVLM, job: Job) -> Fitted:
     batches = [pairs[start : start + job.batch_size] for start in range(0, len(pairs), job.batch_size)]
     done = len([number for number in range(len(batches)) if _part(parts, number).exists()])
     for number, batch in counted(enumerate(batches[done:], done), len(batches), done, "batches of pairs"):
-        with files.whole(_part(parts, number)) as file:
+        with files.atomic_file(_part(parts, number)) as file:
             file.write(safetensors.numpy.save(fitter.collect(model, batch)))
     collected = [_loaded(_part(parts, number)) for number in range(len(batches))]
     together = {name: np.concatenate([one[name] for one in collected]) for name in collected[0]}
@@ -120,7 +120,7 @@ def _parts(out: Path, source: Source) -> Path:
             if found := differences(json.loads(kept.read_text()), record):
                 raise LVLMError(f"{parts} is of another fit ({found[0][:120]}); remove it or give another --out")
         else:
-            with files.whole(kept) as file:
+            with files.atomic_file(kept) as file:
                 file.write(json.dumps(record).encode())
     except (OSError, ValueError) as error:
         raise LVLMError(f"{parts} cannot be used: {error}; remove it or give another --out") from error

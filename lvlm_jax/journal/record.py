@@ -19,13 +19,13 @@ _HASH_OF = {"name": "sha256", "model": "model_sha256"}
 
 def file_hash(path) -> str:
     """SHA-256 of a whole file, in hexadecimal. `LVLMError` when it cannot be read."""
-    with files.reading(pathlib.Path(path)) as file:
+    with files.open_file(pathlib.Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sampled_hash(path: pathlib.Path) -> bytes:
     """SHA-256 of a file's size, and of samples from its first byte to its last."""
-    with files.reading(path) as file:
+    with files.open_file(path) as file:
         size = path.stat().st_size
         digest = hashlib.sha256(str(size).encode())
         for offset in np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int):
@@ -73,7 +73,7 @@ def adapter_record(path: str | None) -> dict:
     """What the record of a run says of its adapter, a folder or a hub id; nothing without one."""
     if path is None:
         return {}
-    folder = files.expanded(path)
+    folder = files.expand(path)
     return {"adapter": path, "adapter_sha256": checkpoint_hash(folder) if folder.is_dir() else None}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError, explained
+from lvlm_jax.errors import LVLMError, library_errors
 
 FORMAT = "lvlm_jax fitted 1"
 
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike) -> Fitted:
     Raises:
         LVLMError: it cannot be read, or `lvlm fit` did not write it.
     """
-    path = files.expanded(path)
+    path = files.expand(path)
     arrays, metadata = load(path, "file of lvlm fit")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not set(names) <= metadata.keys():
@@ -86,7 +86,7 @@ def load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         LVLMError: it cannot be read; `kind` says in the message what it should be.
     """
     content = files.read_bytes(path, kind)
-    with explained(f"cannot read {path}"):
+    with library_errors(f"cannot read {path}"):
         arrays = safetensors.numpy.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return arrays, header.get("__metadata__", {})
@@ -101,7 +101,7 @@ def save(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[
     content = safetensors.numpy.save(arrays, metadata)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(Path(path)) as file:
+        with files.atomic_file(Path(path)) as file:
             file.write(content)
     except OSError as error:
         raise LVLMError(f"cannot write {path}: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.attention.layered import Layered
-from lvlm_jax.errors import LVLMError, explained
+from lvlm_jax.errors import LVLMError, library_errors
 from lvlm_jax.methods import registry
 from lvlm_jax.methods.base import Method, frozen
 from lvlm_jax.methods.chain import Chained
@@ -65,12 +65,12 @@ def read(path: str | os.PathLike) -> Learned:
     Raises:
         LVLMError: it cannot be read, the training did not write it, or a member is unknown here.
     """
-    path = files.expanded(path)
+    path = files.expand(path)
     arrays, metadata = load(path, "learned method")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not {"members", *names} <= metadata.keys():
         raise LVLMError(f"{path} is no learned method; make one with lvlm train --config learned_method")
-    with explained(f"cannot read {path}"):
+    with library_errors(f"cannot read {path}"):
         described = json.loads(metadata["members"])
         members = tuple(_member(index, one, arrays) for index, one in enumerate(described))
     if not members:

@@ -78,7 +78,7 @@ class MemVR(Method):
     def enter(self, stream):
         if not self.judged(stream.layer, stream.num_layers):
             return stream.carry._replace(now=jnp.zeros_like(stream.carry.done))
-        logits, _ = jax.lax.top_k(stream.exit_logits(stream.entered[:, -1]), CANDIDATES)
+        logits, _ = jax.lax.top_k(stream.exit_logits(stream.layer_input[:, -1]), CANDIDATES)
         likely = jax.nn.log_softmax(logits, axis=-1)
         unsure = -(jnp.exp(likely) * likely).sum(axis=-1) / jnp.log(CANDIDATES) > self.tau
         done = stream.carry.done
@@ -89,7 +89,7 @@ class MemVR(Method):
             return output
         visual, valid, now, _ = stream.carry
         plain, precise = output.astype(jnp.float32), jax.lax.Precision.HIGHEST
-        similar = jnp.einsum("BTE,BNE->BTN", stream.read, visual, precision=precise)
+        similar = jnp.einsum("BTE,BNE->BTN", stream.mlp_input, visual, precision=precise)
         found = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
         sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, found)]
         scaled = found * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))

@@ -73,7 +73,7 @@ class ONLY(Method):
         if stream.layer != stream.num_layers - 1:
             return stream.carry
         present, output = stream.carry
-        side = self.share * stream.entered[:, -1:] + stream.input_norm(output)
+        side = self.share * stream.layer_input[:, -1:] + stream.input_norm(output)
         side = side + stream.feed_forward(stream.mlp_norm(side))
         return present, stream.exit_logits(side[:, 0])
 

@@ -69,7 +69,7 @@ class VAR(Method):
     def enter(self, stream):
         if stream.phase == "decode" or stream.layer not in self.edited(stream.num_layers):
             return stream.carry
-        hidden = stream.entered.astype(jnp.float32)
+        hidden = stream.layer_input.astype(jnp.float32)
         sizes = jnp.abs(hidden * jax.lax.rsqrt((hidden**2).mean(axis=-1, keepdims=True) + EPSILON))
         if self.dims is None:
             first = jnp.take_along_axis(sizes, stream.carry[0][:, None, None], axis=1)[:, 0]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, frequencies, rotate
-from lvlm_jax.attention.sight import Sight
-from lvlm_jax.attention.stream import streamed
+from lvlm_jax.attention.stream import streaming_attention
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig
 from lvlm_jax.models.vision import patch_attention
@@ -43,7 +43,7 @@ def picture_attention(
     if query.shape[1] < STREAM_FROM:
         return patch_attention(query, key, value, valid[:, None])
     heads = (array.swapaxes(1, 2) for array in (query, key, value))
-    return streamed(*heads, Sight.everywhere(query.shape[1], valid)).swapaxes(1, 2)
+    return streaming_attention(*heads, LazyMask.everywhere(query.shape[1], valid)).swapaxes(1, 2)
 
 
 def window_attention(

@@ -17,9 +17,9 @@ import warnings
 import jax
 import jaxlib
 
-from lvlm_jax.compilation import off, private_folder
+from lvlm_jax.compilation import private_folder, switched_off
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import whole
+from lvlm_jax.files import atomic_file
 
 # Set to 0, off, false or no: nothing is compiled, and XLA does it all.
 SWITCH = "LVLM_JAX_NATIVE"
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
 
     A compiler that is there and fails is worth a warning; one that is not there is not.
     """
-    chosen = None if off(SWITCH) else compiler()
+    chosen = None if switched_off(SWITCH) else compiler()
     if chosen is None:
         return None
     try:
@@ -115,7 +115,7 @@ def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
         content = result.read_bytes()
     library = folder / f"few_rows-{_digest(content)}.so"
     for path, what in ((library, content), (index, _digest(content).encode())):
-        with whole(path) as file:
+        with atomic_file(path) as file:
             file.write(what)
     return library
 

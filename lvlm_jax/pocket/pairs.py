@@ -50,12 +50,12 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_bytes() != content:
             raise LVLMError(f"{str(path)!r} holds prompts of other settings; give another --out")
-        with files.whole(path) as file:
+        with files.atomic_file(path) as file:
             file.write(content)
         for (scenes, _, _, _), images in zip(drawn, names, strict=True):
             for scene, name in zip(scenes, images, strict=True):
                 if not (path.parent / name).exists():
-                    with files.whole(path.parent / name) as file:
+                    with files.atomic_file(path.parent / name) as file:
                         Image.fromarray(render(scene)).save(file, "PNG")
     except OSError as error:
         raise LVLMError(
@@ -92,9 +92,9 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
                 captions.caption(scene, style, np.random.default_rng([seed, index]), noisy) for noisy in (False, True)
             ]
             rows.append({"id": f"{index:06d}", "images": [name], "prompt": asked, "good": words[0], "bad": words[1]})
-            with files.whole(path.parent / name) as file:
+            with files.atomic_file(path.parent / name) as file:
                 Image.fromarray(render(scene)).save(file, "PNG")
-        with files.whole(path) as file:
+        with files.atomic_file(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:
         raise LVLMError(

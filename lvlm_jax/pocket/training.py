@@ -101,7 +101,7 @@ class Setup:
             done = True
         finally:
             known |= {"seconds": round(known["seconds"] + time.monotonic() - began, 1), "done": done}
-            files.write_whole(path, json.dumps(known, indent=1) + "\n")
+            files.write_atomically(path, json.dumps(known, indent=1) + "\n")
         return known["seconds"]
 
     def prompts(self, name: str) -> Path:
@@ -274,7 +274,7 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
         )
         rows = pair_batches.rows_of(answers, encoder.conversation, encoder, config.length, config.too_long)
         measured = held_out.distances(load(student), base, rows, encoder, setup.sevi)
-        files.write_whole(path, json.dumps(measured, indent=1) + "\n")
+        files.write_atomically(path, json.dumps(measured, indent=1) + "\n")
 
     about = setup.about_model() | {"student": checkpoint_hash(student), "prompts": file_hash(prompts)}
     setup.stage("benchmark/closeness", about, work)

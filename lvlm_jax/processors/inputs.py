@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.errors import LVLMError, explained, shown
+from lvlm_jax.errors import LVLMError, library_errors, shown
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import templates
 from lvlm_jax.processors.images import open_image
@@ -57,7 +57,7 @@ def pixels_of(processor: Any, images: Sequence[Any], allow_urls: bool = False) -
     if not isinstance(images, Sequence) or isinstance(images, str | bytes) or not images:
         raise LVLMError(f"images are {shown(images)}; expected a list of them")
     opened = [open_image(image, allow_urls) for image in images]
-    with explained(f"the processor cannot take images of {_sizes(opened)} pixels"):
+    with library_errors(f"the processor cannot take images of {_sizes(opened)} pixels"):
         arrays = processor.image_processor(images=opened, return_tensors="np")
     return np.asarray(arrays["pixel_values"], np.float32)
 
@@ -210,7 +210,7 @@ def processed(
     given = [images] if images and config.nested_images else images
     options = templates.tokenizer_options(processor, text)
     sizes = f" with images of {_sizes(images)} pixels" if images else ""
-    with explained(f"the processor cannot take the conversation{sizes}"):
+    with library_errors(f"the processor cannot take the conversation{sizes}"):
         arrays = dict(processor(images=given or None, text=text, return_tensors="np", **options))
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
@@ -226,7 +226,7 @@ def token_ids(processor: Any, text: str) -> np.ndarray:
     Raises:
         LVLMError: a text that the tokenizer does not take.
     """
-    with explained(f"the tokenizer cannot take {text[:40]!r}…"):
+    with library_errors(f"the tokenizer cannot take {text[:40]!r}…"):
         return np.asarray(processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"])
 
 

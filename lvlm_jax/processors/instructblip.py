@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, BlipImageProcessorPil
 
-from lvlm_jax.errors import explained
+from lvlm_jax.errors import library_errors
 from lvlm_jax.models.family import FamilyConfig
 
 IMAGE = "<image>"
@@ -42,7 +42,7 @@ def load(folder: Path, config: FamilyConfig) -> "InstructBlipProcessor":
             "; copy the files (also the folder qformer_tokenizer) from the checkpoint's Hugging Face repository, or "
             "give prepare() arrays"
         )
-        with explained(f"cannot read the {name} of {folder}", advice):
+        with library_errors(f"cannot read the {name} of {folder}", advice):
             read[name] = kind.from_pretrained(place, local_files_only=True)
     return InstructBlipProcessor(**read)
 

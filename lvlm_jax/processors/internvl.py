@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError, explained
+from lvlm_jax.errors import LVLMError, library_errors
 from lvlm_jax.models.internvl import InternVlConfig
 from lvlm_jax.pixels import IMAGENET
 from lvlm_jax.processors.load import processor_class
@@ -100,7 +100,7 @@ def _tokenizer(folder: Path) -> Any:
     settings = read_optional(folder, "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class", ""))
     own = getattr(transformers, kind, None)
-    with explained(f"cannot read the tokenizer of {folder}"):
+    with library_errors(f"cannot read the tokenizer of {folder}"):
         if own is not None:
             return own.from_pretrained(folder, local_files_only=True)
         if (folder / "tokenizer.json").is_file():

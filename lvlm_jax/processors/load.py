@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lvlm_jax.errors import LVLMError, explained
+from lvlm_jax.errors import LVLMError, library_errors
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import rendering
 from lvlm_jax.weights.checkpoint import read_optional
@@ -51,7 +51,7 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
             f"{folder} has no tokenizer (looked for {', '.join(_WORDS)}); copy it from the checkpoint's Hugging Face "
             "repository"
         )
-    with explained(f"cannot read the processor of {folder}"):
+    with library_errors(f"cannot read the processor of {folder}"):
         processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not hasattr(processor, "tokenizer"):  # transformers falls back on a tokenizer, or on what reads images
         raise LVLMError(
@@ -84,7 +84,7 @@ def _use_pillow(processor: Any, folder: Path) -> None:
 
     images = getattr(processor, "image_processor", None)
     if BACKEND != images_backend(images):
-        with explained(f"cannot read the image processor of {folder}"):
+        with library_errors(f"cannot read the image processor of {folder}"):
             ours = transformers.AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, backend=BACKEND
             )

@@ -37,7 +37,7 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) 
     Raises:
         LVLMError: no such folder, and no such model on the hub (or the hub is out of reach).
     """
-    folder, given = files.expanded(path_or_hub_id), os.fsdecode(path_or_hub_id)
+    folder, given = files.expand(path_or_hub_id), os.fsdecode(path_or_hub_id)
     if given and folder.is_dir():
         return folder
     if folder.is_file():

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from lvlm_jax.files import remove_left
+from lvlm_jax.files import remove_stale
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
 
@@ -91,7 +91,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     # What saves left that were cut off between the two.
-    remove_left(folder.parent, f".{glob.escape(folder.name)}.old-*")
+    remove_stale(folder.parent, f".{glob.escape(folder.name)}.old-*")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -32,7 +32,7 @@ def checkpoint(name: str | os.PathLike) -> str:
         return str(pocket_file("checkpoint"))
     if isinstance(name, str | os.PathLike) and str(name) == "smol":
         return str(smol.composed())
-    files.expanded(name)
+    files.expand(name)
     path = os.path.expanduser(os.fsdecode(name))  # a Path would lose the ./ that no hub id has
     return str(gguf_folder.as_folder(path)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 

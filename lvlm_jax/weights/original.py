@@ -60,7 +60,7 @@ def find_tower(folder: Path, config: dict, vision_tower: str | os.PathLike | Non
     if not named:
         return None
     name = Path(named).name
-    candidates = (files.expanded(named), folder / name, folder.resolve().parent / name)
+    candidates = (files.expand(named), folder / name, folder.resolve().parent / name)
     return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 

@@ -58,7 +58,7 @@ def save_adapter(
     Raises:
         LVLMError: no adapters in `params`, or the folder cannot be written.
     """
-    folder, flat = files.expanded(folder), flatten(params)
+    folder, flat = files.expand(folder), flatten(params)
     paths = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not paths:
         raise LVLMError(f"nothing to save to {folder}: the parameters hold no LoRA adapter")
@@ -78,7 +78,7 @@ def save_adapter(
     dropout = float(flat.get(f"{paths[0]}/lora_dropout", 0.0))
     settings = _settings(whole, dropout, base_model_name)
     entries = [(name, array.shape[::-1], np.dtype(array.dtype)) for name, array in tensors.items()]
-    with files.whole(folder / CONFIG) as config_file, files.whole(folder / WEIGHTS) as weights_file:
+    with files.atomic_file(folder / CONFIG) as config_file, files.atomic_file(folder / WEIGHTS) as weights_file:
         config_file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
         write_tensors(weights_file, entries, fetch)
         # The settings come back behind the tensors: no moment shows the new tensors under the old settings.

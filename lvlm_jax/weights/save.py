@@ -65,7 +65,7 @@ def save_checkpoint(
             or no space.
     """
     refuse(params)
-    folder = files.expanded(folder)
+    folder = files.expand(folder)
     _check_target(folder, overwrite)
     tensors = _tensors(params, config, scheme, dtype)
     try:

@@ -10,7 +10,7 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.attention import kernels, stream
-from lvlm_jax.attention.sight import Sight
+from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.generation import forward
 from lvlm_jax.methods import chain
 
@@ -24,28 +24,28 @@ def operands(rows: int, columns: int, dtype=jnp.float32):
     return [jnp.asarray(generator.normal(size=shape) * 2, dtype) for shape in shapes]
 
 
-def sight_of(rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True) -> Sight:
+def sight_of(rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True) -> LazyMask:
     """The last `rows` of `columns`; the second sample's padding is 37 columns, and three images lie side by side."""
     places = np.arange(columns)
     padding = places < 37 if left else places >= columns - 37
     valid = jnp.asarray(np.stack([places >= 0, ~padding]))
     image = jnp.asarray(np.isin(places // 40, (1, 2, 4)) & np.ones((BATCH, 1), bool))
-    return Sight.of(jnp.arange(columns - rows, columns), valid, window, image & valid if images else None)
+    return LazyMask.of(jnp.arange(columns - rows, columns), valid, window, image & valid if images else None)
 
 
-def whole(query, key, value, sight):
+def whole(query, key, value, lazy_mask):
     """Softmax of the whole map, of heads that are repeated."""
     key, value = (jnp.repeat(array, HEADS // KEY_HEADS, axis=1) for array in (key, value))
     logits = jnp.einsum("bhtd,bhsd->bhts", query, key, precision="highest") / SIZE**0.5
-    weights = jax.nn.softmax(jnp.where(sight.mask()[:, None], logits, -1e30), axis=-1)
+    weights = jax.nn.softmax(jnp.where(lazy_mask.mask()[:, None], logits, -1e30), axis=-1)
     return jnp.einsum("bhts,bhsd->bhtd", weights, value, precision="highest")
 
 
 def with_slopes(function, alive, *arguments):
     """The result and what a fixed slope of it pulls on query, key and value; rows of padding mean nothing."""
 
-    def total(query, key, value, sight):
-        mixed = jnp.where(alive, function(query, key, value, sight), 0)
+    def total(query, key, value, lazy_mask):
+        mixed = jnp.where(alive, function(query, key, value, lazy_mask), 0)
         return (mixed * jnp.cos(jnp.arange(mixed.size).reshape(mixed.shape))).sum(), mixed
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arguments)
@@ -65,11 +65,11 @@ def with_slopes(function, alive, *arguments):
 )
 def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns, how):
     monkeypatch.setattr(stream, "CPU_BLOCK", block)
-    monkeypatch.setattr(stream, "SHORT_BLOCK", block)
-    sight = sight_of(rows, columns, **how)
-    alive = sight.mask().any(axis=-1)[:, None, :, None]
-    arguments = (*operands(rows, columns), sight)
-    got = with_slopes(stream.streamed.__wrapped__, alive, *arguments)
+    monkeypatch.setattr(stream, "FEW_ROWS_BLOCK", block)
+    lazy_mask = sight_of(rows, columns, **how)
+    alive = lazy_mask.mask().any(axis=-1)[:, None, :, None]
+    arguments = (*operands(rows, columns), lazy_mask)
+    got = with_slopes(stream.streaming_attention.__wrapped__, alive, *arguments)
     want = with_slopes(whole, alive, *arguments)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
 
@@ -78,9 +78,9 @@ def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns,
 @pytest.mark.parametrize("left", [True, False])
 def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
     """By what stands for cuDNN's kernel on any platform, and by the TPU's own kernel, interpreted."""
-    sight = sight_of(128, 128, window, left=left)
-    arguments = (*operands(128, 128), sight)
-    alive = np.asarray(sight.valid)[:, None, :, None]
+    lazy_mask = sight_of(128, 128, window, left=left)
+    arguments = (*operands(128, 128), lazy_mask)
+    alive = np.asarray(lazy_mask.valid)[:, None, :, None]
     want = np.where(alive, whole(*arguments), 0)
     for kernel in (
         functools.partial(kernels.cudnn, implementation="xla"),
@@ -94,11 +94,11 @@ def test_what_takes_a_kernel(monkeypatch):
     """Where there is a compiler for TPUs; but never float32, a prefix or images that are seen whole."""
     monkeypatch.setattr(kernels, "compiles_for_tpus", lambda: True)
     query, key, _ = operands(128, 128, jnp.bfloat16)
-    assert "tpu" in kernels.fitting(query, key, sight_of(128, 128))
-    assert kernels.fitting(query[:, :, :64], key, sight_of(64, 128)) == {}
-    assert kernels.fitting(query, key, sight_of(128, 128, images=True)) == {}
+    assert "tpu" in kernels.usable(query, key, sight_of(128, 128))
+    assert kernels.usable(query[:, :, :64], key, sight_of(64, 128)) == {}
+    assert kernels.usable(query, key, sight_of(128, 128, images=True)) == {}
     query, key, _ = operands(128, 128)
-    assert kernels.fitting(query, key, sight_of(128, 128)) == {}
+    assert kernels.usable(query, key, sight_of(128, 128)) == {}
 
 
 BY_ROWS = {
@@ -138,10 +138,10 @@ def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model
 
     want = prefill()
     seen = []
-    take = attend._by_rows
-    monkeypatch.setattr(attend, "_by_rows", lambda *given, **more: seen.append(name) or take(*given, **more))
+    take = attend._row_blocks
+    monkeypatch.setattr(attend, "_row_blocks", lambda *given, **more: seen.append(name) or take(*given, **more))
     for place, constant, value in (
-        (forward, "STREAM_FROM", 1), (attend, "FEW_ROWS", 0), (attend, "LARGEST_MAP", 1), (attend, "FEWEST_ROWS", 15),
+        (forward, "STREAM_FROM", 1), (attend, "SHORT_QUERY", 0), (attend, "LARGEST_MAP", 1), (attend, "MIN_ROWS", 15),
     ):  # fmt: skip
         monkeypatch.setattr(place, constant, value)
     got = prefill()

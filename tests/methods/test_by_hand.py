@@ -359,7 +359,7 @@ def test_memvr():
     """V = (1, 0): A(2, 1) = (2, 0), mean 1; FFN = (3, -1), mean 2, s = 2:  0.5 (3, -1) + 0.5 * 2 (2, 0)."""
     method = methods.MemVR(rho=0.5, layers=(0,))
     carry = Retrace(jnp.asarray([[[1.0, 0.0]]]), jnp.ones((1, 1, 1), bool), jnp.asarray([True]), jnp.asarray([True]))
-    here = stream(1, read=jnp.asarray([[[2.0, 1.0]]]), carry=carry)
+    here = stream(1, mlp_input=jnp.asarray([[[2.0, 1.0]]]), carry=carry)
     close(method.mlp(here, jnp.asarray([[[3.0, -1.0]]]))[0, 0], [3.5, -0.5])
 
 

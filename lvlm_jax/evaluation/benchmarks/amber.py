@@ -72,7 +72,7 @@ PROTOCOLS = (
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """Questions, annotations and AMBER's two word lists."""
     if data.question_file is not None:
-        questions = files.given(data.question_file, "question file")
+        questions = files.existing_file(data.question_file, "question file")
     else:
         places = [f"{place}/query".removeprefix("./") for place in PLACES] + list(PLACES)
         questions = folders.find(data, QUERIES, places, "AMBER's question file")

@@ -78,7 +78,7 @@ def image_id(name: str | int) -> int:
 
 def read_image_list(path: Path) -> list[str]:
     """Names or ids of an explicit image list: one a line, a JSON list, or JSON objects with image or image_id."""
-    path = files.given(path, "image list")
+    path = files.existing_file(path, "image list")
     text = files.read_text(path, "image list").strip()
     if text.startswith("["):
         rows = files.read_json(path, "image list")
@@ -97,13 +97,13 @@ def read_image_list(path: Path) -> list[str]:
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The files that decide the figures: image list, ground truth, synonyms."""
     if data.chair_pickle is not None:
-        found = {"chair_pickle": [files.given(data.chair_pickle, "chair.pkl")]}
+        found = {"chair_pickle": [files.existing_file(data.chair_pickle, "chair.pkl")]}
     else:
         found = annotation_files(data)
     for role in ("image_list", "synonyms"):
         path = getattr(data, role)
         if path is not None:
-            found[role] = [files.given(path, role.replace("_", " "))]
+            found[role] = [files.existing_file(path, role.replace("_", " "))]
     return found
 
 
@@ -125,7 +125,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     for number in ids or ():
         files.unique(seen, number, "image list")
     if data.chair_pickle is not None:
-        by_id, lexicon = read_chair_pickle(files.given(data.chair_pickle, "chair.pkl"))
+        by_id, lexicon = read_chair_pickle(files.existing_file(data.chair_pickle, "chair.pkl"))
         if ids is None:
             raise LVLMError("a chair.pkl does not say which images to describe; give an image list too")
         if not seen & by_id.keys():

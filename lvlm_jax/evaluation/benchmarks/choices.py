@@ -50,7 +50,7 @@ PROTOCOLS = (
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The table given, or the TSV, the JSON lines, or all parquet files of the benchmark found in the data folder."""
     if data.question_file is not None:
-        return {"questions": [files.given(data.question_file, "question file")]}
+        return {"questions": [files.existing_file(data.question_file, "question file")]}
     folder, name = folders.data_folder(data), protocol.name.split("/")[1]
     if name not in FILES:
         raise LVLMError("choices/any needs the question file by name; give --question-file")

@@ -50,7 +50,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The file of all questions."""
     folders.chosen_groups(data, protocol.groups, "HallusionBench", "category")
     if data.question_file is not None:
-        return {"questions": [files.given(data.question_file, "question file")]}
+        return {"questions": [files.existing_file(data.question_file, "question file")]}
     return {"questions": [folders.find(data, ["HallusionBench.json"], PLACES, "HallusionBench's question file")]}
 
 

@@ -49,7 +49,7 @@ PROTOCOLS = (
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     """The question file given, or the file of each kind: as published, or `existence_random.jsonl` and so on."""
     if data.question_file is not None:
-        return {"questions": [files.given(data.question_file, "question file")]}
+        return {"questions": [files.existing_file(data.question_file, "question file")]}
     if not protocol.groups:
         raise LVLMError(f"{protocol.name} needs the question file by name; give --question-file")
     wanted = folders.chosen_groups(data, protocol.groups, "MIHBench", "kind")

@@ -172,7 +172,7 @@ class TextFiles(AnswerFormat):
         written = []
         for task, lines in by_task.items():
             written.append(path / f"{task}.txt")
-            files.write_whole(written[-1], "".join(lines))
+            files.write_atomically(written[-1], "".join(lines))
         return written
 
 

@@ -55,7 +55,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
         raise LVLMError(f"POPE source {data.source!r} is unknown; choose one of {', '.join(SOURCES)}")
     groups = folders.chosen_groups(data, protocol.groups, "POPE", "split")
     if data.question_file is not None:
-        path = files.given(data.question_file, "question file")
+        path = files.existing_file(data.question_file, "question file")
         named = [group for group in groups if group in path.name.lower()]
         groups = tuple(named) if len(named) == 1 else groups
         if len(groups) > 1:

@@ -88,7 +88,7 @@ def choose(
             continue
         other = compared.baseline
         ours, theirs = said(run), said(other)
-        places = [files.expanded(folder) for folder in folders]
+        places = [files.expand(folder) for folder in folders]
         if run.answered_by.get("data"):
             places.append(Path(str(run.answered_by["data"])))
         for fixed in (True, False):
@@ -138,7 +138,7 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
     found = {}
     for entry in run.record["answers"]:
         path = run.path.parent / Path(entry["name"]).name
-        if not files.is_there(path):
+        if not files.exists(path):
             raise LVLMError(f"its answers {entry['name']!r} are not in {str(run.path.parent)!r}")
         content = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
         if files_hash(content) != entry["sha256"]:

@@ -40,7 +40,7 @@ def write(
         LVLMError: no run can be read, an image folder is none, or a file cannot be written.
     """
     for place in images:
-        if not files.expanded(place).is_dir():
+        if not files.expand(place).is_dir():
             raise LVLMError(f"image folder {str(place)!r} is not a folder; check the path")
     runs = report_runs.collect(folder)
     comparisons = report_runs.compare(runs)
@@ -48,8 +48,8 @@ def write(
     sections = report.sections()
     chosen = examples.choose(comparisons, images, each, seed)
     targets = [out / "index.html", out / "report.md"]
-    files.write_whole(targets[0], page(title, report, sections, chosen))
-    files.write_whole(targets[1], markdown(title, report, sections))
+    files.write_atomically(targets[0], page(title, report, sections, chosen))
+    files.write_atomically(targets[1], markdown(title, report, sections))
     return targets
 
 

@@ -190,7 +190,7 @@ def collect(folder: Path) -> list[Run]:
     Raises:
         LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.
     """
-    folder = files.expanded(folder)
+    folder = files.expand(folder)
     if not folder.is_dir():
         raise LVLMError(f"{str(folder)!r} is not a folder; give the one that holds the runs (lvlm evaluate --out)")
     paths = sorted(folder.rglob("scores.json"))

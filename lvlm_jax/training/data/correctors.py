@@ -45,8 +45,8 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
     """
     if name == "pocket":
         return from_truth(prompts)
-    if files.expanded(name).is_file():
-        return from_file(files.expanded(name), prompts)
+    if files.expand(name).is_file():
+        return from_file(files.expand(name), prompts)
     if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_][\w.]*", name):
         return from_function(name)
     raise LVLMError(f"corrector {name!r} is unknown, and there is no such file; expected {KINDS}")

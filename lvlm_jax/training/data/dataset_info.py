@@ -35,9 +35,9 @@ def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
     """
     before, found, name = str(path).rpartition(FILE)
     if not found or (name and not name.startswith(":")):
-        path = files.expanded(path)
+        path = files.expand(path)
         return path, path.parent, None
-    info = files.expanded(before + FILE)
+    info = files.expand(before + FILE)
     entries = files.read_json(info, "LLaMA-Factory's description", dict)
     ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
     only = ranked if len(ranked) == 1 else list(entries)

@@ -89,7 +89,7 @@ def read(
     answers = {prompt.id: _given(prompt) for prompt in prompts if "answer" in prompt.extra}
     missing = [prompt for prompt in prompts if prompt.id not in answers]
     if missing:
-        settings = {"data": file_hash(files.expanded(path)), "length": longest}
+        settings = {"data": file_hash(files.expand(path)), "length": longest}
         record = run_record(model.folder, _dtype(model), method, settings)
         name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
         log = folder / f"{name}.jsonl"
@@ -153,7 +153,7 @@ def _asks(path: str | Path) -> bool:
     """Whether a file holds prompts, and not preference pairs or whole conversations."""
     if dataset_info.FILE in str(path):
         return False
-    _, _, row = next(pair_files.read_rows(files.expanded(path), "conversation file"))
+    _, _, row = next(pair_files.read_rows(files.expand(path), "conversation file"))
     return "prompt" in row and not row.keys() & set(ANSWERS)
 
 

@@ -114,7 +114,7 @@ def given(file: str, out: Path) -> Candidates:
         LVLMError: an unusable file, or one that the results in `out` would overwrite.
     """
     written = [(out / name).resolve() for name in ("pairs.jsonl", "validation.jsonl")]
-    if files.expanded(file).resolve() in written:
+    if files.expand(file).resolve() in written:
         raise LVLMError(f"--pairs {file!r} would be overwritten; give another --out")
     found = read_pairs(file)
     candidates = [Candidate(of_pair(pair), pair.chosen, pair.rejected) for pair in found]

@@ -55,7 +55,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         LVLMError: naming the line: a malformed row, a prompt without image, a missing image, placeholders that do not
             match the images, an id that occurs twice.
     """
-    path = files.expanded(path)
+    path = files.expand(path)
     prompts, seen = [], set()
     for where, number, row in pair_files.read_rows(path, "prompt file"):
         images = pair_files.row_images(row, path.parent, where)

@@ -118,5 +118,5 @@ def _read(path: Path, lengths: list[int]) -> np.ndarray | None:
 
 
 def _write(path: Path, logprobs: np.ndarray, lengths: list[int]) -> None:
-    with files.whole(path) as file:
+    with files.atomic_file(path) as file:
         np.savez(file, logprobs=logprobs, counts=np.asarray(lengths, np.int64))

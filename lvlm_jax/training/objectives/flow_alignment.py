@@ -32,7 +32,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from lvlm_jax.attention.each_row import one_by_one
+from lvlm_jax.attention.each_row import map_rows
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI, Moved, aligned
@@ -121,7 +121,7 @@ class Teacher(AnswerRows):
         own, seen = self.taken(site, logits)
         post_image = jnp.take_along_axis(site.post_image, self.places(site), axis=1, mode="clip")
         rows = dataclasses.replace(site, logits=own, mask=seen, post_image=post_image)
-        edited = one_by_one(self.sevi.logits, rows, own, columns=self.index, carry_axis=None)
+        edited = map_rows(self.sevi.logits, rows, own, columns=self.index, carry_axis=None)
 
         def put(rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]) -> jax.Array:
             return rows.at[:, index].set(new, mode="drop")

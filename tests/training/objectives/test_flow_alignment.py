@@ -251,7 +251,7 @@ def test_the_student_computes_what_the_model_computes():
 def test_rows_a_few_at_a_time_and_recomputed_layers_give_the_same(monkeypatch):
     want = jax.tree.leaves(run())
     attend = sys.modules["lvlm_jax.attention.attend"]  # the package has the function under this name
-    for constant, value in (("FEW_ROWS", 0), ("LARGEST_MAP", 1), ("FEWEST_ROWS", 13)):
+    for constant, value in (("SHORT_QUERY", 0), ("LARGEST_MAP", 1), ("MIN_ROWS", 13)):
         monkeypatch.setattr(attend, constant, value)
     for few, whole in zip(jax.tree.leaves(run(remat=True)), want, strict=True):
         np.testing.assert_allclose(few, whole, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Which columns rows see, without the T x S mask: what any block of it is made of."""
+"""Which columns each row sees, stored in O(T + S) memory: any block of the T x S mask can be made from it."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ from jaxtyping import Array, Bool, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sight:
-    """T rows that see S columns: themselves and earlier tokens, of a sliding window where there is one.
+class LazyMask:
+    """The mask of T rows over S columns, made block by block: a row sees itself and earlier tokens.
 
     Attributes:
-        row, column: indices of columns; -1 for a row that only fills.
-        valid: columns that hold a token.
-        place, row_place: how many tokens there are up to each column, and up to the one of each row; None without a
-            window. Tokens are counted, not columns: between a prompt and its answer some may be unused.
-        run, row_run: the uninterrupted run of image tokens (from 1) that each column, or row, belongs to, 0 for text;
-            None where image tokens do not see the later ones of their run.
+        row, column: column indices of the rows, and of the columns; -1 for a filler row.
+        valid: columns that contain a token.
+        place, row_place: number of tokens up to each column, and up to each row's column; None without a sliding
+            window. These count tokens, not columns, because columns between a prompt and its answer may be unused.
+        run, row_run: number (from 1) of the uninterrupted run of image tokens that a column or row belongs to, 0 for
+            text; None if image tokens do not see later tokens of their run.
         window: how many tokens back a row sees, itself included.
-        causal: whether rows see earlier tokens alone, or all.
+        causal: False lets every row see all valid columns.
     """
 
     row: Int[Array, "T"]
@@ -36,8 +36,8 @@ class Sight:
     @classmethod
     def of(
         cls, row: Int[Array, "T"], valid: Bool[Array, "B S"], window: int | None, image: Bool[Array, "B S"] | None
-    ) -> "Sight":
-        """Of rows at these columns; `image` are the image tokens where they see later ones."""
+    ) -> "LazyMask":
+        """The mask for rows at these columns; `image` marks image tokens if they see later ones of their run."""
         place = run = None
         if window is not None:
             place = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
@@ -50,13 +50,13 @@ class Sight:
         return cls(row.astype(jnp.int32), column, valid, place, row_place, run, row_run, window)
 
     @classmethod
-    def everywhere(cls, rows: int, valid: Bool[Array, "B S"]) -> "Sight":
-        """Of rows that see every column that holds something: the patches of a picture, with filler behind them."""
+    def everywhere(cls, rows: int, valid: Bool[Array, "B S"]) -> "LazyMask":
+        """A mask in which rows see every valid column: the patches of an image, with filler after them."""
         own, column = (jnp.arange(count, dtype=jnp.int32) for count in (rows, valid.shape[1]))
         return cls(own, column, valid, causal=False)
 
     def mask(self) -> Bool[Array, "B T S"]:
-        """Which columns each row sees."""
+        """The dense mask."""
         if not self.causal:
             return jnp.broadcast_to(
                 self.valid[:, None, :], (self.valid.shape[0], self.row.shape[0], self.valid.shape[1])
@@ -69,19 +69,19 @@ class Sight:
             visible = visible & (self.place[:, None, :] > self.row_place[:, :, None] - self.window)
         return visible & self.valid[:, None, :]
 
-    def part(self, row: Int[Array, ""] | int, column: Int[Array, ""] | int, rows: int, columns: int) -> "Sight":
-        """Of `rows` rows from `row` on and `columns` columns from `column` on."""
+    def part(self, row: Int[Array, ""] | int, column: Int[Array, ""] | int, rows: int, columns: int) -> "LazyMask":
+        """The block of `rows` rows from `row` on and `columns` columns from `column` on."""
         return self.rows(row, rows).columns(column, columns)
 
-    def rows(self, start: Int[Array, ""] | int, count: int) -> "Sight":
-        """Of `count` rows from `start` on."""
+    def rows(self, start: Int[Array, ""] | int, count: int) -> "LazyMask":
+        """The mask of `count` rows from `start` on."""
         return self._cut(("row", "row_place", "row_run"), start, count)
 
-    def columns(self, start: Int[Array, ""] | int, count: int) -> "Sight":
-        """Of `count` columns from `start` on."""
+    def columns(self, start: Int[Array, ""] | int, count: int) -> "LazyMask":
+        """The mask of `count` columns from `start` on."""
         return self._cut(("column", "valid", "place", "run"), start, count)
 
-    def _cut(self, names: tuple[str, ...], start: Int[Array, ""] | int, count: int) -> "Sight":
+    def _cut(self, names: tuple[str, ...], start: Int[Array, ""] | int, count: int) -> "LazyMask":
         arrays = {name: getattr(self, name) for name in names}
         cut = {
             name: jax.lax.dynamic_slice_in_dim(array, start, count, axis=array.ndim - 1)
@@ -90,27 +90,27 @@ class Sight:
         }
         return dataclasses.replace(self, **cut)
 
-    def padded(self, rows: int, columns: int) -> "Sight":
-        """With rows and columns more that nobody is and nobody sees."""
+    def padded(self, rows: int, columns: int) -> "LazyMask":
+        """Appends filler rows and filler columns that see nothing and that nothing sees."""
         if not rows and not columns:
             return self
         fill = dict(row=-1, row_place=0, row_run=0, column=0, valid=False, place=0, run=0)
 
-        def longer(name: str) -> Array | None:
-            array, more = getattr(self, name), rows if name.startswith("row") else columns
+        def pad(name: str) -> Array | None:
+            array, count = getattr(self, name), rows if name.startswith("row") else columns
             if array is None:
                 return None
-            return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)], constant_values=fill[name])
+            return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, count)], constant_values=fill[name])
 
-        return dataclasses.replace(self, **{name: longer(name) for name in fill})
+        return dataclasses.replace(self, **{name: pad(name) for name in fill})
 
     def spans(self, block: int) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-        """For each block of rows its first block of columns that any row may see, and the one after its last."""
+        """For each block of rows, the first block of columns that any row sees, and the block after the last."""
         end = self.row + 1 if self.causal else jnp.full_like(self.row, self.column.shape[0])
         begin = jnp.zeros_like(end)
-        if self.run is not None:  # the end of its run, where that is further on
-            behind = jnp.take(_run_ends(self.run), jnp.maximum(self.row, 0), axis=1)
-            end = jnp.maximum(end, jnp.where(self.row_run > 0, behind, 0).max(axis=0))
+        if self.run is not None:  # or the end of the row's run, if that is later
+            run_end = jnp.take(_run_ends(self.run), jnp.maximum(self.row, 0), axis=1)
+            end = jnp.maximum(end, jnp.where(self.row_run > 0, run_end, 0).max(axis=0))
         if self.window is not None:
             first = jax.vmap(lambda place, own: jnp.searchsorted(place, own, side="right"))
             begin = jnp.minimum(first(self.place, self.row_place - self.window).min(axis=0).astype(end.dtype), end)
@@ -120,7 +120,7 @@ class Sight:
 
 
 def _run_ends(run: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """The column behind the last one of each column's run."""
+    """The index after the last column of each column's run."""
     columns = jnp.arange(1, run.shape[1] + 1, dtype=jnp.int32)
     last = run != jnp.pad(run, ((0, 0), (0, 1)))[:, 1:]
     return jax.lax.cummin(jnp.where(last, columns, run.shape[1]), axis=1, reverse=True)
