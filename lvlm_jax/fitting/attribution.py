@@ -1,7 +1,8 @@
 """Which heads favour the bad answer: the change of log p(bad) - log p(good) when a head's output is scaled.
 
-By one gradient, at the scale 1, of all heads at once (w · ∂); `by_ablation` is what it stands for: the change when one
-head's output is 0, a pass for each.
+Zero-ablation measures it: one pass for each head, whose output is 0 in that pass (`by_ablation`). The first-order
+estimate takes one gradient for all heads, at the scale 1 (`by_gradient`). `lvlm fit adhh` takes both: the gradient
+proposes twice as many heads as are listed, and ablation of these alone says which are.
 """
 
 import functools
@@ -22,6 +23,7 @@ from lvlm_jax.training.data.pair_files import Pair
 
 LISTED = 20  # heads that AD-HH switches off in a model of 1024, as many as the authors list for LLaVA-1.5-7B
 HEADS = 1024
+CANDIDATES = 10  # heads that are ablated in a small model
 
 
 @frozen
@@ -72,29 +74,59 @@ def by_gradient(model: LVLM, pairs: Sequence[Pair]) -> Float[np.ndarray, "L H"]:
     return np.asarray(bad - good)
 
 
-def by_ablation(model: LVLM, pairs: Sequence[Pair]) -> Float[np.ndarray, "L H"]:
-    """How much log p(bad) - log p(good), summed over the pairs, falls when each head alone is 0."""
-    given = {side: forced(model, pairs, side) for side in SIDES}
+def by_ablation(
+    model: LVLM, pairs: Sequence[Pair], heads: Sequence[tuple[int, int]] | None = None
+) -> Float[np.ndarray, "L H"]:
+    """How much log p(bad) - log p(good), summed over the pairs, falls when each head alone is 0.
+
+    Args:
+        heads: (layer, head) of those that are ablated, all by default; the others are 0 in the result.
+    """
+    inputs = {side: forced(model, pairs, side) for side in SIDES}
 
     def favour(scales: Float[Array, "L H"]) -> float:
-        good, bad = (float(_call(_log_likelihood, model, given[side], scales)) for side in SIDES)
+        good, bad = (float(_call(_log_likelihood, model, inputs[side], scales)) for side in SIDES)
         return bad - good
 
     whole = favour(ones(model))
-    lost = np.zeros(ones(model).shape)
-    for place in np.ndindex(*lost.shape):
-        lost[place] = whole - favour(ones(model).at[place].set(0))
-    return lost
+    fall = np.zeros(ones(model).shape)
+    for layer, head in np.ndindex(*fall.shape) if heads is None else heads:
+        fall[layer, head] = whole - favour(ones(model).at[layer, head].set(0))
+    return fall
 
 
 def adhh_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """The attribution of a batch."""
-    return {"scores": by_gradient(model, pairs)[None], "pairs": np.array([len(pairs)])}
+    """The gradient's attribution of a batch."""
+    return {"gradients": by_gradient(model, pairs)[None], "pairs": np.array([len(pairs)])}
+
+
+def adhh_confirm(model: LVLM, pairs: Sequence[Pair], collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The ablations of a batch, of the heads that the gradients of all batches propose."""
+    gradients = collected["gradients"].sum(axis=0)
+    first = np.argsort(-gradients, axis=None, kind="stable")[: max(CANDIDATES, 2 * _count(gradients))]
+    heads = [tuple(map(int, np.unravel_index(place, gradients.shape))) for place in first]
+    proposed = np.zeros((1, *gradients.shape), bool)
+    proposed[0, *np.transpose(heads)] = True
+    return {"ablations": by_ablation(model, pairs, heads)[None], "proposed": proposed}
 
 
 def adhh_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean scores, and which heads are listed: the share of them that AD-HH lists, if they favour the bad answer."""
-    scores = collected["scores"].sum(axis=0) / collected["pairs"].sum()
-    count = max(1, round(scores.size * LISTED / HEADS))
-    least = np.sort(scores.ravel())[-count]
-    return {"scores": scores.astype(np.float32), "listed": (scores >= least) & (scores > 0)}
+    """Mean scores by the gradient and by ablation, which heads were ablated, and which are listed.
+
+    As many are listed as AD-HH's authors list in proportion, and only heads that favour the bad answer by ablation.
+    """
+    count, proposed = collected["pairs"].sum(), collected["proposed"][0]
+    gradients, ablations = (collected[name].sum(axis=0) / count for name in ("gradients", "ablations"))
+    ranked = np.where(proposed, ablations, -np.inf)
+    least = np.sort(ranked, axis=None)[-_count(ranked)]
+    return {
+        "scores": gradients.astype(np.float32),
+        "ablations": ablations.astype(np.float32),
+        "ablated": proposed,
+        "listed": (ranked >= least) & (ranked > 0),
+    }
+
+
+def _count(scores: Float[np.ndarray, "L H"]) -> int:
+    """How many heads are listed."""
+    return max(1, round(scores.size * LISTED / HEADS))

@@ -1,6 +1,7 @@
 """One fit: batches of pairs, parts that survive a kill, one file in the end."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +30,19 @@ class Fitter(NamedTuple):
 
     Attributes:
         collect: arrays of a batch of pairs, to be put one behind the other along the first axis.
-        finish: what becomes of them all.
+        finish: computes the fitted arrays from them.
+        confirm: arrays of a batch of pairs that depend on what all batches gave, in a second round; None for no such
+            round.
     """
 
     collect: Callable[[LVLM, Sequence[Pair]], dict[str, np.ndarray]]
     finish: Callable[[Arrays], dict[str, np.ndarray]]
+    confirm: Callable[[LVLM, Sequence[Pair], Arrays], dict[str, np.ndarray]] | None = None
 
 
 FITTERS = {
     "vti": Fitter(directions.vti_collect, directions.vti_finish),
-    "adhh": Fitter(attribution.adhh_collect, attribution.adhh_finish),
+    "adhh": Fitter(attribution.adhh_collect, attribution.adhh_finish, attribution.adhh_confirm),
     "adaiat": Fitter(object_tokens.adaiat_collect, object_tokens.adaiat_finish),
     "nullu": Fitter(directions.nullu_collect, directions.nullu_finish),
 }
@@ -83,20 +87,28 @@ def fit(model: LVLM, job: Job) -> Fitted:
     )
     parts = _parts(job.out, source)
     batches = [pairs[start : start + job.batch_size] for start in range(0, len(pairs), job.batch_size)]
-    done = len([number for number in range(len(batches)) if _part(parts, number).exists()])
-    for number, batch in counted(enumerate(batches[done:], done), len(batches), done, "batches of pairs"):
-        with files.atomic_file(_part(parts, number)) as file:
-            file.write(safetensors.numpy.save(fitter.collect(model, batch)))
-    collected = [_loaded(_part(parts, number)) for number in range(len(batches))]
-    together = {name: np.concatenate([one[name] for one in collected]) for name in collected[0]}
-    fitted = Fitted(jax.tree.map(jnp.asarray, fitter.finish(together)), source)
+    arrays = _round(parts, "", batches, functools.partial(fitter.collect, model), "batches of pairs")
+    if fitter.confirm:
+        confirm = functools.partial(fitter.confirm, model, collected=dict(arrays))
+        arrays |= _round(parts, "confirmed-", batches, confirm, "batches of the second round")
+    fitted = Fitted(jax.tree.map(jnp.asarray, fitter.finish(arrays)), source)
     write(job.out, fitted)
     shutil.rmtree(parts)
     return fitted
 
 
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:06d}.safetensors"
+def _round(
+    parts: Path, prefix: str, batches: Sequence[Sequence[Pair]], collect: Callable[[Sequence[Pair]], Arrays], what: str
+) -> dict[str, np.ndarray]:
+    """The arrays of all batches along the first axis; a batch that has a file already is not computed again."""
+    paths = [parts / f"{prefix}{number:06d}.safetensors" for number in range(len(batches))]
+    done = sum(path.exists() for path in paths)
+    rest = zip(paths[done:], batches[done:], strict=True)
+    for path, batch in counted(rest, len(batches), done, what):
+        with files.atomic_file(path) as file:
+            file.write(safetensors.numpy.save(collect(batch)))
+    collected = [_loaded(path) for path in paths]
+    return {name: np.concatenate([one[name] for one in collected]) for name in collected[0]}
 
 
 def _loaded(path: Path) -> dict[str, np.ndarray]:
