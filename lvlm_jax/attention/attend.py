@@ -26,6 +26,7 @@ from lvlm_jax.attention.rotary import Rotation, rotate
 from lvlm_jax.attention.stream import streaming_attention
 from lvlm_jax.attention.tap import Tap
 from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, splits_by_rows
+from lvlm_jax.native import each_rows_dot
 
 LARGEST_MAP = 2**26  # elements [B, H, R, S] of one map if the rows can be split, 256 MiB in float32
 MIN_ROWS = 16  # that are computed at a time, however many columns there are
@@ -379,18 +380,14 @@ def _product(query: Float[Array, "B H T D"], block: Block) -> Float[Array, "B H 
     """Scaled float32 logits. Query heads that share a key head become rows of one product (grouped-query attention)."""
     batch, heads, rows, size = query.shape
     grouped = query.reshape(batch, block.key.shape[1], -1, size)
-    logits = jnp.einsum(
-        "BKRD,BKSD->BKRS", grouped, block.key, precision=_precision(query), preferred_element_type=jnp.float32
-    )
+    logits = each_rows_dot(grouped, block.key, out_first=True)
     return logits.reshape(batch, heads, rows, -1) * size**-0.5
 
 
 def _weighted(weights: Float[Array, "B H T S"], block: Block) -> Float[Array, "B H T D"]:
     batch, heads, rows, columns = weights.shape
     grouped = weights.reshape(batch, block.value.shape[1], -1, columns).astype(block.value.dtype)
-    mixed = jnp.einsum(
-        "BKRS,BKSD->BKRD", grouped, block.value, precision=_precision(block.value), preferred_element_type=jnp.float32
-    )
+    mixed = each_rows_dot(grouped, block.value)
     return mixed.reshape(batch, heads, rows, -1)
 
 
@@ -400,8 +397,3 @@ def _softmax(
     """Softmax over visible columns; a row that sees none (padding) gets finite, meaningless weights."""
     mask = mask[:, None] if mask.ndim == 3 else mask
     return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1)
-
-
-def _precision(operand: jax.Array) -> jax.lax.Precision:
-    """The highest precision for float32 operands, which accelerators would otherwise round."""
-    return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

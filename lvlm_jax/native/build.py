@@ -25,6 +25,7 @@ from lvlm_jax.files import atomic_file
 SWITCH = "LVLM_JAX_NATIVE"
 
 TARGET = "lvlm_jax_few_rows"
+EACH = "lvlm_jax_each_rows"
 TILES = "lvlm_jax_many_rows"
 
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
@@ -40,6 +41,7 @@ def available() -> bool:
     if found is None:
         return False
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(found.few_rows), platform="cpu")
+    jax.ffi.register_ffi_target(EACH, jax.ffi.pycapsule(found.each_rows), platform="cpu")
     return True
 
 

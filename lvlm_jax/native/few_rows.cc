@@ -159,6 +159,24 @@ void MultiplyOutIn(ffi::ThreadPool& pool, const Product<W>& p) {
   });
 }
 
+// ---- a matrix for each of many groups of rows, as caches of keys and values are --------------------------------------
+
+template <class W>
+void MultiplyEach(ffi::ThreadPool& pool, const Product<W>& all, int64_t count, bool out_first) {
+  ForEach(pool, count, [&](int64_t item) {
+    Product<W> p = all;
+    p.x += item * p.rows * p.in;
+    p.w += item * p.in * p.out;
+    p.y += item * p.rows * p.out;
+    if (out_first) {
+      InGroups(p.rows, [&](int64_t row, auto group) { DotsOfPiece<group()>(p, row, 0, p.out); });
+    } else {
+      std::memset(p.y, 0, p.rows * p.out * sizeof(float));
+      AddPiece<kChannels>(p, 0, p.in, 0, p.y, p.out);
+    }
+  });
+}
+
 // ---- what XLA calls -------------------------------------------------------------------------------------------------
 
 using Rows = ffi::Buffer<ffi::F32, 2>;
@@ -201,7 +219,33 @@ ffi::Error FewRows(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer w, ffi::Result<R
   }
 }
 
+using Groups = ffi::Buffer<ffi::F32, 3>;
+
+ffi::Error EachRows(ffi::ThreadPool pool, Groups x, ffi::AnyBuffer w, ffi::Result<Groups> y, bool out_first) {
+  const auto of = w.dimensions(), rows = x.dimensions(), to = y->dimensions();
+  if (of.size() != 3 || of[0] != rows[0] || of[0] != to[0] || rows[1] != to[1] || of[out_first ? 2 : 1] != rows[2] ||
+      of[out_first ? 1 : 2] != to[2])
+    return ffi::Error::InvalidArgument("each_rows: the sizes of rows, matrices and result do not agree");
+  const auto multiply = [&](auto* matrices) {
+    MultiplyEach(pool, Product<std::remove_pointer_t<decltype(matrices)>>{x.typed_data(), matrices, y->typed_data(), rows[1],
+                                                                          rows[2], to[2]},
+                 rows[0], out_first);
+    return ffi::Error::Success();
+  };
+  if (w.element_type() == ffi::BF16) return multiply(static_cast<BFloat16*>(w.untyped_data()));
+  if (w.element_type() == ffi::F16) return multiply(static_cast<Float16*>(w.untyped_data()));
+  return ffi::Error::InvalidArgument("each_rows: the matrices must be of bfloat16 or float16");
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(each_rows, EachRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Groups>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<Groups>()
+                                  .Attr<bool>("out_first"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(few_rows, FewRows,
                               ffi::Ffi::Bind()

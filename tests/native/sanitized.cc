@@ -37,6 +37,22 @@ void Draw(BFloat16* to) {
 int failures = 0;
 
 template <class W>
+void Compare(const float* x, const W* w, const float* y, ffi::DataType type, int64_t rows, int64_t in, int64_t out,
+             bool out_first) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = 0, size = 1;
+      for (int64_t i = 0; i < in; ++i) {
+        const double part = double(x[r * in + i]) * Value(w[out_first ? o * in + i : i * out + o]);
+        sum += part, size += std::abs(part);
+      }
+      if (std::abs(sum - y[r * out + o]) < 1e-5 * size) continue;
+      if (++failures > 10) continue;
+      std::printf("%ld rows, %ld x %ld, kind %d: %g, not %g\n", rows, in, out, type, y[r * out + o], sum);
+    }
+}
+
+template <class W>
 void Check(ffi::DataType type, int64_t rows, int64_t in, int64_t out, bool out_first, int64_t shift, int64_t threads) {
   Exact<float> x(rows * in, shift), y(rows * out, shift);
   Exact<W> w(in * out, shift);
@@ -52,17 +68,26 @@ void Check(ffi::DataType type, int64_t rows, int64_t in, int64_t out, bool out_f
     Multiply<W>(pool, xs, {shape, w.data, type}, {&ys}, out_first);
   }
   if (!FewRows(ffi::ThreadPool(1), xs, {shape, w.data, type}, {&ys}, out_first).said.empty()) ++failures;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t o = 0; o < out; ++o) {
-      double sum = 0, size = 1;
-      for (int64_t i = 0; i < in; ++i) {
-        const double part = double(x.data[r * in + i]) * Value(w.data[out_first ? o * in + i : i * out + o]);
-        sum += part, size += std::abs(part);
-      }
-      if (std::abs(sum - y.data[r * out + o]) < 1e-5 * size) continue;
-      if (++failures > 10) continue;
-      std::printf("%ld rows, %ld x %ld, kind %d: %g, not %g\n", rows, in, out, type, y.data[r * out + o], sum);
-    }
+  Compare(x.data, w.data, y.data, type, rows, in, out, out_first);
+}
+
+// The same of three groups, each with a matrix of its own.
+template <class W>
+void CheckEach(ffi::DataType type, int64_t rows, int64_t in, int64_t out, bool out_first, int64_t shift, int64_t threads) {
+  constexpr int64_t kGroups = 3;
+  Exact<float> x(kGroups * rows * in, shift), y(kGroups * rows * out, shift);
+  Exact<W> w(kGroups * in * out, shift);
+  for (int64_t i = 0; i < kGroups * rows * in; ++i) Draw(x.data + i);
+  for (int64_t i = 0; i < kGroups * in * out; ++i) Draw(w.data + i);
+  Groups xs{}, ys{};
+  xs.shape = {kGroups, rows, in}, xs.data = x.data;
+  ys.shape = {kGroups, rows, out}, ys.data = y.data;
+  std::vector<int64_t> shape{kGroups, in, out};
+  if (out_first) std::swap(shape[1], shape[2]);
+  if (!EachRows(ffi::ThreadPool(threads), xs, {shape, w.data, type}, {&ys}, out_first).said.empty()) ++failures;
+  for (int64_t group = 0; group < kGroups && rows * in * out > 0; ++group)
+    Compare(x.data + group * rows * in, w.data + group * in * out, y.data + group * rows * out, type, rows, in, out,
+            out_first);
 }
 
 }  // namespace
@@ -78,6 +103,8 @@ int main() {
           Check<float>(ffi::F32, rows, in, out, out_first, shift, threads);
           Check<BFloat16>(ffi::BF16, rows, in, out, out_first, shift, threads);
           Check<Float16>(ffi::F16, rows, in, out, out_first, shift, threads);
+          CheckEach<BFloat16>(ffi::BF16, rows, in, out, out_first, shift, threads);
+          CheckEach<Float16>(ffi::F16, rows, in, out, out_first, shift, threads);
           Check<int8_t>(ffi::S8, rows, in, out, out_first, shift, threads);
         }
   // Sizes that do not agree, and a kind that is not there, are refused before anything is read.
