@@ -22,7 +22,7 @@ from lvlm_jax.attention.rotary import RopeConfig, Rotation, rotate
 from lvlm_jax.attention.tap import Tap, Tapped
 from lvlm_jax.attention.transform import Stream, Transform, overrides
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.layers import activation, linear, rms_norm, tied_head
+from lvlm_jax.models.layers import Embed, activation, linear, rms_norm, tied_head
 
 
 @jax.tree_util.register_dataclass
@@ -227,9 +227,7 @@ class Decoder(nn.Module):
     def setup(self):
         config = self.config
         initializer = nn.initializers.normal(0.02)
-        self.embed_tokens = nn.Embed(
-            config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=initializer
-        )
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=initializer)
         layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         self.layers = [layer(config, self.dtype) for _ in range(config.num_layers)]
         self.norm = rms_norm(config.rms_norm_eps, self.dtype, None, config.norm_offset)

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from lvlm_jax.models import int8
 from lvlm_jax.native import few_rows_dot
@@ -111,6 +111,29 @@ def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = F
         kernel_init=nn.initializers.normal(0.02),
         name=name,
     )
+
+
+class Embed(nn.Embed):
+    """`nn.Embed` that reads a 16-bit table where it lies: XLA's CPU backend converts all of it to float32 first."""
+
+    def __call__(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T E"]:
+        if self.embedding.dtype.itemsize != 2:
+            return super().__call__(tokens)
+        return jax.lax.platform_dependent(self.embedding, tokens, cpu=_rows_by_bits, default=_rows).astype(self.dtype)
+
+
+def _rows(table: Num[Array, "V E"], tokens: Int[Array, "*T"]) -> Num[Array, "*T E"]:
+    return jnp.take(table, tokens, axis=0)
+
+
+@jax.custom_jvp
+def _rows_by_bits(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_rows(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens), table.dtype)
+
+
+@_rows_by_bits.defjvp
+def _derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _rows_by_bits(*primals), _rows(tangents[0], primals[1])
 
 
 def tied_head(hidden: Float[Array, "*T E"], embedding: Float[Array, "V E"]) -> Float[Array, "*T V"]:
