@@ -167,10 +167,10 @@ def main() -> int:
         return status
 
     with ThreadPoolExecutor(flags.clients) as pool:
-        asked = [pool.submit(last, number) for number in range(3 * flags.clients)]
-        asked[0].result()
+        running = [pool.submit(last, number) for number in range(3 * flags.clients)]
+        running[0].result()
         server.process.send_signal(signal.SIGTERM)
-        ends = [one.result() for one in asked]
+        ends = [request.result() for request in running]
     code = server.process.wait(120)
     told = {status: ends.count(status) for status in set(ends)}
     print(f"SIGTERM: exit code {code}; answers by status, 0 refused: {told}")
