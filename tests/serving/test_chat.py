@@ -282,7 +282,7 @@ def test_an_answer_links_to_its_attention(server, model):
     )
     (said,) = model.generate(body["messages"], "cmac", max_new_tokens=24).tokens
     (weights,) = model.attention(model.prepare(body["messages"]), [said], methods.CMAC())
-    tokens = weights.mean((0, 1))  # of each token of the answer, over both pictures
+    tokens = weights.mean((0, 2))  # of each token of the answer, over both pictures
     ends = np.asarray([len(text.decode(model.processor.tokenizer, said[: place + 1])) for place in range(len(said))])
     for (_, start, end), scale, row in zip(maps["words"], scales, cells.reshape(-1, 32), strict=True):
         own = (ends > start) & (np.append(0, ends[:-1]) < end)
