@@ -20,7 +20,7 @@ from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import whole
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
-from lvlm_jax.methods.base import OTHER_TOKENS, Seen, contrast_kind
+from lvlm_jax.methods.base import OTHER_TOKENS, WarmUp, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import SMALLEST_WINDOW, Inputs, bucket
@@ -191,26 +191,26 @@ def warmed_up(
         main: what the decoder reads of the prompt.
     """
     methods = list(methods)
-    wanted = {name for method in methods if method is not None for name in method.primes}
+    wanted = {name for method in methods if method is not None for name in method.warm_up_fields}
     if wanted:
         found = seen(params, config, prompt, main, wanted, mesh)
         both = with_and_without(params, config, prompt, main, mesh) if "probe" in wanted else None
         for place, method in enumerate(methods):
-            if method is not None and "tower" in method.primes:
+            if method is not None and "tower" in method.warm_up_fields:
                 found = found._replace(tower=through_edited_tower(params, config, prompt, main, method, mesh))
             if both is not None:  # an edited pass, so each setting has its own
                 probed = drivers.probed(params, config, both, method.probe(), prompt.image_count)
                 found = found._replace(probe=probed)
-            methods[place] = method and method.primed(found)
+            methods[place] = method and method.after_warm_up(found)
     return jax.tree.map(jnp.copy, methods)
 
 
 def seen(
     params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, wanted: Collection[str], mesh: Mesh | None = None
-) -> Seen:
+) -> WarmUp:
     """What the plain warm-up passes see of a prompt; a `probe` is the method's own, and not among it."""
     hidden = _last_hidden_states(params, config, prompt, main, mesh) if "hidden" in wanted else None
-    return Seen(hidden, _last_row(params, config, prompt, main) if "attention" in wanted else None)
+    return WarmUp(hidden, _last_row(params, config, prompt, main) if "attention" in wanted else None)
 
 
 def _last_row(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt) -> Float[Array, "L B T"]:

@@ -21,7 +21,7 @@ from lvlm_jax.generation import branches, drivers, forward
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method, Readout
-from lvlm_jax.methods.base import OTHER_LAYOUTS, Seen, contrast_kind
+from lvlm_jax.methods.base import OTHER_LAYOUTS, WarmUp, contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
@@ -47,7 +47,7 @@ class Opened:
     Attributes:
         main: what the main branch reads.
         contrast: what the contrast branch reads, where that is another prompt.
-        hidden, attention, tower: fields of `Seen` that the method's warm-up asks for.
+        hidden, attention, tower: fields of `WarmUp` that the method's warm-up asks for.
         both: prompts with and without images, for a method's probe.
         window: `Inputs.window`, as the size of an axis, because it is static: `Bool[B, window]`.
         tokens: of the answers, padded on the right.
@@ -84,12 +84,12 @@ def opened(
         LVLMError: the contrast branch's prompt exceeds the context.
     """
     main = branches.embedded(params, config, prompt, host.mesh)
-    primes = () if method is None else method.primes
-    seen = branches.seen(params, config, prompt, main, primes, host.mesh)
+    warm_up_fields = () if method is None else method.warm_up_fields
+    seen = branches.seen(params, config, prompt, main, warm_up_fields, host.mesh)
     tower = None
-    if "tower" in primes:
+    if "tower" in warm_up_fields:
         tower = branches.through_edited_tower(params, config, prompt, main, method, host.mesh)
-    both = branches.with_and_without(params, config, prompt, main, host.mesh) if "probe" in primes else None
+    both = branches.with_and_without(params, config, prompt, main, host.mesh) if "probe" in warm_up_fields else None
     contrast, kind = None, contrast_kind(method)
     if kind == "fewer_tokens":
         contrast = branches.with_fewer_tokens(params, config, prompt, main, method)
@@ -116,11 +116,11 @@ def logits(params: dict, config: FamilyConfig, given: Opened, method: Method | N
     """
     contrast, total = given.contrast, given.main.image_id.shape[1]
     length = given.tokens.shape[2]
-    if method is not None and method.primes:
+    if method is not None and method.warm_up_fields:
         probe = None
         if given.both is not None:
             probe = forward.probed(params, config, given.both, method.probe(), image_count)
-        method = method.primed(Seen(given.hidden, given.attention, given.tower, probe))
+        method = method.after_warm_up(WarmUp(given.hidden, given.attention, given.tower, probe))
     kind = contrast_kind(method)
     if kind == "tokens":
         contrast = drivers.contrast_tokens(method, given.main)
@@ -180,7 +180,7 @@ def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens:
 
 def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B A"]) -> tuple:
     """A decode steps at once: logits `[B, A, V]` of the first branches, of the others `[A, N, B, V]`, exits, carry."""
-    method = state.method and state.method.recalled(state.memory.edits)
+    method = state.method and state.method.recall(state.memory.edits)
     transforms = tuple(edit and EachRow(edit) for edit in forward.transforms_of(method))
     contexts = tuple(track.with_tokens(tokens.shape[1]) for track in state.tracks)
     embedded = forward.embed(params, config, tokens, None)

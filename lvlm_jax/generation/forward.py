@@ -64,7 +64,7 @@ def with_fewer_tokens(method: Method, prompt: Prompt, salience: Float[Array, "N"
     image = prompt.image_id > 0
     order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1
     of_columns = jnp.where(image, salience[jnp.clip(order, 0, salience.shape[0] - 1)], 0)
-    kept = method.kept_tokens(prompt.image_id, image_count, of_columns)
+    kept = method.keep_tokens(prompt.image_id, image_count, of_columns)
     columns = jnp.argsort(kept, axis=1, stable=True)  # those that are left out first
     image_id = jnp.take_along_axis(jnp.where(kept, prompt.image_id, -1), columns, axis=1)
     embeddings = jnp.take_along_axis(prompt.embeddings, columns[..., None], axis=1)
@@ -197,7 +197,7 @@ def edited_rows(method: Method | None, window: int, total: int) -> int:
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
     """Appends one token per sample and returns the logits of the next."""
-    method = state.method and state.method.recalled(state.memory.edits)
+    method = state.method and state.method.recall(state.memory.edits)
     transforms = transforms_of(method)
     tracks = tuple(track.with_token() for track in state.tracks)
     contexts = tuple(track.newest() for track in tracks)

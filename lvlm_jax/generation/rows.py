@@ -33,7 +33,9 @@ def obstacle(method: Method | None) -> str | None:
         return reason
     for member in getattr(method, "members", (method,)):
         # The hidden states that a warm-up pass finds are each row's own here, and have no axis of columns.
-        hidden = member is not None and member.primes == ("hidden",) and type(member).remember is Method.remember
+        hidden = (
+            member is not None and member.warm_up_fields == ("hidden",) and type(member).remember is Method.remember
+        )
         if member is not None and not (member.independent_rows or hidden):
             return f"{member.label} depends on the columns that its tokens have"
     return None

@@ -58,7 +58,7 @@ def _beam_search(
     answer_capacity: int,
     host: Host,
 ) -> beam.Finished:
-    if method is not None and method.primes:
+    if method is not None and method.warm_up_fields:
         raise LVLMError(f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1")
     state, step = branches.prefill(params, config, prompt, method, answer_capacity, host)
     search = beam.begin(state, step.combined, beams=num_beams, answer_capacity=answer_capacity)

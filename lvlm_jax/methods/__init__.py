@@ -1,7 +1,7 @@
-"""Hallucination-mitigation methods: one file each, every one a value.
+"""Hallucination-mitigation methods, one file each; a method is a value.
 
-Every file of this folder is imported; what it registers is here by its class name (`methods.CMAC`) and by its word
-(`methods.get("cmac")`).
+Every file in this folder is imported. The methods it registers are available here by class name (`methods.CMAC`) and by
+registered name (`methods.get("cmac")`).
 """
 
 from lvlm_jax.methods import registry

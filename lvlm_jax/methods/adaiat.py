@@ -4,11 +4,12 @@ In the last row of layers 5 to 17, with T_g the columns of generated tokens, the
 
     if Σ_h mean_{T_g} w_h < threshold_l:   w_hj <- w_hj (1 + α (M_lh - 1)) for j in T_g; then each head sums to 1 again
 
-M_lh is a head's mean attention to T_g at real object tokens over that at hallucinated ones, threshold_l lies halfway
-between the two means of Σ_h; both are fitted (`lvlm fit adaiat`). α is 6. The prompt's own last row stays plain.
+M_lh is a head's mean attention to T_g at real object tokens, divided by that at hallucinated ones. threshold_l is
+halfway between the two means of Σ_h. Both are fitted (`lvlm fit adaiat`). α is 6. The last row of the prompt stays
+plain.
 
-Differs from the authors' code in: the factor, which is never below 0 here; what counts as an object token, which
-`lvlm fit` takes from where a pair's answers differ.
+Differs from the authors' code in: the factor, which is never below 0 here; the object tokens, which `lvlm fit` finds
+where the answers of a pair differ.
 
 Rows: last. Stage: weights. A sample without an image is left alone. Cost: explicit attention in one row.
 """
@@ -31,7 +32,7 @@ class AdaIAT(Method):
     alpha: Strength = strength(6.0, "strength α: how much of M - 1 is added", low=0, per="head")
     start_layer: int | float = switch(5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(18, "the layer after the last edited one")
-    layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers, used instead")
     fitted: Fitted | None = fitted("ratios and thresholds, a file of lvlm fit adaiat")
 
     rows: ClassVar[str] = "last"
@@ -40,13 +41,13 @@ class AdaIAT(Method):
         return phase == "decode" and layer in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def weights(self, site, weights):
-        found = needed(self)
-        written = site.generated[:, None, None]
+        fitted = needed(self)
+        generated = site.generated[:, None, None]
         count = jnp.maximum(site.generated.sum(axis=-1), 1)
-        attention = jnp.where(written, weights, 0).sum(axis=(1, 2, 3)) / count
-        low = (attention < found["thresholds"][site.layer]) & site.image.any(axis=-1)
-        factor = jnp.maximum(1 + self.alpha * (found["ratios"][site.layer][:, None, None] - 1), 0)
-        raised = jnp.where(written, weights * factor, weights)
+        attention = jnp.where(generated, weights, 0).sum(axis=(1, 2, 3)) / count
+        low = (attention < fitted["thresholds"][site.layer]) & site.image.any(axis=-1)
+        factor = jnp.maximum(1 + self.alpha * (fitted["ratios"][site.layer][:, None, None] - 1), 0)
+        raised = jnp.where(generated, weights * factor, weights)
         total = raised.sum(axis=-1, keepdims=True)
         raised = raised / jnp.where(total > 0, total, 1)
         return jnp.where(low[:, None, None, None] & (total > 0), raised, weights)

@@ -1,14 +1,14 @@
-"""AD-HH: hallucination heads that look at the text behind the images are switched off (ICLR 2025).
+"""AD-HH: switches off hallucination heads while they attend to the text after the images (ICLR 2025).
 
-In the last row, of each listed head h whose mass on the columns behind the last image, prompt text and answer alike, is
-at least τ, the weights on those columns become 0; the others are not renormalised:
+In the last row, if a listed head h puts at least mass τ on the columns after the last image (prompt text and answer),
+its weights on those columns become 0. The other weights are not renormalised:
 
     if Σ_{j >= E} w_hj >= τ:   w_hj <- 0  for j >= E        τ 0.4
 
-Heads are listed in `heads` (presets: the authors' lists for LLaVA-1.5-7B and 13B), or found by `lvlm fit adhh`:
-those that raise log p(hallucinated answer) - log p(good answer) most.
+Heads are listed in `heads` (presets: the authors' lists for LLaVA-1.5-7B and 13B), or selected by `lvlm fit adhh`,
+which takes those that raise log p(hallucinated answer) - log p(good answer) most.
 
-Differs from the authors' code in: how `lvlm fit` finds heads, by one gradient in the place of an ablation of each.
+Differs from the authors' code in: how `lvlm fit` selects heads, by one gradient instead of an ablation of each head.
 
 Rows: last. Stage: weights. A sample without an image is left alone. Cost: explicit attention in one row.
 """
@@ -24,7 +24,7 @@ from lvlm_jax.methods.fitted import Fitted
 from lvlm_jax.methods.registry import register
 from lvlm_jax.methods.vti import needed
 
-# The authors' lists, as layer, head, layer, head, …
+# The authors' lists: layer, head, layer, head, …
 SEVEN_B = (16, 29, 26, 9, 13, 31, 15, 10, 20, 12, 30, 9, 19, 18, 17, 0, 18, 9, 26, 28,
            19, 27, 18, 26, 15, 25, 14, 16, 31, 26, 15, 24, 31, 3, 22, 20, 27, 29, 17, 28)  # fmt: skip
 THIRTEEN_B = (0, 8, 29, 27, 23, 18, 20, 11, 36, 26, 19, 37, 22, 16, 22, 34, 21, 31, 20, 34,
@@ -38,10 +38,10 @@ class ADHH(Method):
     """Adaptive deactivation of hallucination heads; see the module for the formula."""
 
     tau: Strength = strength(
-        0.4, "mass τ on text from which a head is switched off; above 1: none is", low=0, flat="a threshold"
+        0.4, "mass τ on text from which a head is switched off; above 1: never", low=0, flat="a threshold"
     )
     heads: tuple[int, ...] | None = switch(None, "the heads, as layer, head, layer, head, …")
-    fitted: Fitted | None = fitted("heads, a file of lvlm fit adhh; `heads` overrules it")
+    fitted: Fitted | None = fitted("a file of lvlm fit adhh with the heads; `heads` takes precedence")
 
     PRESETS: ClassVar = {"llava-1.5-7b": dict(heads=SEVEN_B), "llava-1.5-13b": dict(heads=THIRTEEN_B)}
     rows: ClassVar[str] = "last"
@@ -56,7 +56,7 @@ class ADHH(Method):
         """Which heads of a layer are listed, `Bool[Array, "H"]`.
 
         Raises:
-            LVLMError: heads that the model does not have, or none at all.
+            LVLMError: no heads are listed, or some that the model does not have.
         """
         if self.heads is None:
             return needed(self)["listed"][layer]
@@ -66,7 +66,7 @@ class ADHH(Method):
         pairs = pairs.reshape(-1, 2)
         if not ((pairs >= 0) & (pairs < (num_layers, num_heads))).all():
             raise LVLMError(
-                f"ADHH: heads names some that are not there; the model has layers 0 to {num_layers - 1} and heads 0 to "
+                f"ADHH: heads lists heads that do not exist; the model has layers 0 to {num_layers - 1} and heads 0 to "
                 f"{num_heads - 1}"
             )
         return jnp.asarray(np.isin(np.arange(num_heads), pairs[pairs[:, 0] == layer, 1]))

@@ -1,14 +1,14 @@
-"""What a method is: a frozen dataclass whose numbers are array leaves and whose switches are static.
+"""`Method`: a frozen dataclass whose numbers are array leaves and whose switches are static.
 
     @register("dim")
     class Dim(Method):
-        kappa: Strength = strength(0.5, "share of the image logits that is taken away")
+        kappa: Strength = strength(0.5, "share of the image logits that is removed")
 
         def logits(self, site, logits):
             return jnp.where(site.image[:, None, None, :], logits * (1 - self.kappa), logits)
 
-`Dim(kappa=0.3)` can be passed to every call of the public face, swept, `vmap`ped and differentiated; changing
-`kappa` recompiles nothing.
+`Dim(kappa=0.3)` can be passed to every public function, swept, `vmap`ped and differentiated; a new `kappa` compiles
+nothing.
 """
 
 import contextlib
@@ -29,27 +29,28 @@ from lvlm_jax.methods.fitted import Source
 
 Strength = float | np.floating | jax.Array
 
-FORMS = ("model", "layer", "head")  # one number, one of each layer, one of each layer and head
+FORMS = ("model", "layer", "head")  # one number, one per layer, or one per layer and head
 
-# How the prompt of a contrast branch differs from the main one's: not at all (rows before the edits are shared), its
-# pictures' pixels changed as the tower takes them or as whole pictures, another picture in the place of each, its image
-# tokens changed, some of them left out, no pictures, or words in the place of the system prompt.
+# How the contrast branch's prompt differs from the main one. "same": not at all, so rows before the edits are shared;
+# "pixels" and "altered": other pixels, as the tower receives them or as whole images; "picture": another image;
+# "tokens": changed image tokens; "fewer_tokens": some image tokens are left out; "no_image": no images; "text": other
+# words instead of the system prompt.
 CONTRAST_PROMPTS = ("same", "pixels", "altered", "picture", "tokens", "fewer_tokens", "no_image", "text")
 OTHER_PICTURES = ("pixels", "altered", "picture")
 OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image tokens
 OTHER_LAYOUTS = ("fewer_tokens", "no_image", "text")
 
-# What a warm-up pass can be asked for: the fields of `Seen`.
-WARM_UPS = ("hidden", "attention", "tower", "probe")
+# What a method can request from the warm-up pass: the fields of `WarmUp`.
+WARM_UP_FIELDS = ("hidden", "attention", "tower", "probe")
 
 
-class Seen(NamedTuple):
-    """What the warm-up pass saw of a prompt; None where it was not asked for.
+class WarmUp(NamedTuple):
+    """Results of the warm-up pass over a prompt; a field that no method requests is None.
 
     Attributes:
         hidden: all hidden states of the last prompt token, with and without images.
         attention: weights of the last prompt row, averaged over heads.
-        tower: what the decoder reads, image tokens by the tower with the edit of `Method.tower_values`.
+        tower: the decoder's input, with image tokens from a tower edited by `Method.tower_values`.
         probe: the carry of `Method.probe` after the last layer.
     """
 
@@ -60,20 +61,20 @@ class Seen(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """What a step has computed before the method makes one row of logits of it.
+    """The results of a step, from which a method makes the next-token logits.
 
     Attributes:
         main, contrast: raw logits of the branches; `contrast` is None without a second branch.
-        exits: the main branch's early-exit logits, in the order of `Method.exits`; None without any.
+        exits: the main branch's early-exit logits, in the order of `Method.exits`; None if it has none.
         carry: the main branch's carry after the last layer.
-        others: raw logits of the branches behind the second; None without any.
+        later_branches: raw logits of the third and later branches; None if there are none.
     """
 
     main: Float[Array, "B V"]
     contrast: Float[Array, "B V"] | None
     exits: Float[Array, "X B V"] | None
     carry: Any
-    others: Float[Array, "N B V"] | None = None
+    later_branches: Float[Array, "N B V"] | None = None
 
 
 def strength(
@@ -89,50 +90,49 @@ def strength(
     """A numeric field of a method: an array leaf, one finite number in `[low, high]`.
 
     Args:
-        default, doc, low, high: its default, what it is in words, its bounds.
-        per: the finest form it takes, one of FORMS. "layer" and "head": in the place of the number there may be an
-            array with a value for each layer `[L]`; "head": or for each layer and query head `[L, H]`. A stage then
-            finds a value of its layer, for heads of the shape `[H, 1, 1]`.
-        flat: why it has no gradient and cannot be learned, such as "a threshold"; "" where it has one.
-        cuts: it rules tokens out, and is a `cuts.Soft` where answers are scored for training.
-        when: the name of a switch and the value that it must have for the number to be used at all.
+        default, doc, low, high: its default, its description, its bounds.
+        per: the finest form that is allowed, one of FORMS. "layer" and "head" also allow an array with a value per
+            layer `[L]`; "head" also one per layer and query head `[L, H]`. A stage then sees the value of its layer;
+            for heads it has the shape `[H, 1, 1]`.
+        flat: why it has no gradient and cannot be learned, such as "a threshold"; "" if it has one.
+        cuts: it rules tokens out, and becomes a `cuts.Soft` when answers are scored for training.
+        when: the name of a switch, and the value at which this number is used at all.
     """
     about = {"doc": doc, "low": low, "high": high, "per": per, "flat": flat, "cuts": cuts, "when": when}
     return dataclasses.field(default=default, metadata=about)
 
 
 def switch(default: Any, doc: str, choices: tuple | None = None) -> Any:
-    """A static field of a method: part of its structure, so another value compiles another program."""
+    """A static field of a method. It belongs to the structure: another value compiles another program."""
     return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "static": True})
 
 
 def data(doc: str) -> Any:
-    """An optional array leaf of a method that is no strength, such as a picture; None by default."""
+    """An optional array leaf that is not a strength, such as an image; None by default."""
     return dataclasses.field(default=None, metadata={"doc": doc, "data": True})
 
 
 def fitted(doc: str) -> Any:
-    """A field for what `lvlm fit` measured (`methods.fitted.Fitted`), given as a file's name or as its content."""
+    """A field for the results of `lvlm fit` (`methods.fitted.Fitted`), given as a file name or as `Fitted`."""
     return dataclasses.field(default=None, metadata={"doc": doc, "fitted": True})
 
 
 class Method(Transform):
-    """Base class: greedy decoding with the (identity) attention stages of `Transform`.
+    """Base class: greedy decoding with the attention stages of `Transform`, which change nothing.
 
-    A method with one branch overrides stages and is its own transform. A contrastive one overrides `branches`
-    and `combine`, and `contrast_prompt` where the second branch reads something else.
+    A method with one branch overrides stages and is its own transform. A contrastive method overrides `branches` and
+    `combine`, and `contrast_prompt` if the second branch reads another prompt.
 
     Attributes:
-        PRESETS: settings by name.
-        exit_norm: whether the final norm stands before the head of an early exit.
-        primes: which fields of `Seen` `primed` wants before the generation begins.
-        search: the search that finds the answer (a name of `generation.searches`); None for a method that writes it
-            token by token.
+        PRESETS: published settings, by name.
+        exit_norm: whether early exits pass through the final norm.
+        warm_up_fields: the fields of `WarmUp` that `after_warm_up` needs before the generation begins.
+        search: the search that produces the answer (a name in `generation.searches`); None for token-by-token decoding.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     exit_norm: ClassVar[bool] = True
-    primes: ClassVar[tuple[str, ...]] = ()
+    warm_up_fields: ClassVar[tuple[str, ...]] = ()
     search: ClassVar[str | None] = None
 
     def __init__(self, *arguments, **fields):
@@ -146,7 +146,7 @@ class Method(Transform):
 
     @property
     def label(self) -> str:
-        """What a table or a plot calls the method."""
+        """The method's name in tables and plots."""
         return type(self).__name__
 
     @classmethod
@@ -154,11 +154,11 @@ class Method(Transform):
         """The method with published settings.
 
         Args:
-            name: of the settings, a key of `PRESETS`.
-            changes: settings that overrule those of the preset.
+            name: a key of `PRESETS`.
+            changes: settings that override those of the preset.
 
         Raises:
-            LVLMError: there is no preset of that name, or a setting cannot be used.
+            LVLMError: there is no preset of that name, or a setting is invalid.
         """
         return cls(**cls.preset_settings(name, changes))
 
@@ -170,154 +170,158 @@ class Method(Transform):
             LVLMError: there is no preset of that name.
         """
         if name not in cls.PRESETS:
-            known = f"expected one of {', '.join(cls.PRESETS)}" if cls.PRESETS else "it has none at all"
-            raise LVLMError(f"{cls.__name__} has no preset {name!r}; {known}")
+            hint = f"expected one of {', '.join(cls.PRESETS)}" if cls.PRESETS else "it has no presets"
+            raise LVLMError(f"{cls.__name__} has no preset {name!r}; {hint}")
         return {**cls.PRESETS[name], **changes}
 
     def branches(self) -> tuple[Transform | None, ...]:
-        """The attention edits of the main branch and, if there is one, of the contrast branch; static structure.
+        """The attention edits of the main branch and of the contrast branch, if there is one; static structure.
 
-        Further branches read what the main one reads.
+        Further branches read the main branch's prompt.
         """
         return (self if any(overrides(self, stage) for stage in STAGES) else None,)
 
     def positions(
         self, position: Int[Array, "..."], images_before: Int[Array, "..."], image_tokens: Int[Array, "..."]
     ) -> Float[Array, "..."] | None:
-        """Where post-image rows, which keep their ordinary positions, see each image token; None for where it is.
+        """The position of each image token as post-image rows see it; None for its ordinary position.
 
-        Rotary attention depends on differences of positions alone, so a method that moves rows as well moves image
-        tokens by the opposite amount here. Elementwise; one answer for all layers and branches.
+        Rotary attention depends only on differences of positions, so a method that moves rows instead moves image
+        tokens by the opposite amount here. Elementwise; the result applies to all layers and branches.
 
         Args:
-            position: ordinary positions of the image tokens, [B, S]; [A, B, S] where the model counts along A axes.
-            images_before: how much of each position is due to images: how many image tokens come strictly before it;
-                with several axes the extents of earlier images and the place inside its own, [A, B, S].
-            image_tokens: how much the sample's images add to the positions of what follows, [B, 1].
+            position: ordinary positions of the image tokens, [B, S]; [A, B, S] if the model has A position axes.
+            images_before: the part of each position that comes from images: the number of image tokens strictly before
+                it; with several axes, the extents of earlier images plus the offset inside its own, [A, B, S].
+            image_tokens: how much the sample's images add to later positions, [B, 1].
         """
         return None
 
     def contrast_prompt(self) -> str:
-        """One of CONTRAST_PROMPTS; static. In a layout of its own (OTHER_LAYOUTS) the contrast branch is not edited."""
+        """One of CONTRAST_PROMPTS; static. A contrast branch in OTHER_LAYOUTS is not edited."""
         return "same"
 
     def contrast_pixels(self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]) -> Float[Array, "R ..."]:
-        """The contrast branch's pictures, for "pixels".
+        """The contrast branch's images, for "pixels".
 
         Args:
-            pixels: as the tower takes them: whole pictures or tiles [3, Y, X], or one row of patches a picture [P, C].
-            image_index: counts each sample's rows of them from 0.
+            pixels: as the tower receives them: whole images or tiles [3, Y, X], or one row of patches per image [P, C].
+            image_index: number of each row of `pixels` within its sample, from 0.
         """
         return pixels
 
     def contrast_image(self, picture: Float[Array, "3 Y X"], index: Int[Array, ""]) -> Float[Array, "3 Y X"]:
-        """A picture of the contrast branch, for "altered"; where pictures are cut into tiles, one of its tiles.
+        """One image of the contrast branch, for "altered"; one tile if images are split into tiles.
 
         Args:
             picture: its pixel values as the tower receives them, of any size.
-            index: which of its sample's pictures it is, from 0.
+            index: number of the image within its sample, from 0.
         """
         return picture
 
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """What the contrast branch's decoder reads, for "tokens"; asked after the warm-up pass."""
+        """The contrast branch's decoder input, for "tokens"; called after the warm-up pass."""
         return embeddings
 
     def tower_values(self, layer: int, values: Float[Array, "R P C"], valid: Bool[Array, "R P"]) -> jax.Array:
-        """The values of patches in the attention of a layer of the tower, all heads' channels, for the warm-up "tower".
+        """The values of patches (all heads' channels) in the tower's attention, for the warm-up field "tower".
 
         Args:
-            valid: patches that are there, and no filler.
+            layer: layer of the tower.
+            values: the unedited values.
+            valid: patches that are not filler.
         """
         return values
 
-    def kept_tokens(
+    def keep_tokens(
         self, image_id: Int[Array, "B T"], image_count: int, salience: Float[Array, "B T"]
     ) -> Bool[Array, "B T"]:
-        """Which columns the contrast branch reads, for "fewer_tokens".
+        """Which columns the contrast branch keeps, for "fewer_tokens".
 
         Args:
-            image_id: 0 text, k >= 1 the k-th image, -1 padding.
-            image_count: no sample has more images; static.
-            salience: of image columns, how much the tower's class token looks at them; 0 elsewhere.
+            image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
+            image_count: the largest number of images in a sample; static.
+            salience: attention that the tower's class token pays to each image column; 0 elsewhere.
         """
         return image_id >= 0
 
     def contrast_picture(self, height: int, width: int) -> Float[np.ndarray, "3 Y X"]:
-        """The contrast branch's picture, for "picture", in pixel values of that size; here an empty one."""
+        """The contrast branch's image, for "picture", as pixel values of that size; here an empty image."""
         return np.zeros((3, height, width), np.float32)
 
     def contrast_words(self) -> str | tuple[int, ...]:
-        """What the contrast branch reads in the place of the system prompt, for "text": a text, or token ids."""
+        """What the contrast branch reads instead of the system prompt, for "text": a text, or token ids."""
         return ()
 
     def keeps_instruction(self) -> bool:
-        """Where a tower reads an instruction: whether it stays behind `contrast_words` or gives way to them; static."""
+        """For towers that read an instruction: whether it follows `contrast_words` or is replaced by them; static."""
         return True
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
-        """Hidden states whose logits `combine` wants: 0 the embeddings, i what layer i - 1 put out. Static."""
+        """Hidden states whose logits `combine` needs: 0 for the embeddings, i for the output of layer i - 1. Static."""
         return ()
 
     def probe(self) -> Transform:
-        """The edits of a warm-up pass over 2 B samples, B prompts with their images and then the same without them.
+        """The edits of a warm-up pass over 2 B samples: B prompts with their images, then the same without images.
 
-        So both are run in lock-step, and what a layer's rows are with and without images can decide on its edit.
+        Both halves run in lock-step, so an edit may depend on a layer's rows with and without images.
         """
         raise NotImplementedError(f"{type(self).__name__} asks for a probe and has none")
 
-    def primed(self, seen: Seen) -> "Method":
-        """The method to go on with, given what the warm-up pass saw."""
+    def after_warm_up(self, warm_up: WarmUp) -> "Method":
+        """The method for the generation, given the results of the warm-up pass."""
         return self
 
     def start(self, batch: int) -> Any:
-        """Memory from step to step of a generation of `batch` samples (a pytree of arrays, `[B, ...]` each)."""
+        """The initial memory of a generation of `batch` samples (a pytree of arrays, `[B, ...]` each), passed from step
+        to step."""
         return ()
 
     @property
     def combines(self) -> bool:
-        """Whether `combine` makes logits of its own: static. It has a rule, and something to apply it to."""
+        """Whether `combine` makes logits of its own; static. True if it is overridden and has branches or exits to
+        combine."""
         own = type(self).combine is not Method.combine
         return own and (len(self.branches()) > 1 or type(self).exits is not Method.exits)
 
     @property
     def step_by_step(self) -> bool:
-        """Whether a decode step's edits follow from those of earlier ones, so that they cannot be made at once; static.
+        """Whether a decode step's edits depend on those of earlier steps, so that steps cannot run at once; static.
 
-        A `remember` that returns what it is given behind the prompt says no.
+        A method whose `remember` does not depend on the step overrides this with False.
         """
         return type(self).remember is not Method.remember
 
     @property
     def independent_rows(self) -> bool:
-        """Whether a sample's answer follows from its own row alone, in whatever columns its tokens lie; static.
+        """Whether a sample's answer depends on its own row alone, in whatever columns its tokens lie; static.
 
-        Continuous batching needs that: it gives the row of an answer that has ended to another prompt.
+        Continuous batching requires it: when an answer ends, its row is given to another prompt.
         """
-        return not self.primes and type(self).remember is Method.remember
+        return not self.warm_up_fields and type(self).remember is Method.remember
 
     def remember(self, carry: Any, kept: Any) -> Any:
-        """What the edits of later steps need of this one (a pytree of arrays, `[B, ...]` each).
+        """What the edits of later steps need from this step (a pytree of arrays, `[B, ...]` each).
 
         Args:
             carry: the main branch's carry after the last layer.
-            kept: what the step before returned; None behind the prompt.
+            kept: the return value of the previous step; None after the prompt.
         """
         return kept
 
-    def recalled(self, kept: Any) -> "Method":
-        """The method whose edits a decode step takes, given what `remember` returned in the step before."""
+    def recall(self, kept: Any) -> "Method":
+        """The method for the next decode step, given the return value of `remember` in the previous step."""
         return self
 
     def combine(self, readout: Readout, memory: Any) -> tuple[Float[Array, "B V"], Any]:
-        """Next-token logits from what the step computed.
+        """Next-token logits from the results of a step.
 
         Args:
             readout: raw logits of the branches and early exits.
-            memory: what `start` or the step before returned.
+            memory: the return value of `start`, or the memory of the previous step.
 
         Returns:
-            Logits to sample from, -inf where a token is ruled out, and the memory for the next step.
+            Logits to sample from, -inf for tokens that are ruled out; and the memory for the next step.
         """
         return readout.main, memory
 
@@ -326,15 +330,14 @@ class Method(Transform):
 def frozen(cls: type[Method]) -> type[Method]:
     """Class decorator: makes a method a frozen dataclass and a pytree, without a name for the command line.
 
-    JAX puts what it likes into the leaves of a tree (markers, specs, stacked arrays), so nothing is checked where it
-    builds one.
+    JAX may put markers, specs or stacked arrays into the leaves of a tree, so rebuilding from a tree checks nothing.
 
     Raises:
         LVLMError: the class cannot be a dataclass.
     """
     own = vars(cls).get("__dataclass_params__")
     if own is not None and not own.frozen:
-        raise LVLMError(f"{cls.__name__} is a dataclass that can change; leave @dataclass out")
+        raise LVLMError(f"{cls.__name__} is a mutable dataclass; leave @dataclass out")
     if own is None:
         try:
             cls = dataclasses.dataclass(frozen=True)(cls)
@@ -357,13 +360,13 @@ def frozen(cls: type[Method]) -> type[Method]:
             object.__setattr__(method, name, value)
         return method
 
-    with contextlib.suppress(ValueError):  # it is a pytree already
+    with contextlib.suppress(ValueError):  # already a pytree
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 
 def sources(method: Method | None) -> Iterator[Source]:
-    """Where what was fitted or learned for a method and its members comes from."""
+    """The sources of everything that was fitted or learned for a method and its members."""
     if getattr(method, "source", None) is not None:
         yield method.source
     for member in getattr(method, "members", (method,)):
@@ -373,10 +376,10 @@ def sources(method: Method | None) -> Iterator[Source]:
 
 
 def contrast_kind(method: Method | None) -> str:
-    """Which of CONTRAST_PROMPTS the contrast branch reads; "same" also without one.
+    """What the contrast branch reads, one of CONTRAST_PROMPTS; "same" without a contrast branch.
 
     Raises:
-        LVLMError: the method names another.
+        LVLMError: the method's value is not in CONTRAST_PROMPTS.
     """
     if method is None or len(method.branches()) < 2:
         return "same"
@@ -388,7 +391,7 @@ def contrast_kind(method: Method | None) -> str:
     return kind
 
 
-def contrasted(
+def contrast_logits(
     main: Float[Array, "B V"],
     contrast: Float[Array, "B V"],
     alpha: Float[Array, "#B #V"] | Strength,

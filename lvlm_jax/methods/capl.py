@@ -1,23 +1,23 @@
-"""CAPL's attention: images of one prompt that look at each other, or must not. arXiv 2603.07048.
+"""CAPL's attention: images of one prompt attend to each other, or must not. arXiv 2603.07048.
 
-Selective cross-image attention (`mode="cross"`). Each image's ⌊ρ N⌋ tokens (at least one) with the largest L2 norm of
-the embedding that enters the decoder are selected, the earlier one on ties. With "cross pairs" the pairs of selected
-tokens of different images, whichever comes first,
+Selective cross-image attention (`mode="cross"`). In each image, the ⌊ρ N⌋ tokens (at least one) whose embedding has the
+largest L2 norm at the decoder's input are selected; on ties the earlier one. "Cross pairs" are all pairs of selected
+tokens of different images, in either order.
 
     out = (1 - σ) softmax(z over visible columns) V + σ softmax(z over visible columns and cross pairs) V
 
-in layers of even index; earlier images' selected tokens so look ahead at later images'. Both softmaxes share the
-values, so their mix is taken of the weights. Nothing changes inside an image, for text, or with one image. With
-`tile` the share is taken in each tile of so many tokens, and an image selects what its tiles do (InternVL2.5).
+in layers of even index, so selected tokens of earlier images see those of later ones. Both softmaxes share the values,
+so the code mixes their weights. Nothing changes within an image, for text, or with one image. With `tile`, each tile of
+that many tokens selects its own share (InternVL2.5).
 
-Truncated attention (`mode="truncated"`), which produces answers to be rejected in preference learning: a token of an
-image does not see other images, in every layer. `variant="code-qwen"`: an image token sees itself and earlier text
-only. The variant means nothing to `mode="cross"`.
+Truncated attention (`mode="truncated"`) produces rejected answers for preference learning: in every layer, a token of
+an image does not see other images. `variant="code-qwen"`: an image token sees only itself and earlier text. The variant
+has no effect on `mode="cross"`.
 
 Differs from the paper and from the authors' code in: nothing known.
 
-Rows: all of the prompt; decode steps are plain. Stages: weights (cross), mask (truncated).
-Cost: cross one more softmax of the prompt's attention map in half of the layers and one sort; nothing per token.
+Rows: all of the prompt; decode steps are plain. Stages: weights (cross), mask (truncated). Cost: for cross, one more
+softmax of the prompt's attention map in half of the layers and one sort; nothing per token.
 """
 
 from typing import ClassVar
@@ -42,16 +42,16 @@ class CAPL(Method):
     rho: Strength = strength(
         0.95, "share ρ of each image's tokens that is selected", low=0, high=1, flat="a number of tokens"
     )
-    mode: str = switch("cross", "images look at each other, or must not", choices=("cross", "truncated"))
+    mode: str = switch("cross", "images attend to each other, or must not", choices=("cross", "truncated"))
     variant: str = switch(
-        "paper", "truncated: an image token sees its image, or only itself", choices=("paper", "code-qwen")
+        "paper", "for truncated: an image token sees its image, or only itself", choices=("paper", "code-qwen")
     )
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(
         None, "explicit layers instead, of odd index too; without them mode 'cross' takes the even ones"
     )
-    tile: int | None = switch(None, "tokens of a tile, where the share is taken in each; default whole images")
+    tile: int | None = switch(None, "tokens per tile, if each tile selects its own share; default whole images")
 
     rows: ClassVar[str] = "all"
     by_rows: ClassVar[bool] = True
@@ -67,17 +67,17 @@ class CAPL(Method):
             raise LVLMError(f"CAPL: tile is {self.tile!r}; expected a whole number >= 1, or None")
 
     def active(self, layer, num_layers, phase):
-        wanted = layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
+        layers = layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
         skipped = self.mode == "cross" and self.layers is None and layer % 2 == 1
-        return phase == "prefill" and layer in wanted and not skipped
+        return phase == "prefill" and layer in layers and not skipped
 
     def begin(self, context, embeddings):
         if self.mode == "truncated" or context.phase == "decode":
             return ()
-        # The square orders tokens like the norm itself.
+        # The squared norm orders tokens like the norm.
         norms = jnp.square(embeddings.astype(jnp.float32)).sum(axis=-1)
         image_id, image_count = context.image_id, context.image_count
-        if self.tile is not None:  # tiles select like images of their own
+        if self.tile is not None:  # tiles select like separate images
             image_count += image_id.shape[1] // self.tile
             image_id = tiles(image_id, context.image_count, self.tile)
         inside = per_image.members(image_id, image_count)
@@ -102,7 +102,7 @@ class CAPL(Method):
 
 
 def tiles(image_id: Int[Array, "B S"], image_count: int, tokens: int) -> Int[Array, "B S"]:
-    """`image_id` with tiles of so many tokens in the place of images, counted through each sample."""
+    """`image_id` with tiles of `tokens` tokens numbered instead of images, throughout each sample."""
     inside = per_image.members(image_id, image_count)
     of_image = -(-inside.sum(axis=-1) // tokens)
     before = jnp.cumsum(of_image, axis=-1) - of_image
@@ -111,6 +111,6 @@ def tiles(image_id: Int[Array, "B S"], image_count: int, tokens: int) -> Int[Arr
 
 
 def cross_pairs(site: Site, selected: Bool[Array, "B S"]) -> Bool[Array, "B R S"]:
-    """Rows and columns that are selected tokens of different images."""
-    both = selected[:, site.row_index][:, :, None] & selected[:, None, :]
-    return both & (site.image_id[:, site.row_index][:, :, None] != site.image_id[:, None, :])
+    """Pairs of a row and a column that are selected tokens of different images."""
+    pairs = selected[:, site.row_index][:, :, None] & selected[:, None, :]
+    return pairs & (site.image_id[:, site.row_index][:, :, None] != site.image_id[:, None, :])

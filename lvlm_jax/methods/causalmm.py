@@ -1,21 +1,20 @@
-"""CausalMM: contrast with attention that is shuffled, in the vision tower and in the decoder. arXiv 2410.04780.
+"""CausalMM: contrast with shuffled attention in the vision tower and in the decoder. arXiv 2410.04780.
 
 With l_v the next-token logits when the tower's attention is shuffled in all its layers, and l_t when the decoder's is,
 in all layers and in the rows after the images,
 
     (1 + 2 γ) l - γ l_v - γ l_t      where l >= max l + ln β        γ 0.5, β 0.1
 
-Shuffled: the n-th column that a row sees gets the weight of the n-th in an order that `seed` and the layer give, the
-same for all heads and rows. Places, patches of a picture or tokens of a sample, counted from 0, are sorted by a hash of
-32 bits: with x = place · 9E3779B1 + (layer + 1) · 85EBCA6B + seed · C2B2AE35 (hexadecimal, modulo 2³²), the bits of x
-are mixed by x ^= x >> 16, x *= 7FEB352D, x ^= x >> 15, x *= 846CA68B, x ^= x >> 16.
+Shuffling: the n-th column that a row sees gets the weight of the n-th column in a random order, which depends on `seed`
+and the layer and is the same for all heads and rows. Places (patches of an image, or tokens of a sample, counted from
+0) are sorted by a 32-bit hash: with x = place · 9E3779B1 + (layer + 1) · 85EBCA6B + seed · C2B2AE35 (hexadecimal,
+modulo 2³²), the bits of x are mixed by x ^= x >> 16, x *= 7FEB352D, x ^= x >> 15, x *= 846CA68B, x ^= x >> 16.
 
-What is shuffled, and that one order serves all heads, is our reading of the paper. Towers that attend in windows are
-shuffled over the whole picture.
+Our reading of the paper: what is shuffled, and that all heads share one order. Towers with window attention are
+shuffled over the whole image.
 
-Differs from the authors' code in: the tower, whose features are there multiplied by a shuffled attention map that was
-shrunk to one number a patch; the order, which is drawn anew in every call; the two interventions, of which it has one
-at a time.
+Differs from the authors' code in three points: it multiplies the tower's features by a shuffled attention map, reduced
+to one number per patch; it draws a new order in every call; it applies only one of the two interventions at a time.
 
 Rows: after the last image, in the third branch. Stage: weights. A sample without an image is left alone.
 Cost: the tower twice, two prompts more, and two more rows through the weights per token.
@@ -41,10 +40,10 @@ class CausalMM(Method):
     gamma: Strength = strength(0.5, "strength γ of either contrast", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     seed: Strength = strength(0, "seed of the shuffling, a whole number", low=0, high=2**24, flat="a seed")
-    read: jax.Array | None = data("embeddings by the shuffled tower; `primed` sets them")
+    read: jax.Array | None = data("embeddings from the shuffled tower; set by `after_warm_up`")
 
     PRESETS: ClassVar = {"default": dict(gamma=0.5, beta=0.1)}
-    primes: ClassVar[tuple[str, ...]] = ("tower",)
+    warm_up_fields: ClassVar[tuple[str, ...]] = ("tower",)
 
     def branches(self):
         return (ImagePresence(), None, Shuffled(self.seed))
@@ -53,20 +52,20 @@ class CausalMM(Method):
         return "tokens"
 
     def tower_values(self, layer, values, valid):
-        """Moving values one way is moving weights the other way."""
+        """Permuting the values equals permuting the weights the other way."""
         order = shuffled(jnp.arange(values.shape[1]), layer, self.seed, valid)
         place = jnp.argsort(order, axis=-1)
         return jnp.take_along_axis(values, place[..., None], axis=1)
 
-    def primed(self, seen) -> "CausalMM":
-        return dataclasses.replace(self, read=seen.tower)
+    def after_warm_up(self, warm_up) -> "CausalMM":
+        return dataclasses.replace(self, read=warm_up.tower)
 
     def contrast_tokens(self, embeddings, image_id):
         return self.read.astype(embeddings.dtype)
 
     def combine(self, readout: Readout, memory):
         main = readout.main
-        contrasted = (1 + 2 * self.gamma) * main - self.gamma * (readout.contrast + readout.others[0])
+        contrasted = (1 + 2 * self.gamma) * main - self.gamma * (readout.contrast + readout.later_branches[0])
         return where_image(readout.carry, plausible(contrasted, main, self.beta), main), memory
 
 
@@ -81,14 +80,14 @@ class Shuffled(Transform):
     def weights(self, site, weights):
         place = jnp.cumsum(site.image_id >= 0, axis=1) - 1
         source = shuffled(place[:, None], site.layer, self.seed, site.mask)
-        moved = jnp.take_along_axis(weights, source[:, None], axis=-1)
-        return jnp.where(site.post_image[:, None, :, None], moved, weights)
+        shuffled_weights = jnp.take_along_axis(weights, source[:, None], axis=-1)
+        return jnp.where(site.post_image[:, None, :, None], shuffled_weights, weights)
 
 
 def shuffled(
     place: Int[Array, "*#B S"], layer: int, seed: Strength, taking_part: Bool[Array, "*B S"]
 ) -> Int[Array, "*B S"]:
-    """Where each column gets its weight from, among those that take part; the others keep their own."""
+    """For each participating column, the column whose weight it gets; other columns keep their own."""
     key = jnp.broadcast_to(hashed(place, layer, seed), taking_part.shape)
     last = jnp.uint32(0xFFFFFFFF)
     by_hash = jnp.argsort(jnp.where(taking_part, key, last), axis=-1, stable=True)
@@ -98,7 +97,7 @@ def shuffled(
 
 
 def hashed(place: Int[Array, "*S"], layer: int, seed: Strength) -> Array:
-    """A number of 32 bits for each place; no two places of a layer share one."""
+    """A 32-bit number for each place, unique within a layer."""
     mixed = jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0xC2B2AE35)
     x = place.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32((layer + 1) * 0x85EBCA6B & 0xFFFFFFFF) + mixed
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

@@ -1,25 +1,23 @@
-"""Several methods at once.
+"""Several methods at once: `chain(EAH(), CMAC())`.
 
-    chain(EAH(), CMAC())
-
-Attention edits of the members are applied one after another, in the order given. They hold on the main branch and
-on a contrast branch that reads the same prompt; a contrast branch with a prompt of its own (VCD, ICD, PAI, M3ID) is
-left as its method has it. What only one member can decide is left to one: the contrast branch, the combination of
-logits, the positions; two members that each want their own are refused.
+The members' attention edits are applied in the given order, on the main branch and on a contrast branch that reads the
+same prompt. A contrast branch with its own prompt (VCD, ICD, PAI, M3ID) gets only its own method's edits. The contrast
+branch, the combination of logits and the positions can each come from only one member; if two members have one, the
+chain is refused.
 """
 
 from typing import Any
 
 from lvlm_jax.attention import Chain, Transform
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import WARM_UPS, Method, Readout, frozen
+from lvlm_jax.methods.base import WARM_UP_FIELDS, Method, Readout, frozen
 
 
 def chain(*members: Method) -> Method:
-    """The composition of methods, itself a method; of a single one that one.
+    """Composes methods into one; a single method is returned as it is.
 
     Raises:
-        LVLMError: nothing to compose, or members that contradict each other.
+        LVLMError: there are no methods, or they contradict each other.
     """
     flat = [one for member in members for one in (member.members if isinstance(member, Chained) else (member,))]
     if not flat:
@@ -29,7 +27,7 @@ def chain(*members: Method) -> Method:
 
 @frozen
 class Chained(Method):
-    """What `chain` returns."""
+    """Several methods as one; made by `chain`."""
 
     members: tuple[Method, ...]
 
@@ -37,13 +35,11 @@ class Chained(Method):
         self._only("contrast branch", lambda member: len(member.branches()) > 1)
         self._only("combination of logits", lambda member: member.combines)
         for kind in ("probe", "tower"):
-            self._only(f"{kind} of the prompt", lambda member, kind=kind: kind in member.primes)
+            self._only(f"{kind} of the prompt", lambda member, kind=kind: kind in member.warm_up_fields)
         self._only("positions", lambda member: _has_own(member, "positions"))
         for member in self.members:
             if member.search is not None:
-                raise LVLMError(
-                    f"{member.label} is a search of its own and cannot be chained with other methods; use it alone"
-                )
+                raise LVLMError(f"{member.label} is a search and cannot be chained with other methods; use it alone")
 
     @property
     def label(self) -> str:
@@ -78,10 +74,12 @@ class Chained(Method):
         return self._contrasting().contrast_tokens(embeddings, image_id)
 
     def tower_values(self, layer, values, valid):
-        return next(member for member in self.members if "tower" in member.primes).tower_values(layer, values, valid)
+        return next(member for member in self.members if "tower" in member.warm_up_fields).tower_values(
+            layer, values, valid
+        )
 
-    def kept_tokens(self, image_id, image_count, salience):
-        return self._contrasting().kept_tokens(image_id, image_count, salience)
+    def keep_tokens(self, image_id, image_count, salience):
+        return self._contrasting().keep_tokens(image_id, image_count, salience)
 
     def contrast_picture(self, height, width):
         return self._contrasting().contrast_picture(height, width)
@@ -100,8 +98,8 @@ class Chained(Method):
         return owner.exit_norm if owner else True
 
     @property
-    def primes(self) -> tuple[str, ...]:
-        return tuple(name for name in WARM_UPS if any(name in member.primes for member in self.members))
+    def warm_up_fields(self) -> tuple[str, ...]:
+        return tuple(name for name in WARM_UP_FIELDS if any(name in member.warm_up_fields for member in self.members))
 
     @property
     def combines(self) -> bool:
@@ -120,18 +118,18 @@ class Chained(Method):
         return all(member.independent_rows for member in self.members)
 
     def probe(self) -> Transform:
-        return next(member for member in self.members if "probe" in member.primes).probe()
+        return next(member for member in self.members if "probe" in member.warm_up_fields).probe()
 
-    def primed(self, seen) -> "Chained":
-        return Chained(tuple(member.primed(seen) for member in self.members))
+    def after_warm_up(self, warm_up) -> "Chained":
+        return Chained(tuple(member.after_warm_up(warm_up) for member in self.members))
 
     def remember(self, carry: Any, kept: Any) -> tuple:
         before = kept or (None,) * len(self.members)
         each = zip(self.members, self._carries(carry), before, strict=True)
         return tuple(member.remember(own, memory) for member, own, memory in each)
 
-    def recalled(self, kept: Any) -> "Chained":
-        return Chained(tuple(member.recalled(memory) for member, memory in zip(self.members, kept, strict=True)))
+    def recall(self, kept: Any) -> "Chained":
+        return Chained(tuple(member.recall(memory) for member, memory in zip(self.members, kept, strict=True)))
 
     def start(self, batch: int) -> Any:
         owner = self._combiner()
@@ -145,7 +143,7 @@ class Chained(Method):
         return owner.combine(readout._replace(carry=self._carries(readout.carry)[index]), memory)
 
     def _carries(self, carry: Any) -> list[Any]:
-        """Each member's carry of the main branch, () for one without edits."""
+        """Each member's part of the main branch's carry, () for a member without edits."""
         edits = [member.branches()[0] is not None for member in self.members]
         own = iter(carry if sum(edits) > 1 else (carry,))
         return [next(own) if edit else () for edit in edits]
@@ -172,5 +170,5 @@ def _has_own(member: Method, name: str) -> bool:
 
 
 def _merged(transforms: list[Transform | None]) -> Transform | None:
-    given = [transform for transform in transforms if transform is not None]
-    return None if not given else given[0] if len(given) == 1 else Chain(tuple(given))
+    present = [transform for transform in transforms if transform is not None]
+    return None if not present else present[0] if len(present) == 1 else Chain(tuple(present))

@@ -1,4 +1,4 @@
-"""What may stand in the fields of a method; anything else is refused in one line that says what was expected."""
+"""Validates the fields of methods; an error says in one line what was expected."""
 
 import dataclasses
 import functools
@@ -20,10 +20,11 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 
 def checked(owner: type, field: dataclasses.Field, value: Any) -> Any:
-    """The value of a field as a method keeps it: numbers in float32, lists as tuples, files of `lvlm fit` read.
+    """Validates and converts the value of a field: numbers to float32, lists to tuples, files of `lvlm fit` to their
+    content.
 
     Raises:
-        LVLMError: a value of another kind, out of range, or none of the choices.
+        LVLMError: the value has the wrong type, is out of range, or is not one of the choices.
     """
     name = f"{owner.__name__}: {field.name}"
     if "fitted" in field.metadata:
@@ -36,8 +37,8 @@ def _number(name: str, field: dataclasses.Field, value: Any) -> Any:
         return None
     if isinstance(value, Soft) and field.metadata.get("cuts"):
         return Soft(_number(name, field, value.value), value.softness)
-    listed = isinstance(value, list | tuple) and field.metadata.get("per", "model") != "model"
-    if listed or isinstance(value, Layered) or getattr(value, "shape", ()) != ():
+    is_list = isinstance(value, list | tuple) and field.metadata.get("per", "model") != "model"
+    if is_list or isinstance(value, Layered) or getattr(value, "shape", ()) != ():
         return _layered(name, field, value)
     low, high = field.metadata["low"], field.metadata["high"]
     expected = f"expected {_range(low, high)}" + (" or None" if field.default is None else "")
@@ -58,10 +59,10 @@ def _number(name: str, field: dataclasses.Field, value: Any) -> Any:
 
 
 def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
-    """Values by layer, or by layer and head.
+    """Validates values per layer, or per layer and head.
 
     Raises:
-        LVLMError: the strength does not take them, or one of them is no number in its range.
+        LVLMError: the strength takes only one number, or a value is not a number in its range.
     """
     low, high, per = (field.metadata.get(key, "model") for key in ("low", "high", "per"))
     expected = f"expected {_range(low, high)}{FORMS[per]}"
@@ -83,11 +84,11 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     host = np.asarray(values, np.float64)
     if not (np.isfinite(host) & (host >= low) & (host <= high) & (abs(host) <= LARGEST)).all():
         raise LVLMError(f"{name} has values from {host.min():g} to {host.max():g}; each must be {_range(low, high)}")
-    kept = isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating)
-    return Layered(values if kept else jnp.asarray(host, jnp.float32))
+    result = isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating)
+    return Layered(values if result else jnp.asarray(host, jnp.float32))
 
 
-# What a strength may be besides one number, by the finest form that it takes.
+# What a strength may be besides one number, by its finest form.
 DIMENSIONS = {"model": (), "layer": (1,), "head": (1, 2)}
 FORMS = {"model": "", "layer": ", or one for each layer", "head": ", or one for each layer, or layer and head"}
 
@@ -101,7 +102,7 @@ def _range(low: float, high: float) -> str:
 def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
-    if isinstance(value, list | tuple):  # a list has no hash, which structure needs
+    if isinstance(value, list | tuple):  # the static structure must be hashable, and lists are not
         value = tuple(one.item() if isinstance(one, np.generic) else one for one in value)
     choices = field.metadata["choices"]
     if choices:
@@ -119,7 +120,7 @@ def _static(owner: type, name: str, field: dataclasses.Field, value: Any) -> Any
     try:
         hash(value)
     except TypeError as error:
-        raise LVLMError(f"{name} is {shown(value)}, which has no hash; expected numbers, texts or tuples") from error
+        raise LVLMError(f"{name} is {shown(value)}, not hashable; expected numbers, texts or tuples") from error
     return value
 
 
@@ -135,10 +136,10 @@ WORDS = {
 
 @functools.cache
 def _kinds(owner: type) -> dict[str, tuple]:
-    """The kinds of value that annotations allow, by field; without those that say nothing."""
+    """The types that annotations allow, by field; `Any` is left out."""
     try:
         hints = typing.get_type_hints(owner)
-    except Exception:  # a name in quotes that only a type checker knows
+    except Exception:  # a quoted name that only type checkers can resolve
         return {}
     unions = (typing.Union, types.UnionType)
     return {
@@ -149,7 +150,7 @@ def _kinds(owner: type) -> dict[str, tuple]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: bools are no numbers, and numbers are finite and have at most 64 bits."""
+    """Whether a value has a type: a bool is not a number, and numbers are finite and have at most 64 bits."""
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:

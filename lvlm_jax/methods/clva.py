@@ -1,6 +1,6 @@
-"""CLVA: deep attention led back to what the middle layers had found. A reconstruction.
+"""CLVA: pulls the attention of deep layers back to the image tokens that middle layers attended to. A reconstruction.
 
-The paper (arXiv 2603.25088) gives the idea in words, and these formulas are ours: figures measured with this file are
+The paper (arXiv 2603.25088) describes the idea in words; the formulas are ours, so figures measured with this file are
 figures of the reconstruction. For the last query row, inside each image of N tokens, L layers:
 
     p^l   maximum over heads of the weights on the image's columns, normalised to sum 1
@@ -11,16 +11,16 @@ figures of the reconstruction. For the last query row, inside each image of N to
     g     drift in a layer l >= 0.65 L: clip(cos(p^l, n) - cos(p^l, A), 0, 1);  1 with `gate=False`
     z_j   <- z_j + g (a A_j / max A - b R_j / max R) before the softmax of that layer
 
-A difference of two maps (each of sum 1) whose entries sum to no more than 1e-4 is taken for zero: it is rounding. An
-image whose A is zero has no anchors and is left alone, as is one that the row does not see. JSD in nats, halves
-averaged. Candidate layers start where n is complete.
+A difference of two maps (each of sum 1) whose entries sum to at most 1e-4 counts as zero: it is rounding. An image
+whose A is zero has no anchors and is left alone, and so is an image that the row does not see. JSD is in nats, the mean
+of both halves. Candidate layers start where n is complete.
 
-Differs from the paper in: whatever it leaves open; no authors' code is known.
+Differs from the paper in: unknown, because the paper gives no formulas; no authors' code is known.
 
 Rows: the last of the prompt and every decoded one. Stages: observe (n, anchors), logits (the edit); the state flows
-from layer to layer of one pass and nothing is kept between steps.
-Cost per token: one more softmax of the row in the edited layers, one sort of the columns; nothing of size S x S. The
-other layers note one maximum each, and all statistics of the candidates are taken at once.
+from layer to layer of one pass and nothing is kept between steps. Cost per token: one more softmax of the row in the
+edited layers and one sort of the columns; nothing of size S x S. The other layers store one maximum each, and all
+statistics of the candidates are computed at once.
 """
 
 import math
@@ -38,16 +38,16 @@ from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
 EDIT_FROM = 0.65  # share of the depth
-FAINT = 1e-4  # sum of a difference of maps that counts as zero
-ROUNDING = 1e-9  # 0.6 * 5 layers is layer 3, whatever floating point says
+FAINT = 1e-4  # a difference of maps with a smaller sum counts as zero
+ROUNDING = 1e-9  # 0.6 * 5 layers is layer 3, despite floating point
 
 
 class Anchors(NamedTuple):
-    """What the edited layers need; zero in images without anchors.
+    """What the edited layers need; zero for images without anchors.
 
     Attributes:
-        away: n / |n| - A / |A|, with which a unit vector's product is how far it has drifted.
-        push: a A / max A - b R / max R, what a full drift adds to the logits.
+        away: n / |n| - A / |A|; its product with a unit vector says how far the vector has drifted.
+        push: a A / max A - b R / max R, the change of the logits at full drift.
     """
 
     away: Float[Array, "B S"]
@@ -103,18 +103,18 @@ class CLVA(Method):
         return layer < self.noise_layers or layer in self.candidates(num_layers) or layer in edited
 
     def observe(self, site, weights):
-        # Until the anchors are known the carry is a tuple of head maxima, one for each layer that counts.
+        # Until the anchors are known, the carry is a tuple of head maxima, one per noise or candidate layer.
         candidates = self.candidates(site.num_layers)
         if site.layer >= self.noise_layers and site.layer not in candidates:
             return site.carry
-        peaks = (*site.carry, head_maximum(site, weights))
+        peaks = (*site.carry, head_maxima(site, weights))
         return self._anchors(site, peaks, len(candidates)) if site.layer == candidates[-1] else peaks
 
     def logits(self, site, logits):
         if site.layer not in self.edited(site.num_layers):
             return logits
         masked = jnp.where(site.mask[:, None], logits, jnp.finfo(jnp.float32).min)
-        peak = head_maximum(site, jax.nn.softmax(masked, axis=-1))
+        peak = head_maxima(site, jax.nn.softmax(masked, axis=-1))
         inside = per_image.members(site.image_id, site.image_count)
         squares = per_image.sums(inside, peak**2)
         drift = 1.0
@@ -131,11 +131,11 @@ class CLVA(Method):
         noise, focus = focus[: self.noise_layers].mean(axis=0), focus[-candidates:]
         scores = jax.vmap(lambda one: anchor_score(inside, one, noise))(focus)
         best = per_image.spread(inside, scores.argmax(axis=0))
-        found = jnp.take_along_axis(focus, best[None], axis=0)[0]
+        focus_of_best = jnp.take_along_axis(focus, best[None], axis=0)[0]
 
-        anchor = per_image.normalised(inside, jax.nn.relu(found - self.lambda_ * noise), FAINT)
-        kept = per_image.largest(site.image_id, inside, anchor, per_image.share(self.rho, inside))
-        anchor = jnp.where(kept, anchor, 0)
+        anchor = per_image.normalised(inside, jax.nn.relu(focus_of_best - self.lambda_ * noise), FAINT)
+        anchors = per_image.largest(site.image_id, inside, anchor, per_image.share(self.rho, inside))
+        anchor = jnp.where(anchors, anchor, 0)
         regressive = per_image.normalised(inside, jax.nn.relu(noise - anchor), FAINT)
         anchored = per_image.spread(inside, per_image.sums(inside, anchor) > 0)
         push = self.a * over_maximum(inside, anchor) - self.b * over_maximum(inside, regressive)
@@ -144,8 +144,8 @@ class CLVA(Method):
         )
 
 
-def head_maximum(site: Site, weights: Float[Array, "B H 1 S"]) -> Float[Array, "B S"]:
-    """The largest weight that any head puts on each image column; 0 elsewhere. Normalised it is p."""
+def head_maxima(site: Site, weights: Float[Array, "B H 1 S"]) -> Float[Array, "B S"]:
+    """The largest weight of any head on each image column, 0 elsewhere; p before normalisation."""
     return jnp.where(site.image & site.mask[:, -1], weights[:, :, -1].max(axis=1), 0)
 
 
@@ -167,12 +167,12 @@ def times_log(values: Float[Array, "B S"]) -> Float[Array, "B S"]:
 
 
 def unit(inside: Bool[Array, "B I S"], values: Float[Array, "B S"]) -> Float[Array, "B S"]:
-    """Values divided by their length in each image; zero stays zero."""
+    """Values divided by their Euclidean length in each image; zero vectors stay zero."""
     squares = per_image.spread(inside, per_image.sums(inside, values**2))
     return values / jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
 def over_maximum(inside: Bool[Array, "B I S"], values: Float[Array, "B S"]) -> Float[Array, "B S"]:
-    """Non-negative values divided by their image's largest; 0 in an image without any."""
+    """Non-negative values divided by the largest in their image; 0 in an image without positive values."""
     top = per_image.spread(inside, per_image.maxima(inside, values))
     return jnp.where(top > 0, values / jnp.where(top > 0, top, 1), 0)

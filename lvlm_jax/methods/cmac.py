@@ -4,25 +4,24 @@ CMPC, both branches, every layer. With c(p) the number of image tokens before po
 
     P^c(p) = p - (1 - 1/γ) c(p)
 
-are the positions where rows after the last image look at image tokens; all other logits keep the ordinary ones. For
-all those rows i, P^c(i) - i is the same number, and attention knows only differences: turning the cached image keys
-once, after the prompt, by P^c(j) - j - (P^c(i) - i) = (1 - 1/γ)(N - c(j)) is all that it takes.
+are the positions at which rows after the last image see image tokens; all other logits keep the ordinary positions.
+P^c(i) - i is the same for all those rows i, and rotary attention depends only on differences. So it is enough to rotate
+the cached image keys once, after the prompt, by P^c(j) - j - (P^c(i) - i) = (1 - 1/γ)(N - c(j)).
 
 IMD, contrast branch, every layer. X are the logits of post-image rows on image columns, θ their mean over heads,
 rows and columns (one scalar per sample, layer and call), M = 1[X > θ]:
 
     O~ = (w ∘ (1 - M)) V + (Σ_j (w ∘ M)_j) v̄
 
-with v̄ the mean value over the image tokens of each head. Being linear in V, this is an edit of the weights: masked
+with v̄ the mean value over the image tokens of each head. This is linear in V, so the code edits the weights: masked
 mass is spread evenly over the image tokens. `variant="code"` replaces v̄ by its mean over channels.
 
 Contrast: (1 + α) l - α l̃ where l >= max l + ln β. Without IMD there is no contrast branch: the logits are those of
 the calibrated main branch, uncut.
 
 The gate sets α to 0 at steps whose mean image logit s_t lies below the mean of s over 30 steps, the step itself
-included: gate="first" takes the first 30 steps, as the authors' sampling loop does, gate="last" the newest 30, as
-their greedy loop does. Their scripts have it for CHAIR alone, so it is off but for the CHAIR presets of
-`variant="code"`.
+included: gate="first" takes the first 30 steps, as the authors' sampling loop does, gate="last" the newest 30, as their
+greedy loop does. Their scripts use it only for CHAIR, so it is off except in the CHAIR presets of `variant="code"`.
 
 Differs from the paper in: nothing known. Differs from the authors' code in: statistics are per sample (theirs pool
 the batch). Their InstructBLIP program has CMPC off (here `cmpc=False`) and pools θ over prompt and generated rows (not
@@ -41,7 +40,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Site, Transform
-from lvlm_jax.methods.base import Method, Strength, contrasted, strength, switch
+from lvlm_jax.methods.base import Method, Strength, contrast_logits, strength, switch
 from lvlm_jax.methods.registry import register
 
 GATE_STEPS = 30
@@ -54,17 +53,17 @@ class CMAC(Method):
     alpha: Strength = strength(3.0, "contrast strength α", low=0, when=("imd", True))
     beta: Strength = strength(0.2, "plausibility cut β", low=0, high=1, cuts=True, when=("imd", True))
     gamma: Strength | None = strength(
-        None, "position scale γ of image tokens; default 2 (paper) or 3 (code)", low=1e-6, when=("cmpc", True)
+        None, "position scale γ of image tokens; default 2 (paper), 3 (code)", low=1e-6, when=("cmpc", True)
     )
     variant: str = switch("paper", "formulas of the paper or of the authors' code", choices=("paper", "code"))
     imd: bool = switch(True, "value-masked contrast branch", choices=(True, False))
     cmpc: bool = switch(True, "calibrated positions", choices=(True, False))
     distort: str = switch(
         "value_mask",
-        "what the contrast branch suffers where M is 1",
+        "what the contrast branch does where M is 1",
         choices=("value_mask", "attention_mask", "value_noise"),
     )
-    gate: str | None = switch(None, "30 steps whose mean image logit switches α off", choices=(None, "first", "last"))
+    gate: str | None = switch(None, "which 30 steps' mean image logit switches α off", choices=(None, "first", "last"))
     noise_seed: Strength = strength(
         0, "seed of distort='value_noise'", low=0, high=2**24, flat="a seed", when=("distort", "value_noise")
     )
@@ -82,14 +81,14 @@ class CMAC(Method):
     @classmethod
     def preset_settings(cls, name, changes):
         settings = super().preset_settings(name, changes)
-        # The authors' CHAIR scripts sample, and so have the gate of their sampling loop.
+        # The authors' CHAIR scripts sample, so they use the gate of the sampling loop.
         gated = name.endswith("/chair") and settings.get("variant") == "code"
         return {"gate": "first", **settings} if gated else settings
 
     def __post_init__(self):
         if self.gamma is None:
             object.__setattr__(self, "gamma", 2.0 if self.variant == "paper" else 3.0)
-        if isinstance(self.gate, bool):  # on or off, in the words of a script
+        if isinstance(self.gate, bool):  # scripts may pass a bool
             object.__setattr__(self, "gate", "first" if self.gate else None)
         super().__post_init__()
 
@@ -106,7 +105,7 @@ class CMAC(Method):
     def positions(self, position, images_before, image_tokens):
         if not self.cmpc:
             return None
-        # P^c(j) of image token j, less P^c(i) - i, which is the same for every post-image row i.
+        # P^c(j) of image token j, minus P^c(i) - i, which is the same for every post-image row i.
         return position + (1 - 1 / self.gamma) * (image_tokens - images_before)
 
     def start(self, batch: int) -> Any:
@@ -116,7 +115,7 @@ class CMAC(Method):
 
     @property
     def independent_rows(self) -> bool:
-        # That noise is drawn for all rows at once, from the number of a column.
+        # Value noise is drawn for all rows at once, from the column number.
         return not (self.imd and self.distort == "value_noise")
 
     def combine(self, readout, memory):
@@ -127,21 +126,21 @@ class CMAC(Method):
         if self.gate:
             scores, steps = memory
             place = jnp.arange(GATE_STEPS) == (steps % GATE_STEPS)[:, None]
-            written = place if self.gate == "last" else place & (steps < GATE_STEPS)[:, None]
-            scores = jnp.where(written, carry[:, None], scores)
+            counted = place if self.gate == "last" else place & (steps < GATE_STEPS)[:, None]
+            scores = jnp.where(counted, carry[:, None], scores)
             mean = scores.sum(axis=1) / jnp.minimum(steps + 1, GATE_STEPS)
             memory = (scores, steps + 1)
             alpha = jnp.where(carry < mean, 0.0, alpha)[:, None]
-        return contrasted(main, contrast, alpha, self.beta), memory
+        return contrast_logits(main, contrast, alpha, self.beta), memory
 
 
 def image_block(site: Site) -> Bool[Array, "B 1 R S"]:
-    """Post-image rows x image columns. Columns that a row cannot see (a sliding window) take no part."""
+    """Post-image rows x image columns, without columns that a row cannot see (sliding window)."""
     return (site.post_image[:, :, None] & site.image[:, None, :] & site.mask)[:, None]
 
 
 def image_logits(site: Site) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """The sum of the block's logits over heads, rows and columns, and their number."""
+    """The sum of the block's logits over heads, rows and columns, and how many there are."""
     block = image_block(site)
     count = block.sum(axis=(1, 2, 3)).astype(jnp.float32) * site.logits.shape[1]
     return jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)), count
@@ -155,7 +154,7 @@ def above_mean(site: Site, logits: tuple[Float[Array, "B"], Float[Array, "B"]]) 
 
 
 def image_uniform(site: Site) -> Float[Array, "B 1 1 S"]:
-    """Equal weights over the image columns: what turns values into their mean v̄."""
+    """Equal weights over the image columns, which give the mean value v̄."""
     count = jnp.maximum(site.image.sum(axis=-1, keepdims=True), 1)
     return (site.image / count)[:, None, None, :]
 
@@ -188,7 +187,7 @@ class ScalarValueMask(Transform):
 
     def values(self, site, weights, mix):
         mask = above_mean(site, self.over_all_rows(site, weights))
-        # A sum first: ones are exact in whatever dtype the values have, a share of one image token is not.
+        # The sum comes first: ones are exact in every dtype, a share of one image token is not.
         image = site.image[:, None, None, :].astype(jnp.float32)
         total = mix(jnp.broadcast_to(image, (*weights.shape[:2], 1, weights.shape[3])))
         mean = total.mean(axis=-1, keepdims=True) / jnp.maximum(image.sum(axis=-1, keepdims=True), 1)
@@ -210,7 +209,7 @@ class ValueNoise(Transform):
     seed: Strength
 
     def begin(self, context: Context, embeddings):
-        # The first row's column differs from call to call, so that every step draws its own noise.
+        # The first row's column differs in every call, so every step draws new noise.
         return jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), context.first_row)
 
     def values(self, site, weights, mix):
@@ -230,7 +229,7 @@ class ValueNoise(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ImageLogitMean(Transform):
-    """Reads s_t: the last row's image logits, summed over columns, averaged over heads and layers."""
+    """Computes s_t: the last row's image logits, summed over columns, averaged over heads and layers."""
 
     rows: ClassVar[str] = "last"
 
@@ -238,6 +237,6 @@ class ImageLogitMean(Transform):
         return jnp.zeros(context.image_id.shape[0])
 
     def observe(self, site, weights):
-        seen = (site.image & site.mask[:, -1])[:, None]
-        last = jnp.where(seen, site.logits[:, :, -1], 0).sum(axis=-1)
+        visible = (site.image & site.mask[:, -1])[:, None]
+        last = jnp.where(visible, site.logits[:, :, -1], 0).sum(axis=-1)
         return site.carry + last.mean(axis=-1) / site.num_layers

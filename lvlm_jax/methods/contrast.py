@@ -1,7 +1,7 @@
-"""What contrastive methods share besides `base.contrasted`: samples without an image are left alone.
+"""Shared by contrastive methods, beside `base.contrast_logits`: samples without an image are left alone.
 
-A contrast measures what the image contributes. Where there is none, the logits of such methods are the main
-branch's own, without a plausibility cut.
+A contrast measures the contribution of the image. For samples without an image, such methods return the main branch's
+logits without a plausibility cut.
 """
 
 from typing import ClassVar
@@ -13,7 +13,8 @@ from lvlm_jax.attention import Context, Transform
 
 
 class ImagePresence(Transform):
-    """A main branch's transform that edits nothing and carries which samples have an image, `Bool[Array, "B"]`."""
+    """A transform for the main branch that edits nothing; its carry says which samples have an image, `Bool[Array,
+    "B"]`."""
 
     rows: ClassVar[str] = "last"
 

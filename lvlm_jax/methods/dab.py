@@ -1,11 +1,11 @@
-"""DAB: attention to several images is drawn towards its mean. arXiv 2508.00726.
+"""DAB: balances attention between several images. arXiv 2508.00726.
 
-In rows behind the images, with r_k a head's mass on the k-th image of N_k tokens and r̄ their mean over the sample's
-images:
+In rows after the images, with r_k a head's mass on the k-th image of N_k tokens and r̄ the mean of r_k over the
+sample's images:
 
     if Σ r_k > τ:   w_j <- w_j - α (r_k - r̄) / N_k    on the columns j of image k
 
-in all layers, for prompt rows alone; with `decode` in answer rows too. τ is 0.2, α 0.5. One image is left alone.
+in all layers, for prompt rows; with `decode` also for answer rows. τ is 0.2, α 0.5. A single image is left alone.
 
 Differs from the authors' code in: nothing known.
 

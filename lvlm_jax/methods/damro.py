@@ -1,19 +1,19 @@
-"""DAMRO: contrast with the prompt that keeps only the image tokens a tower's class token looks at. arXiv 2410.04514.
+"""DAMRO: contrast with a prompt of only the image tokens that the tower's class token attends to. arXiv 2410.04514.
 
-The contrast branch's prompt holds, of each image, the `tokens` image tokens to which the vision tower's class token
-pays most attention; the others are gone from it, and positions close up. Such tokens are high-norm outliers of the
-background. Attention is that of the layer whose output the connector reads, taken as one head over all channels:
+For each image, the contrast branch keeps the `tokens` image tokens to which the vision tower's class token attends
+most; the other image tokens are removed, and positions are renumbered. The kept tokens are high-norm outliers of the
+background. Attention is computed in the layer whose output the connector reads, as one head over all channels:
 
     softmax(q_class kᵀ / √channels)      (InternVL: the mean over the patches that become one token)
 
 Then (1 + α) l - α l~ where l >= max l + ln β. α is 2, β 0.1, `tokens` 10.
 
-Differs from the authors' code in: the order of the tokens that stay, which there follows their attention and here the
-image; several images, of which each keeps its own.
+Differs from the authors' code in: the order of the kept tokens, which is the image's here and that of their attention
+there; several images, each of which keeps its own tokens here.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone. Families
-whose towers have no class token, or cut pictures into tiles that the connector mixes, are refused.
-Cost: the tower twice more, a second, short prompt, and one more row through the weights per token.
+whose towers have no class token, or whose connectors mix tiles of an image, are refused. Cost: the tower twice more, a
+second, short prompt, and one more row through the weights per token.
 """
 
 from typing import ClassVar
@@ -21,7 +21,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from lvlm_jax.methods import per_image
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 from lvlm_jax.methods.registry import register
 
@@ -32,7 +32,7 @@ class DAMRO(Method):
 
     alpha: Strength = strength(2.0, "contrast strength α", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
-    tokens: int = switch(10, "how many tokens of each image the contrast branch keeps")
+    tokens: int = switch(10, "image tokens that the contrast branch keeps of each image")
 
     PRESETS: ClassVar = {"default": dict(alpha=2.0, beta=0.1, tokens=10)}
 
@@ -42,11 +42,11 @@ class DAMRO(Method):
     def contrast_prompt(self) -> str:
         return "fewer_tokens"
 
-    def kept_tokens(self, image_id, image_count, salience):
+    def keep_tokens(self, image_id, image_count, salience):
         inside = per_image.members(image_id, image_count)
         keep = jnp.minimum(inside.sum(axis=-1), self.tokens)
         return (image_id == 0) | per_image.largest(image_id, inside, salience, keep)
 
     def combine(self, readout: Readout, memory):
-        combined = contrasted(readout.main, readout.contrast, self.alpha, self.beta)
+        combined = contrast_logits(readout.main, readout.contrast, self.alpha, self.beta)
         return where_image(readout.carry, combined, readout.main), memory

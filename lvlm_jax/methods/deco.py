@@ -1,4 +1,4 @@
-"""DeCo: the final logits, corrected by the layer that is surest of a likely token. arXiv 2410.11779.
+"""DeCo: corrects the final logits by the layer that is most confident of a likely token. arXiv 2410.11779.
 
 Candidates are the fewest most likely tokens of the final distribution that together reach `top_p`, at most
 `candidates` of them. Among the early exits (hidden states 20 to 28 of 32, numbered as Hugging Face's
@@ -11,8 +11,8 @@ That holds for greedy decoding, sampling and beams alike, as in the authors' cod
 
 Differs from the paper and from the authors' code in: nothing known.
 
-Nothing here looks at images: samples without one are treated alike.
-Rows, layers, stages: none. Cost: the head once more for every early exit.
+Images play no part: samples without one are treated alike. Rows, layers, stages: none. Cost: the head once more for
+every early exit.
 """
 
 from typing import ClassVar
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
-from lvlm_jax.methods.cuts import Soft, kept
+from lvlm_jax.methods.cuts import Soft, cut_logits
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
@@ -35,10 +35,10 @@ class DeCo(Method):
     top_p: Strength = strength(
         0.9, "probability that the candidates reach together", low=0, high=1, flat="a number of tokens", cuts=True
     )
-    candidates: Strength = strength(20, "how many candidates at most, a whole number", low=1, flat="a number of tokens")
+    candidates: Strength = strength(20, "largest number of candidates", low=1, flat="a number of tokens")
     start_layer: int | float = switch(20 / 32, "first early exit")
     end_layer: int | float | None = switch(29 / 32, "the hidden state after the last early exit")
-    layers: tuple[int, ...] | None = switch(None, "explicit hidden states, which overrule both")
+    layers: tuple[int, ...] | None = switch(None, "explicit hidden states, used instead")
 
     PRESETS: ClassVar = {"default": dict(alpha=0.6, top_p=0.9, candidates=20)}
 
@@ -46,22 +46,22 @@ class DeCo(Method):
         return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def combine(self, readout: Readout, memory):
-        reached = self.top_p.value if isinstance(self.top_p, Soft) else self.top_p
-        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), reached, self.candidates)
+        threshold = self.top_p.value if isinstance(self.top_p, Soft) else self.top_p
+        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), threshold, self.candidates)
         sure = jnp.where(likely, jax.nn.softmax(readout.exits, axis=-1), 0).max(axis=-1)
         chosen = jnp.take_along_axis(readout.exits, sure.argmax(axis=0)[None, :, None], axis=0)[0]
         corrected = readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen
         least = jnp.where(likely, readout.main, jnp.inf).min(axis=-1, keepdims=True)
-        return kept(corrected, readout.main, likely, least, self.top_p), memory
+        return cut_logits(corrected, readout.main, likely, least, self.top_p), memory
 
 
 def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strength) -> Bool[Array, "B V"]:
-    """The fewest most likely tokens that together reach `top_p`, at most `most`; of equals the lower id first."""
+    """The fewest most likely tokens that together reach `top_p`, at most `most`; on ties the lower id first."""
     order = jnp.argsort(-probabilities, axis=-1, stable=True)
     descending = jnp.take_along_axis(probabilities, order, axis=-1)
     before = jnp.cumsum(descending, axis=-1) - descending
-    # Where rounding brings the sum to 1 before the last token, a top_p of 1 still means all of them.
-    kept = ((before < top_p) | (top_p >= 1)) & (jnp.arange(order.shape[-1]) < most)
+    # Even if rounding brings the sum to 1 before the last token, a top_p of 1 means all of them.
+    chosen = ((before < top_p) | (top_p >= 1)) & (jnp.arange(order.shape[-1]) < most)
     # The likeliest token is always a candidate, even where top_p is 0.
-    kept = kept.at[:, 0].set(True)
-    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    chosen = chosen.at[:, 0].set(True)
+    return jnp.take_along_axis(chosen, jnp.argsort(order, axis=-1), axis=-1)

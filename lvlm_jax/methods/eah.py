@@ -1,4 +1,4 @@
-"""EAH: one shallow layer takes the attention map of its head with most vision sinks. arXiv 2411.09968.
+"""EAH: in one shallow layer, all heads use the attention map of the head with most vision sinks. arXiv 2411.09968.
 
 For head h with weights w, and image column j of image k:
 
@@ -8,15 +8,13 @@ j is a vision sink of h if c_h[j] > β. Let h* be the head with most sinks, over
 one on ties. If it has any, every head of the layer attends with the whole map of h* (text rows too), each with its
 own values.
 
-`variant="code"`: the sum goes over all later rows, text included, and is divided by S₀ + E - j with S₀ the sample's
-first image position and E the one after its last; β is 0.0008 and the layer index 15; nothing happens when h* is head
-0 either.
+`variant="code"`: the sum is over all later rows, text included, and is divided by S₀ + E - j, where S₀ is the sample's
+first image position and E the one after its last; β is 0.0008 and the layer index 15; nothing changes if h* is head 0.
 
 Differs from the paper and from the authors' code in: nothing known.
 
-A row that does not see j (sliding window) is not counted.
-Rows: all of the prompt. Layers: one. Stage: weights. Decode steps are plain.
-Cost: the prompt's attention map of that layer once more; nothing per token.
+Rows that do not see j (sliding window) do not count. Rows: all of the prompt. Layers: one. Stage: weights. Decode steps
+are plain. Cost: the prompt's attention map of that layer once more; nothing per token.
 """
 
 from typing import ClassVar
@@ -38,7 +36,7 @@ class EAH(Method):
     """Enhanced attention heads; see the module for the formulas."""
 
     beta: Strength | None = strength(
-        None, "what makes a vision sink, β; default 0.002 (paper) or 0.0008 (code)", low=0, flat="a threshold"
+        None, "threshold β of a vision sink; default 0.002 (paper), 0.0008 (code)", low=0, flat="a threshold"
     )
     layer: int | float | None = switch(
         None, "the edited layer (a float: share of the depth); default 1 (paper) or 15 (code)"
@@ -54,28 +52,28 @@ class EAH(Method):
             object.__setattr__(self, "beta", np.float32(PUBLISHED[self.variant][1]))
 
     def active(self, layer, num_layers, phase):
-        wanted = PUBLISHED[self.variant][0] if self.layer is None else self.layer
-        return phase == "prefill" and layer == layer_range(wanted, None, None, num_layers)[0]
+        default_layer = PUBLISHED[self.variant][0] if self.layer is None else self.layer
+        return phase == "prefill" and layer == layer_range(default_layer, None, None, num_layers)[0]
 
     def statistics(self, site, weights):
-        return given(site, weights, own_image=self.variant == "paper")
+        return received_attention(site, weights, own_image=self.variant == "paper")
 
     def weights(self, site, weights):
         total, rows = self.over_all_rows(site, weights)
-        count = jnp.maximum(rows, 1) if self.variant == "paper" else coded_count(site)
+        count = jnp.maximum(rows, 1) if self.variant == "paper" else code_divisor(site)
         sinks = (site.image[:, None, :] & (total / count[:, None] > self.beta)).sum(axis=-1)
         best = sinks.argmax(axis=1)
-        found = sinks.max(axis=1) > 0
+        has_sinks = sinks.max(axis=1) > 0
         if self.variant == "code":
-            found &= best > 0
+            has_sinks &= best > 0
         chosen = jnp.take_along_axis(weights, best[:, None, None, None], axis=1)
-        return jnp.where(found[:, None, None, None], chosen, weights)
+        return jnp.where(has_sinks[:, None, None, None], chosen, weights)
 
 
-def given(
+def received_attention(
     site: Site, weights: Float[Array, "B H R S"], own_image: bool
 ) -> tuple[Float[Array, "B H S"], Int[Array, "B S"]]:
-    """What each column receives from later rows that see it, and how many these are; from its image's alone or all."""
+    """The attention each column receives from later rows that see it (of its own image, or all), and their number."""
     columns = jnp.arange(site.image_id.shape[1])
     givers = site.mask & (site.row_index[:, None] > columns[None, :])[None]
     if own_image:
@@ -83,9 +81,9 @@ def given(
     return jnp.where(givers[:, None], weights, 0).sum(axis=2), givers.sum(axis=1)
 
 
-def coded_count(site: Site) -> Int[Array, "B S"]:
-    """S₀ + E - j, by which the authors' code divides."""
-    position = jnp.cumsum(site.image_id >= 0, axis=1) - 1  # padding on the left has none
+def code_divisor(site: Site) -> Int[Array, "B S"]:
+    """S₀ + E - j, the divisor of the authors' code."""
+    position = jnp.cumsum(site.image_id >= 0, axis=1) - 1  # padding on the left does not count
     first = jnp.where(site.image, position, position.shape[1]).min(axis=1, keepdims=True)
     end = jnp.where(site.image, position, -1).max(axis=1, keepdims=True) + 1
     return jnp.maximum(first + end - position, 1)

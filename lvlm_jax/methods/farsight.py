@@ -1,15 +1,15 @@
 """FarSight: later columns take a share of the softmax before they are hidden. A port.
 
-From arXiv 2505.16652 and a port of it. In the prompt's row i each later column j > i of the sample is a register with
+From arXiv 2505.16652 and a port of it. In row i of the prompt, each later column j > i of the sample is a register with
 the logit -σ (j - i). The softmax runs over the columns that the row sees and over its registers, whose weights are then
-set to 0, so a row's weights sum to less than 1, the less the further it is from the end:
+set to 0. So the weights of a row sum to less than 1, and to less the further it is from the end:
 
     w <- w Z / (Z + Σ_{j > i} e^{-σ (j - i)})      Z = Σ e^z over the columns that are seen
 
-σ is ln 256 / ln 1024 = 0.8. The last row has no registers, and so has none of an answer.
+σ is ln 256 / ln 1024 = 0.8. The last row and the rows of the answer have no registers.
 
-Differs from the paper in: what the port leaves out; the paper's text was not compared. A sample without an image is
-left alone here.
+Differs from the paper in: unknown; it was written from the port and not compared with the paper's text. A sample
+without an image is left alone here.
 
 Rows: all, prompt only. Layers: all. Stage: weights. Cost: explicit attention in the whole prompt.
 """
@@ -27,10 +27,10 @@ from lvlm_jax.methods.registry import register
 
 @register("farsight")
 class FarSight(Method):
-    """Attention registers behind the diagonal, a port; see the module for the formula."""
+    """Attention registers after the diagonal, a port; see the module for the formula."""
 
     sigma: Strength = strength(
-        math.log(256) / math.log(1024), "fall σ of a register's logit with its distance", low=0, per="layer"
+        math.log(256) / math.log(1024), "decrease σ of a register's logit with distance", low=0, per="layer"
     )
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
@@ -47,7 +47,7 @@ class FarSight(Method):
         distance = (columns[None, :] - site.row_index[:, None]).astype(jnp.float32)
         later = (distance > 0)[None] & (site.image_id >= 0)[:, None]
         registers = jnp.where(later, jnp.exp(-self.sigma * jnp.maximum(distance, 0)), 0).sum(axis=-1)
-        seen = jnp.where(site.mask[:, None], site.logits, jnp.finfo(jnp.float32).min)
-        kept = 1 / (1 + registers[:, None] * jnp.exp(-jax.nn.logsumexp(seen, axis=-1)))
+        logits = jnp.where(site.mask[:, None], site.logits, jnp.finfo(jnp.float32).min)
+        share = 1 / (1 + registers[:, None] * jnp.exp(-jax.nn.logsumexp(logits, axis=-1)))
         alone = ~site.image.any(axis=-1)[:, None, None] | ~site.mask.any(axis=-1)[:, None]
-        return weights * jnp.where(alone, 1.0, kept)[..., None]
+        return weights * jnp.where(alone, 1.0, share)[..., None]

@@ -1,7 +1,7 @@
-"""What a method needs measured first (`lvlm fit`), and the one kind of file that it lies in.
+"""Arrays that a method needs fitted first (`lvlm fit`), and the file format that stores them.
 
-A file is safetensors. Its metadata say whose it is: the method, the hash of the checkpoint, the hash of the pairs, the
-settings of the fit.
+A file is safetensors. Its metadata name the method, the hash of the checkpoint, the hash of the pairs, and the settings
+of the fit.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ FORMAT = "lvlm_jax fitted 1"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where fitted arrays come from; static.
+    """The origin of fitted arrays; static.
 
     Attributes:
-        method: the word of the method.
-        model: the hash of the checkpoint (`journal.record.checkpoint_hash`), of an adapter too if there was one.
+        method: the registered name of the method.
+        model: the hash of the checkpoint (`journal.record.checkpoint_hash`), and of its adapter.
         pairs: SHA-256 of the file of pairs.
-        settings: of the fit, as JSON.
+        settings: the settings of the fit, as JSON.
     """
 
     method: str
@@ -41,7 +41,7 @@ class Source:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Arrays by name, and where they come from."""
+    """Fitted arrays by name, and their origin."""
 
     arrays: dict[str, jax.Array]
     source: Source = dataclasses.field(metadata={"static": True})
@@ -50,40 +50,46 @@ class Fitted:
         return self.arrays[name]
 
     def record(self) -> dict[str, str]:
-        """What the record of a run says of it."""
+        """The entry for the record of a run."""
         return dataclasses.asdict(self.source)
 
 
 def read(path: str | os.PathLike) -> Fitted:
-    """The arrays of a file.
+    """Reads a file of `lvlm fit`.
 
     Raises:
-        LVLMError: it cannot be read, or `lvlm fit` did not write it.
+        LVLMError: the file cannot be read, or `lvlm fit` did not write it.
     """
     path = files.expand(path)
     arrays, metadata = load(path, "file of lvlm fit")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not set(names) <= metadata.keys():
-        raise LVLMError(f"{path} is no file of lvlm fit; make one with lvlm fit METHOD --pairs FILE --out {path.name}")
+        raise LVLMError(
+            f"{path} is not a file of lvlm fit; make it with lvlm fit METHOD --pairs FILE --out {path.name}"
+        )
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     return Fitted(arrays, Source(**{name: metadata[name] for name in names}))
 
 
 def write(path: str | os.PathLike, fitted: Fitted) -> None:
-    """Writes a file in one step.
+    """Writes a file atomically.
 
     Raises:
-        LVLMError: the folder cannot be written.
+        LVLMError: the folder cannot be written to.
     """
     arrays = {name: jax.device_get(array) for name, array in fitted.arrays.items()}
     save(path, arrays, {"format": FORMAT, **fitted.record()})
 
 
 def load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of a safetensors file.
+    """Reads the arrays and the metadata of a safetensors file.
+
+    Args:
+        path: the file.
+        kind: the expected kind of file, for messages.
 
     Raises:
-        LVLMError: it cannot be read; `kind` says in the message what it should be.
+        LVLMError: the file cannot be read.
     """
     content = files.read_bytes(path, kind)
     with library_errors(f"cannot read {path}"):
@@ -93,10 +99,10 @@ def load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def save(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step.
+    """Writes a safetensors file atomically.
 
     Raises:
-        LVLMError: the folder cannot be written.
+        LVLMError: the folder cannot be written to.
     """
     content = safetensors.numpy.save(arrays, metadata)
     try:
@@ -108,14 +114,14 @@ def save(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[
 
 
 def as_fitted(owner: str, word: str, value: Any) -> Fitted | None:
-    """The value of a field for fitted arrays: a file's name, its content, or None.
+    """Converts the value of a field for fitted arrays: a file name, `Fitted`, or None.
 
     Args:
         owner: the class, for messages.
         word: the method's name on the command line.
 
     Raises:
-        LVLMError: another kind of value, or a file of another method.
+        LVLMError: another type, or a file of another method.
     """
     if isinstance(value, str | os.PathLike):
         value = read(value)
@@ -129,22 +135,22 @@ def as_fitted(owner: str, word: str, value: Any) -> Fitted | None:
 
 
 def check_model(source: Source, model: str | None, name: str) -> None:
-    """Refuses what was fitted for another model.
+    """Raises an `LVLMError` if `source` belongs to another model.
 
     Args:
-        model: the hash of the model in use; None if it was not read from a folder.
-
-    Raises:
-        LVLMError: the hashes differ.
+        source: the origin of what was fitted or learned.
+        model: the hash of the model in use; None if it does not come from a folder.
+        name: the model's name, for messages.
     """
     if source.model != model:
-        anew = f"fit it anew with lvlm fit {source.method} --model {name}"
+        advice = f"fit it again with lvlm fit {source.method} --model {name}"
         if source.method == "learned":
-            anew = "learn it anew with lvlm train --config learned_method"
-        told = "was not read from a folder, so its hash is not known" if model is None else f"has {model[:12]}…"
-        raise LVLMError(f"{source.method} was fitted for the checkpoint {source.model[:12]}… and {name} {told}; {anew}")
+            advice = "learn it again with lvlm train --config learned_method"
+        reason = "was not read from a folder, so its hash is not known" if model is None else f"has {model[:12]}…"
+        fitted_for = f"{source.method} was fitted for the checkpoint {source.model[:12]}…"
+        raise LVLMError(f"{fitted_for} and {name} {reason}; {advice}")
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """Settings of a fit as `Source` keeps them."""
+    """The settings of a fit as `Source` stores them."""
     return json.dumps(settings, sort_keys=True)

@@ -1,10 +1,10 @@
-"""IAT: more attention to what was generated, in the middle layers (CVPR 2026, beside AdaIAT).
+"""IAT: more attention to generated text in the middle layers (CVPR 2026, in the paper of AdaIAT).
 
 In the last row of layers 5 to 17, on the columns of generated tokens, the newest among them:
 
     z <- z + α |z|      α 0.8
 
-The prompt's own last row has no such column and stays plain.
+The last row of the prompt has no such column and stays plain.
 
 Differs from the authors' code in: samples without an image, which are left alone here.
 
@@ -24,7 +24,7 @@ from lvlm_jax.methods.registry import register
 class IAT(Method):
     """Increased attention to generated text; see the module for the formula."""
 
-    alpha: Strength = strength(0.8, "share α of its size that a logit gains", low=0, per="head")
+    alpha: Strength = strength(0.8, "share α of its absolute value added to a logit", low=0, per="head")
     start_layer: int | float = switch(5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(18, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")

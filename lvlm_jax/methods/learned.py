@@ -1,8 +1,8 @@
-"""A method whose strengths were learned (`lvlm train --config learned_method`), and the file that it lies in.
+"""Methods with learned strengths (`lvlm train --config learned_method`), and the file format that stores them.
 
-The file is safetensors: the strengths, and what was fitted for a member. Its metadata name the members with their
-switches, and whose they are: the hash of the checkpoint, that of the pairs, the settings of the training. Nothing in a
-file is run: members are methods of this package, or of others that are known already.
+The file is safetensors: the strengths, and arrays that were fitted for a member. Its metadata name the members with
+their switches, the hash of the checkpoint, the hash of the pairs, and the settings of the training. Loading a file runs
+no code from it: members are methods that are already registered.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ WORD = "learned"  # `--method learned:FILE`
 
 @frozen
 class Learned(Chained):
-    """Methods of one chain, with learned strengths.
+    """A chain of methods with learned strengths.
 
     Attributes:
-        source: what they were learned on.
+        source: the model and the pairs it was learned on.
     """
 
     source: Source | None = dataclasses.field(default=None, metadata={"static": True})
@@ -48,10 +48,10 @@ def path_of(words: str) -> Path | None:
 
 
 def write(path: str | os.PathLike, method: Learned) -> None:
-    """Writes a file in one step.
+    """Writes a file atomically.
 
     Raises:
-        LVLMError: the folder cannot be written.
+        LVLMError: the folder cannot be written to.
     """
     arrays: dict[str, np.ndarray] = {}
     members = [_described(index, member, arrays) for index, member in enumerate(method.members)]
@@ -60,31 +60,31 @@ def write(path: str | os.PathLike, method: Learned) -> None:
 
 
 def read(path: str | os.PathLike) -> Learned:
-    """The method of a file.
+    """Reads a learned method.
 
     Raises:
-        LVLMError: it cannot be read, the training did not write it, or a member is unknown here.
+        LVLMError: the file cannot be read, is not from such a training, or has an unregistered member.
     """
     path = files.expand(path)
     arrays, metadata = load(path, "learned method")
     names = [field.name for field in dataclasses.fields(Source)]
     if metadata.get("format") != FORMAT or not {"members", *names} <= metadata.keys():
-        raise LVLMError(f"{path} is no learned method; make one with lvlm train --config learned_method")
+        raise LVLMError(f"{path} is not a learned method; make one with lvlm train --config learned_method")
     with library_errors(f"cannot read {path}"):
         described = json.loads(metadata["members"])
         members = tuple(_member(index, one, arrays) for index, one in enumerate(described))
     if not members:
-        raise LVLMError(f"{path} has no members; make it anew with lvlm train --config learned_method")
+        raise LVLMError(f"{path} has no members; make it again with lvlm train --config learned_method")
     return Learned(members, Source(**{name: metadata[name] for name in names}))
 
 
 def name_of(member: Method) -> str:
-    """The word of a method."""
+    """The registered name of a method."""
     return next(name for name in registry.names() if registry.get(name) is type(member))
 
 
 def _described(index: int, member: Method, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A member's word and switches, as JSON values; its arrays are added to `arrays`."""
+    """A member's name and switches, as JSON values; its arrays are added to `arrays`."""
     switches, source = {}, None
     for field in dataclasses.fields(member):
         value, key = getattr(member, field.name), f"{index}.{field.name}"
@@ -100,16 +100,14 @@ def _described(index: int, member: Method, arrays: dict[str, np.ndarray]) -> dic
 
 
 def _member(index: int, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Method:
-    """The method that `_described` describes."""
+    """Rebuilds a member from the output of `_described`."""
     word, switches = described["method"], described["switches"]
     if word not in registry.names():
-        raise LVLMError(
-            f"a learned method has {word!r}, which is unknown here; import the module that registers it first"
-        )
+        raise LVLMError(f"a learned method has {word!r}, which is not registered; first import its module")
     prefix = f"{index}."
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    given = {name: array[()] if not array.shape else array for name, array in own.items() if "." not in name}
+    settings = {name: array[()] if not array.shape else array for name, array in own.items() if "." not in name}
     if described["fitted"]:
         inner = {name.partition(".")[2]: array for name, array in own.items() if "." in name}
-        given["fitted"] = Fitted(inner, Source(**described["fitted"]))
-    return registry.get(word)(**switches, **given)
+        settings["fitted"] = Fitted(inner, Source(**described["fitted"]))
+    return registry.get(word)(**switches, **settings)

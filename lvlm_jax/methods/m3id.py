@@ -1,4 +1,4 @@
-"""M3ID, and a port of it: contrast with the prompt without images, growing with every token. arXiv 2403.14003.
+"""M3ID, and a port of it: contrast with the prompt without images, which grows with every token. arXiv 2403.14003.
 
 With l and l~ the next-token logits of the prompt with and without its images, p and p~ their distributions, t the
 number of tokens generated before (kept in memory) and g = e^{-λ t}:
@@ -6,11 +6,11 @@ number of tokens generated before (kept in memory) and g = e^{-λ t}:
     variant="paper"   l + (1 - g) / g (ln p - ln p~)   where max p < α, else l; no plausibility cut
     variant="port"    l + (1 - g) / g (l - l~)         where l >= max l + ln β, else -inf; no gate
 
-"port" is RITUAL's port (arXiv 2405.17821), which most tables print. λ is `decay`, α is `alpha_gate`. The first token
-is never contrasted. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
+"port" is RITUAL's port (arXiv 2405.17821), used in most published tables. λ is `decay`, α is `alpha_gate`. The first
+token is never contrasted. The factor (1 - g) / g = e^{λ t} - 1 stops growing at e^80, where float32 would overflow.
 
-Differs from the paper in: the default of α, which is ours; the paper's own value is not known to us. There is no
-authors' code.
+Differs from the paper in: the default of α, which is ours because we do not know the paper's. There is no authors'
+code.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second, shorter prompt, and one more row through the weights per token.
@@ -21,7 +21,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 from lvlm_jax.methods.registry import register
 
@@ -59,7 +59,7 @@ class M3ID(Method):
         main, contrast = readout.main, readout.contrast
         weight = jnp.expm1(jnp.minimum(self.decay * memory, LARGEST_EXPONENT))[:, None]
         if self.variant == "port":
-            combined = contrasted(main, contrast, weight, self.beta)
+            combined = contrast_logits(main, contrast, weight, self.beta)
         else:
             log_p, log_blind = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
             unsure = jnp.exp(log_p.max(axis=-1, keepdims=True)) < self.alpha_gate

@@ -1,16 +1,15 @@
-"""MemVR: image tokens looked up again where a middle layer is unsure of the next token. arXiv 2410.03577.
+"""MemVR: adds image tokens again when a middle layer is uncertain of the next token. arXiv 2410.03577.
 
-Behind each layer i with 5 < i < 16, u_i is the entropy of the ten likeliest next tokens' probabilities, normalised
-among themselves, over ln 10 (final norm and head on the last row). In the first layer i + 1 with u_i > τ the output of
-the feed-forward block becomes, in all rows of the call,
+After each layer i with 5 < i < 16, u_i is the entropy of the renormalised probabilities of the ten most likely next
+tokens, divided by ln 10 (final norm and head on the last row). In the first layer i + 1 with u_i > τ the output of the
+feed-forward block becomes, in all rows of the call,
 
     (1 - ρ) FFN(x) + ρ s A(x)      A(x) = (x Vᵀ) V      s = mean |FFN(x)| / mean |A(x)|
 
-with V the image tokens that the decoder received. The authors scale V by the sizes of the block's matrices first, which
-s undoes. One layer a call. τ is 0.75; ρ is 0.12, for descriptions 0.31.
+with V the image tokens at the decoder's input. The authors first scale V by the sizes of the block's matrices, but s
+cancels that. At most one layer per call is edited. τ is 0.75; ρ is 0.12, for descriptions 0.31.
 
-Differs from the authors' code in: means, which there mix the samples of a batch and its padding, and here belong to a
-sample.
+Differs from the authors' code in: means, which are per sample here and pool the batch and its padding there.
 
 Rows: all. Stages: enter (u), mlp. A sample without an image is left alone.
 Cost: the head for one row in ten layers; two products with the image tokens; the prompt's embeddings are kept.
@@ -36,9 +35,9 @@ class Retrace(NamedTuple):
 
     Attributes:
         visual: the image tokens, zero in other columns.
-        valid: rows that hold a token.
-        now: samples whose unsureness was met behind the layer before.
-        done: samples that looked already, or have nothing to look at.
+        valid: rows with a token.
+        now: samples whose uncertainty after the previous layer exceeds τ.
+        done: samples that were already edited, or have no image.
     """
 
     visual: Float[Array, "B N E"]
@@ -51,12 +50,12 @@ class Retrace(NamedTuple):
 class MemVR(Method):
     """Memory-space visual retracing; see the module for the formulas."""
 
-    rho: Strength = strength(0.12, "share ρ of what is looked up", low=0, high=1, per="layer")
-    tau: Strength = strength(0.75, "entropy τ above which a layer is unsure", low=0, flat="a threshold")
+    rho: Strength = strength(0.12, "share ρ of the looked-up image tokens", low=0, high=1, per="layer")
+    tau: Strength = strength(0.75, "entropy τ above which a layer is uncertain", low=0, flat="a threshold")
     start_layer: int | float = switch(6, "first layer whose output is judged (a float: share of the depth)")
     end_layer: int | float | None = switch(16, "the layer after the last one that is judged")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
-    visual: jax.Array | None = data("image tokens of every sample; `recalled` sets them")
+    visual: jax.Array | None = data("image tokens of every sample; set by `recall`")
 
     PRESETS: ClassVar = {"default": dict(rho=0.12, tau=0.75), "chair": dict(rho=0.31, tau=0.75)}
     rows: ClassVar[str] = "last"
@@ -66,14 +65,14 @@ class MemVR(Method):
         return layer - 1 in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def active(self, layer, num_layers, phase):
-        return self.judged(layer, num_layers)  # nothing inside attention, but layers are not alike
+        return self.judged(layer, num_layers)  # it has no attention stages, but layers differ
 
     def begin(self, context: Context, embeddings):
         image = context.image_columns()
         visual = jnp.where(image[..., None], embeddings, 0) if self.visual is None else self.visual
         rows = jnp.take(context.image_id >= 0, context.rows(), axis=1)
-        without = context.image_end == 0
-        return Retrace(visual, rows[..., None], jnp.zeros_like(without), without)
+        no_image = context.image_end == 0
+        return Retrace(visual, rows[..., None], jnp.zeros_like(no_image), no_image)
 
     def enter(self, stream):
         if not self.judged(stream.layer, stream.num_layers):
@@ -90,9 +89,9 @@ class MemVR(Method):
         visual, valid, now, _ = stream.carry
         plain, precise = output.astype(jnp.float32), jax.lax.Precision.HIGHEST
         similar = jnp.einsum("BTE,BNE->BTN", stream.mlp_input, visual, precision=precise)
-        found = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
-        sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, found)]
-        scaled = found * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
+        looked_up = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
+        sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, looked_up)]
+        scaled = looked_up * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
         return jnp.where(now[:, None, None], (1 - self.rho) * plain + self.rho * scaled, plain)
 
     @property
@@ -102,5 +101,5 @@ class MemVR(Method):
     def remember(self, carry, kept):
         return carry.visual
 
-    def recalled(self, kept):
+    def recall(self, kept):
         return dataclasses.replace(self, visual=kept)

@@ -1,4 +1,4 @@
-"""Middle layers: attention to the image raised where visual information is taken in. arXiv 2411.16724.
+"""Middle layers: raises attention to the image in the layers that take in visual information. arXiv 2411.16724.
 
 For the last query row in layers 5 to 18, on every image column j and in every head h,
 

@@ -1,14 +1,13 @@
-"""NoLan: contrast with the prompt without images, by how much the two agree. arXiv 2602.22144.
+"""NoLan: contrast with the prompt without images, stronger where the two agree. arXiv 2602.22144.
 
 With l and l~ the next-token logits of the prompt with and without its images, p and u their distributions:
 
     g = KL(p | u) + KL(u | p)      a = κ (tanh(1 / g) + 1), κ 0.8
     (1 + a) l - a l~
 
-without a plausibility cut. Where the image changes nothing a is 2 κ, where it decides everything a is κ.
+without a plausibility cut. If the image changes nothing, a is 2 κ; if it decides everything, a is κ.
 
-Differs from the paper in: nothing known; that the symmetric divergence is the sum of both directions, in nats, is our
-reading.
+Differs from the paper in: nothing known. We read its symmetric divergence as the sum of both directions, in nats.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second, shorter prompt, and one more row through the weights per token.
@@ -41,7 +40,7 @@ class NoLan(Method):
     def combine(self, readout: Readout, memory):
         seeing, blind = jax.nn.log_softmax(readout.main), jax.nn.log_softmax(readout.contrast)
         apart = ((jnp.exp(seeing) - jnp.exp(blind)) * (seeing - blind)).sum(axis=-1, keepdims=True)
-        # tanh(1 / g) is 1 far above such a g, and its slope is 0.
+        # For larger g, tanh(1 / g) is 1 and its slope 0.
         weight = self.kappa * (jnp.tanh(1 / jnp.maximum(apart, 1e-3)) + 1)
         combined = (1 + weight) * readout.main - weight * readout.contrast
         return where_image(readout.carry, combined, readout.main), memory

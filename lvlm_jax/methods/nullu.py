@@ -1,13 +1,13 @@
-"""Nullu: what feed-forward blocks write along directions of hallucination is taken out. arXiv 2412.13817.
+"""Nullu: removes hallucination directions from the output of feed-forward blocks. arXiv 2412.13817.
 
 In layers 16 to 31 of 32 (as a share of the depth), with v_1 … v_4 the first right singular vectors of the differences
 D_l = ½ (h_l(true) - h_l(hallucinated)) over pairs of answers:
 
     W_down <- (I - Σ_{r <= 4} v_r v_rᵀ) W_down
 
-which is what this method does to the output x of the block: x <- x - α Σ v_r (v_rᵀ x), with α 1. `lvlm fit nullu`
-finds the directions; with `--export FOLDER` it writes the edited checkpoint, which any software loads and which costs
-nothing. h_l is the mean over the answer's tokens of what layer l puts out: our reading.
+This method applies the same edit to the output x of the block: x <- x - α Σ v_r (v_rᵀ x), with α 1. `lvlm fit nullu`
+finds the directions; with `--export FOLDER` it writes the edited checkpoint, which any software can load and which
+costs nothing. We read h_l as the mean of layer l's output over the answer's tokens.
 
 Differs from the paper in: nothing known.
 
@@ -31,7 +31,7 @@ from lvlm_jax.methods.vti import needed
 class Nullu(Method):
     """Null space projection of hallucination directions; see the module for the formula."""
 
-    alpha: Strength = strength(1.0, "share α of the directions' part that is taken out", low=0, high=1, per="layer")
+    alpha: Strength = strength(1.0, "share α of the directions that is removed", low=0, high=1, per="layer")
     rank: int = switch(4, "how many directions")
     start_layer: int | float = switch(0.5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
@@ -45,7 +45,7 @@ class Nullu(Method):
         return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def active(self, layer, num_layers, phase):
-        return layer in self.edited(num_layers)  # nothing inside attention, but layers are not alike
+        return layer in self.edited(num_layers)  # it has no attention stages, but layers differ
 
     def directions(self, layer: int) -> jax.Array:
         """The directions of a layer, `Float[Array, "R E"]`."""

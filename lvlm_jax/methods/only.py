@@ -1,10 +1,10 @@
-"""ONLY: one side path of the last row, for complement or contrast. arXiv 2507.00898.
+"""ONLY: one side path of the last row, added to the logits or subtracted from them. arXiv 2507.00898.
 
 Layer 0, last row, per head: among the columns of text (all but the sample's first token) and among those of images,
-weights above their group's mean + standard deviation (unbiased) become 0. With H the entropy of what is left in a
-group, normalised, heads whose H_text / H_image is below the heads' mean become 0. o is what the output projection makes
-of the values under these weights. At the last layer, with h what enters it, and the layer's own norms and feed-forward
-block:
+weights above their group's mean + standard deviation (unbiased) become 0. H is the entropy of the remaining,
+renormalised weights of a group; heads whose H_text / H_image is below the heads' mean become 0. o is the attention
+output under these weights, after the output projection. At the last layer, with h its input, and with its own norms and
+feed-forward block:
 
     g = 0.2 h + norm(o)      g <- g + FFN(norm'(g))      l~ = logits(g) + 0.5 l
 
@@ -55,11 +55,11 @@ class ONLY(Method):
         return has_image(context), jnp.zeros((embeddings.shape[0], 1, embeddings.shape[2]), embeddings.dtype)
 
     def observe(self, site, weights):
-        kept = site.mask[:, -1]
-        first = jnp.arange(kept.shape[1]) == (site.image_id >= 0).argmax(axis=1)[:, None]
+        visible = site.mask[:, -1]
+        first = jnp.arange(visible.shape[1]) == (site.image_id >= 0).argmax(axis=1)[:, None]
         row = weights[:, :, -1]
-        text, of_text = lowered(row, kept & ~site.image & ~first)
-        image, of_image = lowered(row, kept & site.image)
+        text, of_text = drop_high_weights(row, visible & ~site.image & ~first)
+        image, of_image = drop_high_weights(row, visible & site.image)
         ratio = of_text / jnp.where(of_image > 0, of_image, 1)
         ratio = jnp.where(of_image > 0, ratio, jnp.where(of_text > 0, jnp.inf, 0))
         row = jnp.where(text & image, row, 0)
@@ -83,18 +83,20 @@ class ONLY(Method):
         side = side + self.final_share * main
         apart = jnp.abs(jax.nn.softmax(main) - jax.nn.softmax(side)).sum(axis=-1, keepdims=True)
         contrast = (1 + self.alpha_contrast) * main - self.alpha_contrast * side
-        joined = jnp.where(apart < self.tau, main + self.alpha_complement * side, contrast)
-        return where_image(present, plausible(joined, main, self.beta), main), memory
+        combined = jnp.where(apart < self.tau, main + self.alpha_complement * side, contrast)
+        return where_image(present, plausible(combined, main, self.beta), main), memory
 
 
-def lowered(row: Float[Array, "B H S"], group: Bool[Array, "B S"]) -> tuple[Bool[Array, "B H S"], Float[Array, "B H"]]:
-    """Which weights stay, all outside the group among them, and the entropy of those that stay in it."""
+def drop_high_weights(
+    row: Float[Array, "B H S"], group: Bool[Array, "B S"]
+) -> tuple[Bool[Array, "B H S"], Float[Array, "B H"]]:
+    """Which weights stay (all those outside the group do), and the entropy of those that stay in the group."""
     inside = group[:, None]
     count = inside.sum(axis=-1, keepdims=True)
     mean = jnp.where(inside, row, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)
     square = jnp.where(inside, (row - mean) ** 2, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count - 1, 1)
     high = inside & (row > mean + jnp.sqrt(jnp.where(square > 0, square, 1)) * (square > 0))
-    left = jnp.where(inside & ~high, row, 0)
-    total = left.sum(axis=-1, keepdims=True)
-    shares = left / jnp.where(total > 0, total, 1)
+    remaining = jnp.where(inside & ~high, row, 0)
+    total = remaining.sum(axis=-1, keepdims=True)
+    shares = remaining / jnp.where(total > 0, total, 1)
     return ~high, -(shares * jnp.log(shares + FAINT)).sum(axis=-1)

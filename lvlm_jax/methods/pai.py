@@ -29,12 +29,12 @@ from lvlm_jax.methods.registry import register
 class PAI(Method):
     """Pay attention to the image; see the module for the formulas."""
 
-    alpha: Strength = strength(0.2, "share of its size that an image logit gains, α", low=0, per="head")
+    alpha: Strength = strength(0.2, "share α of its absolute value added to an image logit", low=0, per="head")
     gamma: Strength = strength(1.1, "guidance γ; 1 for no contrast", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     start_layer: int | float = switch(2, "first layer with the edit")
     end_layer: int | float | None = switch(None, "the layer after the last one with the edit")
-    layers: tuple[int, ...] | None = switch(None, "explicit layers, which overrule both")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers, used instead")
 
     PRESETS: ClassVar = {"default": dict(alpha=0.2, gamma=1.1, beta=0.1)}
     rows: ClassVar[str] = "last"

@@ -1,14 +1,14 @@
-"""Methods from words, as a command line, a harness or a caller gives them.
+"""Parses methods given as text: on a command line, by a harness or by a caller.
 
 none                                  no method
 cmac   CMAC                           a method with its defaults
 cmac/llava-1.5/pope                   with a preset
 cmac:alpha=3,beta=0.1                 with settings, named like its flags
 sevi/balanced:layers=8,9,kappa=0.3    with both; numbers up to the next name belong to one setting
-eah+cmac:alpha=1                      several, chained
-mymodule:MyMethod   file.py:MyMethod  a user's own class, in the place of the name
-pai:alpha=0.1,0.2,0.3                 a strength for each layer, where the method takes that
-learned:FILE                          what lvlm train --config learned_method wrote
+eah+cmac:alpha=1                      several methods, chained
+mymodule:MyMethod   file.py:MyMethod  a user's own class instead of a name
+pai:alpha=0.1,0.2,0.3                 a strength per layer, if the method allows it
+learned:FILE                          a file that lvlm train --config learned_method wrote
 """
 
 import argparse
@@ -31,10 +31,10 @@ OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not na
 
 
 def as_method(value: typing.Any) -> Method | None:
-    """A method in any form that callers may give it: a method, None, or words such as "cmac:alpha=3" or "eah+cmac".
+    """Converts any form of a method: a method, None, or a text such as "cmac:alpha=3" or "eah+cmac".
 
     Raises:
-        LVLMError: no such method or setting, a class in the place of a method, or something else altogether.
+        LVLMError: there is no such method or setting, or the value is a class or has another type.
     """
     if value is None:
         return None
@@ -48,22 +48,22 @@ def as_method(value: typing.Any) -> Method | None:
             f"method is {errors.shown(value)}; expected a method such as methods.CMAC(alpha=1.0), its name such as "
             f"'cmac', or None{hint}"
         )
-    if jax.tree.structure(value) == jax.tree.structure(0):  # a leaf and no tree of its fields
+    if jax.tree.structure(value) == jax.tree.structure(0):  # a leaf instead of a tree: the class is not registered
         name = type(value).__name__
         raise LVLMError(f'{name} is not registered; write @methods.register("{name.lower()}") above the class')
     return value
 
 
 def method_for(given: typing.Any, model: Callable[[], str | None], name: str) -> Method | None:
-    """`as_method`, for use with a model.
+    """`as_method` with a check that fitted and learned arrays belong to the model in use.
 
     Args:
-        given: the method.
-        model: gives the hash of the model's checkpoint, None without one; asked only if something was fitted.
-        name: of the model, for messages.
+        given: the method, in any form.
+        model: returns the hash of the model's checkpoint, None without one; called only if there is something to check.
+        name: the model's name, for messages.
 
     Raises:
-        LVLMError: no method, or something was fitted for another model.
+        LVLMError: not a method, or it was fitted or learned for another model.
     """
     method = as_method(given)
     for source in sources(method):
@@ -72,7 +72,7 @@ def method_for(given: typing.Any, model: Callable[[], str | None], name: str) ->
 
 
 def hyphenated(word: str) -> str:
-    """`--top_p=0.9` as `--top-p=0.9`; anything that is not an option stays as it is."""
+    """Turns `--top_p=0.9` into `--top-p=0.9`; other arguments stay as they are."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
@@ -80,11 +80,11 @@ def hyphenated(word: str) -> str:
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """`--name` and `--no-name`."""
+    """A flag with the forms `--name` and `--no-name`."""
 
 
 def methods_with_field(flag: str) -> list[str]:
-    """Names of the methods that have a setting of that flag's name."""
+    """The methods that have a setting with this flag."""
     name = hyphenated(flag).split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
     return [key for key in registry.names() if name in (field.name for field in _fields(key))]
 
@@ -95,7 +95,7 @@ def _fields(name: str) -> list[dataclasses.Field]:
 
 
 def shown(value) -> str:
-    """A setting as the command line takes it."""
+    """Formats a setting as the command line takes it."""
     value = tuple(value.record()) if isinstance(value, Layered) else value
     if isinstance(value, tuple):
         return ",".join(map(str, value))
@@ -103,7 +103,7 @@ def shown(value) -> str:
 
 
 def methods_help() -> str:
-    """A paragraph for each registered method: its name, its fields as flags with their defaults, its presets."""
+    """One paragraph per registered method: its name, its fields as flags with their defaults, its presets."""
     lines = []
     for name in registry.names():
         method = registry.get(name)
@@ -130,9 +130,9 @@ def _flag(field: dataclasses.Field) -> str:
 
 
 def add_method_flags(parser: argparse.ArgumentParser, words: str) -> None:
-    """Add `--preset` and one flag for each field of the methods that words name.
+    """Adds `--preset` and one flag for each field of the methods in `words`.
 
-    Every flag exists as `--method-field`; as `--field` too, where that name is free.
+    Every field gets the flag `--method-field`, and also `--field` if that name is free.
 
     Raises:
         LVLMError: there is no such method.
@@ -140,12 +140,12 @@ def add_method_flags(parser: argparse.ArgumentParser, words: str) -> None:
     if learned.path_of(words):
         return
     members = list(dict.fromkeys(member.name for member in _members(words)))
-    taken = {option for action in parser._actions for option in action.option_strings}
+    used = {option for action in parser._actions for option in action.option_strings}
     shared = [f"--{_flag(field)}" for member in members for field in _fields(member)]
     for member in members:
         for flag, settings in [("preset", {}), *((_flag(f), _flag_settings(f)) for f in _fields(member))]:
             long, short = f"--{member.replace('_', '-')}-{flag}", f"--{flag}"
-            ambiguous = short in taken or shared.count(short) > 1 or (flag == "preset" and len(members) > 1)
+            ambiguous = short in used or shared.count(short) > 1 or (flag == "preset" and len(members) > 1)
             names = [long] if ambiguous else [long, short]
             dest = f"field_{member}.{flag}"
             parser.add_argument(*names, dest=dest, default=None, help=argparse.SUPPRESS, **settings)
@@ -165,7 +165,7 @@ def _flag_settings(field: dataclasses.Field) -> dict[str, typing.Any]:
 
 
 def _numbers(text: str) -> int | float | tuple[int, ...] | None:
-    """`8` and `0.25` as numbers, `8,9,10` as a tuple, `none` as None."""
+    """Parses `8` and `0.25` as numbers, `8,9,10` as a tuple, `none` as None."""
     if text == "none":
         return None
     if "," in text:
@@ -174,20 +174,20 @@ def _numbers(text: str) -> int | float | tuple[int, ...] | None:
 
 
 def _by_layer(text: str) -> float | tuple[float, ...]:
-    """`0.5` as a number, `0.1,0.2` as one for each layer."""
+    """Parses `0.5` as a number, `0.1,0.2` as one number per layer."""
     return tuple(float(part) for part in text.split(",")) if "," in text else float(text)
 
 
-_by_layer.__name__ = "number"  # argparse names it in its message about a malformed value
+_by_layer.__name__ = "number"  # argparse prints this name if a value is malformed
 
 
 def _word_or_numbers(text: str) -> str | tuple[int, ...]:
-    """`low` as it is, `8,9,10` as a tuple."""
+    """Returns `low` as it is; parses `8,9,10` as a tuple."""
     return tuple(int(part) for part in text.split(",")) if text.replace(",", "").isdigit() else text
 
 
 class _Member(typing.NamedTuple):
-    """One method of the words: its registered name, and what its preset and its settings say of its fields."""
+    """One parsed method: its registered name, and the fields set by its preset and its settings."""
 
     name: str
     preset: str | None
@@ -195,16 +195,16 @@ class _Member(typing.NamedTuple):
 
 
 def _members(words: str) -> list[_Member]:
-    """The methods that words name, in order.
+    """Parses methods joined by "+", in order.
 
     Raises:
-        LVLMError: an unknown method, preset or setting, or a value that cannot be read.
+        LVLMError: an unknown method, preset or setting, or an invalid value.
     """
-    parts = re.split(r"(?<!\de)\+", words.strip())  # but not at the + of 1e+3
+    parts = re.split(r"(?<!\de)\+", words.strip())  # "+" separates methods, except in a number such as 1e+3
     members = []
     while parts:
         name, preset, settings = _split(parts.pop(0))
-        if parts and preset and not settings:  # a preset's name may have a + in it
+        if parts and preset and not settings:  # the name of a preset may contain a "+"
             more, _, after = parts[0].partition(":")
             if f"{preset}+{more}" in registry.get(name).PRESETS:
                 preset, settings = f"{preset}+{more}", after
@@ -214,7 +214,7 @@ def _members(words: str) -> list[_Member]:
 
 
 def _split(part: str) -> tuple[str, str | None, str]:
-    """Registered name, preset (None without) and settings of one method."""
+    """The registered name, the preset (or None) and the settings of one method."""
     own = OWN.match(part)
     word = own[0] if own else re.match("[^:/]*", part)[0]
     preset, _, settings = part[len(word) :].partition(":")
@@ -229,9 +229,9 @@ def _split(part: str) -> tuple[str, str | None, str]:
 
 
 def _settings(name: str, text: str) -> dict[str, typing.Any]:
-    """`alpha=3,layers=8,9` as fields of the method called `name`."""
+    """Parses `alpha=3,layers=8,9` into fields of the method called `name`."""
     fields = {field.name.strip("_"): field for field in _fields(name)}
-    given = {}
+    settings = {}
     for part in re.split(r",(?=\s*[A-Za-z_][\w-]*\s*=)", text) if text else ():
         key, equals, value = part.partition("=")
         field = fields.get(key.strip().replace("-", "_").strip("_"))
@@ -239,8 +239,8 @@ def _settings(name: str, text: str) -> dict[str, typing.Any]:
             raise LVLMError(
                 f"{name} has no setting {part.strip()!r}; expected name=value with one of {', '.join(fields)}"
             )
-        given[field.name] = _value(name, field, value.strip().strip("[]"))
-    return given
+        settings[field.name] = _value(name, field, value.strip().strip("[]"))
+    return settings
 
 
 def _value(name: str, field: dataclasses.Field, text: str) -> typing.Any:
@@ -256,12 +256,12 @@ def _value(name: str, field: dataclasses.Field, text: str) -> typing.Any:
 
 
 def build_method(words: str, arguments: argparse.Namespace) -> Method | None:
-    """The method that words name (the module docstring has their form), with the flags given; None for "none".
+    """Builds the method that `words` names (see the module docstring) with the given flags; None for "none".
 
-    A flag overrules a setting in the words, and both overrule a preset.
+    A flag takes precedence over a setting in the words, and both over a preset.
 
     Raises:
-        LVLMError: an unknown method, preset or setting, one out of range, methods that contradict each other.
+        LVLMError: an unknown method, preset or setting, a value out of range, or methods that contradict each other.
     """
     if words.strip().lower() == "none":
         return None

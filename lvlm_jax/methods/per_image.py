@@ -1,7 +1,7 @@
 """Statistics inside each image of each sample: B samples, I images, S columns.
 
-Images are a static axis, so that neither samples nor images are looped over; a sample with fewer images has rows of
-`members` that are all False, and their sums are 0.
+Images are a static axis, so there are no loops over samples or images. For missing images of a sample, the rows of
+`members` are all False and sums are 0.
 """
 
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ def maxima(inside: Bool[Array, "B I S"], values: Float[Array, "B S"]) -> Float[A
 
 
 def spread(inside: Bool[Array, "B I S"], of_image: Array) -> Array:
-    """`[B, I]` to `[B, S]`: the value of the column's image, 0 (or False) on columns of none."""
-    placed = jnp.where(inside, of_image[:, :, None], jnp.zeros((), of_image.dtype))
-    return placed.any(axis=1) if placed.dtype == bool else placed.sum(axis=1)
+    """`[B, I]` to `[B, S]`: the value of each column's image, 0 (or False) on text columns."""
+    values = jnp.where(inside, of_image[:, :, None], jnp.zeros((), of_image.dtype))
+    return values.any(axis=1) if values.dtype == bool else values.sum(axis=1)
 
 
 def normalised(inside: Bool[Array, "B I S"], values: Float[Array, "B S"], floor: float = 0.0) -> Float[Array, "B S"]:
@@ -40,20 +40,20 @@ def normalised(inside: Bool[Array, "B I S"], values: Float[Array, "B S"], floor:
 def share(rho: float | np.floating | Array, inside: Bool[Array, "B I S"]) -> Int[Array, "B I"]:
     """floor(ρ N) of each image's N columns, at least one."""
     count = inside.sum(axis=-1)
-    # A float32 ρ may lie below the decimal number that was meant: 0.9 of 10 columns are 9.
-    wanted = jnp.floor(rho * (1 + 2e-7) * count)
-    return jnp.clip(wanted, 1, jnp.maximum(count, 1)).astype(jnp.int32)
+    # A float32 ρ may be slightly below the intended decimal number: 0.9 of 10 columns are 9.
+    count_kept = jnp.floor(rho * (1 + 2e-7) * count)
+    return jnp.clip(count_kept, 1, jnp.maximum(count, 1)).astype(jnp.int32)
 
 
 def largest(
     image_id: Int[Array, "B S"], inside: Bool[Array, "B I S"], values: Float[Array, "B S"], keep: Int[Array, "B I"]
 ) -> Bool[Array, "B S"]:
-    """The `keep` columns of each image with the largest values; of equal ones the earlier. One sort."""
-    order = jnp.lexsort((-values, image_id), axis=-1)  # stable: by image, then falling
+    """Marks the `keep` columns with the largest values in each image; on ties the earlier. One sort."""
+    order = jnp.lexsort((-values, image_id), axis=-1)  # stable: by image, then by decreasing value
     sorted_id = jnp.take_along_axis(image_id, order, axis=-1)
     sorted_inside = members(sorted_id, inside.shape[1])
     images = jnp.arange(1, inside.shape[1] + 1)
     first = (image_id[:, None, :] < images[None, :, None]).sum(axis=-1)
     last = spread(sorted_inside, (first + keep).astype(jnp.int32))
-    kept = jnp.arange(image_id.shape[1])[None, :] < last  # `last` is 0 outside images
-    return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    is_kept = jnp.arange(image_id.shape[1])[None, :] < last  # `last` is 0 outside images
+    return jnp.put_along_axis(jnp.zeros_like(is_kept), order, is_kept, axis=-1, inplace=False)

@@ -1,32 +1,31 @@
-"""SEVI: attention heads aligned with where visual information has flowed to. arXiv 2505.14257.
+"""SEVI: aligns attention heads with the text tokens that visual information has flowed to. arXiv 2505.14257.
 
-In the upper layers the text after the image already holds what was seen. For the last query row, with logits z,
-weights w = softmax(z), 𝒮 the text columns after the last image and 𝒪 all others that the row sees:
+In the upper layers, the text after the image already contains the visual information. For the last query row, with
+logits z, weights w = softmax(z), 𝒮 the text columns after the last image and 𝒪 all others that the row sees:
 
     semantic heads  H_S = {h: Σ_𝒮 w_h >= Σ_𝒪 w_h}, the others are H_O
     core heads      H_C = {h in H_S: max_𝒮 w_h > κ Σ_𝒮 w_h}, the other semantic ones are the global heads H_G
     stage 1         h in H_O:  z_h <- (z_h + ω mean of z over H_G) / (1 + ω)
     stage 2         h in H_G:  z_h <- (z_h + ω elementwise maximum of z over H_C) / (1 + ω)
 
-A stage whose giving or taking heads do not exist does nothing. Classes and what is given come from the original row;
-whole rows are mixed, core heads never change. A sample without an image has no 𝒮 and is left alone.
+A stage without source or target heads does nothing. Classes and sources come from the original row; whole rows are
+mixed, and core heads never change. A sample without an image has no 𝒮 and is left alone.
 
 Rows: the last of the prompt and every decoded one. Layers: from `start_layer` on. Stage: logits.
 Cost per token: one more softmax of that row in each such layer.
 
-CICD (`cicd=True`), a second branch with another picture and no edit. With p, p~ the next-token distributions and
-J = min(1, JSD(p, p~)), in nats:
+CICD (`cicd=True`) adds a second branch with another image and no edit. With p, p~ the next-token distributions and J =
+min(1, JSD(p, p~)), in nats:
 
     α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
 
 `variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~); "code-
-qwen": what the authors' Qwen2-VL files do differently from that: 𝒪 are the image columns alone, and CICD acts where J
-> 0.1.
+qwen": their Qwen2-VL files, which differ in two points: 𝒪 are only the image columns, and CICD acts where J > 0.1.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: the other picture, which there is drawn
-from the benchmark. The other picture is a fixed one, so an answer never depends on its neighbours in a batch. It
-takes the size of each picture that it stands for; where pictures are cut into tiles, each tile shows the whole of it.
-Cost: the prompt and each row twice.
+Differs from the paper in: nothing known. Differs from the authors' code in: the other image, which there is drawn from
+the benchmark. Here it is a fixed one, so an answer never depends on its neighbours in a batch. It is resized to each
+image that it replaces; if images are split into tiles, each tile shows the whole image. Cost: the prompt and each row
+twice.
 """
 
 import functools
@@ -40,25 +39,25 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, data, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, data, strength, switch
 from lvlm_jax.methods.contrast import has_image, where_image
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 from lvlm_jax.pixels import CLIP
 
-INDISTINCT = {"paper": 1e-4, "code": 1e-4, "code-qwen": 0.1}  # up to here the branches say the same
+INDISTINCT = {"paper": 1e-4, "code": 1e-4, "code-qwen": 0.1}  # up to this divergence the branches count as equal
 
 
 @register("sevi")
 class SEVI(Method):
     """Heads aligned with the flow of visual information; see the module for the formulas."""
 
-    omega: Strength = strength(4.0, "how far a head is drawn to the better ones, ω", low=0, per="head")
+    omega: Strength = strength(4.0, "weight ω of the better heads", low=0, per="head")
     kappa: Strength = strength(0.2, "share of one token that makes a head a core head, κ", low=0, flat="a threshold")
     start_layer: int | float = switch(4, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
-    cicd: bool = switch(False, "contrast with another picture", choices=(True, False))
+    cicd: bool = switch(False, "contrast with another image", choices=(True, False))
     variant: str = switch(
         "paper",
         "formulas of the paper, of the authors' code, or of their Qwen2-VL files",
@@ -67,7 +66,7 @@ class SEVI(Method):
     alpha_max: Strength = strength(3.0, "largest contrast strength α of CICD", low=0, when=("cicd", True))
     beta: Strength = strength(0.1, "plausibility cut β of CICD", low=0, high=1, cuts=True, when=("cicd", True))
     other_image: Float[Array, "3 Y X"] | None = data(
-        "CICD's other picture as a processor's pixel values, of any size; default a built-in one"
+        "CICD's other image as a processor's pixel values, of any size; default a built-in one"
     )
 
     rows: ClassVar[str] = "last"
@@ -111,7 +110,7 @@ class SEVI(Method):
         distinct = divergence > INDISTINCT[self.variant]
         alpha = jnp.minimum(self.alpha_max, 1 - jnp.log10(jnp.where(distinct, jnp.minimum(divergence, 1), 1)))
         alpha = jnp.where(distinct, alpha, 0)
-        combined = contrasted(readout.main, readout.contrast, alpha[:, None], self.beta)
+        combined = contrast_logits(readout.main, readout.contrast, alpha[:, None], self.beta)
         return where_image(readout.carry, combined, readout.main), memory
 
 
@@ -124,7 +123,7 @@ class Heads(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Which heads of each row are moved: those of H_O by stage 1, those of H_G by stage 2."""
+    """Which heads of each row are changed: those of H_O by stage 1, those of H_G by stage 2."""
 
     first: Bool[Array, "B H R 1"]
     second: Bool[Array, "B H R 1"]
@@ -137,14 +136,14 @@ def classes(
     kappa: Strength,
     others: Bool[Array, "B S"] | None = None,
 ) -> Heads:
-    """The class of every head in rows of attention logits.
+    """The class of every head, for rows of attention logits.
 
     Args:
         logits: of all columns, before the mask.
         seen: which columns a row sees.
-        after: columns that are text after the last image; those that are seen are 𝒮.
+        after: columns of text after the last image; the visible ones are 𝒮.
         kappa: share of one token that makes a head a core head, κ.
-        others: the columns 𝒪 where they are not all that are not `after`.
+        others: the columns 𝒪, if they are not simply all columns that are not `after`.
     """
     others = ~after if others is None else others
     seen = seen[:, None]
@@ -166,12 +165,12 @@ def aligned(
     kappa: Strength,
     others: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B H R S"], Moved]:
-    """Rows of attention logits after both stages, and which heads each stage has moved; `classes` has the arguments."""
+    """Rows of attention logits after both stages, and which heads each stage changed; arguments as for `classes`."""
     heads = classes(logits, seen, after, kappa, others)
     global_count = heads.distributed.sum(axis=1, keepdims=True)
     mean = jnp.where(heads.distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
     any_core = heads.core.any(axis=1, keepdims=True)
-    # The second `where` keeps the maximum finite, and with it the gradient, where there is no core head.
+    # The second `where` keeps the maximum, and its gradient, finite if there is no core head.
     top = jnp.where(heads.core, logits, -jnp.inf).max(axis=1, keepdims=True)
     top = jnp.where(any_core, top, 0)
     drawn = (logits + omega * jnp.where(heads.semantic, top, mean)) / (1 + omega)
@@ -180,7 +179,7 @@ def aligned(
 
 
 def jensen_shannon(main: Float[Array, "B V"], contrast: Float[Array, "B V"], variant: str) -> Float[Array, "B"]:
-    """Divergence in nats of the distributions of two rows of logits; the module docstring has the variants."""
+    """Divergence in nats between the distributions of two rows of logits; the module docstring has the variants."""
     log_p, log_q = jax.nn.log_softmax(main), jax.nn.log_softmax(contrast)
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
     if variant != "paper":
@@ -189,7 +188,7 @@ def jensen_shannon(main: Float[Array, "B V"], contrast: Float[Array, "B V"], var
 
 
 def resized(pixels: Float[np.ndarray, "3 Y X"], height: int, width: int) -> Float[np.ndarray, "3 H W"]:
-    """Pixel values of a picture at another size, smoothed where it shrinks; bit-equal at its own."""
+    """Resizes an image's pixel values, smoothing when it shrinks; bit-equal at its own size."""
     if pixels.shape[1:] == (height, width):
         return pixels
     channels = [Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC) for one in pixels]
@@ -198,7 +197,7 @@ def resized(pixels: Float[np.ndarray, "3 Y X"], height: int, width: int) -> Floa
 
 @functools.lru_cache(maxsize=16)
 def built_in_picture(height: int, width: int) -> np.ndarray:
-    """The picture that stands in for another one, `Float[3, height, width]` as CLIP's processor would give it."""
+    """The built-in other image, `Float[3, height, width]`, normalised as by CLIP's processor."""
     with resources.files("lvlm_jax.pocket").joinpath("sample.png").open("rb") as file:
         picture = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = (np.asarray(picture, np.float32) / 255 - CLIP.mean) / CLIP.deviation

@@ -1,20 +1,20 @@
-"""SID: contrast against a branch that sees only what was attended least. arXiv 2408.02032.
+"""SID: contrast with a branch that sees only the least attended image tokens. arXiv 2408.02032.
 
-The contrast branch reads the same prompt. In every call (the prompt, then each new token) the image tokens are
-ranked by the weight, averaged over heads, that the call's last row puts on them in the layer before the first edited
-one (layer 1); from layer 2 on only the `keep` of lowest rank stay, and no row of the call sees the others. Positions
-stay as they were. Of equal weights the earlier token ranks lower. Image tokens outside a sliding window of the last
-row take no part and do not stay. With no more than `keep` image tokens nothing is dropped. A row that would see
-nothing (a dropped token at the very start of a prompt) sees itself.
+The contrast branch reads the same prompt. In every call (the prompt, then each new token) the image tokens are ranked
+by the weight, averaged over heads, that the call's last row puts on them in the layer before the first edited one
+(layer 1); from layer 2 on, only the `keep` tokens of lowest rank are visible to the rows of the call. Positions do not
+change. On equal weights the earlier token ranks lower. Image tokens outside the last row's sliding window are not
+ranked and not kept. With at most `keep` image tokens, nothing is dropped. A row that would see nothing (a dropped token
+at the very start of a prompt) sees itself.
 
 Then (1 + α) l - α l̃ where l >= max l + ln β.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: their greedy loop does not cut, which
-gives the same token.
+Differs from the paper in: nothing known. Differs from the authors' code in: their greedy loop has no plausibility cut,
+which gives the same token.
 
-Rows: all, since image rows lose columns too; so the prompt is run once per branch. Stages: observe, mask.
-A sample without an image is left alone.
-Cost: a second prompt (the vision pass is shared), and one more row through the weights per token.
+Rows: all, because image rows lose columns too; so the prompt runs once per branch. Stages: observe, mask. A sample
+without an image is left alone. Cost: a second prompt (the vision pass is shared), and one more row through the weights
+per token.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Site, Transform
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
@@ -42,7 +42,7 @@ class SID(Method):
     )
     start_layer: int | float = switch(2, "first layer that sees only the kept tokens")
     end_layer: int | float | None = switch(None, "the layer after the last one that does")
-    layers: tuple[int, ...] | None = switch(None, "explicit layers, which overrule both")
+    layers: tuple[int, ...] | None = switch(None, "explicit layers, used instead")
 
     PRESETS: ClassVar = {"pope": dict(keep=100), "chair": dict(keep=50)}
 
@@ -50,13 +50,13 @@ class SID(Method):
         return (ImagePresence(), LeastAttended(self.keep, self.start_layer, self.end_layer, self.layers))
 
     def combine(self, readout: Readout, memory):
-        combined = contrasted(readout.main, readout.contrast, self.alpha, self.beta)
+        combined = contrast_logits(readout.main, readout.contrast, self.alpha, self.beta)
         return where_image(readout.carry, combined, readout.main), memory
 
 
 @dataclasses.dataclass(frozen=True)
 class LeastAttended(Transform):
-    """Hides all image tokens but those that got the least attention in the layer before. Carries the kept ones."""
+    """Hides all image tokens except those least attended in the layer before. The carry marks the kept tokens."""
 
     keep: Strength
     start_layer: int | float
@@ -94,6 +94,6 @@ class LeastAttended(Transform):
     def mask(self, site: Site, mask):
         if site.layer not in self.edited(site.num_layers):
             return mask
-        kept = mask & (site.carry | ~site.image)[:, None, None, :]
+        visible = mask & (site.carry | ~site.image)[:, None, None, :]
         itself = site.row_index[:, None] == jnp.arange(site.image.shape[1])[None, :]
-        return kept | (mask & itself & ~kept.any(axis=-1, keepdims=True))
+        return visible | (mask & itself & ~visible.any(axis=-1, keepdims=True))

@@ -1,8 +1,8 @@
-"""SPARC: the values of image tokens that suddenly draw attention are scaled up. arXiv 2502.01419.
+"""SPARC: scales up the values of image tokens whose attention suddenly rises. arXiv 2502.01419.
 
 With a_t[j] the head-mean weight of step t's row on image column j in layer 20, and m its running mean (a of the
 prompt's last row at first, then m <- (1 - β) a_t + β m), an image token jumps in step t if (a_t - m) / m >= τ. From the
-next step on its value counts α times as much in every layer, once more for each jump:
+next step on, its value is multiplied by α in every layer, once for each jump:
 
     w_j <- w_j α^(number of jumps of j so far)
 
@@ -28,7 +28,7 @@ from lvlm_jax.methods.registry import register
 
 
 class Jumps(NamedTuple):
-    """Attention of the row and its running mean before it, 0 outside images, and how often each column jumped."""
+    """The running mean of each column's attention (0 outside images), and how often each column has jumped."""
 
     mean: Float[Array, "B S"]
     count: Float[Array, "B S"]
@@ -42,20 +42,20 @@ class SPARC(Method):
     beta: Strength = strength(
         0.1, "weight β of the past in the running mean", low=0, high=1, flat="part of a threshold"
     )
-    tau: Strength = strength(1.5, "relative rise τ that is a jump", low=0, flat="a threshold")
+    tau: Strength = strength(1.5, "relative rise τ that counts as a jump", low=0, flat="a threshold")
     selected_layer: int | float = switch(20, "the layer whose attention is watched (a float: share of the depth)")
     start_layer: int | float = switch(0, "first layer whose values are scaled")
     end_layer: int | float | None = switch(None, "the layer after the last one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
-    jumps: Any = data("running mean and jumps so far; `recalled` sets them")
+    jumps: Any = data("running mean and jumps so far; set by `recall`")
 
     PRESETS: ClassVar = {"llava-1.5": dict(alpha=1.1, beta=0.1, tau=1.5)}
     rows: ClassVar[str] = "last"
 
     def watched(self, num_layers: int) -> int:
-        """The layer whose attention decides; static."""
-        given = self.selected_layer
-        return layer_range(given, None, None, num_layers)[0] if isinstance(given, float) else given
+        """The layer whose attention is observed; static."""
+        layer = self.selected_layer
+        return layer_range(layer, None, None, num_layers)[0] if isinstance(layer, float) else layer
 
     def active(self, layer, num_layers, phase):
         scaled = layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
@@ -64,7 +64,7 @@ class SPARC(Method):
         return layer in watched or (phase == "decode" and layer in scaled)
 
     def begin(self, context: Context, embeddings):
-        return None if self.jumps is None else padded(self.jumps, context.image_id.shape[1])
+        return None if self.jumps is None else pad_columns(self.jumps, context.image_id.shape[1])
 
     def observe(self, site, weights):
         if site.layer != self.watched(site.num_layers):
@@ -79,22 +79,22 @@ class SPARC(Method):
     def weights(self, site, weights):
         if site.phase == "prefill":
             return weights
-        # The jumps of this very step count from the next one on.
-        count = padded(self.jumps, site.image_id.shape[1]).count
+        # Jumps of this step count from the next step on.
+        count = pad_columns(self.jumps, site.image_id.shape[1]).count
         factor = jnp.where(count > 0, jnp.asarray(self.alpha, jnp.float32) ** count, 1.0)
         return weights * factor[:, None, None]
 
     def remember(self, carry, kept):
-        return carry if kept is None else padded(carry, kept.mean.shape[1])
+        return carry if kept is None else pad_columns(carry, kept.mean.shape[1])
 
-    def recalled(self, kept):
+    def recall(self, kept):
         return dataclasses.replace(self, jumps=kept)
 
 
-def padded(jumps: Jumps, columns: int) -> Jumps:
-    """The same over so many columns: those of answers are new, and none of them is an image's."""
+def pad_columns(jumps: Jumps, columns: int) -> Jumps:
+    """The same with more columns: the new ones belong to the answer, not to an image."""
 
-    def fitted(array: jax.Array) -> jax.Array:
+    def pad(array: jax.Array) -> jax.Array:
         return jnp.pad(array, ((0, 0), (0, max(columns - array.shape[1], 0))))[:, :columns]
 
-    return Jumps(*map(fitted, jumps))
+    return Jumps(*map(pad, jumps))

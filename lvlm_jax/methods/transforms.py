@@ -1,4 +1,4 @@
-"""Random transforms of a picture's pixel values, normalised as CLIP's processor does; the strengths are RITUAL's."""
+"""Random transforms of an image's pixel values, normalised as by CLIP's processor; the strengths are RITUAL's."""
 
 import functools
 
@@ -19,22 +19,22 @@ LUMA = (0.2989, 0.587, 0.114)
 
 
 def flip(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Left and right exchanged."""
+    """Mirrors left and right."""
     return picture[:, :, ::-1]
 
 
 def flip_down(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Up and down exchanged."""
+    """Mirrors up and down."""
     return picture[:, ::-1]
 
 
 def rotate(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Turned about its middle by up to half a turn either way; what was outside is black."""
+    """Rotates about the middle by up to half a turn either way; pixels from outside are black."""
     return turned(picture, jax.random.uniform(key, (), minval=-jnp.pi, maxval=jnp.pi))
 
 
 def turned(picture: Picture, angle: Float[Array, ""]) -> Picture:
-    """Turned counter-clockwise by an angle in radians."""
+    """Rotates counter-clockwise by an angle in radians."""
     height, width = picture.shape[1:]
     down, right = jnp.meshgrid(
         jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
@@ -47,7 +47,7 @@ def turned(picture: Picture, angle: Float[Array, ""]) -> Picture:
 
 
 def colour(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Brightness, contrast, saturation and hue changed, in this order."""
+    """Changes brightness, contrast, saturation and hue, in this order."""
     factors = jax.random.uniform(key, (4,))
     return recoloured(picture, *(2 * factors[:3]), factors[3] - 0.5)
 
@@ -59,7 +59,7 @@ def recoloured(
     saturation: Float[Array, ""],
     hue: Float[Array, ""],
 ) -> Picture:
-    """Factors on brightness, on the distance from the mean grey and on that from each pixel's grey; turns of hue."""
+    """Scales brightness, distance from the mean grey, and distance from each pixel's grey; shifts the hue."""
     mean, deviation = (jnp.asarray(part)[:, None, None] for part in CLIP)
 
     def grey(values: Picture) -> Float[Array, "Y X"]:
@@ -75,7 +75,7 @@ def recoloured(
 
 
 def _hue_turned(values: Picture, turns: Float[Array, ""]) -> Picture:
-    """Values from 0 to 1 with their hue moved round by a share of the circle, in the HSV model."""
+    """Shifts the hue of values in [0, 1] by a share of the circle, in the HSV model."""
     high, low = values.max(axis=0), values.min(axis=0)
     chroma = high - low
     red, green, blue = (values - low) / jnp.where(chroma > 0, chroma, 1)
@@ -88,13 +88,13 @@ def _hue_turned(values: Picture, turns: Float[Array, ""]) -> Picture:
 
 
 def blur(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Smoothed, with the borders reflected."""
+    """Smooths, with reflected borders."""
     low, high = DEVIATIONS
     return smoothed(picture, jax.random.uniform(key, (), minval=low, maxval=high))
 
 
 def smoothed(picture: Picture, deviation: Float[Array, ""]) -> Picture:
-    """Gauss over `BLUR` pixels along both sides."""
+    """A Gaussian over `BLUR` pixels along both sides."""
     offsets = jnp.arange(BLUR) - BLUR // 2
     kernel = jnp.exp(-0.5 * (offsets / deviation) ** 2)
     kernel = kernel / kernel.sum()
@@ -108,7 +108,7 @@ def smoothed(picture: Picture, deviation: Float[Array, ""]) -> Picture:
 
 
 def crop(key: Key[Array, ""], picture: Picture) -> Picture:
-    """A part of it, at the size of the whole."""
+    """Crops a random part and enlarges it to the size of the whole."""
     area, side, down, right = jax.random.uniform(key, (4,))
     height, width = picture.shape[1:]
     share = AREAS[0] + area * (AREAS[1] - AREAS[0])
@@ -124,7 +124,7 @@ def crop(key: Key[Array, ""], picture: Picture) -> Picture:
 def enlarged(
     picture: Picture, top: Float[Array, ""], left: Float[Array, ""], high: Float[Array, ""], wide: Float[Array, ""]
 ) -> Picture:
-    """The part of `high` x `wide` pixels at `top`, `left`, at the size of the whole; between pixels linear."""
+    """The part of `high` x `wide` pixels at `top`, `left`, enlarged to the full size by linear interpolation."""
     height, width = picture.shape[1:]
 
     def places(start: Float[Array, ""], size: Float[Array, ""], count: int) -> Float[Array, "N"]:

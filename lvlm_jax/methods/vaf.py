@@ -1,11 +1,11 @@
-"""VAF (ClearSight): visual amplification in the fusing layers. arXiv 2503.13107.
+"""VAF (ClearSight): amplifies visual attention in the layers that fuse image and text. arXiv 2503.13107.
 
 In rows after the last image, the logits z of layers 9 to 14 become
 
     z_j <- 1.15 z_j   on image columns,      z_j <- 0.95 z_j   on system columns (text before the first image).
 
-A factor of 1 leaves its columns alone. Negative logits grow in size like positive ones: the factors are those of the
-authors' code. A sample without an image has neither such rows nor such columns.
+Negative logits grow in size like positive ones, as in the authors' code. A sample without an image has neither such
+rows nor such columns.
 
 Differs from the authors' code in: nothing known.
 

@@ -1,21 +1,21 @@
-"""VAR: attention that lies on visual sinks is given to the rest of the image. arXiv 2503.03321.
+"""VAR: moves attention from visual sinks to the rest of the image. arXiv 2503.03321.
 
-A token is a sink of layer l if |RMSnorm(h)[d]| > τ for a sink dimension d, where h enters the layer and the norm has
-no weight; sinks are found in the prompt and then stay. Sink dimensions follow from the decoder: 2533 and 1415 in
-LLaMA-2-7B, 2100 and 4743 in 13B (`dims`, presets); by default the two in which the sample's first token is largest
-there. In rows after the images, of a layer with a sink among the image tokens, a head is image-centric if its mass on
-image columns is at least 0.2 and the sinks' share of that mass at most ρ. There
+A token is a sink of layer l if |RMSnorm(h)[d]| > τ for a sink dimension d, where h is the layer's input and the norm
+has no weight. Sinks are determined in the prompt and stay fixed. Sink dimensions depend on the decoder: 2533 and 1415
+in LLaMA-2-7B, 2100 and 4743 in 13B (`dims`, presets); by default, the two largest dimensions of the sample's first
+token in that layer. If a layer has a sink among the image tokens, a head is image-centric in a row after the images if
+its mass on image columns is at least 0.2 and the sinks' share of that mass at most ρ. In such heads
 
-    w_s <- p w_s                              on sinks, of image and text alike
-    w_j <- w_j + (1 - p) Σ_s w_s · w_j / Σ w   on the image columns j that are no sinks, the sum over all of these
+    w_s <- p w_s                              on sinks, in image and text w_j <- w_j + (1 - p) Σ_s w_s · w_j / Σ w   on
+    the image columns j that are no sinks, the sum over all of these
 
 τ is 20, ρ 0.5, p 0.6; layers 2 to L - 2.
 
-Differs from the authors' code in: 1e-6 that it adds to every image column where it takes the share. Its sink dimensions
-are those of two decoders; the default here is our own.
+Differs from the authors' code in: the authors add 1e-6 to every image column when they compute the share. They give
+sink dimensions for two decoders; the default here is our own.
 
 Rows: after the last image, prompt and decoded. Stages: enter (sinks), weights. A sample without an image is left alone.
-Cost: explicit attention in those rows; one bit a layer and column is kept.
+Cost: explicit attention in those rows; one bit per layer and column is stored.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ class VAR(Method):
     rho: Strength = strength(
         0.5, "largest share ρ of sinks in an image-centric head's image mass", low=0, high=1, flat="a threshold"
     )
-    tau: Strength = strength(20, "size τ of a sink dimension", low=0, flat="a threshold")
+    tau: Strength = strength(20, "size τ from which a dimension makes a sink", low=0, flat="a threshold")
     least: Strength = strength(
-        0.2, "least mass of an image-centric head on image columns", low=0, high=1, flat="a threshold"
+        0.2, "smallest mass of an image-centric head on image columns", low=0, high=1, flat="a threshold"
     )
     dims: tuple[int, ...] | None = switch(None, "sink dimensions; by default the two largest of the first token")
     start_layer: int | float = switch(2, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one; by default the last layer")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")
-    sinks: jax.Array | None = data("sinks of every sample and edited layer; `recalled` sets them")
+    sinks: jax.Array | None = data("sinks of every sample and edited layer; set by `recall`")
 
     PRESETS: ClassVar = {"llava-1.5-7b": dict(dims=(2533, 1415)), "llava-1.5-13b": dict(dims=(2100, 4743))}
     rows: ClassVar[str] = "post_image"
@@ -63,7 +63,7 @@ class VAR(Method):
         return layer in self.edited(num_layers)
 
     def begin(self, context, embeddings):
-        # Which column holds a sample's first token, then the sinks of each edited layer.
+        # The column of a sample's first token, then the sinks of each edited layer.
         return ((context.image_id >= 0).argmax(axis=1),)
 
     def enter(self, stream):
@@ -90,12 +90,12 @@ class VAR(Method):
         mass, on_sinks = _sum(weights, site.image), _sum(weights, site.image & sinks)
         centric = (mass >= self.least) & (on_sinks <= self.rho * mass) & site.post_image[:, None, :, None]
         centric &= (site.image & sinks).any(axis=-1)[:, None, None, None]
-        given = (1 - self.p) * _sum(weights, sinks)
+        released = (1 - self.p) * _sum(weights, sinks)
         rest = mass - on_sinks
-        grown = weights * (1 + given / jnp.where(rest > 0, rest, 1))
+        grown = weights * (1 + released / jnp.where(rest > 0, rest, 1))
         receives = (site.image & ~sinks)[:, None, None]
-        moved = jnp.where(sinks[:, None, None], self.p * weights, jnp.where(receives, grown, weights))
-        return jnp.where(centric & (rest > 0), moved, weights)
+        result = jnp.where(sinks[:, None, None], self.p * weights, jnp.where(receives, grown, weights))
+        return jnp.where(centric & (rest > 0), result, weights)
 
     @property
     def step_by_step(self) -> bool:
@@ -104,7 +104,7 @@ class VAR(Method):
     def remember(self, carry, kept):
         return jnp.stack(carry[1:], axis=1) if kept is None else kept
 
-    def recalled(self, kept):
+    def recall(self, kept):
         return dataclasses.replace(self, sinks=kept)
 
 

@@ -1,16 +1,16 @@
-"""VCD: contrast against the same prompt with noisy pictures. arXiv 2311.16922.
+"""VCD: contrast with the same prompt and noisy images. arXiv 2311.16922.
 
-Pictures x of the contrast branch, as the vision tower receives them, are diffused for t steps (`noise_step`):
+Images x of the contrast branch, as the vision tower receives them, are diffused for t steps (`noise_step`):
 
     x~ = sqrt(a_t) x + sqrt(1 - a_t) ε      a_t = Π_{i <= t} (1 - β_i)
     β = sigmoid(linspace(-6, 6, 1000)) (.005 - 1e-5) + 1e-5
 
-so that `noise_step=500` is the product of the first 501 factors. The noise ε of a sample's k-th picture depends on
-`seed` and k alone (of its k-th tile, where pictures are cut into tiles; of the k-th picture and each patch's place,
-where they are loose patches). Then (1 + α) l - α l̃ where l >= max l + ln β.
+so that `noise_step=500` is the product of the first 501 factors. The noise ε of a sample's k-th image depends only on
+`seed` and k (if images are split into tiles, on the tile's number; if they are loose patches, also on the patch's
+place). Then (1 + α) l - α l̃ where l >= max l + ln β.
 
-Differs from the paper in: nothing known. Differs from the authors' code in: the noise, which there is drawn anew for
-every question.
+Differs from the paper in: nothing known. Differs from the authors' code in: the authors draw new noise for every
+question.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: a second vision pass and a second prompt, and one more row through the weights per token.
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrasted, strength
+from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength
 from lvlm_jax.methods.contrast import ImagePresence, where_image
 from lvlm_jax.methods.registry import register
 
@@ -55,12 +55,12 @@ class VCD(Method):
         return "pixels"
 
     def contrast_pixels(self, pixels, image_index):
-        kept = jnp.asarray(_kept_variance(), jnp.float32)[jnp.asarray(self.noise_step).astype(jnp.int32)]
+        variance = jnp.asarray(_kept_variance(), jnp.float32)[jnp.asarray(self.noise_step).astype(jnp.int32)]
         key = jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, image_index)
         noise = jax.vmap(lambda one: jax.random.normal(one, pixels.shape[1:]))(keys)
-        return jnp.sqrt(kept) * pixels + jnp.sqrt(1 - kept) * noise
+        return jnp.sqrt(variance) * pixels + jnp.sqrt(1 - variance) * noise
 
     def combine(self, readout: Readout, memory):
-        combined = contrasted(readout.main, readout.contrast, self.alpha, self.beta)
+        combined = contrast_logits(readout.main, readout.contrast, self.alpha, self.beta)
         return where_image(readout.carry, combined, readout.main), memory

@@ -1,14 +1,14 @@
-"""VHR: heads whose outputs hang on the image count double. arXiv 2412.13949, from the paper's text.
+"""VHR: doubles the outputs of heads that depend on the image. arXiv 2412.13949, written from the paper's text.
 
 A warm-up pass runs the prompt with and without its images in lock-step. With A_h the output of head h at the last
 prompt row, before the output projection:
 
     VHD_h = |A_h(with images) - A_h(without)|²
 
-VHD is set to 0 for outliers: heads with VHD_h > μ + σ over the layer's heads (population), and |A_h(without)|² > μ + σ
-likewise. Heads above the median of their layer are multiplied by α in all rows, layer by layer: a layer's VHD is taken
-behind the edits of those before, in both passes. Then they stay for the answer. α is 2; layer 1 and the last 14 of 32
-(as a share of the depth).
+VHD is set to 0 for outliers: heads with VHD_h > μ + σ over the layer's heads (population) and also |A_h(without)|² > μ
++ σ. Heads above the median of their layer are multiplied by α in all rows. Both passes apply these edits layer by
+layer, so a layer's VHD includes the edits of earlier layers. The selected heads stay fixed for the answer. α is 2;
+layer 1 and the last 14 of 32 (as a share of the depth).
 
 Differs from the paper in: nothing known. The authors' code was not compared.
 
@@ -36,14 +36,14 @@ LAST = 14 / 32  # share of the depth
 class VHR(Method):
     """Vision-aware head reinforcement; see the module for the formulas."""
 
-    alpha: Strength = strength(2.0, "factor α on the outputs of heads that hang on the image", low=0, per="head")
+    alpha: Strength = strength(2.0, "factor α on the outputs of heads that depend on the image", low=0, per="head")
     layers: tuple[int, ...] | None = switch(None, "edited layers; by default layer 1 and the last 14 of 32")
-    strong: jax.Array | None = data("which heads of every edited layer and sample are scaled; `primed` sets it")
+    strong: jax.Array | None = data("which heads of every edited layer and sample are scaled; set by `after_warm_up`")
 
     PRESETS: ClassVar = {"llava-1.5": dict(alpha=2.0)}
     rows: ClassVar[str] = "all"
     by_rows: ClassVar[bool] = True
-    primes: ClassVar[tuple[str, ...]] = ("probe",)
+    warm_up_fields: ClassVar[tuple[str, ...]] = ("probe",)
 
     def edited(self, num_layers: int) -> tuple[int, ...]:
         """The layers whose heads are scaled; static."""
@@ -58,23 +58,23 @@ class VHR(Method):
     def probe(self):
         return Probe(self)
 
-    def primed(self, seen) -> "VHR":
-        return dataclasses.replace(self, strong=jnp.stack(seen.probe[1:]))
+    def after_warm_up(self, warm_up) -> "VHR":
+        return dataclasses.replace(self, strong=jnp.stack(warm_up.probe[1:]))
 
     def weights(self, site, weights):
         return self.scaled(weights, self.strong[self.edited(site.num_layers).index(site.layer)])
 
     def scaled(self, weights: Float[Array, "B H R S"], heads: Bool[Array, "B H"]) -> Float[Array, "B H R S"]:
-        """The weights of those heads times α."""
+        """Multiplies the weights of these heads by α."""
         return weights * jnp.where(heads[..., None, None], self.alpha, 1.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe(Transform):
-    """The warm-up pass: the first half of the samples have their images, the second half are the same without.
+    """The warm-up pass: the first half of the samples have their images, the second half are the same without images.
 
-    The carry is which samples have an image, then which heads of each edited layer are scaled.
+    The carry says which samples have an image, and which heads of each edited layer are scaled.
     """
 
     method: VHR
@@ -103,5 +103,5 @@ class Probe(Transform):
 
 
 def outliers(values: Float[Array, "B H"]) -> Bool[Array, "B H"]:
-    """Which lie above the mean by more than a standard deviation, over heads."""
+    """Which values exceed the mean over heads by more than a standard deviation."""
     return values > values.mean(axis=-1, keepdims=True) + values.std(axis=-1, keepdims=True)

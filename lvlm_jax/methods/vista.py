@@ -1,4 +1,4 @@
-"""VISTA: the feed-forward outputs steered towards the image, and logits of inner layers. arXiv 2502.03628.
+"""VISTA: steers feed-forward outputs towards the image, and mixes in logits of inner layers. arXiv 2502.03628.
 
 A warm-up pass runs the prompt with and without its images. With h_l the output of layer l at the last prompt token,
 
@@ -11,17 +11,17 @@ is the steering vector of layer l. With n(x) = x / |x|:
             x <- |x| n(n(x) + λ (1 + max(0, cos(x, -v_l))) n(v_l))
         logits l:   (1 - γ) l + γ mean of the exits of hidden states 26 to 31 of 32, without the final norm
     variant="paper"
-        the stream h behind every layer, in all rows:
+        the stream h after every layer, in all rows:
             h <- |h| n(h + λ v_l)
         logits l:   (1 - γ) l + γ mean of the exits of the five layers before the last, without the final norm
 
-Hidden states are numbered as in Hugging Face's `hidden_states`: state i is what layer i - 1 puts out. Exit layers are
+Hidden states are numbered as in Hugging Face's `hidden_states`: state i is the output of layer i - 1. Exit layers are
 shares of the depth, so that other depths work. λ is 0.17 for descriptions, 0.01 for yes/no questions and 0.1 on
 MMHal-Bench; γ is 0.3. A sample without an image is left alone.
 
 Differs from the authors' code in: nothing known. It takes v from a principal component analysis of one sample, which
-returns v with 1 added to its first component in layer 0; "code" adds it too. The paper does not say whether exits pass
-the final norm: that they do not is our reading.
+returns v with 1 added to its first component in layer 0; "code" does so too. The paper does not say whether exits pass
+the final norm; we assume that they do not.
 
 Rows: all. Layers: all. Stages: mlp ("code"), residual ("paper"). Cost: the prompt twice more (once without its image
 tokens), without logits, and the head once more for every exit.
@@ -40,7 +40,7 @@ from lvlm_jax.methods.contrast import ImagePresence, has_image, where_image
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 
-# First exit by variant; the last one is the last hidden state that is no final one.
+# First exit, by variant; the last exit is the hidden state before the final one.
 FIRST_EXIT = {"code": 26 / 32, "paper": 27 / 32}
 
 
@@ -54,23 +54,23 @@ class VISTA(Method):
         None, "first exit, a hidden state; by default 26/32 of the depth, 27/32 under 'paper'"
     )
     end_layer: int | float | None = switch(None, "the hidden state after the last exit")
-    layers: tuple[int, ...] | None = switch(None, "explicit hidden states, which overrule both")
+    layers: tuple[int, ...] | None = switch(None, "explicit hidden states, used instead")
     variant: str = switch("code", "formulas of the authors' code or of the paper", choices=("code", "paper"))
-    vectors: jax.Array | None = data("v of every layer and sample; `primed` sets it")
+    vectors: jax.Array | None = data("v of every layer and sample; set by `after_warm_up`")
 
     PRESETS: ClassVar = {
         "llava-1.5/chair": dict(lambda_=0.17, gamma=0.3),
         "llava-1.5/pope": dict(lambda_=0.01, gamma=0.3),
         "llava-1.5/mmhal": dict(lambda_=0.1, gamma=0.3),
     }
-    primes: ClassVar[tuple[str, ...]] = ("hidden",)
+    warm_up_fields: ClassVar[tuple[str, ...]] = ("hidden",)
     exit_norm: ClassVar[bool] = False
 
-    def primed(self, seen) -> "VISTA":
-        with_image, without_image = seen.hidden
+    def after_warm_up(self, warm_up) -> "VISTA":
+        with_image, without_image = warm_up.hidden
         vectors = with_image[1:].astype(jnp.float32) - without_image[1:].astype(jnp.float32)
         if self.variant == "code":
-            # Without an image both passes are the same, and the sample is left alone.
+            # Without an image both passes are equal, and the sample is left alone.
             differs = (vectors != 0).any(axis=(0, 2))
             vectors = vectors.at[0, :, 0].add(differs.astype(jnp.float32))
         return dataclasses.replace(self, vectors=vectors)
@@ -93,7 +93,7 @@ class VISTA(Method):
 class Steering(Transform):
     """A steering vector for every layer and sample; samples without an image are left alone.
 
-    The carry is which samples have an image.
+    The carry says which samples have an image.
     """
 
     lambda_: Strength
@@ -102,14 +102,14 @@ class Steering(Transform):
     rows: ClassVar[str] = "last"
 
     def active(self, layer: int, num_layers: int, phase: str) -> bool:
-        return False  # inside attention
+        return False  # no attention stages
 
     def begin(self, context: Context, embeddings):
         return has_image(context)
 
 
 class MlpSteering(Steering):
-    """Turns the output of the feed-forward block towards the image, further where it points away from it."""
+    """Turns the output of the feed-forward block towards the image, further if it points away from it."""
 
     def mlp(self, stream, output):
         x, vector = output.astype(jnp.float32), self.vectors[stream.layer][:, None]
@@ -126,12 +126,12 @@ class StreamSteering(Steering):
 
 
 def length(vector: Float[Array, "*S E"]) -> Float[Array, "*S 1"]:
-    """The Euclidean length, with a gradient of zero at zero."""
+    """The Euclidean length, with gradient zero at zero."""
     square = (vector**2).sum(axis=-1, keepdims=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def unit(vector: Float[Array, "*S E"]) -> Float[Array, "*S E"]:
-    """The vector at length 1; zero for a zero vector, with a gradient of zero."""
+    """The vector scaled to length 1; zero for a zero vector, with gradient zero."""
     size = length(vector)
     return jnp.where(size > 0, vector / jnp.where(size > 0, size, 1), 0)

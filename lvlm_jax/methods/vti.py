@@ -1,14 +1,15 @@
-"""VTI: feed-forward outputs turned along directions that were fitted on captions. arXiv 2410.15778.
+"""VTI: turns feed-forward outputs along directions that were fitted on captions. arXiv 2410.15778.
 
 With v_l a direction for each decoder layer and n(x) = x / |x|, in every layer, all rows and calls:
 
     x <- |x| n( n(x) + 0.1 λ n(v_l) )       x the feed-forward block's output, before it is added to the stream
 
-`lvlm fit vti` gives v: with d the difference of h_l at the last token of a good and of a hallucinated caption of one
-picture, over 50 to 70 pairs, v_l = mean d + the unit first principal component of d, whose sign makes the largest score
-positive. λ is 0.8 to 0.9.
+`lvlm fit vti` computes v from 50 to 70 pairs of a good and a hallucinated caption of one image. With d the difference
+of h_l at their last tokens, v_l = mean d + the unit first principal component of d, with the sign that makes the
+largest score positive. λ is 0.8 to 0.9.
 
-Differs from the authors' code in: the vision tower, which it steers too (α_image 0 to 0.9) and which stays plain here.
+Differs from the authors' code in: the vision tower, which the authors steer too (α_image 0 to 0.9) and which stays
+plain here.
 
 Rows: all. Layers: all. Stage: mlp. A sample without an image is left alone. Cost: none worth measuring.
 """
@@ -42,20 +43,20 @@ class VTI(Method):
     def mlp(self, stream, output):
         directions = needed(self)["directions"]
         x, vector = output.astype(jnp.float32), directions[stream.layer]
-        turned = length(x) * unit(unit(x) + 0.1 * self.lambda_ * unit(vector))
-        return jnp.where(stream.carry[:, None, None], turned, x)
+        steered = length(x) * unit(unit(x) + 0.1 * self.lambda_ * unit(vector))
+        return jnp.where(stream.carry[:, None, None], steered, x)
 
 
 def needed(method: Method) -> Fitted:
-    """What was fitted for a method.
+    """The fitted arrays of a method.
 
     Raises:
-        LVLMError: nothing.
+        LVLMError: the method has none.
     """
     if method.fitted is None:
         word = type(method).__name__.lower()
         raise LVLMError(
-            f"{type(method).__name__} needs something fitted: lvlm fit {word} --pairs FILE --model M --out F, then "
+            f"{type(method).__name__} needs a fitted file: lvlm fit {word} --pairs FILE --model M --out F, then "
             "--fitted F"
         )
     return method.fitted

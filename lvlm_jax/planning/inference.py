@@ -93,7 +93,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     main, contrast = _spread(main, mesh), _spread(contrast, mesh)
     if main.embeddings.sharding is None:
         main = dataclasses.replace(main, embeddings=embeddings)
-    if job.method is not None and job.method.primes:
+    if job.method is not None and job.method.warm_up_fields:
         looks = {name: options[name] for name in ("window", "image_count")}
         # All hidden states, with the images and without them; the last row's attention, with them.
         taps = {
@@ -101,11 +101,11 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
             "attention": (Tap(layers=None, mean_heads=True), 1),
         }
         for name, (tap, runs) in taps.items():
-            if name in job.method.primes:
+            if name in job.method.warm_up_fields:
                 made = compiled(drivers.full_forward.trace(params, config, main, None, **looks, tap=tap), main)
                 own = size(main) + made.fresh
                 add("prime", made, own, read, own, runs=runs)
-        if "probe" in job.method.primes:
+        if "probe" in job.method.warm_up_fields:
             both = _twice(main)
             made = compiled(drivers.probed.trace(params, config, both, job.method.probe(), looks["image_count"]), both)
             own = size(both) + made.fresh

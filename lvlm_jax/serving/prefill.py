@@ -84,7 +84,7 @@ class Prefill:
 
     def shares(self, method: Method | None) -> bool:
         """Whether the columns before the cut of a prompt are the model's alone, whatever the method's strengths."""
-        if self._model.config.reads_instruction or (method is not None and method.primes):
+        if self._model.config.reads_instruction or (method is not None and method.warm_up_fields):
             return False
         return edited_rows(method, 1, 2) <= 1
 

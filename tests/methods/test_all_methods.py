@@ -14,7 +14,7 @@ import pytest
 
 from lvlm_jax import LVLM, methods
 from lvlm_jax.generation import drivers, forcing, forward
-from lvlm_jax.methods.cuts import softened
+from lvlm_jax.methods.cuts import soften
 from lvlm_jax.methods.fitted import Fitted, Source
 from tests import checkpoints
 from tests.checkpoints import IMAGE
@@ -333,7 +333,7 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @functools.partial(jax.value_and_grad, has_aux=True)
     def scalar(values):
-        edited = softened(dataclasses.replace(ready, **values), 1.0)
+        edited = soften(dataclasses.replace(ready, **values), 1.0)
         state, step = forward.prefill(params, config, main, edited, **options)
         found = forcing.forced(params, config, state, step, tokens)
         return (found.combined * mix).sum(), found

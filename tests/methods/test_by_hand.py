@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.methods.base import Seen
+from lvlm_jax.methods.base import WarmUp
 from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.methods.memvr import Retrace
-from lvlm_jax.methods.only import lowered
+from lvlm_jax.methods.only import drop_high_weights
 from lvlm_jax.methods.sparc import Jumps
 from tests.methods.compare import COLUMNS, context, row, site, stream
 
@@ -288,7 +288,7 @@ def test_vista(variant, stage, x, want):
     """Layer 1 of 2, v = (0, 2), λ 0.5."""
     seeing = jnp.asarray([[[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 2.0]]])
     blind = jnp.asarray([[[0.0, 0.0]], [[0.0, 0.0]], [[1.0, 0.0]]])
-    steering = methods.VISTA(lambda_=0.5, variant=variant).primed(Seen((seeing, blind))).branches()[0]
+    steering = methods.VISTA(lambda_=0.5, variant=variant).after_warm_up(WarmUp((seeing, blind))).branches()[0]
     place = (stream(1, 2),) if stage == "mlp" else (1, 2, "decode")
     close(getattr(steering, stage)(*place, jnp.asarray([[x]], jnp.float32))[0, 0], want)
 
@@ -365,7 +365,7 @@ def test_memvr():
 
 def test_only():
     """Mean 0.3, deviation 0.2: 0.6 is high. Then a token of each way; l~ = side + 0.5 l, d = Σ |p - p~|."""
-    kept, entropy = lowered(jnp.asarray(row([0.2, 0.2, 0.2, 0.6])[None, :, 0]), jnp.ones((1, 4), bool))
+    kept, entropy = drop_high_weights(jnp.asarray(row([0.2, 0.2, 0.2, 0.6])[None, :, 0]), jnp.ones((1, 4), bool))
     np.testing.assert_array_equal(kept[0, 0], [True, True, True, False])
     close(entropy, [[np.log(3)]])
     method = methods.ONLY(tau=0.5, beta=0.1)

@@ -14,7 +14,7 @@ from PIL import Image
 from lvlm_jax import LVLM, methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import ICD, SEVI, VCD, VISTA, transforms
-from lvlm_jax.methods.base import Seen
+from lvlm_jax.methods.base import WarmUp
 from lvlm_jax.methods.deco import likeliest
 from lvlm_jax.methods.icd import DISTURBANCE
 from lvlm_jax.methods.sevi import built_in_picture, jensen_shannon
@@ -201,10 +201,10 @@ def test_vistas_principal_component_of_one_sample():
     generator = np.random.default_rng(1)
     seeing, blind = (jnp.asarray(generator.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(2))
     blind = blind.at[:, 1].set(seeing[:, 1])  # the second sample has no image
-    difference, seen = np.array(seeing[1:] - blind[1:]), Seen((seeing, blind))
-    np.testing.assert_array_equal(VISTA(variant="paper").primed(seen).vectors, difference)
+    difference, seen = np.array(seeing[1:] - blind[1:]), WarmUp((seeing, blind))
+    np.testing.assert_array_equal(VISTA(variant="paper").after_warm_up(seen).vectors, difference)
     difference[0, 0, 0] += 1
-    np.testing.assert_array_equal(VISTA().primed(seen).vectors, difference)
+    np.testing.assert_array_equal(VISTA().after_warm_up(seen).vectors, difference)
 
 
 @pytest.mark.parametrize(("variant", "stage"), [("code", "mlp"), ("paper", "residual")])
@@ -213,7 +213,7 @@ def test_vista_keeps_norms(variant, stage):
     generator = np.random.default_rng(0)
     hidden = jnp.asarray(generator.normal(size=(2, 5, 16)).astype(np.float32))
     states = generator.normal(size=(2, 4, 2, 16)).astype(np.float32)
-    steering = VISTA(lambda_=0.8, variant=variant).primed(Seen(tuple(map(jnp.asarray, states)))).branches()[0]
+    steering = VISTA(lambda_=0.8, variant=variant).after_warm_up(WarmUp(tuple(map(jnp.asarray, states)))).branches()[0]
     for name, place in {"mlp": (stream(1),), "residual": (1, 3, "decode")}.items():
         turned = getattr(steering, name)(*place, hidden)
         norms = np.linalg.norm(hidden, axis=-1)

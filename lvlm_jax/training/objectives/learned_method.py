@@ -30,7 +30,7 @@ from lvlm_jax.journal.record import file_hash
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method, chain
 from lvlm_jax.methods.base import FORMS
-from lvlm_jax.methods.cuts import softened
+from lvlm_jax.methods.cuts import soften
 from lvlm_jax.methods.fitted import Source, settings_text
 from lvlm_jax.methods.learned import Learned, write
 from lvlm_jax.methods.parse import method_for
@@ -135,7 +135,7 @@ def metrics(
         `accuracy` (whether it is above 0).
     """
     del key
-    method = softened(chain(*strengths.members_at(trainable)), settings["softness"])
+    method = soften(chain(*strengths.members_at(trainable)), settings["softness"])
     opened = batch["opened"]
     logps = forcing.logprobs(frozen, config, opened, method, image_count).sum(axis=-1)
     margin = logps[:, 0] - logps[:, 1]
