@@ -17,7 +17,7 @@ from lvlm_jax import parallel, weights
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.compilation import enable_cache
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import answer, branches, defaults, drivers, replay, scheduler, streaming, sweep
+from lvlm_jax.generation import answer, branches, decode_loop, defaults, replay, scheduler, streaming, sweep
 from lvlm_jax.generation.host import Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.settings import Decoding
@@ -81,7 +81,10 @@ class LVLM:
         Raises:
             LVLMError: the checkpoint or the adapter cannot be used; the message says why.
         """
-        number_type, generation_config = weights.parameter_dtype(names.dtype(dtype)), defaults.check(generation_config)
+        number_type, generation_config = (
+            weights.parameter_dtype(names.dtype(dtype)),
+            defaults.check_choice(generation_config),
+        )
         enable_cache()
         folder = weights.resolve_checkpoint(names.checkpoint(path_or_hub_id))
         config = weights.model_config(folder, vision_tower)
@@ -129,7 +132,7 @@ class LVLM:
 
     def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
         """Fills in the checkpoint's settings where `generation_config` (of the call or the model) asks for them."""
-        return defaults.settled(decoding, choice or self.generation_config, self.folder)
+        return defaults.with_defaults(decoding, choice or self.generation_config, self.folder)
 
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
         """Turns HF chat messages (one conversation or a list) or a HF processor's arrays into a token layout.
@@ -190,7 +193,7 @@ class LVLM:
         arguments, options = self.prefill_arguments(prompt, method, max_length)
         tap = tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
         with parallel.ambient(self.mesh):
-            return drivers.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+            return decode_loop.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
 
     def prefill_arguments(
         self, prompt: Any, method: Method | str | None = None, max_length: int | None = None
@@ -207,7 +210,7 @@ class LVLM:
         Raises:
             LVLMError: the cache is full.
         """
-        return drivers.decode(self.params, self.config, state, tokens)
+        return decode_loop.decode(self.params, self.config, state, tokens)
 
     def generate(
         self,
@@ -281,7 +284,7 @@ class LVLM:
     ) -> list[Output]:
         """Answers a batch as `generate` does, for each of many strengths of one method, in one program."""
         decoding = self._settled(Decoding(max_new_tokens, temperature, seed=seed))
-        methods = [self._method(method) for method in sweep.listed(methods)]
+        methods = [self._method(method) for method in sweep.as_list(methods)]
         return sweep.generate(self.params, self.config, self.prepare(messages), methods, decoding, self.host)
 
     def stream(

@@ -18,7 +18,7 @@ from tests.compiler import compile_quickly, drop_programs, optimised
 install_import_hook(
     [
         "lvlm_jax.attention",
-        "lvlm_jax.generation.drivers",
+        "lvlm_jax.generation.decode_loop",
         "lvlm_jax.generation.forward",
         "lvlm_jax.processors.layout",
         "lvlm_jax.generation.sampling",

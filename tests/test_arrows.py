@@ -83,7 +83,7 @@ def test_imports_are_those_of_the_table():
 @pytest.mark.parametrize(
     "line",
     [
-        "from lvlm_jax.generation import drivers",
+        "from lvlm_jax.generation import decode_loop",
         "from lvlm_jax import LVLM",
         "import lvlm_jax.training.loop",
         "from ..evaluation import scores",

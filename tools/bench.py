@@ -30,7 +30,7 @@ import numpy as np
 from lvlm_jax import LVLM, methods, weights
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.planning import products
 from lvlm_jax.planning.programs import weights_read
@@ -82,12 +82,12 @@ class Ours:
         self.arguments, self.options = model.prefill_arguments(inputs, method, longest + self.room)
 
     def prefill(self):
-        return drivers.prefill(*self.arguments, **self.options)
+        return decode_loop.prefill(*self.arguments, **self.options)
 
     def begin(self, prefilled):
         state, step = prefilled
         keys = sample_keys(0, self.inputs.batch)
-        return drivers.begin(
+        return decode_loop.begin(
             state, step.combined, self.inputs.tokens, Sampling.of(), keys, self.stop, answer_capacity=self.room
         )
 
@@ -95,17 +95,17 @@ class Ours:
         """Milliseconds of the prefill and per decoded token, and the tokens."""
         prefill, prefilled = bench_parts.seconds(self.prefill)
         answers = jax.block_until_ready(self.begin(prefilled))
-        decode, answers = bench_parts.seconds(lambda: drivers.run(self.params, self.config, answers, self.limit))
+        decode, answers = bench_parts.seconds(lambda: decode_loop.run(self.params, self.config, answers, self.limit))
         steps = int(self.limit) - 1
         return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
 
     def needs(self) -> "Needs":
         """What the compiler says of the prefill and of the decode loop, whose FLOPs are those of one token."""
-        prefill = drivers.prefill.lower(*self.arguments, **self.options).compile()
+        prefill = decode_loop.prefill.lower(*self.arguments, **self.options).compile()
         state, step = self.prefill()
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
         answers = self.begin((state, step))
-        decode = drivers.run.lower(self.params, self.config, answers, self.limit).compile()
+        decode = decode_loop.run.lower(self.params, self.config, answers, self.limit).compile()
         return Needs(
             max(bench_parts.program_bytes(prefill), bench_parts.program_bytes(decode)),
             sum(leaf.nbytes for leaf in jax.tree.leaves(weights_read(self.params))) + cache,
@@ -185,7 +185,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     theirs = {f"transformers {dtype}": dtype for dtype in arguments.transformers}
     for name, dtype in theirs.items():
         runners[name] = Transformers(wide, config, inputs, tokens, arguments.new_tokens, dtype)
-    encode = lambda: drivers.encode_images(params, config, inputs.pixels)  # noqa: E731
+    encode = lambda: decode_loop.encode_images(params, config, inputs.pixels)  # noqa: E731
     for runner in runners.values():
         runner.run()  # compiles, and warms up
     jax.block_until_ready(encode())

@@ -16,7 +16,7 @@ import numpy as np
 
 from lvlm_jax import methods, models
 from lvlm_jax.cli import common
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
@@ -60,7 +60,7 @@ def compiled(
     )
     contrast = prompt if method is not None and method.contrast_prompt() == "pixels" else None
     count = 2 ** int(np.ceil(np.log2(images)))
-    traced = drivers.prefill.trace(
+    traced = decode_loop.prefill.trace(
         params, config, prompt, method, window=64, capacity=columns + 128, contrast=contrast, image_count=count
     )
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
@@ -76,10 +76,10 @@ def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConf
         jax.ShapeDtypeStruct((1, columns), jnp.int32),
     )
 
-    def begun(params: dict, prompt: Prompt) -> drivers.Answers:
-        state, step = drivers.prefill(params, config, prompt, None, window=64, capacity=columns + room)
+    def begun(params: dict, prompt: Prompt) -> decode_loop.Answers:
+        state, step = decode_loop.prefill(params, config, prompt, None, window=64, capacity=columns + room)
         stop, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, columns), jnp.int32)
-        return drivers.choose_first(state, step.combined, tokens, Sampling.of(), sample_keys(0, 1), stop, room)
+        return decode_loop.choose_first(state, step.combined, tokens, Sampling.of(), sample_keys(0, 1), stop, room)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = (None, "tensor") if leaf.ndim == 4 else ()  # caches by their heads
@@ -87,7 +87,7 @@ def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     answers = jax.tree.map(placed, jax.eval_shape(begun, params, prompt))
-    traced = drivers.run.trace(params, config, answers, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = decode_loop.run.trace(params, config, answers, jax.ShapeDtypeStruct((), jnp.int32))
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
 
 
@@ -105,7 +105,7 @@ def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, 
     def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype), sharding=everywhere)
 
-    traced = drivers.encode_images.trace(params, config, *jax.tree.map(shape, (shown.pixels, shown.geometry)))
+    traced = decode_loop.encode_images.trace(params, config, *jax.tree.map(shape, (shown.pixels, shown.geometry)))
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
 
 

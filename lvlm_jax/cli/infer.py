@@ -158,7 +158,7 @@ def job(arguments) -> int:
             "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
         )
 
-    streams = scheduler.chosen(
+    streams = scheduler.use_continuous(
         arguments.schedule, arguments.method, None, arguments.max_new_tokens, arguments.batch_size
     )
     options = {"method": arguments.method} | settings(arguments)

@@ -97,7 +97,7 @@ def ask(
         "temperature": protocol.temperature,
         "top_p": protocol.top_p,
     }
-    if scheduler.chosen(work.schedule, method, model.mesh, protocol.max_new_tokens, work.batch_size):
+    if scheduler.use_continuous(work.schedule, method, model.mesh, protocol.max_new_tokens, work.batch_size):
         rounds = _continuously(lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings))
     else:
         rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))

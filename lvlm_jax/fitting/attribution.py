@@ -38,7 +38,7 @@ class HeadScales(Method):
         return weights * self.scales[site.layer][None, :, None, None]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "window", "image_count"))
+@functools.partial(jax.jit, static_argnames=("config", "tail_rows", "image_count"))
 def _log_likelihood(
     scales: Float[Array, "L H"],
     params: dict,
@@ -46,16 +46,16 @@ def _log_likelihood(
     prompt: Prompt,
     rows: Bool[Array, "B T"],
     tokens: Int[Array, "B T"],
-    window: int,
+    tail_rows: int,
     image_count: int,
 ) -> Float[Array, ""]:
     """log p of all answers, given every head's scale."""
-    logits, _ = forward.full_forward(params, config, prompt, HeadScales(scales), window, image_count)
+    logits, _ = forward.full_forward(params, config, prompt, HeadScales(scales), tail_rows, image_count)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
     return jnp.where(rows, chosen, 0).sum()
 
 
-_gradient = jax.jit(jax.grad(_log_likelihood.__wrapped__), static_argnames=("config", "window", "image_count"))
+_gradient = jax.jit(jax.grad(_log_likelihood.__wrapped__), static_argnames=("config", "tail_rows", "image_count"))
 
 
 def _call(function, model: LVLM, given: Forced, scales: Float[Array, "L H"]) -> jax.Array:

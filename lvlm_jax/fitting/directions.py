@@ -18,13 +18,13 @@ from lvlm_jax.training.data.pair_files import Pair
 KEPT = 16  # directions of each layer that Nullu's file holds; a method takes the first few
 
 
-@functools.partial(jax.jit, static_argnames=("config", "window", "image_count", "mean"))
+@functools.partial(jax.jit, static_argnames=("config", "tail_rows", "image_count", "mean"))
 def _states(
-    params: dict, config, prompt: Prompt, answer: Bool[Array, "B T"], window: int, image_count: int, mean: bool
+    params: dict, config, prompt: Prompt, answer: Bool[Array, "B T"], tail_rows: int, image_count: int, mean: bool
 ) -> Float[Array, "B L E"]:
     """What each layer puts out, at the answer's last token or averaged over its tokens."""
     tap = Tap(hidden=tuple(range(1, config.text.num_layers + 1)), rows="all" if mean else "last")
-    hidden = forward.full_forward(params, config, prompt, None, window, image_count, tap)[1].hidden[:, 0]
+    hidden = forward.full_forward(params, config, prompt, None, tail_rows, image_count, tap)[1].hidden[:, 0]
     hidden = hidden.astype(jnp.float32)
     if not mean:
         return hidden[:, :, -1].swapaxes(0, 1)

@@ -61,8 +61,8 @@ def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
     total = laid_out.tokens.shape[1]
     lengths = np.array([len(answer) for answer in answers])
     answer = np.arange(total)[None] >= total - lengths[:, None]
-    prompt = branches.embedded(model.params, model.config, laid_out, model.mesh)
-    return Forced(prompt, laid_out.tokens, answer, {"window": total, "image_count": laid_out.image_count})
+    prompt = branches.embed_prompt(model.params, model.config, laid_out, model.mesh)
+    return Forced(prompt, laid_out.tokens, answer, {"tail_rows": total, "image_count": laid_out.image_count})
 
 
 def producing(forced: Forced) -> Bool[np.ndarray, "B T"]:

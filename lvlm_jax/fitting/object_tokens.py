@@ -19,7 +19,7 @@ from lvlm_jax import LVLM
 from lvlm_jax.attention import Transform
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.fitting.forced import SIDES, answer_tokens, forced
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.training.data.pair_files import Pair
 
 
@@ -70,7 +70,7 @@ def adaiat_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
             later = place[side][place[side] > 0]
             chosen[row, chosen.shape[1] - len(answer) + later - 1] = True
         probe = AnswerAttention(jnp.asarray(given.answer), jnp.asarray(chosen))
-        carry = drivers.probed(model.params, model.config, given.prompt, probe, given.static["image_count"])
+        carry = decode_loop.probe(model.params, model.config, given.prompt, probe, given.static["image_count"])
         found[side] = np.stack([np.asarray(layer).sum(axis=0) for layer in carry])[None]
         found[f"{side}_count"] = np.array([chosen.sum()])
     return found

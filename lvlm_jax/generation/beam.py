@@ -1,12 +1,13 @@
-"""Beam search: the N best partial answers of every sample side by side, as B·N rows of one batch.
+"""Beam search: the N best partial answers of every sample, as B·N rows of one batch.
 
-Scores, stop tokens, length penalty and the end of the search are those of transformers (`early_stopping=False`): a
-sample keeps its N best finished answers by sum of log-probabilities / length^penalty, and stops once the best running
-beam, were it to stop now, is no better than the worst of them.
+Scores, stop tokens, length penalty and the end of the search are those of transformers (`early_stopping=False`). A
+sample keeps its N best finished answers by sum of log-probabilities / length^penalty. It stops when the best running
+beam, if it ended now, would be no better than the worst of them.
 
-    row b·N + n    beam n of sample b; all rows of a sample share its prompt, so a reordering copies what comes after
+    row b·N + n    beam n of sample b; all rows of a sample share its prompt, so reordering copies only later columns
 
-`Hypotheses` knows nothing of models or caches: a search gives it scores of continuations and follows those it returns.
+`Hypotheses` knows nothing of models or caches: a search passes in scores of continuations and runs those that come
+back.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import State
 from lvlm_jax.models.family import FamilyConfig
 
-RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences of scores are
+RULED_OUT = -1e9  # score of a beam that must not win; finite, so that sums and differences stay finite
 
 
 class Finished(NamedTuple):
-    """The best answer of every sample; fields as in `drivers.Answers`."""
+    """The best answer of every sample; fields as in `decode_loop.Answers`."""
 
     tokens: Int[Array, "B M"]
     logprobs: Float[Array, "B M"]
@@ -36,15 +37,15 @@ class Finished(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hypotheses:
-    """Answers under way and finished ones, N of each per sample.
+    """N running answers and N finished answers per sample.
 
     Attributes:
-        tokens, logprobs, scores: of the running beams, best first; M columns reserved.
-        kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; their scores are divided
-            by length^penalty.
-        kept: which of those places hold an answer.
+        tokens, logprobs, scores: of the running beams, best first; buffers of M columns.
+        kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; scores are divided by
+            length^penalty.
+        kept: which of these N places contain an answer.
         open: samples whose search has not ended.
-        count: tokens in every running beam.
+        count: number of tokens in every running beam.
     """
 
     tokens: Int[Array, "B N M"]
@@ -60,7 +61,7 @@ class Hypotheses:
 
     @classmethod
     def empty(cls, batch: int, beams: int, answer_capacity: int) -> "Hypotheses":
-        """Before the first token: all beams are alike, so only the first may be continued."""
+        """Before the first token: all beams are equal, so only the first may be continued."""
         ruled_out = jnp.full((batch, beams), RULED_OUT, jnp.float32)
         tokens = jnp.zeros((batch, beams, answer_capacity), jnp.int32)
         return cls(
@@ -83,51 +84,51 @@ class Hypotheses:
         logprobs: Float[Array, "B N C"],
         rule: "Rule",
     ) -> tuple["Hypotheses", Int[Array, "B N"]]:
-        """One token more.
+        """Appends one token to every running beam.
 
         Args:
-            gains: what each of C continuations adds to the score of its beam.
-            candidates: their tokens.
-            logprobs: their log-probabilities, for the record.
+            gains: how much each of C continuations adds to the score of its beam.
+            candidates: the continuations' tokens.
+            logprobs: their log-probabilities, for the output.
             rule: when and how the search ends.
 
         Returns:
-            The new hypotheses, and which continuation each new running beam is: beam · C + its place.
+            The new hypotheses; and for each new running beam the index of its continuation, beam · C + candidate.
         """
         batch, beams, width = gains.shape
         flat = (self.scores[:, :, None] + gains).reshape(batch, -1)
-        # Enough that N continue even if every beam's best continuations are the stop tokens.
+        # Enough that N beams continue even if the best continuations of every beam are stop tokens.
         spare = beams * max(2, 1 + rule.stop.shape[0])
         scores, places = jax.lax.top_k(flat, min(spare, beams * width))
         token = jnp.take_along_axis(candidates.reshape(batch, -1), places, axis=1)
         logprob = jnp.take_along_axis(logprobs.reshape(batch, -1), places, axis=1)
         parents = places // width
 
-        def grown(history: jax.Array, newest: jax.Array) -> jax.Array:
+        def append(history: jax.Array, newest: jax.Array) -> jax.Array:
             followed = jnp.take_along_axis(history, parents[:, :, None], axis=1)
             return jax.lax.dynamic_update_slice_in_dim(followed, newest[:, :, None], self.count, axis=2)
 
-        tokens, history = grown(self.tokens, token), grown(self.logprobs, logprob)
+        tokens, history = append(self.tokens, token), append(self.logprobs, logprob)
         count = self.count + 1
         ends = (token[:, :, None] == rule.stop).any(axis=-1) | (count >= rule.limit)
 
         running, order = jax.lax.top_k(scores + RULED_OUT * ends, beams)
-        best = jnp.arange(scores.shape[1]) < beams  # the others replace those that end
+        best = jnp.arange(scores.shape[1]) < beams  # lower-ranked candidates replace those that end
         finishes = ends & best & self.open[:, None]
         normalised = jnp.where(finishes, scores / count**rule.length_penalty, RULED_OUT)
         kept_scores, kept_order = jax.lax.top_k(jnp.concatenate([self.kept_scores, normalised], 1), beams)
 
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
-            return _along(jnp.concatenate([old, new], axis=1), kept_order)
+            return _take_along(jnp.concatenate([old, new], axis=1), kept_order)
 
-        # An answer whose log-probabilities are NaN stands for logits that were not finite.
+        # An answer with NaN log-probabilities stands for logits that were not finite.
         failed = self.open & jnp.isnan(gains + logprobs).any(axis=(1, 2))
         is_kept = kept(self.kept, finishes)
         worst = jnp.where(is_kept, kept_scores.min(axis=1, keepdims=True), RULED_OUT)
         improvable = (running[:, :1] / count**rule.length_penalty > worst).any(axis=1)
         hypotheses = Hypotheses(
-            tokens=_along(tokens, order),
-            logprobs=_along(history, order),
+            tokens=_take_along(tokens, order),
+            logprobs=_take_along(history, order),
             scores=running,
             kept_tokens=kept(self.kept_tokens, tokens),
             kept_logprobs=jnp.where(failed[:, None, None], jnp.nan, kept(self.kept_logprobs, history)),
@@ -137,7 +138,7 @@ class Hypotheses:
             open=self.open & improvable & ~ends.all(axis=1) & ~failed,
             count=count,
         )
-        return hypotheses, _along(places, order)
+        return hypotheses, _take_along(places, order)
 
     def newest(self) -> Int[Array, "B N"]:
         """The last token of every running beam."""
@@ -157,8 +158,8 @@ class Rule:
 
     Attributes:
         stop: tokens that end an answer.
-        limit: longest answer.
-        length_penalty: exponent of the length that scores of finished answers are divided by.
+        limit: length of the longest answer.
+        length_penalty: scores of finished answers are divided by the length to this power.
     """
 
     stop: Int[Array, "E"]
@@ -169,42 +170,42 @@ class Rule:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """A beam search under way: the caches of B·N rows, which hold every token, and the logits of the next."""
+    """A running beam search: the caches of B·N rows, which contain every token, and the next-token logits."""
 
     state: State
     logits: Float[Array, "R V"]
     hypotheses: Hypotheses
 
 
-def rows_of(state: State, rows: Int[Array, "R"]) -> State:
-    """The state of a batch made of rows of this one, in any order and as often as one likes."""
+def take_rows(state: State, rows: Int[Array, "R"]) -> State:
+    """A state made of the given rows, in any order and with repetitions."""
 
-    def taken(array: jax.Array) -> jax.Array:
+    def take(array: jax.Array) -> jax.Array:
         return array[rows] if array.ndim else array
 
     return dataclasses.replace(
         state,
-        caches=jax.tree.map(taken, state.caches),
-        tracks=tuple(jax.tree.map(taken, track) for track in state.tracks),
-        memory=jax.tree.map(taken, state.memory),
+        caches=jax.tree.map(take, state.caches),
+        tracks=tuple(jax.tree.map(take, track) for track in state.tracks),
+        memory=jax.tree.map(take, state.memory),
     )
 
 
-def _reordered(state: State, parents: Int[Array, "B N"]) -> State:
-    """The rows that the new beams continue; a prefix shared by branches belongs to the prompt and stays."""
+def _reorder(state: State, parents: Int[Array, "B N"]) -> State:
+    """The rows that the new beams continue. The prefix shared by branches depends on the prompt alone and stays."""
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-    reordered = rows_of(state, rows)
+    reordered = take_rows(state, rows)
     pairs = zip(reordered.caches, state.caches, strict=True)
     caches = tuple(dataclasses.replace(new, prefix=old.prefix) for new, old in pairs)
     return dataclasses.replace(reordered, caches=caches)
 
 
 def _begin(state: State, logits: Float[Array, "B V"], beams: int, answer_capacity: int) -> Search:
-    """All beams behind the prompt."""
+    """All beams after the prompt."""
     batch = logits.shape[0]
     rows = jnp.repeat(jnp.arange(batch), beams)
-    return Search(rows_of(state, rows), logits[rows], Hypotheses.empty(batch, beams, answer_capacity))
+    return Search(take_rows(state, rows), logits[rows], Hypotheses.empty(batch, beams, answer_capacity))
 
 
 def _step(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Search:
@@ -214,7 +215,7 @@ def _step(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Sea
     logprobs = jax.nn.log_softmax(search.logits).reshape(batch, beams, vocabulary)
     candidates = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), logprobs.shape)
     hypotheses, chosen = search.hypotheses.extended(logprobs, candidates, logprobs, rule)
-    state = _reordered(search.state, chosen // vocabulary)
+    state = _reorder(search.state, chosen // vocabulary)
     state, step = forward.decode_step(params, config, state, hypotheses.newest().reshape(-1))
     return Search(state, step.combined, hypotheses)
 
@@ -226,8 +227,8 @@ def _run(params: dict, config: FamilyConfig, search: Search, rule: Rule) -> Sear
     return jax.lax.while_loop(unfinished, lambda search: _step(params, config, search, rule), search)
 
 
-def _along(values: Array, places: Int[Array, "B K"]) -> Array:
-    """Entries of axis 1."""
+def _take_along(values: Array, places: Int[Array, "B K"]) -> Array:
+    """Selects entries along axis 1."""
     return jnp.take_along_axis(values, places if values.ndim == 2 else places[:, :, None], axis=1)
 
 

@@ -1,9 +1,9 @@
-"""Settings of a checkpoint's `generation_config.json`, for those who ask for them (`generation_config="checkpoint"`).
+"""Reads the settings in a checkpoint's `generation_config.json` (`generation_config="checkpoint"`).
 
-As it comes ("plain"), nothing but the stop tokens is taken from that file: an answer is greedy, without penalties,
-whatever the checkpoint, so that measurements of different models can be compared. transformers takes all of it, such
-as the `repetition_penalty` of 1.05 that every Qwen2.5-VL comes with. With "checkpoint" each setting that was left at
-its default is the checkpoint's; one that was given another value stays, and so does `max_new_tokens`.
+By default ("plain") only the stop tokens come from that file: answers are greedy and without penalties for every
+checkpoint, so that measurements of different models can be compared. transformers uses the whole file, for example the
+`repetition_penalty` of 1.05 of every Qwen2.5-VL. With "checkpoint", the file replaces every setting that has its
+default value; settings with another value stay, and so does `max_new_tokens`.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from lvlm_jax.weights.checkpoint import read_optional
 
 FILE = "generation_config.json"
 CHOICES = ("plain", "checkpoint")
-# What transformers draws with where a checkpoint that samples says nothing.
+# The settings of transformers for a checkpoint that samples and does not say how.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 _ALWAYS = {"repetition_penalty", "num_beams", "length_penalty"}
-# Settings that would change an answer and that we do not have, with the value under which they do nothing.
+# Settings that would change an answer and that we do not support, with the values at which they do nothing.
 _UNSUPPORTED = {
     "min_p": None,
     "typical_p": 1.0,
@@ -44,8 +44,8 @@ _UNSUPPORTED = {
 }
 
 
-def check(choice: Any) -> str:
-    """The choice itself.
+def check_choice(choice: Any) -> str:
+    """Returns the choice.
 
     Raises:
         LVLMError: it is not one of `CHOICES`.
@@ -55,27 +55,27 @@ def check(choice: Any) -> str:
     return choice
 
 
-def settled(decoding: Decoding, choice: Any, folder: Path | None) -> Decoding:
+def with_defaults(decoding: Decoding, choice: Any, folder: Path | None) -> Decoding:
     """The settings of an answer, with those of the checkpoint in `folder` if `choice` is "checkpoint".
 
     Raises:
-        LVLMError: another choice, or a file with a setting that is malformed or not supported.
+        LVLMError: an unknown choice, or a setting in the file that is malformed or not supported.
     """
-    if check(choice) == "plain" or folder is None:
+    if check_choice(choice) == "plain" or folder is None:
         return decoding
-    given = of_checkpoint(read_optional(folder, FILE), folder / FILE)
-    left = {name: value for name, value in given.items() if getattr(decoding, name) == getattr(GREEDY, name)}
+    file_settings = of_checkpoint(read_optional(folder, FILE), folder / FILE)
+    used = {name: value for name, value in file_settings.items() if getattr(decoding, name) == getattr(GREEDY, name)}
     try:
-        return dataclasses.replace(decoding, **left)
+        return dataclasses.replace(decoding, **used)
     except LVLMError as error:
         raise LVLMError(f"{folder / FILE}: {error}") from error
 
 
 def of_checkpoint(file: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of `Decoding` that a `generation_config.json` sets; temperature, top-k and top-p where it samples.
+    """The fields of `Decoding` in a `generation_config.json`; temperature, top-k and top-p only if it samples.
 
     Raises:
-        LVLMError: a setting that would change the answer and is not supported.
+        LVLMError: it has a setting that would change the answer and is not supported.
     """
     file = {name: value for name, value in file.items() if value is not None}
     for name, neutral in _UNSUPPORTED.items():

@@ -1,9 +1,9 @@
-"""Answers that are known already, scored as a method would have written them, and differentiably in its strengths.
+"""Scores known answers as a method would have written them, differentiably in its strengths.
 
-The prompt is run as for a generation, then the rows of an answer all at once: `attention.each_row` gives each of them
-the edits of its own decode step, both branches go through, and `combine` runs along the tokens. Where a step's edits
-hang on the step before (SPARC), the steps are run one after the other. What is computed equals a generation that is
-made to write these tokens; only a cut that rules tokens out may be soft (`methods.cuts`).
+The prompt runs as for a generation, then all rows of an answer at once: `attention.each_row` gives each row the edits
+of its own decode step, both branches run, and `combine` is applied token by token. If a step's edits depend on the step
+before (SPARC), the steps run one after another. The result equals a generation that is forced to write these tokens,
+except that cuts may be soft (`methods.cuts`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention import Tap
 from lvlm_jax.attention.each_row import EachRow
-from lvlm_jax.generation import branches, drivers, forward
+from lvlm_jax.generation import branches, decode_loop, forward
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method, Readout
@@ -26,11 +26,11 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs
 
 
-class Forced(NamedTuple):
-    """Logits of A answer tokens: those that each was chosen from.
+class ForcedLogits(NamedTuple):
+    """Logits of A answer tokens, each from the row before it.
 
     Attributes:
-        main, contrast: raw logits of the branches; `contrast` is None without a second one.
+        main, contrast: raw logits of the branches; `contrast` is None without a second branch.
         combined: the method's combination.
     """
 
@@ -41,17 +41,18 @@ class Forced(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """B prompts, N answers to each, and what does not depend on strengths: towers, warm-up passes, contrast prompts.
+class ForcedInputs:
+    """B prompts with N answers each, and everything that does not depend on strengths: tower outputs, plain warm-up
+    passes, contrast prompts.
 
     Attributes:
-        main: what the main branch reads.
-        contrast: what the contrast branch reads, where that is another prompt.
-        hidden, attention, tower: fields of `WarmUp` that the method's warm-up asks for.
+        main: the main branch's input.
+        contrast: the contrast branch's input, if it is another prompt.
+        hidden, attention, tower: fields of `WarmUp` that the method needs.
         both: prompts with and without images, for a method's probe.
-        window: `Inputs.window`, as the size of an axis, because it is static: `Bool[B, window]`.
-        tokens: of the answers, padded on the right.
-        answered: which of them are tokens of the answer.
+        tail_rows: has the shape `[B, tail_rows]` of `Inputs.tail_rows`, so that this number is static.
+        tokens: tokens of the answers, padded on the right.
+        answered: which of them belong to the answer.
     """
 
     main: Prompt
@@ -60,12 +61,12 @@ class Opened:
     attention: Any
     tower: Any
     both: Prompt | None
-    window: Bool[Array, "B W"]
+    tail_rows: Bool[Array, "B W"]
     tokens: Int[Array, "B N A"]
     answered: Bool[Array, "B N A"]
 
 
-def opened(
+def forced_inputs(
     params: dict,
     config: FamilyConfig,
     prompt: Inputs,
@@ -73,98 +74,115 @@ def opened(
     answers: Sequence[Sequence[Sequence[int]]],
     host: Host = ALONE,
     length: int = 0,
-) -> Opened:
-    """Everything up to the decoder, of a batch of prompts and answers.
+) -> ForcedInputs:
+    """Does everything that precedes the decoder, for a batch of prompts and answers.
 
     Args:
-        answers: of each prompt N answers, by their tokens.
-        length: how many tokens to make room for, if the longest answer has fewer.
+        answers: N answers for each prompt, as tokens.
+        length: the smallest number of answer columns.
 
     Raises:
         LVLMError: the contrast branch's prompt exceeds the context.
     """
-    main = branches.embedded(params, config, prompt, host.mesh)
+    main = branches.embed_prompt(params, config, prompt, host.mesh)
     warm_up_fields = () if method is None else method.warm_up_fields
-    seen = branches.seen(params, config, prompt, main, warm_up_fields, host.mesh)
+    warm_up = branches.warm_up_results(params, config, prompt, main, warm_up_fields, host.mesh)
     tower = None
     if "tower" in warm_up_fields:
-        tower = branches.through_edited_tower(params, config, prompt, main, method, host.mesh)
-    both = branches.with_and_without(params, config, prompt, main, host.mesh) if "probe" in warm_up_fields else None
+        tower = branches.embed_with_edited_tower(params, config, prompt, main, method, host.mesh)
+    pairs = (
+        branches.with_and_without_images(params, config, prompt, main, host.mesh) if "probe" in warm_up_fields else None
+    )
     contrast, kind = None, contrast_kind(method)
     if kind == "fewer_tokens":
         contrast = branches.with_fewer_tokens(params, config, prompt, main, method)
     elif kind not in ("same", "tokens"):
-        reads = branches.contrast_inputs(config, prompt, method, host)
-        contrast = main if reads is prompt else branches.embedded(params, config, reads, host.mesh)
+        contrast_prompt = branches.make_contrast_prompt(config, prompt, method, host)
+        contrast = (
+            main if contrast_prompt is prompt else branches.embed_prompt(params, config, contrast_prompt, host.mesh)
+        )
     longest = max(length, 2, *(len(answer) for several in answers for answer in several))
     tokens = np.full((len(answers), len(answers[0]), longest), config.pad_token_id, np.int32)
     answered = np.zeros(tokens.shape, bool)
     for row, several in enumerate(answers):
         for place, answer in enumerate(several):
             tokens[row, place, : len(answer)], answered[row, place, : len(answer)] = answer, True
-    window = np.zeros((prompt.batch, prompt.window), bool)
-    return Opened(
-        main, contrast, seen.hidden, seen.attention, tower, both, *map(jnp.asarray, (window, tokens, answered))
+    tail_rows = np.zeros((prompt.batch, prompt.tail_rows), bool)
+    return ForcedInputs(
+        main,
+        contrast,
+        warm_up.hidden,
+        warm_up.attention,
+        tower,
+        pairs,
+        *map(jnp.asarray, (tail_rows, tokens, answered)),
     )
 
 
-def logits(params: dict, config: FamilyConfig, given: Opened, method: Method | None, image_count: int) -> Forced:
+def logits(
+    params: dict, config: FamilyConfig, given: ForcedInputs, method: Method | None, image_count: int
+) -> ForcedLogits:
     """Logits of every token of every answer, `[B, N, A, V]` each. Pure.
 
     Args:
-        image_count: no prompt has more images.
+        given: the inputs from `forced_inputs`.
+        image_count: the largest number of images in a prompt.
     """
     contrast, total = given.contrast, given.main.image_id.shape[1]
     length = given.tokens.shape[2]
     if method is not None and method.warm_up_fields:
         probe = None
         if given.both is not None:
-            probe = forward.probed(params, config, given.both, method.probe(), image_count)
+            probe = forward.probe(params, config, given.both, method.probe(), image_count)
         method = method.after_warm_up(WarmUp(given.hidden, given.attention, given.tower, probe))
     kind = contrast_kind(method)
     if kind == "tokens":
-        contrast = drivers.contrast_tokens(method, given.main)
+        contrast = decode_loop.contrast_tokens(method, given.main)
     apart = kind in OTHER_LAYOUTS
     state, step = forward.prefill(
         params,
         config,
         given.main,
         method,
-        window=given.window.shape[1],
+        tail_rows=given.tail_rows.shape[1],
         capacity=total + length,
         contrast=contrast,
         contrast_capacity=contrast.image_id.shape[1] + length if apart else 0,
         image_count=image_count,
     )
-    return jax.vmap(lambda tokens: forced(params, config, state, step, tokens), in_axes=1, out_axes=1)(given.tokens)
+    return jax.vmap(lambda tokens: forced_logits(params, config, state, step, tokens), in_axes=1, out_axes=1)(
+        given.tokens
+    )
 
 
 def logprobs(
-    params: dict, config: FamilyConfig, given: Opened, method: Method | None, image_count: int
+    params: dict, config: FamilyConfig, given: ForcedInputs, method: Method | None, image_count: int
 ) -> Float[Array, "B N A"]:
-    """Log-probability in nats of every token of every answer; 0 behind its end."""
-    found = jax.nn.log_softmax(logits(params, config, given, method, image_count).combined, axis=-1)
-    chosen = jnp.take_along_axis(found, given.tokens[..., None], axis=-1)[..., 0]
+    """Log-probability in nats of every token of every answer; 0 after its end."""
+    logprob = jax.nn.log_softmax(logits(params, config, given, method, image_count).combined, axis=-1)
+    chosen = jnp.take_along_axis(logprob, given.tokens[..., None], axis=-1)[..., 0]
     return jnp.where(given.answered, chosen, 0)
 
 
-def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens: Int[Array, "B A"]) -> Forced:
-    """Logits of given tokens behind a prompt: what `forward.decode_step` gives, one token after the other.
+def forced_logits(
+    params: dict, config: FamilyConfig, state: State, step: Step, tokens: Int[Array, "B A"]
+) -> ForcedLogits:
+    """Logits of given tokens after a prompt, equal to those of `forward.decode_step` for one token after the other.
 
     Args:
-        state, step: what `forward.prefill` returned, of a capacity that holds the tokens.
+        state, step: results of `forward.prefill`, with room for the tokens.
     """
     if state.method is not None and state.method.step_by_step:
         _, steps = jax.lax.scan(
             lambda state, fed: forward.decode_step(params, config, state, fed), state, tokens[:, :-1].T
         )
-        rows = [getattr(steps, name) for name in Forced._fields]
+        rows = [getattr(steps, name) for name in ForcedLogits._fields]
         rows = [None if each is None else each.swapaxes(0, 1) for each in rows]
-        firsts = [getattr(step, name) for name in Forced._fields]
-        return Forced(*(_behind(first, rest) for first, rest in zip(firsts, rows, strict=True)))
+        firsts = [getattr(step, name) for name in ForcedLogits._fields]
+        return ForcedLogits(*(_append_rows(first, rest) for first, rest in zip(firsts, rows, strict=True)))
     main, contrast, others, exits, carries = _rows(params, config, state, tokens[:, :-1])
     if state.method is None:
-        return Forced(_behind(step.main, main), None, _behind(step.main, main))
+        return ForcedLogits(_append_rows(step.main, main), None, _append_rows(step.main, main))
     method = state.method
 
     def combine(memory: Any, row: Readout) -> tuple[Any, Float[Array, "B V"]]:
@@ -173,13 +191,15 @@ def forced(params: dict, config: FamilyConfig, state: State, step: Step, tokens:
 
     by_row = Readout(_rows_first(main), _rows_first(contrast), exits, carries, others)
     _, combined = jax.lax.scan(combine, state.memory.logits, by_row)
-    return Forced(
-        _behind(step.main, main), _behind(step.contrast, contrast), _behind(step.combined, combined.swapaxes(0, 1))
+    return ForcedLogits(
+        _append_rows(step.main, main),
+        _append_rows(step.contrast, contrast),
+        _append_rows(step.combined, combined.swapaxes(0, 1)),
     )
 
 
 def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B A"]) -> tuple:
-    """A decode steps at once: logits `[B, A, V]` of the first branches, of the others `[A, N, B, V]`, exits, carry."""
+    """A decode steps at once: logits `[B, A, V]` of two branches and `[A, N, B, V]` of later ones, exits, carry."""
     method = state.method and state.method.recall(state.memory.edits)
     transforms = tuple(edit and EachRow(edit) for edit in forward.transforms_of(method))
     contexts = tuple(track.with_tokens(tokens.shape[1]) for track in state.tracks)
@@ -195,16 +215,16 @@ def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
         transforms,
         Tap(hidden=exits, rows="all"),
     )
-    found = forward.apply(params, config, "head", decoded.hidden)
+    logits = forward.apply(params, config, "head", decoded.hidden)
     early = None
     if exits:
         early = forward.apply(params, config, "exit_logits", decoded.tapped.hidden[:, 0], method.exit_norm)
         early = jnp.moveaxis(early, 2, 0)
-    others = jnp.moveaxis(found[2:], 2, 0) if len(transforms) > 2 else None
-    return found[0], found[1] if len(transforms) > 1 else None, others, early, decoded.carries[0]
+    later_branches = jnp.moveaxis(logits[2:], 2, 0) if len(transforms) > 2 else None
+    return logits[0], logits[1] if len(transforms) > 1 else None, later_branches, early, decoded.carries[0]
 
 
-def _behind(first: Float[Array, "B V"] | None, rest: Float[Array, "B A V"] | None) -> Float[Array, "B A V"] | None:
+def _append_rows(first: Float[Array, "B V"] | None, rest: Float[Array, "B A V"] | None) -> Float[Array, "B A V"] | None:
     return None if first is None else jnp.concatenate([first[:, None], rest], axis=1)
 
 

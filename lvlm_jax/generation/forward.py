@@ -1,7 +1,7 @@
 """Pure functions from parameters and a prompt to logits: full forward, prefill, decode step.
 
-They know no model family: a module offers `encode_images`, `embed`, `decode`, `head` and `exit_logits`. The compute
-dtype is that of the parameters. `config` is static, `window`, `capacity` and switches too.
+They do not depend on the model family: a module has `encode_images`, `embed`, `decode`, `head` and `exit_logits`. The
+compute dtype is that of the parameters. `config`, `tail_rows`, `capacity` and switches are static.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.vision import with_edited_values
 
 NOTHING = Tap()
-STREAM_FROM = 256  # columns of a prompt from which attention goes by blocks; faster on a CPU from here on, too
+STREAM_FROM = 256  # prompt columns from which attention runs block by block; above this it is also faster on a CPU
 
 
 def encode_images(
     params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
 ) -> Float[Array, "*N E"]:
-    """Image tokens as the decoder receives them; arguments as in `models.pictures.Pictures`."""
+    """Image tokens for the decoder; arguments as in `models.pictures.Pictures`."""
     return apply(params, config, "encode_images", pixels, **(geometry or {}))
 
 
@@ -43,7 +43,7 @@ def encode_edited(
     method: Method,
     geometry: dict[str, Array] | None = None,
 ) -> Float[Array, "*N E"]:
-    """`encode_images` by a tower with the edit of a method."""
+    """`encode_images` with the tower edit of a method."""
 
     def edit(layer: int, values: Float[Array, "R P C"]) -> Float[Array, "R P C"]:
         valid = (geometry or {}).get("valid", jnp.ones(values.shape[:2], bool))
@@ -55,17 +55,17 @@ def encode_edited(
 def salience(
     params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
 ) -> Float[Array, "N"]:
-    """How much the tower's class token looks at each image token, in reading order."""
+    """The attention that the tower's class token pays to each image token, in reading order."""
     return apply(params, config, "salience", pixels, **(geometry or {}))
 
 
 def with_fewer_tokens(method: Method, prompt: Prompt, salience: Float[Array, "N"], image_count: int) -> Prompt:
-    """The prompt without the image tokens that the method leaves out; what stays moves to the right end."""
+    """The prompt without the image tokens that the method leaves out; the other columns move to the right end."""
     image = prompt.image_id > 0
     order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1
     of_columns = jnp.where(image, salience[jnp.clip(order, 0, salience.shape[0] - 1)], 0)
     kept = method.keep_tokens(prompt.image_id, image_count, of_columns)
-    columns = jnp.argsort(kept, axis=1, stable=True)  # those that are left out first
+    columns = jnp.argsort(kept, axis=1, stable=True)  # removed columns first
     image_id = jnp.take_along_axis(jnp.where(kept, prompt.image_id, -1), columns, axis=1)
     embeddings = jnp.take_along_axis(prompt.embeddings, columns[..., None], axis=1)
     axes = None if prompt.axes is None else jnp.take_along_axis(prompt.axes, columns[None], axis=2)
@@ -84,21 +84,21 @@ def full_forward(
     config: FamilyConfig,
     prompt: Prompt,
     method: Method | None,
-    window: int,
+    tail_rows: int,
     image_count: int = 1,
     tap: Tap = NOTHING,
 ) -> tuple[Float[Array, "B T V"], Tapped]:
-    """Logits of every row in one pass without a cache, of the main branch when a method has several, and the tap."""
+    """Logits of every row of the main branch, in one pass without a cache; and the tapped arrays."""
     transforms = transforms_of(method)[:1]
-    rows = _explicit_rows(method, transforms, window, prompt.image_id.shape[1])
+    rows = _explicit_rows(method, transforms, tail_rows, prompt.image_id.shape[1])
     context = prompt_context(prompt.image_id, method, rows, image_count, axes=prompt.axes)
     decoded = apply(params, config, "decode", prompt.embeddings[None], context, None, transforms, tap)
     logits = apply(params, config, "head", decoded.hidden[0])
     return logits, _with_exit_logits(params, config, decoded.tapped)
 
 
-def probed(params: dict, config: FamilyConfig, prompt: Prompt, transform: Transform, image_count: int = 1) -> Any:
-    """The carry that a transform has after the last layer of a prompt, all of whose rows it may edit."""
+def probe(params: dict, config: FamilyConfig, prompt: Prompt, transform: Transform, image_count: int = 1) -> Any:
+    """The carry of a transform after the last layer of a prompt; it may edit all rows."""
     context = prompt_context(prompt.image_id, None, prompt.image_id.shape[1], image_count, axes=prompt.axes)
     return apply(params, config, "decode", prompt.embeddings[None], context, None, (transform,)).carries[0]
 
@@ -108,7 +108,7 @@ def prefill(
     config: FamilyConfig,
     prompt: Prompt,
     method: Method | None,
-    window: int,
+    tail_rows: int,
     capacity: int,
     contrast: Prompt | None = None,
     contrast_capacity: int = 0,
@@ -119,34 +119,34 @@ def prefill(
 ) -> tuple[State, Step]:
     """Runs the prompt.
 
-    With a contrast branch that reads the same prompt, rows that no branch edits are run once and their columns
-    shared; the last rows are run for all branches together. Other pictures in the same places are one more row of
-    the batch; a prompt of another layout is run by itself.
+    If the contrast branch reads the same prompt, rows that no branch edits run once and share their columns; the last
+    rows run for all branches together. Other images in the same columns become another row of the batch. A prompt of
+    another layout runs by itself.
 
     Args:
-        window: how many of the last rows hold all post-image rows (`Inputs.window`).
+        tail_rows: how many of the last rows contain all post-image rows (`Inputs.tail_rows`).
         capacity: columns of the caches, prompt included.
-        contrast: what the contrast branch reads, if it is not `prompt`.
-        contrast_capacity: columns of its caches, where its layout is another.
-        image_count: no sample has more images.
+        contrast: the contrast branch's input, if it is not `prompt`.
+        contrast_capacity: columns of its caches, if its layout differs.
+        image_count: the largest number of images in a sample.
         share_prefix: False runs the whole prompt for every branch.
         tap: what this step and later ones return besides logits.
-        before: the `prefix` of the prompt, where it has run already; `prompt.embeddings` are then those of the rest,
-            among which must be the `edited_rows`.
+        before: the result of `prefix` for the beginning of the prompt, if it has already run; `prompt.embeddings` are
+            then those of the rest, which must include the `edited_rows`.
     """
     total = prompt.image_id.shape[1]
     transforms = transforms_of(method)
     kind = contrast_kind(method)
     apart = kind in OTHER_LAYOUTS
     together = transforms[:1] if apart else transforms
-    rows = _explicit_rows(method, together, window, total)
+    rows = _explicit_rows(method, together, tail_rows, total)
     shared = len(together) > 1 and kind == "same" and share_prefix and tap.rows == "last"
     split = total - rows if shared else 0
     rest, caches = prompt.embeddings[None, :, split:], None
     if before is not None:
         split, caches, rest = before[0].prefix.length, before, prompt.embeddings[None]
     elif split:
-        # Image tokens that see later ones need the rows behind the split too, where it may lie inside an image.
+        # Image tokens that see later ones also need the rows after the split if it lies inside an image.
         end = total if config.text.whole_images else split
         caches = prefix(params, config, prompt, end, split, image_count)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)
@@ -155,8 +155,8 @@ def prefill(
         branched = jnp.stack([prompt.embeddings, contrast.embeddings, *further])
     else:
         branched = jnp.broadcast_to(rest, (len(together), *rest.shape[1:]))
-    asked = _with_method_exits(method, config, tap)
-    decoded = apply(params, config, "decode", branched, context, caches, together, asked)
+    full_tap = _with_method_exits(method, config, tap)
+    decoded = apply(params, config, "decode", branched, context, caches, together, full_tap)
     caches = tuple(
         _cache(columns, config.text, layer, context, capacity) for layer, columns in enumerate(decoded.columns)
     )
@@ -178,25 +178,25 @@ def prefill(
 def prefix(
     params: dict, config: FamilyConfig, prompt: Prompt, end: int, split: int, image_count: int = 1
 ) -> tuple[LayerCache, ...]:
-    """The first `split` columns of a prompt, of every layer, which all branches share.
+    """The first `split` columns of a prompt in every layer, which all branches share.
 
     Args:
-        end: rows that are run; more than `split` only where image tokens see later ones.
-        split: columns to keep. No method edits their rows.
+        end: how many rows to run; more than `split` only if image tokens see later ones.
+        split: how many columns to return. No method edits their rows.
     """
     axes = None if prompt.axes is None else prompt.axes[:, :, :end]
     context = prompt_context(prompt.image_id[:, :end], None, 0, image_count, axes=axes)
-    seen = apply(params, config, "decode", prompt.embeddings[None, :, :end], context).columns
-    return tuple(LayerCache(columns.own[0].first(split), ()) for columns in seen)
+    prefix_columns = apply(params, config, "decode", prompt.embeddings[None, :, :end], context).columns
+    return tuple(LayerCache(columns.own[0].first(split), ()) for columns in prefix_columns)
 
 
-def edited_rows(method: Method | None, window: int, total: int) -> int:
-    """How many of the last of `total` prompt rows a method edits; all of them where a branch has its own prompt."""
-    return total if contrast_kind(method) != "same" else _explicit_rows(method, transforms_of(method), window, total)
+def edited_rows(method: Method | None, tail_rows: int, total: int) -> int:
+    """How many of the last of `total` prompt rows a method edits; all if a branch has its own prompt."""
+    return total if contrast_kind(method) != "same" else _explicit_rows(method, transforms_of(method), tail_rows, total)
 
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
-    """Appends one token per sample and returns the logits of the next."""
+    """Appends one token per sample and returns the next logits."""
     method = state.method and state.method.recall(state.memory.edits)
     transforms = transforms_of(method)
     tracks = tuple(track.with_token() for track in state.tracks)
@@ -230,19 +230,19 @@ def prompt_context(
     Padding may be on either side; positions count the tokens of a sample.
 
     Args:
-        image_id: 0 text, k >= 1 the k-th image, -1 padding.
-        method: whose positions stage moves image tokens; None moves none.
+        image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
+        method: its positions stage moves image tokens; None moves none.
         explicit_rows: how many of the last rows the method's stages see.
-        image_count: no sample has more images.
+        image_count: the largest number of images in a sample.
         first_row: the column of the first row.
-        axes: positions along every axis, where the model counts along several.
+        axes: positions along every axis, if the model has several.
     """
     valid, image = image_id >= 0, image_id > 0
     positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0) if axes is None else axes[0]
     shift = None
     if method is not None:
-        # Text moves every axis on by one, so what is left of a position is what images have added to it: their
-        # tokens on the one ordinary axis; on several the extents of earlier images and the place inside its own.
+        # Text advances every axis by one, so the remainder of a position comes from images: on the one ordinary axis
+        # their tokens; on several axes the extents of earlier images and the offset inside its own.
         everywhere = positions if axes is None else axes
         text = valid & ~image
         from_images = everywhere - (jnp.cumsum(text, axis=1, dtype=jnp.int32) - text)
@@ -266,13 +266,13 @@ def prompt_context(
 
 
 def _with_method_exits(method: Method | None, config: FamilyConfig, tap: Tap) -> Tap:
-    """The tap with the hidden states added that the method's early exits need, behind those of the caller."""
+    """The caller's tap, extended by the hidden states that the method's early exits need."""
     depth = config.text.num_layers
     return tap if method is None else dataclasses.replace(tap, exits=tap.exits + method.exits(depth))
 
 
 def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tapped:
-    """Hidden states of the caller's early exits turned into logits."""
+    """Turns the hidden states of the caller's early exits into logits."""
     if tapped.exits is None:
         return tapped
     return tapped._replace(exits=apply(params, config, "exit_logits", tapped.exits, True))
@@ -281,29 +281,29 @@ def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tap
 def _finish(
     params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: Decoded
 ) -> tuple[State, Step]:
-    """Head on the last row, early exits, then the method's combination of branches."""
+    """Applies the head to the last row, the early exits, and the method's combination of branches."""
     logits = apply(params, config, "head", last)
     main, contrast = logits[0], logits[1] if logits.shape[0] > 1 else None
     combined, memory, tapped = main, state.memory, decoded.tapped
     if state.method is not None:
-        exits, asked = tapped.exits, len(state.tap.exits)
+        exits, num_exits = tapped.exits, len(state.tap.exits)
         if exits is not None:
-            tapped = tapped._replace(exits=exits[:asked] if asked else None)
-            exits = exits[asked:, 0] if exits.shape[0] > asked else None
+            tapped = tapped._replace(exits=exits[:num_exits] if num_exits else None)
+            exits = exits[num_exits:, 0] if exits.shape[0] > num_exits else None
         if exits is not None:
             exits = apply(params, config, "exit_logits", exits, state.method.exit_norm)
         others = logits[2:] if logits.shape[0] > 2 else None
         readout = Readout(main, contrast, exits, decoded.carries[0], others)
-        combined, kept = state.method.combine(readout, memory.logits)
-        memory = Memory(kept, state.method.remember(decoded.carries[0], memory.edits))
+        combined, new_memory = state.method.combine(readout, memory.logits)
+        memory = Memory(new_memory, state.method.remember(decoded.carries[0], memory.edits))
     tapped = _with_exit_logits(params, config, tapped)
     return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
 
 
 def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int) -> LayerCache:
-    """Fresh prompt columns as a decode cache: image keys calibrated, own blocks padded to the capacity."""
+    """Turns fresh prompt columns into a decode cache: calibrated image keys, own blocks padded to the capacity."""
     if context.image_shift is not None:
-        # Every later row comes after the images, so none needs the ordinary image keys again.
+        # All later rows come after the images, so the ordinary image keys are not needed again.
         rope = config.layer_rope(layer)
         columns = shifted(columns, shift_rotation(rope, config.head_dim, context.image_shift))
     own = capacity - (columns.prefix.length if columns.prefix else 0)
@@ -315,30 +315,30 @@ def transforms_of(method: Method | None) -> tuple[Transform | None, ...]:
     return (None,) if method is None else method.branches()
 
 
-def uses_window(method: Method | None) -> bool:
-    """Whether `window` decides on anything; where it does not, one program serves prompts with all of them."""
-    return method is not None and _uses_window(jax.tree.structure(method))
+def uses_tail_rows(method: Method | None) -> bool:
+    """Whether the program depends on `tail_rows`; if not, one program serves prompts with any value."""
+    return method is not None and _uses_tail_rows(jax.tree.structure(method))
 
 
 @functools.lru_cache(maxsize=64)
-def _uses_window(structure: jax.tree_util.PyTreeDef) -> bool:
-    """Strengths decide on nothing here, and would be computed with at every call."""
+def _uses_tail_rows(structure: jax.tree_util.PyTreeDef) -> bool:
+    """Takes only the structure: strengths do not matter here, and computing with them would cost time in every call."""
     method = jax.tree.unflatten(structure, [1.0] * structure.num_leaves)
     return _explicit_rows(method, transforms_of(method), 2, 4) == 2
 
 
-def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], window: int, total: int) -> int:
-    """How many of the last prompt rows the method can change in any branch; rows before them are all alike."""
-    rows = {"last": 1, "post_image": window, "all": total}
+def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], tail_rows: int, total: int) -> int:
+    """How many of the last prompt rows the method can change in any branch; earlier rows are equal in all branches."""
+    rows = {"last": 1, "post_image": tail_rows, "all": total}
     edits = [transform for transform in transforms if transform is not None]
     everywhere = [any(overrides(edit, stage) for stage in STREAM_STAGES) for edit in edits]
-    needed = [total if all_rows else rows[edit.rows] for edit, all_rows in zip(edits, everywhere, strict=True)]
+    row_counts = [total if all_rows else rows[edit.rows] for edit, all_rows in zip(edits, everywhere, strict=True)]
     if method is not None and method.positions(*jnp.zeros((3,), jnp.int32)) is not None:
-        needed.append(window)
-    return max(needed, default=0 if len(transforms) == 1 else 1)
+        row_counts.append(tail_rows)
+    return max(row_counts, default=0 if len(transforms) == 1 else 1)
 
 
 def apply(params: dict, config: FamilyConfig, function: str, *arguments: Any, **options: Any) -> Any:
-    """A function of the module of `config`, in the dtype of the parameters."""
+    """Calls a function of the module of `config`, in the dtype of the parameters."""
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
     return models.build(config, dtype).apply({"params": params}, *arguments, method=function, **options)

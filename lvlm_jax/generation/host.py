@@ -1,4 +1,4 @@
-"""What a call needs besides parameters and configuration: devices, and tokenizers, which are read when first needed."""
+"""What a call needs besides parameters and configuration: devices, and tokenizers that are loaded on first use."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation.beam import Finished
-from lvlm_jax.generation.drivers import Answers
+from lvlm_jax.generation.decode_loop import Answers
 from lvlm_jax.generation.output import Output, read_output
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.models.family import FamilyConfig
@@ -25,8 +25,8 @@ class Host(NamedTuple):
 
     Attributes:
         mesh: the devices; None for the default one.
-        tokenizer: gives what turns answers into text; None for answers without text.
-        words_tokenizer: gives what turns words before a contrast branch's prompt into tokens.
+        tokenizer: returns the tokenizer that turns answers into text; None for answers without text.
+        words_tokenizer: returns the tokenizer for the words of a contrast branch's prompt.
     """
 
     mesh: Mesh | None = None
@@ -34,16 +34,16 @@ class Host(NamedTuple):
     words_tokenizer: Callable[[], Any] = _no_tokenizer
 
     def read(self, answers: Answers | Finished, stop: tuple[str, ...] = ()) -> Output:
-        """Answers as users get them, cut at stop strings (`read_output`)."""
+        """The answers as an `Output`, cut at stop strings."""
         return read_output(answers, stop, self.tokenizer and self.tokenizer())
 
     def stops(self, config: FamilyConfig, decoding: Decoding) -> Int[np.ndarray, "N"]:
-        """Ids of the tokens that end an answer: of the settings, and of stop strings that are a special token.
+        """Ids of the tokens that end an answer: those of the settings, and stop strings that are special tokens.
 
-        Text has no special tokens in which such a string could be found.
+        The text contains no special tokens, so such strings cannot be found there.
 
         Raises:
-            LVLMError: stop strings without a tokenizer.
+            LVLMError: there are stop strings, but no tokenizer.
         """
         stops = decoding.stops(config)
         if not decoding.stop:
@@ -51,8 +51,8 @@ class Host(NamedTuple):
         if self.tokenizer is None:
             raise LVLMError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         special = text.special_tokens(self.tokenizer())
-        more = [special[one] for one in decoding.stop if one in special and special[one] not in stops]
-        return np.concatenate([stops, np.asarray(more, np.int32)])
+        extra = [special[one] for one in decoding.stop if one in special and special[one] not in stops]
+        return np.concatenate([stops, np.asarray(extra, np.int32)])
 
 
 ALONE = Host()

@@ -1,11 +1,11 @@
-"""A file of questions to a file of answers, in LLaVA's format, that survives being killed.
+"""Answers a file of questions into a file of answers, in LLaVA's format; a killed job can be resumed.
 
-The answers file is a `journal` log, with its record in `<answers file>.run.json`. It only ever grows, by answers that
-stand in the order of their questions, each on the disk before what comes of a later batch. Started again, a job passes
-over the questions already answered, and goes on; with other settings it refuses.
+The answers file is a `journal` log, and its record is `<answers file>.run.json`. Answers are appended in the order of
+their questions and flushed to the disk batch by batch. A restarted job skips the questions that are already answered;
+with other settings it stops with an error.
 
-Prompts of about one size go together: within every `WINDOW` batches questions are sorted, and an answer waits for
-those of earlier questions. So a kill costs no more than these.
+Prompts of similar size are batched together: questions are sorted within every `SORTED_BATCHES` batches, and an answer
+is written after those of earlier questions. So a kill loses no more than these batches.
 """
 
 import dataclasses
@@ -23,35 +23,35 @@ from lvlm_jax.journal.log import AnswerLog, expect, seed_of
 from lvlm_jax.journal.record import file_hash
 from lvlm_jax.processors.images import open_image, within
 
-WINDOW = 16  # batches within which questions are sorted
+SORTED_BATCHES = 16  # number of batches within which questions are sorted
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model said to one question."""
+    """A model's answer to one question."""
 
     text: str
     finish_reason: str
-    tokens: int  # number of tokens generated, the end token included
+    tokens: int  # number of tokens generated, including the end token
 
 
 class Request(NamedTuple):
-    """A question as it is put to a model."""
+    """A question as the model receives it."""
 
     line: int
     conversation: list[dict]
     seed: int
 
 
-# From conversations and one seed for each, to one answer for each.
+# Turns conversations, with one seed each, into one answer each.
 Answerer = Callable[[list[list[dict]], list[int]], list[Answer]]
-# From batches of requests, drawn when they are needed, to answers (or what is wrong) by line, some at a time.
+# Turns batches of requests, read as needed, into answers or errors by line number, some at a time.
 Stream = Callable[[Iterator[list[Request]]], Iterator[list[tuple[int, Answer | LVLMError]]]]
 
 
 @dataclasses.dataclass
 class Summary:
-    """How a job went: questions answered earlier, answered now, and failed (by line number, with the reason)."""
+    """Result of a job: questions answered earlier, answered now, and failed (line number and reason)."""
 
     before: int
     now: int
@@ -59,7 +59,7 @@ class Summary:
 
 
 def _line_answered(entry: dict) -> tuple[int, None]:
-    """The number of the line that an entry of the answers file answers."""
+    """The line number of the question that an entry of the answers file answers."""
     expect(entry["metadata"], {"line": int})
     return entry["metadata"]["line"], None
 
@@ -81,7 +81,7 @@ def _entry(question: Question, answer: Answer, model_id: str, method: dict | Non
 
 
 def answerer(model: Any, **options: Any) -> Answerer:
-    """An `LVLM` that answers a batch at once; `options` are those of its `generate`."""
+    """Makes an `Answerer` of an `LVLM`; `options` are those of its `generate`."""
 
     def answer(conversations: list[list[dict]], seeds: list[int]) -> list[Answer]:
         return _answers(model.generate(conversations, seed=seeds, **options))
@@ -90,7 +90,7 @@ def answerer(model: Any, **options: Any) -> Answerer:
 
 
 def streamer(model: Any, batch_size: int, **options: Any) -> Stream:
-    """An `LVLM` where an answer that ends makes room for the next question; `options` are those of `generate_many`."""
+    """Makes a `Stream` of an `LVLM` by continuous batching; `options` are those of `generate_many`."""
 
     def stream(batches: Iterable[list[Request]]) -> Iterator[list[tuple[int, Answer | LVLMError]]]:
         lines = []
@@ -124,21 +124,23 @@ def in_batches(answer: Answerer) -> Stream:
 
 def _answered(answer: Answerer, batch: list[Request]) -> list[tuple[int, Answer | LVLMError]]:
     try:
-        answers = answer([one.conversation for one in batch], [one.seed for one in batch])
+        answers = answer([request.conversation for request in batch], [request.seed for request in batch])
     except LVLMError as error:
         if len(batch) == 1:
             return [(batch[0].line, error)]
-        # One of them does not fit; asked alone, each fails or succeeds for itself.
-        return [pair for one in batch for pair in _answered(answer, [one])]
-    return [(one.line, said) for one, said in zip(batch, answers, strict=True)]
+        # A request of the batch is bad: alone, each succeeds or fails by itself.
+        return [pair for request in batch for pair in _answered(answer, [request])]
+    return [(request.line, reply) for request, reply in zip(batch, answers, strict=True)]
 
 
 def _batches(questions: list[Question], done: Container[int], size: int) -> Iterator[list[Question]]:
-    """Batches of questions that are not done, those of about one size together."""
-    for start in range(0, len(questions), WINDOW * size):
-        window = [one for one in questions[start : start + WINDOW * size] if one.line not in done]
-        window.sort(key=lambda one: (len(one.image_names), length_class(one.text)))
-        yield from (window[first : first + size] for first in range(0, len(window), size))
+    """Batches of the remaining questions; those of similar size are together."""
+    for start in range(0, len(questions), SORTED_BATCHES * size):
+        remaining = [
+            question for question in questions[start : start + SORTED_BATCHES * size] if question.line not in done
+        ]
+        remaining.sort(key=lambda question: (len(question.image_names), length_class(question.text)))
+        yield from (remaining[first : first + size] for first in range(0, len(remaining), size))
 
 
 def _seed(seed: int, question: Question) -> int:
@@ -153,18 +155,18 @@ def _requests(
     system: str,
     allow_urls: bool,
 ) -> Iterator[list[Request]]:
-    """The questions of each batch with their pictures opened; `fail(line, reason)` for those that cannot be."""
+    """The questions of each batch with their images opened; calls `fail(line, reason)` if an image cannot be opened."""
     for batch in batches:
-        ready = []
+        requests = []
         for question in batch:
             try:
                 images = [open_image(within(folder, name), allow_urls) for name in question.image_names]
-                asked = conversation(images, question.text, system)
-                ready.append(Request(question.line, asked, _seed(seed, question)))
+                messages = conversation(images, question.text, system)
+                requests.append(Request(question.line, messages, _seed(seed, question)))
             except LVLMError as error:
                 fail(question.line, str(error))
-        if ready:
-            yield ready
+        if requests:
+            yield requests
 
 
 def run_job(
@@ -180,15 +182,15 @@ def run_job(
     system: str = "",
     allow_urls: bool = False,
 ) -> Summary:
-    """Answer every question of `question_file` that `answers_file` does not answer yet.
+    """Answers every question of `question_file` that `answers_file` does not answer yet.
 
-    `load` is called once, and only when something is left to do; with `streams` it gives a `Stream`, else an
-    `Answerer`. `record` holds everything else that decides an answer (the hash of the question file is added here).
-    Images that are `http` or `https` addresses are downloaded if `allow_urls` says so.
-    What a question draws depends on `seed` and its id, not on its line or on where a run was interrupted.
+    `load` is called once, and only if a question remains; it returns a `Stream` if `streams` is true, else an
+    `Answerer`. `record` contains everything else that determines an answer (the hash of the question file is added
+    here). Images at `http` or `https` addresses are downloaded only if `allow_urls` is true. The random draws for a
+    question depend on `seed` and its id, not on its line or on interruptions.
 
-    A line that is no question, a broken picture, a prompt that does not fit: each is reported on stderr with its line
-    number, the others are answered. Raises `LVLMError` when the job as a whole cannot be done.
+    A malformed line, a broken image or a prompt that is too long is reported on stderr with its line number, and the
+    other questions are answered. Raises `LVLMError` if the whole job is impossible.
     """
     if batch_size < 1:
         raise LVLMError(f"batch size is {batch_size}; expected 1 or more")
@@ -215,16 +217,16 @@ def run_job(
         stream = load() if streams else in_batches(load())
         batches = _batches(questions, done, batch_size)
         requests = _requests(batches, pathlib.Path(image_folder), seed, fail, system, allow_urls)
-        known: dict[int, Answer] = {}
-        with progress.Progress(len(questions), len(done), "answers") as shown:
+        finished: dict[int, Answer] = {}
+        with progress.Progress(len(questions), len(done), "answers") as bar:
 
             def write() -> None:
                 ready = []
-                while waiting and (waiting[0].line in known or waiting[0].line in failures):
+                while waiting and (waiting[0].line in finished or waiting[0].line in failures):
                     question = waiting.popleft()
-                    shown.update()
-                    if question.line in known:
-                        ready.append((question, known.pop(question.line)))
+                    bar.update()
+                    if question.line in finished:
+                        ready.append((question, finished.pop(question.line)))
                 log.append(_entry(*pair, model_id, record.get("method")) for pair in ready)
                 summary.now += len(ready)
 
@@ -233,7 +235,7 @@ def run_job(
                     if isinstance(answer, LVLMError):
                         fail(line, str(answer))
                     else:
-                        known[line] = answer
+                        finished[line] = answer
                 write()
             write()  # the last questions may have failed
     return summary

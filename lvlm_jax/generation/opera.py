@@ -1,9 +1,9 @@
-"""The search of OPERA (`methods.OPERA` has the formulas): a beam search that tries candidates and can roll back.
+"""The search of OPERA (`methods.OPERA` has the formulas): a beam search that runs candidates and can roll back.
 
-One sample at a time, because samples roll back at times and to places of their own; its beams are the rows of a batch.
-A token is one program: run every candidate of every beam, score, choose, keep the rows that were chosen. What the
-host keeps of every step is small (no caches): to roll back, the columns of the answer are declared unwritten and the
-beams of that step are run again token by token.
+It runs one sample at a time, because samples roll back at different times and to different places; the beams are the
+rows of a batch. Each token is one program: run every candidate of every beam, score, choose, keep the chosen rows. The
+host keeps a small record of every step, without caches. A rollback marks the columns of the answer as unwritten and
+reruns the beams of the earlier step token by token.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention import Tap
 from lvlm_jax.compilation import jit
 from lvlm_jax.generation import forward
-from lvlm_jax.generation.beam import RULED_OUT, Finished, Hypotheses, Rule, rows_of
+from lvlm_jax.generation.beam import RULED_OUT, Finished, Hypotheses, Rule, take_rows
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import OPERA
 from lvlm_jax.models.family import FamilyConfig
 
 
 def tap(config: FamilyConfig) -> Tap:
-    """What the prefill must be asked for."""
+    """The tap that the prefill needs."""
     return Tap(layers=(config.text.num_layers - 1,))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What a step leaves behind; N beams, M answer columns.
+class SearchStep:
+    """The result of a step; N beams, M answer columns.
 
     Attributes:
-        hypotheses: answers, a batch of one.
+        hypotheses: answers, as a batch of one.
         products: logarithms of the column products of every beam.
-        columns: what `OPERA.noted` keeps of every token.
-        parents: which beam each was before its newest token.
+        columns: the result of `OPERA.noted` for every token.
+        parents: for each beam, its index before the newest token.
     """
 
     hypotheses: Hypotheses
@@ -45,7 +45,7 @@ class Record:
     parents: Int[Array, "N"]
 
     @classmethod
-    def empty(cls, beams: int, answer_capacity: int) -> "Record":
+    def empty(cls, beams: int, answer_capacity: int) -> "SearchStep":
         return cls(
             Hypotheses.empty(1, beams, answer_capacity),
             jnp.full((beams, answer_capacity), -jnp.inf, jnp.float32),
@@ -59,17 +59,17 @@ def _step(
     config: FamilyConfig,
     state: State,
     logits: Float[Array, "N V"],
-    record: Record,
+    record: SearchStep,
     banned: Int[Array, "N X"],
     method: OPERA,
     rule: Rule,
-) -> tuple[State, Float[Array, "N V"], Record]:
-    """Runs all candidates, and keeps the best of them.
+) -> tuple[State, Float[Array, "N V"], SearchStep]:
+    """Runs all candidates and keeps the best.
 
     Args:
         state: caches of the N beams.
         logits: next-token logits of every beam.
-        banned: tokens that a beam may not take; -1 is none.
+        banned: tokens that a beam may not choose; -1 means none.
     """
     beams, answer_capacity = record.products.shape
     newest = record.hypotheses.count
@@ -77,7 +77,7 @@ def _step(
     candidate_logits, candidates = jax.lax.top_k(logits, width)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=1)
 
-    rows_to_try = rows_of(state, jnp.repeat(jnp.arange(beams), width))
+    rows_to_try = take_rows(state, jnp.repeat(jnp.arange(beams), width))
     tried, step = forward.decode_step(params, config, rows_to_try, candidates.reshape(-1))
     row = method.weights_of_rows(step.tapped.attention[0, 0, :, :, 0])
     image_weight = jnp.where(tried.image_id > 0, row, 0).sum(axis=-1)
@@ -91,20 +91,20 @@ def _step(
     rows = chosen[0]
     parents = rows // width
     columns = method.noted(record.columns, column.reshape(beams, width), parents, rows, newest)
-    after = Record(hypotheses, products[rows], columns, parents)
-    return rows_of(tried, rows), step.combined[rows], after
+    after = SearchStep(hypotheses, products[rows], columns, parents)
+    return take_rows(tried, rows), step.combined[rows], after
 
 
 def _replay(
     params: dict, config: FamilyConfig, state: State, hypotheses: Hypotheses
 ) -> tuple[State, Float[Array, "N V"]]:
-    """Takes the answer's columns back, and runs the beams' tokens again."""
+    """Marks the answer's columns as unwritten and runs the beams' tokens again."""
     track = state.tracks[0]
     start = state.capacity - hypotheses.tokens.shape[2]
-    written = jnp.arange(state.capacity) < start
+    in_prompt = jnp.arange(state.capacity) < start
     track = dataclasses.replace(
         track,
-        image_id=jnp.where(written, track.image_id, -1),
+        image_id=jnp.where(in_prompt, track.image_id, -1),
         position=track.position - (track.index - start),
         index=jnp.full_like(track.index, start),
     )
@@ -120,22 +120,22 @@ def _replay(
     return jax.lax.fori_loop(0, hypotheses.count, run, (cleared, blank))
 
 
-take = jit(lambda state, logits, rows: (rows_of(state, rows), logits[rows]))
+take = jit(lambda state, logits, rows: (take_rows(state, rows), logits[rows]))
 step = jit(_step, static_argnames="config", donate_argnames="state")
 replay = jit(_replay, static_argnames="config", donate_argnames="state")
 
 
 class Rollbacks:
-    """When a sample rolls back, where to, and what must not be chosen again there; on the host."""
+    """Decides when a sample rolls back, to which token, and what must not be chosen again there; on the host."""
 
     def __init__(self, method: OPERA):
         self.method = method
-        self.taken: dict[int, int] = {}  # rollbacks to each position
+        self.taken: dict[int, int] = {}  # number of rollbacks to each position
         self.banned: dict[int, list[tuple[int, int]]] = {}  # (beam, token) pairs by position
         self.latest = 0
 
     def target(self, columns: Int[np.ndarray, "N T"], alive: list[Bool[np.ndarray, "N"]]) -> int | None:
-        """The last token that is kept, or None for no rollback; `alive` are the beams that counted at every length."""
+        """The last token to keep, or None for no rollback; `alive` are the beams that counted at every length."""
         place = self.method.recurring(columns, alive[-1])
         if place is None or place >= columns.shape[1] - 1:
             return None
@@ -150,18 +150,18 @@ class Rollbacks:
     def _may(self, target: int, alive: Bool[np.ndarray, "N"]) -> bool:
         if self.taken.get(target, 0) >= self.method.max_rollbacks:
             return False
-        # After this rollback as well, a candidate must be left.
-        banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
-        return banned + self.method.beams < alive.sum() * self.method.candidates
+        # A candidate must remain even after this rollback.
+        num_banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
+        return num_banned + self.method.beams < alive.sum() * self.method.candidates
 
     def note(self, target: int, pairs: list[tuple[int, int]]) -> None:
-        """Notes a rollback; `pairs` were chosen after token `target`. What was banned later on is allowed again."""
+        """Records a rollback: `pairs` were chosen after token `target`. Bans at later positions are lifted."""
         self.taken[target] = self.taken.get(target, 0) + 1
         self.banned = {place: old for place, old in self.banned.items() if place <= target}
         self.banned[target] = self.banned.get(target, []) + pairs
 
     def tokens(self, target: int) -> Int[np.ndarray, "N X"]:
-        """What each beam may not take right after token `target`, filled up with -1."""
+        """The tokens that each beam may not choose right after token `target`, padded with -1."""
         width = max(1, self.method.beams * self.method.max_rollbacks)
         table = np.full((self.method.beams, width), -1, np.int32)
         for place, (beam, token) in enumerate(self.banned.get(target, ())):
@@ -181,15 +181,15 @@ def search(
     """Answers one sample.
 
     Args:
-        state: behind the prompt, one row for every beam, with the `tap` of this module; donated. Its last
-            `answer_capacity` columns are for the answer.
+        state: after the prompt, one row per beam, with the `tap` of this module; donated. Its last `answer_capacity`
+            columns are for the answer.
         logits: next-token logits.
 
     Returns:
-        The answer, and the rollbacks that were taken: from how many tokens to how many.
+        The answer, and the rollbacks: pairs of a number of tokens before and after.
     """
-    rollbacks, taken = Rollbacks(method), []
-    records, alive = [Record.empty(method.beams, answer_capacity)], [np.arange(method.beams) == 0]
+    rollbacks, history = Rollbacks(method), []
+    records, alive = [SearchStep.empty(method.beams, answer_capacity)], [np.arange(method.beams) == 0]
     while True:
         count = len(records) - 1
         banned = rollbacks.tokens(count - 1)
@@ -197,7 +197,7 @@ def search(
         hypotheses = record.hypotheses
         columns, scores, is_open = jax.device_get((record.columns, hypotheses.scores[0], hypotheses.open[0]))
         if not is_open:
-            return hypotheses.best(rule.stop), taken
+            return hypotheses.best(rule.stop), history
         records.append(record)
         alive.append(scores > RULED_OUT / 2)
         target = rollbacks.target(columns[:, : count + 1], alive)
@@ -206,7 +206,7 @@ def search(
         after = records[target + 2]
         pairs = zip(after.parents.tolist(), after.hypotheses.newest()[0].tolist(), strict=True)
         rollbacks.note(target, list(pairs))
-        taken.append((count + 1, target + 1))
+        history.append((count + 1, target + 1))
         records, alive = records[: target + 2], alive[: target + 2]
         state, logits = replay(params, config, state, records[-1].hypotheses)
 
@@ -220,7 +220,7 @@ def run(
     rule: Rule,
     answer_capacity: int,
 ) -> Finished:
-    """Answers a batch, sample by sample; arguments as in `search`, with one row for every sample."""
+    """Answers a batch, sample by sample; arguments as in `search`, with one row per sample."""
     answers = []
     for sample in range(logits.shape[0]):
         rows = np.full((method.beams,), sample, np.int32)

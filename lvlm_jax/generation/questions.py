@@ -1,4 +1,4 @@
-"""Questions: from a prompt and pictures to one conversation of HF chat messages, and from a JSON-lines file."""
+"""Questions: makes HF chat messages from a prompt and images, and reads JSON-lines files of questions."""
 
 import dataclasses
 import json
@@ -8,24 +8,26 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 
 PLACEHOLDER = "<image>"
-# What Vicuna was trained with; LLaVA-1.5's authors, VCD's and OPERA's send it, the hub's chat templates do not.
+# The system prompt that Vicuna was trained with; the authors of LLaVA-1.5, VCD and OPERA send it, the hub's chat
+# templates do not.
 VICUNA = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-SHORTEST = 64  # characters: prompts up to here, and from here to twice as many and so on, go together
+SHORTEST = 64  # characters; prompts up to this length form the first class, each further class is twice as long
 
 
 def system_prompt(choice: str) -> str:
-    """The system prompt that a user names: "vicuna" for Vicuna's sentence, "none" for none (""), or its text."""
+    """The system prompt for a user's choice: "vicuna" for Vicuna's sentence, "none" for none (""), else the text
+    itself."""
     return {"vicuna": VICUNA, "none": ""}.get(choice.strip().lower(), choice.strip())
 
 
 def conversation(images, text: str, system: str = "") -> list[dict]:
-    """One user turn about `images` (PIL images or paths), after a system prompt where there is one.
+    """One user turn about `images` (PIL images or paths), after a system prompt if there is one.
 
-    Each `<image>` in `text` is the place of the next image; without any, the images come first, in order.
-    Raises `LVLMError` when `text` has placeholders but not one for each image.
+    Each `<image>` in `text` is the place of the next image; without placeholders, the images come first. Raises
+    `LVLMError` if there are placeholders, but not one per image.
     """
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
@@ -48,22 +50,22 @@ def conversation(images, text: str, system: str = "") -> list[dict]:
 
 
 def length_class(text: str) -> int:
-    """A small number that texts of about the same length share."""
+    """A small number that is the same for texts of similar length."""
     return max(0, (len(text) - 1) // SHORTEST).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One line of a question file. `image` is kept as it was written: None, one name, or a list of names."""
+    """One line of a question file. `image` is as in the file: None, one name, or a list of names."""
 
-    line: int  # counts from 1; a file may use one question_id twice, but never one line
+    line: int  # from 1; unique, unlike the question_id
     question_id: int | str
     text: str
     image: str | list[str] | None
 
     @property
     def image_names(self) -> list[str]:
-        """The file names of the pictures, none to many."""
+        """The file names of the images."""
         if self.image is None:
             return []
         return [self.image] if isinstance(self.image, str) else self.image
@@ -78,7 +80,7 @@ def _parse(raw: bytes, line: int) -> Question:
         raise LVLMError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise LVLMError("not a question (nested too deeply)") from error
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python accepts
         raise LVLMError(f"not a question ({error})") from error
     if not isinstance(entry, dict):
         raise LVLMError(f"a JSON {type(entry).__name__}; expected an object with question_id, image and text")
@@ -94,10 +96,10 @@ def _parse(raw: bytes, line: int) -> Question:
 
 
 def read_questions(path) -> tuple[list[Question], dict[int, str]]:
-    """Read a JSON-lines file of `{"question_id", "image", "text"}`; `image` may be missing, a name or a list.
+    """Reads a JSON-lines file of `{"question_id", "image", "text"}`; `image` may be missing, a name or a list.
 
-    Returns the questions and, for every line that is none, its number (from 1) with what is wrong. Empty lines are
-    passed over. Raises `LVLMError` when the file cannot be read or is not a JSON-lines file at all.
+    Returns the questions, and for every malformed line its number (from 1) and the reason. Empty lines are skipped.
+    Raises `LVLMError` if the file cannot be read or is not a JSON-lines file at all.
     """
     path = pathlib.Path(path)
     content = files.read_bytes(path, "question file")

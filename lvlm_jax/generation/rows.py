@@ -1,8 +1,8 @@
-"""Continuous batching where a row shares nothing with the others but the method's structure: for a server.
+"""Continuous batching for a server: rows share only the structure of the method.
 
-Strengths, sampling, stop tokens and the longest answer are data of a row, so that requests with other ones go into the
-same batch and compile nothing. A decode step is `vmap`ped over rows where there is a method; what rows have in common
-(parameters, columns, the write index) has no such axis, so the products over the weights are those of a batch.
+Strengths, sampling, stop tokens and the answer's limit are data of a row, so requests with different values share a
+batch and compile nothing. With a method, a decode step is `vmap`ped over rows. What all rows have in common
+(parameters, columns, the write index) has no such axis, so products with the weights are those of a batch.
 
 The columns are those of `continuous`, whose functions move them.
 """
@@ -16,23 +16,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.compilation import jit
-from lvlm_jax.generation import continuous, drivers, forward, searches
-from lvlm_jax.generation.continuous import Size, Slots
+from lvlm_jax.generation import continuous, decode_loop, forward, searches
+from lvlm_jax.generation.continuous import PromptSize, Slots
 from lvlm_jax.generation.sampling import RowSampling
 from lvlm_jax.generation.state import State
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 
-TOP = 20  # most likely tokens that are kept of a step, as many as OpenAI's interface can ask for
-STOPS = 16  # tokens that may end the answer of one row
+TOP = 20  # how many of the most likely tokens are kept per step; the maximum in OpenAI's interface
+STOPS = 16  # largest number of stop tokens of one row
 
 
 def obstacle(method: Method | None) -> str | None:
-    """Why answers cannot be written in rows; None where they can."""
+    """Why a method cannot be used with separate rows; None if it can."""
     if reason := searches.obstacle(method):
         return reason
     for member in getattr(method, "members", (method,)):
-        # The hidden states that a warm-up pass finds are each row's own here, and have no axis of columns.
+        # Hidden states of a warm-up pass belong to each row and have no axis of columns.
         hidden = (
             member is not None and member.warm_up_fields == ("hidden",) and type(member).remember is Method.remember
         )
@@ -44,13 +44,13 @@ def obstacle(method: Method | None) -> str | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """B rows.
+    """B rows with their answers.
 
     Attributes:
-        slots: their answers; the leaves of the method in `slots.state` have a leading axis of rows, `slots.stop` is
-            `[B, STOPS]`, `slots.sampling` a `RowSampling`.
-        wanted: rows that want the most likely tokens of every step.
-        top, top_logprobs: those tokens and their log-probabilities, `TOP` of each, before temperature and filters.
+        slots: the answers; the leaves of the method in `slots.state` have a leading axis of rows, `slots.stop` is `[B,
+            STOPS]`, `slots.sampling` is a `RowSampling`.
+        wanted: rows for which the most likely tokens of every step are kept.
+        top, top_logprobs: those `TOP` tokens and their log-probabilities, before temperature and filters.
     """
 
     slots: Slots
@@ -61,17 +61,17 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What a row is given with its prompt.
+class NewRow:
+    """A new prompt for a row.
 
     Attributes:
         tokens: the prompt's token ids.
         key: the random key.
-        limit: how many tokens may be chosen.
-        place: which row.
-        stop: tokens that end the answer; -1 is none.
-        sampling: how tokens are chosen, of one row.
-        wanted: whether the most likely tokens of every step are kept.
+        limit: largest number of tokens in the answer.
+        place: index of the row.
+        stop: tokens that end the answer; -1 means none.
+        sampling: how tokens are chosen, for one row.
+        wanted: whether to keep the most likely tokens of every step.
     """
 
     tokens: Int[Array, "1 T"]
@@ -83,15 +83,15 @@ class Row:
     wanted: Bool[Array, "1"]
 
 
-def _empty(state: State, batch: int, limit: int, vocabulary: int, size: Size) -> Rows:
+def _empty(state: State, batch: int, limit: int, vocabulary: int, size: PromptSize) -> Rows:
     """Rows without answers.
 
     Args:
-        state: of any prompt, prefilled without columns for an answer.
-        batch: how many rows.
-        limit: longest answer.
-        vocabulary: of the logits.
-        size: of the largest prompt; at least that of `state`.
+        state: of any prompt, prefilled without answer columns.
+        batch: number of rows.
+        limit: length of the longest answer.
+        vocabulary: size of the logits.
+        size: size of the largest prompt; at least that of `state`.
     """
     neutral = RowSampling.of_rows([(0.0, 0, 1.0, 1.0)] * batch)
     stop = jnp.full((batch, STOPS), -1, jnp.int32)
@@ -99,18 +99,18 @@ def _empty(state: State, batch: int, limit: int, vocabulary: int, size: Size) ->
     slots = continuous._widen(slots, size)
     method = jax.tree.map(lambda leaf: jnp.zeros((batch, *jnp.shape(leaf)), jnp.result_type(leaf)), state.method)
     slots = dataclasses.replace(slots, state=dataclasses.replace(slots.state, method=method))
-    kept = (batch, slots.tokens.shape[1], min(TOP, vocabulary))
-    return Rows(slots, jnp.zeros((batch,), bool), jnp.zeros(kept, jnp.int32), jnp.zeros(kept, jnp.float32))
+    shape = (batch, slots.tokens.shape[1], min(TOP, vocabulary))
+    return Rows(slots, jnp.zeros((batch,), bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def _place(rows: Rows, state: State, logits: Float[Array, "1 V"], row: Row) -> Rows:
-    """Puts one prompt that was prefilled without columns for an answer into a row, and chooses its first token."""
+def _place(rows: Rows, state: State, logits: Float[Array, "1 V"], row: NewRow) -> Rows:
+    """Writes one prompt, prefilled without answer columns, into a row and chooses its first token."""
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[row.place].set(new)
 
-    first = drivers.choose_first(state, logits, row.tokens, row.sampling, row.key, row.stop, 1)
-    slots = continuous.filled(rows.slots, state, first, row.key, row.limit, row.place)
+    first = decode_loop.choose_first(state, logits, row.tokens, row.sampling, row.key, row.stop, 1)
+    slots = continuous.fill(rows.slots, state, first, row.key, row.limit, row.place)
     method = jax.tree.map(lambda old, new: put(old, jnp.asarray(new)[None]), slots.state.method, state.method)
     slots = dataclasses.replace(
         slots,
@@ -129,7 +129,7 @@ def _place(rows: Rows, state: State, logits: Float[Array, "1 V"], row: Row) -> R
 
 
 def advance(params: dict, config: FamilyConfig, rows: Rows) -> Rows:
-    """Runs the newest token of every row, and chooses the next token of those whose answers are under way."""
+    """Runs the newest token of every row and chooses the next token of running answers."""
     slots = rows.slots
     every, running = jnp.arange(slots.count.shape[0]), slots.running
     newest = slots.tokens[every, jnp.maximum(slots.count - 1, 0)]
@@ -145,17 +145,19 @@ def advance(params: dict, config: FamilyConfig, rows: Rows) -> Rows:
         )
 
     top, top_logprobs = jax.lax.cond((rows.wanted & running).any(), kept, lambda *same: same, top, top_logprobs)
-    return dataclasses.replace(rows, slots=continuous.chosen(slots, state, logits), top=top, top_logprobs=top_logprobs)
+    return dataclasses.replace(
+        rows, slots=continuous.choose_next(slots, state, logits), top=top, top_logprobs=top_logprobs
+    )
 
 
 def _step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Array]:
-    """A decode step in which every row has a method of its own, with the logits to sample from."""
+    """A decode step in which every row has its own method; also returns the logits to sample from."""
     if state.method is None:
         state, step = forward.decode_step(params, config, state, tokens)
         return state, step.combined
 
     def batched(state: State, change: Callable[[jax.Array], jax.Array]) -> State:
-        """The state with or without the axis of its only sample, which shared leaves and the method never have."""
+        """Adds or removes the axis of the only sample; shared leaves and the method have no such axis."""
 
         def leaf(path: tuple, value: jax.Array) -> jax.Array:
             return value if _row_axis(path, value) is None or path[0].name == "method" else change(value)
@@ -171,23 +173,23 @@ def _step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
 
 
 def _row_axis(path: tuple, leaf: Any) -> int | None:
-    """Where the answers begin and the next token goes is the same for all rows."""
+    """The vmap axis of a leaf; None for the start of the answers and the write index, which all rows share."""
     return None if path[0].name == "tracks" and path[-1].name in ("index", "answer_start") else 0
 
 
 def _run(params: dict, config: FamilyConfig, rows: Rows, keep: Bool[Array, "B"], steps: Int[Array, ""]) -> Rows:
-    """Decodes so many steps, or until an answer has ended or all columns are used.
+    """Decodes `steps` steps, or until an answer ends or all columns are used.
 
     Args:
-        keep: rows whose answers are still wanted.
+        keep: rows whose answers are still needed.
     """
     slots = dataclasses.replace(rows.slots, running=rows.slots.running & keep)
     under_way = slots.running.sum()
 
     def unfinished(carry: tuple[Array, Rows]) -> Bool[Array, ""]:
-        done, rows = carry
+        num_done, rows = carry
         running, state = rows.slots.running.sum(), rows.slots.state
-        return (done < steps) & (running > 0) & (running == under_way) & (state.index < state.capacity)
+        return (num_done < steps) & (running > 0) & (running == under_way) & (state.index < state.capacity)
 
     def again(carry: tuple[Array, Rows]) -> tuple[Array, Rows]:
         return carry[0] + 1, advance(params, config, carry[1])
@@ -200,7 +202,7 @@ def _compact(rows: Rows) -> Rows:
     return dataclasses.replace(rows, slots=continuous._compact(rows.slots))
 
 
-def _widen(rows: Rows, size: Size) -> Rows:
+def _widen(rows: Rows, size: PromptSize) -> Rows:
     return dataclasses.replace(rows, slots=continuous._widen(rows.slots, size))
 
 

@@ -1,4 +1,4 @@
-"""From next-token logits to a token."""
+"""Chooses tokens from next-token logits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ _RULES = ("sample", "top_k", "top_p", "repetition_penalty")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. Numbers are array leaves; which rules apply at all is static.
+    """How a token is chosen. Numbers are array leaves; the set of rules is static.
 
     Attributes:
         temperature: divides the logits.
         top_k: only the k most likely tokens.
         top_p: only the fewest tokens whose probability, after temperature and top-k, reaches p.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
-        rules: those of "sample", "top_k", "top_p", "repetition_penalty" that are on; without "sample" the most
-            likely token is taken.
+        rules: those of "sample", "top_k", "top_p", "repetition_penalty" that are on; without "sample" the most likely
+            token is taken.
     """
 
     temperature: jax.Array | np.float32
@@ -37,7 +37,7 @@ class Sampling:
     def of(
         cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
     ) -> "Sampling":
-        """Numbers as arrays, and the rules that they switch on; `settings.Decoding` has checked them.
+        """Makes a `Sampling` of numbers that `settings.Decoding` has validated.
 
         Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 are off.
         """
@@ -62,16 +62,16 @@ class Sampling:
         step: Int[Array, ""] | Int[Array, "B"],
         seen: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """One token per sample, and its log-probability under the unmodified logits.
+        """Chooses one token per sample; also returns its log-probability under the unmodified logits.
 
-        The log-probability is NaN exactly where a sample's logits give no distribution: one of them is NaN or positive
-        infinity, or none is finite. Tokens ruled out (negative infinity) are no fault.
+        The log-probability is NaN exactly if a sample's logits define no distribution: one of them is NaN or positive
+        infinity, or none is finite. Negative infinity is allowed: it rules a token out.
 
         Args:
             logits: `Step.combined`.
-            keys: one random key per sample; the draw depends on the key and the step alone.
-            step: how many tokens were generated before; one number, or one per sample.
-            seen: tokens of prompt and answer so far; needed by the repetition penalty only.
+            keys: one random key per sample; the draw depends only on the key and the step.
+            step: number of tokens generated before; one number, or one per sample.
+            seen: tokens of prompt and answer so far; needed only by the repetition penalty.
         """
         scores = logits
         if "repetition_penalty" in self.rules:
@@ -79,8 +79,8 @@ class Sampling:
             penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
             scores = jnp.where(seen, penalised, scores)
         if "sample" in self.rules:
-            drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
-            tokens = jax.vmap(jax.random.categorical)(drawn, self._filter(scores / self.temperature))
+            step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
+            tokens = jax.vmap(jax.random.categorical)(step_keys, self._filter(scores / self.temperature))
         else:
             tokens = scores.argmax(axis=-1)
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
@@ -98,28 +98,28 @@ class Sampling:
         if "top_p" in self.rules:
             probabilities = jax.nn.softmax(descending, axis=-1)
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            kept = jnp.where(before < self.top_p, descending, jnp.inf)
-            scores = jnp.where(scores < kept.min(axis=-1, keepdims=True), -jnp.inf, scores)
+            reached = jnp.where(before < self.top_p, descending, jnp.inf)
+            scores = jnp.where(scores < reached.min(axis=-1, keepdims=True), -jnp.inf, scores)
         return scores
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling(Sampling):
-    """A `Sampling` of its own for every row, in one program for all: numbers are `[B]`, and all rules are on.
+    """A separate `Sampling` for every row, in one program for all: numbers are `[B]`, and all rules are on.
 
-    A number that switches a rule off, as in `Sampling.of`, leaves the row's tokens as they are without the rule.
+    The neutral value of a number, as in `Sampling.of`, leaves the row's tokens as they are without the rule.
     """
 
     @classmethod
     def of_rows(cls, rows: Sequence[tuple[float, int, float, float]]) -> "RowSampling":
-        """From temperature, top-k, top-p and repetition penalty of each row. Host arrays."""
+        """Makes it from temperature, top-k, top-p and repetition penalty of each row. Host arrays."""
         temperature, top_k, top_p, penalty = zip(*rows, strict=True)
         floats = [np.asarray(numbers, np.float32) for numbers in (temperature, top_p, penalty)]
         return cls(floats[0], np.asarray(top_k, np.int32), *floats[1:], frozenset(_RULES))
 
     def pick(self, logits, keys, step, seen):
-        """As `Sampling.pick` of each row alone. Nothing is sorted or drawn while no row asks for it."""
+        """As `Sampling.pick` of each row alone. Sorts and draws only if some row needs it."""
         penalty, scores = self.repetition_penalty[:, None], logits
         penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
         scores = jnp.where(seen & (penalty != 1), penalised, scores)
@@ -132,7 +132,7 @@ class RowSampling(Sampling):
                     Sampling(jnp.float32(1), k, top_p, jnp.float32(1), frozenset(rules))._filter(scores[None])[0]
                     for rules in (("top_k",), ("top_k", "top_p"))
                 )
-                # The probabilities of all tokens may sum to less than 1, in float32.
+                # In float32, the probabilities of all tokens may sum to less than 1.
                 return jnp.where(top_p < 1, by_both, by_k)
 
             return jax.vmap(row)(scaled, self.top_k, self.top_p)
@@ -140,8 +140,8 @@ class RowSampling(Sampling):
         def draw(scores: jax.Array) -> jax.Array:
             scaled = scores / jnp.where(sampled, self.temperature, 1)[:, None]
             scaled = jax.lax.cond((sampled & filtered).any(), cut, lambda same: same, scaled)
-            drawn = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
-            return jnp.where(sampled, jax.vmap(jax.random.categorical)(drawn, scaled), scores.argmax(axis=-1))
+            step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
+            return jnp.where(sampled, jax.vmap(jax.random.categorical)(step_keys, scaled), scores.argmax(axis=-1))
 
         tokens = jax.lax.cond(sampled.any(), draw, lambda scores: scores.argmax(axis=-1), scores)
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
@@ -151,11 +151,11 @@ class RowSampling(Sampling):
 def sample_keys(seed: int | Sequence[int], batch: int) -> Key[Array, "B"]:
     """One random key per sample.
 
-    One seed gives every sample of the batch its own stream; one seed for each sample gives it the stream that it would
-    have alone.
+    With one seed, every sample of the batch gets its own random stream. With one seed per sample, each gets the stream
+    that it would have alone.
 
     Raises:
-        LVLMError: neither one seed nor one for each sample.
+        LVLMError: there is neither one seed nor one per sample.
     """
     if isinstance(seed, int | np.integer):
         return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))

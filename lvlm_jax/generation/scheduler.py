@@ -1,7 +1,7 @@
-"""Who goes into which row when: continuous batching seen from the host.
+"""Schedules continuous batching on the host: which conversation goes into which row, and when.
 
-While the device decodes, the host lays out the prompts that come next and starts their prefill; it hands answers on as
-they end. Every answer is the one that its conversation gets alone.
+While the device decodes, the host lays out the next prompts and starts their prefill; answers are returned as they end.
+Every answer equals the one that its conversation gets alone.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from lvlm_jax.generation.beam import Finished
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.sampling import sample_keys
-from lvlm_jax.generation.settings import Decoding, seed_of_request, whole
+from lvlm_jax.generation.settings import Decoding, seed_of_request, whole_number
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
@@ -27,15 +27,16 @@ from lvlm_jax.processors.inputs import Conversation
 from lvlm_jax.processors.layout import Inputs
 
 SCHEDULES = ("auto", "continuous", "batches")
-SHORT_ANSWER = 32  # tokens; longer answers differ enough in length for rows to wait for each other
-# Prompts go in by one for so many rows: waiting for more keeps rows idle, fewer at a time are read less well.
+SHORT_ANSWER = 32  # tokens; with longer answers, lengths differ enough that rows would wait for each other
+# Prompts are prefilled in groups of one per this many rows: larger groups keep rows idle, smaller ones read the weights
+# more often.
 ROWS_PER_GROUP = 8
 
-Request = tuple[Conversation, int]  # with its random seed
+Request = tuple[Conversation, int]  # a conversation with its random seed
 
 
 def obstacle(method: Method | None, mesh: jax.sharding.Mesh | None) -> str | None:
-    """Why rows cannot be replaced one by one; None where they can."""
+    """Why rows cannot be replaced one by one; None if they can."""
     if mesh is not None and mesh.size > 1:
         return "a batch that is spread over devices has no rows to replace"
     if method is None:
@@ -48,7 +49,7 @@ def obstacle(method: Method | None, mesh: jax.sharding.Mesh | None) -> str | Non
 
 
 def _remembers_by_row(method: Method) -> bool:
-    """Whether all that a method keeps from step to step has an axis of rows."""
+    """Whether everything that a method keeps from step to step has an axis of rows."""
 
     def by_row(rows: int) -> bool:
         memory = jax.eval_shape(lambda: method.start(rows))
@@ -57,23 +58,23 @@ def _remembers_by_row(method: Method) -> bool:
     return by_row(2) and by_row(3)
 
 
-def chosen(
+def use_continuous(
     schedule: str, method: Method | None, mesh: jax.sharding.Mesh | None, max_new_tokens: int, batch_size: int
 ) -> bool:
-    """Whether answers are made by continuous batching: where it is possible and, for "auto", where it pays.
+    """Whether to use continuous batching: if it is possible and, for "auto", if it pays.
 
     Raises:
-        LVLMError: no such schedule, "continuous" where it is not possible, or numbers that are none.
+        LVLMError: an unknown schedule, "continuous" if that is not possible, or invalid numbers.
     """
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, low=1)
-    batch_size = whole("batch_size", batch_size, low=1)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
+    batch_size = whole_number("batch_size", batch_size, low=1)
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise LVLMError(f"schedule is {shown(schedule)}; expected one of {', '.join(SCHEDULES)}")
-    why = None if schedule == "batches" else obstacle(method, mesh)
-    if schedule == "continuous" and why:
-        raise LVLMError(f"continuous batching is not possible: {why}; use the schedule batches")
+    reason = None if schedule == "batches" else obstacle(method, mesh)
+    if schedule == "continuous" and reason:
+        raise LVLMError(f"continuous batching is not possible: {reason}; use the schedule batches")
     pays = batch_size > 1 and max_new_tokens > SHORT_ANSWER
-    return schedule == "continuous" or (schedule == "auto" and why is None and pays)
+    return schedule == "continuous" or (schedule == "auto" and reason is None and pays)
 
 
 def generate_many(
@@ -89,45 +90,45 @@ def generate_many(
     """Answers any number of conversations by continuous batching; arguments as in `Scheduler`.
 
     Returns:
-        An iterator over the numbers of requests, from 0, each with its answer as `answer.generate` gives it alone, or
-        with what is wrong with it, in the order in which answers end.
+        An iterator over request numbers (from 0) with the answer, equal to that of `answer.generate` for this request
+        alone, or with the error; in the order in which answers end.
 
     Raises:
-        LVLMError: see `Scheduler`; requests that are none.
+        LVLMError: see `Scheduler`; or `requests` is not a list of requests.
     """
     if not isinstance(requests, Iterable) or isinstance(requests, str | bytes):
         raise LVLMError(f"requests are {shown(requests)}; expected a list of conversations with their seeds")
     scheduler = Scheduler(params, config, prepare, method, decoding, batch_size, host)
 
-    def read(answer: Finished | LVLMError) -> Output | LVLMError:
+    def output_of(answer: Finished | LVLMError) -> Output | LVLMError:
         if isinstance(answer, LVLMError):
             return answer
         try:
             return host.read(answer, decoding.stop)
-        except LVLMError as error:  # of this answer alone
+        except LVLMError as error:  # only this answer failed
             return error
 
-    return ((number, read(answer)) for number, answer in scheduler.answers(requests))
+    return ((number, output_of(answer)) for number, answer in scheduler.answers(requests))
 
 
-class Numbered(NamedTuple):
-    """A request and its place among all, from 0."""
+class NumberedRequest(NamedTuple):
+    """A request and its number, from 0."""
 
     number: int
     conversation: Conversation
     seed: int
 
 
-def _numbered(number: int, request: Any) -> Numbered:
+def _numbered(number: int, request: Any) -> NumberedRequest:
     if not isinstance(request, list | tuple) or len(request) != 2:
         raise LVLMError(f"request {number} is {shown(request)}; expected a conversation and its seed, as a pair")
-    return Numbered(number, *request)
+    return NumberedRequest(number, *request)
 
 
-class Group(NamedTuple):
-    """Prompts that were prefilled together; the last one also fills the places that are left."""
+class PrefilledGroup(NamedTuple):
+    """Prompts that were prefilled together; the last prompt also fills the unused places."""
 
-    requests: list[Numbered]
+    requests: list[NumberedRequest]
     inputs: Inputs
     state: State
     step: Step
@@ -137,7 +138,7 @@ class Scheduler:
     """Answers any number of requests in the rows of one batch.
 
     Attributes:
-        rows: of the batch.
+        rows: number of rows.
     """
 
     def __init__(
@@ -150,21 +151,21 @@ class Scheduler:
         batch_size: int,
         host: Host = ALONE,
     ):
-        """Nothing is computed yet.
+        """Computes nothing yet.
 
         Args:
-            prepare: lays out conversations; raises `LVLMError` for those that it cannot take.
+            prepare: lays out conversations; raises `LVLMError` for those that are malformed or too long.
             method: the method; None for plain decoding.
             decoding: how tokens are chosen, what ends an answer, and the longest answer.
-            batch_size: rows.
-            host: the devices, and the tokenizer of a contrast branch's words.
+            batch_size: number of rows.
+            host: the devices, and the tokenizer for the words of a contrast branch.
 
         Raises:
-            LVLMError: a beam search, a method whose rows cannot be replaced (`obstacle`), or a batch size that is none.
+            LVLMError: a beam search, a method whose rows cannot be replaced (`obstacle`), or an invalid batch size.
         """
         if reason := searches.obstacle(method, decoding) or obstacle(method, host.mesh):
             raise LVLMError(f"continuous batching is not possible: {reason}; use generate")
-        self.rows = whole("batch_size", batch_size, low=1)
+        self.rows = whole_number("batch_size", batch_size, low=1)
         self._params, self._config, self._host = params, config, host
         self._prepare, self._method = prepare, method
         self._sampling = decoding.sampling
@@ -174,63 +175,63 @@ class Scheduler:
         self._group = max(1, self.rows // ROWS_PER_GROUP)
         self._greedy = None if "sample" in self._sampling.rules else sample_keys(0, self._group)
         self._slots: continuous.Slots | None = None
-        self._full = False  # whether the slots' columns are used up
-        self._under_way: dict[int, Numbered] = {}  # by row
+        self._full = False  # whether all columns of the slots are used
+        self._under_way: dict[int, NumberedRequest] = {}  # running requests, by row
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Finished | LVLMError]]:
-        """The number of each request, from 0, with its answer (a batch of one, host arrays) or what is wrong with it.
+        """Yields the number of each request (from 0) with its answer (a batch of one, host arrays) or its error.
 
-        In the order in which answers end. Requests are drawn as rows become free, one group ahead.
+        In the order in which answers end. Requests are read as rows become free, one group ahead.
         """
         queue = itertools.starmap(_numbered, enumerate(requests))
-        ready: deque[tuple[int, Finished | LVLMError]] = deque()
-        coming = self._next(queue, ready)
+        results: deque[tuple[int, Finished | LVLMError]] = deque()
+        coming = self._next(queue, results)
         while coming or self._under_way:
             while coming and len(coming.requests) <= self.rows - len(self._under_way):
                 self._place(coming)
-                coming = self._next(queue, ready)
+                coming = self._next(queue, results)
             if self._under_way:
                 self._advance(len(coming.requests) if coming else self.rows)
-            while ready:  # whatever is done with them is done while the device works
-                yield ready.popleft()
+            while results:  # the caller's work on results runs while the device decodes
+                yield results.popleft()
             if self._under_way:
-                ready += self._ended()
-        yield from ready
+                results += self._ended()
+        yield from results
 
-    def _next(self, queue: Iterator[Numbered], ready: deque) -> Group | None:
-        """The next prompts, prefilled; those that cannot be are `ready` with their faults."""
-        while taken := list(itertools.islice(queue, self._group)):
+    def _next(self, queue: Iterator[NumberedRequest], results: deque) -> PrefilledGroup | None:
+        """Prefills the next prompts; errors of those that cannot be laid out are appended to `results`."""
+        while requests := list(itertools.islice(queue, self._group)):
             try:
-                return self._prefilled(taken)
+                return self._prefilled(requests)
             except LVLMError:
                 good = []
-                for one in taken:
+                for one in requests:
                     try:
                         self._prefilled([one])
                         good.append(one)
                     except LVLMError as error:
-                        ready.append((one.number, error))
+                        results.append((one.number, error))
             if good:
                 return self._prefilled(good)
         return None
 
-    def _prefilled(self, requests: list[Numbered]) -> Group:
+    def _prefilled(self, requests: list[NumberedRequest]) -> PrefilledGroup:
         for request in requests:
             seed_of_request(request.seed)
-        filled = requests + requests[-1:] * (self._group - len(requests))
-        inputs = self._prepare([request.conversation for request in filled])
+        padded = requests + requests[-1:] * (self._group - len(requests))
+        inputs = self._prepare([request.conversation for request in padded])
         prefilled = branches.prefill(self._params, self._config, inputs, self._method, 0, self._host)
-        return Group(requests, inputs, *prefilled)
+        return PrefilledGroup(requests, inputs, *prefilled)
 
-    def _place(self, group: Group) -> None:
+    def _place(self, group: PrefilledGroup) -> None:
         logits = group.step.combined
         if self._slots is None:
             sizes = {"batch": self.rows, "limit": self._limit, "vocabulary": logits.shape[1]}
             self._slots = continuous.empty(group.state, self._sampling, self._stop, **sizes)
-        size = continuous.Size.of(self._slots.state, self._slots.prompt)
-        needed = size.union(continuous.Size.of(group.state))
-        if needed != size:
-            self._slots = continuous.widen(self._slots, needed)
+        size = continuous.PromptSize.of(self._slots.state, self._slots.prompt)
+        needed_size = size.union(continuous.PromptSize.of(group.state))
+        if needed_size != size:
+            self._slots = continuous.widen(self._slots, needed_size)
         free = [row for row in range(self.rows) if row not in self._under_way]
         rows = free[: len(group.requests)]
         self._under_way |= dict(zip(rows, group.requests, strict=True))
@@ -248,21 +249,21 @@ class Scheduler:
         )
 
     def _advance(self, free: int) -> None:
-        """Lets the device decode until so many rows are free."""
+        """Lets the device decode until `free` rows are free."""
         if self._full:
             self._slots = continuous.compact(self._slots)
         self._slots = continuous.run(self._params, self._config, self._slots, jnp.int32(free))
 
     def _ended(self) -> list[tuple[int, Finished]]:
-        """Waits for the device, and takes the answers that have ended out of their rows."""
+        """Waits for the device and removes finished answers from their rows."""
         slots = self._slots
-        running, stopped, count, index = jax.device_get((slots.running, slots.stopped, slots.count, slots.state.index))
+        running, ended, count, index = jax.device_get((slots.running, slots.stopped, slots.count, slots.state.index))
         self._full = bool(index >= slots.state.capacity)
         rows = [row for row in self._under_way if not running[row]]
         if not rows:
             return []
         tokens, logprobs = jax.device_get((slots.tokens, slots.logprobs))
-        fields = (tokens, logprobs, count, stopped)
+        fields = (tokens, logprobs, count, ended)
         return [
             (self._under_way.pop(row).number, Finished(*(field[row : row + 1] for field in fields))) for row in rows
         ]

@@ -1,7 +1,7 @@
-"""Answers that a search finds: beam search, and the searches that methods carry.
+"""Beam search, and the searches that belong to methods.
 
-A method that is a search names it (`Method.search`), and what runs it stands here. All other methods write their
-answers token by token.
+A method that is a search names it in `Method.search`, and the function that runs it is in this module. All other
+methods write their answers token by token.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from lvlm_jax.processors.layout import Inputs, bucket
 
 
 def obstacle(method: Method | None, decoding: Decoding = GREEDY) -> str | None:
-    """Why answers cannot be written token by token; None where they can."""
+    """Why answers cannot be written token by token; None if they can."""
     if method is not None and method.search is not None:
         return f"{method.label} is a search of its own and may take tokens back"
     return "a beam search may take tokens back" if decoding.num_beams > 1 else None
@@ -27,21 +27,21 @@ def obstacle(method: Method | None, decoding: Decoding = GREEDY) -> str | None:
 def best_answers(
     params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, decoding: Decoding, host: Host = ALONE
 ) -> beam.Finished:
-    """The best answer to each prompt that a search finds: the method's own, or a beam search.
+    """The best answer to each prompt, by the method's own search or by a beam search.
 
     Raises:
-        LVLMError: settings of sampling, a method that knows no beams, or a search that there is not.
+        LVLMError: there are settings of sampling, the method does not support beams, or its search is unknown.
     """
     if decoding.sampling.rules:
         raise LVLMError(
-            "a beam search does not sample and knows no repetition penalty; leave temperature and "
+            "a beam search has no sampling and no repetition penalty; leave temperature and "
             "repetition_penalty out, or use num_beams=1"
         )
     search = _beam_search
     if method is not None and method.search is not None:
         if method.search not in SEARCHES:
-            known = ", ".join(SEARCHES)
-            raise LVLMError(f"{method.label} wants the search {method.search!r}; expected one of {known}")
+            names = ", ".join(SEARCHES)
+            raise LVLMError(f"{method.label} has the search {method.search!r}; expected one of {names}")
         search = SEARCHES[method.search]
     limit = decoding.limit(config, prompt)
     rule = beam.Rule(host.stops(config, decoding), np.int32(limit), np.float32(decoding.length_penalty))
@@ -59,7 +59,7 @@ def _beam_search(
     host: Host,
 ) -> beam.Finished:
     if method is not None and method.warm_up_fields:
-        raise LVLMError(f"{method.label} keeps a vector for every prompt and knows no beams; use it with num_beams=1")
+        raise LVLMError(f"{method.label} keeps a vector for every prompt and has no beams; use it with num_beams=1")
     state, step = branches.prefill(params, config, prompt, method, answer_capacity, host)
     search = beam.begin(state, step.combined, beams=num_beams, answer_capacity=answer_capacity)
     return beam.run(params, config, search, rule).hypotheses.best(rule.stop)

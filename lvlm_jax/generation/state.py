@@ -1,4 +1,4 @@
-"""What a generation carries from token to token."""
+"""The state that a generation carries from token to token."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from lvlm_jax.methods import Method
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the decoder reads before it answers.
+    """The decoder's input before the answer.
 
     Attributes:
-        embeddings: image tokens in their places.
-        image_id: per column: 0 text, k >= 1 the k-th image, -1 padding.
-        axes: position along every axis, where the model counts along several.
+        embeddings: token embeddings, with image tokens in their places.
+        image_id: per column: 0 for text, k >= 1 for the k-th image, -1 for padding.
+        axes: position along every axis, if the model has several.
     """
 
     embeddings: Float[Array, "B T E"]
@@ -33,10 +33,10 @@ class Step:
     """Next-token logits of one step.
 
     Attributes:
-        main: of the main branch.
-        contrast: of the contrast branch, None without one.
-        combined: what to sample from: the method's combination, -inf where a token is ruled out.
-        tapped: what the state's `Tap` asked for.
+        main: logits of the main branch.
+        contrast: logits of the contrast branch, None without one.
+        combined: the logits to sample from: the method's combination, -inf for tokens that are ruled out.
+        tapped: the arrays that the state's `Tap` requests.
     """
 
     main: Float[Array, "B V"]
@@ -48,10 +48,10 @@ class Step:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Columns written so far, and where the next token goes.
+    """The columns written so far, and where the next token goes.
 
     Attributes:
-        image_id: per column, -1 where nothing is written yet.
+        image_id: per column, -1 if it is not written yet.
         image_end: E per sample, 0 without an image.
         position: ordinary position of the next token.
         index: column of the next token, the same for all samples.
@@ -68,7 +68,7 @@ class Track:
 
     @classmethod
     def after(cls, prompt: Prompt, context: Context, capacity: int) -> "Track":
-        """Behind a prompt."""
+        """The track right after a prompt."""
         image_id = prompt.image_id
         total = image_id.shape[1]
         if prompt.axes is None:
@@ -85,7 +85,7 @@ class Track:
         )
 
     def with_token(self) -> "Track":
-        """The same with one text token more."""
+        """The track after one more text token."""
         text = jnp.zeros((self.image_id.shape[0], 1), self.image_id.dtype)
         return dataclasses.replace(
             self,
@@ -108,7 +108,7 @@ class Track:
         )
 
     def with_tokens(self, count: int) -> Context:
-        """The context of the rows of `count` tokens more, all at once."""
+        """The context of `count` further rows, all at once."""
         text = jnp.zeros((self.image_id.shape[0], count), self.image_id.dtype)
         return Context(
             image_id=jax.lax.dynamic_update_slice(self.image_id, text, (0, self.index)),
@@ -126,8 +126,8 @@ class Memory(NamedTuple):
     """What a method keeps from step to step; pytrees of arrays `[B, ...]`.
 
     Attributes:
-        logits: of `Method.start` and `Method.combine`.
-        edits: of `Method.remember`; None before the prompt is run.
+        logits: memory of `Method.start` and `Method.combine`.
+        edits: memory of `Method.remember`; None before the prompt runs.
     """
 
     logits: Any
@@ -140,10 +140,10 @@ class State:
     """Caches and counters after some tokens.
 
     Attributes:
-        caches: per layer. Image keys are turned to the method's calibrated positions, if it has any.
-        tracks: one for all branches, or one for each where the contrast branch has a prompt of its own layout.
+        caches: per layer. Image keys are rotated to the method's calibrated positions, if it has any.
+        tracks: one for all branches, or one each if the contrast branch's prompt has another layout.
         method: the method, or None.
-        memory: what the method's combination of logits, and what its edits, keep from step to step.
+        memory: the method's memory from step to step.
         tap: what steps return besides logits.
     """
 

@@ -1,9 +1,9 @@
-"""One answer piece by piece, while it is written."""
+"""Streams one answer piece by piece while it is written."""
 
 from collections.abc import Iterator
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import answer, drivers, searches
+from lvlm_jax.generation import answer, decode_loop, searches
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method
@@ -20,7 +20,7 @@ def stream(
     The pieces together are the text of `answer.generate`.
 
     Raises:
-        LVLMError: a method that is a search, or more than one prompt.
+        LVLMError: the method is a search, or there is more than one prompt.
     """
     if reason := searches.obstacle(method, decoding):
         raise LVLMError(f"{reason}, so its answer cannot be streamed; use generate")
@@ -34,12 +34,12 @@ def _pieces(
 ) -> Iterator[str]:
     answers, limit = answer.begin(params, config, prompt, method, decoding, host)
     writer = text.StreamWriter(decoding.stop)
-    for under_way in drivers.stream(params, config, answers, limit):
+    for under_way in decode_loop.stream(params, config, answers, limit):
         output = host.read(under_way, decoding.stop)
-        stopped = output.finish_reason[0] == "stop"
-        if piece := writer.push(output.text[0], final=stopped):
+        at_stop = output.finish_reason[0] == "stop"
+        if piece := writer.push(output.text[0], final=at_stop):
             yield piece
-        if stopped:
+        if at_stop:
             return
     if rest := writer.push(output.text[0], final=True):
         yield rest

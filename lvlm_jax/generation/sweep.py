@@ -1,10 +1,10 @@
-"""Many strengths of one method at once: the same prompts, one program, one pass over the weights for all of them.
+"""Runs many strengths of one method at once: the same prompts, one program, one pass over the weights for all of them.
 
     G grid points, B samples, M new tokens
 
-The grid is an axis of `vmap` over everything a strength can change (caches, tokens, memory); what it cannot change
-(columns, positions, the step) has no such axis, so a decode step writes its caches in place as an ordinary one does.
-Memory: G times the caches of one generation; split a large grid.
+The grid is a `vmap` axis of everything that a strength can change (caches, tokens, memory). What it cannot change
+(columns, positions, the step) has no such axis, so a decode step writes its caches in place as usual. Memory: G times
+the caches of one generation; split a large grid.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jaxtyping import Array, Int, Key
 
 from lvlm_jax.compilation import jit
 from lvlm_jax.errors import LVLMError, shown
-from lvlm_jax.generation import branches, drivers, forward, searches
-from lvlm_jax.generation.branches import Opening
+from lvlm_jax.generation import branches, decode_loop, forward, searches
+from lvlm_jax.generation.branches import PrefillInputs
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.sampling import Sampling, sample_keys
@@ -33,10 +33,10 @@ from lvlm_jax.processors.layout import Inputs, bucket
 SHARED = ("tracks", "count", "stop", "keys", "sampling")  # fields of Answers and State without a grid axis
 
 
-def listed(methods: Sequence[Any]) -> Sequence[Any]:
-    """The methods of a sweep as they were given; an `LVLMError` where they are no list."""
+def as_list(methods: Sequence[Any]) -> Sequence[Any]:
+    """Returns the methods of a sweep; raises an `LVLMError` if they are not a list."""
     if not isinstance(methods, Sequence) or isinstance(methods, str):
-        raise LVLMError(f"methods are {shown(methods)}; expected a list of them")
+        raise LVLMError(f"methods are {shown(methods)}; expected a list of methods")
     return methods
 
 
@@ -51,7 +51,7 @@ def generate(
     """Answers a batch of prompts once for every setting of a method.
 
     Args:
-        params, config: of the model.
+        params, config: the model's.
         prompt: the prompts.
         methods: one method with different strengths.
         decoding: how the answers are decoded.
@@ -61,7 +61,7 @@ def generate(
         One output per setting, equal to that of `answer.generate`.
 
     Raises:
-        LVLMError: methods that differ in more than strengths, or a method that is a search.
+        LVLMError: the methods differ in more than strengths, or are a search.
     """
     for method in methods:
         if reason := searches.obstacle(method, decoding):
@@ -70,13 +70,13 @@ def generate(
     keys = sample_keys(decoding.seed, prompt.batch)
     limit = decoding.limit(config, prompt)
     capacity = bucket(limit)
-    reads, contrast_axis = opening(params, config, prompt, methods, capacity, host)
+    inputs, contrast_axis = prefill_inputs(params, config, prompt, methods, capacity, host)
     answers = run(
         params,
         config,
-        reads.main,
-        reads.method,
-        reads.contrast,
+        inputs.main,
+        inputs.method,
+        inputs.contrast,
         prompt.tokens,
         decoding.sampling,
         keys,
@@ -84,7 +84,7 @@ def generate(
         jnp.int32(limit),
         answer_capacity=capacity,
         contrast_axis=contrast_axis,
-        options=tuple(reads.options.items()),
+        options=tuple(inputs.options.items()),
     )
     by_point = ("tokens", "logprobs", "length", "finished")
 
@@ -99,10 +99,10 @@ def generate(
 
 
 def check_alike(methods: Sequence[Method]) -> None:
-    """Whether methods differ in strengths alone.
+    """Raises an `LVLMError` unless methods differ only in strengths.
 
     Raises:
-        LVLMError: no methods, None among them, or methods that differ in more.
+        LVLMError: there are no methods, None is among them, or they differ in more than strengths.
     """
     structures = {jax.tree.structure(method) for method in methods}
     if len(structures) != 1:
@@ -115,47 +115,49 @@ def check_alike(methods: Sequence[Method]) -> None:
 
 
 def stack(methods: Sequence[Method]) -> Method:
-    """One method whose strengths have a leading grid axis, from alike ones."""
+    """Stacks methods of equal structure into one whose strengths have a leading grid axis."""
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *methods)
 
 
-def opening(
+def prefill_inputs(
     params: dict,
     config: FamilyConfig,
     prompt: Inputs,
     methods: Sequence[Method],
     answer_capacity: int,
     host: Host = ALONE,
-) -> tuple[Opening, int | None]:
-    """`branches.opening` for all settings together: towers, contrast prompt and warm-up pass are run once.
+) -> tuple[PrefillInputs, int | None]:
+    """`branches.prefill_inputs` for all settings together: towers, contrast prompt and warm-up pass run once.
 
-    Pictures of a contrast branch that depend on a strength are the exception: each goes through the tower.
+    The exception: contrast images that depend on a strength each go through the tower.
 
     Returns:
-        The opening, its method being the `stack`, and the axis of the grid in the embeddings of the contrast branch:
-        None where no strength changes what it reads.
+        The inputs, with the `stack` as method; and the grid axis in the embeddings of the contrast branch, None if they
+        do not depend on a strength.
     """
-    main = branches.embedded(params, config, prompt, host.mesh)
-    ready = branches.warmed_up(params, config, prompt, main, methods, host.mesh)
-    first, *others = [branches.contrast_inputs(config, prompt, method, host) for method in _readers(methods, prompt)]
+    main = branches.embed_prompt(params, config, prompt, host.mesh)
+    warmed_up = branches.after_warm_up(params, config, prompt, main, methods, host.mesh)
+    first, *others = [
+        branches.make_contrast_prompt(config, prompt, method, host) for method in _contrast_methods(methods, prompt)
+    ]
     contrast, contrast_axis = None, None
     if contrast_kind(methods[0]) == "tokens":
-        grid = [drivers.contrast_tokens(method, main).embeddings for method in ready]
+        grid = [decode_loop.contrast_tokens(method, main).embeddings for method in warmed_up]
         contrast, contrast_axis = dataclasses.replace(main, embeddings=jnp.stack(grid)), 0
     elif contrast_kind(methods[0]) == "fewer_tokens":
-        contrast = branches.with_fewer_tokens(params, config, prompt, main, ready[0])
+        contrast = branches.with_fewer_tokens(params, config, prompt, main, warmed_up[0])
     elif first is not None:
-        contrast = main if first is prompt else branches.embedded(params, config, first, host.mesh)
+        contrast = main if first is prompt else branches.embed_prompt(params, config, first, host.mesh)
     if any(not jnp.array_equal(first.pixels, other.pixels) for other in others):
-        grid = [branches.embedded(params, config, other, host.mesh).embeddings for other in others]
+        grid = [branches.embed_prompt(params, config, other, host.mesh).embeddings for other in others]
         contrast = dataclasses.replace(contrast, embeddings=jnp.stack([contrast.embeddings, *grid]))
         contrast_axis = 0
     options = branches.prefill_options(prompt, answer_capacity, first, methods[0])
-    return Opening(main, contrast, stack(ready), options), contrast_axis
+    return PrefillInputs(main, contrast, stack(warmed_up), options), contrast_axis
 
 
-def _readers(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
-    """The settings whose contrast prompts may differ: only pictures can depend on a strength."""
+def _contrast_methods(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
+    """One setting per contrast prompt: only images can depend on a strength."""
     varies = contrast_kind(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
     return methods if varies else methods[:1]
 
@@ -174,22 +176,22 @@ def _run(
     answer_capacity: int,
     contrast_axis: int | None,
     options: tuple[tuple[str, Any], ...],
-) -> drivers.Answers:
+) -> decode_loop.Answers:
     """Answers with a leading grid axis in every field that a strength can change.
 
     Args:
         methods: from `stack`.
         contrast: the contrast branch's prompt, with a grid axis in its embeddings if `contrast_axis` is 0.
         tokens: the prompt's token ids.
-        limit: how many tokens to write at most.
-        answer_capacity: how many tokens fit in the caches behind the prompt.
+        limit: largest number of tokens to write.
+        answer_capacity: how many tokens fit in the caches after the prompt.
         options: static options of `forward.prefill`.
     """
 
-    def begin(method: Method, embeddings: Array | None) -> drivers.Answers:
+    def begin(method: Method, embeddings: Array | None) -> decode_loop.Answers:
         other = contrast if embeddings is None else dataclasses.replace(contrast, embeddings=embeddings)
         state, step = forward.prefill(params, config, prompt, method, contrast=other, **dict(options))
-        return drivers.choose_first(state, step.combined, tokens, sampling, keys, stop, answer_capacity)
+        return decode_loop.choose_first(state, step.combined, tokens, sampling, keys, stop, answer_capacity)
 
     embeddings = None if contrast is None else contrast.embeddings
     one = jax.tree.map(lambda leaf: leaf[0], methods)
@@ -197,9 +199,9 @@ def _run(
     shapes = jax.eval_shape(begin, one, first)
     axes = jax.tree_util.tree_map_with_path(_grid_axis, shapes, is_leaf=lambda node: isinstance(node, Method))
     answers = jax.vmap(begin, in_axes=(0, contrast_axis), out_axes=axes)(methods, embeddings)
-    advance = jax.vmap(functools.partial(drivers.advance, params, config), in_axes=(axes,), out_axes=axes)
+    advance = jax.vmap(functools.partial(decode_loop.advance, params, config), in_axes=(axes,), out_axes=axes)
 
-    def unfinished(answers: drivers.Answers) -> Array:
+    def unfinished(answers: decode_loop.Answers) -> Array:
         return (answers.count < limit) & ~answers.finished.all()
 
     return jax.lax.while_loop(unfinished, advance, answers)

@@ -101,7 +101,7 @@ def whole(name: str, value: Any, low: int, high: int = settings.LARGEST_INT) -> 
     """
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
         value = int(value)
-    return settings.whole(name, value, low, high)
+    return settings.whole_number(name, value, low, high)
 
 
 def decoding(given: Mapping[str, Any], max_new_tokens: int, stop: str | Sequence[str] = ()) -> Decoding:

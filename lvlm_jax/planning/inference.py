@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lvlm_jax import models, parallel
 from lvlm_jax.attention import Tap
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers, searches
+from lvlm_jax.generation import decode_loop, searches
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.lvlm import LVLM
@@ -67,14 +67,14 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     pixels, image_tokens = None, None
     if prompt.pixels is not None:
         pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
-        made = compiled(drivers.encode_images.trace(params, config, pixels, geometry), pixels, geometry)
+        made = compiled(decode_loop.encode_images.trace(params, config, pixels, geometry), pixels, geometry)
         image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1
         twice = other and job.method.contrast_prompt() in ("pixels", "altered")
         add("images", made, own, beside, own, runs=1 + twice)
     tokens = _spread(_shape(prompt.tokens), mesh)
-    made = compiled(drivers.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)
+    made = compiled(decode_loop.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)
     embeddings, own = made.results, size((tokens, image_tokens)) + made.fresh
     add("embed", made, own, 0, own)
 
@@ -94,7 +94,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     if main.embeddings.sharding is None:
         main = dataclasses.replace(main, embeddings=embeddings)
     if job.method is not None and job.method.warm_up_fields:
-        looks = {name: options[name] for name in ("window", "image_count")}
+        looks = {name: options[name] for name in ("tail_rows", "image_count")}
         # All hidden states, with the images and without them; the last row's attention, with them.
         taps = {
             "hidden": (Tap(hidden=tuple(range(config.text.num_layers + 1))), 2),
@@ -102,17 +102,19 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         }
         for name, (tap, runs) in taps.items():
             if name in job.method.warm_up_fields:
-                made = compiled(drivers.full_forward.trace(params, config, main, None, **looks, tap=tap), main)
+                made = compiled(decode_loop.full_forward.trace(params, config, main, None, **looks, tap=tap), main)
                 own = size(main) + made.fresh
                 add("prime", made, own, read, own, runs=runs)
         if "probe" in job.method.warm_up_fields:
             both = _twice(main)
-            made = compiled(drivers.probed.trace(params, config, both, job.method.probe(), looks["image_count"]), both)
+            made = compiled(
+                decode_loop.probe.trace(params, config, both, job.method.probe(), looks["image_count"]), both
+            )
             own = size(both) + made.fresh
             add("probe", made, own, read, own)
 
     arguments = (main, method, contrast)
-    traced = drivers.prefill.trace(params, config, main, method, contrast=contrast, **options)
+    traced = decode_loop.prefill.trace(params, config, main, method, contrast=contrast, **options)
     made = compiled(traced, *arguments)
     state, step = made.results
     cache, own = size(state.caches), size(arguments) + made.fresh
@@ -120,7 +122,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
 
     answers = jax.eval_shape(functools.partial(_begun, room=room), state, step.combined, tokens)
     answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
-    traced = drivers.run.trace(params, config, answers, limit)
+    traced = decode_loop.run.trace(params, config, answers, limit)
     made = compiled(traced, answers, limit, donated=1)
     add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
     return tuple(found)
@@ -199,10 +201,10 @@ def pictures(config: FamilyConfig, count: int) -> Pictures | None:
     return Pictures(pixels, owner, repeated(blank.token_counts), geometry, grids)
 
 
-def _begun(state: Any, logits: Any, tokens: Any, room: int) -> drivers.Answers:
+def _begun(state: Any, logits: Any, tokens: Any, room: int) -> decode_loop.Answers:
     stop = jnp.zeros((1,), jnp.int32)
     keys = sample_keys(0, logits.shape[0])
-    return drivers.choose_first(state, logits, tokens, Sampling.of(), keys, stop, room)
+    return decode_loop.choose_first(state, logits, tokens, Sampling.of(), keys, stop, room)
 
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:

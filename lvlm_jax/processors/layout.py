@@ -20,7 +20,7 @@ from lvlm_jax.models.pictures import Pictures, bucketed
 PROMPT_BUCKET = 64  # the fewest columns of prompts and caches
 # Besides those of `bucketed`: 576 image tokens (LLaVA-1.5) and a question, which would be a fifth slower in 768.
 FIXED_IMAGE = 640
-SMALLEST_WINDOW = 16  # windows of post-image rows come in powers of two from here
+FEWEST_TAIL_ROWS = 16  # windows of post-image rows come in powers of two from here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Inputs:
         return (self.image_id >= 0).sum(axis=1)
 
     @property
-    def window(self) -> int:
+    def tail_rows(self) -> int:
         """How many of the last rows hold every sample's post-image rows, rounded up to a bucket."""
         columns = np.arange(1, self.tokens.shape[1] + 1)
         end = np.where(self.image_id > 0, columns, 0).max(axis=1)
         longest = np.where(end > 0, self.tokens.shape[1] - end, 0).max(initial=0)
-        window = SMALLEST_WINDOW
-        while window < longest:
-            window *= 2
-        return min(window, self.tokens.shape[1])
+        tail_rows = FEWEST_TAIL_ROWS
+        while tail_rows < longest:
+            tail_rows *= 2
+        return min(tail_rows, self.tokens.shape[1])
 
     @property
     def image_count(self) -> int:

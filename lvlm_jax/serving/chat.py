@@ -107,7 +107,7 @@ class Reader:
 
         Args:
             hosts: names that images may be downloaded from.
-            settled: what becomes of settings that a request leaves out (`generation.defaults.settled`).
+            settled: what becomes of settings that a request leaves out (`generation.defaults.with_defaults`).
         """
         self._catalogue, self._limits, self._hosts, self._settled = catalogue, limits, hosts, settled
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import answer, rows, searches
-from lvlm_jax.generation.continuous import Size
+from lvlm_jax.generation.continuous import PromptSize
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.lane import Lane
@@ -27,7 +27,7 @@ class Engine:
         on_update: called with every job and what was told about it, for metrics.
     """
 
-    def __init__(self, model: LVLM, limits: Limits, largest: Size):
+    def __init__(self, model: LVLM, limits: Limits, largest: PromptSize):
         """The thread does not run yet (`start`).
 
         Args:

@@ -10,7 +10,7 @@ import numpy as np
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import rows
 from lvlm_jax.generation.beam import Finished
-from lvlm_jax.generation.continuous import Size
+from lvlm_jax.generation.continuous import PromptSize
 from lvlm_jax.generation.sampling import RowSampling, sample_keys
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.serving.limits import Limits
@@ -30,7 +30,7 @@ class Lane:
         under_way: jobs by row.
     """
 
-    def __init__(self, model: LVLM, limits: Limits, prefill: Prefill, largest: Size, tell: Tell):
+    def __init__(self, model: LVLM, limits: Limits, prefill: Prefill, largest: PromptSize, tell: Tell):
         """Nothing is on the device yet.
 
         Args:
@@ -73,17 +73,17 @@ class Lane:
     def _place(self, job: Job) -> None:
         model, prompt, decoding = self._model, job.prompt, job.decoding
         state, step = self._prefill(prompt, job.method)
-        size = Size.of(state)
+        size = PromptSize.of(state)
         if self._rows is None:
             # A contrast branch's own prompt may be as long as the main one's.
             columns = (self._largest.prompt[0],) * len(size.prompt)
-            window = self._largest.window if self._prefill.shares(job.method) else columns[0]
-            expected = Size(columns, window, self._largest.image_count)
+            tail_rows = self._largest.tail_rows if self._prefill.shares(job.method) else columns[0]
+            expected = PromptSize(columns, tail_rows, self._largest.image_count)
             sizes = {"batch": self._limits.rows, "limit": self._limits.max_tokens}
             logits = step.combined.shape[1]
             empty = rows.empty(state, **sizes, vocabulary=logits, size=size.union(expected))
             self._rows = rows.compact(empty)  # moves nothing; its program is compiled with the others
-        held = Size.of(self._rows.slots.state, self._rows.slots.prompt)
+        held = PromptSize.of(self._rows.slots.state, self._rows.slots.prompt)
         if (needed := held.union(size)) != held:
             self._rows = rows.widen(self._rows, needed)
         place = next(row for row in range(self._limits.rows) if row not in self.under_way)
@@ -91,7 +91,7 @@ class Lane:
         if len(stop) > rows.STOPS:
             raise LVLMError(f"{len(stop)} tokens end an answer, those of the model among them; expected {rows.STOPS}")
         context = model.config.text.max_position_embeddings
-        row = rows.Row(
+        row = rows.NewRow(
             tokens=prompt.laid_out.tokens,
             key=sample_keys([decoding.seed], 1),
             limit=np.asarray([min(decoding.max_new_tokens, context - prompt.length)], np.int32),

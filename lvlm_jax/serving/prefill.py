@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import LayerCache
 from lvlm_jax.compilation import jit
-from lvlm_jax.generation import branches, drivers
+from lvlm_jax.generation import branches, decode_loop
 from lvlm_jax.generation.forward import edited_rows
 from lvlm_jax.generation.state import Prompt as Read
 from lvlm_jax.generation.state import State, Step
@@ -93,12 +93,12 @@ class Prefill:
         first, rest = prompt.parts()
         kept = self.prefixes.get(prompt.key)
         if kept is None:
-            embeddings = drivers.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
+            embeddings = decode_loop.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
             read = Read(embeddings, jnp.asarray(first.image_id), _axes(first))
             options = {"end": prompt.before, "split": prompt.before, "image_count": first.image_count}
-            kept = Kept(drivers.prefix(model.params, model.config, read, **options), embeddings)
+            kept = Kept(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
             self.prefixes.put(prompt.key, kept)
-        words = drivers.embed(model.params, model.config, rest, None)
+        words = decode_loop.embed(model.params, model.config, rest, None)
         before, embeddings = _in_place(kept, words, prompt.places())
         read = Read(embeddings, jnp.asarray(laid_out.image_id), _axes(laid_out))
         return self._prefilled(prompt, read, method, prompt.behind, before=before)
@@ -107,36 +107,36 @@ class Prefill:
         model = self._model
         tokens = self._image_tokens(prompt)
         laid_out = dataclasses.replace(prompt.laid_out, image_tokens=tokens)
-        main = branches.embedded(model.params, model.config, laid_out)
-        (ready,) = branches.warmed_up(model.params, model.config, laid_out, main, [method])
-        window = prompt.behind if prompt.before else laid_out.tokens.shape[1]
+        main = branches.embed_prompt(model.params, model.config, laid_out)
+        (ready,) = branches.after_warm_up(model.params, model.config, laid_out, main, [method])
+        tail_rows = prompt.behind if prompt.before else laid_out.tokens.shape[1]
         kind = contrast_kind(method)
         if kind == "same":
-            return self._prefilled(prompt, main, ready, window)
+            return self._prefilled(prompt, main, ready, tail_rows)
         if kind == "tokens":
-            return self._prefilled(prompt, main, ready, window, contrast=drivers.contrast_tokens(ready, main))
+            return self._prefilled(prompt, main, ready, tail_rows, contrast=decode_loop.contrast_tokens(ready, main))
         if kind == "fewer_tokens":
             columns = laid_out.tokens.shape[1]
             contrast = branches.with_fewer_tokens(model.params, model.config, laid_out, main, ready)
-            return self._prefilled(prompt, main, ready, window, contrast=contrast, contrast_capacity=columns)
+            return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast, contrast_capacity=columns)
         if kind in OTHER_PICTURES:
-            reads = branches.contrast_inputs(model.config, laid_out, method, model.host)
-            contrast = main if reads is laid_out else branches.embedded(model.params, model.config, reads)
-            return self._prefilled(prompt, main, ready, window, contrast=contrast)
+            reads = branches.make_contrast_prompt(model.config, laid_out, method, model.host)
+            contrast = main if reads is laid_out else branches.embed_prompt(model.params, model.config, reads)
+            return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast)
         given = dataclasses.replace(prompt.given, image_tokens=tokens)
-        reads = branches.contrast_inputs(model.config, given, method, model.host)
+        reads = branches.make_contrast_prompt(model.config, given, method, model.host)
         columns = columns_before(int(reads.lengths[0]))
         reads = reads.padded(columns, model.config.pad_token_id)
-        contrast = branches.embedded(model.params, model.config, reads)
-        return self._prefilled(prompt, main, ready, window, contrast=contrast, contrast_capacity=columns)
+        contrast = branches.embed_prompt(model.params, model.config, reads)
+        return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast, contrast_capacity=columns)
 
     def _prefilled(
-        self, prompt: Prompt, reads: Read, method: Method | None, window: int, **options: Any
+        self, prompt: Prompt, reads: Read, method: Method | None, tail_rows: int, **options: Any
     ) -> tuple[State, Step]:
         model, columns = self._model, prompt.before + prompt.behind
-        fixed_options = {"window": window, "capacity": columns, "image_count": prompt.laid_out.image_count}
+        fixed_options = {"tail_rows": tail_rows, "capacity": columns, "image_count": prompt.laid_out.image_count}
         fixed_options |= {"contrast": None, "contrast_capacity": 0, "before": None} | options
-        return drivers.prefill(model.params, model.config, reads, method, **fixed_options)
+        return decode_loop.prefill(model.params, model.config, reads, method, **fixed_options)
 
     def _image_tokens(self, prompt: Prompt) -> Any | None:
         """What the tower makes of the images: one by one where they do not depend on each other."""
@@ -148,7 +148,7 @@ class Prefill:
         for key, rows in zip(prompt.images, pixels, strict=True):
             tokens = self.images.get(key)
             if tokens is None:
-                tokens = drivers.encode_images(model.params, model.config, rows, given.geometry)
+                tokens = decode_loop.encode_images(model.params, model.config, rows, given.geometry)
                 self.images.put(key, tokens)
             found.append(tokens)
         return found[0] if len(found) == 1 else jnp.concatenate(found)

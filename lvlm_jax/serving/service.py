@@ -11,7 +11,7 @@ from typing import Any
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import defaults, rows, searches
-from lvlm_jax.generation.continuous import Size
+from lvlm_jax.generation.continuous import PromptSize
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods.parse import method_for
 from lvlm_jax.processors import load
@@ -66,20 +66,20 @@ class Service:
         self.prompts = Prompts(model, self.limits.workers, self.limits.warm_text)
 
         def settled(decoding):
-            return defaults.settled(decoding, model.generation_config, model.folder)
+            return defaults.with_defaults(decoding, model.generation_config, model.folder)
 
         self.reader = Reader(self.catalogue, self.limits, hosts, settled)
         # Tokenizers must not be used by two threads at once; the engine's thread has the model's own.
         self._tokenizer = load.load_processor(model.folder, model.config).tokenizer
         self._reading = 0  # requests that arrive or whose prompts are being laid out
 
-    def _largest(self) -> Size:
+    def _largest(self) -> PromptSize:
         """Of prompts with `warm_images` images and `warm_text` tokens behind them."""
         config, images = self.model.config, self.limits.warm_images
         # Where a picture's tokens depend on its size, the first ones widen the rows.
         before = columns_before(images * ((config.tokens_per_image or 0) + 32)) if images else 0
         behind = columns_behind(self.limits.warm_text)
-        return Size((before + behind,), behind, 1 << max(0, images - 1).bit_length())
+        return PromptSize((before + behind,), behind, 1 << max(0, images - 1).bit_length())
 
     def start(self) -> None:
         """Begins to answer; `warm_up` says when it is ready."""

@@ -8,7 +8,7 @@ from lvlm_jax import analysis
 from lvlm_jax.analysis import readers
 from lvlm_jax.attention import Tap
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.methods import CMAC
 from tests import checkpoints
 from tests.reference import llava
@@ -103,9 +103,9 @@ def hidden_from(weights, config, ids, pixels, from_layer):
 
 def test_masking_probe(model, torch_model, prompt):
     rows = 6
-    before = drivers.full_forward._cache_size()
+    before = decode_loop.full_forward._cache_size()
     probe = analysis.masking_probe(model, prompt, rows=rows)
-    assert drivers.full_forward._cache_size() == before + 1  # one program for all layers
+    assert decode_loop.full_forward._cache_size() == before + 1  # one program for all layers
     weights, config = llava.from_torch(torch_model)
     ids, pixels = prompt["input_ids"][0], prompt["pixel_values"].astype(np.float64)
     plain = llava.softmax(llava.logits(weights, config, ids, pixels)[-rows:])

@@ -16,7 +16,7 @@ from lvlm_jax.evaluation import Question, engine, get
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.pictures import Pictures
 from lvlm_jax.evaluation.shares import Share
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.methods.base import OTHER_PICTURES
 from tests import small
 from tests.evaluation.fakes import Oracle
@@ -45,8 +45,8 @@ def ask(questions, model=None, protocol=PROTOCOL, **work):
 @pytest.fixture
 def tower(monkeypatch):
     """How many pictures went through the tower, one number for each time it ran."""
-    seen, run = [], drivers.encode_images
-    monkeypatch.setattr(drivers, "encode_images", lambda *given: seen.append(len(given[2])) or run(*given))
+    seen, run = [], decode_loop.encode_images
+    monkeypatch.setattr(decode_loop, "encode_images", lambda *given: seen.append(len(given[2])) or run(*given))
     return seen
 
 

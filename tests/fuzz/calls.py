@@ -18,7 +18,7 @@ from lvlm_jax import LVLM, parallel
 from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import grid
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.journal.record import method_record
 from lvlm_jax.methods import chain, parse, registry
@@ -41,7 +41,7 @@ COMPUTES = ("encode_images", "embed", "prefill", "full_forward", "tapped_forward
 @contextmanager
 def not_computing() -> Iterator[None]:
     """Nothing is compiled: a call that would begin to compute is accepted."""
-    with mock.patch.multiple(drivers, **dict.fromkeys(COMPUTES, _reached)):
+    with mock.patch.multiple(decode_loop, **dict.fromkeys(COMPUTES, _reached)):
         try:
             yield
         except Reached:

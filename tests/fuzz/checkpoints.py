@@ -115,7 +115,7 @@ GENERATION = {
 
 def generation_config(files: make.Files, folder: Path) -> None:
     make.write({"config.json": json.dumps(raw_configs()["llava"]).encode(), **files}, folder)
-    found = defaults.settled(GREEDY, "checkpoint", folder)
+    found = defaults.with_defaults(GREEDY, "checkpoint", folder)
     given = json.loads(files[defaults.FILE]) if isinstance(files[defaults.FILE], bytes) else {}
     if given.get("do_sample") is True and given.get("temperature") is not None:
         same(found.temperature, float(given["temperature"]), "temperature")

@@ -166,7 +166,7 @@ def conversation(value: Any, folder: Path) -> None:
     same(
         0 <= laid_out.tokens.min() and laid_out.tokens.max() < config.text.vocab_size, True, "tokens in the vocabulary"
     )
-    used(laid_out.window, laid_out.image_count, laid_out.pictures)
+    used(laid_out.tail_rows, laid_out.image_count, laid_out.pictures)
 
 
 @functools.cache
@@ -199,7 +199,7 @@ def arrays(case: tuple[str, dict], folder: Path) -> None:
     if not isinstance(given, dict):
         given = {"input_ids": given}
     laid_out = inputs.from_arrays(given, family(name))
-    used(laid_out.window, laid_out.image_count, laid_out.pictures)
+    used(laid_out.tail_rows, laid_out.image_count, laid_out.pictures)
 
 
 @functools.cache

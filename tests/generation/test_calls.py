@@ -7,7 +7,7 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import branches, drivers, searches
+from lvlm_jax.generation import branches, decode_loop, searches
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods.base import frozen
 from lvlm_jax.processors import inputs
@@ -45,10 +45,10 @@ def counts(monkeypatch):
         monkeypatch.setattr(owner, name, counted)
 
     count(inputs, "from_messages", "prepared")
-    count(branches, "contrast_inputs", "contrast prompts")
-    count(drivers, "encode_images", "towers")
-    count(drivers, "full_forward", "passes")
-    count(drivers, "tapped_forward", "warm-up passes")
+    count(branches, "make_contrast_prompt", "contrast prompts")
+    count(decode_loop, "encode_images", "towers")
+    count(decode_loop, "full_forward", "passes")
+    count(decode_loop, "tapped_forward", "warm-up passes")
     return taken
 
 
@@ -70,17 +70,17 @@ def test_prompts_towers_and_warm_up_passes_are_run_once_a_call(model, counts, ca
 
 def test_the_warm_up_pass_computes_no_logits(model, monkeypatch):
     """No array of the compiled program has a logit of every token of the vocabulary for every row."""
-    calls, run = [], drivers.tapped_forward
+    calls, run = [], decode_loop.tapped_forward
 
     def noted(*arguments, **options):
         calls.append((arguments, options))
         return run(*arguments, **options)
 
-    monkeypatch.setattr(drivers, "tapped_forward", noted)
+    monkeypatch.setattr(decode_loop, "tapped_forward", noted)
     model.prefill(PROMPT, methods.VISTA(start_layer=0))
     (arguments, options), logits = calls[0], re.compile(rf"\[\d+,\d+,{model.config.text.vocab_size}\]")
     assert not logits.search(run.lower(*arguments, **options).compile().as_text())
-    assert logits.search(drivers.full_forward.lower(*arguments, **options).compile().as_text())
+    assert logits.search(decode_loop.full_forward.lower(*arguments, **options).compile().as_text())
 
 
 def test_a_sweep_runs_the_tower_again_only_for_other_pictures(model, counts):

@@ -15,7 +15,7 @@ from lvlm_jax.attention import Context
 from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import Question, engine, get
-from lvlm_jax.generation import continuous, drivers, forward, jobs, scheduler
+from lvlm_jax.generation import continuous, decode_loop, forward, jobs, scheduler
 from lvlm_jax.generation.sampling import Sampling
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.journal.log import seed_of
@@ -41,7 +41,7 @@ def few_columns():
 def asked(model):
     """Twelve conversations of one size, every third without a picture."""
     found = [conversation("Eh" + "?" * (i % 3), seed=i if i % 3 else None) for i in range(12)]
-    assert {(inputs.window, inputs.tokens.shape[1]) for inputs in map(model.prepare, found)} == {(16, 64)}
+    assert {(inputs.tail_rows, inputs.tokens.shape[1]) for inputs in map(model.prepare, found)} == {(16, 64)}
     return found
 
 
@@ -102,7 +102,7 @@ def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch):
     monkeypatch.setattr(continuous, "compact", lambda slots: moves.append(1) or compact(slots))
 
     def programs():
-        jitted = (drivers.prefill, continuous.empty, continuous.place, compact)
+        jitted = (decode_loop.prefill, continuous.empty, continuous.place, compact)
         return [one._cache_size() for one in jitted] + [continuous.run._cache_size()]
 
     pictured = [one for number, one in enumerate(asked) if number % 3]  # one kind of prompt
@@ -124,7 +124,7 @@ def test_longer_prompts_and_more_images_widen_the_rows(model, stop):
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": "Both" + "?" * 16}]}]
 
     asked = [conversation("Eh?", seed=1), conversation("Oh", seed=2), two(3), conversation("Eh", seed=5), two(6)]
-    sizes = [(one.tokens.shape[1], one.window, one.image_count) for one in map(model.prepare, asked)]
+    sizes = [(one.tokens.shape[1], one.tail_rows, one.image_count) for one in map(model.prepare, asked)]
     assert set(sizes) == {(64, 16, 1), (96, 32, 2)}
     settings = {"method": GATED, "max_new_tokens": LIMIT, "stop_token_ids": stop}
     outputs = many(model, asked, batch_size=3, **settings)
@@ -230,8 +230,8 @@ def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked):
         with pytest.raises(LVLMError, match=f"continuous batching is not possible: {reason}"):
             next(model.generate_many([(asked[0], 0)], method))
         with pytest.raises(LVLMError, match=f"{reason}.*use the schedule batches"):
-            scheduler.chosen("continuous", method, None, 512, 8)
-        assert not scheduler.chosen("auto", method, None, 512, 8)
+            scheduler.use_continuous("continuous", method, None, 512, 8)
+        assert not scheduler.use_continuous("auto", method, None, 512, 8)
 
 
 def test_the_schedule_follows_the_length_of_answers():
@@ -242,14 +242,14 @@ def test_the_schedule_follows_the_length_of_answers():
         (("batches", None, None, 512, 8), False),
         (("continuous", None, None, 10, 1), True),
     ):
-        assert scheduler.chosen(*given) is taken
+        assert scheduler.use_continuous(*given) is taken
     for given, message in (
         (("both", None, None, 10, 8), "schedule is 'both'; expected one of auto, continuous, batches"),
         (("auto", None, None, None, 8), "max_new_tokens is None"),
         (("auto", None, None, 512, "8"), "batch_size is '8'"),
     ):
         with pytest.raises(LVLMError, match=message):
-            scheduler.chosen(*given)
+            scheduler.use_continuous(*given)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from lvlm_jax import LVLM, methods
 from lvlm_jax.cli import infer
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation.defaults import of_checkpoint, settled
+from lvlm_jax.generation.defaults import of_checkpoint, with_defaults
 from lvlm_jax.generation.settings import Decoding
 from tests import checkpoints
 from tests.checkpoints import IMAGE
@@ -49,12 +49,12 @@ def test_as_transformers_generates(folder, torch_model):
 
 
 def test_what_a_file_says_and_what_a_call_gives(folder):
-    decoding = settled(Decoding(temperature=0.5, max_new_tokens=7), "checkpoint", folder)
+    decoding = with_defaults(Decoding(temperature=0.5, max_new_tokens=7), "checkpoint", folder)
     assert (decoding.temperature, decoding.repetition_penalty, decoding.max_new_tokens) == (0.5, 1.8, 7)
     assert decoding.top_k == 50  # what transformers samples from where the file says nothing
-    assert settled(Decoding(), "plain", folder) == Decoding()
+    assert with_defaults(Decoding(), "plain", folder) == Decoding()
     write(folder, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": None})  # of sampling, which is off
-    assert settled(Decoding(), "checkpoint", folder) == Decoding()
+    assert with_defaults(Decoding(), "checkpoint", folder) == Decoding()
     nothing = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beam_groups": 1, "use_cache": True}
     assert of_checkpoint(nothing, folder) == {}
 
@@ -69,9 +69,9 @@ def test_settings_that_cannot_be_honoured(folder, checkpoint):
     ):
         write(folder, given)
         with pytest.raises(LVLMError, match=message) as caught:
-            settled(Decoding(), "checkpoint", folder)
+            with_defaults(Decoding(), "checkpoint", folder)
         assert "generation_config.json" in str(caught.value)
-        assert settled(Decoding(), "plain", folder) == Decoding()
+        assert with_defaults(Decoding(), "plain", folder) == Decoding()
     for end in ("</s>", [[2]], {"a": 1}, 2.5, [2, None]):
         write(folder, {"eos_token_id": end})
         with pytest.raises(LVLMError, match="generation_config.json: eos_token_id"):

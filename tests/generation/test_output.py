@@ -13,7 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import engine
 from lvlm_jax.evaluation.protocol import get
 from lvlm_jax.evaluation.question import Question
-from lvlm_jax.generation import drivers, jobs
+from lvlm_jax.generation import decode_loop, jobs
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from tests.small import conversation
 
@@ -109,7 +109,7 @@ def test_a_row_is_sound_unless_it_has_nan_infinity_or_nothing_finite(broken):
             assert bool(jnp.isnan(logprobs[0])) != sound
     state, step = broken.prefill(BAD, max_length=90)
     arguments = state, step.combined, broken.prepare(BAD).tokens, Sampling.of(), sample_keys(0, 1)
-    begun = drivers.begin(*arguments, np.asarray([-1], np.int32), answer_capacity=8)
+    begun = decode_loop.begin(*arguments, np.asarray([-1], np.int32), answer_capacity=8)
     assert bool(begun.finished[0])
 
 

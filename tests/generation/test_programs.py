@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from lvlm_jax.weights.tables import flatten
 
@@ -32,7 +32,7 @@ def moves(compiled) -> list[tuple[str, int]]:
 def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
     """No copy, transposition or conversion; every byte of the caches that comes out lies where it lay before."""
     state, first = model.prefill(mixed, method, 41 + 64)
-    step = drivers.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
+    step = decode_loop.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
     language_model = flatten(model.params["language_model"])
     sizes = {leaf.size for path, leaf in language_model.items() if path.endswith(("kernel", "embedding"))}
     sizes |= {block.key.size for cache in state.caches for block in (cache.prefix, *cache.own) if block is not None}
@@ -46,8 +46,8 @@ def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
     tokens, stop = model.prepare(mixed).tokens, np.asarray([-1], np.int32)
 
     def started(state, logits):
-        return drivers.begin(state, logits, tokens, Sampling.of(), sample_keys(0, 3), stop, answer_capacity=64)
+        return decode_loop.begin(state, logits, tokens, Sampling.of(), sample_keys(0, 3), stop, answer_capacity=64)
 
     answers = jax.eval_shape(started, state, first.combined)
-    loop = drivers.run.lower(model.params, model.config, answers, jnp.int32(8)).compile()
+    loop = decode_loop.run.lower(model.params, model.config, answers, jnp.int32(8)).compile()
     assert loop.memory_analysis().alias_size_in_bytes >= held

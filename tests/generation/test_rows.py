@@ -6,7 +6,7 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.generation import continuous, rows
-from lvlm_jax.generation.continuous import Size
+from lvlm_jax.generation.continuous import PromptSize
 from lvlm_jax.generation.sampling import RowSampling, Sampling, sample_keys
 from lvlm_jax.methods import Method
 from lvlm_jax.serving.limits import Limits
@@ -64,11 +64,13 @@ def test_answers_are_those_of_generate(model, monkeypatch, strengths):
         prompt = prompts.laid_out(model.prepare(messages))
         state, step = prefill(prompt, method)
         if slots is None:
-            slots = rows.empty(state, batch=4, limit=LIMIT, vocabulary=step.combined.shape[1], size=Size.of(state))
-        held = Size.of(slots.slots.state, slots.slots.prompt)
-        if (needed := held.union(Size.of(state))) != held:
+            slots = rows.empty(
+                state, batch=4, limit=LIMIT, vocabulary=step.combined.shape[1], size=PromptSize.of(state)
+            )
+        held = PromptSize.of(slots.slots.state, slots.slots.prompt)
+        if (needed := held.union(PromptSize.of(state))) != held:
             slots = rows.widen(slots, needed)
-        row = rows.Row(
+        row = rows.NewRow(
             prompt.laid_out.tokens,
             sample_keys([place], 1),
             np.asarray([LIMIT], np.int32),

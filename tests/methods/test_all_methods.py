@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, methods
-from lvlm_jax.generation import drivers, forcing, forward
+from lvlm_jax.generation import decode_loop, forcing, forward
 from lvlm_jax.methods.cuts import soften
 from lvlm_jax.methods.fitted import Fitted, Source
 from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.methods import compare
 
-# Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of window.
+# Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of last rows.
 LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
 STEPS = 3
 HASH = "of the model of these tests"
@@ -176,7 +176,7 @@ class Bench:
         arguments, options = self.model.prefill_arguments(inputs, method, 64 + STEPS + 1)
         return arguments, options | {"image_count": 2}
 
-    def run(self, method, row=None, prefill=drivers.prefill, decode=drivers.decode_step, steps=STEPS):
+    def run(self, method, row=None, prefill=decode_loop.prefill, decode=decode_loop.decode_step, steps=STEPS):
         """The steps of a prefill and of forced tokens."""
         arguments, options = self.arguments(method, row)
         state, step = prefill(*arguments, **options)
@@ -335,7 +335,7 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
     def scalar(values):
         edited = soften(dataclasses.replace(ready, **values), 1.0)
         state, step = forward.prefill(params, config, main, edited, **options)
-        found = forcing.forced(params, config, state, step, tokens)
+        found = forcing.forced_logits(params, config, state, step, tokens)
         return (found.combined * mix).sum(), found
 
     start = strengths(method)
@@ -365,9 +365,9 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
 def test_what_runs_along_the_tokens_of_a_known_answer(bench, name):
     """A count of tokens, early exits, edits that hang on the step before; cuts are hard."""
     (params, config, main, ready), options = bench.arguments(build(name))
-    state, step = drivers.prefill(params, config, main, ready, **options)
+    state, step = decode_loop.prefill(params, config, main, ready, **options)
     tokens = jnp.pad(jnp.asarray(bench.forced.T), ((0, 0), (0, 1)))
-    found = jax.jit(forcing.forced, static_argnames="config")(params, config, state, step, tokens)
+    found = jax.jit(forcing.forced_logits, static_argnames="config")(params, config, state, step, tokens)
     for row, want in enumerate(bench.acting(name)):
         np.testing.assert_allclose(found.combined[:, row], want.combined, rtol=0, atol=5e-5)
 
@@ -388,7 +388,7 @@ def test_another_strength_compiles_nothing(bench, name):
 
     def programs():
         jitted = "prefill decode_step full_forward contrast_pixels contrast_image encode_images".split()
-        return [getattr(drivers, name)._cache_size() for name in jitted]
+        return [getattr(decode_loop, name)._cache_size() for name in jitted]
 
     before = programs()
     for key, value in strengths(method).items():

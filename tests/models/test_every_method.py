@@ -20,7 +20,7 @@ import pytest
 
 from lvlm_jax import LVLM, methods, models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.models.pictures import bucketed
 from tests.compiler import optimised
@@ -260,7 +260,7 @@ def test_noise_belongs_to_a_sample_and_its_rows(load, name):
 
     def noise(*rows):
         prompt = case.prompt(*rows)
-        pixels = drivers.contrast_pixels(methods.VCD(), np.zeros_like(prompt.pixels), prompt.image_index)
+        pixels = decode_loop.contrast_pixels(methods.VCD(), np.zeros_like(prompt.pixels), prompt.image_index)
         return prompt, np.asarray(pixels)
 
     prompt, together = noise()

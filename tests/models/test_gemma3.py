@@ -31,7 +31,7 @@ def arrays_of(ours, layouts):
 def test_a_shared_prefix_that_ends_inside_an_image_changes_nothing(ours):
     """The split lies 16 columns before the end of the prompt, where 10 tokens follow an image."""
     prompt = ours.prepare(arrays_of(ours, [(2, IMAGE, 3, IMAGE, 9), (30,)]))
-    split = prompt.tokens.shape[1] - prompt.window
+    split = prompt.tokens.shape[1] - prompt.tail_rows
     assert (prompt.image_id[0, split - 1 : split + 1] == 2).all()
     forced = np.random.default_rng(3).integers(3, 117, (4, 2))
     states = [ours.prefill(prompt, methods.CMAC(), share_prefix=shared) for shared in (True, False)]
@@ -47,7 +47,7 @@ def test_a_shared_prefix_that_ends_inside_an_image_changes_nothing(ours):
 
 def test_the_forward_pass_of_training_sees_whole_images(ours):
     prompt = ours.prepare(arrays_of(ours, ALONE))
-    main = branches.embedded(ours.params, ours.config, prompt)
+    main = branches.embed_prompt(ours.params, ours.config, prompt)
     module = models.build(ours.config)
 
     @jax.jit

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lvlm_jax import LVLM, methods
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.parallel import make_mesh
 from lvlm_jax.weights.tables import flatten
 from tests.parallel.infer_over_processes import answers
@@ -25,13 +25,13 @@ def main(folder: str, inputs_file: str, results_file: str) -> None:
     model = LVLM.from_pretrained(folder, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     inputs = dict(np.load(inputs_file))
     found = answers(model, inputs)
-    encode, shares = drivers.encode_images, []
+    encode, shares = decode_loop.encode_images, []
 
     def watched(params, config, pixels, *geometry):
         shares.append(pixels.sharding.shard_shape(pixels.shape))
         return encode(params, config, pixels, *geometry)
 
-    drivers.encode_images = watched
+    decode_loop.encode_images = watched
     step = model.prefill({name: np.concatenate([array] * 4) for name, array in inputs.items()}, methods.VCD())[1]
     np.savez(results_file, vcd=np.stack([step.main, step.contrast]), **found)
     parameters = {path: placed(leaf) for path, leaf in flatten(model.params).items()}

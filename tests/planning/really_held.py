@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lvlm_jax import LVLM, methods, parallel
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.planning import plan
 from lvlm_jax.training import finetune, loop, settings
 from tests.training import pair_sets
@@ -91,7 +91,7 @@ def answered(job) -> tuple[dict[str, int], int]:
     found, programs = {}, {"encode_images": "images", "embed": "embed", "prefill": "prefill", "run": "decode"}
     parts = [{"type": "image", "image": np.zeros((96, 96, 3), np.uint8)}, {"type": "text", "text": QUESTION}]
     prompt = model.prepare([[{"role": "user", "content": parts}]] * job.batch)
-    with watched(drivers, programs, found):
+    with watched(decode_loop, programs, found):
         model.generate(prompt, job.method, max_new_tokens=job.new_tokens, stop_token_ids=())
     return found, int(prompt.lengths.max())
 

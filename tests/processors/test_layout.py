@@ -42,10 +42,10 @@ def test_prompts_end_at_the_last_column(model, mixed):
 
 
 def test_columns_and_windows_come_in_buckets(model, prompts):
-    """A window holds all rows after the last image of the batch's longest."""
+    """`tail_rows` holds all rows after the last image of the batch's longest."""
     for length, columns in ((1, 64), (64, 64), (65, 96), (CONTEXT - 1, 96)):
         assert model.prepare(prompts((length,))).tokens.shape == (1, columns)
-    for layouts, window in (
+    for layouts, tail_rows in (
         ([(5,)], 16),  # nothing comes after an image
         ([(IMAGE, 16)], 16),
         ([(IMAGE, 17)], 32),
@@ -53,7 +53,7 @@ def test_columns_and_windows_come_in_buckets(model, prompts):
         ([(IMAGE, 2, IMAGE, 3)], 16),
         ([(2, IMAGE)], 16),
     ):
-        assert model.prepare(prompts(*layouts)).window == window
+        assert model.prepare(prompts(*layouts)).tail_rows == tail_rows
     with pytest.raises(LVLMError, match="has 96 tokens and the model's context is 96"):
         model.prepare(prompts((CONTEXT,)))
 

@@ -10,7 +10,7 @@ import torch
 
 from lvlm_jax import LVLM, methods, models, weights
 from lvlm_jax.cli import infer
-from lvlm_jax.generation import drivers, forward
+from lvlm_jax.generation import decode_loop, forward
 from lvlm_jax.models import int8
 from lvlm_jax.pocket.questions import existence
 from lvlm_jax.pocket.scenes import render, scene_at
@@ -97,7 +97,7 @@ def test_the_decode_program_reads_int8(quantized, mixed):
     """The option that makes decoding with float kernels faster would make XLA widen the int8 ones to int32."""
     state, _ = quantized.prefill(mixed)
     tokens = jnp.asarray([5, 6, 7], jnp.int32)
-    text = drivers.decode_step.lower(quantized.params, quantized.config, state, tokens).compile().as_text()
+    text = decode_loop.decode_step.lower(quantized.params, quantized.config, state, tokens).compile().as_text()
     out, width = quantized.params["language_model"]["layers_0"]["mlp"]["gate_proj"]["kernel_int8"].shape
     assert f"s8[{out},{width}]" in text
     assert not any(f"{kind}[{out},{width}]" in text for kind in ("s32", "f32"))
@@ -113,7 +113,7 @@ def test_adapters_train_on_a_quantized_model(quantized, wide, mixed):
 
         def loss(adapters):
             params = parts.join(adapters, frozen)
-            logits, _ = forward.full_forward(params, one.config, embedded, None, options["window"], 2)
+            logits, _ = forward.full_forward(params, one.config, embedded, None, options["tail_rows"], 2)
             return jnp.where(prompt.image_id[..., None] >= 0, logits, 0).std()
 
         return flatten(jax.jit(jax.grad(loss))(moved))

@@ -95,7 +95,7 @@ class Scored:
         prompt = self.model.prepare([list(row.conversation) for row in filled])
         answers = [[_answer(row.sequences[name].tokens()) for name in PAIR] for row in filled]
         longest = max(len(answer) for pair in answers for answer in pair)
-        opened = forcing.opened(
+        opened = forcing.forced_inputs(
             self.model.params, self.model.config, prompt, self.method, answers, self.model.host,
             multiple_of(ROOM, longest),
         )  # fmt: skip

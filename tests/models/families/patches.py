@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lvlm_jax import LVLM
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from tests import small
 from tests.checkpoints import to_torch
 from tests.models.families.base import Family, normal
@@ -149,7 +149,9 @@ class Patches(Family):
 
 def encoded(ours, pictures):
     """The tokens of all images."""
-    return np.asarray(drivers.encode_images(ours.params, ours.config, pictures.pixels, pictures.geometry), np.float32)
+    return np.asarray(
+        decode_loop.encode_images(ours.params, ours.config, pictures.pixels, pictures.geometry), np.float32
+    )
 
 
 class Glm4v(Patches):

@@ -117,7 +117,7 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_meth
     prompt = model.prepare([list(rows.batches.rows[0].conversation)])
     said = model.generate(prompt, method=method, max_new_tokens=5)
     assert asked[0] == "What?" and np.isfinite(said.logprobs[0]).all()
-    opened = forcing.opened(model.params, model.config, prompt, method, [[said.tokens[0]]])
+    opened = forcing.forced_inputs(model.params, model.config, prompt, method, [[said.tokens[0]]])
     scored = forcing.logprobs(model.params, model.config, opened, method, 2)[0, 0, : len(said.tokens[0])]
     np.testing.assert_allclose(scored, said.logprobs[0], rtol=0, atol=1e-4)
     swept = model.sweep(prompt, [grid.at(method, point) for point in grid.points(method, ["vaf.enhance=1,2"])], 3)

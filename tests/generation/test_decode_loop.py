@@ -1,4 +1,4 @@
-"""The two drivers against each other, and where an answer ends."""
+"""The two decode loops against each other, and where an answer ends."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import drivers
+from lvlm_jax.generation import decode_loop
 from lvlm_jax.generation.sampling import Sampling, sample_keys
 from tests.small import CONTEXT, conversation
 
@@ -18,7 +18,7 @@ def begun(model, inputs, method, sampling):
     prompt = model.prepare(inputs)
     state, step = model.prefill(prompt, method, int(prompt.lengths.max()) + ROOM)
     keys, stop = sample_keys([3, 4, 5], prompt.batch), np.asarray([-1], np.int32)
-    return drivers.begin(state, step.combined, prompt.tokens, sampling, keys, stop, answer_capacity=ROOM)
+    return decode_loop.begin(state, step.combined, prompt.tokens, sampling, keys, stop, answer_capacity=ROOM)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def begun(model, inputs, method, sampling):
     ids=["cmac", "sampled"],
 )
 def test_the_loop_on_the_device_equals_the_loop_in_python(model, mixed, method, sampling):
-    looped = drivers.run(model.params, model.config, begun(model, mixed, method, sampling), jnp.int32(LIMIT))
+    looped = decode_loop.run(model.params, model.config, begun(model, mixed, method, sampling), jnp.int32(LIMIT))
     columns = []
     first = begun(model, mixed, method, sampling)
-    for answers in drivers.stream(model.params, model.config, first, LIMIT):
+    for answers in decode_loop.stream(model.params, model.config, first, LIMIT):
         columns.append(np.asarray(answers.tokens)[:, len(columns)])
     assert int(looped.count) == int(answers.count) == len(columns) == LIMIT
     np.testing.assert_array_equal(np.asarray(looped.tokens)[:, :LIMIT], np.stack(columns, axis=1))

@@ -1,7 +1,7 @@
-"""Two drivers over one decode step: a `while_loop` on the device for throughput, a Python loop for streaming.
+"""Two loops over one decode step: a `while_loop` on the device for throughput, a Python loop for streaming.
 
-Both produce the same tokens. The device loop pauses at a step limit that is data, not structure, so the host can
-look for stop strings now and then without another program.
+Both produce the same tokens. The step limit of the device loop is data, not structure, so the host can pause it to
+check for stop strings without another program.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lvlm_jax.models.family import FamilyConfig
 encode_images = jit(forward.encode_images, static_argnames="config")
 encode_edited = jit(forward.encode_edited, static_argnames="config")
 embed = jit(forward.embed, static_argnames="config")
-full_forward = jit(forward.full_forward, static_argnames=("config", "window", "image_count", "tap"))
+full_forward = jit(forward.full_forward, static_argnames=("config", "tail_rows", "image_count", "tap"))
 
 
 def _tapped(
@@ -33,16 +33,16 @@ def _tapped(
     config: FamilyConfig,
     prompt: Prompt,
     method: Method | None,
-    window: int,
+    tail_rows: int,
     image_count: int = 1,
     tap: Tap = forward.NOTHING,
 ) -> Tapped:
-    """What the tap keeps of a full forward; its logits, which nobody reads, are not computed."""
-    return forward.full_forward(params, config, prompt, method, window, image_count, tap)[1]
+    """The tapped arrays of a full forward pass; its logits are not computed."""
+    return forward.full_forward(params, config, prompt, method, tail_rows, image_count, tap)[1]
 
 
-tapped_forward = jit(_tapped, static_argnames=("config", "window", "image_count", "tap"))
-PREFILL_OPTIONS = ("window", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
+tapped_forward = jit(_tapped, static_argnames=("config", "tail_rows", "image_count", "tap"))
+PREFILL_OPTIONS = ("tail_rows", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
 prefill = jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 prefix = jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
 contrast_pixels = jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
@@ -54,15 +54,15 @@ contrast_tokens = jit(
         prompt, embeddings=method.contrast_tokens(prompt.embeddings, prompt.image_id)
     )
 )
-probed = jit(forward.probed, static_argnames=("config", "image_count"))
+probe = jit(forward.probe, static_argnames=("config", "image_count"))
 decode_step = jit(forward.decode_step, static_argnames="config", donate_argnames="state")
 
 
 def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tuple[State, Step]:
-    """Appends one token per sample and returns the logits of the next; `state` is donated.
+    """Appends one token per sample and returns the next logits; `state` is donated.
 
     Raises:
-        LVLMError: the state is full, or not one token per sample.
+        LVLMError: the state is full, or there is not one token per sample.
     """
     expected = state.position.shape
     if not hasattr(tokens, "shape") and not (isinstance(tokens, Sequence) and len(tokens) == expected[0]):
@@ -81,14 +81,14 @@ def decode(params: dict, config: FamilyConfig, state: State, tokens: Any) -> tup
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Answers under way.
+    """Running answers.
 
     Attributes:
-        state: caches; every written token but the last has been run.
-        tokens, logprobs: what was generated, M columns reserved.
-        count: columns written.
-        length: per sample, tokens up to and including its stop token, or `count` while it runs.
-        finished: samples that reached a stop token, or whose logits were not finite (`Sampling.pick`).
+        state: caches; every token except the last has been run.
+        tokens, logprobs: generated tokens, in buffers of M columns.
+        count: number of columns written.
+        length: per sample, number of tokens including the stop token; `count` while it runs.
+        finished: samples that generated a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per sample.
         seen: tokens of prompt and answer; None unless a repetition penalty needs it.
@@ -116,7 +116,7 @@ def choose_first(
     stop: Int[Array, "N"],
     answer_capacity: int,
 ) -> Answers:
-    """Chooses the first token after a prefill, whose caches hold `answer_capacity` tokens more."""
+    """Chooses the first token after a prefill whose caches have room for `answer_capacity` more tokens."""
     batch, vocabulary = logits.shape
     seen = None
     if "repetition_penalty" in sampling.rules:
@@ -179,9 +179,9 @@ advance_once = jit(advance, static_argnames="config", donate_argnames="answers")
 
 
 def stream(params: dict, config: FamilyConfig, answers: Answers, limit: int) -> Iterator[Answers]:
-    """Yields the answers after every token, the first included, until all stop or `limit` tokens are written.
+    """Yields the answers after every token, including the first, until all stop or `limit` tokens are written.
 
-    The yielded value is donated to the next step: read what you need before asking for the next.
+    The next step donates the yielded value: read what you need before you continue.
     """
     yield answers
     for _ in range(limit - 1):
