@@ -1,6 +1,6 @@
-"""Model families, keyed by the `model_type` of a Hugging Face `config.json`.
+"""Model families, by the `model_type` of a Hugging Face `config.json`.
 
-Adding one is a file here, which registers its two classes (`models.family`), and a key table in `weights/`.
+To add a family, write a file here that registers its two classes (`models.family`), and a key table in `weights/`.
 """
 
 import dataclasses
@@ -30,29 +30,29 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
     Raises:
         LVLMError: the model type or a value in the configuration is not supported.
     """
-    given = raw.get("model_type")
-    model_type = PUBLISHED_AS.get(given, given) if isinstance(given, str) else ""
+    model_type_given = raw.get("model_type")
+    model_type = PUBLISHED_AS.get(model_type_given, model_type_given) if isinstance(model_type_given, str) else ""
     if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise LVLMError(f"model_type {given!r} is not supported; expected one of {known}")
+        names = ", ".join(sorted(FAMILIES))
+        raise LVLMError(f"model_type {model_type_given!r} is not supported; expected one of {names}")
     _refuse_quantized(raw)
     family = FAMILIES[model_type].config
     nested = family.nested(raw)
-    # Imported here: reading a configuration is the only thing in this room that needs transformers.
+    # Imported here, because only reading a configuration needs transformers.
     from transformers import CONFIG_MAPPING
 
     try:
-        # Families that transformers does not carry read their own dict.
+        # Families without a class in transformers read the dict themselves.
         hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
         config = family.from_hf(nested, hf)
-        hash(config)  # programs are compiled for it
-        config.blank()  # and are shown such a picture
+        hash(config)  # jit needs a hashable configuration
+        config.blank()  # fails here if the sizes are inconsistent
     except LVLMError:
         raise
-    except Exception as error:  # whatever the first bad field provokes in transformers, or in arithmetic with it
+    except Exception as error:  # an invalid field may raise anything in transformers or in arithmetic
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise LVLMError(f"config.json is not a valid {model_type} configuration: {reason}") from error
-    # What is written back is what was read, where a family had to nest it first.
+    # Keep the original dict for writing it back, even if the family nested it for reading.
     return config if nested is raw else dataclasses.replace(config, hf=raw)
 
 
@@ -71,7 +71,7 @@ def _refuse_quantized(raw: Mapping[str, Any]) -> None:
 
 
 def _quantization(given: Any) -> str:
-    """What people call a kind of quantization."""
+    """The usual name of a kind of quantization."""
     given = given if isinstance(given, Mapping) else {}
     kind = given.get("quant_method") or given.get("quant_algo")
     if kind is None and any(str(name).startswith(("load_in_", "bnb_", "_load_in_")) for name in given):
@@ -80,11 +80,11 @@ def _quantization(given: Any) -> str:
 
 
 def build(config: FamilyConfig, dtype: DTypeLike = jnp.float32, remat: bool = False) -> VisionLanguageModel:
-    """The Linen module of a configuration. `dtype` is the compute dtype."""
+    """The Linen module of a configuration; `dtype` is the compute dtype."""
     return FAMILIES[config.model_type].module(config, jnp.dtype(dtype), remat)
 
 
-@functools.lru_cache(maxsize=8)  # it traces the whole model
+@functools.lru_cache(maxsize=8)  # cached, because it traces the whole model
 def abstract_parameters(config: FamilyConfig, dtype: DTypeLike = jnp.float32) -> dict:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
     module = build(config, dtype)

@@ -25,7 +25,7 @@ class VisionConfig:
     patch_size: int
     hidden_act: str
     layer_norm_eps: float
-    qkv_bias: ClassVar[bool] = True  # a field of towers that may go without
+    qkv_bias: ClassVar[bool] = True  # some towers have no such biases
 
     @property
     def num_patches(self) -> int:
@@ -87,7 +87,7 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream; `mask` says which patches may be seen."""
+    """Attention and MLP, each after its norm and added to the residual stream; `mask` marks visible patches."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -102,7 +102,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """Images to hidden states."""
+    """Maps images to hidden states."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -111,7 +111,7 @@ class ClipTower(nn.Module):
     def __call__(self, pixels: Float[Array, "I 3 Y X"]) -> list[Float[Array, "I P W"]]:
         """Returns the hidden states of I images: the normalised embeddings, then each layer's output.
 
-        P counts the class token, then the patches row by row. States that the caller leaves unused cost nothing
+        P counts the class token and the patches, row by row. Hidden states that the caller does not use cost nothing
         once compiled.
         """
         config = self.config
@@ -130,6 +130,6 @@ class ClipTower(nn.Module):
         states = [layer_norm(config.layer_norm_eps, self.dtype, "pre_layernorm")(x)]
         for index in range(config.num_layers):
             states.append(ClipLayer(config, self.dtype, name=f"layers_{index}")(states[-1]))
-        # Part of every CLIP checkpoint, though language models read the states before it.
+        # Part of every CLIP checkpoint, although language models read the states before it.
         layer_norm(config.layer_norm_eps, self.dtype, "post_layernorm")(states[-1])
         return states

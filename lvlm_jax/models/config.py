@@ -1,7 +1,7 @@
 """Model configurations: frozen, hashable records read from a Hugging Face `config.json`.
 
-Defaults that the file leaves out are those of the transformers configuration classes. A value that this
-library cannot honour is an error that names it, never a silent default.
+If the file leaves a value out, the default of the transformers configuration class applies. An unsupported value is an
+error that names it.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTraits:
-    """What sets one decoder family apart, besides sizes: one line per family in `DECODERS`."""
+    """What distinguishes a decoder family besides its sizes; one line per family in `DECODERS`."""
 
-    attention_bias: bool | str  # on q, k, v; a string names the configuration field that says so
+    attention_bias: bool | str  # whether q, k, v have one; a string names the configuration field
     output_bias: bool | str
     mlp_bias: bool | str = False
     qk_norm: bool = False
@@ -26,7 +26,7 @@ class DecoderTraits:
     scaled_embedding: bool = False
     whole_images: bool = False
     rope_pairs: bool = False
-    rope_sections: tuple[int, ...] = ()  # of multimodal positions, where the configuration does not say
+    rope_sections: tuple[int, ...] = ()  # of multimodal positions, if the configuration does not set them
     rope_interleaved: bool = False
 
 
@@ -66,13 +66,13 @@ class DecoderConfig:
     """A decoder.
 
     Attributes:
-        local_rope: rotary positions of the layers with a sliding window, where they have their own.
+        local_rope: rotary positions of layers with a sliding window, if they differ.
         sliding_window: one entry per layer: a width in tokens, or None; empty for full attention everywhere.
-        output_norms: attention and MLP are normalised again before they are added to the stream.
+        output_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         norm_offset: norms multiply by one plus their parameter.
         embedding_scale: factor on token embeddings; image tokens are not scaled.
-        query_scale: factor on attention logits, where it is not head_dim ** -0.5.
-        whole_images: image tokens see the later ones of their image too.
+        query_scale: factor on attention logits, if it is not head_dim ** -0.5.
+        whole_images: image tokens also see later tokens of their image.
     """
 
     model_type: str
@@ -103,8 +103,8 @@ class DecoderConfig:
     def __post_init__(self):
         for rope in self.ropes:
             planes = int(self.head_dim * rope.share) // 2
-            whole = rope.interleaved or sum(rope.sections) == planes
-            if rope.sections and not (whole and len(rope.sections) == 3):
+            is_valid = rope.interleaved or sum(rope.sections) == planes
+            if rope.sections and not (is_valid and len(rope.sections) == 3):
                 raise LVLMError(
                     f"text_config.rope_parameters.mrope_section {list(rope.sections)} is not supported for heads of "
                     f"{2 * planes} rotating channels; expected three numbers that sum to {planes}"
@@ -120,12 +120,12 @@ class DecoderConfig:
         return self.rope if self.local_rope is None or self.window(layer) is None else self.local_rope
 
     def window(self, layer: int) -> int | None:
-        """Width of the sliding window of a layer, None for full attention."""
+        """Width of a layer's sliding window, None for full attention."""
         return self.sliding_window[layer] if self.sliding_window else None
 
     @property
     def large(self) -> bool:
-        """Whether its layers have a billion parameters, beside whose activations a backward pass finds little room."""
+        """Whether its layers have a billion parameters; then activations leave little memory for a backward pass."""
         mixing = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         return self.num_layers * self.hidden_size * (mixing + 3 * self.intermediate_size) >= 1e9
 
@@ -177,10 +177,10 @@ class DecoderConfig:
 
 
 def special_tokens(hf: Any) -> dict[str, Any]:
-    """`eos_token_ids`, `pad_token_id` and `bos_token_id` of a configuration, from itself or from its `text_config`."""
+    """`eos_token_ids`, `pad_token_id` and `bos_token_id`, from a configuration or its `text_config`."""
 
     def given(name: str, default: Any) -> Any:
-        return first_given(getattr(hf, name, None), getattr(hf.text_config, name, None), default)
+        return first_not_none(getattr(hf, name, None), getattr(hf.text_config, name, None), default)
 
     eos = given("eos_token_id", ())
     return {
@@ -191,21 +191,21 @@ def special_tokens(hf: Any) -> dict[str, Any]:
 
 
 def decoder_config(hf: Any) -> DecoderConfig:
-    """The decoder of a composite configuration, which may tie embeddings in its text part or at its top."""
+    """The decoder of a composite configuration; embeddings may be tied in its text part or at its top."""
     text = DecoderConfig.from_hf(hf.text_config)
     return dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings))
 
 
-def first_given(*values: Any) -> Any:
+def first_not_none(*values: Any) -> Any:
     """The first value that is not None."""
     return next(value for value in values if value is not None)
 
 
 def activation_name(field: str, name: str) -> str:
-    """A supported activation of the configuration.
+    """Returns the name of an activation if it is supported.
 
     Raises:
-        LVLMError: another one.
+        LVLMError: it is not.
     """
     if name not in ACTIVATIONS:
         raise LVLMError(f"{field} {name!r} is not supported; expected one of {', '.join(ACTIVATIONS)}")
@@ -213,7 +213,7 @@ def activation_name(field: str, name: str) -> str:
 
 
 def _sliding_window(text: Any) -> tuple[int | None, ...]:
-    """Per-layer window widths; empty when every layer sees the whole context."""
+    """The window width of each layer; empty if every layer sees the whole context."""
     width = getattr(text, "sliding_window", None)
     if not width:
         return ()
@@ -235,10 +235,10 @@ def _local_rope(text: Any, traits: DecoderTraits) -> RopeConfig | None:
 
 
 def _rope_from_hf(text: Any, layer_type: str, traits: DecoderTraits) -> RopeConfig:
-    """The rotary positions of a kind of layer, where the configuration tells kinds apart."""
-    given = dict(text.rope_parameters or {})
-    given = dict(given.get(layer_type, given))
-    kind = given.pop("rope_type", given.pop("type", "default"))
+    """The rotary positions for a type of layer, if the configuration distinguishes types."""
+    parameters = dict(text.rope_parameters or {})
+    parameters = dict(parameters.get(layer_type, parameters))
+    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     names = {
         "rope_theta": "theta",
         "factor": "factor",
@@ -252,13 +252,13 @@ def _rope_from_hf(text: Any, layer_type: str, traits: DecoderTraits) -> RopeConf
         "mscale": "mscale",
         "mscale_all_dim": "mscale_all_dim",
     }
-    known = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs) is not None}
-    known.setdefault("original_length", text.max_position_embeddings)
+    values = {ours: parameters[theirs] for theirs, ours in names.items() if parameters.get(theirs) is not None}
+    values.setdefault("original_length", text.max_position_embeddings)
     return RopeConfig(
         kind="default" if kind == "mrope" else kind,
-        share=given.get("partial_rotary_factor", 1.0),
+        share=parameters.get("partial_rotary_factor", 1.0),
         pairs=traits.rope_pairs,
-        sections=tuple(given.get("mrope_section") or traits.rope_sections),
-        interleaved=bool(given.get("mrope_interleaved", traits.rope_interleaved)),
-        **known,
+        sections=tuple(parameters.get("mrope_section") or traits.rope_sections),
+        interleaved=bool(parameters.get("mrope_interleaved", traits.rope_interleaved)),
+        **values,
     )

@@ -1,7 +1,7 @@
-"""The decoder: LLaMA, Vicuna, Mistral, InternLM, Qwen, GLM and Gemma differ by configuration only.
+"""The decoder: LLaMA, Vicuna, Mistral, InternLM, Qwen, GLM and Gemma differ only in their configuration.
 
-Hidden states carry a leading branch axis, `Float[Array, "N B T E"]`: one pass over the weights serves greedy
-decoding (N = 1) and a contrastive method (N = 2) alike.
+Hidden states have a leading branch axis, `Float[Array, "N B T E"]`, so that one pass over the weights serves greedy
+decoding (N = 1) and a contrastive method (N = 2).
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from lvlm_jax.models.layers import Embed, activation, linear, rms_norm, tied_hea
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotations:
-    """The rotations of one forward pass in all layers of a kind: of the rows, and of `Context.image_shift`."""
+    """The rotations that all layers of a kind share in one forward pass: of the rows, and of `Context.image_shift`."""
 
     rows: Rotation
     shift: Rotation | None
 
     @classmethod
     def of(cls, rope: RopeConfig, head_dim: int, contexts: tuple[Context, ...]) -> "Rotations":
-        """The rotations of all branches; a branch axis comes first where their positions differ."""
+        """The rotations of all branches; with a leading branch axis if their positions differ."""
         positions, shift = contexts[0].positions, contexts[0].image_shift
         if any(context is not contexts[0] for context in contexts):
             positions = jnp.stack([context.positions for context in contexts])
@@ -51,13 +51,13 @@ def shift_rotation(rope: RopeConfig, head_dim: int, shift: Float[Array, "*A B S"
 
 
 class Decoded(NamedTuple):
-    """What one pass through the decoder gives.
+    """The result of one pass through the decoder.
 
     Attributes:
         hidden: final normalised hidden states.
-        columns: per layer the columns that were seen: fresh ones in prefill, the updated caches in decode.
+        columns: per layer, the columns that rows see: fresh ones in prefill, the updated caches in decode.
         carries: the last carry of each branch.
-        tapped: what was asked for; exits still as hidden states.
+        tapped: the tapped arrays; exits are still hidden states.
     """
 
     hidden: Float[Array, "N B T E"]
@@ -91,7 +91,7 @@ class DecoderAttention(nn.Module):
             return split.swapaxes(2, 3)
 
         query = project("q_proj", config.num_heads, "q_norm")
-        if config.query_scale is not None:  # attention divides by the root of head_dim
+        if config.query_scale is not None:  # `attend` divides by the root of head_dim
             query = query * (config.query_scale * config.head_dim**0.5)
         key = rotate(project("k_proj", config.num_kv_heads, "k_norm"), rotations.rows)
         value = project("v_proj", config.num_kv_heads)
@@ -115,7 +115,7 @@ class DecoderAttention(nn.Module):
 
 
 def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]) -> LayerCache:
-    """What the rows see: in prefill the prefix and their own fresh columns, in decode the caches they write into."""
+    """The columns that rows see: in prefill the prefix and their own fresh columns, in decode the updated caches."""
     fresh = tuple(Block(k, v) for k, v in zip(key, value, strict=True))
     if cache is None:
         return LayerCache(None, fresh)
@@ -126,20 +126,20 @@ def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, context
     return LayerCache(cache.prefix, tuple(block.write(new, context.first_row - start) for block, new, context in own))
 
 
-def _has(stage: str, transforms: tuple[Transform | None, ...]) -> bool:
-    """Whether any branch has a stage outside attention."""
+def _any_overrides(stage: str, transforms: tuple[Transform | None, ...]) -> bool:
+    """Whether any branch overrides a stage outside attention."""
     return any(transform is not None and overrides(transform, stage) for transform in transforms)
 
 
-def _stacked(
+def _edit_branches(
     edit: Callable[[int, Transform], jax.Array], x: Float[Array, "N B T E"], transforms: tuple[Transform | None, ...]
 ) -> Float[Array, "N B T E"]:
-    """`x` with `edit(branch, transform)` in the place of every branch that has a transform."""
+    """Replaces `x` by `edit(branch, transform)` for every branch that has a transform."""
     edited = [x[i] if transform is None else edit(i, transform) for i, transform in enumerate(transforms)]
     return jnp.stack(edited).astype(x.dtype)
 
 
-def _behind(
+def _residual_stage(
     layer: int, num_layers: int, phase: str, x: Float[Array, "N B T E"], branch: int, transform: Transform
 ) -> Float[Array, "B T E"]:
     """The stage "residual" of one branch."""
@@ -164,7 +164,7 @@ class DecoderMlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream."""
+    """Attention and MLP, each after its norm and added to the residual stream."""
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -195,7 +195,7 @@ class DecoderLayer(nn.Module):
                 exit_logits=edits.exit_logits,
             )
 
-        if _has("enter", transforms):
+        if _any_overrides("enter", transforms):
             carries = tuple(
                 transform.enter(stream(i, None)) if transform else carries[i] for i, transform in enumerate(transforms)
             )
@@ -206,17 +206,19 @@ class DecoderLayer(nn.Module):
         x = x + (norm("attention_output_norm")(mixed) if config.output_norms else mixed)
         normed = mlp_norm(x)
         mixed = output_norm(mlp(normed))
-        if _has("mlp", transforms):
-            mixed = _stacked(lambda i, transform: transform.mlp(stream(i, normed[i]), mixed[i]), mixed, transforms)
+        if _any_overrides("mlp", transforms):
+            mixed = _edit_branches(
+                lambda i, transform: transform.mlp(stream(i, normed[i]), mixed[i]), mixed, transforms
+            )
         return x + mixed, columns, carries, tapped
 
 
 class Decoder(nn.Module):
-    """Embeddings to hidden states to logits.
+    """Maps tokens to embeddings, embeddings to hidden states, and hidden states to logits.
 
     Attributes:
         config: sizes and switches.
-        dtype: compute dtype; float32 for norms, angles and softmax regardless.
+        dtype: compute dtype; norms, angles and softmax are float32 regardless.
         remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -235,7 +237,8 @@ class Decoder(nn.Module):
             self.lm_head = linear(config.vocab_size, self.dtype, None)
 
     def embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T E"]:
-        # XLA makes a slice of the lookup of a single token, and gathers a table that lies on several devices for it.
+        # XLA turns the lookup of a single token into a slice, for which it gathers a table that is sharded over
+        # devices.
         alone = tokens.size == 1
         embedded = self.embed_tokens(jnp.repeat(tokens, 2, axis=0))[:1] if alone else self.embed_tokens(tokens)
         scale = self.config.embedding_scale
@@ -252,12 +255,12 @@ class Decoder(nn.Module):
         """Runs all layers.
 
         Args:
-            x: input embeddings per branch; with deepstack layers E (1 + layers) channels in a prompt, of which the k-th
-                E are added to the stream behind layer k - 1.
-            contexts: rows, columns, masks, phase; one for each branch, or one that all share.
-            caches: per layer; None when the rows are all there is.
+            x: input embeddings per branch. With deepstack layers, a prompt has E (1 + layers) channels; the k-th
+                further E channels are added to the residual stream after layer k - 1.
+            contexts: rows, columns, masks, phase; one per branch, or one for all.
+            caches: per layer; None if the rows see only each other.
             transforms: one (or None) per branch; None for plain attention everywhere.
-            tap: what to return besides.
+            tap: what else to return.
         """
         transforms = transforms or (None,) * x.shape[0]
         contexts = (contexts,) * x.shape[0] if isinstance(contexts, Context) else contexts
@@ -270,17 +273,19 @@ class Decoder(nn.Module):
         )
         depth = config.num_layers
         tap = tap or Tap()
-        seen, weights, streams = [], [], [x]
+        all_columns, weights, streams = [], [], [x]
         for index, layer in enumerate(self.layers):
-            here = at_layer(transforms, index, depth)
-            edits = LayerEdits(here, carries, index, depth, tap, functools.partial(self.exit_logits, norm=True))
+            layer_transforms = at_layer(transforms, index, depth)
+            edits = LayerEdits(
+                layer_transforms, carries, index, depth, tap, functools.partial(self.exit_logits, norm=True)
+            )
             rotation = rotations[config.layer_rope(index)]
             x, columns, carries, tapped = layer(x, contexts, rotation, caches and caches[index], edits)
             x = x + added[index] if index < len(added) else x
-            if _has("residual", here):
-                edit = functools.partial(_behind, index, depth, contexts[0].phase, x)
-                x = _stacked(edit, x, here)
-            seen.append(columns)
+            if _any_overrides("residual", layer_transforms):
+                edit = functools.partial(_residual_stage, index, depth, contexts[0].phase, x)
+                x = _edit_branches(edit, x, layer_transforms)
+            all_columns.append(columns)
             weights += [tapped] if tap.wants(index) else []
             streams.append(x)
         rows = slice(None) if tap.rows == "all" else slice(-1, None)
@@ -289,10 +294,10 @@ class Decoder(nn.Module):
             hidden=jnp.stack([streams[i][:, :, rows] for i in tap.hidden]) if tap.hidden else None,
             exits=jnp.stack([streams[i][:, :, -1] for i in tap.exits]) if tap.exits else None,
         )
-        return Decoded(self.norm(x), tuple(seen), carries, tapped)
+        return Decoded(self.norm(x), tuple(all_columns), carries, tapped)
 
     def exit_logits(self, hidden: Float[Array, "*T E"], norm: bool) -> Float[Array, "*T V"]:
-        """Logits that a hidden state inside the stack would give, with or without the final norm."""
+        """Logits of a hidden state inside the stack, with or without the final norm."""
         return self.head(self.norm(hidden) if norm else hidden)
 
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:

@@ -1,7 +1,7 @@
 """The EVA-CLIP vision tower (arXiv 2303.15389) as BLIP-2 and InstructBLIP use it: ViT-g without its last layer.
 
-It is CLIP's stack of layers on patches projected with a bias, without a norm in front. What is read is the last hidden
-state, normalised, class token included.
+It is CLIP's stack of layers, without a norm before them; the patch projection has a bias. The connector reads the
+normalised last hidden state, class token included.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lvlm_jax.models.vision import patch_convolution
 
 @dataclasses.dataclass(frozen=True)
 class EvaConfig(VisionConfig):
-    """An EVA-CLIP vision tower. Sizes in pixels; `qkv_bias`: queries, keys and values have a bias."""
+    """An EVA-CLIP vision tower. Sizes in pixels; `qkv_bias`: whether queries, keys and values have a bias."""
 
     qkv_bias: bool = True
 
@@ -29,7 +29,7 @@ class EvaConfig(VisionConfig):
         """Reads a transformers `InstructBlipVisionConfig`.
 
         Raises:
-            LVLMError: an unsupported activation, pictures or patches that are not square.
+            LVLMError: an unsupported activation, or images or patches that are not square.
         """
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(vision, name), int):
@@ -50,14 +50,14 @@ class EvaConfig(VisionConfig):
 
 
 class EvaTower(nn.Module):
-    """Images to the tower's last hidden state."""
+    """Maps images to the tower's last hidden state."""
 
     config: EvaConfig
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P W"]:
-        """P counts the class token, then the patches row by row."""
+        """P counts the class token and the patches, row by row."""
         config = self.config
         patches = patch_convolution(
             pixels, config.hidden_size, config.patch_size, self.dtype, "patch_embedding", use_bias=True

@@ -1,4 +1,5 @@
-"""What a model family is: a configuration that answers for it, and a tower and connector before the common decoder.
+"""The parts of a model family: a configuration class, and a module with a tower and a connector before the common
+decoder.
 
 A family's file defines a subclass of `FamilyConfig` and one of `VisionLanguageModel`, and registers the latter:
 
@@ -29,25 +30,24 @@ from lvlm_jax.models.pictures import Arrays, Pictures
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyConfig(abc.ABC):
-    """The configuration of a model, and what the library asks of its family.
+    """The configuration of a model, with the hooks that the library calls.
 
-    A subclass must have `from_hf`, `pictures`, `blank` and `token_map`. The other hooks have defaults, which fit a
-    family with a processor in transformers that writes one placeholder for each image token.
+    A subclass must define `from_hf`, `pictures`, `blank` and `token_map`. The defaults of the other hooks fit a family
+    whose processor in transformers writes one placeholder per image token.
 
     Attributes:
         text: the decoder.
-        vision: the vision tower; families have classes of their own for it.
-        image_token_id: the placeholder: what stands in a prompt for an image token. It may lie behind the vocabulary.
+        vision: the vision tower, of a class of the family's own.
+        image_token_id: the placeholder of an image token in a prompt. It may be larger than any id of the vocabulary.
         eos_token_ids: tokens that end an answer.
-        pad_token_id: what fills up the prompts of a batch.
-        bos_token_id: what a prompt begins with; -1 for none.
+        pad_token_id: the padding token.
+        bos_token_id: the beginning-of-text token; -1 for none.
         model_type: the family's key in `FAMILIES`.
-        hf: the Hugging Face configuration as read, for writing it back; takes no part in equality.
-        nested_images: a class attribute; processors are told which images come together in one prompt.
-        processor_name: a class attribute; the class of transformers that reads the processor, where it is not the one
-            of `model_type`.
-        reads_instruction: a class attribute; an image's tokens depend on the text of its prompt (see `instructed`).
-        tiled: a class attribute; pictures are cut into tiles beside a view of the whole.
+        hf: the original Hugging Face configuration, for writing it back; ignored by equality.
+        nested_images: class attribute; whether processors get a list of images per prompt.
+        processor_name: class attribute; the processor's class in transformers, if it is not that of `model_type`.
+        reads_instruction: class attribute; image tokens depend on the text of the prompt (see `instructed`).
+        tiled: class attribute; images are split into tiles beside a view of the whole.
     """
 
     text: DecoderConfig
@@ -65,14 +65,14 @@ class FamilyConfig(abc.ABC):
     tiled: ClassVar[bool] = False
 
     def __post_init__(self):
-        """Checks that tokens named by the configuration have rows in the embedding.
+        """Checks that the embedding has a row for every special token.
 
         Raises:
-            LVLMError: one has none.
+            LVLMError: a row is missing.
         """
         rows = self.text.vocab_size
-        named = {"pad_token_id": (self.pad_token_id,), "eos_token_id": self.eos_token_ids}
-        for name, tokens in named.items():
+        special = {"pad_token_id": (self.pad_token_id,), "eos_token_id": self.eos_token_ids}
+        for name, tokens in special.items():
             if stray := [token for token in tokens if token >= rows]:
                 raise LVLMError(
                     f"{name} is {stray[0]}, and the model's embedding has rows for 0 to {rows - 1}; correct it in "
@@ -86,7 +86,7 @@ class FamilyConfig(abc.ABC):
 
         Args:
             raw: the dict of `config.json`.
-            hf: transformers' configuration object of it; None for a family that transformers does not carry.
+            hf: its configuration object in transformers; None for a family without a class there.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -94,45 +94,45 @@ class FamilyConfig(abc.ABC):
 
     @classmethod
     def nested(cls, raw: dict) -> dict:
-        """`config.json` with the decoder's fields in `text_config`, where transformers expects them."""
+        """`config.json` with the decoder's fields moved to `text_config`, where transformers expects them."""
         return raw
 
     @abc.abstractmethod
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes of all images of a batch; None without images.
+        """The tower's inputs for all images of a batch; None without images.
 
         Args:
-            parts: what the processor made of the images, one mapping for each call of it.
+            parts: the processor's arrays, one mapping per call of it.
             prompts: token ids `Int[T]` of each sample, with placeholders.
 
         Raises:
-            LVLMError: arrays that are missing, of other shapes, not finite, or that do not fit the prompts.
+            LVLMError: arrays are missing, have other shapes, are not finite, or do not fit the prompts.
         """
 
     @abc.abstractmethod
     def blank(self) -> Pictures:
-        """One empty image of the smallest form, as `pictures` would give it; parameters are created with it."""
+        """One empty image of the smallest size, in the form of `pictures`; used to initialise parameters."""
 
     @abc.abstractmethod
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"] | None:
-        """Which of an image's tokens, from 0, shows each place of the picture; None where tokens have no places.
+        """The image token (from 0) that shows each place of the image; None if tokens have no places.
 
         Args:
-            pictures: of `pictures`.
-            image: its number among them.
+            pictures: the result of `pictures`.
+            image: the image's index in it.
         """
 
     @property
     def tokens_per_image(self) -> int | None:
-        """How many tokens every image takes, if they follow from the picture alone; None otherwise.
+        """How many tokens every image takes; None if it depends on more than the image.
 
-        With a number, images can be encoded ahead of their prompts and used in several.
+        If it is a number, images can be encoded before their prompts and reused.
         """
         return None
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """Attributes of the processor that older checkpoints leave out, by name; set where its file has none."""
+        """Attributes of the processor that older checkpoints leave out; set if the processor's file lacks them."""
         return {}
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
@@ -141,44 +141,44 @@ class FamilyConfig(abc.ABC):
         Raises:
             LVLMError: stop words that are not supported.
         """
-        given = generation.get("eos_token_id")
-        if given is None:
+        eos = generation.get("eos_token_id")
+        if eos is None:
             return self.eos_token_ids
-        tokens = tuple(given) if isinstance(given, list) else (given,)
+        tokens = tuple(eos) if isinstance(eos, list) else (eos,)
         if not all(type(token) is int for token in tokens):
             raise LVLMError(
-                f"generation_config.json: eos_token_id is {str(given)[:60]!r}; expected a token id, or a list of them"
+                f"generation_config.json: eos_token_id is {str(eos)[:60]!r}; expected a token id, or a list of them"
             )
         return tokens
 
     def mark_images(self, prompt: np.ndarray) -> np.ndarray:
-        """A prompt `Int[T]` with placeholders where the family's tokenizer writes other tokens for images.
+        """Puts placeholders into a prompt `Int[T]` if the family's tokenizer writes other tokens for images.
 
         Raises:
-            LVLMError: a prompt whose images cannot be told.
+            LVLMError: the images in the prompt are ambiguous.
         """
         return prompt
 
     def placed(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """The prompts, with placeholders where the family's processor leaves them out.
+        """The prompts, with placeholders added if the family's processor leaves them out.
 
         Args:
             parts: as for `pictures`.
             prompts: token ids `Int[T]` of each sample.
 
         Raises:
-            LVLMError: images that could belong to any of the prompts.
+            LVLMError: it is unclear which prompt an image belongs to.
         """
         del parts
         return prompts
 
     def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool) -> dict[str, np.ndarray]:
-        """The geometry of the same images, read with other words; only if `reads_instruction`.
+        """The geometry of the same images read with another instruction; only if `reads_instruction`.
 
         Args:
-            geometry: of `pictures`; empty without images.
-            words: ids of the vocabulary in which the instruction is read.
-            keep: whether the instruction follows the words, or gives way to them.
+            geometry: the geometry of `pictures`; empty without images.
+            words: token ids in the vocabulary of the instruction.
+            keep: whether the old instruction follows the words, or is replaced by them.
 
         Raises:
             LVLMError: words outside that vocabulary, or an instruction that becomes too long.
@@ -186,34 +186,34 @@ class FamilyConfig(abc.ABC):
         raise NotImplementedError(f"images of {self.model_type} are read without an instruction")
 
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R ..."]:
-        """The tower's pixels if all images showed one picture; by default each row is a picture.
+        """The tower's pixels if all images showed the same image; by default each row is an image.
 
         Args:
             pictures: the images that it replaces.
-            picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+            picture: returns its pixel values `Float[3, height, width]` for a height and a width.
         """
         return np.broadcast_to(picture(*pictures.pixels.shape[2:]), pictures.pixels.shape)
 
     def altered(
         self, pictures: Pictures, index: Int[np.ndarray, "R"], change: Callable[[Array, Array], Array]
     ) -> Float[Array, "R ..."]:
-        """The tower's pixels with every picture changed; by default each row is a picture.
+        """The tower's pixels with every image changed; by default each row is an image.
 
         Args:
             pictures: the images.
-            index: handed on with each row.
-            change: makes of pixel values `Float[3, height, width]` and an index others.
+            index: second argument of `change` for each row.
+            change: maps pixel values `Float[3, height, width]` and an index to new pixel values.
         """
         return jax.vmap(change)(jnp.asarray(pictures.pixels), jnp.asarray(index))
 
 
 class VisionLanguageModel(nn.Module):
-    """Base of the families' modules: what generation asks of a model.
+    """Base class of the families' modules, with the functions that generation calls.
 
-    A family makes `language_model` (a `Decoder`) and its tower in `setup`, and says in
-    `encode_images(pixels, **geometry)` what becomes of `Pictures`: image tokens in reading order, as `Float[I, P, E]`
-    or flat `Float[N, E]`, where tokens behind the last image only fill a bucket. Decoders with deepstack layers are
-    given tokens of E (1 + layers) channels.
+    A family creates `language_model` (a `Decoder`) and its tower in `setup`, and defines `encode_images(pixels,
+    **geometry)`, which turns `Pictures` into image tokens in reading order: `Float[I, P, E]`, or flat `Float[N, E]`, in
+    which tokens after the last image are filler. For a decoder with deepstack layers, tokens have E (1 + layers)
+    channels.
     """
 
     config: FamilyConfig
@@ -223,11 +223,11 @@ class VisionLanguageModel(nn.Module):
     def embed(
         self, tokens: Int[Array, "B T"], image_tokens: Float[Array, "*N E"] | None = None
     ) -> Float[Array, "B T E"]:
-        """Token embeddings, image placeholders replaced by the image tokens in reading order."""
+        """Token embeddings, with placeholders replaced by the image tokens in reading order."""
         if image_tokens is None:
             return self.language_model.embed(tokens)
         placeholder = tokens == self.config.image_token_id
-        # A placeholder may lie behind the vocabulary; it is replaced, so any word will do.
+        # A placeholder may have no row in the embedding; it is replaced anyway, so any row will do.
         embedded = self.language_model.embed(jnp.where(placeholder, 0, tokens))
         flat = image_tokens.reshape(-1, image_tokens.shape[-1]).astype(embedded.dtype)
         embedded = jnp.pad(embedded, ((0, 0), (0, 0), (0, flat.shape[1] - embedded.shape[2])))
@@ -235,10 +235,10 @@ class VisionLanguageModel(nn.Module):
         return jnp.where(placeholder[..., None], flat[jnp.clip(order, 0, flat.shape[0] - 1)], embedded)
 
     def salience(self, pixels: Float[Array, "R ..."], **geometry: Array) -> Float[Array, "N"]:
-        """How much the tower's class token looks at each image token, in reading order.
+        """The attention that the tower's class token pays to each image token, in reading order.
 
         Raises:
-            LVLMError: the tower has none.
+            LVLMError: the tower has no class token.
         """
         del pixels, geometry
         raise LVLMError(
@@ -259,7 +259,7 @@ class VisionLanguageModel(nn.Module):
         return self.language_model.head(hidden)
 
     def __call__(self, tokens: Int[Array, "B T"], pixels: Float[Array, "R ..."], geometry: dict, context) -> jax.Array:
-        """Logits of every row, without a cache; also what creates the parameters."""
+        """Logits of every row, without a cache; also used to initialise the parameters."""
         image_tokens = self.encode_images(pixels, **geometry)
         return self.head(self.decode(self.embed(tokens, image_tokens)[None], context).hidden[0])
 
@@ -271,10 +271,10 @@ class Family(NamedTuple):
     module: type[VisionLanguageModel]
 
 
-# By the `model_type` of a `config.json`; every file of this folder adds its own.
+# By the `model_type` of `config.json`; every file of this folder adds its family.
 FAMILIES: dict[str, Family] = {}
 
-# Families whose published `config.json` has another `model_type`, by that one.
+# Families whose published `config.json` has another `model_type`, by that `model_type`.
 PUBLISHED_AS: dict[str, str] = {}
 
 
@@ -286,10 +286,10 @@ def family(
     Args:
         model_types: the family's keys in `FAMILIES`. The key table of `x` is `TABLE` in `weights/x.py`; if there is a
             file `processors/x.py`, its `load` makes the processor.
-        published_as: the `model_type` of the published `config.json`, where it is another one.
+        published_as: the `model_type` of the published `config.json`, if it is another one.
 
     Raises:
-        ValueError: a model type that another family has.
+        ValueError: another family already has the model type.
     """
 
     def register(module: type[VisionLanguageModel]) -> type[VisionLanguageModel]:

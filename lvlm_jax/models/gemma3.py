@@ -1,7 +1,7 @@
-"""Gemma 3 (arXiv 2503.19786): SigLIP tower, averaged patches behind one projection, Gemma decoder.
+"""Gemma 3 (arXiv 2503.19786): SigLIP tower, averaged patches with one projection, Gemma decoder.
 
-Every placeholder run of the prompt is one image. With pan and scan a processor cuts crops from long pictures and gives
-them runs of their own, which count as further images, unless the arrays say with `num_crops` whose they are.
+Every run of placeholders in the prompt is one image. With pan and scan, the processor cuts crops from long images and
+gives each its own run; these count as further images, unless `num_crops` assigns them to their image.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lvlm_jax.models.config import decoder_config, special_tokens
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear, rms_norm
-from lvlm_jax.models.pictures import Arrays, Pictures, gathered, square_map, square_pixels, whole_pictures
+from lvlm_jax.models.pictures import Arrays, Pictures, named_arrays, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 
 
@@ -36,12 +36,12 @@ class Gemma3Config(FamilyConfig):
 
     @property
     def tokens_per_image(self) -> int:
-        """How many tokens every image takes, a crop of pan and scan counting as one."""
+        """How many tokens every image takes; a crop of pan and scan counts as an image."""
         return (self.vision.side // self.pool) ** 2
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Gemma3Config":
-        """Reads a transformers `Gemma3Config` object; `raw` is the dict it came from.
+        """Reads a transformers `Gemma3Config` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -65,36 +65,36 @@ class Gemma3Config(FamilyConfig):
         )
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` `[R, 3, Y, X]`; None without images.
+        """The tower's inputs, from a processor's `pixel_values` `[R, 3, Y, X]`; None without images.
 
-        `num_crops` `[I]`, where it is given, says how many of the rows behind each image are its crops.
+        `num_crops` `[I]`, if given, says how many of the rows after each image are its crops.
 
         Raises:
-            LVLMError: pixels of another shape, or that are not finite, or crops that are not the rows of the pixels.
+            LVLMError: pixels have another shape or are not finite, or `num_crops` does not match them.
         """
         del prompts
         pixels = square_pixels(parts, self.vision.image_size)
         if pixels is None:
             return None
-        if not gathered(parts, "num_crops"):
+        if not named_arrays(parts, "num_crops"):
             return whole_pictures(pixels, self.tokens_per_image)
         rows = np.concatenate([_rows_per_image(part) for part in parts if part.get("pixel_values") is not None])
         owner = np.repeat(np.arange(len(rows)), rows)
         return Pictures(pixels, owner, rows * self.tokens_per_image)
 
     def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
+        """One empty image, in the form of `pictures`."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it, in the view of the whole image."""
+        """The image token that shows each place of the image, in the view of the whole image."""
         del pictures, image
         return square_map(self.tokens_per_image)
 
 
 def _check_text(text: Any) -> None:
-    """Refuses what Gemma 3 configurations can say and no Gemma 3 checkpoint says."""
+    """Raises an `LVLMError` for options that configurations may have but no Gemma 3 checkpoint uses."""
     for name in ("final_logit_softcapping", "attn_logit_softcapping"):
         if getattr(text, name) is not None:
             raise LVLMError(f"text_config.{name} {getattr(text, name)} is not supported; expected null")
@@ -108,7 +108,7 @@ def _check_text(text: Any) -> None:
 
 
 def _rows_per_image(part: Arrays) -> np.ndarray:
-    """How many rows of a processor's pixels each of its images takes: itself and its crops."""
+    """How many rows of a processor's pixels each image takes: itself and its crops."""
     count, crops = len(part["pixel_values"]), part.get("num_crops")
     if crops is None:
         return np.ones(count, np.int64)
@@ -116,7 +116,7 @@ def _rows_per_image(part: Arrays) -> np.ndarray:
     if (crops < 0).any() or (1 + crops).sum() != count:
         raise LVLMError(
             f"num_crops {crops.tolist()} stands for {(1 + crops).sum()} rows of pixel_values, which has {count}; "
-            "expected one number for each image, its crops behind it"
+            "expected one number for each image, whose crops follow it"
         )
     return 1 + crops
 
@@ -133,7 +133,7 @@ class Connector(nn.Module):
         images, _, width = features.shape
         squares = vision.side // pool
         grid = features.reshape(images, vision.side, vision.side, width)
-        grid = grid[:, : squares * pool, : squares * pool]  # patches that fill no square are left out
+        grid = grid[:, : squares * pool, : squares * pool]  # incomplete squares at the border are left out
         pooled = grid.reshape(images, squares, pool, squares, pool, width).mean(axis=(2, 4))
         normed = rms_norm(vision.layer_norm_eps, self.dtype, "norm", offset=True)(pooled)
         projected = linear(self.config.text.hidden_size, self.dtype, "projection")(normed)
@@ -152,6 +152,6 @@ class Gemma3(VisionLanguageModel):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
-        """Image tokens of I images, as the decoder receives them."""
+        """Image tokens of I images, for the decoder."""
         _, features = self.vision_tower(pixels.astype(self.dtype))
         return self.connector(features)

@@ -1,7 +1,7 @@
-"""GLM-4.1V (arXiv 2507.01006): a tower for pictures of any size, a gated connector, a decoder with norms on both sides.
+"""GLM-4.1V (arXiv 2507.01006): a tower for images of any size, a gated connector, a decoder with norms on both sides.
 
-Gates, root-mean-square norms and positions of the tower: rotary ones in attention, and a learned grid that is resampled
-to each picture by cubic convolution.
+The tower has gated MLPs, root-mean-square norms, rotary positions in attention, and a learned grid of positions that is
+resampled to each image by cubic convolution.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from lvlm_jax.models.qwen_vision import (
     GatedMlp,
     PatchAttention,
     PatchEmbedding,
+    apply_in_chunks,
     axial_rotation,
-    by_chunks,
     in_reading_order,
     picture_attention,
 )
 
-# Of a flat `config.json`, what is not the decoder's; besides the tokens of images and videos.
+# The fields of a flat `config.json` that do not belong to the decoder, besides the tokens of images and videos.
 _TOP_FIELDS = (
     "architectures",
     "model_type",
@@ -43,18 +43,18 @@ _TOP_FIELDS = (
     "torch_dtype",
     "dtype",
 )
-CONNECTOR_EPSILON = 1e-5  # no configuration tells
+CONNECTOR_EPSILON = 1e-5  # in no configuration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Glm4vConfig(LoosePatchConfig):
-    """GLM-4.1V; its videos are told by what they begin with, for their frames share the token of images.
+    """GLM-4.1V. A video is recognised by its first token, because its frames use the token of images.
 
     Attributes:
         side: entries along each axis of the tower's table of positions.
-        connector_width: between gate and down projection of the connector.
-        attention_bias: of queries, keys and values of the tower.
-        rms_norm_eps: of the tower's norms.
+        connector_width: width between the gate and the down projection of the connector.
+        attention_bias: whether queries, keys and values of the tower have a bias.
+        rms_norm_eps: epsilon of the tower's norms.
     """
 
     side: int
@@ -65,7 +65,7 @@ class Glm4vConfig(LoosePatchConfig):
 
     @classmethod
     def nested(cls, raw: dict) -> dict:
-        """The published `config.json` is flat: the decoder's fields lie beside `vision_config`."""
+        """Nests the published `config.json`, which is flat: the decoder's fields are beside `vision_config`."""
         if "text_config" in raw or "hidden_size" not in raw:
             return raw
         top = {
@@ -76,21 +76,21 @@ class Glm4vConfig(LoosePatchConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Glm4vConfig":
-        """Reads a transformers `Glm4vConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `Glm4vConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
         """
         if "text_config" not in raw:
             raise LVLMError(
-                "config.json has no text_config; expected one beside vision_config, take the file from the model's "
+                "config.json has no text_config; expected one beside vision_config; use the file of the model's "
                 "current repository"
             )
         vision, text = hf.vision_config, decoder_config(hf)
         check_width(vision, text)
         if not isinstance(vision.image_size, int):
             raise LVLMError(f"vision_config.image_size {vision.image_size} is not supported; expected one number")
-        # The tower's layers are as wide inside as the decoder; `intermediate_size` is the connector's.
+        # The tower's MLPs are as wide as the decoder; `intermediate_size` belongs to the connector.
         sizes = tower_sizes(vision, vision.hidden_size, vision.out_hidden_size)
         return cls(
             text=text,
@@ -106,12 +106,12 @@ class Glm4vConfig(LoosePatchConfig):
         )
 
     def with_geometry(self, pictures: Pictures) -> Pictures:
-        """The same with each patch's place in the tower's table of positions."""
+        """The same, with each patch's place in the tower's table of positions."""
         return with_positions(pictures, self.vision.merge, self.side, center_aligned, cubic_taps)
 
 
 class TowerLayer(nn.Module):
-    """Attention and gated MLP, each behind its norm and added to the stream."""
+    """Attention and gated MLP, each after its norm and added to the residual stream."""
 
     config: Glm4vConfig
     dtype: jnp.dtype
@@ -124,11 +124,11 @@ class TowerLayer(nn.Module):
             normed, rotation, attention
         )
         normed = rms_norm(config.rms_norm_eps, self.dtype, "norm2")(x)
-        return x + by_chunks(GatedMlp(vision, self.dtype, use_bias=False, name="mlp"), normed)
+        return x + apply_in_chunks(GatedMlp(vision, self.dtype, use_bias=False, name="mlp"), normed)
 
 
 class Tower(nn.Module):
-    """Patches to normalised features."""
+    """Maps patches to normalised features."""
 
     config: Glm4vConfig
     dtype: jnp.dtype
@@ -155,7 +155,7 @@ class Tower(nn.Module):
 
 
 class Connector(nn.Module):
-    """Patches of a token brought together by a convolution, then a projection and a gated MLP."""
+    """A convolution that merges the patches of a token, then a projection and a gated MLP."""
 
     config: Glm4vConfig
     dtype: jnp.dtype
@@ -168,7 +168,7 @@ class Connector(nn.Module):
         def project(size: int, name: str) -> nn.Module:
             return linear(size, self.dtype, name)
 
-        # The patches of a token lie one behind the other, row by row.
+        # The patches of a token are consecutive, row by row.
         blocks = features.reshape(-1, side, side, features.shape[-1])
         merged = nn.Conv(
             width,

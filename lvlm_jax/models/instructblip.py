@@ -1,19 +1,19 @@
 """InstructBLIP (arXiv 2305.06500): EVA-CLIP tower, a Q-Former that reads the instruction, Vicuna.
 
-An image becomes the Q-Former's queries, 32 tokens, and what they say depends on the instruction: the text of a prompt
-is tokenised twice, for the decoder and for the Q-Former. So image tokens cannot be reused in another prompt, and
-`tokens_per_image` is None.
+An image becomes 32 tokens, the Q-Former's queries, which depend on the instruction: the text of a prompt is tokenised
+twice, for the decoder and for the Q-Former. So image tokens cannot be reused in another prompt, and `tokens_per_image`
+is None.
 
-Where the queries go. The model was trained on one image and the text behind it, the queries even before the token that
-begins the text: `<32 queries> </s> What is unusual about this image?`. Two layouts of checkpoints say so differently.
-Processors of today write the placeholders (`image_token_index`) in front. The first checkpoints on the hub know no
+Position of the queries: the model was trained on one image followed by its text, with the queries even before the
+beginning-of-text token: `<32 queries> </s> What is unusual about this image?`. There are two layouts of checkpoints.
+Current processors write the placeholders (`image_token_index`) at the front. The first checkpoints on the hub have no
 placeholder: no `image_token_index`, no `<image>` in the tokenizer, no `num_query_tokens` in the processor; the model
-itself put the queries in front. Here both are the same: where no prompt of a batch has a placeholder, one for each of
-a sample's images is put in front of it, several images one behind the other. A conversation's images always come
-first, wherever they stand in its messages; each is read with all of the conversation's text in mind. Where there is no
-`image_token_index`, the placeholder is the first number behind the vocabulary. A prompt without images is text alone.
+itself put the queries at the front. Here both layouts give the same result: if no prompt of a batch has a placeholder,
+the placeholders of a sample's images are put at its front, image after image. A conversation's images always come
+first, wherever they are in its messages, and each is read with all of the conversation's text. Without
+`image_token_index`, the placeholder is the first id after the vocabulary. A prompt without images is only text.
 
-Decoders that are one half of an encoder-decoder (Flan-T5) are not supported.
+Decoders that are half of an encoder-decoder (Flan-T5) are not supported.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.eva import EvaConfig, EvaTower
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, square_pixels
+from lvlm_jax.models.pictures import Arrays, Pictures, round_up_to_bucket, square_pixels
 from lvlm_jax.models.qformer import QFormer, QFormerConfig
 
 END = 2  # </s> of every LLaMA tokenizer
@@ -38,7 +38,7 @@ SHORTEST_INSTRUCTION = 16  # instructions are padded to this many tokens times 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructBlipConfig(FamilyConfig):
-    """InstructBLIP with a decoder for a language model."""
+    """InstructBLIP with a decoder-only language model."""
 
     vision: EvaConfig
     qformer: QFormerConfig
@@ -47,7 +47,7 @@ class InstructBlipConfig(FamilyConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "InstructBlipConfig":
-        """Reads a transformers `InstructBlipConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `InstructBlipConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -73,16 +73,16 @@ class InstructBlipConfig(FamilyConfig):
         )
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        """As the base's, without the misnumbered token."""
+        """As in the base class, without the misnumbered token."""
         if generation.get("eos_token_id") == 1 and _misnumbered(self.hf):
             return self.eos_token_ids
         return super().stop_tokens(generation)
 
     def placed(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """The prompts, with a placeholder in front for each image if none of them has any.
+        """The prompts, with placeholders for their images at the front if no prompt has any.
 
         Raises:
-            LVLMError: several prompts, and another number of images, which could belong to any of them.
+            LVLMError: there are several prompts and another number of images, so it is unclear which belong together.
         """
         if any((prompt == self.image_token_id).any() for prompt in prompts):
             return prompts
@@ -93,7 +93,7 @@ class InstructBlipConfig(FamilyConfig):
             if counts[0] != len(prompts):
                 raise LVLMError(
                     f"{len(prompts)} prompts without placeholders and {counts[0]} images were given; expected one "
-                    f"image each, or token {self.image_token_id} in front of every prompt for each of its images"
+                    f"image each, or token {self.image_token_id} at the front of every prompt for each of its images"
                 )
             counts = [1] * len(prompts)
         return [
@@ -102,23 +102,23 @@ class InstructBlipConfig(FamilyConfig):
         ]
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What tower and Q-Former take; None without images.
+        """The inputs of tower and Q-Former; None without images.
 
         Args:
             parts: `pixel_values` `[I, 3, Y, X]`, `qformer_input_ids` `[N, L]` and `qformer_attention_mask` `[N, L]`
-                (default: all ones), a row for each image, as transformers' model takes them, or else one for each
-                prompt, as its processor gives them.
-            prompts: with their placeholders.
+                (default: all ones); N is the number of images, as for transformers' model, or the number of prompts, as
+                from its processor.
+            prompts: token ids with placeholders.
 
         Raises:
-            LVLMError: arrays are missing, of another shape, or hold tokens outside the Q-Former's vocabulary.
+            LVLMError: arrays are missing, have another shape, or contain tokens outside the Q-Former's vocabulary.
         """
         pixels = square_pixels(parts, self.vision.image_size)
         if pixels is None:
             return None
-        found = [int((prompt == self.image_token_id).sum()) for prompt in prompts]
-        each = 1 if sum(found) == len(pixels) else self.qformer.num_queries  # placeholders of an image
-        images = [count // each for count in found]
+        counts = [int((prompt == self.image_token_id).sum()) for prompt in prompts]
+        tokens_per_image = 1 if sum(counts) == len(pixels) else self.qformer.num_queries  # placeholders per image
+        images = [count // tokens_per_image for count in counts]
         owned = [images] if len(parts) == 1 else [[count] for count in images]
         rows = [
             row
@@ -129,20 +129,20 @@ class InstructBlipConfig(FamilyConfig):
         return self._pictures(pixels, rows)
 
     def blank(self) -> Pictures:
-        """One empty image and an empty instruction, as `pictures` would give them."""
+        """One empty image and an empty instruction, in the form of `pictures`."""
         side = self.vision.image_size
         return self._pictures(np.zeros((1, 3, side, side), np.float32), [np.zeros((2, 0), np.int32)])
 
     def token_map(self, pictures: Pictures, image: int) -> None:
-        """None: each query looks over the whole image, and shows no place of it."""
+        """None: each query attends to the whole image."""
 
     def instructed(self, geometry: Mapping[str, np.ndarray], words: Sequence[int], keep: bool) -> dict[str, np.ndarray]:
-        """The geometry of the same images, read with `words` behind the `[CLS]` of each instruction.
+        """The geometry of the same images, with `words` after the `[CLS]` of each instruction.
 
         Args:
-            geometry: of `pictures`; empty without images.
+            geometry: the geometry of `pictures`; empty without images.
             words: ids of the Q-Former's vocabulary.
-            keep: whether the instruction follows, or `[SEP]` alone.
+            keep: whether the old instruction follows, or only `[SEP]`.
 
         Raises:
             LVLMError: words outside the vocabulary, or an instruction that becomes too long.
@@ -152,24 +152,25 @@ class InstructBlipConfig(FamilyConfig):
         rows = []
         for tokens, mask in zip(geometry["words"], geometry["mask"], strict=True):
             own = tokens[mask] if keep or mask.sum() < 2 else tokens[mask][[0, -1]]
-            kept = np.insert(own, min(1, len(own)), np.asarray(words, tokens.dtype))
-            rows.append(np.stack([kept, np.ones_like(kept)]))
+            tokens_with_words = np.insert(own, min(1, len(own)), np.asarray(words, tokens.dtype))
+            rows.append(np.stack([tokens_with_words, np.ones_like(tokens_with_words)]))
         return self._geometry(rows)
 
     def _instructions(self, part: Arrays, images: Sequence[int]) -> list[np.ndarray]:
-        """`Int[2, L]` for each image of a part: the Q-Former's tokens and which of them are words.
+        """`Int[2, L]` for each image of a part: the Q-Former's tokens, and which of them are words.
 
         Args:
-            images: how many images each of the part's prompts has.
+            part: the processor's arrays of one call.
+            images: number of images of each prompt of the part.
         """
         if part.get("qformer_input_ids") is None:
             raise LVLMError(
-                "qformer_input_ids is missing: InstructBLIP reads images with an instruction; give what its processor "
-                "makes of the text"
+                "qformer_input_ids is missing: InstructBLIP reads images with an instruction; give its processor's "
+                "arrays"
             )
         tokens = np.asarray(part["qformer_input_ids"])
-        given = part.get("qformer_attention_mask")
-        mask = np.ones_like(tokens) if given is None else np.asarray(given).astype(tokens.dtype)
+        mask_given = part.get("qformer_attention_mask")
+        mask = np.ones_like(tokens) if mask_given is None else np.asarray(mask_given).astype(tokens.dtype)
         count = len(part["pixel_values"])
         if tokens.ndim != 2 or mask.shape != tokens.shape or len(tokens) not in (count, len(images)):
             raise LVLMError(
@@ -185,11 +186,11 @@ class InstructBlipConfig(FamilyConfig):
         return Pictures(pixels, np.arange(count), tokens, self._geometry(rows))
 
     def _geometry(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Instructions, padded on the right to a bucket; columns stay where they were, because they are positions."""
+        """Instructions, padded on the right to a bucket; columns must not move, because they are positions."""
         longest, limit = max((row.shape[1] for row in rows), default=0), self.qformer.max_position_embeddings
         if longest > limit:
             raise LVLMError(f"the instruction has {longest} tokens and the Q-Former reads {limit}; shorten the prompt")
-        length = bucketed(longest, SHORTEST_INSTRUCTION)
+        length = round_up_to_bucket(longest, SHORTEST_INSTRUCTION)
         words, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
         for place, (tokens, valid) in enumerate(rows):
             words[place, : len(tokens)], mask[place, : len(tokens)] = tokens, valid
@@ -201,10 +202,10 @@ class InstructBlipConfig(FamilyConfig):
 
 
 def _misnumbered(raw: Mapping[str, Any]) -> bool:
-    """Whether special tokens are numbered as in the first conversion of LLaMA, which published checkpoints repeat.
+    """Whether special tokens are numbered as in the first conversion of LLaMA, as in published checkpoints.
 
-    Its numbers (begin 0, end 1, padding -1) are below those of every LLaMA tokenizer; token 1 is <s>, which nothing
-    ends with. With InstructBLIP's tokenizer a text begins and ends with </s>.
+    These numbers (begin 0, end 1, padding -1) are wrong for every LLaMA tokenizer: token 1 is <s>, which ends nothing.
+    With InstructBLIP's tokenizer a text begins and ends with </s>.
     """
     text = raw.get("text_config") or {}
     return (text.get("bos_token_id"), text.get("eos_token_id")) == (0, 1)
@@ -225,6 +226,6 @@ class InstructBlip(VisionLanguageModel):
     def encode_images(
         self, pixels: Float[Array, "I 3 Y X"], words: Int[Array, "I L"], mask: Bool[Array, "I L"]
     ) -> Float[Array, "I Q E"]:
-        """Image tokens of I images, each read with its own instruction in mind; see `QFormer`."""
+        """Image tokens of I images, each read with its own instruction; see `QFormer`."""
         patches = self.vision_tower(pixels.astype(self.dtype))
         return self.connector(self.qformer(patches, words, mask))

@@ -13,7 +13,7 @@ from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.vision import patch_attention, patch_convolution
 
 NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
-QK_NORM_EPS = 1e-6  # whatever `layer_norm_eps` says
+QK_NORM_EPS = 1e-6  # independent of `layer_norm_eps`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class InternVitConfig:
         attention_bias: whether queries, keys and values have a bias.
         qk_norm: queries and keys are root-mean-square normalised over all heads together.
         positions: position embeddings are added.
-        mask_token: the checkpoint holds the token that stood for hidden patches in its training.
+        mask_token: the checkpoint contains the token that replaced hidden patches in training.
         final_norm: the last hidden state is layer-normalised.
-        layer_scale: what the channel-wise factors on attention and MLP are initialised with.
+        layer_scale: initial value of the channel-wise factors on attention and MLP.
     """
 
     hidden_size: int
@@ -131,7 +131,7 @@ class InternVitMlp(nn.Module):
 
 
 class InternVitLayer(nn.Module):
-    """Attention and MLP, each behind its norm, scaled channel by channel and added to the stream."""
+    """Attention and MLP, each after its norm, scaled channel by channel and added to the residual stream."""
 
     config: InternVitConfig
     dtype: jnp.dtype
@@ -154,7 +154,7 @@ class InternVitLayer(nn.Module):
 
 
 class InternVit(nn.Module):
-    """Tiles to hidden states."""
+    """Maps tiles to hidden states."""
 
     config: InternVitConfig
     dtype: jnp.dtype
@@ -163,7 +163,7 @@ class InternVit(nn.Module):
     def __call__(self, pixels: Float[Array, "R 3 Y X"]) -> list[Float[Array, "R P W"]]:
         """Returns the hidden states of R tiles: the embeddings, each layer's output, the last one's final norm.
 
-        P counts the class token, then the patches row by row. The last two are the same where there is no final norm.
+        P counts the class token and the patches, row by row. Without a final norm, the last two are equal.
         """
         config, width = self.config, self.config.hidden_size
         patches = patch_convolution(pixels, width, config.patch_size, self.dtype, "patch_embedding", use_bias=True)
@@ -173,7 +173,7 @@ class InternVit(nn.Module):
         if config.positions:
             positions = self.param("position_embedding", initializer, (1, config.side**2 + 1, width))
             x = x + positions.astype(self.dtype)
-        if config.mask_token:  # part of such a checkpoint, though nothing is hidden here
+        if config.mask_token:  # the checkpoint has this parameter, although nothing is hidden here
             self.param("mask_token", initializer, (1, 1, width))
         states = [x]
         for index in range(config.num_layers):

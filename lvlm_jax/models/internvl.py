@@ -15,7 +15,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.internvit import InternVit, InternVitConfig
 from lvlm_jax.models.layers import activation, layer_norm, linear
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, joined, square_map, square_pixels
+from lvlm_jax.models.pictures import Arrays, Pictures, concatenate, round_up_to_bucket, square_map, square_pixels
 from lvlm_jax.models.vision import class_attention
 
 CONNECTOR_NORM_EPS = 1e-5
@@ -26,11 +26,11 @@ class InternVlConfig(FamilyConfig):
     """InternVL.
 
     Attributes:
-        shuffle: neighbouring patches along each axis that become one image token.
-        feature_layer: which hidden state of the tower is read: 0 the embeddings, i the output of layer i - 1, and one
-            beyond the last layer's output the final state.
-        template: name of the chat template in OpenGVLab's code, of a checkpoint in their layout; else None.
-        tiles: the fewest and the most tiles an image is cut into, without the thumbnail.
+        shuffle: number of neighbouring patches along each axis that become one image token.
+        feature_layer: the hidden state of the tower that the connector reads: 0 for the embeddings, i for the output of
+            layer i - 1; the number of layers plus one for the final, normalised state.
+        template: name of the chat template in OpenGVLab's code if the checkpoint has their layout, else None.
+        tiles: smallest and largest number of tiles of an image, without the thumbnail.
     """
 
     vision: InternVitConfig
@@ -49,12 +49,12 @@ class InternVlConfig(FamilyConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """What InternVL's processor must know of the model to count placeholders."""
+        """Settings with which InternVL's processor counts placeholders."""
         return {"image_seq_length": self.tokens_per_tile}
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "InternVlConfig":
-        """Reads a transformers `InternVLConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `InternVLConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -66,7 +66,7 @@ class InternVlConfig(FamilyConfig):
                 f"vision_feature_select_strategy {strategy!r} is not supported; expected 'default': with the class "
                 "token patches lie on no grid"
             )
-        # Files of transformers 4 leave the outer flag out where it has that version's default, and mean the inner one.
+        # Files of transformers 4 leave the outer flag out if it has that version's default; then the inner flag counts.
         tied = bool(raw.get("tie_word_embeddings", hf.text_config.tie_word_embeddings))
         tiles = (raw.get("min_dynamic_patch", 1), raw.get("max_dynamic_patch", 12))
         return cls(
@@ -83,41 +83,41 @@ class InternVlConfig(FamilyConfig):
         )
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` `[tiles, 3, Y, X]`; None without images.
+        """The tower's inputs, from a processor's `pixel_values` `[tiles, 3, Y, X]`; None without images.
 
-        An image is an uninterrupted run of placeholders. Where prompts hold one placeholder per image, every image has
-        one tile, or the only image has all tiles, or `num_patches` `[images]` says how many each has.
+        An image is an uninterrupted run of placeholders. If prompts have one placeholder per image, then every image
+        has one tile, or the only image has all tiles, or `num_patches` `[images]` says how many each has.
 
         Raises:
-            LVLMError: pixels of another shape or not finite, or placeholders that do not match the tiles.
+            LVLMError: pixels have another shape or are not finite, or placeholders do not match the tiles.
         """
         pixels = square_pixels(parts, self.vision.image_size, "tiles")
         if pixels is None:
             return None
-        given = joined(parts, "num_patches")
-        if given is not None:
-            counts = _checked(given, len(pixels))
+        num_patches = concatenate(parts, "num_patches")
+        if num_patches is not None:
+            counts = _check_counts(num_patches, len(pixels))
         else:
             placeholders = [np.asarray(prompt) == self.image_token_id for prompt in prompts]
             counts = _tile_counts(placeholders, len(pixels), self.tokens_per_tile)
-        return _tiled(pixels, counts, self.tokens_per_tile)
+        return _tile_rows(pixels, counts, self.tokens_per_tile)
 
     def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
+        """One empty image, in the form of `pictures`."""
         side = self.vision.image_size
-        return _tiled(np.zeros((1, 3, side, side), np.float32), np.ones(1, np.int64), self.tokens_per_tile)
+        return _tile_rows(np.zeros((1, 3, side, side), np.float32), np.ones(1, np.int64), self.tokens_per_tile)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it in its last tile, that of the whole image."""
+        """The image token that shows each place of the image, in its last tile, which shows the whole image."""
         tile = self.tokens_per_tile
         return square_map(tile, first=int(pictures.token_counts[image]) - tile)
 
 
 def _shuffle(ratio: float, side: int) -> int:
-    """Patches along each axis that become one token.
+    """Number of patches along each axis that become one token.
 
     Raises:
-        LVLMError: not a whole number of them, or one that does not divide a tile.
+        LVLMError: it is not whole, or does not divide a tile.
     """
     shuffle = round(1 / ratio) if ratio > 0 else 0
     if shuffle < 1 or abs(shuffle * ratio - 1) > 1e-6 or side % shuffle:
@@ -129,7 +129,7 @@ def _shuffle(ratio: float, side: int) -> int:
 
 
 def _feature_layer(layer: Any, depth: int) -> int:
-    """`vision_feature_layer` as an index into the tower's states, of which -1 means the final one.
+    """`vision_feature_layer` as an index into the tower's states; -1 means the final state.
 
     Raises:
         LVLMError: several layers, or one outside the tower.
@@ -141,29 +141,34 @@ def _feature_layer(layer: Any, depth: int) -> int:
     return depth + 1 if layer == -1 else layer % (depth + 1)
 
 
-def _checked(counts: np.ndarray, tiles: int) -> Int[np.ndarray, "N"]:
-    """Tiles of each image as given.
+def _check_counts(counts: np.ndarray, tiles: int) -> Int[np.ndarray, "N"]:
+    """The given numbers of tiles per image.
 
     Raises:
-        LVLMError: not whole positive numbers that add up to all tiles.
+        LVLMError: they are not whole and positive, or do not add up to all tiles.
     """
     if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 1).any() or counts.sum() != tiles:
         raise LVLMError(
-            f"num_patches is {counts.tolist()} and pixel_values has {tiles} tiles; expected the tiles of each image, "
-            "which add up to them"
+            f"num_patches is {counts.tolist()} and pixel_values has {tiles} tiles; expected the number of tiles of "
+            "each image; they must add up"
         )
     return counts.astype(np.int64)
 
 
 def _tile_counts(placeholders: Sequence[np.ndarray], tiles: int, tokens: int) -> Int[np.ndarray, "N"]:
-    """Tiles of each image, from a mask of the placeholders of each prompt; `tokens` of them to an expanded tile.
+    """Number of tiles of each image, from a mask of the placeholders in each prompt.
+
+    Args:
+        placeholders: the masks.
+        tiles: number of tiles in all.
+        tokens: number of placeholders of an expanded tile.
 
     Raises:
-        LVLMError: placeholders that do not match the tiles.
+        LVLMError: placeholders do not match the tiles.
     """
-    found = sum(int(mask.sum()) for mask in placeholders)
-    if found == tiles * tokens:
-        # Around each prompt a zero, so that no run goes on into the next.
+    total = sum(int(mask.sum()) for mask in placeholders)
+    if total == tiles * tokens:
+        # A zero around each prompt, so that no run continues into the next prompt.
         steps = np.diff(np.concatenate([np.pad(mask.astype(np.int8), 1) for mask in placeholders]))
         runs = np.flatnonzero(steps == -1) - np.flatnonzero(steps == 1)
         if (runs % tokens).any():
@@ -172,19 +177,19 @@ def _tile_counts(placeholders: Sequence[np.ndarray], tiles: int, tokens: int) ->
                 f"expected whole tiles of {tokens} tokens: do not truncate prompts"
             )
         return runs // tokens
-    if found == tiles:
+    if total == tiles:
         return np.ones(tiles, np.int64)
-    if found == 1:
+    if total == 1:
         return np.array([tiles])
     raise LVLMError(
-        f"the prompts have {found} image tokens and pixel_values has {tiles} tiles of {tokens} tokens each; expected "
+        f"the prompts have {total} image tokens and pixel_values has {tiles} tiles of {tokens} tokens each; expected "
         f"{tiles * tokens} tokens, or one for each image and num_patches, the tiles of each"
     )
 
 
-def _tiled(pixels: Float[np.ndarray, "R 3 Y X"], counts: Int[np.ndarray, "N"], tokens: int) -> Pictures:
-    """One row per tile, filled up to a bucket with empty tiles."""
-    filler = bucketed(len(pixels), 1) - len(pixels)
+def _tile_rows(pixels: Float[np.ndarray, "R 3 Y X"], counts: Int[np.ndarray, "N"], tokens: int) -> Pictures:
+    """One row per tile, padded to a bucket with empty tiles."""
+    filler = round_up_to_bucket(len(pixels), 1) - len(pixels)
     owner = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(filler, -1)])
     return Pictures(np.pad(pixels, [(0, filler), (0, 0), (0, 0), (0, 0)]), owner, counts * tokens)
 
@@ -197,7 +202,7 @@ def pixel_shuffle(x: Float[Array, "R P W"], shuffle: int) -> Float[Array, "R Q V
 
 
 class InternVlConnector(nn.Module):
-    """Shuffled vision features to decoder embeddings: a layer norm and two projections around the activation."""
+    """Maps shuffled vision features to decoder embeddings: a layer norm and two projections around the activation."""
 
     config: InternVlConfig
     dtype: jnp.dtype
@@ -222,13 +227,13 @@ class InternVl(VisionLanguageModel):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def salience(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "N"]:
-        """How much the class token looks at each image token, in the layer that the connector reads."""
+        """The attention that the class token pays to each image token, in the layer that the connector reads."""
         depth = self.config.vision.num_layers
-        state = self.config.feature_layer % (depth + 2)  # the last is the norm of the one before
+        state = self.config.feature_layer % (depth + 2)  # the final state is the norm of the one before
         ranked = class_attention(lambda: self.vision_tower(pixels.astype(self.dtype)), max(min(state, depth) - 1, 0))
         return pixel_shuffle(ranked[..., None], self.config.shuffle).mean(axis=-1).reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R Q E"]:
-        """Image tokens of R tiles, as the decoder receives them."""
+        """Image tokens of R tiles, for the decoder."""
         features = self.vision_tower(pixels.astype(self.dtype))[self.config.feature_layer][:, 1:]
         return self.connector(pixel_shuffle(features, self.config.shuffle))

@@ -1,4 +1,4 @@
-"""Pieces that towers, connectors and decoders share."""
+"""Layers that towers, connectors and decoders share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,36 +22,36 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # The leaves of a LoRA adapter beside a kernel: A [in, r], B [r, out], the factor of their product, the dropout rate.
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale", "lora_dropout")
 
-# What takes the place of `kernel` [in, out] in a quantized projection: integers [out, in] and scales [out] (`int8`).
+# The leaves that replace `kernel` [in, out] in a quantized projection: integers [out, in] and scales [out] (`int8`).
 INT8_LEAVES = ("kernel_int8", "kernel_scale")
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The elementwise function behind a Hugging Face activation name (`config.ACTIVATIONS`)."""
+    """The elementwise function of a Hugging Face activation name (`config.ACTIVATIONS`)."""
     return _ACTIVATIONS[name]
 
 
-def matrices(flat: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[int, int]]]:
-    """The projections of a flat tree (path -> leaf): module path -> (its weight as stored, (in, out))."""
-    found = {}
+def projections(flat: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[int, int]]]:
+    """The projections of a flat tree (path -> leaf): module path -> (its stored weight, (in, out))."""
+    projections = {}
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         if name == "kernel" and leaf.ndim == 2:
-            found[module] = leaf, tuple(leaf.shape)
+            projections[module] = leaf, tuple(leaf.shape)
         elif name == INT8_LEAVES[0]:
-            found[module] = leaf, tuple(leaf.shape[::-1])
-    return found
+            projections[module] = leaf, tuple(leaf.shape[::-1])
+    return projections
 
 
 class Linear(nn.Dense):
-    """`nn.Dense`, plus a low-rank term where its parameters hold one (LoRA, arXiv 2106.09685).
+    """`nn.Dense` with a low-rank term if its parameters contain one (LoRA, arXiv 2106.09685).
 
-    Beside `kernel` [in, out] there may lie `LORA_LEAVES`; the dropout rate is optional, and acts on the input of the
-    low-rank term alone, only when the module is applied with an rng "dropout". They are attached from outside
+    Beside `kernel` [in, out] there may be `LORA_LEAVES`. The dropout rate is optional; it acts only on the input of the
+    low-rank term, and only if the module is applied with an rng "dropout". These leaves are attached from outside
     (`weights.lora`, `weights.peft`), never initialised here. Without them this is `nn.Dense`, operation by operation,
     except where `native` multiplies on a CPU.
 
-    In place of `kernel` there may be `INT8_LEAVES` (`weights.quantize`); biases and low-rank terms stay as they are.
+    `kernel` may be replaced by `INT8_LEAVES` (`weights.quantize`); biases and low-rank terms stay as they are.
     """
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
@@ -70,10 +70,11 @@ class Linear(nn.Dense):
 
         x, a, b = nn.dtypes.promote_dtype(x, leaf("lora_a"), leaf("lora_b"), dtype=self.dtype)
         if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
-            kept = 1.0 - leaf("lora_dropout").astype(jnp.float32)
-            mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
-            x = jnp.where(mask, x / kept, 0).astype(x.dtype)
-        # Scaled between the products, in float32: the fewest numbers, and no rounding of the scale to bfloat16.
+            keep_rate = 1.0 - leaf("lora_dropout").astype(jnp.float32)
+            mask = jax.random.bernoulli(self.make_rng("dropout"), keep_rate, x.shape)
+            x = jnp.where(mask, x / keep_rate, 0).astype(x.dtype)
+        # Scaled between the products, in float32: this touches the fewest numbers and does not round the scale to
+        # bfloat16.
         inner = jnp.dot(x, a, precision=self.precision, preferred_element_type=jnp.float32)
         inner = (inner * leaf("lora_scale").astype(jnp.float32)).astype(x.dtype)
         return jnp.dot(inner, b, precision=self.precision)
@@ -88,14 +89,14 @@ def _exact_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
-    """The last axis of x with an axis of a kernel, in the dtype of x; exact products of float32."""
+    """The last axis of x times an axis of a kernel, in the dtype of x; float32 products are exact."""
     exact = x.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), precision=precision)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """The product of a `Linear`, in the place of `jax.lax.dot_general`."""
+    """The product of a `Linear`, used instead of `jax.lax.dot_general`."""
     return few_rows_dot(x, kernel, False, _exact)
 
 
@@ -137,7 +138,7 @@ def _derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 
 
 def tied_head(hidden: Float[Array, "*T E"], embedding: Float[Array, "V E"]) -> Float[Array, "*T V"]:
-    """Logits by the table of embeddings; float32 products are exact on accelerators too."""
+    """Logits from the table of embeddings; float32 products are exact on accelerators too."""
     return few_rows_dot(hidden, embedding.astype(hidden.dtype), True, _exact_transposed)
 
 
@@ -147,7 +148,7 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
 
 
 class OffsetRMSNorm(nn.Module):
-    """Root-mean-square normalisation whose parameter is the scale's distance from one (Gemma)."""
+    """Root-mean-square normalisation whose parameter is the scale minus one (Gemma)."""
 
     epsilon: float
     dtype: jnp.dtype

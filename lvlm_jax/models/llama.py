@@ -1,4 +1,4 @@
-"""LLaMA and what is built like it, by itself: a language model without a tower, which answers text alone."""
+"""LLaMA and similar models by themselves: a language model without a tower, for text only."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from lvlm_jax.models.pictures import Arrays, Pictures, whole_pictures
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(FamilyConfig):
-    """A decoder alone. The placeholder of images lies behind its vocabulary, so no prompt has one."""
+    """A decoder alone. The image placeholder is outside its vocabulary, so no prompt has one."""
 
     vision: None = None
     model_type: str = "llama"
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "LlamaConfig":
-        """Reads a transformers `LlamaConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `LlamaConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
         """
-        whole = SimpleNamespace(text_config=hf, tie_word_embeddings=hf.tie_word_embeddings)
-        text = decoder_config(whole)
-        return cls(text=text, image_token_id=text.vocab_size, hf=raw, **special_tokens(whole))
+        composite = SimpleNamespace(text_config=hf, tie_word_embeddings=hf.tie_word_embeddings)
+        text = decoder_config(composite)
+        return cls(text=text, image_token_id=text.vocab_size, hf=raw, **special_tokens(composite))
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """None; there is nothing to see images with.
+        """None: there is no tower.
 
         Raises:
             LVLMError: images were given.
@@ -63,5 +63,5 @@ class Llama(VisionLanguageModel):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
-        """Zeros, for programs that take an image whatever the prompt has."""
+        """Zeros, for programs that take an image even if the prompt has none."""
         return jnp.zeros((pixels.shape[0], 1, self.config.text.hidden_size), self.dtype)

@@ -42,7 +42,7 @@ class LlavaConfig(FamilyConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "LlavaConfig":
-        """Reads a transformers `LlavaConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `LlavaConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -62,32 +62,32 @@ class LlavaConfig(FamilyConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """What LLaVA's processor must know of the tower to count placeholders."""
+        """Settings with which LLaVA's processor counts placeholders."""
         return processor_fields(self)
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
+        """The tower's inputs, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
 
         Raises:
-            LVLMError: pixels of another shape, or that are not finite.
+            LVLMError: pixels have another shape or are not finite.
         """
         del prompts
         pixels = square_pixels(parts, self.vision.image_size)
         return None if pixels is None else whole_pictures(pixels, self.tokens_per_image)
 
     def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
+        """One empty image, in the form of `pictures`."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it."""
+        """The image token that shows each place of the image."""
         del pictures, image
         return square_map(self.vision.num_patches, first=int(self.feature_select == "full"))
 
 
 def processor_fields(config: FamilyConfig) -> dict[str, Any]:
-    """What processors of LLaVA and LLaVA-NeXT must know of the tower to count placeholders."""
+    """Settings with which the processors of LLaVA and LLaVA-NeXT count placeholders."""
     return {
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": config.feature_select,
@@ -99,7 +99,7 @@ def feature_layers(hf: Any, depth: int) -> tuple[int, ...]:
     """`vision_feature_layer` as indices into the `depth` + 1 hidden states of a tower.
 
     Raises:
-        LVLMError: an index outside them.
+        LVLMError: an index is outside them.
     """
     layers = hf.vision_feature_layer
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
@@ -113,7 +113,7 @@ def feature_select(hf: Any) -> str:
     """`vision_feature_select_strategy`.
 
     Raises:
-        LVLMError: neither "default" nor "full".
+        LVLMError: it is neither "default" nor "full".
     """
     strategy = hf.vision_feature_select_strategy
     if strategy not in ("default", "full"):
@@ -122,7 +122,7 @@ def feature_select(hf: Any) -> str:
 
 
 class Connector(nn.Module):
-    """Vision features to decoder embeddings, patch by patch."""
+    """Maps vision features to decoder embeddings, patch by patch."""
 
     config: LlavaConfig
     dtype: jnp.dtype
@@ -146,13 +146,13 @@ class Llava(VisionLanguageModel):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def image_features(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P W"]:
-        """The chosen hidden states of the tower, side by side in the channels."""
+        """The chosen hidden states of the tower, concatenated over channels."""
         states = self.vision_tower(pixels.astype(self.dtype))
         chosen = jnp.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)
         return chosen[:, 1:] if self.config.feature_select == "default" else chosen
 
     def salience(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "N"]:
-        """How much the class token looks at each image token, in the last layer that the connector reads."""
+        """The attention that the class token pays to each image token, in the last layer that the connector reads."""
         layer = max(self.config.feature_layers[-1] % (self.config.vision.num_layers + 1) - 1, 0)
         ranked = class_attention(lambda: self.image_features(pixels), layer)
         if self.config.feature_select == "full":  # the class token is an image token too
@@ -160,5 +160,5 @@ class Llava(VisionLanguageModel):
         return ranked.reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
-        """Image tokens of I images, as the decoder receives them."""
+        """Image tokens of I images, for the decoder."""
         return self.connector(self.image_features(pixels))

@@ -27,7 +27,7 @@ class LlavaNextConfig(FamilyConfig):
     """LLaVA-NeXT: CLIP tower over tiles, two-layer connector, LLaMA-like decoder.
 
     Attributes:
-        tiling: how images are cut into tiles.
+        tiling: how images are split into tiles.
         feature_layers: indices into the tower's hidden states (0 is the embedding), concatenated over channels.
         feature_select: "default": the class token is dropped, so that the patches of a tile fill a square.
     """
@@ -43,7 +43,7 @@ class LlavaNextConfig(FamilyConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "LlavaNextConfig":
-        """Reads a transformers `LlavaNextConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `LlavaNextConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -57,38 +57,38 @@ class LlavaNextConfig(FamilyConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """What LLaVA-NeXT's processor must know of the tower to count placeholders."""
+        """Settings with which LLaVA-NeXT's processor counts placeholders."""
         return processor_fields(self)
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` `[I, tiles, 3, Y, X]` and `image_sizes` `[I, 2]`.
+        """The tower's inputs, from a processor's `pixel_values` `[I, tiles, 3, Y, X]` and `image_sizes` `[I, 2]`.
 
         Raises:
-            LVLMError: arrays that are missing, of other shapes, or not finite.
+            LVLMError: arrays are missing, have other shapes, or are not finite.
         """
         del prompts
-        if (found := self.tiling.read(parts)) is None:
+        if (tiles_and_sizes := self.tiling.read(parts)) is None:
             return None
         tiles, index = [], []
-        for size in found[1]:
+        for size in tiles_and_sizes[1]:
             first, (down, across) = sum(tiles), self.tiling.grid(size)
             tiles.append(1 + down * across)
             large = with_newlines(self.tiling.enlarged(first + 1, size), NEWLINE)
             index.append(np.concatenate([self.tiling.overview(first), large]))
-        return self.tiling.packed(found[0], tiles, index=index)
+        return self.tiling.packed(tiles_and_sizes[0], tiles, index=index)
 
     def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
+        """One empty image, in the form of `pictures`."""
         return self.pictures([self.tiling.blank()], [])
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it in the first view, that of the whole image."""
+        """The image token that shows each place of the image, in the first view, which shows the whole image."""
         del pictures, image
         return square_map(self.tiling.side**2)
 
 
 def shared_fields(raw: dict, hf: Any) -> dict[str, Any]:
-    """The fields of a configuration that all models on tiles have but `vision`.
+    """The fields of a configuration that all tiled models share, without `vision`.
 
     Raises:
         LVLMError: a part of the configuration is not supported.
@@ -107,7 +107,7 @@ def shared_fields(raw: dict, hf: Any) -> dict[str, Any]:
 
 
 class TileConnector(Connector):
-    """Vision features to decoder embeddings, patch by patch, and the token that ends a row of patches."""
+    """Maps vision features to decoder embeddings, patch by patch; also has the token that ends a row of patches."""
 
     config: LlavaNextConfig
 
@@ -127,7 +127,7 @@ class LlavaNext(Llava):
         self.connector = TileConnector(self.config, self.dtype)
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
-    # A token is not one patch of one row: it is gathered from a table, or mixed.
+    # Tokens are gathered from a table, or mixed from several rows.
     salience = VisionLanguageModel.salience
 
     def encode_images(
@@ -137,15 +137,15 @@ class LlavaNext(Llava):
 
         Args:
             pixels: the tiles.
-            index: the row of each token in the table that `models.tiles` describes; several to mix where there are
+            index: the row of each token in the table that `models.tiles` describes; several rows to mix if there are
                 `weights`.
-            weights: how much of each row a token takes.
+            weights: the weight of each row in a token.
         """
         patches = self.connector(self.image_features(pixels))
         newline = self.connector.image_newline.astype(patches.dtype)
         rows = jnp.concatenate([newline[None], patches.reshape(-1, patches.shape[-1])])
         if weights is None:
             return rows[index]
-        # Row by row: all K at once would be K times as large.
+        # Row by row: all K at once would take K times the memory.
         mixed = sum(weights[:, k, None] * rows[index[:, k]] for k in range(index.shape[1]))
         return mixed.astype(rows.dtype)

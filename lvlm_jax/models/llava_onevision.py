@@ -1,7 +1,7 @@
 """LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with a SigLIP tower, a Qwen2 decoder and many more tiles.
 
-An image that comes alone is tiled; where its large view takes more tokens than a few tiles have patches, that view's
-map of features is shrunk. Images that come together are seen whole only, one tile each.
+A single image is tiled; if its large view takes too many tokens, the feature map of that view is shrunk. Several images
+of a prompt are only seen whole, one tile each.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import family
 from lvlm_jax.models.llava import feature_select
 from lvlm_jax.models.llava_next import LlavaNext, LlavaNextConfig, TileConnector, shared_fields
-from lvlm_jax.models.pictures import Arrays, Pictures, joined
+from lvlm_jax.models.pictures import Arrays, Pictures, concatenate
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
 from lvlm_jax.models.tiles import NEWLINE, bilinear, with_newlines
 
-UNTOUCHED = 1.1  # a map that exceeds its bound by no more than this along each side is left as it is
-ONE_ROW = np.array([1, 0, 0, 0], np.float32)  # the weights of a token that mixes nothing
+UNTOUCHED = 1.1  # a map that exceeds its bound by at most this factor along each side is not shrunk
+ONE_ROW = np.array([1, 0, 0, 0], np.float32)  # the weights of a token that is not mixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
 
     Attributes:
         feature_select: "full": the tower has no class token to drop.
-        most_tiles: an image's large view takes about as many tokens as this number of tiles has patches, at most.
+        most_tiles: an image's large view takes at most about as many tokens as this number of tiles has patches.
     """
 
     vision: SiglipConfig
@@ -43,7 +43,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "LlavaOnevisionConfig":
-        """Reads a transformers `LlavaOnevisionConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `LlavaOnevisionConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -64,7 +64,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """What LLaVA-OneVision's processor must know of the tower to count placeholders."""
+        """Settings with which LLaVA-OneVision's processor counts placeholders."""
         return {
             "num_image_tokens": self.vision.num_patches,
             "vision_feature_select_strategy": "full",
@@ -72,51 +72,51 @@ class LlavaOnevisionConfig(LlavaNextConfig):
         }
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's arrays.
+        """The tower's inputs, from a processor's arrays.
 
-        These are `pixel_values` `[I, tiles, 3, Y, X]`, `image_sizes` `[I, 2]` and `batch_num_images`, how many images
-        come together, one number for each prompt that has any. Without those, each image counts as alone.
+        These are `pixel_values` `[I, tiles, 3, Y, X]`, `image_sizes` `[I, 2]` and `batch_num_images`, the number of
+        images of each prompt that has any. Without the latter, each image counts as single.
 
         Raises:
-            LVLMError: arrays that are missing, of other shapes, or not finite; videos.
+            LVLMError: arrays are missing, have other shapes, or are not finite; or there are videos.
         """
         del prompts
         if any(part.get("pixel_values_videos") is not None for part in parts):
             raise LVLMError("pixel_values_videos is not supported: videos cannot be read, give frames as images")
-        if (found := self.tiling.read(parts)) is None:
+        if (tiles_and_sizes := self.tiling.read(parts)) is None:
             return None
-        pixels, sizes = found
+        pixels, sizes = tiles_and_sizes
         tiles, index, weights = [], [], []
-        for size, alone in zip(sizes, _alone(parts, len(sizes)), strict=True):
+        for size, alone in zip(sizes, _is_single(parts, len(sizes)), strict=True):
             first, (down, across) = sum(tiles), self.tiling.grid(size) if alone else (0, 0)
             tiles.append(1 + down * across)
-            whole = _unmixed(self.tiling.overview(first))
+            overview = _single_rows(self.tiling.overview(first))
             if alone:
                 rows, shares = self._bounded(self.tiling.enlarged(first + 1, size))
                 large = with_newlines(rows, NEWLINE), with_newlines(shares, ONE_ROW)
             else:
-                large = _unmixed(np.array([NEWLINE]))
-            index.append(np.concatenate([whole[0], large[0]]))
-            weights.append(np.concatenate([whole[1], large[1]]))
+                large = _single_rows(np.array([NEWLINE]))
+            index.append(np.concatenate([overview[0], large[0]]))
+            weights.append(np.concatenate([overview[1], large[1]]))
         return self.tiling.packed(pixels, tiles, index=index, weights=weights)
 
     def _bounded(self, patches: Int[np.ndarray, "H W"]) -> tuple[Int[np.ndarray, "Y X 4"], Float[np.ndarray, "Y X 4"]]:
-        """A map of patches, shrunk where it takes too many tokens: the rows that each token mixes, and the shares."""
+        """A map of patches, shrunk if it takes too many tokens: the rows that each token mixes, and their weights."""
         height, width = patches.shape
         ratio = math.sqrt(height * width / (self.most_tiles * self.tiling.side**2))
         if ratio <= UNTOUCHED:
-            return _unmixed(patches)
+            return _single_rows(patches)
         return bilinear(patches, int(height // ratio), int(width // ratio))
 
 
-def _unmixed(rows: Int[np.ndarray, "*N"]) -> tuple[Int[np.ndarray, "*N 4"], Float[np.ndarray, "*N 4"]]:
-    """Tokens of one row each, in the form of mixed ones."""
+def _single_rows(rows: Int[np.ndarray, "*N"]) -> tuple[Int[np.ndarray, "*N 4"], Float[np.ndarray, "*N 4"]]:
+    """Tokens of one row each, in the form of mixed tokens."""
     return np.repeat(rows[..., None], 4, axis=-1), np.broadcast_to(ONE_ROW, (*rows.shape, 4))
 
 
-def _alone(parts: Sequence[Arrays], images: int) -> np.ndarray:
+def _is_single(parts: Sequence[Arrays], images: int) -> np.ndarray:
     """Whether each image is the only one of its prompt."""
-    together = joined(parts, "batch_num_images")
+    together = concatenate(parts, "batch_num_images")
     if together is None:
         return np.ones(images, bool)
     if together.ndim != 1 or together.dtype.kind not in "iu" or (together < 0).any() or together.sum() != images:
@@ -138,6 +138,6 @@ class LlavaOnevision(LlavaNext):
         self.language_model = Decoder(self.config.text, self.dtype, self.remat)
 
     def image_features(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R P W"]:
-        """The chosen hidden states of the tower, side by side in the channels."""
+        """The chosen hidden states of the tower, concatenated over channels."""
         states, _ = self.vision_tower(pixels.astype(self.dtype))
         return jnp.concatenate([states[layer] for layer in self.config.feature_layers], axis=-1)

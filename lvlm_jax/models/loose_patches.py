@@ -1,11 +1,11 @@
-"""Pictures of any size as loose patches (Qwen2-VL, arXiv 2409.12191, and its descendants): what happens on the host.
+"""Host code for images of any size as loose patches (Qwen2-VL, arXiv 2409.12191, and its descendants).
 
-Processors hand out the patches of all images one behind the other, with `image_grid_thw`, each image's frames, rows and
-columns of patches. M x M neighbours become one token: patches come block by block, blocks in reading order, and in
-reading order inside a block, so that M² consecutive patches make the next token.
+Processors return the patches of all images in one array, with `image_grid_thw`, each image's number of frames, rows and
+columns of patches. M x M neighbours become one token. Patches are ordered block by block, in reading order of blocks
+and inside blocks, so that M² consecutive patches make the next token.
 
-Towers run over one padded row of patches per image (`qwen_vision`). What a patch needs to know of its picture (row,
-column, whether it is one at all) is worked out here and has the same shape for all pictures of a bucket.
+Towers run over one padded row of patches per image (`qwen_vision`). What the tower needs to know of a patch (row,
+column, whether it is filler) is computed here and has the same shape for all images of a bucket.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.models.config import DecoderConfig, activation_name
 from lvlm_jax.models.family import FamilyConfig
-from lvlm_jax.models.pictures import Arrays, Pictures, bucketed, grid_map, joined
+from lvlm_jax.models.pictures import Arrays, Pictures, concatenate, grid_map, round_up_to_bucket
 
-SMALLEST_ROW = 16  # tokens of an image, rounded up to buckets from here
+SMALLEST_ROW = 16  # tokens of an image are rounded up to buckets from this size on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PatchTowerConfig:
 
     Attributes:
         patch_size: side of a patch in pixels.
-        frames: frames that a patch is deep; a still image repeats its one.
-        merge: M, the side in patches of what becomes one token.
+        frames: number of frames in a patch; a still image repeats its one frame.
+        merge: M, the side in patches of one token.
         rope_theta: base wavelength of rows and columns.
     """
 
@@ -47,7 +47,7 @@ class PatchTowerConfig:
 
     @property
     def channels(self) -> int:
-        """Numbers in a patch."""
+        """Number of values in a patch."""
         return 3 * self.frames * self.patch_size**2
 
     @property
@@ -56,7 +56,8 @@ class PatchTowerConfig:
 
 
 def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
-    """The fields of `PatchTowerConfig` of a transformers vision configuration, whose names for widths differ.
+    """The fields of `PatchTowerConfig` from a transformers vision configuration; the two widths have different names
+    there.
 
     Raises:
         LVLMError: a value that is not supported.
@@ -94,63 +95,63 @@ def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoosePatchConfig(FamilyConfig):
-    """What the families whose towers take loose patches have in common.
+    """Base configuration of the families whose towers take loose patches.
 
     Attributes:
-        video_token_id: what tells of a video in a prompt.
+        video_token_id: the token that marks a video in a prompt.
     """
 
     vision: PatchTowerConfig
     video_token_id: int
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` and `image_grid_thw`; None without images.
+        """The tower's inputs, from a processor's `pixel_values` and `image_grid_thw`; None without images.
 
         Raises:
-            LVLMError: videos, or patches and grids that do not fit together.
+            LVLMError: there are videos, or patches and grids do not fit together.
         """
         refuse_videos(parts, prompts, self.video_token_id)
-        found = patch_rows(parts, self.vision.channels, self.vision.merge)
-        return None if found is None else self.with_geometry(found)
+        pictures = patch_rows(parts, self.vision.channels, self.vision.merge)
+        return None if pictures is None else self.with_geometry(pictures)
 
     def with_geometry(self, pictures: Pictures) -> Pictures:
-        """The same with what else the tower needs to know of where patches lie: here nothing."""
+        """The pictures with further geometry that the tower needs; by default none."""
         return pictures
 
     def blank(self) -> Pictures:
-        """The smallest image, as `pictures` would give it."""
+        """The smallest image, in the form of `pictures`."""
         return self.with_geometry(blank_patches(self.vision.channels, self.vision.merge))
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens shows each place of it."""
+        """The image token that shows each place of the image."""
         return grid_map(pictures, image)
 
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R P C"]:
-        """The pixels if all images were one picture, which is asked for at a height and a width."""
+        """The pixels if all images were the same image; `picture` returns it for a height and a width."""
         return patches_of(picture, self.vision, pictures.geometry)
 
     def altered(
         self, pictures: Pictures, index: Int[np.ndarray, "R"], change: Callable[[Array, Array], Array]
     ) -> Float[Array, "R P C"]:
-        """The pixels with every picture changed, each at its own size."""
+        """The pixels with every image changed, each at its own size."""
         side, pixels = self.vision.patch_size, jnp.asarray(pictures.pixels)
-        for row, kept in enumerate(pictures.geometry["valid"]):
-            if not kept.any():
+        for row, is_valid in enumerate(pictures.geometry["valid"]):
+            if not is_valid.any():
                 continue
-            places = tuple(pictures.geometry["coordinates"][row, kept].T)
+            places = tuple(pictures.geometry["coordinates"][row, is_valid].T)
             height, width = (int(place.max()) + 1 for place in places)
-            patches = pixels[row, kept].reshape(-1, 3, self.vision.frames, side, side)
-            whole = jnp.zeros((height, width, 3, side, side), pixels.dtype).at[places].set(patches[:, :, 0])
-            picture = whole.transpose(2, 0, 3, 1, 4).reshape(3, height * side, width * side)
-            changed = change(picture, jnp.asarray(index[row])).reshape(3, height, side, width, side)
-            cut = changed.transpose(1, 3, 0, 2, 4)[places]
+            patches = pixels[row, is_valid].reshape(-1, 3, self.vision.frames, side, side)
+            image = jnp.zeros((height, width, 3, side, side), pixels.dtype).at[places].set(patches[:, :, 0])
+            picture = image.transpose(2, 0, 3, 1, 4).reshape(3, height * side, width * side)
+            new_image = change(picture, jnp.asarray(index[row])).reshape(3, height, side, width, side)
+            cut = new_image.transpose(1, 3, 0, 2, 4)[places]
             flat = jnp.repeat(cut[:, :, None], self.vision.frames, axis=2).reshape(len(patches), -1)
-            pixels = pixels.at[row, np.flatnonzero(kept)].set(flat)
+            pixels = pixels.at[row, np.flatnonzero(is_valid)].set(flat)
         return pixels
 
 
 def check_width(vision: Any, text: DecoderConfig) -> None:
-    """A tower must end with the decoder's width.
+    """Checks that the tower's output has the decoder's width.
 
     Raises:
         LVLMError: it does not.
@@ -163,14 +164,14 @@ def check_width(vision: Any, text: DecoderConfig) -> None:
 
 
 def refuse_videos(parts: Sequence[Arrays], prompts: Sequence[np.ndarray], video_token_id: int) -> None:
-    """Videos are not read.
+    """Refuses videos.
 
     Raises:
-        LVLMError: a prompt or a processor's arrays hold one.
+        LVLMError: a prompt or a processor's arrays contain one.
     """
-    given = [name for part in parts for name, array in part.items() if "video" in name and array is not None]
-    if given:
-        raise LVLMError(f"{given[0]} is given, but videos are not supported; give still images")
+    video_names = [name for part in parts for name, array in part.items() if "video" in name and array is not None]
+    if video_names:
+        raise LVLMError(f"{video_names[0]} is given, but videos are not supported; give still images")
     if any((np.asarray(prompt) == video_token_id).any() for prompt in prompts):
         raise LVLMError(
             f"a prompt holds the video token {video_token_id}, but videos are not supported; give still images"
@@ -182,25 +183,25 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
 
     Args:
         parts: with `pixel_values` `[patches, channels]` and `image_grid_thw` `[images, 3]` of a processor.
-        channels: numbers in a patch.
+        channels: number of values in a patch.
         merge: M.
 
     Returns:
-        Pictures with pixels `Float[R, P, channels]`; grids of tokens; and the geometry
-            coordinates `Int[R, P, 2]`: row and column of each patch in its picture, 0 for filler;
-            valid `Bool[R, P]`: False for patches that only fill;
-            order `Int[R * P / M², 2]`: for each image token in reading order its row and its place there, then filler.
+        Pictures with pixels `Float[R, P, channels]`, grids of tokens, and this geometry:
+            coordinates `Int[R, P, 2]`: row and column of each patch in its image, 0 for filler;
+            valid `Bool[R, P]`: False for filler;
+            order `Int[R * P / M², 2]`: for each image token in reading order, its row and its place there; then filler.
 
     Raises:
-        LVLMError: patches and grids that do not fit together, or several frames.
+        LVLMError: patches and grids do not fit together, or an image has several frames.
     """
-    pixels, grids = joined(parts, "pixel_values"), joined(parts, "image_grid_thw")
+    pixels, grids = concatenate(parts, "pixel_values"), concatenate(parts, "image_grid_thw")
     if pixels is None and grids is None:
         return None
-    sizes = _checked_grids(pixels, grids, channels, merge)
+    sizes = _check_grids(pixels, grids, channels, merge)
     counts = sizes.prod(axis=1)
     unit = merge**2
-    rows, width = bucketed(len(sizes), 1), bucketed(int(counts.max()) // unit, SMALLEST_ROW) * unit
+    rows, width = round_up_to_bucket(len(sizes), 1), round_up_to_bucket(int(counts.max()) // unit, SMALLEST_ROW) * unit
     padded = np.zeros((rows, width, channels), np.float32)
     coordinates = np.zeros((rows, width, 2), np.int32)
     valid = np.arange(width) < np.pad(counts, (0, rows - len(sizes)))[:, None]
@@ -221,7 +222,7 @@ def patch_rows(parts: Sequence[Arrays], channels: int, merge: int) -> Pictures |
 
 
 def blank_patches(channels: int, merge: int) -> Pictures:
-    """The smallest image, as `patch_rows` would give it."""
+    """The smallest image, in the form of `patch_rows`."""
     pixels = np.zeros((merge**2, channels), np.float32)
     return patch_rows([{"pixel_values": pixels, "image_grid_thw": np.array([[1, merge, merge]])}], channels, merge)
 
@@ -229,28 +230,28 @@ def blank_patches(channels: int, merge: int) -> Pictures:
 def patches_of(
     picture: Callable[[int, int], np.ndarray], config: PatchTowerConfig, geometry: Mapping[str, np.ndarray]
 ) -> Float[np.ndarray, "R P C"]:
-    """The pixels of `patch_rows` if all images were one picture.
+    """The pixels of `patch_rows` if all images were the same image.
 
     Args:
-        picture: gives its pixel values `Float[3, height, width]` at a height and a width.
+        picture: returns its pixel values `Float[3, height, width]` for a height and a width.
         config: sizes of patches.
-        geometry: of `patch_rows`.
+        geometry: the geometry of `patch_rows`.
     """
     side, valid = config.patch_size, geometry["valid"]
     pixels = np.zeros((*valid.shape, config.channels), np.float32)
-    for row, kept in enumerate(valid):
-        if not kept.any():
+    for row, is_valid in enumerate(valid):
+        if not is_valid.any():
             continue
-        places = geometry["coordinates"][row, kept]
+        places = geometry["coordinates"][row, is_valid]
         height, width = places.max(axis=0) + 1
-        whole = picture(height * side, width * side).reshape(3, height, side, width, side)
-        patches = whole.transpose(1, 3, 0, 2, 4)[tuple(places.T)]
-        pixels[row, kept] = np.repeat(patches[:, :, None], config.frames, axis=2).reshape(len(places), -1)
+        image = picture(height * side, width * side).reshape(3, height, side, width, side)
+        patches = image.transpose(1, 3, 0, 2, 4)[tuple(places.T)]
+        pixels[row, is_valid] = np.repeat(patches[:, :, None], config.frames, axis=2).reshape(len(places), -1)
     return pixels
 
 
-def _checked_grids(pixels: np.ndarray | None, grids: np.ndarray | None, channels: int, merge: int) -> np.ndarray:
-    """Rows and columns of patches of each image, `Int[I, 2]`, which fit the pixels."""
+def _check_grids(pixels: np.ndarray | None, grids: np.ndarray | None, channels: int, merge: int) -> np.ndarray:
+    """Rows and columns of patches of each image, `Int[I, 2]`, after checking that they fit the pixels."""
     if pixels is None or grids is None:
         missing = "pixel_values" if pixels is None else "image_grid_thw"
         raise LVLMError(f"{missing} is missing; give the processor's pixel_values and image_grid_thw together")
@@ -279,7 +280,7 @@ def _checked_grids(pixels: np.ndarray | None, grids: np.ndarray | None, channels
 
 
 def patch_coordinates(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
-    """Row and column of each patch of a picture, in the order of the processor."""
+    """Row and column of each patch of an image, in the order of the processor."""
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
     blocks = places.reshape(height // merge, merge, width // merge, merge, 2)
     return blocks.swapaxes(1, 2).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""The Q-Former of InstructBLIP (arXiv 2305.06500): learned queries that look at an image with an instruction in mind.
+"""The Q-Former of InstructBLIP (arXiv 2305.06500): learned queries that attend to an image and an instruction.
 
-A BERT whose sequence is the queries and then the words of the instruction. All of them see each other; every second
-layer lets the queries, and them alone, look at the vision tower's patches; queries and words have an MLP of their own.
-Unlike in a decoder the norms stand behind the sums. What the queries have become is the image.
+A BERT whose sequence consists of the queries and the words of the instruction, which all see each other. In every
+second layer the queries (but not the words) also attend to the vision tower's patches. Queries and words have separate
+MLPs. Norms come after the residual sums, unlike in the decoder. The final queries are the image tokens.
 
     query 1 ... query Q | [CLS] what is un ##usual ... [SEP] . . .      words have positions, queries have none
 """
@@ -25,10 +25,10 @@ class QFormerConfig:
     """A Q-Former.
 
     Attributes:
-        num_queries: tokens that an image becomes.
-        vocab_size: of its own tokenizer, which reads the instruction.
+        num_queries: number of tokens per image.
+        vocab_size: size of its own tokenizer's vocabulary, for the instruction.
         max_position_embeddings: longest instruction, in tokens.
-        cross_attention_frequency: layers 0, n, 2 n, ... look at the patches.
+        cross_attention_frequency: layers 0, n, 2 n, ... attend to the patches.
     """
 
     num_queries: int
@@ -84,7 +84,7 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention of queries and words, cross-attention of queries to patches, an MLP for each of the two."""
+    """Self-attention of queries and words, cross-attention of queries to patches, and an MLP for each of the two."""
 
     config: QFormerConfig
     dtype: jnp.dtype
@@ -110,7 +110,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Patches and an instruction to what the queries have become."""
+    """Maps patches and an instruction to the final queries."""
 
     config: QFormerConfig
     dtype: jnp.dtype
@@ -119,12 +119,12 @@ class QFormer(nn.Module):
     def __call__(
         self, patches: Float[Array, "I P W"], words: Int[Array, "I L"], mask: Bool[Array, "I L"]
     ) -> Float[Array, "I Q C"]:
-        """Looks at I images.
+        """Reads I images.
 
         Args:
             patches: the vision tower's hidden states.
             words: each image's instruction, as ids of the Q-Former's own vocabulary, padded.
-            mask: which of them are words.
+            mask: which of these ids are words.
         """
         config = self.config
         initializer = nn.initializers.normal(0.02)
@@ -134,7 +134,7 @@ class QFormer(nn.Module):
 
         queries = self.param("query_tokens", initializer, (1, config.num_queries, config.hidden_size))
         queries = jnp.broadcast_to(queries.astype(self.dtype), (words.shape[0], *queries.shape[1:]))
-        # Padding may reach behind the last position; there are no words there.
+        # Padding may exceed the last position; there are no words there.
         places = jnp.minimum(jnp.arange(words.shape[1]), config.max_position_embeddings - 1)
         read = embedding(config.vocab_size, "word_embedding")(words)
         read = read + embedding(config.max_position_embeddings, "position_embedding")(places)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with windows in most layers of the tower, gated MLPs and RMS norms there."""
+"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with window attention in most tower layers, gated MLPs, RMS norms."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from lvlm_jax.models.qwen_vision import (
     PatchAttention,
     PatchEmbedding,
     PatchMerger,
+    apply_in_chunks,
     axial_rotation,
-    by_chunks,
     picture_attention,
     window_attention,
     window_numbers,
@@ -31,11 +31,11 @@ from lvlm_jax.models.qwen_vision import (
 
 @dataclasses.dataclass(frozen=True)
 class WindowTowerConfig(PatchTowerConfig):
-    """A tower over loose patches, most of whose layers attend inside windows.
+    """A tower over loose patches; most of its layers attend within windows.
 
     Attributes:
         window: side of a window in patches, a multiple of `merge`.
-        full_layers: the layers that attend over the whole picture.
+        full_layers: the layers that attend over the whole image.
     """
 
     window: int
@@ -44,7 +44,7 @@ class WindowTowerConfig(PatchTowerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen25VlConfig(Qwen2VlConfig):
-    """Qwen2.5-VL; attributes as those of Qwen2-VL."""
+    """Qwen2.5-VL; attributes as in Qwen2-VL."""
 
     vision: WindowTowerConfig
     model_type: str = "qwen2_5_vl"
@@ -57,7 +57,7 @@ class Qwen25VlConfig(Qwen2VlConfig):
             LVLMError: a value that is not supported.
         """
         sizes = tower_sizes(vision, vision.hidden_size, vision.intermediate_size)
-        # Windows hold whole tokens; a size that is no multiple of a token's is cut down to one.
+        # Windows contain whole tokens; a size that is not a multiple of a token's is rounded down.
         tokens = vision.window_size // sizes["merge"] // sizes["patch_size"]
         if tokens < 1:
             raise LVLMError(
@@ -70,7 +70,7 @@ class Qwen25VlConfig(Qwen2VlConfig):
 
 
 class TowerLayer(nn.Module):
-    """Attention and gated MLP, each behind its norm and added to the stream."""
+    """Attention and gated MLP, each after its norm and added to the residual stream."""
 
     config: WindowTowerConfig
     dtype: jnp.dtype
@@ -80,11 +80,11 @@ class TowerLayer(nn.Module):
         normed = rms_norm(EPSILON, self.dtype, "norm1")(x)
         x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = rms_norm(EPSILON, self.dtype, "norm2")(x)
-        return x + by_chunks(GatedMlp(self.config, self.dtype, name="mlp"), normed)
+        return x + apply_in_chunks(GatedMlp(self.config, self.dtype, name="mlp"), normed)
 
 
 class WindowTower(nn.Module):
-    """Patches to features."""
+    """Maps patches to features."""
 
     config: WindowTowerConfig
     dtype: jnp.dtype
@@ -95,7 +95,7 @@ class WindowTower(nn.Module):
     ) -> Float[Array, "R P W"]:
         config = self.config
         windows = window_numbers(coordinates, valid, config.window)
-        # The patches of a window side by side, filler behind all.
+        # The patches of a window become neighbours; filler comes last.
         order = jnp.argsort(windows, axis=1, stable=True)
 
         def ordered(array: Array, order: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Qwen2-VL (arXiv 2409.12191): a tower over patches of any picture size, multimodal positions in a Qwen2 decoder."""
+"""Qwen2-VL (arXiv 2409.12191): a tower for images of any size, multimodal positions in a Qwen2 decoder."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ from lvlm_jax.models.qwen_vision import (
     PatchEmbedding,
     PatchMerger,
     PlainMlp,
+    apply_in_chunks,
     axial_rotation,
-    by_chunks,
     in_reading_order,
     picture_attention,
 )
 
-EPSILON = 1e-6  # of all norms of the tower
+EPSILON = 1e-6  # epsilon of all norms of the tower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Qwen2VlConfig(LoosePatchConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Qwen2VlConfig":
-        """Reads a transformers `Qwen2VLConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `Qwen2VLConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -53,7 +53,7 @@ class Qwen2VlConfig(LoosePatchConfig):
 
     @staticmethod
     def tower_from_hf(vision: Any) -> PatchTowerConfig:
-        """Reads a transformers `Qwen2VLVisionConfig`, whose `hidden_size` is that of the decoder.
+        """Reads a transformers `Qwen2VLVisionConfig`; its `hidden_size` is the decoder's.
 
         Raises:
             LVLMError: a value that is not supported.
@@ -62,7 +62,7 @@ class Qwen2VlConfig(LoosePatchConfig):
 
 
 class TowerLayer(nn.Module):
-    """Attention and MLP, each behind its norm and added to the stream."""
+    """Attention and MLP, each after its norm and added to the residual stream."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype
@@ -72,11 +72,11 @@ class TowerLayer(nn.Module):
         normed = layer_norm(EPSILON, self.dtype, "norm1")(x)
         x = x + PatchAttention(self.config, self.dtype, name="self_attn")(normed, rotation, attention)
         normed = layer_norm(EPSILON, self.dtype, "norm2")(x)
-        return x + by_chunks(PlainMlp(self.config, self.dtype, name="mlp"), normed)
+        return x + apply_in_chunks(PlainMlp(self.config, self.dtype, name="mlp"), normed)
 
 
 class Tower(nn.Module):
-    """Patches to features."""
+    """Maps patches to features."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype
@@ -113,6 +113,6 @@ class Qwen2Vl(VisionLanguageModel):
         valid: Bool[Array, "R P"],
         order: Int[Array, "N 2"],
     ) -> Float[Array, "N E"]:
-        """Image tokens as the decoder receives them, filler behind; arguments as `patch_rows` makes them."""
+        """Image tokens for the decoder, then filler; arguments as from `patch_rows`."""
         features = self.vision_tower(pixels, coordinates, valid)
         return in_reading_order(self.connector(features), order)

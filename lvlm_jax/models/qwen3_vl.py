@@ -1,7 +1,7 @@
-"""Qwen3-VL (arXiv 2511.21631): a tower for pictures of any size, of which several layers speak to the decoder.
+"""Qwen3-VL (arXiv 2511.21631): a tower for images of any size; several of its layers feed the decoder.
 
-The last layer's patches, merged, are the image tokens. Patches of earlier layers, merged on their own, are added to
-the stream at the image tokens behind the first layers of the decoder (DeepStack, arXiv 2406.04334).
+The merged patches of the last layer are the image tokens. Merged patches of earlier layers are added to the residual
+stream at the image tokens, after the first layers of the decoder (DeepStack, arXiv 2406.04334).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Qwen3VlConfig(LoosePatchConfig):
     """Qwen3-VL with a dense decoder.
 
     Attributes:
-        position_count: entries of the tower's table of positions, of which the largest square is used.
+        position_count: number of entries in the tower's table of positions; the largest square of them is used.
         deepstack: layers of the tower whose patches go to the decoder, in the order of their mergers.
     """
 
@@ -39,7 +39,7 @@ class Qwen3VlConfig(LoosePatchConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any) -> "Qwen3VlConfig":
-        """Reads a transformers `Qwen3VLConfig` object; `raw` is the dict it came from.
+        """Reads a transformers `Qwen3VLConfig` object; `raw` is its original dict.
 
         Raises:
             LVLMError: a part of the configuration is not supported.
@@ -60,7 +60,7 @@ class Qwen3VlConfig(LoosePatchConfig):
         )
 
     def with_geometry(self, pictures: Pictures) -> Pictures:
-        """The same with each patch's place in the tower's table of positions."""
+        """The same, with each patch's place in the tower's table of positions."""
         side = math.isqrt(self.position_count)
         return with_positions(pictures, self.vision.merge, side, corner_aligned, linear_taps)
 
@@ -69,7 +69,7 @@ def _deepstack(vision: Any, text: DecoderConfig) -> tuple[int, ...]:
     """`deepstack_visual_indexes`.
 
     Raises:
-        LVLMError: a layer that the tower does not have, one named twice, or more than the decoder has layers.
+        LVLMError: a layer is outside the tower or occurs twice, or there are more layers than in the decoder.
     """
     layers = tuple(vision.deepstack_visual_indexes)
     if len(set(layers)) < len(layers) or not set(layers) <= set(range(vision.depth)):
@@ -86,7 +86,7 @@ def _deepstack(vision: Any, text: DecoderConfig) -> tuple[int, ...]:
 
 
 class Tower(nn.Module):
-    """Patches to the output of every layer."""
+    """Maps patches to the output of every layer."""
 
     config: Qwen3VlConfig
     dtype: jnp.dtype
@@ -114,7 +114,7 @@ class Tower(nn.Module):
 
 
 class Connector(nn.Module):
-    """Tower outputs to image tokens: what the decoder embeds, then what is added behind its first layers."""
+    """Maps tower outputs to image tokens: the decoder's input, then the additions after its first layers."""
 
     config: Qwen3VlConfig
     dtype: jnp.dtype
@@ -123,7 +123,7 @@ class Connector(nn.Module):
     def __call__(self, outputs: list[Float[Array, "R P W"]]) -> Float[Array, "R M E_and_added"]:
         features, unit = self.config.text.hidden_size, self.config.vision.merge**2
         tokens = [PatchMerger(features, unit, self.dtype, epsilon=EPSILON, name="merger")(outputs[-1])]
-        # The decoder takes them in the order of the tower's layers, whichever order names their mergers.
+        # The decoder uses them in the order of the tower's layers, whatever the order of their mergers.
         for layer in sorted(self.config.deepstack):
             name = f"deepstack_layers_{self.config.deepstack.index(layer)}"
             # These normalise all patches of a token together.

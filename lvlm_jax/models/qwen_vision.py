@@ -1,6 +1,6 @@
-"""The parts of the towers of Qwen2-VL (arXiv 2409.12191) and its descendants: modules over rows of loose patches.
+"""Modules of the towers of Qwen2-VL (arXiv 2409.12191) and its descendants, over rows of loose patches.
 
-Rows and what is known of each patch come from `loose_patches`: a padded row per image, M² consecutive patches a token.
+The rows and their geometry come from `loose_patches`: one padded row per image, M² consecutive patches per token.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,17 @@ from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig
 from lvlm_jax.models.vision import patch_attention
 
-STREAM_FROM = 1024  # patches of a picture from which attention goes by blocks
-LARGEST_MAP = 2**24  # elements of the maps of windows that are looked at at a time, 64 MiB in float32
-CHUNK = 2**14  # patches of all pictures that go through an MLP at a time
-NOWHERE = 2**31 - 1  # the window of filler
-# Mixes values by queries and keys, `Float[Array, "R P H D"]` each.
+STREAM_FROM = 1024  # from this many patches of an image on, attention runs block by block
+LARGEST_MAP = 2**24  # elements of the window maps computed at a time, 64 MiB in float32
+CHUNK = 2**14  # patches (of all images) that go through an MLP at a time
+FILLER_WINDOW = 2**31 - 1  # the window number of filler
+# Attention of queries, keys and values, `Float[Array, "R P H D"]` each.
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def axial_rotation(coordinates: Int[Array, "R P 2"], head_dim: int, theta: float) -> Rotation:
-    """Rotary positions of a plane: a quarter of each head turns with the row, a quarter with the column, twice."""
+    """Rotary positions in a plane: in each half of a head, a quarter of the channels rotates with the row, a quarter
+    with the column."""
     frequency = frequencies(RopeConfig(theta=theta), head_dim // 2)
     angle = coordinates.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(*coordinates.shape[:2], -1)
@@ -39,7 +40,7 @@ def picture_attention(
     value: Float[Array, "R P H D"],
     valid: Bool[Array, "R P"],
 ) -> Float[Array, "R P H D"]:
-    """Each patch attends to all of its picture."""
+    """Each patch attends to all patches of its image."""
     if query.shape[1] < STREAM_FROM:
         return patch_attention(query, key, value, valid[:, None])
     heads = (array.swapaxes(1, 2) for array in (query, key, value))
@@ -53,51 +54,51 @@ def window_attention(
     windows: Int[Array, "R P"],
     size: int,
 ) -> Float[Array, "R P H D"]:
-    """Each patch attends to those of its window.
+    """Each patch attends to the patches of its window.
 
     Args:
-        windows: numbers of windows, those of one window side by side.
-        size: no window has more patches. So a block of that many sees nothing outside itself and its neighbours.
+        windows: window number of each patch; the patches of a window are neighbours.
+        size: largest number of patches in a window. So a block of this size only sees itself and its neighbour blocks.
     """
     rows, patches, heads, channels = query.shape
-    many = min(-(-patches // size), max(1, LARGEST_MAP // (rows * heads * 3 * size**2)))  # blocks at a time
-    filler = -patches % (many * size)
+    count = min(-(-patches // size), max(1, LARGEST_MAP // (rows * heads * 3 * size**2)))  # blocks at a time
+    filler = -patches % (count * size)
 
     def blocks(array: jax.Array, around: int = 0, fill: int = 0) -> jax.Array:
         edges = ((0, 0), (around, filler + around)) + ((0, 0),) * (array.ndim - 2)
         padded = jnp.pad(array, edges, constant_values=fill)
         return padded.reshape(rows, -1, size, *array.shape[2:])
 
-    query, own = blocks(query), blocks(windows, fill=NOWHERE)
-    key, value, seen = blocks(key, size), blocks(value, size), blocks(windows, size, NOWHERE - 1)
+    query, own = blocks(query), blocks(windows, fill=FILLER_WINDOW)
+    key, value, window_keys = blocks(key, size), blocks(value, size), blocks(windows, size, FILLER_WINDOW - 1)
 
     def attended(start: Int[Array, ""]) -> Float[Array, "R U H D"]:
         def here(array: jax.Array) -> jax.Array:
-            part = jax.lax.dynamic_slice_in_dim(array, start, many, axis=1)
+            part = jax.lax.dynamic_slice_in_dim(array, start, count, axis=1)
             return part.reshape(-1, *array.shape[2:])
 
         def around(array: jax.Array) -> jax.Array:
-            part = jax.lax.dynamic_slice_in_dim(array, start, many + 2, axis=1)
+            part = jax.lax.dynamic_slice_in_dim(array, start, count + 2, axis=1)
             beside = jnp.concatenate([part[:, :-2], part[:, 1:-1], part[:, 2:]], axis=2)
             return beside.reshape(-1, *beside.shape[2:])
 
-        mask = here(own)[:, :, None] == around(seen)[:, None, :]
+        mask = here(own)[:, :, None] == around(window_keys)[:, None, :]
         return patch_attention(here(query), around(key), around(value), mask).reshape(rows, -1, heads, channels)
 
-    # The backward pass computes the weights again, or would keep all of them.
-    mixed = jax.lax.map(jax.checkpoint(attended), jnp.arange(query.shape[1] // many) * many)
+    # The backward pass recomputes the weights instead of keeping them all.
+    mixed = jax.lax.map(jax.checkpoint(attended), jnp.arange(query.shape[1] // count) * count)
     return jnp.moveaxis(mixed, 0, 1).reshape(rows, -1, heads, channels)[:, :patches]
 
 
 def window_numbers(coordinates: Int[Array, "R P 2"], valid: Bool[Array, "R P"], side: int) -> Int[Array, "R P"]:
-    """The window of each patch, of `side` x `side` patches and cut off at the picture's end; filler behind all."""
+    """The window number of each patch; windows have `side` x `side` patches or end with the image; filler is last."""
     window = coordinates // side
-    # Wider than any picture is in windows, so that numbers are unique.
-    return jnp.where(valid, window[..., 0] * 2**15 + window[..., 1], NOWHERE)
+    # Larger than the number of windows in a row of any image, so that numbers are unique.
+    return jnp.where(valid, window[..., 0] * 2**15 + window[..., 1], FILLER_WINDOW)
 
 
 class PatchEmbedding(nn.Module):
-    """Patches projected to the width of the tower."""
+    """Projects patches to the width of the tower."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype
@@ -106,7 +107,7 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, patches: Float[Array, "R P C"]) -> Float[Array, "R P W"]:
         config = self.config
-        # The shape of checkpoints, so that it moves between them by a permutation.
+        # The shape in checkpoints, so that conversion is a permutation.
         shape = (3, config.frames, config.patch_size, config.patch_size, config.hidden_size)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape).reshape(-1, config.hidden_size)
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -118,7 +119,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchAttention(nn.Module):
-    """Multi-head attention with rotary rows and columns; `attention` mixes values by queries and keys."""
+    """Multi-head attention with rotary rows and columns; `attention` computes it from queries, keys and values."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype
@@ -137,8 +138,8 @@ class PatchAttention(nn.Module):
         return output(mixed.reshape(x.shape))
 
 
-def by_chunks(mlp: nn.Module, x: Float[Array, "R P W"]) -> Float[Array, "R P W"]:
-    """What a module makes of each patch, of at most `CHUNK` patches at a time; its hidden channels are many."""
+def apply_in_chunks(mlp: nn.Module, x: Float[Array, "R P W"]) -> Float[Array, "R P W"]:
+    """Applies a module with many hidden channels to at most `CHUNK` patches at a time."""
     rows, patches, width = x.shape
     count = next(n for n in range(1, patches + 1) if patches % n == 0 and rows * patches <= n * max(rows, CHUNK))
     if count == 1:
@@ -148,8 +149,8 @@ def by_chunks(mlp: nn.Module, x: Float[Array, "R P W"]) -> Float[Array, "R P W"]
         variable_broadcast="params",
         split_rngs={"params": False, "dropout": True},
     )
-    _, made = scan(mlp, (), jnp.moveaxis(x.reshape(rows, count, -1, width), 1, 0))
-    return jnp.moveaxis(made, 0, 1).reshape(x.shape)
+    _, chunks = scan(mlp, (), jnp.moveaxis(x.reshape(rows, count, -1, width), 1, 0))
+    return jnp.moveaxis(chunks, 0, 1).reshape(x.shape)
 
 
 class PlainMlp(nn.Module):
@@ -183,7 +184,7 @@ class GatedMlp(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """M² normalised patches side by side to one token of the decoder: two projections around a GELU.
+    """Concatenates M² normalised patches into one token of the decoder: two projections around a GELU.
 
     Attributes:
         features: width of the decoder.
@@ -207,5 +208,5 @@ class PatchMerger(nn.Module):
 
 
 def in_reading_order(tokens: Float[Array, "R M E"], order: Int[Array, "N 2"]) -> Float[Array, "N E"]:
-    """The tokens of all rows, those of images first; see `patch_rows`."""
+    """The tokens of all rows in reading order, then filler; see `patch_rows`."""
     return tokens[order[:, 0], order[:, 1]]

@@ -1,7 +1,7 @@
 """Qwen-VL of 2023 (arXiv 2308.12966): ViT-bigG, a 256-query resampler, Qwen-7B.
 
-Hub repositories Qwen/Qwen-VL and Qwen/Qwen-VL-Chat. Their `config.json` has the model type "qwen", which it shares
-with the text models, and no class in transformers.
+Hub repositories Qwen/Qwen-VL and Qwen/Qwen-VL-Chat. Their `config.json` has the model type "qwen", like that of the
+text models, and transformers has no class for it.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import VisionConfig
-from lvlm_jax.models.config import DecoderConfig, first_given
+from lvlm_jax.models.config import DecoderConfig, first_not_none
 from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.qwen_vl_vision import POOL_HEAD_DIM, QwenVisionTower, Resampler
 
-# Tokens behind the vocabulary's ranks, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
-# for boxes, then <img>, </img>, <imgpad>. What a configuration names is <img>.
+# Special tokens after the vocabulary, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
+# for boxes, then <img>, </img>, <imgpad>. Configurations name <img>.
 END_OF_TEXT, TURN_START, TURN_END = -214, -213, -212
 IMAGE_END, IMAGE_PAD = 1, 2
 
-# What the published configuration class takes where the file is silent.
+# Defaults of the published configuration class.
 _DEFAULTS = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -58,8 +58,8 @@ class QwenVlConfig(FamilyConfig):
     """Qwen-VL: ViT-bigG, resampler, Qwen decoder.
 
     Attributes:
-        queries: how many the resampler has.
-        image_token_id: <imgpad>; stands between <img> and </img>.
+        queries: number of queries of the resampler.
+        image_token_id: <imgpad>, which occurs between <img> and </img>.
     """
 
     vision: VisionConfig
@@ -68,11 +68,11 @@ class QwenVlConfig(FamilyConfig):
 
     @classmethod
     def from_hf(cls, raw: dict, hf: Any = None) -> "QwenVlConfig":
-        """Reads a published `config.json`; transformers has no class of it.
+        """Reads a published `config.json`; transformers has no class for it.
 
-        Beyond `seq_length` (2048) tokens the published model stretches its rotary positions by the length of the prompt
-        (`use_dynamic_ntk`) and scales attention (`use_logn_attn`). Within it both do nothing. Here the context ends
-        there if one of them is on, so longer prompts are refused.
+        Beyond `seq_length` (2048) tokens, the published model stretches rotary positions with the prompt's length
+        (`use_dynamic_ntk`) and scales attention (`use_logn_attn`). Up to there, both do nothing. Here, if one of them
+        is on, the context ends there and longer prompts are refused.
 
         Raises:
             LVLMError: a text model without `visual`, or a value that is not supported.
@@ -113,12 +113,12 @@ class QwenVlConfig(FamilyConfig):
         return self.image_token_id - IMAGE_PAD
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        """Tokens that end an answer under a `generation_config.json`: a chat model's turn ends with <|im_end|>.
+        """Tokens that end an answer under a `generation_config.json`; a chat model's turn ends with <|im_end|>.
 
         Raises:
-            LVLMError: a stop word of several tokens.
+            LVLMError: a stop word has several tokens.
         """
-        end = first_given(generation.get("eos_token_id"), list(self.eos_token_ids))
+        end = first_not_none(generation.get("eos_token_id"), list(self.eos_token_ids))
         words = [[token] for token in (end if isinstance(end, list) else [end])]
         words += generation.get("stop_words_ids") or []
         if any(len(word) != 1 for word in words):
@@ -133,7 +133,7 @@ class QwenVlConfig(FamilyConfig):
     def mark_images(self, prompt: np.ndarray) -> np.ndarray:
         """The prompt with placeholders between each <img> and </img>.
 
-        The published tokenizer writes the bytes of the image's path there and fills up with <imgpad>.
+        The published tokenizer writes the bytes of the image's path there, padded with <imgpad>.
 
         Raises:
             LVLMError: an <img> without its </img>.
@@ -150,85 +150,88 @@ class QwenVlConfig(FamilyConfig):
         return marked
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
-        """What the tower takes, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
+        """The tower's inputs, from a processor's `pixel_values` `[I, 3, Y, X]`; None without images.
 
         Raises:
-            LVLMError: pixels of another shape, or that are not finite.
+            LVLMError: pixels have another shape or are not finite.
         """
         del prompts
         pixels = square_pixels(parts, self.vision.image_size)
         return None if pixels is None else whole_pictures(pixels, self.tokens_per_image)
 
     def blank(self) -> Pictures:
-        """One empty image, as `pictures` would give it."""
+        """One empty image, in the form of `pictures`."""
         side = self.vision.image_size
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """Which of an image's tokens has its place there: queries carry places of a square, and look further too."""
+        """The image token whose query belongs to each place of a square; queries also attend elsewhere."""
         del pictures, image
         return square_map(self.tokens_per_image)
 
 
 def _decoder(raw: dict) -> DecoderConfig:
     """The decoder of a published configuration."""
-    given = {name: first_given(raw.get(name), default) for name, default in _DEFAULTS.items()}
+    settings = {name: first_not_none(raw.get(name), default) for name, default in _DEFAULTS.items()}
     for name in _COUNTS:
-        _count(name, given[name])
-    if not given["scale_attn_weights"]:
+        _count(name, settings[name])
+    if not settings["scale_attn_weights"]:
         raise LVLMError("scale_attn_weights false is not supported; expected true")
-    heads, head_dim, width = given["num_attention_heads"], given["kv_channels"], given["hidden_size"]
+    heads, head_dim, width = settings["num_attention_heads"], settings["kv_channels"], settings["hidden_size"]
     if heads * head_dim != width:
         raise LVLMError(
             f"num_attention_heads {heads} times kv_channels {head_dim} is not hidden_size {width}; "
             "the published model has no other form"
         )
-    context = given["max_position_embeddings"]
-    if given["use_dynamic_ntk"] or given["use_logn_attn"]:
-        context = min(context, given["seq_length"])
+    context = settings["max_position_embeddings"]
+    if settings["use_dynamic_ntk"] or settings["use_logn_attn"]:
+        context = min(context, settings["seq_length"])
     return DecoderConfig.from_hf(
         SimpleNamespace(
             model_type="qwen",
-            vocab_size=given["vocab_size"],
+            vocab_size=settings["vocab_size"],
             hidden_size=width,
-            intermediate_size=given["intermediate_size"] // 2,  # the file counts both halves of the gated MLP
-            num_hidden_layers=given["num_hidden_layers"],
+            intermediate_size=settings["intermediate_size"] // 2,  # the file counts both halves of the gated MLP
+            num_hidden_layers=settings["num_hidden_layers"],
             num_attention_heads=heads,
             head_dim=head_dim,
-            rms_norm_eps=given["layer_norm_epsilon"],
-            rope_parameters={"rope_theta": given["rotary_emb_base"], "partial_rotary_factor": given["rotary_pct"]},
+            rms_norm_eps=settings["layer_norm_epsilon"],
+            rope_parameters={
+                "rope_theta": settings["rotary_emb_base"],
+                "partial_rotary_factor": settings["rotary_pct"],
+            },
             hidden_act="silu",
             max_position_embeddings=context,
-            projection_bias=not given["no_bias"],
-            tie_word_embeddings=given["tie_word_embeddings"],
+            projection_bias=not settings["no_bias"],
+            tie_word_embeddings=settings["tie_word_embeddings"],
         )
     )
 
 
 def _vision(visual: dict, width: int) -> tuple[VisionConfig, int]:
-    """(tower, number of queries) of `visual`; `width` is the decoder's."""
-    given = {"n_queries": 256, **visual}
+    """The tower and the number of queries from `visual`; `width` is the decoder's."""
+    settings = {"n_queries": 256, **visual}
     for name in _VISUAL_COUNTS:
-        _count(f"visual.{name}", given.get(name))
-    output, queries = given["output_dim"], given["n_queries"]
+        _count(f"visual.{name}", settings.get(name))
+    output, queries = settings["output_dim"], settings["n_queries"]
     if output != width:
         raise LVLMError(f"visual.output_dim {output} is not the decoder's hidden_size {width}")
     if output % POOL_HEAD_DIM:
         raise LVLMError(f"visual.output_dim {output} is not a multiple of {POOL_HEAD_DIM}")
     if math.isqrt(queries) ** 2 != queries:
         raise LVLMError(f"visual.n_queries {queries} is not a square number")
-    if given["width"] % given["heads"]:
-        raise LVLMError(f"visual.width {given['width']} is not a multiple of visual.heads {given['heads']}")
-    ratio = given.get("mlp_ratio")
+    if settings["width"] % settings["heads"]:
+        raise LVLMError(f"visual.width {settings['width']} is not a multiple of visual.heads {settings['heads']}")
+    ratio = settings.get("mlp_ratio")
     if not isinstance(ratio, int | float) or ratio <= 0:
         raise LVLMError(f"visual.mlp_ratio is {ratio!r}; expected a positive number")
     vision = VisionConfig(
-        hidden_size=given["width"],
-        intermediate_size=int(given["width"] * ratio),
-        num_layers=given["layers"],
-        num_heads=given["heads"],
-        image_size=given["image_size"],
-        patch_size=given["patch_size"],
+        hidden_size=settings["width"],
+        intermediate_size=int(settings["width"] * ratio),
+        num_layers=settings["layers"],
+        num_heads=settings["heads"],
+        image_size=settings["image_size"],
+        patch_size=settings["patch_size"],
         hidden_act="gelu",
         layer_norm_eps=_NORM_EPSILON,
     )
@@ -254,5 +257,5 @@ class QwenVl(VisionLanguageModel):
         self.language_model = Decoder(config.text, self.dtype, self.remat)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
-        """Image tokens of I images, as the decoder receives them."""
+        """Image tokens of I images, for the decoder."""
         return self.connector(self.vision_tower(pixels))

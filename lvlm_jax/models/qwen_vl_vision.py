@@ -18,7 +18,7 @@ POOL_HEAD_DIM = 128  # channels of each of the resampler's heads
 
 
 class QwenVisionTower(nn.Module):
-    """Images to patch features. Its layers are CLIP's."""
+    """Maps images to patch features. Its layers are CLIP's."""
 
     config: VisionConfig
     dtype: jnp.dtype
@@ -40,14 +40,15 @@ class QwenVisionTower(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Patch features to a fixed number of image tokens: learned queries on a square grid look at the patches once.
+    """Maps patch features to a fixed number of image tokens: learned queries on a square grid attend to the patches
+    once.
 
-    Queries and keys carry sine-cosine positions of their place in the image, so each query looks near its own place.
+    Queries and keys have sine-cosine positions of their place in the image, so each query attends near its own place.
 
     Attributes:
         queries: number of image tokens Q, a square.
         width: channels E of the image tokens.
-        epsilon: of the norms.
+        epsilon: epsilon of the norms.
     """
 
     queries: int
@@ -84,7 +85,7 @@ class Resampler(nn.Module):
 
 
 def on_grid(table: Float[Array, "S W"], places: int) -> Float[Array, "P W"]:
-    """A square grid of positions, row by row, resized to a square grid of `places` by bicubic interpolation."""
+    """Resizes a square grid of positions, row by row, to a square grid of `places` by bicubic interpolation."""
     source, target = math.isqrt(table.shape[0]), math.isqrt(places)
     if source == target:
         return table
@@ -95,17 +96,17 @@ def on_grid(table: Float[Array, "S W"], places: int) -> Float[Array, "P W"]:
 
 
 def bicubic_weights(source: int, target: int) -> Float[np.ndarray, "T S"]:
-    """What each of `target` samples takes of `source` ones: torch's bicubic interpolation, corners not aligned."""
+    """Weights of `source` samples in each of `target` samples: torch's bicubic interpolation, corners not aligned."""
     entries, taps = cubic_taps(center_aligned(target, source), source)
     weights = np.zeros((target, source), np.float32)
-    np.add.at(weights, (np.arange(target)[:, None], entries), taps)  # at the edge several taps fall on one sample
+    np.add.at(weights, (np.arange(target)[:, None], entries), taps)  # at the edge, several taps have the same index
     return weights
 
 
 def sinusoidal_initializer(
     key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "Q E"]:
-    """Places on a square grid: the first half of the channels turns with the column, the second with the row."""
+    """Places on a square grid: the first half of the channels encodes the column, the second half the row."""
     del key
     count, width = shape
     side, quarter = math.isqrt(count), width // 4

@@ -1,6 +1,6 @@
 """The SigLIP vision tower (arXiv 2303.15343), up to its hidden states.
 
-It is CLIP's stack of layers without a class token and without a norm in front.
+It is CLIP's stack of layers, without a class token and without a norm before them.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ class SiglipConfig(VisionConfig):
 
     @property
     def side(self) -> int:
-        """Patches along each side of a picture of `image_size`."""
+        """Number of patches along each side of an image of `image_size`."""
         return self.image_size // self.patch_size
 
     @classmethod
     def from_hf(cls, vision: Any, model_types: tuple[str, ...] = ("siglip_vision_model",)) -> "SiglipConfig":
-        """Reads a transformers `SiglipVisionConfig`, or one of the same fields and another of `model_types`.
+        """Reads a transformers `SiglipVisionConfig`, or a configuration with the same fields and one of `model_types`.
 
         Raises:
-            LVLMError: unsupported `model_type` or activation, pictures or patches that are not square, a pooling head.
+            LVLMError: unsupported `model_type` or activation, images or patches that are not square, or a pooling head.
         """
         if vision.model_type not in model_types:
             raise LVLMError(
@@ -63,7 +63,7 @@ class SiglipConfig(VisionConfig):
 
 
 class SiglipTower(nn.Module):
-    """Images to hidden states."""
+    """Maps images to hidden states."""
 
     config: SiglipConfig
     dtype: jnp.dtype
@@ -75,7 +75,7 @@ class SiglipTower(nn.Module):
         positions: Int[Array, "I P"] | None = None,
         mask: Bool[Array, "I P"] | None = None,
     ) -> tuple[list[Float[Array, "I P W"]], Float[Array, "I P W"]]:
-        """Runs over I images, whose patches are counted row by row.
+        """Runs over I images, whose patches are ordered row by row.
 
         Args:
             pixels: of size `config.image_size` unless `positions` are given.
@@ -83,8 +83,8 @@ class SiglipTower(nn.Module):
             mask: which patches may be seen; None for all.
 
         Returns:
-            The hidden states (the embeddings, then each layer's output), and the last one normalised. What the caller
-            leaves unused costs nothing once compiled.
+            The hidden states (the embeddings, then each layer's output), and the last one normalised. Unused results
+            cost nothing once compiled.
         """
         config = self.config
         x = patch_convolution(
@@ -95,7 +95,7 @@ class SiglipTower(nn.Module):
             embedding_init=nn.initializers.normal(0.02), name="position_embedding",
         )  # fmt: skip
         states = [x + embedding(jnp.arange(config.num_patches) if positions is None else positions)]
-        seen = None if mask is None else mask[:, None]
+        visible = None if mask is None else mask[:, None]
         for index in range(config.num_layers):
-            states.append(ClipLayer(config, self.dtype, name=f"layers_{index}")(states[-1], seen))
+            states.append(ClipLayer(config, self.dtype, name=f"layers_{index}")(states[-1], visible))
         return states, layer_norm(config.layer_norm_eps, self.dtype, "post_layernorm")(states[-1])

@@ -1,4 +1,4 @@
-"""What vision towers share: attention over patches, patches from pixels."""
+"""Shared by vision towers: attention over patches, and patches from pixels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-PROJECTIONS = ("q_proj", "k_proj", "q_norm", "k_norm")  # names of what makes queries and keys in towers
+PROJECTIONS = ("q_proj", "k_proj", "q_norm", "k_norm")  # names of the modules that make queries and keys in towers
 
 
 def patch_attention(
@@ -19,10 +19,10 @@ def patch_attention(
     mask: Bool[Array, "#I #P Q"] | None = None,
     bias: Float[Array, "#I #H P Q"] | None = None,
 ) -> Float[Array, "I P H D"]:
-    """Bidirectional attention inside each row; `mask` says which patches may be seen, `bias` is added to the logits."""
+    """Bidirectional attention inside each row; `mask` says which patches are visible, `bias` is added to the logits."""
     dtype = query.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    # Written out: jax.nn.dot_product_attention knows no float16 on CPUs.
+    # Written out, because jax.nn.dot_product_attention does not support float16 on CPUs.
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     logits = product("IPHD,IQHD->IHPQ", query, key) * query.shape[-1] ** -0.5
     if bias is not None:
@@ -34,31 +34,31 @@ def patch_attention(
 
 
 def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"]:
-    """What a tower's class token pays to each patch in a layer, its heads taken as one over all channels.
+    """The attention that a tower's class token pays to each patch in a layer, as one head over all channels.
 
     Args:
         encode: runs the tower.
         layer: index from 0.
     """
-    found = {}
+    projections = {}
 
     def note(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         result = function(*arguments, **options)
         name = context.module.name
         if context.method_name == "__call__" and name in PROJECTIONS and f"layers_{layer}" in context.module.path:
-            found[name[0]] = result  # norms, where there are any, come later
+            projections[name[0]] = result  # norms, if there are any, come later and replace this
         return result
 
     with nn.intercept_methods(note):
         encode()
-    query, key = found["q"][:, 0], found["k"]
+    query, key = projections["q"][:, 0], projections["k"]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
     logits = jnp.einsum("RC,RPC->RP", query, key, precision=precision, preferred_element_type=jnp.float32)
     return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
 def with_edited_values(encode: Callable[[], Any], edit: Callable[[int, jax.Array], jax.Array]) -> Any:
-    """What `encode` gives with `edit(layer, values [R, P, C])` in the place of the values in a tower's layers."""
+    """The result of `encode` if the values in a tower's layers are replaced by `edit(layer, values [R, P, C])`."""
 
     inside: list[tuple] = []  # a projection calls its base class, which is intercepted too
 
@@ -80,7 +80,7 @@ def with_edited_values(encode: Callable[[], Any], edit: Callable[[int, jax.Array
 def patch_convolution(
     pixels: Float[Array, "I 3 Y X"], width: int, patch: int, dtype: jnp.dtype, name: str, use_bias: bool
 ) -> Float[Array, "I P W"]:
-    """Non-overlapping patches projected to `width` channels, row by row; called inside a compact module."""
+    """Projects non-overlapping patches to `width` channels, row by row; called inside a compact module."""
     patches = nn.Conv(
         width,
         kernel_size=(patch, patch),

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.pictures import Pictures, bucketed
+from lvlm_jax.models.pictures import Pictures, round_up_to_bucket
 
 PROMPT_BUCKET = 64  # the fewest columns of prompts and caches
 # Besides those of `bucketed`: 576 image tokens (LLaVA-1.5) and a question, which would be a fifth slower in 768.
@@ -175,7 +175,7 @@ def bucket(length: int) -> int:
 
     At most a third is idle, and pictures of any size make a score of prompt lengths.
     """
-    columns = max(PROMPT_BUCKET, bucketed(length, PROMPT_BUCKET // 2))
+    columns = max(PROMPT_BUCKET, round_up_to_bucket(length, PROMPT_BUCKET // 2))
     return FIXED_IMAGE if length <= FIXED_IMAGE < columns and length > 512 else columns
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.layers import INT8_LEAVES, LORA_LEAVES, matrices
+from lvlm_jax.models.layers import INT8_LEAVES, LORA_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.parts import matching
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -116,9 +116,9 @@ def _check_settings(rank: int, alpha: float, dropout: float) -> None:
 
 
 def _target_kernels(flat: Mapping, targets: str) -> dict[str, tuple[jax.Array, tuple[int, int]]]:
-    """The targeted modules, each of which holds a matrix: path -> `matrices`."""
+    """The targeted modules, each of which holds a matrix: path -> `projections`."""
     modules = dict.fromkeys(path.rpartition("/")[0] for path in flat)
-    kernels = matrices(flat)
+    kernels = projections(flat)
     found = matching(targets, modules, "the pattern of LoRA targets")
     if others := [path for path in found if path not in kernels]:
         raise LVLMError(

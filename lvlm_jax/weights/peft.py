@@ -23,7 +23,7 @@ from jaxtyping import Float
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
-from lvlm_jax.models.layers import LORA_LEAVES, matrices
+from lvlm_jax.models.layers import LORA_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.checkpoint import resolve_checkpoint
@@ -106,7 +106,7 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
     if present := next((path for path in flat if path.endswith(LORA_LEAVES)), None):
         raise LVLMError(f"the parameters hold a LoRA adapter already ({present}); merge it before loading {folder}")
     settings = read_settings(folder)
-    file, kernels = _open(folder), matrices(flat)
+    file, kernels = _open(folder), projections(flat)
     _check_head(folder, table_for(config), flat, file)
     whole = stored_vocabulary(flat, file, config)
     targeted = _targeted(_modules_in_use(table_for(config), kernels, file), settings, file)
@@ -161,7 +161,7 @@ class Adapted:
         return cls(tuple(paths), tuple(parts[path] for path in paths))
 
     def shape(self, kernels: Mapping, config: FamilyConfig) -> tuple[int, int]:
-        """Inputs and outputs of the module; kernels are `layers.matrices`."""
+        """Inputs and outputs of the module; kernels are `layers.projections`."""
         _, (rows, columns) = kernels[self.paths[0]]
         piece = self.pieces[0]
         return rows, columns if piece is None else piece.whole((columns,), config)[0]

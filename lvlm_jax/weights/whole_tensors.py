@@ -12,7 +12,7 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
-from lvlm_jax.models.layers import INT8_LEAVES, matrices
+from lvlm_jax.models.layers import INT8_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.plan import Faults, TensorFile, plan_some
@@ -42,7 +42,7 @@ def _plain(name: str) -> str:
 def _shapes(flat: Mapping) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters, those of int8 kernels as of the kernels they stand for."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items() if not path.endswith(INT8_LEAVES)}
-    return shapes | {f"{module}/kernel": shape for module, (_, shape) in matrices(flat).items()}
+    return shapes | {f"{module}/kernel": shape for module, (_, shape) in projections(flat).items()}
 
 
 def stored_vocabulary(flat: Mapping, file: TensorFile, config: FamilyConfig) -> dict[str, str]:

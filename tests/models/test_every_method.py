@@ -22,7 +22,7 @@ from lvlm_jax import LVLM, methods, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import decode_loop
 from lvlm_jax.methods.fitted import Fitted, Source
-from lvlm_jax.models.pictures import bucketed
+from lvlm_jax.models.pictures import round_up_to_bucket
 from tests.compiler import optimised
 from tests.methods.test_all_methods import ENTRIES
 from tests.models import zoo
@@ -328,7 +328,7 @@ def test_the_map_of_an_image_is_made_of_its_tokens(load, name):
 
 
 def sizes(most: int, smallest: int = 1) -> list[int]:
-    return sorted({bucketed(count, smallest) for count in range(1, most + 1)})
+    return sorted({round_up_to_bucket(count, smallest) for count in range(1, most + 1)})
 
 
 # Family -> what decides on the programs of its tower for up to eight images in a batch, and the buckets of each.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lvlm_jax import LVLM, models
 from lvlm_jax.models import loose_patches, qwen_vision
-from lvlm_jax.models.pictures import bucketed
+from lvlm_jax.models.pictures import round_up_to_bucket
 from lvlm_jax.models.vision import patch_attention
 from tests.models.families.patches import QWEN2_5_VL, QWEN2_VL
 from tests.models.test_published import published
@@ -26,7 +26,7 @@ def rows(sizes):
 
 def test_pictures_of_all_sizes_take_few_shapes():
     """Each shape is a program of the tower: up to 16384 tokens, the largest picture the published processors give."""
-    shapes = {bucketed(tokens, loose_patches.SMALLEST_ROW) for tokens in range(1, 16385)}
+    shapes = {round_up_to_bucket(tokens, loose_patches.SMALLEST_ROW) for tokens in range(1, 16385)}
     assert len(shapes) == 20 and max(shapes) == 16384
 
     found = [rows([[1, height, width]]) for height in range(2, 25, 2) for width in range(2, 25, 2)]
@@ -60,7 +60,7 @@ def test_chunks_of_an_mlp_give_what_the_whole_gives(monkeypatch, rows, patches):
     class Wrapped(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return qwen_vision.by_chunks(nn.Dense(4), x)
+            return qwen_vision.apply_in_chunks(nn.Dense(4), x)
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, patches, 4)), jnp.float32)
     params = Wrapped().init(jax.random.key(0), x)
