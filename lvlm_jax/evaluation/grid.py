@@ -14,7 +14,7 @@ from lvlm_jax.generation.questions import conversation, read_questions
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.learned import name_of
-from lvlm_jax.processors.images import within
+from lvlm_jax.processors.images import in_folder
 
 Point = Mapping[str, float]  # strength -> value
 
@@ -106,7 +106,7 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
     return [
         Asked(
             one.question_id,
-            conversation([within(folder, name) for name in one.image_names], one.text),
+            conversation([in_folder(folder, name) for name in one.image_names], one.text),
             labels.get(one.line),
         )
         for one in questions[:limit]

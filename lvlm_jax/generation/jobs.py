@@ -21,7 +21,7 @@ from lvlm_jax.generation.questions import Question, conversation, length_class, 
 from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect, seed_of
 from lvlm_jax.journal.record import file_hash
-from lvlm_jax.processors.images import open_image, within
+from lvlm_jax.processors.images import in_folder, open_image
 
 SORTED_BATCHES = 16  # number of batches within which questions are sorted
 
@@ -160,7 +160,7 @@ def _requests(
         requests = []
         for question in batch:
             try:
-                images = [open_image(within(folder, name), allow_urls) for name in question.image_names]
+                images = [open_image(in_folder(folder, name), allow_urls) for name in question.image_names]
                 messages = conversation(images, question.text, system)
                 requests.append(Request(question.line, messages, _seed(seed, question)))
             except LVLMError as error:

@@ -82,9 +82,9 @@ def _before_stop(
         if cut is not None:
             cuts.append((text.tokens_before(tokenizer, tokens, cut), cut))
     if with_special:
-        place = text.first_stop(text.written(tokenizer, tokens), with_special)
+        place = text.first_stop(text.decode_raw(tokenizer, tokens), with_special)
         if place is not None:
-            count = text.tokens_before(tokenizer, tokens, place, text.written)
+            count = text.tokens_before(tokenizer, tokens, place, text.decode_raw)
             cuts.append((count, len(text.decode(tokenizer, tokens[:count]))))
     return min(cuts, default=None)
 

@@ -1,1 +1,1 @@
-"""From what users have (messages, images, a processor's arrays) to a token layout, and from tokens to text."""
+"""Turns messages, images or a processor's arrays into a token layout, and tokens into text."""

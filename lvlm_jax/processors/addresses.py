@@ -1,4 +1,4 @@
-"""Images behind addresses: `data:`, `file:`, and `http:` where a user allows it."""
+"""Reads images from addresses: `data:`, `file:`, and `http:` if the user allows it."""
 
 import base64
 import http.client
@@ -16,19 +16,19 @@ SCHEME = re.compile(r"(https?|file|data|ftp|s3|gs):", re.IGNORECASE)
 
 
 def is_address(name: str) -> bool:
-    """Whether a string is an address and no path."""
+    """Whether a string is an address and not a path."""
     return SCHEME.match(name) is not None
 
 
 def read(address: str, allow_urls: bool) -> tuple[str, bytes | Path]:
-    """What messages call an address, and the bytes behind it, or the file that it names.
+    """Reads an address: returns its name for messages, and its bytes or the file that it names.
 
     Args:
-        address: one for which `is_address` holds.
-        allow_urls: whether `http` and `https` are read.
+        address: a string for which `is_address` is true.
+        allow_urls: whether to download `http` and `https` addresses.
 
     Raises:
-        LVLMError: a scheme that is not read or not allowed, or nothing that can be read there.
+        LVLMError: the scheme is not supported or not allowed, or nothing can be read there.
     """
     scheme = address.partition(":")[0].lower()
     name = address if len(address) <= SHOWN else f"{address[:SHOWN]}…"
@@ -37,13 +37,13 @@ def read(address: str, allow_urls: bool) -> tuple[str, bytes | Path]:
     if scheme == "file":
         return name, _file(address)
     if scheme not in ("http", "https"):
-        raise LVLMError(f"image {name!r} is an address of a kind that is not read; download it first")
+        raise LVLMError(f"image {name!r} is an address of an unsupported kind; download it first")
     if not allow_urls:
         raise LVLMError(
-            f"image {name!r} is an address, and nothing is downloaded unless you say so; give --allow-urls "
+            f"image {name!r} is an address, and downloads are off by default; give --allow-urls "
             "(allow_urls=True to LVLM.from_pretrained), or download it first"
         )
-    return name, _downloaded(address, name)
+    return name, _download(address, name)
 
 
 def _of_data(address: str) -> bytes:
@@ -55,7 +55,7 @@ def _of_data(address: str) -> bytes:
         if comma:
             return urllib.parse.unquote_to_bytes(content)
     except ValueError as error:
-        raise LVLMError(f"image {address[:40]!r}… is no base64 text ({error}); encode it again") from error
+        raise LVLMError(f"image {address[:40]!r}… is not base64 text ({error}); encode it again") from error
     raise LVLMError(f"image {address[:40]!r}… has no data; expected data:image/png;base64,...")
 
 
@@ -63,11 +63,11 @@ def _file(address: str) -> Path:
     """The path of `file:///path` or `file:path`."""
     parts = urllib.parse.urlsplit(address)
     if parts.netloc not in ("", "localhost"):
-        raise LVLMError(f"image {address[:SHOWN]!r} lies on another machine; expected file:///path")
+        raise LVLMError(f"image {address[:SHOWN]!r} is on another machine; expected file:///path")
     return Path(urllib.request.url2pathname(parts.path))
 
 
-def _downloaded(address: str, name: str) -> bytes:
+def _download(address: str, name: str) -> bytes:
     request = urllib.request.Request(address, headers={"User-Agent": "lvlm_jax"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:

@@ -1,4 +1,4 @@
-"""Opening images: whatever a user names becomes one upright RGB `PIL.Image`, or one clear error."""
+"""Opens images: anything that names an image becomes an upright RGB `PIL.Image`, or one clear error."""
 
 import io
 import os
@@ -15,50 +15,50 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.processors import addresses
 
-# Above any camera's picture, and 300 MB once decoded: a larger header is a mistake or an attack.
+# Larger than any camera's image, 300 MB once decoded: a larger header is a mistake or an attack.
 MAX_PIXELS = 100_000_000
-LYING = (5, 6, 7, 8)  # orientations of the EXIF record that swap width and height
+LYING = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 LONGEST_NAME = 200  # characters of a name in a message
 
 
 def open_image(source: Any, allow_urls: bool = False) -> Image.Image:
-    """Read an image as upright 8-bit RGB.
+    """Reads an image as upright 8-bit RGB.
+
+    The conversion equals that of transformers and of LLaVA's own scripts, so that figures agree: the EXIF orientation
+    is applied, palettes are looked up, transparency is dropped, and animations give their first frame. 16-bit images
+    are scaled to 8 bits (Pillow's own conversion would clip them at 255).
 
     Args:
         source: a path; a `PIL.Image`; an array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]` of uint8 (0 to 255),
-            uint16 (0 to 65535) or floating point (0 to 1); the bytes of a file, or a file that is open for reading; a
-            dict with "bytes" or "path", as `datasets` has them, or with "url", as OpenAI's `image_url`; an address:
-            `file://...`, `data:image/png;base64,...`, `https://...`.
-        allow_urls: whether images are downloaded (`http://` and `https://`).
-
-    The conversion is the one that transformers and LLaVA's own scripts do, so that figures agree: the orientation
-    in the EXIF record is applied, palettes are looked up, transparency is dropped, the first frame of an animation
-    is taken. 16-bit images are scaled to 8 bits (Pillow's own conversion would cut them off at 255).
+            uint16 (0 to 65535) or floating point (0 to 1); the bytes of a file, or a file open for reading; a dict with
+            "bytes" or "path", as in `datasets`, or with "url", as in OpenAI's `image_url`; an address: `file://...`,
+            `data:image/png;base64,...`, `https://...`.
+        allow_urls: whether to download images (`http://` and `https://`).
 
     Raises:
-        LVLMError: a missing file, a file that is no image or is truncated, an image of more than 100 million pixels
-            (told from its header, before anything is decoded), an array of another form, or an address that is not
+        LVLMError: a missing file, a file that is not an image or is truncated, an image of more than 100 million pixels
+            (according to its header, before anything is decoded), an array of another form, or an address that is not
             allowed or cannot be read.
     """
     return _with_image(source, _to_rgb, allow_urls)
 
 
 def image_size(source: Any, allow_urls: bool = False) -> tuple[int, int]:
-    """(width, height) of what `open_image` makes of an image; of most files the header alone is read.
+    """(width, height) of the result of `open_image`; for most files, this reads only the header.
 
     Raises:
-        LVLMError: as `open_image`, unless the header does not tell.
+        LVLMError: as `open_image`, but damage after the header may go unnoticed.
     """
     return _with_image(source, _upright_size, allow_urls)
 
 
-def within(folder: str | os.PathLike, name: str) -> pathlib.Path | str:
-    """An image that a file of questions names: a path from the folder on, or an address as it is."""
+def in_folder(folder: str | os.PathLike, name: str) -> pathlib.Path | str:
+    """An image that a question file names: a path relative to the folder, or an address as it is."""
     return name if addresses.is_address(name) else pathlib.Path(folder) / name
 
 
 def _with_image(source: Any, read: Callable[[Image.Image, str], Any], allow_urls: bool) -> Any:
-    """What `read(image, name)` makes of an image."""
+    """Calls `read(image, name)` with the opened image."""
     if isinstance(source, Mapping):
         source = _of_dict(source)
     if isinstance(source, Image.Image):
@@ -69,7 +69,7 @@ def _with_image(source: Any, read: Callable[[Image.Image, str], Any], allow_urls
     if isinstance(source, str | os.PathLike):
         try:
             path = pathlib.Path(source)
-        except (TypeError, ValueError) as error:  # of a user's own kind of path
+        except (TypeError, ValueError) as error:  # raised by a user's own path type
             raise LVLMError(f"an image's path is {shown(source)}: {_reason(error)}") from error
         _check_file(path)
         return _read(path, str(path), read)
@@ -92,24 +92,24 @@ def _array(source: Any) -> np.ndarray:
         raise LVLMError(f"an image array cannot be read: {_reason(error)}; give a NumPy array") from error
 
 
-def _of_dict(given: Mapping) -> Any:
-    """The image of a dict as `datasets` (bytes, path) or OpenAI (url) write it."""
+def _of_dict(image_dict: Mapping) -> Any:
+    """The image in a dict of `datasets` (bytes, path) or OpenAI (url)."""
     for key in ("bytes", "path", "url"):
-        if given.get(key) is not None:
-            return given[key]
+        if image_dict.get(key) is not None:
+            return image_dict[key]
     raise LVLMError(
-        f"an image was given as a dict with {', '.join(map(repr, given)) or 'nothing'}; expected one of 'bytes', "
+        f"an image was given as a dict with {', '.join(map(repr, image_dict)) or 'nothing'}; expected one of 'bytes', "
         "'path' and 'url' in it"
     )
 
 
 def _content(file: Any) -> bytes:
-    """All of an open file, from its beginning where it can go back."""
+    """All bytes of an open file, from its beginning if it can seek."""
     try:
         if getattr(file, "seekable", bool)():
             file.seek(0)
         content = file.read()
-    except Exception as error:  # files of users may raise anything
+    except Exception as error:  # users' file objects may raise anything
         raise LVLMError(f"an image's open file cannot be read: {_reason(error)}") from error
     if not isinstance(content, bytes):
         raise LVLMError("an image's open file gives text; open it in mode 'rb'")
@@ -117,13 +117,13 @@ def _content(file: Any) -> bytes:
 
 
 def _check_file(path: pathlib.Path) -> None:
-    """Refuses what is no file: reading from a pipe would wait for ever."""
+    """Raises an `LVLMError` unless the path is a regular file; reading a pipe could block for ever."""
     name = _shown(str(path))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LVLMError(f"image {name} does not exist; check the path") from error
-    except (OSError, ValueError) as error:  # too long; letters that no file name has
+    except (OSError, ValueError) as error:  # too long, or characters that no file name may contain
         reason = getattr(error, "strerror", None) or _reason(error)
         raise LVLMError(f"image {name} cannot be opened: {reason}; check the path") from error
     if stat.S_ISDIR(mode):
@@ -133,14 +133,14 @@ def _check_file(path: pathlib.Path) -> None:
 
 
 def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Image, str], Any]) -> Any:
-    """What `read(image, name)` makes of an image file."""
+    """Calls `read(image, name)` with an opened image file."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns between its limit and ours, and of headers that lie; what is wrong here is an error.
+            # Pillow warns between its limit and ours, and about inconsistent headers; here these are errors.
             warnings.simplefilter("ignore")
-            # From a path Pillow maps files into memory, and those of TIFF with the sides of the picture exchanged.
-            opened = file.open("rb") if isinstance(file, pathlib.Path) else file
-            with opened, Image.open(opened) as image:
+            # Given a path, Pillow would memory-map files, and swap the sides of TIFF images.
+            stream = file.open("rb") if isinstance(file, pathlib.Path) else file
+            with stream, Image.open(stream) as image:
                 return read(image, name)
     except LVLMError:
         raise
@@ -149,12 +149,12 @@ def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Imag
         raise LVLMError(_too_large(f"{int(pixels[0]):,}" if pixels else "too many", name)) from error
     except UnidentifiedImageError as error:
         raise LVLMError(
-            f"image {_shown(name)} is not a picture in a format that Pillow knows (JPEG, PNG, WebP, …); "
-            "check that the file is what its name says"
+            f"image {_shown(name)} is not in an image format that Pillow supports (JPEG, PNG, WebP, …); check the "
+            "file's real format"
         ) from error
     except OSError as error:
         raise LVLMError(f"image {_shown(name)} cannot be opened: {error.strerror or _reason(error)}") from error
-    except Exception as error:  # what a damaged file raises depends on its format's decoder
+    except Exception as error:  # damaged files raise whatever their format's decoder raises
         raise _damaged(name, error) from error
 
 
@@ -167,14 +167,11 @@ def _reason(error: Exception) -> str:
 
 
 def _too_large(pixels: str, name: str) -> str:
-    return (
-        f"image {_shown(name)} says it has {pixels} pixels, the limit is {MAX_PIXELS:,}; "
-        "make it smaller before asking about it"
-    )
+    return f"image {_shown(name)} says it has {pixels} pixels, the limit is {MAX_PIXELS:,}; make it smaller"
 
 
 def _check_header(image: Image.Image, name: str) -> None:
-    """Refuses, before anything is decoded, what would take too much memory or run a program."""
+    """Refuses, before anything is decoded, images that would take too much memory or run a program."""
     if image.format == "EPS":
         raise LVLMError(f"image {_shown(name)} is PostScript, a program, and is not run; convert it to PNG or JPEG")
     if image.width * image.height > MAX_PIXELS:
@@ -192,9 +189,9 @@ def _damaged(name: str, error: Exception) -> LVLMError:
 def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     _check_header(image, name)
     try:
-        # Pillow gives the size of a TIFF upright, though its record still says how it lies.
+        # Pillow returns the upright size of a TIFF, although its EXIF record still has the orientation.
         lying = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in LYING
-    except Exception as error:  # of a decoder
+    except Exception as error:  # raised by a decoder
         raise _damaged(name, error) from error
     return image.size[::-1] if lying else image.size
 
@@ -207,17 +204,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = Image.fromarray(_to_eight_bits(np.asarray(image), image.mode))
         return image.convert("RGB")
-    except Exception as error:  # of a decoder
+    except Exception as error:  # raised by a decoder
         raise _damaged(name, error) from error
 
 
 def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of more than eight bits a pixel, `[H, W]`, as uint8."""
+    """Converts grey values of more than eight bits per pixel, `[H, W]`, to uint8."""
     if mode == "F":
         values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-        scale = 255.0 if values.max() <= 1 else 1.0  # TIFF files hold either range
+        scale = 255.0 if values.max() <= 1 else 1.0  # TIFF files use either range
     elif mode == "I":
-        scale = 1 / 256 if values.max() > 255 else 1.0  # 32-bit files hold 16-bit or 8-bit grey
+        scale = 1 / 256 if values.max() > 255 else 1.0  # 32-bit files contain 16-bit or 8-bit grey values
     else:
         scale = 1 / 256
     return np.clip(values * scale, 0, 255).astype(np.uint8)

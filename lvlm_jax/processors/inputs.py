@@ -1,4 +1,4 @@
-"""From what users have (chat messages, or a processor's arrays) to a token layout."""
+"""Lays out chat messages, or a processor's arrays, as tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ Messages = Conversation | Sequence[Conversation] | Mapping[str, Any]  # or the a
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
-    """A picture that the tower has run over, for use in several prompts. Host arrays.
+    """An image that the tower has already encoded, for use in several prompts. Host arrays.
 
     Attributes:
-        pixels: `Float[3, Y, X]`, the picture as the tower receives it; contrast branches may change it.
-        tokens: `Float[P, E]`, its image tokens as the decoder receives them.
+        pixels: `Float[3, Y, X]`, the image as the tower receives it; contrast branches may change it.
+        tokens: `Float[P, E]`, its image tokens for the decoder.
     """
 
     pixels: np.ndarray
@@ -32,10 +32,10 @@ class EncodedImage:
 
 
 def check_encodes_ahead(config: FamilyConfig) -> None:
-    """Refuses a family whose image tokens depend on more than the image (`FamilyConfig.tokens_per_image` is None).
+    """Raises an `LVLMError` if the family's image tokens depend on more than the image.
 
     Raises:
-        LVLMError: it is one.
+        LVLMError: `FamilyConfig.tokens_per_image` is None.
     """
     if config.tokens_per_image is None:
         raise LVLMError(
@@ -45,25 +45,25 @@ def check_encodes_ahead(config: FamilyConfig) -> None:
 
 
 def pixels_of(processor: Any, images: Sequence[Any], allow_urls: bool = False) -> np.ndarray:
-    """Pictures as the tower receives them, `Float[I, 3, Y, X]`.
+    """Images as the tower receives them, `Float[I, 3, Y, X]`.
 
     Args:
         processor: the checkpoint's transformers processor.
-        images, allow_urls: what `open_image` takes.
+        images, allow_urls: as for `open_image`.
 
     Raises:
-        LVLMError: an unreadable image, or one that the processor does not take.
+        LVLMError: an image is unreadable, or the processor rejects it.
     """
     if not isinstance(images, Sequence) or isinstance(images, str | bytes) or not images:
-        raise LVLMError(f"images are {shown(images)}; expected a list of them")
-    opened = [open_image(image, allow_urls) for image in images]
-    with library_errors(f"the processor cannot take images of {_sizes(opened)} pixels"):
-        arrays = processor.image_processor(images=opened, return_tensors="np")
+        raise LVLMError(f"images are {shown(images)}; expected a list of images")
+    opened_images = [open_image(image, allow_urls) for image in images]
+    with library_errors(f"the processor cannot take images of {_sizes(opened_images)} pixels"):
+        arrays = processor.image_processor(images=opened_images, return_tensors="np")
     return np.asarray(arrays["pixel_values"], np.float32)
 
 
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    """A list of conversations, from one or several.
+    """A list of conversations, from one conversation or several.
 
     Raises:
         LVLMError: neither a list of messages nor a list of such lists.
@@ -84,35 +84,35 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
 def from_messages(
     processor: Any, config: FamilyConfig, messages: Conversation | Sequence[Conversation], allow_urls: bool = False
 ) -> Inputs:
-    """Lays out HF chat messages through the checkpoint's own processor.
+    """Lays out HF chat messages with the checkpoint's own processor.
 
-    A conversation that ends with an assistant message is continued, any other gets the prompt for an answer.
+    If a conversation ends with an assistant message, the answer continues it; otherwise a new answer begins.
 
     Args:
         processor: the checkpoint's transformers processor.
         config: the model's configuration.
-        messages: one conversation or a list of them; images as `open_image` takes them, in parts of transformers'
-            form (under "image", "path", "url", "base64" or "bytes") or of OpenAI's (under "image_url"), or all of them
-            as `EncodedImage`.
-        allow_urls: whether images are downloaded from `http` and `https` addresses.
+        messages: one conversation or a list of them; images as for `open_image`, in parts of transformers' form (under
+            "image", "path", "url", "base64" or "bytes") or OpenAI's (under "image_url"), or all of them as
+            `EncodedImage`.
+        allow_urls: whether to download images at `http` and `https` addresses.
 
     Raises:
-        LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or encoded
-            images beside others.
+        LVLMError: malformed messages, an unreadable image, placeholders that do not match the images, or only some
+            images are encoded.
     """
     conversations = as_conversations(messages)
     prompts, parts, spans, encoded, count = [], [], [], [], 0
     for number, conversation in enumerate(conversations):
         try:
             bare, images = _split(conversation, allow_urls)
-            known = [image for image in images if isinstance(image, EncodedImage)]
-            prompt, own, span = _read(processor, config, bare, images, known)
+            encoded_images = [image for image in images if isinstance(image, EncodedImage)]
+            prompt, own, span = _process_conversation(processor, config, bare, images, encoded_images)
         except LVLMError as error:
             raise error if len(conversations) == 1 else LVLMError(f"sample {number}: {error}") from error
         prompts.append(prompt)
         spans.append(span)
         parts += own
-        encoded += known
+        encoded += encoded_images
         count += len(images)
     if encoded and len(encoded) < count:
         raise LVLMError(f"{len(encoded)} of {count} images are encoded; encode all images of a batch, or none")
@@ -124,17 +124,18 @@ def from_messages(
     return dataclasses.replace(laid_out, image_tokens=np.stack([image.tokens for image in encoded]))
 
 
-def _read(
+def _process_conversation(
     processor: Any, config: FamilyConfig, bare: Conversation, images: Sequence[Any], known: Sequence[EncodedImage]
 ) -> tuple[np.ndarray, list[dict[str, Any]], tuple[int, int]]:
-    """Token ids of a conversation, what the processor made of its images, and where its system prompt stands.
+    """Token ids of a conversation, the processor's arrays for its images, and the span of its system prompt.
 
     Args:
         bare: the conversation without its images.
-        known: those of the images that are encoded.
+        images: its images.
+        known: those of the images that are already encoded.
     """
     continued = bare[-1]["role"] == "assistant"
-    text = templates.render(processor, templates.suited(processor, bare), not continued, continued)
+    text = templates.render(processor, templates.in_template_form(processor, bare), not continued, continued)
     marker = image_marker(processor)
     placeholders = text.count(marker)
     if placeholders != len(images):
@@ -143,21 +144,21 @@ def _read(
             f"give one image for each, and do not write {marker!r} into a message's text"
         )
     if not known:
-        ids, part = processed(processor, config, text, images)
+        ids, part = run_processor(processor, config, text, images)
         parts = [part]
-    else:  # their placeholders are expanded later, by the layout
-        # Where one marker stands for more than image tokens, the processor says for what.
+    else:  # the layout expands their placeholders later
+        # If a marker stands for more than image tokens, the processor says for what.
         ids = token_ids(processor, text.replace(marker, getattr(processor, "full_image_sequence", marker)))
         parts = [{"pixel_values": image.pixels[None]} for image in known]
     check_ids(ids, config)
-    return ids, parts, _span(processor, ids, *_system_text(bare, text))
+    return ids, parts, _system_span(processor, ids, *_system_text(bare, text))
 
 
 def check_ids(ids: np.ndarray, config: FamilyConfig) -> None:
-    """Refuses token ids that have no row in the model's embedding.
+    """Raises an `LVLMError` if a token id has no row in the model's embedding.
 
     Raises:
-        LVLMError: one of them, named.
+        LVLMError: such an id occurs; the message names it.
     """
     rows = config.text.vocab_size
     stray = ids[(ids >= rows) & (ids != config.image_token_id)]
@@ -169,49 +170,49 @@ def check_ids(ids: np.ndarray, config: FamilyConfig) -> None:
 
 
 def _system_text(messages: Sequence[Message], text: str) -> tuple[str, str]:
-    """What a prompt's text has before its system prompt, and the system prompt; two empty texts without one."""
+    """The text before the system prompt, and the system prompt; two empty texts without one."""
     content = messages[0]["content"] if messages[0]["role"] == "system" else ""
     system = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-    before, found, _ = text.partition(system.strip()) if system.strip() else ("", "", "")
-    return before, found
+    before, system_text, _ = text.partition(system.strip()) if system.strip() else ("", "", "")
+    return before, system_text
 
 
-def _span(processor: Any, ids: np.ndarray, before: str, system: str) -> tuple[int, int]:
-    """Tokens of a prompt before its system prompt, and before what follows it."""
+def _system_span(processor: Any, ids: np.ndarray, before: str, system: str) -> tuple[int, int]:
+    """The system prompt's first token and the token after its last."""
     if not system:
         return 0, 0
-    first, end = (_common(ids, token_ids(processor, text)) for text in (before, before + system))
+    first, end = (_common_prefix(ids, token_ids(processor, text)) for text in (before, before + system))
     return first, max(first, end)
 
 
-def _common(ids: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading tokens are the same."""
+def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
+    """The number of equal leading tokens."""
     differ = (place for place, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two)
     return next(differ, min(len(ids), len(other)))
 
 
 def image_marker(processor: Any) -> str:
-    """What stands for an image in the text that a chat template makes."""
+    """The text that a chat template writes for an image."""
     return str(getattr(processor, "boi_token", None) or processor.image_token)
 
 
-def processed(
+def run_processor(
     processor: Any, config: FamilyConfig, text: str, images: Sequence[Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Token ids `Int[T]` of a text, and what the processor makes of its images; no arrays without images.
+    """Token ids `Int[T]` of a text, and the processor's arrays for its images; no arrays without images.
 
     Args:
-        images: PIL images, one for each marker in the text.
+        images: PIL images, one per marker in the text.
 
     Raises:
-        LVLMError: a text or images that the processor does not take.
+        LVLMError: the processor rejects the text or the images.
     """
-    # Some processors treat an image that comes alone in another way.
-    given = [images] if images and config.nested_images else images
+    # Some processors treat a single image differently.
+    image_argument = [images] if images and config.nested_images else images
     options = templates.tokenizer_options(processor, text)
     sizes = f" with images of {_sizes(images)} pixels" if images else ""
     with library_errors(f"the processor cannot take the conversation{sizes}"):
-        arrays = dict(processor(images=given or None, text=text, return_tensors="np", **options))
+        arrays = dict(processor(images=image_argument or None, text=text, return_tensors="np", **options))
     ids = np.asarray(arrays.pop("input_ids"))[0]
     return ids, arrays if images else {}
 
@@ -221,28 +222,28 @@ def _sizes(images: Sequence[Any]) -> str:
 
 
 def token_ids(processor: Any, text: str) -> np.ndarray:
-    """Token ids `Int[T]` of a text that a chat template wrote, without what stands for images.
+    """Token ids `Int[T]` of a text from a chat template, without image markers.
 
     Raises:
-        LVLMError: a text that the tokenizer does not take.
+        LVLMError: the tokenizer rejects the text.
     """
     with library_errors(f"the tokenizer cannot take {text[:40]!r}…"):
         return np.asarray(processor.tokenizer(text, **templates.tokenizer_options(processor, text))["input_ids"])
 
 
 def _source(part: Mapping[str, Any]) -> Any:
-    """What an image part says the image is, for `open_image`."""
+    """The source of an image part, for `open_image`."""
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"
-    given = (part[key] for key in ("image", "bytes", "path", "url", "image_url") if part.get(key) is not None)
-    source = next(given, None)
+    sources = (part[key] for key in ("image", "bytes", "path", "url", "image_url") if part.get(key) is not None)
+    source = next(sources, None)
     if source is None:
         raise LVLMError('an image part has no image; expected {"type": "image", "image": path or picture}')
     return source
 
 
 def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message], list[Any]]:
-    """The conversation with its images taken out, and the images in reading order."""
+    """The conversation without its images, and the images in reading order."""
     bare, images = [], []
     for message in conversation:
         content = message.get("content")
@@ -256,10 +257,10 @@ def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message],
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            known = kind if isinstance(kind, str) else None
-            if known == "text" and isinstance(part.get("text"), str):
+            kind_name = kind if isinstance(kind, str) else None
+            if kind_name == "text" and isinstance(part.get("text"), str):
                 parts.append({"type": "text", "text": part["text"]})
-            elif known in ("image", "image_url"):
+            elif kind_name in ("image", "image_url"):
                 source = _source(part)
                 encoded = isinstance(source, EncodedImage)
                 images.append(source if encoded else open_image(source, allow_urls))
@@ -275,12 +276,12 @@ def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message],
 
 
 def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
-    """Lays out what a HF processor returns: `input_ids`, optional `attention_mask`, and what it made of the images.
+    """Lays out the arrays that a HF processor returns: `input_ids`, optionally `attention_mask`, and image arrays.
 
-    Padding may be on either side. Prompts whose placeholders are not yet expanded (one per image) are expanded.
+    Padding may be on either side. Prompts with one placeholder per image are expanded.
 
     Args:
-        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, and for the images what `config.pictures` reads, for
+        arrays: `input_ids` `[B, U]`, `attention_mask` `[B, U]`, and the image arrays that `config.pictures` reads; for
             LLaVA `pixel_values` `[I, 3, Y, X]`.
 
     Raises:
@@ -288,14 +289,14 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     """
     if arrays.get("input_ids") is None:
         raise LVLMError(f"input_ids is missing; got the keys {', '.join(map(str, arrays)) or '(none)'}")
-    arrays = {name: _array(name, given) for name, given in arrays.items() if given is not None}
+    arrays = {name: _array(name, mask_given) for name, mask_given in arrays.items() if mask_given is not None}
     tokens = arrays["input_ids"]
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise LVLMError(f"input_ids has shape {tokens.shape} and dtype {tokens.dtype}; expected whole numbers [B, T]")
     vocabulary = config.text.vocab_size
     stray = (tokens < 0) | ((tokens >= vocabulary) & (tokens != config.image_token_id))
-    given = arrays.get("attention_mask")
-    mask = np.ones(tokens.shape, bool) if given is None else given.astype(bool)
+    mask_given = arrays.get("attention_mask")
+    mask = np.ones(tokens.shape, bool) if mask_given is None else mask_given.astype(bool)
     if mask.shape != tokens.shape:
         raise LVLMError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {tokens.shape}")
     if (stray & mask).any():
@@ -303,15 +304,15 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     if not mask.any(axis=1).all():
         raise LVLMError(f"sample {int(np.argmin(mask.any(axis=1)))} of the batch has no tokens")
     columns = [np.flatnonzero(row) for row in mask]
-    prompts = [row[kept] for row, kept in zip(tokens, columns, strict=True)]
+    prompts = [row[sample_columns] for row, sample_columns in zip(tokens, columns, strict=True)]
     return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
 
 
 def _array(name: Any, given: Any) -> np.ndarray:
     try:
         array = np.asarray(given)
-    except Exception as error:  # rows of several lengths, a tensor on another device, an object of the user's
-        raise LVLMError(f"{name} is no array of numbers ({templates.reason(error)}); give NumPy arrays") from error
+    except Exception as error:  # rows of several lengths, a tensor on another device, or a user's object
+        raise LVLMError(f"{name} is not an array of numbers ({templates.reason(error)}); give NumPy arrays") from error
     if array.ndim == 0 or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise LVLMError(f"{name} is {shown(given)}; expected an array of numbers")
     return array
@@ -320,10 +321,11 @@ def _array(name: Any, given: Any) -> np.ndarray:
 def with_placeholders(
     prompts: Sequence[np.ndarray], parts: Sequence[Mapping[str, Any]], config: FamilyConfig
 ) -> list[np.ndarray]:
-    """Prompts with placeholders where images belong, also in families whose tokenizer or processor writes others.
+    """The prompts with placeholders for their images, even if the family's tokenizer or processor writes other tokens.
 
     Args:
-        parts: what the processor made of the images.
+        prompts: token ids of each sample.
+        parts: the processor's image arrays.
     """
     return list(config.placed(parts, [config.mark_images(prompt) for prompt in prompts]))
 
@@ -335,18 +337,18 @@ def _lay_out(
     parts: Sequence[Mapping[str, Any]],
     config: FamilyConfig,
 ) -> Inputs:
-    given, prompts = prompts, with_placeholders(prompts, parts, config)
-    if any(len(prompt) != len(before) for prompt, before in zip(prompts, given, strict=True)):
+    original, prompts = prompts, with_placeholders(prompts, parts, config)
+    if any(len(prompt) != len(before) for prompt, before in zip(prompts, original, strict=True)):
         columns = None
     pictures = config.pictures(parts, prompts)
     counts = [] if pictures is None else pictures.token_counts
     placeholders = [prompt == config.image_token_id for prompt in prompts]
-    if sum(int(found.sum()) for found in placeholders) == len(counts) < sum(counts):
-        taken = 0
-        for row, found in enumerate(placeholders):
-            repeats = np.ones(len(found), np.int64)
-            repeats[found] = counts[taken : taken + found.sum()]
-            taken += int(found.sum())
+    if sum(int(mask.sum()) for mask in placeholders) == len(counts) < sum(counts):
+        first_image = 0
+        for row, mask in enumerate(placeholders):
+            repeats = np.ones(len(mask), np.int64)
+            repeats[mask] = counts[first_image : first_image + mask.sum()]
+            first_image += int(mask.sum())
             prompts[row] = np.repeat(prompts[row], repeats)
         columns = None
     if columns is None:

@@ -1,7 +1,7 @@
-"""The processor of InstructBLIP, made of the parts of a checkpoint.
+"""The processor of InstructBLIP, assembled from the files of a checkpoint.
 
-Not through transformers' own class: published checkpoints name that of InstructBLIP for videos. InstructBLIP has no
-chat template: a prompt is the plain question, and `CHAT_TEMPLATE` writes nothing else but the markers of images.
+transformers' own class is not used, because published checkpoints name the class of InstructBLIP for videos.
+InstructBLIP has no chat template: a prompt is the plain question, and `CHAT_TEMPLATE` adds only image markers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from lvlm_jax.models.family import FamilyConfig
 
 IMAGE = "<image>"
 
-# Turns one behind the other: an answer on the line of its question.
+# Turns follow each other: an answer is on the line of its question.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ ' ' if message['role'] == 'assistant' else '\\n' }}{% endif %}"
@@ -28,10 +28,10 @@ CHAT_TEMPLATE = (
 
 
 def load(folder: Path, config: FamilyConfig) -> "InstructBlipProcessor":
-    """Reads a checkpoint's image processor and its two tokenizers.
+    """Loads a checkpoint's image processor and its two tokenizers.
 
     Raises:
-        LVLMError: files are missing or cannot be read.
+        LVLMError: files are missing or unreadable.
     """
     del config
     parts = {"image_processor": (BlipImageProcessorPil, folder), "tokenizer": (AutoTokenizer, folder)}
@@ -48,9 +48,9 @@ def load(folder: Path, config: FamilyConfig) -> "InstructBlipProcessor":
 
 
 class InstructBlipProcessor:
-    """What a conversation's text and images become; takes the place of transformers' `InstructBlipProcessor`.
+    """Processes the text and images of a conversation; replaces transformers' `InstructBlipProcessor`.
 
-    Text is free of placeholders when it is tokenised: they are put in front later (`InstructBlipConfig.placed`).
+    The tokenised text has no placeholders: they are put at the front later (`InstructBlipConfig.placed`).
     """
 
     image_token = IMAGE
@@ -62,13 +62,14 @@ class InstructBlipProcessor:
         self.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
 
     def apply_chat_template(self, messages: Sequence[Mapping], **options: Any) -> Any:
-        """As that of a transformers tokenizer, with the template of InstructBLIP."""
+        """Like that of a transformers tokenizer, with the template of InstructBLIP."""
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(
         self, images: Sequence[Any] | None = None, text: str = "", return_tensors: str = "np", **options: bool
     ) -> dict[str, Any]:
-        """`input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and `pixel_values` [I, 3, Y, X] with images.
+        """Returns `input_ids` [1, T], `qformer_input_ids` [1, L], its mask, and with images `pixel_values` [I, 3, Y,
+        X].
 
         `options` are those of the decoder's tokenizer.
         """

@@ -1,8 +1,8 @@
-"""The processor of a checkpoint in OpenGVLab's layout, made without the code that comes with it.
+"""The processor of a checkpoint in OpenGVLab's layout, made without running the checkpoint's code.
 
-Their repositories carry a tokenizer, the normalisation of pixels, and Python files for the rest: cutting images into
-tiles by the closest aspect ratio, and the chat format. transformers' InternVL processor does the same, so one is made
-of the parts that are there.
+Their repositories contain a tokenizer, the normalisation of pixels, and Python files for the rest: splitting images
+into tiles by the closest aspect ratio, and the chat format. transformers' InternVL processor does the same, so it is
+built from these parts.
 """
 
 from pathlib import Path
@@ -20,15 +20,15 @@ from lvlm_jax.processors.load import processor_class
 from lvlm_jax.weights.checkpoint import read_optional
 from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
 
-# What transformers' processor asks of a tokenizer -> the tokens of these checkpoints.
+# Attributes that transformers' processor needs of a tokenizer -> the tokens of these checkpoints.
 _MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE_TOKEN}
 
-# Of the checkpoints before InternVL 2.5; the blank behind the comma is theirs.
+# Of checkpoints before InternVL 2.5; the blank after the comma is theirs.
 _BEFORE_2_5 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
-# Name of a conversation format in their `conversation.py` -> (system message, what ends a message). The formats that
-# are not here belong to decoders that are not supported either. An image stands on a line of its own.
+# Name of a conversation format in their `conversation.py` -> (system message, end of a message). Formats of unsupported
+# decoders are left out. An image is on a line of its own.
 _FORMATS = {
     "internvl2_5": (
         "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
@@ -49,12 +49,12 @@ _CHAT = (
 
 
 def load(folder: Path, config: InternVlConfig) -> Any:
-    """transformers' InternVL processor, made of a folder's tokenizer and the model's configuration.
+    """transformers' InternVL processor, made from a folder's tokenizer and the model's configuration.
 
-    None for a checkpoint whose configuration has no `template`: transformers reads its processor itself.
+    None for a checkpoint whose configuration has no `template`: transformers can load its processor.
 
     Raises:
-        LVLMError: an unknown template, no readable tokenizer, or one without the image token.
+        LVLMError: the template is unknown, the tokenizer is unreadable, or it has no image token.
     """
     if config.template is None:
         return None
@@ -68,7 +68,7 @@ def load(folder: Path, config: InternVlConfig) -> Any:
     for name, token in _MARKERS.items():
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    tokenizer.video_token = "<video>"  # asked for, though nothing here reads videos
+    tokenizer.video_token = "<video>"  # required, although videos are not supported here
     if tokenizer.context_image_token_id != config.image_token_id:
         raise LVLMError(
             f"the tokenizer of {folder} has {IMAGE_TOKEN} at {tokenizer.context_image_token_id} and the configuration "
@@ -95,7 +95,7 @@ def _tokenizer(folder: Path) -> Any:
     """A folder's tokenizer.
 
     Raises:
-        LVLMError: one that transformers carries no code for, or that cannot be read.
+        LVLMError: transformers has no code for it, or it is unreadable.
     """
     settings = read_optional(folder, "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class", ""))
@@ -114,14 +114,14 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
-    """The tokenizer that InternLM2's SentencePiece file describes: byte-pair merges over ▁ for blanks, bytes last.
+    """The tokenizer in InternLM2's SentencePiece file: byte-pair merges over ▁ for blanks, bytes last.
 
-    Text before and after a special token is encoded on its own, with a blank before it if the file says so.
+    Text before and after a special token is encoded separately, with a blank before it if the file says so.
     """
     described = import_protobuf().ModelProto()
     described.ParseFromString(files.read_bytes(folder / "tokenizer.model", "tokenizer"))
     added = {int(number): entry["content"] for number, entry in settings["added_tokens_decoder"].items()}
-    # Special tokens have taken the places of unused pieces.
+    # Special tokens replace unused pieces.
     names = {added.get(number, piece.piece): number for number, piece in enumerate(described.pieces)}
     tokenizer = SpmConverter.build_tokenizer_from_spm_proto(described, names)
     tokenizer.add_special_tokens(
@@ -129,7 +129,7 @@ def _internlm2_tokenizer(folder: Path, settings: dict) -> Any:
     )
     stray = {number: token for number, token in added.items() if tokenizer.token_to_id(token) != number}
     if stray:
-        raise ValueError(f"added_tokens_decoder does not go on where tokenizer.model ends: {stray}")
+        raise ValueError(f"added_tokens_decoder does not continue the ids of tokenizer.model: {stray}")
     if settings.get("add_bos_token", True):
         start = settings.get("bos_token", "<s>")
         tokenizer.post_processor = processors.TemplateProcessing(

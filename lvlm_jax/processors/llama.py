@@ -1,4 +1,4 @@
-"""What stands in for a processor where a checkpoint has a tokenizer alone."""
+"""The processor of a checkpoint that has only a tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class TextProcessor:
-    """A tokenizer with the face of a processor that is given no images.
+    """A tokenizer with the interface of a processor, for text without images.
 
     Attributes:
         tokenizer: of transformers.
         chat_template: the tokenizer's own.
-        image_token: what no text holds.
+        image_token: a string that no text contains.
     """
 
     image_token = "<no image>"
@@ -27,7 +27,7 @@ class TextProcessor:
     def __call__(self, text: str, images: Any = None, **options: Any) -> dict[str, Any]:
         """Token ids of a text."""
         if images:
-            raise LVLMError("this is a language model without a vision tower; ask it without images")
+            raise LVLMError("this is a language model without a vision tower; leave the images out")
         return self.tokenizer([text], **options)
 
     def apply_chat_template(self, messages: list[dict], **options: Any) -> str:
@@ -39,14 +39,14 @@ def load(folder: Path, config: FamilyConfig) -> TextProcessor:
     """The checkpoint's tokenizer, as a processor.
 
     Raises:
-        LVLMError: it cannot be read, or has no chat template.
+        LVLMError: it is unreadable, or has no chat template.
     """
-    # Imported here: slow to import, and not needed for arrays.
+    # Imported here: the import is slow and not needed for arrays.
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the first broken file provokes
+    except Exception as error:  # transformers raises whatever the first broken file causes
         raise LVLMError(f"cannot read the tokenizer of {folder}: {reason(error)}") from error
     if tokenizer.chat_template is None:
         raise LVLMError(f"the tokenizer of {folder} has no chat template; give prepare() token ids instead")

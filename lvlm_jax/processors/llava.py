@@ -1,7 +1,7 @@
-"""LLaVA's processor. The authors' checkpoints pad pictures to squares, which their configuration alone says.
+"""LLaVA's processor: it pads images to squares if the authors' configuration says so.
 
-`image_aspect_ratio` is "pad" in every LLaVA-1.5 of the authors: a picture is centred on a square of the mean colour
-before it is resized. Processor files that were taken from a `llava-hf` repository crop it instead.
+`image_aspect_ratio` is "pad" in every LLaVA-1.5 checkpoint of the authors: an image is centred on a square of the mean
+colour before it is resized. Processor files from a `llava-hf` repository crop it instead.
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ from lvlm_jax.processors import load as common
 
 
 def load(folder: Path, config: FamilyConfig) -> Any:
-    """The checkpoint's processor, which pads if the configuration says so; None leaves it to transformers."""
+    """The checkpoint's processor with padding if the configuration says so; None leaves it to transformers."""
     if config.hf.get("image_aspect_ratio") != "pad":
         return None
-    # Imported here: slow to import, and not needed for a model without pictures.
+    # Imported here: the import is slow and not needed for a model without images.
     from transformers import LlavaImageProcessorPil
 
     processor = common.from_transformers(folder, config)

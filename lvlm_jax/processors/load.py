@@ -1,8 +1,8 @@
-"""Loading a checkpoint's processor: through transformers, or through a file of this folder named after the family.
+"""Loads a checkpoint's processor: with transformers, or with the file of this folder that is named after the family.
 
-Where transformers has no class, or none that works without remote code, `processors/<model_type>.py` holds a function
-`load(folder, config)` that makes a processor; it may return None and leave a checkpoint to transformers. A constant
-`FILES` in it names the files that tell of a processor, where they are not transformers' own.
+If transformers has no class, or none that works without remote code, `processors/<model_type>.py` has a function
+`load(folder, config)` that makes a processor, or returns None to leave a checkpoint to transformers. Its constant
+`FILES` names the files of a processor, if they are not those of transformers.
 """
 
 import importlib
@@ -16,51 +16,53 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors import rendering
 from lvlm_jax.weights.checkpoint import read_optional
 
-BACKEND = "pil"  # what image processors work with, whatever is installed
+BACKEND = "pil"  # the backend of image processors, whatever is installed
 FILES = ("processor_config.json", "preprocessor_config.json")
 _WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def has_processor(folder: Path, config: FamilyConfig) -> bool:
-    """Whether a checkpoint folder of a model of this configuration carries a processor."""
-    names = getattr(_own(config), "FILES", FILES)
+    """Whether a checkpoint folder contains a processor for a model of this configuration."""
+    names = getattr(_family_module(config), "FILES", FILES)
     return any((folder / name).is_file() for name in names)
 
 
 def load_processor(folder: Path, config: FamilyConfig) -> Any:
-    """The checkpoint's own processor, with the fields that older checkpoints leave out taken from the configuration.
+    """The checkpoint's own processor; fields that older checkpoints leave out come from the configuration.
 
     Raises:
-        LVLMError: no processor files, or files that cannot be read.
+        LVLMError: the processor's files are missing or unreadable.
     """
-    rendering.RENDERER.start()  # gets ready meanwhile
-    own = _own(config)
+    rendering.RENDERER.start()  # starts in the background
+    own = _family_module(config)
     processor = None if own is None else own.load(folder, config)
     return from_transformers(folder, config) if processor is None else processor
 
 
 def from_transformers(folder: Path, config: FamilyConfig) -> Any:
-    """The checkpoint's processor as transformers reads it; see `load_processor`."""
+    """The checkpoint's processor as transformers loads it; see `load_processor`."""
     if not has_processor(folder, config):
         raise LVLMError(
             f"{folder} has no processor ({' or '.join(FILES)}); give prepare() arrays, or copy the files from the "
             "checkpoint's Hugging Face repository"
         )
-    if not any((folder / name).is_file() for name in _WORDS):  # some of transformers' tokenizers are empty then
+    if not any(
+        (folder / name).is_file() for name in _WORDS
+    ):  # without these, some of transformers' tokenizers are empty
         raise LVLMError(
             f"{folder} has no tokenizer (looked for {', '.join(_WORDS)}); copy it from the checkpoint's Hugging Face "
             "repository"
         )
     with library_errors(f"cannot read the processor of {folder}"):
         processor = processor_class(config).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not hasattr(processor, "tokenizer"):  # transformers falls back on a tokenizer, or on what reads images
+    if not hasattr(processor, "tokenizer"):  # transformers may return a bare tokenizer or image processor instead
         raise LVLMError(
             f"the processor of {folder} is a {type(processor).__name__}, not one of images and text; take "
             "processor_class from the checkpoint's repository"
         )
-    given = read_optional(folder, FILES[0])
+    file_settings = read_optional(folder, FILES[0])
     for name, value in config.processor_fields.items():
-        if given.get(name) is None:  # what transformers takes then fits few models
+        if file_settings.get(name) is None:  # transformers' defaults fit few models
             setattr(processor, name, value)
     _use_pillow(processor, folder)
     if getattr(processor, "chat_template", None) is None:
@@ -73,12 +75,12 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
 
 
 def _use_pillow(processor: Any, folder: Path) -> None:
-    """Replaces an image processor that works with torchvision, whose pixels differ by a grey level.
+    """Replaces an image processor that uses torchvision, whose pixels differ by one grey level.
 
-    transformers takes it wherever torchvision is installed, so the same model would see something else there.
+    transformers prefers torchvision if it is installed, so the same model would get other pixels there.
 
     Raises:
-        LVLMError: transformers has none that works with Pillow.
+        LVLMError: transformers has no image processor for Pillow.
     """
     import transformers
 
@@ -97,26 +99,26 @@ def _use_pillow(processor: Any, folder: Path) -> None:
 
 
 def images_backend(image_processor: Any) -> str:
-    """What an image processor works with: "torchvision", or "pil" for anything else."""
+    """The backend of an image processor: "torchvision", or "pil" for anything else."""
     torchvision = any(kind.__name__ == "TorchvisionBackend" for kind in type(image_processor).__mro__)
     return "torchvision" if torchvision else BACKEND
 
 
 def words_tokenizer(processor: Any) -> Any:
-    """The tokenizer of words put before a prompt: that of the images' instruction where a model has one of its own."""
+    """The tokenizer for words before a prompt: the instruction's tokenizer if the model has a separate one."""
     return getattr(processor, "qformer_tokenizer", processor.tokenizer)
 
 
-def _own(config: FamilyConfig) -> ModuleType | None:
-    """The file of this folder named after the family; None where there is none."""
+def _family_module(config: FamilyConfig) -> ModuleType | None:
+    """The file of this folder that is named after the family, or None."""
     name = f"{__package__}.{config.model_type}"
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def processor_class(config: FamilyConfig) -> Any:
-    """What reads a processor: transformers' class for the model, without its part for videos if it has one.
+    """The class that loads a processor: transformers' class for the model, without a part for videos.
 
-    Nothing here reads videos, and those parts need torchvision, without which transformers gives no processor at all.
+    Videos are not supported here, and that part needs torchvision, without which transformers would load no processor.
     """
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -131,16 +133,16 @@ def processor_class(config: FamilyConfig) -> Any:
 
 
 def _without_videos(own: type) -> type:
-    kept = [name for name in own.get_attributes() if name != "video_processor"]
+    names = [name for name in own.get_attributes() if name != "video_processor"]
 
     def reduced(processor: Any) -> tuple:
-        return _revived, (own, vars(processor))  # no module holds the class below, for pickle to find it
+        return _rebuild, (own, vars(processor))  # pickle cannot find the class below in a module
 
-    return type(own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(kept)), "__reduce__": reduced})
+    return type(own.__name__, (own,), {"get_attributes": classmethod(lambda cls: list(names)), "__reduce__": reduced})
 
 
-def _revived(own: type, fields: dict[str, Any]) -> Any:
-    """A processor without its part for videos, as it was before it went to another process."""
+def _rebuild(own: type, fields: dict[str, Any]) -> Any:
+    """Rebuilds a processor without its part for videos after it was pickled."""
     processor = object.__new__(_without_videos(own))
     vars(processor).update(fields)
     return processor

@@ -1,7 +1,7 @@
-"""The processor of Qwen-VL (arXiv 2308.12966), whose published one is code in its repository, which is never run.
+"""The processor of Qwen-VL (arXiv 2308.12966). The published one is code in its repository, which is never run.
 
-The tokenizer is made of `qwen.tiktoken`, byte sequences with their ranks: text is cut into words by a regular
-expression, and in each word the neighbours that together have the lowest rank are joined, again and again.
+The tokenizer is made from `qwen.tiktoken`, a list of byte sequences with their ranks: a regular expression splits text
+into words, and in each word the pair of neighbours whose union has the lowest rank is merged, repeatedly.
 """
 
 import base64
@@ -28,7 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
 CONTROLS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 BOXES = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-SPECIALS = (*CONTROLS, *BOXES, IMAGE_START, IMAGE_END, IMAGE_PAD)  # numbered on behind the ranks
+SPECIALS = (*CONTROLS, *BOXES, IMAGE_START, IMAGE_END, IMAGE_PAD)  # numbered after the ranks
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -46,7 +46,7 @@ _CONTENT = """\
 {%- endif -%}
 """
 
-# Chat template by the `chat_format` of `generation_config.json`. Pictures are numbered through the conversation.
+# Chat template by the `chat_format` of `generation_config.json`. Images are numbered throughout the conversation.
 TEMPLATES = {
     # Qwen-VL-Chat.
     "chatml": (
@@ -65,7 +65,7 @@ TEMPLATES = {
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
     ),
-    # Qwen-VL, which goes on with a text: an answer stands directly behind its question.
+    # Qwen-VL continues a text: an answer follows directly after its question.
     "raw": (
         """\
 {%- set seen = namespace(images=0) -%}
@@ -88,7 +88,7 @@ def load(folder: Path, config: QwenVlConfig) -> "QwenVlProcessor":
         config: its configuration.
 
     Raises:
-        LVLMError: files that are missing, malformed, or of another vocabulary than the configuration.
+        LVLMError: files are missing, malformed, or of another vocabulary than the configuration's.
     """
     tokenizer = build_tokenizer(read_ranks(folder / RANKS))
     start = tokenizer.convert_tokens_to_ids(IMAGE_START)
@@ -102,17 +102,17 @@ def load(folder: Path, config: QwenVlConfig) -> "QwenVlProcessor":
 
 
 class QwenVlImages:
-    """Pictures to pixels: stretched to a square, bicubic, then CLIP's mean and deviation.
+    """Turns images into pixels: stretched to a square, bicubic, then normalised with CLIP's mean and deviation.
 
     Attributes:
-        side: of the square, in pixels.
+        side: side of the square, in pixels.
     """
 
     def __init__(self, side: int):
         self.side = side
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str = "np") -> dict[str, np.ndarray]:
-        """`pixel_values`, `Float[I, 3, Y, X]`, of RGB pictures."""
+        """`pixel_values`, `Float[I, 3, Y, X]`, of RGB images."""
         _check_kind(return_tensors)
         size = (self.side, self.side)
         pixels = np.stack([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
@@ -121,17 +121,17 @@ class QwenVlImages:
         return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
 
     def to_json_string(self) -> str:
-        """What the pixels of a picture depend on."""
+        """The settings that determine an image's pixels."""
         return json.dumps(
             {"size": self.side, "resample": "bicubic", "image_mean": CLIP.mean, "image_std": CLIP.deviation}
         )
 
 
 class QwenVlProcessor:
-    """Chat template, tokenizer and image processor in one, with the face of a transformers processor.
+    """Chat template, tokenizer and image processor in one, with the interface of a transformers processor.
 
     Attributes:
-        image_token: <imgpad>; the template writes one per picture, and a call repeats it for every image token.
+        image_token: <imgpad>; the template writes one per image, and a call repeats it for every image token.
     """
 
     image_token = IMAGE_PAD
@@ -170,7 +170,7 @@ def chat_template(folder: Path) -> str:
     """The chat template of a checkpoint folder: its own, or the one of its `chat_format`.
 
     Raises:
-        LVLMError: neither is there.
+        LVLMError: it has neither.
     """
     own, name = folder / "chat_template.jinja", "generation_config.json"
     if own.is_file():
@@ -185,10 +185,10 @@ def chat_template(folder: Path) -> str:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Byte sequence -> rank, of a file of lines "base64 rank".
+    """Reads a file of lines "base64 rank" as a dict from byte sequence to rank.
 
     Raises:
-        LVLMError: the file cannot be read or is malformed.
+        LVLMError: the file is unreadable or malformed.
     """
     lines = files.read_bytes(path, "vocabulary").splitlines()
     ranks: dict[bytes, int] = {}
@@ -206,12 +206,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def build_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a vocabulary of ranked byte sequences.
+    """The tokenizer for a vocabulary of ranked byte sequences.
 
-    The markers of boxes stay in decoded text, as Qwen-VL answers with them; the other specials are left out of it.
+    Decoded text keeps the markers of boxes, which are part of Qwen-VL's answers; the other special tokens are left out.
     """
     converter = TikTokenConverter(pattern=WORDS)
-    converter.load_tiktoken_bpe = lambda _: ranks  # in place of the package tiktoken
+    converter.load_tiktoken_bpe = lambda _: ranks  # replaces the package tiktoken
     bare = converter.converted()
     bare.normalizer = normalizers.NFC()
     bare.add_tokens([AddedToken(word, special=word not in BOXES, normalized=False) for word in SPECIALS])

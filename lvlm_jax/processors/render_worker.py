@@ -1,7 +1,7 @@
-"""The program of the process in which chat templates are rendered: one JSON object a line in, one out.
+"""The program of the process that renders chat templates: reads one JSON object per line, and writes one.
 
-Started by `rendering.py`, never imported: a template comes with a checkpoint, and what is a short text may take hours
-or all memory (`{{ 9 ** 9 ** 9 }}`), also while it is compiled. Nothing of this package is imported here.
+Started by `rendering.py`, never imported. A template comes with a checkpoint, and even a short one may take hours or
+all memory (`{{ 9 ** 9 ** 9 }}`), also while it is compiled. Nothing of this package is imported here.
 """
 
 import json
@@ -12,46 +12,46 @@ SECONDS, MEGABYTES, LETTERS = (int(word) for word in sys.argv[1:4])
 
 
 def limit_memory() -> None:
-    """Lets this process take so many megabytes more than it has, where the system can tell and limit that."""
+    """Limits this process to `megabytes` more memory than it has, if the system supports that."""
     try:
         import resource
 
         with open("/proc/self/statm") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (MEGABYTES << 20),) * 2)
+            resident = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (resident + (MEGABYTES << 20),) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, OSError, ValueError):
         pass
 
 
 def limit_time(seconds: int) -> None:
-    """Ends this process after so many seconds of work, whatever it does then; 0 takes the limit away."""
+    """Ends this process after `seconds` of CPU time, whatever it does; 0 removes the limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def answer(asked: dict) -> dict:
-    """The text of a conversation, or what the template raises: its type, what it says and, if broken, the line."""
+def answer(request: dict) -> dict:
+    """The text of a conversation, or the template's exception: its kind, its message and, if broken, its line."""
     try:
-        (text,), _ = render_jinja_template(conversations=[asked["messages"]], **asked["options"])
+        (text,), _ = render_jinja_template(conversations=[request["messages"]], **request["options"])
         return {"text": text} if len(text) <= LETTERS else {"limit": "letters"}
     except MemoryError:
         return {"limit": "memory"}
     except jinja2.TemplateSyntaxError as error:
-        return {"raised": "syntax", "name": type(error).__name__, "said": said(error), "line": error.lineno}
+        return {"raised": "syntax", "name": type(error).__name__, "said": message_of(error), "line": error.lineno}
     except BaseException as error:  # a template may raise anything
         kind = "refusal" if type(error) is jinja2.TemplateError else "template"
         kind = kind if isinstance(error, jinja2.TemplateError) else "other"
-        return {"raised": kind, "name": type(error).__name__, "said": said(error)}
+        return {"raised": kind, "name": type(error).__name__, "said": message_of(error)}
 
 
-def said(error: BaseException) -> str:
-    """What an exception says; only its beginning will be shown."""
+def message_of(error: BaseException) -> str:
+    """The message of an exception; only its beginning will be shown."""
     return str(error)[:1000]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,7 +1,7 @@
-"""Rendering chat templates in a process of their own, with limits on time, memory and what they write.
+"""Renders chat templates in a separate process, with limits on time, memory and output.
 
-The sandbox of Jinja keeps a template from running programs, not from running for ever or taking all memory. The process
-is started when it is first needed, serves all renderings, and ends with this one; one that passes a limit is replaced.
+Jinja's sandbox keeps a template from running programs, but not from running for ever or using all memory. The process
+is started on first use, renders all templates, and ends with this one; a process that exceeds a limit is replaced.
 """
 
 import atexit
@@ -19,39 +19,39 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 
-SECONDS = 2  # of work for one rendering; published templates take thousandths
-MEGABYTES = 256  # beyond what the process has when it starts
-LETTERS = 2_000_000  # that a template writes: more than any model reads
-PATIENCE = 60  # seconds by the clock, for a process that does not work at all
+SECONDS = 2  # CPU time of one rendering; published templates take milliseconds
+MEGABYTES = 256  # beyond the memory of the process when it starts
+LETTERS = 2_000_000  # written by a template: more than any model reads
+PATIENCE = 60  # seconds of wall time, for a process that does no work at all
 
 _PROGRAM = Path(__file__).with_name("render_worker.py")
 
 
 class Renderer:
-    """A process that renders templates, one at a time; threads wait for each other."""
+    """A process that renders one template at a time; threads wait for each other."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Starts the process, if there is none, and does not wait until it is ready."""
+        """Starts the process if there is none; does not wait until it is ready."""
         with self._lock:
             self._alive()
 
     def render(self, template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict:
-        """What the program of `render_worker.py` answers: a "text", or what was "raised".
+        """Returns the reply of `render_worker.py`: a "text", or what was "raised".
 
         Args:
-            template: of Jinja, as transformers' `render_jinja_template` takes it.
-            messages: of one conversation.
-            options: of `render_jinja_template`, and the template's other variables.
+            template: a Jinja template, as for transformers' `render_jinja_template`.
+            messages: the messages of one conversation.
+            options: those of `render_jinja_template`, and other variables for the template.
 
         Raises:
-            LVLMError: the template takes too much time or memory, or writes too much; or no process can be started.
+            LVLMError: the template takes too much time or memory, or writes too much; or the process cannot be started.
         """
-        asked = {"messages": list(messages), "options": {**options, "chat_template": template}}
-        line = json.dumps(asked, default=_plain).encode() + b"\n"
+        request = {"messages": list(messages), "options": {**options, "chat_template": template}}
+        line = json.dumps(request, default=_plain).encode() + b"\n"
         with self._lock:
             answer = self._exchange(self._alive(), line)
         if limit := answer.get("limit"):
@@ -73,7 +73,7 @@ class Renderer:
             one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", *map(str, words)],  # the folder of the program holds no modules for it
+                    [sys.executable, "-P", *map(str, words)],  # the program's folder contains no modules for it
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -94,7 +94,9 @@ class Renderer:
                 return json.loads(answer)
         except BrokenPipeError:
             pass
-        except BaseException:  # an interrupt: the answer that is still to come must not be taken for another
+        except (
+            BaseException
+        ):  # an interrupt: the reply that is still to come would be taken for that of the next request
             self.close()
             raise
         finally:
@@ -106,7 +108,7 @@ class Renderer:
 
 
 def _plain(value: Any) -> Any:
-    """What a template sees of a value that JSON has no word for, as in transformers."""
+    """Converts a value that JSON cannot represent, as transformers does."""
     return value.item() if isinstance(value, np.generic) else f"<{type(value).__name__}>"
 
 
@@ -122,7 +124,7 @@ atexit.register(lambda: RENDERER.close())
 
 
 def _forget() -> None:
-    """In a forked process: the pipes belong to the other."""
+    """In a forked child: drops the pipes, which belong to the parent."""
     global RENDERER
     RENDERER = Renderer()
 

@@ -1,9 +1,9 @@
-"""Chat templates: a conversation as text, each message in the form that the template was written for.
+"""Renders chat templates, with each message in the form that the template expects.
 
-A template reads a message's content as a string (`{{ message.content }}`), as a list of parts
-(`{% for part in message.content %}`), or as either, and not always the same for every role. What it reads is tried out:
-every text is replaced by a word of its own, and the forms are kept in which all these words reach the prompt, none of
-them inside a written-out Python list.
+A template reads a message's content as a string (`{{ message.content }}`), as a list of parts (`{% for part in
+message.content %}`), or as either, possibly differently for each role. The form is found by trial: every text is
+replaced by a unique word, and the forms are kept in which all these words reach the prompt, and none of them inside a
+printed Python list.
 """
 
 import itertools
@@ -14,23 +14,24 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.processors import rendering
 
 Message = Mapping[str, Any]
-Forms = dict[str, str]  # by speaker
+Forms = dict[str, str]  # by role
 
 AS_GIVEN, STRINGS, PARTS = "as given", "strings", "parts"
 SPEAKERS = ("system", "user", "assistant")
-LONGEST_REASON = 300  # characters of what a library says is wrong
+LONGEST_REASON = 300  # characters of a library's error message
 MOST_KNOWN = 1000
 _KNOWN: dict[tuple, Forms] = {}  # by template and signature of a conversation
 
 
-def suited(processor: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the forms that the processor's chat template reads; as they were given where it reads these.
+def in_template_form(processor: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages in the forms that the processor's chat template reads; unchanged if it reads their form.
 
     Args:
-        processor: of the checkpoint.
-        messages: `{"role", "content"}`, content a string or a list of text and image parts, images without pictures.
+        processor: the checkpoint's processor.
+        messages: `{"role", "content"}`; content is a string or a list of text and image parts, without the images
+            themselves.
     """
-    signature = tuple((_speaker(message), _kinds(message["content"])) for message in messages)
+    signature = tuple((_speaker(message), _part_letters(message["content"])) for message in messages)
     key = (type(processor), str(getattr(processor, "chat_template", None)), signature)
     if key not in _KNOWN:
         if len(_KNOWN) >= MOST_KNOWN:
@@ -41,14 +42,14 @@ def suited(processor: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def render(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool = False) -> str:
-    """The text of messages that are `suited`.
+    """The text of messages that `in_template_form` returned.
 
     Args:
-        prompt: whether to write what an answer begins with.
-        continued: whether the last message is to be continued, so that nothing is written behind it.
+        prompt: whether to write the beginning of an answer.
+        continued: whether the last message is to be continued, so that nothing is written after it.
 
     Raises:
-        LVLMError: the template is broken, refuses the conversation, or passes a limit of `rendering`.
+        LVLMError: the template is broken, refuses the conversation, or exceeds a limit of `rendering`.
     """
     try:
         text = _rendered(processor, messages, prompt, continued)
@@ -56,7 +57,7 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
         return text
     except UnicodeEncodeError as error:
         raise LVLMError(
-            f"the conversation holds {text[error.start]!r}, which is half of a character; write the text anew"
+            f"the conversation contains {text[error.start]!r}, which is half of a character; write the text again"
         ) from error
     except _Raised as error:
         raise _fault(error) from error
@@ -66,15 +67,15 @@ def check_system(processor: Any, system: str) -> None:
     """Checks that the chat template writes a system prompt into the prompt; "" is never written.
 
     Raises:
-        LVLMError: it refuses a system message, or passes over it.
+        LVLMError: the template refuses or ignores a system message.
     """
     if not system:
         return
     text = [{"type": "text", "text": "?"}]
-    asked = [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": text}]
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, {"role": "user", "content": text}]
     problem = "does not write it"
     try:
-        if system in render(processor, suited(processor, asked), True):
+        if system in render(processor, in_template_form(processor, messages), True):
             return
     except LVLMError as error:
         problem = str(error)
@@ -85,26 +86,26 @@ def check_system(processor: Any, system: str) -> None:
 
 
 def tokenizer_options(processor: Any, text: str) -> dict[str, bool]:
-    """How the tokenizer reads a text of the chat template: without special tokens of its own before a begin token.
+    """Options with which the tokenizer reads a text from the chat template: no special tokens if it begins with one.
 
-    So does `apply_chat_template(tokenize=True)` of transformers' processors.
+    `apply_chat_template(tokenize=True)` of transformers' processors does the same.
     """
     begin = getattr(processor.tokenizer, "bos_token", None)
     return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, as one line of limited length."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST_REASON else said[:LONGEST_REASON] + "…"
+    """The message of an exception, as one line of limited length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
 
 
 def _speaker(message: Message) -> str:
     return message["role"] if message["role"] in SPEAKERS else "other"
 
 
-def _kinds(content: str | Sequence[Message]) -> str:
-    """A letter for each part: t text, i image; s for a string."""
+def _part_letters(content: str | Sequence[Message]) -> str:
+    """A letter for each part: t for text, i for image; s for a string."""
     return "s" if isinstance(content, str) else "".join(part["type"][0] for part in content)
 
 
@@ -118,7 +119,7 @@ def _in_form(message: Message, form: str) -> dict[str, Any]:
 
 
 class _Raised(Exception):
-    """What a template raised: what sort of fault it is, the exception's name, what it says, and the broken line."""
+    """An exception of a template: the kind of fault, the exception's name, its message, and the broken line."""
 
     def __init__(self, raised: str, name: str, said: str, line: int = 0):
         super().__init__(said)
@@ -126,38 +127,38 @@ class _Raised(Exception):
 
 
 def _rendered(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool) -> str:
-    """The text that the `apply_chat_template` of transformers' processors and tokenizers gives."""
+    """The text from `apply_chat_template` of transformers' processors and tokenizers."""
     template = processor.chat_template
-    if isinstance(template, Mapping):  # several, by name
+    if isinstance(template, Mapping):  # several templates, by name
         template = template.get("default")
     if not isinstance(template, str):
         raise LVLMError(f"the chat template is {str(template)[:40]!r}; expected a text, or several with a 'default'")
     options = {"add_generation_prompt": prompt, "continue_final_message": continued}
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    clean_messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     special = getattr(processor.tokenizer, "special_tokens_map", {})
-    found = rendering.RENDERER.render(template, given, {**special, **options})
-    if "text" not in found:
-        raise _Raised(**found)
-    return found["text"]
+    reply = rendering.RENDERER.render(template, clean_messages, {**special, **options})
+    if "text" not in reply:
+        raise _Raised(**reply)
+    return reply["text"]
 
 
 def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
-    """The form of each speaker's messages in a conversation like this one."""
+    """The form of each role's messages in a conversation like this one."""
     trial = _trial(messages)
     speakers = sorted({_speaker(message) for message, _ in trial})
     choices = itertools.product((AS_GIVEN, STRINGS, PARTS), repeat=len(speakers))
-    best, refused, seen = (-1, None), None, []
-    # Few changes come before many, so that the first of the best changes nothing without need.
+    best, refused, tried = (-1, None), None, []
+    # Small changes are tried first, so that the first of the best results changes nothing without need.
     for chosen in sorted(choices, key=lambda forms: sum(form != AS_GIVEN for form in forms)):
         forms = dict(zip(speakers, chosen, strict=True))
         formed = [_in_form(message, forms[_speaker(message)]) for message, _ in trial]
-        if formed in seen:
+        if formed in tried:
             continue
-        seen.append(formed)
+        tried.append(formed)
         try:
             text = _rendered(processor, formed, False, False)
         except _Raised as error:
-            if error.sort != "other":  # also raise_exception, which says what it does not like
+            if error.sort != "other":  # "other" also includes raise_exception, whose message explains the problem
                 refused = refused or forms
             continue
         lists = (message["content"] for message in formed if not isinstance(message["content"], str))
@@ -172,7 +173,7 @@ def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
 
 
 def _trial(messages: Sequence[Message]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The messages with words of their own for texts, each with its words. No filter of letters changes a number."""
+    """The messages with unique words for texts, each with its words. No letter filter of a template changes numbers."""
     numbers = (str(number) for number in itertools.count(770_001))
     trial = []
     for message in messages:
@@ -183,9 +184,9 @@ def _trial(messages: Sequence[Message]) -> list[tuple[dict[str, Any], list[str]]
         else:
             texts = [part["type"] == "text" for part in content]
             words = list(itertools.islice(numbers, sum(texts)))
-            left = iter(words)
+            remaining = iter(words)
             content = [
-                {"type": "text", "text": next(left)} if is_text else part
+                {"type": "text", "text": next(remaining)} if is_text else part
                 for part, is_text in zip(content, texts, strict=True)
             ]
         trial.append(({**message, "content": content}, words))

@@ -1,10 +1,10 @@
-"""Tokens to text, and stop strings."""
+"""Decodes tokens to text, and finds stop strings."""
 
 import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LONGEST_LETTER = 8  # tokens of one character; four bytes of UTF-8, and what stands before them
+LONGEST_LETTER = 8  # tokens of one character: four bytes of UTF-8 and a few before them
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -13,18 +13,18 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def first_stop(text: str, strings: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first, so that the answer does not depend on when one looks."""
-    found = [(place + len(string), place) for string in strings if (place := text.find(string)) >= 0]
-    return min(found)[1] if found else None
+    """The beginning of the stop string that is complete first; this does not depend on how often one checks."""
+    ends_and_starts = [(place + len(string), place) for string in strings if (place := text.find(string)) >= 0]
+    return min(ends_and_starts)[1] if ends_and_starts else None
 
 
-def written(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Text of generated tokens with special tokens, as they stand."""
+def decode_raw(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Text of generated tokens, with special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens that `decode` leaves out, by what stop strings call them."""
+    """The special tokens, which `decode` leaves out, by their text in stop strings."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {str(token): number for number, token in added.items() if token.special}
 
@@ -32,21 +32,21 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 def tokens_before(
     tokenizer: Any, tokens: Sequence[int], cut: int, read: Callable[[Any, Sequence[int]], str] = decode
 ) -> int:
-    """How many leading tokens it takes to write the first `cut` characters of what `read` makes of them."""
+    """How many leading tokens give the first `cut` characters of the text that `read` makes of them."""
 
     def enough(count: int) -> bool:
         return len(read(tokenizer, tokens[:count])) >= cut
 
-    # Tokens are halved until the place is found: an answer of thousands would be read thousands of times.
+    # Bisection: decoding every prefix of an answer of thousands of tokens would be slow.
     count = bisect.bisect_left(range(len(tokens)), True, key=enough)
-    # A letter of several tokens may be more characters while it is half-written.
+    # An incomplete character of several tokens may be decoded as more characters.
     return next((before for before in range(max(0, count - LONGEST_LETTER), count) if enough(before)), count)
 
 
 class StreamWriter:
-    """Turns the growing text of an answer into pieces that never have to be taken back.
+    """Splits the growing text of an answer into pieces that never have to be taken back.
 
-    Held back: what may be the beginning of a stop string, and the replacement character of a half-written letter.
+    It holds back the possible beginning of a stop string, and the replacement character of an incomplete character.
     """
 
     def __init__(self, strings: Sequence[str]):
@@ -54,7 +54,7 @@ class StreamWriter:
         self.written = 0
 
     def push(self, text: str, final: bool) -> str:
-        """The next piece of `text`, everything that is left if it is final."""
+        """The next piece of `text`; all of the rest if it is final."""
         end = len(text) if final else self._safe(text)
         piece = text[self.written : end]
         self.written = max(self.written, end)
@@ -63,7 +63,7 @@ class StreamWriter:
     def _safe(self, text: str) -> int:
         end = len(text.rstrip("�"))
         for string in self.strings:
-            # What is written was no beginning of the string when it was.
+            # Text that was already written was not the beginning of the string.
             for size in range(min(len(string) - 1, end - self.written), 0, -1):
                 if text.endswith(string[:size], 0, end):
                     end -= size

@@ -238,7 +238,7 @@ def chat_templates(draw) -> str:
 def chat_template(text: str, folder: Path) -> None:
     one = small.build_processor()
     one.chat_template = text
-    written = templates.render(one, templates.suited(one, [{"role": "user", "content": "Hi"}]), True)
+    written = templates.render(one, templates.in_template_form(one, [{"role": "user", "content": "Hi"}]), True)
     written.encode()
     inputs.from_messages(one, small_processor()[1], [{"role": "user", "content": "Hi"}])
     templates.check_system(one, "Be.")

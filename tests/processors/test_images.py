@@ -17,7 +17,7 @@ from PIL import Image
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.processors import addresses
-from lvlm_jax.processors.images import image_size, open_image, within
+from lvlm_jax.processors.images import image_size, in_folder, open_image
 
 
 def png_with_header(width, height):
@@ -204,9 +204,9 @@ def test_a_file_that_was_read_before_is_read_from_its_beginning(file, pixels):
     content = io.BytesIO(file.read_bytes())
     content.read()
     np.testing.assert_array_equal(np.asarray(open_image(content)), pixels)
-    assert within("folder", "a.png") == Path("folder/a.png")  # as files of questions name pictures
+    assert in_folder("folder", "a.png") == Path("folder/a.png")  # as files of questions name pictures
     for name in ("data:image/png;base64,AAAA", "file:///a.png", "https://example.org/a.png"):
-        assert within("folder", name) == name
+        assert in_folder("folder", name) == name
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -51,7 +51,7 @@ def test_addresses_are_downloaded_only_where_the_model_may(model, content, monke
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     with pytest.raises(LVLMError, match="^sample 1: .*nothing is downloaded unless you say so"):
         model.prepare([asked({"type": "image", "image": content}), asked(part)])
-    monkeypatch.setattr(addresses, "_downloaded", lambda *given: content)
+    monkeypatch.setattr(addresses, "_download", lambda *given: content)
     monkeypatch.setattr(model, "allow_urls", True)
     np.testing.assert_array_equal(
         model.prepare(asked(part)).pixels, model.prepare(conversation("What?", seed=3)).pixels

@@ -87,7 +87,7 @@ def test_strings_and_lists_reach_every_template_as_the_text_they_hold(template, 
     _, answers = learned(processor, config, [*messages, {"role": "assistant", "content": form("A cat.")}])
     assert answers.replace(" ", "") in ("HiAcat.</s>", "Hi\nAcat.</s>")
     continued = [*messages, {"role": "assistant", "content": form("A")}]
-    text = templates.render(processor, templates.suited(processor, continued), False, continued=True)
+    text = templates.render(processor, templates.in_template_form(processor, continued), False, continued=True)
     assert text == want + "A"
 
 
@@ -98,7 +98,7 @@ def test_a_template_that_reads_both_forms_gets_what_was_given(with_template):
     )
     processor = with_template(both)
     messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": text_of("B") + text_of("C")}]
-    assert templates.suited(processor, messages) == messages
+    assert templates.in_template_form(processor, messages) == messages
     assert templates.render(processor, messages, False) == "sAlB"
 
 
@@ -146,7 +146,7 @@ def test_what_a_template_raises_is_one_line(with_template, config):
 )
 def test_a_template_without_end_is_one_line(template, said, with_template):
     with pytest.raises(LVLMError, match=said) as caught:
-        templates.suited(with_template(template), [{"role": "user", "content": "a"}])
+        templates.in_template_form(with_template(template), [{"role": "user", "content": "a"}])
         templates.render(with_template(template), [{"role": "user", "content": "a"}], True)
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
 

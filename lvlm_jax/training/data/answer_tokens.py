@@ -40,7 +40,7 @@ def encode(
             answered (other blanks aside), or there is no end token.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    messages = templates.suited(processor, messages)
+    messages = templates.in_template_form(processor, messages)
     rendered, text, ids, spans = "", "", [], []
     for turn in turns[-1:] if last_only else turns:
         asked = templates.render(processor, messages[:turn], True)

@@ -189,7 +189,7 @@ class Encoder:
 
     def _text(self, messages: list[dict], prompt: bool) -> str:
         """Messages as the chat template writes them; with `prompt` up to where an answer begins."""
-        return templates.render(self.processor, templates.suited(self.processor, messages), prompt)
+        return templates.render(self.processor, templates.in_template_form(self.processor, messages), prompt)
 
     def _tokens(self, messages: list[dict], last_only: bool, known: Placeholders) -> Tokens:
         stops = self.config.eos_token_ids
@@ -201,7 +201,7 @@ class Encoder:
             return {}
         with _about(f"row {row.id}"):
             opened = [opened_rgb(image) for image in images]
-            return inputs.processed(self.processor, self.config, row.prompt, opened)[1]
+            return inputs.run_processor(self.processor, self.config, row.prompt, opened)[1]
 
 
 @contextlib.contextmanager

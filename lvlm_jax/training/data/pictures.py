@@ -159,7 +159,7 @@ def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int
     listening = copy.copy(processor)
     listening.tokenizer = overheard = _Overheard(processor.tokenizer)
     white = [Image.new("RGB", size, "white") for size in sizes]
-    ids, part = inputs.processed(listening, config, SEPARATOR.join([marker] * count), white)
+    ids, part = inputs.run_processor(listening, config, SEPARATOR.join([marker] * count), white)
     prompts = inputs.with_placeholders([ids], [part], config)
     counts = config.pictures([part], prompts).token_counts
     return Placeholders(marker, tuple(overheard.text.split(SEPARATOR)), counts)
