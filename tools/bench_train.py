@@ -87,7 +87,7 @@ def problem(arguments: argparse.Namespace) -> tuple[object, dict, dict, dict]:
     B of the adapters is drawn too: were it 0, policy and reference would be equal, and so any two losses.
     """
     params, config = bench_parts.model_of(arguments.size, arguments.dtype)
-    adapters, frozen = lora.attach(
+    adapters, frozen = lora.attach_adapters(
         params, arguments.rank, ALPHA_OVER_RANK * arguments.rank, lora.TARGETS, 0.0, jax.random.key(0)
     )
     rng, drawn = np.random.default_rng(1), flatten(adapters)

@@ -43,7 +43,7 @@ def command_line(words: list[str]):
     chosen = common.ahead(words, config="infer", method=None, model=None, model_path=None, **asked)
     defaults = config_files.load_config(chosen.config)
     alone = not any(getattr(chosen, name) for name in asked)
-    if alone and not (chosen.model or chosen.model_path) and defaults.model_path == "pocket" and smol.usable():
+    if alone and not (chosen.model or chosen.model_path) and defaults.model_path == "pocket" and smol.is_installed():
         defaults.model_path = "smol"
 
     parser = common.Parser(

@@ -34,7 +34,7 @@ def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[
         native: see `programs.compile_for`.
 
     Raises:
-        LVLMError: see `example`, `lora.attach` and `parts.split`.
+        LVLMError: see `example`, `lora.attach_adapters` and `parts.split`.
     """
     traced, arguments, shardings, kept = traced_update(job, config, mesh)
     state, frozen, rows = arguments
@@ -82,7 +82,7 @@ def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float
 
     def attached(kind: tuple[str, ...]) -> dict:
         key = jax.random.key(0)
-        whole = lora.attach(base, of.rank, 2.0 * of.rank, lora.TARGETS, of.dropout, key)
+        whole = lora.attach_adapters(base, of.rank, 2.0 * of.rank, lora.TARGETS, of.dropout, key)
         return {path: leaf for part in whole for path, leaf in flatten(part).items() if path.endswith(kind)}
 
     adapters, constants = (

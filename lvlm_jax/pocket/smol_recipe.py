@@ -108,7 +108,9 @@ class Recipe:
             return before, unflatten(frozen)
         of = self.config.lora
         shapes = unflatten({path: jnp.asarray(leaf) for path, leaf in self.still.items()})
-        adapters, frozen = lora.attach(shapes, of.rank, of.alpha, of.targets, 0.0, jax.random.key(self.config.seed))
+        adapters, frozen = lora.attach_adapters(
+            shapes, of.rank, of.alpha, of.targets, 0.0, jax.random.key(self.config.seed)
+        )
         narrow = {path: self._narrow(path, leaf) for path, leaf in flatten(frozen).items()}
         return parts.join(adapters, {"connector": before["connector"]}), unflatten(narrow)
 

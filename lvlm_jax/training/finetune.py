@@ -69,7 +69,7 @@ def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
     if config.lora.enabled:
         of = config.lora
         key = jax.random.key(config.seed)
-        trainable, frozen = lora.attach(params, of.rank, of.alpha, of.targets, of.dropout, key)
+        trainable, frozen = lora.attach_adapters(params, of.rank, of.alpha, of.targets, of.dropout, key)
     else:
         trainable, frozen = parts.split(params, config.train)
         frozen = _cast(frozen, config.dtype)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: find, read, load onto devices, save."""
+"""Hugging Face checkpoints: finds, reads, loads and saves them."""
 
 from lvlm_jax.weights.checkpoint import resolve_checkpoint
 from lvlm_jax.weights.load import load_parameters, model_config, parameter_dtype, read_config

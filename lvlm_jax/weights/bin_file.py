@@ -1,4 +1,4 @@
-"""Reading `pytorch_model.bin` files. The only place outside the tests that imports torch."""
+"""Reads `pytorch_model.bin` files. Outside the tests, only this module imports torch."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,10 @@ from lvlm_jax.errors import LVLMError
 class BinFile:
     """An open `.bin` file, with the interface of `SafetensorsFile`.
 
-    Only tensors are unpickled (`weights_only=True`): a file that carries code is refused.
+    Only tensors are unpickled (`weights_only=True`): a file with code is refused.
 
     Raises:
-        LVLMError: torch is not installed, or the file is missing, broken, or holds anything but tensors.
+        LVLMError: torch is not installed, or the file is missing, broken, or contains anything but tensors.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -31,18 +31,18 @@ class BinFile:
             raise LVLMError(f"cannot read {self.path}: it is not a file")
         try:
             try:
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+                state_dict = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever its pickle machinery ran into
+                state_dict = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch may raise anything while unpickling
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise LVLMError(f"cannot read {self.path} as a torch file of tensors: {reason[0]}") from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+        if not isinstance(state_dict, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
         ):
             raise LVLMError(f"{self.path} is not a state dict: expected a dict of tensors")
         self._arrays = {}
-        for name, tensor in loaded.items():
+        for name, tensor in state_dict.items():
             try:
                 self._arrays[name] = _to_numpy(torch, tensor)
             except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -58,7 +58,7 @@ class BinFile:
         return self._arrays[name]
 
     def release(self, name: str) -> None:
-        """Lets go of a tensor that will not be asked for again."""
+        """Releases a tensor that is not needed again."""
         self._arrays.pop(name, None)
 
 

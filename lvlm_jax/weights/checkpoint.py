@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a folder or a hub id, its configuration, its weight files."""
+"""Finds a checkpoint (a folder or a hub id), its configuration and its weight files."""
 
 import glob
 import os
@@ -12,8 +12,8 @@ from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.gguf import GgufFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
 
-# (single file, index file, glob of files without an index), in the order in which transformers looks for them. So a
-# file of all weights comes before the index that an earlier save left, and an adapter's file is never the model.
+# (single file, index file, glob of files without an index), in the order of transformers. So a single file takes
+# precedence over an index left by an earlier save, and an adapter's file is never taken for the model.
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json", "model*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
@@ -27,49 +27,50 @@ _TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken
 def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     """A folder on this machine for a path or a hub id ("llava-hf/llava-1.5-7b-hf").
 
-    An existing folder is itself. Anything else is downloaded, or taken from the hub's cache, honouring
-    `HF_HUB_OFFLINE`, `HF_HOME` and the like; weights as safetensors, or as `.bin` where a repository has nothing
-    else. No code of a repository is downloaded or run.
+    An existing folder is returned as it is. Anything else is downloaded, or taken from the hub's cache, following
+    `HF_HUB_OFFLINE`, `HF_HOME` and similar variables; weights as safetensors, or as `.bin` if the repository has
+    nothing else. No code of a repository is downloaded or run.
 
     Args:
-        weights: False leaves weights on the hub; their index comes along.
+        path_or_hub_id: the folder or hub id.
+        weights: False downloads the index of the weights, but no weights.
 
     Raises:
-        LVLMError: no such folder, and no such model on the hub (or the hub is out of reach).
+        LVLMError: there is no such folder, and no such model on the hub (or the hub is out of reach).
     """
-    folder, given = files.expand(path_or_hub_id), os.fsdecode(path_or_hub_id)
-    if given and folder.is_dir():
+    folder, name = files.expand(path_or_hub_id), os.fsdecode(path_or_hub_id)
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
-        raise LVLMError(f"{given} is a file; expected a checkpoint folder or a hub id like owner/name")
+        raise LVLMError(f"{name} is a file; expected a checkpoint folder or a hub id like owner/name")
     if folder.parent.is_dir() and (old := sorted(folder.parent.glob(f".{glob.escape(folder.name)}.old-*"))):
         raise LVLMError(
-            f"{given} is not there, and a save that was cut off left the checkpoint that it was to replace in "
+            f"{name} does not exist; an interrupted save left the old checkpoint in "
             f"{old[0]}: rename that, or save again"
         )
-    if not _HUB_ID.fullmatch(given):
-        raise LVLMError(f"no such folder: {given!r}; expected a checkpoint folder or a hub id like owner/name")
-    # Imported here: slow to import, and not needed for a folder.
+    if not _HUB_ID.fullmatch(name):
+        raise LVLMError(f"no such folder: {name!r}; expected a checkpoint folder or a hub id like owner/name")
+    # Imported here: the import is slow and not needed for a folder.
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [*_TEXT_FILES, *(("model*.safetensors", *_ADAPTER_FILES) if weights else ())]
-        found = Path(snapshot_download(given, allow_patterns=wanted))
-        if weights and not any(found.glob("model*.safetensors")):
-            found = Path(snapshot_download(given, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
-    except Exception as error:  # the hub's client has a dozen unrelated classes for "not there" and "no network"
+        patterns = [*_TEXT_FILES, *(("model*.safetensors", *_ADAPTER_FILES) if weights else ())]
+        snapshot = Path(snapshot_download(name, allow_patterns=patterns))
+        if weights and not any(snapshot.glob("model*.safetensors")):
+            snapshot = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
+    except Exception as error:  # the hub's client has a dozen unrelated classes for missing files and network errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LVLMError(
-            f"{given} is neither a folder here nor a model that could be fetched from the hub: {reason[:300]}"
+            f"{name} is neither a folder nor a model that could be downloaded from the hub: {reason[:300]}"
         ) from error
-    return found
+    return snapshot
 
 
 def read_configuration(folder: Path) -> dict:
-    """The `config.json` of a checkpoint folder.
+    """Reads the `config.json` of a checkpoint folder.
 
     Raises:
-        LVLMError: it is missing, is not JSON, or holds no object.
+        LVLMError: it is missing, is not JSON, or is not an object.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -78,20 +79,20 @@ def read_configuration(folder: Path) -> dict:
 
 
 def read_optional(folder: Path, name: str) -> dict:
-    """What another JSON file of a checkpoint folder says; empty where there is no such file.
+    """Reads another JSON file of a checkpoint folder; an empty dict if there is none.
 
     Raises:
-        LVLMError: it cannot be read, is not JSON, or holds no object.
+        LVLMError: it is unreadable, is not JSON, or is not an object.
     """
     path = folder / name
     return files.read_json(path, "file", dict) if path.is_file() else {}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: the single file, else those an index names, else every match.
+    """The files with a folder's weights: the single file, else those of an index, else every match.
 
     Raises:
-        LVLMError: no such folder, no weights in it, a malformed index, or a missing shard.
+        LVLMError: there is no such folder, no weights in it, a malformed index, or a missing shard.
     """
     if not folder.is_dir():
         raise LVLMError(f"no such folder: {folder}; expected a checkpoint folder")
@@ -100,12 +101,12 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             return _shards(folder / index)
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
+        if matches := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return matches
     adapter = next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
     if adapter is not None:
         raise LVLMError(
-            f"{folder} holds an adapter ({adapter}) and no weights of a model: load the model it was trained on, and "
+            f"{folder} has an adapter ({adapter}) and no weights of a model: load the model it was trained on, and "
             "give this folder as adapter="
         )
     looked_for = ", ".join(name for layout in _LAYOUTS for name in layout)
@@ -123,7 +124,7 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise LVLMError(
-            f"{index} names {len(missing)} of {len(names)} files that are not there: {', '.join(missing[:10])}; "
+            f"{index} names {len(missing)} of {len(names)} files that do not exist: {', '.join(missing[:10])}; "
             "download them"
         )
     return [index.parent / name for name in names]
@@ -136,6 +137,6 @@ def open_files(paths: Sequence[str | os.PathLike]) -> list[SafetensorsFile | Bin
     """Opens weight files by their suffix.
 
     Raises:
-        LVLMError: a file cannot be read.
+        LVLMError: a file is unreadable.
     """
     return [_READERS.get(Path(path).suffix, SafetensorsFile)(path) for path in paths]

@@ -1,4 +1,4 @@
-"""A checkpoint in another form: any naming scheme and weight format in, a Hugging Face safetensors folder out."""
+"""Converts a checkpoint with any naming scheme and weight format into a Hugging Face safetensors folder."""
 
 from os import PathLike
 from pathlib import Path
@@ -27,19 +27,19 @@ def convert(
     Args:
         source: checkpoint folder or hub id.
         target: the folder to write.
-        dtype: of the tensors; None leaves each its own.
+        dtype: dtype of the tensors; None keeps each tensor's own.
         scheme: tensor names to write, see `save_checkpoint`.
         vision_tower: CLIP folder or hub id, for an original LLaVA checkpoint that comes without its tower.
         processor: folder or hub id to take tokenizer and processor from; None: the source.
         adapter: PEFT LoRA adapter (folder or hub id) to merge into the weights.
         max_shard_size: bytes of the largest file.
-        overwrite: replaces a checkpoint that the target holds.
+        overwrite: replace an existing checkpoint in the target.
 
     Returns:
         The folder.
 
     Raises:
-        LVLMError: anything about source, adapter or target that cannot be used, named.
+        LVLMError: source, adapter or target cannot be used; the message says why.
     """
     folder = resolve_checkpoint(names.checkpoint(source))
     processor_folder = resolve_checkpoint(names.checkpoint(processor)) if processor else folder

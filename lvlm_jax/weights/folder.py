@@ -1,4 +1,4 @@
-"""What lies beside the weights of a saved checkpoint, and how the finished folder takes the place of an old one."""
+"""Writes the files beside a checkpoint's weights, and moves a finished folder into place."""
 
 import ctypes
 import errno
@@ -33,14 +33,14 @@ PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-# InstructBLIP's second tokenizer; chat templates besides the usual one.
+# InstructBLIP's second tokenizer, and further chat templates.
 PROCESSOR_FOLDERS = ("qformer_tokenizer", "additional_chat_templates")
-_EXCHANGE = 2  # of Linux's renameat2 and of macOS's renamex_np alike
+_EXCHANGE = 2  # the same for Linux's renameat2 and macOS's renamex_np
 _HERE = -100  # names are relative to the current folder
 
 
 def copy_processor(source: Path, target: Path, config: FamilyConfig) -> None:
-    """Copies the processor's files. Code in the source is named in a warning, and not copied."""
+    """Copies the processor's files. Code in the source is not copied; a warning names it."""
     for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -51,14 +51,15 @@ def copy_processor(source: Path, target: Path, config: FamilyConfig) -> None:
         _pad(target)
     if code := sorted(path.name for path in source.glob("*.py")):
         warnings.warn(
-            f"{source} has code of its own, which is not copied: {', '.join(code[:5])}"
-            f"{', ...' if len(code) > 5 else ''}; what needs it (trust_remote_code) finds it in the source alone",
+            f"{source} has its own code, which is not copied: {', '.join(code[:5])}"
+            f"{', ...' if len(code) > 5 else ''}; programs with trust_remote_code need the source",
             stacklevel=3,
         )
 
 
 def _pad(folder: Path) -> None:
-    """Makes transformers pad images to squares, as the configuration of an authors' LLaVA says (`processors.llava`)."""
+    """Makes transformers pad images to squares, if the configuration of the authors' LLaVA says so
+    (`processors.llava`)."""
     for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         file = read_optional(folder, name)
         settings = file if part is None else file.get(part)
@@ -74,30 +75,30 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Puts a finished folder in place of another, if there is one.
+    """Moves a finished folder into place, replacing an old one if there is one.
 
-    Where the system can exchange two names, there is no moment without a checkpoint under `folder`. Elsewhere the old
-    one lies beside it, under a hidden name, for the moment between two renames; `resolve_checkpoint` names it.
+    If the system can exchange two names, there is a checkpoint at `folder` at every moment. Otherwise, between two
+    renames, the old one is briefly beside it under a hidden name, which `resolve_checkpoint` reports.
     """
     if not folder.exists():
         partial.rename(folder)
     elif not _exchange(partial, folder):
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-        folder.rename(old)  # onto an empty folder: atomic
+        folder.rename(old)  # replacing an empty folder is atomic
         try:
             partial.rename(folder)
         except OSError:
             old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    # What saves left that were cut off between the two.
+    # Folders left by saves that were interrupted between the two renames.
     remove_stale(folder.parent, f".{glob.escape(folder.name)}.old-*")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders in one step; False where the system or the file system cannot."""
+def _exchange(old: Path, new: Path) -> bool:
+    """Exchanges the names of two folders atomically; False if the system or the file system cannot."""
     library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(old), os.fsencode(new)
     if hasattr(library, "renameat2"):
         failed = library.renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE)
     elif sys.platform == "darwin" and hasattr(library, "renamex_np"):

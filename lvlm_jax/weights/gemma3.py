@@ -1,4 +1,4 @@
-"""The key table of Gemma 3: a Gemma decoder, a SigLIP vision tower, a projection behind a norm."""
+"""The key table of Gemma 3: a Gemma decoder, a SigLIP vision tower, a norm and a projection."""
 
 from lvlm_jax.weights.rows import BUFFERS, DECODER_NORMS, decoder_rows, siglip_rows
 from lvlm_jax.weights.tables import Row, Table
@@ -8,7 +8,7 @@ def _scheme(decoder: str, head: str, vision: str, connector: str) -> dict[str, s
     return {"decoder": decoder, "head": head, "vision": vision, "connector": connector}
 
 
-# Gemma normalises in front of and behind attention and MLP, and names the norms by their places.
+# Gemma normalises before and after attention and MLP, and names the norms by their places.
 _NORMS = DECODER_NORMS | {
     "attention_output_norm": "post_attention_layernorm",
     "post_attention_layernorm": "pre_feedforward_layernorm",
@@ -20,15 +20,15 @@ TABLE = Table(
         *decoder_rows(norms=_NORMS),
         *siglip_rows(),
         Row("connector", "connector/norm/scale", "mm_soft_emb_norm.weight"),
-        # Stored as [in, out], as we keep it.
+        # Stored as [in, out], like ours.
         Row("connector", "connector/projection/kernel", "mm_input_projection_weight"),
     ),
     schemes={
-        # The repositories of the hub, and files that transformers 4 wrote. Every version loads it.
+        # The repositories on the hub, and files of transformers 4. Every version loads them.
         "hub": _scheme(
             "language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector."
         ),
-        # Files that transformers 5 writes.
+        # Files of transformers 5.
         "transformers": _scheme(
             "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector."
         ),

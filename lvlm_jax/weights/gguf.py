@@ -1,8 +1,8 @@
-"""Reading GGUF, llama.cpp's file of a language model: configuration, tensors, tokenizer and chat template in one.
+"""Reads GGUF, llama.cpp's file of a language model: configuration, tensors, tokenizer and chat template in one.
 
-Tensors are dequantised one at a time by the package `gguf` (ggml-org), and named as transformers names them. Two things
-differ from a Hugging Face checkpoint: llama.cpp rotates neighbouring channels of a head where transformers rotates
-halves, so rows of the query and key projections are stored in another order; and a tied output layer is left out.
+The package `gguf` (ggml-org) dequantises one tensor at a time; tensors get the names of transformers. There are two
+differences from a Hugging Face checkpoint. llama.cpp rotates neighbouring channels of a head and transformers rotates
+halves, so rows of the query and key projections are in another order. And a tied output layer is left out.
 """
 
 import json
@@ -31,17 +31,17 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# How a byte-level vocabulary splits text before it merges, by `tokenizer.ggml.pre` (llama.cpp's `llama-vocab.cpp`).
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # every digit by itself
+# How a byte-level vocabulary splits text before merging, by `tokenizer.ggml.pre` (llama.cpp's `llama-vocab.cpp`).
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # every digit is a separate token
 _PLAIN = ("default", "gpt-2")
-_CONTROL, _USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`
+_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
 
 
 class GgufFile:
-    """An open GGUF file, with the interface of `SafetensorsFile`; tensors are float32 whatever they are stored as.
+    """An open GGUF file, with the interface of `SafetensorsFile`; tensors are float32 whatever their stored type.
 
     Attributes:
-        shapes: tensor name, as transformers has it -> shape.
+        shapes: tensor name in transformers -> shape.
         dtypes: tensor name -> NumPy dtype, float32.
 
     Raises:
@@ -63,25 +63,25 @@ class GgufFile:
             self._tensors = {_name(tensor.name): tensor for tensor in self._reader.tensors}
         except LVLMError:
             raise
-        except Exception as error:  # the reader raises whatever the first bad offset provokes
+        except Exception as error:  # the reader raises whatever the first bad offset causes
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise LVLMError(f"cannot read {self.path} as GGUF: {reason}") from error
         if self.field("general.architecture") != "llama":
-            given = self.field("general.architecture")
-            raise LVLMError(f"{self.path} holds a model of the architecture {given!r}; expected 'llama'")
+            architecture = self.field("general.architecture")
+            raise LVLMError(f"{self.path} has a model of the architecture {architecture!r}; expected 'llama'")
         if "rope_freqs.weight" in self._tensors or self.field("llama.rope.scaling.type", "none") != "none":
             raise LVLMError(f"{self.path} scales its rotary positions, which is not supported in GGUF")
-        # A file's axes run from the innermost to the outermost.
+        # In the file, axes are ordered from the innermost to the outermost.
         self.shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in self._tensors.items()}
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
     def field(self, key: str, default: Any = None) -> Any:
         """A value of the file's metadata."""
-        found = self._reader.get_field(key)
-        return default if found is None else found.contents()
+        entry = self._reader.get_field(key)
+        return default if entry is None else entry.contents()
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor in transformers' order of rows."""
+        """The tensor with its rows in transformers' order."""
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
@@ -91,15 +91,15 @@ class GgufFile:
             raise LVLMError(f"{self.path}: tensor {name} cannot be dequantised: {error}") from error
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = self.field("llama.attention.head_count")
-            kept = heads if name.endswith("q_proj.weight") else self.field("llama.attention.head_count_kv", heads)
-            values = halves(values, int(kept))
+            num_heads = heads if name.endswith("q_proj.weight") else self.field("llama.attention.head_count_kv", heads)
+            values = to_halves(values, int(num_heads))
         return values
 
     def release(self, name: str) -> None:
-        """Nothing is kept of a tensor."""
+        """Does nothing, because no tensor is kept."""
 
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` of a `LlamaForCausalLM` of this file."""
+        """The `config.json` of a `LlamaForCausalLM` for this file."""
         heads = self.field("llama.attention.head_count")
         sizes = {
             "vocab_size": self.shapes.get("model.embed_tokens.weight", (None,))[0],
@@ -111,8 +111,8 @@ class GgufFile:
             "rms_norm_eps": self.field("llama.attention.layer_norm_rms_epsilon"),
         }
         if missing := [name for name, value in sizes.items() if value is None]:
-            raise LVLMError(f"{self.path} does not say its {missing[0]}; expected the metadata of a LLaMA")
-        # llama.cpp keeps a float32; 1e-5 comes back as 9.999999747378752e-06.
+            raise LVLMError(f"{self.path} lacks its {missing[0]}; expected the metadata of a LLaMA")
+        # llama.cpp stores a float32; 1e-5 comes back as 9.999999747378752e-06.
         sizes["rms_norm_eps"] = float(f"{sizes['rms_norm_eps']:.6g}")
         tokens = {
             name: self.field(f"tokenizer.ggml.{key}_token_id")
@@ -134,7 +134,7 @@ class GgufFile:
         """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template if the file has one.
 
         Raises:
-            LVLMError: a vocabulary of another kind than byte-level BPE, or text split in a way that is not known.
+            LVLMError: the vocabulary is not byte-level BPE, or its text splitting is unknown.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -158,13 +158,13 @@ class GgufFile:
         tokenizer.add_tokens([AddedToken(word, normalized=False) for word in defined])
         tokenizer.save(str(folder / "tokenizer.json"))
         roles = (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
-        named = {name: self.field(f"tokenizer.ggml.{key}_token_id") for name, key in roles}
+        special_ids = {name: self.field(f"tokenizer.ggml.{key}_token_id") for name, key in roles}
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": self.field("llama.context_length"),
             "padding_side": "left",
-            **{name: words[token] for name, token in named.items() if token is not None},
+            **{name: words[token] for name, token in special_ids.items() if token is not None},
         }
         if template := self.field("tokenizer.chat_template"):
             settings["chat_template"] = template
@@ -172,13 +172,13 @@ class GgufFile:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads, pairs, 2] in transformers' order [heads, 2, pairs]: what is rotated together, a half apart."""
+def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders rows from [heads, pairs, 2] to transformers' [heads, 2, pairs]."""
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def _name(stored: str) -> str:
-    """transformers' name of a tensor; unknown names stay as they are, to be reported."""
+    """transformers' name of a tensor; unknown names are returned unchanged, and reported later."""
     if stored in _ROOT:
         return _ROOT[stored]
     part, _, rest = stored.partition(".")

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint folder, which the rest of the library reads like any other."""
+"""Presents a GGUF file as a checkpoint folder."""
 
 import hashlib
 import os
@@ -13,10 +13,10 @@ from lvlm_jax.weights.gguf import SUFFIX, GgufFile
 
 
 def as_folder(path: str | os.PathLike) -> Path:
-    """A checkpoint folder for a GGUF file, in the user's cache: configuration and tokenizer, and a link to the file.
+    """Makes a checkpoint folder for a GGUF file in the user's cache: configuration, tokenizer, and a link to the file.
 
     Raises:
-        LVLMError: the file cannot be read, or the folder cannot be written.
+        LVLMError: the file is unreadable, or the folder cannot be written.
     """
     source = Path(path).resolve()
     about = source.stat()

@@ -1,5 +1,8 @@
-"""The key table of GLM-4.1V. Gate and up projections of the decoder are one tensor, queries, keys and values of the
-tower too. Every version of transformers writes the same names."""
+"""The key table of GLM-4.1V.
+
+Gate and up projections of the decoder are one tensor, and so are queries, keys and values of the tower. All versions of
+transformers write the same names.
+"""
 
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.qwen2_vl import LAYER, THEIR_LAYER, VOLUME, attention_rows

@@ -1,7 +1,7 @@
 """The key table of InstructBLIP: EVA-CLIP tower, Q-Former, projection, decoder.
 
-The names are one and the same in the Salesforce repositories of the hub, in files of transformers 4 and 5, and in a
-model's memory. The tower's queries, keys and values are fused.
+The names are the same in the Salesforce repositories on the hub, in files of transformers 4 and 5, and in a model in
+memory. The tower's queries, keys and values are fused.
 """
 
 from lvlm_jax.models.family import FamilyConfig

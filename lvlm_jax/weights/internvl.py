@@ -40,7 +40,7 @@ def _patch_rows(name: str) -> tuple[Row, Row]:
 
 
 def _fused_rows(part: str, path: str, name: str, pieces: tuple[Piece, ...]) -> list[Row]:
-    """Kernels and biases of query, key and value projections that are stored as one."""
+    """Rows for query, key and value projections that are stored as one tensor."""
     rows = []
     for projection, piece in zip(("q_proj", "k_proj", "v_proj"), pieces, strict=True):
         rows.append(Row(part, f"{path}/{projection}/kernel", f"{name}.weight", LINEAR, piece))
@@ -49,7 +49,7 @@ def _fused_rows(part: str, path: str, name: str, pieces: tuple[Piece, ...]) -> l
 
 
 def _chat_vision_rows() -> tuple[Row, ...]:
-    """What OpenGVLab's tower stores otherwise. It has no mask token and no final norm."""
+    """The rows in which OpenGVLab's tower differs. It has no mask token and no final norm."""
     theirs = "encoder.layers.{i}"
     rows = [
         Row("vision", "vision_tower/class_embedding", "embeddings.class_embedding"),
@@ -75,7 +75,7 @@ def _chat_vision_rows() -> tuple[Row, ...]:
 
 
 def _internlm2_shares(config: FamilyConfig) -> tuple[int, ...]:
-    """InternLM2 keeps, for every key head, its query heads, then it, then its value head."""
+    """InternLM2 stores, for every key head, its query heads, then the key head, then its value head."""
     return config.text.num_heads // config.text.num_kv_heads, 1, 1
 
 
@@ -101,7 +101,7 @@ def _scheme(decoder: str, head: str, vision: str, connector: str, numbers: tuple
 
 
 def _unread(config: FamilyConfig) -> tuple[str, ...]:
-    """The tower's layers and norm behind the hidden state that is read."""
+    """The tower's layers and norm after the hidden state that the connector reads."""
     layers = config.vision.num_layers
     if config.feature_layer > layers:
         return ()
@@ -123,7 +123,7 @@ TABLE = Table(
         Row("connector_2", "connector/linear_2/bias", "bias"),
     ),
     schemes={
-        # The "-hf" repositories of the hub, and files that any version of transformers wrote.
+        # The "-hf" repositories on the hub, and files of any version of transformers.
         "hub": _scheme(
             "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", _CONNECTOR
         ),

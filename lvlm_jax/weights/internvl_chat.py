@@ -1,15 +1,15 @@
-"""OpenGVLab's own checkpoint layout (`model_type` internvl_chat) as a normal InternVL configuration.
+"""Converts OpenGVLab's own checkpoint layout (`model_type` internvl_chat) to a normal InternVL configuration.
 
-The models are those of the "-hf" repositories under other names; `weights/internvl.py` knows both. Their configuration
+The models are those of the "-hf" repositories under other names; `weights/internvl.py` has both. Their configuration
 differs in four ways:
 
-- the tower's fields have names and defaults of their own;
-- the decoder may be an InternLM2 or InternLM3, whose code transformers does not carry or need: both compute what LLaMA
-  computes, their bias flags aside;
-- the image token is known to the tokenizer alone, and answers end with the chat format's own token, whatever the
-  decoder's configuration says;
-- how images are cut into tiles and how prompts are written is part of it. Both are kept in the new configuration, under
-  the names they had.
+- the tower's fields have other names and defaults;
+- the decoder may be an InternLM2 or InternLM3, for which transformers has no code and needs none: both compute the same
+  as LLaMA, apart from bias flags;
+- only the tokenizer defines the image token, and answers end with the chat format's own token, whatever the decoder's
+  configuration says;
+- it also defines how images are split into tiles and how prompts are written. The new configuration keeps both, under
+  their old names.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ MODEL_TYPE = "internvl_chat"
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 END_TOKEN = "<|im_end|>"
-# For folders without a tokenizer: where all checkpoints with these decoders have the image token.
+# For folders without a tokenizer: the image token's id in all checkpoints with these decoders.
 _IMAGE_TOKEN_IDS = {"InternLM2ForCausalLM": 92546, "Qwen2ForCausalLM": 151667}
 
 _DECODERS = {
@@ -61,7 +61,7 @@ _DECODER_FIELDS = (
     "dtype",
 )
 
-# Their name of a tower's field -> (transformers' name, their default).
+# Their name for a field of the tower -> (transformers' name, their default).
 _TOWER_FIELDS = {
     "hidden_size": ("hidden_size", 3200),
     "intermediate_size": ("intermediate_size", 12800),
@@ -83,14 +83,14 @@ _TOWER_FIELDS = {
 
 
 def to_hf_config(folder: Path, config: dict) -> dict:
-    """The `InternVLConfig` dict of transformers that a configuration of OpenGVLab's means.
+    """The `InternVLConfig` dict of transformers for a configuration of OpenGVLab.
 
     Args:
-        folder: the checkpoint's folder, whose tokenizer files are read.
+        folder: the checkpoint's folder, for its tokenizer files.
         config: its `config.json`.
 
     Raises:
-        LVLMError: a value that the models of this layout in transformers do not have, or no image token.
+        LVLMError: a value that is unsupported in this layout, or there is no image token.
     """
     decoder = config.get("llm_config") or {}
     kind = (decoder.get("architectures") or [None])[0]
@@ -106,7 +106,7 @@ def to_hf_config(folder: Path, config: dict) -> dict:
         image_token = _IMAGE_TOKEN_IDS.get(kind)
     if image_token is None or image_token >= text["vocab_size"]:
         raise LVLMError(
-            f"the tokenizer files of {folder} do not name {IMAGE_TOKEN}; copy added_tokens.json or tokenizer.json from "
+            f"the tokenizer files of {folder} have no {IMAGE_TOKEN}; copy added_tokens.json or tokenizer.json from "
             "the checkpoint's repository"
         )
     hf = {
@@ -129,9 +129,9 @@ def to_hf_config(folder: Path, config: dict) -> dict:
 
 
 def _check(folder: Path, config: dict) -> None:
-    """Refuses what transformers' InternVL cannot do."""
+    """Raises an `LVLMError` for options that transformers' InternVL does not support."""
     side = (config.get("vision_config") or {}).get("image_size", 224)
-    # field -> (its value, the values it may have)
+    # field -> (its value, the allowed values)
     required: dict[str, tuple[Any, tuple]] = {
         "ps_version": (config.get("ps_version", "v1"), ("v2",)),  # v1 transposes the map of patches
         "force_image_size": (config.get("force_image_size") or side, (side,)),
@@ -147,9 +147,9 @@ def _check(folder: Path, config: dict) -> None:
 
 
 def _text_config(folder: Path, decoder: dict, kind: str) -> dict:
-    """The decoder as a configuration that transformers carries."""
+    """The decoder as a configuration for transformers."""
     text = {name: decoder[name] for name in _DECODER_FIELDS if decoder.get(name) is not None}
-    # What their configuration classes mean where a file says nothing, and transformers' say otherwise.
+    # Defaults of their configuration classes that differ from transformers'.
     if kind == "InternLM2ForCausalLM":
         version = decoder.get("rope_pos_id_version", "default")
         if version != "default":
@@ -188,7 +188,7 @@ def _vision_config(folder: Path, config: dict) -> dict:
     if vision["use_qk_norm"] and vision["layer_norm_eps"] != 1e-6:
         raise LVLMError(
             f"vision_config.layer_norm_eps {vision['layer_norm_eps']} of {folder} is not supported; expected 1e-06, "
-            "which queries and keys are normalised with"
+            "the epsilon of the norms of queries and keys"
         )
     return vision | {
         "model_type": "internvl_vision",
@@ -200,12 +200,12 @@ def _vision_config(folder: Path, config: dict) -> dict:
 
 
 def token_id(folder: Path, token: str) -> int | None:
-    """The id of an added token according to a folder's tokenizer files; None where they do not name it."""
+    """The id of an added token in a folder's tokenizer files; None if they do not contain it."""
     added = read_optional(folder, "added_tokens.json")
     if token in added:
         return int(added[token])
-    known = read_optional(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-    for number, entry in known.items():
+    added_tokens = read_optional(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+    for number, entry in added_tokens.items():
         if entry.get("content") == token:
             return int(number)
     entries = read_optional(folder, "tokenizer.json").get("added_tokens", [])

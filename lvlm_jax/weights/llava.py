@@ -16,10 +16,10 @@ def _scheme(decoder: str, head: str, vision: str, connector: str, numbers: tuple
 
 
 def _unread(config: FamilyConfig) -> tuple[str, ...]:
-    """What no chosen feature layer reads: the tower's last layers.
+    """Layers of the tower that no chosen feature layer needs: the last ones.
 
-    Hidden state 0 is the embedding and hidden state i the output of layer i - 1, so reading hidden state i takes the
-    layers before i; `post_layernorm` acts on the last state only after it was taken.
+    Hidden state 0 is the embedding and hidden state i the output of layer i - 1, so hidden state i needs the layers
+    before i. `post_layernorm` acts on the last state only after it was read.
     """
     layers = config.vision.num_layers
     read = max(layer % (layers + 1) for layer in config.feature_layers)
@@ -28,11 +28,11 @@ def _unread(config: FamilyConfig) -> tuple[str, ...]:
 
 _LINEAR = ("linear_1", "linear_2")
 
-# A CLIP checkpoint on its own: the tower of an original checkpoint that has none inside.
+# A CLIP checkpoint by itself: the tower of an original checkpoint without one.
 CLIP_TABLE = Table(
     rows=tuple(clip_rows()),
     schemes={"clip": {"vision": "vision_model."}, "clip_5": {"vision": ""}},  # transformers 5 drops the prefix
-    ignored=(*BUFFERS, r"^(text_model|visual_projection|text_projection)\.|^logit_scale$"),  # CLIP's other half
+    ignored=(*BUFFERS, r"^(text_model|visual_projection|text_projection)\.|^logit_scale$"),  # CLIP's text half
 )
 
 TABLE = Table(
@@ -45,7 +45,7 @@ TABLE = Table(
         Row("connector_2", "connector/linear_2/bias", "bias"),
     ),
     schemes={
-        # The llava-hf repositories of the hub, and files that transformers 4 wrote. Every version loads it.
+        # The llava-hf repositories on the hub, and files of transformers 4. Every version loads them.
         "hub": _scheme(
             "language_model.model.",
             "language_model.lm_head.",
@@ -53,7 +53,7 @@ TABLE = Table(
             "multi_modal_projector.",
             _LINEAR,
         ),
-        # Files that transformers 5 writes.
+        # Files of transformers 5.
         "transformers": _scheme(
             "language_model.model.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.", _LINEAR
         ),

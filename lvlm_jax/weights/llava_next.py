@@ -1,11 +1,11 @@
-"""The key table of LLaVA-NeXT: LLaVA-1.5's, and the token that ends a row of patches."""
+"""The key table of LLaVA-NeXT: LLaVA-1.5's, with the token that ends a row of patches."""
 
 import dataclasses
 
 from lvlm_jax.weights.llava import TABLE as LLAVA
 from lvlm_jax.weights.tables import Row
 
-# Scheme -> what stands before the name of the newline token.
+# Scheme -> prefix of the newline token's name.
 NEWLINE = {"hub": "", "transformers": "", "state_dict": "model.", "state_dict_4": "model."}
 NEWLINE_ROW = Row("newline", "connector/image_newline", "image_newline")
 

@@ -1,8 +1,8 @@
-"""Streaming load: Hugging Face files to parameters on devices, one tensor at a time.
+"""Loads Hugging Face files as parameters on devices, one tensor at a time.
 
-Peak host memory is the parameters that live on the host plus one tensor: files are mapped, a tensor's pages are given
-back as soon as it is on its device, and of a sharded tensor only the slices that this process holds are read. With
-quantization a tensor goes to its device as it is stored, is quantized there, and is gone before the next one comes.
+Peak host memory is the parameters that stay on the host plus one tensor: files are mapped, a tensor's pages are
+released as soon as it is on its device, and of a sharded tensor only this process's slices are read. With quantization,
+a tensor goes to its device in its stored type, is quantized there, and is freed before the next one.
 """
 
 import dataclasses
@@ -21,26 +21,26 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights import internvl_chat, original, quantize
 from lvlm_jax.weights.checkpoint import open_files, read_configuration, read_optional, weight_files
 from lvlm_jax.weights.plan import Source, TensorFile, plan
-from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permuted, unflatten
+from lvlm_jax.weights.tables import LINEAR, flatten, inverse, permute, unflatten
 
 Sharding = jax.sharding.Sharding
 Place = Callable[[str, tuple[int, ...]], Sharding]
 DTYPES = ("float32", "bfloat16", "float16")
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 
-# `model_type` of configurations that transformers does not carry -> what rewrites them, from (folder, configuration).
+# `model_type` that transformers does not support -> function (folder, configuration) that rewrites the configuration.
 _REWRITTEN = {internvl_chat.MODEL_TYPE: internvl_chat.to_hf_config}
 
 
 def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> dict:
-    """The Hugging Face configuration of a checkpoint folder, that of an authors' own layout rewritten as such.
+    """The Hugging Face configuration of a checkpoint folder; an authors' own layout is rewritten.
 
     Args:
         folder: the checkpoint folder.
         vision_tower: the CLIP checkpoint of an original checkpoint, if its configuration does not lead to it.
 
     Raises:
-        LVLMError: no readable `config.json`, or one with a value that cannot be rewritten.
+        LVLMError: there is no readable `config.json`, or a value in it is not supported.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -50,16 +50,16 @@ def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | Non
         if original.is_original(config):
             return original.to_hf_config(folder, config, vision_tower)
         _check_no_tower(folder, vision_tower)
-        given = config.get("model_type")
-        rewrite = _REWRITTEN.get(given) if isinstance(given, str) else None
+        model_type = config.get("model_type")
+        rewrite = _REWRITTEN.get(model_type) if isinstance(model_type, str) else None
         return rewrite(folder, config) if rewrite else config
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a field of another kind
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a field has another type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise LVLMError(f"config.json of {folder} has a field of another kind: {reason}") from error
+        raise LVLMError(f"config.json of {folder} has a field of the wrong type: {reason}") from error
 
 
 def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> FamilyConfig:
-    """The model's configuration, with the stop tokens of `generation_config.json`, which go before `config.json`'s.
+    """The model's configuration; stop tokens of `generation_config.json` take precedence over those of `config.json`.
 
     Arguments and errors as in `read_config`.
     """
@@ -69,10 +69,10 @@ def model_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | No
 
 
 def parameter_dtype(name: str) -> jnp.dtype:
-    """The number type called "float32", "bfloat16" or "float16".
+    """The dtype called "float32", "bfloat16" or "float16".
 
     Raises:
-        LVLMError: another one.
+        LVLMError: another name.
     """
     try:
         dtype = jnp.dtype(name) if name is not None else None
@@ -96,28 +96,28 @@ def load_parameters(
     Args:
         folder_or_files: a checkpoint folder, or the weight files themselves.
         config: the model's configuration, for example a `LlavaConfig`.
-        dtype: of the parameters; None keeps what the files hold.
+        dtype: dtype of the parameters; None keeps that of the files.
         sharding: where parameters live: one sharding for all, a nested dict of shardings shaped like the tree, or a
             function of a path and a shape such as "language_model/norm/scale" and (4096,). None: the default device,
             uncommitted.
-        vision_tower: the CLIP checkpoint (folder or hub id) of an original checkpoint that has no tower inside. One
-            given here is used even if there is a tower inside.
-        quant: "int8" quantizes the decoder (`weights.quantize`); shardings are those of the quantized tree then.
+        vision_tower: the CLIP checkpoint (folder or hub id) of an original checkpoint without a tower. If given, it is
+            used even if there is a tower inside.
+        quant: "int8" quantizes the decoder (`weights.quantize`); shardings are then those of the quantized tree.
 
     Returns:
-        A nested dict of arrays. Parameters that no chosen feature layer reads (the tower's last layers) are zeros where
+        A nested dict of arrays. Parameters that no chosen feature layer reads (the tower's last layers) are zeros if
         the checkpoint lacks them.
 
     Raises:
-        LVLMError: a file cannot be read, or tensors are missing, unexpected, misshapen or not floating-point; all of
-            them are reported at once. Or `quant` is unknown.
+        LVLMError: a file is unreadable, or `quant` is unknown, or tensors are missing, unexpected, misshapen or not
+            floating-point; all such tensors are reported at once.
     """
-    quantize.check(quant)
+    quantize.check_quant(quant)
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
     files, tower = open_checkpoint(folder_or_files, vision_tower)
     single = isinstance(folder_or_files, str | os.PathLike)
-    where = folder_or_files if single else ", ".join(map(str, folder_or_files))
-    sources = plan(where, config, expected, files, tower)
+    source_name = folder_or_files if single else ", ".join(map(str, folder_or_files))
+    sources = plan(source_name, config, expected, files, tower)
     place = _placement(sharding)
     dtype = None if dtype is None else np.dtype(dtype)
     flat = {}
@@ -132,10 +132,10 @@ def load_parameters(
 
 
 def open_checkpoint(folder_or_files: Files, vision_tower=None) -> tuple[list[TensorFile], list[TensorFile]]:
-    """(files of the checkpoint, files of a separate vision tower); arguments as in `load_parameters`.
+    """Opens the files of a checkpoint and those of a separate vision tower; arguments as in `load_parameters`.
 
     Raises:
-        LVLMError: there are none, one cannot be read, or they hold quantized weights.
+        LVLMError: there are no files, one is unreadable, or they contain quantized weights.
     """
     if not isinstance(folder_or_files, str | os.PathLike):
         tower = weight_files(original.find_tower(Path(), {}, vision_tower)) if vision_tower else []
@@ -154,13 +154,13 @@ def open_checkpoint(folder_or_files: Files, vision_tower=None) -> tuple[list[Ten
 
 
 def _check_not_quantized(folder: Path, files: Sequence[TensorFile]) -> None:
-    """Older files of AWQ, GPTQ and bitsandbytes tell of it by their tensors' names alone."""
+    """Recognises quantized files of older AWQ, GPTQ and bitsandbytes, which only the tensor names reveal."""
     marks = (".qweight", ".qzeros", ".absmax", ".weight_scale_inv", ".SCB")
-    found = next((name for file in files for name in file.shapes if name.endswith(marks)), None)
-    if found is not None:
+    quantized = next((name for file in files for name in file.shapes if name.endswith(marks)), None)
+    if quantized is not None:
         raise LVLMError(
-            f"{folder} holds quantized weights ({'.'.join(found.split('.')[-2:])}), which are not supported; "
-            "take the checkpoint with full weights"
+            f"{folder} has quantized weights ({'.'.join(quantized.split('.')[-2:])}), which are not supported; use the "
+            "checkpoint with full weights"
         )
 
 
@@ -180,40 +180,40 @@ def _placement(sharding) -> Callable[[str, tuple[int, ...]], Sharding | None]:
 
 def _load_quantized(path: str, source: Source, place: Callable) -> dict[str, jax.Array]:
     """The leaves of a quantized kernel."""
-    turned = dataclasses.replace(source, axes=None if source.axes == LINEAR else LINEAR)  # [out, in]
-    wide = _load(turned, None, place(quantize.leaf_paths(path)[0], turned.shape))
-    made = quantize.leaves(path, wide, place)
-    jax.block_until_ready(made)
+    transposed = dataclasses.replace(source, axes=None if source.axes == LINEAR else LINEAR)  # [out, in]
+    wide = _load(transposed, None, place(quantize.leaf_paths(path)[0], transposed.shape))
+    leaves = quantize.leaves(path, wide, place)
+    jax.block_until_ready(leaves)
     wide.delete()
-    return made
+    return leaves
 
 
 def _load(source: Source, dtype: np.dtype | None, sharding: Sharding | None) -> jax.Array:
     host = source.view()
     if sharding is None:
-        array = jax.device_put(_owned(host, dtype))
+        array = jax.device_put(_copy_if_needed(host, dtype))
     else:
         slices = sharding.addressable_devices_indices_map(host.shape)
-        pieces = [jax.device_put(_owned(host[index], dtype), device) for device, index in slices.items()]
+        pieces = [jax.device_put(_copy_if_needed(host[index], dtype), device) for device, index in slices.items()]
         array = jax.make_array_from_single_device_arrays(host.shape, sharding, pieces)
     array.block_until_ready()
     source.file.release(source.name)
     return array
 
 
-def _owned(piece: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
-    """The piece in its final dtype, such that the device array does not alias the file.
+def _copy_if_needed(piece: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """The piece in its final dtype, in memory that the device array may keep without aliasing the file.
 
-    JAX on a CPU adopts aligned contiguous memory, even of a read-only map. A transposed view it always copies, and
-    transposes several times faster than NumPy while it does, so that case is left to it.
+    JAX on a CPU adopts aligned contiguous memory, even of a read-only map. It always copies a transposed view, and
+    transposes several times faster than NumPy, so it gets that view.
     """
     dtype = piece.dtype if dtype is None else dtype
     if piece.dtype == dtype and not piece.flags.c_contiguous:
         return piece
-    # The copy keeps the order of axes in memory. Its memory is mapped rather than taken from the heap, because freed
-    # heap memory of this size stays with the process, in pieces, and raises its peak.
+    # The copy keeps the order of axes in memory. Its memory is mapped, not from the heap: freed heap memory of this
+    # size stays with the process in fragments and raises its peak.
     order = tuple(int(axis) for axis in np.argsort([-stride for stride in piece.strides], kind="stable"))
     buffer = mmap.mmap(-1, max(1, piece.size * dtype.itemsize))
-    copy = np.frombuffer(buffer, dtype, piece.size).reshape(permuted(piece.shape, order))
+    copy = np.frombuffer(buffer, dtype, piece.size).reshape(permute(piece.shape, order))
     copy[...] = piece.transpose(order)
     return copy.transpose(inverse(order))

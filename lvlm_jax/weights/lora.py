@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685): a kernel W [in, out] is left alone and W + scale · A B is trained through A and B.
+"""LoRA (arXiv 2106.09685): a kernel W [in, out] is fixed, and W + scale · A B is trained through A and B.
 
-An adapter is leaves beside a kernel, `{"kernel", "lora_a", "lora_b", "lora_scale", "lora_dropout"}`, which
-`models.layers.Linear` looks for. So a tree with adapters runs wherever one without does, the tree without `lora_a` and
-`lora_b` is the base model on the same arrays, and training, saving and placement treat them as parameters like any
-others.
+An adapter is a set of leaves beside a kernel, `{"kernel", "lora_a", "lora_b", "lora_scale", "lora_dropout"}`, which
+`models.layers.Linear` reads. So a tree with adapters runs wherever one without does; without `lora_a` and `lora_b`, the
+same arrays are the base model; and training, saving and placement treat adapters like other parameters.
 """
 
 import math
@@ -17,40 +16,42 @@ from jax.sharding import NamedSharding
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.layers import INT8_LEAVES, LORA_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
-from lvlm_jax.weights.parts import matching
+from lvlm_jax.weights.parts import match_paths
 from lvlm_jax.weights.tables import flatten, unflatten
 
-# All linear layers of the language model but its head.
+# All linear layers of the language model except its head.
 TARGETS = r"language_model/.*(q|k|v|o|gate|up|down)_proj$"
 
 
-def attach(params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array) -> tuple[dict, dict]:
-    """Fresh adapters for the kernels that `targets` finds; the model computes what it did, bit for bit.
+def attach_adapters(
+    params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array
+) -> tuple[dict, dict]:
+    """New adapters for the kernels that match `targets`; the model computes the same as before, bit for bit.
 
-    A is uniform in ±1/√in (Kaiming's rule as PEFT applies it), B zero. Both are float32 whatever the kernel is: small
-    updates must not be lost to rounding.
+    A is uniform in ±1/√in (Kaiming's rule as in PEFT), B is zero. Both are float32 whatever the kernel's dtype, because
+    small updates must not be lost to rounding.
 
     Args:
         params: nested dict of parameters without adapters, of arrays or of their shapes.
         rank: columns of A and rows of B.
         alpha: the term is scaled by alpha / rank.
         targets: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj".
-        dropout: rate at which inputs of A are dropped while training; at 0 there is no `lora_dropout` leaf, and
-            nothing is drawn.
-        key: for A.
+        dropout: rate at which inputs of A are dropped in training; at 0 there is no `lora_dropout` leaf and nothing is
+            drawn.
+        key: random key for A.
 
     Returns:
         (adapters, frozen): the trainable leaves `lora_a` and `lora_b`; all of `params` with the constants `lora_scale`
-        and `lora_dropout`. `parts.join` makes them one tree. They live on the mesh of `params`, if there is one.
+        and `lora_dropout`. `parts.join` merges them into one tree. They are on the mesh of `params`, if there is one.
 
     Raises:
-        LVLMError: a setting out of range, targets that match nothing or something that is not a matrix, or parameters
-            that hold adapters already.
+        LVLMError: a setting is out of range, targets match nothing or something that is not a matrix, or the parameters
+            already have adapters.
     """
     _check_settings(rank, alpha, dropout)
     flat = flatten(params)
     if present := next((path for path in flat if path.endswith(LORA_LEAVES)), None):
-        raise LVLMError(f"the parameters hold a LoRA adapter already ({present}); merge it before adding another")
+        raise LVLMError(f"the parameters already have a LoRA adapter ({present}); merge it before adding another")
     kernels = _target_kernels(flat, targets)
 
     leaves = {}
@@ -75,13 +76,13 @@ def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def merge(params: Mapping) -> dict:
-    """The parameters with every adapter added to its kernel, W + scale · A B in float32, and its leaves gone.
+    """The parameters with every adapter merged into its kernel, W + scale · A B in float32, and without its leaves.
 
-    Kernels keep their dtype and place. A tree without adapters comes back as it is, and so does a frozen part, which
-    loses its constants.
+    Kernels keep their dtype and place. A tree without adapters is returned unchanged; the constants of a frozen part
+    are removed.
 
     Raises:
-        LVLMError: an adapter lies beside an int8 kernel, whose steps are larger than what it adds.
+        LVLMError: an adapter is beside an int8 kernel, whose steps are larger than the adapter's changes.
     """
     flat, merged = flatten(params), {}
     for path, leaf in flat.items():
@@ -116,13 +117,13 @@ def _check_settings(rank: int, alpha: float, dropout: float) -> None:
 
 
 def _target_kernels(flat: Mapping, targets: str) -> dict[str, tuple[jax.Array, tuple[int, int]]]:
-    """The targeted modules, each of which holds a matrix: path -> `projections`."""
+    """The matrices of the targeted modules: path -> `projections`."""
     modules = dict.fromkeys(path.rpartition("/")[0] for path in flat)
     kernels = projections(flat)
-    found = matching(targets, modules, "the pattern of LoRA targets")
-    if others := [path for path in found if path not in kernels]:
+    modules_found = match_paths(targets, modules, "the pattern of LoRA targets")
+    if others := [path for path in modules_found if path not in kernels]:
         raise LVLMError(
             f"the pattern of LoRA targets, {targets!r}, also matches {others[0]!r}, which has no matrix to adapt; "
             f"expected one that finds only linear layers, such as {TARGETS!r}"
         )
-    return {path: kernels[path] for path in found}
+    return {path: kernels[path] for path in modules_found}

@@ -1,4 +1,4 @@
-"""What users call a model, a number type and a quantization on a command line, and what the library calls them."""
+"""Translates names of models, number types and quantizations from a command line."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ from lvlm_jax.weights import gguf_folder, smol
 from lvlm_jax.weights.gguf import SUFFIX
 from lvlm_jax.weights.load import DTYPES
 
-NUMBER_TYPES = ("auto", *DTYPES)  # what `dtype` takes
+NUMBER_TYPES = ("auto", *DTYPES)  # values of `dtype`
 
 
 def pocket_file(name: str) -> pathlib.Path:
@@ -20,27 +20,27 @@ def pocket_file(name: str) -> pathlib.Path:
 
 
 def checkpoint(name: str | os.PathLike) -> str:
-    """The folder or hub id that a user means.
+    """The folder or hub id that a name stands for.
 
     "pocket" is the model inside the package. "smol" (`weights.smol`) and a GGUF file (`weights.gguf_folder`) become
-    folders in the user's cache the first time.
+    folders in the user's cache on first use.
 
     Raises:
-        LVLMError: something that is no name, smol without its language model, or a GGUF file that cannot be read.
+        LVLMError: not a name, smol without its language model, or an unreadable GGUF file.
     """
     if isinstance(name, str | os.PathLike) and str(name) == "pocket":
         return str(pocket_file("checkpoint"))
     if isinstance(name, str | os.PathLike) and str(name) == "smol":
-        return str(smol.composed())
+        return str(smol.complete_checkpoint())
     files.expand(name)
-    path = os.path.expanduser(os.fsdecode(name))  # a Path would lose the ./ that no hub id has
+    path = os.path.expanduser(os.fsdecode(name))  # a Path would drop the ./ that distinguishes a folder from a hub id
     return str(gguf_folder.as_folder(path)) if path.endswith(SUFFIX) and os.path.isfile(path) else path
 
 
 def dtype(name: Any) -> Any:
-    """`auto` is float32 on a CPU, where XLA converts bfloat16 weights on every call, and bfloat16 elsewhere.
+    """Resolves `auto`: float32 on a CPU, where XLA converts bfloat16 weights in every call, and bfloat16 elsewhere.
 
-    Anything else stays as it is.
+    Other values are returned unchanged.
     """
     if not isinstance(name, str) or name != "auto":
         return name
@@ -48,10 +48,10 @@ def dtype(name: Any) -> Any:
 
 
 def quant(name: str) -> str | None:
-    """What `LVLM.from_pretrained` takes for `--quant`."""
+    """Converts `--quant` to the argument of `LVLM.from_pretrained`."""
     return None if name == "none" else name
 
 
 def precision(dtype: str, quant: str | None) -> str:
-    """How the record of a run names the precision of its model."""
+    """The model's precision as the record of a run names it."""
     return dtype if quant is None else f"{dtype} with {quant} kernels"

@@ -1,14 +1,14 @@
-"""The authors' own checkpoint layout (liuhaotian/llava-v1.5-*) as a normal LLaVA configuration.
+"""Converts the authors' own checkpoint layout (liuhaotian/llava-v1.5-*) to a normal LLaVA configuration.
 
-Three things differ from the `llava-hf` repositories:
+It differs from the `llava-hf` repositories in three ways:
 
-- the configuration is a LLaMA one with `mm_*` fields, and the vision tower's own configuration lives elsewhere;
-- the tower's weights usually do too, in a CLIP checkpoint that `mm_vision_tower` names;
+- the configuration is a LLaMA configuration with `mm_*` fields, without the vision tower's configuration;
+- the tower's weights are usually in a CLIP checkpoint that `mm_vision_tower` names;
 - the vocabulary has no image token. Prompts use the number -200 there. `llava-hf` appended `<image>` and `<pad>` and
   rounded the vocabulary up to a multiple of 64, so that 32000 became 32064 and `<image>` 32000; we do the same, which
   makes the processor files of a `llava-hf` repository fit. Its converter drew the new rows at random around the mean
-  row; here each new row of the embedding and of the output layer is the mean row itself: deterministic, and the logit
-  of an added token is then the mean of all logits, which greedy decoding can never choose.
+  row. Here each new row of the embedding and of the output layer is the mean row itself. This is deterministic, and the
+  logit of an added token is then the mean of all logits, which greedy decoding never chooses.
 """
 
 import os
@@ -24,7 +24,7 @@ VOCABULARY_MULTIPLE = 64
 _ADDED_TOKENS = 2  # <image>, <pad>
 _SELECT = {"patch": "default", "cls_patch": "full"}
 
-# Towers whose sizes are known without their files, for checkpoints that carry the tower's weights inside.
+# Sizes of known towers, for checkpoints that contain the tower's weights but not its configuration.
 _CLIP_LARGE = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -41,40 +41,40 @@ _KNOWN_TOWERS = {
 
 
 def is_original(config: dict) -> bool:
-    """Whether a `config.json` is of the authors' layout."""
+    """Whether a `config.json` has the authors' layout."""
     return "vision_config" not in config and ("mm_vision_tower" in config or "mm_projector_type" in config)
 
 
 def find_tower(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> Path | None:
-    """The folder of the CLIP checkpoint that belongs to an original checkpoint.
+    """The folder of the CLIP checkpoint that belongs to an original checkpoint, or None.
 
-    Looked for in this order: `vision_tower` (a folder or a hub id), `mm_vision_tower` as a folder, a folder of its
-    last name inside or beside the checkpoint. None if there is none.
+    Searched in this order: `vision_tower` (a folder or a hub id), `mm_vision_tower` as a folder, a folder of its last
+    name inside or beside the checkpoint.
 
     Raises:
-        LVLMError: `vision_tower` was given and is not there.
+        LVLMError: `vision_tower` was given and does not exist.
     """
     if vision_tower is not None:
         return resolve_checkpoint(vision_tower)
-    named = config.get("mm_vision_tower")
-    if not named:
+    tower_name = config.get("mm_vision_tower")
+    if not tower_name:
         return None
-    name = Path(named).name
-    candidates = (files.expand(named), folder / name, folder.resolve().parent / name)
+    name = Path(tower_name).name
+    candidates = (files.expand(tower_name), folder / name, folder.resolve().parent / name)
     return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 
 def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> dict:
-    """The `LlavaConfig` dict of transformers that an original configuration means.
+    """The `LlavaConfig` dict of transformers for an original configuration.
 
     Args:
-        folder: the checkpoint's folder, where the tower is looked for.
+        folder: the checkpoint's folder, where the tower is searched.
         config: its `config.json`.
         vision_tower: the CLIP checkpoint, if `config` does not lead to it.
 
     Raises:
-        LVLMError: a projector, feature selection, tower or way with pictures that LLaVA-1.5 does not have, or no tower
-            configuration.
+        LVLMError: a projector, feature selection, tower or image option that LLaVA-1.5 does not have, or there is no
+            tower configuration.
     """
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
@@ -91,8 +91,8 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
             "differ; name the right tower with vision_tower="
         )
     own = {name: value for name, value in config.items() if not name.startswith(("mm_", "tune_mm_", "freeze_mm_"))}
-    dropped = ("architectures", "auto_map", "image_aspect_ratio", "image_grid_pinpoints", "_name_or_path")
-    text = {name: value for name, value in own.items() if name not in dropped}
+    removed = ("architectures", "auto_map", "image_aspect_ratio", "image_grid_pinpoints", "_name_or_path")
+    text = {name: value for name, value in own.items() if name not in removed}
     vocabulary = config.get("vocab_size", 32000)
     padded = -(-(vocabulary + _ADDED_TOKENS) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     text |= {"model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama", "vocab_size": padded}
@@ -109,13 +109,13 @@ def to_hf_config(folder: Path, config: dict, vision_tower: str | os.PathLike | N
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
     }
     if config.get("image_aspect_ratio") == "pad":
-        hf["image_aspect_ratio"] = "pad"  # for `processors.llava`
+        hf["image_aspect_ratio"] = "pad"  # read by `processors.llava`
     return hf | {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
 
 
 def _check_kept(config: dict) -> None:
-    """Raises an LVLMError if a setting says that LLaVA would see pictures or prompts in another way than we do."""
-    wanted = {
+    """Raises an LVLMError for a setting under which LLaVA would read images or prompts differently from us."""
+    supported_values = {
         "image_aspect_ratio": (("pad", "square", None), "'pad' or 'square' ('anyres' is LLaVA-NeXT: take llava-hf's)"),
         "mm_patch_merge_type": (("flat", None), "'flat' (other kinds are LLaVA-NeXT: take llava-hf's)"),
         "mm_resampler_type": ((None, "identity"), "none"),
@@ -124,7 +124,7 @@ def _check_kept(config: dict) -> None:
             "false: images between <im_start> and <im_end> are not supported; train without mm_use_im_start_end",
         ),
     }
-    for name, (supported, expected) in wanted.items():
+    for name, (supported, expected) in supported_values.items():
         value = config.get(name)
         if not any(value is one or value == one for one in supported):
             raise LVLMError(f"{name} of config.json is {str(value)[:40]!r}; expected {expected}")
@@ -132,12 +132,14 @@ def _check_kept(config: dict) -> None:
 
 def _vision_config(folder: Path, config: dict, vision_tower: str | os.PathLike | None) -> dict:
     tower = find_tower(folder, config, vision_tower)
-    named = str(config.get("mm_vision_tower"))
+    tower_name = str(config.get("mm_vision_tower"))
     if tower is None:
-        known = _KNOWN_TOWERS.get(Path(named).name)
-        if known is None:
-            raise LVLMError(f"the vision tower {named} of {folder} is not here; name its folder with vision_tower=")
-        return dict(known)
+        sizes = _KNOWN_TOWERS.get(Path(tower_name).name)
+        if sizes is None:
+            raise LVLMError(
+                f"the vision tower {tower_name} of {folder} was not found; give its folder with vision_tower="
+            )
+        return dict(sizes)
     vision = read_configuration(tower)
     vision = vision.get("vision_config", vision)
     kind = vision.get("model_type", "clip_vision_model")
@@ -150,18 +152,18 @@ def tower_files(folder: Path, config: dict, vision_tower: str | os.PathLike | No
     """The weight files of the separate vision tower.
 
     Raises:
-        LVLMError: it is not here.
+        LVLMError: they were not found.
     """
     tower = find_tower(folder, config, vision_tower)
     if tower is None:
         raise LVLMError(
-            f"{folder} holds no vision tower, and {config.get('mm_vision_tower')} is not a folder here: "
-            "name its folder or hub id with vision_tower="
+            f"{folder} has no vision tower, and {config.get('mm_vision_tower')} is not a folder: give its folder or "
+            "hub id with vision_tower="
         )
     return weight_files(tower)
 
 
 def append_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """[N, E] -> [N + count, E], every new row the mean row (taken in float64)."""
+    """Appends `count` rows, [N, E] -> [N + count, E], each the mean row (computed in float64)."""
     mean = rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
     return np.concatenate([rows, np.broadcast_to(mean, (count, rows.shape[1]))])

@@ -1,4 +1,4 @@
-"""A parameter tree in two disjoint parts, the trained and the frozen one, which merge to the whole."""
+"""Splits a parameter tree into a trained and a frozen part, and joins them again."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,17 @@ from lvlm_jax.weights.tables import flatten, unflatten
 
 
 def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
-    """(trainable, frozen): the parameters whose path `pattern` finds, and all others.
+    """(trainable, frozen): the parameters whose path matches `pattern`, and all others.
 
     Args:
         params: nested dict of parameters.
         pattern: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj/kernel".
 
     Raises:
-        LVLMError: not a regular expression, one that finds no parameter, or one that finds quantized ones.
+        LVLMError: it is not a regular expression, matches no parameter, or matches quantized parameters.
     """
     flat = flatten(params)
-    chosen = set(matching(pattern, flat, "the pattern of trained parameters"))
+    chosen = set(match_paths(pattern, flat, "the pattern of trained parameters"))
     if quantized := next((path for path in flat if path in chosen and path.endswith(INT8_LEAVES)), None):
         raise LVLMError(
             f"{quantized} is quantized and cannot be trained; load the model without quant, or train LoRA adapters"
@@ -30,33 +30,33 @@ def split(params: Mapping, pattern: str) -> tuple[dict, dict]:
 
 
 def join(trainable: Mapping, frozen: Mapping) -> dict:
-    """The tree that both parts make. Pure, so that it may run inside a transformed function.
+    """The union of both parts. Pure, so that it may run inside a transformed function.
 
     Raises:
         ValueError: the parts share a path.
     """
     first, second = flatten(trainable), flatten(frozen)
     if shared := first.keys() & second.keys():
-        raise ValueError(f"both parts hold {sorted(shared)[0]}")
+        raise ValueError(f"both parts have {sorted(shared)[0]}")
     return unflatten({**second, **first})
 
 
-def matching(pattern: str, paths: Iterable[str], what: str) -> list[str]:
-    """The paths that a regular expression finds something in, in order.
+def match_paths(pattern: str, paths: Iterable[str], what: str) -> list[str]:
+    """The paths that match a regular expression, in order.
 
     Args:
         pattern: the regular expression.
         paths: parameter paths, or parts of them.
-        what: names the pattern in errors.
+        what: name of the pattern in errors.
 
     Raises:
-        LVLMError: not a regular expression, or one that matches nothing.
+        LVLMError: it is not a regular expression, or matches nothing.
     """
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise LVLMError(f"{what}, {pattern!r}, is not a regular expression: {error}") from error
     paths = list(paths)
-    if not (found := [path for path in paths if regex.search(path)]):
-        raise LVLMError(f"{what}, {pattern!r}, matches nothing; expected one that finds paths such as {paths[-1]!r}")
-    return found
+    if not (matches := [path for path in paths if regex.search(path)]):
+        raise LVLMError(f"{what}, {pattern!r}, matches nothing; expected one that matches paths such as {paths[-1]!r}")
+    return matches

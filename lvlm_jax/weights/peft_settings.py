@@ -1,7 +1,7 @@
-"""`adapter_config.json` of PEFT: which modules an adapter is for, with which ranks and scales.
+"""`adapter_config.json` of PEFT: which modules an adapter changes, with which ranks and scales.
 
-Modules are named by endings or by regular expressions, as PEFT reads them. The file is somebody else's: an expression
-that does not come to an end in time is refused.
+Modules are named by endings or by regular expressions, as in PEFT. Because the file comes from somebody else, an
+expression that takes too long to match is refused.
 """
 
 import math
@@ -16,8 +16,8 @@ from lvlm_jax.errors import LVLMError, shown
 
 CONFIG = "adapter_config.json"
 
-# Settings of PEFT that either are read below or do not change what a trained adapter computes. Any other one that is
-# set is a variety of LoRA, or something besides it, that is not known here.
+# Settings of PEFT that are read below, or that do not change what a trained adapter computes. Any other setting that is
+# set belongs to a variant of LoRA, or to an addition, that is not supported here.
 _KNOWN = frozenset(
     "peft_type task_type base_model_name_or_path revision auto_mapping peft_version inference_mode runtime_config "
     "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora target_modules exclude_modules "
@@ -34,17 +34,17 @@ _DEFAULTS = {
     "exclude_modules": None,
     "layers_to_transform": None,
 }
-# Other ways of initialising A and B move something of the base weights into them.
+# Other initialisations of A and B move part of the base weights into them.
 _HARMLESS_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
-_LARGEST = 1e9  # of ranks and scales; nobody trains with more
+_LARGEST = 1e9  # of ranks and scales; real adapters are far below
 _SECONDS = 0.2  # for one expression and one name
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` with what PEFT fills in where a field is absent.
+    """`adapter_config.json` with PEFT's defaults for absent fields.
 
     Raises:
-        LVLMError: it is missing, malformed, or asks for more than LoRA on projections.
+        LVLMError: it is missing, malformed, or requires more than LoRA on projections.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -65,7 +65,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_types(path: Path, settings: dict[str, Any]) -> None:
-    """Raises an LVLMError if a setting that is read has a type or a value that PEFT would not write."""
+    """Raises an LVLMError if a setting has a type or a value that PEFT would not write."""
 
     def expect(name: str, right: bool, expected: str) -> None:
         if not right:
@@ -104,7 +104,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_expression(path: Path, text: str, whole: str) -> None:
-    """Raises an LVLMError if `whole`, which is made of a setting's `text`, is no regular expression."""
+    """Raises an LVLMError if `whole`, an expression made from a setting's `text`, is not a regular expression."""
     try:
         regex.compile(whole)
     except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
@@ -112,10 +112,10 @@ def _check_expression(path: Path, text: str, whole: str) -> None:
 
 
 def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
-    """Whether PEFT wraps a module under these settings, which name targets.
+    """Whether PEFT adapts a module under these settings, which have targets.
 
     Raises:
-        LVLMError: an expression that does not come to an end.
+        LVLMError: an expression takes too long to match.
     """
     if _names(module, settings["exclude_modules"] or ()):
         return False
@@ -128,7 +128,7 @@ def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _names(module: str, wanted: str | list[str]) -> bool:
-    """A string is a regular expression for the whole name, a list holds names or their endings."""
+    """A string is a regular expression for the whole name; a list contains names or their endings."""
     if isinstance(wanted, str):
         return _matches(regex.fullmatch, wanted, module)
     return any(module == name or module.endswith(f".{name}") for name in wanted)
@@ -139,8 +139,8 @@ def _matches(match: Callable, expression: str, module: str) -> bool:
         return match(expression, module, timeout=_SECONDS) is not None
     except TimeoutError as error:
         raise LVLMError(
-            f"{CONFIG}: matching the expression {expression[:60]!r} with module names does not come to an end; "
-            "write the modules as a list"
+            f"{CONFIG}: matching the expression {expression[:60]!r} with module names takes too long; write the "
+            "modules as a list"
         ) from error
 
 
@@ -149,9 +149,9 @@ def _ending(pattern: str) -> str:
 
 
 def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that ends the module's name, as PEFT looks it up."""
-    found = (value for pattern, value in patterns.items() if _matches(regex.match, _ending(pattern), module))
-    return next(found, default)
+    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
+    values = (value for pattern, value in patterns.items() if _matches(regex.match, _ending(pattern), module))
+    return next(values, default)
 
 
 def rank(module: str, settings: Mapping[str, Any]) -> int:
@@ -160,7 +160,7 @@ def rank(module: str, settings: Mapping[str, Any]) -> int:
 
 
 def scale(module: str, settings: Mapping[str, Any]) -> float:
-    """What the product of a module's factors is multiplied by."""
+    """The factor on the product of a module's A and B."""
     alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
     own = rank(module, settings)
     return alpha / (math.sqrt(own) if settings["use_rslora"] else own)

@@ -1,4 +1,4 @@
-"""Matching a checkpoint's tensors with parameters, from file headers alone: every tensor by exactly one row."""
+"""Matches a checkpoint's tensors with parameters, using only file headers: exactly one row per tensor."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.gguf import GgufFile
 from lvlm_jax.weights.original import append_rows
 from lvlm_jax.weights.safetensors_file import SafetensorsFile
-from lvlm_jax.weights.tables import Axes, Piece, Row, Table, flatten, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Axes, Piece, Row, Table, flatten, inverse, permute, table_for
 
 TensorFile = SafetensorsFile | BinFile | GgufFile
 
@@ -24,12 +24,12 @@ _CHUNK = 1 << 24  # elements compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from.
+    """The tensor from which a parameter is loaded.
 
     Attributes:
         axes: the permutation that gives our array.
-        appended: rows of the vocabulary to add behind the stored ones.
-        piece: cuts our part from a fused tensor; (piece, configuration).
+        appended: number of vocabulary rows to append to the stored ones.
+        piece: the part of a fused tensor; (piece, configuration).
     """
 
     file: TensorFile
@@ -41,58 +41,58 @@ class Source:
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape, in our order of axes."""
-        stored = self.file.shapes[self.name]
+        shape = self.file.shapes[self.name]
         if self.appended:
-            stored = (stored[0] + self.appended, *stored[1:])
+            shape = (shape[0] + self.appended, *shape[1:])
         if self.piece:
-            stored = self.piece[0].shape(stored, self.piece[1])
-        return permuted(stored, self.axes)
+            shape = self.piece[0].shape(shape, self.piece[1])
+        return permute(shape, self.axes)
 
     def view(self) -> np.ndarray:
         """The parameter in our order of axes: a view of the file unless rows are appended."""
-        stored = self.file.view(self.name)
-        whole = append_rows(stored, self.appended) if self.appended else stored
-        whole = self.piece[0].take(whole, self.piece[1]) if self.piece else whole
-        return whole if self.axes is None else whole.transpose(self.axes)
+        tensor = self.file.view(self.name)
+        complete = append_rows(tensor, self.appended) if self.appended else tensor
+        complete = self.piece[0].take(complete, self.piece[1]) if self.piece else complete
+        return complete if self.axes is None else complete.transpose(self.axes)
 
 
 class Faults:
-    """What is wrong with a set of tensors, collected so that one error tells all of it."""
+    """Collects what is wrong with a set of tensors, so that one error reports all of it."""
 
     def __init__(self):
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, what: str) -> None:
-        """Notes one tensor, a fused one once for all its parts."""
+        """Records one tensor; a fused one once for all its parts."""
         tensors = self.found.setdefault(kind, [])
         if what not in tensors:
             tensors.append(what)
 
     def check(self, where: Any, what: str = "its configuration") -> None:
-        """Raises an LVLMError of one line if anything was noted; `what` is what tensors of `where` should fit."""
+        """Raises an LVLMError of one line if anything was recorded; `what` is what tensors of `where` should fit."""
         if not self.found:
             return
-        named = dict.fromkeys(self.found, 0)
+        counts = dict.fromkeys(self.found, 0)
 
         def message() -> str:
-            parts = [_counted(kind, tensors, named[kind]) for kind, tensors in self.found.items()]
+            parts = [_count_text(kind, tensors, counts[kind]) for kind, tensors in self.found.items()]
             return f"the tensors of {where} do not fit {what}: {'; '.join(parts)}"
 
-        # Of every kind one tensor is named before a second one is, and no more than the message has room for.
+        # Each kind names one tensor before a second one is named, as far as the message has room.
         for place in range(max(map(len, self.found.values()))):
             for kind, tensors in self.found.items():
-                if named[kind] == place < len(tensors):
-                    named[kind] += 1
+                if counts[kind] == place < len(tensors):
+                    counts[kind] += 1
                     if len(message()) > LONGEST:
-                        named[kind] -= 1
+                        counts[kind] -= 1
         raise LVLMError(message())
 
 
 def check_shapes(params: Mapping, config: FamilyConfig) -> None:
-    """Refuses parameters whose shapes are not those of a configuration; leaves of adapters and int8 are passed over.
+    """Raises an `LVLMError` if shapes differ from those of a configuration; leaves of adapters and int8 are skipped.
 
     Raises:
-        LVLMError: some are misshapen; they are named.
+        LVLMError: some parameters are misshapen; the message names them.
     """
     faults, expected = Faults(), flatten(models.abstract_parameters(config))
     for path, leaf in flatten(params).items():
@@ -101,8 +101,8 @@ def check_shapes(params: Mapping, config: FamilyConfig) -> None:
     faults.check("these parameters")
 
 
-def _counted(kind: str, tensors: Sequence[str], named: int) -> str:
-    """How many tensors have a fault of a kind, and the names of the first of them."""
+def _count_text(kind: str, tensors: Sequence[str], named: int) -> str:
+    """How many tensors have a kind of fault, with the first names."""
     names = [*tensors[:named], "..."] if named < len(tensors) else tensors
     return f"{len(tensors)} {kind}" + (f": {', '.join(names)}" if named else "")
 
@@ -117,11 +117,11 @@ def plan(
     """Finds the source of every parameter.
 
     Args:
-        where: names the checkpoint in errors.
+        where: name of the checkpoint in errors.
         config: the model's configuration.
         expected: parameter path -> shape.
         files: the checkpoint's open files.
-        tower: the open files of a separate vision tower. If there are any, a tower inside `files` is passed over.
+        tower: the open files of a separate vision tower. If there are any, a tower inside `files` is ignored.
 
     Returns:
         parameter path -> source. Optional parameters that are not stored are left out.
@@ -144,7 +144,7 @@ def plan(
     for path, shape in expected.items():
         if path in sources:
             if scheme == "original" and path in table.vocabulary:
-                sources[path] = _grown(sources[path], config.image_token_id, shape)
+                sources[path] = _append_token_rows(sources[path], config.image_token_id, shape)
             _check_tensor(sources[path], shape, faults)
         elif not path.startswith(table.optional(config)):
             faults.add("missing", table.name(path, scheme))
@@ -160,30 +160,30 @@ def plan(
 def plan_some(
     config: FamilyConfig, expected: Mapping[str, tuple[int, ...]], file: TensorFile, faults: Faults
 ) -> dict[str, Source]:
-    """The sources of those parameters that a file has; what is wrong with its tensors goes to `faults`."""
+    """The sources of those parameters that a file has; errors in its tensors go to `faults`."""
     table, sources = table_for(config), {}
     _match(table, config, [*expected], [file], sources, faults)
     for path, source in sources.items():
         if "original" in table.schemes and path in table.vocabulary:
-            sources[path] = source = _grown(source, config.image_token_id, expected[path])
+            sources[path] = source = _append_token_rows(source, config.image_token_id, expected[path])
         _check_tensor(source, expected[path], faults)
     return sources
 
 
 def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[TensorFile]) -> str:
-    """The naming scheme that most tensors of the files follow."""
-    stored = {name for file in files for name in file.shapes}
-    return max(table.schemes, key=lambda scheme: len(stored & table.names(paths, scheme).keys()))
+    """The naming scheme of most tensors of the files."""
+    names = {name for file in files for name in file.shapes}
+    return max(table.schemes, key=lambda scheme: len(names & table.names(paths, scheme).keys()))
 
 
 def _match(
     table: Table, config: FamilyConfig, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
 ) -> None:
-    """Adds the source of every parameter found in `files`, whatever the naming scheme."""
+    """Adds the source of every parameter that is in `files`, whatever the naming scheme."""
     by_name: dict[str, list[tuple[str, Row]]] = {}
     for scheme in table.schemes:
-        for name, known in table.names(paths, scheme).items():
-            by_name[name] = [(path, table.row(path, scheme)[0]) for path in known]
+        for name, parameter_paths in table.names(paths, scheme).items():
+            by_name[name] = [(path, table.row(path, scheme)[0]) for path in parameter_paths]
     for file in files:
         for name in file.shapes:
             if name not in by_name and not table.is_ignored(name):
@@ -197,20 +197,20 @@ def _match(
                 sources[path] = Source(file, name, row.axes, piece=row.piece and (row.piece, config))
 
 
-def _grown(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Source:
-    """Appends the rows of the added tokens where the stored vocabulary ends just before the image token."""
+def _append_token_rows(source: Source, image_token_id: int, shape: tuple[int, ...]) -> Source:
+    """Appends rows for added tokens if the stored vocabulary ends just before the image token."""
     rows = (source.file.shapes[source.name] or (0,))[0]
-    wanted = permuted(shape, inverse(source.axes))[0]
-    return dataclasses.replace(source, appended=wanted - rows) if rows == image_token_id < wanted else source
+    num_rows = permute(shape, inverse(source.axes))[0]
+    return dataclasses.replace(source, appended=num_rows - rows) if rows == image_token_id < num_rows else source
 
 
 def _check_tensor(source: Source, shape: tuple[int, ...], faults: Faults) -> None:
     if source.shape != shape:
-        wanted = permuted(shape, inverse(source.axes))
+        expected = permute(shape, inverse(source.axes))
         if source.piece:
-            wanted = source.piece[0].whole(wanted, source.piece[1])
-        stored = list(source.file.shapes[source.name])
-        faults.add("misshapen", f"{source.name} {stored} instead of {list(wanted)}")
+            expected = source.piece[0].whole(expected, source.piece[1])
+        stored_shape = list(source.file.shapes[source.name])
+        faults.add("misshapen", f"{source.name} {stored_shape} instead of {list(expected)}")
     elif (dtype := source.file.dtypes[source.name]) not in _FLOATS:
         faults.add("not floating-point", f"{source.name} {dtype}")
 

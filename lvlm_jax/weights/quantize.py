@@ -1,9 +1,9 @@
-"""Weight-only int8 of a parameter tree: the decoder's projections and its output layer; everything else stays float.
+"""Weight-only int8 for a parameter tree: the decoder's projections and its output layer; everything else stays float.
 
-A quantized projection holds `models.layers.INT8_LEAVES` in place of its kernel (`models.int8` says what they mean and
-how they are multiplied). Embeddings stay, of which a step reads one row for a token; so an output layer that is tied to
-them stays too. Norms, biases, towers and connectors are small or see an image once. Checkpoints are read in their float
-dtype and quantized tensor by tensor (`weights.load_parameters`); a quantized tree is not saved as one.
+A quantized projection has `models.layers.INT8_LEAVES` instead of its kernel (`models.int8` explains and multiplies
+them). Embeddings stay float, because a step reads only one row per token; so a tied output layer stays float too.
+Norms, biases, towers and connectors are small or process an image once. Checkpoints are read in their float dtype and
+quantized tensor by tensor (`weights.load_parameters`); a quantized tree is not saved as one.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ QUANTS = ("int8",)
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
-def check(quant: str | None) -> None:
+def check_quant(quant: str | None) -> None:
     """Raises an LVLMError unless `quant` is one of QUANTS, or None for float kernels."""
     if quant is not None and not (isinstance(quant, str) and quant in QUANTS):
         raise LVLMError(f"quant {shown(quant)} is not supported; expected {' or '.join(QUANTS)}, or None for none")
@@ -34,18 +34,18 @@ def is_quantized(path: str) -> bool:
 
 
 def leaf_paths(path: str) -> tuple[str, str]:
-    """Where the integers and the scales of a kernel lie."""
+    """The paths of the integers and the scales of a kernel."""
     kernel, scale = (path.removesuffix("kernel") + name for name in INT8_LEAVES)
     return kernel, scale
 
 
 def leaves(path: str, weight: jax.Array, place: Place) -> dict[str, jax.Array]:
-    """The quantized leaves of a kernel, by their paths.
+    """The quantized leaves of a kernel, by path.
 
     Args:
-        path: of the kernel.
+        path: path of the kernel.
         weight: the kernel as [out, in], in any float dtype, on any devices.
-        place: where the leaves live; a function of path and shape.
+        place: returns the sharding of a leaf, from its path and shape.
     """
     paths = leaf_paths(path)
     shardings = place(paths[0], weight.shape), place(paths[1], weight.shape[:1])
@@ -53,9 +53,9 @@ def leaves(path: str, weight: jax.Array, place: Place) -> dict[str, jax.Array]:
 
 
 def quantize(params: Mapping) -> dict:
-    """A tree with its decoder quantized, on the devices it was on; other leaves are shared with `params`.
+    """A tree with its decoder quantized, on the same devices; other leaves are shared with `params`.
 
-    Both trees are held until the first is dropped. `jax.eval_shape` takes it as well, for shapes alone.
+    Both trees are in memory until the first is dropped. `jax.eval_shape` accepts it too, for shapes alone.
     """
     flat = {}
     for path, leaf in flatten(params).items():
@@ -67,23 +67,23 @@ def quantize(params: Mapping) -> dict:
 
 
 def dequantize(params: Mapping, dtype=jnp.float32) -> dict:
-    """A tree of float kernels that computes what a quantized one does, for example to be saved."""
-    given, flat = flatten(params), {}
-    for path, leaf in given.items():
+    """A tree of float kernels that computes the same as a quantized one, for example to save it."""
+    quantized, flat = flatten(params), {}
+    for path, leaf in quantized.items():
         module, _, name = path.rpartition("/")
         if name == INT8_LEAVES[0]:
-            kernel = int8.dequantize(leaf, given[f"{module}/{INT8_LEAVES[1]}"]).astype(dtype)
+            kernel = int8.dequantize(leaf, quantized[f"{module}/{INT8_LEAVES[1]}"]).astype(dtype)
             flat[f"{module}/kernel"] = jax.device_put(kernel, sharding_beside(leaf, f"{module}/kernel", kernel.shape))
         elif name != INT8_LEAVES[1]:
             flat[path] = leaf
     return unflatten(flat)
 
 
-def refuse(params: Mapping) -> None:
+def refuse_quantized(params: Mapping) -> None:
     """Raises an LVLMError if a tree that is to be saved as a checkpoint is quantized."""
-    found = next((path for path in flatten(params) if path.endswith(INT8_LEAVES)), None)
-    if found is not None:
+    quantized = next((path for path in flatten(params) if path.endswith(INT8_LEAVES)), None)
+    if quantized is not None:
         raise LVLMError(
-            f"{found} is quantized, and checkpoints are saved as float; save the model loaded without quant, or "
+            f"{quantized} is quantized, and checkpoints are saved as float; save the model loaded without quant, or "
             "what weights.quantize.dequantize makes of these parameters"
         )

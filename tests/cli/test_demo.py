@@ -12,14 +12,14 @@ from lvlm_jax.weights import smol
 
 
 def test_the_demo_is_of_smol_where_it_is_installed(monkeypatch):
-    monkeypatch.setattr(smol, "usable", lambda: True)
+    monkeypatch.setattr(smol, "is_installed", lambda: True)
     config = config_files.load_config("infer")
     config.demo.examples.images = 7
     monkeypatch.setattr(config_files, "load_config", lambda name: config.copy_and_resolve_references())
     alone, named, asked = (infer.command_line(words) for words in ([], ["--model", "pocket"], ["--prompt", "Hello"]))
     assert (alone.model_path, named.model_path, asked.model_path) == ("smol", "pocket", "pocket")
     assert alone.examples and not named.examples and not asked.examples
-    monkeypatch.setattr(smol, "usable", lambda: False)
+    monkeypatch.setattr(smol, "is_installed", lambda: False)
     assert infer.command_line([]).model_path == "pocket"
 
 

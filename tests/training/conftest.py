@@ -39,4 +39,4 @@ def module(model):
 @pytest.fixture(scope="session")
 def fresh(model):
     """(adapters that change nothing, frozen parameters)"""
-    return lora.attach(model.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
+    return lora.attach_adapters(model.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))

@@ -187,7 +187,7 @@ def one_step(recipe, case, folder, **changes):
     shown, data = [pair for pair in case.pairs if pair.images], folder / "pairs.jsonl"
     pair_files.write_pairs(data, shown)
     task = pair_sets.task(case.model, data, folder, recipe, batch=len(shown), length=2048, **changes)
-    trainable, frozen = lora.attach(case.model.params, 2, 4.0, lora.TARGETS, 0.0, jax.random.key(0))
+    trainable, frozen = lora.attach_adapters(case.model.params, 2, 4.0, lora.TARGETS, 0.0, jax.random.key(0))
     before, transformation = jax.tree.map(np.asarray, trainable), optax.sgd(1.0)
     step = make_step(task.objective, task.terms, transformation)
     state, metrics = step(State.create(trainable, transformation), frozen, task.source(0))

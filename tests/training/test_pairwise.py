@@ -143,12 +143,12 @@ def test_the_tower_runs_once_for_both_answers_policy_and_reference(model, capl, 
         return str(traced).count("conv_general_dilated[")
 
     assert towers(*adapted) == 1
-    connector = lora.attach(model.params, 2, 4.0, r"connector/linear_1$", 0.0, jax.random.key(0))
+    connector = lora.attach_adapters(model.params, 2, 4.0, r"connector/linear_1$", 0.0, jax.random.key(0))
     assert towers(*connector) == 2  # the reference's own image tokens
 
 
 def test_neither_an_adapter_of_the_connector_nor_dropout_reaches_the_reference(model, capl):
-    adapters, frozen = lora.attach(model.params, 2, 4.0, r"connector/linear_1$", 0.5, jax.random.key(0))
+    adapters, frozen = lora.attach_adapters(model.params, 2, 4.0, r"connector/linear_1$", 0.5, jax.random.key(0))
     score, batch = jax.jit(capl[0].objective), capl[0].source(0)
     moved = jax.tree.map(lambda leaf: leaf + 0.3, adapters)
     fresh, first, second, again = (

@@ -68,7 +68,7 @@ def test_the_low_rank_term(dtype, tolerance):
 
 def test_fresh_adapters_change_no_bit(model, mixed):
     """Logits with images, and through prefill and decode."""
-    adapters, frozen = lora.attach(model.params, 4, 8.0, EVERYWHERE, 0.0, KEY)
+    adapters, frozen = lora.attach_adapters(model.params, 4, 8.0, EVERYWHERE, 0.0, KEY)
     forced = np.random.default_rng(3).integers(3, 250, (2, 3)).astype(np.int32)
 
     def run(params):
@@ -103,13 +103,13 @@ def test_merging_is_the_formula_and_keeps_dtype_and_the_rest(model):
     exact = np.asarray(params["up"]["kernel"], np.float64) + low_rank_term(leaves, np.eye(24))
     np.testing.assert_array_equal(merged["up"]["kernel"], jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
     assert merged["norm"]["scale"] is params["norm"]["scale"]
-    _, frozen = lora.attach(model.params, 2, 4.0, lora.TARGETS, 0.1, KEY)  # the frozen part merged is the base
+    _, frozen = lora.attach_adapters(model.params, 2, 4.0, lora.TARGETS, 0.1, KEY)  # the frozen part merged is the base
     assert flatten(lora.merge(frozen)) == flatten(model.params)
 
 
 def test_what_is_attached(model):
     assert not [path for path in flatten(models.abstract_parameters(model.config)) if "lora" in path]
-    adapters, frozen = lora.attach(model.params, 4, 6.0, lora.TARGETS, 0.25, KEY)
+    adapters, frozen = lora.attach_adapters(model.params, 4, 6.0, lora.TARGETS, 0.25, KEY)
     names = [f"self_attn/{name}_proj" for name in "qkvo"] + [f"mlp/{name}_proj" for name in ("gate", "up", "down")]
     modules = {f"language_model/layers_{i}/{name}" for i in (0, 1) for name in names}
     flat, constants = flatten(adapters), flatten(frozen)
@@ -144,7 +144,7 @@ def hidden(model):
 
 
 def test_only_adapters_get_gradients_and_at_first_only_b(model, hidden):
-    adapters, frozen = lora.attach(model.params, 4, 8.0, "layers_1/mlp/up_proj$", 0.0, KEY)
+    adapters, frozen = lora.attach_adapters(model.params, 4, 8.0, "layers_1/mlp/up_proj$", 0.0, KEY)
     found = flatten(jax.grad(lambda *both: jnp.sin(hidden(*both)).sum())(adapters, frozen))
     a, b = (f"language_model/layers_1/mlp/up_proj/{name}" for name in ("lora_a", "lora_b"))
     assert set(found) == {a, b} and not found[a].any() and found[b].any()
@@ -215,7 +215,7 @@ def test_factors_are_split_as_their_kernel_is(model):
         assert all(tuple(place(f"{module}/lora_{name}", ()).spec) == () for name in ("scale", "dropout"))
     # They live on the mesh of the parameters.
     flat = {path: jax.device_put(leaf, place(path, leaf.shape)) for path, leaf in flatten(model.params).items()}
-    whole = parts.join(*lora.attach(unflatten(flat), 2, 4.0, lora.TARGETS, 0.1, KEY))
+    whole = parts.join(*lora.attach_adapters(unflatten(flat), 2, 4.0, lora.TARGETS, 0.1, KEY))
     for path, leaf in flatten(whole).items():
         assert leaf.sharding == place(path, leaf.shape), path
     assert all(leaf.sharding == flat[path].sharding for path, leaf in flatten(lora.merge(whole)).items())
@@ -233,4 +233,4 @@ def test_settings_that_cannot_be_used(model):
         ("params", whole, "hold a LoRA adapter already .*merge it"),
     ):
         given = {"params": model.params, "rank": 4, "alpha": 8.0, "targets": lora.TARGETS, "dropout": 0.0}
-        refused(message, lora.attach, **given | {name: value}, key=KEY)
+        refused(message, lora.attach_adapters, **given | {name: value}, key=KEY)

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from lvlm_jax import LVLM
 from lvlm_jax.weights.save import stored_shapes
-from lvlm_jax.weights.tables import LINEAR, Piece, Row, Table, fused, table_for
+from lvlm_jax.weights.tables import LINEAR, Piece, Row, Table, fuse, table_for
 from tests.models.families.internvl import INTERNVL, write_chat
 from tests.refusals import refused
 
@@ -23,7 +23,7 @@ def test_a_piece_takes_its_share_of_every_group():
     config = SimpleNamespace(shares=(2, 1, 1), groups=2)
     taken = [piece.take(np.arange(8), config).tolist() for piece in PIECES]
     assert taken == [[0, 1, 4, 5], [2, 6], [3, 7]]
-    np.testing.assert_array_equal(fused(list(map(np.array, taken)), config.shares, config.groups), np.arange(8))
+    np.testing.assert_array_equal(fuse(list(map(np.array, taken)), config.shares, config.groups), np.arange(8))
     config, whole = SimpleNamespace(shares=(1, 1, 1), groups=1), np.zeros((6, 4))
     assert all(np.shares_memory(piece.take(whole, config), whole) for piece in PIECES)  # a single group is not copied
     config = SimpleNamespace(shares=(2, 1, 1), groups=4)  # a tensor that cannot be cut has no shape

@@ -107,7 +107,7 @@ def test_adapters_train_on_a_quantized_model(quantized, wide, mixed):
     prompt = quantized.prepare(mixed)
 
     def gradients(one):
-        adapters, frozen = lora.attach(one.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
+        adapters, frozen = lora.attach_adapters(one.params, 4, 8.0, lora.TARGETS, 0.0, jax.random.key(0))
         moved = jax.tree.map(lambda leaf: leaf + 0.01, adapters)  # a B of zeros leaves A without gradient
         (_, _, embedded, _), options = one.prefill_arguments(prompt)
 
@@ -126,7 +126,7 @@ def test_adapters_train_on_a_quantized_model(quantized, wide, mixed):
 
 
 def test_adapters_of_peft_lie_beside_int8_kernels(quantized, model, tmp_path):
-    adapters, frozen = lora.attach(model.params, 2, 4.0, lora.TARGETS, 0.0, jax.random.key(1))
+    adapters, frozen = lora.attach_adapters(model.params, 2, 4.0, lora.TARGETS, 0.0, jax.random.key(1))
     save_adapter(tmp_path, parts.join(adapters, frozen), model.config)
     beside = LVLM.from_pretrained(quantized.folder, quant="int8", adapter=tmp_path)
     make.assert_same(beside.params, load_adapter(tmp_path, quantized.params, quantized.config))

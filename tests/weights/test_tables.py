@@ -8,7 +8,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lvlm_jax import models
 from lvlm_jax.weights.save import stored_shapes
-from lvlm_jax.weights.tables import LINEAR, SAME, Table, flatten, inverse, permuted, table_for
+from lvlm_jax.weights.tables import LINEAR, SAME, Table, flatten, inverse, permute, table_for
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40), "small": (48, 80, 2, 4)}
@@ -55,5 +55,5 @@ def test_every_registered_family_has_a_table():
         assert isinstance(table_for(SimpleNamespace(model_type=model_type)), Table)
     for axes in (SAME, LINEAR, (2, 3, 1, 0)):
         shape = tuple(range(10, 10 + len(axes or (0,))))
-        assert permuted(permuted(shape, axes), inverse(axes)) == shape
-    assert permuted((7,), LINEAR) == (7,)
+        assert permute(permute(shape, axes), inverse(axes)) == shape
+    assert permute((7,), LINEAR) == (7,)

@@ -122,7 +122,7 @@ def task(model, config, folder, validation=True, **fields):
 def test_an_evaluation_measures_how_much_closer_the_student_is_than_the_base(model, config, tmp_path):
     """On answers of its own; a fresh adapter changes nothing: the student is the base."""
     own = task(model, config, tmp_path)
-    trainable, frozen = lora.attach(model.params, 8, 16.0, lora.TARGETS, 0.0, jax.random.key(0))
+    trainable, frozen = lora.attach_adapters(model.params, 8, 16.0, lora.TARGETS, 0.0, jax.random.key(0))
     moved = jax.tree.map(lambda leaf: leaf + 0.02, trainable)
     fresh, other = (
         {name: float(mean.value) for name, mean in own.evaluate(adapters, frozen).items()}

@@ -50,7 +50,7 @@ def test_simpo_computes_no_reference(model, data, tmp_path, monkeypatch):
     passes, logprobs = [], pairwise.Scorer.logprobs
     monkeypatch.setattr(pairwise.Scorer, "logprobs", lambda *given: passes.append(given) or logprobs(*given))
     made = pair_sets.task(model, data, tmp_path, "simpo")
-    adapters = lora.attach(model.params, 2, 4.0, r"connector/linear_1$|q_proj$", 0.0, jax.random.key(0))
+    adapters = lora.attach_adapters(model.params, 2, 4.0, r"connector/linear_1$|q_proj$", 0.0, jax.random.key(0))
     batch = made.source(0)
     found = jax.eval_shape(lambda *given: made.objective(*given, None), *adapters, batch)
     assert len(passes) == 1 and "reference" not in batch and made.terms == {"preference": 1.0}
