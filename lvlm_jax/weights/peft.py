@@ -241,7 +241,7 @@ def _open(folder: Path) -> TensorFile:
         return BinFile(folder / TORCH_WEIGHTS)
     others = sorted(file.name for file in folder.glob("adapter_model*"))
     raise LVLMError(
-        f"no {WEIGHTS} and no {TORCH_WEIGHTS} in {folder}{f', only {others[0]}' if found else ''}; "
+        f"no {WEIGHTS} and no {TORCH_WEIGHTS} in {folder}{f', only {others[0]}' if others else ''}; "
         "expected a folder that PEFT saved an adapter to"
     )
 
