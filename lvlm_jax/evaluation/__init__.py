@@ -1,4 +1,4 @@
-"""Benchmarks and how they are scored: protocols, readers, scorers, statistics. No model is needed here."""
+"""Benchmarks and their scores: protocols, readers, scorers, statistics. Scoring needs no model."""
 
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.benchmarks import BENCHMARKS

@@ -1,8 +1,8 @@
-"""Answer files in the benchmarks' own formats, read from anybody and written for anybody.
+"""Reads and writes answer files in the benchmarks' own formats.
 
-`AnswerFormat` is JSON lines `{question_id, prompt, text, model_id, image, metadata}`, as LLaVA and VCD write them. It
-also reads a JSON list, other names of the columns, and more or fewer of them. A benchmark whose files look otherwise
-has a format of its own beside it.
+`AnswerFormat` is JSON lines `{question_id, prompt, text, model_id, image, metadata}`, as in LLaVA and VCD. It also
+reads a JSON list, other column names, and more or fewer columns. A benchmark with other files has its own format beside
+it.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ Answers = dict[tuple[str, str], str]  # Question.key -> text
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One answer of a file, not yet matched to its question; what the file does not say is None.
+    """One answer in a file, not yet matched to its question; fields that the file lacks are None.
 
-    A row has an id, or (as MME's) group, prompt and image, or (as POPE's own) its place in the file and a prompt.
+    A row has an id, or (as in MME) group, prompt and image, or (as in POPE) its place in the file and a prompt.
 
     Attributes:
         where: file and line, for messages.
         images: names of the images.
-        place: counted from 0.
+        place: index in the file, from 0.
         other: name of a second column that could be the answer.
-        repeats: whether prompt and images, where there are any, must be those of the question.
+        repeats: whether prompt and images, if present, must equal those of the question.
     """
 
     where: str
@@ -50,16 +50,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerFormat:
-    """How the answers to a benchmark are written, and what is read as such.
+    """How the answers to a benchmark are written and read.
 
     Attributes:
-        name: of the file, or of the folder, that a run writes. A name in `.json` is one JSON list, else lines.
-        by_group: whether a run that asks several of the protocol's groups writes a file for each, `GROUP.jsonl`.
-        columns: the benchmark's own names of id and answer. They are read before any others, and written alone.
-        identity: from an id as it is written in the file to that of the question.
-        in_order: whether rows `{question, answer}` without an id are read too, in the order of the questions.
-        repeats: whether a prompt holds the question as it stands, so that answers to another one are refused.
-        blocks: groups of the ids 1, 2, ..., of 10000001, ..., of 20000001, ..., where one file numbers them so.
+        name: name of the file or folder that a run writes. A name in `.json` is one JSON list, otherwise JSON lines.
+        by_group: whether a run over several of the protocol's groups writes one file per group, `GROUP.jsonl`.
+        columns: the benchmark's own names of id and answer. They are written, and take precedence in reading.
+        identity: converts an id in the file to that of the question.
+        in_order: whether to read rows `{question, answer}` without an id too, in the order of the questions.
+        repeats: whether a prompt contains the question unchanged, so that answers to another question are refused.
+        blocks: groups with the ids 1, 2, ..., with 10000001, ..., with 20000001, ..., if one file numbers them so.
     """
 
     name: str = "answers.jsonl"
@@ -71,10 +71,10 @@ class AnswerFormat:
     blocks: tuple[str, ...] = ()
 
     def read(self, path: Path, group: str | None = None) -> list[Row]:
-        """The rows of a file, which is for `group` where that is not None.
+        """The rows of a file, which belongs to `group` if that is not None.
 
         Raises:
-            LVLMError: the file is malformed, or an id lies beyond the blocks.
+            LVLMError: the file is malformed, or an id is beyond the blocks.
         """
         rows = [
             self.row(entry, place, group, f"line {number} of answer file {str(path)!r}")
@@ -82,8 +82,8 @@ class AnswerFormat:
         ]
         if not self.blocks or not any(map(_block, rows)):
             return rows
-        placed = [self._in_block(row) for row in rows]
-        return placed if group is None else [row for row in placed if row.group == group]
+        rows_of_blocks = [self._in_block(row) for row in rows]
+        return rows_of_blocks if group is None else [row for row in rows_of_blocks if row.group == group]
 
     def _in_block(self, row: Row) -> Row:
         block = _block(row)
@@ -92,16 +92,16 @@ class AnswerFormat:
         return dataclasses.replace(row, id=str(int(row.id) % BLOCK), group=self.blocks[block])
 
     def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
-        """One row from the object of a line, the `place`-th of its file."""
+        """Makes a row of the object on line `place` of its file."""
         metadata = entry.get("metadata") if isinstance(entry.get("metadata"), dict) else {}
         own = entry.get("group") or metadata.get("group") or entry.get("category")
         if group and own in self.blocks and own != group:
             raise LVLMError(f"{where} says that it answers {own}, and is given as an answer to {group}")
-        named = group or own
-        named = named if isinstance(named, str) else None
+        row_group = group or own
+        row_group = row_group if isinstance(row_group, str) else None
         if self.in_order and "question" in entry and not entry.keys() & set(IDS):
-            asked, said = (files.field(entry, [name], str, where) for name in ("question", "answer"))
-            return Row(where, None, said, named, asked, place=place)
+            question, answer_text = (files.field(entry, [name], str, where) for name in ("question", "answer"))
+            return Row(where, None, answer_text, row_group, question, place=place)
         texts = (*self.columns[1:], *TEXTS)
         identity = str(files.field(entry, (*self.columns[:1], *IDS), (int, str), where))
         text = files.field(entry, texts, str, where)
@@ -112,7 +112,7 @@ class AnswerFormat:
             where,
             self.identity(identity),
             text,
-            named,
+            row_group,
             entry["prompt"] if isinstance(entry.get("prompt"), str) else None,
             tuple(name for name in images if isinstance(name, str)),
             other=present[1] if present[1:] else None,
@@ -136,13 +136,13 @@ class AnswerFormat:
     def write(
         self, path: Path, questions: Sequence[Question], answers: Mapping, protocol: Protocol, model_id: str = ""
     ) -> list[Path]:
-        """Write the answers to those questions that have one; each file is complete or absent.
+        """Writes the answers to those questions that have one; each file is complete or absent.
 
         Args:
             path: `name` in some folder.
 
         Returns:
-            What was written.
+            The files.
         """
         entries = [
             self.entry(question, answers[question.key], protocol, model_id)
@@ -158,15 +158,17 @@ class AnswerFormat:
 
 
 def _block(row: Row) -> int:
-    """Which block of a file that holds several groups an id lies in; 0 for the first, and for other ids."""
+    """The block that an id lies in, for a file with several groups; 0 for the first block and for other ids."""
     return int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
 
 
 def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[Row]:
-    """All rows of answer files, each file given with the group it is for (or None).
+    """All rows of answer files, each with the group that the file belongs to (or None).
 
     Args:
-        groups: those of the protocol; a folder holds a file named after each.
+        paths: (group, file or folder).
+        form: the benchmark's format.
+        groups: those of the protocol; a folder contains a file named after each.
 
     Raises:
         LVLMError: a file is missing, empty or malformed.
@@ -180,47 +182,48 @@ def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: S
 
 
 def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files of a folder that have the name of a group in theirs."""
+    """The files in a folder that have the name of a group in theirs."""
     entries = [path for path in sorted(folder.iterdir()) if path.suffix in ENDINGS]
     of_group = []
     for group in groups:
-        # A "count" file is not one of "counting"; "random" is found in coco_random_answers.jsonl.
-        named = [path for path in entries if path.stem == group] or [
+        # A "count" file is not a "counting" file; "random" matches coco_random_answers.jsonl.
+        matches = [path for path in entries if path.stem == group] or [
             path for path in entries if group in path.stem.replace("-", "_").split("_")
         ]
-        if len(named) > 1:
+        if len(matches) > 1:
             raise LVLMError(
-                f"{' and '.join(path.name for path in named)} in {str(folder)!r} both look like answers of {group}; "
+                f"{' and '.join(path.name for path in matches)} in {str(folder)!r} both look like answers of {group}; "
                 "name one file for each: GROUP=FILE"
             )
-        of_group += [(path, group) for path in named]
+        of_group += [(path, group) for path in matches]
     if not of_group:
-        raise LVLMError(f"answers folder {str(folder)!r} holds no file named after one of {', '.join(groups)}")
+        raise LVLMError(f"answers folder {str(folder)!r} has no file named after one of {', '.join(groups)}")
     return of_group
 
 
 def match(
     questions: Sequence[Question], rows: Sequence[Row], partial: bool = False, known: Sequence[str] = ()
 ) -> Answers:
-    """Answers by question.
+    """Matches answers to questions.
 
-    A row is matched by its group and id; without a group by its id, and where several splits share that, by its image
-    and prompt. Rows that have no id are matched by image and question, or by their order, in which each must repeat
-    its question.
+    A row is matched by its group and id. Without a group it is matched by its id, and if several splits share that id,
+    also by image and prompt. Rows without an id are matched by image and question, or by their order; then each must
+    repeat its question.
 
     Args:
-        partial: leave questions without an answer out, instead of raising.
-        known: groups of the protocol; answers to those of them that no question is of are left out.
+        partial: leave out questions without an answer instead of raising.
+        known: groups of the protocol; answers to those of them without a question are ignored.
 
     Raises:
-        LVLMError: an answer belongs to no question, to several, or to one that is answered already, repeats another
-          question, or is the question itself beside another column that may be the answer; a question has none.
+        LVLMError: an answer belongs to no question, to several, or to one that already has an answer; it repeats
+            another question; it is the question itself although another column may be the answer; or a question has no
+            answer.
     """
     groups = {question.group for question in questions}
     others = set(known) - groups
     if rows and all(row.group in others for row in rows):
         raise LVLMError(
-            f"{rows[0].where} answers {rows[0].group}, as do all the others; asked are {', '.join(sorted(groups))}"
+            f"all answers in {rows[0].where} are to {rows[0].group}; the questions are of {', '.join(sorted(groups))}"
         )
     rows = [row for row in rows if row.group not in others]
     by_id: dict[str, list[Question]] = {}
@@ -231,10 +234,10 @@ def match(
         by_id.setdefault(str(question.id), []).append(question)
         by_place.setdefault(sizes[question.group], []).append(question)
         sizes[question.group] += 1
-        # Without the ending: where the pictures are not at hand, it is not known.
+        # Without the file ending, which is unknown if the images are not at hand.
         name = Path(question.unit).stem
         by_text.setdefault((question.group, name, question.text), []).append(question)
-    found: Answers = {}
+    matched: Answers = {}
     for row in rows:
         if row.place is not None:
             asked = row.prompt.strip().lower()
@@ -252,9 +255,7 @@ def match(
             raise LVLMError(f"{row.where}: {name} is none of the {len(questions)} questions; is it the right file?")
         if len(candidates) > 1:
             shared = ", ".join(question.group for question in candidates)
-            raise LVLMError(
-                f"{row.where}: id {name} occurs in {shared}; say which is meant with --group, or as GROUP=FILE"
-            )
+            raise LVLMError(f"{row.where}: id {name} occurs in {shared}; choose one with --group, or as GROUP=FILE")
         if row.repeats and not _same(candidates[0], row):
             said = " ".join(["", *(row.prompt or "").split()][:20] + list(row.images)).strip()
             raise LVLMError(
@@ -262,16 +263,16 @@ def match(
                 f"{candidates[0].unit}, and this answers {said!r}; is it the file of another split?"
             )
         key = candidates[0].key
-        if key in found:
-            raise LVLMError(f"{row.where}: {name} is answered twice; every question must have one answer")
+        if key in matched:
+            raise LVLMError(f"{row.where}: {name} has two answers; every question must have one")
         if row.other and row.text.strip() == candidates[0].text.strip():
             raise LVLMError(
                 f"{row.where}: the answer is the question itself; is it in {row.other}? Keep one of both columns"
             )
-        found[key] = row.text
+        matched[key] = row.text
     if not partial:
-        complete(questions, found)
-    return found
+        complete(questions, matched)
+    return matched
 
 
 def complete(questions: Sequence[Question], found: Answers) -> None:
@@ -284,13 +285,13 @@ def complete(questions: Sequence[Question], found: Answers) -> None:
     if missing:
         raise LVLMError(
             f"{len(missing)} of {len(questions)} questions have no answer, first {missing[0].id} of "
-            f"{missing[0].group}; complete the file, choose --group, or score what is there with --partial"
+            f"{missing[0].group}; complete the file, choose --group, or score the existing answers with --partial"
         )
 
 
 def _same(question: Question, row: Row) -> bool:
-    """Whether what a row says of images and prompt, if anything, is that of the question."""
-    # Without folders and endings: some write COCO's number as .jpg, some as .png.
+    """Whether the images and the prompt of a row, if any, equal those of the question."""
+    # Without folders and endings: COCO's number occurs as .jpg and as .png.
     names = {Path(name).stem for name in question.image_names}
     if not all(Path(name).stem in names for name in row.images):
         return False

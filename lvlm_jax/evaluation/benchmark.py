@@ -1,7 +1,7 @@
-"""What a benchmark is: one object that says how it is read, asked, scored and reported.
+"""`Benchmark`: one object that says how a benchmark is read, asked, scored and reported.
 
-A file of `lvlm_jax.evaluation.benchmarks` makes one of it, called `BENCHMARK`. No other file knows its name: engine,
-rescoring, controls and report ask the object.
+Each file of `lvlm_jax.evaluation.benchmarks` makes one, called `BENCHMARK`. No other module depends on its name:
+engine, rescoring, controls and report use the object.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ def _all_of_them(data: Data, rows: Sequence[Row]) -> Data:
 class Benchmark:
     """A benchmark.
 
-    Figures are named "group: word" or "word" alone ("random: accuracy", "C_S"); what is said here of a figure is said
-    of its word. The text put to a model is the protocol's (`Protocol.prompt`).
+    Figures are named "group: word" or just "word" ("random: accuracy", "C_S"); properties of a figure are properties of
+    its word. The text that the model receives is the protocol's (`Protocol.prompt`).
 
     Attributes:
-        name: what `Protocol.benchmark` says, and what the names of its protocols begin with.
+        name: the value of `Protocol.benchmark`, and the beginning of the names of its protocols.
         protocols: the first is the default.
-        links: where its files come from.
-        question_files: (data, protocol) -> role -> the files that decide the figures.
+        links: where its files can be downloaded.
+        question_files: (data, protocol) -> role -> the files that determine the figures.
         read: (data, protocol, need_images=False) -> questions.
         score: (questions, answers, protocol) -> scores; answers are texts by `Question.key`.
-        figures: (groups, counts, protocol) -> the figures that `score` makes of questions of these groups, given the
-          names of what it counted. A report calls it to compute figures again from stored counts.
-        directions: word -> 1 where a high value is good, -1 where a low one is; other figures are neither.
-        headlines: the words that stand for the benchmark in an overview.
-        judged: by what a method is judged against a control: of each tuple the first figure that a run has.
-        uses: the fields of `Data` it looks at, besides `folder`.
+        figures: (groups, counts, protocol) -> the figures that `score` makes for questions of these groups, given the
+            names of its counts. A report calls it to recompute figures from stored counts.
+        directions: word -> 1 if a high value is good, -1 if a low one is; other figures are neither.
+        headlines: the words that represent the benchmark in an overview.
+        judged: the figures that judge a method against a control: from each tuple, the first figure that a run has.
+        uses: the fields of `Data` that it uses, besides `folder`.
         recorded: those of them that the record of a score names.
         answers: the format of its answer files.
-        image_places: folders below the data folder that may hold its pictures; `{group}` is the question's group.
+        image_places: folders below the data folder that may contain its images; `{group}` is the question's group.
         descriptions: groups of descriptions; the id of such a question is the number of its image.
-        narrow: (data, rows of the answer files) -> data, where the answers decide which questions were asked.
+        narrow: (data, rows of the answer files) -> data, if the answers determine which questions were asked.
     """
 
     name: str
@@ -64,29 +64,29 @@ class Benchmark:
     narrow: Callable[[Data, Sequence[Row]], Data] = _all_of_them
 
     def direction(self, figure: str) -> int:
-        """1 where a high value of a figure is good, -1 where a low one is, 0 where neither is."""
+        """1 if a high value of a figure is good, -1 if a low one is, 0 if neither."""
         return self.directions.get(word_of(figure), 0)
 
     def judged_by(self, figures: Sequence[str]) -> list[str]:
-        """Those of the figures by which a method is judged."""
+        """The figures by which a method is judged."""
         fitting = ([name for name in figures if word_of(name) in words] for words in self.judged)
         return [names[0] for names in fitting if names]
 
     def check(self, data: Data) -> None:
-        """Refuses settings that this benchmark would pass over in silence.
+        """Refuses settings that this benchmark would ignore.
 
         Raises:
-            LVLMError: a field of `data` is set that is not among `uses`.
+            LVLMError: a field of `data` is set that is not in `uses`.
         """
         for field in dataclasses.fields(data):
             if field.name in ("folder", "limit", *self.uses) or getattr(data, field.name) == field.default:
                 continue
             raise LVLMError(
-                f"{self.name} has no use for {field.name.replace('_', ' ')} {getattr(data, field.name)!s:.60}; "
+                f"{self.name} does not use {field.name.replace('_', ' ')} {getattr(data, field.name)!s:.60}; "
                 f"beside the data folder it takes {', '.join(self.uses).replace('_', ' ')}"
             )
 
 
 def word_of(figure: str) -> str:
-    """What a figure is of every group: "accuracy" of "random: accuracy"."""
+    """The word of a figure: "accuracy" for "random: accuracy"."""
     return figure.rpartition(": ")[2]

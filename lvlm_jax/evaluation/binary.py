@@ -1,4 +1,4 @@
-"""Counting yes/no answers: the confusion counts that POPE, MIHBench and AMBER share, and the figures made of them."""
+"""Yes/no answers: the confusion counts that POPE, MIHBench and AMBER share, and the figures made from them."""
 
 from collections.abc import Sequence
 
@@ -12,37 +12,39 @@ COUNTS = ("tp", "fp", "tn", "fn", "unparsed_positive", "unparsed_negative")
 
 
 def label_of(question: Question) -> str:
-    """A question's label as "yes" or "no". `LVLMError` when it is neither."""
+    """A question's label as "yes" or "no". Raises `LVLMError` if it is neither."""
     label = (question.label or "").strip().lower()
     if label not in ("yes", "no"):
         raise LVLMError(f"question {question.id} of {question.group} has label {question.label!r}; expected yes or no")
     return label
 
 
-def count(tally: Tally, question: Question, said: str | None, positive: str = "yes", prefix: str | None = None) -> None:
-    """Count one answer ("yes", "no" or None) under `prefix` (default: the question's group)."""
+def count(
+    tally: Tally, question: Question, reply: str | None, positive: str = "yes", prefix: str | None = None
+) -> None:
+    """Counts one answer ("yes", "no" or None) under `prefix` (default: the question's group)."""
     prefix = question.group if prefix is None else prefix
     label = label_of(question)
-    if said is None:
+    if reply is None:
         kind = "unparsed_positive" if label == positive else "unparsed_negative"
-    elif said == positive:
+    elif reply == positive:
         kind = "tp" if label == positive else "fp"
     else:
         kind = "tn" if label != positive else "fn"
     tally.add(question.unit, **{f"{prefix}/{kind}": 1})
-    tally.correct[question.key] = said == label
+    tally.correct[question.key] = reply == label
 
 
 def names(prefixes: Sequence[str]) -> list[str]:
-    """Names of the counts kept for each prefix."""
+    """Names of the counts of each prefix."""
     return [f"{prefix}/{kind}" for prefix in prefixes for kind in COUNTS]
 
 
 def figures(prefix: str, unparsed_is_missed: bool = True) -> dict[str, Figure]:
-    """Accuracy, precision, recall, F1, share of positive answers, and answers not understood, of one prefix.
+    """Accuracy, precision, recall, F1, share of positive answers, and unparsed answers, of one prefix.
 
-    An answer not understood is wrong. With `unparsed_is_missed` it also counts as a positive that was missed, so that
-    recall is out of all positive questions; lmms-eval leaves such questions out of recall.
+    An unparsed answer is wrong. With `unparsed_is_missed` it also counts as a missed positive, so that recall is over
+    all positive questions; lmms-eval leaves such questions out of recall.
     """
     all_counts = [f"{prefix}/{kind}" for kind in COUNTS]
     tp, fp, tn, fn, lost, _ = all_counts
@@ -63,11 +65,13 @@ def figures(prefix: str, unparsed_is_missed: bool = True) -> dict[str, Figure]:
 
 
 def table(groups: Sequence[str], positive: str = "yes", unparsed_is_missed: bool = True) -> dict[str, Figure]:
-    """Figures of every group, as "group: figure", and of several groups their plain mean, as "mean: figure"."""
+    """Figures of every group, as "group: figure", and for several groups their mean, as "mean: figure"."""
     by_group = {group: figures(group, unparsed_is_missed) for group in groups}
-    found = {}
+    all_figures = {}
     if len(groups) > 1:
-        found |= {f"mean: {name}": mean([by_group[group][name] for group in groups]) for name in by_group[groups[0]]}
+        all_figures |= {
+            f"mean: {name}": mean([by_group[group][name] for group in groups]) for name in by_group[groups[0]]
+        }
     for group in groups:
-        found |= {f"{group}: {name}": figure for name, figure in by_group[group].items()}
-    return {name.replace("positive ratio", f"{positive} ratio"): figure for name, figure in found.items()}
+        all_figures |= {f"{group}: {name}": figure for name, figure in by_group[group].items()}
+    return {name.replace("positive ratio", f"{positive} ratio"): figure for name, figure in all_figures.items()}

@@ -1,4 +1,4 @@
-"""CHAIR's ground truth: which objects each image has, from COCO annotations or from somebody's `chair.pkl`."""
+"""CHAIR's ground truth: the objects of each image, from COCO annotations or from a `chair.pkl`."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ PLACES = (".", "annotations", "coco/annotations", "COCO_2014/annotations", "COCO
           "annotations_trainval2014/annotations")  # fmt: skip
 
 
-# All that a pickled CHAIR scorer is made of; none of these does more than hold values.
+# All classes in a pickled CHAIR scorer; each only stores values.
 _SAFE = {
     ("collections", "defaultdict"): defaultdict,
     ("builtins", "set"): set,
@@ -30,7 +30,7 @@ _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _SCORER_MODULES = ("__main__", "chair", "utils.chair")
 
 
-# The opcodes that dicts, lists, sets and texts are pickled with, in every protocol of pickle.
+# The opcodes for dicts, lists, sets and texts in every pickle protocol.
 _OPCODES = frozenset(
     (
         "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD EMPTY_TUPLE TUPLE TUPLE1 TUPLE3 NONE "
@@ -44,14 +44,14 @@ _TUPLES = frozenset(("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE3"))
 
 
 def _walk(content: bytes) -> None:
-    """Reads the opcodes of a pickle without obeying them, and refuses what a small file could cost much with.
+    """Reads the opcodes of a pickle without executing them, and refuses small files that would cost much.
 
-    A high memo index makes the unpickler reserve a table of that size. A tuple of twice the tuple before, and so on,
-    takes 2^depth steps to hash: here tuples only ever hold the arguments of a call, which is next. Numbers of more than
-    64 bits take long to read and to hash.
+    A high memo index makes the unpickler allocate a table of that size. Nested tuples, each with the previous one
+    twice, take 2^depth steps to hash; here tuples may only be the arguments of a call that follows. Numbers of more
+    than 64 bits take long to read and to hash.
 
     Raises:
-        LVLMError: the pickle holds one of these, or an opcode that no scorer needs.
+        LVLMError: the pickle contains one of these, or an opcode that no scorer needs.
         ValueError: it is malformed.
     """
     arguments = None
@@ -73,12 +73,13 @@ def _walk(content: bytes) -> None:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Finds nothing but `_SAFE`, so that no opcode (GLOBAL, STACK_GLOBAL, INST, EXT) can reach anything to call."""
+    """Resolves only the names in `_SAFE`, so that no opcode (GLOBAL, STACK_GLOBAL, INST, EXT) can reach anything to
+    call."""
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))
-        # Stands in for the scorer object: it holds the attributes and has no behaviour. One class a file, because a
-        # pickle can set attributes on it.
+        # Replaces the scorer object: it has the attributes and no behaviour. One class per file, because a pickle can
+        # set attributes on it.
         self.scorer = type("Scorer", (), {})
 
     def find_class(self, module: str, name: str):
@@ -92,7 +93,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         raise LVLMError(f"it asks for {module}.{name}, which no CHAIR scorer needs and which may do harm")
 
     def _reconstruct(self, kind: type, base: type, state):
-        """What `copyreg._reconstructor` does, for the stand-in alone."""
+        """`copyreg._reconstructor`, for the replacement class alone."""
         if kind is not self.scorer or base is not object:
             raise LVLMError("it builds an object that no CHAIR scorer has")
         return self.scorer()
@@ -102,22 +103,22 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
-    """Objects by image id, and the word lists, of a `chair.pkl`.
+    """Objects by image id, and the word lists, from a `chair.pkl`.
 
     Raises:
-        LVLMError: the file is no pickle, holds something else, or asks for anything that could run code.
+        LVLMError: the file is not a pickle, contains something else, or needs anything that could run code.
     """
     content = files.read_bytes(path, "pickle")
     advice = "give COCO annotations and a synonym list instead"
     try:
         _walk(content)
         unpickler = _RestrictedUnpickler(content)
-        stored = unpickler.load()
+        scorer = unpickler.load()
     except LVLMError as error:
         raise LVLMError(f"pickle {str(path)!r} is refused: {error}; {advice}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise LVLMError(f"pickle {str(path)!r} is damaged or no pickle ({type(error).__name__}); {advice}") from error
-    state = stored.__dict__ if isinstance(stored, unpickler.scorer) else stored
+    state = scorer.__dict__ if isinstance(scorer, unpickler.scorer) else scorer
     try:
         seen: dict[int, frozenset[str]] = {}  # a file may give the same long list to many images
         objects = {}
@@ -143,7 +144,7 @@ def _word(value) -> str:
 
 
 def annotation_files(data: Data) -> dict[str, list[Path]]:
-    """COCO's instances and captions; those of 2014 where there are any, else all."""
+    """COCO's instances and captions: those of 2014 if there are any, else all."""
     folder = folders.data_folder(data)
     for place in PLACES:
         found = {
@@ -162,7 +163,7 @@ def annotation_files(data: Data) -> dict[str, list[Path]]:
 
 
 def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
-    """The user's synonym list, which must know all categories; without one, the category names."""
+    """The user's synonym list, which must cover all categories; without one, the category names."""
     if data.synonyms is None:
         return plain_lexicon(categories)
     path = files.existing_file(data.synonyms, "synonym list")
@@ -181,11 +182,11 @@ def read_annotations(
     """Image id -> (file name, objects of its instances and of its reference captions), and the lexicon.
 
     Args:
-        reading: of the reference captions, see `chair_words`.
+        reading: how the reference captions are read, see `chair_words`.
         wanted: only these ids; None for all.
 
     Raises:
-        LVLMError: files are missing or malformed; an annotation has no category, or one that is not listed.
+        LVLMError: files are missing or malformed, or an annotation has no listed category.
     """
     found = annotation_files(data)
     contents = {path: _coco(path) for paths in found.values() for path in paths}
@@ -218,7 +219,7 @@ def read_annotations(
             if image in objects:
                 caption = files.field(row, ["caption"], str, where)
                 objects[image].update(name for _, name in lexicon.mentions(lexicon.words(caption, reading)))
-    return {image: (names[image], frozenset(there)) for image, there in objects.items()}, lexicon
+    return {image: (names[image], frozenset(names_of_objects)) for image, names_of_objects in objects.items()}, lexicon
 
 
 def _coco(path: Path) -> Mapping:

@@ -1,18 +1,17 @@
 """Objects named in a caption, by the word rules of CHAIR (Rohrbach et al. 2018, arXiv 1809.02156).
 
-The rules: words are lower-cased and brought to their ground form; some pairs of words are one object ("hot dog",
-"teddy bear"); "baby bird" is a bird and no person; a "seat" beside a toilet is no chair; a word of the synonym list
-stands for the category that begins its line.
+The rules: words are lower-cased and reduced to their base form; some pairs of words are one object ("hot dog", "teddy
+bear"); "baby bird" is a bird and not a person; a "seat" beside a toilet is not a chair; a word of the synonym list
+stands for the first category of its line.
 
-How words come to their ground form, a "reading":
-  nltk    by nltk's tagger and WordNet, as the published scorer does it (`nltk_words`)
-  verbs   without nltk: nouns are made singular, and forms of a verb that is on the list count for it ("seated" is a
-          seat, "skiing" is skis), but for an -ing form that a determiner makes a noun ("a comfortable seating area").
-          Like the published scorer, it finds nobody in "men" and no vase in "vases".
-  nouns   nouns are made singular, and nothing else, as in the scorer of 2018
+A "reading" is a way to reduce words to their base form: nltk    by nltk's tagger and WordNet, as in the published
+  scorer (`nltk_words`) verbs   without nltk: nouns become singular, and verb forms of a listed word count for it
+  ("seated" is a seat, "skiing" is skis), except an -ing form that a determiner makes a noun ("a comfortable seating
+  area"). Like the published scorer, it finds no person in "men" and no vase in "vases". nouns   nouns become singular,
+  nothing else changes, as in the scorer of 2018
 
-Slips of the list that circulates, kept by `repair=False` because published figures have them: words written with a
-leading blank, a capital letter, or as three words never match; an empty line makes an empty word (which no text holds).
+`repair=False` keeps the errors of the common synonym list, because published figures contain them: words with a leading
+blank, a capital letter, or of three words never match; an empty line makes an empty word (which no text contains).
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from lvlm_jax.evaluation import nltk_words
 
 READINGS = ("nltk", "verbs", "nouns")
 
-# Pairs that are one word. The last two name no object and keep their second word from naming one.
+# Pairs that are one word. The last two are not objects, and keep their second word from being one.
 PAIRS = (
     "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
     "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat", "baseball glove",
@@ -38,7 +37,7 @@ DOUBLE_WORDS = (
     {pair: pair for pair in PAIRS}
     | {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ANIMALS}
     | {f"passenger {vehicle}": vehicle for vehicle in VEHICLES}
-    # "wine glas" is what a singulariser makes of "wine glass" that takes the last s for a plural.
+    # A naive singular of "wine glass" is "wine glas".
     | {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
 )
 
@@ -47,35 +46,35 @@ _IRREGULAR = {
     "teeth": "tooth", "oxen": "ox", "people": "person", "dice": "die", "lice": "louse", "leaves": "leaf",
     "grandchildren": "grandchild",
 }  # fmt: skip
-# What WordNet's lemmatiser makes of these, and so the published scorer.
+# Base forms of WordNet's lemmatiser, and so of the published scorer.
 _AS_PUBLISHED = {"men": "men", "vases": "vas"}
 _DETERMINERS = frozenset(
     "a an the this that these those some any no each every another his her its their my your our 's".split()
 )
-# A verb of one short syllable doubles its last letter ("cupped"), so "cared" is no form of "car".
+# A verb of one short syllable doubles its last letter ("cupped"), so "cared" is not a form of "car".
 _SHORT = re.compile(r"[^aeiou]*[aeiou][^aeiouwxy]")
-# Parts that a tokenizer of English splits from the word before them.
+# Parts that an English tokenizer splits from the word before.
 _ENDINGS = re.compile(r"(n't|'(?:s|re|ve|ll|d|m))$")
 _TOKEN = re.compile(r"\w+(?:[-/'’]\w+)*|[^\w\s]")
 
 
 def tokens(text: str) -> list[str]:
     """Words and punctuation marks of a text, case kept; "dog's" is two, "black-and-white" one."""
-    found = []
+    words = []
     for token in _TOKEN.findall(text):
         token = token.replace("’", "'")
         ending = _ENDINGS.search(token.lower())
         if ending and ending.start():
-            found += [token[: ending.start()], token[ending.start() :]]
+            words += [token[: ending.start()], token[ending.start() :]]
         else:
-            found.append(token)
-    return found
+            words.append(token)
+    return words
 
 
 def singular(word: str, known: AbstractSet[str]) -> str:
-    """The singular of a word: itself if `known`, else the first known of its possible singulars, else a guess.
+    """The singular of a word: the word itself if `known`, else the first known of its possible singulars, else a guess.
 
-    Looking at the known words first spares rules for "bus", "scissors" and "skis".
+    Trying the known words first avoids rules for "bus", "scissors" and "skis".
     """
     if word in known:
         return word
@@ -90,22 +89,22 @@ def singular(word: str, known: AbstractSet[str]) -> str:
         candidates += [word[:-3] + "f", word[:-3] + "fe"]
     if re.search(r"(s|x|z|ch|sh|o)es$", word):
         candidates.append(word[:-2])
-    # "taxis" and "zebus" are plurals where "taxi" and "zebu" are known; of others with these endings few are.
+    # "taxis" and "zebus" are plurals if "taxi" and "zebu" are known; few other words have these endings.
     if word.endswith("s") and len(word) > 2 and (word[:-1] in known or not re.search(r"(ss|us|is)$", word)):
         candidates.append(word[:-1])
     return next((candidate for candidate in candidates if candidate in known), (candidates or [word])[0])
 
 
 def verb_stem(word: str, objects: Container[str]) -> str | None:
-    """The one of the objects that a word in -ed or -ing is a verb form of; None where there is none."""
-    found = re.fullmatch(r"(.+?)(ed|ing)", word)
-    if found is None:
+    """The object that a word in -ed or -ing is a verb form of, or None."""
+    match = re.fullmatch(r"(.+?)(ed|ing)", word)
+    if match is None:
         return None
-    base = found[1]
+    base = match[1]
     candidates = [base + "e"] if _SHORT.fullmatch(base) else [base, base + "e"]
-    if base[-1:] == "i" and found[2] == "ed":  # tied
+    if base[-1:] == "i" and match[2] == "ed":  # tied
         candidates = [base + "e", base[:-1] + "y"]
-    if base[-1:] == "y" and found[2] == "ing":  # tying
+    if base[-1:] == "y" and match[2] == "ing":  # tying
         candidates.append(base[:-1] + "ie")
     if base[-2:-1] == base[-1:]:  # cupped
         candidates.append(base[:-1])
@@ -114,12 +113,12 @@ def verb_stem(word: str, objects: Container[str]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
-    """Which words name which categories.
+    """Maps words to categories.
 
     Attributes:
         categories: word, or pair of words, -> category.
-        double_words: pair of words -> the word it is treated as.
-        origin: where the list comes from, for the record.
+        double_words: pair of words -> the word that replaces it.
+        origin: the source of the list, for the record.
     """
 
     categories: Mapping[str, str]
@@ -131,10 +130,10 @@ class Lexicon:
         object.__setattr__(self, "_known", frozenset(parts | set(self.categories)))
 
     def words(self, text: str, reading: str = "nouns") -> list[str]:
-        """Words of a text in lower case and ground form, with pairs joined; punctuation marks included.
+        """Words of a text in lower case and base form, with pairs joined; punctuation marks included.
 
         Args:
-            reading: one of `READINGS`, as the module says.
+            reading: one of `READINGS`, see the module docstring.
         """
         single = nltk_words.lemmas(text) if reading == "nltk" else self._lemmas(text, reading == "verbs")
         joined, i = [], 0
@@ -149,25 +148,25 @@ class Lexicon:
         return joined
 
     def _lemmas(self, text: str, verbs: bool) -> list[str]:
-        found = tokens(text.lower())
+        words_found = tokens(text.lower())
         if not verbs:
-            return [singular(word, self._known) for word in found]
+            return [singular(word, self._known) for word in words_found]
         lemmas: list[str] = []
-        for place, word in enumerate(found):
+        for place, word in enumerate(words_found):
             stem = None if word in self._known else verb_stem(word, self.categories)
-            if stem is None or (word.endswith("ing") and self._is_noun(found[max(place - 2, 0) : place])):
+            if stem is None or (word.endswith("ing") and self._is_noun(words_found[max(place - 2, 0) : place])):
                 stem = _AS_PUBLISHED.get(word) or singular(word, self._known)
             lemmas.append(stem)
         return lemmas
 
     def _is_noun(self, before: list[str]) -> bool:
-        """Whether an -ing form is a noun by the two words before it: a determiner, or one and an adjective."""
+        """Whether an -ing form is a noun, judged by the two words before: a determiner, or one and an adjective."""
         if not before or before[-1] in _DETERMINERS:
             return bool(before)
         return before[0] in _DETERMINERS and singular(before[-1], self._known) not in self.categories
 
     def mentions(self, words: Iterable[str]) -> list[tuple[str, str]]:
-        """(word, category) of every object named, in order, repeats kept; `words` as `self.words` gives them."""
+        """(word, category) of every object named, in order, with repeats; `words` as from `self.words`."""
         words = list(words)
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]
@@ -175,14 +174,14 @@ class Lexicon:
 
 
 def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
-    """The lexicon of a synonym list: one category a line, words separated by a comma and a blank.
+    """Parses a synonym list: one category per line, words separated by a comma and a blank.
 
     Args:
-        repair: mend blanks and capitals, and treat pairs of words as one word even where CHAIR's own list of pairs
-          lacks them.
+        repair: correct blanks and capitals, and treat pairs of words as one word even if CHAIR's own list of pairs
+            lacks them.
 
     Raises:
-        LVLMError: a word stands for two categories, or there are none.
+        LVLMError: a word stands for two categories, or there are no categories.
     """
     categories: dict[str, str] = {}
     double_words = dict(DOUBLE_WORDS)
@@ -190,10 +189,11 @@ def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
         entries = [word.strip().lower() for word in line.split(",")] if repair else line.strip().split(", ")
         entries = [word for word in entries if word]
         for word in entries:
-            known = categories.setdefault(word, entries[0])
-            if known != entries[0]:
+            category = categories.setdefault(word, entries[0])
+            if category != entries[0]:
                 raise LVLMError(
-                    f"line {number} of the synonym list gives {word!r} to {entries[0]!r}, an earlier one to {known!r}; "
+                    f"line {number} of the synonym list gives {word!r} to {entries[0]!r}, an earlier one to "
+                    f"{category!r}; "
                     "a word stands for one category"
                 )
             if repair and word.count(" ") == 1:
@@ -204,7 +204,7 @@ def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
 
 
 def plain_lexicon(categories: Iterable[str]) -> Lexicon:
-    """Category names alone, where the user gives no synonym list; names of two words count as pairs."""
+    """Only category names, if the user gives no synonym list; names of two words count as pairs."""
     categories = list(categories)
     pairs = {name: name for name in categories if name.count(" ") == 1}
     return Lexicon({name: name for name in categories}, DOUBLE_WORDS | pairs, "category names, no synonyms")

@@ -1,25 +1,24 @@
-"""Trivial things that a method must be better than: the controls beside it, and whether it is, in words.
+"""Controls: trivial changes that a method must beat, run beside it, and the verdicts in words.
 
 Most of what contrastive decoding gains on POPE comes from two side effects (Yin et al. 2025, arXiv 2504.10020): the
-share of "yes" moves, and sampling becomes nearly greedy because the plausibility cut leaves few tokens. Captions get a
-better CHAIR by getting shorter. Each control has one of these effects and nothing else:
+share of "yes" shifts, and sampling becomes nearly greedy because the plausibility cut leaves few tokens. Captions
+improve CHAIR by becoming shorter. Each control has exactly one of these effects:
 
 greedy         no method, temperature 0
-temperature    no method, drawn at temperature 1
-plausibility   no method but the cut: drawn at temperature 1 from the tokens v with l[v] >= max l + ln β, where β is
-               the method's own (0.1 for a method without a cut)
-OLM            yes/no questions: "yes" where p(yes) + p(no) > 0.2 and |p(yes) - p(no)| < 0.5 for the first token of the
-               answer; else the answer of greedy decoding, or ("sampled") the one drawn at temperature 1
-PBA            yes/no questions: no method, the prompt ends in " Answer yes whenever possible."; greedy and sampled
-threshold      yes/no questions: "yes" where greedy decoding's log-odds of yes against no, for the first token of the
-               answer, exceed a threshold; one for each group, chosen so that the share of yes is the method's
-length         captions: of the greedy caption of each image the first n words, n being the words of the method's
-               caption of that image (the whole, where it has fewer); both by the protocol's truncation rule, which
-               is not applied again to the cut text
+temperature    no method, sampling at temperature 1
+plausibility   only the cut: sampling at temperature 1 from the tokens v with l[v] >= max l + ln β, where β is the
+               method's own (0.1 for a method without a cut)
+OLM            yes/no questions: "yes" if p(yes) + p(no) > 0.2 and |p(yes) - p(no)| < 0.5 for the first token of the
+               answer; else the answer of greedy decoding, or ("sampled") one drawn at temperature 1
+PBA            yes/no questions: no method, the prompt ends with " Answer yes whenever possible."; greedy and sampled
+threshold      yes/no questions: "yes" if greedy decoding's log-odds of yes against no, for the first token of the
+               answer, exceed a threshold, which gives each group the method's share of yes
+length         captions: the first n words of the greedy caption of each image, where n is the number of words of the
+               method's caption of that image; both by the protocol's truncation rule, which is not applied again
 
-OLM and PBA are those of that paper. Greedy, temperature, plausibility and PBA are runs of the model (`decodings`), OLM
-and the threshold need one pass over the prompts (`log_odds`), the length nothing. What needs a run that was not asked
-for, or that a folder of controls filled before OLM lacks, is left out.
+OLM and PBA come from that paper. Greedy, temperature, plausibility and PBA are runs of the model (`decodings`), OLM and
+the threshold need one pass over the prompts (`log_odds`), the length needs nothing. Controls whose runs were not
+requested, or that an older folder of controls lacks, are left out.
 """
 
 import dataclasses
@@ -42,17 +41,17 @@ from lvlm_jax.methods import Method, Strength, strength
 from lvlm_jax.methods.base import frozen, plausible
 from lvlm_jax.methods.chain import Chained
 
-CUT = 0.1  # β for methods that have none
+CUT = 0.1  # β for methods without one
 PBA = " Answer yes whenever possible."
-OLM_KNOWN, OLM_NEAR = 0.2, 0.5  # p(yes) + p(no) must be above, their distance below
+OLM_KNOWN, OLM_NEAR = 0.2, 0.5  # p(yes) + p(no) must exceed the first, their distance must be below the second
 RUNS = ("greedy", "temperature", "plausibility", "pba", "pba-sampled")  # the controls that are runs of the model
 ABOUT = {
     "greedy": "greedy decoding",
     "temperature": "sampling at temperature 1",
     "plausibility": "the plausibility cut alone",
     "threshold": "a yes/no threshold with the same share of yes",
-    "olm": "yes wherever yes and no are near (OLM), greedy",
-    "olm-sampled": "yes wherever yes and no are near (OLM), sampled",
+    "olm": "yes if yes and no are close (OLM), greedy",
+    "olm-sampled": "yes if yes and no are close (OLM), sampled",
     "pba": "a prompt that asks for yes (PBA), greedy",
     "pba-sampled": "a prompt that asks for yes (PBA), sampled",
     "length": "greedy captions of the same length",
@@ -61,7 +60,7 @@ ABOUT = {
 
 @frozen
 class PlausibilityCut(Method):
-    """Nothing but the plausibility cut of contrastive methods; not registered, for it is no method of its own."""
+    """Only the plausibility cut of contrastive methods; not registered, because it is a control and not a method."""
 
     beta: Strength = strength(CUT, "plausibility cut β", low=0, high=1)
 
@@ -70,11 +69,11 @@ class PlausibilityCut(Method):
 
 
 def own_cut(method: Method) -> float:
-    """β of a method's plausibility cut (of the first member of a chain that has one); 0.1 without one."""
+    """β of a method's plausibility cut (in a chain, of the first member with one); 0.1 without one."""
     for member in method.members if isinstance(method, Chained) else (method,):
         for field in dataclasses.fields(member):
             if field.metadata.get("doc", "").startswith("plausibility cut"):
-                return float(str(getattr(member, field.name)))  # a float32 of 0.2 is 0.2
+                return float(str(getattr(member, field.name)))  # a float32 of 0.2 becomes 0.2 again
     return CUT
 
 
@@ -83,8 +82,8 @@ class Decoding:
     """A control that is a run of the model.
 
     Attributes:
-        folder: name of the folder for its answers, which tells it from those of other methods' controls.
-        yes_no: whether only the yes/no questions are put to it.
+        folder: name of the folder for its answers; it differs from those of other methods' controls.
+        yes_no: whether it answers only the yes/no questions.
     """
 
     name: str
@@ -97,13 +96,13 @@ class Decoding:
 def decodings(protocol: Protocol, method: Method) -> list[Decoding]:
     """The controls of a method that are runs of the model."""
     greedy = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
-    drawn = dataclasses.replace(protocol, temperature=1.0, top_p=1.0)
+    sampled = dataclasses.replace(protocol, temperature=1.0, top_p=1.0)
     beta = own_cut(method)
-    for_yes = [dataclasses.replace(rule, suffix=rule.suffix + PBA) for rule in (greedy, drawn)]
+    for_yes = [dataclasses.replace(rule, suffix=rule.suffix + PBA) for rule in (greedy, sampled)]
     return [
         Decoding("greedy", "greedy", greedy, None),
-        Decoding("temperature", "temperature", drawn, None),
-        Decoding("plausibility", f"plausibility-{beta:g}", drawn, PlausibilityCut(beta)),
+        Decoding("temperature", "temperature", sampled, None),
+        Decoding("plausibility", f"plausibility-{beta:g}", sampled, PlausibilityCut(beta)),
         Decoding("pba", "pba", for_yes[0], None, yes_no=True),
         Decoding("pba-sampled", "pba-sampled", for_yes[1], None, yes_no=True),
     ]
@@ -117,11 +116,11 @@ def is_yes_no(question: Question) -> bool:
 def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
     """First tokens of "yes" and of "no", in any case, with and without a blank before.
 
-    Writings that are one token decide; only where neither word has one, the first pieces of all writings do, without
-    those that both words share.
+    Spellings of one token decide. If neither word has one, the first tokens of all spellings do, without those that
+    both words share.
 
     Raises:
-        LVLMError: the two words begin alike.
+        LVLMError: both words begin with the same token.
     """
 
     def pieces(word: str) -> list[list[int]]:
@@ -129,10 +128,10 @@ def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
         return [tokenizer(writing, add_special_tokens=False)["input_ids"] for writing in writings]
 
     by_word = [pieces(word) for word in ("yes", "no")]
-    whole = [{ids[0] for ids in found if len(ids) == 1} for found in by_word]
-    if not all(whole):
-        whole = [{ids[0] for ids in found} for found in by_word]
-    yes, no = whole[0] - whole[1], whole[1] - whole[0]
+    single_tokens = [{ids[0] for ids in spellings if len(ids) == 1} for spellings in by_word]
+    if not all(single_tokens):
+        single_tokens = [{ids[0] for ids in spellings} for spellings in by_word]
+    yes, no = single_tokens[0] - single_tokens[1], single_tokens[1] - single_tokens[0]
     if not yes or not no:
         raise LVLMError(
             "the tokenizer gives yes and no the same first token, so controls have no log-odds; leave --controls out"
@@ -147,7 +146,7 @@ def log_odds(
 
     Args:
         questions: with yes/no answers.
-        work: its logs are called "odds"; they hold p(yes) and p(no) too.
+        work: its logs are called "odds"; they also contain p(yes) and p(no).
     """
     yes, no = answer_words(model.processor.tokenizer)
 
@@ -168,21 +167,21 @@ def log_odds(
 
 
 def said_yes(questions: Sequence[Question], answers: Mapping[Key, str], protocol: Protocol) -> list[bool]:
-    """Which answers the protocol's parser takes for yes."""
-    # "short" and "letter" are no yes/no parsers; there the one of `mihbench.score` is used.
+    """Which answers the protocol's parser reads as yes."""
+    # "short" and "letter" are not yes/no parsers; they use the parser of `mihbench.score`.
     parse = parsers.YES_NO.get(protocol.parser, parsers.strict)
     return [parse(answers[one.key], one.label.strip().lower()) == "yes" for one in questions]
 
 
 def fitted_threshold(odds: Sequence[float], yes: int) -> float:
-    """The threshold above which as nearly as can be `yes` of the log-odds lie; the higher one of two.
+    """The threshold with as nearly as possible `yes` of the log-odds above it; on ties the higher one.
 
     It lies half-way between two log-odds, or beyond all of them.
     """
     levels = np.unique(np.asarray(odds, float))
     between = np.concatenate([[levels[0] - 1], (levels[1:] + levels[:-1]) / 2, [levels[-1] + 1]])
-    above = (np.asarray(odds)[:, None] > between).sum(axis=0)
-    miss = np.abs(above - yes)
+    counts_above = (np.asarray(odds)[:, None] > between).sum(axis=0)
+    miss = np.abs(counts_above - yes)
     return float(between[np.flatnonzero(miss == miss.min())[-1]])
 
 
@@ -206,7 +205,7 @@ def thresholded(
 
 
 def near_to_yes(chances: Mapping[Key, tuple[float, float]], texts: Mapping[Key, str]) -> dict[Key, str]:
-    """OLM's answers: "Yes" where p(yes) and p(no) of the first token (`chances`) are near, else those of `texts`."""
+    """OLM's answers: "Yes" if p(yes) and p(no) of the first token (`chances`) are close, else those in `texts`."""
     return {
         key: "Yes" if yes + no > OLM_KNOWN and abs(yes - no) < OLM_NEAR else texts[key]
         for key, (yes, no) in chances.items()
@@ -214,19 +213,19 @@ def near_to_yes(chances: Mapping[Key, tuple[float, float]], texts: Mapping[Key, 
 
 
 def length_matched(greedy: str, other: str, truncate: str = "none") -> str:
-    """The greedy caption, cut after as many words (between blanks) as the other caption has."""
-    kept = truncated(greedy, truncate).split()
-    return " ".join(kept[: len(truncated(other, truncate).split())])
+    """The greedy caption, cut to the number of words (between blanks) of the other caption."""
+    words = truncated(greedy, truncate).split()
+    return " ".join(words[: len(truncated(other, truncate).split())])
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What the controls of one run said, by question.
+    """The answers of one run's controls, by question.
 
     Attributes:
-        texts: by control, as far as it was asked.
+        texts: by control, for those that were run.
         odds: ln p(yes) - ln p(no) of yes/no questions.
-        chances: p(yes) and p(no) of the first answer token; empty where logs are too old to have them.
+        chances: p(yes) and p(no) of the first answer token; empty if the logs are too old to have them.
     """
 
     texts: Mapping[str, Mapping[Key, str]]
@@ -243,11 +242,11 @@ def report(
     resamples: int,
     seed: int = 0,
 ) -> dict:
-    """Every control's figures and how the method compares, as plain JSON values, with a verdict in words.
+    """Every control's figures and the comparison with the method, as plain JSON values, with a verdict in words.
 
     Args:
         answers: the method's.
-        answered: answers of greedy to all questions, and of the other runs that were asked for; log-odds of the yes/no
+        answered: answers of greedy decoding to all questions, and of the other requested runs; log-odds of the yes/no
             questions.
         resamples, seed: of the bootstrap.
     """

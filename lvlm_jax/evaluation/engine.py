@@ -1,9 +1,8 @@
-"""Asks a model the questions of a benchmark: alike prompts together, with a log that survives a kill.
+"""Asks a model the questions of a benchmark, in batches of similar prompts, with a log that survives a kill.
 
-What is asked together depends on the questions, the batch size and the number of processes alone, never on what a log
-holds already: a batch whose answers are not all there is asked again whole, so that a run that was killed ends with the
-very answers of one that was not. Prompts about one picture follow each other, and its picture is encoded once where
-the model allows it.
+Batches depend only on the questions, the batch size and the number of processes, never on the content of a log. A batch
+with a missing answer is asked again as a whole, so that a run that was killed ends with exactly the answers of an
+uninterrupted run. Prompts about one image follow each other, and the image is encoded once if the model allows it.
 """
 
 import contextlib
@@ -27,17 +26,17 @@ from lvlm_jax.journal.log import AnswerLog, seed_of
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 
-Prompt = list[int]  # by the numbers of the questions that it answers
-# From conversations, with a random seed for each, to what is kept of their answers; plain JSON values.
+Prompt = list[int]  # the numbers of the questions that it answers
+# From conversations, with one random seed each, to plain JSON values, which are logged.
 Respond = Callable[[list[list[dict]], list[int]], list[dict]]
-# From batches of prompts, the size of a whole one, and what makes a request of a prompt, to prompts with what is kept
-# of their answers, some at a time.
+# From batches of prompts, the size of a full batch, and a function that makes a request of a prompt, to prompts with
+# their logged values, some at a time.
 Rounds = Callable[[list[list[Prompt]], int, Callable[[Prompt], Request]], Iterator[list[tuple[Prompt, dict]]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """An answer: its text, how many tokens it has, and whether it ended by itself."""
+    """An answer: its text, its number of tokens, and whether it ended by itself."""
 
     text: str
     tokens: int
@@ -46,16 +45,16 @@ class Said:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How questions are put to a model, whatever is asked of it.
+    """How questions are put to a model.
 
     Attributes:
         batch_size: prompts at once.
-        seed: of sampling; every question has a random stream of its own, whatever its batch.
-        folder: where answers are kept as they come, and read from on the next start; None for nowhere.
-        record: what decides the answers; the first line of every log, required with a folder.
+        seed: seed of sampling; every question has its own random stream, whatever its batch.
+        folder: where answers are logged, and read from on the next start; None for no log.
+        record: everything that determines the answers; the first line of every log, required with a folder.
         share: the part of the questions that this process answers.
-        schedule: "batches", "continuous" (an answer that ends makes room for the next prompt), or "auto":
-            continuous where answers may be long and the method allows it.
+        schedule: "batches", "continuous" (when an answer ends, the next prompt starts), or "auto": continuous if
+            answers may be long and the method allows it.
     """
 
     batch_size: int = 16
@@ -77,19 +76,19 @@ def ask(
     work: Work = DEFAULT,
     title: str = "questions",
 ) -> dict[Key, Said]:
-    """Answers to questions, by `Question.key`.
+    """Answers questions, by `Question.key`.
 
     Args:
         model: an `LVLM`.
         questions: from a benchmark's `read(..., need_images=True)`.
         protocol: prompt, length and decoding.
-        title: of the progress bar.
+        title: title of the progress bar.
 
     Returns:
-        Those that are known now: all with one process, with several those of the shares done so far.
+        The answers so far: all of them with one process; with several, those of finished shares.
 
     Raises:
-        LVLMError: an unreadable picture, or a log of another run.
+        LVLMError: an image is unreadable, or the log belongs to another run.
     """
     settings = {
         "method": method,
@@ -101,23 +100,25 @@ def ask(
         rounds = _continuously(lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings))
     else:
         rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))
-    found = _collect(model, questions, protocol, rounds, work, "log", title)
-    return {key: Said(row["text"], row["tokens"], row["ended"]) for key, row in found.items()}
+    rows = _collect(model, questions, protocol, rounds, work, "log", title)
+    return {key: Said(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
 
 
 def _kept(output: Output) -> list[dict]:
-    said = zip(output.text, output.tokens, output.finish_reason, strict=True)
-    return [{"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"} for text, tokens, reason in said]
+    replies = zip(output.text, output.tokens, output.finish_reason, strict=True)
+    return [
+        {"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"} for text, tokens, reason in replies
+    ]
 
 
 def collect(
     model: Any, questions: Sequence[Question], protocol: Protocol, respond: Respond, work: Work, name: str, title: str
 ) -> dict[Key, dict]:
-    """What `respond` says to batches of questions, by `Question.key`.
+    """The values that `respond` returns for batches of questions, by `Question.key`.
 
     Args:
-        respond: the last batch is filled up with copies, whose answers are dropped.
-        name: of the logs.
+        respond: the last batch is padded with copies, whose answers are dropped.
+        name: name of the logs.
     """
     return _collect(model, questions, protocol, _in_batches(respond), work, name, title)
 
@@ -128,7 +129,7 @@ def _in_batches(respond: Respond) -> Rounds:
     ) -> Iterator[list[tuple[Prompt, dict]]]:
         for batch in batches:
             messages, seeds = map(list, zip(*map(request, batch), strict=True))
-            spare = size - len(batch)  # the last batch has the shape of the others
+            spare = size - len(batch)  # the last batch is padded to the shape of the others
             rows = respond(messages + messages[-1:] * spare, seeds + seeds[-1:] * spare)
             yield list(zip(batch, rows, strict=False))
 
@@ -157,26 +158,28 @@ def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Outp
 def _collect(
     model: Any, questions: Sequence[Question], protocol: Protocol, rounds: Rounds, work: Work, name: str, title: str
 ) -> dict[Key, dict]:
-    """What `rounds` gives for all questions, by `Question.key`: logged as it comes, known answers passed over."""
+    """The values of `rounds` for all questions, by `Question.key`: logged as they come; logged answers are skipped."""
     batches = plan(questions, protocol, work.batch_size, work.share)
     ours = [questions[index] for batch in batches for prompt in batch for index in prompt]
     with contextlib.ExitStack() as stack:
-        known: dict[Key, dict] = {}
+        finished: dict[Key, dict] = {}
         log = None
         if work.folder is not None:
             if work.share.writes:
                 path = work.share.path(work.folder, name)
                 log = stack.enter_context(AnswerLog(path, work.record, lambda entry: None))
-            work.share.meet()  # the log is there
-            known = shares.read(work.folder, name, work.record, questions).answers
-            work.share.meet()  # all have read the same, for nobody has appended
-        needed = [image for batch in batches for prompt in batch for image in questions[prompt[0]].images]
-        pictures = stack.enter_context(Pictures(model, needed, work.batch_size))
-        done = sum(question.key in known for question in ours)
+            work.share.meet()  # after this, the log exists
+            finished = shares.read(work.folder, name, work.record, questions).answers
+            work.share.meet()  # after this, all processes have read the same log, before anybody appends
+        images = [image for batch in batches for prompt in batch for image in questions[prompt[0]].images]
+        pictures = stack.enter_context(Pictures(model, images, work.batch_size))
+        num_done = sum(question.key in finished for question in ours)
         quiet = not work.share.writes
-        progress = stack.enter_context(Progress(len(ours), done, title, quiet))
+        progress = stack.enter_context(Progress(len(ours), num_done, title, quiet))
         waiting = [
-            batch for batch in batches if not all(questions[index].key in known for prompt in batch for index in prompt)
+            batch
+            for batch in batches
+            if not all(questions[index].key in finished for prompt in batch for index in prompt)
         ]
 
         def request(prompt: Prompt) -> Request:
@@ -190,7 +193,7 @@ def _collect(
                 questions[index].key: row
                 for prompt, row in answered
                 for index in prompt
-                if questions[index].key not in known
+                if questions[index].key not in finished
             }
             if log is not None:
                 cost = {
@@ -202,20 +205,20 @@ def _collect(
                     [{"group": group, "id": number} | row for (group, number), row in fresh.items()] + [{"batch": cost}]
                 )
             began = time.monotonic()
-            known |= fresh
+            finished |= fresh
             progress.update(len(fresh))
-    return {question.key: known[question.key] for question in questions if question.key in known}
+    return {question.key: finished[question.key] for question in questions if question.key in finished}
 
 
 def plan(
     questions: Sequence[Question], protocol: Protocol, batch_size: int, share: Share = ALONE
 ) -> list[list[Prompt]]:
-    """Batches of prompts, a prompt being the numbers of the questions that it answers.
+    """Batches of prompts; a prompt is the numbers of the questions that it answers.
 
-    Questions that are the same text about the same pictures (POPE's splits share half of theirs) are one prompt, unless
-    answers are drawn. Prompts of one batch have about the same length, so that few programs are compiled, and within
-    a length those about one picture follow each other. A process takes every n-th picture (with all its prompts), so
-    that none is encoded twice; prompts without a picture are dealt out one by one.
+    Questions with the same text about the same images (POPE's splits share half of theirs) are one prompt, unless
+    answers are sampled. Prompts of one batch have similar length, so that few programs are compiled, and among those of
+    equal length, prompts about one image follow each other. A process takes every n-th image with all its prompts, so
+    that no image is encoded twice; prompts without an image are distributed one by one.
     """
     prompts: dict[tuple, list[int]] = {}
     for index, question in enumerate(questions):
@@ -226,5 +229,5 @@ def plan(
         place.setdefault(same[0] or same, len(place))
     ours = [same for same in prompts if place[same[0] or same] % share.processes == share.index]
     ours.sort(key=lambda same: (len(same[0]), length_class(same[1]), place[same[0] or same], len(same[1])))
-    listed = [prompts[same] for same in ours]
-    return [listed[start : start + batch_size] for start in range(0, len(listed), batch_size)]
+    listed_prompts = [prompts[same] for same in ours]
+    return [listed_prompts[start : start + batch_size] for start in range(0, len(listed_prompts), batch_size)]

@@ -1,4 +1,4 @@
-"""One method under many strengths: the points of a grid, the answers at each, and how they differ from greedy."""
+"""A grid of strengths of one method: its points, the answers at each, and how they differ from greedy."""
 
 import dataclasses
 import itertools
@@ -22,19 +22,19 @@ _YES_OR_NO = re.compile(r"\b(yes|no)\b")
 
 
 def points(method: Method, axes: Sequence[str]) -> list[Point]:
-    """The product of `name=a,b,…` axes, as strengths of `method`.
+    """The product of the axes `name=a,b,…`, as strengths of `method`.
 
     Raises:
         LVLMError: not a list of numbers, not a strength of the method, or a value out of its range.
     """
-    known = strengths(method)
+    names = strengths(method)
     values = {}
     for axis in axes:
         name, _, text = axis.partition("=")
         name = name.replace("-", "_")
-        if name not in known:
+        if name not in names:
             raise LVLMError(
-                f"--grid {axis}: {method.label} has no strength {name!r}; expected one of {', '.join(known)}"
+                f"--grid {axis}: {method.label} has no strength {name!r}; expected one of {', '.join(names)}"
             )
         try:
             values[name] = [float(one) for one in text.split(",")]
@@ -42,12 +42,12 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
             raise LVLMError(f"--grid {axis}: expected numbers, as in {name}=0,0.5,1") from error
     grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
     for point in grid:
-        at(method, point)  # refuses what is out of range before a model is loaded
+        at(method, point)  # refuses values out of range before a model is loaded
     return grid
 
 
 def strengths(method: Method) -> dict[str, tuple[int, str]]:
-    """Name -> (number of the member, field) of every strength; of several members "vaf.enhance" too, or it alone."""
+    """Name -> (index of the member, field) of every strength. If several members have it, the name is "vaf.enhance"."""
     members = getattr(method, "members", (method,))
     fields = [
         (index, field.name)
@@ -56,28 +56,28 @@ def strengths(method: Method) -> dict[str, tuple[int, str]]:
         if "low" in field.metadata
     ]
     names = [name for _, name in fields]
-    found = {name: (index, name) for index, name in fields if names.count(name) == 1}
+    by_name = {name: (index, name) for index, name in fields if names.count(name) == 1}
     if len(members) > 1:
-        found |= {f"{name_of(members[index])}.{name}": (index, name) for index, name in fields}
-    return found
+        by_name |= {f"{name_of(members[index])}.{name}": (index, name) for index, name in fields}
+    return by_name
 
 
 def at(method: Method, point: Point) -> Method:
     """The method at a point of its grid.
 
     Raises:
-        LVLMError: a strength out of range.
+        LVLMError: a strength is out of range.
     """
-    known, members = strengths(method), list(getattr(method, "members", (method,)))
+    fields, members = strengths(method), list(getattr(method, "members", (method,)))
     for name, value in point.items():
-        index, field = known[name]
+        index, field = fields[name]
         members[index] = dataclasses.replace(members[index], **{field: value})
     return dataclasses.replace(method, members=tuple(members)) if hasattr(method, "members") else members[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A question to the model: its id, the conversation, and the right answer ("yes" or "no") where it is known."""
+    """A question for the model: its id, the conversation, and the right answer ("yes" or "no") if known."""
 
     id: Any
     messages: list[dict]
@@ -90,15 +90,15 @@ def of_prompts(texts: Sequence[str], images: Sequence[str]) -> list[Asked]:
 
 
 def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Asked]:
-    """The first `limit` questions of a question file (`generation.questions`), all of them without a limit.
+    """The first `limit` questions of a question file (`generation.questions`); all without a limit.
 
     Raises:
         LVLMError: an unreadable file or line.
     """
     questions, wrong = read_questions(path)
     if wrong:
-        line, what = next(iter(wrong.items()))
-        raise LVLMError(f"{path}, line {line}: {what}")
+        line, reason = next(iter(wrong.items()))
+        raise LVLMError(f"{path}, line {line}: {reason}")
     lines = files.read_text(Path(path), "question file").split("\n")
     entries = {number: json.loads(line) for number, line in enumerate(lines, 1) if line.strip()}
     labels = {number: str(entry["label"]).lower() for number, entry in entries.items() if "label" in entry}
@@ -115,7 +115,7 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of all questions: greedy texts, and texts and their lengths in tokens at each point of the grid."""
+    """Answers to all questions: greedy texts; and for each point of the grid, texts and their lengths in tokens."""
 
     greedy: list[str]
     texts: list[list[str]]
@@ -134,35 +134,35 @@ def answer(
     """Answers all questions greedily without the method, and with it at every point of the grid.
 
     Raises:
-        LVLMError: a strength out of range, an unreadable image, or a prompt that does not fit.
+        LVLMError: a strength out of range, an unreadable image, or a prompt that is too long.
     """
     settings = [at(method, point) for point in grid]
-    found = Answers([], [[] for _ in grid], [[] for _ in grid])
+    answers = Answers([], [[] for _ in grid], [[] for _ in grid])
     with Progress(len(asked), title="questions", quiet=len(asked) <= batch_size) as progress:
         for start in range(0, len(asked), batch_size):
             messages = [one.messages for one in asked[start : start + batch_size]]
-            found.greedy.extend(model.generate(messages, max_new_tokens=max_new_tokens).text)
+            answers.greedy.extend(model.generate(messages, max_new_tokens=max_new_tokens).text)
             for first in range(0, len(grid), points_at_once):
                 outputs = model.sweep(messages, settings[first : first + points_at_once], max_new_tokens)
                 for index, output in enumerate(outputs, first):
-                    found.texts[index].extend(output.text)
-                    found.lengths[index].extend(map(len, output.tokens))
+                    answers.texts[index].extend(output.text)
+                    answers.lengths[index].extend(map(len, output.tokens))
             progress.update(len(messages))
-    return found
+    return answers
 
 
 def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
-    """A line for each point: the share of answers that differ from greedy, their mean length, and the accuracy.
+    """One line per point: the share of answers that differ from greedy, their mean length, and the accuracy.
 
-    The accuracy is that of the first "yes" or "no" of an answer, where questions have such labels. The last line says
-    how many questions and images the figures are of.
+    The accuracy is that of the first "yes" or "no" of an answer, if questions have such labels. The last line gives the
+    number of questions and images.
     """
     labels = [one.label for one in asked]
     rows = [["settings", "changed", "tokens", "accuracy"], ["greedy", "", "", _accuracy(found.greedy, labels)]]
     for point, texts, lengths in zip(grid, found.texts, found.lengths, strict=True):
-        changed = sum(a != b for a, b in zip(texts, found.greedy, strict=True)) / len(texts)
+        share = sum(a != b for a, b in zip(texts, found.greedy, strict=True)) / len(texts)
         name = " ".join(f"{key}={value:g}" for key, value in point.items())
-        rows.append([name, f"{changed:.3f}", f"{sum(lengths) / len(lengths):.1f}", _accuracy(texts, labels)])
+        rows.append([name, f"{share:.3f}", f"{sum(lengths) / len(lengths):.1f}", _accuracy(texts, labels)])
     rows = [row[: 4 if any(line[3] for line in rows[1:]) else 3] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -172,7 +172,7 @@ def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
 
 
 def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> None:
-    """Writes every answer, JSON lines `{settings, question_id, text}`.
+    """Writes every answer, as JSON lines `{settings, question_id, text}`.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -187,8 +187,8 @@ def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answ
 
 def said(text: str) -> str | None:
     """The first "yes" or "no" of an answer."""
-    found = _YES_OR_NO.search(text.lower())
-    return found and found[1]
+    match = _YES_OR_NO.search(text.lower())
+    return match and match[1]
 
 
 def _accuracy(texts: list[str], labels: list[str | None]) -> str:

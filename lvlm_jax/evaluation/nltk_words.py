@@ -1,9 +1,9 @@
-"""Words of a text as published scorers have them: by nltk, with its data.
+"""Words of a text as in published scorers: by nltk, with its data.
 
-`lemmas`: CHAIR's (OPERA's chair.py). Text in lower case is cut into words, every word is tagged with its part of
-speech, and WordNet's lemmatiser brings it to its ground form as that part of speech. So verbs name objects too
-("seated" is a seat, "tied" a tie), "men" stays as it is, and "vases" becomes "vas".
-`nouns`: AMBER's (its inference.py). The nouns of a text, as they are written but for their ground form.
+`lemmas`: CHAIR's (OPERA's chair.py). Lower-case text is split into words, every word gets its part of speech, and
+WordNet's lemmatiser reduces it to the base form of that part of speech. So verbs name objects too ("seated" is a seat,
+"tied" a tie), "men" stays unchanged, and "vases" becomes "vas". `nouns`: AMBER's (its inference.py). The base forms of
+the nouns of a text.
 """
 
 import functools
@@ -11,22 +11,22 @@ from collections.abc import Iterable
 
 from lvlm_jax.errors import LVLMError
 
-# Those that the scorer's steps read, as nltk's downloader calls them, and where nltk looks for them.
+# The data that the scorers read, as nltk's downloader names them, and their places in nltk's folder.
 DATA = {
     "punkt_tab": "tokenizers/punkt_tab/english",
     "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
     "wordnet": "corpora/wordnet",
 }
-# First letters of the tagger's tags, and WordNet's letters; all other words are taken for nouns.
+# First letters of the tagger's tags -> WordNet's letters; all other words count as nouns.
 PARTS = {"J": "a", "V": "v", "R": "r"}
 
 
 def require(protocol: str, instead: str) -> None:
-    """Checks that nltk and its data are there and work.
+    """Checks that nltk and its data are installed and work.
 
     Args:
         protocol: the protocol that needs them, for the message.
-        instead: what to take without them, for the message.
+        instead: an alternative without them, for the message.
 
     Raises:
         LVLMError: something is missing or unreadable, or nltk is older than 3.9, which unpickles its data.
@@ -47,15 +47,15 @@ def require(protocol: str, instead: str) -> None:
         raise LVLMError(f"{needs}, and its data {', '.join(lacks)} are missing; run: {_download(lacks)}, {otherwise}")
     try:
         lemmas("two dogs seated")
-    except Exception as error:  # whatever nltk raises where its data are cut short or of another kind
-        said = " ".join(str(error).split())[:80]
+    except Exception as error:  # nltk may raise anything if its data are truncated or of another kind
+        reason = " ".join(str(error).split())[:80]
         raise LVLMError(
-            f"{needs}, and its data cannot be read ({said}); run: {_download(DATA)}, {otherwise}"
+            f"{needs}, and its data cannot be read ({reason}); run: {_download(DATA)}, {otherwise}"
         ) from error
 
 
 def have(protocol: str) -> bool:
-    """Whether nltk and its data are there and work."""
+    """Whether nltk and its data are installed and work."""
     try:
         require(protocol, "")
     except LVLMError:
@@ -68,19 +68,19 @@ def _download(names: Iterable[str]) -> str:
 
 
 def _has(nltk, place: str) -> bool:
-    """Whether nltk finds its data on its own search path, unpacked or (as WordNet comes) in an archive."""
-    for written in (place, f"{place}.zip"):
+    """Whether nltk finds data on its own search path, unpacked or (like WordNet) in an archive."""
+    for name in (place, f"{place}.zip"):
         try:
-            nltk.data.find(written)
+            nltk.data.find(name)
         except LookupError:
             continue
         return True
     return False
 
 
-@functools.lru_cache(maxsize=4096)  # a run is scored once for each control it is compared with
+@functools.lru_cache(maxsize=4096)  # a run is scored once per control
 def lemmas(text: str) -> tuple[str, ...]:
-    """Words and punctuation marks of a text, in lower case and in their ground forms."""
+    """Words and punctuation marks of a text, in lower case and base form."""
     import nltk
     from nltk.stem import WordNetLemmatizer
 
@@ -91,7 +91,7 @@ def lemmas(text: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def nouns(text: str) -> tuple[str, ...]:
-    """Nouns of a text in their ground forms, capitals kept."""
+    """Nouns of a text in base form; capitals are kept."""
     import nltk
     from nltk.stem import WordNetLemmatizer
 

@@ -1,7 +1,7 @@
-"""From a model's free text to an answer: the yes/no parsers of published scorers, each exactly, and our own.
+"""Parses answers from free text: the yes/no parsers of published scorers, each exactly, and our own.
 
-A yes/no parser takes the text and the right answer (which only "vcd" looks at) and gives "yes", "no", or None for an
-answer it does not understand.
+A yes/no parser takes the text and the right answer (which only "vcd" uses) and returns "yes", "no", or None for an
+answer that it cannot parse.
 """
 
 import re
@@ -11,41 +11,41 @@ from collections.abc import Callable, Sequence
 from lvlm_jax.errors import LVLMError
 
 Parser = Callable[[str, str], str | None]
-LETTERS = string.ascii_uppercase  # of options
+LETTERS = string.ascii_uppercase  # letters of options
 
 _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def official(text: str, label: str) -> str:
-    """POPE's own and LLaVA's: in the first sentence, commas dropped, a word "No", "no" or "not" is no; else yes."""
+    """POPE's own and LLaVA's: a word "No", "no" or "not" in the first sentence, without commas, means no; else yes."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
 
 def opera(text: str, label: str) -> str:
-    """OPERA's: in the whole text, a negative word or one that ends in "n't" is no; else yes."""
+    """OPERA's: a negative word, or a word ending in "n't", anywhere in the text means no; else yes."""
     words = text.replace(".", "").replace(",", "").split(" ")
     negative = any(word in ("No", "not", "no", "NO") or word.endswith("n't") for word in words)
     return "no" if negative else "yes"
 
 
 def vcd(text: str, label: str) -> str:
-    """VCD's: the label wherever it is found, be it inside a word ("know" is a no); else the other answer."""
+    """VCD's: the label if it occurs anywhere, even inside a word ("know" is a no); else the other answer."""
     if label in text.strip().lower():
         return label
     return "no" if label == "yes" else "yes"
 
 
 def lmms_eval(text: str, label: str) -> str | None:
-    """lmms-eval's: nothing but the word itself, blanks and case aside ("Yes." is not understood)."""
-    said = text.strip().lower()
-    return said if said in ("yes", "no") else None
+    """lmms-eval's: only the word itself, ignoring blanks and case ("Yes." cannot be parsed)."""
+    word = text.strip().lower()
+    return word if word in ("yes", "no") else None
 
 
 def strict(text: str, label: str) -> str | None:
-    """Ours: the one of the words "yes" and "no" that the text has; with neither or both, not understood."""
-    said = {word.lower() for word in _YES_OR_NO.findall(text)}
-    return said.pop() if len(said) == 1 else None
+    """Ours: whichever of the words "yes" and "no" the text contains; None for neither or both."""
+    words = {word.lower() for word in _YES_OR_NO.findall(text)}
+    return words.pop() if len(words) == 1 else None
 
 
 def first_four(text: str, label: str) -> str | None:
@@ -55,7 +55,7 @@ def first_four(text: str, label: str) -> str | None:
 
 
 def exact(text: str, label: str) -> str | None:
-    """AMBER's: the whole response is "Yes" or "No", capital letter included."""
+    """AMBER's: the whole response is "Yes" or "No", with the capital letter."""
     return {"Yes": "yes", "No": "no"}.get(text)
 
 
@@ -77,21 +77,21 @@ def yes_no(name: str) -> Parser:
     return YES_NO[name]
 
 
-# "A dog" and "I think" hold no answer A or I, "A is right" does.
+# "A dog" and "I think" contain no answer A or I, "A is right" does.
 _WORD = re.compile(r"[AI]\s+(?!(?:is|because|since|as|and|or|seems|looks)\b)[a-z]")
 
 
 def letter(text: str, options: Sequence[str]) -> str | None:
     """The first option letter that stands alone: "B", "(B)", "B.", "the answer is B".
 
-    Letters are capitals, for "a" is mostly an article; a text that is nothing but one letter may be in either case. An
-    "A" or "I" before a word in small letters is passed over as a word of English.
+    Letters are capitals, because "a" is mostly an article; a text of just one letter may be in either case. An "A" or
+    "I" before a lower-case word is skipped as an English word.
 
     Args:
-        options: the letters there are.
+        options: the allowed letters.
 
     Returns:
-        One of `options`; None where no letter stands alone.
+        One of `options`; None if no letter stands alone.
     """
     alone = text.strip(" \t\r\n().:[]*\"'").upper()
     if alone in options:
@@ -103,14 +103,14 @@ def letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def bare(text: str) -> str:
-    """A short answer without case, article, and full stop."""
+    """A short answer without case, article and full stop."""
     return re.sub(r"^(an?|the) |[.!]$", "", text.strip().lower())
 
 
 def truncated(text: str, rule: str) -> str:
-    """A caption by a truncation rule: "none", or "sentence", which keeps what ends with the last full stop.
+    """A caption after a truncation rule: "none", or "sentence", which keeps the text up to the last full stop.
 
-    As in OPERA, a caption without any full stop becomes empty under "sentence".
+    As in OPERA, a caption without a full stop becomes empty under "sentence".
     """
     if rule == "none":
         return text

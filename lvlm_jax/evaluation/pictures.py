@@ -1,6 +1,6 @@
-"""Pictures of a benchmark, opened in threads ahead of the model, and encoded once for all questions about them.
+"""Images of a benchmark: opened in threads ahead of the model, and encoded once for all questions about them.
 
-Where image tokens depend on more than the picture (`FamilyConfig.tokens_per_image` is None), they are only opened.
+If image tokens depend on more than the image (`FamilyConfig.tokens_per_image` is None), images are only opened.
 """
 
 from collections import OrderedDict
@@ -16,28 +16,28 @@ from lvlm_jax.evaluation.question import image_name
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.inputs import EncodedImage
 
-READERS = 4  # threads that open the pictures needed next
-REMEMBERED = 1 << 30  # bytes of pictures: 160 that LLaVA-1.5-7B has encoded in bfloat16
+READERS = 4  # threads that open the next images
+REMEMBERED = 1 << 30  # bytes of images: 160 images that LLaVA-1.5-7B has encoded in bfloat16
 
 Ready = EncodedImage | Image.Image
 
 
 class Pictures:
-    """The pictures of the questions to come, in the order in which they will be needed.
+    """The images of upcoming questions, in the order in which they will be needed.
 
-    The tower takes them in groups of one size: neighbours in that order, whatever of them is known already. So it is
-    one program, and a run that goes on after a kill computes exactly what it would have computed. The groups used
-    last are remembered; a benchmark whose pictures fit is encoded once.
+    The tower takes them in groups of one size: neighbours in that order, whether or not some are already encoded. So
+    there is one program, and a resumed run computes exactly what an uninterrupted one would. The most recent groups are
+    cached; a benchmark whose images fit is encoded once.
     """
 
     def __init__(self, model: Any, needed: Iterable[Path | bytes], size: int, remembered: int = REMEMBERED):
-        """Nothing is opened yet.
+        """Opens nothing yet.
 
         Args:
             model: an `LVLM`.
-            needed: every picture in the order of its uses, as often as it is used.
-            size: of a group.
-            remembered: bytes of pictures to keep; the newest group is kept in any case.
+            needed: every image in the order of its uses, with repeats.
+            size: size of a group.
+            remembered: bytes of images to cache; the newest group is always kept.
         """
         order = list(dict.fromkeys(needed))
         size = max(1, min(size, len(order)))
@@ -55,10 +55,10 @@ class Pictures:
         self._pool.shutdown(cancel_futures=True)
 
     def ready(self, pictures: Sequence[Path | bytes]) -> list[Ready]:
-        """Some of the pictures, as messages take them.
+        """Some of the images, ready for messages.
 
         Raises:
-            LVLMError: a picture of their groups cannot be read.
+            LVLMError: an image of their groups is unreadable.
         """
         return [self._group(self._group_of[picture])[picture] for picture in pictures]
 
@@ -69,7 +69,7 @@ class Pictures:
             if number + 1 < len(self._groups) and number + 1 not in self._known:
                 self._opening = {number + 1: self._open(number + 1)}
             if self._model.config.tokens_per_image is not None:
-                spare = self._size - len(images)  # the last group has the shape of the others
+                spare = self._size - len(images)  # the last group is padded to the shape of the others
                 images = self._model.encode_images(images + images[-1:] * spare)[: len(images)]
             self._known[number] = dict(zip(self._groups[number], images, strict=True))
         self._known.move_to_end(number)

@@ -1,7 +1,7 @@
-"""Protocols: everything that decides a score besides the model, under one name; and the record a score carries.
+"""Protocols: everything that determines a score besides the model, under one name; and the record of a score.
 
-Two people's figures of "POPE" differ because the question file, the prompt's suffix, the parser, the length limit or
-the image list differ. A protocol fixes what can be fixed, and the record hashes the rest.
+Two people's figures for "POPE" differ because the question file, the prompt's suffix, the parser, the length limit or
+the image list differ. A protocol fixes most of these, and the record hashes the rest.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ class Protocol:
 
     Attributes:
         name: "benchmark/variant".
-        benchmark: name of its benchmark, key of `lvlm_jax.evaluation.BENCHMARKS`.
-        about: one line for people who choose.
-        template: the prompt; `{question}` is the question's text.
-        suffix: what follows the question.
-        system: the system prompt; "" for none (then the chat template may have one of its own).
-        parser: name in `parsers.YES_NO`, "letter", "short" (the label's own words), "none" (descriptions), or for CHAIR
-            how words come to their ground form (`chair_words.READINGS`).
+        benchmark: name of its benchmark, a key of `lvlm_jax.evaluation.BENCHMARKS`.
+        about: one line of description.
+        template: the prompt; `{question}` is replaced by the question's text.
+        suffix: text after the question.
+        system: the system prompt; "" for none (the chat template may then add its own).
+        parser: a name in `parsers.YES_NO`, "letter", "short" (the label's own words), "none" (descriptions), or for
+            CHAIR a name in `chair_words.READINGS`.
         max_new_tokens, temperature, top_p: decoding; temperature 0 is greedy.
-        truncate: captions: "none", or "sentence" to drop what follows the last full stop.
-        groups: the splits or subtasks asked.
-        synonym_list: CHAIR: "official" keeps the list's slips (words that never match), "repaired" mends them.
+        truncate: for captions: "none", or "sentence" to drop the text after the last full stop.
+        groups: the splits or subtasks to ask.
+        synonym_list: for CHAIR: "official" keeps the list's errors (words that never match), "repaired" corrects them.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Protocol:
     system: str = ""
 
     def prompt(self, question: Question) -> str:
-        """The text put to a model."""
-        # Not str.format: a question may hold braces.
+        """The text that the model receives."""
+        # Not str.format: a question may contain braces.
         return self.template.replace("{question}", question.text) + self.suffix
 
 
@@ -61,7 +61,7 @@ _PROTOCOLS: dict[str, Protocol] = {}
 
 
 def register(*protocols: Protocol) -> None:
-    """Make protocols known by their names; a name can be given once."""
+    """Registers protocols by name; each name can be used once."""
     for protocol in protocols:
         if protocol.name in _PROTOCOLS:
             raise ValueError(f"protocol {protocol.name!r} is registered already")
@@ -74,10 +74,10 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Protocol:
-    """The protocol called `name`; a benchmark's name alone means its first one, the default.
+    """The protocol called `name`; a benchmark's name alone means its first protocol, the default.
 
     Raises:
-        LVLMError: there is none; the message names those that come close.
+        LVLMError: there is none; the message lists similar names.
     """
     if name in _PROTOCOLS:
         return _PROTOCOLS[name]
@@ -89,7 +89,7 @@ def get(name: str) -> Protocol:
 
 
 def files_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 of one file; of several, one for their names and contents in sorted order."""
+    """SHA-256 of one file; for several, of their names and contents in sorted order."""
     if len(paths) == 1:
         return file_hash(paths[0])
     digest = hashlib.sha256()
@@ -99,9 +99,10 @@ def files_hash(paths: Sequence[Path]) -> str:
 
 
 def image_list_hash(questions: Sequence[Question]) -> str:
-    """SHA-256 of the distinct image names in the order asked, one a line (for encoded pictures, of their hashes)."""
-    listed = dict.fromkeys(name for question in questions for name in question.image_names)
-    return hashlib.sha256("".join(f"{name}\n" for name in listed).encode()).hexdigest()
+    """SHA-256 of the distinct image names in the order of the questions, one per line (for encoded images, their
+    hashes)."""
+    distinct = dict.fromkeys(name for question in questions for name in question.image_names)
+    return hashlib.sha256("".join(f"{name}\n" for name in distinct).encode()).hexdigest()
 
 
 def record(
@@ -116,16 +117,16 @@ def record(
     seed: int | None = None,
     more: Mapping | None = None,
 ) -> dict:
-    """What every score carries, as plain JSON values.
+    """The record of a score, as plain JSON values.
 
     Args:
-        protocol: the protocol as it was run, overrides included (`dataclasses.replace`).
-        questions: the questions asked, in order.
-        files: role -> files, as a benchmark's `question_files` gives them.
+        protocol: the protocol of the run, with overrides (`dataclasses.replace`).
+        questions: the questions, in order.
+        files: role -> files, from a benchmark's `question_files`.
         model: path or hub id, with `model_sha256` of its files or its `revision`.
-        method: a method, or the record of one; None for none (or not known, when others' answers are scored).
-        seed: of sampling.
-        more: what else decides the figures (bootstrap seed, source of the images, ...).
+        method: a method, or the record of one; None for none (or if unknown, for answers of other programs).
+        seed: seed of sampling.
+        more: everything else that determines the figures (bootstrap seed, source of the images, ...).
     """
     images = {name for question in questions for name in question.image_names}
     return {

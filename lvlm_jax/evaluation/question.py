@@ -1,4 +1,4 @@
-"""What every benchmark reads into: questions, and where the files of a benchmark lie."""
+"""`Question` and `Data`: what every benchmark is read into, and where its files are."""
 
 import dataclasses
 import hashlib
@@ -12,15 +12,15 @@ class Question:
     """One question of a benchmark.
 
     Attributes:
-        id: as the benchmark's file gives it; unique within its group.
-        images: files, or encoded pictures where the benchmark ships them inside its tables. In `text`, each
-          `<image>` is the place of the next one; without any, the images come first.
-        text: the question as the file has it, without the protocol's suffix.
-        label: the right answer in the benchmark's own words; None where there is none to compare with.
+        id: the id in the benchmark's file; unique within its group.
+        images: files, or encoded images if the benchmark's tables contain them. In `text`, each `<image>` is the place
+            of the next one; without placeholders, the images come first.
+        text: the question in the file, without the protocol's suffix.
+        label: the right answer in the benchmark's own words; None if there is none to compare with.
         group: split, subtask or kind ("random", "existence", ...).
-        extra: what the benchmark's scorer needs besides.
-        names: of the images, where a file name alone does not tell them apart (CO3D's frames are numbered in every
-          folder anew); empty for the file names.
+        extra: further data for the benchmark's scorer.
+        names: names of the images, if file names are ambiguous (in CO3D, every folder numbers its frames from 1); empty
+            for the file names.
     """
 
     id: int | str
@@ -33,47 +33,48 @@ class Question:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Group and id as text, since answer files write one id now as a number, now as a string."""
+        """Group and id as text, because answer files write ids as numbers or as strings."""
         return self.group, str(self.id)
 
     @property
     def unit(self) -> str:
-        """Name of the image, or of the images together: what a bootstrap resamples."""
+        """Name of the image or images; the bootstrap resamples these units."""
         return "+".join(self.image_names)
 
     @property
     def image_names(self) -> tuple[str, ...]:
-        """What the images are called in answer files and records."""
+        """Names of the images in answer files and records."""
         return self.names or tuple(map(image_name, self.images))
 
 
 def image_name(image: Path | bytes) -> str:
-    """A file's name; for an encoded picture the beginning of its SHA-256."""
+    """A file's name; for an encoded image the beginning of its SHA-256."""
     return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else image.name
 
 
 def listed_name(image: Path | bytes) -> str:
-    """As `image_name`, with the folders that a question file writes before the name ("vase/64_439/frame001.jpg")."""
+    """As `image_name`, with the folders before the name in a question file ("vase/64_439/frame001.jpg")."""
     return image_name(image) if isinstance(image, bytes) or image.is_absolute() else image.as_posix()
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where a benchmark's files lie. Only `folder` is always needed; the rest overrules what is looked for in it.
+    """Where a benchmark's files are. Only `folder` is always needed; the other fields take precedence over files found
+    in it.
 
     Attributes:
-        folder: the folder that users have (of COCO, of MME, ...), searched in the places listed by each benchmark.
-        question_file: one question file instead of the ones looked for (POPE, MIHBench, multiple choice).
+        folder: the usual folder (of COCO, of MME, ...), searched in the places that each benchmark lists.
+        question_file: one question file, used instead of those in the folder (POPE, MIHBench, multiple choice).
         image_folder: folder of the images.
-        image_list: CHAIR: file with one image name or id a line; the images in this order.
-        synonyms: CHAIR: the user's synonym list, one category a line, its words separated by commas.
-        chair_pickle: CHAIR: `chair.pkl` with the ground truth of all images.
-        source: POPE: "coco", "aokvqa" or "gqa".
+        image_list: for CHAIR: file with one image name or id per line; the images in this order.
+        synonyms: for CHAIR: the user's synonym list, one category per line, its words separated by commas.
+        chair_pickle: for CHAIR: `chair.pkl` with the ground truth of all images.
+        source: for POPE: "coco", "aokvqa" or "gqa".
         groups: only these splits or subtasks; empty for those of the protocol.
-        only: CHAIR: only these image ids (rescoring takes them from the captions).
+        only: for CHAIR: only these image ids (rescoring takes them from the captions).
         limit: only the first questions of every group, this many of each; None for all.
-        matching: AMBER: "spacy" for soft matching with spaCy's large English vectors, as the official scorer does it,
-          "exact", or "auto" for the former where it is installed.
+        matching: for AMBER: "spacy" for soft matching with spaCy's large English vectors, as in the official scorer,
+            "exact", or "auto" for "spacy" if it is installed.
     """
 
     folder: Path
@@ -90,10 +91,10 @@ class Data:
 
     def limited(self, questions: Sequence[Question]) -> list[Question]:
         """The questions within the limit."""
-        seen: Counter = Counter()
-        kept = []
+        counts: Counter = Counter()
+        limited = []
         for question in questions:
-            seen[question.group] += 1
-            if self.limit is None or seen[question.group] <= self.limit:
-                kept.append(question)
-        return kept
+            counts[question.group] += 1
+            if self.limit is None or counts[question.group] <= self.limit:
+                limited.append(question)
+        return limited

@@ -1,4 +1,4 @@
-"""Score answers that somebody else's model gave: no model is run, no picture is opened."""
+"""Scores answers of any model: no model runs, and no image is opened."""
 
 import dataclasses
 import json
@@ -15,22 +15,22 @@ from lvlm_jax.journal.record import file_hash
 
 
 def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str | None, Path]]:
-    """`GROUP=FILE`, or a file or folder alone, as (group or None, path).
+    """Parses `GROUP=FILE`, or a file or folder alone, as (group or None, path).
 
     Raises:
-        LVLMError: a file that is there, with a group that is not.
+        LVLMError: the file exists, but the group does not.
     """
-    found = []
+    pairs = []
     for word in words:
         group, equals, name = word.partition("=")
-        # A path may hold an equals sign itself.
+        # A path may contain an equals sign itself.
         if equals and group in groups and not files.exists(Path(word)):
-            found.append((group, Path(name)))
+            pairs.append((group, Path(name)))
         elif equals and groups and files.expand(name).exists() and not files.expand(word).exists():
             raise LVLMError(f"{word}: there is no group {group!r}; give GROUP=FILE with one of {', '.join(groups)}")
         else:
-            found.append((None, Path(word)))
-    return found
+            pairs.append((None, Path(word)))
+    return pairs
 
 
 def rescore(
@@ -44,18 +44,18 @@ def rescore(
     seed: int = 0,
     model: str | None = None,
 ) -> dict:
-    """Score answer files, with intervals and the protocol record; with `against`, compare two runs.
+    """Scores answer files, with intervals and the protocol record; with `against`, compares two runs.
 
     Args:
         settings: the protocol.
-        given: answer files, as `answer_paths` reads them.
-        against: answer files of the run to compare with (greedy, say), over the same questions.
-        partial: score the questions that are answered, and say so, instead of raising.
-        seed: of the bootstrap.
-        model: name of the model that answered, for the record; else what the record beside the answers says.
+        given: answer files, as for `answer_paths`.
+        against: answer files of the run to compare with (for example greedy), over the same questions.
+        partial: score the questions that have answers, and note it, instead of raising.
+        seed: seed of the bootstrap.
+        model: name of the model that answered, for the record; by default from the record beside the answers.
 
     Returns:
-        What goes into `scores.json`, plain JSON values.
+        The content of `scores.json`, plain JSON values.
 
     Raises:
         LVLMError: files are missing or malformed, or answers and questions do not belong together.
@@ -73,31 +73,31 @@ def rescore(
 
     def matched(rows: Sequence[answers.Row]) -> answers.Answers:
         """Answers to the questions within the limit; a file may have more."""
-        found = answers.match(everything, rows, True, settings.groups)
+        all_answers = answers.match(everything, rows, True, settings.groups)
         if not partial:
-            answers.complete(questions, found)
-        return found
+            answers.complete(questions, all_answers)
+        return all_answers
 
-    said = matched(rows)
-    answered = [question for question in questions if question.key in said]
-    scores = benchmark.score(answered, said, settings)
+    matched_texts = matched(rows)
+    answered_questions = [question for question in questions if question.key in matched_texts]
+    scores = benchmark.score(answered_questions, matched_texts, settings)
     origin = _origin(paths)
     sent = origin.get("generation", {}).get("system")
-    if isinstance(sent, str):  # what the model was sent, whatever the protocol would have sent
+    if isinstance(sent, str):  # the system prompt that was sent, whatever the protocol says
         settings = dataclasses.replace(settings, system=sent)
     more = {
         "questions_given": len(everything),
         "limit": data.limit,
         "bootstrap": {"resamples": resamples, "seed": seed, "level": statistics.LEVEL, "over": "images"},
         "answers": [{"name": path.name, "sha256": _hash(path)} for _, path in paths],
-        # How answers of others were decoded is not known; the protocol says how they should have been.
+        # How other programs decoded their answers is unknown; the protocol says how they should have been decoded.
         "decoding_known": bool(origin),
         "answered_by": origin or None,
     } | {name: getattr(data, name) for name in benchmark.recorded}
     found = {
         "record": protocol.record(
             settings,
-            answered,
+            answered_questions,
             benchmark.question_files(data, settings),
             model=model or origin.get("model"),
             model_sha256=origin.get("model_sha256"),
@@ -109,8 +109,8 @@ def rescore(
     if against:
         others = answer_paths(against, settings.groups)
         theirs = matched(answers.read(others, benchmark.answers, settings.groups))
-        common = [question for question in answered if question.key in theirs]
-        pair = [benchmark.score(common, texts, settings) for texts in (said, theirs)]
+        common = [question for question in answered_questions if question.key in theirs]
+        pair = [benchmark.score(common, texts, settings) for texts in (matched_texts, theirs)]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
         names = ["these answers", f"those of {others[0][1].name}"]
         found["against"] |= judged(benchmark, *names, *pair, found["against"]["differences"])
@@ -128,21 +128,21 @@ def _hash(path: Path) -> str:
 
 
 def _origin(paths: Sequence[tuple[str | None, Path]]) -> dict:
-    """The record that our own runs leave beside their answers, if there is one."""
+    """The record that our own runs write beside their answers, if there is one."""
     beside = paths[0][1].with_name(paths[0][1].name + ".run.json") if paths else None
     if beside is None or not beside.is_file():
         return {}
-    stored = files.read_json(beside, "record of the run")
-    return stored if isinstance(stored, dict) else {}
+    record_of_run = files.read_json(beside, "record of the run")
+    return record_of_run if isinstance(record_of_run, dict) else {}
 
 
 def _number(value) -> float | None:
-    """A number for JSON, which has no nan."""
+    """A number for JSON; nan becomes None."""
     return None if math.isnan(value) else round(float(value), 6)
 
 
 def report(scores: Scores, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict:
-    """Figures with intervals, notes, and what was counted at each image, as plain JSON values."""
+    """Figures with intervals, notes, and the counts of each image, as plain JSON values."""
     values, sizes = scores.values(), scores.sizes()
     intervals = statistics.bootstrap(scores, resamples, seed)
     return {
@@ -184,29 +184,29 @@ def compare(first: Scores, second: Scores, resamples: int = statistics.RESAMPLES
 def judged(
     benchmark: Benchmark, first: str, second: str, ours: Scores, theirs: Scores, differences: Mapping
 ) -> dict[str, dict[str, str] | str]:
-    """What the differences (ours minus theirs) show of the figures by which the benchmark judges, as JSON values.
+    """Verdicts on the differences (ours minus theirs) of the figures by which the benchmark judges, as JSON values.
 
     Args:
-        first, second: what the two runs are called.
+        first, second: names of the two runs.
 
     Returns:
-        "verdicts": figure -> verdict, without figures that are not defined; "words": the sentences that say them.
+        "verdicts": figure -> verdict, without undefined figures; "words": the verdicts as sentences.
     """
-    said, sentences = {}, []
+    by_figure, sentences = {}, []
     values, others, sizes = ours.values(), theirs.values(), ours.sizes()
     for name in benchmark.judged_by(list(differences)):
         count = verdicts.questions_behind(name, sizes, ours.correct)
         interval = differences[name]["interval"]
-        says = verdicts.verdict(interval, benchmark.direction(name), count)
-        if says == verdicts.NOT_DEFINED:
+        verdict = verdicts.verdict(interval, benchmark.direction(name), count)
+        if verdict == verdicts.NOT_DEFINED:
             continue
-        said[name] = says
+        by_figure[name] = verdict
         scale = 100 if ours.figures[name].unit == "share" else 1
         difference = [scale * number for number in (differences[name]["value"], *interval)]
         pair = (float(values[name]) * scale, float(others[name]) * scale)
         about = f"{count} questions, {len(ours.units)} images"
-        sentences.append(verdicts.sentence(says, first, second, name, pair, difference, about))
-    return {"verdicts": said, "words": " ".join(sentences)}
+        sentences.append(verdicts.sentence(verdict, first, second, name, pair, difference, about))
+    return {"verdicts": by_figure, "words": " ".join(sentences)}
 
 
 def table(found: dict) -> str:
@@ -244,7 +244,7 @@ def _p(value: float | None) -> str:
 
 
 def summary(found: dict) -> str:
-    """The lines below a table: which protocol, files and images the figures are of."""
+    """The lines below a table: protocol, files and images of the figures."""
     record = found["record"]
     settings = record["protocol"]
     lines = [
@@ -253,7 +253,7 @@ def summary(found: dict) -> str:
         f"image list {record['images']['list_sha256'][:12]}",
     ]
     if record["limit"]:
-        lines.append(f"limit {record['limit']}: the first questions only, not to be compared with whole runs")
+        lines.append(f"limit {record['limit']}: only the first questions, not to be compared with complete runs")
     if record["decoding_known"]:
         lines.append(f"system prompt: {settings['system'] or 'none'}")
     lines += [f"{role} {entry['name']} {entry['sha256'][:12]}" for role, entry in record["files"].items()]
@@ -266,7 +266,7 @@ def _plain(value) -> str:
 
 
 def write(found: dict, folder: Path) -> Path:
-    """Write `scores.json` into a folder, whole or not at all."""
+    """Writes `scores.json` into a folder, completely or not at all."""
     path = folder / "scores.json"
     files.write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return path

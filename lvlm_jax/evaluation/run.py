@@ -1,8 +1,8 @@
-"""A run: a model answers a benchmark, with a method and beside its controls, and one folder holds what came of it.
+"""A run: a model answers a benchmark with a method, beside its controls; one folder contains all results.
 
-OUT/log.PROCESS.jsonl          answers as they came; what a run that was stopped goes on from
-OUT/answers.jsonl (or as the benchmark has it: a file for each split, answers.json, a folder)
-OUT/scores.json                figures, controls, cost, and the record of what decided them
+OUT/log.PROCESS.jsonl          answers as they come; a stopped run resumes from it
+OUT/answers.jsonl (or in the benchmark's format: a file for each split, answers.json, a folder)
+OUT/scores.json                figures, controls, cost, and the record of what determined them
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
 """
 
@@ -31,17 +31,17 @@ from lvlm_jax.processors.templates import check_system
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What of a run does not belong to its protocol.
+    """The settings of a run that do not belong to its protocol.
 
     Attributes:
         batch_size: prompts at once.
-        seed: of sampling.
+        seed: seed of sampling.
         controls: folder for the controls' logs; None for no controls.
         share: the part of the questions that this process answers.
         against: answer files of another run to compare with.
-        resamples, bootstrap_seed: of the intervals.
+        resamples, bootstrap_seed: for the intervals.
         schedule: as in `engine.Work`.
-        runs: which of `controls.RUNS` are made; greedy decoding always is.
+        runs: which of `controls.RUNS` to make; greedy decoding is always made.
     """
 
     batch_size: int = 16
@@ -60,7 +60,7 @@ DEFAULT = Options()
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Questions put to a model under one protocol and method, and where the answers lie."""
+    """Questions under one protocol and method, and the folder of their answers."""
 
     questions: Sequence[Question]
     protocol: Protocol
@@ -68,11 +68,11 @@ class Decoded:
     work: Work
 
     def logged(self) -> shares.Logged:
-        """The answers that are there by now, of all processes."""
+        """The answers so far, of all processes."""
         return shares.read(self.work.folder, "log", self.work.record, self.questions)
 
     def complete(self) -> bool:
-        """Whether all of them are there."""
+        """Whether all answers exist."""
         return self.logged().complete(self.questions)
 
     def texts(self) -> dict[shares.Key, str]:
@@ -84,8 +84,8 @@ class Run:
     """A benchmark, a model, a method: first `ask`, then `score`. Only asking needs the model.
 
     Attributes:
-        questions: of the benchmark, with their pictures.
-        about: the record that lies beside the answers.
+        questions: of the benchmark, with their images.
+        about: the record beside the answers.
     """
 
     def __init__(
@@ -101,26 +101,26 @@ class Run:
         """Reads the questions.
 
         Args:
-            path, dtype: of the model, as they go into the records.
+            path, dtype: the model's, for the records.
             out: folder of the run.
 
         Raises:
-            LVLMError: an unusable benchmark folder, a setting that the benchmark has no use for, or controls without
-                a method.
+            LVLMError: an unusable benchmark folder, a setting that the benchmark does not use, or controls without a
+                method.
         """
         if options.controls is not None and method is None:
-            raise LVLMError("controls run beside a method, and there is none; give a method, or no controls")
+            raise LVLMError("controls need a method; give a method, or no controls")
         self.protocol, self.data, self.out, self.options = protocol, data, out, options
         self._benchmark = BENCHMARKS[protocol.benchmark]
         self._benchmark.check(data)
         self.questions = data.limited(self._benchmark.read(data, protocol, need_images=True))
         settings = {"protocol": protocol.name, "batch_size": options.batch_size, "system": protocol.system}
-        place = str(files.expand(data.folder).resolve())  # where a report finds the pictures
+        place = str(files.expand(data.folder).resolve())  # where a report finds the images
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
-        listed = self._benchmark.question_files(data, protocol)
+        question_files = self._benchmark.question_files(data, protocol)
 
         def decoded(rule: Protocol, how: Method | None, folder: Path, asked: Sequence[Question]) -> Decoded:
-            about = record(rule, asked, listed, model=path, model_sha256=self.about["model_sha256"],
+            about = record(rule, asked, question_files, model=path, model_sha256=self.about["model_sha256"],
                            method=how, seed=options.seed, more={"dtype": dtype, "limit": data.limit})  # fmt: skip
             work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
             return Decoded(asked, rule, how, work)
@@ -135,10 +135,10 @@ class Run:
                     self._controls[one.name] = decoded(one.protocol, one.method, options.controls / one.folder, asked)
 
     def complete(self) -> bool:
-        """Whether every answer is there, so that `score` has nothing to wait for.
+        """Whether all answers exist, so that `score` has nothing to wait for.
 
         Raises:
-            LVLMError: a log of another run is in the way.
+            LVLMError: the folder has a log of another run.
         """
         everything = [self._own, *self._controls.values()]
         if not all(one.complete() for one in everything):
@@ -153,7 +153,7 @@ class Run:
         """Has the model answer this process's share, controls included.
 
         Raises:
-            LVLMError: an unreadable picture, a method that the model cannot take, or a log of another run.
+            LVLMError: an unreadable image, a method that the model does not support, or a log of another run.
         """
         check_system(model.processor, self.protocol.system)
         name = self.protocol.name
@@ -167,27 +167,27 @@ class Run:
         """Scores the answers and writes all files.
 
         Returns:
-            What stands in `scores.json`; None while other processes have not answered their shares, or where another
-            one writes.
+            The content of `scores.json`; None if other processes have not finished their shares, or if another process
+            writes it.
         """
         if not self.options.share.writes or not self.complete():
             return None
         options, texts = self.options, self._own.texts()
-        # Two processes that finish at the same moment write the same files, so one after the other.
+        # Two processes that finish at the same moment write the same files, so they take turns.
         with locked(self.out / "scores.json", wait=True):
-            given = write_answers(self.out, self.questions, texts, self.protocol, self.about)
-            found = rescore.rescore(
-                self.protocol, self.data, given, options.against, resamples=options.resamples,
+            answer_files = write_answers(self.out, self.questions, texts, self.protocol, self.about)
+            scores = rescore.rescore(
+                self.protocol, self.data, answer_files, options.against, resamples=options.resamples,
                 seed=options.bootstrap_seed,
             )  # fmt: skip
-            found["cost"] = cost(self._own.logged())
+            scores["cost"] = cost(self._own.logged())
             if self._controls:
-                found["controls"] = controls.report(
+                scores["controls"] = controls.report(
                     self._benchmark, self.questions, texts, self.protocol, self._answered(), options.resamples,
                     options.bootstrap_seed,
                 )  # fmt: skip
-            rescore.write(found, self.out)
-        return found
+            rescore.write(scores, self.out)
+        return scores
 
     def _answered(self) -> Answered:
         odds = self._odds().answers
@@ -202,26 +202,26 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
     """Writes answers in the benchmark's own format, each file with the record of the run beside it.
 
     Returns:
-        The files as `--rescore` takes them: `GROUP=FILE` where each group has one of its own.
+        The files as for `--rescore`: `GROUP=FILE` if each group has its own file.
     """
     form = BENCHMARKS[protocol.benchmark].answers
     groups = list(dict.fromkeys(question.group for question in questions))
     apart = form.by_group and len(groups) > 1 and set(groups) <= set(protocol.groups)
-    found = []
+    words = []
     for group in groups if apart else [None]:
         target = out / (f"{group}.jsonl" if apart else form.name)
         chosen = [question for question in questions if group in (None, question.group)]
         form.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
         beside = target.with_name(target.name + ".run.json")
         files.write_atomically(beside, json.dumps(about, indent=1) + "\n")
-        found.append(f"{group}={target}" if apart else str(target))
-    return found
+        words.append(f"{group}={target}" if apart else str(target))
+    return words
 
 
 def cost(logged: shares.Logged) -> dict:
-    """What answers cost: mean tokens of one, the median batch's milliseconds a token, all seconds, and the device.
+    """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, and the device.
 
-    The median, because the first batch of a shape waits for its program. Times include pictures and prompts.
+    The median is used because the first batch of a shape waits for compilation. Times include images and prompts.
     """
     timed = [1000 * batch["seconds"] / batch["tokens"] for batch in logged.batches if batch["tokens"]]
     lengths = [row["tokens"] for row in logged.answers.values()]

@@ -1,4 +1,4 @@
-"""Scores as sums of counts over images, so that every figure can be computed again from resampled images."""
+"""Scores as sums of counts over images, so that every figure can be recomputed from resampled images."""
 
 import dataclasses
 from collections import defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-Totals = Mapping[str, np.ndarray]  # count -> sums over images, of any shape (one sum, or one for each resample)
+Totals = Mapping[str, np.ndarray]  # count -> sums over images, of any shape (one sum, or one per resample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Figure:
     """One named number of a benchmark, as a function of summed counts.
 
     Attributes:
-        compute: from totals to values of the totals' shape; nan where it is not defined (nothing to divide by).
-        over: the counts whose sum is the number of things the figure is about ("n" in tables).
+        compute: from totals to values of the totals' shape; nan if undefined (division by zero).
+        over: the counts whose sum is the number of things that the figure is about ("n" in tables).
         unit: "share" (0 to 1, shown in per cent) or the word for what is counted ("points", "words").
     """
 
@@ -25,14 +25,14 @@ class Figure:
 
 
 def divide(numerator, denominator) -> np.ndarray:
-    """numerator / denominator; nan where the denominator is 0."""
+    """numerator / denominator; nan if the denominator is 0."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     out = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
     return np.divide(numerator, denominator, out=out, where=denominator != 0)
 
 
 def ratio(numerator: Sequence[str], denominator: Sequence[str], unit: str = "share") -> Figure:
-    """Sum of some counts over the sum of others."""
+    """The sum of some counts divided by the sum of others."""
 
     def compute(totals: Totals) -> np.ndarray:
         return divide(sum(totals[name] for name in numerator), sum(totals[name] for name in denominator))
@@ -41,7 +41,7 @@ def ratio(numerator: Sequence[str], denominator: Sequence[str], unit: str = "sha
 
 
 def combined(figures: Sequence[Figure], combine: Callable[[np.ndarray], np.ndarray], unit: str) -> Figure:
-    """A figure made of others: `combine` gets their values [F, ...] and gives [...]."""
+    """A figure made from other figures: `combine` maps their values [F, ...] to [...]."""
 
     def compute(totals: Totals) -> np.ndarray:
         return combine(np.stack([figure.compute(totals) for figure in figures]))
@@ -50,26 +50,26 @@ def combined(figures: Sequence[Figure], combine: Callable[[np.ndarray], np.ndarr
 
 
 def mean(figures: Sequence[Figure]) -> Figure:
-    """The plain mean of figures, as POPE's splits are averaged."""
+    """The plain mean of figures, such as POPE's splits."""
     return combined(figures, lambda values: values.mean(axis=0), figures[0].unit)
 
 
 def total(figures: Sequence[Figure]) -> Figure:
-    """The sum of figures, as MME's subtasks are added."""
+    """The sum of figures, such as MME's subtasks."""
     return combined(figures, lambda values: values.sum(axis=0), figures[0].unit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a benchmark found.
+    """The results of a benchmark.
 
     Attributes:
-        units: names of the images (or of sets of images asked about together), [U].
+        units: names of the images (or of sets of images in one question), [U].
         counts: names of the counts, [C].
-        table: what was counted at each image, [U, C].
+        table: the counts of each image, [U, C].
         figures: name -> figure, in the order of a report.
-        correct: (group, id) -> whether the answer was right, where answers are right or wrong.
-        notes: what a reader of the figures must know ("unparsed": 3, "matching": "exact", ...).
+        correct: (group, id) -> whether the answer was right, if answers are right or wrong.
+        notes: remarks for readers of the figures ("unparsed": 3, "matching": "exact", ...).
     """
 
     units: tuple[str, ...]
@@ -99,20 +99,20 @@ class Scores:
 
 
 class Tally:
-    """Counts by image, filled question by question."""
+    """Counts per image, filled question by question."""
 
     def __init__(self):
         self._counts: dict[str, defaultdict[str, float]] = {}
         self.correct: dict[tuple[str, str], bool] = {}
 
     def add(self, unit: str, **counts: float) -> None:
-        """Add to the counts of one image; `add(unit, **{"random/tp": 1})`."""
+        """Adds to the counts of one image: `add(unit, **{"random/tp": 1})`."""
         row = self._counts.setdefault(unit, defaultdict(float))
         for name, count in counts.items():
             row[name] += count
 
     def scores(self, counts: Sequence[str], figures: Mapping[str, Figure], notes: Mapping) -> Scores:
-        """The scores; images in the order of their first question, `counts` that never occurred are zeros."""
+        """The scores; images in the order of their first question; `counts` that never occurred are zeros."""
         table = np.array([[row[name] for name in counts] for row in self._counts.values()], float)
         return Scores(
             tuple(self._counts),

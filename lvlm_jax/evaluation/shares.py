@@ -1,10 +1,10 @@
-"""Several processes that answer one benchmark: who answers what, and one log each in a folder that all can see.
+"""Several processes that answer one benchmark: which process answers what, with one log each in a shared folder.
 
-The processes do not talk to each other. Every one appends to `NAME.PROCESS.jsonl` and reads all of them, so a run that
-was killed may go on with another number of processes, and the totals depend on neither number nor order.
+The processes do not communicate. Each appends to `NAME.PROCESS.jsonl` and reads all of them, so a killed run may resume
+with another number of processes, and the totals depend on neither number nor order.
 
-Processes that hold one model in common (`parallel`, a mesh over the devices of all) answer every question together
-instead, and the first keeps the log.
+Processes that share one model (`parallel`, a mesh over the devices of all) answer every question together instead, and
+the first keeps the log.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lvlm_jax.journal.log import expect, read_log
 
 Key = tuple[str, str]  # Question.key
 
-# What an answer has, by the name of the log.
+# The fields of an answer, by the name of the log.
 _KINDS = {"log": {"text": str, "tokens": int, "ended": bool}, "odds": {"odds": (int, float)}}
 
 
@@ -29,7 +29,8 @@ class Share:
     """The part of the work that process `index` of `processes` does.
 
     Attributes:
-        together: the processes that JAX has joined do all of it in step; `index` and `processes` count them as one.
+        together: the processes that JAX has joined do all of the work in step; `index` and `processes` count them as
+            one.
     """
 
     index: int = 0
@@ -45,7 +46,7 @@ class Share:
 
     @classmethod
     def of(cls, processes: int | None = None, index: int | None = None) -> "Share":
-        """The numbers given; without any, those of `jax.distributed`, which are 0 of 1 where it was not set up.
+        """The given numbers; by default those of `jax.distributed`, which are 0 of 1 if it is not set up.
 
         Raises:
             LVLMError: one number without the other, or an index out of range.
@@ -60,7 +61,7 @@ class Share:
         return not self.together or jax.process_index() == 0
 
     def meet(self) -> None:
-        """Returns when all processes that work together are here."""
+        """Returns when all processes that work together have called it."""
         if self.together:
             multihost_utils.sync_global_devices("share")
 
@@ -74,44 +75,44 @@ ALONE = Share()
 
 @dataclasses.dataclass(frozen=True)
 class Logged:
-    """What the logs of all processes hold.
+    """The content of the logs of all processes.
 
     Attributes:
         answers: by question.
-        batches: what each batch cost.
+        batches: the cost of each batch.
     """
 
     answers: dict[Key, dict]
     batches: list[dict]
 
     def complete(self, questions: Sequence[Question]) -> bool:
-        """Whether every question is answered."""
+        """Whether every question has an answer."""
         return all(question.key in self.answers for question in questions)
 
 
 def read(folder: Path, name: str, record: Mapping, questions: Sequence[Question]) -> Logged:
-    """The logs called `name` in a folder; a line that is still being written, or that a kill has cut, is passed over.
+    """Reads the logs called `name` in a folder; an incomplete last line is skipped.
 
     Args:
-        questions: those that are asked.
+        questions: the questions of the run.
 
     Raises:
-        LVLMError: a file is no log, was edited, or is one of other settings.
+        LVLMError: a file is not a log, was edited, or belongs to a run with other settings.
     """
-    found = Logged({}, [])
+    logged = Logged({}, [])
     keys = {question.key for question in questions}
 
     def entry(row: dict) -> tuple[Key, dict] | None:
         if "batch" in row:
             expect(row["batch"], {"tokens": int, "seconds": (int, float)})
-            found.batches.append(row["batch"])
+            logged.batches.append(row["batch"])
             return None
         expect(row, _KINDS.get(name, {}))
-        if name == "odds" and "yes" in row:  # older logs have the odds alone
+        if name == "odds" and "yes" in row:  # older logs have only the odds
             expect(row, {"yes": (int, float), "no": (int, float)})
         return (row["group"], row["id"]), row
 
     for path in sorted(folder.glob(f"{name}.*.jsonl")):
         for key, row in read_log(path, record, entry, keys).items():
-            found.answers.setdefault(key, row)
-    return found
+            logged.answers.setdefault(key, row)
+    return logged

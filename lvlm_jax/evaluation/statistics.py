@@ -1,6 +1,6 @@
-"""How sure a score is, and whether two runs differ: bootstrap over images, paired bootstrap, McNemar's test.
+"""Uncertainty of scores, and differences of two runs: bootstrap over images, paired bootstrap, McNemar's test.
 
-Questions about one image are not independent, so images are drawn, with all their questions (Efron and Tibshirani
+Questions about one image are not independent, so images are resampled with all their questions (Efron and Tibshirani
 1993, "An Introduction to the Bootstrap", chapters 8 and 13: percentile intervals). Everything is seeded.
 """
 
@@ -26,8 +26,8 @@ def _weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):
         rows = min(_CHUNK, resamples - start)
-        drawn = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        indices = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        yield np.bincount(indices.ravel(), minlength=rows * units).reshape(rows, units)
 
 
 def _resampled(scores: Scores, resamples: int, seed: int) -> dict[str, np.ndarray]:
@@ -39,7 +39,7 @@ def _resampled(scores: Scores, resamples: int, seed: int) -> dict[str, np.ndarra
 
 
 def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Percentile interval; resamples where the figure is not defined are left out."""
+    """Percentile interval; resamples in which the figure is undefined are left out."""
     defined = values[~np.isnan(values)]
     if not defined.size:
         return math.nan, math.nan
@@ -50,13 +50,13 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
 def bootstrap(
     scores: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, tuple[float, float]]:
-    """Confidence interval (low, high) of every figure, images drawn with replacement; nan where never defined."""
+    """Confidence interval (low, high) of every figure, images drawn with replacement; nan if always undefined."""
     return {name: _interval(values, level) for name, values in _resampled(scores, resamples, seed).items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """First minus second, its interval, and a two-sided p-value: how often resampling turns the sign, doubled."""
+    """First minus second, its interval, and a two-sided p-value: how often resampling changes the sign, doubled."""
 
     value: float
     interval: tuple[float, float]
@@ -66,7 +66,7 @@ class Difference:
 def paired_bootstrap(
     first: Scores, second: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, Difference]:
-    """Differences of the figures of two runs over the same images, the same images drawn for both.
+    """Differences of the figures of two runs over the same images; both use the same resamples.
 
     Raises:
         LVLMError: the two runs are not about the same images.
@@ -78,20 +78,21 @@ def paired_bootstrap(
     aligned = dataclasses.replace(second, units=first.units, table=second.table[[order[unit] for unit in first.units]])
     ours, theirs = (_resampled(scores, resamples, seed) for scores in (first, aligned))
     values, others = first.values(), second.values()
-    found = {}
+    differences = {}
     for name in first.figures:
         if name in second.figures:
-            drawn = ours[name] - theirs[name]
-            defined = drawn[~np.isnan(drawn)]
+            resampled = ours[name] - theirs[name]
+            defined = resampled[~np.isnan(resampled)]
             tail = min((defined <= 0).sum(), (defined >= 0).sum())
             p = min(1.0, 2 * (tail + 1) / (defined.size + 1)) if defined.size else math.nan
-            found[name] = Difference(float(values[name] - others[name]), _interval(drawn, level), float(p))
-    return found
+            differences[name] = Difference(float(values[name] - others[name]), _interval(resampled, level), float(p))
+    return differences
 
 
 @dataclasses.dataclass(frozen=True)
 class McNemar:
-    """Questions that only the first, and only the second, got right; the exact two-sided p-value."""
+    """The numbers of questions that only the first, and only the second, answered correctly; the exact two-sided
+    p-value."""
 
     first: int
     second: int

@@ -1,4 +1,4 @@
-"""Rows of the table files that users hold: VLMEvalKit's TSV, Hugging Face parquet folders, JSON lines."""
+"""Reads rows of table files: VLMEvalKit's TSV, Hugging Face parquet folders, JSON lines."""
 
 import ast
 import base64
@@ -14,14 +14,15 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 
 ENDINGS = (".tsv", ".parquet", ".jsonl", ".json")
-# How base64 of PNG, JPEG, GIF and WebP pictures begins.
+# Beginnings of base64-encoded PNG, JPEG, GIF and WebP images.
 _ENCODED = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 _PLACEHOLDER = re.compile(r"<(?:image|img)[ _]?(\d*)>")
 _CELL_LIMIT = threading.Lock()  # the csv module has one limit for all threads
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number from 1, row) of a table file, by its ending. Cells of a TSV are strings, without the empty ones.
+    """(number from 1, row) of a table file; its ending gives the format. Cells of a TSV are strings, without the empty
+    ones.
 
     Raises:
         LVLMError: the file is malformed, has another ending, or is parquet and pyarrow is not installed.
@@ -39,17 +40,17 @@ def rows(path: Path) -> Iterator[tuple[int, dict]]:
 def _tsv(path: Path) -> Iterator[tuple[int, dict]]:
     files.existing_file(path, "question file")
     with _CELL_LIMIT, open(path, encoding="utf-8-sig", newline="") as file:
-        before = csv.field_size_limit(2**31 - 1)  # pictures are cells here
+        before = csv.field_size_limit(2**31 - 1)  # cells may be images
         try:
             reader = csv.DictReader(file, delimiter="\t")
-            found = list(reader)
+            rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise LVLMError(f"question file {str(path)!r} is not a table with tabs: {error}") from error
         finally:
             csv.field_size_limit(before)
-    if not found:
+    if not rows:
         raise LVLMError(f"question file {str(path)!r} is empty; expected a heading and at least one row")
-    for number, row in enumerate(found, start=1):
+    for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise LVLMError(f"row {number} of question file {str(path)!r} has not as many cells as the heading")
         yield number, {name: cell for name, cell in row.items() if cell != ""}
@@ -74,7 +75,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def as_list(value, where: str) -> list:
-    """A list that may be written as text (JSON, or Python's way), or a single value as a list of one."""
+    """A list, possibly written as text (JSON or Python); a single value becomes a list of one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
             try:
@@ -88,7 +89,7 @@ def as_list(value, where: str) -> list:
 
 
 def picture(value, where: str) -> Path | bytes:
-    """A picture out of a cell: `{bytes, path}` of Hugging Face, base64 of VLMEvalKit, bytes, or a file name."""
+    """The image in a cell: `{bytes, path}` of Hugging Face, base64 of VLMEvalKit, bytes, or a file name."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
@@ -104,9 +105,9 @@ def picture(value, where: str) -> Path | bytes:
 
 
 def interleave(text: str, images: tuple, where: str) -> tuple[str, tuple]:
-    """Placeholders of any writing (`<image>`, `<image 2>`, `<img1>`) as `<image>`, with the images in their order.
+    """Normalises placeholders (`<image>`, `<image 2>`, `<img1>`) to `<image>`, with the images in their order.
 
-    Images that no placeholder mentions come first. Raises `LVLMError` when a placeholder has no image.
+    Images without a placeholder come first. Raises `LVLMError` if a placeholder has no image.
     """
     places = list(_PLACEHOLDER.finditer(text))
     if not places:

@@ -1,16 +1,16 @@
-"""What the difference between two runs shows, in words.
+"""Verdicts: what the difference between two runs shows, in words.
 
-A run is significantly better than another by a figure where the paired 95 % interval of their difference lies on the
-better side of 0, and significantly worse where it lies on the worse one; else no difference is shown, which is not the
-same as no difference. Below 30 questions there is no verdict: an interval of so few resampled answers says little.
+A run is significantly better than another by a figure if the paired 95 % interval of their difference lies on the
+better side of 0, and significantly worse if it lies on the worse side. Otherwise no difference is shown, which is not
+the same as no difference. Below 30 questions there is no verdict, because an interval of so few answers says little.
 """
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-LEAST = 30  # questions
+LEAST = 30  # smallest number of questions
 BETTER, WORSE = "significantly better", "significantly worse"
-HIGHER, LOWER = "significantly higher", "significantly lower"  # of figures that are neither good nor bad
+HIGHER, LOWER = "significantly higher", "significantly lower"  # for figures that are neither good nor bad
 NONE_SHOWN = "no difference shown"
 TOO_FEW = f"no verdict below {LEAST} questions"
 NOT_DEFINED = "not defined"
@@ -20,9 +20,9 @@ def verdict(interval: Sequence[float | None], direction: int, questions: int) ->
     """What the interval of one figure's difference shows.
 
     Args:
-        interval: of first minus second; None or nan where it is not defined.
-        direction: 1 where a high value of the figure is good, -1 where a low one is, 0 where neither is.
-        questions: how many the figure is about.
+        interval: of first minus second; None or nan if undefined.
+        direction: 1 if a high value of the figure is good, -1 if a low one is, 0 if neither.
+        questions: how many questions the figure is about.
     """
     low, high = interval
     if low is None or high is None or low != low:
@@ -49,7 +49,7 @@ def questions_behind(figure: str, sizes: Mapping[str, int], correct: Collection[
 
 
 def compared(says: str, first: str, second: str, figure: str) -> str:
-    """The beginning of a sentence that says a verdict: "A is significantly better than B on C_S"."""
+    """The beginning of a verdict's sentence: "A is significantly better than B on C_S"."""
     if says == NONE_SHOWN:
         return f"No difference shown between {first} and {second} on {figure}"
     if says in (TOO_FEW, NOT_DEFINED):
@@ -63,8 +63,8 @@ def sentence(
     """A verdict with the figures behind it.
 
     Args:
-        values: of the figure, first and second, as they are shown (shares in per cent).
-        difference: first minus second and the ends of its interval, likewise.
+        values: values of the figure, first and second, as shown (shares in per cent).
+        difference: first minus second and the ends of its interval, as shown.
         count: what the figure is about ("810 questions, 60 images").
     """
     change, low, high = difference

@@ -1,4 +1,4 @@
-"""Benchmarks, one file each, found by walking this folder: every module has a `BENCHMARK`."""
+"""Benchmarks, one file each: every module in this folder has a `BENCHMARK`."""
 
 import importlib
 import pkgutil

@@ -1,18 +1,18 @@
-"""AMBER: descriptions (ids 1 to 1004) and yes/no questions on existence, attribute and relation (to 15220)
-(Wang et al. 2023, arXiv 2311.07397).
+"""AMBER (Wang et al. 2023, arXiv 2311.07397): descriptions (ids 1 to 1004), and yes/no questions on existence,
+attribute and relation (to 15220).
 
-Generative figures over the nouns of a description that AMBER's word lists know:
-  CHAIR  nouns that are neither in the picture nor harmless, over all; repeats count
+Generative figures count the nouns of a description that are in AMBER's word lists:
+  CHAIR  nouns that are neither in the image nor harmless, over all; repeats count
   Cover  annotated objects that are named
   Hal    descriptions with such a noun
   Cog    annotated temptations ("hallu") that are named
-Discriminative figures take "No" for the positive class.
+For discriminative figures, "No" is the positive class.
 
-The official scorer tells nouns by nltk's tagger and also accepts words that spaCy's large English vectors find similar
-(above 0.8): that is the matching "spacy". Under "exact" nouns are those of AMBER's word lists, and only equal words
-match; a word that the lists have in the plural ("sunglasses") is found, which the official scorer makes singular and
-never finds. "auto" is "spacy" where everything for it is installed. Note and record say which it was. F1 is the
-harmonic mean; the official one divides by 0.0001 more.
+The official scorer finds nouns with nltk's tagger, and also accepts words that spaCy's large English vectors call
+similar (above 0.8): this is the matching "spacy". Under "exact", nouns are those of AMBER's word lists, and only equal
+words match. A plural in the lists ("sunglasses") is found; the official scorer makes it singular and never finds it.
+"auto" is "spacy" if everything for it is installed. Notes and record say which was used. F1 is the harmonic mean; the
+official scorer adds 0.0001 to the divisor.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
 GENERATIVE = "generative"
-# Types of AMBER's annotations -> the kind of question they are, and the dimension they belong to.
+# Types of AMBER's annotations -> the kind of their questions, and the dimension it belongs to.
 KINDS = {
     "discriminative-hallucination": ("existence", "existence"),
     "discriminative-attribute-state": ("state", "attribute"),
@@ -46,9 +46,9 @@ SIMILARITY = 0.8
 VECTORS = "en_core_web_lg"
 MATCHINGS = ("auto", "exact", "spacy")
 EXACT = (
-    "only equal words match. AMBER's own scorer finds nouns with nltk and takes words for equal that spaCy's large "
-    "English vectors find similar; a run published with CHAIR 7.5, Cover 50.9, Hal 37.3, Cog 3.2 gets 8.7, 51.7, 39.8, "
-    "3.2 so. For that scorer's figures install spaCy, en_core_web_lg, and nltk with its data"
+    "only equal words match. AMBER's own scorer finds nouns with nltk and also matches words that spaCy's large "
+    "English vectors call similar; a run published with CHAIR 7.5, Cover 50.9, Hal 37.3, Cog 3.2 gets 8.7, 51.7, 39.8, "
+    "3.2 here. For that scorer's figures install spaCy, en_core_web_lg, and nltk with its data"
 )
 QUERIES = ("query_all.json",)
 PLACES = (".", "data", "AMBER/data", "AMBER", "amber/data")
@@ -76,56 +76,56 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     else:
         places = [f"{place}/query".removeprefix("./") for place in PLACES] + list(PLACES)
         questions = folders.find(data, QUERIES, places, "AMBER's question file")
-    found = {"questions": [questions]}
+    paths = {"questions": [questions]}
     for role, name in (
         ("annotations", "annotations.json"),
         ("association", "relation.json"),
         ("safe", "safe_words.txt"),
     ):
-        found[role] = [folders.find(data, [name], PLACES, f"AMBER's {name}")]
-    return found
+        paths[role] = [folders.find(data, [name], PLACES, f"AMBER's {name}")]
+    return paths
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """The questions of the protocol's kinds, by their ids.
+    """The questions of the protocol's kinds, by id.
 
     Raises:
-        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice or is
-          not annotated.
+        LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, an id occurs twice or has no
+            annotation.
     """
-    wanted = folders.chosen_groups(data, protocol.groups, protocol.name, "kind")
-    found = question_files(data, protocol)
-    association = files.read_json(found["association"][0], "AMBER's relation.json")
+    groups = folders.chosen_groups(data, protocol.groups, protocol.name, "kind")
+    question_paths = question_files(data, protocol)
+    association = files.read_json(question_paths["association"][0], "AMBER's relation.json")
     if not isinstance(association, dict) or not all(map(_are_words, association.values())):
         raise LVLMError(
-            f"{str(found['association'][0])!r} is not an object of word lists; expected AMBER's relation.json"
+            f"{str(question_paths['association'][0])!r} is not an object of word lists; expected AMBER's relation.json"
         )
     lists = {
         "association": association,
         "known": frozenset(association) | {word for words in association.values() for word in words},
-        "safe": frozenset(files.read_text(found["safe"][0], "AMBER's safe_words.txt").splitlines()),
+        "safe": frozenset(files.read_text(question_paths["safe"][0], "AMBER's safe_words.txt").splitlines()),
         "matching": settled(data.matching),
     }
-    similar_words(lists["matching"])  # says at once when something for it is not there
-    notes, listed = {}, set()
-    for line, row in files.read_rows(found["annotations"][0], "annotations"):
-        where = f"entry {line} of {str(found['annotations'][0])!r}"
+    similar_words(lists["matching"])  # fails early if something for it is not installed
+    notes, listed_words = {}, set()
+    for line, row in files.read_rows(question_paths["annotations"][0], "annotations"):
+        where = f"entry {line} of {str(question_paths['annotations'][0])!r}"
         number = files.field(row, ["id"], int, where)
-        files.unique(listed, number, where)
+        files.unique(listed_words, number, where)
         notes[number] = row
-    questions, seen = [], set()
-    for line, row in files.read_rows(found["questions"][0], "question file"):
-        where = f"entry {line} of question file {str(found['questions'][0])!r}"
+    questions, seen_ids = [], set()
+    for line, row in files.read_rows(question_paths["questions"][0], "question file"):
+        where = f"entry {line} of question file {str(question_paths['questions'][0])!r}"
         number = files.field(row, ["id"], int, where)
-        files.unique(seen, number, where)
+        files.unique(seen_ids, number, where)
         if number not in notes:
-            raise LVLMError(f"{where}: id {number} is not in {str(found['annotations'][0])!r}")
+            raise LVLMError(f"{where}: id {number} is not in {str(question_paths['annotations'][0])!r}")
         group, label, extra = _annotated(notes[number], number, lists)
-        if group in wanted:
+        if group in groups:
             questions.append((number, files.field(row, ["image"], str, where),
                               files.field(row, ["query", "text"], str, where), label, group, extra))  # fmt: skip
     if not questions:
-        raise LVLMError(f"question file {str(found['questions'][0])!r} has no question of {', '.join(wanted)}")
+        raise LVLMError(f"question file {str(question_paths['questions'][0])!r} has no question of {', '.join(groups)}")
     paths = folders.locate_images(data, [row[1] for row in questions], IMAGE_PLACES, need_images, "AMBER")
     return [
         Question(number, (paths[image],), text, label, group, extra)
@@ -155,18 +155,20 @@ def _annotated(row: dict, number: int, lists: dict) -> tuple[str, str | None, di
 
 
 def settled(matching: str) -> str:
-    """What is meant: for "auto" it is "spacy" where spaCy, its large English vectors, nltk and its data are there."""
+    """The matching that will be used: "auto" becomes "spacy" if spaCy, its large English vectors, nltk and its data are
+    installed."""
     if matching not in MATCHINGS:
         raise LVLMError(f"matching {matching!r} is unknown; choose {', '.join(MATCHINGS)}")
     if matching != "auto":
         return matching
-    there = all(importlib.util.find_spec(name) is not None for name in ("spacy", VECTORS))
-    return "spacy" if there and nltk_words.have("amber") else "exact"
+    installed = all(importlib.util.find_spec(name) is not None for name in ("spacy", VECTORS))
+    return "spacy" if installed and nltk_words.have("amber") else "exact"
 
 
 @functools.cache
 def similar_words(matching: str) -> Callable[[str, str], bool]:
-    """Whether two different words mean the same: never under "exact", by spaCy's vectors under "spacy".
+    """A function that says whether two different words mean the same: never under "exact", by spaCy's vectors under
+    "spacy".
 
     Raises:
         LVLMError: spaCy, its large English vectors, nltk or its data are not installed.
@@ -188,16 +190,16 @@ def similar_words(matching: str) -> Callable[[str, str], bool]:
 
 
 def _nouns(text: str, lists: Mapping) -> list[str]:
-    """The nouns of a text that AMBER's word lists know."""
+    """The nouns of a text that are in AMBER's word lists."""
     if lists["matching"] == "spacy":
-        found = nltk_words.nouns(text)
+        nouns_found = nltk_words.nouns(text)
     else:
-        found = (singular(token, lists["known"]) for token in tokens(text))
-    return [noun for noun in found if noun in lists["known"]]
+        nouns_found = (singular(token, lists["known"]) for token in tokens(text))
+    return [noun for noun in nouns_found if noun in lists["known"]]
 
 
 def _first(noun: str, words: Sequence[str], association: Mapping, same: Callable) -> int | None:
-    """Place in `words` of the one that `noun` belongs to. As in AMBER's scorer, associated words come first."""
+    """Index in `words` of the word that `noun` belongs to. Associated words come first, as in AMBER's scorer."""
     for i, word in enumerate(words):
         if any(same(noun, other) for other in association[word]):
             return i
@@ -205,7 +207,7 @@ def _first(noun: str, words: Sequence[str], association: Mapping, same: Callable
 
 
 def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]], set[int], set[int]]:
-    """(noun, whether it is hallucinated) in order, and which annotated objects and temptations were named."""
+    """The nouns in order, each with whether it is hallucinated; and the named objects and temptations."""
     lists, truth, temptations = (question.extra[name] for name in ("lists", "truth", "temptations"))
     association, similar = lists["association"], similar_words(lists["matching"])
 
@@ -234,11 +236,11 @@ DESCRIBED = ("descriptions", "hallucinated", "nouns", "wrong", "objects", "cover
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Figures of the descriptions, and of the questions: all, by dimension and by kind."""
+    """Figures of the descriptions and of the questions: all, by dimension and by kind."""
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     described = [question for question in questions if question.group == GENERATIVE]
-    asked = [question for question in questions if question.group != GENERATIVE]
+    yes_no_questions = [question for question in questions if question.group != GENERATIVE]
     for question in described:
         judged, covered, tempted = nouns_judged(question, answers[question.key])
         wrong = sum(hallucinated for _, hallucinated in judged)
@@ -254,12 +256,12 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
             tempted=len(tempted),
         )
         tally.correct[question.key] = wrong == 0
-    parse = parsers.yes_no(protocol.parser) if asked else None
-    for question in asked:
-        said = parse(answers[question.key], binary.label_of(question))
-        unparsed += said is None
+    parse = parsers.yes_no(protocol.parser) if yes_no_questions else None
+    for question in yes_no_questions:
+        reply = parse(answers[question.key], binary.label_of(question))
+        unparsed += reply is None
         for prefix in _prefixes([question.group]):
-            binary.count(tally, question, said, "no", prefix)
+            binary.count(tally, question, reply, "no", prefix)
     counts = [*(DESCRIBED if described else ()), *binary.names(_prefixes(groups))]
     notes = {"parser": protocol.parser, "unparsed": unparsed}
     if described:
@@ -270,7 +272,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def _prefixes(groups: Sequence[str]) -> list[str]:
-    """What questions of these kinds are counted under: all together, their dimensions, and their kinds."""
+    """The prefixes of the counts for questions of these kinds: all together, their dimensions, and their kinds."""
     dimensions = {kind: dimension for kind, dimension in KINDS.values()}
     kinds = [group for group in groups if group != GENERATIVE]
     return list(dict.fromkeys(name for kind in kinds for name in ("discriminative", dimensions[kind], kind)))

@@ -1,11 +1,11 @@
-"""CHAIR: objects in captions that are not in the picture (Rohrbach et al. 2018, arXiv 1809.02156).
+"""CHAIR: objects in captions that are not in the image (Rohrbach et al. 2018, arXiv 1809.02156).
 
 C_S: share of captions with a hallucinated object. C_I: hallucinated mentions over all mentions, repeats counted.
-Recall: ground-truth objects named over all, summed over images; coverage: the same share, averaged over images.
-F1: harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of distinct objects and recall.
-Length counts what CHAIR's scorer counts (joined words and punctuation marks); words leaves the marks out.
-Distinct-1 and distinct-2: share of a caption's words, and of its pairs of neighbours, that are distinct, averaged over
-captions: a caption that says the same again and again has a low one.
+Recall: share of ground-truth objects that are named, over all images; coverage: the same share per image, averaged. F1:
+harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of distinct objects and recall. Length counts what
+CHAIR's scorer counts (joined words and punctuation marks); words leaves the marks out. Distinct-1 and distinct-2: share
+of a caption's words, and of its pairs of neighbours, that are distinct, averaged over captions; they are low for
+repetitive captions.
 """
 
 import dataclasses
@@ -58,18 +58,18 @@ PROTOCOLS = (
     _protocol("1024", f"1024 tokens; {LIKE_IT}", "verbs", 1024),
     _protocol(
         "repaired-512",
-        "512 tokens, no nltk; only nouns name objects, 'men' and 'vases' too, slips of the synonym list mended",
+        "512 tokens, no nltk; only nouns name objects, 'men' and 'vases' too, errors of the synonym list corrected",
         "nouns",
         512,
         synonym_list="repaired",
     ),
     _protocol("pocket", "pocket world: 160 tokens, only nouns name objects", "nouns", 160),
 )
-WITHOUT_NLTK = "chair/512 or chair/64-sentence, which are near it without nltk"
+WITHOUT_NLTK = "chair/512 or chair/64-sentence, which give similar figures without nltk"
 
 
 def image_id(name: str | int) -> int:
-    """COCO's id of an image: the number itself, or the last run of digits in a file name."""
+    """COCO's id of an image: the number itself, or the last digits in a file name."""
     digits = re.findall(r"\d+", Path(str(name)).stem)
     if not digits:
         raise LVLMError(f"image {name!r} has no number in its name; expected an id or a COCO file name")
@@ -77,7 +77,7 @@ def image_id(name: str | int) -> int:
 
 
 def read_image_list(path: Path) -> list[str]:
-    """Names or ids of an explicit image list: one a line, a JSON list, or JSON objects with image or image_id."""
+    """Reads the names or ids of an image list: one per line, a JSON list, or JSON objects with image or image_id."""
     path = files.existing_file(path, "image list")
     text = files.read_text(path, "image list").strip()
     if text.startswith("["):
@@ -95,30 +95,30 @@ def read_image_list(path: Path) -> list[str]:
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The files that decide the figures: image list, ground truth, synonyms."""
+    """The files that determine the figures: image list, ground truth, synonyms."""
     if data.chair_pickle is not None:
-        found = {"chair_pickle": [files.existing_file(data.chair_pickle, "chair.pkl")]}
+        paths = {"chair_pickle": [files.existing_file(data.chair_pickle, "chair.pkl")]}
     else:
-        found = annotation_files(data)
+        paths = annotation_files(data)
     for role in ("image_list", "synonyms"):
         path = getattr(data, role)
         if path is not None:
-            found[role] = [files.existing_file(path, role.replace("_", " "))]
-    return found
+            paths[role] = [files.existing_file(path, role.replace("_", " "))]
+    return paths
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """One question an image: those of the image list, else `data.only`, else all annotated images by their ids.
+    """One question per image: those of the image list, else `data.only`, else all annotated images by id.
 
     Raises:
-        LVLMError: missing or malformed files; an image is listed twice, or is not annotated; the protocol needs nltk,
-          which is not there.
+        LVLMError: missing or malformed files; an image is listed twice, or has no annotation; the protocol needs nltk,
+            which is not installed.
     """
     folders.chosen_groups(data, protocol.groups, "CHAIR")
     if protocol.parser == "nltk":
         nltk_words.require(protocol.name, WITHOUT_NLTK)
-    listed = read_image_list(data.image_list) if data.image_list is not None else None
-    ids = [image_id(name) for name in listed] if listed is not None else None
+    names = read_image_list(data.image_list) if data.image_list is not None else None
+    ids = [image_id(name) for name in names] if names is not None else None
     if ids is None and data.only is not None:
         ids = list(data.only)
     seen: set = set()
@@ -130,11 +130,11 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             raise LVLMError("a chair.pkl does not say which images to describe; give an image list too")
         if not seen & by_id.keys():
             raise LVLMError(f"none of the {len(ids)} images is in the chair.pkl, first {ids[0]}; check their ids")
-        # The pickle knows no file names, and its dictionary leaves out images without any object.
+        # The pickle has no file names, and leaves out images without any object.
         truth = {number: (f"COCO_val2014_{number:012d}.jpg", by_id.get(number, frozenset())) for number in ids}
     else:
-        wanted = seen if ids is not None else None
-        truth, lexicon = read_annotations(data, protocol.synonym_list, protocol.parser, wanted)
+        needed_ids = seen if ids is not None else None
+        truth, lexicon = read_annotations(data, protocol.synonym_list, protocol.parser, needed_ids)
     if ids is None:
         ids = sorted(truth)
     unknown = [number for number in ids if number not in truth]
@@ -149,12 +149,12 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """What a caption says.
+    """The words and objects of a caption.
 
     Attributes:
-        words: in ground form, pairs joined, punctuation marks included.
+        words: base forms, pairs joined, punctuation marks included.
         mentions: (word, category, whether it is hallucinated) of every object named, in order.
-        plain: the words as they are written, in lower case, without marks.
+        plain: the original words, in lower case, without marks.
     """
 
     words: list[str]
@@ -163,16 +163,16 @@ class Caption:
 
 
 def read_caption(question: Question, caption: str, protocol: Protocol) -> Caption:
-    """A caption, cut by the protocol's truncation rule, in words and objects."""
-    lexicon, there = question.extra["lexicon"], question.extra["objects"]
+    """Splits a caption, cut by the protocol's truncation rule, into words and objects."""
+    lexicon, objects = question.extra["lexicon"], question.extra["objects"]
     text = parsers.truncated(caption, protocol.truncate)
     words = lexicon.words(text, protocol.parser)
-    mentions = [(word, category, category not in there) for word, category in lexicon.mentions(words)]
+    mentions = [(word, category, category not in objects) for word, category in lexicon.mentions(words)]
     return Caption(words, mentions, [word for word in tokens(text.lower()) if word[0].isalnum()])
 
 
 def distinct(words: Sequence[str], n: int) -> float:
-    """Share of the runs of n words that are distinct; 0 where there is none."""
+    """The share of the runs of n words that are distinct; 0 without any."""
     runs = list(zip(*(words[start:] for start in range(n)), strict=False))
     return len(set(runs)) / len(runs) if runs else 0.0
 
@@ -183,11 +183,11 @@ COUNTS = ("captions", "hallucinated", "mentions", "hallucinated_mentions", "obje
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """All figures of the captions; `correct` holds whether a caption is free of hallucinated objects."""
+    """All figures of the captions; `correct` says whether a caption has no hallucinated object."""
     tally = Tally()
     for question in questions:
         caption = read_caption(question, answers[question.key], protocol)
-        there = question.extra["objects"]
+        objects = question.extra["objects"]
         named = {category for _, category, _ in caption.mentions}
         wrong = sum(hallucinated for _, _, hallucinated in caption.mentions)
         tally.add(
@@ -196,13 +196,13 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
             hallucinated=wrong > 0,
             mentions=len(caption.mentions),
             hallucinated_mentions=wrong,
-            objects=len(there),
-            covered=len(named & there),
+            objects=len(objects),
+            covered=len(named & objects),
             named=len(named),
             length=len(caption.words),
             words=sum(word[0].isalnum() for word in caption.words),
-            coverage=len(named & there) / len(there) if there else 0,
-            with_objects=bool(there),
+            coverage=len(named & objects) / len(objects) if objects else 0,
+            with_objects=bool(objects),
             distinct_1=distinct(caption.plain, 1),
             distinct_2=distinct(caption.plain, 2),
             with_words=len(caption.plain) > 0,
@@ -221,7 +221,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """CHAIR's figures, and the length of the captions, with which they fall."""
+    """CHAIR's figures, and the length of the captions, on which they depend."""
     recall = ratio(["covered"], ["objects"])
     faithful = Figure(lambda totals: 1 - divide(totals["hallucinated_mentions"], totals["mentions"]), ("mentions",))
     return {
@@ -240,25 +240,25 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 
 def _harmonic(values: np.ndarray) -> np.ndarray:
     """Harmonic mean of two shares [2, ...]; 0 where both are 0."""
-    both = values.sum(axis=0)
-    return np.where(both == 0, 0.0, divide(2 * values[0] * values[1], np.where(both == 0, 1.0, both)))
+    sums = values.sum(axis=0)
+    return np.where(sums == 0, 0.0, divide(2 * values[0] * values[1], np.where(sums == 0, 1.0, sums)))
 
 
-# COCO's number of an image, alone, with zeros before it, or in a file name.
+# COCO's number of an image: alone, zero-padded, or in a file name.
 _COCO_NAME = re.compile(r"(?:\w*_)?0*(\d+)(?:\.(?:jpg|jpeg|png))?", re.ASCII)
 
 
 def _number(written: str) -> str:
-    """An image's number as the questions have it; what has no number stays as it is."""
-    found = _COCO_NAME.fullmatch(written)
-    return found[1] if found else written
+    """An image's number as in the questions; a name without a number is returned unchanged."""
+    match = _COCO_NAME.fullmatch(written)
+    return match[1] if match else written
 
 
 def captioned(data: Data, rows: Sequence[Row]) -> Data:
-    """Without an image list, the images that were described are those that have a caption.
+    """Without an image list, the questions are about the images that have a caption.
 
     Raises:
-        LVLMError: a caption of no image, or two of one.
+        LVLMError: a caption has no image, or an image has two.
     """
     if data.image_list is not None:
         return data

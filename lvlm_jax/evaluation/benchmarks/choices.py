@@ -1,7 +1,7 @@
 """Multiple choice with one image or many: BLINK, MUIRBench, NLVR2, Q-Bench2, MIRB, MIBench.
 
-One reader for the three formats that users hold (a VLMEvalKit TSV, a Hugging Face folder of parquet files, JSON lines)
-and for their different column names; text and images may be interleaved. Answers are option letters.
+One reader for three formats (a VLMEvalKit TSV, a Hugging Face folder of parquet files, JSON lines) with their different
+column names; text and images may be interleaved. Answers are option letters.
 """
 
 import re
@@ -17,7 +17,7 @@ from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question, listed_name
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
-# Benchmark -> how its files are called (beginnings, in lower case).
+# Benchmark -> beginnings of its file names, in lower case.
 FILES = {
     "blink": ("blink",),
     "muirbench": ("muirbench",),
@@ -27,7 +27,7 @@ FILES = {
     "mibench": ("mibench",),
 }
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-# The question_id of one benchmark is the index of another.
+# One benchmark's question_id is another's index.
 IDS, TEXTS, ANSWERS = (
     ("question_id", "index", "idx", "id"),
     ("question", "text", "query", "sentence"),
@@ -48,7 +48,7 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The table given, or the TSV, the JSON lines, or all parquet files of the benchmark found in the data folder."""
+    """The given table; or the benchmark's TSV, JSON lines, or parquet files in the data folder."""
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
     folder, name = folders.data_folder(data), protocol.name.split("/")[1]
@@ -58,17 +58,18 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
     for place in (folder, folder / "LMUData", folder / "data"):
         entries = sorted(place.iterdir()) if place.is_dir() else []
         matching = [entry for entry in entries if entry.name.lower().startswith(beginnings)]
-        named = [entry for entry in matching if entry.is_file() and entry.suffix in tables.ENDINGS]
-        within = [path for entry in matching if entry.is_dir() for path in sorted(entry.rglob("*.parquet"))]
-        if len(named) > 1 and {path.suffix for path in named} != {".parquet"}:
+        tables_found = [entry for entry in matching if entry.is_file() and entry.suffix in tables.ENDINGS]
+        parquet_files = [path for entry in matching if entry.is_dir() for path in sorted(entry.rglob("*.parquet"))]
+        if len(tables_found) > 1 and {path.suffix for path in tables_found} != {".parquet"}:
             raise LVLMError(
-                f"{len(named)} files fit {protocol.name} in {str(place)!r}: {', '.join(path.name for path in named)}; "
-                "name the one that is meant with --question-file"
+                f"{len(tables_found)} files fit {protocol.name} in {str(place)!r}: "
+                f"{', '.join(path.name for path in tables_found)}; "
+                "choose one with --question-file"
             )
-        if named or within:
-            return {"questions": named or within}
-    if folder.name.lower().startswith(beginnings) and (found := sorted(folder.rglob("*.parquet"))):
-        return {"questions": found}
+        if tables_found or parquet_files:
+            return {"questions": tables_found or parquet_files}
+    if folder.name.lower().startswith(beginnings) and (parquet_of_folder := sorted(folder.rglob("*.parquet"))):
+        return {"questions": parquet_of_folder}
     raise LVLMError(
         f"{protocol.name} is missing: no {beginnings[0]}*.tsv, {beginnings[0]}*.jsonl or folder {beginnings[0]}*/ with "
         f"parquet files in {str(folder)!r}"
@@ -76,10 +77,10 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """The questions with their options written below them, and each `<image>` at its place.
+    """The questions with their options below them, and each `<image>` at its place.
 
     Raises:
-        LVLMError: a file is missing, a row is malformed, an id occurs twice, an answer is none of the options.
+        LVLMError: a file is missing, a row is malformed, an id occurs twice, or an answer is not one of the options.
     """
     questions, seen = [], set()
     for path in question_files(data, protocol)["questions"]:
@@ -91,8 +92,8 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             question = _question(row, number, folder, where)
             files.unique(seen, question.key, where)
             questions.append(question)
-    wanted = folders.chosen_groups(data, list(dict.fromkeys(one.group for one in questions)), protocol.name)
-    questions = [question for question in questions if question.group in wanted]
+    groups = folders.chosen_groups(data, list(dict.fromkeys(one.group for one in questions)), protocol.name)
+    questions = [question for question in questions if question.group in groups]
     if need_images:
         for question in questions:
             for image in question.images:
@@ -102,7 +103,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def _follow_reference(row: dict, by_index: dict[str, str], where: str) -> None:
-    """In VLMEvalKit's tables a short number in the image column means the picture of the row with that index."""
+    """In VLMEvalKit's tables, a short number in the image column means the image of the row with that index."""
     index, image = row.get("index"), row.get("image")
     if not isinstance(index, str) or not isinstance(image, str):
         return
@@ -149,11 +150,11 @@ def _options(row: dict, where: str) -> dict[str, str]:
         lettered = dict(zip(LETTERS, map(str, tables.as_list(listed, where)), strict=False))
     elif not lettered:
         numbered = sorted((name for name in row if re.fullmatch(r"option_?\d+", name)), key=_number)
-        # Q-Bench2 fills the columns that a question does not need.
+        # Q-Bench2 fills unneeded columns.
         texts = (str(row[name]) for name in numbered if row[name] != "N/A")
         lettered = dict(zip(LETTERS, texts, strict=False))
     if not lettered and _yes_no(_first(row, ANSWERS)) is not None:
-        lettered = {"A": "True", "B": "False"}  # NLVR2 as it was published: a statement about two images
+        lettered = {"A": "True", "B": "False"}  # the published NLVR2 is a statement about two images
     if len(lettered) < 2 or any(letter not in LETTERS for letter in lettered):
         raise LVLMError(f"{where} has no options; expected columns A, B, ..., or a list 'options' or 'choices'")
     return lettered
@@ -168,22 +169,22 @@ def _yes_no(value) -> bool | None:
 
 
 def _label(answer, options: dict[str, str], where: str) -> str:
-    """The letter of the right option, given as "B" or "(B)", as the option's text, or as its place counted from 0."""
+    """The letter of the right option, given as "B" or "(B)", as the option's text, or as its index from 0."""
     if answer is None:
         raise LVLMError(f"{where} has no answer; expected one of the columns {', '.join(ANSWERS)}")
-    said = str(answer).strip()
-    letter = said.strip("(). ").upper()
+    given_answer = str(answer).strip()
+    letter = given_answer.strip("(). ").upper()
     if letter in options:
         return letter
     texts = {text.strip().lower(): letter for letter, text in options.items()}
-    if said.lower() in texts:
-        return texts[said.lower()]
+    if given_answer.lower() in texts:
+        return texts[given_answer.lower()]
     truth = _yes_no(answer)
     if truth is not None and {"true", "false"} <= texts.keys():
         return texts[str(truth).lower()]
-    if said.isdigit() and int(said) < len(options):
-        return list(options)[int(said)]
-    raise LVLMError(f"{where}: answer {said!r} is none of the options {', '.join(options)}")
+    if given_answer.isdigit() and int(given_answer) < len(options):
+        return list(options)[int(given_answer)]
+    raise LVLMError(f"{where}: answer {given_answer!r} is not one of the options {', '.join(options)}")
 
 
 def _images(row: dict, where: str) -> tuple[Path | bytes, ...]:
@@ -198,7 +199,7 @@ def _images(row: dict, where: str) -> tuple[Path | bytes, ...]:
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Accuracy over all questions and of each category; an answer without an option letter is wrong and counted."""
+    """Accuracy over all questions and of each category; an answer without an option letter is wrong and is counted."""
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     for question in questions:
@@ -212,11 +213,11 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Accuracy and unparsed answers of all questions, and of each category where there are several."""
-    asked = [f"{group}/asked" for group in groups]
+    """Accuracy and unparsed answers of all questions, and of each category if there are several."""
+    totals = [f"{group}/asked" for group in groups]
     table = {
-        "accuracy": ratio([f"{group}/right" for group in groups], asked),
-        "unparsed": ratio([f"{group}/unparsed" for group in groups], asked),
+        "accuracy": ratio([f"{group}/right" for group in groups], totals),
+        "unparsed": ratio([f"{group}/unparsed" for group in groups], totals),
     }
     for group in groups if len(groups) > 1 else ():
         table[f"{group}: accuracy"] = ratio([f"{group}/right"], [f"{group}/asked"])

@@ -1,15 +1,15 @@
-"""HallusionBench: yes/no questions asked of a figure and of changed copies of it, or without any figure
-(Guan et al. 2023, arXiv 2310.14566).
+"""HallusionBench (Guan et al. 2023, arXiv 2310.14566): yes/no questions about a figure, about changed copies of it, or
+without a figure.
 
 `HallusionBench.json` is a list of questions. Those of a set (category, subcategory, set_id) are about one fact; figure
 0 is the original, or for category VS no figure at all. Accuracies of the paper:
-  aAcc  questions answered right
-  qAcc  question pairs, that is one question of a set over all its figures, answered right every time
-  fAcc  figures all of whose questions are answered right; questions without a figure are left out
+  aAcc  questions answered correctly
+  qAcc  question pairs answered correctly: one question of a set, over all its figures
+  fAcc  figures with all questions answered correctly; questions without a figure are left out
 
-The official scorer asks GPT-4 whether an answer agrees with the reference, and takes "unclear" for right where there is
-no figure. Here an answer is read for one word yes or no; without one it is unparsed, which is wrong, and counted.
-Sets are resampled for intervals, not images, because a question pair spans the figures of a set.
+The official scorer asks GPT-4 whether an answer agrees with the reference, and counts "unclear" as correct without a
+figure. Here an answer is parsed for one word, yes or no; an answer without it is wrong, and is counted as unparsed. The
+bootstrap resamples sets instead of images, because a question pair spans the figures of a set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from lvlm_jax.evaluation.protocol import LLAVA_SUFFIX, Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
-# Visual dependent: nobody can answer without the figure. Visual supplement: the figure adds to what is known.
+# Visual dependent: the figure is necessary. Visual supplement: the figure adds to general knowledge.
 CATEGORIES = ("VD", "VS")
 PLACES = (".", "HallusionBench", "hallusion_bench", "data")
 IMAGE_FOLDER = "hallusion_bench"
@@ -37,7 +37,7 @@ PROTOCOLS = (
     Protocol(
         "hallusionbench/strict",
         "hallusionbench",
-        "pairs of yes/no questions; one yes/no word counts, all else is wrong (default)",
+        "pairs of yes/no questions; one yes/no word counts, anything else is wrong (default)",
         "strict",
         16,
         suffix=LLAVA_SUFFIX,
@@ -55,10 +55,10 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """The questions of both categories, as the file has them; text-only ones have no image.
+    """The questions of both categories, in the file's order; text-only questions have no image.
 
     Raises:
-        LVLMError: the file or (with `need_images`) a picture is missing, a row is malformed, a question is there twice.
+        LVLMError: the file or (with `need_images`) an image is missing, a row is malformed, or a question occurs twice.
     """
     (path,) = question_files(data, protocol)["questions"]
     rows, seen = [], set()
@@ -86,7 +86,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def _key(row: dict, where: str) -> tuple[str, str]:
-    """Category, and the rest of what makes a question: "illusion/0_1/2" is question 2 of figure 1 of set 0."""
+    """The category, and the rest of a question's key: "illusion/0_1/2" is question 2 of figure 1 of set 0."""
     category, subcategory, one_set, figure, number = (
         str(files.field(row, [name], (str, int), where)) for name in (*SET, "figure_id", "question_id")
     )
@@ -94,7 +94,7 @@ def _key(row: dict, where: str) -> tuple[str, str]:
 
 
 def _image(row: dict, where: str) -> str | None:
-    """The picture's name below the folder of all pictures ("VD/illusion/0_1.png"); None for a text-only question."""
+    """The image's name below the folder of all images ("VD/illusion/0_1.png"); None for a text-only question."""
     if str(files.field(row, ["visual_input"], (str, int), where)) == "0":
         return None
     parts = PurePosixPath(files.field(row, ["filename"], str, where)).parts
@@ -102,19 +102,19 @@ def _image(row: dict, where: str) -> str | None:
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """The three accuracies and the share of unparsed answers, over all questions and of each category."""
+    """The three accuracies and the share of unparsed answers, over all questions and per category."""
     parse = parsers.yes_no(protocol.parser)
     tally, unparsed = Tally(), 0
-    together: dict[tuple, list[bool]] = {}  # questions that count as one, if all are right
+    together: dict[tuple, list[bool]] = {}  # questions that count as one, correct if all are
     groups = list(dict.fromkeys(question.group for question in questions))
     for question in questions:
         row, group, label = question.extra, question.group, binary.label_of(question)
-        said = parse(answers[question.key], label)
-        unparsed += said is None
-        right = said == label
+        reply = parse(answers[question.key], label)
+        unparsed += reply is None
+        right = reply == label
         tally.correct[question.key] = right
         unit = "/".join(str(row[name]) for name in SET)
-        counts = {"asked": 1, "right": right, "unparsed": said is None}
+        counts = {"asked": 1, "right": right, "unparsed": reply is None}
         tally.add(unit, **{f"{group}/{name}": count for name, count in counts.items()})
         together.setdefault((unit, group, "pairs", str(row["question_id"])), []).append(right)
         if (group, str(row["figure_id"])) != ("VS", "0"):
@@ -127,7 +127,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """aAcc, qAcc, fAcc and unparsed of all questions, and of each category where there are several."""
+    """aAcc, qAcc, fAcc and unparsed of all questions, and per category if there are several."""
     kinds = {
         "aAcc": ("right", "asked"),
         "qAcc": ("right pairs", "pairs"),
@@ -143,10 +143,10 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 
 
 class Predictions(AnswerFormat):
-    """The question file with `model_prediction` in each entry, as the official scorer takes it."""
+    """The question file with `model_prediction` in each entry, as for the official scorer."""
 
     def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
-        """One row; without a prediction it is read as a line of other benchmarks is."""
+        """Makes a row; an entry without a prediction is read like a line of other benchmarks."""
         if PREDICTION not in entry:
             return super().row(entry, place, group, where)
         category, identity = _key(entry, where)
@@ -161,7 +161,7 @@ class Predictions(AnswerFormat):
         )
 
     def entry(self, question: Question, text: str, protocol: Protocol, model_id: str) -> dict:
-        """The question's own entry with the answer in it."""
+        """The question's own entry with the answer added."""
         return {**question.extra, PREDICTION: text}
 
 

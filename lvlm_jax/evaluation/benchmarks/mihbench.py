@@ -19,7 +19,7 @@ from lvlm_jax.evaluation.question import Data, Question, listed_name
 from lvlm_jax.evaluation.scores import Figure, Scores, Tally, ratio
 
 GROUPS = ("existence_random", "existence_popular", "existence_adversarial", "count", "identity")
-# Kind -> its file in the folder `Questions` of github.com/pgtrece/DAB, spelled as it is there.
+# Kind -> its file in the folder `Questions` of github.com/pgtrece/DAB, with its spelling.
 RELEASED = {
     "existence_random": "Existence/new_ran/coco_pope_random_3.jsonl",
     "existence_popular": "Existence/new_pop/coco_pope_popular_3.jsonl",
@@ -41,18 +41,18 @@ PROTOCOLS = (
     _protocol("strict", "existence, count, identity; one yes/no word counts (default)", "strict", 16, GROUPS),
     _protocol("official", "the same, with POPE's official parser", "official", 128, GROUPS),
     _protocol("short", "any yes/no or one-word questions over images, by --question-file", "short", 16),
-    # Without the suffix the pocket model answers in sentences, and no sentence is the word that is right.
-    _protocol("pocket", "pocket world: several images, one word asked for, by --question-file", "short", 16),
+    # Without the suffix the pocket model answers in sentences, and a sentence is not the expected word.
+    _protocol("pocket", "pocket world: several images, one-word answers, by --question-file", "short", 16),
 )
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The question file given, or the file of each kind: as published, or `existence_random.jsonl` and so on."""
+    """The given question file; or one file per kind, under its published name or as `existence_random.jsonl`."""
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
     if not protocol.groups:
         raise LVLMError(f"{protocol.name} needs the question file by name; give --question-file")
-    wanted = folders.chosen_groups(data, protocol.groups, "MIHBench", "kind")
+    groups = folders.chosen_groups(data, protocol.groups, "MIHBench", "kind")
     return {
         group: [
             folders.find(
@@ -62,7 +62,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
                 f"MIHBench {group}",
             )
         ]
-        for group in wanted
+        for group in groups
     }
 
 
@@ -70,7 +70,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions, each with its images in order.
 
     Raises:
-        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+        LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, or an id occurs twice.
     """
     rows, seen, kinds = [], set(), {}
     for role, (path,) in question_files(data, protocol).items():
@@ -93,7 +93,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
                 rows.append((identity, *tables.interleave(text, images, where), label, group))
     folders.chosen_groups(data, list(kinds), f"the question file of {protocol.name}", "kind")
     paths = {}
-    # Group by group, for the pictures of identity lie apart from those of COCO.
+    # Group by group, because the images of identity are not in COCO's folder.
     for group in dict.fromkeys(row[4] for row in rows):
         names = [str(image) for row in rows if row[4] == group for image in row[2] if isinstance(image, Path)]
         if names:
@@ -113,9 +113,9 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """For yes/no kinds the figures of POPE; for others how often the answer is the label, article and case aside.
+    """POPE's figures for yes/no kinds; for others, how often the answer equals the label, ignoring case and article.
 
-    Under the parser "short" yes/no questions are parsed by "strict".
+    Under the parser "short", yes/no questions are parsed by "strict".
     """
     groups = list(dict.fromkeys(question.group for question in questions))
     labels = {group: {question.label.lower() for question in questions if question.group == group} for group in groups}
@@ -128,9 +128,9 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
             tally.correct[question.key] = parsers.bare(text) == parsers.bare(question.label)
             tally.add(question.unit, **{f"{question.group}/right": tally.correct[question.key]})
         else:
-            said = parse(text, binary.label_of(question))
-            unparsed += said is None
-            binary.count(tally, question, said)
+            reply = parse(text, binary.label_of(question))
+            unparsed += reply is None
+            binary.count(tally, question, reply)
         tally.add(question.unit, asked=1, right=tally.correct[question.key], **{f"{question.group}/asked": 1})
     counts = [
         "asked",
@@ -144,7 +144,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Accuracy over all; POPE's figures of the yes/no kinds; accuracy of those that were counted as right or wrong."""
+    """Accuracy over all; POPE's figures of yes/no kinds; accuracy of the other kinds."""
     one_word = [group for group in groups if f"{group}/right" in counts]
     table = {"accuracy": ratio(["right"], ["asked"])}
     table |= binary.table([group for group in groups if group not in one_word])

@@ -1,8 +1,8 @@
 """MME: two yes/no questions about each image, in fourteen subtasks (Fu et al. 2023, arXiv 2306.13394).
 
-A subtask's score is 100 * (accuracy + accuracy+), where accuracy+ is the share of images with both questions right;
-200 at most. Folders: `MME_Benchmark_release_version/SUBTASK/` with NAME.jpg and NAME.txt side by side, or in `images/`
-and `questions_answers_YN/`; a text file has two lines "question, tab, Yes or No".
+A subtask's score is 100 * (accuracy + accuracy+), where accuracy+ is the share of images with both answers correct; at
+most 200. Folders: `MME_Benchmark_release_version/SUBTASK/` with NAME.jpg and NAME.txt side by side, or in `images/` and
+`questions_answers_YN/`; a text file has two lines "question, tab, Yes or No".
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,31 +37,31 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """Subtask -> its text files, in the order of their names."""
+    """Subtask -> its text files, sorted by name."""
     folder = folders.data_folder(data)
     places = [folder, folder / RELEASE, folder / "MME" / RELEASE, folder / "MME", folder / "mme" / RELEASE]
-    found = {}
+    paths = {}
     for task in folders.chosen_groups(data, protocol.groups, protocol.name, "subtask"):
         for place in places:
             nested = place / task / "questions_answers_YN"
             texts = sorted((nested if nested.is_dir() else place / task).glob("*.txt"))
             if texts:
-                found[task] = texts
+                paths[task] = texts
                 break
         else:
             raise LVLMError(
                 f"MME subtask {task!r} is missing: no folder {RELEASE}/{task} with NAME.txt "
                 f"(or questions_answers_YN/NAME.txt) in {str(folder)!r}"
             )
-    return found
+    return paths
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """Two questions an image; ids are "IMAGE/1" and "IMAGE/2".
+    """Two questions per image; ids are "IMAGE/1" and "IMAGE/2".
 
     Raises:
-        LVLMError: a subtask, or the picture of a text file (with `need_images`), is missing; a text file is not two
-          lines of a question and Yes or No.
+        LVLMError: a subtask, or (with `need_images`) the image of a text file, is missing; or a text file is not two
+            lines of a question and Yes or No.
     """
     questions = []
     for task, texts in question_files(data, protocol).items():
@@ -99,19 +99,22 @@ def _image(text_file: Path, needed: bool) -> Path:
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Score, accuracy and accuracy+ of each subtask, and the sums (hallucination, perception, cognition) all of whose
-    subtasks were asked. An answer that is neither yes nor no is wrong, and counted as unparsed."""
+    """Score, accuracy and accuracy+ of each subtask, and those sums (hallucination, perception, cognition) whose
+    subtasks were all asked.
+
+    An answer that is neither yes nor no is wrong, and is counted as unparsed.
+    """
     parse = parsers.yes_no(protocol.parser)
     tally, pairs, unparsed = Tally(), {}, 0
     tasks = list(dict.fromkeys(question.group for question in questions))
     for question in questions:
         label = binary.label_of(question)
-        said = parse(answers[question.key], label)
-        unparsed += said is None
-        right = said == label
+        reply = parse(answers[question.key], label)
+        unparsed += reply is None
+        right = reply == label
         tally.correct[question.key] = right
         task = question.group
-        tally.add(question.unit, **{f"{task}/asked": 1, f"{task}/right": right, f"{task}/unparsed": said is None})
+        tally.add(question.unit, **{f"{task}/asked": 1, f"{task}/right": right, f"{task}/unparsed": reply is None})
         pairs.setdefault((task, question.unit), []).append(right)
     for (task, unit), rights in pairs.items():
         tally.add(unit, **{f"{task}/images": 1, f"{task}/both": all(rights) and len(rights) == 2})
@@ -121,7 +124,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """The sums all of whose subtasks are among `groups`, and the figures of each subtask."""
+    """The sums whose subtasks are all among `groups`, and the figures of each subtask."""
     points = {task: _points(task) for task in groups}
     table = {
         name: total([points[task] for task in members]) for name, members in SUMS.items() if set(members) <= set(groups)
@@ -136,15 +139,15 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 
 def _points(task: str) -> Figure:
     single = ratio([f"{task}/right"], [f"{task}/asked"])
-    both = ratio([f"{task}/both"], [f"{task}/images"])
-    return Figure(lambda totals: 100 * (single.compute(totals) + both.compute(totals)), single.over, "points")
+    accuracy_plus = ratio([f"{task}/both"], [f"{task}/images"])
+    return Figure(lambda totals: 100 * (single.compute(totals) + accuracy_plus.compute(totals)), single.over, "points")
 
 
 class TextFiles(AnswerFormat):
-    """A folder with a text file for each subtask, of lines "image, tab, question, tab, truth, tab, answer"."""
+    """A folder with one text file per subtask, of lines "image, tab, question, tab, truth, tab, answer"."""
 
     def read(self, path: Path, group: str | None = None) -> list[Row]:
-        """The rows of a text file, which have no ids; other files are read as JSON lines."""
+        """The rows of a text file, without ids; other files are read as JSON lines."""
         if path.suffix != ".txt":
             return super().read(path, group)
         rows = []
@@ -155,25 +158,25 @@ class TextFiles(AnswerFormat):
             cells = line.rstrip("\r").split("\t")
             if len(cells) != 4:
                 raise LVLMError(f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs")
-            image, asked, _, said = cells
-            rows.append(Row(where, None, said, group or path.stem, asked.strip(), (image.strip(),)))
+            image, question, _, text = cells
+            rows.append(Row(where, None, text, group or path.stem, question.strip(), (image.strip(),)))
         return rows
 
     def write(
         self, path: Path, questions: Sequence[Question], answers: Mapping, protocol: Protocol, model_id: str = ""
     ) -> list[Path]:
-        """Write a file for each subtask into the folder `path`."""
+        """Writes one file per subtask into the folder `path`."""
         by_task: dict[str, list[str]] = {}
         for question in questions:
             if question.key in answers:
                 answer = " ".join(answers[question.key].split())  # a tab or line end would break the table
                 line = "\t".join((question.unit, question.text, question.label.capitalize(), answer))
                 by_task.setdefault(question.group, []).append(line + "\n")
-        written = []
+        paths = []
         for task, lines in by_task.items():
-            written.append(path / f"{task}.txt")
-            files.write_atomically(written[-1], "".join(lines))
-        return written
+            paths.append(path / f"{task}.txt")
+            files.write_atomically(paths[-1], "".join(lines))
+        return paths
 
 
 BENCHMARK = Benchmark(

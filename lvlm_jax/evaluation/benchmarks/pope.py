@@ -1,8 +1,8 @@
-"""POPE: is this object in the picture, yes or no (Li et al. 2023, arXiv 2305.10355).
+"""POPE: is this object in the image, yes or no (Li et al. 2023, arXiv 2305.10355).
 
-Question files are JSON lines of `question_id, image, text, label`; their name often ends in `.json`. Two different
-COCO files of the random split circulate, of 3000 rows (VCD's) and of 2910 (OPERA's and LLaVA's): the record's hash and
-the note "rows" tell them apart. The yes ratio is that of the answers; lmms-eval prints the labels' under that name.
+Question files are JSON lines of `question_id, image, text, label`; their name often ends in `.json`. There are two COCO
+files of the random split, with 3000 rows (VCD's) and with 2910 (OPERA's and LLaVA's): the record's hash and the note
+"rows" distinguish them. The yes ratio is that of the answers; lmms-eval prints that of the labels under this name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def _protocol(name: str, about: str, parser: str, max_new_tokens: int, **setting
 
 
 PROTOCOLS = (
-    _protocol("strict", "one yes/no word counts, all else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX),
+    _protocol("strict", "one yes/no word counts, anything else is wrong (default)", "strict", 16, suffix=LLAVA_SUFFIX),
     _protocol("official", "POPE's and LLaVA's scorer, LLaVA's suffix", "official", 128, suffix=LLAVA_SUFFIX),
     _protocol("opera", "OPERA's scorer and system prompt, no suffix", "opera", 10, system=VICUNA),
     _protocol(
@@ -50,38 +50,38 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """Split -> its question file. One file given by the user is for one split, named in its file name or `groups`."""
+    """Split -> its question file. A single given file belongs to one split, named in its file name or in `groups`."""
     if data.source not in SOURCES:
         raise LVLMError(f"POPE source {data.source!r} is unknown; choose one of {', '.join(SOURCES)}")
     groups = folders.chosen_groups(data, protocol.groups, "POPE", "split")
     if data.question_file is not None:
         path = files.existing_file(data.question_file, "question file")
-        named = [group for group in groups if group in path.name.lower()]
-        groups = tuple(named) if len(named) == 1 else groups
+        splits = [group for group in groups if group in path.name.lower()]
+        groups = tuple(splits) if len(splits) == 1 else groups
         if len(groups) > 1:
-            raise LVLMError(f"question file {str(path)!r} holds one split; say which: {', '.join(groups)}")
+            raise LVLMError(f"question file {str(path)!r} has one split; say which: {', '.join(groups)}")
         return {groups[0]: [path]}
     source = data.source
     nested = (source, f"pope_{source}", f"output/{source}", f"output/seem/{source}")
     places = [".", "POPE", "pope", *(top + place for top in ("", "POPE/", "pope/") for place in nested),
               f"data/POPE/{source}", f"experiments/data/POPE/{source}"]  # fmt: skip
-    found = {}
+    paths = {}
     for group in groups:
         stems = [f"{source}_pope_{group}"] + [f"pope_{group}"] * (source == "coco")
-        wanted = [stem + ending for stem in stems for ending in ENDINGS]
-        # SEEM found the objects of A-OKVQA and GQA; older copies of their files have it in the name.
+        file_names = [stem + ending for stem in stems for ending in ENDINGS]
+        # SEEM segmented the objects of A-OKVQA and GQA; older copies of their files have it in the name.
         older = [f"{source}_pope_seem_{group}{ending}" for ending in ENDINGS if source != "coco"]
         what = f"POPE {source} {group}"
-        path = folders.find(data, wanted, places, what, optional=True)
-        found[group] = [path or folders.find(data, wanted + older, places, what)]
-    return found
+        path = folders.find(data, file_names, places, what, optional=True)
+        paths[group] = [path or folders.find(data, file_names + older, places, what)]
+    return paths
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """The questions of all splits asked, in the order of the files.
+    """The questions of all chosen splits, in the order of the files.
 
     Raises:
-        LVLMError: a file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+        LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, or an id occurs twice.
     """
     rows, seen = [], set()
     for group, (path,) in question_files(data, protocol).items():
@@ -102,11 +102,11 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
     """Figures of each split and their mean.
 
-    Beside the protocol's own parser, "strict yes ratio" and "strict unparsed" say what the model really answered:
-    parsers that take everything for yes or no hide it.
+    Besides the figures by the protocol's own parser, "strict yes ratio" and "strict unparsed" show the real answers,
+    because some parsers read every text as yes or no.
 
     Args:
-        questions: those that were asked.
+        questions: the questions.
         answers: `Question.key` -> text.
     """
     parse = parsers.yes_no(protocol.parser)
@@ -125,7 +125,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Figures of each split and their mean, by the protocol's parser, and how many answers are no yes or no."""
+    """Figures of each split and their mean, by the protocol's parser, and how many answers are neither yes nor no."""
     return binary.table(groups, unparsed_is_missed=protocol.parser != "lmms-eval") | {
         "strict yes ratio": ratio(["strict_yes"], ["asked"]),
         "strict unparsed": ratio(["strict_unparsed"], ["asked"]),
