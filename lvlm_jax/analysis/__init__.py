@@ -1,6 +1,6 @@
-"""Readers of taps: what attention, hidden states and masks tell about where a model looks.
+"""Analyses of attention, hidden states and masks: where a model looks.
 
-Pure functions on arrays, and a page for people. `words` and `maps` come first; `overlay` and `figures` draw them.
+Pure functions on arrays, and a page for people. Start with `words` and `maps`; `overlay` and `figures` draw them.
 """
 
 from lvlm_jax.analysis.flow import Flow, HideImages, divergence, information_flow, masking_probe

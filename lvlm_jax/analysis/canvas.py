@@ -1,4 +1,4 @@
-"""Figures without a screen, and PNG files of them."""
+"""matplotlib figures without a display, saved as PNG."""
 
 import pathlib
 import warnings
@@ -10,14 +10,14 @@ from lvlm_jax.errors import LVLMError
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, whose parts keep clear of each other."""
+    """An empty figure of a size in inches, with a layout that avoids overlaps."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path) -> None:
-    """Writes a figure as PNG, and makes its folder if there is none.
+    """Writes a figure as PNG; creates its folder if necessary.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -25,7 +25,7 @@ def save(figure: Figure, path) -> None:
     try:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            # A letter that the font lacks is drawn as a box, which is as good as can be.
+            # Characters that the font lacks are drawn as boxes, without a warning.
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(path, dpi=110, format="png")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The same findings as PNG files, for papers and terminals: curves, layers x heads maps, words over images."""
+"""The figures of the attention page as PNG files: curves, maps of layers x heads, words over images."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from jaxtyping import Float
 from lvlm_jax.analysis import canvas, overlay
 
 COLOURS = ("#2f6f8f", "#b4532a", "#6b8e4e", "#7a5c99")
-PER_LINE = 8  # panels beside each other on a sheet of words
+PER_LINE = 8  # panels per line on a sheet of words
 
 
 def curves(
     path, title: str, label: str, series: Mapping[str, Sequence[Float[np.ndarray, "L"]]], names: Sequence[str] = ()
 ) -> None:
-    """Draws curves over layers: a colour for each answer, a line style for each of its curves, which `names` name.
+    """Draws curves over layers: a colour per answer, a line style per curve; `names` are the curves' names.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -23,8 +23,8 @@ def curves(
     figure, axis = _figure(6.4, 3.6)
     for colour, (answer, lines) in zip(_cycle(COLOURS), series.items(), strict=False):
         for style, (number, values) in zip(_cycle(("-", "--", ":")), enumerate(lines), strict=False):
-            what = f"{answer}, {names[number]}" if names else answer
-            axis.plot(np.arange(len(values)), values, style, color=colour, label=what, linewidth=1.8)
+            line_label = f"{answer}, {names[number]}" if names else answer
+            axis.plot(np.arange(len(values)), values, style, color=colour, label=line_label, linewidth=1.8)
     axis.set(xlabel="layer", ylabel=label)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
@@ -34,21 +34,21 @@ def curves(
     canvas.save(figure, path)
 
 
-def matrices(path, title: str, label: str, named: Mapping[str, Float[np.ndarray, "L H"]]) -> None:
-    """Draws layers x heads maps beside each other with one colour scale.
+def matrices(path, title: str, label: str, maps_by_name: Mapping[str, Float[np.ndarray, "L H"]]) -> None:
+    """Draws maps of layers x heads side by side with one colour scale.
 
     Raises:
         LVLMError: the file cannot be written.
     """
-    layers, heads = next(iter(named.values())).shape
-    width = 1.2 + len(named) * max(2.4, 0.16 * heads)
-    figure, axes = _figure(width, 1.2 + max(2.0, 0.16 * layers), len(named))
-    top = max(values.max() for values in named.values()) or 1.0
-    for axis, (name, values) in zip(np.atleast_1d(axes), named.items(), strict=True):
-        drawn = axis.imshow(values, vmin=0, vmax=top, cmap="inferno", aspect="auto")
+    layers, heads = next(iter(maps_by_name.values())).shape
+    width = 1.2 + len(maps_by_name) * max(2.4, 0.16 * heads)
+    figure, axes = _figure(width, 1.2 + max(2.0, 0.16 * layers), len(maps_by_name))
+    top = max(values.max() for values in maps_by_name.values()) or 1.0
+    for axis, (name, values) in zip(np.atleast_1d(axes), maps_by_name.items(), strict=True):
+        image = axis.imshow(values, vmin=0, vmax=top, cmap="inferno", aspect="auto")
         axis.set(xlabel="head", ylabel="layer")
         axis.set_title(name, fontsize=9, parse_math=False)
-    figure.colorbar(drawn, ax=axes, label=label)
+    figure.colorbar(image, ax=axes, label=label)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, parse_math=False)
     canvas.save(figure, path)
 

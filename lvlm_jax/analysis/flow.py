@@ -1,4 +1,4 @@
-"""Information flow from image to text (SEVI, arXiv 2505.14257), and the probe that measures it from outside."""
+"""Information flow from image to text (SEVI, arXiv 2505.14257), and a masking probe that measures it from outside."""
 
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +13,11 @@ from lvlm_jax.methods.base import Strength, frozen
 
 
 class Flow(NamedTuple):
-    """Where visual information is, before the first layer and behind each of L layers.
+    """Where visual information is, before the first layer and after each of L layers.
 
     Attributes:
-        text_share: of all visual information, the share that text positions hold.
-        last_row: of what the last position holds, the share that is visual.
+        text_share: share of all visual information that is at text positions.
+        last_row: share of the last position's information that is visual.
     """
 
     text_share: Float[Array, "L+1 B"]
@@ -30,14 +30,14 @@ def information_flow(attention: Float[Array, "L B S S"], image_id: Int[Array, "B
         F^0 = I,   F^l = ½ (I + W^l) F^{l-1},   v_i^l = Σ_{j in image} F^l_ij
         text share = Σ_{i in text} v_i^l / Σ_i v_i^l
 
-    with W^l the mean over heads. Row i of F^l tells how much of each input position i holds behind layer l; half comes
-    through the residual stream, half through attention. Only the sums over image columns are kept from layer to layer,
-    since F^l is linear in F^{l-1}: the memory is that of the attention itself.
+    with W^l the mean over heads. Row i of F^l says how much of each input is at position i after layer l; half comes
+    through the residual stream, half through attention. F^l is linear in F^{l-1}, so only the sums over image columns
+    are kept from layer to layer, and memory is that of the attention itself.
 
     Args:
         attention: head-mean weights of all rows, `Tap(layers=None, rows="all", mean_heads=True)`; zero above the
             diagonal and at padding columns.
-        image_id: 0 text, k >= 1 the k-th image, -1 padding, whose rows count for nothing.
+        image_id: 0 for text, k >= 1 for the k-th image, -1 for padding, whose rows are ignored.
 
     Returns:
         The two shares; zero in a sample without an image.
@@ -50,8 +50,8 @@ def information_flow(attention: Float[Array, "L B S S"], image_id: Int[Array, "B
         visual = 0.5 * (visual + mixed)
         return visual, visual
 
-    _, behind = jax.lax.scan(layer, visual, jnp.asarray(attention, jnp.float32))
-    levels = jnp.concatenate([visual[None], behind])
+    _, outputs = jax.lax.scan(layer, visual, jnp.asarray(attention, jnp.float32))
+    levels = jnp.concatenate([visual[None], outputs])
     on_text = jnp.where(text, levels, 0.0).sum(-1)
     total = jnp.where(image_id >= 0, levels, 0.0).sum(-1)
     return Flow(on_text / jnp.where(total > 0, total, 1.0), levels[:, :, -1])
@@ -61,8 +61,8 @@ def information_flow(attention: Float[Array, "L B S S"], image_id: Int[Array, "B
 class HideImages(Method):
     """Text rows see no image column from layer `from_layer` on.
 
-    The layer is an array leaf, so a sweep over it is one program. Every row that comes after an image or between two
-    is affected; image rows go on seeing images, which no later text row can read any more.
+    The layer is an array leaf, so a sweep over it is one program. All text rows after an image are affected. Image rows
+    still see images, but no later text row can read them.
     """
 
     from_layer: Strength = strength(0, "first layer in which text rows do not see images")
@@ -81,13 +81,13 @@ def masking_probe(model, prompt, rows: int = 1, method: Method | None = None) ->
 
         probe_l = JSD(softmax(logits), softmax(logits with images hidden in layers l ... L-1))
 
-    in nats, between 0 and ln 2. Where it falls to zero, later layers need the image no more: text positions hold what
-    they use of it.
+    in nats, between 0 and ln 2. Where it drops to zero, later layers no longer need the image: text positions already
+    contain what they use of it.
 
     Args:
         model: an `LVLM`.
         prompt: anything `LVLM.prepare` takes; append an answer to probe its tokens.
-        rows: how many of the last rows are probed; row -1 predicts the token after the prompt.
+        rows: how many of the last rows to probe; row -1 predicts the token after the prompt.
         method: a method without a contrast branch, to probe the model under it; None for the plain model.
 
     Raises:

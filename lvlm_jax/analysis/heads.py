@@ -18,12 +18,12 @@ def sink_density(
 
         c_h[j] = Σ_{x > j, x a row of j's image} w_h[x, j] / (number of those rows),   sink if c_h[j] > β
 
-    EAH takes the map of the head with most of them. Its β of 0.002 is for 576 image tokens, where uniform attention
-    gives about 0.003 on average; with N tokens the like threshold is 0.002 · 576 / N.
+    EAH uses the map of the head with most sinks. Its β of 0.002 is for 576 image tokens, for which uniform attention
+    gives about 0.003 on average; the equivalent for N tokens is 0.002 · 576 / N.
 
     Args:
         attention: weights of all rows, `Tap(layers=..., rows="all")`.
-        image_id: what each row and column is.
+        image_id: the kind of each row and column, as in `Context`.
         beta: the threshold β.
 
     Returns:
@@ -34,19 +34,19 @@ def sink_density(
     same = image[:, :, None] & (image_id[:, :, None] == image_id[:, None, :])
     later = same & (places[:, None] > places[None, :])[None]
     count = later.sum(1)
-    received = jnp.where(later[None, :, None], attention, 0.0).sum(-2)
-    sinks = (received / jnp.maximum(count, 1)[None, :, None] > beta) & image[None, :, None]
+    mean_received = jnp.where(later[None, :, None], attention, 0.0).sum(-2)
+    sinks = (mean_received / jnp.maximum(count, 1)[None, :, None] > beta) & image[None, :, None]
     return sinks.sum(-1) / jnp.maximum(image.sum(-1), 1)[None, :, None]
 
 
 class Drift(NamedTuple):
-    """How each layer's look at an image compares with the early layers' and with the best middle layer's.
+    """How each layer's attention to an image compares with that of the early layers and of the best middle layer.
 
     Attributes:
         noise: cos(p^l, n).
-        anchor: cos(p^l, A); zero where there is no anchor.
-        gate: clip(noise - anchor, 0, 1), the drift that CLVA acts on in its late layers, here for every layer; zero
-            where there is no anchor.
+        anchor: cos(p^l, A); zero without an anchor.
+        gate: clip(noise - anchor, 0, 1), the drift on which CLVA acts in its late layers, here for every layer; zero
+            without an anchor.
         anchor_layer: l*.
     """
 
@@ -63,7 +63,7 @@ def drift_curve(attention: Float[Array, "L H N"], strength: float = 1.0, kept: f
         l*  = argmax over l in [0.3 L, 0.6 L] of JSD(p^l, n) · (1 - H(p^l) / ln N)
         A   = relu(p^{l*} - λ n), its largest ρN entries
 
-    The public text of CLVA gives the idea and not the formulas. Candidates start where n is complete.
+    The paper describes CLVA's idea without formulas. Candidates start where n is complete.
 
     Args:
         attention: one row's weights on the N tokens of one image. `jax.vmap` over rows or images.

@@ -1,4 +1,4 @@
-"""Everything the attention page shows of a model's answers about some images; the page and its figures as files."""
+"""Computes everything that the attention page shows, and writes the page and its figures."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.processors import text
 
-SINK_WEIGHT = 0.002 * 576  # EAH's threshold times LLaVA's tokens of one image, for which it was found
+SINK_WEIGHT = 0.002 * 576  # EAH's threshold times the number of LLaVA's tokens per image, for which it was tuned
 
 
 def settings_of(method: Method | None) -> str:
-    """A method's numbers in words, and its switches where they are not as they come."""
+    """A method's numbers in words, and those of its switches that are not at their defaults."""
     if method is None:
-        return "the model as it is"
+        return "the model without a method"
     if members := getattr(method, "members", ()):
         return "; ".join(f"{member.label}: {settings_of(member)}" for member in members)
     parts, usual = [], type(method)()
@@ -41,20 +41,20 @@ def settings_of(method: Method | None) -> str:
 
 
 class Looker:
-    """Looks at a model while it answers one prompt, under one method after the other.
+    """Observes a model while it answers one prompt, under several methods.
 
     Args:
-        model: with a processor.
+        model: a model with a processor.
         images: those of the messages, in their order.
-        messages: the conversation to be answered.
-        sink_weight: weight above which an image patch is a vision sink; None: `SINK_WEIGHT` by the tokens of the
-            largest image.
+        messages: the conversation to answer.
+        sink_weight: weight above which an image patch is a vision sink; None: `SINK_WEIGHT` divided by the tokens of
+            the largest image.
 
     Attributes:
         pictures: the images as the page shows them.
 
     Raises:
-        LVLMError: the model cannot take the prompt.
+        LVLMError: the model cannot process the prompt.
     """
 
     def __init__(self, model: LVLM, images: Sequence[Image.Image], messages: Any, sink_weight: float | None = None):
@@ -68,13 +68,13 @@ class Looker:
         self.pictures = [page.Picture(image, overlay.seen_region(*image.size, fit)) for image in images]
 
     def tokens(self, method: Method | None, given: str | None = None, longest: int = 128) -> list[int]:
-        """The tokens of the answer: those of the given text, or generated greedily, at most `longest`."""
+        """The tokens of the answer: those of the given text, or at most `longest` greedily generated ones."""
         if given is None:
             return self._model.generate(self._prompt, method=method, max_new_tokens=longest).tokens[0]
         return list(self._model.processor.tokenizer(given, add_special_tokens=False)["input_ids"])
 
     def answer(self, name: str, method: Method | None, tokens: list[int]) -> page.Answer:
-        """Everything the page shows of one answer.
+        """Everything that the page shows about one answer.
 
         Raises:
             LVLMError: the answer has no words.
@@ -108,7 +108,7 @@ class Looker:
 def write(
     folder: Path, title: str, prompt: str, pictures: list[page.Picture], answers: list[page.Answer]
 ) -> list[Path]:
-    """Writes the page and the same as PNG files into a folder that is there.
+    """Writes the page, and its figures as PNG files, into an existing folder.
 
     Returns:
         The files, `index.html` first.
@@ -116,52 +116,52 @@ def write(
     Raises:
         LVLMError: the page cannot be written.
     """
-    built = page.build(title, prompt, pictures, answers)
-    drawn = _draw(folder, pictures, answers)
-    files.write_atomically(folder / "index.html", built)
-    return [folder / "index.html", *drawn]
+    html = page.build(title, prompt, pictures, answers)
+    figures_written = _draw(folder, pictures, answers)
+    files.write_atomically(folder / "index.html", html)
+    return [folder / "index.html", *figures_written]
 
 
 def _draw(folder: Path, pictures: list[page.Picture], answers: list[page.Answer]) -> list[Path]:
-    named = {answer.name: answer for answer in answers}
+    by_name = {answer.name: answer for answer in answers}
     figures.matrices(
         folder / "image_mass.png",
         "Attention on the images, mean over words",
         "share of the row's weight",
-        {name: answer.mass.mean(-1) for name, answer in named.items()},
+        {name: answer.mass.mean(-1) for name, answer in by_name.items()},
     )
     figures.matrices(
         folder / "sinks.png",
         "Vision sinks in the prompt (EAH)",
         "share of image patches",
-        {name: answer.sinks for name, answer in named.items()},
+        {name: answer.sinks for name, answer in by_name.items()},
     )
     figures.curves(
         folder / "flow.png",
         "Information flow (SEVI): held by text positions",
         "share of visual information",
-        {name: [answer.flow] for name, answer in named.items()},
+        {name: [answer.flow] for name, answer in by_name.items()},
     )
     figures.curves(
         folder / "probe.png",
         "Masking probe: images hidden from a layer on, mean over words",
         "JSD, nats",
-        {name: [answer.probe.mean(0)] for name, answer in named.items()},
+        {name: [answer.probe.mean(0)] for name, answer in by_name.items()},
     )
     figures.curves(
         folder / "drift.png",
         "Drift (reconstruction of CLVA), mean over words",
         "cosine",
-        {name: [curve.mean(0) for curve in answer.drift] for name, answer in named.items()},
+        {name: [curve.mean(0) for curve in answer.drift] for name, answer in by_name.items()},
         ("with the early layers", "with the anchor"),
     )
-    written = [folder / f"{name}.png" for name in ("image_mass", "sinks", "flow", "probe", "drift")]
+    paths = [folder / f"{name}.png" for name in ("image_mass", "sinks", "flow", "probe", "drift")]
     for answer in answers:
         for number, picture in enumerate(pictures):
             maps = answer.maps[number].mean((0, 1))
             title = f"{answer.name}, image {number + 1}: each word against the mean of all; share of its attention here"
-            shown = [word.text for word in answer.words]
-            row = overlay.Row(title, picture.image, answer.text, shown, maps, picture.region)
-            written.append(folder / f"words_{answer.name.lower().replace(', ', '_')}_{number + 1}.png")
-            figures.word_sheet(written[-1], row, maps.sum((1, 2)))
-    return written
+            words = [word.text for word in answer.words]
+            row = overlay.Row(title, picture.image, answer.text, words, maps, picture.region)
+            paths.append(folder / f"words_{answer.name.lower().replace(', ', '_')}_{number + 1}.png")
+            figures.word_sheet(paths[-1], row, maps.sum((1, 2)))
+    return paths

@@ -1,7 +1,8 @@
-"""Where the weight goes: mass on images, and maps over the patches of each image.
+"""Where attention goes: mass on images, and maps over the patches of each image.
 
 Attention here is that of one branch, `step.tapped.attention[:, 0]`: Float[L B H R S], after all edits of a method.
-`image_id` says what the S columns are: 0 text, k >= 1 the k-th image, -1 padding or not written yet.
+`image_id` gives the kind of each of the S columns: 0 for text, k >= 1 for the k-th image, -1 for padding and columns
+that are not written yet.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def image_mass(
 
         mass = Σ_{j in image} w_j / Σ_j w_j
 
-    Weights behind a softmax sum to one already; the division matters for methods that edit them afterwards.
+    Weights after a softmax sum to one; the division matters for methods that edit them afterwards.
 
     Args:
         attention: weights.
@@ -37,18 +38,19 @@ def image_mass(
 
 
 def token_places(config: FamilyConfig, prompt: Inputs, images: int) -> list[Int[np.ndarray, "h w"]]:
-    """For each image of one conversation, which of its image tokens shows each place of it, row by row.
+    """For each image of one conversation, the image token that shows each place of it, row by row.
 
-    Of an image that is cut into tiles it is those of the view of the whole image. Places are numbered as
-    `LVLM.attention` orders tokens, those of all images one behind the other.
+    For an image that is split into tiles, these are the tokens of the view of the whole image. Tokens are numbered as
+    in `LVLM.attention`, through all images.
 
     Args:
-        config: of the model.
-        prompt: what `LVLM.prepare` made of the conversation.
-        images: how many pictures the conversation has.
+        config: the model's.
+        prompt: the result of `LVLM.prepare` for the conversation.
+        images: number of images in the conversation.
 
     Raises:
-        LVLMError: a family whose image tokens show no place of the image, or a prompt with more images than pictures.
+        LVLMError: the family's image tokens show no place of the image, or the prompt has more images than the
+            conversation.
     """
     pictures = prompt.pictures
     if pictures is None:
@@ -74,16 +76,17 @@ def patch_maps(
     """Weights on the N image tokens of one conversation, as a map over each image.
 
     Args:
-        attention: weights on image tokens in order, those of all images, as `LVLM.attention` returns them.
-        places: of each image, as `token_places` gives them.
+        attention: weights on the image tokens of all images, in order, as from `LVLM.attention`.
+        places: for each image, from `token_places`.
     """
     return [attention[..., grid] for grid in places]
 
 
 def word_maps(maps: Float[np.ndarray, "T *any"], words: list[Word]) -> Float[np.ndarray, "W *any"]:
-    """The mean over each word's tokens: one entry for each of W words, from one for each of T answer tokens.
+    """The mean over each word's tokens: W words from T answer tokens.
 
-    The row of a token is the one that produced it, so a word's map is where the model looked before it wrote the word.
+    The row of a token is the one that produced it, so a word's map shows where the model looked before it wrote the
+    word.
     """
     if not words:
         return np.zeros((0, *maps.shape[1:]), maps.dtype)

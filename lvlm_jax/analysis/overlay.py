@@ -1,4 +1,4 @@
-"""Attention drawn over the image it lies on: where a model looked for the whole answer, and for single words."""
+"""Draws attention over the image: where a model looked during the whole answer, and for single words."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lvlm_jax.analysis.maps import patch_maps, token_places, word_maps
 from lvlm_jax.analysis.words import words_of
 from lvlm_jax.processors import text
 
-# Words that name nothing one could see; maps of them say little.
+# Words that name nothing visible; their maps say little.
 _FUNCTION_WORDS = frozenset(
     "a an the this that these those there here it its is are was were be been being has have had do does did can of in "
     "on at to by for from with as into over under and or but not no yes also some any each other both image picture "
@@ -32,7 +32,7 @@ class Row:
         text: the answer.
         words: the answer's words, W of them.
         maps: attention of each word over the image's patches, `[W, h, w]`, averaged over layers and heads.
-        region: what the maps cover, `(left, top, right, bottom)` in pixels; None for the whole image.
+        region: the part of the image that the maps cover, `(left, top, right, bottom)` in pixels; None for all of it.
     """
 
     title: str
@@ -44,9 +44,9 @@ class Row:
 
 
 def rows_of(model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None) -> list[Row]:
-    """One row for each image of a conversation: where `model` looked while it produced the answer `tokens`.
+    """One row per image of a conversation: where `model` looked while it produced the answer `tokens`.
 
-    `images` are those of `messages` in reading order, `method` the one that the answer was produced with.
+    `images` are those of `messages` in reading order; `method` is the one that produced the answer.
     """
     prompt = model.prepare(messages)
     places = token_places(model.config, prompt, len(images))
@@ -62,7 +62,7 @@ def rows_of(model, title: str, images: Sequence[Image.Image], messages: list[dic
 def by_words(
     tokens: Sequence[int], decode: Callable[[Sequence[int]], str], maps: Float[np.ndarray, "T h w"]
 ) -> tuple[list[str], Float[np.ndarray, "W h w"]]:
-    """Join the maps of the tokens of each word: their mean.
+    """Averages the maps of the tokens of each word.
 
     `decode` turns token ids into text; see `analysis.words_of`.
     """
@@ -71,23 +71,24 @@ def by_words(
 
 
 def fitted(model, images: int) -> str:
-    """How a processor fits a whole image into the view that maps are of: "stretch", "crop" or "pad".
+    """How a processor fits an image into the view that the maps show: "stretch", "crop" or "pad".
 
     Args:
         model: an `LVLM`.
-        images: how many its conversation has.
+        images: number of images in the conversation.
     """
     if model.config.nested_images and images > 1:
         return "pad"
     crops = getattr(model.processor.image_processor, "do_center_crop", False)
-    # Where images are cut into tiles, that setting acts on views that fit already.
+    # For tiled images, that setting acts on views that already fit.
     return "crop" if crops and not model.config.tiled else "stretch"
 
 
 def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float, float] | None:
-    """What a map covers, `(left, top, right, bottom)` in pixels: the middle square of an image that is cropped.
+    """The part of an image that a map covers, `(left, top, right, bottom)` in pixels.
 
-    The square around an image that is padded; None, which is all of it, for an image that is stretched.
+    The middle square if the image is cropped, the square around it if it is padded; None (all of it) if it is
+    stretched.
     """
     if fit == "stretch":
         return None
@@ -97,7 +98,7 @@ def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float,
 
 
 def choose_words(row: Row, count: int) -> list[int]:
-    """Places of up to `count` words whose maps stand out most from the answer's mean map, in reading order."""
+    """Indices of up to `count` words whose maps differ most from the answer's mean map, in reading order."""
     if not len(row.words):
         return []
     contrast = relative(row.maps).max((1, 2))
@@ -110,10 +111,10 @@ def choose_words(row: Row, count: int) -> list[int]:
 
 
 def relative(maps: Float[np.ndarray, "W h w"]) -> Float[np.ndarray, "W h w"]:
-    """Each word's share of a patch's attention against the mean of all words.
+    """Each word's share of a patch's attention, relative to the mean of all words.
 
-    Some patches draw much attention whatever is said; dividing by the mean leaves what belongs to the word. Each map is
-    first scaled to sum to 1.
+    Some patches draw much attention for every word; dividing by the mean leaves what is specific to the word. Each map
+    is first scaled to sum to 1.
     """
     shares = maps / np.maximum(maps.sum((1, 2), keepdims=True), 1e-12)
     mean = shares.mean(0)
@@ -123,8 +124,8 @@ def relative(maps: Float[np.ndarray, "W h w"]) -> Float[np.ndarray, "W h w"]:
 def draw(path, rows: Sequence[Row], words: int = 5) -> None:
     """Writes a PNG: for each row the image, the attention of the whole answer, and that of up to `words` words.
 
-    The whole answer's map is the mean over words, the single words' maps are relative to it (see `relative`); every
-    map has its own colour scale from its least to its greatest value.
+    The whole answer's map is the mean over words. The single words' maps are relative to it (see `relative`). Every map
+    has its own colour scale from its smallest to its largest value.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -152,14 +153,14 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
 def panel(axis, row: Row, heat, title: str) -> None:
     """Draws a row's image on a matplotlib axis, under a map if `heat` is one."""
     width, height = row.image.size
-    # A photograph of 50 megapixels is not drawn sharper than one of this size.
+    # Even a photograph of 50 megapixels is not drawn sharper than this size.
     small = row.image.copy()
     small.thumbnail((512, 512))
-    whole = (0, width, height, 0)
-    axis.imshow(np.asarray(small), extent=whole)
+    extent = (0, width, height, 0)
+    axis.imshow(np.asarray(small), extent=extent)
     if heat is not None:
         left, top, right, bottom = row.region or (0, 0, width, height)
         place = (left, right, bottom, top)
         axis.imshow(heat, extent=place, cmap="inferno", alpha=0.6, interpolation="bilinear")
-    axis.set(xlim=whole[:2], ylim=whole[2:])
+    axis.set(xlim=extent[:2], ylim=extent[2:])
     axis.set_title(title, fontsize=9, parse_math=False)

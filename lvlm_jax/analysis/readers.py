@@ -1,4 +1,4 @@
-"""Reads a model while it writes a given answer, token by token, through the same prefill and decode as generation."""
+"""Taps a model while it writes a given answer, token by token, with the same prefill and decode steps as generation."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,24 +14,24 @@ from lvlm_jax.generation.replay import replay
 from lvlm_jax.methods import Method
 from lvlm_jax.processors.layout import Inputs
 
-WEIGHTS_AT_ONCE = 2**28  # float32 attention weights that `head_sinks` keeps at a time: 1 GiB
+WEIGHTS_AT_ONCE = 2**28  # float32 attention weights that `head_sinks` keeps at once: 1 GiB
 
 
 def follow(model, prompt: Any, tokens: Sequence[int], tap: Tap, method: Method | None = None) -> Iterator[Tapped]:
-    """What `tap` asks for at each token of one answer: first what the prompt gives, then one decode step after another.
+    """Yields the arrays that `tap` requests at each token of one answer: from the prompt, then from each decode step.
 
     Args:
         model: an `LVLM`.
         prompt: anything `LVLM.prepare` takes, one conversation.
-        tokens: the answer, as `Output.tokens` has it.
-        tap: the request; with rows "all" the first item holds all prompt rows.
-        method: the method the answer was generated with.
+        tokens: the answer, as in `Output.tokens`.
+        tap: the request; with rows "all", the first item has all prompt rows.
+        method: the method that the answer was generated with.
 
     Yields:
-        What `generation.replay.replay` yields, for each of the T answer tokens.
+        The items of `generation.replay.replay`, for each of the T answer tokens.
 
     Raises:
-        LVLMError: more than one conversation.
+        LVLMError: there is more than one conversation.
     """
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
@@ -42,10 +42,11 @@ def follow(model, prompt: Any, tokens: Sequence[int], tap: Tap, method: Method |
 def mean_attention(
     model, prompt: Any, tokens: Sequence[int], method: Method | None = None
 ) -> tuple[Float[np.ndarray, "L B S S"], Int[np.ndarray, "B S"]]:
-    """Head-mean attention of every row of a prompt and its answer, and what each row is, for `information_flow`.
+    """Head-mean attention of every row of a prompt and its answer, and the kind of each row, for `information_flow`.
 
-    Exactly what happened in generation: rows of the prompt as prefill computed them, each answer token's as its decode
-    step did, with all edits of the method's main branch. The last answer token has no row; it was never fed.
+    The rows are exactly those of the generation: prompt rows from the prefill, the row of each answer token from its
+    decode step, with all edits of the method's main branch. The last answer token has no row, because it was never an
+    input.
     """
     prompt = model.prepare(prompt)
     total = prompt.tokens.shape[1]
@@ -76,7 +77,7 @@ def head_sinks(model, prompt: Any, beta: float, method: Method | None = None) ->
 
 
 def with_answer(model, prompt: Any, tokens: Sequence[int]) -> Inputs:
-    """One conversation's prompt with its answer behind it, to be read in one forward pass."""
+    """One conversation's prompt followed by its answer, for a single forward pass."""
     prompt = model.prepare(prompt)
     if prompt.batch != 1:
         raise LVLMError(f"one conversation can be given an answer at a time; {prompt.batch} were given")

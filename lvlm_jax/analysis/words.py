@@ -1,10 +1,10 @@
-"""Which tokens of an answer make up which word, read off the decoded text."""
+"""Groups the tokens of an answer into words, according to the decoded text."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-# Chinese, Japanese and Korean are written without spaces: each of their characters counts as a word.
+# Chinese, Japanese and Korean have no spaces between words: each character counts as a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’-][^\W{_UNSPACED}]+)*")
 
@@ -15,8 +15,8 @@ class Word:
 
     Attributes:
         text: the word, without punctuation around it.
-        start, end: where it stands in the answer's text.
-        tokens: places of its tokens in the answer.
+        start, end: its place in the answer's text.
+        tokens: indices of its tokens in the answer.
     """
 
     text: str
@@ -28,11 +28,11 @@ class Word:
 def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
     """The text of an answer and its words.
 
-    `decode` turns token ids into text. How a tokenizer marks the beginning of a word does not matter; special tokens
-    belong to no word, and a token may belong to two.
+    `decode` turns token ids into text. It does not matter how the tokenizer marks the beginning of a word. Special
+    tokens belong to no word, and a token may belong to two.
     """
     text = decode(tokens)
-    # End of the text after each token; whatever a token adds lies between two of them.
+    # End of the text after each token; the text of a token lies between two of these.
     ends = [len(decode(tokens[:count])) for count in range(len(tokens))] + [len(text)]
     words = []
     for match in _WORD.finditer(text):

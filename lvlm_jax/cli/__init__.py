@@ -1,1 +1,1 @@
-"""The command line: `lvlm COMMAND`, one file for each command, and what they share."""
+"""The command line: `lvlm COMMAND`, one file per command, and shared code."""

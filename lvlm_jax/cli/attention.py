@@ -1,4 +1,4 @@
-"""Draws where a model looks while it answers: a page to click through, and the same as PNG files.
+"""Draws where a model looks while it answers: an interactive page, and PNG files.
 
     lvlm attention --method cmac --out runs/attention
     lvlm attention --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What changed?" --method sevi
@@ -34,11 +34,20 @@ def command_line(words: list[str]) -> argparse.Namespace:
     )
     add("--dtype", default="auto", choices=names.NUMBER_TYPES)
     add("--image", action="append", metavar="FILE", help="an image; repeat it for several (default the sample)")
-    add("--prompt", default="Please describe this image in detail.", metavar="TEXT", help="the question, with <image> "
-        "where an image belongs (without it images come first)")  # fmt: skip
+    add(
+        "--prompt",
+        default="Please describe this image in detail.",
+        metavar="TEXT",
+        help="the question, with <image> at the place of each image (without it, images come first)",
+    )
     add("--method", default="none", metavar="NAME", help="none, or a method from the list below")
-    add("--compare", default="greedy", metavar="NAME", help="what stands beside the method: greedy, none, or another "
-        "method with its default settings (default greedy)")  # fmt: skip
+    add(
+        "--compare",
+        default="greedy",
+        metavar="NAME",
+        help="what to show beside the method: greedy, none, or another method with its default settings "
+        "(default greedy)",
+    )
     add(
         "--max-new-tokens",
         type=common.number(int, low=1),
@@ -46,7 +55,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         metavar="N",
         help="longest answer (default 128)",
     )
-    add("--answer", metavar="TEXT", help="look at this answer instead of letting the model write its own")
+    add("--answer", metavar="TEXT", help="analyse this answer instead of one that the model writes")
     add(
         "--beta-sinks",
         type=common.number(float, low=0),
@@ -63,21 +72,21 @@ def command_line(words: list[str]) -> argparse.Namespace:
 
 
 def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, methods.Method | None]:
-    """The answers to show, from left to right: the one to compare with, then the method."""
+    """The answers to show, from left to right: the comparison, then the method."""
     method = parse.build_method(name, arguments)
     if method is None:
         return {"greedy": None}
     beside = arguments.compare.lower()
     other = {} if beside == "none" else {"greedy": None}
     if beside not in ("greedy", "none"):
-        compared = parse.as_method(arguments.compare)
-        other = {compared.label: compared}
+        comparison = parse.as_method(arguments.compare)
+        other = {comparison.label: comparison}
     title = method.label
     return other | {title if title not in other else f"{title}, set": method}
 
 
 def main(words: list[str]) -> int:
-    """Answer, look, write."""
+    """Answers, analyses, and writes the page."""
     arguments = command_line(words)
     images = [open_image(path) for path in arguments.image]
     messages = conversation(images, arguments.prompt)

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, and flags whose defaults come from a config file."""
+"""Shared by the commands: errors in one line, and flags whose defaults come from a config file."""
 
 import argparse
 import os
@@ -16,34 +16,34 @@ from lvlm_jax.parallel import processes
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that takes `--top_p` for `--top-p`, no abbreviations, and raises `LVLMError`."""
+    """An `ArgumentParser` that accepts `--top_p` for `--top-p`, allows no abbreviations, and raises `LVLMError`."""
 
     def __init__(self, **settings):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args, namespace=None):  # noqa: D102
-        known, unknown = self.parse_known_args([parse.hyphenated(word) for word in args], namespace)
+        namespace_parsed, unknown = self.parse_known_args([parse.hyphenated(word) for word in args], namespace)
         if unknown:
             owners = parse.methods_with_field(unknown[0])
             hint = f"it is a setting of --method {' or '.join(owners)}" if owners else "see --help"
-            raise LVLMError(f"{unknown[0]} is not known here; {hint}")
-        return known
+            raise LVLMError(f"{unknown[0]} is not a flag of this command; {hint}")
+        return namespace_parsed
 
     def error(self, message):  # noqa: D102
         raise LVLMError(f"{message}; see --help")
 
 
 def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
-    """Call `main(arguments)` and leave with its exit code; an `LVLMError` is one line on stderr and code 2.
+    """Calls `main(arguments)` and exits with its exit code; an `LVLMError` is one line on stderr and code 2.
 
-    Where this is one of several processes and another one is gone, that is one line too, and code 134.
+    If this is one of several processes and another one died, the message is also one line, and the code is 134.
     """
-    # Its remarks (such as on long prompts) come before errors of ours that say the same.
+    # transformers' warnings (for example about long prompts) come before our errors with the same message.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode is no reason to stop
+        stream.reconfigure(errors="replace")  # a terminal without Unicode must not stop us
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -57,7 +57,7 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); the interpreter must not try to write to it again.
+        # The reader of our output has exited (`| head`); the interpreter must not try to write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
@@ -70,11 +70,11 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
 
 
 def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
-    """Some flags before the parser that knows all of them is built: the one of a method has the method's settings.
+    """Parses some flags before the complete parser is built: the flag `--method` determines which others exist.
 
     Args:
         words: the command line.
-        defaults: of these flags, by their names with _ for -; all others are passed over.
+        defaults: default of each of these flags, by name with _ for -; other flags are ignored.
     """
     parser = Parser(add_help=False)
     for name, default in defaults.items():
@@ -83,7 +83,7 @@ def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
 
 
 def method_flags(parser: argparse.ArgumentParser, words: str) -> None:
-    """Adds the flags of the methods that `words` name; of "none" there are none.
+    """Adds the flags of the methods in `words`; "none" has none.
 
     Raises:
         LVLMError: there is no such method.
@@ -93,17 +93,17 @@ def method_flags(parser: argparse.ArgumentParser, words: str) -> None:
 
 
 def flags(parser: argparse.ArgumentParser, defaults: ml_collections.ConfigDict, title: str | None = None) -> Callable:
-    """An `add_argument` for a group of flags whose defaults come from a config, and stand in their help."""
+    """An `add_argument` for a group of flags with defaults from a config, which the help texts show."""
     group = parser.add_argument_group(title) if title else parser
 
     def add(*names: str, help: str, **settings):
         default = defaults.get(names[0].removeprefix("--").replace("-", "_"))
-        shown = "" if default is None or default is False else f" (default {parse.shown(default)})"
+        default_text = "" if default is None or default is False else f" (default {parse.shown(default)})"
         if settings.get("action") == "append":
             settings["default"] = list(default or ())
         else:
             settings["default"] = default
-        group.add_argument(*names, help=help + shown, **settings)
+        group.add_argument(*names, help=help + default_text, **settings)
 
     return add
 
@@ -125,5 +125,5 @@ def number(kind: type, low: float | None = None, high: float | None = None, abov
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {' and '.join(bounds)}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it in its message about a malformed value
+    parse.__name__ = kind.__name__  # argparse prints this name if a value is malformed
     return parse

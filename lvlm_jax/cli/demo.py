@@ -1,7 +1,8 @@
-"""The demo of `lvlm infer` with smol: a description that a method mends, one that it spoils, how often each happens.
+"""The demo of `lvlm infer` with smol: a description that a method fixes, one that it breaks, and how often each
+happens.
 
-Which pictures, and how often, is in `configs/infer.py`; both come from the table "Captions mended and spoilt" of the
-pocket benchmark, whose images are drawn here anew.
+The images and the counts are in `configs/infer.py`. They come from the table "Captions mended and spoilt" of the pocket
+benchmark; its images are drawn here again.
 """
 
 from pathlib import Path
@@ -16,35 +17,35 @@ from lvlm_jax.pocket import report
 from lvlm_jax.pocket.scenes import render, scene_at
 
 SAID = {
-    "mended": "greedy decoding named an object that is not there, and {method} did not: in {count} of {images} images",
-    "spoilt": "{method} named an object that is not there, and greedy decoding did not: in {count} of {images} images",
+    "mended": "greedy decoding named an object that is not in the image, {method} did not: {count} of {images} images",
+    "spoilt": "{method} named an object that is not in the image, greedy decoding did not: {count} of {images} images",
 }
 
 
 def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> None:
-    """Prints both examples, each object that is not there marked, and writes their pictures.
+    """Prints both examples with hallucinated objects marked, and writes their images.
 
     Args:
-        model: an `LVLM` that describes pictures of the pocket world.
+        model: an `LVLM` that describes images of the pocket world.
         chosen: `demo.examples` of `configs/infer.py`.
     """
     method = as_method(chosen.method)
     scenes = {kind: scene_at("test", chosen[kind].scene, chosen[kind].seed) for kind in SAID}
     pictures = {kind: Image.fromarray(render(scene)) for kind, scene in scenes.items()}
-    asked = [conversation([picture], report.DETAILED) for picture in pictures.values()]
-    both = {
-        name: model.generate(asked, method=how, max_new_tokens=max_new_tokens).text
-        for name, how in (("greedy", None), (method.label, method))
+    messages = [conversation([picture], report.DETAILED) for picture in pictures.values()]
+    answers = {
+        name: model.generate(messages, method=used_method, max_new_tokens=max_new_tokens).text
+        for name, used_method in (("greedy", None), (method.label, method))
     }
-    width = max(map(len, both))
+    width = max(map(len, answers))
     folder = Path(chosen.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for place, (kind, scene) in enumerate(scenes.items()):
         path = folder / f"demo_{kind}.png"
         pictures[kind].save(path)
         print(f"\n{report.DETAILED} ({path})")
-        for name, texts in both.items():
+        for name, texts in answers.items():
             absent = sorted(report.mentioned(texts[place]) - set(scene.counts))
             print(f"  {name:{width}}  {texts[place]}" + f" [not there: {', '.join(absent)}]" * bool(absent))
-        said = SAID[kind].format(method=method.label, count=chosen[kind].count, images=chosen.images)
-        print(f"  {said} of the benchmark")
+        headline = SAID[kind].format(method=method.label, count=chosen[kind].count, images=chosen.images)
+        print(f"  {headline} of the benchmark")

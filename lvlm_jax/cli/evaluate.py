@@ -1,4 +1,4 @@
-"""Score a benchmark, offline, from the folders people have; every figure carries the record that decides it.
+"""Score a benchmark, offline, from its usual folders; every figure comes with the record that determines it.
 
     lvlm evaluate --list
     lvlm evaluate --protocol pope/strict --data ~/data --model llava-1.5-7b-hf --method cmac --alpha 3
@@ -12,19 +12,20 @@
 Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
 [{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no image.
 
-With a model, answers are written in the same formats, beside a log of them: stopped and started again, a run goes on
-where it was. Several processes, on one machine or on many with a common folder, share the work:
+With a model, answers are written in the same formats, beside a log: a stopped run resumes when it is started again.
+Several processes, on one machine or on several with a shared folder, can divide the work:
 
     lvlm evaluate --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 0
     lvlm evaluate --protocol pope --data ~/data --model M --out DIR --processes 2 --process-index 1
 
-A model too large for one host is held in common: processes that SLURM, Open MPI or GKE has started (elsewhere give
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join when --tensor-parallel or --data-parallel ask for the
+A model that is too large for one host can be shared: processes started by SLURM, Open MPI or GKE (elsewhere set
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join if --tensor-parallel or --data-parallel need the
 devices of all, and answer every question together. See docs/scaling.md.
 
-`--controls` runs what is trivial beside the method: greedy decoding, sampling, the plausibility cut alone, greedy
-captions of the same length; on yes/no questions a threshold, OLM and PBA (arXiv 2504.10020). It says whether the method
-is significantly better or worse, or no difference is shown; below 30 questions there is no verdict.
+`--controls` compares the method with trivial changes: greedy decoding, sampling, the plausibility cut alone, greedy
+captions of the same length; on yes/no questions a threshold, OLM and PBA (arXiv 2504.10020). The verdict is that the
+method is significantly better, significantly worse, or that no difference is shown; below 30 questions there is no
+verdict.
 """
 
 import dataclasses
@@ -45,29 +46,32 @@ from lvlm_jax.weights.quantize import QUANTS
 
 
 def build_parser(method: str) -> common.Parser:
-    """The flags, among them those of the method."""
+    """The flags, including those of the method."""
     parser = common.Parser(
         prog="lvlm evaluate", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )
-    parser.add_argument("--list", action="store_true", help="print all protocols and stop")
-    parser.add_argument("--protocol", metavar="NAME", help="what is asked and how it is scored; see --list")
+    parser.add_argument("--list", action="store_true", help="print all protocols and exit")
+    parser.add_argument("--protocol", metavar="NAME", help="the questions and how they are scored; see --list")
     parser.add_argument("--data", type=Path, default=Path("."), metavar="DIR",
-                        help="folder that holds the benchmark (default: this one)")  # fmt: skip
+                        help="folder with the benchmark (default: the current folder)")  # fmt: skip
     parser.add_argument("--rescore", nargs="+", metavar="FILE",
-                        help="score these answers; GROUP=FILE where each split has a file of its own")  # fmt: skip
+                        help="score these answers; GROUP=FILE if each split has its own file")  # fmt: skip
     parser.add_argument("--against", nargs="+", default=[], metavar="FILE",
-                        help="compare with these answers to the same questions")  # fmt: skip
-    parser.add_argument("--partial", action="store_true", help="score the questions that are answered")
+                        help="answers to the same questions to compare with")  # fmt: skip
+    parser.add_argument("--partial", action="store_true", help="score only the questions that have answers")
     parser.add_argument("--group", action="append", default=[], metavar="NAME",
                         help="only this split, subtask or kind; may be repeated")  # fmt: skip
     parser.add_argument("--limit", type=common.number(int, 1), metavar="N",
-                        help="only the first N questions of each split, to try things out; recorded, and never "
-                        "compared with whole runs")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where scores.json goes (default runs/PROTOCOL)")
-    parser.add_argument("--model-name", metavar="NAME", help="who answered, for the record")
+                        help="only the first N questions of each split, for trials; recorded, and never "
+                        "compared with complete runs")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for scores.json (default runs/PROTOCOL)")
+    parser.add_argument("--model-name", metavar="NAME", help="name of the model that answered, for the record")
     run = parser.add_argument_group("answers by a model")
     run.add_argument(
-        "--model-path", "--model", metavar="PATH", help="checkpoint folder or hub id; pocket: the one inside"
+        "--model-path",
+        "--model",
+        metavar="PATH",
+        help="checkpoint folder or hub id; pocket: the model inside the package",
     )
     run.add_argument("--dtype", default="auto", choices=names.NUMBER_TYPES,
                      help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
@@ -78,62 +82,63 @@ def build_parser(method: str) -> common.Parser:
                      help="system prompt: a text, Vicuna's sentence, or none (default: the protocol's own, mostly "
                      "none)")  # fmt: skip
     run.add_argument(
-        "--batch-size", type=common.number(int, 1), default=16, metavar="N", help="questions at once (default 16)"
+        "--batch-size", type=common.number(int, 1), default=16, metavar="N", help="batch size (default 16)"
     )
     run.add_argument("--schedule", default="auto", choices=scheduler.SCHEDULES,
-                     help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
-                     "auto: continuous where answers may be long and the method allows it")  # fmt: skip
+                     help="continuous: when an answer ends, the next question starts; batches: whole "
+                     "batches; auto: continuous if answers may be long and the method allows it")  # fmt: skip
     run.add_argument(
         "--sampling-seed", type=common.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
     )
     run.add_argument("--controls", nargs="?", const="", metavar="DIR",
-                     help="run the controls beside the method; DIR: a folder for them that several methods may share "
+                     help="also run the controls; DIR: their folder, which several methods may share "
                      "(default controls in --out)")  # fmt: skip
     run.add_argument(
-        "--processes", type=common.number(int, 1), metavar="N", help="how many processes share the questions"
+        "--processes", type=common.number(int, 1), metavar="N", help="number of processes that share the questions"
     )
-    run.add_argument("--process-index", type=common.number(int, 0), metavar="K", help="which of them this is, from 0")
+    run.add_argument("--process-index", type=common.number(int, 0), metavar="K", help="index of this process, from 0")
     run.add_argument("--data-parallel", type=common.number(int, 1), default=1, metavar="N",
-                     help="devices over which a batch is spread (default 1)")  # fmt: skip
+                     help="number of devices for each batch (default 1)")  # fmt: skip
     run.add_argument("--tensor-parallel", type=common.number(int, 1), default=1, metavar="N",
-                     help="devices over which the weights are spread (default 1)")  # fmt: skip
-    where = parser.add_argument_group("files, where they are not found in --data")
+                     help="number of devices for the weights (default 1)")  # fmt: skip
+    where = parser.add_argument_group("files outside the usual places of --data")
     where.add_argument("--question-file", type=Path, metavar="FILE", help="the question file")
     where.add_argument("--image-folder", type=Path, metavar="DIR", help="the images")
     where.add_argument("--source", default="coco", metavar="NAME", help="POPE: coco, aokvqa or gqa (default coco)")
-    where.add_argument("--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one a line")
-    where.add_argument("--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category a line")
+    where.add_argument("--image-list", type=Path, metavar="FILE", help="CHAIR: image names or ids, one per line")
+    where.add_argument("--synonyms", type=Path, metavar="FILE", help="CHAIR: synonym list, one category per line")
     where.add_argument("--chair-pickle", type=Path, metavar="FILE", help="CHAIR: chair.pkl instead of annotations")
     where.add_argument("--matching", default="auto", metavar="auto|exact|spacy",
-                       help="AMBER: spacy: nltk's nouns, matched softly by spaCy's en_core_web_lg, as its own scorer "
-                       "does; exact: equal words of its lists; auto: spacy if it is there (default)")  # fmt: skip
+                       help="AMBER: spacy: nltk's nouns, matched softly by spaCy's en_core_web_lg, as in "
+                       "its own scorer; exact: equal words of its lists; auto: spacy if it is "
+                       "installed (default)")  # fmt: skip
     sure = parser.add_argument_group("intervals")
     sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                       help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip
     sure.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)")
-    # Last, so that a method's --seed does not take the name from ours.
+    # Last, so that a method's --seed does not take the name of ours.
     common.method_flags(parser, method)
     return parser
 
 
 def protocols() -> str:
-    """All protocols, one a line, below where the data of their benchmark comes from."""
-    known = [get(name) for name in evaluation.names()]
+    """All protocols, one per line, below the download links of their benchmark."""
+    protocols_known = [get(name) for name in evaluation.names()]
     lines = []
     for benchmark in evaluation.BENCHMARKS.values():
         lines += [benchmark.name, *(f"  data: {link}" for link in benchmark.links)]
-        lines += [f"  {one.name:30s} {one.about}" for one in known if one.benchmark == benchmark.name]
+        lines += [f"  {one.name:30s} {one.about}" for one in protocols_known if one.benchmark == benchmark.name]
     return "\n".join(lines)
 
 
 def joined(flags) -> bool:
-    """Joins the processes that the environment shows, where they are to hold one model in common."""
+    """Joins the processes described by the environment, if they share one model."""
     spread = max(flags.data_parallel, flags.tensor_parallel) > 1
     return spread and flags.processes is None and parallel.start()
 
 
 def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
-    """Has the model answer, scores and writes; None while other processes have not answered their shares.
+    """Has the model answer, then scores and writes; None if other processes have not finished their shares.
 
     Raises:
         LVLMError: an unusable model, method, benchmark folder or image, or a log of another run.
@@ -149,14 +154,14 @@ def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     path, dtype, quant = (names.checkpoint(flags.model_path), names.dtype(flags.dtype), names.quant(flags.quant))
     run = Run(path, names.precision(dtype, quant), protocol, data, out, method, options)
     if not run.complete():
-        ways = flags.data_parallel, flags.tensor_parallel
-        mesh = parallel.make_mesh(data=ways[0], fsdp=1, tensor=ways[1]) if max(ways) > 1 else None
+        mesh_sizes = flags.data_parallel, flags.tensor_parallel
+        mesh = parallel.make_mesh(data=mesh_sizes[0], fsdp=1, tensor=mesh_sizes[1]) if max(mesh_sizes) > 1 else None
         run.ask(LVLM.from_pretrained(path, dtype=dtype, mesh=mesh, quant=quant))
     return run.score()
 
 
 def main(arguments: list[str]) -> int:
-    """Score what the arguments name, print the figures, and write scores.json."""
+    """Runs the command, prints the figures, and writes scores.json."""
     arguments = habits.translated(arguments, habits.EVALUATE_SAME, habits.EVALUATE_ANSWERS)
     flags = build_parser(common.ahead(arguments, method="none").method).parse_args(arguments)
     if flags.list:
@@ -167,11 +172,11 @@ def main(arguments: list[str]) -> int:
     if bool(flags.rescore) == bool(flags.model_path):
         raise LVLMError("give a model that answers (--model), or answers to score (--rescore FILE)")
     if flags.model_path and (flags.partial or flags.model_name):
-        raise LVLMError("--partial and --model-name are about answers of others; use them with --rescore")
+        raise LVLMError("--partial and --model-name apply to existing answers; use them with --rescore")
     if flags.rescore and (flags.controls is not None or flags.processes):
-        raise LVLMError("--controls and --processes are about a model that answers; use them with --model")
+        raise LVLMError("--controls and --processes need a model that answers; use them with --model")
     if flags.rescore and flags.system:
-        raise LVLMError("--system is what a model is sent; use it with --model")
+        raise LVLMError("--system needs a model that answers; use it with --model")
     protocol = get(flags.protocol)
     if flags.system:
         protocol = dataclasses.replace(protocol, system=system_prompt(flags.system))
@@ -186,19 +191,19 @@ def main(arguments: list[str]) -> int:
         )
     )
     if flags.model_path:
-        found = answered(flags, protocol, data, out)
-        if found is None:
-            print("this process has answered; another one writes scores.json")
+        scores = answered(flags, protocol, data, out)
+        if scores is None:
+            print("this process has finished its share; another one writes scores.json")
             return 0
         path = out / "scores.json"
     else:
-        found = scoring.rescore(
+        scores = scoring.rescore(
             protocol, data, flags.rescore, flags.against, partial=flags.partial, resamples=flags.resamples,
             seed=flags.seed, model=flags.model_name,
         )  # fmt: skip
-        path = scoring.write(found, out)
-    print(scoring.table(found))
-    for control in found.get("controls", {}).values():
+        path = scoring.write(scores, out)
+    print(scoring.table(scores))
+    for control in scores.get("controls", {}).values():
         print(control["words"])
-    print(f"\n{scoring.summary(found)}\nwritten to {path}")
+    print(f"\n{scoring.summary(scores)}\nwritten to {path}")
     return 0

@@ -1,4 +1,4 @@
-"""Measure what a method needs first, on pairs of a good and a bad answer, and write it to one file.
+"""Fit the arrays that some methods need, on pairs of a good and a bad answer, and write them to one file.
 
     lvlm fit vti --pairs pairs.jsonl --model llava-1.5-7b-hf --out vti.safetensors
     lvlm fit adhh --pocket 60 --out runs/adhh.safetensors
@@ -10,9 +10,9 @@ adhh     heads that favour hallucinated answers, by one gradient
 adaiat   how heads look at what was generated, at real and at hallucinated object tokens
 nullu    directions of hallucination; --export writes a checkpoint that any software loads, and needs no method
 
-Pairs are JSON lines {images, prompt, good, bad}, or preference pairs in any format that lvlm train reads. The file says
-whose it is: method, checkpoint, pairs, settings; another model refuses it. Stopped and started again, a fit goes on
-where it was.
+Pairs are JSON lines {images, prompt, good, bad}, or preference pairs in any format that lvlm train reads. The file
+names its method, checkpoint, pairs and settings; another model refuses it. A stopped fit resumes when it is started
+again.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def build_parser() -> common.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, metavar="FILE", help="pairs of a good and a bad answer")
     source.add_argument("--pocket", type=common.number(int, 1), metavar="N",
-                        help="draw so many pairs of captions from the pocket world, beside --out")  # fmt: skip
+                        help="draw this many pairs of captions from the pocket world, beside --out")  # fmt: skip
     add("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     add(
         "--model-path", "--model", metavar="PATH", default="pocket", help="checkpoint folder or hub id (default pocket)"
@@ -48,16 +48,16 @@ def build_parser() -> common.Parser:
 
 
 def main(words: list[str]) -> int:
-    """Fit what the command line asks for, and say where it is."""
+    """Runs the fit, and prints where the file is."""
     flags = build_parser().parse_args(words)
     if flags.export and flags.method != "nullu":
         raise LVLMError(f"--export writes Nullu's edit into a checkpoint; {flags.method} has none, leave it out")
     pairs = flags.pairs or write_pairs(Path(f"{flags.out}.pairs"), flags.pocket, flags.seed)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
     job = fitting.Job(flags.method, files.expand(pairs), files.expand(flags.out), flags.batch_size, flags.limit)
-    fitted = fitting.fit(model, job)
-    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(fitted.arrays.items()))
+    arrays = fitting.fit(model, job)
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.arrays.items()))
     print(f"{job.out}: {shapes}")
     if flags.export:
-        print(f"edited checkpoint in {export(model, Nullu(fitted=fitted), flags.export)}")
+        print(f"edited checkpoint in {export(model, Nullu(fitted=arrays), flags.export)}")
     return 0

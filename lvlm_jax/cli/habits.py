@@ -1,6 +1,6 @@
-"""Flags of the programs of others (LLaVA, VCD, OPERA): read as ours where we have the same, else answered in one line.
+"""Flags of other programs (LLaVA, VCD, OPERA): translated to ours if there is an equal one, else answered in one line.
 
-What is read as ours is said on stderr, so that a copied command line teaches the flags of this one.
+Translations are printed on stderr, so that a copied command line teaches the flags of this one.
 """
 
 import warnings
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import parse
 
-# Theirs -> ours, with as many words. VCD's strengths are those of all who contrast as it does (CMAC, SID).
+# Their flag -> ours, as several words. VCD's strengths also belong to methods that contrast in the same way (CMAC,
+# SID).
 SAME = {
     "--cd-alpha": "--alpha",
     "--cd-beta": "--beta",
@@ -23,11 +24,11 @@ ANSWERS = {
     "--conv-mode": "conversations follow the checkpoint's own template; --system vicuna sends Vicuna's sentence",
     "--model-base": "merge the weights first (lvlm convert), or give lvlm infer an --adapter",
     "--gpu-id": "set CUDA_VISIBLE_DEVICES before the command",
-    "--num-workers": "nothing needs it; --batch-size is how many questions are answered at once",
+    "--num-workers": "nothing needs it; --batch-size is the number of questions at once",
     "--num-beams": "beam search is --method opera --beams N",
-    "--options": "every setting is a flag of its own; see --help",
+    "--options": "every setting is a separate flag; see --help",
 }
-DECIDED = "the protocol decides that: pope/vcd samples, pope/vcd-greedy and pope/opera do not; --list shows all"
+DECIDED = "the protocol determines it: pope/vcd samples, pope/vcd-greedy and pope/opera do not; --list shows all"
 EVALUATE_SAME = SAME | {
     "--pope-type": "--group",
     "--num-chunks": "--processes",
@@ -39,7 +40,7 @@ EVALUATE_SAME = SAME | {
     "--coco-path": "--data",
 }
 EVALUATE_ANSWERS = ANSWERS | {
-    "--answers-file": "answers are written below --out; --rescore FILE scores those of others",
+    "--answers-file": "answers are written below --out; --rescore FILE scores existing ones",
     **dict.fromkeys(("--sample", "--do-sample", "--temperature", "--top-p", "--top-k", "--max-new-tokens"), DECIDED),
 }
 INFER_ANSWERS = ANSWERS | {
@@ -52,31 +53,32 @@ INFER_ANSWERS = ANSWERS | {
 
 
 def translated(words: Sequence[str], same: Mapping[str, str], answers: Mapping[str, str]) -> list[str]:
-    """A command line with the flags of others in our names; VCD's `--use_cd` is its method, where none is named.
+    """Translates the flags of other programs; VCD's `--use_cd` becomes its method if none is given.
 
     Args:
-        same: theirs -> ours.
-        answers: flags that have no equal here -> what to do instead.
+        words: the command line.
+        same: their flag -> ours.
+        answers: flags without an equal here -> what to do instead.
 
     Raises:
-        LVLMError: one of `answers`.
+        LVLMError: the command line has one of `answers`.
     """
-    found = []
-    named = any(word.partition("=")[0] == "--method" for word in words)
+    result = []
+    has_method = any(word.partition("=")[0] == "--method" for word in words)
     for word in words:
         name, equals, value = parse.hyphenated(word).partition("=")
-        written = word.partition("=")[0]
+        flag_name = word.partition("=")[0]
         if name in answers:
-            raise LVLMError(f"{written}: {answers[name]}")
+            raise LVLMError(f"{flag_name}: {answers[name]}")
         if name in same:
-            found.append(same[name] + equals + value)
-            _say(written, same[name])
+            result.append(same[name] + equals + value)
+            _say(flag_name, same[name])
         elif name == "--use-cd":
-            found += [] if named else ["--method", "vcd"]
-            _say(written, "--method vcd")
+            result += [] if has_method else ["--method", "vcd"]
+            _say(flag_name, "--method vcd")
         else:
-            found.append(word)
-    return found
+            result.append(word)
+    return result
 
 
 def _say(theirs: str, ours: str) -> None:

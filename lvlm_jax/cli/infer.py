@@ -37,12 +37,12 @@ methods (none, or one of these) and their settings with defaults, flags once --m
 
 
 def command_line(words: list[str]):
-    """The command line as a namespace: defaults from the config, the demo filled in, `method` built (or None)."""
-    # The config holds the defaults, and the method's fields become flags, so both are looked up first.
-    asked = dict.fromkeys(("image", "prompt", "question_file", "answers_file"))
-    chosen = common.ahead(words, config="infer", method=None, model=None, model_path=None, **asked)
+    """Parses the command line: defaults come from the config, the demo is filled in, `method` is built (or None)."""
+    # The config has the defaults, and the method's fields become flags, so both are parsed first.
+    absent = dict.fromkeys(("image", "prompt", "question_file", "answers_file"))
+    chosen = common.ahead(words, config="infer", method=None, model=None, model_path=None, **absent)
     defaults = config_files.load_config(chosen.config)
-    alone = not any(getattr(chosen, name) for name in asked)
+    alone = not any(getattr(chosen, name) for name in absent)
     if alone and not (chosen.model or chosen.model_path) and defaults.model_path == "pocket" and smol.is_installed():
         defaults.model_path = "smol"
 
@@ -50,12 +50,12 @@ def command_line(words: list[str]):
         prog="lvlm infer", description=__doc__.split("\n")[0], epilog=EXAMPLES + parse.methods_help()
     )
     add = common.flags(parser, defaults)
-    add("--config", metavar="FILE", help="take the defaults from this file, a changed copy of configs/infer.py")
+    add("--config", metavar="FILE", help="file with the defaults, a changed copy of configs/infer.py")
     add(
         "--model-path",
         "--model",
         metavar="PATH",
-        help="checkpoint folder or hub id; pocket: the one inside the package; smol: see docs/smol.md",
+        help="checkpoint folder or hub id; pocket: the model inside the package; smol: see docs/smol.md",
     )
     add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
     add("--dtype", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
@@ -75,11 +75,16 @@ def command_line(words: list[str]):
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="a question, with <image> where an image belongs (without it images come first); repeat it for several",
+        help="a question, with <image> at the place of each image (without it, images come first); repeat it for "
+        "several",
     )
     add("--compare", action=parse.Switch, help="with a method: also answer without it")
-    add("--stream", action="store_true", help="print the words as they come")
-    add("--attention-map", metavar="FILE", help="draw, as PNG, where the answers to the first question looked")
+    add("--stream", action="store_true", help="print the answer while it is written")
+    add(
+        "--attention-map",
+        metavar="FILE",
+        help="draw where the model looked during the answers to the first question, as PNG",
+    )
 
     add = common.flags(parser, defaults, "a file of questions")
     add(
@@ -87,14 +92,14 @@ def command_line(words: list[str]):
         metavar="FILE",
         help="JSON lines {question_id, image, text}; image: a name, an address, or a list",
     )
-    add("--image-folder", metavar="FOLDER", help="where those images are")
+    add("--image-folder", metavar="FOLDER", help="folder of those images")
     add("--answers-file", metavar="FILE", help="JSON lines {question_id, prompt, text, model_id, image, metadata}")
-    add("--batch-size", type=common.number(int, low=1), metavar="N", help="questions answered at once")
+    add("--batch-size", type=common.number(int, low=1), metavar="N", help="batch size")
     add(
         "--schedule",
         choices=scheduler.SCHEDULES,
-        help="continuous: an answer that ends makes room for the next question; batches: whole batches; "
-        "auto: continuous where answers may be long and the method allows it",
+        help="continuous: when an answer ends, the next question starts; batches: whole batches; auto: continuous if "
+        "answers may be long and the method allows it",
     )
 
     add = common.flags(parser, defaults, "generation")
@@ -107,7 +112,7 @@ def command_line(words: list[str]):
     add(
         "--generation-config",
         choices=CHOICES,
-        help="checkpoint: settings left at their defaults are those of the checkpoint's generation_config.json",
+        help="checkpoint: settings at their defaults come from the checkpoint's generation_config.json",
     )
     add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
     add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
@@ -126,13 +131,13 @@ def command_line(words: list[str]):
 
 
 def settings(arguments) -> dict:
-    """What `LVLM.generate` and the record of a job call the generation flags."""
+    """The generation flags as arguments of `LVLM.generate` and as the record of a job."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     return {name: getattr(arguments, name) for name in names}
 
 
 def load(arguments) -> LVLM:
-    """The model named on the command line.
+    """Loads the model that the command line names.
 
     Raises:
         LVLMError: it cannot be loaded, or its chat template has no place for a system prompt.
@@ -150,7 +155,7 @@ def load(arguments) -> LVLM:
 
 
 def job(arguments) -> int:
-    """Answer a file of questions; 2 when one of them failed."""
+    """Answers a file of questions; the exit code is 2 if one of them failed."""
     if not (arguments.question_file and arguments.answers_file):
         raise LVLMError("a job needs both --question-file and --answers-file")
     if arguments.image or arguments.prompt or arguments.attention_map or arguments.stream:
@@ -197,7 +202,7 @@ def job(arguments) -> int:
 
 
 def ask(arguments) -> int:
-    """Answer questions about the same images, without and with the method, and print the answers."""
+    """Answers questions about the same images, without and with the method, and prints the answers."""
     if not arguments.prompt:
         raise LVLMError('nothing to ask; give --prompt "…"')
     if arguments.attention_map and arguments.stream:
@@ -213,7 +218,7 @@ def ask(arguments) -> int:
     if arguments.method is not None:
         methods[arguments.method.label] = arguments.method
     width = max(map(len, methods))
-    indent = "\n" + " " * (width + 4)  # of the further lines of an answer
+    indent = "\n" + " " * (width + 4)  # indent of an answer's further lines
     options = settings(arguments) | {"seed": arguments.seed}
 
     model = load(arguments)
@@ -237,13 +242,13 @@ def ask(arguments) -> int:
         for name, output in outputs.items():
             rows += overlay.rows_of(model, name, images, conversations[0], output.tokens[0], methods[name])
         overlay.draw(arguments.attention_map, rows)
-        print(f"\nwhere each looked while answering the first question: {arguments.attention_map}")
+        print(f"\nwhere the model looked during each answer to the first question: {arguments.attention_map}")
     if arguments.examples:
         demo.show(model, arguments.examples, arguments.max_new_tokens)
     return 0
 
 
 def main(words: list[str]) -> int:
-    """Parse the command line and do what it asks."""
+    """Parses the command line and runs it."""
     arguments = command_line(habits.translated(words, habits.SAME, habits.INFER_ANSWERS))
     return job(arguments) if arguments.question_file or arguments.answers_file else ask(arguments)

@@ -1,4 +1,4 @@
-"""`lvlm COMMAND ...`: finds the command and calls it. Nothing is imported before that is slow to import."""
+"""`lvlm COMMAND ...`: finds the command and calls it. It first imports nothing that is slow to import."""
 
 import difflib
 import importlib
@@ -9,26 +9,26 @@ from typing import NoReturn
 
 from lvlm_jax.version import __version__
 
-# Each command is the module of its name in this folder (with _ for -); its `main(words)` gives the exit code.
+# Each command is the module of its name in this folder (with _ for -); its `main(words)` returns the exit code.
 COMMANDS = {
     "infer": "ask a model about images, with or without a method; without arguments: the demo",
     "attention": "draw where a model looks while it answers, word by word",
     "serve": "answer OpenAI clients over HTTP, with a method chosen by each request",
     "sweep": "answer the same questions under many strengths of one method",
-    "evaluate": "score a benchmark: a model's answers, or answers that are there",
-    "report": "put everything that was scored on one page",
-    "fit": "measure what a method needs first, such as directions or heads, on pairs of answers",
-    "preferences": "make preference pairs to train on",
+    "evaluate": "score a benchmark: a model's answers, or existing ones",
+    "report": "report all scores on one page",
+    "fit": "fit what some methods need, such as directions or heads, on pairs of answers",
+    "preferences": "make preference pairs for training",
     "train": "train a model: CAPL, DPO, flow alignment, fine-tuning, or the pocket model from scratch",
-    "convert": "write a checkpoint in another form, or with an adapter merged",
+    "convert": "convert a checkpoint, or merge an adapter into it",
     "verify": "prove that a checkpoint loads, answers and saves as in transformers",
-    "plan": "say what a job needs on which devices, before any is rented",
-    "pocket-world": "write a split of the drawn world: images, annotations, questions",
-    "pocket-benchmark": "compare every method on every benchmark of the drawn world",
-    "pocket-training": "run the training recipes on the drawn world, and say what each changes",
-    "pocket-report": "say what a checkpoint of the drawn world can and cannot do",
+    "plan": "plan what a job needs on which devices, before any is rented",
+    "pocket-world": "write a split of the pocket world: images, annotations, questions",
+    "pocket-benchmark": "compare every method on every benchmark of the pocket world",
+    "pocket-training": "run the training recipes on the pocket world, and measure what each changes",
+    "pocket-report": "measure what a checkpoint of the pocket world can and cannot do",
 }
-ON_CPU = ("convert", "pocket-world")  # have no use for an accelerator's memory
+ON_CPU = ("convert", "pocket-world")  # these do not need an accelerator
 
 USAGE = """\
 usage: lvlm COMMAND [arguments]
@@ -44,7 +44,7 @@ commands:
 
 
 def usage() -> str:
-    """What `lvlm --help` prints."""
+    """The text of `lvlm --help`."""
     width = max(map(len, COMMANDS))
     return USAGE.format("\n".join(f"  {name:{width}}  {about}" for name, about in COMMANDS.items()))
 
@@ -55,14 +55,14 @@ def command(name: str) -> ModuleType:
 
 
 def run(name: str, words: list[str] | None = None) -> NoReturn:
-    """Runs a command with `words`, by default those of the command line, and leaves with its exit code."""
+    """Runs a command with `words` (by default those of the command line), and exits with its exit code."""
     if name in ON_CPU:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # What every message of the process, also those of `parallel`, begins with.
+    # The prefix of every message of the process, also of those from `parallel`.
     sys.argv = [f"lvlm {name}", *(sys.argv[1:] if words is None else words)]
     from lvlm_jax.cli import common
 
-    # Imported within `run`, which first sees to what libraries say while they are imported.
+    # Imported within `run`, which first configures the logging of libraries.
     common.run(lambda given: command(name).main(given))
 
 
@@ -78,6 +78,6 @@ def main() -> NoReturn:
     if name.replace("_", "-") not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else "lvlm --help lists the commands"
-        print(f"lvlm: {name!r} is no command; {hint}", file=sys.stderr)
+        print(f"lvlm: {name!r} is not a command; {hint}", file=sys.stderr)
         sys.exit(2)
     run(name.replace("_", "-"), words)

@@ -1,4 +1,4 @@
-"""Plans a job before any device is rented: memory of a device by part, what fits, and how fast it can be at best.
+"""Plans a job before any device is rented: memory per device by part, what fits, and the best possible speed.
 
     lvlm plan 7b --batch 8 --method cmac
     lvlm plan 72b --devices 8 --tensor 8 --device h100 --device tpu-v5p
@@ -6,8 +6,8 @@
     lvlm plan 7b 13b 34b 72b --table --device h100 > tables.md
 
 A model is a checkpoint folder, a config.json, or a published size (7b, 13b, 34b, 72b; see --help). Its programs are
-compiled ahead of time for as many simulated devices, with shapes for arrays: nothing is allocated, weights need not be
-there.
+compiled ahead of time for that many simulated devices, from shapes alone: nothing is allocated, and no weights are
+needed.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from lvlm_jax.planning.sizes import SIZES
 from lvlm_jax.weights.load import DTYPES
 from lvlm_jax.weights.quantize import QUANTS
 
-COUNTS = (1, 8, 64, 512)  # devices in tables
-TIMED = "h100"  # what the times of a table are of, where no device is named
+COUNTS = (1, 8, 64, 512)  # numbers of devices in tables
+TIMED = "h100"  # the device whose times a table shows, if none is named
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
@@ -37,34 +37,46 @@ def command_line(words: list[str]) -> argparse.Namespace:
     parser = common.Parser(prog="lvlm plan", description=__doc__, epilog=epilog)
     add, count = parser.add_argument, common.number(int, 1)
     add("model", nargs="+", help="folder, config.json or published size; several with --table")
-    add("--devices", type=count, metavar="N", help="how many (default: as many as the mesh's sizes make)")
+    add("--devices", type=count, metavar="N", help="number of devices (default: the product of the mesh's sizes)")
     for axis in ("data", "fsdp", "tensor"):
-        add(f"--{axis}", type=int, metavar="N", help=f"size of the mesh's axis {axis}; one may be -1: the rest")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products (default bfloat16)")
-    add("--quant", choices=QUANTS, help="of the decoder's weights, for inference")
+        add(f"--{axis}", type=int, metavar="N", help=f"size of the mesh's axis {axis}; one axis may be -1: the rest")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights and products (default bfloat16)")
+    add("--quant", choices=QUANTS, help="quantization of the decoder's weights, for inference")
     add("--batch", type=count, default=1, metavar="N",
-        help="conversations, or pairs of an update; in tables those of a group of devices (default 1)")  # fmt: skip
-    add("--images", type=common.number(int, 0), default=1, metavar="N", help="of each (default 1)")
-    add("--prompt-tokens", type=count, metavar="N", help="of each, its images' included (default theirs and 48)")
+        help="number of conversations, or of pairs per update; in tables per group of devices (default 1)")  # fmt: skip
+    add("--images", type=common.number(int, 0), default=1, metavar="N", help="images per conversation (default 1)")
+    add(
+        "--prompt-tokens",
+        type=count,
+        metavar="N",
+        help="prompt tokens per conversation, image tokens included (default: image tokens plus 48)",
+    )
     add("--new-tokens", type=count, default=128, metavar="N", help="longest answer (default 128)")
     add("--method", default="none", metavar="NAME", help="method of inference (default none)")
     add("--objective", default="infer", metavar="NAME",
-        help=f"infer, or to train: {', '.join(plan.RECIPES)} (default infer)")  # fmt: skip
-    add("--full", action="store_true", help="train the parameters themselves, not adapters")
-    add("--train", default=plan.Training("sft").train, metavar="REGEX", help="which of them (default %(default)s)")
-    add("--rank", type=count, default=16, metavar="N", help="of adapters (default 16)")
+        help=f"infer, or for training: {', '.join(plan.RECIPES)} (default infer)")  # fmt: skip
+    add("--full", action="store_true", help="train the parameters themselves instead of adapters")
+    add(
+        "--train",
+        default=plan.Training("sft").train,
+        metavar="REGEX",
+        help="regular expression for these parameters (default %(default)s)",
+    )
+    add("--rank", type=count, default=16, metavar="N", help="rank of adapters (default 16)")
     add("--master", choices=("float32", "bfloat16"), default="float32",
-        help="dtype of what is trained, and of the optimizer's moments (default float32)")  # fmt: skip
-    add("--accumulate", type=count, default=1, metavar="N", help="parts of an update (default 1)")
+        help="dtype of trained parameters and of the optimizer's moments (default float32)")  # fmt: skip
+    add("--accumulate", type=count, default=1, metavar="N", help="gradient-accumulation steps per update (default 1)")
     add("--remat", action=argparse.BooleanOptionalAction,
-        help="recompute layers in the backward pass (default those of a billion parameters and more)")  # fmt: skip
+        help="recompute layers in the backward pass (default for a billion parameters and more)")  # fmt: skip
     add("--device", action="append", metavar="NAME",
-        help="what to hold the plan against, may be repeated: " + ", ".join(one.name for one in devices.DEVICES)
+        help="device to compare the plan with, may be repeated: " + ", ".join(one.name for one in devices.DEVICES)
         + ", cpu (this machine, measured), or your own as NAME=GiB,GB/s,TFLOP/s (default: all)")  # fmt: skip
-    add("--exact", action="store_true", help="compile all layers instead of two and three: minutes")
-    add("--table", action="store_true", help="Markdown, for each model on 1, 8, 64 and 512 devices (or --counts)")
-    add("--counts", metavar="N,N", help="numbers of devices of the table")
-    add("--out", type=pathlib.Path, metavar="FILE", help="write the plans as JSON there too")
+    add("--exact", action="store_true", help="compile all layers instead of two and three; takes minutes")
+    add(
+        "--table", action="store_true", help="Markdown tables, for each model on 1, 8, 64 and 512 devices (or --counts)"
+    )
+    add("--counts", metavar="N,N", help="numbers of devices in the table")
+    add("--out", type=pathlib.Path, metavar="FILE", help="also write the plans as JSON to this file")
     common.method_flags(parser, name)
     arguments = parser.parse_args(words)
     arguments.method = parse.build_method(name, arguments)
@@ -75,7 +87,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
 
 
 def job_of(arguments: argparse.Namespace, model: str) -> plan.Job:
-    """What the command line says, of one of its models."""
+    """The job that the command line describes, for one of its models."""
     name, config, folder = plan.read(model)
     training = None
     if arguments.objective != "infer":
@@ -100,38 +112,38 @@ def main(words: list[str]) -> int:
     jobs = [job_of(arguments, model) for model in arguments.model]
     if arguments.table:
         jobs = [plan_report.spread(job, count, arguments.batch) for job in jobs for count in arguments.counts]
-    most = max(job.devices for job in jobs)
+    max_devices = max(job.devices for job in jobs)
     if not native:
-        held = [devices.find(name) for name in names]
-    plan.simulate(most)
+        targets = [devices.find(name) for name in names]
+    plan.simulate(max_devices)
     if native:
-        held = [devices.find(devices.CPU, most)]
+        targets = [devices.find(devices.CPU, max_devices)]
     plans = []
     for number, job in enumerate(jobs, 1):
         if arguments.table:
             print(f"{number} of {len(jobs)}: {job.name} on {job.devices}", file=sys.stderr, flush=True)
         plans.append(plan.plan(job, native, arguments.exact))
     if arguments.table:
-        timed = held[0] if arguments.device else devices.find(TIMED)
-        print(plan_report.table(plans, timed, held), end="")
+        timed = targets[0] if arguments.device else devices.find(TIMED)
+        print(plan_report.table(plans, timed, targets), end="")
     else:
-        print(plan_report.text(plans[0], held), end="")
+        print(plan_report.text(plans[0], targets), end="")
     if arguments.out:
-        found = {"command": "lvlm plan " + " ".join(words), "date": datetime.date.today().isoformat()}
-        found["plans"] = [plan_report.record(one, held) for one in plans]
-        write_atomically(arguments.out, json.dumps(found, indent=2) + "\n")
+        result = {"command": "lvlm plan " + " ".join(words), "date": datetime.date.today().isoformat()}
+        result["plans"] = [plan_report.record(one, targets) for one in plans]
+        write_atomically(arguments.out, json.dumps(result, indent=2) + "\n")
     return 0
 
 
 def _mesh(arguments: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
-    """How many devices, and the mesh's sizes; an axis that is not given takes what the others leave, or is 1."""
+    """The number of devices, and the mesh's sizes; an axis without a size takes the rest if it is -1, else it is 1."""
     sizes = [arguments.data, arguments.fsdp, arguments.tensor]
     count = arguments.devices
     if count is None:
-        known = [1 if size is None else size for size in sizes]
-        if min(known) < 1:
-            raise LVLMError("an axis of the mesh takes what the others leave (-1); say of how many --devices")
-        return known[0] * known[1] * known[2], tuple(known)
+        known_sizes = [1 if size is None else size for size in sizes]
+        if min(known_sizes) < 1:
+            raise LVLMError("an axis of the mesh takes the rest (-1); give the number of --devices")
+        return known_sizes[0] * known_sizes[1] * known_sizes[2], tuple(known_sizes)
     if None in sizes and -1 not in sizes:
         last = max(i for i in range(3) if sizes[i] is None)
         sizes[last] = -1

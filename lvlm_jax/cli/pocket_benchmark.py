@@ -1,14 +1,13 @@
 """Every method on every benchmark of the pocket world, with intervals, differences to greedy, and controls.
 
-    lvlm pocket-benchmark                                          all methods, 200 images
-    lvlm pocket-benchmark --images 60                              fewer to ask about, 200 to describe
-    lvlm pocket-benchmark --methods vcd sevi-focused --images 100
-    lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real language model inside, and
-                                                                   what of the papers' claims shows on it
-    lvlm pocket-benchmark --markdown docs/pocket_benchmark.md      also write the tables there
+    lvlm pocket-benchmark                                          all methods, 200 images lvlm pocket-benchmark
+    --images 60                              fewer to ask about, 200 to describe lvlm pocket-benchmark --methods vcd
+    sevi-focused --images 100 lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real
+    language model inside, and which of the papers' claims hold for it lvlm pocket-benchmark --markdown
+    docs/pocket_benchmark.md      also write the tables there
 
-Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD holds answers and scores, and the
-controls lie beside them; stopped and started again, it goes on where it was. OUT/table.md has the tables.
+Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD contains answers and scores, with the
+controls beside them; a stopped run resumes when it is started again. OUT/table.md has the tables.
 """
 
 import argparse
@@ -28,43 +27,44 @@ from lvlm_jax.pocket import benchmark, benchmark_run
 from lvlm_jax.weights import names
 
 PARTS = {part.name: part for part in benchmark.PARTS}
-DEEP = 24  # layers from which a model is asked with the papers' own numbers of layers, which are of 32
+DEEP = 24  # from this many layers on, a model uses the papers' own layer numbers, which are for 32 layers
 
 
 def deep(model: str) -> bool:
-    """Whether a model is about as deep as those that papers give numbers of layers for."""
+    """Whether a model is deep enough for the papers' layer numbers."""
     return weights.model_config(weights.resolve_checkpoint(names.checkpoint(model))).text.num_layers >= DEEP
 
 
 def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Mapping[str, Method]]:
-    """Name -> method, or methods by parts, of configs/pocket_benchmark.py.
+    """Name -> method, or methods by part, from configs/pocket_benchmark.py.
 
     Args:
-        published: with the papers' own numbers of layers.
+        wanted: names, or "all".
+        published: use the papers' own layer numbers.
 
     Raises:
-        LVLMError: a wanted method is not there.
+        LVLMError: there is no such method.
     """
-    known: dict = settings.get_published() if published else settings.get_methods()
+    available: dict = settings.get_published() if published else settings.get_methods()
     if wanted == ["all"]:
-        return known
-    found: dict[str, Method | Mapping[str, Method]] = {}
+        return available
+    chosen_methods: dict[str, Method | Mapping[str, Method]] = {}
     for name in wanted:
         if ":" in name:
             folder = re.sub(r"[^a-z0-9.=]+", "-", name.lower())
-            found[folder] = parse.as_method(name)
-        elif name.lower() not in known:
+            chosen_methods[folder] = parse.as_method(name)
+        elif name.lower() not in available:
             raise LVLMError(
-                f"configs/pocket_benchmark.py has no method {name!r}; it has all, {', '.join(known)}; your own is "
+                f"configs/pocket_benchmark.py has no method {name!r}; it has all, {', '.join(available)}; your own is "
                 "module:Class or file.py:Class"
             )
         else:
-            found[name.lower()] = known[name.lower()]
-    return found
+            chosen_methods[name.lower()] = available[name.lower()]
+    return chosen_methods
 
 
 def main(arguments: list[str]) -> int:
-    """Run what is missing, and write the tables after every method."""
+    """Runs everything that is missing, and writes the tables after every method."""
     parser = common.Parser(prog="lvlm pocket-benchmark", description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME",
                         help="all, names from configs/pocket_benchmark.py, or file.py:Class (default all)")  # fmt: skip
@@ -74,23 +74,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--captions", type=common.number(int, 1), default=200, metavar="N",
                         help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
-                        help="smol, or a checkpoint trained on the pocket world (default the one inside)")  # fmt: skip
+                        help="smol, or a checkpoint trained on the pocket world (default: the pocket "
+                        "model)")  # fmt: skip
     parser.add_argument("--dtype", choices=names.NUMBER_TYPES, default="auto",
-                        help="of weights and products (default auto); bfloat16 is fast on CPUs with AMX")  # fmt: skip
+                        help="dtype of weights and products (default auto); bfloat16 is fast on CPUs "
+                        "with AMX")  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=common.number(int, 1), default=64, metavar="N", help="prompts at once (default 64)"
+        "--batch-size", type=common.number(int, 1), default=64, metavar="N", help="batch size (default 64)"
     )
     parser.add_argument("--seeds", type=common.number(int, 1), metavar="N",
-                        help="worlds that images are drawn from, in turns (default 1; 3 for a deep model)")  # fmt: skip
+                        help="number of seeds for the images, used in turn (default 1; 3 for a deep "
+                        "model)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default all)")  # fmt: skip
     parser.add_argument("--controls", nargs="+", choices=controls.RUNS, default=list(controls.RUNS), metavar="NAME",
-                        help=f"runs beside: {', '.join(controls.RUNS)} (default all; greedy always)")  # fmt: skip
+                        help=f"controls to run: {', '.join(controls.RUNS)} (default all; greedy always)")  # fmt: skip
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_benchmark"), metavar="DIR",
-                        help="world, answers, scores and tables (default runs/pocket_benchmark)")  # fmt: skip
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+                        help="folder for images, answers, scores and tables (default "
+                        "runs/pocket_benchmark)")  # fmt: skip
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
     flags = parser.parse_args(arguments)
     began = time.monotonic()
     published = deep(flags.model_path)
@@ -118,7 +122,7 @@ def main(arguments: list[str]) -> int:
 
 
 def command(flags: argparse.Namespace) -> str:
-    """The command line that makes the same document, without what changes no figure."""
+    """The command line that makes the same document, without flags that change no figure."""
     words = ["lvlm pocket-benchmark"]
     if flags.model_path != "pocket":
         words += ["--model", flags.model_path]

@@ -1,4 +1,5 @@
-"""What a pocket checkpoint can and cannot do: POPE, captions, forced choice and the rest, on the test split, greedy.
+"""Measure what a pocket checkpoint can and cannot do: POPE, captions, forced choice and more, on the test split,
+greedy.
 
     lvlm pocket-report --model pocket --images 300 --out runs/pocket_report
 
@@ -18,29 +19,24 @@ from lvlm_jax.weights import names
 
 
 def main(arguments: list[str]) -> int:
-    """Examine the checkpoint that the arguments name and write what was found."""
+    """Evaluates the checkpoint and writes the report."""
     parser = common.Parser(prog="lvlm pocket-report", description=__doc__)
     parser.add_argument("--model-path", "--model", default="pocket", metavar="PATH",
-                        help="smol, or a checkpoint folder (default: the one inside)")  # fmt: skip
+                        help="smol, or a checkpoint folder (default: the pocket model)")  # fmt: skip
     parser.add_argument(
         "--dtype",
         choices=names.NUMBER_TYPES,
         default="float32",
-        help="of weights and products (default float32); bfloat16 is fast on CPUs with AMX",
+        help="dtype of weights and products (default float32); bfloat16 is fast on CPUs with AMX",
     )
     parser.add_argument(
         "--images", type=common.number(int, 20), default=300, metavar="N", help="test images (default 300)"
     )
     parser.add_argument(
-        "--batch-size",
-        "--batch",
-        type=common.number(int, 1),
-        default=32,
-        metavar="N",
-        help="questions at once (default 32)",
+        "--batch-size", "--batch", type=common.number(int, 1), default=32, metavar="N", help="batch size (default 32)"
     )
     parser.add_argument(
-        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the test split (default 0)"
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of the test split (default 0)"
     )
     parser.add_argument("--parts", nargs="+", choices=report.PARTS, default=list(report.PARTS), metavar="PART",
                         help=f"{', '.join(report.PARTS)} (default all)")  # fmt: skip
@@ -49,7 +45,7 @@ def main(arguments: list[str]) -> int:
         type=Path,
         default=Path("runs/pocket_report"),
         metavar="DIR",
-        help="where the report goes (default runs/pocket_report)",
+        help="folder for the report (default runs/pocket_report)",
     )
     flags = parser.parse_args(arguments)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)

@@ -1,19 +1,19 @@
-"""The pocket recipes of training, from making the data to what they changed on the pocket benchmark.
+"""Run the training recipes on the pocket world, from making the data to measuring the effect on the pocket benchmark.
 
     lvlm pocket-training --out runs/pocket_training                  about an hour on two quiet cores
     lvlm pocket-training --steps 20 --images 40 --captions 40 --out runs/short
     lvlm pocket-training --markdown docs/pocket_training.md          also write the tables there
 
-CAPL learns on pairs whose rejected answers come from truncated attention; DPO, the paper's ablation, on pairs whose
-rejected answers the unmodified model gives; chosen answers are the truth in both. Flow alignment puts SEVI's effect
-into the weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
+CAPL learns on pairs with rejected answers from truncated attention; DPO, the paper's ablation, on pairs with rejected
+answers from the unmodified model; chosen answers are the truth in both. Flow alignment puts SEVI's effect into the
+weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
 
-    OUT/prompts/, OUT/pairs/               prompts, and pairs as lvlm preferences writes them, to learn and held out
+    OUT/prompts/, OUT/pairs/               prompts, and pairs from lvlm preferences, for training and held out
     OUT/capl/, dpo/, flow_alignment/       work folders of lvlm train: logs, checkpoints, adapter, export
-    OUT/benchmark/PART/MODEL/              answers and scores
-    OUT/table.md                           the tables, and in words what helped
+    OUT/benchmark/PART/MODEL/              answers and scores OUT/table.md                           the tables, and
+    conclusions in words
 
-Stopped or killed, the same command goes on where it was.
+A stopped or killed run resumes when it is started again.
 """
 
 from pathlib import Path
@@ -30,21 +30,21 @@ SETTINGS = "pocket_training"
 
 
 def main(arguments: list[str]) -> int:
-    """Do what is missing, and write the tables."""
+    """Does everything that is missing, and writes the tables."""
     parser = common.Parser(prog="lvlm pocket-training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
-                        help="folder of everything (default runs/pocket_training)")  # fmt: skip
+                        help="folder for all files (default runs/pocket_training)")  # fmt: skip
     parser.add_argument("--steps", type=common.number(int, 1), metavar="N",
-                        help="of every training (default as the settings say)")  # fmt: skip
+                        help="steps of every training (default: from the settings)")  # fmt: skip
     parser.add_argument("--images", type=common.number(int, 10), default=200, metavar="N",
                         help="test images to ask about (default 200)")  # fmt: skip
     parser.add_argument("--captions", type=common.number(int, 10), default=200, metavar="N",
                         help="test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--batch-size", type=common.number(int, 1), default=64, metavar="N",
-                        help="questions at once (default 64)")  # fmt: skip
+                        help="batch size (default 64)")  # fmt: skip
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
     flags, changes = parser.parse_known_args(arguments)
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)

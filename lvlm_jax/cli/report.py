@@ -1,13 +1,13 @@
-"""A report of everything that was scored: methods by benchmarks, controls, categories, cost, and examples.
+"""Report all scores below a folder: methods by benchmarks, controls, categories, cost, and examples.
 
     lvlm report runs/
     lvlm report runs/ --out runs/report --images ~/coco/val2014 --title "LLaVA-1.5 on POPE and CHAIR"
 
-Reads every scores.json below the folder, as lvlm evaluate writes them, with the answers and logs beside. Writes
-index.html, one page that needs no network, and report.md with the same tables. A method is compared with the same
-model without one, where both were asked the same questions under the same protocol; figures of other question files,
-image lists or parsers are marked and never subtracted. Examples are drawn by a seed; their images are looked for in
---images and shown small.
+Reads every scores.json of lvlm evaluate below the folder, with the answers and logs beside it. Writes index.html, one
+page that needs no network, and report.md with the same tables. A method is compared with the same model without a
+method if both answered the same questions under the same protocol. Figures from other question files, image lists or
+parsers are marked and never subtracted. Examples are drawn with a seed; their images are searched in --images and shown
+small.
 """
 
 from pathlib import Path
@@ -17,24 +17,25 @@ from lvlm_jax.evaluation.report import page as report
 
 
 def main(arguments: list[str]) -> int:
-    """Report on the folder that the arguments name."""
+    """Reports on a folder of runs."""
     parser = common.Parser(prog="lvlm report", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR",
                         help="folder with the runs, at any depth (default runs)")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the two files go (default DIR/report)")
-    parser.add_argument("--title", default=report.TITLE, metavar="TEXT", help="of the page")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the two files (default DIR/report)")
+    parser.add_argument("--title", default=report.TITLE, metavar="TEXT", help="title of the page")
     parser.add_argument("--images", type=Path, action="append", default=[], metavar="DIR",
                         help="images of the examples, or the folder of a benchmark; may be repeated")  # fmt: skip
     parser.add_argument("--examples", type=common.number(int, 0), default=2, metavar="N",
-                        help="fixed and broken answers shown of each method and protocol (default 2)")  # fmt: skip
+                        help="number of fixed and of broken answers shown per method and protocol "
+                        "(default 2)")  # fmt: skip
     parser.add_argument(
-        "--seed", type=common.number(int, 0), default=0, metavar="N", help="of the draw of examples (default 0)"
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed for drawing examples (default 0)"
     )
     flags = parser.parse_args(arguments)
-    written = report.write(
+    paths = report.write(
         flags.folder, flags.out or flags.folder / "report",
         title=flags.title, images=flags.images, each=flags.examples, seed=flags.seed,
     )  # fmt: skip
-    sizes = (f"{path} ({path.stat().st_size / 1e6:.1f} MB)" for path in written)
+    sizes = (f"{path} ({path.stat().st_size / 1e6:.1f} MB)" for path in paths)
     print("\n".join(sizes))
     return 0

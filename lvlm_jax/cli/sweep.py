@@ -4,8 +4,8 @@
     lvlm sweep --method sevi --grid omega=0.5,1,2,4 --question-file coco_pope_random.json \
         --image-folder val2014 --out sweep.jsonl
 
-Prints a table: for every setting how many answers differ from greedy, their mean length, and, where the question
-file has labels "yes" and "no", the accuracy by the first of these words. `--out` keeps every answer.
+Prints a table: for every setting, how many answers differ from greedy, their mean length, and, if the question file has
+labels "yes" and "no", the accuracy by the first of these words. `--out` saves every answer.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lvlm_jax.weights import names
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """The command line, with `method` built (the point all others differ from) and `grid`, its points."""
+    """Parses the command line; `method` is built (the base of all settings), and `grid` has its points."""
     parser = common.Parser(
         prog="lvlm sweep", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )
@@ -30,7 +30,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         "--model-path", "--model", metavar="PATH", default="pocket", help="checkpoint folder or hub id (default pocket)"
     )
     add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="(default auto)")
-    add("--method", metavar="NAME", required=True, help="the method; other settings than swept ones as flags")
+    add("--method", metavar="NAME", required=True, help="the method; settings that are not swept are flags")
     add(
         "--grid",
         metavar="NAME=A,B,…",
@@ -41,13 +41,13 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--image", action="append", default=[], metavar="FILE", help="an image; repeat it for several")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeat it for several")
     add("--question-file", metavar="FILE", help="JSON lines {question_id, image, text, label}")
-    add("--image-folder", metavar="FOLDER", default=".", help="where those images are")
+    add("--image-folder", metavar="FOLDER", default=".", help="folder of those images")
     add("--limit", type=common.number(int, low=1), metavar="N", help="only the first questions of the file")
-    add("--batch-size", type=common.number(int, low=1), default=8, metavar="N", help="questions at once (default 8)")
+    add("--batch-size", type=common.number(int, low=1), default=8, metavar="N", help="batch size (default 8)")
     add("--points", type=common.number(int, low=1), default=16, metavar="N",
-        help="settings in one program; each keeps its own caches (default 16)")  # fmt: skip
+        help="settings per program; each has its own caches (default 16)")  # fmt: skip
     add("--generation-config", choices=CHOICES, default="plain",
-        help="checkpoint: all answers with the settings of its generation_config.json (default plain)")  # fmt: skip
+        help="checkpoint: use the settings of its generation_config.json for all answers (default plain)")  # fmt: skip
     add("--allow-urls", action="store_true", help="download images that are http or https addresses")
     add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
     add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
@@ -64,7 +64,7 @@ def asked(arguments: argparse.Namespace) -> list[grid.Asked]:
     """The questions that the command line names.
 
     Raises:
-        LVLMError: there is none, or their file cannot be read.
+        LVLMError: there are none, or their file is unreadable.
     """
     if arguments.question_file:
         return grid.of_file(arguments.question_file, arguments.image_folder, arguments.limit)
@@ -74,7 +74,7 @@ def asked(arguments: argparse.Namespace) -> list[grid.Asked]:
 
 
 def main(words: list[str]) -> int:
-    """Run the grid and print the table."""
+    """Runs the grid and prints the table."""
     arguments = command_line(words)
     questions = asked(arguments)
     model = LVLM.from_pretrained(
