@@ -1,1 +1,1 @@
-"""Configuration files; `--config NAME` takes one of them, here and in the installed package (`lvlm_jax.configs`)."""
+"""Configuration files; `--config NAME` uses one of them, here and in the installed package (`lvlm_jax.configs`)."""

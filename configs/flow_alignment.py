@@ -1,12 +1,12 @@
 """Flow alignment: `lvlm train --config flow_alignment --config.data=prompts.jsonl --workdir runs/flow`.
 
-SEVI's effect is put into the weights, so that the exported checkpoint needs no method at inference.
+Trains SEVI's effect into the weights, so that the exported checkpoint needs no method at inference.
 
 `data` and `validation` are JSON lines `{"images": [...], "prompt": ...}`. Answers are generated under SEVI before
-training begins, and kept in the work folder, unless the lines have them in a field `answer`. Files of conversations
-(`{"images", "messages"}`) and of preference pairs, whose chosen answers count, are taken as well.
+training begins, and stored in the work folder, unless the lines have a field `answer`. Files of conversations
+(`{"images", "messages"}`) and of preference pairs (their chosen answers) also work.
 
-What `config.flow` means:
+The fields of `config.flow`:
 
     stage        which heads' attention is trained: "1" those that look elsewhere than at the text after the image,
                  toward the mean of the global heads; "2" the global heads, toward the maximum of the core heads;
@@ -18,9 +18,9 @@ What `config.flow` means:
                  a sum over layers and heads. At 0 the teacher never runs, which saves a forward pass
 
 In the log: `attention_kl` and `answer_kl`, the two terms, in nats per answer token; `agreement`, the share of answer
-tokens where student and teacher would say the same; `moved_1` and `moved_2`, the share of heads that each stage moves,
-which falls as heads come to look where they should. Of `validation` also `base_answer_kl`, the untrained model's
-distance, and `closer`, by what factor the student is closer to the teacher than that.
+tokens on which student and teacher agree; `moved_1` and `moved_2`, the share of heads that each stage moves, which
+decreases as heads learn to look where they should. For `validation` also `base_answer_kl`, the untrained model's
+distance, and `closer`, the factor by which the student is closer to the teacher.
 """
 
 from ml_collections import ConfigDict

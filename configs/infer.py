@@ -1,4 +1,4 @@
-"""Defaults of `lvlm infer`, each of them also a flag.
+"""Defaults of `lvlm infer`; each of them is also a flag.
 
 To change them, copy this file and pass the copy with `--config`.
 """
@@ -7,11 +7,11 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Settings of `lvlm infer`; flags on the command line come before them."""
+    """Settings of `lvlm infer`; flags on the command line take precedence."""
     config = ml_collections.ConfigDict()
 
     config.model_path = "pocket"  # the model inside the package, a checkpoint folder, or a hub id
-    config.dtype = "auto"  # of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
+    config.dtype = "auto"  # dtype of weights and cache: float32, bfloat16, or auto (float32 on a CPU, else bfloat16)
     config.quant = "none"  # int8: the decoder's weights as 8-bit integers, half to a quarter of the memory
 
     config.allow_urls = False  # download images that are http or https addresses
@@ -21,18 +21,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.compare = True  # with a method: also answer without it, for comparison (not in a job)
 
     config.temperature = 0.0  # 0 takes the most probable token, 1 samples from the model's distribution
-    config.top_p = 1.0  # sample from the fewest tokens that hold this share of the probability
+    config.top_p = 1.0  # sample from the fewest tokens that reach this share of the probability
     config.top_k = 0  # sample from this many most probable tokens; 0: from all
     config.repetition_penalty = 1.0  # above 1: tokens seen before become less likely
-    config.generation_config = "plain"  # checkpoint: what the checkpoint recommends, such as a repetition penalty
+    config.generation_config = "plain"  # checkpoint: the checkpoint's own settings, such as a penalty
     config.max_new_tokens = 256  # longest answer
-    config.seed = 0  # of sampling; the same seed gives the same answers
+    config.seed = 0  # seed of sampling; the same seed gives the same answers
 
-    config.image_folder = "."  # where the images of a question file are
-    config.batch_size = 8  # questions answered at once in a job
+    config.image_folder = "."  # folder of the images of a question file
+    config.batch_size = 8  # batch size of a job
     config.schedule = "auto"  # how a job fills its batches: continuous, batches, or auto (see docs/batching.md)
 
-    # What `lvlm infer` alone does.
+    # The demo, `lvlm infer` without arguments.
     config.demo = demo = ml_collections.ConfigDict()
     demo.method = "cmac"
     demo.prompts = (
@@ -42,8 +42,9 @@ def get_config() -> ml_collections.ConfigDict:
         "How many objects are there?",
     )
     demo.attention_map = "runs/demo.png"
-    # With smol installed the demo is smol's, and shows a description that a method mends and one that it spoils: counts
-    # of a pocket benchmark's images (0: no examples), where of three seeds image i is scene i // 3 of the seed i % 3.
+    # With smol installed, the demo uses smol, and shows a description that a method fixes and one that it breaks.
+    # Counts are those of a pocket benchmark (0: no examples); with three seeds, image i is scene i // 3 of the seed i %
+    # 3.
     demo.examples = ml_collections.ConfigDict(dict(method="cmac/llava-1.5/chair", images=0, folder="runs"))
     demo.examples.mended = dict(count=0, scene=0, seed=0)
     demo.examples.spoilt = dict(count=0, scene=0, seed=0)

@@ -1,6 +1,6 @@
 """KTO on labelled answers: `lvlm train --config kto --config.data=answers.jsonl --workdir runs/kto`.
 
-Rows are {"images", "prompt", "completion", "label": true or false}; of pairs, chosen answers are good and rejected ones
+Rows are {"images", "prompt", "completion", "label": true or false}; in pairs, chosen answers are good and rejected ones
 bad.
 """
 

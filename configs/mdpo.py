@@ -1,6 +1,6 @@
 """mDPO on a file of pairs: `lvlm train --config mdpo --config.data=pairs.jsonl --workdir runs/mdpo`.
 
-Pictures are preferred too: those of `rejected_images`, or small parts of the pair's own, stand on the rejected side.
+Images are preferred too: the rejected ones come from `rejected_images`, or are small parts of the pair's own images.
 """
 
 from ml_collections import ConfigDict

@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
     config.recipe = "pocket"
     config.seed = 0
     config.stages = ("tower", "connector", "everything")
-    config.steps = 0  # steps of every stage, for a trial; 0: as each stage says
-    config.start = ""  # a pocket checkpoint to go on from; empty: fresh parameters
+    config.steps = 0  # steps of every stage, for a trial; 0: each stage's own
+    config.start = ""  # a pocket checkpoint to start from; empty: new parameters
     config.export = ""  # folder of the Hugging Face checkpoint; empty: `export` in the work folder
     config.loop = ConfigDict()
     config.loop.workers = 1  # processes that draw scenes ahead of time
@@ -43,13 +43,13 @@ def get_config() -> ConfigDict:
     config.tower = ConfigDict(dict(adamw, steps=3600, batch=64, peak=1.5e-3))
     config.connector = ConfigDict(dict(adamw, steps=800, batch=64, warmup=30, peak=1.5e-3))
     config.everything = ConfigDict(dict(adamw, steps=2600, warmup=60, patch_weight=0.5))
-    # At the full rate this stage's small batches undo half of what the first two taught the tower.
+    # At the full rate, this stage's small batches would undo half of what the first two taught the tower.
     config.everything.rates = ConfigDict(dict(vision_tower=0.2))
-    config.everything.drill = 7  # of the single rows, those that ask only whether, which and where things are
-    # Of the absent objects asked for, the share typical of the place; None: not one. Then what fits is expected to be
-    # there, as the web teaches it, and POPE's adversarial questions tempt.
+    config.everything.drill = 7  # number of single rows that ask only whether, which and where objects are
+    # Share of absent objects that are typical of the place; None: none. With None the model expects typical objects, as
+    # models trained on the web do, and POPE's adversarial questions tempt it.
     config.everything.hard = config_dict.placeholder(float)
-    # Two rectangles a step: conversations over one image, and over two to four.
+    # Two rectangles per step: conversations about one image, and about two to four.
     config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
     config.everything.several = ConfigDict(dict(rows=1, length=384, images=4))
     return config

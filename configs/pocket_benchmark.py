@@ -1,14 +1,14 @@
 """The settings under which methods are compared on the models of the pocket world: the papers', never tuned there.
 
-Published layers are of a 32-layer decoder. The pocket model has eight, so there they are shares of the depth
-(`get_methods`). A model of about their depth, as smol with 30, is asked with the numbers as they are
-(`get_published`): layers that a paper counts from the top are shares of the depth, and what is counted in image tokens
-is scaled from 576 of an image to 64.
+Published layer numbers are for a 32-layer decoder. The pocket model has eight layers, so they become shares of the
+depth (`get_methods`). A model of similar depth, such as smol with 30 layers, uses the numbers unchanged
+(`get_published`), except that layers counted from the top are shares of the depth, and numbers of image tokens are
+scaled from 576 per image to 64.
 """
 
 from lvlm_jax import methods
 
-TOKENS = 64 / 576  # of an image: here and where the settings were published
+TOKENS = 64 / 576  # image tokens: here, relative to the published settings
 
 
 def get_methods() -> dict[str, methods.Method]:
@@ -16,8 +16,8 @@ def get_methods() -> dict[str, methods.Method]:
     return {
         "cmac-pope": methods.CMAC.preset("llava-1.5/pope"),
         "cmac-chair": methods.CMAC.preset("llava-1.5/chair"),
-        "capl": methods.CAPL(),  # acts on several images alone
-        "eah": methods.EAH(beta=0.002 / TOKENS),  # its threshold is a share of one of 576 tokens
+        "capl": methods.CAPL(),  # acts only on several images
+        "eah": methods.EAH(beta=0.002 / TOKENS),  # its threshold is relative to one of 576 tokens
         "sevi-balanced": methods.SEVI(omega=0.5, start_layer=8 / 32),
         "sevi-focused": methods.SEVI(omega=4.0, start_layer=4 / 32),
         "clva": methods.CLVA(),  # a reconstruction
@@ -25,7 +25,7 @@ def get_methods() -> dict[str, methods.Method]:
         "icd": methods.ICD(),
         "pai": methods.PAI(start_layer=2 / 32),
         "m3id": methods.M3ID(),
-        "sid": methods.SID(keep=11),  # of 64 tokens, as 100 of 576
+        "sid": methods.SID(keep=11),  # of 64 tokens, like 100 of 576
         "vaf": methods.VAF(start_layer=9 / 32, end_layer=15 / 32),
         "middle-layers": methods.MiddleLayers(start_layer=5 / 32, end_layer=19 / 32),
         "dola-low": methods.DoLa(layers="low"),
@@ -36,10 +36,10 @@ def get_methods() -> dict[str, methods.Method]:
 
 
 def get_published() -> dict[str, dict[str, methods.Method]]:
-    """Method by the name of its row and the part of the benchmark, with published numbers of layers.
+    """Method by row name and part of the benchmark, with published layer numbers.
 
-    Papers have settings of their own for descriptions now and then. On answers of one word some methods cannot act, and
-    over several images those are asked whose papers are about several, beside CMAC.
+    Some papers have separate settings for descriptions. Some methods cannot act on one-word answers. The part with
+    several images runs CMAC and the methods whose papers are about several images.
     """
 
     def one_image(asked: methods.Method, described: methods.Method | None = None) -> dict[str, methods.Method]:
@@ -81,36 +81,36 @@ def get_published() -> dict[str, dict[str, methods.Method]]:
 
 
 def get_claims() -> dict[str, tuple[str, ...]]:
-    """Figures that are better with a method, says its paper: names of `lvlm_jax.pocket.claims.FIGURES`.
+    """The figures that a method improves according to its paper: names of `lvlm_jax.pocket.claims.FIGURES`.
 
-    By the first word of a method's name. DoLa's paper is about facts in text alone, so it claims nothing here.
+    By the first word of a method's name. DoLa's paper is about facts in text alone, so it makes no claim here.
     """
     yes_no, described = ("POPE accuracy", "POPE F1"), ("C_S", "C_I")
-    both = (*yes_no, *described)
+    all_figures = (*yes_no, *described)
     return {
-        "cmac": both,
+        "cmac": all_figures,
         "eah": ("POPE F1", *described),
         "sevi": described,
-        "clva": both,
-        "vcd": both,
+        "clva": all_figures,
+        "vcd": all_figures,
         "icd": yes_no,
         "pai": ("POPE F1", *described),
-        "m3id": both,
-        "sid": both,
+        "m3id": all_figures,
+        "sid": all_figures,
         "vaf": yes_no,
         "middle": described,
         "deco": ("POPE F1", *described),
         "vista": ("POPE F1", *described),
         "nolan": yes_no,
-        "avisc": both,
-        "damro": both,
-        "ritual": both,
-        "only": both,
-        "memvr": both,
-        "var": both,
-        "spin": both,
+        "avisc": all_figures,
+        "damro": all_figures,
+        "ritual": all_figures,
+        "only": all_figures,
+        "memvr": all_figures,
+        "var": all_figures,
+        "spin": all_figures,
         "vhr": described,
-        "farsight": both,
+        "farsight": all_figures,
         "sparc": ("caption F1",),
         "iat": described,
         "capl": ("several images",),

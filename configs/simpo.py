@@ -1,8 +1,8 @@
 """SimPO on a file of pairs: `lvlm train --config simpo --config.data=pairs.jsonl --workdir runs/simpo`.
 
-There is no reference model: a step has one forward pass where DPO's has two, and full fine-tuning
-(`--config.lora.enabled=False`) needs nothing besides. For that the authors advise a learning rate of 3e-7 to 1e-6, and
-to try ratios γ/β from 0 to 1.
+There is no reference model: a step has one forward pass instead of DPO's two, and full fine-tuning
+(`--config.lora.enabled=False`) needs no second copy. For full fine-tuning, the authors recommend learning rates from
+3e-7 to 1e-6, and ratios γ/β from 0 to 1.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""What methods need measured on pairs of answers first: directions, heads, statistics; one command, one kind of file.
+"""Fits what methods need, on pairs of answers: directions, heads, statistics; one command and one file format.
 
-Each fitter is a `Fitter`: what it takes of a batch of pairs, and what becomes of that in the end.
+Each fitter is a `Fitter`: it collects arrays from batches of pairs, and computes the fitted arrays from them.
 """
 
 from lvlm_jax.fitting.run import FITTERS, Job, fit

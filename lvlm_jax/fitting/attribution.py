@@ -1,8 +1,8 @@
-"""Which heads favour the bad answer: the change of log p(bad) - log p(good) when a head's output is scaled.
+"""Finds heads that favour the bad answer: the change of log p(bad) - log p(good) when a head's output is scaled.
 
-Zero-ablation measures it: one pass for each head, whose output is 0 in that pass (`by_ablation`). The first-order
-estimate takes one gradient for all heads, at the scale 1 (`by_gradient`). `lvlm fit adhh` takes both: the gradient
-proposes twice as many heads as are listed, and ablation of these alone says which are.
+Zero-ablation measures it exactly: one pass per head, with its output set to 0 (`by_ablation`). The first-order estimate
+takes one gradient for all heads, at scale 1 (`by_gradient`). `lvlm fit adhh` uses both: the gradient proposes twice as
+many heads as will be listed, and ablation of these selects the heads.
 """
 
 import functools
@@ -21,14 +21,14 @@ from lvlm_jax.methods import Method, data
 from lvlm_jax.methods.base import frozen
 from lvlm_jax.training.data.pair_files import Pair
 
-LISTED = 20  # heads that AD-HH switches off in a model of 1024, as many as the authors list for LLaVA-1.5-7B
+LISTED = 20  # heads that AD-HH switches off in a model of 1024 heads, as many as the authors list for LLaVA-1.5-7B
 HEADS = 1024
-CANDIDATES = 10  # heads that are ablated in a small model
+CANDIDATES = 10  # heads to ablate in a small model
 
 
 @frozen
 class HeadScales(Method):
-    """Every head's output times a factor of its own, in all rows."""
+    """Multiplies every head's output by its own factor, in all rows."""
 
     scales: jax.Array | None = data("factors, [L, H]")
 
@@ -64,12 +64,12 @@ def _call(function, model: LVLM, given: Forced, scales: Float[Array, "L H"]) -> 
 
 
 def ones(model: LVLM) -> Float[Array, "L H"]:
-    """The scale of every head when nothing is scaled."""
+    """Scale 1 for every head."""
     return jnp.ones((model.config.text.num_layers, model.config.text.num_heads))
 
 
 def by_gradient(model: LVLM, pairs: Sequence[Pair]) -> Float[np.ndarray, "L H"]:
-    """How much log p(bad) - log p(good), summed over the pairs, grows with the scale of each head."""
+    """The gradient of log p(bad) - log p(good), summed over the pairs, with respect to the scale of each head."""
     good, bad = (_call(_gradient, model, forced(model, pairs, side), ones(model)) for side in SIDES)
     return np.asarray(bad - good)
 
@@ -77,10 +77,10 @@ def by_gradient(model: LVLM, pairs: Sequence[Pair]) -> Float[np.ndarray, "L H"]:
 def by_ablation(
     model: LVLM, pairs: Sequence[Pair], heads: Sequence[tuple[int, int]] | None = None
 ) -> Float[np.ndarray, "L H"]:
-    """How much log p(bad) - log p(good), summed over the pairs, falls when each head alone is 0.
+    """How much log p(bad) - log p(good), summed over the pairs, falls if one head at a time is 0.
 
     Args:
-        heads: (layer, head) of those that are ablated, all by default; the others are 0 in the result.
+        heads: (layer, head) of the heads to ablate, by default all; other heads are 0 in the result.
     """
     inputs = {side: forced(model, pairs, side) for side in SIDES}
 
@@ -88,20 +88,20 @@ def by_ablation(
         good, bad = (float(_call(_log_likelihood, model, inputs[side], scales)) for side in SIDES)
         return bad - good
 
-    whole = favour(ones(model))
+    unablated = favour(ones(model))
     fall = np.zeros(ones(model).shape)
     for layer, head in np.ndindex(*fall.shape) if heads is None else heads:
-        fall[layer, head] = whole - favour(ones(model).at[layer, head].set(0))
+        fall[layer, head] = unablated - favour(ones(model).at[layer, head].set(0))
     return fall
 
 
 def adhh_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """The gradient's attribution of a batch."""
+    """The gradient's attribution for a batch."""
     return {"gradients": by_gradient(model, pairs)[None], "pairs": np.array([len(pairs)])}
 
 
 def adhh_confirm(model: LVLM, pairs: Sequence[Pair], collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The ablations of a batch, of the heads that the gradients of all batches propose."""
+    """The ablations of a batch, for the heads that the gradients of all batches propose."""
     gradients = collected["gradients"].sum(axis=0)
     first = np.argsort(-gradients, axis=None, kind="stable")[: max(CANDIDATES, 2 * _count(gradients))]
     heads = [tuple(map(int, np.unravel_index(place, gradients.shape))) for place in first]
@@ -111,9 +111,10 @@ def adhh_confirm(model: LVLM, pairs: Sequence[Pair], collected: Mapping[str, np.
 
 
 def adhh_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean scores by the gradient and by ablation, which heads were ablated, and which are listed.
+    """Mean scores by gradient and by ablation, which heads were ablated, and which are listed.
 
-    As many are listed as AD-HH's authors list in proportion, and only heads that favour the bad answer by ablation.
+    The list has the same proportion of heads as that of AD-HH's authors, and only heads that favour the bad answer by
+    ablation.
     """
     count, proposed = collected["pairs"].sum(), collected["proposed"][0]
     gradients, ablations = (collected[name].sum(axis=0) / count for name in ("gradients", "ablations"))
@@ -128,5 +129,5 @@ def adhh_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _count(scores: Float[np.ndarray, "L H"]) -> int:
-    """How many heads are listed."""
+    """How many heads to list."""
     return max(1, round(scores.size * LISTED / HEADS))

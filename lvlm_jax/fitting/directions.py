@@ -15,14 +15,14 @@ from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.training.data.pair_files import Pair
 
-KEPT = 16  # directions of each layer that Nullu's file holds; a method takes the first few
+KEPT = 16  # directions per layer in Nullu's file; a method uses the first few
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tail_rows", "image_count", "mean"))
 def _states(
     params: dict, config, prompt: Prompt, answer: Bool[Array, "B T"], tail_rows: int, image_count: int, mean: bool
 ) -> Float[Array, "B L E"]:
-    """What each layer puts out, at the answer's last token or averaged over its tokens."""
+    """The output of each layer, at the answer's last token or averaged over its tokens."""
     tap = Tap(hidden=tuple(range(1, config.text.num_layers + 1)), rows="all" if mean else "last")
     hidden = forward.full_forward(params, config, prompt, None, tail_rows, image_count, tap)[1].hidden[:, 0]
     hidden = hidden.astype(jnp.float32)
@@ -33,12 +33,14 @@ def _states(
 
 
 def differences(model: LVLM, pairs: Sequence[Pair], mean: bool) -> Float[np.ndarray, "B L E"]:
-    """Hidden states of good answers less those of bad ones."""
+    """Hidden states of good answers minus those of bad ones."""
     states = []
     for side in ("good", "bad"):
-        given = forced(model, pairs, side)
-        taken = _states(model.params, model.config, given.prompt, jnp.asarray(given.answer), **given.static, mean=mean)
-        states.append(np.asarray(taken))
+        sequences = forced(model, pairs, side)
+        states_of_side = _states(
+            model.params, model.config, sequences.prompt, jnp.asarray(sequences.answer), **sequences.static, mean=mean
+        )
+        states.append(np.asarray(states_of_side))
     return states[0] - states[1]
 
 
@@ -48,14 +50,14 @@ def vti_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
 
 
 def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """v_l = mean d + the unit first principal component, of a sign that makes its largest score positive."""
-    found = collected["differences"].astype(np.float64)
-    mean = found.mean(axis=0)
+    """v_l = mean d + the unit first principal component, with the sign that makes its largest score positive."""
+    differences_found = collected["differences"].astype(np.float64)
+    mean = differences_found.mean(axis=0)
     directions = []
     for layer in range(mean.shape[0]):
-        centred = found[:, layer] - mean[layer]
+        centred = differences_found[:, layer] - mean[layer]
         scores, _, components = np.linalg.svd(centred, full_matrices=False)
-        sign = np.sign(scores[np.abs(scores[:, 0]).argmax(), 0]) if len(found) > 1 else 0
+        sign = np.sign(scores[np.abs(scores[:, 0]).argmax(), 0]) if len(differences_found) > 1 else 0
         directions.append(mean[layer] + sign * components[0])
     return {"directions": np.stack(directions).astype(np.float32)}
 
@@ -67,10 +69,10 @@ def nullu_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
 
 def nullu_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The first right singular vectors of D_l, `Float[L, R, E]`, and their singular values."""
-    found = collected["differences"].astype(np.float64)
+    differences_found = collected["differences"].astype(np.float64)
     directions, sizes = [], []
-    for layer in range(found.shape[1]):
-        _, values, components = np.linalg.svd(found[:, layer], full_matrices=False)
+    for layer in range(differences_found.shape[1]):
+        _, values, components = np.linalg.svd(differences_found[:, layer], full_matrices=False)
         directions.append(components[:KEPT])
         sizes.append(values[:KEPT])
     return {

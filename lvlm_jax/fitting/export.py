@@ -1,4 +1,4 @@
-"""Nullu's edit written into a checkpoint: W_down <- (I - α Σ v vᵀ) W_down."""
+"""Writes Nullu's edit into a checkpoint: W_down <- (I - α Σ v vᵀ) W_down."""
 
 import os
 from pathlib import Path
@@ -13,37 +13,37 @@ from lvlm_jax.methods.nullu import Nullu
 
 
 def edited(model: LVLM, method: Nullu) -> dict:
-    """The model's parameters with the edit in them; adapters beside the weights are left as they are.
+    """The model's parameters with the edit; adapters beside the weights stay as they are.
 
     Raises:
-        LVLMError: fitted for another model, quantized weights, or a bias behind the projection.
+        LVLMError: the directions belong to another model, weights are quantized, or the projection has a bias.
     """
     if method.fitted is not None:
         check_model(method.fitted.source, model.hash, str(model.folder))
     text = model.config.text
     if text.output_norms:
-        raise LVLMError("Nullu edits the projection, and this model has a norm behind it; use --method nullu")
+        raise LVLMError("Nullu edits the projection, and this model has a norm after it; use --method nullu")
     language = dict(model.params["language_model"])
     for layer in method.edited(text.num_layers):
         block = language[f"layers_{layer}"]
         down = block["mlp"]["down_proj"]
         if "kernel" not in down or "bias" in down:
-            what = "a bias" if "bias" in down else "int8 weights"
-            raise LVLMError(f"Nullu edits plain projections, and layer {layer} has {what}; load the model without")
+            obstacle = "a bias" if "bias" in down else "int8 weights"
+            raise LVLMError(f"Nullu edits plain projections, and layer {layer} has {obstacle}; load the model without")
         kernel, directions = down["kernel"].astype(jnp.float32), method.directions(layer)
         exact = jax.lax.Precision.HIGHEST
         along = jnp.einsum("IE,RE->IR", kernel, directions, precision=exact)
-        kept = kernel - method.alpha * jnp.einsum("IR,RE->IE", along, directions, precision=exact)
-        down = down | {"kernel": kept.astype(down["kernel"].dtype)}
+        edited_kernel = kernel - method.alpha * jnp.einsum("IR,RE->IE", along, directions, precision=exact)
+        down = down | {"kernel": edited_kernel.astype(down["kernel"].dtype)}
         language[f"layers_{layer}"] = block | {"mlp": block["mlp"] | {"down_proj": down}}
     return model.params | {"language_model": language}
 
 
 def export(model: LVLM, method: Nullu, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-    """Writes the edited checkpoint, which any software loads.
+    """Writes the edited checkpoint, which any software can load.
 
     Raises:
-        LVLMError: see `edited`; the folder is in the way or cannot be written.
+        LVLMError: see `edited`; or the folder exists already or cannot be written.
     """
-    changed = LVLM(edited(model, method), model.config, model.folder, model.mesh)
-    return changed.save_pretrained(folder, overwrite)
+    edited_model = LVLM(edited(model, method), model.config, model.folder, model.mesh)
+    return edited_model.save_pretrained(folder, overwrite)

@@ -1,4 +1,4 @@
-"""Pairs as forced answers: prompts with the good or the bad answer behind them, ready for one forward pass."""
+"""Prompts followed by the good or the bad answer of a pair, laid out for one forward pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class Forced(NamedTuple):
     """B prompts with their answers.
 
     Attributes:
-        prompt: what the decoder reads.
+        prompt: the decoder's input.
         tokens: token ids of its columns.
-        answer: columns that hold the answer.
+        answer: the columns of the answer.
         static: options of `forward.full_forward`.
     """
 
@@ -36,25 +36,25 @@ def answer_tokens(model: LVLM, pairs: Sequence[Pair], side: str) -> list[list[in
     """The tokens of the pairs' good or bad answers.
 
     Raises:
-        LVLMError: an answer without any.
+        LVLMError: an answer has no tokens.
     """
     texts = [pair.chosen if side == "good" else pair.rejected for pair in pairs]
     tokens = [model.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    for pair, found in zip(pairs, tokens, strict=True):
-        if not found:
+    for pair, token_ids in zip(pairs, tokens, strict=True):
+        if not token_ids:
             raise LVLMError(f"pair {pair.id}: the {side} answer has no token; remove the pair")
     return tokens
 
 
 def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
-    """The pairs' prompts, each with its good or its bad answer.
+    """The pairs' prompts, each followed by its good or its bad answer.
 
     Raises:
         LVLMError: an answer without tokens, an unreadable image, or a prompt beyond the context.
     """
     answers = answer_tokens(model, pairs, side)
-    asked = model.prepare([pair.conversation() for pair in pairs])
-    laid_out = asked.with_answers(answers, model.config.pad_token_id)
+    prompts = model.prepare([pair.conversation() for pair in pairs])
+    laid_out = prompts.with_answers(answers, model.config.pad_token_id)
     longest, context = int(laid_out.lengths.max()), model.config.text.max_position_embeddings
     if longest > context:
         raise LVLMError(f"a prompt with its answer has {longest} tokens and the model's context is {context}")
@@ -66,7 +66,7 @@ def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
 
 
 def producing(forced: Forced) -> Bool[np.ndarray, "B T"]:
-    """The rows that produce the answer's tokens: each stands one column before its token."""
+    """The rows that produce the answer's tokens: each is one column before its token."""
     return np.pad(forced.answer[:, 1:], ((0, 0), (0, 1)))
 
 

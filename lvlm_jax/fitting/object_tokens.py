@@ -1,8 +1,8 @@
-"""AdaIAT's statistics: how much heads look at what was generated, at real and at hallucinated object tokens.
+"""AdaIAT's statistics: how much heads attend to generated text at real and at hallucinated object tokens.
 
-Object tokens are taken from where a pair's answers differ: hallucinated are the bad answer's tokens that the good one
-does not have in their place, real are the good answer's tokens that the bad one does not have; where it has them all,
-all of the good answer's tokens.
+The difference between a pair's answers defines object tokens. Hallucinated: the tokens of the bad answer that the good
+one does not have in their place. Real: the tokens of the good answer that the bad one does not have; if it has them
+all, all tokens of the good answer.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from lvlm_jax.training.data.pair_files import Pair
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AnswerAttention(Transform):
-    """Sums over chosen rows of each head's mean weight on the answer's columns so far.
+    """Sums each head's mean weight on the answer's earlier columns over chosen rows.
 
-    The carry is one `Float[Array, "B H"]` for each layer.
+    The carry is one `Float[Array, "B H"]` per layer.
 
     Attributes:
         answer: columns of the answer.
@@ -41,14 +41,14 @@ class AnswerAttention(Transform):
     rows: ClassVar[str] = "all"
 
     def observe(self, site, weights):
-        written = self.answer[:, None, :] & site.mask
-        count = jnp.maximum(written.sum(axis=-1), 1)[:, None]
-        mean = jnp.where(written[:, None], weights, 0).sum(axis=-1) / count
+        visible_answer = self.answer[:, None, :] & site.mask
+        count = jnp.maximum(visible_answer.sum(axis=-1), 1)[:, None]
+        mean = jnp.where(visible_answer[:, None], weights, 0).sum(axis=-1) / count
         return (*site.carry, jnp.where(self.chosen[:, None], mean, 0).sum(axis=-1))
 
 
 def differing(good: Sequence[int], bad: Sequence[int]) -> dict[str, np.ndarray]:
-    """Places of real tokens in the good answer and of hallucinated ones in the bad one."""
+    """Indices of real tokens in the good answer and of hallucinated tokens in the bad one."""
     places: dict[str, list[int]] = {side: [] for side in SIDES}
     for kind, g0, g1, b0, b1 in difflib.SequenceMatcher(None, good, bad, autojunk=False).get_opcodes():
         if kind != "equal":
@@ -58,33 +58,33 @@ def differing(good: Sequence[int], bad: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def adaiat_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """Sums over the rows that produce object tokens, and how many there were, of either side."""
+    """Sums over the rows that produce object tokens, and their number, for both answers."""
     answers = {side: answer_tokens(model, pairs, side) for side in SIDES}
     places = [differing(*each) for each in zip(answers["good"], answers["bad"], strict=True)]
-    found = {}
+    sums = {}
     for side in SIDES:
-        given = forced(model, pairs, side)
-        chosen = np.zeros(given.answer.shape, bool)
+        sequences = forced(model, pairs, side)
+        chosen = np.zeros(sequences.answer.shape, bool)
         for row, (answer, place) in enumerate(zip(answers[side], places, strict=True)):
-            # The row before a token produces it; before the first one nothing was generated.
+            # The row before a token produces it; before the first one, nothing was generated.
             later = place[side][place[side] > 0]
             chosen[row, chosen.shape[1] - len(answer) + later - 1] = True
-        probe = AnswerAttention(jnp.asarray(given.answer), jnp.asarray(chosen))
-        carry = decode_loop.probe(model.params, model.config, given.prompt, probe, given.static["image_count"])
-        found[side] = np.stack([np.asarray(layer).sum(axis=0) for layer in carry])[None]
-        found[f"{side}_count"] = np.array([chosen.sum()])
-    return found
+        probe = AnswerAttention(jnp.asarray(sequences.answer), jnp.asarray(chosen))
+        carry = decode_loop.probe(model.params, model.config, sequences.prompt, probe, sequences.static["image_count"])
+        sums[side] = np.stack([np.asarray(layer).sum(axis=0) for layer in carry])[None]
+        sums[f"{side}_count"] = np.array([chosen.sum()])
+    return sums
 
 
 def adaiat_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """M, the ratio of the means, 1 where a head looks at nothing; and thresholds halfway between the sums over heads.
+    """M, the ratio of the means (1 if a head attends to nothing); and thresholds halfway between the sums over heads.
 
     Raises:
-        LVLMError: no object token behind the first token of an answer.
+        LVLMError: no answer has an object token after its first token.
     """
     for side in SIDES:
         if not collected[f"{side}_count"].sum():
-            raise LVLMError(f"no {side} answer has an object token behind its first one; give pairs of longer answers")
+            raise LVLMError(f"no {side} answer has an object token after its first token; give pairs of longer answers")
     real, other = (collected[side].sum(axis=0) / collected[f"{side}_count"].sum() for side in SIDES)
     ratios = np.where(other > 0, real / np.where(other > 0, other, 1), 1)
     thresholds = (real.sum(axis=-1) + other.sum(axis=-1)) / 2

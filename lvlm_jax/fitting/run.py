@@ -1,4 +1,4 @@
-"""One fit: batches of pairs, parts that survive a kill, one file in the end."""
+"""Runs a fit: batches of pairs, partial results that survive a kill, one file at the end."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Fitter(NamedTuple):
-    """What is measured for a method.
+    """How the arrays of a method are fitted.
 
     Attributes:
-        collect: arrays of a batch of pairs, to be put one behind the other along the first axis.
+        collect: returns the arrays of a batch of pairs, which are concatenated along the first axis.
         finish: computes the fitted arrays from them.
-        confirm: arrays of a batch of pairs that depend on what all batches gave, in a second round; None for no such
+        confirm: in a second round, returns arrays of a batch of pairs, given the arrays of all batches; None for one
             round.
     """
 
@@ -50,11 +50,12 @@ FITTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is fitted, on what.
+    """What to fit, and on which pairs.
 
     Attributes:
         method: a key of `FITTERS`.
-        pairs: the file of pairs, see `training.data.pair_files.read_pairs`; good and bad stand for chosen and rejected.
+        pairs: the file of pairs, see `training.data.pair_files.read_pairs`; good and bad are other names for chosen and
+            rejected.
         out: the file to write.
         batch_size: pairs at once.
         limit: only the first pairs of the file.
@@ -68,16 +69,16 @@ class Job:
 
 
 def fit(model: LVLM, job: Job) -> Fitted:
-    """Measures what a method needs and writes it; stopped and started again it goes on where it was.
+    """Fits what a method needs and writes it; resumes if it was stopped.
 
     Raises:
-        LVLMError: an unknown method, pairs that cannot be used, a model that was not read from a folder, or parts of
+        LVLMError: an unknown method, unusable pairs, a model that does not come from a folder, or partial results of
             another fit beside the file.
     """
     if job.method not in FITTERS:
-        raise LVLMError(f"there is nothing to fit for {job.method!r}; expected one of {', '.join(FITTERS)}")
+        raise LVLMError(f"method {job.method!r} has nothing to fit; expected one of {', '.join(FITTERS)}")
     if model.hash is None:
-        raise LVLMError("this model was not read from a folder, so what is fitted could not be told to be its own")
+        raise LVLMError("this model was not read from a folder, so the file could not name its checkpoint")
     fitter, pairs = FITTERS[job.method], read_pairs(job.pairs)[: job.limit]
     source = Source(
         method=job.method,
@@ -91,24 +92,24 @@ def fit(model: LVLM, job: Job) -> Fitted:
     if fitter.confirm:
         confirm = functools.partial(fitter.confirm, model, collected=dict(arrays))
         arrays |= _round(parts, "confirmed-", batches, confirm, "batches of the second round")
-    fitted = Fitted(jax.tree.map(jnp.asarray, fitter.finish(arrays)), source)
-    write(job.out, fitted)
+    result = Fitted(jax.tree.map(jnp.asarray, fitter.finish(arrays)), source)
+    write(job.out, result)
     shutil.rmtree(parts)
-    return fitted
+    return result
 
 
 def _round(
     parts: Path, prefix: str, batches: Sequence[Sequence[Pair]], collect: Callable[[Sequence[Pair]], Arrays], what: str
 ) -> dict[str, np.ndarray]:
-    """The arrays of all batches along the first axis; a batch that has a file already is not computed again."""
+    """The arrays of all batches, concatenated; a batch that already has a file is not computed again."""
     paths = [parts / f"{prefix}{number:06d}.safetensors" for number in range(len(batches))]
-    done = sum(path.exists() for path in paths)
-    rest = zip(paths[done:], batches[done:], strict=True)
-    for path, batch in counted(rest, len(batches), done, what):
+    num_done = sum(path.exists() for path in paths)
+    rest = zip(paths[num_done:], batches[num_done:], strict=True)
+    for path, batch in counted(rest, len(batches), num_done, what):
         with files.atomic_file(path) as file:
             file.write(safetensors.numpy.save(collect(batch)))
-    collected = [_loaded(path) for path in paths]
-    return {name: np.concatenate([one[name] for one in collected]) for name in collected[0]}
+    by_batch = [_loaded(path) for path in paths]
+    return {name: np.concatenate([one[name] for one in by_batch]) for name in by_batch[0]}
 
 
 def _loaded(path: Path) -> dict[str, np.ndarray]:
@@ -119,20 +120,20 @@ def _loaded(path: Path) -> dict[str, np.ndarray]:
 
 
 def _parts(out: Path, source: Source) -> Path:
-    """The folder of what was measured so far, of this very fit.
+    """The folder of the partial results of exactly this fit.
 
     Raises:
-        LVLMError: it cannot be made, or is that of another fit.
+        LVLMError: it cannot be made, or belongs to another fit.
     """
     parts, record = Path(f"{out}.parts"), dataclasses.asdict(source)
-    kept = parts / "record.json"
+    record_path = parts / "record.json"
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        if kept.exists():
-            if found := differences(json.loads(kept.read_text()), record):
-                raise LVLMError(f"{parts} is of another fit ({found[0][:120]}); remove it or give another --out")
+        if record_path.exists():
+            if changes := differences(json.loads(record_path.read_text()), record):
+                raise LVLMError(f"{parts} belongs to another fit ({changes[0][:120]}); remove it or give another --out")
         else:
-            with files.atomic_file(kept) as file:
+            with files.atomic_file(record_path) as file:
                 file.write(json.dumps(record).encode())
     except (OSError, ValueError) as error:
         raise LVLMError(f"{parts} cannot be used: {error}; remove it or give another --out") from error

@@ -1,8 +1,8 @@
-"""Our models and methods inside other people's harnesses, one module for each, imported by that harness alone.
+"""Our models and methods inside other evaluation harnesses; one module per harness, imported only by that harness.
 
-What the modules share stands here: settings as a harness passes them on (text from a command line, or Python values
-from its own configuration) become a method, and a `Decoding`. Sources: lmms-eval 0.7.3 and the
-development guide of VLMEvalKit; `docs/adapters.md` says how each is started.
+Shared by the modules: turning a harness's settings (text from a command line, or Python values) into a method and a
+`Decoding`. Sources: lmms-eval 0.7.3 and the development guide of VLMEvalKit; `docs/adapters.md` says how each is
+started.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from lvlm_jax.generation import settings
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods import Method, parse
 
-# What harnesses call the settings of a generation; `decoding` turns them into ours.
+# The names of generation settings in harnesses; `decoding` turns them into ours.
 GENERATION = (
     "max_new_tokens",
     "do_sample",
@@ -27,21 +27,21 @@ GENERATION = (
     "num_beams",
     "length_penalty",
 )
-SAMPLING = ("top_p", "top_k")  # without meaning under greedy decoding, where harnesses write 0 for them
+SAMPLING = ("top_p", "top_k")  # ignored under greedy decoding, for which harnesses write 0
 
 
 def manifest() -> Any:
-    """What the entry point tells lmms-eval: our model's name, and where its class is."""
+    """The manifest for lmms-eval's entry point: our model's name, and the place of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("lvlm_jax", simple_class_path="lvlm_jax.integrations.lmms_eval.LVLMJax", aliases=("lvlm-jax",))
 
 
 def load(pretrained: Any, dtype: str) -> LVLM:
-    """The model called `pretrained`: "pocket" for the one inside the package, a folder, or a hub id.
+    """Loads the model called `pretrained`: "pocket" for the one inside the package, a folder, or a hub id.
 
     Raises:
-        LVLMError: no name, or a checkpoint that cannot be used.
+        LVLMError: there is no name, or the checkpoint cannot be used.
     """
     if pretrained is None:
         raise LVLMError("no model is named; give pretrained= a checkpoint folder, a hub id, or pocket")
@@ -49,13 +49,13 @@ def load(pretrained: Any, dtype: str) -> LVLM:
 
 
 def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) -> Method | None:
-    """The method called `name` (several joined by +; None for "none") with the settings given.
+    """Builds the method called `name` (several joined by +; None for "none") with the given settings.
 
-    Settings are those of the command line: `alpha`, `preset`, and `vcd_seed` where the name is taken otherwise.
+    Settings are those of the command line: `alpha`, `preset`, and for example `vcd_seed` if `seed` is taken.
 
     Args:
-        fields: values as text, numbers, booleans or sequences; None leaves the default.
-        reserved: settings of the adapter itself, whose names a method's field cannot have.
+        fields: values as text, numbers, booleans or sequences; None means the default.
+        reserved: the adapter's own settings, whose names a method's field cannot have.
 
     Raises:
         LVLMError: an unknown method or setting, or a value out of range.
@@ -66,25 +66,25 @@ def build_method(name: str, fields: Mapping[str, Any], reserved: Sequence[str]) 
     if name.lower() != "none":
         parse.add_method_flags(parser, name)
     words = [_word(key, value) for key, value in fields.items() if value is not None]
-    given, unknown = parser.parse_known_args(words)
+    parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        known = [field.rpartition(".")[2].replace("-", "_") for field in vars(given)]
+        setting_names = [field.rpartition(".")[2].replace("-", "_") for field in vars(parsed)]
         raise LVLMError(
-            f"{unknown[0].removeprefix('--').partition('=')[0].replace('-', '_')} is no setting of the adapter or "
-            f"of method {name}; expected one of {', '.join(dict.fromkeys(known))}"
+            f"{unknown[0].removeprefix('--').partition('=')[0].replace('-', '_')} is not a setting of the adapter or "
+            f"of method {name}; expected one of {', '.join(dict.fromkeys(setting_names))}"
         )
-    return parse.build_method(name, given)
+    return parse.build_method(name, parsed)
 
 
 class _Settings(argparse.ArgumentParser):
-    """Reads the settings; what cannot be read is an `LVLMError`."""
+    """Parses the settings; malformed ones raise an `LVLMError`."""
 
     def error(self, message):  # noqa: D102
         raise LVLMError(f"{message}; `lvlm infer --help` lists the settings of methods")
 
 
 def _word(key: str, value: Any) -> str:
-    """A setting as the command line has it; "[8,9]", which keeps lmms-eval from cutting at the comma, as 8,9."""
+    """A setting as the command line takes it; "[8,9]", which lmms-eval does not split at the comma, becomes 8,9."""
     flag = "--" + key.replace("_", "-")
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)
@@ -94,10 +94,10 @@ def _word(key: str, value: Any) -> str:
 
 
 def whole(name: str, value: Any, low: int, high: int = settings.LARGEST_INT) -> int:
-    """A whole number from text or a number.
+    """Parses a whole number from text or a number.
 
     Raises:
-        LVLMError: something else, or out of range.
+        LVLMError: it is not a whole number, or out of range.
     """
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
         value = int(value)
@@ -105,17 +105,18 @@ def whole(name: str, value: Any, low: int, high: int = settings.LARGEST_INT) -> 
 
 
 def decoding(given: Mapping[str, Any], max_new_tokens: int, stop: str | Sequence[str] = ()) -> Decoding:
-    """How answers are decoded, from a harness's settings (keys of `GENERATION`; None leaves the default).
+    """Makes a `Decoding` of a harness's settings (keys of `GENERATION`; None means the default).
 
-    Sampled where `do_sample` says so, and without it where the temperature is above 0; `do_sample=False` is greedy
-    whatever the temperature, `do_sample=True` without one takes temperature 1, as in transformers.
+    `do_sample` decides whether to sample; without it, a temperature above 0 does. `do_sample=False` is greedy whatever
+    the temperature; `do_sample=True` without a temperature uses 1, as in transformers.
 
     Args:
-        max_new_tokens: longest answer where `given` names none.
+        given: the harness's settings.
+        max_new_tokens: longest answer if the settings have none.
         stop: strings that end an answer.
 
     Raises:
-        LVLMError: a value of another kind or out of range.
+        LVLMError: a value has the wrong type or is out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     sampled = given.pop("do_sample", None)

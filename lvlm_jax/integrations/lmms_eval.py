@@ -1,8 +1,9 @@
-"""Our models in lmms-eval (EvolvingLMMs-Lab/lmms-eval 0.7), where they are called `lvlm_jax`.
+"""Our models in lmms-eval (EvolvingLMMs-Lab/lmms-eval 0.7), under the name `lvlm_jax`.
 
-A request names a document, from which `doc_to_visual` gets the pictures, and a text; a `<image>` in the text is the
-place of the next picture, without any they come first. Requests are answered in batches: alike settings together,
-short texts before long ones, pictures read when their batch is due. The answers come back in the order asked.
+A request has a text and names a document, from which `doc_to_visual` gets the images. A `<image>` in the text is the
+place of the next image; without any, images come first. Requests are answered in batches: equal settings together,
+short texts before long ones; images are read when their batch is due. Answers are returned in the order of the
+requests.
 """
 
 import dataclasses
@@ -27,20 +28,20 @@ from lvlm_jax.integrations import GENERATION, build_method, decoding, load, whol
 from lvlm_jax.journal.log import seed_of
 from lvlm_jax.journal.progress import Progress
 
-LONGEST_ANSWER = 1024  # tokens; what lmms-eval's own models write where a task names no limit
+LONGEST_ANSWER = 1024  # tokens; the limit of lmms-eval's own models if a task has none
 OWN = ("pretrained", "dtype", "method", "batch_size", "seed", "likelihood")
 LIKELIHOODS = ("logprob", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A question before its pictures are read.
+    """A question whose images are not read yet.
 
     Attributes:
-        text: as the task made it.
-        visuals: gives the pictures.
+        text: the task's text.
+        visuals: returns the images.
         decoding: how the answer is decoded.
-        seed: of sampling.
+        seed: seed of sampling.
     """
 
     text: str
@@ -58,24 +59,24 @@ class Asked:
 
 
 class LVLMJax(lmms):
-    """A model of this package, with or without a method, as lmms-eval calls it.
+    """A model of this package, with or without a method, with the interface of lmms-eval.
 
     Args:
         pretrained: "pocket", a checkpoint folder, or a hub id.
         dtype: "auto" (float32 on a CPU, else bfloat16), "float32", "bfloat16" or "float16".
         method: "none", a method's name, or several joined by +.
         batch_size: requests answered at once.
-        seed: of sampling; every document has a random stream of its own.
-        likelihood: what `loglikelihood` returns: "logprob", the sum over the continuation that lmms-eval documents,
-            or "loss", minus its mean, which lmms-eval's own models return and its multiple-choice tasks expect.
+        seed: seed of sampling; every document has its own random stream.
+        likelihood: what `loglikelihood` returns: "logprob", the sum over the continuation, as lmms-eval documents, or
+            "loss", minus its mean, as lmms-eval's own models return and its multiple-choice tasks expect.
         fields: settings of the method (`alpha=3`, `preset=llava-1.5/pope`).
 
     Raises:
-        LVLMError: a model, method or setting that cannot be used.
+        LVLMError: a model, method or setting cannot be used.
     """
 
     is_simple = True
-    # Where lmms-eval keeps counts of its own when it runs as several processes; JAX chooses the model's devices.
+    # lmms-eval reads these if it runs as several processes; JAX chooses the model's devices.
     device = "cpu"
 
     def __init__(
@@ -100,90 +101,90 @@ class LVLMJax(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "LVLMJax":
-        """The model of `--model_args`; what stands there goes before flags (`--batch_size` is always given).
+        """Makes the model from `--model_args`, which take precedence over flags (`--batch_size` is always given).
 
         Raises:
-            LVLMError: not `key=value` pairs, or what the constructor refuses.
+            LVLMError: not `key=value` pairs, or the constructor refuses them.
         """
         try:
-            given = simple_parse_args_string(arg_string)
+            parsed = simple_parse_args_string(arg_string)
         except ValueError as error:
             raise LVLMError(f"model arguments are {arg_string!r}; expected key=value,key=value") from error
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        return cls(**flags | given)
+        return cls(**flags | parsed)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests `(text, settings, doc_to_visual, doc_id, task, split)`.
 
         Raises:
-            LVLMError: settings, pictures or placeholders that cannot be used.
+            LVLMError: settings, images or placeholders cannot be used.
         """
         streams = self._streams([request.args[3:6] for request in requests])
-        asked = []
+        questions = []
         for request, seed in zip(requests, streams, strict=True):
             text, settings, doc_to_visual, *place = request.args
-            asked.append(Asked(text, self._visuals(doc_to_visual, *place), self._decoding(settings), seed))
+            questions.append(Asked(text, self._visuals(doc_to_visual, *place), self._decoding(settings), seed))
         answers = [""] * len(requests)
-        for number, answer in self._answers(asked):
+        for number, answer in self._answers(questions):
             answers[number] = answer
             self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer)
         return answers
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """For each request the answers of its rounds.
+        """For each request, the answers of its rounds.
 
-        A request is `(text, settings, doc_to_visual, doc_to_text, doc_id, task, split)`. After each round
-        `doc_to_text` gives the next pictures and text, whether that was all, the answers so far and what it wants to
-        see again.
+        A request is `(text, settings, doc_to_visual, doc_to_text, doc_id, task, split)`. After each round,
+        `doc_to_text` returns the next images and text, whether this was the last round, the answers so far, and a value
+        that it gets back in the next round.
 
         Raises:
-            LVLMError: settings, pictures or placeholders that cannot be used.
+            LVLMError: settings, images or placeholders cannot be used.
         """
         streams = self._streams([request.args[4:7] for request in requests])
-        asked = {}
+        questions = {}
         for number, request in enumerate(requests):
             text, settings, doc_to_visual, _, *place = request.args
             visuals = self._visuals(doc_to_visual, *place)
-            asked[number] = Asked(text, visuals, self._decoding(settings), streams[number])
+            questions[number] = Asked(text, visuals, self._decoding(settings), streams[number])
         answers: list[list[str]] = [[] for _ in requests]
-        kept: list[Any] = [None] * len(requests)
+        values_for_next_round: list[Any] = [None] * len(requests)
         index = 0
-        while asked:
-            numbers = list(asked)
-            for place, answer in self._answers(list(asked.values())):
+        while questions:
+            numbers = list(questions)
+            for place, answer in self._answers(list(questions.values())):
                 answers[numbers[place]].append(answer)
             index += 1
             for number in numbers:
                 doc_to_text, *place = requests[number].args[3:]
-                visuals, text, last, said, kept[number] = doc_to_text(
+                visuals, text, last, answers_so_far, values_for_next_round[number] = doc_to_text(
                     self._document(*place),
                     previous_output=answers[number],
                     round_idx=index,
-                    previous_round_info=kept[number],
+                    previous_round_info=values_for_next_round[number],
                 )
-                answers[number] = list(said)
+                answers[number] = list(answers_so_far)
                 if last:
-                    del asked[number]
+                    del questions[number]
                     self.cache_hook.add_partial(
                         "generate_until_multi_round", requests[number].args[:2], answers[number]
                     )
                 else:
-                    asked[number] = dataclasses.replace(
-                        asked[number], text=text, visuals=lambda visuals=visuals: visuals or ()
+                    questions[number] = dataclasses.replace(
+                        questions[number], text=text, visuals=lambda visuals=visuals: visuals or ()
                     )
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """How likely each continuation is after its pictures and text, and whether greedy decoding would write it.
+        """How likely each continuation is after its images and text, and whether greedy decoding would write it.
 
-        A request is `(text, continuation or function of the document, doc_to_visual, doc_id, task, split)`, or
-        `(text, continuation)` about nothing. The continuation stands where the chat template puts answers; its
-        tokens alone count, without the stop token. With a method every token is scored by the logits that the method
-        would choose it from.
+        A request is `(text, continuation or function of the document, doc_to_visual, doc_id, task, split)`, or `(text,
+        continuation)` without a document. The chat template puts the continuation in the place of an answer; only its
+        tokens count, without the stop token. With a method, every token is scored by the logits from which the method
+        would choose it.
 
         Raises:
-            LVLMError: an empty continuation, pictures or placeholders that cannot be used, or a method that is a
-                search, which has no next-token probabilities.
+            LVLMError: an empty continuation, images or placeholders that cannot be used, or a method that is a search,
+                which has no next-token probabilities.
         """
         if reason := searches.obstacle(self.method):
             raise LVLMError(f"{reason}, so it gives no log-likelihoods; use another method, or none")
@@ -211,11 +212,12 @@ class LVLMJax(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _visuals(self, doc_to_visual: Callable | None, *place: Any) -> Callable[[], Sequence]:
-        """Reads a document's pictures; tasks without pictures have no function, or one that gives None."""
+        """A function that reads a document's images; tasks without images have no `doc_to_visual`, or one that returns
+        None."""
         return lambda: (doc_to_visual(self._document(*place)) or ()) if doc_to_visual else ()
 
     def _streams(self, places: Sequence[tuple]) -> list[int]:
-        """A seed for each document, and another one each time that it is asked again (`--repeats`)."""
+        """A seed for each document, and another one each time it is repeated (`--repeats`)."""
         times: Counter = Counter()
         seeds = []
         for doc_id, task, split in places:
@@ -225,18 +227,18 @@ class LVLMJax(lmms):
         return seeds
 
     def _decoding(self, settings: Mapping[str, Any]) -> Decoding:
-        """A task's `generation_kwargs` as a `Decoding`; keys of other models are named and left out."""
+        """Makes a `Decoding` of a task's `generation_kwargs`; settings of other models are named and ignored."""
         until = settings.get("until") or ()
         stop = (until,) if isinstance(until, str) else tuple(until)
         ignored = set(settings) - {*GENERATION, "until"} - self._ignored
         if ignored:
-            warnings.warn(f"lvlm_jax has no use for the generation settings {', '.join(sorted(ignored))}", stacklevel=3)
+            warnings.warn(f"lvlm_jax does not use the generation settings {', '.join(sorted(ignored))}", stacklevel=3)
             self._ignored |= ignored
         known = {name: settings[name] for name in GENERATION if name in settings}
         return decoding(known, LONGEST_ANSWER, stop)
 
     def _answers(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str]]:
-        """(place in `asked`, answer) of all, batch by batch."""
+        """(index in `asked`, answer) of all questions, batch by batch."""
         alike: dict[Decoding, list[int]] = {}
         for number, one in enumerate(asked):
             alike.setdefault(one.decoding, []).append(number)
@@ -245,11 +247,11 @@ class LVLMJax(lmms):
                 for batch in self._batches(sorted(numbers, key=lambda number: asked[number].size)):
                     questions = [asked[number].messages for number in batch]
                     seeds = [asked[number].seed for number in batch]
-                    # The last batch keeps the shape of those before, so that no program is compiled for it.
+                    # The last batch is padded to the shape of the others, so that no program is compiled for it.
                     spare = min(self.batch_size, len(numbers)) - len(batch)
                     own = dataclasses.replace(shared, seed=tuple(seeds + seeds[-1:] * spare))
-                    filled = questions + questions[-1:] * spare
-                    output = self.model.generate(filled, method=self.method, **vars(own))
+                    padded = questions + questions[-1:] * spare
+                    output = self.model.generate(padded, method=self.method, **vars(own))
                     yield from zip(batch, output.text[: len(batch)], strict=True)
                     progress.update(len(batch))
 
@@ -258,7 +260,7 @@ class LVLMJax(lmms):
             yield numbers[start : start + self.batch_size]
 
     def _pair(self, text: str, continuation: Any, *rest: Any) -> tuple[str, str, Callable[[], Sequence]]:
-        """Text, continuation, and what reads the pictures, of a request for a log-likelihood."""
+        """Text, continuation, and the function that reads the images, of a request for a log-likelihood."""
         doc_to_visual, *place = rest or (None,)
         if callable(continuation):
             continuation = continuation(self._document(*place))
@@ -272,7 +274,7 @@ class LVLMJax(lmms):
         whole_prompt = self.model.prepare([[*q, a] for q, a in zip(questions, answers, strict=True)])
         counts = np.array([self._answer_length(answer) for answer in answers])[:, None]
         longest = int(counts.max())
-        # Prompts are left-padded: a continuation of n tokens is its row's last n columns.
+        # Prompts are left-padded: a continuation of n tokens is the last n columns of its row.
         tokens = whole_prompt.tokens[:, -longest:]
         inside = np.arange(longest) >= longest - counts
         if self.method is None:
@@ -280,9 +282,9 @@ class LVLMJax(lmms):
         else:
             logits = self._logits_of_method(questions, tokens, counts)
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        said = np.asarray(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
+        token_logprobs = np.asarray(jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0])
         greedy = np.asarray(logits.argmax(axis=-1)) == tokens
-        sums = np.where(inside, said, 0.0).sum(axis=1, dtype=np.float64)
+        sums = np.where(inside, token_logprobs, 0.0).sum(axis=1, dtype=np.float64)
         if np.isnan(sums).any():
             raise LVLMError(f"the logits of a continuation {NOT_FINITE}")
         values = sums if self.likelihood == "logprob" else -sums / counts[:, 0]
@@ -291,39 +293,39 @@ class LVLMJax(lmms):
     def _logits_of_method(
         self, questions: Sequence[list[dict]], tokens: np.ndarray, counts: np.ndarray
     ) -> Float[Array, "B T V"]:
-        """The logits that a method chooses the last tokens of each row from, fed one by one as decoding does.
+        """The logits from which a method chooses the last tokens of each row, run token by token as in decoding.
 
-        Methods treat prompt and answer differently, and contrastive ones combine branches, so that no single pass
-        over both would do.
+        Methods treat prompt and answer differently, and contrastive ones combine branches, so a single pass over both
+        is not possible.
         """
         longest = tokens.shape[1]
         prompt = self.model.prepare(list(questions))
         state, step = self.model.prefill(prompt, self.method, int(prompt.lengths.max()) + longest)
-        # Here answers begin together and end apart; those that have ended are fed on, and their logits not read.
+        # Answers begin together and end at different steps; finished ones still run, and their logits are ignored.
         begin = longest - counts
         rows = []
         for index in range(longest):
             rows.append(step.combined)
             if index + 1 < longest:
-                fed = np.take_along_axis(tokens, np.minimum(begin + index, longest - 1), axis=1)[:, 0]
-                state, step = self.model.decode(state, fed)
+                next_tokens = np.take_along_axis(tokens, np.minimum(begin + index, longest - 1), axis=1)[:, 0]
+                state, step = self.model.decode(state, next_tokens)
         stacked = jnp.stack(rows, axis=1)
         return jnp.take_along_axis(stacked, jnp.maximum(np.arange(longest) - begin, 0)[..., None], axis=1)
 
     def _answer_length(self, answer: dict) -> int:
-        """How many tokens an answer adds to a prompt: what follows the tokens that both have in common."""
+        """How many tokens an answer adds to a prompt: those after the common prefix."""
         question = {"role": "user", "content": "?"}
-        with_answer, without = (
+        with_answer, prompt_only = (
             prompt.tokens[0][prompt.image_id[0] >= 0]
             for prompt in (self.model.prepare([question, answer]), self.model.prepare([question]))
         )
-        shared = min(len(with_answer), len(without))
-        apart = np.flatnonzero(with_answer[:shared] != without[:shared])
+        shared = min(len(with_answer), len(prompt_only))
+        apart = np.flatnonzero(with_answer[:shared] != prompt_only[:shared])
         return len(with_answer) - int(apart[0] if len(apart) else shared)
 
 
 def _messages(visuals: Sequence, text: str) -> list[dict]:
-    """One user turn. A text may be empty here: lmms-eval scores choices without any context."""
+    """One user turn. The text may be empty: lmms-eval scores choices without any context."""
     if text.strip():
         return conversation(list(visuals), text)
     content = [{"type": "image", "image": visual} for visual in visuals]

@@ -1,4 +1,4 @@
-"""One process at a time: a lock beside a file, which the system releases when its holder ends, however it ends."""
+"""A lock beside a file, for one process at a time; the system releases it when its process ends, however it ends."""
 
 import contextlib
 import errno
@@ -10,21 +10,21 @@ from filelock import FileLock, Timeout
 
 from lvlm_jax.errors import LVLMError
 
-# What file systems without locks say. Nothing protects from a second run there, but one run works.
+# Errors of file systems without locks. There, nothing prevents a second run, but one run works.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of the file `path`, by way of `.NAME.lock` beside it.
+    """Locks the file `path`, with the lock file `.NAME.lock` beside it.
 
     Args:
         path: the file; it need not exist, but its folder must.
-        wait: until another process releases the lock.
+        wait: wait until another process releases the lock.
 
     Raises:
-        LVLMError: another process holds the lock, and this one does not wait.
-        OSError: the folder cannot be written.
+        LVLMError: another process has the lock, and `wait` is false.
+        OSError: the folder cannot be written to.
     """
     real = path.resolve()
     lock = FileLock(real.with_name(f".{real.name}.lock"), thread_local=False, fallback_to_soft=False)
@@ -38,7 +38,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: who opens it now sees, once it has the lock, that the file is gone, and begins again.
+        # Removed while locked: a process that has already opened it notices, once it gets the lock, that the file is
+        # gone, and starts over.
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()

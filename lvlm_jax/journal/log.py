@@ -1,11 +1,11 @@
-"""The log that survives a kill, of everything that answers many questions: jobs, benchmarks, pairs, corrections.
+"""A log of answers that survives a kill: for jobs, benchmarks, pairs and corrections.
 
-A log is JSON lines, one for each answer. Its record holds everything that decides an answer, and a run with another
-record stops before it mixes answers of two runs. The record is the first line, `{"record": ...}`, or a file of its own
-beside the log.
+A log is JSON lines, one per answer. Its record contains everything that determines an answer; a run with another record
+stops before it mixes answers of two runs. The record is the first line, `{"record": ...}`, or a separate file beside
+the log.
 
-Every append is on the disk before the next begins. A last line that a kill has cut is dropped on the next start, so no
-answer is lost that a log shows, and none is there twice. One process at a time holds a log (`lock`).
+Every append is on the disk before the next begins. A last line that was cut off by a kill is dropped on the next start,
+so no logged answer is lost and none is logged twice. Only one process at a time may write a log (`lock`).
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.lock import locked
 from lvlm_jax.journal.record import differences
 
-# From an entry to the key of what it answers and what is to be kept of it; None for an entry that is no answer. A
-# KeyError, TypeError or ValueError means that the entry is not of this kind of log.
+# Maps an entry to (key of its question, value to keep), or None for an entry that is not an answer. A KeyError,
+# TypeError or ValueError means that the entry does not belong to this kind of log.
 Read = Callable[[dict], tuple[Hashable, Any] | None]
 
-_ELSEWHERE = "write somewhere else, or remove the file to start again"
+_ELSEWHERE = "write to another file, or remove this one to start again"
 
 
 class AnswerLog:
-    """An open log, held by this process alone until it is closed.
+    """An open log; only this process can write to it until it is closed.
 
     Attributes:
         path: the file.
-        answers: what was there at the start, by key, in the file's order.
+        answers: the answers at the start, by key, in the file's order.
     """
 
     def __init__(
@@ -49,23 +49,23 @@ class AnswerLog:
         """Opens the log at `path`, or begins one with `record`.
 
         Args:
-            record: everything that decides an answer, as JSON values.
+            record: everything that determines an answer, as JSON values.
             read: what to keep of an entry.
-            keys: of what is asked; None for anything.
-            record_file: where the record is; None for the first line of the log.
+            keys: keys of the questions; None allows any.
+            record_file: file of the record; None for the first line of the log.
 
         Raises:
-            LVLMError: the file is no log, was edited, belongs to other settings or to a run under way, or cannot be
-                written.
+            LVLMError: the file is not a log, was edited, belongs to other settings or to a running process, or cannot
+                be written.
         """
         self.path = path
         self._stack = contextlib.ExitStack()
-        # Through JSON once, so that both records hold the same kinds of values.
+        # Through JSON once, so that both records have the same types of values.
         record = json.loads(json.dumps(record))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_file():
-                raise LVLMError(f"{str(path)!r} cannot be written: it is no regular file")
+                raise LVLMError(f"{str(path)!r} cannot be written: it is not a regular file")
             self._stack.enter_context(locked(path))
             self._file = self._stack.enter_context(path.open("a+b", buffering=0))
             self._file.seek(0)
@@ -93,21 +93,21 @@ class AnswerLog:
         self.close()
 
     def close(self) -> None:
-        """Lets another run have the log."""
+        """Releases the log."""
         self._stack.close()
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Adds entries, which are on the disk when this returns.
+        """Adds entries; they are on the disk when this returns.
 
         Raises:
-            LVLMError: they cannot be written, or the file is gone. None of them is in the log then.
+            LVLMError: they cannot be written, or the file is gone. Then none of them is in the log.
         """
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        left = memoryview(lines.encode("utf-8", errors="replace"))
+        remaining = memoryview(lines.encode("utf-8", errors="replace"))
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
             if lines:
                 os.fsync(self._file.fileno())
         except OSError as error:
@@ -126,20 +126,21 @@ class AnswerLog:
 
 
 def read_log(path: Path, record: Mapping[str, Any], read: Read, keys: Container | None = None) -> dict:
-    """The answers of a log whose record is its first line, by key; another process may be writing it.
+    """Reads the answers of a log with its record in the first line, by key; another process may be writing to it.
 
     Args:
-        record, read, keys: as of `AnswerLog`.
+        record, read, keys: as for `AnswerLog`.
 
     Raises:
-        LVLMError: the file is no log, was edited, or belongs to other settings.
+        LVLMError: the file is not a log, was edited, or belongs to other settings.
     """
     content = files.read_bytes(path, "log")
     return _entries(path, content, json.loads(json.dumps(record)), read, keys)[0]
 
 
 def expect(row: Mapping[str, Any], kinds: Mapping[str, type | tuple]) -> None:
-    """Checks fields of an entry; one that is missing, of another kind or infinite is an error as `Read` raises them."""
+    """Checks the fields of an entry; a field that is missing, infinite or has another type raises an error as in
+    `Read`."""
     for name, kind in kinds.items():
         value = row[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -149,7 +150,7 @@ def expect(row: Mapping[str, Any], kinds: Mapping[str, type | tuple]) -> None:
 
 
 def text_of(name: str) -> Read:
-    """For logs of entries `{"id": ..., NAME: ...}`: the text called `name`, by the id."""
+    """For logs of entries `{"id": ..., NAME: ...}`: maps an entry to its id and the text called `name`."""
 
     def read(entry: dict) -> tuple[str, str]:
         expect(entry, {"id": str, name: str})
@@ -159,75 +160,81 @@ def text_of(name: str) -> Read:
 
 
 def _check_beside(path: Path, content: bytes, record: dict, record_file: Path) -> None:
-    """Stores `record` beside a new log, or compares it with the one stored when the log was begun."""
+    """Stores `record` beside a new log, or compares it with the record of an existing log."""
     if not content:
         files.write_atomically(record_file, json.dumps(record, indent=1, sort_keys=True) + "\n")
         return
     if not record_file.exists():
         raise LVLMError(
-            f"{str(path)!r} is not empty and lies there without {record_file.name!r}, the record of the run that wrote "
+            f"{str(path)!r} is not empty and has no {record_file.name!r} beside it, the record of the run that wrote "
             f"it; {_ELSEWHERE}"
         )
-    stored = files.read_json(record_file, "record")
-    if not isinstance(stored, dict):
+    stored_record = files.read_json(record_file, "record")
+    if not isinstance(stored_record, dict):
         raise LVLMError(
-            f"record {str(record_file)!r} of {str(path)!r} is a JSON {type(stored).__name__}; expected an object; "
+            f"record {str(record_file)!r} of {str(path)!r} is a JSON {type(stored_record).__name__}; expected an "
+            "object; "
             f"repair it, or remove {path.name!r} to start again"
         )
-    _compare(path, stored, record)
+    _compare(path, stored_record, record)
 
 
 def _compare(path: Path, stored: dict, record: dict) -> None:
-    if changed := differences(stored, record):
+    if changes := differences(stored, record):
         raise LVLMError(
-            f"{str(path)!r} was begun with other settings ({'; '.join(changed[:3])}); repeat those, {_ELSEWHERE}"
+            f"{str(path)!r} was begun with other settings ({'; '.join(changes[:3])}); repeat those, {_ELSEWHERE}"
         )
 
 
 def _entries(path: Path, content: bytes, record: dict | None, read: Read, keys: Container | None) -> tuple[dict, int]:
-    """The answers of a log by key, and how many of its bytes are to be kept.
+    """The answers of a log by key, and how many of its bytes to keep.
 
     Args:
-        record: what the first line must hold; None for a log whose record is elsewhere.
+        record: the expected content of the first line; None for a log with a separate record.
     """
     rows, size = _whole_lines(path, content)
     if record is not None:
         head = rows.pop(0) if rows else None
-        stored = head.get("record") if isinstance(head, dict) else None
-        # A kill may have cut the very first line; any other first line is somebody else's.
+        stored_record = head.get("record") if isinstance(head, dict) else None
+        # A kill may have cut off the very first line; any other first line belongs to another program.
         begun = (json.dumps({"record": record}, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
-        if not isinstance(stored, dict) and not (head is None and begun.startswith(content)):
-            raise LVLMError(f"{str(path)!r} is no log of answers; {_ELSEWHERE}")
-        if not rows and (head is None or differences(stored, record)):
-            return {}, 0  # begun, but nothing was answered: nothing could be mixed
-        _compare(path, stored, record)
+        if not isinstance(stored_record, dict) and not (head is None and begun.startswith(content)):
+            raise LVLMError(f"{str(path)!r} is not a log of answers; {_ELSEWHERE}")
+        if not rows and (head is None or differences(stored_record, record)):
+            return {}, 0  # begun, but without answers: nothing to mix
+        _compare(path, stored_record, record)
     answers: dict = {}
     for number, row in enumerate(rows, start=1 if record is None else 2):
-        where = f"line {number} of {str(path)!r}"
+        line_name = f"line {number} of {str(path)!r}"
         try:
             if not isinstance(row, dict):
                 raise TypeError(f"a JSON {type(row).__name__}, not an object")
-            found = read(row)
-            if found is None:
+            key_and_value = read(row)
+            if key_and_value is None:
                 continue
-            key, kept = found
-            known, asked = key in answers, keys is None or key in keys
+            key, value = key_and_value
+            is_repeat, is_expected = key in answers, keys is None or key in keys
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise LVLMError(
-                f"{where} is no answer that this program wrote ({reason}); repair or remove the line, {_ELSEWHERE}"
+                f"{line_name} is not an answer that this program wrote ({reason}); repair or remove the line, "
+                f"{_ELSEWHERE}"
             ) from error
-        if known or not asked:
-            shown = " ".join(map(str, key)) if isinstance(key, tuple) else key
-            what = f"answers {shown} a second time" if known else f"answers {shown}, which is not asked"
-            raise LVLMError(f"{where} {what}; repair or remove the line, {_ELSEWHERE}")
-        answers[key] = kept
+        if is_repeat or not is_expected:
+            key_text = " ".join(map(str, key)) if isinstance(key, tuple) else key
+            problem = (
+                f"answers {key_text} a second time"
+                if is_repeat
+                else f"answers {key_text}, which is not a question of this run"
+            )
+            raise LVLMError(f"{line_name} {problem}; repair or remove the line, {_ELSEWHERE}")
+        answers[key] = value
     return answers, size
 
 
 def _whole_lines(path: Path, content: bytes) -> tuple[list, int]:
-    """The JSON values of a file's lines, and how many bytes they take; a last line that was cut is left out."""
-    # Not splitlines: it also breaks at characters that JSON strings may hold.
+    """The JSON values of a file's lines, and how many bytes they take; an incomplete last line is left out."""
+    # Not splitlines: it also splits at characters that JSON strings may contain.
     lines = content.split(b"\n")
     cut = lines.pop()
     rows, size = [], 0
@@ -245,6 +252,6 @@ def _whole_lines(path: Path, content: bytes) -> tuple[list, int]:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed, in [0, 2^31), that depends on the run's seed and on what is drawn, not on its place in a batch."""
+    """A seed in [0, 2^31) that depends on the run's seed and on the name, not on the place in a batch."""
     digits = np.random.SeedSequence([seed, *name.encode()]).generate_state(1)
     return int(digits[0] >> 1)

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, and elsewhere (a file, a pipe) a line every so often."""
+"""Progress of a job: a bar on a terminal; elsewhere (a file, a pipe) a line every few seconds."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-EVERY = 10.0  # seconds from one line to the next
+EVERY = 10.0  # seconds between lines
 
 T = TypeVar("T")
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 class Progress:
     """Counts what a job has done, and shows it on standard error.
 
-    A line has the count, the total, the rate and the time left: `answers: 120 of 400, 3.4 a second, 1:22 left`. A job
-    of less than `EVERY` seconds prints none.
+    A line has the count, the total, the rate and the remaining time: `answers: 120 of 400, 3.4 a second, 1:22 left`. A
+    job of less than `EVERY` seconds prints no line.
 
     Args:
-        total: how many there are.
-        done: how many were there before; they do not count for the rate.
-        title: what is counted.
-        quiet: shows nothing, for processes beside the one that shows it.
+        total: the number of items.
+        done: how many were done before; they do not count for the rate.
+        title: name of the items.
+        quiet: show nothing, for processes beside the one that shows the progress.
     """
 
     def __init__(self, total: int, done: int = 0, title: str = "", quiet: bool = False):
@@ -41,7 +41,7 @@ class Progress:
         self.close()
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Counts `count` more items."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -49,13 +49,13 @@ class Progress:
             self._print()
 
     def note(self, values: Mapping[str, str]) -> None:
-        """Shows these values, such as the loss, behind the count from now on."""
+        """Shows these values, such as the loss, after the count from now on."""
         self._notes = values
         if self._bar is not None:
             self._bar.set_postfix(values)
 
     def close(self) -> None:
-        """Ends the bar, or says in a last line what came of the lines before."""
+        """Ends the bar, or prints a last line."""
         if self._bar is not None:
             self._bar.close()
         elif self._lines and self._done != self._before:
@@ -63,28 +63,28 @@ class Progress:
         self._lines = 0
 
     def _print(self) -> None:
-        now, new = time.monotonic(), self._done - self._before
-        self._shown, self._lines = now, self._lines + 1
+        time_now, new = time.monotonic(), self._done - self._before
+        self._shown, self._lines = time_now, self._lines + 1
         parts = [f"{self._title}: {self._done} of {self._total}"]
         if new > 0:
-            each = max(now - self._began, 1e-9) / new
+            each = max(time_now - self._began, 1e-9) / new
             parts.append(f"{1 / each:.1f} a second" if each <= 1 else f"{each:.1f} s each")
-            if left := each * max(self._total - self._done, 0):
-                parts.append(f"{_clock(left)} left")
+            if seconds_left := each * max(self._total - self._done, 0):
+                parts.append(f"{_clock(seconds_left)} left")
         parts += [f"{name} {value}" for name, value in self._notes.items()]
         print(", ".join(parts), file=sys.stderr, flush=True)
 
 
 def counted(things: Iterable[T], total: int, done: int = 0, title: str = "") -> Iterator[T]:
-    """The things, one after the other, with a `Progress` that counts each when the next one is asked for."""
+    """Yields the items, with a `Progress` that counts an item when the next one is requested."""
     with Progress(total, done, title) as progress:
-        for thing in things:
-            yield thing
+        for item in things:
+            yield item
             progress.update()
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """A line on standard error or in another file, above a bar that may stand there."""
+    """Prints a line on standard error or in another file, above a progress bar if there is one."""
     tqdm.write(text, file=file or sys.stderr)
 
 

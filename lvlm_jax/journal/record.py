@@ -1,4 +1,4 @@
-"""The record of a run: everything that decides its answers, so that two runs can be told apart."""
+"""The record of a run: everything that determines its answers, so that runs can be compared."""
 
 import dataclasses
 import hashlib
@@ -9,16 +9,16 @@ import numpy as np
 from lvlm_jax import files
 from lvlm_jax.version import __version__
 
-# Read at this many places, evenly spread, of a weight file; hashing all of a 14 GB model would take half a minute.
+# Number of evenly spread samples of a weight file; hashing all of a 14 GB model would take half a minute.
 _SAMPLES = 64
 _SAMPLE_BYTES = 16 * 1024
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-# Which hash says what a name stands for: a folder that was moved, with the same in it, is the same.
+# The hash that identifies the content of a name: a moved folder with the same content is the same.
 _HASH_OF = {"name": "sha256", "model": "model_sha256"}
 
 
 def file_hash(path) -> str:
-    """SHA-256 of a whole file, in hexadecimal. `LVLMError` when it cannot be read."""
+    """SHA-256 of a whole file, in hexadecimal. Raises `LVLMError` if it is unreadable."""
     with files.open_file(pathlib.Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -35,8 +35,11 @@ def _sampled_hash(path: pathlib.Path) -> bytes:
 
 
 def checkpoint_hash(folder) -> str:
-    """One SHA-256 for a checkpoint folder: names and contents of its JSON and template files, and of its weights
-    (there sampled: the header, the size and 64 stretches of 16 KiB; training changes all of them)."""
+    """One SHA-256 for a checkpoint folder: names and contents of its JSON and template files, and samples of its
+    weights.
+
+    The samples are the header, the size and 64 stretches of 16 KiB; training changes all of them.
+    """
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(folder).iterdir()):
         if path.suffix in _WEIGHT_SUFFIXES:
@@ -50,27 +53,27 @@ def checkpoint_hash(folder) -> str:
 
 
 def model_hash(folder, adapter=None) -> str:
-    """The hash of a checkpoint folder, and of the folder of an adapter that is used with it."""
+    """The hash of a checkpoint folder, combined with that of an adapter's folder."""
     own = checkpoint_hash(folder)
     return own if adapter is None else f"{own}+{checkpoint_hash(adapter)}"
 
 
 def run_record(model_path, dtype: str, method, settings: dict) -> dict:
-    """What decides the answers of a run, as plain JSON values; a hub id is recorded by its name alone."""
+    """What determines the answers of a run, as plain JSON values; a hub id is recorded only by name."""
     folder = pathlib.Path(model_path)
     return {
         "version": __version__,
         "model": str(model_path),
         "model_sha256": checkpoint_hash(folder) if folder.is_dir() else None,
         "dtype": dtype,
-        "image_backend": "pil",  # with torchvision's, pixels would differ (`processors.load`)
+        "image_backend": "pil",  # with torchvision, pixels would differ (`processors.load`)
         "method": method_record(method),
         "generation": settings,
     }
 
 
 def adapter_record(path: str | None) -> dict:
-    """What the record of a run says of its adapter, a folder or a hub id; nothing without one."""
+    """The record of an adapter, a folder or a hub id; nothing without one."""
     if path is None:
         return {}
     folder = files.expand(path)
@@ -87,7 +90,7 @@ def method_record(method) -> dict | None:
 
 
 def _plain(value):
-    if hasattr(value, "record"):  # of what was fitted
+    if hasattr(value, "record"):  # fitted or learned arrays
         return value.record()
     if dataclasses.is_dataclass(value):
         return method_record(value)
@@ -103,18 +106,18 @@ def _plain(value):
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """What differs between two records, as `name: old, now new`, nested names joined by dots.
+    """The differences between two records, as `name: old, now new`, with nested names joined by dots.
 
-    Names of things that are hashed beside them may differ where the hashes do not.
+    Names of hashed things may differ if their hashes are equal.
     """
-    found = []
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         digest = old.get(_HASH_OF.get(key))
         if digest is not None and digest == new.get(_HASH_OF[key]):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
+            changes += differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key}: {before!r}, now {after!r}")
-    return found
+            changes.append(f"{prefix}{key}: {before!r}, now {after!r}")
+    return changes

@@ -1,6 +1,6 @@
-"""What a CPU does better by a program of ours than by XLA's: C++, compiled on the user's machine when it is first used.
+"""C++ products that are faster than XLA's on a CPU; compiled on the user's machine on first use.
 
-Nothing here is needed: where there is no C++ compiler, and on every other platform, XLA does the same.
+They are optional: without a C++ compiler, and on every other platform, XLA computes the same.
 """
 
 from lvlm_jax.native.build import available

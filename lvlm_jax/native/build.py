@@ -1,7 +1,7 @@
-"""Compiles `few_rows.cc` for the machine at hand, with its headers, once, and makes it known to XLA.
+"""Compiles `few_rows.cc` with its headers for this machine, once, and registers it with XLA.
 
-The library lies in the user's own cache folder. What decides it is the source, the compiler with what it knows of the
-processor, and jaxlib. Several processes may build it at once; each puts whole files in place.
+The library is in the user's own cache folder. It depends on the source, the compiler with its options for the
+processor, and jaxlib. Several processes may build it at once; files appear complete.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from lvlm_jax.compilation import private_folder, switched_off
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import atomic_file
 
-# Set to 0, off, false or no: nothing is compiled, and XLA does it all.
+# Set to 0, off, false or no: nothing is compiled, and XLA computes everything.
 SWITCH = "LVLM_JAX_NATIVE"
 
 TARGET = "lvlm_jax_few_rows"
@@ -31,37 +31,37 @@ TILES = "lvlm_jax_many_rows"
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
 _HEADERS = tuple(_SOURCE.with_name(name) for name in ("for_each.h", "lanes.h", "many_rows.h", "some_rows.h"))
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
-_SECONDS = 120  # a compiler that takes longer hangs
+_SECONDS = 120  # a compiler that takes longer is stuck
 
 
 @functools.cache
 def available() -> bool:
-    """Whether products of few rows are done here; builds the library and makes it known to XLA the first time."""
-    found = library()
-    if found is None:
+    """Whether products of few rows run here; on the first call, builds the library and registers it with XLA."""
+    lib = library()
+    if lib is None:
         return False
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(found.few_rows), platform="cpu")
-    jax.ffi.register_ffi_target(EACH, jax.ffi.pycapsule(found.each_rows), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(lib.few_rows), platform="cpu")
+    jax.ffi.register_ffi_target(EACH, jax.ffi.pycapsule(lib.each_rows), platform="cpu")
     return True
 
 
 @functools.cache
 def tiles() -> bool:
-    """Whether products of many rows of bfloat16 are done here: the processor has AMX, and the system allows it."""
-    found = library()
-    if found is None:
+    """Whether products of many bfloat16 rows run here: the processor has AMX, and the system allows it."""
+    lib = library()
+    if lib is None:
         return False
-    found.many_rows_ready.restype = ctypes.c_bool
-    if not found.many_rows_ready():
+    lib.many_rows_ready.restype = ctypes.c_bool
+    if not lib.many_rows_ready():
         return False
-    jax.ffi.register_ffi_target(TILES, jax.ffi.pycapsule(found.many_rows), platform="cpu")
+    jax.ffi.register_ffi_target(TILES, jax.ffi.pycapsule(lib.many_rows), platform="cpu")
     return True
 
 
 def library() -> ctypes.CDLL | None:
-    """The library, built unless it lies in the cache folder; None where it cannot be had.
+    """The library, built if it is not in the cache folder; None if it cannot be built.
 
-    A compiler that is there and fails is worth a warning; one that is not there is not.
+    A failing compiler causes a warning; a missing one does not.
     """
     chosen = None if switched_off(SWITCH) else compiler()
     if chosen is None:
@@ -69,34 +69,34 @@ def library() -> ctypes.CDLL | None:
     try:
         return _loaded(chosen)
     except (OSError, subprocess.SubprocessError, LVLMError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
             f"products of few rows are left to XLA, which is slower: {chosen} could not compile {_SOURCE.name}: "
-            f"{next((line for line in told if 'error' in line), told[0])}; silence this with {SWITCH}=0",
+            f"{next((line for line in output if 'error' in line), output[0])}; silence this with {SWITCH}=0",
             stacklevel=2,
         )
         return None
 
 
 def compiler() -> str | None:
-    """The C++ compiler: what $CXX names, or the first found of the usual names."""
+    """The C++ compiler: the one that $CXX names, or the first one with a usual name."""
     names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _loaded(compiler: str) -> ctypes.CDLL:
     folder = private_folder("native", SWITCH)
     if folder is not None:
         return ctypes.CDLL(str(_built(compiler, folder)))
-    with tempfile.TemporaryDirectory(prefix="lvlm_jax-") as own:  # for this process alone
+    with tempfile.TemporaryDirectory(prefix="lvlm_jax-") as own:  # a folder for this process alone
         return ctypes.CDLL(str(_built(compiler, pathlib.Path(own))))
 
 
 def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
-    """The library's file in a folder, compiled unless it lies there whole.
+    """The library's file in a folder, compiled unless a complete one is there.
 
-    A file named by all that decides the library holds the SHA-256 of the library's own file, which is named by it. A
-    library that is cut short or damaged is built again: to load it would end the process.
+    An index file, named by everything that determines the library, contains the SHA-256 of the library's file, which is
+    also that file's name. A truncated or damaged library is built again: loading it would crash the process.
     """
     processor, knows = _processor_option(compiler)
     key = hashlib.sha256()
@@ -116,9 +116,9 @@ def _built(compiler: str, folder: pathlib.Path) -> pathlib.Path:
         _run((compiler, *_OPTIONS, processor, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", str(result)))
         content = result.read_bytes()
     library = folder / f"few_rows-{_digest(content)}.so"
-    for path, what in ((library, content), (index, _digest(content).encode())):
+    for path, data in ((library, content), (index, _digest(content).encode())):
         with atomic_file(path) as file:
-            file.write(what)
+            file.write(data)
     return library
 
 
@@ -127,19 +127,21 @@ def _digest(content: bytes) -> str:
 
 
 def _processor_option(compiler: str) -> tuple[str, bytes]:
-    """The option that allows all the processor can do, and the macros that the compiler defines with it."""
+    """The option for all features of the processor, and the macros that the compiler then defines."""
 
     def macros(option: str) -> bytes:
         return _run((compiler, *_OPTIONS[:1], option, "-dM", "-E", "-x", "c++", os.devnull))
 
     try:
         return "-march=native", macros("-march=native")
-    except subprocess.CalledProcessError:  # clang on some ARM
+    except subprocess.CalledProcessError:  # clang on some ARM machines
         return "-mcpu=native", macros("-mcpu=native")
 
 
 def _run(command: tuple[str, ...]) -> bytes:
-    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr.decode(errors="replace"))
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+    if completed.returncode:
+        raise subprocess.CalledProcessError(
+            completed.returncode, command, stderr=completed.stderr.decode(errors="replace")
+        )
+    return completed.stdout

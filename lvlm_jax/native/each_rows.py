@@ -1,6 +1,6 @@
-"""Products of few rows with a matrix of their own in each group, lowered to `few_rows.cc`: rows with a 16-bit cache.
+"""Products of few rows with a separate matrix per group, lowered to `few_rows.cc`: attention with a 16-bit cache.
 
-XLA's CPU backend converts a whole 16-bit cache to float32 in memory before it multiplies, at every decode step.
+XLA's CPU backend converts the whole 16-bit cache to float32 in memory before it multiplies, at every decode step.
 """
 
 import functools
@@ -22,9 +22,9 @@ _HALF = tuple(map(jnp.dtype, ("bfloat16", "float16")))
 def each_rows_dot(
     x: Float[Array, "*N R K"], matrices: Float[Array, "*N _ _"], out_first: bool = False
 ) -> Float32[Array, "*N R M"]:
-    """x · matrices, group by group, with sums in float32; of at most `FEW_ROWS` rows and 16 bits natively on a CPU.
+    """x · matrices, group by group, summed in float32; at most `FEW_ROWS` rows in 16 bits run natively on a CPU.
 
-    Differentiable in both; a batch of both, or of x alone.
+    Differentiable in both arguments; batched in both, or in x alone.
 
     Args:
         x: rows, in the dtype of the matrices.
@@ -77,7 +77,7 @@ def _lower_plain(context, x, matrices, *, out_first):
 
 
 def _lower_on_cpu(context, x, matrices, *, out_first):
-    # Over several devices the compiler divides a product, and could not divide a call.
+    # Over several devices, the compiler partitions a product, and could not partition a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
     call = functools.partial(_call if alone and build.available() else _by_xla, out_first=out_first)
     return mlir.lower_fun(call, multiple_results=False)(context, x, matrices)
@@ -86,7 +86,7 @@ def _lower_on_cpu(context, x, matrices, *, out_first):
 mlir.register_lowering(_product, _lower_plain)
 mlir.register_lowering(_product, _lower_on_cpu, platform="cpu")
 
-# Linear in each of the two; the product with a tangent is XLA's, which can be transposed.
+# Linear in each argument; the product with a tangent is XLA's, which can be transposed.
 ad.defjvp(
     _product,
     lambda tangent, x, matrices, *, out_first: _by_xla(tangent, matrices, out_first),
@@ -98,8 +98,8 @@ def _batch(operands, axes, *, out_first):
     (x, matrices), (x_axis, matrices_axis) = operands, axes
     if x_axis is None or matrices_axis is None:
         return jax.vmap(functools.partial(_by_xla, out_first=out_first), axes)(x, matrices), 0
-    moved = jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(matrices, matrices_axis, 0)
-    return each_rows_dot(*moved, out_first), 0
+    batch_first = jnp.moveaxis(x, x_axis, 0), jnp.moveaxis(matrices, matrices_axis, 0)
+    return each_rows_dot(*batch_first, out_first), 0
 
 
 batching.primitive_batchers[_product] = _batch

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.native import build, many_rows
 
-# Up to so many rows reading the matrix is what takes the time, and `few_rows.cc` reads it once.
+# Up to this many rows, reading the matrix takes most of the time, and `few_rows.cc` reads it once.
 FEW_ROWS = 8
-# Up to so many rows, those of a short prompt, `some_rows.h` is as fast as XLA and loses less than half as much.
+# Up to this many rows, those of a short prompt, `some_rows.h` is as fast as XLA and rounds less than half as much.
 SOME_ROWS = 128
 
 _FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
@@ -31,19 +31,20 @@ def few_rows_dot(
     otherwise: Callable[[jax.Array, jax.Array], jax.Array],
     at_most: int = FEW_ROWS,
 ) -> Float[Array, "*T N"]:
-    """x · matrix in the dtype of x, or `otherwise(x, matrix)` where that is as fast or the matter is not ours.
+    """x · matrix in the dtype of x, or `otherwise(x, matrix)` if that is as fast or if the case is not supported.
 
-    Ours are, on a CPU, few rows on a single device with a matrix of float32, bfloat16, float16 or int8, some rows with
-    one of floats [K, N], and any number of rows with a matrix of 16 bits, which XLA would convert for all layers at
-    once (those of bfloat16 alone by `many_rows`, where the sizes fit); sums are float32. On other platforms the program
-    has `otherwise` in its place. Differentiable and batched as `otherwise` is; a batch of x alone is more rows.
+    Native are, on a CPU: few rows on a single device with a matrix of float32, bfloat16, float16 or int8; up to
+    `SOME_ROWS` rows with a float matrix [K, N]; and any number of rows with a 16-bit matrix, which XLA would convert
+    for all layers at once (bfloat16 alone by `many_rows`, if the sizes fit). Sums are float32. On other platforms, the
+    program contains `otherwise`. Differentiation and batching are those of `otherwise`; a batch of x alone becomes more
+    rows.
 
     Args:
         x: rows.
         matrix: [K, N], or [N, K] if `out_first`.
-        otherwise: the same product in XLA's words, for any number of leading axes, in the dtype of x; a function of a
-            module, not a new one for each call.
-        at_most: how many rows are few; with floats [K, N] never less than `SOME_ROWS`.
+        otherwise: the same product for XLA, for any number of leading axes, in the dtype of x; a function of a module,
+            not a new one per call.
+        at_most: how many rows count as few; with a float matrix [K, N] at least `SOME_ROWS`.
 
     Raises:
         LVLMError: the inner sizes of x and matrix differ.
@@ -87,12 +88,12 @@ def _lower_plain(context, x, matrix, *, otherwise, **_):
 
 
 def _lower_on_cpu(context, x, matrix, *, out_first, otherwise, at_most):
-    rows, held = context.avals_in
-    # Over several devices the compiler divides a product, and could not divide a call.
+    rows, matrix_aval = context.avals_in
+    # Over several devices, the compiler partitions a product, and could not partition a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
     if alone and math.prod(rows.shape[:-1]) <= at_most and build.available():
         call = functools.partial(_call, out_first=out_first)
-    elif held.dtype in _HALF:
+    elif matrix_aval.dtype in _HALF:
         call = functools.partial(many_rows.widened, out_first=out_first)
     else:
         call = otherwise
@@ -109,7 +110,7 @@ def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
 mlir.register_lowering(_product, _lower_plain)
 mlir.register_lowering(_product, _lower_on_cpu, platform="cpu")
 
-# Linear in each of the two; the product with a tangent is XLA's, which can be transposed.
+# Linear in each argument; the product with a tangent is XLA's, which can be transposed.
 ad.defjvp(
     _product,
     lambda tangent, x, matrix, *, otherwise, **_: otherwise(tangent, matrix),

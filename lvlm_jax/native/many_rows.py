@@ -12,19 +12,19 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from lvlm_jax.native import build
 
-# Fewer rows are not worth rearranging the matrix for the tiles.
+# For fewer rows, rearranging the matrix for the tiles does not pay.
 MANY_ROWS = 32
-_STEP = 32  # what the tiles ask of both sizes of a matrix to be a multiple of
+_STEP = 32  # both sizes of a matrix must be a multiple of this
 
 
 def fits(x: Array, matrix: Array) -> bool:
-    """Whether a product is of this kind, by dtypes and shapes."""
+    """Whether a product is supported, by dtypes and shapes."""
     half = x.dtype == matrix.dtype == jnp.bfloat16
     return half and math.prod(x.shape[:-1]) >= MANY_ROWS and not any(size % _STEP for size in matrix.shape)
 
 
 def many_rows_dot(x: BFloat16[Array, "*T K"], matrix: Array, out_first: bool) -> BFloat16[Array, "*T N"]:
-    """x · matrix with sums in float32, of a product that `fits`. Differentiable in both, and batched in x.
+    """x · matrix with sums in float32, for a product that `fits`. Differentiable in both, and batched in x.
 
     Args:
         x: rows.
@@ -69,7 +69,7 @@ def _lower_plain(context, x, matrix, *, out_first):
 
 
 def _lower_on_cpu(context, x, matrix, *, out_first):
-    # Over several devices the compiler divides a product, and could not divide a call.
+    # Over several devices, the compiler partitions a product, and could not partition a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
     call = functools.partial(_call if alone and build.tiles() else widened, out_first=out_first)
     return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
@@ -80,7 +80,7 @@ mlir.register_lowering(_product, _lower_on_cpu, platform="cpu")
 
 
 def _of_rows(cotangent, x, matrix, *, out_first):
-    """The gradient in x: a product with the matrix turned."""
+    """The gradient in x: a product with the transposed matrix."""
     del x
     return _product.bind(cotangent, matrix, out_first=not out_first)
 
@@ -106,17 +106,17 @@ batching.primitive_batchers[_product] = _batch
 
 
 def widened(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
-    """The product in float32 on a CPU, the matrix converted when its turn comes."""
+    """The product in float32 on a CPU; the matrix is converted only when it is needed."""
     wide = x.astype(jnp.float32)
     contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
     return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(x.dtype)
 
 
 def converted_late(matrix: Array, x: Float[Array, "..."]) -> Float32[Array, "..."]:
-    """The matrix in float32, in an expression that nothing can compute before `x` is there.
+    """The matrix in float32, in an expression that depends on `x`, so that it cannot be computed earlier.
 
-    XLA's CPU backend starts whatever its arguments allow. Conversions of parameters are then done for all layers at
-    once, and the whole model lies in memory as float32; an optimization barrier does not hold them back.
+    XLA's CPU backend starts everything whose arguments are ready. It would convert the parameters of all layers at
+    once, and the whole model would be in memory as float32; an optimization barrier does not prevent this.
     """
     never = x[(0,) * x.ndim] > jnp.inf
     return (matrix + never.astype(matrix.dtype)).astype(jnp.float32)

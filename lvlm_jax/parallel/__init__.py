@@ -1,4 +1,4 @@
-"""Meshes, where parameters live on them, and the start of several processes."""
+"""Meshes, placement of parameters on them, and the start of several processes."""
 
 from lvlm_jax.parallel.mesh import (
     AXES,

@@ -1,12 +1,12 @@
-"""What a process says last when JAX ends it: its standard error passes through this program on the way out.
+"""Explains in one line why JAX ended a process: the process's standard error passes through this program.
 
-When a process of a run is gone, JAX ends every other one from a thread of its own, by SIGABRT and with a report of
-twenty lines. Python is not asked (XLA's callback for this cannot be given from Python, jax 0.10), and what dies cannot
-explain itself. So each of several processes has this program beside it, which passes on what it reads, and in place of
-such a report writes one line: what is gone, and what to do.
+If a process of a run dies, JAX ends all others from one of its own threads, by SIGABRT and with a report of twenty
+lines. Python code does not run then (XLA's callback for this cannot be set from Python, jax 0.10), so the dying process
+cannot explain itself. Therefore each of several processes has this program beside it. It passes on what it reads, and
+replaces such a report by one line: what died, and what to do.
 
-`parallel.processes` runs it as a file: it imports nothing but Python's own modules, and is there in hundredths of a
-second.
+`parallel.processes` runs this file as a program: it imports only Python's own modules, and starts within hundredths of
+a second.
 """
 
 import os
@@ -18,20 +18,20 @@ import time
 
 PATIENCE = 1.0  # seconds between the first sign of a report and its end
 
-# How those parts of XLA that watch over the processes begin a line, or go on in one that a progress bar has begun: with
-# the time, a thread, and the source file.
+# Beginnings of the lines of XLA's process monitoring, also in the middle of a line that a progress bar began: the time,
+# a thread, and the source file.
 SIGN = re.compile(rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]")
 REPORT = b"Terminating process because the JAX distributed service detected fatal errors"
-END = b"*** Check failure stack trace"  # comes at once, and takes a tenth of a second to be written
+END = b"*** Check failure stack trace"  # appears at once, and takes a tenth of a second to write
 
 
 def explanation(report: str, host: str, timeout: str, patience: str) -> str:
-    """One line for JAX's report.
+    """One line that explains JAX's report.
 
     Args:
-        host: of the process that JAX ends.
-        timeout: seconds after which a silent process counts as gone.
-        patience: seconds that all processes had to come together.
+        host: host of the process that JAX ends.
+        timeout: seconds after which a silent process counts as dead.
+        patience: seconds that the processes had to join.
     """
     if "RegisterTask" in report:
         return (
@@ -43,55 +43,59 @@ def explanation(report: str, host: str, timeout: str, patience: str) -> str:
     for names in re.findall(r"stopped sending heartbeats\):\n((?:\S*\d+\n)+)", report):
         silent += re.findall(r"(\d+)\n", names)
     if silent:
-        gone = " and ".join(sorted(set(silent), key=int))
-        what = f"process {gone} of this run died or cannot be reached (no sign of life for {timeout} s)"
+        dead = " and ".join(sorted(set(silent), key=int))
+        cause = f"process {dead} of this run died or cannot be reached (no sign of life for {timeout} s)"
     elif "leader task" in report:
-        what = (
+        cause = (
             "process 0 of this run, to which all others report, died or cannot be reached (if it names another one, "
             "that died first)"
         )
     else:
-        what = "another process of this run died or cannot be reached"
+        cause = "another process of this run died or cannot be reached"
     return (
-        f"{what}, so the one on {host} ends too (exit code 134); the dead one's output and the scheduler say why; "
+        f"{cause}, so the one on {host} ends too (exit code 134); the dead one's output and the scheduler say why; "
         "start all of them again as before: training goes on from the newest checkpoint in --workdir"
     )
 
 
 def main(program: str, *facts: str) -> None:
-    """Passes standard input on to standard error, until its end or until a report."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a whole group gets them; this one waits for the end
+    """Copies standard input to standard error, until its end or until a report."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # these signals reach the whole process group; this program waits for the end of input
         signal.signal(number, signal.SIG_IGN)
-    held, deadline, column = b"", None, 0
+    pending, deadline, column = b"", None, 0
     while True:
         wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = select.select([0], [], [], wait)[0]
-        chunk = os.read(0, 1 << 16) if ready else b""
-        over = bool(ready) and not chunk
-        held += chunk
-        if deadline is None and (sign := SIGN.search(held)):
+        readable = select.select([0], [], [], wait)[0]
+        chunk = os.read(0, 1 << 16) if readable else b""
+        over = bool(readable) and not chunk
+        pending += chunk
+        if deadline is None and (sign := SIGN.search(pending)):
             deadline = time.monotonic() + PATIENCE
-            column = _write(held[: sign.start()], column)
-            held = held[sign.start() :]
+            column = _write(pending[: sign.start()], column)
+            pending = pending[sign.start() :]
         late = over or (deadline is not None and time.monotonic() > deadline)
-        if REPORT in held and (END in held or late):
-            line = f"{program}: {explanation(held.decode(errors='replace'), *facts)}\n".encode()
+        if REPORT in pending and (END in pending or late):
+            line = f"{program}: {explanation(pending.decode(errors='replace'), *facts)}\n".encode()
             _write(b"\n" + line if column else line)  # a progress bar leaves its line open
-            while os.read(0, 1 << 16):  # what its other threads still say about it
+            while os.read(0, 1 << 16):  # discard what other threads still report
                 pass
             return
         if deadline is None or late:
-            column = _write(held, column)
-            held, deadline = b"", None
+            column = _write(pending, column)
+            pending, deadline = b"", None
         if over:
             return
 
 
 def _write(data: bytes, column: int = 0) -> int:
-    """Writes to standard error from a column on; in which column that ends."""
-    left = data
-    while left:
-        left = left[os.write(2, left) :]
+    """Writes to standard error from a column on; returns the column at the end."""
+    remaining = data
+    while remaining:
+        remaining = remaining[os.write(2, remaining) :]
     return len(data) - 1 - data.rfind(b"\n") if b"\n" in data else column + len(data)
 
 

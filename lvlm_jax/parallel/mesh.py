@@ -1,9 +1,8 @@
-"""One mesh with the axes `data`, `fsdp` and `tensor`, and one table of where each parameter is split.
+"""One mesh with the axes `data`, `fsdp` and `tensor`, and one table with the sharding of each parameter.
 
-Names in the table are those of the parameter's own axes, `[in, out]` for kernels; the last table maps them to mesh
-axes. The compiler derives the placement of activations and caches from these. The low-rank factors of LoRA are split
-like the kernel they belong to, along the axis that they share with it; int8 kernels, which lie as `[out, in]`, and
-their scales like the kernel they stand for.
+The table names each parameter's own axes, `[in, out]` for kernels; a second table maps these names to mesh axes. The
+compiler derives the sharding of activations and caches. Low-rank factors of LoRA are split like their kernel, along the
+axis they share with it. int8 kernels, which are `[out, in]`, and their scales are split like the kernel they represent.
 """
 
 import contextlib
@@ -37,10 +36,10 @@ MESH_AXES: dict[str, str] = {"vocabulary": "tensor", "heads": "tensor", "hidden"
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+    """A mesh over all devices; one axis may be -1 and takes the rest.
 
     Raises:
-        LVLMError: sizes that are no whole numbers, or do not multiply to the number of devices.
+        LVLMError: sizes are not whole numbers, or their product is not the number of devices.
     """
     devices = list(devices or jax.devices())
     sizes = [data, fsdp, tensor]
@@ -51,43 +50,43 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = -1, devices: Sequence[
         rest = -math.prod(map(int, sizes))
         sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
     if min(sizes) < 1 or math.prod(map(int, sizes)) != len(devices):
-        asked = f"data={shown(data)}, fsdp={shown(fsdp)}, tensor={shown(tensor)}"
+        sizes_text = f"data={shown(data)}, fsdp={shown(fsdp)}, tensor={shown(tensor)}"
         raise LVLMError(
-            f"a mesh of {asked} does not cover {len(devices)} devices; "
+            f"a mesh of {sizes_text} does not cover {len(devices)} devices; "
             "the sizes must multiply to their number (one may be -1)"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
 def refuse_cut_heads(mesh: Mesh, heads: int, key_heads: int) -> None:
-    """A mesh must leave attention heads whole: halves of heads would meet on other devices in every layer.
+    """Checks that a mesh does not split attention heads: halves of heads would have to be combined in every layer.
 
     Raises:
-        LVLMError: the tensor axis does not divide the heads or the key heads.
+        LVLMError: the tensor axis does not divide the number of heads or of key heads.
     """
-    ways, common = mesh.shape["tensor"], math.gcd(heads, key_heads)
-    if common % ways:
+    tensor, common = mesh.shape["tensor"], math.gcd(heads, key_heads)
+    if common % tensor:
         fitting = [str(size) for size in range(1, common + 1) if common % size == 0]
         raise LVLMError(
-            f"a mesh with tensor={ways} cuts this model's {heads} attention heads and {key_heads} key heads; give "
+            f"a mesh with tensor={tensor} cuts this model's {heads} attention heads and {key_heads} key heads; give "
             f"tensor as one of {', '.join(fitting)} and the other devices to data or fsdp"
         )
 
 
 def mesh_for(heads: int, key_heads: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices whose tensor axis is as large as a model's heads allow; the others are for data."""
+    """A mesh of all devices with the largest tensor axis that the model's heads allow; the rest is for data."""
     devices = list(devices or jax.devices())
     return make_mesh(data=-1, tensor=math.gcd(heads, key_heads, len(devices)), devices=devices)
 
 
 def ambient(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Where programs for several TPUs are traced: a TPU's kernels must know the mesh (`attention.kernels`)."""
+    """Context for tracing programs for several TPUs, whose kernels must know the mesh (`attention.kernels`)."""
     on_tpus = mesh is not None and mesh.devices.flat[0].platform == "tpu"
     return jax.set_mesh(mesh) if on_tpus else contextlib.nullcontext()
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Where a parameter lives: a function of its path, such as "language_model/norm/scale", and its shape.
+    """The sharding of a parameter: a function of its path, such as "language_model/norm/scale", and its shape.
 
     An axis that a mesh axis does not divide evenly is replicated instead.
     """
@@ -104,73 +103,74 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
 
 
 def placing(mesh: Any, heads: int, key_heads: int) -> Callable[[str, tuple[int, ...]], NamedSharding] | None:
-    """`parameter_sharding` of a mesh for a model of so many heads; None without a mesh.
+    """`parameter_sharding` of a mesh, checked for a model with these heads; None without a mesh.
 
     Raises:
-        LVLMError: it is no mesh, or cuts attention heads.
+        LVLMError: it is not a mesh, or splits attention heads.
     """
     if mesh is None:
         return None
     if not isinstance(mesh, Mesh):
-        raise LVLMError(f"mesh is {shown(mesh)}; expected one that parallel.make_mesh makes")
+        raise LVLMError(f"mesh is {shown(mesh)}; expected a mesh from parallel.make_mesh")
     refuse_cut_heads(mesh, heads, key_heads)
     return parameter_sharding(mesh)
 
 
 def sharding_beside(neighbour, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
-    """Where a parameter that is added beside another one lives: on the same mesh, as the table says.
+    """The sharding of a parameter that is added beside another one: on the same mesh, according to the table.
 
     Args:
-        neighbour: a parameter that has its place.
+        neighbour: an existing parameter.
         path, shape: of the new parameter.
 
     Returns:
-        None where the neighbour is not on a mesh: the default device will do.
+        None if the neighbour is not on a mesh: then the default device is used.
     """
     sharding = getattr(neighbour, "sharding", None)
     return parameter_sharding(sharding.mesh)(path, shape) if isinstance(sharding, NamedSharding) else None
 
 
 def spread(batch: Any, mesh: Mesh | None) -> Any:
-    """Arrays with their first axis over the mesh's data axes, where these divide it; else as they are.
+    """Shards arrays along their first axis over the mesh's data axes if these divide it; otherwise returns them
+    unchanged.
 
-    In several processes each holds all of `batch`, and gives its devices their part.
+    With several processes, each has all of `batch` and gives its devices their part.
     """
     if mesh is None:
         return batch
     place = batch_sharding(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def placed(array: Any) -> jax.Array:
-        if array.shape[0] % ways:
+        if array.shape[0] % shards:
             return array
         if place.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
             return jax.device_put(array, place)
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+        host_array = np.asarray(array)
+        return jax.make_array_from_callback(host_array.shape, place, lambda index: host_array[index])
 
     return jax.tree.map(placed, batch)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where arrays live that have a row for each conversation, or for each image."""
+    """The sharding of arrays with one row per conversation or per image."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def local(tree: Any, wanted: bool = True) -> Any:
-    """`tree` with arrays that other processes hold in part as NumPy arrays, whole on each; others as they are.
+    """Replaces arrays that are spread over processes by complete NumPy arrays; other arrays are returned unchanged.
 
     All processes call it together, each with its part of the same arrays.
 
     Args:
-        wanted: a process that says no takes part, and gets None for such an array.
+        wanted: a process that passes False takes part but gets None for such an array.
     """
 
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
-        gathered = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-        return np.asarray(gathered) if wanted else None
+        replicated = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
+        return np.asarray(replicated) if wanted else None
 
     return jax.tree.map(whole, tree)
 
@@ -181,7 +181,7 @@ def _gather(everywhere: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def _axes(path: str, rank: int) -> tuple[str | None, ...]:
-    """The names of a parameter's axes, None for one that is never split."""
+    """The names of a parameter's axes; None for an axis that is never split."""
     kernel = re.sub(r"/(lora_[ab]|kernel_int8|kernel_scale)$", "/kernel", path)
     names = next((axes for pattern, axes in PARAMETER_AXES if re.search(pattern, kernel)), (None,) * rank)
     if path.endswith("/lora_a"):

@@ -1,7 +1,7 @@
-"""How fast devices multiply at best: the one table of peaks, for plans and for the utilisation of a run."""
+"""Peak FLOP/s of devices: the one table for plans and for the utilisation of a run."""
 
-# Dense bfloat16 FLOP/s by a part of JAX's `device_kind`; the first that fits counts. From the makers' data sheets:
-# NVIDIA's of each board, and docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} for a chip.
+# Dense bfloat16 FLOP/s by a part of JAX's `device_kind`; the first match counts. From the makers' data sheets: NVIDIA's
+# for each board, and docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} per chip.
 PEAKS: tuple[tuple[str, float], ...] = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),

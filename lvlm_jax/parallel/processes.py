@@ -1,11 +1,11 @@
 """Several processes as one: each runs the same program on its own devices, and JAX joins them.
 
-Where the processes were started by SLURM, Open MPI, GKE or as a TPU slice, JAX reads from the environment who and how
-many they are. Anywhere else three variables tell it: JAX_COORDINATOR_ADDRESS (host:port of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+If SLURM, Open MPI, GKE or a TPU slice started the processes, JAX reads their number and index from the environment.
+Anywhere else, three variables set them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+JAX_PROCESS_ID.
 
-They live and die together. JAX notices when one is gone and ends the others (`last_words` says why in a line), because
-what they compute in common cannot be finished without it; whoever started them starts all of them again.
+If one process dies, JAX ends the others (`last_words` says why in one line), because their common computation cannot
+finish without it. All of them must be started again.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ from jax.experimental import multihost_utils
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.parallel import last_words
 
-# What JAX itself ends with (128 + SIGABRT) when it misses a process: one event, one code, whoever notices first. It is
-# neither 2, a mistake that another start repeats, nor 137, the code of the process that was killed.
+# The exit code with which JAX itself ends a process (128 + SIGABRT) if another one is missing, so that the code does
+# not depend on who notices first. It is neither 2, a mistake that another start would repeat, nor 137, the code of the
+# process that was killed.
 LOST = 134
 
-PEER_TIMEOUT = "LVLM_JAX_PEER_TIMEOUT"  # seconds after which a silent process counts as gone
-JOIN_TIMEOUT = "LVLM_JAX_JOIN_TIMEOUT"  # seconds that the processes have to come together
+PEER_TIMEOUT = "LVLM_JAX_PEER_TIMEOUT"  # seconds after which a silent process counts as dead
+JOIN_TIMEOUT = "LVLM_JAX_JOIN_TIMEOUT"  # seconds that the processes have to join
 
-# JAX's own 100 s are long for a machine by the hour. Signs of life come from a thread of C++ every half of this, and
-# only a machine that stands still, or a network that is away, is silent for so long.
+# JAX's own 100 s are long for a machine paid by the hour. A C++ thread sends signs of life twice in this time; only a
+# frozen machine or a broken network is silent for so long.
 PEER_SECONDS = 30
 JOIN_SECONDS = 300
 
@@ -42,23 +43,23 @@ _BROKEN = re.compile(
     "|[Cc]oordination ?[Ss]ervice|Barrier(Error| failed)"
 )
 
-_beside: tuple[subprocess.Popen, int] | None = None  # `last_words`, and standard error as it was
+_beside: tuple[subprocess.Popen, int] | None = None  # the program `last_words`, and the original standard error
 
 
 def start(wanted: bool | None = None) -> bool:
-    """Joins the processes. To be called once, before anything touches a device.
+    """Joins the processes. Call it once, before anything uses a device.
 
-    When one of them cannot be reached or is gone later, JAX ends the process with code `LOST`. Standard error passes
-    through a program beside this one from here on (`last_words`).
+    If a process cannot be reached or dies later, JAX ends this process with code `LOST`. From here on, standard error
+    passes through a program beside this one (`last_words`).
 
     Args:
-        wanted: None: when the environment shows several processes, see `several`.
+        wanted: None means: if the environment describes several processes, see `several`.
 
     Returns:
         Whether this process is now one of several.
 
     Raises:
-        LVLMError: JAX finds nobody to join, or a variable of the environment is malformed.
+        LVLMError: JAX finds no other process, or an environment variable is malformed.
     """
     if not (several() if wanted is None else wanted):
         return False
@@ -75,18 +76,18 @@ def start(wanted: bool | None = None) -> bool:
             f"the processes of this run cannot be joined ({_brief(error)}); start them with "
             "SLURM, Open MPI or on GKE, or give each JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
-    # Connections are made by the first program that all take part in. Now they are all here, and a network that lets
-    # none through shows before a model is loaded. (On CPUs whoever comes 30 s late would find nobody there any more.)
+    # Connections are made by the first program in which all take part. All processes are here now, so a network that
+    # blocks connections shows before a model is loaded. (On CPUs, a process that is 30 s late would find nobody.)
     multihost_utils.sync_global_devices("start")
     return jax.process_count() > 1
 
 
 def several() -> bool:
-    """Whether the environment says that this process is one of several, without asking anybody."""
+    """Whether the environment says that this process is one of several, without contacting any."""
     environment = os.environ
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
-        # A step of srun; a batch script alone has no step, and its own process no siblings.
+        # A step of srun; a batch script has no step, and its own process has no siblings.
         or ("SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1)
         or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -100,16 +101,16 @@ def joined() -> bool:
 
 
 def lost(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, says that another process of the run cannot be reached."""
+    """Whether an exception, or its cause, says that another process of the run cannot be reached."""
     if error is None or not joined():
         return False
     return bool(_BROKEN.search(str(error))) or lost(error.__cause__ or error.__context__)
 
 
 def account_for(error: Exception) -> int:
-    """The exit code for an exception that ends this process, one of several; what there is to say is said.
+    """Reports an exception that ends this process, one of several; returns the exit code.
 
-    A connection that breaks does not say whose it was. JAX does, a little later, when it ends this process itself.
+    A broken connection does not say which process died. JAX does, a little later, when it ends this process itself.
     """
     if not lost(error):
         traceback.print_exception(error)
@@ -128,7 +129,7 @@ def account_for(error: Exception) -> int:
 def leave(code: int) -> NoReturn:
     """Ends this process at once; the others follow.
 
-    Without the interpreter's own farewell: JAX would wait there for the others, which wait for this one.
+    Skips the interpreter's shutdown, in which JAX would wait for the others while they wait for this one.
     """
     sys.stdout.flush()
     _take_errors_back()
@@ -150,7 +151,7 @@ def _pass_errors_on(timeout: int, patience: int) -> None:
 
 
 def _take_errors_back() -> None:
-    """Standard error as it was; returns when everything said so far is out, for a container ends with this process."""
+    """Restores standard error; returns when everything is written, because a container ends with this process."""
     global _beside
     sys.stderr.flush()
     if _beside is not None:
@@ -158,7 +159,7 @@ def _take_errors_back() -> None:
         os.dup2(direct, 2)
         os.close(direct)
         _beside = None
-        with contextlib.suppress(subprocess.TimeoutExpired):  # processes that make batches may still hold the pipe
+        with contextlib.suppress(subprocess.TimeoutExpired):  # data-loading processes may still have the pipe open
             process.wait(1)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program has devices send to one another, read from its text."""
+"""Counts the data that devices send to each other in a compiled program, from its text."""
 
 import math
 import re
@@ -18,12 +18,12 @@ _ARRANGED = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
 
 class Messages(NamedTuple):
-    """What one device receives in a run of a program; loops whose length is not known run once.
+    """What one device receives in a run of a program; loops of unknown length count as one round.
 
     Attributes:
-        received: bytes, by reach: the devices that exchange them lie in one block of so many devices. Algorithms on
-            rings are assumed: a gather brings what the others have, a sum twice as much.
-        count: how many messages.
+        received: bytes, by the size of the block of devices that exchange them. Ring algorithms are assumed: a gather
+            receives the parts of the other devices, a sum twice as much.
+        count: number of messages.
     """
 
     received: dict[int, float]
@@ -31,11 +31,11 @@ class Messages(NamedTuple):
 
 
 def read(found: Computations, times: Mapping[str, int], devices: int) -> Messages:
-    """What a partitioned module has one of its devices receive.
+    """What one device of a partitioned module receives.
 
     Args:
         found, times: see `hlo_text.computations` and `runs`.
-        devices: how many run it.
+        devices: how many devices run it.
     """
     received: dict[int, float] = {}
     count = 0.0
@@ -53,7 +53,7 @@ def read(found: Computations, times: Mapping[str, int], devices: int) -> Message
 
 
 def _received(operation: str, result: int, group: int) -> float:
-    """Bytes that reach one of `group` devices, from those of its result."""
+    """Bytes that reach one of `group` devices, given the bytes of its result."""
     others = (group - 1) / group
     if operation == "all-reduce":
         return 2 * result * others
@@ -63,24 +63,24 @@ def _received(operation: str, result: int, group: int) -> float:
 
 
 def _group(one: Instruction, devices: int) -> list[int]:
-    """The devices that exchange something with device 0 in an operation; all, where the text does not say."""
-    if found := _LISTED.search(one.rest):
-        return [int(device) for device in found[1].split(",")]
-    if found := _STRIDED.search(one.rest):
-        return _arranged(found[1])[0].tolist()
-    if found := _MESH.search(one.rest):
-        axes = re.findall(r"'(.*?)'=(\d+)", found[1])
-        mesh = _arranged(found[2]).reshape(-1) if found[2] else np.arange(math.prod(int(n) for _, n in axes))
+    """The devices that exchange data with device 0 in an operation; all if the text does not say."""
+    if groups := _LISTED.search(one.rest):
+        return [int(device) for device in groups[1].split(",")]
+    if groups := _STRIDED.search(one.rest):
+        return _arranged(groups[1])[0].tolist()
+    if groups := _MESH.search(one.rest):
+        axes = re.findall(r"'(.*?)'=(\d+)", groups[1])
+        mesh = _arranged(groups[2]).reshape(-1) if groups[2] else np.arange(math.prod(int(n) for _, n in axes))
         mesh = mesh.reshape([int(size) for _, size in axes])
-        along = re.findall(r"'(.*?)'", found[3])
+        along = re.findall(r"'(.*?)'", groups[3])
         return mesh[tuple(slice(None) if axis in along else 0 for axis, _ in axes)].reshape(-1).tolist()
-    if found := _PAIRS.search(one.rest):
-        return sorted({int(device) for device in re.findall(r"\d+", found[1])})
+    if groups := _PAIRS.search(one.rest):
+        return sorted({int(device) for device in re.findall(r"\d+", groups[1])})
     return list(range(devices))
 
 
 def _arranged(text: str) -> np.ndarray:
-    """Devices as XLA writes them: `[2,4]<=[4,2]T(1,0)` or, of all in their order first, `[4,2]T(1,0)`."""
+    """Parses XLA's notation for devices: `[2,4]<=[4,2]T(1,0)`, or `[4,2]T(1,0)` for all devices in order."""
 
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]

@@ -1,7 +1,7 @@
-"""The compilers of TPUs and GPUs, for devices that are not there: what they say is what a device would run.
+"""The compilers of TPUs and GPUs for devices that are absent: their results are those of real devices.
 
-They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB), and are used
-where they are found; nothing needs them.
+They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB), and are
+optional.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ _TPU_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    # Or a second process would fail on a lock file.
+    # Without this, a second process would fail on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -28,16 +28,16 @@ GPUS = 8
 
 
 def installed() -> tuple[str, ...]:
-    """Those of `NAMES` that this Python has."""
-    there = {
+    """The compilers in `NAMES` that are installed."""
+    installed_names = {
         "tpu": importlib.util.find_spec("libtpu") is not None,
         "cuda": any(importlib.util.find_spec(plugin) is not None for plugin in _PLUGINS),
     }
-    return tuple(name for name in NAMES if there[name])
+    return tuple(name for name in NAMES if installed_names[name])
 
 
 def absent_devices(name: str) -> list[jax.Device]:
-    """Eight devices to compile for, none of which is there.
+    """Eight absent devices to compile for.
 
     Raises:
         LVLMError: the compiler is not installed.
@@ -54,10 +54,12 @@ def absent_devices(name: str) -> list[jax.Device]:
             os.environ.setdefault(variable, value)
         return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
     described = resources.files("lvlm_jax.planning").joinpath("h200.txtpb").read_text()
-    there = topologies.get_topology_desc("h200", platform="cuda", target_config=described, topology=f"1 x 1 x {GPUS}")
-    return list(there.devices)
+    topology = topologies.get_topology_desc(
+        "h200", platform="cuda", target_config=described, topology=f"1 x 1 x {GPUS}"
+    )
+    return list(topology.devices)
 
 
 def options(name: str) -> Mapping[str, Any]:
-    """What `Lowered.compile` must be told: without a device there is nothing to tune tiles on."""
+    """Options for `Lowered.compile`: without a device, tiles cannot be tuned."""
     return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False} if name == "cuda" else {}

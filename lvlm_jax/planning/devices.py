@@ -1,4 +1,4 @@
-"""What devices hold and how fast they are at best: a plan compares itself with these ceilings."""
+"""Memory and peak speed of devices, the ceilings in a plan."""
 
 import dataclasses
 import os
@@ -13,20 +13,20 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.parallel.peaks import peak_flops
 
 GIB = 2**30
-USABLE = 0.92  # share of a device's memory that arrays can have; the rest is the runtime's, or lost between arrays
+USABLE = 0.92  # share of a device's memory that arrays can use, besides runtime and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device of a group of equal ones.
+    """One device of a group of equal devices.
 
     Attributes:
         memory: bytes.
-        bandwidth: bytes a second between memory and arithmetic.
+        bandwidth: bytes per second between memory and arithmetic.
         flops: by dtype, FLOP/s of dense products; float32 means products that are exact to float32.
-        link: bytes a second that one device receives from those beside it.
-        beside: how many devices the links join, itself included.
-        network: bytes a second that one device receives from all others.
+        link: bytes per second that one device receives from its neighbours.
+        beside: how many devices the links connect, itself included.
+        network: bytes per second that one device receives from all others.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Device:
     network: float
 
     def holds(self, size: float) -> bool:
-        """Whether that many bytes fit."""
+        """Whether `size` bytes fit."""
         return size <= USABLE * self.memory
 
     def seconds(self, moved: float, flops: float, dtype: str, received: Mapping[int, float]) -> float:
-        """The roofline: the slower of memory and arithmetic, and after it what other devices send.
+        """The roofline time: the slower of memory and arithmetic, plus communication.
 
         Args:
             moved: bytes to and from the device's memory.
-            flops: of products, in `dtype`.
+            flops: FLOPs of products, in `dtype`.
             received: bytes from other devices, by the size of the block of devices that exchange them.
         """
         own = max(moved / self.bandwidth, flops / self.flops[dtype])
@@ -58,9 +58,9 @@ class Device:
 def _known(
     name: str, kind: str, gib: float, gb: float, single: float | None, link: float, beside: int, network: float
 ) -> Device:
-    """A device whose peak `peaks` knows by its `kind`.
+    """A device with a peak in `peaks`, by its `kind`.
 
-    Exact float32 products take six passes of bfloat16 on TPUs (JAX's precision HIGHEST), where `single` is None.
+    Exact float32 products take six passes of bfloat16 on TPUs (JAX's precision HIGHEST), for which `single` is None.
     """
     half = peak_flops(kind) / 1e12
     return _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
@@ -69,7 +69,7 @@ def _known(
 def _device(
     name: str, gib: float, gb: float, half: float, single: float, link: float, beside: int, network: float
 ) -> Device:
-    """GiB, GB/s, TFLOP/s of 16-bit and 32-bit products, GB/s of links and network."""
+    """Makes a device from GiB, GB/s, TFLOP/s of 16-bit and 32-bit products, GB/s of links and network."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
     return Device(name, gib * GIB, gb * 1e9, flops, link * 1e9, beside, network * 1e9)
 
@@ -96,26 +96,26 @@ CPU = "cpu"
 
 
 def find(words: str, count: int = 1) -> Device:
-    """A device by its name; "cpu" is this machine, measured and shared by `count` simulated devices.
+    """A device by name; "cpu" is this machine, measured and shared by `count` simulated devices.
 
-    One that is not in the table is given as "name=GiB,GB/s,TFLOP/s", with ",GB/s" of links behind, if there are any.
+    A device outside the table is "name=GiB,GB/s,TFLOP/s", optionally with ",GB/s" of links.
 
     Raises:
-        LVLMError: an unknown name, or figures that are none.
+        LVLMError: an unknown name, or malformed figures.
     """
     name, equals, figures = words.partition("=")
     if equals:
         return _given(name, figures, words)
     if name.lower() == CPU:
         return this_cpu(count)
-    found = next((device for device in DEVICES if device.name == name.lower()), None)
-    if found is None:
-        known = ", ".join(device.name for device in DEVICES)
+    match = next((device for device in DEVICES if device.name == name.lower()), None)
+    if match is None:
+        names = ", ".join(device.name for device in DEVICES)
         raise LVLMError(
-            f"device {words!r} is not known; expected one of {known}, {CPU} for this machine, or your own as "
+            f"device {words!r} is not known; expected one of {names}, {CPU} for this machine, or your own as "
             "NAME=GiB,GB/s,TFLOP/s such as b200=180,8000,2250"
         )
-    return found
+    return match
 
 
 def _given(name: str, figures: str, words: str) -> Device:
@@ -133,7 +133,7 @@ def _given(name: str, figures: str, words: str) -> Device:
 
 
 def this_cpu(count: int = 1) -> Device:
-    """This machine's memory, and what it reads and multiplies in a second just now, over `count` devices."""
+    """This machine's memory and its measured speed, divided by `count` devices."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     array, matrix = jnp.ones((2**26,), jnp.float32), jnp.ones((1536, 1536), jnp.float32)
     bandwidth = array.nbytes / _seconds(jax.jit(jnp.sum), array)
@@ -145,10 +145,10 @@ def this_cpu(count: int = 1) -> Device:
 
 
 def _seconds(call, argument: jax.Array) -> float:
-    """Of the middle one of five calls, after one that compiles."""
-    taken = []
+    """The median time of five calls, after one that compiles."""
+    times = []
     for _ in range(6):
         start = time.perf_counter()
         jax.block_until_ready(call(argument))
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,9 +1,9 @@
-"""A program in floating-point types of twice the size, for what CPUs compute only in wider types than they are given.
+"""A program in floating-point types of twice the size, to measure 16-bit programs on CPUs.
 
-XLA's CPU compiler multiplies bfloat16 and float16 as float32: its programs hold a float32 copy of every weight, which
-no accelerator does. The same program with bfloat16 made float32, and float32 made float64, has arrays of exactly
-twice the size in the same places, and products that the compiler takes as they are. So half of its memory is what the
-16-bit program takes where 16-bit products exist. Integers and booleans keep their size; of activations they are little.
+XLA's CPU compiler multiplies bfloat16 and float16 as float32, so its programs contain a float32 copy of every weight,
+which no accelerator makes. If bfloat16 becomes float32, and float32 becomes float64, the program has arrays of exactly
+twice the size in the same places, and the compiler needs no copies. So half of its memory is what the 16-bit program
+takes on hardware with 16-bit products. Integers and booleans keep their size; they are a small part of activations.
 """
 
 from typing import Any
@@ -21,17 +21,17 @@ WIDER = {
 
 
 def widened(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The same computation on wider numbers. To be lowered and compiled inside `jax.enable_x64(True)`."""
+    """The same computation on wider numbers. Lower and compile it inside `jax.enable_x64(True)`."""
     return core.ClosedJaxpr(_jaxpr(jaxpr.jaxpr), [_value(const) for const in jaxpr.consts])
 
 
 def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """An argument of the wider program, in the place of the given one."""
+    """An argument of the wider program."""
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf.dtype), sharding=getattr(leaf, "sharding", None))
 
 
 def dtype(given: Any) -> Any:
-    """The wider type; one that is no floating-point type stays."""
+    """The wider type; types that are not floating-point stay."""
     return WIDER.get(given, given)
 
 
@@ -64,7 +64,7 @@ def _jaxpr(jaxpr: core.Jaxpr) -> core.Jaxpr:
 
 
 def _parameter(value: Any) -> Any:
-    """A parameter of an operation: programs inside it and types that it names."""
+    """Widens a parameter of an operation: programs inside it, and types."""
     if isinstance(value, core.ClosedJaxpr):
         return widened(value)
     if isinstance(value, core.Jaxpr):

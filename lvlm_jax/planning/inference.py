@@ -1,4 +1,4 @@
-"""The programs of an answer, as `LVLM.generate` runs them one after the other, compiled without a model."""
+"""The programs that `LVLM.generate` runs for an answer, compiled without a model."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ TEXT_BEFORE, TEXT_BEHIND = 8, 40  # tokens around the images, as in a chat templ
 
 
 def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
-    """Images, embedding, what a method primes itself with, prefill, decoding.
+    """Image encoding, embedding, a method's warm-up, prefill, decoding.
 
     Args:
         job: a `plan.Job`.
@@ -37,13 +37,13 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         native: see `programs.compile_for`.
 
     Raises:
-        LVLMError: a method that cannot be planned, or a prompt without room for its images.
+        LVLMError: the method cannot be planned, or the prompt has no room for its images.
     """
     if reason := searches.obstacle(job.method):
         raise LVLMError(f"{reason}, which cannot be planned; expected another method")
     prompt, params = example(job, config, job.batch), parameters(config, job.dtype, mesh, job.quant)
-    held, read = size(params), size(programs.weights_read(params))
-    found: list[Program] = []
+    parameter_bytes, read = size(params), size(programs.weights_read(params))
+    planned: list[Program] = []
 
     def compiled(traced: Any, *arguments: Any, donated: int | None = None) -> Compiled:
         return programs.compile_for(traced, (params, *arguments), mesh.size, native, donated)
@@ -51,8 +51,8 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     def add(
         name: str, made: Compiled, rest: float, weights: float, moved: float, cache: float = 0.0, runs: int = 1
     ) -> None:
-        parts = {"parameters": held, "cache": cache, "inputs and results": rest}
-        found.append(
+        parts = {"parameters": parameter_bytes, "cache": cache, "inputs and results": rest}
+        planned.append(
             Program(
                 name,
                 parts,
@@ -79,12 +79,14 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     add("embed", made, own, 0, own)
 
     options: dict[str, Any] = {}
-    room = bucket(job.new_tokens)
+    answer_columns = bucket(job.new_tokens)
 
     def prepared(params: dict, pixels: Any) -> tuple:
-        shown = dataclasses.replace(prompt, pixels=pixels)
-        length = int(prompt.lengths.max()) + room
-        (_, _, *traced), static = LVLM(params, config, job.folder).prefill_arguments(shown, job.method, length)
+        prompt_with_pixels = dataclasses.replace(prompt, pixels=pixels)
+        length = int(prompt.lengths.max()) + answer_columns
+        (_, _, *traced), static = LVLM(params, config, job.folder).prefill_arguments(
+            prompt_with_pixels, job.method, length
+        )
         contrast = static.pop("contrast")
         options.update(static)
         return *traced, contrast
@@ -95,7 +97,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         main = dataclasses.replace(main, embeddings=embeddings)
     if job.method is not None and job.method.warm_up_fields:
         looks = {name: options[name] for name in ("tail_rows", "image_count")}
-        # All hidden states, with the images and without them; the last row's attention, with them.
+        # All hidden states, with and without images; the last row's attention, with images.
         taps = {
             "hidden": (Tap(hidden=tuple(range(config.text.num_layers + 1))), 2),
             "attention": (Tap(layers=None, mean_heads=True), 1),
@@ -106,11 +108,11 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
                 own = size(main) + made.fresh
                 add("prime", made, own, read, own, runs=runs)
         if "probe" in job.method.warm_up_fields:
-            both = _twice(main)
+            pairs = _twice(main)
             made = compiled(
-                decode_loop.probe.trace(params, config, both, job.method.probe(), looks["image_count"]), both
+                decode_loop.probe.trace(params, config, pairs, job.method.probe(), looks["image_count"]), pairs
             )
-            own = size(both) + made.fresh
+            own = size(pairs) + made.fresh
             add("probe", made, own, read, own)
 
     arguments = (main, method, contrast)
@@ -120,16 +122,16 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     cache, own = size(state.caches), size(arguments) + made.fresh
     add("prefill", made, own - cache, read, own, cache)
 
-    answers = jax.eval_shape(functools.partial(_begun, room=room), state, step.combined, tokens)
+    answers = jax.eval_shape(functools.partial(_begun, room=answer_columns), state, step.combined, tokens)
     answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
     traced = decode_loop.run.trace(params, config, answers, limit)
     made = compiled(traced, answers, limit, donated=1)
     add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
-    return tuple(found)
+    return tuple(planned)
 
 
 def _twice(prompt: Prompt) -> Prompt:
-    """The shapes of prompts with their images and without them."""
+    """The shapes of prompts with and without their images."""
 
     def doubled(leaf: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
         shape = tuple(2 * side if place == axis else side for place, side in enumerate(leaf.shape))
@@ -140,7 +142,7 @@ def _twice(prompt: Prompt) -> Prompt:
 
 
 def parameters(config: FamilyConfig, dtype: str, mesh: Mesh, quant: str | None = None) -> dict:
-    """The shapes of a model's parameters where `LVLM.from_pretrained` puts them."""
+    """The shapes of a model's parameters, with the sharding of `LVLM.from_pretrained`."""
     params = models.abstract_parameters(config, dtype)
     if quant is not None:
         params = jax.eval_shape(quantize.quantize, params)
@@ -148,20 +150,20 @@ def parameters(config: FamilyConfig, dtype: str, mesh: Mesh, quant: str | None =
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with their places."""
+    """Adds shardings to shapes."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )
 
 
 def example(job: Any, config: FamilyConfig, rows: int) -> Inputs:
-    """So many prompts of the wanted size: some text, the images, text. Pixels take no memory.
+    """`rows` prompts of the planned size: some text, the images, text. Pixels take no memory.
 
     Raises:
         LVLMError: too few tokens for the images, or more than the model's context.
     """
-    shown = pictures(config, rows * job.images)
-    counts = [] if shown is None else shown.token_counts[: len(shown.token_counts) // rows].tolist()
+    images = pictures(config, rows * job.images)
+    counts = [] if images is None else images.token_counts[: len(images.token_counts) // rows].tolist()
     least = TEXT_BEFORE + sum(counts)
     length = least + TEXT_BEHIND if job.prompt_tokens is None else job.prompt_tokens
     context = config.text.max_position_embeddings
@@ -177,15 +179,15 @@ def example(job: Any, config: FamilyConfig, rows: int) -> Inputs:
     image_id = np.tile(row, (rows, 1))
     tokens = np.where(image_id > 0, config.image_token_id, 0).astype(np.int32)
     inputs = Inputs(tokens, image_id, None, np.zeros((rows, 0), np.int64))
-    if shown is None:
+    if images is None:
         return inputs
     return dataclasses.replace(
-        inputs, pixels=shown.pixels, owner=shown.owner, geometry=shown.geometry, grids=shown.grids
+        inputs, pixels=images.pixels, owner=images.owner, geometry=images.geometry, grids=images.grids
     )
 
 
 def pictures(config: FamilyConfig, count: int) -> Pictures | None:
-    """So many of the smallest images of a family, which for families with images of one size are those."""
+    """`count` of the smallest images of a family; for families with one image size, of that size."""
     if count == 0:
         return None
     blank = config.blank()
@@ -212,10 +214,10 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _spread(batch: Any, mesh: Mesh) -> Any:
-    """As `parallel.spread` would."""
-    ways, place = mesh.shape["data"] * mesh.shape["fsdp"], parallel.batch_sharding(mesh)
+    """Shards as `parallel.spread` would."""
+    shards, place = mesh.shape["data"] * mesh.shape["fsdp"], parallel.batch_sharding(mesh)
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if leaf.shape[0] % ways else place)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if leaf.shape[0] % shards else place)
 
     return jax.tree.map(shape, batch)

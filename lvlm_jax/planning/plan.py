@@ -1,8 +1,8 @@
-"""What a model needs on a mesh of devices, and how fast it can be there, before any device is rented.
+"""Plans what a model needs on a mesh of devices, and how fast it can be there, before any device is rented.
 
-The programs that `LVLM.generate` or `lvlm train` would run are compiled for so many simulated devices, with shapes in
-the place of arrays: nothing is allocated. From each come the bytes that one device holds and what it computes, moves
-and receives; a device's ceilings turn these into times.
+The programs that `LVLM.generate` or `lvlm train` would run are compiled for the planned number of simulated devices,
+from shapes alone: nothing is allocated. Each program gives the bytes in one device's memory, and what the device
+computes, moves and receives; the device's ceilings turn these into times.
 
     memory of a program  =  parameters + cache + inputs and results + temporaries              (inference)
                             parameters + optimizer + copy + batch + temporaries                (training)
@@ -10,10 +10,10 @@ and receives; a device's ceilings turn these into times.
 
     time of a program    =  max(bytes moved / bandwidth, FLOPs / peak) + bytes received / link
 
-The decoder's layers are alike and written out one after the other. So two depths are compiled, of the model's own
-widths and on the whole mesh, and every figure is extended by what one layer adds. Arguments and results grow by equal
-steps by their nature. What temporaries add is the compiler's choice, which settles from the second layer on; a test
-compares both ways. All layers are compiled where `exact` asks for it, or where a method edits some of them only.
+The decoder's layers are alike and unrolled. So two small depths are compiled, at the model's own widths and on the
+whole mesh, and every figure is extrapolated by what one layer adds. Arguments and results grow linearly. Temporaries
+depend on the compiler's choices, which are stable from the second layer on; a test compares both ways. All layers are
+compiled with `exact`, or if a method edits only some of them.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from lvlm_jax.planning.training import RECIPES, tokens, training
 from lvlm_jax.training import settings
 from lvlm_jax.weights import names
 
-# That are compiled instead of the whole. Two apart: there are methods that edit every second layer.
+# Depths that are compiled instead of the whole model. They differ by two, because some methods edit every second layer.
 DEPTHS = (2, 4)
 
 
@@ -45,8 +45,8 @@ class Training:
 
     Attributes:
         recipe: one of RECIPES.
-        lora: adapters on all projections of the decoder, or the parameters that `train` finds.
-        remat: recompute layers in the backward pass; None: those of a large decoder.
+        lora: train adapters on all projections of the decoder; otherwise the parameters that match `train`.
+        remat: recompute layers in the backward pass; None: if the decoder is large.
     """
 
     recipe: str
@@ -61,22 +61,22 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be done, and on how many devices.
+    """What to plan, and on how many devices.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         config: its configuration.
-        devices: how many.
+        devices: number of devices.
         mesh: sizes of the axes data, fsdp and tensor; one may be -1.
-        dtype: of weights and products.
-        batch: conversations, or rows (pairs) of an update.
-        images: of each conversation.
-        prompt_tokens: of each, those of images included; None: the images' and 48.
+        dtype: dtype of weights and products.
+        batch: number of conversations, or of rows (pairs) per update.
+        images: number of images per conversation.
+        prompt_tokens: prompt tokens per conversation, image tokens included; None: the image tokens plus 48.
         new_tokens: longest answer.
-        method: of inference.
-        quant: None or "int8", of inference.
+        method: for inference.
+        quant: None or "int8", for inference.
         training: None for inference.
-        folder: of the checkpoint, if there is one; methods that add words ask its tokenizer.
+        folder: the checkpoint's folder, if there is one; methods that add words need its tokenizer.
     """
 
     name: str
@@ -99,25 +99,25 @@ class Job:
             raise LVLMError(f"objective {of.recipe!r} is not planned; expected infer, {', '.join(RECIPES)}")
         if of is not None and self.batch % of.accumulate:
             raise LVLMError(
-                f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that can be cut into that "
+                f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that can be split into that "
                 "many equal parts"
             )
         if of is not None and (self.quant is not None or self.method is not None):
-            raise LVLMError("quant and method are of inference; leave them out of a plan for training")
+            raise LVLMError("quant and method apply to inference; leave them out of a plan for training")
 
     def replaced(self, **changes: Any) -> "Job":
-        """The same but for some fields."""
+        """The same job with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Figures of one of the devices.
+    """Figures for one of the devices.
 
     Attributes:
-        job: what was planned.
+        job: the planned job.
         mesh: sizes of data, fsdp and tensor.
-        parameters: of the model, on all devices together; adapters not counted.
+        parameters: of the model, on all devices together, without adapters.
         programs: in the order in which they run.
     """
 
@@ -128,45 +128,45 @@ class Plan:
 
     @property
     def largest(self) -> Program:
-        """The program that holds the most."""
+        """The program that takes the most memory."""
         return max(self.programs, key=lambda program: program.total)
 
     @property
     def total(self) -> float:
-        """Bytes that a device must have."""
+        """Bytes that a device needs."""
         return self.largest.total
 
     @property
     def tokens(self) -> int:
-        """Tokens of an update, or one for each conversation."""
+        """Tokens per update; for inference, one per conversation."""
         return self.job.batch if self.job.training is None else tokens(self.job, self.job.config)
 
     def seconds(self, device: Device) -> dict[str, float]:
         """`prefill` (images included) and `token`, or `step`."""
-        taken = {
+        seconds = {
             program.name: device.seconds(program.moved, program.flops, self.job.dtype, program.received)
             for program in self.programs
         }
         if self.job.training is not None:
-            return taken
-        last = taken.pop("decode")
-        return {"prefill": sum(taken.values()), "token": last}
+            return seconds
+        last = seconds.pop("decode")
+        return {"prefill": sum(seconds.values()), "token": last}
 
 
 def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
-    """Plans a job; the process must have as many (simulated) devices, see `simulate`.
+    """Plans a job; the process must have that many (simulated) devices, see `simulate`.
 
     Args:
-        native: for this CPU, else for accelerators; see `programs`.
-        exact: compiles all layers.
+        native: plan for this CPU, else for accelerators; see `programs`.
+        exact: compile all layers.
 
     Raises:
-        LVLMError: a mesh that does not multiply to the devices or cuts heads, or a job that cannot be planned.
+        LVLMError: the mesh does not match the devices or splits heads, or the job cannot be planned.
     """
-    found = jax.devices()
-    if len(found) < job.devices:
-        raise LVLMError(f"{job.devices} devices are planned for and this process has {len(found)}")
-    mesh = parallel.make_mesh(*job.mesh, devices=found[: job.devices])
+    devices = jax.devices()
+    if len(devices) < job.devices:
+        raise LVLMError(f"{job.devices} devices are planned for and this process has {len(devices)}")
+    mesh = parallel.make_mesh(*job.mesh, devices=devices[: job.devices])
     parallel.refuse_cut_heads(mesh, job.config.text.num_heads, job.config.text.num_kv_heads)
     if job.training is not None and job.training.remat is None:
         job = dataclasses.replace(job, training=dataclasses.replace(job.training, remat=job.config.text.large))
@@ -184,7 +184,7 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
 
 
 def alike_in_all_layers(method: Method | None, layers: int) -> bool:
-    """Whether a method does in every layer what it does two layers on, so that two depths say what all do.
+    """Whether a method repeats after two layers, so that two depths represent all.
 
     Raises:
         LVLMError: it edits layers that the model does not have.
@@ -197,7 +197,7 @@ def alike_in_all_layers(method: Method | None, layers: int) -> bool:
         for transform in edits
         for phase in ("prefill", "decode")
     ]
-    return all(found[2:] == found[:-2] for found in active) and not method.exits(layers)
+    return all(stages[2:] == stages[:-2] for stages in active) and not method.exits(layers)
 
 
 def at_depth(config: FamilyConfig, layers: int) -> FamilyConfig:
@@ -208,10 +208,10 @@ def at_depth(config: FamilyConfig, layers: int) -> FamilyConfig:
 
 
 def simulate(count: int) -> None:
-    """Makes this process one on CPU with so many devices; before anything has touched a device.
+    """Gives this process `count` simulated CPU devices; call it before anything uses a device.
 
     Raises:
-        LVLMError: JAX has started already, with fewer.
+        LVLMError: JAX has already started with fewer devices.
     """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     jax.config.update("jax_platforms", "cpu")
@@ -222,10 +222,10 @@ def simulate(count: int) -> None:
 
 
 def read(name: str) -> tuple[str, Any, Path | None]:
-    """(name, configuration, folder) of a published size, a checkpoint folder, or a config.json.
+    """Resolves a published size, a checkpoint folder or a config.json to (name, configuration, folder).
 
     Raises:
-        LVLMError: none of these, or a configuration that is no model's.
+        LVLMError: it is none of these, or the configuration is not a model's.
     """
     if (size := SHORT.get(name, name)) in SIZES:
         return size, models.config_from_hf(SIZES[size]), None

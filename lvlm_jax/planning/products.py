@@ -1,6 +1,6 @@
-"""FLOPs of the products of a compiled program, read from its text.
+"""Counts the FLOPs of products in a compiled program, from its text.
 
-XLA's own count (`cost_analysis`) takes a loop for one round, and adds what is done number by number, which costs an
+XLA's own count (`cost_analysis`) counts a loop as one round, and includes elementwise operations, which cost an
 accelerator no time beside the memory that it reads.
 """
 
@@ -19,13 +19,13 @@ _KERNEL = re.compile(r"dim_labels=\w+_(\w+)->")
 
 
 def flops_of(compiled: Any) -> float:
-    """Those of a whole program, on one device; a loop of unknown length counts as one round."""
+    """FLOPs of a whole program on one device; a loop of unknown length counts as one round."""
     found, entry = hlo_text.computations(compiled.as_text())
     return flops(found, hlo_text.runs(found, entry))
 
 
 def flops(found: Computations, times: Mapping[str, int]) -> float:
-    """Two for each pair of numbers that is multiplied; arguments as in `collectives.read`."""
+    """Two FLOPs per multiplied pair of numbers; arguments as in `collectives.read`."""
     total = 0.0
     for name, instructions in found.items():
         if not times[name]:
@@ -36,10 +36,10 @@ def flops(found: Computations, times: Mapping[str, int]) -> float:
 
 
 def _terms(one: Instruction, types: Mapping[str, str]) -> int:
-    """How many products make one number of a result; 0 for what is no product."""
+    """Number of multiplications per element of the result; 0 if the operation is not a product."""
     if one.operation == "dot":
-        left, along = dimensions(types[one.operands[0]]), _CONTRACTED.search(one.rest)
-        return math.prod(left[int(axis)] for axis in along[1].split(",") if axis) if along else 1
+        left_shape, along = dimensions(types[one.operands[0]]), _CONTRACTED.search(one.rest)
+        return math.prod(left_shape[int(axis)] for axis in along[1].split(",") if axis) if along else 1
     if one.operation == "custom-call" and _OURS in one.rest:
         return dimensions(types[one.operands[0]])[-1]
     if one.operation == "convolution":

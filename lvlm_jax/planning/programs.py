@@ -1,14 +1,14 @@
-"""Compiled programs that nothing was allocated for: what one device would hold, compute, move and receive in a run.
+"""Compiled programs without allocation: what one device would store, compute, move and receive in a run.
 
-Arguments are `jax.ShapeDtypeStruct`s with shardings. Two kinds of machines are compiled for, both by XLA's compiler for
-CPUs, which is always there (those of TPUs and GPUs may be, see `compilers`):
+Arguments are `jax.ShapeDtypeStruct`s with shardings. XLA's CPU compiler, which is always available, compiles for two
+kinds of machines (those of TPUs and GPUs may be installed, see `compilers`):
 
-- this CPU itself: the program that would run here, as it would;
-- accelerators: products in 16 bits where the program says so (`double_width`), and an order of operations that holds
-  little, as the schedulers of GPUs and TPUs seek it: XLA's own for the least memory, or that of `schedule`, whichever
-  takes less. What XLA takes for CPUs by itself gathers every sharded weight at once, and has no use for recomputation.
+- this CPU: the program that would run here, unchanged;
+- accelerators: with 16-bit products (`double_width`), and with an order of operations that needs little memory, as the
+  schedulers of GPUs and TPUs find: XLA's own memory-minimising order, or that of `schedule`, whichever takes less.
+  XLA's default order for CPUs gathers all sharded weights at once, and makes recomputation useless.
 
-What an accelerator's own compiler fuses, tiles or pads is not seen.
+What an accelerator's own compiler fuses, tiles or pads is not modelled.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ from lvlm_jax.planning import collectives, double_width, hlo_text, products, sca
 
 LEAST_MEMORY = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    # Without its barriers a program that recomputes in its backward pass would do so long before.
+    # Without these barriers, a program that recomputes in its backward pass would do so much too early.
     "xla_disable_hlo_passes": "cse_barrier_expander,cpu-all-reduce-combiner",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program on one of the devices that run it.
+    """One program on one of its devices.
 
     Attributes:
-        name: what it is called.
-        held: bytes in memory while it runs, by what they hold, but for temporaries.
-        orders: bytes of temporaries, in each order of operations that was looked at.
-        flops: of its products.
-        moved: bytes that its memory must give or take at least: every argument that it uses and every result, once.
+        name: its name.
+        contents: bytes in memory while it runs, by what they are, without temporaries.
+        orders: bytes of temporaries, for each order of operations.
+        flops: FLOPs of its products.
+        moved: minimum of bytes to and from memory: every used argument and every result, once.
         received: bytes from other devices, as in `collectives.Messages`.
-        count: how many messages.
+        count: number of messages.
     """
 
     name: str
-    held: Mapping[str, float]
+    contents: Mapping[str, float]
     orders: tuple[float, ...]
     flops: float
     moved: float
@@ -52,8 +52,8 @@ class Program:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes in memory, in the order that takes least."""
-        return {**self.held, "temporaries": min(self.orders)}
+        """Bytes in memory by content, in the order that takes least."""
+        return {**self.contents, "temporaries": min(self.orders)}
 
     @property
     def total(self) -> float:
@@ -61,7 +61,7 @@ class Program:
         return sum(self.parts.values())
 
     def extended(self, other: "Program", steps: float) -> "Program":
-        """Where a figure grows as it does from here to `other`, what it is so many of these steps away from here."""
+        """Extrapolates every figure: `steps` times the change from this program to `other`."""
 
         def far(near: float, next_one: float) -> float:
             return near + (next_one - near) * steps
@@ -72,8 +72,8 @@ class Program:
 
         return Program(
             self.name,
-            far_each(self.held, other.held),
-            tuple(far(*both) for both in zip(self.orders, other.orders, strict=True)),
+            far_each(self.contents, other.contents),
+            tuple(far(*pair) for pair in zip(self.orders, other.orders, strict=True)),
             far(self.flops, other.flops),
             far(self.moved, other.moved),
             far_each(self.received, other.received),
@@ -83,11 +83,11 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says.
+    """The compiler's results.
 
     Attributes:
         results: shapes, dtypes and shardings.
-        kept: bytes of results that lie in an argument's place.
+        kept: bytes of results that reuse an argument's memory.
         orders, flops, messages: see `Program`.
     """
 
@@ -99,7 +99,7 @@ class Compiled:
 
     @property
     def fresh(self) -> float:
-        """Bytes of results in places of their own."""
+        """Bytes of results with new memory."""
         return size(self.results) - self.kept
 
 
@@ -109,53 +109,54 @@ def compile_for(
     """Compiles a traced function.
 
     Args:
-        traced: of `jax.jit(...).trace`.
+        traced: from `jax.jit(...).trace`.
         arguments: its dynamic arguments in order, trees of shapes with shardings.
-        devices: how many share the work.
-        native: for this CPU; else for accelerators.
-        donated: which of `arguments` is donated.
-        shardings: of the results, where the function says so.
+        devices: how many devices share the work.
+        native: compile for this CPU; else for accelerators.
+        donated: index of the donated argument.
+        shardings: of the results, if the function defines them.
     """
     narrow = any(leaf.dtype in double_width.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments))
     if native or not narrow:
         compiled = traced.lower().compile(compiler_options=None if native else LEAST_MEMORY)
-        placed, scale = jax.tree.leaves(compiled.output_shardings), 1.0
+        result_shardings, scale = jax.tree.leaves(compiled.output_shardings), 1.0
     else:
         compiled = _compile_double_width(traced, arguments, donated, shardings)
-        placed, scale = jax.tree.leaves(compiled.output_shardings), 0.5
+        result_shardings, scale = jax.tree.leaves(compiled.output_shardings), 0.5
     leaves, tree = jax.tree.flatten(traced.out_info)
     results = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, placed, strict=True)
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for leaf, place in zip(leaves, result_shardings, strict=True)
     ]
     memory = compiled.memory_analysis()
-    found, entry = hlo_text.computations(compiled.as_text())
-    found = found if native else scattered_sums.scattered(found)
-    times, orders = hlo_text.runs(found, entry), [memory.temp_size_in_bytes]
-    told = collectives.read(found, times, devices)
+    modules, entry = hlo_text.computations(compiled.as_text())
+    modules = modules if native else scattered_sums.scattered(modules)
+    times, orders = hlo_text.runs(modules, entry), [memory.temp_size_in_bytes]
+    messages = collectives.read(modules, times, devices)
     if not native:
-        orders.append(schedule.temporaries(found, entry))
+        orders.append(schedule.temporaries(modules, entry))
     return Compiled(
         jax.tree.unflatten(tree, results),
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
-        products.flops(found, times),
-        collectives.Messages({reach: scale * one for reach, one in told.received.items()}, told.count),
+        products.flops(modules, times),
+        collectives.Messages({reach: scale * one for reach, one in messages.received.items()}, messages.count),
     )
 
 
 def _compile_double_width(traced: Any, arguments: Sequence[Any], donated: int | None, shardings: Any) -> Any:
     counts = [len(jax.tree.leaves(argument)) for argument in arguments]
-    given = () if donated is None else range(sum(counts[:donated]), sum(counts[: donated + 1]))
+    donated_leaves = () if donated is None else range(sum(counts[:donated]), sum(counts[: donated + 1]))
     options = {} if shardings is None else {"out_shardings": _flat(shardings, traced.out_info)}
     leaves = [double_width.shape(leaf) for leaf in jax.tree.leaves(arguments)]
     function = core.jaxpr_as_fun(double_width.widened(traced.jaxpr))
     with jax.enable_x64(True):
-        jitted = jax.jit(function, donate_argnums=tuple(given), compiler_options=LEAST_MEMORY, **options)
+        jitted = jax.jit(function, donate_argnums=tuple(donated_leaves), compiler_options=LEAST_MEMORY, **options)
         return jitted.lower(*leaves).compile()
 
 
 def _flat(shardings: Any, results: Any) -> list:
-    """A sharding for each result, of one that may stand for many."""
+    """One sharding per result, from one that may apply to several."""
     return jax.tree.leaves(
         jax.tree.map(
             lambda place, of: jax.tree.map(lambda _: place, of),
@@ -167,7 +168,7 @@ def _flat(shardings: Any, results: Any) -> list:
 
 
 def size(tree: Any) -> float:
-    """Bytes of a tree's arrays, or of their shapes, on one device; those without a sharding are whole on each."""
+    """Bytes of a tree's arrays, or of their shapes, on one device; those without a sharding are complete on each."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
@@ -177,7 +178,7 @@ def size(tree: Any) -> float:
 
 
 def weights_read(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model's parameters those that every token meets: a separate embedding table gives one row of itself."""
+    """The parameters that every token uses: of a separate embedding table, a token reads only one row."""
     decoder = dict(params["language_model"])
     if "lm_head" in decoder:
         del decoder["embed_tokens"]

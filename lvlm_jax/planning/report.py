@@ -1,4 +1,4 @@
-"""Plans as text, as records for JSON, and as tables."""
+"""Formats plans as text, as JSON records, and as tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from lvlm_jax.planning.plan import Job, Plan
 
 
 def text(plan: Plan, devices: Sequence[Device]) -> str:
-    """One plan: what a device holds in each program, what it must do, and which devices can."""
+    """One plan: the memory of each program, the work of a device, and which devices suffice."""
     parts = list(plan.largest.parts)
     lines = [_title(plan), "", "GiB of one device, program by program; the largest must fit:", ""]
     lines += _table(
@@ -60,7 +60,7 @@ def record(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
 
 
 def table(plans: Sequence[Plan], timed: Device, devices: Sequence[Device]) -> str:
-    """Markdown: a row for each plan of one objective."""
+    """A Markdown table with one row per plan of one objective."""
     trains = _trains(plans[0])
     parts = ("parameters", "optimizer", "copy") if trains else ("parameters", "cache")
     speed = [f"s per step, {timed.name}", "tokens/s"] if trains else [
@@ -69,21 +69,22 @@ def table(plans: Sequence[Plan], timed: Device, devices: Sequence[Device]) -> st
     heads = ["model", "devices", "data x fsdp x tensor", "batch", *parts, "GiB in all", "fits", *speed]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for plan in plans:
-        held = plan.programs[-1].parts  # which has a cache, where there is one; the largest may be another
+        last_parts = plan.programs[-1].parts  # the last program has the cache; the largest may be another
         mesh, fits = " x ".join(map(str, plan.mesh)), [one.name for one in devices if one.holds(plan.total)]
-        cells = [plan.job.name, plan.job.devices, mesh, plan.job.batch, *(_gib(held[part]) for part in parts)]
+        cells = [plan.job.name, plan.job.devices, mesh, plan.job.batch, *(_gib(last_parts[part]) for part in parts)]
         cells += [f"{_gib(plan.total)} ({plan.largest.name})", ", ".join(fits) or "none"]
         lines.append(f"| {' | '.join(map(str, [*cells, *_speed(plan, timed)[3:]]))} |")
     return "\n".join(lines) + "\n"
 
 
 def spread(job: Job, devices: int, each: int) -> Job:
-    """A job as the tables have it on so many devices: up to eight share a model's products, or all share its training.
+    """Distributes a job over `devices` devices for a table: groups of up to eight share a model, or all share its
+    training.
 
-    Inference: groups of up to eight devices along `tensor`, as many of them along `data`. Training: all along `fsdp`.
+    Inference: groups of up to eight devices along `tensor`, the groups along `data`. Training: all along `fsdp`.
 
     Args:
-        each: conversations of a group, or rows of a device.
+        each: conversations per group, or rows per device.
     """
     if job.training is not None:
         return job.replaced(devices=devices, mesh=(1, devices, 1), batch=each * devices)
@@ -135,13 +136,13 @@ def _speed(plan: Plan, device: Device) -> list[str]:
 
 
 def _gib(size: float) -> str:
-    """Three digits, and whole numbers from 100 on."""
+    """Three digits, or whole numbers from 100 on."""
     gib = size / GIB
     return f"{gib:.0f}" if gib >= 100 else f"{gib:.3g}"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns of text, the first to the left and the others to the right."""
+    """Columns of text, the first left-aligned and the others right-aligned."""
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     return [
         "  " + "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(

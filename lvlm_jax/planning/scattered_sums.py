@@ -1,7 +1,7 @@
-"""Sums over devices of which each device goes on with a slice alone, as gradients of sharded weights are.
+"""Sums over devices of which each device uses only a slice, such as gradients of sharded weights.
 
-The compilers of GPUs and TPUs make one message of sum and slice (XLA's `reduce-scatter-creator`), so that the whole sum
-is on no device. The one of CPUs does not, and works the slices into what uses them, which keeps the whole sums of all
+The compilers of GPUs and TPUs merge sum and slice into one message (XLA's `reduce-scatter-creator`), so that no device
+has the whole sum. The CPU compiler does not; it fuses the slices into their users, which keeps the whole sums of all
 layers until the end.
 """
 
@@ -9,13 +9,13 @@ import math
 
 from lvlm_jax.planning.hlo_text import Computations, Instruction, dimensions
 
-# What may stand between a sum and its slice.
+# Operations that may come between a sum and its slice.
 _BETWEEN = ("bitcast", "convert", "copy")
 WHOLE = 0
 
 
 def scattered(found: Computations) -> Computations:
-    """The same computations with such sums as `reduce-scatter` of the slice."""
+    """The same computations with such sums replaced by `reduce-scatter`."""
     return {name: [_replaced(one, instructions, found) for one in instructions] for name, instructions in found.items()}
 
 
@@ -29,7 +29,7 @@ def _replaced(one: Instruction, instructions: list[Instruction], found: Computat
 
 
 def _taken(name: str, instructions: list[Instruction], found: Computations) -> set[int]:
-    """How many numbers the users of a value take of it; WHOLE for one that takes all."""
+    """How many elements of a value its users need; WHOLE for a user that needs all."""
     counts: set[int] = set()
     for user in instructions:
         for place, operand in enumerate(user.operands):
@@ -37,8 +37,8 @@ def _taken(name: str, instructions: list[Instruction], found: Computations) -> s
                 continue
             if user.operation == "fusion":
                 inside = found[user.called[0]]
-                given = (str(place),)
-                own = next(one for one in inside if one.operation == "parameter" and one.operands == given)
+                operand_number = (str(place),)
+                own = next(one for one in inside if one.operation == "parameter" and one.operands == operand_number)
                 counts |= _taken(own.name, inside, found)
             elif user.operation in _BETWEEN and not user.root:
                 counts |= _taken(user.name, instructions, found)

@@ -1,10 +1,11 @@
-"""The memory that a compiled program needs for what it computes on the way, in an order that an accelerator would take.
+"""The memory for temporaries of a compiled program, in an order that an accelerator would choose.
 
-The order of operations decides what must be kept at one time. XLA's CPU compiler orders for speed, or depth first,
-which keeps the activations of all layers for weight gradients at the end, and gathers sharded weights long before they
-are used. So the operations of its program are put in another order here, greedily, as XLA's list scheduler does: of
-those whose operands are there, the one that frees most for what it takes; and what depends on arguments alone, such as
-a gathered weight, only when something needs it. Barriers, which recomputation in the backward pass relies on, hold.
+The order of operations determines what must be in memory at the same time. XLA's CPU compiler orders for speed, or
+depth first, which keeps the activations of all layers for weight gradients at the end, and gathers sharded weights long
+before their use. So this module orders the program's operations again, greedily, like XLA's list scheduler. Among the
+operations with available operands, it chooses the one that frees the most memory relative to what it allocates.
+Operations that depend only on arguments, such as gathering a weight, run only when their result is needed. Barriers, on
+which recomputation in the backward pass relies, are respected.
 """
 
 import heapq
@@ -15,18 +16,18 @@ from typing import Any
 from lvlm_jax.planning.hlo_text import Computations, Instruction, sizes_of
 
 ALIASES = ("bitcast", "tuple", "get-tuple-element", "opt-barrier", "parameter", "constant")
-RUNS = ("while", "conditional", "call")  # other operations work what they call into themselves
+RUNS = ("while", "conditional", "call")  # other operations inline the computations they call
 
 
 def temporaries(found: Computations, entry: str) -> int:
-    """Bytes, at the most, besides the arguments and results of a compiled module, as `computations` reads it."""
-    ran = {entry}  # a computation stands behind those that it calls
+    """Peak bytes besides the arguments and results of a compiled module, parsed by `computations`."""
+    reached = {entry}  # callers come after the computations that they call
     for name in reversed(found):
-        if name in ran:
-            ran |= {called for one in found[name] if one.operation in RUNS for called in one.called}
+        if name in reached:
+            reached |= {called for one in found[name] if one.operation in RUNS for called in one.called}
     inner: dict[str, int] = {}
     for name in found:
-        if name in ran:
+        if name in reached:
             inner[name] = _Order(found[name], inner).peak()
     return inner[entry]
 
@@ -39,12 +40,12 @@ class _Order:
         self._place = {one.name: index for index, one in enumerate(instructions)}
         self._inner = inner
         self._values: dict[str, Any] = {}
-        self._made: dict[str, list[int]] = {}  # buffers that an operation makes
+        self._made: dict[str, list[int]] = {}  # buffers that an operation creates
         self._sizes: list[int] = []
         for one in instructions:
             self._values[one.name] = self._value(one)
-        kept = {buffer for one in instructions if one.root for buffer in _flat(self._values[one.name])}
-        for buffer in kept:  # results have places of their own
+        result_buffers = {buffer for one in instructions if one.root for buffer in _flat(self._values[one.name])}
+        for buffer in result_buffers:  # results have their own memory
             self._sizes[buffer] = 0
         self._reads: dict[str, set[int]] = {}
         self._users: list[list[str]] = [[] for _ in self._sizes]
@@ -56,7 +57,7 @@ class _Order:
                 for buffer in read:
                     self._users[buffer].append(one.name)
         self._lazy: set[str] = set()
-        self._before: dict[str, list[str]] = {}  # lazy operations that one rests on, in order
+        self._before: dict[str, list[str]] = {}  # lazy operations that an operation depends on, in order
         for one in instructions:
             if self._is_lazy(one):
                 self._lazy.add(one.name)
@@ -64,42 +65,42 @@ class _Order:
             self._before[one.name] = list(dict.fromkeys(itertools.chain(*rests)))
 
     def peak(self) -> int:
-        """Bytes, all operations done in this order."""
+        """Peak bytes when all operations run in this order."""
         needs = {name: self._needs(name) for name in self._all if name not in self._lazy}
         waiting = {name: len(before) for name, before in needs.items()}
         followers: dict[str, list[str]] = {}
         for name, before in needs.items():
             for other in before:
                 followers.setdefault(other, []).append(name)
-        left = [len(users) for users in self._users]
+        users_left = [len(users) for users in self._users]
         frees = dict.fromkeys(self._all, 0)
         for buffer, users in enumerate(self._users):
             if len(users) == 1:
                 frees[users[0]] += self._sizes[buffer]
-        done: set[str] = set()
-        ready: list[tuple[int, int, str]] = []
+        finished: set[str] = set()
+        available: list[tuple[int, int, str]] = []
         live = highest = 0
 
         def offer(name: str) -> None:
-            takes = self._takes(name) + sum(self._takes(one) for one in self._pending(name, done))
-            heapq.heappush(ready, (takes - frees[name], self._place[name], name))
+            takes = self._takes(name) + sum(self._takes(one) for one in self._pending(name, finished))
+            heapq.heappush(available, (takes - frees[name], self._place[name], name))
 
         def run(name: str) -> None:
             nonlocal live, highest
-            done.add(name)
+            finished.add(name)
             takes = self._takes(name)
             one = self._all[name]
             inside = max((self._inner[other] for other in one.called), default=0) if one.operation in RUNS else 0
-            dying = [buffer for buffer in self._reads[name] if left[buffer] == 1]
-            freed = sum(self._sizes[buffer] for buffer in dying)
+            dying = [buffer for buffer in self._reads[name] if users_left[buffer] == 1]
+            freed_bytes = sum(self._sizes[buffer] for buffer in dying)
             in_place = "kind=kLoop" in one.rest and any(self._sizes[buffer] == takes for buffer in dying)
             highest = max(highest, live + inside + (0 if in_place else takes))
-            live += takes - freed
-            live -= sum(self._sizes[buffer] for buffer in self._made.get(name, ()) if not left[buffer])
+            live += takes - freed_bytes
+            live -= sum(self._sizes[buffer] for buffer in self._made.get(name, ()) if not users_left[buffer])
             for buffer in self._reads[name]:
-                left[buffer] -= 1
-                if left[buffer] == 1:
-                    (last,) = (user for user in self._users[buffer] if user not in done)
+                users_left[buffer] -= 1
+                if users_left[buffer] == 1:
+                    (last,) = (user for user in self._users[buffer] if user not in finished)
                     frees[last] += self._sizes[buffer]
                     if last in waiting and not waiting[last]:
                         offer(last)
@@ -111,17 +112,17 @@ class _Order:
         for name, count in waiting.items():
             if not count:
                 offer(name)
-        while ready:
-            name = heapq.heappop(ready)[-1]
-            if name in done:
+        while available:
+            name = heapq.heappop(available)[-1]
+            if name in finished:
                 continue
-            for one in self._pending(name, done):
+            for one in self._pending(name, finished):
                 run(one)
             run(name)
         return highest
 
     def _value(self, one: Instruction) -> Any:
-        """The buffers of a result: a number, a list of values of a tuple, or None for what is given from outside."""
+        """The buffers of a result: a number, a list for a tuple, or None for an argument."""
         first = self._values.get(one.operands[0]) if one.operands else None
         if one.operation in ("bitcast", "opt-barrier", "while"):
             return first
@@ -134,18 +135,18 @@ class _Order:
             return None
         start = len(self._sizes)
         self._sizes += sizes_of(one.type)
-        made = list(range(start, len(self._sizes)))
-        self._made[one.name] = made
-        return made if one.type.startswith("(") else made[0]
+        new_buffers = list(range(start, len(self._sizes)))
+        self._made[one.name] = new_buffers
+        return new_buffers if one.type.startswith("(") else new_buffers[0]
 
     def _is_lazy(self, one: Instruction) -> bool:
-        """Whether an operation makes something of arguments alone, or of what is made of them."""
-        made = one.operands and one.name in self._made and not one.root
+        """Whether an operation depends only on arguments, directly or indirectly."""
+        has_result = one.operands and one.name in self._made and not one.root
         read = (name for name in one.operands if _flat(self._values.get(name)))
-        return bool(made) and all(name in self._lazy for name in read)
+        return bool(has_result) and all(name in self._lazy for name in read)
 
     def _needs(self, name: str) -> set[str]:
-        """What must have been done before; for lazy operations, what they need."""
+        """Operations that must run before; for lazy operations, their own requirements."""
         return {
             operand
             for one in (name, *self._before[name])
@@ -154,7 +155,7 @@ class _Order:
         }
 
     def _pending(self, name: str, done: set[str]) -> list[str]:
-        """Lazy operations that it rests on and that have not been done yet, in order."""
+        """Lazy operations that it depends on and that have not run yet, in order."""
         return [one for one in self._before[name] if one not in done]
 
     def _takes(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Configurations of published models, for plans without a checkpoint at hand: what their config.json files say."""
+"""Configurations of published models (the values of their config.json files), for plans without a checkpoint."""
 
 from typing import Any
 
@@ -40,4 +40,4 @@ SIZES: dict[str, dict[str, Any]] = {
         text_config=_text("qwen2", 8192, 29568, 80, 64, 8, 152128),
     ),
 }  # fmt: skip
-SHORT = {name.rpartition("-")[2]: name for name in SIZES}  # "7b" and so on
+SHORT = {name.rpartition("-")[2]: name for name in SIZES}  # such as "7b"

@@ -1,4 +1,4 @@
-"""The step of a training run, as `lvlm train` runs it, compiled without a model and without data."""
+"""The step of `lvlm train`, compiled without a model and without data."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ RECIPES = ("sft", "dpo", "capl")
 
 
 def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
-    """One update of all rows of a batch.
+    """One update over all rows of a batch.
 
     Args:
         job: a `plan.Job` with `training`.
@@ -36,45 +36,45 @@ def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[
     Raises:
         LVLMError: see `example`, `lora.attach_adapters` and `parts.split`.
     """
-    traced, arguments, shardings, kept = traced_update(job, config, mesh)
+    traced, arguments, shardings, copy_bytes = traced_update(job, config, mesh)
     state, frozen, rows = arguments
-    made = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
-    held = {
+    compiled = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
+    memory = {
         "parameters": size((state.trainable, frozen)),
         "optimizer": size(state.optimizer),
-        "copy": kept,
-        "batch and results": size(rows) + made.fresh,
+        "copy": copy_bytes,
+        "batch and results": size(rows) + compiled.fresh,
     }
     moved = 2 * size(state) + size((frozen, rows))
-    told = made.messages
-    return (Program("step", held, made.orders, made.flops, moved, told.received, told.count),)
+    messages = compiled.messages
+    return (Program("step", memory, compiled.orders, compiled.flops, moved, messages.received, messages.count),)
 
 
 def traced_update(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, tuple, tuple, float]:
-    """The traced program of an update, its arguments (state, frozen, rows), shardings, and bytes of `divided`."""
+    """The traced program of an update, its arguments (state, frozen, rows), shardings, and the bytes of the copy."""
     defaults = settings.base(job.training.recipe)
-    trainable, frozen, kept = divided(job, config, mesh)
+    trainable, frozen, copy_bytes = divided(job, config, mesh)
     transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
     state = placement.of_state(trainable, transformation, mesh)
     rows = batch(job, config, mesh)
     objective, terms = _objective(job, config, defaults)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), placement.everywhere(mesh)
     update = make_step(objective, terms, transformation, 0, job.training.accumulate, shardings)
-    with jax.set_mesh(mesh):  # as the loop does
+    with jax.set_mesh(mesh):  # as in the training loop
         traced = update.trace(state, frozen, rows)
-    return traced, (state, frozen, rows), shardings, kept
+    return traced, (state, frozen, rows), shardings, copy_bytes
 
 
 def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float]:
-    """(trainable, frozen, kept): shapes as `finetune` divides a model, and the bytes that it holds beside them.
+    """(trainable, frozen, copy_bytes): shapes as `finetune` splits a model, and the bytes that it stores besides.
 
-    The loop trains a copy, so that what it was given stays: the adapters as they were drawn, or with full fine-tuning
-    the loaded weights, which hold the frozen ones in the master dtype too where products are in another.
+    The loop trains a copy, so the original stays in memory: the initial adapters, or with full fine-tuning the loaded
+    weights, including the frozen ones in the master dtype if products use another dtype.
     """
     of = job.training
     if not of.lora:
-        loaded = parts.split(models.abstract_parameters(config, of.master), of.train)
-        trainable, first = (placed(part, placement.of_parameters(part, mesh)) for part in loaded)
+        loaded_parts = parts.split(models.abstract_parameters(config, of.master), of.train)
+        trainable, first = (placed(part, placement.of_parameters(part, mesh)) for part in loaded_parts)
         frozen = _cast(first, job.dtype)
         return trainable, frozen, size(trainable) + size(first) * (job.dtype != of.master)
 
@@ -82,8 +82,8 @@ def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float
 
     def attached(kind: tuple[str, ...]) -> dict:
         key = jax.random.key(0)
-        whole = lora.attach_adapters(base, of.rank, 2.0 * of.rank, lora.TARGETS, of.dropout, key)
-        return {path: leaf for part in whole for path, leaf in flatten(part).items() if path.endswith(kind)}
+        with_adapters = lora.attach_adapters(base, of.rank, 2.0 * of.rank, lora.TARGETS, of.dropout, key)
+        return {path: leaf for part in with_adapters for path, leaf in flatten(part).items() if path.endswith(kind)}
 
     adapters, constants = (
         jax.eval_shape(functools.partial(attached, kind))
@@ -96,26 +96,26 @@ def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float
 
 
 def batch(job: Any, config: FamilyConfig, mesh: Mesh) -> dict[str, Any]:
-    """The shapes of a batch as `pair_batches` makes them, and where they lie."""
+    """The shapes of a batch from `pair_batches`, with shardings."""
     of = job.training
     length, answers = row_length(job, config), bucket(job.new_tokens)
     count = job.batch // of.accumulate
-    shown = example(job, config, count)
+    prompts = example(job, config, count)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(((of.accumulate,) if of.accumulate > 1 else ()) + shape, dtype)
 
     def sequence() -> dict[str, Any]:
-        found = {"tokens": array(jnp.int32, count, length), "answers": array(bool, count, length)}
-        found["image_id"] = array(jnp.int32, count, length)
-        found["columns"] = array(jnp.int32, count, answers)
-        return found | ({} if shown.grids is None else {"axes": array(jnp.int32, count, 3, length)})
+        arrays = {"tokens": array(jnp.int32, count, length), "answers": array(bool, count, length)}
+        arrays["image_id"] = array(jnp.int32, count, length)
+        arrays["columns"] = array(jnp.int32, count, answers)
+        return arrays | ({} if prompts.grids is None else {"axes": array(jnp.int32, count, 3, length)})
 
     blank = config.blank()
-    images = (count, *blank.pixels.shape[1:]) if shown.pixels is None else shown.pixels.shape
+    images = (count, *blank.pixels.shape[1:]) if prompts.pixels is None else prompts.pixels.shape
     found = {"images": array(jnp.float32, *images), "ids": array(jnp.int32, count)}
     found["weight"] = array(jnp.float32, count)
-    geometry = blank.geometry if shown.pixels is None else shown.geometry
+    geometry = blank.geometry if prompts.pixels is None else prompts.geometry
     if geometry:
         found["geometry"] = {
             name: array(jax.dtypes.canonicalize_dtype(leaf.dtype), *leaf.shape) for name, leaf in geometry.items()
@@ -127,12 +127,12 @@ def batch(job: Any, config: FamilyConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def row_length(job: Any, config: FamilyConfig) -> int:
-    """Tokens of a row, prompt and answer, as batches are padded."""
+    """Tokens of a padded row, prompt and answer."""
     return bucket(int(example(job, config, 1).lengths.max()) + job.new_tokens)
 
 
 def tokens(job: Any, config: FamilyConfig) -> int:
-    """Of all rows of an update."""
+    """Tokens of all rows of an update."""
     return job.batch * row_length(job, config) * (1 if job.training.recipe == "sft" else 2)
 
 

@@ -1,1 +1,1 @@
-"""The embedded world: small drawn scenes, their annotations and questions, the tokenizer and the shipped checkpoint."""
+"""The pocket world: small drawn scenes, their annotations and questions, the tokenizer and the shipped checkpoint."""

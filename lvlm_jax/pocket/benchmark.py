@@ -1,8 +1,8 @@
 """The pocket benchmark: every kind of benchmark in the pocket world, small enough for a laptop's processor.
 
-The test split is written in the formats that real data comes in, and asked and scored by the same code: POPE's three
-splits, descriptions by CHAIR, existence, counting, position and colour in MME's layout, and questions over two to four
-images about existence, count and identity.
+The test split is written in the formats of real data, and asked and scored by the same code: POPE's three splits,
+descriptions with CHAIR, existence, counting, position and colour in MME's layout, and questions about two to four
+images on existence, count and identity.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class Part:
         protocol: name of the protocol.
         title: heading of its tables.
         columns: headings of the table -> names of figures.
-        question_file: below the world's folder, where the benchmark does not find it itself.
-        folder: of its answers, where that is not the benchmark's name.
+        question_file: path below the world's folder, if the benchmark does not find it itself.
+        folder: folder of its answers, if that is not the benchmark's name.
     """
 
     protocol: str
@@ -35,16 +35,16 @@ class Part:
 
     @property
     def benchmark(self) -> Benchmark:
-        """What is asked and scored."""
+        """The benchmark of its protocol."""
         return BENCHMARKS[get(self.protocol).benchmark]
 
     @property
     def name(self) -> str:
-        """What the part and its folder are called."""
+        """The name of the part and of its folder."""
         return self.folder or self.benchmark.name
 
     def data(self, world: Path) -> Data:
-        """Where its files lie."""
+        """The place of its files."""
         return Data(world, question_file=self.question_file and world / self.question_file)
 
 
@@ -93,13 +93,14 @@ PARTS = (POPE, CHAIR, MME, MULTI_IMAGE)
 
 
 def write_world(folder: Path, images: int, seeds: int = 1) -> None:
-    """The first `images` scenes of the test split, unless the folder is there; it is complete or absent.
+    """Writes the first `images` scenes of the test split, if the folder does not exist; it appears complete or not at
+    all.
 
     Args:
-        seeds: how many worlds the scenes are drawn from, in turns.
+        seeds: number of seeds for the scenes, used in turn.
 
     Raises:
-        LVLMError: too few images for POPE, or a folder that cannot be written.
+        LVLMError: too few images for POPE, or the folder cannot be written.
     """
     if folder.exists():
         return
@@ -115,10 +116,10 @@ def write_world(folder: Path, images: int, seeds: int = 1) -> None:
 
 
 def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
-    """Two tables of a part: the figures of all methods, and how they fare against their controls.
+    """Two tables of a part: the figures of all methods, and the comparison with their controls.
 
     Args:
-        found: method -> contents of its `scores.json`; "greedy" first, which has no controls.
+        found: method -> content of its `scores.json`; "greedy" first, without controls.
     """
     sizes = (
         f"{one['record']['questions']} questions, {one['record']['images']['count']} images" for one in found.values()
@@ -134,12 +135,12 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
 
 
 def table(columns: Mapping[str, str], found: Mapping[str, Mapping], what: str = "method") -> list[str]:
-    """Lines of a table: figures with intervals, and below them the difference to the run compared with.
+    """Lines of a table: figures with intervals, and below them the difference to the reference run.
 
     Args:
         columns: headings -> names of figures.
-        found: run -> contents of its `scores.json`, compared with another by `against` there, or else with the greedy
-            control. Where they have a cost, the last column is the seconds of answering.
+        found: run -> content of its `scores.json`. The reference is the run in `against` if there is one, else the
+            greedy control. If the runs have a cost, the last column is the seconds of answering.
         what: heading of the first column.
     """
     timed = ["seconds"] * any("cost" in scores for scores in found.values())
@@ -175,13 +176,13 @@ def _judged(control: Mapping | None) -> str:
         return "–"
     differences, figures = control["against"]["differences"], control["figures"]
     return "<br>".join(
-        f"{says} ({number(differences[name]['value'], figures[name]['unit'], '+')} {name})"
-        for name, says in control["verdicts"].items()
+        f"{verdict} ({number(differences[name]['value'], figures[name]['unit'], '+')} {name})"
+        for name, verdict in control["verdicts"].items()
     ) or "not defined"  # fmt: skip
 
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
-    """A figure of a unit, shares in per cent."""
+    """A figure with its unit; shares in per cent."""
     return "–" if value is None or value != value else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
 
 

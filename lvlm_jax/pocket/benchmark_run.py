@@ -1,4 +1,4 @@
-"""The pocket benchmark from nothing to the tables: every method asked and scored on every part, beside controls."""
+"""Runs the pocket benchmark: asks and scores every method on every part, beside controls, and writes the tables."""
 
 import dataclasses
 import datetime
@@ -29,20 +29,20 @@ the worse one; else there is "no difference shown". The controls are explained i
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is compared, and where.
+    """What to compare, and where.
 
     Attributes:
-        out: folder of worlds, answers, scores and `table.md`; a run goes on from what is there.
-        model: a checkpoint trained on the pocket world, as `LVLM.from_pretrained` takes it.
-        images, captions: test images to ask about and to describe.
+        out: folder of worlds, answers, scores and `table.md`; a run resumes from its content.
+        model: a checkpoint trained on the pocket world, as for `LVLM.from_pretrained`.
+        images, captions: number of test images to ask about and to describe.
         batch_size: prompts at once.
-        resamples: of the bootstrap.
+        resamples: for the bootstrap.
         command: the command line, for the document.
-        dtype: of weights and products.
-        seeds: worlds that the images are drawn from, in turns.
-        parts: of the benchmark.
-        claims: method -> figures that are better with it, says its paper: names of `claims.FIGURES`.
-        controls: runs beside each method, of `evaluation.controls.RUNS`; greedy decoding always is.
+        dtype: dtype of weights and products.
+        seeds: number of seeds for the images, used in turn.
+        parts: parts of the benchmark.
+        claims: method -> figures that it improves according to its paper: names of `claims.FIGURES`.
+        controls: controls to run beside each method, from `evaluation.controls.RUNS`; greedy decoding always runs.
     """
 
     out: Path
@@ -59,17 +59,16 @@ class Setup:
     controls: Sequence[str] = RUNS
 
     def world(self, part: benchmark.Part) -> Path:
-        """Folder of the test images that a part of the benchmark is about."""
+        """Folder of the test images of a part of the benchmark."""
         images = self.captions if part.benchmark.descriptions else self.images
         return self.out / (f"world-{images}" if self.seeds == 1 else f"world-{images}-of-{self.seeds}")
 
 
 def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> str:
-    """Runs what is missing, and writes `table.md` anew after every method.
+    """Runs everything that is missing, and rewrites `table.md` after every method.
 
     Args:
-        methods: by the name of their rows, or, where it depends on the part, by its name too; greedy decoding comes
-            first by itself.
+        methods: method by row name, or method by row name and part; greedy decoding is added as the first row.
 
     Returns:
         The text of `table.md`.
@@ -84,11 +83,11 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
     model = LVLM.from_pretrained(path, dtype=dtype)
     found: dict[str, dict] = {part.name: {} for part in setup.parts}
     text = ""
-    for name, given in {"greedy": None, **methods}.items():
-        jax.clear_caches()  # the programs of all methods together are gigabytes
+    for name, method_or_methods in {"greedy": None, **methods}.items():
+        jax.clear_caches()  # together, the programs of all methods take gigabytes
         for part in setup.parts:
-            method = given.get(part.name) if isinstance(given, Mapping) else given
-            if method is None and given is not None:
+            method = method_or_methods.get(part.name) if isinstance(method_or_methods, Mapping) else method_or_methods
+            if method is None and method_or_methods is not None:
                 continue
             folder = setup.out / part.name
             options = Options(
@@ -97,7 +96,7 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
                 runs=setup.controls,
                 resamples=setup.resamples,
             )
-            # The greedy control is the greedy row itself: both have the same log.
+            # The greedy control is the greedy row itself: both use the same log.
             data = part.data(setup.world(part))
             one = Run(path, dtype, get(part.protocol), data, folder / name, method, options)
             one.ask(model)
@@ -108,10 +107,10 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
 
 
 def document(setup: Setup, found: Mapping[str, Mapping[str, Mapping]], path: str) -> str:
-    """The tables, with what they were made by and of.
+    """The tables, with the command and the setting that made them.
 
     Args:
-        found: part -> method -> contents of its `scores.json`.
+        found: part -> method -> content of its `scores.json`.
         path: folder of the checkpoint.
     """
     name = "smol" if setup.model == "smol" else Path(path).name

@@ -1,4 +1,4 @@
-"""Captions of scenes: short ones, lists, detailed ones; true, or wrong the way web captions are."""
+"""Captions of scenes: short, listing or detailed; true, or wrong in the way of web captions."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from lvlm_jax.pocket import catalogue
 from lvlm_jax.pocket.scenes import Placed, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-NOISE = 0.25  # share of train captions that mention an absent object
+NOISE = 0.25  # share of training captions that mention an absent object
 STYLES = ("with", "in", "there", "detailed", "sides")  # the five captions of an image, in this order
 SHORT_STYLES = STYLES[:3]
 THIRDS = ("left", "middle", "right")
 
 
 def third(placed: Placed) -> str:
-    """ "left", "middle" or "right": the third of the image that holds the centre of the object's box."""
+    """ "left", "middle" or "right": the third of the image with the centre of the object's box."""
     return THIRDS[min(2, int(placed.centre[0] * 3))]
 
 
@@ -49,14 +49,14 @@ def phrases(scene: Scene) -> dict[str, str]:
 
 
 def typical_absentee(scene: Scene, rng: np.random.Generator) -> str:
-    """An object that is not in `scene` but would fit: typical of the place, companions of present objects above all."""
+    """An absent object that would fit the scene: typical of the place, preferably a companion of present objects."""
     names, weights = catalogue.typical_weights(scene.kind)
     present = scene.counts
     invited = {catalogue.COMPANIONS[name][0] for name in present if name in catalogue.COMPANIONS}
     scores = np.array(
         [0.0 if n in present else w * (3 if n in invited else 1) for n, w in zip(names, weights, strict=True)]
     )
-    if not scores.any():  # every typical object is there
+    if not scores.any():  # all typical objects are present
         absent = [name for name in catalogue.CATEGORIES if name not in present]
         return absent[rng.integers(len(absent))]
     return names[int((scores.cumsum() / scores.sum()).searchsorted(rng.random(), side="right"))]
@@ -66,9 +66,9 @@ def caption(scene: Scene, style: str, rng: np.random.Generator, noisy: bool = Fa
     """One caption of `scene`.
 
     Args:
-        style: "with", "in", "there" (one sentence naming up to three categories), "list" (all of them), "detailed"
-          (the place, then every category by its third of the image) or "sides" (the place and all categories, then
-          where the largest one is).
+        style: "with", "in", "there" (one sentence with up to three categories), "list" (all categories), "detailed"
+            (the place, then every category by its third of the image) or "sides" (the place and all categories, then
+            the position of the largest object).
         noisy: also mention one absent object that is typical of the place.
     """
     named = phrases(scene)
@@ -96,14 +96,14 @@ def caption(scene: Scene, style: str, rng: np.random.Generator, noisy: bool = Fa
 
 
 def _verb(parts: list[str]) -> str:
-    """ "is" or "are", after the first part's number as in spoken English."""
+    """ "is" or "are", according to the number of the first part, as in spoken English."""
     return "are" if parts[0].split()[0] in NUMBERS else "is"
 
 
 def _detailed(scene: Scene, named: dict[str, str], absent: str | None, rng: np.random.Generator) -> str:
     """Every category in the third of its largest object, left to right; the last one may come as an afterthought.
 
-    The afterthought is where invented objects of real descriptions stand too, so half of the noise goes there.
+    Real descriptions often hallucinate in the afterthought, so half of the noise goes there.
     """
     groups: dict[str, list[str]] = {side: [] for side in THIRDS}
     afterthought = None
@@ -128,7 +128,7 @@ def _detailed(scene: Scene, named: dict[str, str], absent: str | None, rng: np.r
 
 
 def five_captions(scene: Scene, rng: np.random.Generator, noise: float = 0.0) -> list[tuple[str, bool]]:
-    """The five captions of an image, one of each style, and whether each is a wrong one (with probability `noise`)."""
+    """The five captions of an image, one per style, each with whether it is wrong (with probability `noise`)."""
     result = []
     for style in STYLES:
         noisy = bool(rng.random() < noise)

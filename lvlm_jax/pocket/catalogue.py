@@ -1,4 +1,4 @@
-"""What the pocket world is made of: categories, sprites, and the scene types with their own object distributions."""
+"""The content of the pocket world: categories, sprites, and scene types with their object distributions."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 
-# COCO's 80 category names in COCO's order with COCO's ids; the world draws those that have a sprite.
+# COCO's 80 category names in COCO's order with COCO's ids; the world draws those with a sprite.
 COCO_IDS = {
     "person": 1, "bicycle": 2, "car": 3, "motorcycle": 4, "airplane": 5, "bus": 6, "train": 7, "truck": 8, "boat": 9,
     "traffic light": 10, "stop sign": 13, "bird": 16, "cat": 17, "dog": 18, "horse": 19, "sheep": 20, "cow": 21,
@@ -23,24 +23,24 @@ COCO_IDS = {
     "teddy bear": 88, "toothbrush": 90,
 }  # fmt: skip
 CATEGORIES = tuple(COCO_IDS)
-# Label of a category in dense arrays (patch labels, owner maps): 1 + its place in CATEGORIES; 0 is "none".
+# Label of a category in dense arrays (patch labels, owner maps): 1 + its index in CATEGORIES; 0 is "none".
 LABELS = {name: 1 + i for i, name in enumerate(CATEGORIES)}
 
 COLOURS = ("red", "blue", "green", "yellow", "purple")
-# Categories that look at home in the air; they are placed in the upper half more often than not.
+# Categories that may be in the air; they are mostly placed in the upper half.
 FLYING = frozenset({"airplane", "bird", "kite", "frisbee"})
 PLURALS = {
     "person": "people", "bus": "buses", "sheep": "sheep", "skis": "skis", "knife": "knives", "sandwich": "sandwiches",
     "couch": "couches", "mouse": "mice", "wine glass": "wine glasses", "toothbrush": "toothbrushes",
     "scissors": "scissors", "broccoli": "broccoli", "tv": "tvs",
 }  # fmt: skip
-# Words that take no article: "a pair of skis" is COCO annotators' own way out.
+# Words without an article; "a pair of skis" is the phrase of COCO's annotators.
 PAIRS = frozenset({"skis", "scissors"})
 UNCOUNTABLE = PAIRS | {"broccoli"}
-# Places that one is not "in".
+# Places that do not take "in".
 PREPOSITIONS = {"a farm": "on", "a party": "at", "a station": "at", "an airport": "at", "a market": "at"}
 
-# When the first is drawn the second comes along with the given probability: the strongest temptations of the world.
+# If the first is drawn, the second follows with the given probability: the strongest co-occurrences of the world.
 COMPANIONS = {
     "fork": ("knife", 0.6), "knife": ("fork", 0.5), "spoon": ("bowl", 0.5), "keyboard": ("mouse", 0.65),
     "laptop": ("cell phone", 0.3), "bed": ("teddy bear", 0.4), "couch": ("tv", 0.5), "pizza": ("wine glass", 0.4),
@@ -57,8 +57,8 @@ class SceneType:
 
     Attributes:
         name: word used in captions, with its article ("a kitchen").
-        upper, lower: base RGB colours of the part above and below the horizon.
-        objects: category names, most typical first; weights fall with the place in the list.
+        upper, lower: base RGB colours above and below the horizon.
+        objects: category names, most typical first; weights decrease along the list.
     """
 
     name: str
@@ -110,7 +110,7 @@ SCENE_NAMES = tuple(kind.name for kind in SCENE_TYPES)
 
 @dataclasses.dataclass(frozen=True)
 class Sprite:
-    """One drawing of a category: its colour name, if any, and its place in the sheet (left, top, width, height)."""
+    """One drawing of a category: its colour name, if any, and its box in the sheet (left, top, width, height)."""
 
     category: str
     colour: str | None
@@ -119,14 +119,14 @@ class Sprite:
 
 @functools.cache
 def sprites() -> tuple[Sprite, ...]:
-    """All sprites of the sheet, in the sheet's order; a scene names a sprite by its place here."""
+    """All sprites of the sheet, in order; a scene refers to a sprite by its index here."""
     entries = json.loads((HERE / "sprites.json").read_text(encoding="utf-8"))
     return tuple(Sprite(entry["category"], entry["colour"], tuple(entry["box"])) for entry in entries)
 
 
 @functools.cache
 def sprites_of(category: str) -> tuple[int, ...]:
-    """Places in `sprites()` of the drawings of `category`."""
+    """Indices in `sprites()` of the drawings of `category`."""
     return tuple(i for i, sprite in enumerate(sprites()) if sprite.category == category)
 
 

@@ -1,9 +1,9 @@
-"""Does what papers claim of their methods show on a model of the pocket world? One page of the pocket benchmark.
+"""Tests papers' claims about their methods on a model of the pocket world: one page of the pocket benchmark.
 
-A claim is that a figure is better with a method than without: "shown" where the paired 95 % interval of the difference
-to greedy decoding lies on the better side of 0, "opposite" where it lies on the other side, else "not shown". Beside it
-stand the same difference in each of the worlds that the images come from, what many papers compare with (sampling),
-and a trivial control with the same side effect: as many words, or as many times yes.
+A claim says that a figure is better with a method than without. It is "shown" if the paired 95 % interval of the
+difference to greedy decoding is on the better side of 0, "opposite" if it is on the other side, else "not shown".
+Beside it are the same difference for the images of each seed, the comparison that many papers make (with sampling), and
+a trivial control with the same side effect: as many words, or as many times yes.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ SAYS = {verdicts.BETTER: SHOWN, verdicts.WORSE: OPPOSITE, verdicts.NONE_SHOWN: N
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A figure that claims are about: its part of the benchmark, its name there, and the trivial control beside it."""
+    """A figure that claims are about: its part of the benchmark, its name there, and its trivial control."""
 
     part: benchmark.Part
     figure: str
@@ -49,27 +49,27 @@ captions cut to the method's length, or, of yes/no questions, against a threshol
 
 
 def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """The claims about a row of the table: those under its name, or under the first word of it."""
+    """The claims about a row of the table: those under its name, or under the first word of its name."""
     return claims.get(name, claims.get(name.split("-")[0], ()))
 
 
 def verdict(interval: Sequence[float | None], direction: int, questions: int) -> str:
-    """What the interval of a method's difference to greedy says of the claim that it is better.
+    """The verdict on the claim that a method is better than greedy decoding, from the interval of the difference.
 
     Args:
-        direction: 1 where a high value is good, -1 where a low one is.
-        questions: how many the figure is about.
+        direction: 1 if a high value is good, -1 if a low one is.
+        questions: how many questions the figure is about.
     """
-    says = verdicts.verdict(interval, direction, questions)
-    return "not shown (the same)" if list(interval) == [0, 0] else SAYS.get(says, says)
+    name = verdicts.verdict(interval, direction, questions)
+    return "not shown (the same)" if list(interval) == [0, 0] else SAYS.get(name, name)
 
 
 def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[float]:
-    """Differences of the method to greedy, for the images of each world alone.
+    """Differences of the method to greedy, for the images of each seed alone.
 
     Args:
         method, greedy: folders of the runs.
-        worlds: into how many worlds the images are dealt, as `splits.write_split` does it.
+        worlds: number of seeds, as in `splits.write_split`.
     """
     values = []
     for folder in (method, greedy):
@@ -83,10 +83,10 @@ def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[
 def page(
     found: Mapping[str, Mapping[str, Mapping]], claims: Mapping[str, Sequence[str]], out: Path, worlds: int
 ) -> str:
-    """The page: a table of all claims, how many are shown, and how often captions are mended and spoilt.
+    """The page: a table of all claims, how many are shown, and how often captions are fixed and broken.
 
     Args:
-        found: part -> method -> contents of its `scores.json`; "greedy" among the methods.
+        found: part -> method -> content of its `scores.json`, with "greedy" among the methods.
         claims: method -> keys of `FIGURES`.
         out: folder of the benchmark.
     """
@@ -97,8 +97,8 @@ def page(
             scores = found.get(measure.part.name, {}).get(name)
             if scores is None:
                 continue
-            says, cells = _row(measure, scores, out / measure.part.name / name, worlds)
-            counts[NOT_SHOWN if says.startswith(NOT_SHOWN) else says] += 1
+            verdict_of_claim, cells = _row(measure, scores, out / measure.part.name / name, worlds)
+            counts[NOT_SHOWN if verdict_of_claim.startswith(NOT_SHOWN) else verdict_of_claim] += 1
             rows.append(benchmark.row([name, word, *cells]))
     heading = ["method", "better by", "greedy", "with it", "difference", "claim", "worlds", "sampling", "trivial"]
     counted = ", ".join(f"{counts[word]} {word}" for word in dict.fromkeys((SHOWN, NOT_SHOWN, OPPOSITE, *counts)))
@@ -112,33 +112,33 @@ def _row(measure: Measure, scores: Mapping, folder: Path, worlds: int) -> tuple[
     greedy = scores["controls"]["greedy"]
     difference = greedy["against"]["differences"][measure.figure]
     direction = measure.part.benchmark.direction(measure.figure)
-    says = verdict(difference["interval"], direction, scores["record"]["questions"])
+    verdict_of_claim = verdict(difference["interval"], direction, scores["record"]["questions"])
     unit = scores["figures"][measure.figure]["unit"]
     each = [benchmark.number(one, unit, "+") for one in by_world(measure, folder, folder.parent / "greedy", worlds)]
     cells = [
         benchmark.cell(greedy["figures"][measure.figure]),
         benchmark.cell(scores["figures"][measure.figure]),
         f"{benchmark.number(difference['value'], unit, '+')} ({benchmark.between(difference['interval'], unit, '+')})",
-        f"**{says}**" if says in (SHOWN, OPPOSITE) else says,
+        f"**{verdict_of_claim}**" if verdict_of_claim in (SHOWN, OPPOSITE) else verdict_of_claim,
         ", ".join(each),
         _beside(measure, scores["controls"], "temperature", unit),
         _beside(measure, scores["controls"], measure.control, unit),
     ]
-    return says, cells
+    return verdict_of_claim, cells
 
 
 def _beside(measure: Measure, controls: Mapping, kind: str, unit: str) -> str:
-    """Whether the method is better than a control, with the difference; "–" where the control has no such figure."""
+    """Whether the method is better than a control, with the difference; "–" if the control lacks the figure."""
     difference = controls.get(kind, {}).get("against", {}).get("differences", {}).get(measure.figure)
     if difference is None or difference["value"] is None:
         return "–"
     direction = measure.part.benchmark.direction(measure.figure)
-    says = verdicts.verdict(difference["interval"], direction, controls[kind]["questions"])
-    return f"{says.removeprefix('significantly ')} ({benchmark.number(difference['value'], unit, '+')})"
+    verdict_of_control = verdicts.verdict(difference["interval"], direction, controls[kind]["questions"])
+    return f"{verdict_of_control.removeprefix('significantly ')} ({benchmark.number(difference['value'], unit, '+')})"
 
 
 def _captions(found: Mapping[str, Mapping]) -> list[str]:
-    """How often a method mends a caption, and how often it spoils one; with the first images of each."""
+    """How often a method fixes a caption, and how often it breaks one, with the first images of each."""
     if len(found) < 2:
         return []
     free = {name: {number: right for _, number, right in scores["correct"]} for name, scores in found.items()}

@@ -1,4 +1,4 @@
-"""Training conversations: a caption and several questions over the same image, or questions over a few images."""
+"""Training conversations: a caption and several questions about one image, or questions about a few images."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from lvlm_jax.pocket.questions import Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
 MULTI_IMAGE = 0.15  # share of conversations over two to four images
-ONE_WORD = 0.3  # share of questions that carry a benchmark's suffix and are answered by one word
+ONE_WORD = 0.3  # share of questions with a benchmark's suffix and a one-word answer
 SUFFIXES = ("\nAnswer the question using a single word or phrase.", " Please answer this question with one word.")
 YES_NO_SUFFIX = " Please answer yes or no."
 
@@ -28,7 +28,7 @@ DETAILED_PROMPTS = (
 )
 LIST_PROMPTS = ("List the objects in the image.", "What objects are in the image?", "Which objects can you see?")
 
-# Yes/no questions alone leave a small model at chance; as many forced choices beside them teach it to look.
+# With yes/no questions alone, a small model stays at chance; as many forced choices teach it to look.
 _KINDS = ("existence", "choice", "counting", "position", "colour", "place")
 _CUMULATIVE = np.cumsum((0.33, 0.33, 0.11, 0.11, 0.08, 0.04))
 _MULTI_KINDS = tuple(questions.MULTI)
@@ -48,12 +48,12 @@ def sample_conversation(seed: int, index: int, split: str = "train") -> tuple[li
 def sample_text(
     seed: int, index: int, split: str = "train", hard: float | None = questions.HARD_NEGATIVES
 ) -> tuple[list[Scene], list[tuple[str, str]]]:
-    """The scenes and turns of `sample_conversation`, without drawing the pictures.
+    """The scenes and turns of `sample_conversation`, without drawing the images.
 
-    Questions of existence and choice about one image ask for absent objects as `questions.absent_category` does
-    with `hard`.
+    Questions of existence and choice about one image ask for absent objects as in `questions.absent_category`, with
+    `hard`.
     """
-    # The leading number keeps this stream apart from the scenes of the written splits, whose seeds begin with 0 to 2.
+    # The leading number separates this stream from the scenes of the written splits, whose seeds begin with 0 to 2.
     rng = np.random.default_rng([11, SPLITS[split], seed, index])
     if rng.random() < MULTI_IMAGE:
         scenes = several_scenes(rng, split)
@@ -65,7 +65,7 @@ def sample_text(
 
 
 def several_scenes(rng: np.random.Generator, split: str) -> list[Scene]:
-    """Two to four scenes to be asked about together."""
+    """Two to four scenes for joint questions."""
     count = int(rng.choice((2, 3, 4), p=(0.6, 0.25, 0.15)))
     first = sample_scene(rng, split)
     alike = rng.random() < 0.6  # images of one place share objects, so that both answers occur
@@ -73,14 +73,14 @@ def several_scenes(rng: np.random.Generator, split: str) -> list[Scene]:
 
 
 def _turns(draw: Callable[[], Question], count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Turns with `count` different questions from `draw`; fewer where a poor scene keeps giving the same ones."""
-    found: dict[str, Question] = {}
+    """Turns with `count` different questions from `draw`; fewer if a simple scene keeps giving the same questions."""
+    by_text: dict[str, Question] = {}
     for _ in range(3 * count):
         question = draw()
-        found.setdefault(question.text, question)
-        if len(found) == count:
+        by_text.setdefault(question.text, question)
+        if len(by_text) == count:
             break
-    return [_turn(question, rng) for question in found.values()]
+    return [_turn(question, rng) for question in by_text.values()]
 
 
 def _multi_question(scenes: list[Scene], rng: np.random.Generator) -> Question:
@@ -100,7 +100,7 @@ def _single_question(scene: Scene, rng: np.random.Generator, hard: float | None)
 
 
 def _turn(question: Question, rng: np.random.Generator) -> tuple[str, str]:
-    """The question as a user may put it: bare and answered by a sentence, or with a suffix and answered by a word."""
+    """The question in one of two forms: plain with a sentence as answer, or with a suffix and a one-word answer."""
     if rng.random() >= ONE_WORD:
         return question.text, question.full
     suffixes = (*SUFFIXES, YES_NO_SUFFIX) if question.short in ("Yes", "No") else SUFFIXES
@@ -108,12 +108,12 @@ def _turn(question: Question, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def suffix(question: Question) -> str:
-    """The benchmark's suffix that asks for the short answer of `question`."""
+    """The benchmark's suffix that asks for a short answer."""
     return YES_NO_SUFFIX if question.short in ("Yes", "No") else SUFFIXES[0]
 
 
 def caption_turn(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A prompt for a short, detailed or listing description, and one, wrong as often as train captions are."""
+    """A request for a short, detailed or listing description, and its answer, wrong as often as training captions."""
     noisy = bool(rng.random() < captions.NOISE)
     draw = rng.random()
     if draw < 0.35:

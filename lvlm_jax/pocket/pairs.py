@@ -1,4 +1,4 @@
-"""Prompts of the pocket world to make preference pairs from: a question each, about new pictures, with its answer."""
+"""Prompts of the pocket world for preference pairs: one question each, about new images, with its answer."""
 
 import json
 from collections.abc import Callable
@@ -13,46 +13,45 @@ from lvlm_jax.pocket import captions, conversations, questions
 from lvlm_jax.pocket.questions import Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
-SINGLE = 0.2  # share of prompts about one picture, which keep a model from forgetting how to answer those
-DESCRIPTION = "description"  # the kind of prompts that ask for one
+SINGLE = 0.2  # share of prompts about one image, so that a model does not forget how to answer them
+DESCRIPTION = "description"  # the kind of prompts that ask for a description
 
 
 def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0) -> Path:
-    """Write `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its pictures below `folder`.
+    """Writes `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its images below `folder`.
 
-    The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can
-    be repeated.
+    The same arguments always write the same prompts. Existing files are kept, so an interrupted call can be repeated.
 
     Args:
-        count: how many prompts.
-        seed: another seed gives other pictures.
-        single: probability of a prompt about one picture instead of two to four.
-        describe: probability that a prompt about one picture asks for a detailed description.
+        count: number of prompts.
+        seed: another seed gives other images.
+        single: probability of a prompt about one image instead of two to four.
+        describe: probability that a prompt about one image asks for a detailed description.
 
     Returns:
         The file.
 
     Raises:
-        LVLMError: the folder holds other prompts, or cannot be written.
+        LVLMError: the folder has other prompts, or cannot be written.
     """
     path = Path(folder) / "prompts.jsonl"
-    drawn = [sample_prompt(index, seed, single, describe) for index in range(count)]
+    prompts = [sample_prompt(index, seed, single, describe) for index in range(count)]
     names = [
         [f"images/{index:06d}_{place + 1}.png" for place in range(len(scenes))]
-        for index, (scenes, _, _, _) in enumerate(drawn)
+        for index, (scenes, _, _, _) in enumerate(prompts)
     ]
     rows = [
         {"id": f"{kind}/{index:06d}", "images": names[index], "prompt": text, "truth": truth}
-        for index, (_, kind, text, truth) in enumerate(drawn)
+        for index, (_, kind, text, truth) in enumerate(prompts)
     ]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_bytes() != content:
-            raise LVLMError(f"{str(path)!r} holds prompts of other settings; give another --out")
+            raise LVLMError(f"{str(path)!r} has prompts of other settings; give another --out")
         with files.atomic_file(path) as file:
             file.write(content)
-        for (scenes, _, _, _), images in zip(drawn, names, strict=True):
+        for (scenes, _, _, _), images in zip(prompts, names, strict=True):
             for scene, name in zip(scenes, images, strict=True):
                 if not (path.parent / name).exists():
                     with files.atomic_file(path.parent / name) as file:
@@ -65,14 +64,14 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
 
 
 def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "list") -> Path:
-    """Write `pairs.jsonl`, lines `{id, images, prompt, good, bad}`, and its pictures below `folder`.
+    """Writes `pairs.jsonl`, lines `{id, images, prompt, good, bad}`, and its images below `folder`.
 
-    Good is a caption of what is there, bad the same with an object that is not there but typical of the place.
+    The good caption names present objects; the bad one also names an absent object that is typical of the place.
 
     Args:
-        count: how many pairs.
-        seed: another seed gives other pictures.
-        style: of the captions, see `captions.caption`.
+        count: number of pairs.
+        seed: another seed gives other images.
+        style: style of the captions, see `captions.caption`.
 
     Returns:
         The file.
@@ -84,14 +83,14 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
     try:
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            # The leading number keeps this stream apart from that of the prompts.
+            # The leading number separates this stream from that of the prompts.
             rng = np.random.default_rng([17, SPLITS["train"], seed, index])
             scene, name = sample_scene(rng, "train"), f"images/{index:06d}.png"
-            asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+            prompt = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
             words = [
                 captions.caption(scene, style, np.random.default_rng([seed, index]), noisy) for noisy in (False, True)
             ]
-            rows.append({"id": f"{index:06d}", "images": [name], "prompt": asked, "good": words[0], "bad": words[1]})
+            rows.append({"id": f"{index:06d}", "images": [name], "prompt": prompt, "good": words[0], "bad": words[1]})
             with files.atomic_file(path.parent / name) as file:
                 Image.fromarray(render(scene)).save(file, "PNG")
         with files.atomic_file(path) as file:
@@ -106,21 +105,21 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
 def sample_prompt(
     index: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
 ) -> tuple[list[Scene], str, str, str]:
-    """Prompt `index` of the stream `seed`, over scenes that follow the train split; see `write_prompts`.
+    """Prompt `index` of the stream `seed`, over scenes like those of the train split; see `write_prompts`.
 
     Returns:
         scenes: one to four.
-        kind: of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
-        text: the question, `conversations.ONE_WORD` of them with the suffix that asks for one word.
-        truth: the right answer, in the form that is asked for.
+        kind: kind of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
+        text: the question; a share of `conversations.ONE_WORD` has the suffix for a one-word answer.
+        truth: the right answer, in the requested form.
     """
-    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    # The leading number separates this stream from those of conversations and of the written splits.
     rng = np.random.default_rng([13, SPLITS["train"], seed, index])
     if rng.random() < single:
         scenes = [sample_scene(rng, "train")]
         if describe and rng.random() < describe:
-            asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
-            return scenes, DESCRIPTION, asked, captions.caption(scenes[0], "detailed", rng)
+            prompt = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+            return scenes, DESCRIPTION, prompt, captions.caption(scenes[0], "detailed", rng)
         question = _draw(questions.SINGLE, scenes[0], rng)
     else:
         scenes = conversations.several_scenes(rng, "train")

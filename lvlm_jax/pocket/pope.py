@@ -1,5 +1,7 @@
-"""POPE questions by the official sampling rule (Li et al. 2023, "Evaluating Object Hallucination in Large
-Vision-Language Models", section 5), for any set of images whose objects are known."""
+"""POPE questions by the official sampling rule, for any set of images with known objects.
+
+Source: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models", section 5.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,23 +13,23 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket.questions import article
 
 STRATEGIES = ("random", "popular", "adversarial")
-PER_IMAGE = 3  # questions answered yes, and as many answered no
+PER_IMAGE = 3  # questions with the answer yes, and as many with no
 
 
 def pope_rows(
     images: Sequence[tuple[str, Sequence[str]]], strategy: str, categories: Sequence[str], rng: np.random.Generator
 ) -> list[dict]:
-    """Questions about every image that shows at least three categories: three present and three absent ones in turn.
+    """Questions about every image with at least three categories: three present and three absent ones, alternating.
 
-    The absent ones are: "random" any; "popular" the categories found in most images; "adversarial", for each present
-    one asked about, the category that shares most images with it. Frequencies are those of `images` themselves; ties
-    fall in the order of `categories`. No category is asked about twice for one image.
+    Absent categories are: "random": any; "popular": the categories in most images; "adversarial": for each present
+    category in a question, the one that shares most images with it. Frequencies are those in `images`; ties are broken
+    by the order of `categories`. No category occurs twice for one image.
 
     Args:
-        images: (file name, distinct categories present); the first three categories are asked about.
+        images: (file name, distinct categories present); the questions are about the first three categories.
         strategy: one of `STRATEGIES`.
         categories: all category names.
-        rng: used by "random" alone.
+        rng: used only by "random".
 
     Returns:
         Rows of a POPE file: `question_id` (from 1), `image`, `text`, `label`.

@@ -1,4 +1,4 @@
-"""Questions with checkable answers over one image or several, made from what a scene contains."""
+"""Questions with checkable answers about one image or several, made from the content of a scene."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ from lvlm_jax.pocket.captions import NUMBERS, quantity, third, typical_absentee
 from lvlm_jax.pocket.scenes import Placed, Scene
 
 ORDINALS = ("first", "second", "third", "fourth")
-MARGIN = 0.1  # fraction of the image's side by which two places must differ to be asked about
-HARD_NEGATIVES = 0.25  # share of training's absent objects that are typical of the scene
+MARGIN = 0.1  # smallest difference between two positions in a question, as a fraction of the image's side
+HARD_NEGATIVES = 0.25  # share of absent objects in training questions that are typical of the scene
 
 EXISTENCE = (
     "Is there {} in the image?",
@@ -43,12 +43,12 @@ class Question:
 
 
 def article(category: str) -> str:
-    """The category with "a" or "an" by its first letter, as POPE's files write it (also "a skis")."""
+    """The category with "a" or "an" by its first letter, as in POPE's files (also "a skis")."""
     return ("an " if category[0] in "aeiou" else "a ") + category
 
 
 def absent_category(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> str:
-    """A category not in `scene`: typical of the place with probability `hard`, else any; with None never typical."""
+    """A category not in `scene`: with probability `hard` typical of the place, else any; with None never typical."""
     if hard is not None and rng.random() < hard:
         return typical_absentee(scene, rng)
     ruled_out = set(scene.counts)
@@ -65,7 +65,7 @@ def _pick(options: Sequence, rng: np.random.Generator):
 
 
 def _paraphrase(options: Sequence[str], rng: np.random.Generator) -> str:
-    """The first (the benchmarks' own wording) half of the time, else any."""
+    """The first wording (the benchmarks' own) half of the time, else any."""
     return options[0] if rng.random() < 0.5 else _pick(options, rng)
 
 
@@ -93,9 +93,9 @@ def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEG
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """How many objects of a category are there? Repeated ones are asked about more often, absent ones at times.
+    """How many objects of a category are there? Repeated ones are more likely, absent ones possible.
 
-    None where the category drawn cannot be counted in words ("two broccoli").
+    None if the drawn category has no countable name ("two broccoli").
     """
     counts = scene.counts
     repeated = [name for name, count in counts.items() if count > 1]
@@ -114,21 +114,21 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
         full = f"There {'is' if count == 1 else 'are'} {words} in the image."
         return Question("counting", _paraphrase(COUNT, rng).format(many), full, str(count))
     answer = bool(rng.random() < 0.5)
-    asked = max(1, count)
+    number_asked = max(1, count)
     if not answer or count == 0:
-        asked = max(1, count + int(_pick((-1, 1), rng)))
-        answer = asked == count
+        number_asked = max(1, count + int(_pick((-1, 1), rng)))
+        answer = number_asked == count
     text = (
-        f"Are there {NUMBERS[asked]} {many} in the image?"
-        if asked > 1
+        f"Are there {NUMBERS[number_asked]} {many} in the image?"
+        if number_asked > 1
         else f"Is there only one {category} in the image?"
     )
-    there = f"there is one {category}" if count == 1 else f"there are {NUMBERS[count]} {many}"
-    return _yes_no("counting", text, answer, there, there)
+    statement = f"there is one {category}" if count == 1 else f"there are {NUMBERS[count]} {many}"
+    return _yes_no("counting", text, answer, statement, statement)
 
 
 def _single(scene: Scene) -> list[Placed]:
-    """Objects whose category occurs once, so that "the dog" means one object."""
+    """Objects whose category occurs once, so that "the dog" is unambiguous."""
     counts = scene.counts
     return [
         placed for placed in scene.objects if counts[placed.category] == 1 and placed.category not in catalogue.PAIRS
@@ -136,7 +136,7 @@ def _single(scene: Scene) -> list[Placed]:
 
 
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Where is an object, by itself or beside another? None where no object stands clear enough."""
+    """Where is an object, by itself or relative to another? None if no object is clearly placed."""
     single = _single(scene)
     if not single:
         return None
@@ -153,27 +153,37 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     sides = (("left", "right"), ("top", "bottom"))[axis]
     actual = sides[int(first.centre[axis] > 0.5)]
-    asked = _pick(sides, rng)
-    there = f"the {name} is at the {actual}" if axis else f"the {name} is on the {actual}"
+    side_asked = _pick(sides, rng)
+    statement = f"the {name} is at the {actual}" if axis else f"the {name} is on the {actual}"
     joint = "at the" if axis else "on the"
     side = "half" if axis else "side"
-    return _yes_no("position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, there, there)
+    return _yes_no(
+        "position",
+        f"Is the {name} {joint} {side_asked} {side} of the image?",
+        side_asked == actual,
+        statement,
+        statement,
+    )
 
 
 def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Question:
     a, b = first.category, second.category
     actual = "left" if first.centre[0] < second.centre[0] else "right"
-    asked = _pick(("left", "right"), rng)
+    side_asked = _pick(("left", "right"), rng)
     if rng.random() < 0.4:
-        answer = a if asked == actual else b
-        return Question("position", f"Which is further to the {asked}, the {a} or the {b}?", f"The {answer}.", answer)
-    text = _pick((f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng)
-    there = f"the {a} is to the {actual} of the {b}"
-    return _yes_no("position", text, asked == actual, there, there)
+        answer = a if side_asked == actual else b
+        return Question(
+            "position", f"Which is further to the {side_asked}, the {a} or the {b}?", f"The {answer}.", answer
+        )
+    text = _pick(
+        (f"Is the {a} to the {side_asked} of the {b}?", f"Is the {a} on the {side_asked} side of the {b}?"), rng
+    )
+    statement = f"the {a} is to the {actual} of the {b}"
+    return _yes_no("position", text, side_asked == actual, statement, statement)
 
 
 def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Which colour has an object? None where no object has a named one."""
+    """Which colour has an object? None if no object has a named colour."""
     coloured = [placed for placed in _single(scene) if placed.colour]
     if not coloured:
         return None
@@ -182,9 +192,9 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     if rng.random() < 0.5:
         return Question("color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour)
     answer = bool(rng.random() < 0.5)
-    asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
-    there = f"the {name} is {placed.colour}"
-    return _yes_no("color", f"Is there a {asked} {name} in the image?", answer, there, there)
+    colour_asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
+    statement = f"the {name} is {placed.colour}"
+    return _yes_no("color", f"Is there a {colour_asked} {name} in the image?", answer, statement, statement)
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Question:
@@ -224,7 +234,7 @@ def which_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
 
 
 def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
-    """Is a category in every image? Yes with equal chance where the images share one."""
+    """Is a category in every image? Yes with probability one half if the images share a category."""
     shared = _shared(scenes)
     answer = bool(shared) and bool(rng.random() < 0.6)
     if answer:
@@ -259,7 +269,7 @@ def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
 
 
 def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
-    """Is a category in a given one of the images? Often one that another image has."""
+    """Is a category in a given image? Often one that another image has."""
     i = int(rng.integers(len(scenes)))
     answer = bool(rng.random() < 0.5)
     if answer:

@@ -1,11 +1,11 @@
-"""The recipe of the pocket model, in three stages.
+"""The training recipe of the pocket model, in three stages.
 
 1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
-2. `connector`: the same labels, but read off the decoder's own word embeddings, and the words "left", "middle" and
-   "right" by a patch's column: image tokens come to lie beside the words for what they show and where.
-3. `everything`: conversations over one to four images, loss on the answers, and a share of stage 2's loss.
+2. `connector`: the same labels, read from the decoder's own word embeddings, and the words "left", "middle" and "right"
+   by a patch's column: image tokens become similar to the words for what they show and where.
+3. `everything`: conversations about one to four images, with loss on the answers, and a share of stage 2's loss.
 
-Without the first two the decoder learns to speak long before it looks.
+Without the first two stages, the decoder learns to speak long before it learns to look.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from lvlm_jax.training import loop, registry
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 STAGES = ("tower", "connector", "everything")
-CLASSIFIER = "classifier"  # beside the model's own parameters, in the first stage only
-# Projections that write into the residual stream start smaller, so that its size does not grow with depth.
+CLASSIFIER = "classifier"  # a further parameter, only in the first stage
+# Projections into the residual stream start smaller, so that its size does not grow with depth.
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
 
 
 def hf_config(settings: Any, encoder: Any) -> dict:
-    """The model's `config.json`, sizes from `settings` (the config's `model`), token ids from the tokenizer."""
+    """The model's `config.json`, with sizes from `settings` (the config's `model`) and token ids from the tokenizer."""
     image_token = encoder.convert_tokens_to_ids(tokenizer.IMAGE)
     special = {
         "bos_token_id": encoder.bos_token_id,
@@ -75,7 +75,7 @@ def hf_config(settings: Any, encoder: Any) -> dict:
 
 
 def initial_parameters(config: LlavaConfig, seed: int) -> dict:
-    """Fresh parameters: kernels by fan-in, norms one, biases zero, embeddings of unit length, half the heads alike."""
+    """Initial parameters: kernels by fan-in, norms one, biases zero, unit-length embeddings, half the heads mimetic."""
     depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
     shapes = models.abstract_parameters(config)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
@@ -103,10 +103,10 @@ def initial_parameters(config: LlavaConfig, seed: int) -> dict:
 
 
 def _look_for_alike(attention: dict, config: DecoderConfig) -> None:
-    """Lets the first half of a layer's heads begin by attending to tokens like their own, in place.
+    """Initialises the first half of a layer's heads to attend to similar tokens, in place.
 
-    With equal query and key projections a token's logit with its like is far above that with others (mimetic
-    initialisation, arXiv 2305.09828). The word in a question then finds the image tokens beside it from the start.
+    With equal query and key projections, a token's logit with a similar token is far above other logits (mimetic
+    initialisation, arXiv 2305.09828). So the word in a question attends to matching image tokens from the start.
     """
     width = config.num_kv_heads // 2 * config.head_dim
     query, key = attention["q_proj"]["kernel"], attention["k_proj"]["kernel"]
@@ -115,22 +115,22 @@ def _look_for_alike(attention: dict, config: DecoderConfig) -> None:
 
 def patch_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, Mean]:
     """`patch_loss` over all labelled patches, `patch_accuracy` over those that show an object."""
-    known = labels >= 0
+    is_labelled = labels >= 0
     safe = jnp.maximum(labels, 0)
     return {
-        "patch_loss": cross_entropy(logits, safe, known),
-        "patch_accuracy": accuracy(logits, safe, known & (labels < pocket_data.CATEGORY_COUNT)),
+        "patch_loss": cross_entropy(logits, safe, is_labelled),
+        "patch_accuracy": accuracy(logits, safe, is_labelled & (labels < pocket_data.CATEGORY_COUNT)),
     }
 
 
 def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words: np.ndarray) -> jax.Array:
-    """Image tokens against the decoder's embeddings of the labels' words."""
+    """Logits of image tokens over the decoder's embeddings of the label words."""
     embedded = module.apply({"params": params}, jnp.asarray(words)[None], method="embed")[0]
     return jnp.einsum("IPE,LE->IPL", image_tokens, embedded)
 
 
 def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mean]:
-    """Stage 1, read off the tower by a linear classifier that is thrown away afterwards."""
+    """Metrics of stage 1, from a linear classifier on the tower that is discarded afterwards."""
     features = module.apply({"params": params}, sft.pixels(batch["images"]), method="image_features")
     logits = features @ params[CLASSIFIER]["kernel"] + params[CLASSIFIER]["bias"]
     return patch_metrics(logits, batch["labels"])
@@ -139,7 +139,7 @@ def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mea
 def connector_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
 ) -> dict[str, Mean]:
-    """Stage 2: what patches show and where they are."""
+    """Metrics of stage 2: what patches show and where they are."""
     image_tokens = sft.encode(module, params, batch["images"])
     metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
     metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)
@@ -149,7 +149,7 @@ def connector_metrics(
 def place_loss(
     module: nn.Module, params: dict, image_tokens: jax.Array, labels: jax.Array, columns: np.ndarray
 ) -> Mean:
-    """Image tokens of object patches against the words for "left", "middle" and "right", each by its column."""
+    """Loss of image tokens of object patches against the words for "left", "middle" and "right", by column."""
     thirds, targets = np.unique(columns, return_inverse=True)
     logits = word_logits(module, params, image_tokens, thirds)
     side = len(columns)
@@ -160,28 +160,28 @@ def place_loss(
 def conversation_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
 ) -> dict[str, Mean]:
-    """Stage 3: over the answer tokens of all rectangles of the batch, and what and where their patches are."""
+    """Metrics of stage 3: over the answer tokens of all rectangles of the batch, and over patches."""
     total: dict[str, Mean] = {}
     for part in batch.values():
         image_tokens = sft.encode(module, params, part["images"])
         logits = sft.next_token_logits(module, params, part["tokens"], image_tokens)
-        found = sft.answer_metrics(logits, part)
-        found |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
-        found["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
-        total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+        metrics = sft.answer_metrics(logits, part)
+        metrics |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
+        metrics["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
+        total = {name: total[name] + mean if total else mean for name, mean in metrics.items()}
     return total
 
 
 def objective(
     metrics: Callable[[dict, dict], dict[str, Mean]], params: dict, frozen: dict, batch: dict, key: jax.Array
 ) -> dict[str, Mean]:
-    """A stage's metrics as `loop.Task` asks for them: everything is trained, and nothing is left to chance."""
+    """A stage's metrics as an objective for `loop.Task`: all parameters are trained, and nothing is random."""
     del frozen, key
     return metrics(params, batch)
 
 
 def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str, dict]) -> Callable:
-    """An `evaluate` for `loop.Task`: the metrics of each named batch, by `name/metric`."""
+    """An `evaluate` for `loop.Task`: the metrics of each named batch, as `name/metric`."""
     score = jax.jit(score)
 
     def evaluate(params: dict, frozen: dict) -> dict[str, Mean]:
@@ -195,7 +195,7 @@ def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the stages share."""
+    """The parts that the stages share."""
 
     config: ConfigDict
     encoder: Any
@@ -205,21 +205,21 @@ class Recipe:
 
     @classmethod
     def create(cls, config: ConfigDict) -> "Recipe":
-        """Trains the tokenizer and builds the module that `config.model` describes."""
+        """Trains the tokenizer and builds the module according to `config.model`."""
         encoder = tokenizer.pocket_tokenizer()
         module = models.build(models.config_from_hf(hf_config(config.model, encoder)))
         words, columns = pocket_data.label_words(encoder), pocket_data.column_words(encoder)
         return cls(config, encoder, module, words, columns)
 
     def initial(self, stage: str, params: dict) -> dict:
-        """What a stage starts from: the parameters so far, and for the tower a classifier of its own."""
+        """The initial parameters of a stage: those so far, and for the tower stage also a classifier."""
         if stage != "tower":
             return {key: value for key, value in params.items() if key != CLASSIFIER}
         shape = (self.module.config.vision.hidden_size, pocket_data.LABEL_COUNT)
         return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
 
     def start(self, checkpoint: str) -> dict:
-        """The parameters of a pocket checkpoint, to go on from.
+        """The parameters of an existing pocket checkpoint, as starting point.
 
         Raises:
             LVLMError: the checkpoint has other sizes or another vocabulary; see also `LVLM.from_pretrained`.
@@ -234,9 +234,9 @@ class Recipe:
     def task(self, stage: str, settings: ConfigDict) -> loop.Task:
         """The task of one of `STAGES`."""
         seed, rows = self.config.seed, self.config.evaluation_rows
-        named = (self.module, self.words, self.columns)
+        shared = (self.module, self.words, self.columns)
         if stage == "everything":
-            metrics = functools.partial(conversation_metrics, *named)
+            metrics = functools.partial(conversation_metrics, *shared)
             terms = {"loss": 1.0, "patch_loss": settings.patch_weight, "place_loss": settings.patch_weight}
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
             source = pocket_data.Conversations(
@@ -248,7 +248,7 @@ class Recipe:
             if stage == "tower":
                 metrics, terms = functools.partial(tower_metrics, self.module), {"patch_loss": 1.0}
             else:
-                metrics = functools.partial(connector_metrics, *named)
+                metrics = functools.partial(connector_metrics, *shared)
                 terms = {"patch_loss": 1.0, "place_loss": 1.0}
                 seed += 1
             source, score = pocket_data.Pictures(seed, settings.batch), metrics
@@ -257,14 +257,15 @@ class Recipe:
         return loop.Task(stage, pure, terms, source, evaluation(score, held_out))
 
     def export(self, params: dict, folder: Path, workdir: Path) -> Path:
-        """Writes the Hugging Face checkpoint with its tokenizer and processor; float16 keeps the file small."""
+        """Writes the Hugging Face checkpoint with its tokenizer and processor, in float16 for a small file."""
         processor = workdir / "processor"
         tokenizer.write_processor(processor, self.encoder)
         return weights.save_checkpoint(folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True)
 
 
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
-    """What `loop.train` reads of a stage: its own fields, the loop's, the seed, and `config.steps` before its steps."""
+    """The settings of a stage for `loop.train`: its own fields, the loop's, the seed; `config.steps` overrides its
+    steps."""
     settings = ConfigDict({**config.loop, **config.get(stage, {})})
     settings.steps = config.steps or settings.get("steps", 0)
     settings.seed = config.seed
@@ -279,7 +280,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Raises:
         LVLMError: an unknown stage; see also `loop.train`.
-        SystemExit: asked to stop.
+        SystemExit: a signal requests a stop.
     """
     for stage in config.stages:
         if stage not in STAGES:

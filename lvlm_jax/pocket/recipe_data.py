@@ -1,6 +1,6 @@
-"""Batches of the pocket world: pictures with patch labels, and conversations as token rows.
+"""Batches of the pocket world: images with patch labels, and conversations as token rows.
 
-Everything here is NumPy, for it runs in worker processes beside the training.
+All code here is NumPy, because it runs in worker processes beside the training.
 """
 
 import dataclasses
@@ -15,29 +15,29 @@ from lvlm_jax.pocket.scenes import Scene, patch_labels, render, sample_scene
 CATEGORY_COUNT = len(catalogue.CATEGORIES)
 LABEL_COUNT = CATEGORY_COUNT + len(catalogue.SCENE_NAMES)
 
-# Conversations set aside per step, from which the two kinds are picked until each has its rows.
+# Conversations drawn per step, from which each of the two kinds fills its rows.
 RESERVED = 256
 DRILL_TURNS = 6
 POSITION_SHARE = 1 / 4  # of the drill questions
-CHOICE_SHARE = 1 / 2  # of the others: without it yes/no stays at chance for long
+CHOICE_SHARE = 1 / 2  # of the other drill questions: without it, yes/no stays at chance for long
 ONE_WORD = conversations.SUFFIXES[0]
 
 
 def place_labels(scene: Scene) -> np.ndarray:
-    """What each patch shows, int32 [64]: a category by its place in CATEGORIES, or behind those the kind of place."""
+    """What each patch shows, int32 [64]: the index of a category in CATEGORIES, or after those the kind of place."""
     labels = patch_labels(scene)
     return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(np.int32)
 
 
 def column_words(encoder: Any) -> np.ndarray:
-    """Per column of patches the token of the third of the image it lies in, int32 [8]."""
+    """Per column of patches, the token for its third of the image, int32 [8]."""
     side = tokenizer.SIZE // tokenizer.PATCH
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
     return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
 
 
 def label_words(encoder: Any) -> np.ndarray:
-    """Per label of `place_labels` the token that its name begins with, int32 [labels]."""
+    """Per label of `place_labels`, the first token of its name, int32 [labels]."""
     names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
     return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
 
@@ -59,7 +59,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One rectangle of a batch: how many rows of how many tokens, and room for how many images."""
+    """One rectangle of a batch: the number of rows, tokens per row, and images."""
 
     rows: int
     length: int
@@ -68,12 +68,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """Conversations over one image and over several, in two rectangles, so that little of either is padding.
+    """Conversations about one image and about several, in two rectangles, so that little of either is padding.
 
     The first `drill` rows of `single` ask only whether, which and where objects are, in short turns beside the caption:
-    in ordinary conversations too few of the answers depend on that for a small model to learn to look for it.
-    The absent objects asked for are drawn as `questions.absent_category` says, by `hard`: a model that is drilled to
-    resist what is typical of a place would not be tempted by it, and POPE's adversarial split would show nothing.
+    in ordinary conversations, too few answers depend on that for a small model to learn to look. Absent objects are
+    drawn as in `questions.absent_category`, with `hard`: a model that is drilled to resist typical objects would not be
+    tempted by them, and POPE's adversarial split would show nothing.
     """
 
     seed: int
@@ -85,7 +85,7 @@ class Conversations:
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
-        """`single` and `several`, each as `rows_of` makes them."""
+        """`single` and `several`, each from `rows_of`."""
         parts = {"single": self.single, "several": self.several}
         chosen: dict[str, list] = {name: [] for name in parts}
         free = {name: part.images for name, part in parts.items()}
@@ -104,12 +104,12 @@ class Conversations:
 
 def drill_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[tuple[str, str]]:
     """Questions of existence, choice and position with one-word answers, and a caption before or after them."""
-    asked = []
+    turns_so_far = []
     for _ in range(DRILL_TURNS):
-        where = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
-        what = questions.choice(scene, rng, hard) if rng.random() < CHOICE_SHARE else None
-        asked.append(where or what or questions.existence(scene, rng, hard))
-    turns = [(question.text + conversations.suffix(question), question.short) for question in asked]
+        position = questions.position(scene, rng) if rng.random() < POSITION_SHARE else None
+        other = questions.choice(scene, rng, hard) if rng.random() < CHOICE_SHARE else None
+        turns_so_far.append(position or other or questions.existence(scene, rng, hard))
+    turns = [(question.text + conversations.suffix(question), question.short) for question in turns_so_far]
     turns.insert(int(rng.integers(2)) * len(turns), conversations.caption_turn(scene, rng))
     return turns
 
@@ -118,8 +118,7 @@ def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]
     """Conversations as arrays.
 
     Returns:
-        tokens: int32 [rows, length], right-padded.
-        answers: bool [rows, length], the tokens that carry loss.
+        tokens: int32 [rows, length], right-padded. answers: bool [rows, length], the tokens with loss.
         images: uint8 [images, 96, 96, 3], those of all rows in reading order, then black ones.
         labels: int32 [images, 64], -1 for the black ones.
     """
@@ -127,21 +126,21 @@ def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]
     answers = np.zeros((part.rows, part.length), bool)
     images = np.zeros((part.images, 96, 96, 3), np.uint8)
     labels = np.full((part.images, 64), -1, np.int32)
-    used = 0
+    num_images = 0
     for row, (scenes, turns) in enumerate(samples):
         ids, mask = tokenizer.encode_conversation(encoder, len(scenes), turns, part.length)
         tokens[row, : len(ids)], answers[row, : len(ids)] = ids, mask
         for scene in scenes:
-            images[used], labels[used] = render(scene), place_labels(scene)
-            used += 1
+            images[num_images], labels[num_images] = render(scene), place_labels(scene)
+            num_images += 1
     return {"tokens": tokens, "answers": answers, "images": images, "labels": labels}
 
 
 def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str, np.ndarray]]:
-    """Single questions about validation scenes, asked as at test time: by kind, `count` rows each.
+    """Single questions about validation scenes, in the form of the test: by kind, `count` rows each.
 
-    `existence` has any absent object in its "no" half, `tempting` one that is typical of the scene; `choice`,
-    `counting`, `position` are answered by one word. Only the first answer token carries the mask.
+    The "no" half of `existence` uses any absent object, that of `tempting` one that is typical of the scene; `choice`,
+    `counting` and `position` have one-word answers. Only the first answer token has loss.
     """
     rng = np.random.default_rng([3, 0])
     kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "counting", "position")}
@@ -151,18 +150,18 @@ def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str,
         for kind, hard in (("existence", 0.0), ("tempting", 1.0)):
             names = list(scene.counts)
             name = names[rng.integers(len(names))] if yes else questions.absent_category(scene, rng, hard)
-            asked = questions.EXISTENCE[0].format(questions.article(name))
-            kinds[kind].append(([scene], [(asked, "Yes" if yes else "No")]))
+            text = questions.EXISTENCE[0].format(questions.article(name))
+            kinds[kind].append(([scene], [(text, "Yes" if yes else "No")]))
         for kind in ("choice", "counting"):
             question = questions.SINGLE[kind](scene, rng)
             if question is not None:
                 kinds[kind].append(([scene], [(question.text + ONE_WORD, question.short)]))
         single = [placed for placed in scene.objects if scene.counts[placed.category] == 1]
         if single:
-            asked = f"Where is the {single[0].category} in the image?"
-            kinds["position"].append(([scene], [(asked + ONE_WORD, third(single[0]))]))
+            text = f"Where is the {single[0].category} in the image?"
+            kinds["position"].append(([scene], [(text + ONE_WORD, third(single[0]))]))
     part = Part(count, length, count)
-    made = {kind: rows_of(encoder, rows[:count], part) for kind, rows in kinds.items()}
-    for arrays in made.values():
+    batches = {kind: rows_of(encoder, rows[:count], part) for kind, rows in kinds.items()}
+    for arrays in batches.values():
         arrays["answers"] &= np.cumsum(arrays["answers"], axis=1) == 1
-    return made
+    return batches

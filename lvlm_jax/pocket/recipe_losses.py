@@ -16,12 +16,12 @@ MEAN, DEVIATION = (np.array(values, np.float32) for values in CLIP)
 
 
 def pixels(images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I 3 Y X"]:
-    """8-bit RGB to the tower's input, as CLIP's image processor computes it for images of the right size."""
+    """Converts 8-bit RGB to the tower's input, as CLIP's image processor does for images of the right size."""
     return ((images.astype(jnp.float32) / 255.0 - MEAN) / DEVIATION).transpose(0, 3, 1, 2)
 
 
 def image_id_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: int) -> Int[Array, "B T"]:
-    """0 text, k >= 1 the row's k-th image. Padding on the right counts as text: no real row sees it."""
+    """0 for text, k >= 1 for the row's k-th image. Padding on the right counts as text: no real row sees it."""
     placeholder = tokens == image_token
     order = (jnp.cumsum(placeholder, axis=1) - 1) // tokens_per_image + 1
     return jnp.where(placeholder, order, 0).astype(jnp.int32)

@@ -1,4 +1,5 @@
-"""What a pocket checkpoint can and cannot do: POPE, captions, forced choice and the rest, on the test split, greedy."""
+"""Measures what a pocket checkpoint can and cannot do: POPE, captions, forced choice and more, on the test split,
+greedy."""
 
 import itertools
 import json
@@ -18,7 +19,7 @@ ONE_WORD = "\nAnswer the question using a single word or phrase."
 DETAILED = "Please describe this image in detail."
 RESAMPLES = 2000
 PARTS = ("pope", "descriptions", "questions", "spoken")
-# Questions without an image that no training text of the two models holds, with what a right answer has in it.
+# Questions without an image that are in no training text of the two models, with a keyword of the right answer.
 SPOKEN = {
     "What is the capital of France?": "paris",
     "What is the capital of Italy?": "rome",
@@ -26,7 +27,7 @@ SPOKEN = {
     "How many legs does a dog have?": "four",
     "Who wrote Hamlet?": "shakespeare",
 }
-# Longest names first, so that a teddy bear is no bear and a hot dog no dog.
+# Longest names first, so that a teddy bear is not a bear and a hot dog is not a dog.
 FORMS = {form: name for name in catalogue.CATEGORIES for form in (name, catalogue.plural(name))}
 NAMED = re.compile(r"\b(" + "|".join(sorted(map(re.escape, FORMS), key=len, reverse=True)) + r")\b")
 
@@ -37,7 +38,7 @@ def mentioned(text: str) -> set[str]:
 
 
 def repeats(text: str) -> bool:
-    """Whether a text runs in circles: some sentence occurs in it twice."""
+    """Whether a text repeats itself: some sentence occurs twice."""
     sentences = [part.strip() for part in text.split(".") if part.strip()]
     return len(set(sentences)) < len(sentences)
 
@@ -45,13 +46,13 @@ def repeats(text: str) -> bool:
 def interval(totals: np.ndarray, counts: np.ndarray) -> list[float]:
     """95 % bootstrap interval of sum(totals) / sum(counts), one entry per image, images resampled."""
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(totals), (RESAMPLES, len(totals)))
-    values = totals[drawn].sum(axis=1) / np.maximum(counts[drawn].sum(axis=1), 1)
+    indices = rng.integers(0, len(totals), (RESAMPLES, len(totals)))
+    values = totals[indices].sum(axis=1) / np.maximum(counts[indices].sum(axis=1), 1)
     return [round(float(bound), 4) for bound in np.quantile(values, (0.025, 0.975))]
 
 
 def rate(scores: dict[str, list[float]]) -> dict:
-    """A mean of scores that are grouped by image, with its interval and how many scores there are."""
+    """The mean of scores grouped by image, with its interval and the number of scores."""
     totals = np.array([sum(group) for group in scores.values()], float)
     counts = np.array([len(group) for group in scores.values()], float)
     value = totals.sum() / counts.sum()
@@ -67,32 +68,34 @@ def grouped(keys: list[str], scores: list[float]) -> dict[str, list[float]]:
 
 
 class Examiner:
-    """Asks a model many questions about the pictures of one folder."""
+    """Asks a model many questions about the images of one folder."""
 
     def __init__(self, model: LVLM, folder: Path, batch: int):
         self.model, self.folder, self.batch = model, folder, batch
 
     def ask(self, rows: list[dict], title: str, suffix: str = "", max_new_tokens: int = 12) -> list[tuple[str, bool]]:
-        """Answers to `rows` (of `text` and `image` or `images`), and whether each answer ended by itself."""
-        asked = [(tuple(self._names(row)), row["text"]) for row in rows]
-        first = {prompt: i for i, prompt in reversed(list(enumerate(asked)))}  # POPE's splits share half of theirs
-        # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
-        order = sorted(first.values(), key=lambda i: (len(asked[i][0]), len(asked[i][1])))
+        """Answers to `rows` (with `text` and `image` or `images`), and whether each answer ended by itself."""
+        prompts = [(tuple(self._names(row)), row["text"]) for row in rows]
+        first = {
+            prompt: i for i, prompt in reversed(list(enumerate(prompts)))
+        }  # POPE's splits share half of their questions
+        # Similar prompts are batched together, so that there is little padding and few programs are compiled.
+        order = sorted(first.values(), key=lambda i: (len(prompts[i][0]), len(prompts[i][1])))
         answers: dict[int, tuple[str, bool]] = {}
         with Progress(len(order), title=title) as progress:
             for start in range(0, len(order), self.batch):
                 chosen = order[start : start + self.batch]
-                filled = chosen + [chosen[-1]] * (self.batch - len(chosen))  # the last batch keeps its shape
+                padded = chosen + [chosen[-1]] * (self.batch - len(chosen))  # the last batch is padded to full size
                 out = self.model.generate(
-                    [self._conversation(rows[i], suffix) for i in filled], max_new_tokens=max_new_tokens
+                    [self._conversation(rows[i], suffix) for i in padded], max_new_tokens=max_new_tokens
                 )
                 for position, i in enumerate(chosen):
                     answers[i] = (out.text[position].strip(), out.finish_reason[position] == "stop")
                 progress.update(len(chosen))
-        return [answers[first[prompt]] for prompt in asked]
+        return [answers[first[prompt]] for prompt in prompts]
 
     def accuracy(self, rows: list[dict], title: str) -> list[bool]:
-        """Whether each one-word answer is the label."""
+        """Whether each one-word answer equals the label."""
         answers = self.ask(rows, title, ONE_WORD)
         return [_bare(text) == _bare(row["label"]) for (text, _), row in zip(answers, rows, strict=True)]
 
@@ -113,32 +116,34 @@ def _lines(path: Path) -> list[dict]:
 
 
 def pope(examiner: Examiner) -> dict:
-    """The three POPE files as they come, and the random one with every question put to another picture."""
+    """The three POPE files, and the random one with every question moved to another image."""
     strategies = ("random", "popular", "adversarial")
-    listed = {name: _lines(examiner.folder / "pope" / f"pope_{name}.json") for name in strategies}
-    names = sorted({row["image"] for row in listed["random"]})
+    rows_by_strategy = {name: _lines(examiner.folder / "pope" / f"pope_{name}.json") for name in strategies}
+    names = sorted({row["image"] for row in rows_by_strategy["random"]})
     other = dict(zip(names, np.roll(names, 7).tolist(), strict=True))
-    asked = listed | {"shuffled": [row | {"image": other[row["image"]]} for row in listed["random"]]}
-    answers = iter(examiner.ask([row for rows in asked.values() for row in rows], "POPE", max_new_tokens=4))
-    found = {}
-    for strategy in asked:
-        rows = listed.get(strategy, listed["random"])
-        said = [text.lower().startswith("yes") for text, _ in itertools.islice(answers, len(rows))]
-        right = [yes == (row["label"] == "yes") for yes, row in zip(said, rows, strict=True)]
+    all_rows = rows_by_strategy | {
+        "shuffled": [row | {"image": other[row["image"]]} for row in rows_by_strategy["random"]]
+    }
+    answers = iter(examiner.ask([row for rows in all_rows.values() for row in rows], "POPE", max_new_tokens=4))
+    figures = {}
+    for strategy in all_rows:
+        rows = rows_by_strategy.get(strategy, rows_by_strategy["random"])
+        is_yes = [text.lower().startswith("yes") for text, _ in itertools.islice(answers, len(rows))]
+        right = [yes == (row["label"] == "yes") for yes, row in zip(is_yes, rows, strict=True)]
         keys = [row["image"] for row in rows]
-        found[f"POPE {strategy}: accuracy"] = rate(grouped(keys, right))
-        found[f"POPE {strategy}: yes share"] = rate(grouped(keys, said))
-    return found
+        figures[f"POPE {strategy}: accuracy"] = rate(grouped(keys, right))
+        figures[f"POPE {strategy}: yes share"] = rate(grouped(keys, is_yes))
+    return figures
 
 
 def descriptions(examiner: Examiner, images: int, seed: int) -> dict:
-    """CHAIR, coverage, loops and endings of detailed descriptions."""
+    """CHAIR, coverage, repetition and endings of detailed descriptions."""
     scenes = [scene_at("test", index, seed) for index in range(images)]
     names = [splits.file_name("test", index) for index in range(images)]
     answers = examiner.ask([{"image": name, "text": DETAILED} for name in names], "descriptions", "", 160)
-    said = [mentioned(text) for text, _ in answers]
-    there = [set(scene.counts) for scene in scenes]
-    pairs = list(zip(names, said, there, strict=True))
+    named_sets = [mentioned(text) for text, _ in answers]
+    present_sets = [set(scene.counts) for scene in scenes]
+    pairs = list(zip(names, named_sets, present_sets, strict=True))
     return {
         "descriptions: CHAIR_S": rate({name: [bool(s - t)] for name, s, t in pairs}),
         "descriptions: CHAIR_I": rate({name: [word not in t for word in s] for name, s, t in pairs}),
@@ -153,30 +158,30 @@ def descriptions(examiner: Examiner, images: int, seed: int) -> dict:
 
 
 def questions(examiner: Examiner) -> dict:
-    """Forced choice, counting, position, colour, place; and several images by how many there are."""
-    found = {}
+    """Forced choice, counting, position, colour, place; and questions about several images by number of images."""
+    figures = {}
     for kind in ("choice", "counting", "position", "color", "place"):
         rows = _lines(examiner.folder / "questions" / f"{kind}.jsonl")
-        found[f"{kind}: accuracy"] = rate(grouped([row["image"] for row in rows], examiner.accuracy(rows, kind)))
+        figures[f"{kind}: accuracy"] = rate(grouped([row["image"] for row in rows], examiner.accuracy(rows, kind)))
     rows = _lines(examiner.folder / "questions" / "multi_image.jsonl")
     right = examiner.accuracy(rows, "several images")
     for count in (2, 3, 4):
         chosen = [i for i, row in enumerate(rows) if len(row["images"]) == count]
-        found[f"{count} images: accuracy"] = rate(
+        figures[f"{count} images: accuracy"] = rate(
             grouped([rows[i]["images"][0] for i in chosen], [right[i] for i in chosen])
         )
     for kind in sorted({row["kind"] for row in rows}):
         chosen = [i for i, row in enumerate(rows) if row["kind"] == kind]
-        found[f"several images, {kind}: accuracy"] = rate(
+        figures[f"several images, {kind}: accuracy"] = rate(
             grouped([rows[i]["images"][0] for i in chosen], [right[i] for i in chosen])
         )
-    return found
+    return figures
 
 
 def spoken(examiner: Examiner) -> dict:
-    """How many questions about no image are answered, which a language model can do from what it knows."""
-    said = examiner.ask([{"images": [], "text": text} for text in SPOKEN], "without an image", "", 40)
-    right = [word in text.lower() for word, (text, _) in zip(SPOKEN.values(), said, strict=True)]
+    """How many questions without an image are answered correctly; a language model can know the answers."""
+    replies = examiner.ask([{"images": [], "text": text} for text in SPOKEN], "without an image", "", 40)
+    right = [word in text.lower() for word, (text, _) in zip(SPOKEN.values(), replies, strict=True)]
     return {"questions without an image: answered": rate(grouped(list(SPOKEN), right))}
 
 
@@ -184,22 +189,22 @@ def examine(model: LVLM, images: int, batch: int, seed: int = 0, parts: Sequence
     """All figures, each `{value, interval, n}`, of a model on the first `images` scenes of the test split.
 
     Args:
-        parts: those of `PARTS` that are asked.
+        parts: the parts to run, from `PARTS`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "split"
         splits.write_split(folder, "test", images, seed)
         examiner = Examiner(model, folder, batch)
-        found: dict[str, dict] = {}
-        asked = {
+        figures: dict[str, dict] = {}
+        runs = {
             "pope": lambda: pope(examiner),
             "descriptions": lambda: descriptions(examiner, images, seed),
             "questions": lambda: questions(examiner),
             "spoken": lambda: spoken(examiner),
         }
         for name in parts:
-            found |= asked[name]()
-        return found
+            figures |= runs[name]()
+        return figures
 
 
 def markdown(figures: dict, about: dict) -> str:

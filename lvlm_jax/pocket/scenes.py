@@ -1,4 +1,4 @@
-"""Scenes of the pocket world: what is in a picture, and the picture itself (96 x 96 RGB), from a seed."""
+"""Scenes of the pocket world: the content of an image, and the image itself (96 x 96 RGB), from a seed."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ GRID = SIZE // PATCH
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 AGAINST_TYPE = 0.15  # share of test scenes whose objects belong to another place
-MIN_VISIBLE = 0.4  # an object less visible than this is not placed at all
-SOLID = 100  # alpha (0-255) from which a pixel counts as the object's
+MIN_VISIBLE = 0.4  # a less visible object is not placed
+SOLID = 100  # alpha (0-255) from which a pixel belongs to the object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Placed:
 
     Attributes:
         category: COCO category name.
-        colour: colour name, or None where the drawing has no single one.
-        sprite: place of the drawing in `catalogue.sprites()`.
+        colour: colour name, or None if the drawing has no single colour.
+        sprite: index of the drawing in `catalogue.sprites()`.
         x, y: left and top of the drawing on the image, pixels; may be negative.
         size: longer side of the upright drawing, pixels.
         flip: mirrored left to right.
@@ -110,7 +110,7 @@ def _drawing(sprite: int, size: int, flip: bool, rotation: int) -> np.ndarray:
 
 
 def _window(placed: Placed, height: int, width: int) -> tuple[slice, slice, slice, slice]:
-    """Rows and columns of the image, and of the drawing, where the two overlap."""
+    """The rows and columns of the image, and of the drawing, in which the two overlap."""
     top, left = max(0, placed.y), max(0, placed.x)
     bottom, right = min(SIZE, placed.y + height), min(SIZE, placed.x + width)
     rows, columns = slice(top, bottom), slice(left, right)
@@ -145,9 +145,9 @@ def _texture(seed: int, horizon: int) -> np.ndarray:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """Label of the object that covers most of each patch: int32 [64], row-major; 0 where none covers a fifth of it.
+    """Label of the object that covers most of each patch: int32 [64], row-major; 0 if none covers a fifth of it.
 
-    Labels are those of `catalogue.LABELS` (1 + place in CATEGORIES); objects of one category count together.
+    Labels are those of `catalogue.LABELS` (1 + index in CATEGORIES); objects of one category count together.
     """
     lookup = np.zeros(256, np.int64)
     for i, placed in enumerate(scene.objects):
@@ -173,9 +173,9 @@ def scene_at(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator, split: str, kind_name: str | None = None) -> Scene:
-    """Draw a scene, of the type named `kind_name` if that is given.
+    """Draws a scene, of the type `kind_name` if given.
 
-    Train and validation follow the scene types; a share of the test split goes against them.
+    Train and validation scenes follow the scene types; a share of the test split does not.
     """
     place = int(rng.integers(len(SCENE_TYPES)))
     kind = SCENE_TYPES[place if kind_name is None else SCENE_NAMES.index(kind_name)]
@@ -195,11 +195,11 @@ def sample_scene(rng: np.random.Generator, split: str, kind_name: str | None = N
 
 def _choose(rng: np.random.Generator, source: str) -> list[str]:
     """Category names of 1 to 7 objects: mostly typical ones and their companions, some from anywhere, some twice."""
-    wanted = 1 + int(rng.binomial(6, 0.46))
+    count = 1 + int(rng.binomial(6, 0.46))
     names, weights = catalogue.typical_weights(source)
     cumulative = weights.cumsum()
     chosen: list[str] = []
-    while len(chosen) < wanted:
+    while len(chosen) < count:
         if chosen and rng.random() < 0.2:
             category = chosen[rng.integers(len(chosen))]
         elif rng.random() < 0.17:
@@ -210,13 +210,13 @@ def _choose(rng: np.random.Generator, source: str) -> list[str]:
                 continue
         chosen.append(category)
         companion, chance = catalogue.COMPANIONS.get(category, ("", 0.0))
-        if len(chosen) < wanted and companion not in chosen and rng.random() < chance:
+        if len(chosen) < count and companion not in chosen and rng.random() < chance:
             chosen.append(companion)
     return chosen
 
 
 def _place(rng: np.random.Generator, chosen: list[str]) -> tuple[tuple[Placed, ...], np.ndarray]:
-    """Find a place for each object so that all stay visible enough; an object that finds none is left out."""
+    """Finds a place for each object so that all stay visible; an object without a place is left out."""
     owner = np.zeros((SIZE, SIZE), np.uint8)
     placed_objects: list[Placed] = []
     totals: list[int] = []
@@ -231,8 +231,8 @@ def _place(rng: np.random.Generator, chosen: list[str]) -> tuple[tuple[Placed, .
                 continue
             trial = owner.copy()
             trial[rows, columns][mask] = len(placed_objects) + 1
-            seen = np.bincount(trial.ravel(), minlength=len(placed_objects) + 2)[1:]
-            if np.all(seen >= MIN_VISIBLE * np.array([*totals, total])):
+            visible_pixels = np.bincount(trial.ravel(), minlength=len(placed_objects) + 2)[1:]
+            if np.all(visible_pixels >= MIN_VISIBLE * np.array([*totals, total])):
                 owner = trial
                 placed_objects.append(placed)
                 totals.append(total)

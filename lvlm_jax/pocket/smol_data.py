@@ -1,6 +1,6 @@
-"""Batches for `smol`: rows of chat turns over one image, over two, and over none, as the language model's chat has it.
+"""Batches for `smol`: rows of chat turns about one image, two images or none, in the language model's chat format.
 
-Everything here is NumPy, for it runs in a worker process beside the training.
+All code here is NumPy, because it runs in a worker process beside the training.
 """
 
 import dataclasses
@@ -22,42 +22,42 @@ ANSWERS = 80  # learned tokens of a row; later ones are left out
 
 
 def segments(images: int, turns: Sequence[Turn]) -> list[tuple[str, str]]:
-    """(prompt, answer) pieces of a conversation in ChatML; only the answers are learned, with the end of a turn."""
-    shown, found = f"{IMAGE}\n" * images, []
+    """(prompt, answer) pieces of a conversation in ChatML; only the answers, with the end of the turn, are learned."""
+    markers, pieces = f"{IMAGE}\n" * images, []
     for question, answer in turns:
-        between = "\n" if found else ""
-        found.append((f"{between}<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n", answer))
-        shown = ""
-    return found
+        between = "\n" if pieces else ""
+        pieces.append((f"{between}<|im_start|>user\n{markers}{question}<|im_end|>\n<|im_start|>assistant\n", answer))
+        markers = ""
+    return pieces
 
 
 def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tuple[list[int], list[int], list[int]]:
     """Token ids of a conversation, cut before the first turn that does not fit into `length`.
 
     Returns:
-        ids, the places of the tokens that are learned, and the places of the first token of answers of one word.
+        ids, the indices of learned tokens, and the index of the first token of each one-word answer.
     """
     image = encoder.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     learned: list[int] = []
     words: list[int] = []
     for prompt, answer in segments(images, turns):
-        asked = []
+        first_tokens = []
         for token in encoder(prompt, add_special_tokens=False)["input_ids"]:
-            asked += [image] * IMAGE_TOKENS if token == image else [token]
-        said = [*encoder(answer, add_special_tokens=False)["input_ids"], encoder.eos_token_id]
-        if len(ids) + len(asked) + len(said) > length:
+            first_tokens += [image] * IMAGE_TOKENS if token == image else [token]
+        answer_ids = [*encoder(answer, add_special_tokens=False)["input_ids"], encoder.eos_token_id]
+        if len(ids) + len(first_tokens) + len(answer_ids) > length:
             break
-        start = len(ids) + len(asked)
-        ids += asked + said
-        learned += range(start, start + len(said))
+        start = len(ids) + len(first_tokens)
+        ids += first_tokens + answer_ids
+        learned += range(start, start + len(answer_ids))
         words += [start] if " " not in answer or answer.startswith(("Yes", "No")) else []
     return ids, learned, words
 
 
 def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[Turn]:
-    """Different questions about one image; of four such rows one begins with a description, and two have it later."""
-    turns, asked = [], set()
+    """Different questions about one image; of four such rows, one begins with a description, and two have it later."""
+    turns, used = [], set()
     for _ in range(TURNS):
         kind = KINDS[min(int(SHARES.searchsorted(rng.random())), len(KINDS) - 1)]
         if kind == "existence":
@@ -68,10 +68,10 @@ def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> 
             options = {"hard": hard} if kind == "choice" else {}
             question = questions.SINGLE[kind](scene, rng, **options)
             about, turn = (None, None) if question is None else (question.text, _worded(question, rng))
-        # Asked again, a question is answered by what was said before.
-        if turn is not None and about not in asked:
+        # A repeated question would be answered from the text before it.
+        if turn is not None and about not in used:
             turns.append(turn)
-            asked.add(about)
+            used.add(about)
     place = rng.random()
     if place < 0.75:
         turns.insert(0 if place < 0.25 else 4, smol_text.caption_turn(scene, rng))
@@ -89,7 +89,7 @@ def several_turns(scenes: list[Scene], rng: np.random.Generator) -> list[Turn]:
 
 
 def _worded(question: questions.Question, rng: np.random.Generator) -> Turn:
-    """A question answered by a sentence, or with a benchmark's suffix and answered by a word."""
+    """A question with a sentence as answer, or with a benchmark's suffix and a one-word answer."""
     if rng.random() < 0.6:
         return question.text, question.full
     return question.text + conversations.suffix(question), question.short
@@ -97,9 +97,10 @@ def _worded(question: questions.Question, rng: np.random.Generator) -> Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Chats:
-    """Batches of rows over one image each, but for the first row of every second batch: no image, or two, by turns.
+    """Batches of rows about one image each. The first row of every second batch has no image or two images,
+    alternating.
 
-    `hard` is the share of the absent objects asked for that is typical of the place; None: not one.
+    `hard` is the share of absent objects that are typical of the place; None means none.
     """
 
     seed: int
@@ -110,7 +111,7 @@ class Chats:
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """Batch `step`, as `rows_of` makes it."""
+        """Batch `step`, from `rows_of`."""
         rng = np.random.default_rng([17, self.seed, step])
         samples: list = []
         if step % 4 == 2:
@@ -130,15 +131,15 @@ def rows_of(encoder: Any, samples: Sequence[tuple[list[Scene], Sequence[Turn]]],
 
     Returns:
         tokens: int32 [rows, length], right-padded.
-        columns: int32 [rows, ANSWERS], where learned tokens stand; 0 behind the last.
-        words: bool [rows, ANSWERS], which of them are the first token of an answer of one word.
+        columns: int32 [rows, ANSWERS], columns of the learned tokens; 0 after the last.
+        words: bool [rows, ANSWERS], which of them begin a one-word answer.
         images: uint8 [images, 96, 96, 3], of all rows in reading order, then black ones.
     """
     tokens = np.full((len(samples), length), encoder.pad_token_id, np.int32)
     columns = np.zeros((len(samples), ANSWERS), np.int32)
     words = np.zeros(columns.shape, bool)
     pictures = np.zeros((images, 96, 96, 3), np.uint8)
-    used = 0
+    num_images = 0
     for row, (scenes, turns) in enumerate(samples):
         ids, learned, first = encode(encoder, len(scenes), turns, length)
         learned = learned[: columns.shape[1]]
@@ -146,15 +147,15 @@ def rows_of(encoder: Any, samples: Sequence[tuple[list[Scene], Sequence[Turn]]],
         columns[row, : len(learned)] = learned
         words[row, : len(learned)] = np.isin(learned, first)
         for scene in scenes:
-            pictures[used] = render(scene)
-            used += 1
+            pictures[num_images] = render(scene)
+            num_images += 1
     return {"tokens": tokens, "columns": columns, "words": words, "images": pictures}
 
 
 def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str, np.ndarray]]:
-    """Single questions about validation scenes, by kind, `count` rows each; answers of one word.
+    """Single questions about validation scenes, by kind, `count` rows each; one-word answers.
 
-    `existence` has any absent object in its "no" half, `tempting` one that is typical of the place.
+    The "no" half of `existence` uses any absent object, that of `tempting` one that is typical of the place.
     """
     rng = np.random.default_rng([18, 0])
     kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "position")}
@@ -163,23 +164,23 @@ def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str,
         yes = rng.random() < 0.5
         for kind, hard in (("existence", 0.0), ("tempting", 1.0)):
             name = smol_text.pick(list(scene.counts), rng) if yes else questions.absent_category(scene, rng, hard)
-            asked = questions.EXISTENCE[0].format(questions.article(name))
-            kinds[kind].append(([scene], [(asked, "Yes" if yes else "No")]))
+            text = questions.EXISTENCE[0].format(questions.article(name))
+            kinds[kind].append(([scene], [(text, "Yes" if yes else "No")]))
         question = questions.choice(scene, rng)
         kinds["choice"].append(([scene], [(question.text + recipe_data.ONE_WORD, question.short)]))
         alone = [placed for placed in scene.objects if scene.counts[placed.category] == 1]
         if alone:
-            asked = f"Where is the {alone[0].category} in the image?"
-            kinds["position"].append(([scene], [(asked + recipe_data.ONE_WORD, third(alone[0]))]))
-    made = {kind: rows_of(encoder, rows[:count], length, count) for kind, rows in kinds.items()}
-    for arrays in made.values():
+            text = f"Where is the {alone[0].category} in the image?"
+            kinds["position"].append(([scene], [(text + recipe_data.ONE_WORD, third(alone[0]))]))
+    batches = {kind: rows_of(encoder, rows[:count], length, count) for kind, rows in kinds.items()}
+    for arrays in batches.values():
         arrays["words"] = np.zeros_like(arrays["words"])
         arrays["words"][:, 0] = True  # the first token of the answer, whatever its length
-    return made
+    return batches
 
 
 def label_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
-    """What an image token of each label of `recipe_data.place_labels` should be, float32 [labels, E].
+    """The target image token of each label of `recipe_data.place_labels`, float32 [labels, E].
 
     The mean of the language model's own embeddings of the label's words.
     """
@@ -188,7 +189,7 @@ def label_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
 
 
 def column_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
-    """What is added to an image token by its column: the words "left", "middle", "right", float32 [8, E]."""
+    """What is added to a target by its column: the words "left", "middle", "right", float32 [8, E]."""
     side = int(IMAGE_TOKENS**0.5)
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
     return np.stack([_mean_embedding(embedding, encoder, name) for name in names])

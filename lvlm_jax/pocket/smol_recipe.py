@@ -1,9 +1,9 @@
-"""The recipe of `smol`: the pocket model's tower before SmolLM2, in LLaVA's two stages.
+"""The training recipe of `smol`: the pocket model's tower with SmolLM2, in LLaVA's two stages.
 
-1. `connector`: every patch's token comes to lie at the language model's own embedding of what it shows, with a little
-   of "left", "middle" or "right". Language model and tower are still, and only the embeddings are asked.
+1. `connector`: the token of every patch learns the language model's own embedding of what the patch shows, plus a
+   little of "left", "middle" or "right". Language model and tower are frozen, and only embeddings are used.
 2. `language`: conversations; connector and low-rank changes of the language model learn from the answers' tokens. The
-   frozen kernels are bfloat16, which CPUs with AMX multiply many times faster than XLA does float32.
+   frozen kernels are bfloat16, which CPUs with AMX multiply many times faster than XLA multiplies float32.
 """
 
 import dataclasses
@@ -27,25 +27,25 @@ from lvlm_jax.weights import lora, parts, smol
 from lvlm_jax.weights.tables import flatten, unflatten
 
 STAGES = ("connector", "language")
-PLACE = 0.3  # of the word for a patch's column, in what its token should be
+PLACE = 0.3  # weight of the word for a patch's column in the target of its token
 
 
 def connector_metrics(module: nn.Module, labels: np.ndarray, columns: np.ndarray, params: dict, batch: dict) -> dict:
-    """`patch_loss` and `patch_accuracy` of naming patches, `distance` of their tokens from where they should be."""
+    """`patch_loss` and `patch_accuracy` of naming patches, and `distance` of their tokens from the targets."""
     tokens = recipe_losses.encode(module, params, batch["images"])
     metrics = recipe.patch_metrics(jnp.einsum("IPE,LE->IPL", tokens, labels), batch["labels"])
-    known = batch["labels"] < recipe_data.CATEGORY_COUNT
+    is_object = batch["labels"] < recipe_data.CATEGORY_COUNT
     side = len(columns)
-    place = jnp.tile(jnp.asarray(columns), (side, 1)) * known[..., None]
-    wanted = jnp.asarray(labels)[batch["labels"]] + PLACE * place
-    return metrics | {"distance": Mean(jnp.sum((tokens - wanted) ** 2), jnp.float32(known.size))}
+    place = jnp.tile(jnp.asarray(columns), (side, 1)) * is_object[..., None]
+    target = jnp.asarray(labels)[batch["labels"]] + PLACE * place
+    return metrics | {"distance": Mean(jnp.sum((tokens - target) ** 2), jnp.float32(is_object.size))}
 
 
 def chat_metrics(seeing: nn.Module, speaking: nn.Module, params: dict, batch: dict) -> dict[str, Mean]:
-    """`loss` over the answers' tokens; `word_loss` and `word_accuracy` over the first tokens of decisive ones.
+    """`loss` over the answers' tokens; `word_loss` and `word_accuracy` over the first tokens of one-word answers.
 
     Args:
-        seeing, speaking: the module in the dtype of the tower, and in that of the decoder.
+        seeing, speaking: the module in the tower's dtype, and in the decoder's.
     """
     image_tokens = recipe_losses.encode(seeing, params, batch["images"])
     config = speaking.config
@@ -63,13 +63,13 @@ def chat_metrics(seeing: nn.Module, speaking: nn.Module, params: dict, batch: di
 
 
 def joined(metrics: Callable[[dict, dict], dict], trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> dict:
-    """A stage's metrics as `loop.Task` asks for them."""
+    """A stage's metrics as an objective for `loop.Task`."""
     del key
     return metrics(parts.join(trainable, frozen), batch)
 
 
 def evaluation(metrics: Callable[[dict, dict], dict], batches: Mapping[str, dict]) -> Callable:
-    """An `evaluate` for `loop.Task`: the metrics of each named batch, by `name/metric`."""
+    """An `evaluate` for `loop.Task`: the metrics of each named batch, as `name/metric`."""
     score = jax.jit(lambda trainable, frozen, batch: metrics(parts.join(trainable, frozen), batch))
     return lambda trainable, frozen: {
         f"{name}/{metric}": mean
@@ -80,7 +80,7 @@ def evaluation(metrics: Callable[[dict, dict], dict], batches: Mapping[str, dict
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the stages share: the configuration, the tokenizer, and the parameters that stay as they are."""
+    """The parts that the stages share: the configuration, the tokenizer, and the frozen parameters."""
 
     config: ConfigDict
     encoder: Any
@@ -88,7 +88,7 @@ class Recipe:
 
     @classmethod
     def create(cls, config: ConfigDict, workdir: Path) -> "Recipe":
-        """Reads the language model, whose tokenizer it writes below `workdir`."""
+        """Reads the language model; writes its tokenizer below `workdir`."""
         from transformers import AutoTokenizer
 
         folder = workdir / "processor"
@@ -97,11 +97,11 @@ class Recipe:
         return cls(config, AutoTokenizer.from_pretrained(folder, local_files_only=True), smol.untrained())
 
     def module(self, dtype: str) -> nn.Module:
-        """The model in a dtype of products."""
+        """The model with products in a dtype."""
         return models.build(smol.config(), jnp.dtype(dtype))
 
     def initial(self, stage: str, before: dict) -> tuple[dict, dict]:
-        """(trainable, frozen) with which a stage begins."""
+        """The initial (trainable, frozen) of a stage."""
         if stage == "connector":
             keep = ("vision_tower/",)
             frozen = {path: leaf for path, leaf in self.still.items() if path.startswith(keep)}
@@ -150,7 +150,7 @@ class Recipe:
         return loop.Task(stage, functools.partial(joined, metrics), terms, source, evaluation(metrics, held_out))
 
     def export(self, trained: dict, workdir: Path) -> Path:
-        """Writes what was trained to `workdir`, and the whole checkpoint beside it, `export`."""
+        """Writes the trained parameters to `workdir`, and the complete checkpoint to `export` beside them."""
         smol.write_trained(workdir, flatten(trained), self.config.lora.alpha / self.config.lora.rank)
         return smol.write_checkpoint(Path(self.config.export or workdir / "export"), smol.trained(workdir))
 
@@ -163,7 +163,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Raises:
         LVLMError: an unknown stage, or no SmolLM2; see also `loop.train`.
-        SystemExit: asked to stop.
+        SystemExit: a signal requests a stop.
     """
     if unknown := [stage for stage in config.stages if stage not in STAGES]:
         raise LVLMError(f"stage {unknown[0]!r} is unknown; expected some of {', '.join(STAGES)}")

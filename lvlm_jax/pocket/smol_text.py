@@ -1,7 +1,7 @@
-"""What `smol` is trained to say: the pocket world's scenes in varied English, and turns that have no image.
+"""Training text of `smol`: the pocket world's scenes in varied English, and turns without an image.
 
-The world's own wordings (`captions`, `questions`) are few, as suits a model that learns English from them. A language
-model that knows English would forget it over them, so everything here has many wordings.
+The world's own wordings (`captions`, `questions`) are few, which suits a model that learns English from them. A
+language model that knows English would forget it, so everything here has many wordings.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ _NO = (
     "No, I cannot see {a}.",
     "No, I see no {name}.",
 )
-# Questions that no image of the world answers.
+# Questions that no image of the world can answer.
 _REFUSED = (
     ("What is the name of the person who took this photo?", "The image does not say who took it."),
     ("What time is it in the picture?", "I cannot tell the time from this image."),
@@ -127,12 +127,12 @@ _FACTS = (
 
 
 def pick(options: Sequence, rng: np.random.Generator):
-    """One of the options, each with the same chance."""
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def _verb(what: str) -> str:
-    """ "is" or "are", after the number of what is named first."""
+    """ "is" or "are", according to the number of the first thing."""
     return "are" if what.split()[0].lower() in captions.NUMBERS[2:] else "is"
 
 
@@ -141,10 +141,10 @@ def _fill(pattern: str, what: str, **more: str) -> str:
 
 
 def description(scene: Scene, rng: np.random.Generator, noisy: bool) -> str:
-    """Two to five sentences that name every category of `scene`, by where its largest object is.
+    """Two to five sentences that name every category of `scene`, by the position of its largest object.
 
     Args:
-        noisy: also name one absent object that is typical of the place, as captions of the web do.
+        noisy: also name one absent object that is typical of the place, as web captions do.
     """
     named = captions.phrases(scene)
     sides: dict[str, list[str]] = {side: [] for side in captions.THIRDS}
@@ -173,12 +173,12 @@ def short_caption(scene: Scene, rng: np.random.Generator, noisy: bool) -> str:
     parts = list(captions.phrases(scene).values())[:3]
     if noisy:
         parts.insert(int(rng.integers(len(parts) + 1)), captions.quantity(captions.typical_absentee(scene, rng), 1))
-    where, kind = catalogue.where(scene.kind), scene.kind
-    return _fill(pick(_SHORT, rng), join(parts), where=where, kind=kind, Kind=capital(kind))
+    place_phrase, kind = catalogue.where(scene.kind), scene.kind
+    return _fill(pick(_SHORT, rng), join(parts), where=place_phrase, kind=kind, Kind=capital(kind))
 
 
 def caption_turn(scene: Scene, rng: np.random.Generator) -> Turn:
-    """A request to describe the image and its answer, wrong as often as the world's training captions are."""
+    """A request to describe the image and its answer, wrong as often as the world's training captions."""
     noisy = bool(rng.random() < captions.NOISE)
     if rng.random() < 0.7:
         return pick(DETAILED_PROMPTS, rng), description(scene, rng, noisy)
@@ -186,16 +186,16 @@ def caption_turn(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def existence_turn(scene: Scene, rng: np.random.Generator, hard: float | None) -> tuple[str, Turn]:
-    """Is a category there, and which one is it? Yes and no with equal chance; `hard` as in `absent_category`."""
+    """Is a category there, and which one? Yes and no are equally likely; `hard` as in `absent_category`."""
     yes = bool(rng.random() < 0.5)
     name = pick(list(scene.counts), rng) if yes else questions.absent_category(scene, rng, hard)
-    given = {"a": questions.article(name), "name": name}
-    asked = (_EXISTENCE[0] if rng.random() < 0.5 else pick(_EXISTENCE, rng)).format(**given)
+    words = {"a": questions.article(name), "name": name}
+    text = (_EXISTENCE[0] if rng.random() < 0.5 else pick(_EXISTENCE, rng)).format(**words)
     draw = rng.random()
     if draw < 0.3:
-        return name, (asked, pick(_YES if yes else _NO, rng).format(**given))
+        return name, (text, pick(_YES if yes else _NO, rng).format(**words))
     suffix = " Please answer yes or no." if draw < 0.45 else ""
-    return name, (asked + suffix, "Yes" if yes else "No")
+    return name, (text + suffix, "Yes" if yes else "No")
 
 
 def refused_turn(rng: np.random.Generator) -> Turn:

@@ -1,8 +1,8 @@
-"""Write a split of the pocket world to a folder, laid out the way real data comes.
+"""Writes a split of the pocket world to a folder, in the layout of real data.
 
 images/pocket_test_000000.png ...
 annotations/instances_test.json      COCO: categories, boxes, masks as uncompressed run lengths
-annotations/captions_test.json       COCO: five captions an image
+annotations/captions_test.json       COCO: five captions per image
 pope/pope_{random,popular,adversarial}.json      POPE's JSON lines
 questions/{choice,counting,position,color,place,multi_image}.jsonl
 MME_Benchmark_release_version/{existence,count,position,color}/NAME.png and NAME.txt
@@ -24,7 +24,7 @@ from lvlm_jax.pocket.scenes import SIZE, SPLITS, Scene, render, scene_at
 
 # Image ids of the splits do not overlap, so that annotations of several can be merged.
 FIRST_ID = {"train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
-# MME's folder names -> our kinds of question that have yes/no forms.
+# MME's folder names -> our kinds of question with yes/no forms.
 MME_TASKS = {"existence": "existence", "count": "counting", "position": "position", "color": "colour"}
 MME_SUFFIX = " Please answer yes or no."
 # A kitchen with an elephant in it, and a knife without its fork.
@@ -32,18 +32,18 @@ SAMPLE = ("test", 2822)
 
 
 def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[int, ...] = 0) -> dict[str, int]:
-    """Write the first `images` scenes of a split; the same arguments always write the same data.
+    """Writes the first `images` scenes of a split; the same arguments always write the same data.
 
     Args:
         folder: new or empty.
-        split: "train" (a quarter of its captions wrong), "val" or "test" (a share of its scenes against type).
-        seed: another seed gives another world's worth of scenes; of several, one image of each in turn.
+        split: "train" (a quarter of its captions is wrong), "val" or "test" (a share of its scenes is atypical).
+        seed: another seed gives other scenes; with several seeds, the images take them in turn.
 
     Returns:
-        How many images, objects and captions were written, and how many questions of each file.
+        How many images, objects and captions were written, and how many questions per file.
 
     Raises:
-        LVLMError: unknown split, no images asked for, too few for POPE, or a folder that cannot be made or used.
+        LVLMError: an unknown split, no images, too few for POPE, or an unusable folder.
     """
     if split not in SPLITS:
         raise LVLMError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -54,7 +54,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
         raise LVLMError(f"{folder} is not an empty folder; give a new one")
     seeds = seed if isinstance(seed, tuple) else (seed,)
     scenes = [scene_at(split, index // len(seeds), seeds[index % len(seeds)]) for index in range(images)]
-    pope = _pope(split, scenes, seeds)  # may find too few images, so before anything is written
+    pope = _pope(split, scenes, seeds)  # may find too few images, so it runs before anything is written
     try:
         for name in ("images", "annotations", "pope", "questions"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def file_name(split: str, index: int) -> str:
 
 
 def number(name: str | int) -> int:
-    """Place in its split of the image with this file name or id."""
+    """The index in its split of the image with this file name or id."""
     return int(re.findall(r"\d+", str(name))[-1]) % 1_000_000
 
 
@@ -86,14 +86,14 @@ def demo_scene() -> Scene:
 
 
 def _generator(purpose: int, split: str, seeds: tuple[int, ...]) -> np.random.Generator:
-    """Each file draws from a generator of its own, so that a change to one leaves the others as they are."""
+    """Each file has its own random generator, so that a change to one file leaves the others unchanged."""
     return np.random.default_rng([12, purpose, SPLITS[split], *seeds])
 
 
 def _write_annotations(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
     rng = _generator(0, split, seeds)
     first = FIRST_ID[split]
-    listed = [
+    images = [
         {"id": first + i, "file_name": file_name(split, i), "width": SIZE, "height": SIZE, "scene": scene.kind}
         for i, scene in enumerate(scenes)
     ]
@@ -119,14 +119,14 @@ def _write_annotations(folder: Path, split: str, scenes: list[Scene], seeds: tup
         "seed": seeds[0] if len(seeds) == 1 else seeds,
     }
     listed_categories = [{"id": number, "name": name} for name, number in catalogue.COCO_IDS.items()]
-    instances = {"info": information, "images": listed, "annotations": objects, "categories": listed_categories}
+    instances = {"info": information, "images": images, "annotations": objects, "categories": listed_categories}
     _write_json(folder / f"instances_{split}.json", instances)
-    _write_json(folder / f"captions_{split}.json", {"info": information, "images": listed, "annotations": texts})
+    _write_json(folder / f"captions_{split}.json", {"info": information, "images": images, "annotations": texts})
     return {"images": len(scenes), "objects": len(objects), "captions": len(texts)}
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths of a mask [96, 96]: column by column, beginning with a run of zeros."""
+    """COCO's uncompressed run lengths of a mask [96, 96]: column by column, beginning with zeros."""
     flat = np.concatenate([[0], mask.T.ravel().astype(np.int8), [1 - mask[-1, -1]]])
     edges = np.flatnonzero(np.diff(flat))
     return np.diff(np.concatenate([[0], edges])).tolist()
@@ -141,14 +141,14 @@ def _pope(split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, 
 
 
 def _row(number: int, images: list[str], question: Question) -> dict:
-    where = {"image": images[0]} if len(images) == 1 else {"images": images}
-    return {"question_id": number, **where, "kind": question.kind, "text": question.text, "label": question.short,
+    source = {"image": images[0]} if len(images) == 1 else {"images": images}
+    return {"question_id": number, **source, "kind": question.kind, "text": question.text, "label": question.short,
             "answer": question.full}  # fmt: skip
 
 
 def _write_questions(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
     rng = _generator(2, split, seeds)
-    written = {}
+    counts = {}
     for kind in ("choice", "counting", "position", "colour", "place"):
         rows: list[dict] = []
         for i, scene in enumerate(scenes):
@@ -156,19 +156,19 @@ def _write_questions(folder: Path, split: str, scenes: list[Scene], seeds: tuple
             if question is not None:
                 rows.append(_row(len(rows) + 1, [file_name(split, i)], question))
         name = "color" if kind == "colour" else kind
-        written[name] = _write_lines(folder / f"{name}.jsonl", rows)
+        counts[name] = _write_lines(folder / f"{name}.jsonl", rows)
     rows = []
     for group in _groups(scenes, rng):
         for make in questions.MULTI.values():
             question = make([scenes[i] for i in group], rng)
             if question is not None:
                 rows.append(_row(len(rows) + 1, [file_name(split, i) for i in group], question))
-    written["multi_image"] = _write_lines(folder / "multi_image.jsonl", rows)
-    return written
+    counts["multi_image"] = _write_lines(folder / "multi_image.jsonl", rows)
+    return counts
 
 
 def _groups(scenes: list[Scene], rng: np.random.Generator) -> Iterable[list[int]]:
-    """Groups of two to four different images, one group for every second image, more than half of them of one place."""
+    """Groups of two to four different images, one group per two images; more than half of the groups show one place."""
     for first in range(0, len(scenes), 2):
         size = int(rng.integers(2, 5))
         alike = rng.random() < 0.6
@@ -179,7 +179,7 @@ def _groups(scenes: list[Scene], rng: np.random.Generator) -> Iterable[list[int]
 
 def _write_mme(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, ...]) -> dict[str, int]:
     rng = _generator(3, split, seeds)
-    written = {}
+    counts = {}
     for task, kind in MME_TASKS.items():
         (folder / task).mkdir(parents=True)
         total = 0
@@ -192,19 +192,19 @@ def _write_mme(folder: Path, split: str, scenes: list[Scene], seeds: tuple[int, 
             Image.fromarray(render(scene)).save(folder / task / name)
             (folder / task / name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
             total += len(lines)
-        written[f"MME {task}"] = total
-    return written
+        counts[f"MME {task}"] = total
+    return counts
 
 
 def _yes_and_no(make: Callable, scene: Scene, rng: np.random.Generator) -> tuple[Question, Question] | None:
-    """Two questions of a kind over one scene, answered yes and no; None where a few tries do not find both."""
-    found: dict[str, Question] = {}
+    """Two questions of a kind about one scene, with answers yes and no; None if a few tries do not find both."""
+    by_answer: dict[str, Question] = {}
     for _ in range(24):
         question = make(scene, rng)
         if question is not None and question.short in ("Yes", "No"):
-            found.setdefault(question.short, question)
-        if len(found) == 2:
-            return found["Yes"], found["No"]
+            by_answer.setdefault(question.short, question)
+        if len(by_answer) == 2:
+            return by_answer["Yes"], by_answer["No"]
     return None
 
 

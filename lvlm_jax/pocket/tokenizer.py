@@ -1,7 +1,7 @@
 """The pocket model's tokenizer, chat template and processor, and the encoding of conversations for training.
 
-The tokenizer is byte-level BPE trained on the world's own text, so every word of the world is one token and any other
-text still encodes. Everything is saved in Hugging Face's format; nothing here needs torch.
+The tokenizer is byte-level BPE trained on the world's own text: every word of the world is one token, and any other
+text can still be encoded. Everything is saved in Hugging Face's format; nothing here needs torch.
 """
 
 import functools
@@ -24,7 +24,7 @@ CONTEXT = 1024
 IMAGE_TOKENS = GRID * GRID
 TRAINING_CONVERSATIONS = 4000
 
-# LLaVA-1.5's conversation: "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...". Unlike llava-hf's own template it
+# LLaVA-1.5's conversation: "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...". Unlike llava-hf's own template, it
 # keeps images where the user put them and ends each answer, so that training text and prompt agree.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
 """
 
-# Everyday words that the world's own sentences lack, so that a user's question does not fall into bytes.
+# Everyday words that the world's own sentences lack, so that users' questions are not split into bytes.
 EVERYDAY = """
 a about above after again all also always am an and animal animals another answer any anything are around as
 at away background bad be because been before behind below beside best better between big black brown but by
@@ -81,7 +81,7 @@ def world_text(conversation_count: int = TRAINING_CONVERSATIONS) -> Iterator[str
 
 
 def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE of `size` entries on `texts`: the specials first, then all 256 bytes, then merges."""
+    """Trains byte-level BPE with `size` entries on `texts`: special tokens first, then all 256 bytes, then merges."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> PreTrainedT
         show_progress=False,
     )
     bare.train_from_iterator(texts, trainer)
-    # Without this the begin token would be missing from prompts, which the model has always seen.
+    # Without this, prompts would lack the begin token, which training texts have.
     bare.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, bare.token_to_id(BEGIN))]
     )
@@ -112,7 +112,7 @@ def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> PreTrainedT
 
 @functools.cache
 def pocket_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer trained on the world's text (seconds; the same every time)."""
+    """The tokenizer trained on the world's text; takes seconds and is always the same."""
     return train_tokenizer(world_text())
 
 
@@ -130,11 +130,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaPr
 
 
 def write_processor(folder: str | Path, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaProcessor:
-    """Save tokenizer, chat template and image processor to `folder`; `AutoProcessor.from_pretrained` loads them."""
+    """Saves tokenizer, chat template and image processor to `folder`; `AutoProcessor.from_pretrained` loads them."""
     folder = Path(folder)
     processor = build_processor(tokenizer)
     processor.save_pretrained(str(folder))
-    # Transformers 4 wants the image settings in a file of their own, and the class names it knows.
+    # Transformers 4 needs the image settings in a separate file, and its own class names.
     processor.image_processor.save_pretrained(str(folder))
     config = folder / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -173,18 +173,18 @@ def encode_conversation(
     max_length: int,
     image_tokens: int = IMAGE_TOKENS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a training conversation and the places that carry loss.
+    """Token ids of a training conversation, and which tokens have loss.
 
     Args:
-        images: the images, or how many there are.
-        turns: (question, answer) pairs. Turns from the first that does not fit `max_length` on are left out.
-        max_length: most tokens to return.
-        image_tokens: tokens that each `<image>` becomes.
+        images: the images, or their number.
+        turns: (question, answer) pairs. Turns are left out from the first one that does not fit `max_length`.
+        max_length: largest number of tokens to return.
+        image_tokens: number of tokens per `<image>`.
 
     Returns:
         input_ids: int32 [L], beginning with `<s>`.
-        loss_mask: bool [L], true at the tokens of answers and their `</s>`, that is at targets, not at the positions
-          that predict them.
+        loss_mask: bool [L], true at the tokens of answers and their `</s>`: at targets, not at the positions that
+            predict them.
 
     Raises:
         LVLMError: not even the first turn fits.

@@ -1,10 +1,10 @@
-"""The pocket recipes of training: data, trainings, and the benchmark of what they changed, each stage done once.
+"""Runs the training recipes on the pocket world: data, trainings, and the benchmark of their effect, each stage once.
 
-CAPL learns on pairs whose rejected answers come from truncated attention; DPO, the paper's ablation, on pairs whose
-rejected answers the unmodified model gives; chosen answers are the truth in both. Flow alignment puts SEVI's effect
-into the weights. Folders in the one that a `Setup` names:
+CAPL learns on pairs with rejected answers from truncated attention; DPO, the paper's ablation, on pairs with rejected
+answers from the unmodified model; chosen answers are the truth in both. Flow alignment trains SEVI's effect into the
+weights. Folders below that of a `Setup`:
 
-    prompts/, pairs/                   prompts, and pairs as `lvlm preferences` writes them, to learn and held out
+    prompts/, pairs/                   prompts, and pairs from `lvlm preferences`, for training and held out
     capl/, dpo/, flow_alignment/       work folders of `lvlm train`: logs, checkpoints, adapter, export
     benchmark/PART/MODEL/              answers and scores
 """
@@ -40,7 +40,7 @@ from lvlm_jax.training.data.pair_filters import Filters
 from lvlm_jax.weights import names
 
 RECIPES = ("capl", "dpo", "flow_alignment")
-LEARNT = {"capl": "truncated", "dpo": "plain"}  # recipe -> how the rejected answers of its pairs come about
+LEARNT = {"capl": "truncated", "dpo": "plain"}  # recipe -> the source of the rejected answers of its pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Setup:
     captions: int
 
     def world(self, part: pocket.Part) -> Path:
-        """Folder of the test images that a part of the benchmark is about."""
+        """Folder of the test images of a part of the benchmark."""
         count = self.captions if part.benchmark.descriptions else self.images
         folder = self.out / f"world-{count}"
         pocket.write_world(folder, count)
@@ -69,51 +69,51 @@ class Setup:
 
     @property
     def base(self) -> str:
-        """Folder of the checkpoint that every training begins with."""
+        """Folder of the checkpoint from which every training starts."""
         return names.checkpoint(self.config.model)
 
     def stage(self, name: str, about: Mapping[str, Any], work: Callable[[], object]) -> float:
-        """Does a piece of work once, whatever stops it in between.
+        """Does a piece of work once, even if it is interrupted and started again.
 
         Args:
-            about: everything that decides its outcome.
+            about: everything that determines the result.
 
         Returns:
-            Seconds that it took, those of earlier attempts included unless they were killed.
+            Its duration in seconds, including earlier attempts that were not killed.
 
         Raises:
-            LVLMError: the folder holds the outcome of something else.
+            LVLMError: the folder has the result of something else.
         """
         path = self.out / name / "stage.json"
         about = json.loads(json.dumps(about, default=str))
-        known = files.read_json(path, "stage of the run") if path.exists() else {"about": about, "seconds": 0.0}
-        if changed := differences(known["about"], about):
+        stored = files.read_json(path, "stage of the run") if path.exists() else {"about": about, "seconds": 0.0}
+        if changes := differences(stored["about"], about):
             raise LVLMError(
-                f"{str(path.parent)!r} was made with other settings ({'; '.join(changed[:3])}); repeat those, give "
+                f"{str(path.parent)!r} was made with other settings ({'; '.join(changes[:3])}); repeat those, give "
                 "another --out, or remove it"
             )
-        if known.get("done"):
-            return known["seconds"]
+        if stored.get("done"):
+            return stored["seconds"]
         print(f"{name} ...", flush=True)
-        began, done = time.monotonic(), False
+        began, finished = time.monotonic(), False
         try:
             work()
-            done = True
+            finished = True
         finally:
-            known |= {"seconds": round(known["seconds"] + time.monotonic() - began, 1), "done": done}
-            files.write_atomically(path, json.dumps(known, indent=1) + "\n")
-        return known["seconds"]
+            stored |= {"seconds": round(stored["seconds"] + time.monotonic() - began, 1), "done": finished}
+            files.write_atomically(path, json.dumps(stored, indent=1) + "\n")
+        return stored["seconds"]
 
     def prompts(self, name: str) -> Path:
-        """File of prompts, "several" or "one" image, or those held out."""
+        """A file of prompts about "several" images or "one", or of held-out prompts."""
         return self.out / "prompts" / name / "prompts.jsonl"
 
-    def pairs(self, rejected: str, held: bool = False) -> Path:
-        """File of pairs, by how the rejected answers came about."""
-        return self.out / "pairs" / (f"{rejected}-held-out" if held else rejected) / "pairs.jsonl"
+    def pairs(self, rejected: str, held_out: bool = False) -> Path:
+        """A file of pairs, by the source of the rejected answers."""
+        return self.out / "pairs" / (f"{rejected}-held-out" if held_out else rejected) / "pairs.jsonl"
 
     def trained(self, recipe: str) -> str:
-        """The checkpoint that a recipe's training has left."""
+        """The checkpoint that a recipe's training has written."""
         return str(self.out / recipe / "export")
 
     def about_model(self) -> dict[str, str]:
@@ -133,9 +133,9 @@ class Setup:
 
 
 def draw_prompts(setup: Setup) -> float:
-    """Prompts about several images and about one, to learn on and held out: other pictures, another seed."""
+    """Draws prompts about several images and about one, for training and held out (other images, another seed)."""
     config = setup.config
-    wanted = {
+    files_wanted = {
         "several": (config.pairs.prompts, config.seed, 0.0, 0.0),
         "several-held-out": (config.pairs.held_out, config.seed + 1, 0.0, 0.0),
         "one": (config.answers.prompts, config.seed, 1.0, config.answers.describe),
@@ -143,14 +143,14 @@ def draw_prompts(setup: Setup) -> float:
     }
 
     def work() -> None:
-        for name, arguments in wanted.items():
+        for name, arguments in files_wanted.items():
             write_prompts(setup.out / "prompts" / name, *arguments)
 
-    return setup.stage("prompts", {"drawn": wanted}, work)
+    return setup.stage("prompts", {"drawn": files_wanted}, work)
 
 
 def make_pairs(setup: Setup) -> float:
-    """Both sets of pairs, and held-out pairs for each, as `lvlm preferences` makes them."""
+    """Makes both sets of pairs, and held-out pairs for each, as `lvlm preferences` does."""
     wanted, attention = setup.config.pairs, setup.config.capl.preference
     settings = {
         "corrector": "pocket",
@@ -172,8 +172,10 @@ def make_pairs(setup: Setup) -> float:
             for held in (False, True):
                 prompts = setup.prompts("several-held-out" if held else "several")
                 out = setup.pairs(rejected, held).parent
-                made = preferences.answered(prompts, plan, setup.base, "auto", out, "pocket", wanted.batch)
-                figures = pairs.write(out, made.found, made.prompts, made.record, Filters(), seed=setup.config.seed)
+                candidates = preferences.answered(prompts, plan, setup.base, "auto", out, "pocket", wanted.batch)
+                figures = pairs.write(
+                    out, candidates.found, candidates.prompts, candidates.record, Filters(), seed=setup.config.seed
+                )
                 print(preferences.table(figures))
 
     hashes = [file_hash(setup.prompts(name)) for name in ("several", "several-held-out")]
@@ -181,7 +183,7 @@ def make_pairs(setup: Setup) -> float:
 
 
 def train(setup: Setup, recipe: str) -> float:
-    """One training, by the same code as `lvlm train`."""
+    """Runs one training, with the code of `lvlm train`."""
     config = setup.config[recipe].copy_and_resolve_references()
     config.model = setup.config.model
     if recipe in LEARNT:
@@ -194,7 +196,7 @@ def train(setup: Setup, recipe: str) -> float:
 
 
 def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
-    """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
+    """Runs every model of `arms` on a part of the pocket benchmark; the first one is the reference."""
     world, protocol = setup.world(part), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
     found, first = {}, next(iter(arms))
@@ -208,23 +210,23 @@ def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Ca
         found[name] = run.score()
 
     def compare(one: str, other: str) -> Mapping:
-        given = [answer_files(folders[name], protocol) for name in (one, other)]
-        scores = rescore.rescore(protocol, part.data(world), *given, resamples=setup.resamples)
+        answer_paths = [answer_files(folders[name], protocol) for name in (one, other)]
+        scores = rescore.rescore(protocol, part.data(world), *answer_paths, resamples=setup.resamples)
         return scores["against"]["differences"]
 
     return Findings(found, compare)
 
 
 def answer_files(folder: Path, protocol: Any) -> list[str]:
-    """The answers in a folder of `Run`, as `rescore` takes them."""
-    whole = folder / "answers.jsonl"
-    if whole.exists():
-        return [str(whole)]
+    """The answers in a folder of `Run`, as for `rescore`."""
+    path = folder / "answers.jsonl"
+    if path.exists():
+        return [str(path)]
     return [f"{group}={folder / group}.jsonl" for group in protocol.groups]
 
 
 def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Findings:
-    """Accuracy of the models of `arms` on both sets of held-out pairs; the first one is where training began."""
+    """Accuracy of the models of `arms` on both sets of held-out pairs; the first one is the starting point."""
     encoder = Encoder(load(setup.base).processor, load(setup.base).config)
     length = min(setup.config[recipe].length for recipe in LEARNT)
     rows: dict[str, tuple[Row, ...]] = {
@@ -252,15 +254,15 @@ def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Fin
     def compare(one: str, other: str) -> Mapping:
         return rescore.compare(scores[one], scores[other], setup.resamples)["differences"]
 
-    found = {name: rescore.report(one, setup.resamples) for name, one in scores.items()}
+    reports = {name: rescore.report(one, setup.resamples) for name, one in scores.items()}
     first, *others = scores
     for name in others:
-        found[name]["against"] = {"differences": compare(name, first)}
-    return Findings(found, compare)
+        reports[name]["against"] = {"differences": compare(name, first)}
+    return Findings(reports, compare)
 
 
 def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
-    """How much closer than the base the student is to the edited teacher, on held-out answers of each kind."""
+    """How much closer the student is to the edited teacher than the base, on held-out answers of each kind."""
     path = setup.out / "benchmark" / "closeness" / "distances.json"
     prompts, student = setup.prompts("one-held-out"), setup.trained("flow_alignment")
     config = setup.config.flow_alignment
@@ -268,7 +270,7 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
     def work() -> None:
         base = load(setup.base)
         encoder = Encoder(base.processor, base.config)
-        # The answers that training's own validation has generated.
+        # The answers that training's own validation generated.
         answers = flow_data.read(
             prompts, base, setup.sevi, config.length, config.batch, setup.out / "flow_alignment" / "answers"
         )
@@ -288,13 +290,13 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
 
 
 def run(setup: Setup, command: str) -> str:
-    """Does what is missing of all stages.
+    """Does everything that is missing, in all stages.
 
     Args:
         command: the command line, for the document.
 
     Returns:
-        The tables, and in words what helped.
+        The tables, and conclusions in words.
 
     Raises:
         LVLMError: an unusable model or folder, or a folder of another run.
@@ -303,7 +305,7 @@ def run(setup: Setup, command: str) -> str:
     seconds = {"prompts": draw_prompts(setup), "pairs": make_pairs(setup)}
     seconds |= {recipe: train(setup, recipe) for recipe in RECIPES}
     several, one = training_report.arms(setup.base, setup.trained, setup.capl, setup.sevi)
-    found = {
+    findings = {
         part.name: benchmark(setup, part, several if part is training_report.SEVERAL else one, load)
         for part in training_report.PARTS
     }
@@ -312,4 +314,4 @@ def run(setup: Setup, command: str) -> str:
         name: files.read_json(setup.pairs(name).with_name("statistics.json"), "statistics")
         for name in preferences.REJECTED
     }
-    return training_report.document(setup.config, setup.base, command, seconds, statistics, found, preferred, close)
+    return training_report.document(setup.config, setup.base, command, seconds, statistics, findings, preferred, close)

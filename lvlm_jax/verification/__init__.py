@@ -1,1 +1,1 @@
-"""Proof that a checkpoint loads, answers and saves here as in transformers: `lvlm verify`."""
+"""`lvlm verify`: checks that a checkpoint loads, answers and saves here as in transformers."""

@@ -1,4 +1,4 @@
-"""The conversations of a verification: always the same, with pictures drawn by a formula."""
+"""The conversations of a verification: always the same, with images drawn by a formula."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ Conversation = list[dict[str, Any]]
 
 
 def picture(width: int, height: int, kind: int = 0) -> Image.Image:
-    """A picture of stripes and curves that has every grey level; the same everywhere."""
+    """An image of stripes and curves with every grey level; the same on every machine."""
     y, x = np.mgrid[:height, :width]
     channels = [(3 + kind + channel) * x + (5 + 2 * channel) * y + (kind + 1) * x * y // 7 for channel in range(3)]
     return Image.fromarray((np.stack(channels, axis=-1) % 256).astype(np.uint8))
@@ -29,7 +29,7 @@ def _said(role: str, *content: Any) -> dict[str, Any]:
 
 
 def forms() -> dict[str, Conversation]:
-    """Every form of conversation that people send, by name; long pictures take few tiles, so little time."""
+    """All common forms of conversations, by name; long images have few tiles and take little time."""
     brief, ask, cat = "Answer briefly.", "What is in the picture?", "A cat on a chair."
     scripts = "  Zwölf Boxkämpfer,\n\n\tжук, 漢字 und 🐈:  what is it?"
     return {
@@ -60,7 +60,7 @@ def forms() -> dict[str, Conversation]:
 
 
 def prompts() -> list[Conversation]:
-    """Three prompts with images whose logits are compared."""
+    """Three prompts with images, for comparing logits."""
     return [
         [_said("user", _image(240, 32), _text("Describe the picture."))],
         [_said("user", _text("First"), _image(32, 224, 1), _text("then"), _image(256, 40, 2), _text("What changed?"))],

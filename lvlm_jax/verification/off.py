@@ -1,4 +1,4 @@
-"""Whether methods that are switched off, or that have no strength, leave a model as it is."""
+"""Checks that methods that are switched off, or have strength zero, leave a model unchanged."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from lvlm_jax.processors.layout import Inputs
 from lvlm_jax.verification.results import Result, compared
 
 NAME = "methods off"
-TOLERANCE = 1e-4  # of the largest logit, where strengths of zero still change the order of sums
-STEPS = 2  # of decoding, behind the prompt
+TOLERANCE = 1e-4  # relative to the largest logit; strengths of zero may still change the order of sums
+STEPS = 2  # decoding steps after the prompt
 
-_NO_CUT = 1e-30  # a plausibility that rules out nothing
-# Strengths with which a method does nothing, by its name.
+_NO_CUT = 1e-30  # a plausibility cut that excludes nothing
+# By method: the strengths at which it does nothing.
 NO_STRENGTH: dict[str, dict[str, Any]] = {
     "adaiat": {"alpha": 0.0},
     "adhh": {"tau": 1.1},
@@ -54,49 +54,49 @@ NO_STRENGTH: dict[str, dict[str, Any]] = {
 
 
 def check(model: LVLM, prompt: Inputs, names: tuple[str, ...]) -> Result:
-    """Runs each method without strength, and no method before and after it.
+    """Runs each method at strength zero, and the model without a method before and after it.
 
     Args:
-        names: of the methods.
+        names: names of the methods.
     """
     forced = _steps(model, prompt, None, None)[1]
     plain, _ = _steps(model, prompt, None, forced)
     scale = max(1.0, max(float(np.abs(step).max()) for step in plain))
-    ran, left, exact, largest, faults = [], {}, [], 0.0, []
+    checked, left_out, exact, largest, faults = [], {}, [], 0.0, []
     for name in names:
         try:
             if name not in NO_STRENGTH:
                 raise LVLMError("it has no strength to take away")
             method = methods.get(name)(**NO_STRENGTH[name])
-            got, _ = _steps(model, prompt, method, forced)
+            with_method, _ = _steps(model, prompt, method, forced)
         except LVLMError as error:
-            left[name] = str(error)
+            left_out[name] = str(error)
             continue
-        ran.append(name)
-        again, _ = _steps(model, prompt, None, forced)
-        if not all(np.array_equal(*pair) for pair in zip(again, plain, strict=True)):
+        checked.append(name)
+        afterwards, _ = _steps(model, prompt, None, forced)
+        if not all(np.array_equal(*pair) for pair in zip(afterwards, plain, strict=True)):
             faults.append(f"after {name} the model without a method answers otherwise")
-        difference = max(float(np.abs(one - other).max()) for one, other in zip(got, plain, strict=True))
+        difference = max(float(np.abs(one - other).max()) for one, other in zip(with_method, plain, strict=True))
         exact += [name] if difference == 0 else []
         largest = max(largest, difference)
         if difference > TOLERANCE * scale:
             faults.append(f"{name} without strength changes logits by {difference:.2g}")
     words = (
-        f"after each of {len(ran)} methods the model without one gives the same bits; with strengths of zero "
+        f"after each of {len(checked)} methods the model without one gives the same bits; with strengths of zero "
         f"{len(exact)} give them too, and logits differ by {largest:.1g} at most"
     )
-    if left:
-        words += f"; left out: {', '.join(f'{name} ({why})' for name, why in left.items())}"
-    return compared(NAME, faults, words, ran=ran, same_bits=exact, largest_difference=largest, left_out=left)
+    if left_out:
+        words += f"; left out: {', '.join(f'{name} ({why})' for name, why in left_out.items())}"
+    return compared(NAME, faults, words, ran=checked, same_bits=exact, largest_difference=largest, left_out=left_out)
 
 
 def _steps(model: LVLM, prompt: Inputs, method: methods.Method | None, forced: Any) -> tuple[list[np.ndarray], list]:
-    """The main branch's logits behind the prompt and behind forced tokens (None: the best ones), and those tokens."""
+    """The main branch's logits after the prompt and after forced tokens (None: the best tokens), and those tokens."""
     state, step = model.prefill(prompt, method=method, max_length=int(prompt.lengths.max()) + STEPS + 1)
-    logits, taken = [np.asarray(step.main)], []
+    logits, chosen_tokens = [np.asarray(step.main)], []
     for number in range(STEPS):
         tokens = np.asarray(step.main).argmax(-1) if forced is None else forced[number]
-        taken.append(tokens)
+        chosen_tokens.append(tokens)
         state, step = model.decode(state, jnp.asarray(tokens, jnp.int32))
         logits.append(np.asarray(step.main))
-    return logits, taken
+    return logits, chosen_tokens

@@ -1,6 +1,6 @@
-"""transformers beside us: what its processor makes of conversations, and what its model answers.
+"""transformers for comparison: its processor's arrays for conversations, and its model's answers.
 
-The one module of the package that imports torch, and only where a model is asked.
+Imports torch, but only to run transformers' model.
 """
 
 import contextlib
@@ -31,26 +31,26 @@ class Peer:
 
     Attributes:
         processor: the processor itself.
-        name: what to call it.
+        name: its name in messages.
     """
 
     processor: Any
     name: str
 
     def arrays(self, conversation: Conversation) -> Arrays:
-        """What `apply_chat_template` makes of a conversation: token ids, and what the tower takes.
+        """The result of `apply_chat_template` for a conversation: token ids, and the tower's inputs.
 
-        Whatever a template or a processor raises goes through.
+        Exceptions of a template or a processor are passed through.
         """
         continued = conversation[-1]["role"] == "assistant"
-        made = self.processor.apply_chat_template(
+        arrays = self.processor.apply_chat_template(
             self._readable(conversation, continued), tokenize=True, return_dict=True, return_tensors="np",
             add_generation_prompt=not continued, continue_final_message=continued,
         )  # fmt: skip
-        return {name: np.asarray(array) for name, array in made.items()}
+        return {name: np.asarray(array) for name, array in arrays.items()}
 
     def _readable(self, conversation: Conversation, continued: bool) -> Conversation:
-        """The conversation as given if the template writes all its texts into the prompt, else in another form."""
+        """The conversation unchanged if the template writes all its texts into the prompt, else in another form."""
         error = None
         for string, single in ((None, None), (False, False), (True, True), (True, False)):
             formed = [
@@ -77,7 +77,7 @@ def _texts(conversation: Conversation) -> list[str]:
 
 
 def _formed(content: Any, string: bool | None) -> Any:
-    """A content as one string (True), as parts (False) or as it is (None); one with an image stays parts."""
+    """A content as one string (True), as parts (False) or unchanged (None); content with an image stays parts."""
     if string is None or (string and any("image" in part for part in content if not isinstance(content, str))):
         return content
     if string:
@@ -89,45 +89,47 @@ def obstacle(folder: Path) -> str | None:
     """Why transformers cannot read a checkpoint; None if it can."""
     from transformers import CONFIG_MAPPING
 
-    given = read_configuration(folder)
-    if original.is_original(given):
+    config = read_configuration(folder)
+    if original.is_original(config):
         return "transformers does not read the layout of LLaVA's authors"
-    if given.get("model_type") not in CONFIG_MAPPING:
-        return f"transformers reads model_type {given.get('model_type')!r} with code of the checkpoint alone"
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return f"transformers reads model_type {config.get('model_type')!r} with code of the checkpoint alone"
     return None
 
 
 def processor(folder: Path, config: FamilyConfig) -> Peer:
-    """transformers' own processor, with Pillow; whatever it raises goes through."""
+    """transformers' own processor, with Pillow; its exceptions are passed through."""
     import transformers
 
     try:
-        made = transformers.AutoProcessor.from_pretrained(folder, backend=load.BACKEND, **_LOCAL)
-        name = f"AutoProcessor ({type(made).__name__}, Pillow)"
+        loaded_processor = transformers.AutoProcessor.from_pretrained(folder, backend=load.BACKEND, **_LOCAL)
+        name = f"AutoProcessor ({type(loaded_processor).__name__}, Pillow)"
     except ImportError:  # its part for videos needs torchvision, and has no other backend
-        made = load.processor_class(config).from_pretrained(folder, **_LOCAL)
-        made.image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend=load.BACKEND, **_LOCAL)
-        name = f"transformers' {type(made).__name__} without its part for videos (Pillow)"
-    given = read_optional(folder, load.FILES[0])
+        loaded_processor = load.processor_class(config).from_pretrained(folder, **_LOCAL)
+        loaded_processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, backend=load.BACKEND, **_LOCAL
+        )
+        name = f"transformers' {type(loaded_processor).__name__} without its part for videos (Pillow)"
+    settings = read_optional(folder, load.FILES[0])
     for field, value in config.processor_fields.items():
-        if given.get(field) is None:
-            setattr(made, field, value)
-    return Peer(made, name)
+        if settings.get(field) is None:
+            setattr(loaded_processor, field, value)
+    return Peer(loaded_processor, name)
 
 
 def no_model() -> str | None:
-    """Why transformers' model cannot be asked; None if it can."""
+    """Why transformers' model cannot run; None if it can."""
     return None if importlib.util.find_spec("torch") else "torch is not installed (pip install torch)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What transformers' model says of a prompt.
+    """Results of transformers' model for a prompt.
 
     Attributes:
         logits: `Float[T, V]` at every token of the prompt.
-        tokens: the greedy answer, as long as was asked for.
-        margins: `Float[M]`, how far the chosen token's logit lies above the next.
+        tokens: the greedy answer, of the requested length.
+        margins: `Float[M]`, how far the chosen token's logit is above the next.
     """
 
     logits: np.ndarray
@@ -137,47 +139,47 @@ class Answers:
 
 @contextlib.contextmanager
 def model(folder: Path) -> Iterator[Any]:
-    """transformers' model of a checkpoint in float32 on the CPU, gone when the block is left.
+    """transformers' model of a checkpoint in float32 on the CPU; it is freed at the end of the block.
 
     Raises:
-        ValueError: tensors are missing in the folder, or left over. Whatever transformers raises goes through.
+        ValueError: the folder lacks tensors or has unused ones. Exceptions of transformers are passed through.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    made, report = transformers.AutoModelForImageTextToText.from_pretrained(
+    loaded_model, report = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **_LOCAL
     )
     stray = {kind: sorted(report[kind])[:3] for kind in ("missing_keys", "unexpected_keys") if report[kind]}
     if stray:
         raise ValueError(f"transformers finds {stray}")
     try:
-        yield made.eval()
+        yield loaded_model.eval()
     finally:
-        del made
+        del loaded_model
         gc.collect()
 
 
 def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]:
-    """Logits and greedy answers of transformers' model, prompt by prompt; stop tokens do not stop."""
+    """Logits and greedy answers of transformers' model, prompt by prompt; stop tokens are ignored."""
     import torch
     from transformers import GenerationConfig
 
-    # The checkpoint's own settings (penalties, sampling, stop tokens) would be taken where we say nothing.
+    # The checkpoint's own settings (penalties, sampling, stop tokens) would apply to all that we leave out.
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True,
         pad_token_id=0,
     )  # fmt: skip
-    # All logits of the prompt come from the one pass that begins the answer: its pictures may take minutes.
+    # All logits of the prompt come from the one pass that begins the answer: its images may take minutes.
     every = {"logits_to_keep": 0} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     answers, passes = [], []
-    hook = model.register_forward_hook(lambda module, given, out: passes.append(out.logits[0]))
+    hook = model.register_forward_hook(lambda module, tensors, out: passes.append(out.logits[0]))
     with torch.no_grad():
         for arrays in prompts:
             passes.clear()
-            given = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-            out = model.generate(**given, **every)
+            tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+            out = model.generate(**tensors, **every)
             best = torch.stack(out.logits)[:, 0].float().topk(2).values.numpy()
             logits, tokens = passes[0].float().numpy(), out.sequences[0, -new_tokens:].tolist()
             answers.append(Answers(logits, tokens, best[:, 0] - best[:, 1]))

@@ -1,4 +1,4 @@
-"""Whether conversations become the same token ids and pixels as in transformers."""
+"""Checks that conversations become the same token ids and pixels as in transformers."""
 
 from pathlib import Path
 
@@ -35,20 +35,20 @@ def check(folder: Path, config: FamilyConfig) -> Result:
         theirs = peer.processor(folder, config)
     except Exception as error:  # noqa: BLE001 - transformers raises whatever the first broken file provokes
         return Result(NAME, FAILED, f"transformers cannot read the processor that we read: {peer.named(error)}")
-    found = {name: differences(ours, theirs, config, conversation) for name, conversation in conversations.items()}
-    refused = [name for name, one in found.items() if one is None]
-    faults = [f"{name}: {one}" for name, one in found.items() if one]
-    words = f"{len(found) - len(refused)} conversations as by {theirs.name}, bit for bit"
+    outcomes = {name: differences(ours, theirs, config, conversation) for name, conversation in conversations.items()}
+    refused = [name for name, one in outcomes.items() if one is None]
+    faults = [f"{name}: {one}" for name, one in outcomes.items() if one]
+    words = f"{len(outcomes) - len(refused)} conversations as by {theirs.name}, bit for bit"
     if refused:
         words += f"; both refuse: {', '.join(refused)}"
-    return compared(NAME, faults, words, conversations=len(found), refused=refused, processor=theirs.name)
+    return compared(NAME, faults, words, conversations=len(outcomes), refused=refused, processor=theirs.name)
 
 
 def differences(ours: object, theirs: peer.Peer, config: FamilyConfig, conversation: Conversation) -> str | None:
-    """What differs in a conversation, "" for nothing; None where both refuse it."""
+    """The difference for a conversation, "" for none; None if both refuse it."""
     errors = []
     try:
-        got = inputs.from_messages(ours, config, conversation)
+        ours_laid_out = inputs.from_messages(ours, config, conversation)
     except LVLMError as error:
         errors.append(f"we refuse it: {error}")
     try:
@@ -57,18 +57,18 @@ def differences(ours: object, theirs: peer.Peer, config: FamilyConfig, conversat
         errors.append(f"transformers refuses it: {peer.named(error)}")
     if errors:
         return errors[0] if len(errors) == 1 else None
-    want = inputs.from_arrays(arrays, config)
-    mine, raw = token_ids(got), np.asarray(arrays["input_ids"])[0]
+    theirs_laid_out = inputs.from_arrays(arrays, config)
+    mine, raw = token_ids(ours_laid_out), np.asarray(arrays["input_ids"])[0]
     if len(mine) == len(raw) and not np.array_equal(mine, raw):
         place = int(np.argmax(mine != raw))
         return f"token {place} is {mine[place]} instead of {raw[place]}"
     for name in ("tokens", "image_id", "pixels", "grids", "owner"):
-        if not _same(getattr(got, name), getattr(want, name)):
+        if not _same(getattr(ours_laid_out, name), getattr(theirs_laid_out, name)):
             return f"{name} differ"
-    if got.geometry.keys() != want.geometry.keys() or not all(
-        _same(got.geometry[name], want.geometry[name]) for name in got.geometry
+    if ours_laid_out.geometry.keys() != theirs_laid_out.geometry.keys() or not all(
+        _same(ours_laid_out.geometry[name], theirs_laid_out.geometry[name]) for name in ours_laid_out.geometry
     ):
-        return "what the tower knows of the pictures differs"
+        return "the tower's geometry of the images differs"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What a verification found: a table for people, and a record as JSON."""
+"""The results of a verification: a table for people, and a JSON record."""
 
 import dataclasses
 import datetime
@@ -15,17 +15,17 @@ from lvlm_jax.version import __version__
 
 PASSED, FAILED, LEFT_OUT, MEASURED = "passed", "failed", "left out", "measured"
 _LIBRARIES = ("jax", "flax", "numpy", "transformers", "tokenizers", "pillow", "torch", "torchvision")
-_WIDTH, _NAME = 120, 15  # of a table, and of its first column
+_WIDTH, _NAME = 120, 15  # widths of a table and of its first column
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         status: PASSED, FAILED, LEFT_OUT or MEASURED.
-        words: what was compared and came out, or why not.
+        words: what was compared and the outcome, or why not.
         figures: the numbers behind the words, as plain JSON values.
     """
 
@@ -39,12 +39,12 @@ def compared(name: str, faults: Sequence[str], words: str, **figures: Any) -> Re
     """PASSED with `words`, or FAILED with the first faults."""
     if not faults:
         return Result(name, PASSED, words, figures)
-    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return Result(name, FAILED, "; ".join(faults[:3]) + more, figures | {"faults": len(faults)})
+    rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return Result(name, FAILED, "; ".join(faults[:3]) + rest, figures | {"faults": len(faults)})
 
 
 def line(result: Result) -> str:
-    """A result as a line of a table; long words take several."""
+    """A result as a line of a table; long texts take several lines."""
     head = f"{result.name:{_NAME}}  {result.status:{len(MEASURED)}}  "
     return textwrap.fill(
         result.words, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
@@ -52,18 +52,18 @@ def line(result: Result) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """How many checks came out in which way."""
+    """How many checks had which outcome."""
     counts = {status: sum(result.status == status for result in results) for status in (PASSED, FAILED, LEFT_OUT)}
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def record(model: str, sha256: str | None, results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """Everything that somebody else needs to compare: the checks, the versions, the machine.
+    """Everything that is needed to compare: the checks, the versions, the machine.
 
     Args:
-        model: what the user called it.
-        sha256: of its files (`journal.record.checkpoint_hash`).
-        seconds: how long all took.
+        model: the user's name for it.
+        sha256: hash of its files (`journal.record.checkpoint_hash`).
+        seconds: duration of all checks.
     """
     return {
         "command": "lvlm verify",
@@ -84,17 +84,17 @@ def record(model: str, sha256: str | None, results: Sequence[Result], seconds: f
 
 
 def _versions() -> dict[str, str | None]:
-    found = {}
+    versions = {}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells."""
+    """The processor's name, if the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

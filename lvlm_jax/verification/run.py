@@ -1,4 +1,4 @@
-"""A whole verification, check by check, with what is there: files alone, weights, torch."""
+"""A whole verification, check by check, with whatever is available: files, weights, torch."""
 
 import gc
 import sys
@@ -23,13 +23,13 @@ WITH_WEIGHTS = (saving.NAME, answers.LOGITS, answers.GREEDY, off.NAME, answers.C
 def checks(
     folder: Path, methods: tuple[str, ...], scratch: Path, vision_tower: str | None = None, files_only: bool = False
 ) -> Iterator[Result]:
-    """Runs all checks of a checkpoint folder, each as far as it goes.
+    """Runs all checks of a checkpoint folder, as far as possible.
 
     Args:
-        methods: names of those that are switched off.
-        scratch: a folder with room for the weights once more.
+        methods: names of the methods to switch off.
+        scratch: a folder with room for a copy of the weights.
         vision_tower: CLIP folder of an authors' LLaVA checkpoint.
-        files_only: whether to leave the weights alone.
+        files_only: do not read the weights.
     """
     try:
         config = weights.model_config(folder, vision_tower)
@@ -83,12 +83,14 @@ def _with_weights(
     except LVLMError as error:
         yield Result(answers.LOGITS, FAILED, str(error))
         return
-    loaded = time.monotonic() - start
+    seconds_to_load = time.monotonic() - start
     if not speaks:
         yield from (Result(name, LEFT_OUT, theirs) for name in WITH_WEIGHTS[1:])
         return
     prompt = model.prepare(prompts()[0])
-    measured = _kept(answers.COST, lambda: answers.cost(model, loaded, prompt))  # first: later programs take memory too
+    cost = _kept(
+        answers.COST, lambda: answers.cost(model, seconds_to_load, prompt)
+    )  # first, because later programs take memory too
     _say(answers.LOGITS)
     try:
         yield from answers.check(model, theirs)
@@ -98,11 +100,11 @@ def _with_weights(
         yield _kept(off.NAME, lambda: off.check(model, prompt, methods))
     else:
         yield Result(off.NAME, LEFT_OUT, "asked for no methods")
-    yield measured
+    yield cost
 
 
 def _kept(name: str, check: Callable[[], Result]) -> Result:
-    """A check's result; an error of ours fails it, and lets the others run."""
+    """The result of a check; an `LVLMError` makes it fail, and the other checks still run."""
     _say(name)
     try:
         return check()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint that is saved and loaded again is the same, for us and for transformers."""
+"""Checks that a checkpoint that is saved and loaded again is the same, here and in transformers."""
 
 import shutil
 import tempfile
@@ -20,12 +20,12 @@ NAME = "save and load"
 
 
 def check(folder: Path, config: FamilyConfig, vision_tower: str | None, scratch: Path, ask: tuple | None) -> Result:
-    """Saves the parameters as they are stored, in a folder that is removed again, and reads them back.
+    """Saves the parameters in their stored dtype in a temporary folder, and loads them again.
 
     Args:
-        scratch: where that folder may be; it takes as much as the weights.
-        ask: the arrays of a prompt and what transformers' model of the source says of it, to ask it of what was saved
-            too; None leaves that out.
+        scratch: place of that folder; it takes as much as the weights.
+        ask: the arrays of a prompt, and the answer of transformers' model of the source, for comparison with
+            transformers' model of the copy; None skips this.
     """
     params = weights.load_parameters(folder, config, None, None, vision_tower)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -41,9 +41,9 @@ def check(folder: Path, config: FamilyConfig, vision_tower: str | None, scratch:
 
 def _compare(folder: Path, saved: Path, config: FamilyConfig, params: dict, size: int, ask: tuple | None) -> Result:
     faults = []
-    again = weights.model_config(saved)
-    faults += [] if again == config else ["its configuration is another one"]
-    mine, read = flatten(params), flatten(weights.load_parameters(saved, again, None))
+    reloaded = weights.model_config(saved)
+    faults += [] if reloaded == config else ["its configuration differs"]
+    mine, read = flatten(params), flatten(weights.load_parameters(saved, reloaded, None))
     differ = [path for path in mine if path not in read or not _same(mine[path], read[path])]
     faults += (
         [f"{len(differ)} parameters differ: {', '.join(differ[:3])}"] if differ or read.keys() - mine.keys() else []
@@ -59,9 +59,9 @@ def _compare(folder: Path, saved: Path, config: FamilyConfig, params: dict, size
         arrays, answer = ask
         try:
             with peer.model(saved) as model:
-                got = peer.ask(model, [arrays], len(answer.tokens))[0]
-            if not np.array_equal(got.logits, answer.logits) or got.tokens != answer.tokens:
-                faults.append("transformers' model of what was saved answers otherwise")
+                theirs = peer.ask(model, [arrays], len(answer.tokens))[0]
+            if not np.array_equal(theirs.logits, answer.logits) or theirs.tokens != answer.tokens:
+                faults.append("transformers' model of the saved checkpoint answers differently")
         except Exception as error:  # noqa: BLE001 - transformers raises whatever the first broken file provokes
             faults.append(f"transformers cannot load what was saved: {peer.named(error)}")
         words += "; transformers' model of it gives the same bits"

@@ -67,8 +67,8 @@ def test_figures_of_llava_7b_by_hand():
     assert seven.parameters == decoder + tower + connector == 7_063_427_072
     decode, prefill = (next(one for one in seven.programs if one.name == name) for name in ("decode", "prefill"))
     # 8 + 576 + 40 tokens and 128 more, each in columns of 64.
-    assert decode.held["cache"] == 32 * 2 * 4096 * 2 * (640 + 128)
-    assert decode.held["parameters"] == 2 * seven.parameters
+    assert decode.contents["cache"] == 32 * 2 * 4096 * 2 * (640 + 128)
+    assert decode.contents["parameters"] == 2 * seven.parameters
     # One token meets every kernel of the decoder, and 768 columns of keys and values.
     kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32064 * 4096
     assert decode.flops == pytest.approx(2 * kernels + 32 * 2 * 2 * 4096 * 768, rel=0.01)
