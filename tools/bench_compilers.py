@@ -61,7 +61,7 @@ def compiled(
     contrast = prompt if method is not None and method.contrast_prompt() == "pixels" else None
     count = 2 ** int(np.ceil(np.log2(images)))
     traced = decode_loop.prefill.trace(
-        params, config, prompt, method, window=64, capacity=columns + 128, contrast=contrast, image_count=count
+        params, config, prompt, method, tail_rows=64, capacity=columns + 128, contrast=contrast, image_count=count
     )
     return traced.lower().compile(compiler_options=dict(compilers.options(compiler)))
 
@@ -77,7 +77,7 @@ def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConf
     )
 
     def begun(params: dict, prompt: Prompt) -> decode_loop.Answers:
-        state, step = decode_loop.prefill(params, config, prompt, None, window=64, capacity=columns + room)
+        state, step = decode_loop.prefill(params, config, prompt, None, tail_rows=64, capacity=columns + room)
         stop, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, columns), jnp.int32)
         return decode_loop.choose_first(state, step.combined, tokens, Sampling.of(), sample_keys(0, 1), stop, room)
 

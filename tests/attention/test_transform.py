@@ -113,7 +113,7 @@ def test_stages_run_where_they_are_active(model, mixed, transform, calls):
 
     def both(params, embeddings):
         embedded = Prompt(embeddings, jnp.asarray(prompt.image_id))
-        options = {"window": prompt.window, "capacity": 128}
+        options = {"tail_rows": prompt.tail_rows, "capacity": 128}
         state, _ = forward.prefill(params, model.config, embedded, Edited((transform,)), **options)
         after, _ = forward.decode_step(params, model.config, state, jnp.zeros(3, jnp.int32))
         return len(state.memory.logits), len(after.memory.logits)
