@@ -131,7 +131,7 @@ def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model
     prompt = forward.Prompt(embedded, jnp.asarray(inputs.image_id))
 
     def prefill():
-        shapes = dict(window=inputs.window, capacity=96, image_count=inputs.image_count)
+        shapes = dict(tail_rows=inputs.tail_rows, capacity=96, image_count=inputs.image_count)
         run = jax.jit(lambda *given: forward.prefill(given[0], model.config, *given[1:], **shapes))
         state, step = run(model.params, prompt, method)
         return step.main, step.contrast, [(cache.prefix, cache.own) for cache in state.caches]
