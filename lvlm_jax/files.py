@@ -172,7 +172,7 @@ def existing_file(path: Path, what: str) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is either complete or absent. Raises `LVLMError` if it cannot be written."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8", errors="replace"))

@@ -13,14 +13,14 @@ from tests.refusals import refused
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "new" / "scores.json"
-    files.write_atomically(path, "{}")
+    files.write_whole(path, "{}")
     with pytest.raises(ZeroDivisionError), files.atomic_file(path) as file:
         file.write(b"half")
         _ = 1 / 0
     assert contents(path.parent) == {"scores.json": b"{}"}
     umask = os.umask(0o027)
     try:
-        files.write_atomically(path, json.dumps({"a": "\ud800"}, ensure_ascii=False))
+        files.write_whole(path, json.dumps({"a": "\ud800"}, ensure_ascii=False))
     finally:
         os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o640
@@ -30,7 +30,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    refused("scores.json' cannot be written: No space left on device", files.write_atomically, path, "after")
+    refused("scores.json' cannot be written: No space left on device", files.write_whole, path, "after")
     assert contents(path.parent) == {"scores.json": b'{"a": "?"}'}
 
 
@@ -41,14 +41,14 @@ def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
     victim.write_text("precious")
     out.mkdir()
     (out / f"scores.json{guessed}").symlink_to(victim)
-    files.write_atomically(out / "scores.json", "{}")
+    files.write_whole(out / "scores.json", "{}")
     assert victim.read_text() == "precious"
     assert (out / "scores.json").read_text() == "{}" and not (out / "scores.json").is_symlink()
     monkeypatch.setattr("secrets.token_hex", lambda _: "known")
     (out / ".0123456789abcdef.part").symlink_to(victim)
     files.remove_stale(out, ".*.part")
     (out / ".known.part").symlink_to(victim)
-    refused("cannot be written: File exists", files.write_atomically, out / "scores.json", "after")
+    refused("cannot be written: File exists", files.write_whole, out / "scores.json", "after")
     assert victim.read_text() == "precious"
 
 

@@ -40,7 +40,7 @@ from ml_collections import ConfigDict
 from lvlm_jax import compilation, models, weights
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.parallel.peaks import peak_flops
 from lvlm_jax.training import monitor, optimizer, pairwise
 from lvlm_jax.training.data.pair_batches import PAIR
@@ -375,7 +375,7 @@ def main(words: list[str]) -> int:
     report = json.dumps(found, indent=2)
     print(report)
     if arguments.out:
-        write_atomically(arguments.out, report + "\n")
+        write_whole(arguments.out, report + "\n")
     if "losses_agree" not in found:
         return 0
     says = "agree" if found["losses_agree"] else "do NOT agree"

@@ -118,7 +118,7 @@ def write(
     """
     html = page.build(title, prompt, pictures, answers)
     figures_written = _draw(folder, pictures, answers)
-    files.write_atomically(folder / "index.html", html)
+    files.write_whole(folder / "index.html", html)
     return [folder / "index.html", *figures_written]
 
 

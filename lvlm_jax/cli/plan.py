@@ -18,7 +18,7 @@ import sys
 
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.methods import parse
 from lvlm_jax.planning import devices, plan
 from lvlm_jax.planning import report as plan_report
@@ -131,7 +131,7 @@ def main(words: list[str]) -> int:
     if arguments.out:
         result = {"command": "lvlm plan " + " ".join(words), "date": datetime.date.today().isoformat()}
         result["plans"] = [plan_report.record(one, targets) for one in plans]
-        write_atomically(arguments.out, json.dumps(result, indent=2) + "\n")
+        write_whole(arguments.out, json.dumps(result, indent=2) + "\n")
     return 0
 
 

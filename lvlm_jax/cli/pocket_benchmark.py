@@ -21,7 +21,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import controls, statistics
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.methods import Method, parse
 from lvlm_jax.pocket import benchmark, benchmark_run
 from lvlm_jax.weights import names
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
     )
     text = benchmark_run.run(setup, methods)
     if flags.markdown:
-        write_atomically(flags.markdown, text)
+        write_whole(flags.markdown, text)
     print(text)
     print(f"{time.monotonic() - began:.0f} s; tables in {flags.out / 'table.md'}")
     return 0

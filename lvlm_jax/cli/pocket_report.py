@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lvlm_jax import LVLM
 from lvlm_jax.cli import common
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.pocket import report
 from lvlm_jax.weights import names
 
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         "seconds": round(time.monotonic() - began),
     }
     table = report.markdown(figures, about)
-    write_atomically(flags.out / "report.json", json.dumps({"about": about, "figures": figures}, indent=1))
-    write_atomically(flags.out / "report.md", table)
+    write_whole(flags.out / "report.json", json.dumps({"about": about, "figures": figures}, indent=1))
+    write_whole(flags.out / "report.md", table)
     print(table)
     return 0

@@ -22,7 +22,7 @@ from absl import logging
 
 from lvlm_jax.cli import common
 from lvlm_jax.evaluation import statistics
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.pocket import training
 from lvlm_jax.training import settings
 
@@ -56,9 +56,9 @@ def main(arguments: list[str]) -> int:
         settings.check(config[recipe])
     setup = training.Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
     text = training.run(setup, " ".join(["lvlm pocket-training", *arguments]))
-    write_atomically(flags.out / "table.md", text)
+    write_whole(flags.out / "table.md", text)
     if flags.markdown:
-        write_atomically(flags.markdown, text)
+        write_whole(flags.markdown, text)
     print(text)
     print(f"tables in {flags.out / 'table.md'}")
     return 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import expand, write_atomically
+from lvlm_jax.files import expand, write_whole
 from lvlm_jax.journal.record import checkpoint_hash
 from lvlm_jax.methods import registry
 from lvlm_jax.verification import results, run
@@ -64,6 +64,6 @@ def main(words: list[str]) -> int:
         name = Path(arguments.model).name if expand(arguments.model).is_dir() else arguments.model
         record = results.record(name, checkpoint_hash(folder), checks, time.monotonic() - start)
         text = json.dumps(record, indent=1, ensure_ascii=False)
-        write_atomically(arguments.record, text.replace(str(folder), name) + "\n")  # errors may name the folder
+        write_whole(arguments.record, text.replace(str(folder), name) + "\n")  # errors may name the folder
         print(f"written to {arguments.record}")
     return int(any(result.status == results.FAILED for result in checks))

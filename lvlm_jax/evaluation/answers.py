@@ -153,7 +153,7 @@ class AnswerFormat:
             text = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
         else:
             text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        files.write_atomically(path, text)
+        files.write_whole(path, text)
         return [path]
 
 

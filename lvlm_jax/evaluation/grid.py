@@ -182,7 +182,7 @@ def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answ
         for point, texts in zip(grid, found.texts, strict=True)
         for one, text in zip(asked, texts, strict=True)
     ]
-    files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def said(text: str) -> str | None:

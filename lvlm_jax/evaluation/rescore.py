@@ -268,5 +268,5 @@ def _plain(value) -> str:
 def write(found: dict, folder: Path) -> Path:
     """Writes `scores.json` into a folder, completely or not at all."""
     path = folder / "scores.json"
-    files.write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    files.write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return path

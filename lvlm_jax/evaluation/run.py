@@ -213,7 +213,7 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
         chosen = [question for question in questions if group in (None, question.group)]
         form.write(target, chosen, texts, protocol, model_id=Path(about["model"]).name)
         beside = target.with_name(target.name + ".run.json")
-        files.write_atomically(beside, json.dumps(about, indent=1) + "\n")
+        files.write_whole(beside, json.dumps(about, indent=1) + "\n")
         words.append(f"{group}={target}" if apart else str(target))
     return words
 

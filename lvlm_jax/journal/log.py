@@ -162,7 +162,7 @@ def text_of(name: str) -> Read:
 def _check_beside(path: Path, content: bytes, record: dict, record_file: Path) -> None:
     """Stores `record` beside a new log, or compares it with the record of an existing log."""
     if not content:
-        files.write_atomically(record_file, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        files.write_whole(record_file, json.dumps(record, indent=1, sort_keys=True) + "\n")
         return
     if not record_file.exists():
         raise LVLMError(

@@ -102,7 +102,7 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
             one.ask(model)
             found[part.name][name] = one.score()
         text = document(setup, found, path)
-        files.write_atomically(setup.out / "table.md", text)
+        files.write_whole(setup.out / "table.md", text)
     return text
 
 

@@ -101,7 +101,7 @@ class Setup:
             finished = True
         finally:
             stored |= {"seconds": round(stored["seconds"] + time.monotonic() - began, 1), "done": finished}
-            files.write_atomically(path, json.dumps(stored, indent=1) + "\n")
+            files.write_whole(path, json.dumps(stored, indent=1) + "\n")
         return stored["seconds"]
 
     def prompts(self, name: str) -> Path:
@@ -276,7 +276,7 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
         )
         rows = pair_batches.rows_of(answers, encoder.conversation, encoder, config.length, config.too_long)
         measured = held_out.distances(load(student), base, rows, encoder, setup.sevi)
-        files.write_atomically(path, json.dumps(measured, indent=1) + "\n")
+        files.write_whole(path, json.dumps(measured, indent=1) + "\n")
 
     about = setup.about_model() | {"student": checkpoint_hash(student), "prompts": file_hash(prompts)}
     setup.stage("benchmark/closeness", about, work)

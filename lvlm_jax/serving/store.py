@@ -46,7 +46,7 @@ class Store:
 
     def save(self, value: dict[str, Any]) -> dict[str, Any]:
         """Writes an object, and gives it back."""
-        files.write_atomically(self.path(value["id"], ".json"), json.dumps(value))
+        files.write_whole(self.path(value["id"], ".json"), json.dumps(value))
         return value
 
     def load(self, id: str, kind: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from tensorboardX.summary import image, scalar, text
 
 from lvlm_jax.config_files import user_object
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import read_bytes, write_atomically
+from lvlm_jax.files import read_bytes, write_whole
 from lvlm_jax.journal import progress
 from lvlm_jax.parallel.peaks import peak_flops
 from lvlm_jax.weights.tables import flatten
@@ -264,7 +264,7 @@ def rewind(log: Path, task: str, step: int) -> None:
     content = read_bytes(log, "log of the training").decode("utf-8", errors="replace")
     kept = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
     if kept != content:
-        write_atomically(log, kept)
+        write_whole(log, kept)
 
 
 def _stays(line: str, task: str, step: int) -> bool:

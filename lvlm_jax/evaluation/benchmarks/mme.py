@@ -175,7 +175,7 @@ class TextFiles(AnswerFormat):
         paths = []
         for task, lines in by_task.items():
             paths.append(path / f"{task}.txt")
-            files.write_atomically(paths[-1], "".join(lines))
+            files.write_whole(paths[-1], "".join(lines))
         return paths
 
 

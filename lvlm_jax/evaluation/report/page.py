@@ -48,8 +48,8 @@ def write(
     sections = report.sections()
     chosen = examples.choose(comparisons, images, each, seed)
     targets = [out / "index.html", out / "report.md"]
-    files.write_atomically(targets[0], page(title, report, sections, chosen))
-    files.write_atomically(targets[1], markdown(title, report, sections))
+    files.write_whole(targets[0], page(title, report, sections, chosen))
+    files.write_whole(targets[1], markdown(title, report, sections))
     return targets
 
 

@@ -138,7 +138,7 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """
     path = Path(path)
     lines = [json.dumps(row_of(pair, path.parent), ensure_ascii=False) for pair in pairs]
-    files.write_atomically(path, "".join(line + "\n" for line in lines))
+    files.write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def row_of(pair: Pair, folder: Path) -> dict:

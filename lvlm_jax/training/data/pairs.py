@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.files import write_atomically
+from lvlm_jax.files import write_whole
 from lvlm_jax.generation.jobs import Answer
 from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect, seed_of, text_of
@@ -244,6 +244,6 @@ def write(
             write_pairs(out / name, [one.prompt.paired(one.chosen, one.rejected) for one in chosen])
         else:
             (out / name).unlink(missing_ok=True)  # an earlier run's would share pictures with pairs.jsonl
-    write_atomically(out / "pairs.jsonl.run.json", json.dumps({**record, **settings}, indent=1) + "\n")
-    write_atomically(out / "statistics.json", json.dumps(figures, indent=1) + "\n")
+    write_whole(out / "pairs.jsonl.run.json", json.dumps({**record, **settings}, indent=1) + "\n")
+    write_whole(out / "statistics.json", json.dumps(figures, indent=1) + "\n")
     return figures
