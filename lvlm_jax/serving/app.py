@@ -1,4 +1,4 @@
-"""HTTP: routes, keys, limits of bodies, and answers as JSON or as server-sent events."""
+"""HTTP: routes, keys, limits of request bodies, and answers as JSON or as server-sent events."""
 
 import asyncio
 import contextlib
@@ -27,8 +27,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 log = logging.getLogger("lvlm.serve")
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "SAMEORIGIN"}
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for proxies
-IGNORED = "X-LVLM-Ignored"  # names the fields of a request that mean nothing here
-UNPRINTABLE = re.compile("[^ -~]")  # what no header may hold
+IGNORED = "X-LVLM-Ignored"  # header that lists the ignored fields of a request
+UNPRINTABLE = re.compile("[^ -~]")  # characters that a header cannot contain
 
 
 class App:
@@ -40,10 +40,10 @@ class App:
         """The ASGI application is `asgi`.
 
         Args:
-            key: what `Authorization: Bearer KEY` must say; None lets everybody in.
+            key: required value in `Authorization: Bearer KEY`; None lets everybody in.
             state: the folder of files and batches; None without them.
-            names: of this server, which a request's Host must be one of; None: any. A page on the internet whose name
-                was pointed at this machine would read answers otherwise.
+            names: host names of this server; a request's Host header must be one of them. None allows any. Without this
+                check, a web page could point its own host name at this machine and read answers.
         """
         self._service, self._key, self._names = service, key, names
         self.batches = Batches(service, state) if state else None
@@ -57,7 +57,7 @@ class App:
             self._route("/v1/models/{name:path}", self._model, "GET"),
             self._route("/v1/methods", self._methods, "GET"),
             self._route("/v1/chat/completions", self._chat, "POST"),
-            # Their names cannot be guessed, and a browser sends no key with a link.
+            # Their names cannot be guessed, and a browser sends no key when it follows a link.
             self._route("/attention/{name}", self._attention, "GET", open=True),
             self._route("/attention/{name}/maps", self._maps, "GET", open=True),
         ]
@@ -98,20 +98,20 @@ class App:
         return Route(path, answered, methods=[method])
 
     def _check_origin(self, request: Request) -> None:
-        """Refuses what pages of other servers have a visitor's browser ask for."""
+        """Refuses requests that pages of other servers make through a visitor's browser."""
         host = request.headers.get("host", "")
         if self._names is not None and _name(host) not in self._names:
             message = f"this server is not called {host[:80]!r}; its operator can allow the name with --server-name"
             raise ApiError(403, message, "wrong_host")
         if request.method != "GET" and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            raise ApiError(403, "pages of other servers may not ask this one", "wrong_origin")
+            raise ApiError(403, "pages of other servers may not send requests to this one", "wrong_origin")
 
     def _check_key(self, request: Request) -> None:
-        """Compares in constant time; says nothing of the key that was given."""
+        """Compares in constant time; the error says nothing about the given key."""
         if self._key is None:
             return
-        given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+        header = request.headers.get("authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(header, f"Bearer {self._key}".encode()):
             raise ApiError(401, "the key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
     async def _no_route(self, request: Request, error: HTTPException) -> Response:
@@ -126,7 +126,7 @@ class App:
         return JSONResponse(found.body, 500)
 
     async def _body(self, request: Request, limit: int) -> bytes:
-        """The body of a request, of at most so many bytes, within the time of a request."""
+        """The body of a request, up to a size limit and a time limit."""
         too_large = ApiError(413, f"the body has more than {limit >> 20} MiB", "request_too_large")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
@@ -154,7 +154,7 @@ class App:
             whole = await _unless_gone(request, service.whole(ask, prompt))
             return JSONResponse(whole, headers=headers)
         chunks = service.chunks(ask, prompt)
-        # So that what is wrong at the start has its own status.
+        # So that errors at the start have their own status.
         first = await _unless_gone(request, anext(chunks))
 
         async def events() -> AsyncIterator[bytes]:
@@ -208,7 +208,7 @@ class App:
 
 
 async def _unless_gone(request: Request, answer: Awaitable[Any]) -> Any:
-    """Awaits an answer, and gives it up when the client leaves."""
+    """Awaits an answer; cancels it if the client disconnects."""
     working = asyncio.ensure_future(answer)
 
     async def gone() -> None:
@@ -227,7 +227,7 @@ async def _unless_gone(request: Request, answer: Awaitable[Any]) -> Any:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """The host name in a Host header, without the port."""
     return host.rpartition("]")[0].lstrip("[").lower() if host.startswith("[") else host.partition(":")[0].lower()
 
 

@@ -1,7 +1,6 @@
-"""Batches: a file of requests to a file of answers, behind the requests of people, and over restarts.
+"""Batches: answers a file of requests, with lower priority than interactive requests, and across restarts.
 
-Answers go into a log (`journal`) as they come. A server that is started again goes on with the requests that the log
-does not answer.
+Answers are appended to a log (`journal`). A restarted server continues with the requests that the log does not answer.
 """
 
 import asyncio
@@ -27,8 +26,8 @@ from lvlm_jax.serving.work import Priority
 
 ENDPOINT = "/v1/chat/completions"
 LARGEST = 200 << 20  # bytes of a file of requests
-UPLOADS = 2  # files that arrive at once; each is held in memory
-REQUESTS = 50_000  # of a batch
+UPLOADS = 2  # uploads at the same time; each is in memory
+REQUESTS = 50_000  # requests per batch
 UNDER_WAY = ("in_progress", "cancelling")
 
 
@@ -48,7 +47,7 @@ class Batches:
     def routes(
         self, body: Callable[[Request, int], Awaitable[bytes]]
     ) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
-        """Path, HTTP method and endpoint of each; `body` reads a request's bytes up to a limit."""
+        """Path, HTTP method and endpoint of each route; `body` reads a request's bytes up to a limit."""
         self._body = body
         return [
             ("/v1/files", "POST", self._upload),
@@ -63,13 +62,13 @@ class Batches:
         ]
 
     async def resume(self) -> None:
-        """Goes on with batches that an earlier server began."""
+        """Resumes the batches that an earlier server began."""
         for batch in self._store.all("batch"):
             if batch["status"] in UNDER_WAY:
                 self._start(batch)
 
     async def close(self) -> None:
-        """Stops; what is answered is in the logs."""
+        """Stops; finished answers are in the logs."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
@@ -89,13 +88,13 @@ class Batches:
         try:
             form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=20).parse()
         except (MultiPartException, KeyError, AssertionError) as error:
-            raise ApiError(400, "the body is no form with file and purpose", "invalid_form") from error
+            raise ApiError(400, "the body is not a form with file and purpose", "invalid_form") from error
         file, purpose = form.get("file"), form.get("purpose")
         if not hasattr(file, "read") or not isinstance(purpose, str):
             raise ApiError(400, "the form needs file and purpose", param="file")
         limit = self._service.limits.max_state
         if self._store.size() + len(content) > limit << 20:
-            message = f"the files that are kept here would have more than {limit} MiB; delete some"
+            message = f"the stored files would exceed {limit} MiB; delete some"
             raise ApiError(413, message, "storage_full", "file")
         return JSONResponse(self._store.add_file((file.filename or "file")[:200], purpose[:40], await file.read()))
 
@@ -111,7 +110,7 @@ class Batches:
     async def _delete(self, request: Request) -> Response:
         id = request.path_params["id"]
         if any(one["input_file_id"] == id and one["status"] in UNDER_WAY for one in self._store.all("batch")):
-            raise ApiError(400, f"a batch that is under way reads {id}; cancel it first", "file_in_use")
+            raise ApiError(400, f"a running batch reads {id}; cancel it first", "file_in_use")
         self._store.remove_file(id)
         return JSONResponse({"id": id, "object": "file", "deleted": True})
 
@@ -170,7 +169,7 @@ class Batches:
         task.add_done_callback(lambda _: self._running.pop(batch["id"], None))
 
     async def _run(self, batch: dict[str, Any]) -> None:
-        """Answers what is not answered, and writes the files of answers and of errors."""
+        """Answers the remaining requests, and writes the files of answers and of errors."""
         store = self._store
         try:
             requests = await asyncio.to_thread(_requests, store.content(batch["input_file_id"]))
@@ -214,7 +213,7 @@ class Batches:
                 store.save(batch | {"status": "failed", "errors": errors})
 
     async def _entry(self, name: str, body: dict) -> dict[str, Any]:
-        """The answer to one request of a batch; waits while the server has no room."""
+        """The answer to one request of a batch; waits while the server is full."""
         while True:
             try:
                 ask, prompt = await self._service.read(body | {"stream": False})
@@ -233,12 +232,12 @@ def _failed(entry: dict[str, Any]) -> bool:
 
 
 def _requests(content: bytes) -> dict[str, dict]:
-    """The bodies of a file of requests, by their custom ids.
+    """The bodies of a file of requests, by custom id.
 
     Raises:
-        ApiError: a line that is no request, an id that is there twice, too many or none.
+        ApiError: a line is not a request, an id occurs twice, or there are too many requests or none.
     """
-    found: dict[str, dict] = {}
+    bodies: dict[str, dict] = {}
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -249,11 +248,11 @@ def _requests(content: bytes) -> dict[str, dict]:
         except (ValueError, RecursionError, TypeError, KeyError):
             right = False
         if not right:
-            message = f'line {number} is no request; expected {{"custom_id": ..., "url": "{ENDPOINT}", "body": ...}}'
+            message = f'line {number} is not a request; expected {{"custom_id": ..., "url": "{ENDPOINT}", "body": ...}}'
             raise ApiError(400, message, "invalid_line", "input_file_id")
-        if name in found:
+        if name in bodies:
             raise ApiError(400, f"line {number} has the custom_id {name[:60]!r} of another line", param="input_file_id")
-        found[name] = body
-    if not 0 < len(found) <= REQUESTS:
-        raise ApiError(400, f"the file has {len(found)} requests; expected 1 to {REQUESTS}", param="input_file_id")
-    return found
+        bodies[name] = body
+    if not 0 < len(bodies) <= REQUESTS:
+        raise ApiError(400, f"the file has {len(bodies)} requests; expected 1 to {REQUESTS}", param="input_file_id")
+    return bodies

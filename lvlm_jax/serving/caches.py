@@ -1,4 +1,4 @@
-"""A cache of arrays by content, bounded in bytes: what was used longest ago goes first."""
+"""A cache of arrays by content, bounded in bytes; the least recently used entry is dropped first."""
 
 import hashlib
 from collections import OrderedDict
@@ -10,23 +10,23 @@ import numpy as np
 
 
 def digest(parts: Iterable[Any]) -> bytes:
-    """A key for arrays, texts and numbers: equal content has an equal key."""
-    found = hashlib.blake2b(digest_size=16)
+    """A key for arrays, texts and numbers: equal content gives equal keys."""
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, np.ndarray):
-            found.update(f"{part.dtype}{part.shape}".encode())
-            found.update(np.ascontiguousarray(part).data)
+            hasher.update(f"{part.dtype}{part.shape}".encode())
+            hasher.update(np.ascontiguousarray(part).data)
         else:
-            found.update(repr(part).encode())
-    return found.digest()
+            hasher.update(repr(part).encode())
+    return hasher.digest()
 
 
 class Cache:
     """Trees of arrays, at most `capacity` bytes together.
 
     Attributes:
-        size: bytes held.
-        hits, misses: how often `get` found something, and did not.
+        size: bytes in the cache.
+        hits, misses: how often `get` found an entry, and how often not.
     """
 
     def __init__(self, capacity: int):
@@ -34,7 +34,7 @@ class Cache:
         self._kept: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: bytes) -> Any | None:
-        """What was kept under the key; None without."""
+        """The tree under the key, or None."""
         if key not in self._kept:
             self.misses += 1
             return None
@@ -43,7 +43,7 @@ class Cache:
         return self._kept[key][0]
 
     def put(self, key: bytes, value: Any) -> None:
-        """Keeps a tree, unless it is larger than the cache."""
+        """Stores a tree, unless it is larger than the cache."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
         if size > self.capacity or key in self._kept:
             return

@@ -1,12 +1,11 @@
-"""Names of models that clients may ask for, and the methods behind them.
+"""Names of models for clients, and the methods behind them.
 
-    pocket                     the model as it is
-    pocket+cmac:alpha=3        with a method in words, as on the command line
-    pocket+eah+cmac            several, chained
-    careful                    an alias of the operator's: any method, also of his own files
+    pocket                     the model without a method
+    pocket+cmac:alpha=3        with a method, as on the command line
+    pocket+eah+cmac            several methods, chained
+    careful                    an alias that the operator defined: any method, also from the operator's files
 
-Clients name registered methods alone. Words that import a module or read a file are the operator's to allow: what he
-gives a name to.
+Clients can name only registered methods. Names that import a module or read a file are available only as aliases.
 """
 
 import dataclasses
@@ -22,31 +21,31 @@ from lvlm_jax.serving.errors import ApiError
 
 LONGEST = 400  # characters of a name
 FITTED = re.compile(r"\W*(\w+[-_])?fitted\W*")  # a setting that names a file of `lvlm fit`
-OPERATORS_FILE = "{} names a file, which the server's operator alone may do; ask for one of its aliases"
+OPERATORS_FILE = "{} names a file, which only the server's operator may do; use one of its aliases"
 
 
 class Catalogue:
-    """What the server answers under which name.
+    """The models and methods of the server, by name.
 
     Attributes:
-        name: of the model as it is.
-        aliases: methods by the operator's names for the model with them.
+        name: name of the model without a method.
+        aliases: methods by the operator's names.
     """
 
     def __init__(self, name: str, aliases: Mapping[str, str], only: bool = False):
         """Builds the methods of the aliases.
 
         Args:
-            name: of the model.
-            aliases: words of methods by names.
-            only: whether clients are held to the aliases.
+            name: name of the model.
+            aliases: methods in words, by name.
+            only: whether clients may use only the aliases.
 
         Raises:
-            LVLMError: a method that cannot be built, or two things of one name.
+            LVLMError: a method cannot be built, or a name is used twice.
         """
         self.name, self._only = name, only
         self.aliases: dict[str, Method | None] = {}
-        self._words: dict[str, str | None] = {}  # what clients may know of them
+        self._words: dict[str, str | None] = {}  # descriptions that clients may see
         for alias, words in aliases.items():
             if alias == name or "+" in alias or not alias:
                 raise LVLMError(f"an alias is {alias!r}; expected a name without + that is not the model's, {name!r}")
@@ -54,13 +53,13 @@ class Catalogue:
             self._words[alias] = words if _of_registry(words) else None
 
     def models(self) -> list[str]:
-        """Names for a client to choose from: the model, the aliases, the model with each method as it comes."""
+        """Names that a client can choose: the model, the aliases, the model with each method at its defaults."""
         methods = [] if self._only else registry.names()
         return [self.name, *self.aliases, *(f"{self.name}+{method}" for method in methods)]
 
     def described(self) -> list[dict[str, Any]]:
-        """Methods and their settings, for a page that offers them."""
-        found = []
+        """Methods and their settings, for the server's page."""
+        descriptions = []
         for name in [] if self._only else registry.names():
             method = registry.get(name)
             settings = []
@@ -80,8 +79,8 @@ class Catalogue:
                     }
                 )
             about = (method.__doc__ or "").splitlines()[0]
-            found.append({"id": name, "about": about, "settings": settings, "presets": list(method.PRESETS)})
-        return found + [
+            descriptions.append({"id": name, "about": about, "settings": settings, "presets": list(method.PRESETS)})
+        return descriptions + [
             {"id": alias, "about": f"an alias of this server: {words or 'its own method'}", "words": words}
             | {"settings": [], "presets": []}
             for alias, words in self._words.items()
@@ -92,8 +91,8 @@ class Catalogue:
 
         Args:
             model: the request's model, with or without a method in its name.
-            method: words for a method; not beside one in the name.
-            settings: of `method`, by name; `preset` too.
+            method: a method in words; not allowed if the name already has one.
+            settings: settings of `method`, by name; also `preset`.
 
         Raises:
             ApiError: there is no such model (404), or no such method or setting (400).
@@ -102,10 +101,10 @@ class Catalogue:
         if model in self.aliases:
             base, plus = self.name, "+"
         if base != self.name or (plus and not words and model not in self.aliases):
-            known = ", ".join([self.name, *self.aliases])
+            names = ", ".join([self.name, *self.aliases])
             raise ApiError(
                 404,
-                f"there is no model {model[:80]!r} here; expected one of {known}, or {self.name}+METHOD:SETTING=VALUE",
+                f"there is no model {model[:80]!r} here; expected one of {names}, or {self.name}+METHOD:SETTING=VALUE",
                 "model_not_found",
                 "model",
             )
@@ -125,7 +124,7 @@ class Catalogue:
         try:
             if self._only and words.strip().lower() != "none":
                 known = ", ".join(self.aliases) or "none"
-                raise LVLMError(f"this server has the methods of its aliases alone; expected one of {known}")
+                raise LVLMError(f"this server allows only the methods of its aliases; expected one of {known}")
             _check_words(words)
             if any(FITTED.fullmatch(name.lower()) for name in settings):
                 raise LVLMError(OPERATORS_FILE.format("fitted"))
@@ -139,7 +138,7 @@ def _finite(value: float) -> float | None:
 
 
 def _of_registry(words: str) -> bool:
-    """Whether words name registered methods alone, which they then mean to anybody."""
+    """Whether the words name only registered methods, so that they mean the same to everybody."""
     try:
         _check_words(words)
     except LVLMError:
@@ -148,7 +147,7 @@ def _of_registry(words: str) -> bool:
 
 
 def _check_words(words: str) -> None:
-    """Refuses a class from a module or a file; parts that are no method's settings are left to the parser."""
+    """Refuses a class from a module or a file; other unknown parts are left to the parser."""
     if len(words) > LONGEST:
         raise LVLMError(f"the method has {len(words)} characters; expected at most {LONGEST}")
     if learned.path_of(words):
@@ -160,6 +159,6 @@ def _check_words(words: str) -> None:
         own = parse.OWN.match(part)
         if own or any(mark in name for mark in ".\\"):
             raise LVLMError(
-                f"{part[:60]!r} names code or a file, which the server's operator alone may do; expected one of "
+                f"{part[:60]!r} names code or a file, which only the server's operator may do; expected one of "
                 f"{', '.join(registry.names())}"
             )

@@ -1,4 +1,4 @@
-"""Requests for chat completions: what their fields may be, and what they mean here."""
+"""Requests for chat completions: their fields and what they mean here."""
 
 import dataclasses
 import secrets
@@ -16,26 +16,26 @@ from lvlm_jax.serving.catalogue import Catalogue
 from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.limits import Limits
 
-STOP_STRINGS, STOP_CHARACTERS = 4, 200  # of a request; each is looked for after every few tokens
+STOP_STRINGS, STOP_CHARACTERS = 4, 200  # per request; each is searched after every few tokens
 TOP = 20  # top_logprobs
-# Fields of OpenAI's that change nothing about an answer here, so that nobody is told of them.
+# OpenAI's fields without effect on an answer here, which are ignored silently.
 SILENT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 class Strict(pydantic.BaseModel):
-    """Fields of exactly these kinds: "3" is no number. Unknown ones are kept apart."""
+    """Fields of exactly these types: "3" is not a number. Unknown fields are kept separately."""
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
 
 class StreamOptions(Strict):
-    """How a stream ends."""
+    """Options at the end of a stream."""
 
     include_usage: bool = False
 
 
 class Extra(Strict):
-    """What only this server does."""
+    """Extensions of this server."""
 
     attention: bool = False
 
@@ -67,18 +67,18 @@ class ChatRequest(Strict):
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request that was read.
+    """A parsed request.
 
     Attributes:
-        model: as the client calls it.
+        model: the client's name for it.
         conversation: HF chat messages with PIL images.
         images: those of the conversation, in order.
         method: None for plain decoding.
-        decodings: of each answer that is wanted; they differ in their seeds.
-        top: how many most likely tokens of each step are shown; None without log-probabilities.
-        stream, usage: whether the answer comes in pieces, and whether the last one counts tokens.
+        decodings: one per requested answer; they differ in their seeds.
+        top: how many of the most likely tokens to show per step; None without log-probabilities.
+        stream, usage: whether the answer is streamed, and whether the last chunk counts tokens.
         attention: whether the answer links to its attention page.
-        ignored: fields of the request that mean nothing here, or that were cut to a limit.
+        ignored: fields of the request that have no effect here, or that were reduced to a limit.
     """
 
     model: str
@@ -94,7 +94,7 @@ class Ask:
 
 
 class Reader:
-    """Reads requests for one model."""
+    """Parses requests for one model."""
 
     def __init__(
         self,
@@ -103,20 +103,17 @@ class Reader:
         hosts: Container[str] = (),
         settled: Callable[[Decoding], Decoding] = lambda decoding: decoding,
     ):
-        """Nothing is read yet.
-
-        Args:
-            hosts: names that images may be downloaded from.
-            settled: what becomes of settings that a request leaves out (`generation.defaults.with_defaults`).
+        """Args:
+        hosts: hosts from which images may be downloaded.
+        settled: fills in settings that a request leaves out (`generation.defaults.with_defaults`).
         """
         self._catalogue, self._limits, self._hosts, self._settled = catalogue, limits, hosts, settled
 
     def read(self, body: Any) -> Ask:
-        """A request from JSON; blocks while images are decoded or downloaded.
+        """Parses a request from JSON; blocks while images are decoded or downloaded.
 
         Raises:
-            ApiError: fields of a wrong kind (422), values that cannot be used (400), an unknown model (404), too much
-                (413).
+            ApiError: fields of a wrong type (422), unusable values (400), an unknown model (404), too much data (413).
         """
         request = self._checked(body)
         method = self._catalogue.method(request.model, request.method, request.method_settings)
@@ -124,7 +121,7 @@ class Reader:
         if request.tools:
             raise ApiError(400, "tools are not supported; leave them out", "unsupported", "tools")
         if (request.response_format or {"type": "text"}).get("type") != "text":
-            raise ApiError(400, "response_format is not supported but for text", "unsupported", "response_format")
+            raise ApiError(400, "response_format is only supported for text", "unsupported", "response_format")
         decodings = self._decodings(request, ignored)
         conversation, images = self._conversation(request.messages)
         extra = request.lvlm or Extra()
@@ -153,8 +150,8 @@ class Reader:
 
     def _decodings(self, request: ChatRequest, ignored: list[str]) -> list[Decoding]:
         limits = self._limits
-        asked = (request.max_completion_tokens, request.max_tokens, limits.max_tokens)
-        longest = next(value for value in asked if value is not None)
+        limits_given = (request.max_completion_tokens, request.max_tokens, limits.max_tokens)
+        longest = next(value for value in limits_given if value is not None)
         if longest > limits.max_tokens:
             longest = limits.max_tokens
             ignored.append(f"max_tokens>{longest}")
@@ -165,15 +162,15 @@ class Reader:
             )
             raise ApiError(400, message, param="stop")
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
-        given = {name: value for name in names if (value := getattr(request, name)) is not None}
-        if given.get("top_k") == -1:  # what other servers call all tokens
-            given["top_k"] = 0
+        settings = {name: value for name in names if (value := getattr(request, name)) is not None}
+        if settings.get("top_k") == -1:  # other servers' value for all tokens
+            settings["top_k"] = 0
         count = 1 if request.n is None else request.n
         if not 1 <= count <= limits.max_choices:
             raise ApiError(400, f"n is {count}; expected 1 to {limits.max_choices}", param="n")
         seed = secrets.randbits(31) if request.seed is None else request.seed
         try:
-            first = self._settled(Decoding(max_new_tokens=longest, stop=stop, seed=seed, **given))
+            first = self._settled(Decoding(max_new_tokens=longest, stop=stop, seed=seed, **settings))
         except LVLMError as error:
             param = str(error).partition(" ")[0]
             raise ApiError(400, error, param=param if param in ChatRequest.model_fields else None) from error
@@ -187,22 +184,22 @@ class Reader:
         return (top or 0) if request.logprobs else None
 
     def _conversation(self, messages: list[dict[str, Any]]) -> tuple[list[dict], list[Image.Image]]:
-        """HF chat messages, built anew from what is known: nothing of a client's goes further unread."""
+        """HF chat messages, rebuilt from checked fields: nothing else from a client is passed on."""
         limits, images, pixels, characters, read = self._limits, [], 0, 0, []
         if len(messages) > limits.max_messages:
             message = f"there are {len(messages)} messages; the limit is {limits.max_messages}"
             raise ApiError(413, message, param="messages")
         for number, message in enumerate(messages):
-            where = f"messages[{number}]"
+            message_name = f"messages[{number}]"
             role = message.get("role")
             if role not in ("system", "developer", "user", "assistant"):
-                raise ApiError(400, f"{where}.role is {str(role)[:40]!r}; expected system, user or assistant",
+                raise ApiError(400, f"{message_name}.role is {str(role)[:40]!r}; expected system, user or assistant",
                                param="messages")  # fmt: skip
             content = message.get("content")
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             if not isinstance(content, list):
-                raise ApiError(422, f"{where}.content: expected a string or a list of parts", param="messages")
+                raise ApiError(422, f"{message_name}.content: expected a string or a list of parts", param="messages")
             parts = []
             for part in content:
                 kind = part.get("type") if isinstance(part, dict) else None
@@ -222,7 +219,8 @@ class Reader:
                 else:
                     raise ApiError(
                         400,
-                        f"{where} has a part of type {str(kind)[:40]!r}; expected text, or image_url in user messages",
+                        f"{message_name} has a part of type {str(kind)[:40]!r}; expected text, or image_url in user "
+                        "messages",
                         param="messages",
                     )
             if characters > limits.max_text:

@@ -1,4 +1,4 @@
-"""The one thread that uses the device: it puts jobs into rows, decodes, and tells what comes of it."""
+"""The one thread that uses the device: it puts jobs into rows, decodes, and reports updates."""
 
 import threading
 import time
@@ -20,36 +20,36 @@ from lvlm_jax.serving.work import FAULT, Job, Late, Priority, Update
 
 
 class Engine:
-    """Answers jobs of any methods on one device.
+    """Answers jobs with any methods on one device.
 
     Attributes:
-        prefill: runs prompts, and keeps what can be used again.
-        on_update: called with every job and what was told about it, for metrics.
+        prefill: runs prompts, and caches what can be reused.
+        on_update: called with every job and its update, for metrics.
     """
 
     def __init__(self, model: LVLM, limits: Limits, largest: PromptSize):
         """The thread does not run yet (`start`).
 
         Args:
-            largest: of the prompts for which rows have room from the start.
+            largest: size of the prompts for which rows have room from the start.
         """
         self._model, self._limits, self._largest = model, limits, largest
         self.prefill = Prefill(model, limits)
         self.on_update: Callable[[Job, Update | LVLMError], None] = lambda job, said: None
-        self._lanes: dict[Any, Lane] = {}  # by structure, the one used longest ago first
+        self._lanes: dict[Any, Lane] = {}  # by structure; the least recently used first
         self._inbox: deque[Job] = deque()
-        self._searches: deque[Job] = deque()  # jobs that no rows can take
+        self._searches: deque[Job] = deque()  # jobs that cannot run in rows
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._ending = False
         self._thread = threading.Thread(target=self._loop, name="lvlm-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to answer."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; answers under way are lost, so wait for them first."""
+        """Ends the thread; unfinished answers are lost, so wait for them first."""
         with self._changed:
             self._ending = True
             self._changed.notify()
@@ -58,24 +58,24 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are taken."""
+        """Whether the engine accepts jobs."""
         return self._thread.is_alive() and not self._ending
 
     @property
     def waiting(self) -> int:
-        """Jobs without a row."""
+        """Number of jobs without a row."""
         with self._changed:
             lanes = sum(len(lane.waiting) for lane in self._lanes.values())
             return len(self._inbox) + len(self._searches) + lanes
 
     @property
     def under_way(self) -> int:
-        """Jobs with a row."""
+        """Number of jobs with a row."""
         with self._changed:
             return sum(len(lane.under_way) for lane in self._lanes.values())
 
     def submit(self, jobs: list[Job]) -> None:
-        """Takes the jobs of one request.
+        """Accepts the jobs of one request.
 
         Raises:
             ApiError: the queue is full, or the engine has stopped.
@@ -86,13 +86,13 @@ class Engine:
                 raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
             if jobs[0].priority == Priority.PERSON and waiting + len(jobs) > self._limits.queue + self._limits.rows:
                 seconds = 1 + waiting // self._limits.rows
-                message = f"{waiting} requests wait already; try again in {seconds} s"
+                message = f"{waiting} requests are already waiting; try again in {seconds} s"
                 raise ApiError(429, message, "queue_full", retry_after=seconds)
             self._inbox.extend(jobs)
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Has the thread call a function that needs the device, between two steps of the rows.
+        """Lets the thread call a function that needs the device, between two decode steps.
 
         Raises:
             ApiError: the queue is full, or the engine has stopped.
@@ -102,13 +102,13 @@ class Engine:
             if not self.alive:
                 raise ApiError(503, "the server is shutting down; try again in a moment", retry_after=5)
             if len(self._calls) >= self._limits.queue:
-                raise ApiError(429, "too many attention pages are asked for", "queue_full", retry_after=5)
+                raise ApiError(429, "too many attention pages are requested", "queue_full", retry_after=5)
             self._calls.append((function, future))
             self._changed.notify()
         return future
 
     def wake(self) -> None:
-        """Has the thread look for jobs that were cancelled."""
+        """Lets the thread look for cancelled jobs."""
         with self._changed:
             self._changed.notify()
 
@@ -123,12 +123,12 @@ class Engine:
                     return
             try:
                 self._round()
-            except Exception as error:  # a fault of ours, or of the device: those under way are told, others go on
+            except Exception as error:  # an error of ours, or of the device: running jobs get it, others continue
                 traceback.print_exc()
                 self._fail(error)
 
     def _round(self) -> None:
-        """One turn of everything."""
+        """One round of the loop."""
         self._sort_in()
         if self._searches:
             first = min(self._searches, key=lambda job: job.priority)
@@ -143,23 +143,23 @@ class Engine:
         for lane in lanes:
             lane.advance()
         for lane in lanes:
-            now = time.monotonic()
-            for job, said in lane.collect(now):
-                self._tell(job, said)
+            time_now = time.monotonic()
+            for job, update in lane.collect(time_now):
+                self._tell(job, update)
 
     def _sort_in(self) -> None:
-        """Jobs from the inbox to their lanes, people's before batches'; those whose time is over are told."""
-        now = time.monotonic()
+        """Moves jobs from the inbox to their lanes, interactive ones before batches; late ones get an error."""
+        time_now = time.monotonic()
         with self._changed:
-            taken, later = list(self._inbox), []
+            jobs, later = list(self._inbox), []
             self._inbox.clear()
             for lane in self._lanes.values():
                 for job in [*lane.waiting, *lane.under_way.values()]:
-                    self._late(job, now)
+                    self._late(job, time_now)
             for job in self._searches:
-                self._late(job, now)
-            for job in sorted(taken, key=lambda job: job.priority):
-                if job.cancelled or self._late(job, now):
+                self._late(job, time_now)
+            for job in sorted(jobs, key=lambda job: job.priority):
+                if job.cancelled or self._late(job, time_now):
                     continue
                 if searches.obstacle(job.method, job.decoding) or rows.obstacle(job.method):
                     self._searches.append(job)
@@ -170,14 +170,14 @@ class Engine:
             self._inbox.extendleft(reversed(later))
 
     def _late(self, job: Job, now: float) -> bool:
-        """Whether a job's time is over; it is told then, and its row is freed."""
+        """Whether a job's deadline has passed; if so, it gets an error and its row is freed."""
         if job.deadline < now and not job.cancelled:
             job.cancelled = True
             self._tell(job, Late(f"no answer within {self._limits.timeout:g} s; try again, or ask for less"))
         return job.deadline < now
 
     def _lane(self, structure: Any) -> Lane | None:
-        """The lane for methods of a structure; None while all lanes there may be have work of another one."""
+        """The lane for a structure of methods; None while all lanes are busy with other structures."""
         if structure in self._lanes:
             self._lanes[structure] = lane = self._lanes.pop(structure)
             return lane
@@ -190,21 +190,21 @@ class Engine:
         return lane
 
     def _alone(self, job: Job) -> None:
-        """Answers a job that no rows can take: a search."""
+        """Answers a job that cannot run in rows: a search."""
         if job.cancelled:
             return
         model = self._model
         try:
             output = answer.generate(model.params, model.config, job.prompt.given, job.method, job.decoding, model.host)
             fields = (output.text[0], output.tokens[0], output.logprobs[0])
-            said: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
+            update: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
         except LVLMError as error:
-            said = error
-        except Exception:  # rows of others are whole
+            update = error
+        except Exception:  # the rows of other jobs are not affected
             traceback.print_exc()
-            said = LVLMError(FAULT)
+            update = LVLMError(FAULT)
         job.began = time.monotonic()
-        self._tell(job, said)
+        self._tell(job, update)
 
     def _one_call(self) -> None:
         function, future = self._calls.popleft()
@@ -212,7 +212,7 @@ class Engine:
             return
         try:
             future.set_result(function())
-        except Exception as error:  # belongs to the caller
+        except Exception as error:  # goes to the caller
             future.set_exception(error)
 
     def _tell(self, job: Job, said: Update | LVLMError) -> None:
@@ -220,7 +220,7 @@ class Engine:
         job.tell(said)
 
     def _fail(self, error: Exception) -> None:
-        """Tells everybody with a row, whose arrays may be gone with the failed program."""
+        """Reports an error to every job with a row, because its arrays may be lost with the failed program."""
         for lane in self._lanes.values():
             for job in lane.under_way.values():
                 self._tell(job, LVLMError(FAULT))

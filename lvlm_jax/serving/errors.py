@@ -1,8 +1,8 @@
-"""What goes wrong with a request, in the form that OpenAI's clients read."""
+"""Errors of requests, in OpenAI's form."""
 
 from typing import Any
 
-# The `type` of OpenAI's error object for a status.
+# OpenAI's error `type` for a status.
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -19,10 +19,10 @@ LONGEST = 300  # characters of a message
 
 
 class ApiError(Exception):
-    """A request that gets an error.
+    """An error that a request gets as its answer.
 
     Attributes:
-        status: of HTTP.
+        status: HTTP status.
         message: one line, for a person.
         code: a word for programs, such as "model_not_found".
         param: the field of the request that is wrong.

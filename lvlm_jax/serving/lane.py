@@ -1,4 +1,4 @@
-"""A batch of rows for the jobs whose methods have one structure, seen from the host."""
+"""A batch of rows on the device for jobs whose methods have one structure, controlled by the host."""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from lvlm_jax.serving.prefill import Prefill
 from lvlm_jax.serving.work import FAULT, Job, Update
 
 Tell = Callable[[Job, Update | LVLMError], None]
-STEPS = 8  # tokens of each row between two looks, where nobody waits for pieces
-STREAMED_STEPS = 2  # where somebody does
+STEPS = 8  # tokens per row between two checks, if no job streams
+STREAMED_STEPS = 2  # if some job streams
 
 
 class Lane:
-    """Rows on the device, and who has them.
+    """Rows on the device, and the jobs in them.
 
     Attributes:
-        waiting: jobs without a row, in their order.
+        waiting: jobs without a row, in order.
         under_way: jobs by row.
     """
 
@@ -34,8 +34,8 @@ class Lane:
         """Nothing is on the device yet.
 
         Args:
-            tell: what is called with a job and what is told about it.
-            largest: of the prompts that are expected; a larger one widens the rows, for which programs are compiled.
+            tell: called with a job and its update.
+            largest: size of expected prompts; a larger prompt widens the rows, which compiles programs.
         """
         self._model, self._limits, self._prefill, self._largest = model, limits, prefill, largest
         self._tell = tell
@@ -46,18 +46,18 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        """Whether anybody waits or has a row."""
+        """Whether a job waits or has a row."""
         return bool(self.waiting or self.under_way)
 
     def enqueue(self, job: Job) -> None:
-        """Lets a job wait, people's before batches'."""
+        """Queues a job, interactive ones before batches."""
         place = len(self.waiting)
         while place and self.waiting[place - 1].priority > job.priority:
             place -= 1
         self.waiting.insert(place, job)
 
     def admit(self) -> None:
-        """Gives free rows to jobs that wait; what is wrong with a prompt is told its job."""
+        """Gives free rows to waiting jobs; errors in a prompt go to its job."""
         while self.waiting and len(self.under_way) < self._limits.rows:
             job = self.waiting.popleft()
             if job.cancelled:
@@ -82,10 +82,10 @@ class Lane:
             sizes = {"batch": self._limits.rows, "limit": self._limits.max_tokens}
             logits = step.combined.shape[1]
             empty = rows.empty(state, **sizes, vocabulary=logits, size=size.union(expected))
-            self._rows = rows.compact(empty)  # moves nothing; its program is compiled with the others
-        held = PromptSize.of(self._rows.slots.state, self._rows.slots.prompt)
-        if (needed := held.union(size)) != held:
-            self._rows = rows.widen(self._rows, needed)
+            self._rows = rows.compact(empty)  # moves nothing, but compiles the program
+        size_now = PromptSize.of(self._rows.slots.state, self._rows.slots.prompt)
+        if (size_needed := size_now.union(size)) != size_now:
+            self._rows = rows.widen(self._rows, size_needed)
         place = next(row for row in range(self._limits.rows) if row not in self.under_way)
         stop = model.host.stops(model.config, decoding)
         if len(stop) > rows.STOPS:
@@ -110,16 +110,16 @@ class Lane:
         jobs = self.under_way.values()
         steps = STREAMED_STEPS if any(job.pieces for job in jobs) else STEPS
         if any(job.began is None for job in jobs):
-            steps = 0  # first tokens are told at once
+            steps = 0  # first tokens are reported at once
         if self._full:
             self._rows = rows.compact(self._rows)
         keep = np.asarray([row in self.under_way for row in range(self._limits.rows)])
         self._rows = rows.run(self._model.params, self._model.config, self._rows, keep, jnp.int32(steps))
 
     def collect(self, now: float) -> list[tuple[Job, Update | LVLMError]]:
-        """Waits for the device; answers that have ended, and those so far of jobs that want pieces.
+        """Waits for the device; returns finished answers, and partial ones for jobs that stream.
 
-        Rows of jobs that were cancelled or whose answers have ended are free from now on.
+        Rows of cancelled jobs and of finished answers become free.
         """
         slots = self._rows.slots
         fields = (slots.running, slots.count, slots.stopped, slots.state.index, slots.tokens, slots.logprobs)
@@ -128,7 +128,7 @@ class Lane:
         top = None
         if any(job.wants_top for job in self.under_way.values()):
             top = jax.device_get((self._rows.top, self._rows.top_logprobs))
-        told = []
+        updates = []
         for row, job in list(self.under_way.items()):
             job.began = job.began or now
             if job.cancelled:
@@ -136,12 +136,12 @@ class Lane:
             elif not running[row] or job.pieces or job.decoding.stop:
                 one = slice(row, row + 1)
                 answer = Finished(tokens[one], logprobs[one], count[one], stopped[one])
-                said = self._read(job, answer, bool(running[row]), top and [field[row] for field in top])
-                if isinstance(said, LVLMError) or said.reason is not None:
+                update = self._read(job, answer, bool(running[row]), top and [field[row] for field in top])
+                if isinstance(update, LVLMError) or update.reason is not None:
                     del self.under_way[row]
                 if job.pieces or row not in self.under_way:
-                    told.append((job, said))
-        return told
+                    updates.append((job, update))
+        return updates
 
     def _read(self, job: Job, answer: Finished, running: bool, top: list[np.ndarray] | None) -> Update | LVLMError:
         try:
@@ -149,13 +149,13 @@ class Lane:
         except LVLMError as error:
             return error
         reason = output.finish_reason[0]
-        kept = [None, None]
+        top_tokens = [None, None]
         if top is not None and job.wants_top:
-            kept = [field[: len(output.tokens[0])] for field in top]
-        # A stop string ends an answer that is under way on the device.
+            top_tokens = [field[: len(output.tokens[0])] for field in top]
+        # A stop string ends an answer that still runs on the device.
         reason = None if running and reason == "length" else reason
-        return Update(output.text[0], output.tokens[0], output.logprobs[0], *kept, reason)
+        return Update(output.text[0], output.tokens[0], output.logprobs[0], *top_tokens, reason)
 
     def forget(self) -> None:
-        """Frees the rows' memory; nobody has one."""
+        """Frees the rows' memory; call it only if no job has a row."""
         self._rows, self._full = None, False

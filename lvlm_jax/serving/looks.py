@@ -1,4 +1,4 @@
-"""Attention pages of answers: what is needed for one is kept for a while, and the page is made when it is opened."""
+"""Attention pages of answers: their inputs are stored for a while, and a page is made when it is opened."""
 
 import secrets
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from lvlm_jax.serving.limits import Limits
 
 
 class Kept(NamedTuple):
-    """An answer that may be looked at."""
+    """An answer with an attention page."""
 
     conversation: list[dict]
     images: list
@@ -32,7 +32,7 @@ class Kept(NamedTuple):
 
 
 class Looks:
-    """The newest answers whose attention was asked for, by names that nobody can guess."""
+    """The newest answers with attention pages, by names that cannot be guessed."""
 
     def __init__(self, model: LVLM, engine: Engine, limits: Limits):
         self._model, self._engine = model, engine
@@ -40,7 +40,7 @@ class Looks:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
 
     def keep(self, ask: Ask, tokens: list[int]) -> str:
-        """Keeps an answer; the path of its page."""
+        """Stores an answer; returns the path of its page."""
         name = secrets.token_urlsafe(18)
         self._kept[name] = Kept(ask.conversation, ask.images, ask.method, tokens)
         while len(self._kept) > self._capacity or sum(one.size for one in self._kept.values()) > self._room:
@@ -51,7 +51,7 @@ class Looks:
         """The attention page of an answer, as a future.
 
         Raises:
-            ApiError: it is not kept, or has no images to look at.
+            ApiError: it is no longer stored, or has no images.
         """
         kept = self._find(name)
         return self._engine.call(lambda: self._page(kept))
@@ -68,10 +68,10 @@ class Looks:
     def _find(self, name: str) -> Kept:
         kept = self._kept.get(name)
         if kept is None:
-            message = f"this answer's attention is not kept (at most the newest {self._capacity} are); ask again"
+            message = f"this answer's attention is no longer stored (only the newest {self._capacity} are); ask again"
             raise ApiError(404, message, "not_found")
         if not kept.images:
-            raise ApiError(400, "the conversation has no images to look at", "no_images")
+            raise ApiError(400, "the conversation has no images", "no_images")
         return kept
 
     def _page(self, kept: Kept) -> str:
@@ -83,7 +83,7 @@ class Looks:
         ])  # fmt: skip
 
     def _maps(self, kept: Kept) -> dict[str, Any]:
-        """Of the mean over layers and heads; packed, for each word, all images one behind the other (`page.pack`)."""
+        """The mean over layers and heads; all images packed one after another for each word (`page.pack`)."""
         model = self._model
         prompt = model.prepare(kept.conversation)
         places = analysis.token_places(model.config, prompt, len(kept.images))

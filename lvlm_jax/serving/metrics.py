@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus; no prompt, answer or key is among it."""
+"""Metrics for Prometheus; they contain no prompt, answer or key."""
 
 import time
 from typing import Any
@@ -11,17 +11,17 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.serving.engine import Engine
 from lvlm_jax.serving.work import Job, Update
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event: a program was compiled, or read from the disk
-LABELS = 100  # methods that are counted apart; clients may chain them in any number of ways
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event for a program that was compiled or read from disk
+LABELS = 100  # methods with their own label; clients may chain methods in any number of ways
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 class Compiles:
-    """Counts programs that this process compiled or read from the cache on disk.
+    """Counts programs that this process compiled or read from the disk cache.
 
     Attributes:
         total: since the object was made.
-        before: of them, those before the server was ready.
+        before: of these, the programs before the server was ready.
     """
 
     def __init__(self):
@@ -33,7 +33,7 @@ class Compiles:
 
     @property
     def since_ready(self) -> int:
-        """Programs that requests had to wait for."""
+        """Number of programs that requests had to wait for."""
         return self.total - self.before
 
 
@@ -46,19 +46,19 @@ class Metrics:
         self.answers = Counter("lvlm_answers", "answers by method and how they ended", ["method", "reason"],
                                registry=registry)  # fmt: skip
         self.tokens = Counter("lvlm_tokens", "tokens of prompts and of answers", ["kind"], registry=registry)
-        self.first = Histogram("lvlm_first_token_seconds", "from a request's arrival to its first token",
+        self.first = Histogram("lvlm_first_token_seconds", "seconds from a request's arrival to its first token",
                                buckets=SECONDS, registry=registry)  # fmt: skip
-        self.whole = Histogram("lvlm_answer_seconds", "from a request's arrival to its answer's end", buckets=SECONDS,
-                               registry=registry)  # fmt: skip
+        self.whole = Histogram("lvlm_answer_seconds", "seconds from a request's arrival to the end of its answer",
+                               buckets=SECONDS, registry=registry)  # fmt: skip
         gauges = {
             "waiting": ("answers that wait for a row", lambda: engine.waiting),
             "under_way": ("answers that have a row", lambda: engine.under_way),
             "compiles": ("programs compiled since the start", lambda: compiles.total),
             "compiles_after_ready": ("programs compiled since the server was ready", lambda: compiles.since_ready),
-            "image_cache_bytes": ("bytes of image tokens kept", lambda: engine.prefill.images.size),
-            "image_cache_hits": ("images whose tokens were kept", lambda: engine.prefill.images.hits),
-            "prefix_cache_bytes": ("bytes of prompt prefixes kept", lambda: engine.prefill.prefixes.size),
-            "prefix_cache_hits": ("prompts whose prefix was kept", lambda: engine.prefill.prefixes.hits),
+            "image_cache_bytes": ("bytes of cached image tokens", lambda: engine.prefill.images.size),
+            "image_cache_hits": ("images whose tokens were in the cache", lambda: engine.prefill.images.hits),
+            "prefix_cache_bytes": ("bytes of cached prompt prefixes", lambda: engine.prefill.prefixes.size),
+            "prefix_cache_hits": ("prompts whose prefix was in the cache", lambda: engine.prefill.prefixes.hits),
         }
         for name, (words, value) in gauges.items():
             Gauge(f"lvlm_{name}", words, registry=registry).set_function(value)
@@ -66,7 +66,7 @@ class Metrics:
         engine.on_update = self.update
 
     def update(self, job: Job, said: Update | LVLMError) -> None:
-        """Counts what was told a job; for `Engine.on_update`."""
+        """Counts an update of a job; for `Engine.on_update`."""
         if isinstance(said, LVLMError):
             self.answers.labels(self._label(job), "error").inc()
         elif said.reason is not None:

@@ -1,4 +1,4 @@
-"""The page of the server: one HTML file without any reference to the outside, which asks this server alone."""
+"""The server's page: one self-contained HTML file, which sends requests only to this server."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """Images of requests: data URIs, and addresses on hosts that the operator allows. Nothing else is opened.
 
-Bytes and pixels are counted before anything is decoded. An address is read from the internet only: its host is looked
-up once, a private address is refused, and the connection goes to the address that was checked. Redirects are errors,
-and a download has an end in time.
+Bytes and pixels are counted before anything is decoded. Only internet addresses are read: the host name is resolved
+once, private addresses are refused, and the connection goes to the checked address. Redirects are errors, and downloads
+have a time limit.
 """
 
 import base64
@@ -25,23 +25,25 @@ from lvlm_jax.processors.images import open_image
 from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.limits import Limits
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other decoders are not tried on a stranger's bytes
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other decoders are not used for untrusted bytes
 TIMEOUT = 10  # seconds for each part of a download
-LONGEST = 30  # seconds for all of it
-# Networks whose addresses carry one of the other protocol: NAT64 and 6to4.
+LONGEST = 30  # seconds for the whole download
+# Networks whose addresses contain an address of the other protocol: NAT64 and 6to4.
 CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
 SHOWN = 60  # characters of an address in a message
 
 
 def read(address: str, limits: Limits, hosts: Container[str] = (), left: float = float("inf")) -> Image.Image:
-    """The image behind an `image_url`, upright RGB.
+    """The image of an `image_url`, upright RGB.
 
     Args:
-        hosts: names that images may be downloaded from.
-        left: pixels that the other images of the request leave to this one.
+        address: the address.
+        limits: limits on bytes and pixels.
+        hosts: hosts from which images may be downloaded.
+        left: pixels that remain for this image within the request's limit.
 
     Raises:
-        ApiError: an address that is not allowed or cannot be read (400), too many bytes or pixels (413).
+        ApiError: the address is not allowed or unreadable (400), too many bytes or pixels (413).
     """
     if not isinstance(address, str):
         raise ApiError(422, "image_url has no url; expected a string", param="messages")
@@ -59,14 +61,14 @@ def decoded(content: bytes, limits: Limits, left: float = float("inf")) -> Image
     """The image in the bytes of a file, upright RGB.
 
     Raises:
-        ApiError: it is none, or has too many pixels.
+        ApiError: the bytes are not an image, or it has too many pixels.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ours is the limit that decides
+            warnings.simplefilter("ignore")  # only our own limit applies
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 width, height = image.size
-    except Exception as error:  # what damaged headers raise depends on the format
+    except Exception as error:  # damaged headers raise different errors in each format
         raise _refused(f"an image of {len(content):,} bytes is none of {', '.join(FORMATS)}, or is damaged") from error
     if width * height > limits.max_pixels * 1_000_000:
         message = f"an image has {width} x {height} pixels; the limit is {limits.max_pixels} million"
@@ -97,7 +99,7 @@ def _of_data(address: str, limits: Limits) -> bytes:
     try:
         return base64.b64decode("".join(content.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refused(f"an image's data is no base64 ({error}); encode it again") from error
+        raise _refused(f"an image's data is not base64 ({error}); encode it again") from error
 
 
 def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
@@ -105,7 +107,7 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
         parts = urllib.parse.urlsplit(address)
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError as error:
-        raise _refused(f"an image's address is {address[:SHOWN]!r}, which is none ({error})") from error
+        raise _refused(f"an image's address is {address[:SHOWN]!r}, which is malformed ({error})") from error
     if host not in hosts:
         raise _refused(
             f"images from {host[:SHOWN]!r} are not downloaded; send data:image/png;base64,..., or have the operator "
@@ -141,24 +143,24 @@ def _downloaded(address: str, limits: Limits, hosts: Container[str]) -> bytes:
 
 
 def _cut(connection: socket.socket, late: threading.Event) -> None:
-    """Ends a download that takes too long: whoever reads it meets its end."""
+    """Ends a download that takes too long: its reader sees the end of the data."""
     late.set()
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
 
 def _public(host: str, port: int) -> str:
-    """An address of the host; only if all of them are on the internet."""
-    found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    for one in found:
+    """An address of the host, if all its addresses are on the internet."""
+    addresses = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for one in addresses:
         address = ipaddress.ip_address(one.partition("%")[0])
         if not address.is_global or address.is_multicast or any(address in network for network in CARRIERS):
             raise _refused(f"{host[:SHOWN]!r} is on a private network; nothing is read from there")
-    return sorted(found)[0]
+    return sorted(addresses)[0]
 
 
 def _connected(host: str, ip: str, port: int, secure: bool) -> http.client.HTTPConnection:
-    """A connection to the address that was checked, under the host's name."""
+    """A connection to the checked address, under the host's name."""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     connection.sock = socket.create_connection((ip, port), TIMEOUT)
     if secure:

@@ -1,7 +1,7 @@
-"""From a laid out prompt to a state whose answer can begin; image tokens and prompt prefixes are kept and used again.
+"""Prefills a laid-out prompt; image tokens and prompt prefixes are cached and reused.
 
-A prefix is kept where no method of the request edits its rows and all branches read the same prompt. It belongs to the
-model alone, so a request with another method, or none, finds it too.
+A prefix is cached if no method of the request edits its rows and all branches read the same prompt. It depends on the
+model alone, so a request with another method, or none, can reuse it.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
     Attributes:
         caches: keys and values of every layer.
-        embeddings: what the decoder read; some rows before the cut are run again with those behind it.
+        embeddings: the decoder's input; some rows before the cut are run again with those after it.
     """
 
     caches: tuple[LayerCache, ...]
@@ -42,12 +42,12 @@ class Kept(NamedTuple):
 def _in_place(
     kept: Kept, words: Float[Array, "1 W E"], places: Int[Array, "T"]
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "1 W E"]]:
-    """The first columns of a prompt whose padding is on the left, and the embeddings of the last W.
+    """The first columns of a left-padded prompt, and the embeddings of the last W columns.
 
-    Keys are rotated by the positions of tokens and not of columns, so that they may be moved.
+    Keys are rotated by the positions of tokens, not of columns, so columns may be moved.
 
     Args:
-        words: embeddings behind the cut.
+        words: embeddings after the cut.
         places: see `Prompt.places`.
     """
     columns = kept.embeddings.shape[1]
@@ -60,11 +60,11 @@ def _axes(prompt: Inputs) -> Int[Array, "A 1 T"] | None:
 
 
 class Prefill:
-    """Runs prompts, one at a time; for the thread that owns the device.
+    """Runs prompts, one at a time; used by the thread that owns the device.
 
     Attributes:
-        images: image tokens by their image.
-        prefixes: keys and values of prompt prefixes.
+        images: cached image tokens, by image.
+        prefixes: cached keys and values of prompt prefixes.
     """
 
     def __init__(self, model: LVLM, limits: Limits):
@@ -72,7 +72,7 @@ class Prefill:
         self.images, self.prefixes = Cache(limits.image_cache << 20), Cache(limits.prefix_cache << 20)
 
     def __call__(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
-        """A prompt prefilled without columns for an answer, as `rows.place` takes it.
+        """Prefills a prompt without answer columns, as input of `rows.place`.
 
         Raises:
             LVLMError: the contrast branch's prompt exceeds the context.
@@ -83,7 +83,7 @@ class Prefill:
         return prompt.prefilled
 
     def shares(self, method: Method | None) -> bool:
-        """Whether the columns before the cut of a prompt are the model's alone, whatever the method's strengths."""
+        """Whether the columns before the cut of a prompt depend on the model alone, whatever the method's strengths."""
         if self._model.config.reads_instruction or (method is not None and method.warm_up_fields):
             return False
         return edited_rows(method, 1, 2) <= 1
@@ -91,15 +91,15 @@ class Prefill:
     def _behind_prefix(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
         model, laid_out = self._model, prompt.laid_out
         first, rest = prompt.parts()
-        kept = self.prefixes.get(prompt.key)
-        if kept is None:
+        prefix = self.prefixes.get(prompt.key)
+        if prefix is None:
             embeddings = decode_loop.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
             read = Read(embeddings, jnp.asarray(first.image_id), _axes(first))
             options = {"end": prompt.before, "split": prompt.before, "image_count": first.image_count}
-            kept = Kept(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
-            self.prefixes.put(prompt.key, kept)
+            prefix = Kept(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
+            self.prefixes.put(prompt.key, prefix)
         words = decode_loop.embed(model.params, model.config, rest, None)
-        before, embeddings = _in_place(kept, words, prompt.places())
+        before, embeddings = _in_place(prefix, words, prompt.places())
         read = Read(embeddings, jnp.asarray(laid_out.image_id), _axes(laid_out))
         return self._prefilled(prompt, read, method, prompt.behind, before=before)
 
@@ -108,27 +108,33 @@ class Prefill:
         tokens = self._image_tokens(prompt)
         laid_out = dataclasses.replace(prompt.laid_out, image_tokens=tokens)
         main = branches.embed_prompt(model.params, model.config, laid_out)
-        (ready,) = branches.after_warm_up(model.params, model.config, laid_out, main, [method])
+        (method_ready,) = branches.after_warm_up(model.params, model.config, laid_out, main, [method])
         tail_rows = prompt.behind if prompt.before else laid_out.tokens.shape[1]
         kind = contrast_kind(method)
         if kind == "same":
-            return self._prefilled(prompt, main, ready, tail_rows)
+            return self._prefilled(prompt, main, method_ready, tail_rows)
         if kind == "tokens":
-            return self._prefilled(prompt, main, ready, tail_rows, contrast=decode_loop.contrast_tokens(ready, main))
+            return self._prefilled(
+                prompt, main, method_ready, tail_rows, contrast=decode_loop.contrast_tokens(method_ready, main)
+            )
         if kind == "fewer_tokens":
             columns = laid_out.tokens.shape[1]
-            contrast = branches.with_fewer_tokens(model.params, model.config, laid_out, main, ready)
-            return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast, contrast_capacity=columns)
+            contrast = branches.with_fewer_tokens(model.params, model.config, laid_out, main, method_ready)
+            return self._prefilled(prompt, main, method_ready, tail_rows, contrast=contrast, contrast_capacity=columns)
         if kind in OTHER_PICTURES:
-            reads = branches.make_contrast_prompt(model.config, laid_out, method, model.host)
-            contrast = main if reads is laid_out else branches.embed_prompt(model.params, model.config, reads)
-            return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast)
+            contrast_prompt = branches.make_contrast_prompt(model.config, laid_out, method, model.host)
+            contrast = (
+                main
+                if contrast_prompt is laid_out
+                else branches.embed_prompt(model.params, model.config, contrast_prompt)
+            )
+            return self._prefilled(prompt, main, method_ready, tail_rows, contrast=contrast)
         given = dataclasses.replace(prompt.given, image_tokens=tokens)
-        reads = branches.make_contrast_prompt(model.config, given, method, model.host)
-        columns = columns_before(int(reads.lengths[0]))
-        reads = reads.padded(columns, model.config.pad_token_id)
-        contrast = branches.embed_prompt(model.params, model.config, reads)
-        return self._prefilled(prompt, main, ready, tail_rows, contrast=contrast, contrast_capacity=columns)
+        contrast_prompt = branches.make_contrast_prompt(model.config, given, method, model.host)
+        columns = columns_before(int(contrast_prompt.lengths[0]))
+        contrast_prompt = contrast_prompt.padded(columns, model.config.pad_token_id)
+        contrast = branches.embed_prompt(model.params, model.config, contrast_prompt)
+        return self._prefilled(prompt, main, method_ready, tail_rows, contrast=contrast, contrast_capacity=columns)
 
     def _prefilled(
         self, prompt: Prompt, reads: Read, method: Method | None, tail_rows: int, **options: Any
@@ -139,16 +145,16 @@ class Prefill:
         return decode_loop.prefill(model.params, model.config, reads, method, **fixed_options)
 
     def _image_tokens(self, prompt: Prompt) -> Any | None:
-        """What the tower makes of the images: one by one where they do not depend on each other."""
+        """The tower's output for the images: one by one if they do not depend on each other."""
         given, model = prompt.given, self._model
         if given.pixels is None:
             return None
         pixels = given.pixels[:, None] if fixed(model.config, given) else [given.pixels]
-        found = []
+        by_image = []
         for key, rows in zip(prompt.images, pixels, strict=True):
             tokens = self.images.get(key)
             if tokens is None:
                 tokens = decode_loop.encode_images(model.params, model.config, rows, given.geometry)
                 self.images.put(key, tokens)
-            found.append(tokens)
-        return found[0] if len(found) == 1 else jnp.concatenate(found)
+            by_image.append(tokens)
+        return by_image[0] if len(by_image) == 1 else jnp.concatenate(by_image)

@@ -1,7 +1,8 @@
-"""From a conversation to a prompt in columns that few sizes of programs serve; runs in a pool of threads.
+"""Lays out a conversation in columns that few program sizes serve; runs in a pool of threads.
 
-A prompt is cut behind its last image: the part before the cut is the same for all questions about the same images, so
-its keys and values can be kept (`prefill`). Each part has a number of columns from a ladder; padding is on the left.
+A prompt is cut after its last image: the part before the cut is the same for all questions about the same images, so
+its keys and values can be cached (`prefill`). Each part has a number of columns from a fixed series; padding is on the
+left.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import PROMPT_BUCKET, Inputs
 from lvlm_jax.serving.caches import digest
 
-SMALLEST_REST = 32  # columns behind the images, in powers of four from here
+SMALLEST_REST = 32  # columns after the images: powers of four from here
 
 
 def columns_before(tokens: int) -> int:
-    """Columns for the part before the cut: 0, 64, 128, 192, 256, 384, 512, 768 and so on."""
+    """Number of columns for the part before the cut: 0, 64, 128, 192, 256, 384, 512, 768 and so on."""
     if tokens == 0:
         return 0
     step = PROMPT_BUCKET
@@ -31,7 +32,7 @@ def columns_before(tokens: int) -> int:
 
 
 def columns_behind(tokens: int) -> int:
-    """Columns for the part behind the cut: 32, 128, 512 and so on."""
+    """Number of columns for the part after the cut: 32, 128, 512 and so on."""
     columns = SMALLEST_REST
     while columns < tokens:
         columns *= 4
@@ -40,16 +41,16 @@ def columns_behind(tokens: int) -> int:
 
 @dataclasses.dataclass
 class Prompt:
-    """A prompt that is laid out.
+    """A laid-out prompt.
 
     Attributes:
-        given: as the processor and `layout` made it.
+        given: the layout from the processor and `layout`.
         laid_out: the same in `before + behind` columns.
-        cut: tokens before the cut.
-        before, behind: columns for the tokens before the cut, and for those behind it.
-        images: one key for each image, or one for all where their tokens depend on each other; () without images.
-        key: of everything before the cut.
-        prefilled: what the prefill made of it, for further answers to the same request.
+        cut: number of tokens before the cut.
+        before, behind: number of columns for the tokens before the cut, and for those after it.
+        images: one key per image, or one for all if their tokens depend on each other; () without images.
+        key: key of everything before the cut.
+        prefilled: result of the prefill, for further answers to the same request.
     """
 
     given: Inputs
@@ -63,11 +64,11 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return int(self.given.lengths[0])
 
     def parts(self) -> tuple[Inputs, np.ndarray]:
-        """The part before the cut in `before` columns, and the token ids of the other in `behind` columns."""
+        """The part before the cut in `before` columns, and the token ids of the other part in `behind` columns."""
         valid = self.given.image_id[0] >= 0
         tokens, image_id = (row[0][valid][None, : self.cut] for row in (self.given.tokens, self.given.image_id))
         first = dataclasses.replace(self.given, tokens=tokens, image_id=image_id)
@@ -75,7 +76,7 @@ class Prompt:
         return first.padded(self.before, 0), np.pad(rest, (self.behind - len(rest), 0))[None]
 
     def places(self) -> np.ndarray:
-        """Where in the columns of both `parts` each column of `laid_out` is found; anywhere for padding. `Int[T]`."""
+        """For each column of `laid_out`, its column in both `parts`; arbitrary for padding. `Int[T]`."""
         total, length = self.before + self.behind, self.length
         token = np.arange(total) - (total - length)
         first = self.before - self.cut + token
@@ -83,14 +84,15 @@ class Prompt:
 
 
 class Prompts:
-    """Lays out conversations in a pool of threads, each with a processor of its own: tokenizers are not shared."""
+    """Lays out conversations in a pool of threads; each thread has its own processor, because tokenizers cannot be
+    shared."""
 
     def __init__(self, model: LVLM, workers: int, longest_rest: int):
-        """Nothing is read yet.
+        """Loads nothing yet.
 
         Args:
-            longest_rest: tokens behind the cut for which programs are there from the start; a longer prompt without
-                images is cut so that it finds them.
+            longest_rest: number of tokens after the cut for which programs exist from the start; longer prompts without
+                images are cut to fit them.
         """
         self._model, self._longest = model, columns_behind(longest_rest)
         self._own = threading.local()
@@ -101,14 +103,14 @@ class Prompts:
         return self._pool.submit(function)
 
     def close(self) -> None:
-        """Ends the pool; what waits is not done."""
+        """Ends the pool; waiting tasks are dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def prepared(self, conversation: list[dict]) -> Prompt:
-        """Lays out a conversation, whose images are PIL images; for threads of the pool.
+        """Lays out a conversation with PIL images; for threads of the pool.
 
         Raises:
-            LVLMError: a conversation that the model cannot take.
+            LVLMError: the model cannot process the conversation.
         """
         model = self._model
         if not hasattr(self._own, "processor"):
@@ -116,7 +118,7 @@ class Prompts:
         return self.laid_out(inputs.from_messages(self._own.processor, model.config, conversation))
 
     def laid_out(self, given: Inputs) -> Prompt:
-        """One prompt in columns of the ladder."""
+        """Lays out one prompt in numbers of columns from the series."""
         config, length = self._model.config, int(given.lengths[0])
         valid = given.image_id[0] >= 0
         image = np.flatnonzero(given.image_id[0][valid] > 0)
@@ -136,7 +138,7 @@ def _keys(given: Inputs, config: Any) -> tuple[bytes, ...]:
 
 
 def fixed(config: Any, given: Inputs) -> bool:
-    """Whether every image has tokens of its own, which depend on nothing else."""
+    """Whether the tokens of every image depend on nothing else."""
     return (
         config.tokens_per_image is not None and not given.geometry and len(given.pixels) == int(given.owner.max()) + 1
     )

@@ -1,4 +1,4 @@
-"""Answers in the form of OpenAI's chat completions: whole, and in pieces as server-sent events."""
+"""Answers in the form of OpenAI's chat completions: complete, and streamed as server-sent events."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ class Reply:
     """What all parts of the answer to one request share.
 
     Attributes:
-        id, created, model: as OpenAI names them.
-        prompt_tokens: of the request, image tokens included.
+        id, created, model: OpenAI's fields.
+        prompt_tokens: number of prompt tokens, image tokens included.
         tokenizer: for the texts of single tokens.
-        top: most likely tokens shown of each step; None without log-probabilities.
-        extra: what this server says besides, under "lvlm".
+        top: how many of the most likely tokens to show per step; None without log-probabilities.
+        extra: further fields of this server, under "lvlm".
     """
 
     id: str
@@ -43,22 +43,22 @@ class Reply:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": said.text, "refusal": None},
-                "logprobs": self.logprobs(said, 0),
-                "finish_reason": said.reason,
+                "message": {"role": "assistant", "content": update.text, "refusal": None},
+                "logprobs": self.logprobs(update, 0),
+                "finish_reason": update.reason,
             }
-            for index, said in enumerate(answers)
+            for index, update in enumerate(answers)
         ]
         head = self._head("chat.completion")
         return head | {"choices": choices, "usage": self.usage(answers), "lvlm": self.extra}
 
     def usage(self, answers: Sequence[Update]) -> dict[str, int]:
-        """Token counts of all answers together; an image token is a token of the prompt."""
-        written = sum(len(said.tokens) for said in answers)
+        """Token counts of all answers together; image tokens count as prompt tokens."""
+        completion_tokens = sum(len(update.tokens) for update in answers)
         return {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": written,
-            "total_tokens": self.prompt_tokens + written,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
         }
 
     def chunk(
@@ -69,21 +69,21 @@ class Reply:
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def last(self, answers: Sequence[Update]) -> dict[str, Any]:
-        """The chunk that counts tokens."""
+        """The chunk with the token counts."""
         head = self._head("chat.completion.chunk")
         return head | {"choices": [], "usage": self.usage(answers), "lvlm": self.extra}
 
-    def logprobs(self, said: Update, start: int) -> dict[str, Any] | None:
-        """Log-probabilities from token `start` on: of the distribution that the method makes, before temperature."""
+    def logprobs(self, update: Update, start: int) -> dict[str, Any] | None:
+        """Log-probabilities from token `start` on, under the method's distribution before temperature."""
         if self.top is None:
             return None
         content = []
-        for place in range(start, len(said.tokens)):
+        for place in range(start, len(update.tokens)):
             alike = []
-            if self.top and said.top is not None:
-                pairs = zip(said.top[place][: self.top], said.top_logprobs[place][: self.top], strict=True)
+            if self.top and update.top is not None:
+                pairs = zip(update.top[place][: self.top], update.top_logprobs[place][: self.top], strict=True)
                 alike = [self._token(int(token), float(logprob)) for token, logprob in pairs if np.isfinite(logprob)]
-            content.append(self._token(said.tokens[place], said.logprobs[place]) | {"top_logprobs": alike})
+            content.append(self._token(update.tokens[place], update.logprobs[place]) | {"top_logprobs": alike})
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
@@ -99,21 +99,21 @@ class Pieces:
 
     def __init__(self, reply: Reply, index: int, stop: Sequence[str]):
         self._reply, self._index, self._writer = reply, index, StreamWriter(stop)
-        self._tokens = 0  # whose log-probabilities were sent
+        self._tokens = 0  # with log-probabilities already sent
 
     def first(self) -> dict[str, Any]:
         """The chunk with the role."""
         return self._reply.chunk(self._index, {"role": "assistant", "content": ""})
 
-    def chunks(self, said: Update) -> list[dict[str, Any]]:
-        """What is new in an update; behind the last one the reason why the answer ended."""
-        done = said.reason is not None
-        piece = self._writer.push(said.text, final=done)
-        found = []
-        if piece or (done and len(said.tokens) > self._tokens and self._reply.top is not None):
-            logprobs = self._reply.logprobs(said, self._tokens)
-            self._tokens = len(said.tokens)
-            found.append(self._reply.chunk(self._index, {"content": piece}, logprobs))
-        if done:
-            found.append(self._reply.chunk(self._index, {}, None, said.reason))
-        return found
+    def chunks(self, update: Update) -> list[dict[str, Any]]:
+        """The new chunks of an update; the last chunk has the reason why the answer ended."""
+        is_finished = update.reason is not None
+        piece = self._writer.push(update.text, final=is_finished)
+        new_chunks = []
+        if piece or (is_finished and len(update.tokens) > self._tokens and self._reply.top is not None):
+            logprobs = self._reply.logprobs(update, self._tokens)
+            self._tokens = len(update.tokens)
+            new_chunks.append(self._reply.chunk(self._index, {"content": piece}, logprobs))
+        if is_finished:
+            new_chunks.append(self._reply.chunk(self._index, {}, None, update.reason))
+        return new_chunks

@@ -1,4 +1,4 @@
-"""A service behind uvicorn: warm-up beside the first probes, signals, and the end of the process."""
+"""Runs a service under uvicorn: warm-up, signals, and the end of the process."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ from lvlm_jax.serving.warm import warm_up
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ON_ITS_WAY = 0.5  # seconds that the request of a new connection may take to arrive when the server ends
-KEEP_ALIVE = 75  # seconds that a connection may be idle; longer than nginx keeps its own
+KEEP_ALIVE = 75  # seconds that a connection may be idle; longer than nginx's own limit
 
 
 class Server(uvicorn.Server):
-    """Ends with the answers under way, and leaves with code 0: the process was asked to end."""
+    """Finishes running answers before it ends, and exits with code 0, because the end was requested."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT drain; a second SIGINT does not wait. Only the main thread is sent signals."""
+        """SIGTERM and SIGINT drain; a second SIGINT does not wait. Only the main thread receives signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(one)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no connection, reads what is on its way over those that it took, and ends with the answers."""
+        """Accepts no new connection, reads requests that are arriving on open ones, and ends after the answers."""
         for server in self.servers:
             server.close()
         await asyncio.sleep(ON_ITS_WAY)
@@ -67,13 +67,13 @@ def serve(
     state: Path | None = None,
     names: Sequence[str] = (),
 ) -> int:
-    """Serves until a signal ends it; the exit code.
+    """Serves until a signal ends it; returns the exit code.
 
     Args:
-        methods: whose programs are compiled before the server says that it is ready.
+        methods: methods to compile before the server reports that it is ready.
         key: see `App`.
         state: the folder of files and batches; None without them.
-        names: by which clients reach a server on a loopback address, besides its own.
+        names: further host names of a server on a loopback address.
 
     Raises:
         LVLMError: the model cannot answer, or the address cannot be used.
@@ -101,8 +101,8 @@ async def _serve(server: Server, service: Service, methods: Sequence[Method | No
 
     try:
         listening = server.config.bind_socket()
-    except SystemExit as error:  # what uvicorn makes of an address in use
-        raise LVLMError(f"{host}:{port} cannot be listened on; is another server there? give --port") from error
+    except SystemExit as error:  # uvicorn's reaction to an address in use
+        raise LVLMError(f"{host}:{port} is not available; is another server running there? give --port") from error
     place = f"[{host}]" if ":" in host else host
     say(f"http://{place}:{listening.getsockname()[1]} answers for {service.catalogue.name}; compiling programs")
     service.start()

@@ -1,4 +1,4 @@
-"""Requests to answers, without HTTP: reads, lays out, submits, collects. One for each server."""
+"""Answers requests, without HTTP: parses, lays out, submits, collects. One per server."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ class Service:
 
     Attributes:
         catalogue, limits, engine, compiles, metrics, looks, prompts, reader: its parts.
-        ready: whether programs are compiled and nothing is being shut down.
+        ready: whether programs are compiled and the server is not shutting down.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Service:
         """The engine does not run yet (`start`).
 
         Args:
-            name: what clients call the model.
+            name: the model's name for clients.
             aliases, only: see `Catalogue`.
-            hosts: names that images may be downloaded from.
+            hosts: hosts from which images may be downloaded.
 
         Raises:
-            LVLMError: an alias whose method cannot be built.
+            LVLMError: the method of an alias cannot be built.
         """
         self.model, self.limits = model, limits or Limits()
         self.catalogue = Catalogue(name, aliases or {}, only)
         for method in self.catalogue.aliases.values():
-            method_for(method, lambda: model.hash, name)  # refuses what was fitted for another model
+            method_for(method, lambda: model.hash, name)  # refuses arrays that were fitted for another model
         self.compiles = Compiles()
         self.engine = Engine(model, self.limits, self._largest())
         self.metrics = Metrics(self.engine, self.compiles)
@@ -69,20 +69,20 @@ class Service:
             return defaults.with_defaults(decoding, model.generation_config, model.folder)
 
         self.reader = Reader(self.catalogue, self.limits, hosts, settled)
-        # Tokenizers must not be used by two threads at once; the engine's thread has the model's own.
+        # Two threads must not share a tokenizer; the engine's thread has the model's own.
         self._tokenizer = load.load_processor(model.folder, model.config).tokenizer
-        self._reading = 0  # requests that arrive or whose prompts are being laid out
+        self._reading = 0  # requests that are arriving or being laid out
 
     def _largest(self) -> PromptSize:
-        """Of prompts with `warm_images` images and `warm_text` tokens behind them."""
+        """The size of prompts with `warm_images` images and `warm_text` tokens after them."""
         config, images = self.model.config, self.limits.warm_images
-        # Where a picture's tokens depend on its size, the first ones widen the rows.
+        # If an image's tokens depend on its size, the first requests widen the rows.
         before = columns_before(images * ((config.tokens_per_image or 0) + 32)) if images else 0
-        behind = columns_behind(self.limits.warm_text)
-        return PromptSize((before + behind,), behind, 1 << max(0, images - 1).bit_length())
+        columns_after = columns_behind(self.limits.warm_text)
+        return PromptSize((before + columns_after,), columns_after, 1 << max(0, images - 1).bit_length())
 
     def start(self) -> None:
-        """Begins to answer; `warm_up` says when it is ready."""
+        """Starts the engine; `warm_up` reports when it is ready."""
         self.engine.start()
 
     def stop(self) -> None:
@@ -92,10 +92,10 @@ class Service:
         self.prompts.close()
 
     async def read(self, content: bytes | Mapping[str, Any]) -> tuple[Ask, Prompt]:
-        """A request, from JSON or its text, with its prompt laid out.
+        """A parsed request, from JSON or text, with its prompt laid out.
 
         Raises:
-            ApiError: anything that is wrong with it.
+            ApiError: the request is invalid.
         """
 
         def work() -> tuple[Ask, Prompt]:
@@ -109,17 +109,17 @@ class Service:
                 raise ApiError(400, f"{reason}, so its answer cannot be streamed; leave stream out", param="stream")
             if ask.top and (reason := searches.obstacle(ask.method) or rows.obstacle(ask.method)):
                 raise ApiError(400, f"{reason}; leave top_logprobs out", param="top_logprobs")
-            # Whole images are large: of a request that waits only what the model reads of them is kept.
+            # Decoded images are large: of a waiting request, only the model's inputs are kept.
             return ask if ask.attention else dataclasses.replace(ask, conversation=[], images=[]), prompt
 
         return await asyncio.wrap_future(self.prompts.call(work))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """While a client's request arrives and is read; only so many are at once.
+        """Counts a client's request while it arrives and is parsed; their number is limited.
 
         Raises:
-            ApiError: too many are.
+            ApiError: there are too many.
         """
         if self._reading >= self.limits.queue:
             raise ApiError(429, "too many requests are being read; try again in 1 s", "queue_full", retry_after=1)
@@ -132,12 +132,12 @@ class Service:
     async def updates(
         self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON
     ) -> AsyncIterator[tuple[int, Update]]:
-        """What is told of each answer to a request, by its number; ends when all have ended.
+        """Yields the updates of each answer to a request, with its number; ends when all answers have ended.
 
-        Left early, the answers that are under way are given up and their rows freed.
+        If the caller stops early, unfinished answers are cancelled and their rows freed.
 
         Raises:
-            ApiError: too many requests wait (429), no answer in time (503), or an answer that failed (400, 500).
+            ApiError: too many requests wait (429), no answer in time (503), or an answer failed (400, 500).
         """
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -169,14 +169,14 @@ class Service:
                 self.engine.wake()
 
     async def answers(self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON) -> list[Update]:
-        """All answers to a request, whole; errors as in `updates`."""
+        """All answers to a request, complete; errors as in `updates`."""
         found: dict[int, Update] = {}
         async for index, said in self.updates(ask, prompt, priority):
             found[index] = said
         return [found[index] for index in range(len(ask.decodings))]
 
     def reply(self, ask: Ask, prompt: Prompt, id: str | None = None, created: int | None = None) -> Reply:
-        """What all parts of the answer to a request share."""
+        """The common parts of the answer to a request."""
         return Reply(
             id=id or f"chatcmpl-{secrets.token_hex(12)}",
             created=int(time.time()) if created is None else created,
@@ -211,7 +211,7 @@ class Service:
             yield reply.last(answers)
 
     def _look(self, ask: Ask, reply: Reply, answers: list[Update]) -> None:
-        """Keeps what the attention page needs, where it was asked for, and says where it will be."""
+        """Stores the inputs of the attention page, if requested, and adds its address to the reply."""
         if ask.attention:
             reply.extra["attention"] = self.looks.keep(ask, answers[0].tokens)
 

@@ -1,4 +1,4 @@
-"""Files that clients sent or may fetch, in a folder: content and, beside it, OpenAI's file object as JSON."""
+"""Files of clients in a folder: content, and beside it OpenAI's file object as JSON."""
 
 import json
 import re
@@ -15,18 +15,18 @@ NAME = re.compile(r"(file|batch)-[0-9a-f]{24}")
 
 
 def new_id(kind: str) -> str:
-    """A name for a "file" or a "batch"."""
+    """A new id for a "file" or a "batch"."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 class Store:
-    """JSON objects by their ids, and the content of files; nothing is half-written."""
+    """JSON objects by id, and the content of files; nothing is ever half-written."""
 
     def __init__(self, folder: Path):
         """Makes the folder.
 
         Raises:
-            LVLMError: it cannot be made.
+            LVLMError: the folder cannot be made.
         """
         self.folder = folder
         try:
@@ -35,22 +35,22 @@ class Store:
             raise LVLMError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
 
     def path(self, id: str, suffix: str) -> Path:
-        """A file of an object.
+        """The path of an object's file.
 
         Raises:
-            ApiError: the id is none.
+            ApiError: the id is malformed.
         """
         if not NAME.fullmatch(id):
             raise ApiError(404, f"there is no {id[:60]!r} here", "not_found")
         return self.folder / f"{id}{suffix}"
 
     def save(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Writes an object, and gives it back."""
+        """Writes an object and returns it."""
         files.write_whole(self.path(value["id"], ".json"), json.dumps(value))
         return value
 
     def load(self, id: str, kind: str) -> dict[str, Any]:
-        """An object of a kind, "file" or "batch".
+        """The object of a kind, "file" or "batch", with this id.
 
         Raises:
             ApiError: there is none.
@@ -62,17 +62,17 @@ class Store:
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """All objects of a kind, the newest first."""
-        found = [
+        objects = [
             json.loads(path.read_text()) for path in self.folder.glob(f"{kind}-*.json") if NAME.fullmatch(path.stem)
         ]
-        return sorted(found, key=lambda one: one["created_at"], reverse=True)
+        return sorted(objects, key=lambda one: one["created_at"], reverse=True)
 
     def size(self) -> int:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.folder.glob("file-*.jsonl"))
 
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
-        """Keeps a file."""
+        """Stores a file."""
         id = new_id("file")
         self.path(id, ".jsonl").write_bytes(content)
         return self.save(
@@ -88,7 +88,7 @@ class Store:
         )
 
     def content(self, id: str) -> bytes:
-        """What is in a file.
+        """The content of a file.
 
         Raises:
             ApiError: there is none.

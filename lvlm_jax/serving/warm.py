@@ -1,4 +1,4 @@
-"""Programs compiled before the first request: each size of prompt, with each structure of methods, is answered once."""
+"""Compiles programs before the first request, by answering each size of prompt with each structure of methods."""
 
 import asyncio
 import dataclasses
@@ -15,14 +15,14 @@ from lvlm_jax.serving.prompts import Prompt, columns_behind
 from lvlm_jax.serving.service import Service
 from lvlm_jax.serving.work import Priority
 
-SIDE = 336  # pixels of a picture to warm up with
-WORDS = (1, 12, 40, 160, 600, 2400)  # of prompts; among them some for every number of columns behind the images
+SIDE = 336  # pixels of an image for warming up
+WORDS = (1, 12, 40, 160, 600, 2400)  # of prompts, with some for every number of columns after the images
 GREEDY = {"max_tokens": 12}
 DRAWN = {"max_tokens": 4, "temperature": 1.0, "top_p": 0.9, "logprobs": True, "top_logprobs": 1, "seed": 0}
 
 
 async def warm_up(service: Service, methods: Sequence[Method | None], say: Callable[[str], None]) -> None:
-    """Answers a prompt of every expected size with every method; programs are counted anew from then on.
+    """Answers a prompt of every expected size with every method; then restarts the count of compiled programs.
 
     Raises:
         LVLMError: the model cannot answer at all.
@@ -34,7 +34,7 @@ async def warm_up(service: Service, methods: Sequence[Method | None], say: Calla
         for prompt in prompts:
             prompt.prefilled = None
             asks = [_ask(service, method, settings) for settings in kinds]
-            # As a batch's: compiling may take longer than a person's request may wait.
+            # With a batch's priority: compiling may take longer than an interactive request may wait.
             await asyncio.gather(*(service.answers(ask, prompt, Priority.BATCH) for ask in asks))
     service.compiles.before = service.compiles.total
     service.ready = True
@@ -47,20 +47,20 @@ def _ask(service: Service, method: Method | None, settings: dict):
 
 
 def _prompts(service: Service) -> list[Prompt]:
-    """Prompts with up to `warm_images` images, and every number of columns behind them up to `warm_text`."""
+    """Prompts with up to `warm_images` images, and every number of columns after them up to `warm_text`."""
     picture = Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8))
     longest = columns_behind(service.limits.warm_text)
-    found: dict[tuple, Prompt] = {}
+    prompts: dict[tuple, Prompt] = {}
     for images in range(service.limits.warm_images + 1):
         for words in WORDS:
             content = [{"type": "image", "image": picture}] * images + [{"type": "text", "text": "a " * words}]
             try:
                 prompt = service.prompts.prepared([{"role": "user", "content": content}])
             except LVLMError:  # longer than the context
-                if not found:
+                if not prompts:
                     raise
                 break
             if prompt.behind > longest or (not images and prompt.before):
                 break
-            found.setdefault((prompt.before, prompt.behind, images), prompt)
-    return list(found.values())
+            prompts.setdefault((prompt.before, prompt.behind, images), prompt)
+    return list(prompts.values())

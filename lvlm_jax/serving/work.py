@@ -1,4 +1,4 @@
-"""What goes through the engine: answers to be written, and what is told about them."""
+"""The engine's jobs and their updates."""
 
 import dataclasses
 import enum
@@ -18,7 +18,7 @@ FAULT = "the server failed at this request; its log says why"
 
 
 class Priority(enum.IntEnum):
-    """Who goes first: people who wait, then batches."""
+    """Order of jobs: interactive ones, then batches."""
 
     PERSON = 0
     BATCH = 1
@@ -28,10 +28,10 @@ class Update(NamedTuple):
     """An answer so far.
 
     Attributes:
-        text: empty before the end, unless the job wants pieces.
-        tokens, logprobs: of the answer.
-        top, top_logprobs: the most likely tokens of each step, `[T, K]`; None unless the job wants them.
-        reason: "stop" or "length"; None while the answer is under way.
+        text: empty before the end, unless the job streams.
+        tokens, logprobs: those of the answer.
+        top, top_logprobs: the most likely tokens of each step, `[T, K]`; None unless requested.
+        reason: "stop" or "length"; None while the answer is unfinished.
     """
 
     text: str
@@ -44,19 +44,19 @@ class Update(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One answer to be written.
+    """One answer to generate.
 
     Attributes:
-        prompt: laid out.
+        prompt: the laid-out prompt.
         method: None for plain decoding.
-        decoding: how; its seed is one number.
-        tell: called by the engine's thread with every `Update`, and with the fault where there is one.
-        pieces: whether text is wanted before the end.
-        wants_top: whether the most likely tokens of every step are.
-        deadline: by `time.monotonic`.
-        priority: who goes first.
-        cancelled: set by anybody; the engine then forgets the job and tells nothing.
-        arrived, began: when it came, and when its first token was there.
+        decoding: how to decode; its seed is one number.
+        tell: called by the engine's thread with every `Update`, or with the error.
+        pieces: whether text is needed before the end (streaming).
+        wants_top: whether to keep the most likely tokens of every step.
+        deadline: in `time.monotonic`.
+        priority: order among jobs.
+        cancelled: anybody may set it; the engine then drops the job silently.
+        arrived, began: the times of arrival and of the first token.
     """
 
     prompt: Prompt
@@ -78,4 +78,4 @@ class Job:
 
 
 class Late(LVLMError):
-    """The time for a request is over."""
+    """The deadline of a request has passed."""

@@ -1,4 +1,4 @@
-"""What a model in training says to held-out prompts: a few, so that people can read along, and how many are right."""
+"""Answers of the model in training to a few held-out prompts, for people to read, and how many are right."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ class Asked:
     """A prompt and its right answer.
 
     Attributes:
-        id: of the row.
-        messages: as `LVLM.prepare` takes them.
+        id: id of the row.
+        messages: as for `LVLM.prepare`.
         truth: the right answer.
-        images: the prompt's pictures, as in `pair_files.Pair`.
+        images: the prompt's images, as in `pair_files.Pair`.
     """
 
     id: str
@@ -39,18 +39,18 @@ class Asked:
 
 
 def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tuple[Asked, ...]:
-    """So many of the prompts of some examples, spread evenly over them; all where there are not as many.
+    """`count` of the prompts of some examples, spread evenly; all if there are fewer.
 
     Raises:
-        LVLMError: some are wanted of a run in several processes.
+        LVLMError: prompts are requested in a run with several processes.
     """
     if not count:
         return ()
     if jax.process_count() > 1:
         raise LVLMError("loop.answers needs a single process; set it to 0 in a run over several")
-    found = list(_asked(examples))
-    places = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return tuple(found[place] for place in places)
+    questions = list(_asked(examples))
+    places = np.linspace(0, len(questions) - 1, min(count, len(questions))).round().astype(int)
+    return tuple(questions[place] for place in places)
 
 
 def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Asked]:
@@ -74,17 +74,17 @@ def answered(
 
     Args:
         model: the base, for its configuration and processor.
-        new_tokens: of the longest answer.
+        new_tokens: length of the longest answer.
         batch: prompts at a time.
         trainable, frozen: the two parts of the parameters.
     """
-    now = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)
-    found = []
+    current = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)
+    replies = []
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
-        filled = [*some, *[some[-1]] * (batch - len(some))]  # the last batch keeps its shape
-        texts = now.generate([prompt.messages for prompt in filled], max_new_tokens=new_tokens).text
+        padded = [*some, *[some[-1]] * (batch - len(some))]  # the last batch is padded to full size
+        texts = current.generate([prompt.messages for prompt in padded], max_new_tokens=new_tokens).text
         for prompt, text in zip(some, texts, strict=False):
-            shown = np.asarray(open_image(prompt.images[0])) if prompt.images else None
-            found.append(Answer(prompt.id, prompt.text, prompt.truth, text, shown))
-    return found
+            first_image = np.asarray(open_image(prompt.images[0])) if prompt.images else None
+            replies.append(Answer(prompt.id, prompt.text, prompt.truth, text, first_image))
+    return replies

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: Orbax, written while training goes on, each with a record of what it belongs to.
+"""Checkpoints of a training run: written by Orbax while training continues, each with a record of its run.
 
-A folder per step holds `state` (sharded arrays) and `record` (JSON). It is written beside its place and renamed, so
-that it is there whole or not at all. Restoring lays arrays out as the template says, on any mesh.
+The folder of a step contains `state` (sharded arrays) and `record` (JSON). It is written beside its place and then
+renamed, so it is complete or absent. Restoring places arrays as the template says, on any mesh.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tra
 
 
 class Checkpoints:
-    """The checkpoints of one task of a run; a context manager that waits for what is being written.
+    """The checkpoints of one task of a run; a context manager that waits for unfinished writes.
 
     Args:
-        folder: where they lie; made when missing.
-        keep: how many of the newest are kept.
+        folder: their folder; created if missing.
+        keep: how many of the newest to keep.
         best: also keep the one with the lowest score.
 
     Raises:
-        LVLMError: by every method, when the folder cannot be written.
+        LVLMError: (every method) the folder cannot be written.
     """
 
     def __init__(self, folder: Path, keep: int = 2, best: bool = False):
@@ -47,9 +47,9 @@ class Checkpoints:
         if best:
             policies.append(BestN(get_metric_fn=_score, reverse=True, n=1))
         options = ocp.CheckpointManagerOptions(
-            best_fn=_score if best else None,  # Orbax writes scores only when it has this
+            best_fn=_score if best else None,  # Orbax writes scores only if this is set
             preservation_policy=AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # what a killed process was writing
+            cleanup_tmp_directories=True,  # left by a killed process
         )
         self._failed = False
         try:
@@ -63,7 +63,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if parallel.lost(error):
-            return  # Orbax would wait for the one that is gone
+            return  # Orbax would wait for the process that died
         try:
             self.wait()
             self._manager.close()
@@ -72,71 +72,71 @@ class Checkpoints:
                 raise
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint on the disk."""
+        """The step of the newest complete checkpoint on the disk."""
         self._manager.reload()
         return max(self._manager.all_steps(), default=None)
 
     def save(self, step: int, state: Any, record: Mapping, score: float = math.inf) -> None:
-        """Begins to write a checkpoint; returns when `state` may be overwritten. One of that step is left alone.
+        """Starts writing a checkpoint; returns when `state` may be overwritten. An existing one of that step stays.
 
         Args:
             state: arrays.
-            record: JSON values; `restore` gives them back.
+            record: JSON values; `restore` returns them.
             score: for keeping the best; lower is better.
         """
         if step in self._manager.all_steps():
             return
-        # A deep copy, because it is written while the caller goes on.
+        # A deep copy, because it is written while the caller continues.
         record = json.loads(json.dumps({**record, "versions": versions()}))
         record["checksum"] = _checksum(state, record)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._write(lambda: self._manager.save(step, args=items, metrics={"score": score}))
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when all writes are finished."""
         self._write(self._manager.wait_until_finished)
 
     def _write(self, action: Any) -> None:
         if self._failed:
-            return  # said once; what follows would only repeat it
+            return  # reported once; further errors would only repeat it
         try:
             action()
-        except Exception as error:  # Orbax and TensorStore raise many kinds, some of another thread
+        except Exception as error:  # Orbax and TensorStore raise many types, some from other threads
             self._failed = True
             newest = self.newest()
-            left = "there is none yet" if newest is None else f"that of step {newest} is intact"
+            remaining = "there is none yet" if newest is None else f"that of step {newest} is intact"
             raise LVLMError(
-                f"a checkpoint cannot be written to {self.folder} ({_brief(error)}); {left}: "
+                f"a checkpoint cannot be written to {self.folder} ({_brief(error)}); {remaining}: "
                 "make room and start again with the same --workdir"
             ) from error
 
     def restore(self, template: Any, identity: Mapping) -> tuple[Any, dict] | None:
-        """The newest readable checkpoint; None when there is none.
+        """The newest readable checkpoint; None if there is none.
 
-        One that is cut, missing parts, or changed is reported, and removed once an older one has been read.
+        A truncated, incomplete or changed checkpoint is reported, and removed once an older one has been read.
 
         Args:
-            template: `jax.ShapeDtypeStruct`s with the shardings that the arrays shall have.
-            identity: what the record of a checkpoint must hold to belong to this run; see `identity`.
+            template: `jax.ShapeDtypeStruct`s with the wanted shardings.
+            identity: required content of the checkpoint's record, see `identity`.
 
         Returns:
             (state, record).
 
         Raises:
-            LVLMError: a checkpoint of another model, or none that can be read.
+            LVLMError: the checkpoint belongs to another model, or none is readable.
         """
         unreadable: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found, reason = self._read(step, template, identity), ""
+                state_and_record, reason = self._read(step, template, identity), ""
             except LVLMError:
                 raise
-            except Exception as error:  # as above; each kind means that this one cannot be read
-                found, reason = None, _brief(error)
+            except Exception as error:  # as above; every type means that this checkpoint is unreadable
+                state_and_record, reason = None, _brief(error)
             if _on_all_processes(not reason):
                 for broken in unreadable:
                     self._manager.delete(broken)
-                return found
+                return state_and_record
             unreadable[step] = reason
             _ignore_closed_loops()
             if jax.process_index() == 0:
@@ -159,12 +159,12 @@ class Checkpoints:
         return state, record
 
     def _compare(self, step: int, record: Mapping, identity: Mapping) -> None:
-        """Raises when a checkpoint belongs to another model."""
-        there, here = record["trainable"], identity["trainable"]
-        different = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+        """Raises if a checkpoint belongs to another model."""
+        stored, own = record["trainable"], identity["trainable"]
+        different = sorted(path for path in stored.keys() | own.keys() if stored.get(path) != own.get(path))
         if different:
             path = different[0]
-            fault = f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here"
+            fault = f"{path} is {stored.get(path, 'missing')} there and {own.get(path, 'missing')} here"
         elif record["base"] != identity["base"]:
             fault = "its frozen parameters had other values"
         else:
@@ -176,7 +176,7 @@ class Checkpoints:
 
 
 def identity(trainable: Any, frozen: Any) -> dict:
-    """What tells one model from another: names, dtypes and shapes of the trained parameters, a hash of the frozen."""
+    """The identity of a model: names, dtypes and shapes of the trained parameters, and a hash of the frozen ones."""
     shapes = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flatten(trainable).items()}
     return {"trainable": shapes, "base": fingerprint(frozen)}
 
@@ -186,7 +186,7 @@ def _checksum(state: Any, record: Mapping) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that decide a run's numbers."""
+    """Versions of this package and of the libraries that affect a run's numbers."""
     return {"lvlm_jax": __version__} | {name: metadata.version(name) for name in LIBRARIES}
 
 
@@ -199,7 +199,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _ignore_closed_loops() -> None:
-    """After a fault Orbax closes the event loop under TensorStore's other reads, each of which would print that."""
+    """After an error, Orbax closes the event loop of TensorStore's other reads, each of which would print an error."""
     others = sys.unraisablehook
 
     def hook(found: Any) -> None:

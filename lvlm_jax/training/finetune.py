@@ -19,17 +19,18 @@ from lvlm_jax.weights.tables import flatten, unflatten
 
 
 def train(config: ConfigDict, workdir: Path) -> Path:
-    """Trains as `config` says (`training.settings`), from the newest checkpoint in `workdir` if there is one.
+    """Trains according to `config` (`training.settings`), from the newest checkpoint in `workdir` if there is one.
 
-    A `registry.Recipe` trains by itself; what follows is said of objectives.
+    A `registry.Recipe` trains by itself; the following applies to objectives.
 
     Returns:
-        The folder of the Hugging Face checkpoint, `export` in `workdir`, adapters merged. With LoRA `adapter` beside it
-        holds them alone, in PEFT's format. An objective that trains something else says what it wrote.
+        The folder of the Hugging Face checkpoint with merged adapters, `export` in `workdir`. With LoRA, `adapter`
+        beside it contains the adapters alone, in PEFT's format. An objective that trains something else returns what it
+        wrote.
 
     Raises:
-        LVLMError: a setting, a model or data that cannot be used; see also `loop.train`.
-        SystemExit: asked to stop.
+        LVLMError: a setting, a model or data cannot be used; see also `loop.train`.
+        SystemExit: a signal requests a stop.
     """
     objective = registry.find(config.recipe)
     if isinstance(objective, Recipe):
@@ -56,15 +57,15 @@ def _divided(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
 
 
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
-    """The model to train, on the mesh; in the dtype of the master weights where any of them are the model's own."""
+    """The model to train, on the mesh; in the master dtype if its own parameters are trained."""
     dtype = config.master if config.train and not config.lora.enabled else config.dtype
     return LVLM.from_pretrained(config.model, dtype=dtype, mesh=mesh)
 
 
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
-    """(trainable, frozen): fresh adapters and all of `params`, or what `config.train` finds and the rest.
+    """(trainable, frozen): new adapters and all of `params`, or the parameters that match `config.train` and the rest.
 
-    The first is in the master dtype, the second in that of products.
+    The first part has the master dtype, the second the dtype of products.
     """
     if config.lora.enabled:
         of = config.lora
@@ -77,18 +78,18 @@ def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
 
 
 def loop_settings(config: ConfigDict, task: loop.Task) -> ConfigDict:
-    """What `loop.train` reads: fields of the loop and of the optimizer, and the number of steps."""
+    """The settings of `loop.train`: fields of the loop and of the optimizer, and the number of steps."""
     steps = config.steps or task.source.steps(config.epochs)
     own = dict(steps=steps, seed=config.seed, accumulate=config.accumulate)
     return ConfigDict({**config.loop, **config.optimizer, **own})
 
 
 def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
-    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does, for all."""
-    whole, folder, source = parts.join(trained, frozen), workdir / "export", names.checkpoint(config.model)
-    leaves = {path: leaf for path, leaf in flatten(whole).items() if path.endswith(LORA_LEAVES)}
+    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does it for all."""
+    params, folder, source = parts.join(trained, frozen), workdir / "export", names.checkpoint(config.model)
+    leaves = {path: leaf for path, leaf in flatten(params).items() if path.endswith(LORA_LEAVES)}
     first = jax.process_index() == 0
-    adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(whole), first)
+    adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(params), first)
     if first:
         if config.lora.enabled:
             peft.save_adapter(workdir / "adapter", adapter, model.config, source)

@@ -1,15 +1,15 @@
-"""The forward pass of training: whole rows at once, without a cache, and logits where they are needed.
+"""The forward pass of training: whole rows at once, without a cache, with logits only where they are needed.
 
-Rows are right-padded: prompt, answer, padding (`image_id` -1). What is computed for a row's tokens is what
-`generation.forward.full_forward` computes for the same tokens left-padded.
+Rows are right-padded: prompt, answer, padding (`image_id` -1). Results for a row's tokens equal those of
+`generation.forward.full_forward` for the same tokens left-padded.
 
-A sequence is a dict of arrays, B rows of T columns, as `pair_batches` makes them:
+A sequence is a dict of arrays, B rows of T columns, made by `pair_batches`:
 
     tokens    Int[B, T]   right-padded with the pad token
-    answers   Bool[B, T]  the tokens that are learned, stop token included
-    image_id  Int[B, T]   0 text, k >= 1 the row's k-th image, -1 padding
-    columns   Int[B, A]   where the answer tokens stand, in order; 0, which is never an answer, behind the last
-    axes      Int[B, 3, T]   positions along time, height and width, of models that count along these; else absent
+    answers   Bool[B, T]  the tokens to learn, stop token included
+    image_id  Int[B, T]   0 for text, k >= 1 for the row's k-th image, -1 for padding
+    columns   Int[B, A]   columns of the answer tokens, in order; then 0, which is never an answer
+    axes      Int[B, 3, T]   positions along time, height and width, for models that use them; else absent
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ def encode_images(
     rngs: Rngs = None,
     geometry: Mapping[str, jax.Array] | None = None,
 ) -> Float[Array, "*N E"]:
-    """Image tokens as the decoder receives them; `pixels` and `geometry` as in `models.pictures.Pictures`."""
+    """Image tokens for the decoder; `pixels` and `geometry` as in `models.pictures.Pictures`."""
     return module.apply({"params": params}, pixels, **(geometry or {}), method="encode_images", rngs=rngs)
 
 
 def image_tokens(module: nn.Module, params: Any, batch: Mapping[str, Any], rngs: Rngs = None) -> Float[Array, "*N E"]:
-    """Those of a batch as `pair_batches` makes it."""
+    """The image tokens of a batch from `pair_batches`."""
     return encode_images(module, params, batch["images"], rngs, batch.get("geometry"))
 
 
@@ -54,7 +54,7 @@ def embed(
 ) -> Float[Array, "B T E"]:
     """Token embeddings with the image tokens in the places of the rows' placeholders, in reading order.
 
-    From here on every device of a mesh has its own rows (`placement.by_rows`).
+    From here on, every device of a mesh has its own rows (`placement.by_rows`).
     """
     return placement.by_rows(module.apply({"params": params}, tokens, image_tokens, method="embed"))
 
@@ -73,12 +73,12 @@ def decode(
     """One pass through the decoder, with the attention of the method's main branch in all rows.
 
     Args:
-        image_id: 0 text, k >= 1 the k-th image, -1 padding.
+        image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
         method: None for none.
-        image_count: no row has more images.
-        tap: what to return besides.
-        rngs: randomness of adapters that have dropout.
-        axes: positions along each of the axes that the model has, if it has several.
+        image_count: the largest number of images in a row.
+        tap: what else to return.
+        rngs: random keys for adapters with dropout.
+        axes: positions along each position axis, if the model has several.
     """
     total = image_id.shape[1]
     axes = None if axes is None else axes.swapaxes(0, 1)
@@ -99,9 +99,9 @@ def decode(
 def answer_logits(
     module: nn.Module, params: Any, hidden: Float[Array, "B T E"], sequence: Sequence, rngs: Rngs = None
 ) -> tuple[Float[Array, "B A V"], Int[Array, "B A"], Bool[Array, "B A"]]:
-    """Logits of the answer tokens alone, those tokens, and which of the A places hold one.
+    """Logits of the answer tokens alone, those tokens, and which of the A places have one.
 
-    A vocabulary's worth of logits for every row would be most of a step's memory.
+    Logits over the vocabulary for every row would take most of a step's memory.
     """
     columns = sequence["columns"]
     # Row t predicts token t + 1.

@@ -1,7 +1,7 @@
-"""What training changed on held-out rows, as scores: one unit a row, so that figures come with bootstrap intervals.
+"""Scores of training on held-out rows: one unit per row, so that figures have bootstrap intervals.
 
 Preference pairs: whether a model finds the chosen answer more likely than the rejected one, and whether training has
-moved it that way (DPO's reward accuracy: log π - log π_ref is larger for the chosen answer).
+moved it in this direction (DPO's reward accuracy: log π - log π_ref is larger for the chosen answer).
 
 Answers under flow alignment: how far the next-token distributions of base and student are from the edited teacher's,
 KL(teacher ‖ model) in nats per answer token.
@@ -26,7 +26,7 @@ from lvlm_jax.training.data.pair_batches import Encoder, Row
 from lvlm_jax.training.objectives.flow_alignment import BASE, Alignment
 from lvlm_jax.training.pairwise import Scorer
 
-# Of base and student: the sum of divergences, and at how many tokens the most likely one is the teacher's.
+# For base and student: the sum of divergences, and the number of tokens with the teacher's most likely token.
 DISTANCES = ("base_answer_kl", "answer_kl", "base_agreement", "agreement")
 MILLI = 1000.0
 
@@ -37,15 +37,15 @@ def pair_logprobs(
     """Log-probability of each pair's chosen and rejected answer, the sum over its tokens, stop token included.
 
     Args:
-        method: whose attention is active, or None.
-        folder: of the cache, see `reference.with_reference`.
+        method: its attention is active; None for plain attention.
+        folder: folder of the cache, see `reference.with_reference`.
         size: pairs at a time.
     """
     dtype = _dtype(model)
     scorer = Scorer(models.build(model.config, dtype), method, pair_batches.image_count(rows))
     identity = {"method": method_record(method), "dtype": str(dtype)}
-    known = reference.with_reference(rows, encoder, scorer.alone, model.params, identity, folder, size)
-    return np.array([[answer.sum(dtype=np.float64) for answer in row.reference] for row in known])
+    rows_with_logprobs = reference.with_reference(rows, encoder, scorer.alone, model.params, identity, folder, size)
+    return np.array([[answer.sum(dtype=np.float64) for answer in row.reference] for row in rows_with_logprobs])
 
 
 def pair_scores(
@@ -53,13 +53,14 @@ def pair_scores(
     policy: Mapping[str, Float[np.ndarray, "R 2"]],
     before: Mapping[str, Float[np.ndarray, "R 2"]] | None = None,
 ) -> Scores:
-    """Figures "SET: chosen likelier", a share of pairs, and "SET: moved", that of pairs whose chosen answer has gained
-    more on `before` than the rejected one has.
+    """Figures "SET: chosen likelier" and "SET: moved", shares of pairs.
+
+    "moved" counts pairs whose chosen answer has gained more over `before` than the rejected one.
 
     Args:
-        ids: of the pairs of each set, by its name; pairs of one prompt in several sets have one id.
-        policy: what `pair_logprobs` found for each set.
-        before: the same of the model that training began with; None leaves "moved" undefined.
+        ids: ids of the pairs of each set, by name; pairs of one prompt in several sets have one id.
+        policy: results of `pair_logprobs` for each set.
+        before: the same for the model before training; None leaves "moved" undefined.
     """
     tally = Tally()
     for name, members in ids.items():
@@ -81,23 +82,24 @@ def pair_scores(
 
 
 def distances(student: LVLM, base: LVLM, rows: Sequence[Row], encoder: Encoder, sevi: SEVI) -> list[dict]:
-    """Of each answer `id`, `tokens` and DISTANCES, sums over its tokens; the teacher is `base` under `sevi`."""
+    """`id`, `tokens` and DISTANCES (sums over tokens) of each answer; the teacher is `base` under `sevi`."""
     alignment = Alignment(models.build(base.config, _dtype(base)), sevi, mu=1.0)
     measure = jax.jit(alignment.measure)
-    found = []
+    result = []
     for row, batch in zip(rows, pair_batches.in_order(rows, encoder, 1), strict=True):
         means = jax.device_get(measure(student.params, {BASE: base.params}, batch))
         sums = {name: float(means[name].total) for name in DISTANCES}
-        found.append({"id": row.id, "tokens": float(means["answer_kl"].count)} | sums)
-    return found
+        result.append({"id": row.id, "tokens": float(means["answer_kl"].count)} | sums)
+    return result
 
 
 def closeness(measured: Sequence[Mapping[str, Any]]) -> Scores:
-    """Figures of what `distances` found.
+    """Figures from the results of `distances`.
 
     Returns:
         base, student: the mean divergence in thousandths of a nat per token; closer: how many times smaller the
-        student's is than the base's; base agrees, student agrees: share of tokens with the teacher's most likely one.
+            student's is than the base's; base agrees, student agrees: share of tokens with the teacher's most likely
+            token.
     """
     tally = Tally()
     for row in measured:

@@ -27,17 +27,17 @@ from lvlm_jax.training.step import Metrics, Objective, State, make_step
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned, from what, and how it is judged.
+    """What is learned, from what, and how it is evaluated.
 
     Attributes:
-        name: of its folder and in the log.
+        name: name of its folder and in the log.
         objective: (trainable, frozen, batch, key) -> metrics; pure.
-        terms: which metrics are minimised, with their weights; see `step.loss`.
-        source: number of a step, from 0 -> batch, a pytree of NumPy arrays; picklable. With `accumulate` > 1 every
-            array has a leading axis of that size. Runs given in epochs ask it for `steps(epochs)`.
-        evaluate: (trainable, frozen) -> metrics on held-out data; None when there is none.
-        describe: number of a step, from 0 -> what its batch holds, for error messages.
-        answer: (trainable, frozen) -> answers to held-out prompts; None when none are asked for.
+        terms: the metrics to minimise, with their weights; see `step.loss`.
+        source: step number, from 0 -> batch, a pytree of NumPy arrays; picklable. With `accumulate` > 1 every array has
+            a leading axis of that size. For runs given in epochs it has `steps(epochs)`.
+        evaluate: (trainable, frozen) -> metrics on held-out data; None without held-out data.
+        describe: step number, from 0 -> description of its batch, for error messages.
+        answer: (trainable, frozen) -> answers to held-out prompts; None without such prompts.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task:
 
 
 class Stop:
-    """Within it, SIGTERM and SIGINT only ask for a stop, so that the loop can save before it leaves.
+    """A context in which SIGTERM and SIGINT only request a stop, so that the loop can save first.
 
     Several processes stop after the same step: JAX's preemption service, which watches for SIGTERM, agrees on one.
     """
@@ -65,7 +65,7 @@ class Stop:
         self._asked = True
 
     def wanted(self, step: int) -> bool:
-        """Whether to stop after `step`; every process asks once per step."""
+        """Whether to stop after `step`; every process calls it once per step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
@@ -88,11 +88,11 @@ class Tally:
             self.sums[name] = [total + float(mean.total), count + float(mean.count)]
 
     def finite(self) -> bool:
-        """Whether no loss and no gradient was NaN or infinite."""
+        """Whether all losses and gradients were finite."""
         return all(math.isfinite(self.sums[name][0]) for name in ("objective", "gradient_norm"))
 
     def take(self) -> dict[str, float]:
-        """The means, as `Mean.value` has them; starts anew."""
+        """The means, as in `Mean.value`; resets the sums."""
         means = {name: total / max(count, 1) for name, (total, count) in self.sums.items()}
         self.sums = {}
         return means
@@ -110,21 +110,21 @@ def train(
     """Trains from `trainable`, or from the newest checkpoint of the task in `workdir`, up to `settings.steps` steps.
 
     Args:
-        trainable: parameters that are learned; they are copied.
+        trainable: parameters to learn; they are copied.
         frozen: the model's other parameters, in a disjoint nested dict.
         settings: the optimizer's fields (see `optimizer`); `log_every`, `evaluate_every`, `save_every` (steps),
-            `workers` (processes that make batches), `keep` (checkpoints); optionally `seed`, `accumulate`, `logger`
-            (see `monitor.logger`), `keep_best`, a metric of the log such as "val/loss": the checkpoint where it was
-            lowest is kept too, and `patience`: the run ends when it was not lower for so many evaluations.
-        mesh: devices to spread the run over; None: all of them, along `data`.
-        config: what checkpoints record as the run's configuration; None: `settings`.
+            `workers` (processes that make batches), `keep` (checkpoints). Optional: `seed`, `accumulate`, `logger` (see
+            `monitor.logger`); `keep_best`, a logged metric such as "val/loss" whose best checkpoint is kept too;
+            `patience`, the number of evaluations without a lower value after which the run ends.
+        mesh: devices of the run; None: all of them, along `data`.
+        config: the run's configuration in checkpoints; None: `settings`.
 
     Returns:
         The trained parameters, on the mesh.
 
     Raises:
-        LVLMError: the loss or its gradient is NaN or infinite (the message names the step, its batch and the checkpoint
-            to go back to), a checkpoint of another model, or a disk that cannot be written.
+        LVLMError: the loss or its gradient is NaN or infinite (the message names the step, its batch and the last good
+            checkpoint), a checkpoint belongs to another model, or the disk cannot be written.
         SystemExit: code 0, after SIGTERM or SIGINT, with everything saved.
     """
     mesh = parallel.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
@@ -153,10 +153,10 @@ def train(
         pace = Pace(flops_per_token(trainable, frozen), list(mesh.devices.flat))
 
         def settle(step: int, metrics: Metrics, tokens: int, done: float | None = None) -> None:
-            """Reads what a step has computed. Done while the next one runs, so that no device waits for the host.
+            """Processes the results of a step. Runs while the next step computes, so that no device waits for the host.
 
             Args:
-                done: when it had ended; None: as soon as its metrics are there.
+                done: when the step ended; None: when its metrics are available.
             """
             tally.add(metrics)
             done = time.monotonic() if done is None else done
@@ -174,15 +174,15 @@ def train(
                 monitor.show(values)
 
         def judged(step: int) -> dict[str, float]:
-            """Metrics of held-out data and of answers to held-out prompts, written down."""
+            """Logs metrics of held-out data and of answers to held-out prompts."""
             with jax.set_mesh(mesh):
-                found = _evaluated(task, state.trainable, frozen)
+                metrics_found = _evaluated(task, state.trainable, frozen)
                 answers = task.answer(state.trainable, frozen) if task.answer else ()
             if answers:
-                found["val/answers_right"] = sum(answer.right for answer in answers) / len(answers)
-            monitor.write(step, found, answers)
-            monitor.say(step, found)
-            return found
+                metrics_found["val/answers_right"] = sum(answer.right for answer in answers) / len(answers)
+            monitor.write(step, metrics_found, answers)
+            monitor.say(step, metrics_found)
+            return metrics_found
 
         with (
             Monitor(workdir, task.name, start, steps, logger(settings.get("logger", ""), workdir, config)) as monitor,
@@ -194,7 +194,7 @@ def train(
             running = None
             for step, batch in enumerate(batches, start + 1):
                 placed = placement.put(batch, placement.of_batch(batch, mesh, accumulate))
-                # A step that has ended before the next one begins took no longer, whenever it is read.
+                # If a step has ended before the next one begins, its time does not depend on when it is read.
                 ended = running is not None and all(leaf.is_ready() for leaf in jax.tree.leaves(running[1]))
                 done = time.monotonic() if ended else None
                 with jax.set_mesh(mesh):
@@ -217,7 +217,7 @@ def train(
                         lowest, waited = (score, 0) if better else (lowest, waited + 1)
                 if keep:
                     monitor.secure()
-                    # The data's position is the number of the next batch, which is that of this step.
+                    # The data's position is the number of the next batch, which equals this step.
                     position = {"step": step, "seed": settings.get("seed", 0), "next_batch": step}
                     progress = {"sums": tally.sums, "lowest": lowest, "waited": waited}
                     saved.save(step, state, identity | position | progress | {"config": config}, score)
@@ -238,7 +238,7 @@ def _begin(
     transformation: Any,
     shardings: State,
 ) -> tuple[State, Mapping]:
-    """The newest checkpoint and its record, or step 0 and an empty one."""
+    """The newest checkpoint and its record, or step 0 and an empty record."""
     restored = saved.restore(template, identity)
     if restored is not None:
         return restored
@@ -249,8 +249,8 @@ def _begin(
 
 
 def _evaluated(task: Task, trainable: Any, frozen: Any) -> dict[str, float]:
-    found = jax.device_get(task.evaluate(trainable, frozen))
-    return {f"val/{name}": float(Mean(*mean).value) for name, mean in found.items()}
+    metrics = jax.device_get(task.evaluate(trainable, frozen))
+    return {f"val/{name}": float(Mean(*mean).value) for name, mean in metrics.items()}
 
 
 def _score(found: Mapping[str, float], best: str) -> float:
@@ -261,18 +261,18 @@ def _score(found: Mapping[str, float], best: str) -> float:
 
 def _not_finite(task: Task, step: int, tally: Tally, newest: int | None) -> str:
     fault = next(name for name in ("objective", "gradient_norm") if not math.isfinite(tally.sums[name][0]))
-    what = {"objective": "the loss", "gradient_norm": "the norm of the gradient"}[fault]
+    quantity = {"objective": "the loss", "gradient_norm": "the norm of the gradient"}[fault]
     batch = f"batch {step - 1}" if task.describe is None else task.describe(step - 1)
     checkpoint = (
         "there is no checkpoint yet" if newest is None else f"the last good checkpoint is that of step {newest}"
     )
     return (
-        f"{what} of step {step} of {task.name} is {tally.sums[fault][0]} ({batch}); {checkpoint}: "
+        f"{quantity} of step {step} of {task.name} is {tally.sums[fault][0]} ({batch}); {checkpoint}: "
         "lower the learning rate, or look at these examples"
     )
 
 
 def _warn_of_changes(before: Mapping, now: Mapping) -> None:
-    changed = differences(dict(before), dict(now))
-    if changed and jax.process_index() == 0:
-        warnings.warn(f"the run goes on with another configuration: {'; '.join(changed[:5])}", stacklevel=3)
+    changes = differences(dict(before), dict(now))
+    if changes and jax.process_index() == 0:
+        warnings.warn(f"the run goes on with another configuration: {'; '.join(changes[:5])}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Losses and metrics as (sum, count) pairs, so that parts of a batch and of a dataset add up exactly."""
+"""Losses and metrics as (sum, count) pairs, so that parts of a batch and of a data set add up exactly."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Mean(NamedTuple):
-    """A mean on its way: add two of them with `+`, divide at the very end."""
+    """A mean in progress: add two of them with `+`, divide at the end."""
 
-    total: Any  # arrays, or what JAX puts in their place while it rebuilds a tree
+    total: Any  # arrays, or whatever JAX puts in their place while it rebuilds a tree
     count: Any
 
     def __add__(self, other: "Mean") -> "Mean":
@@ -18,14 +18,14 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> jax.Array:
-        """The mean; 0 when nothing was counted."""
+        """The mean; 0 if the count is 0."""
         return self.total / jnp.maximum(self.count, 1)
 
 
 def cross_entropy(
     logits: Float[Array, "*T V"], targets: Int[Array, "*T"], mask: Bool[Array, "*T"] | Float[Array, "*T"]
 ) -> Mean:
-    """Cross entropy in nats over the targets that `mask` selects (or weighs)."""
+    """Cross entropy in nats over the targets that `mask` selects (or weights)."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     weight = mask.astype(jnp.float32)

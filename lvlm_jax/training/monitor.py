@@ -1,13 +1,13 @@
-"""What people watch: a progress bar, JSON lines, TensorBoard, and how much of the hardware a run uses.
+"""Monitoring for people: a progress bar, JSON lines, TensorBoard, and the utilisation of the hardware.
 
-A run's speed is in tokens per second; padding counts, for it is computed too. Its model FLOP utilisation is
+Speed is in tokens per second; padding counts, because it is computed too. The model FLOP utilisation is
 
     MFU = (4 P + 2 T) · tokens per second / (devices · peak)
 
-P: weights that every token meets (all but those that read pictures and a separate embedding table); the
-forward pass and the gradients of activations take 2 FLOPs each per weight. T: those of them that are trained, another
-2 FLOPs each; with T = P this is the usual 6 P. Attention's own products, the tower and recomputation are left out, so
-the true utilisation is higher. The peak is that of dense bfloat16 products.
+P: weights that every token uses (all except those of the vision tower and a separate embedding table); the forward pass
+and the gradients of activations take 2 FLOPs each per weight. T: the trained weights among them, another 2 FLOPs each;
+with T = P this is the usual 6 P. Attention's own products, the tower and recomputation are left out, so the true
+utilisation is higher. The peak is that of dense bfloat16 products.
 """
 
 import dataclasses
@@ -58,11 +58,11 @@ def token_count(batch: Any) -> int:
 
 
 class Pace:
-    """Seconds per step, tokens per second and MFU since the last look.
+    """Seconds per step, tokens per second and MFU since the last reading.
 
     Args:
-        flops: per token.
-        devices: that share the work.
+        flops: FLOPs per token.
+        devices: the devices that share the work.
     """
 
     def __init__(self, flops: float, devices: list[jax.Device]):
@@ -71,35 +71,35 @@ class Pace:
         self.restart(time.monotonic())
 
     def restart(self, now: float) -> None:
-        """Forgets what was counted: the time before `now`, in seconds of `time.monotonic`, is not that of steps."""
+        """Resets the counts: the time before `now` (in `time.monotonic`) does not belong to steps."""
         self._began, self._steps, self._tokens = now, 0, 0
 
     def count(self, tokens: int) -> None:
-        """One step is done."""
+        """Counts one step."""
         self._steps += 1
         self._tokens += tokens
 
     def read(self, now: float) -> dict[str, float]:
-        """`seconds_per_step`, and where known `tokens_per_second` and `mfu`, of what was done at `now`; starts anew."""
+        """`seconds_per_step`, and if known `tokens_per_second` and `mfu`, up to `now`; resets the counts."""
         elapsed, steps, tokens = max(now - self._began, sys.float_info.min), self._steps, self._tokens
         self.restart(now)
-        found = {"seconds_per_step": elapsed / steps} if steps else {}
+        figures = {"seconds_per_step": elapsed / steps} if steps else {}
         if steps and tokens:
-            found["tokens_per_second"] = tokens / elapsed
+            figures["tokens_per_second"] = tokens / elapsed
             if self._peak:
-                found["mfu"] = self._flops * tokens / elapsed / self._peak
-        return found
+                figures["mfu"] = self._flops * tokens / elapsed / self._peak
+        return figures
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model in training says to a held-out prompt.
+    """An answer of the model in training to a held-out prompt.
 
     Attributes:
-        id: of the row.
+        id: id of the row.
         prompt: its words.
         truth, text: the right answer, and the model's.
-        image: the first picture, upright 8-bit RGB `[H, W, 3]`; None without any.
+        image: the first image, upright 8-bit RGB `[H, W, 3]`; None without images.
     """
 
     id: str
@@ -110,7 +110,7 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the two answers have the same words, in any case and with any punctuation."""
+        """Whether the two answers have the same words, ignoring case and punctuation."""
         return _words(self.text) == _words(self.truth)
 
 
@@ -122,10 +122,10 @@ Logger = Callable[[int, Mapping[str, float]], None]
 
 
 def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
-    """Where records go besides the run's folder; None on all processes but the first.
+    """A further destination of records, besides the run's folder; None on all processes except the first.
 
     Args:
-        word: "" for nowhere; "wandb"; or `module:function` or `file.py:function` of (step, values).
+        word: "" for none; "wandb"; or `module:function` or `file.py:function` of (step, values).
 
     Raises:
         LVLMError: wandb is not installed, or there is no such function.
@@ -133,10 +133,10 @@ def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
     if not word or jax.process_index():
         return None
     if word != "wandb":
-        found = user_object(word, "loop.logger")
-        if not callable(found):
-            raise LVLMError(f"loop.logger {word[:80]!r} is no function; expected one of (step, values)")
-        return found
+        function = user_object(word, "loop.logger")
+        if not callable(function):
+            raise LVLMError(f"loop.logger {word[:80]!r} is not a function; expected a function of (step, values)")
+        return function
     try:
         import wandb
     except ImportError as error:
@@ -144,24 +144,24 @@ def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
             "loop.logger is 'wandb', which is not installed; pip install wandb, or leave it empty"
         ) from error
     workdir.mkdir(parents=True, exist_ok=True)
-    # A run that goes on in the same folder goes on there too.
+    # A resumed run in the same folder continues the same wandb run.
     identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
     run = wandb.init(project="lvlm_jax", dir=str(workdir), id=identity, resume="allow", config=dict(config))
     return lambda step, values: run.log(dict(values), step=step)
 
 
 class Monitor:
-    """Bar, `log.jsonl` and TensorBoard files of one task. Only the first process shows and writes anything.
+    """Progress bar, `log.jsonl` and TensorBoard files of one task. Only the first process shows and writes anything.
 
     Args:
-        workdir: holds `log.jsonl`, shared by the tasks of a run, and `tensorboard/<task>`.
+        workdir: contains `log.jsonl`, shared by the tasks of a run, and `tensorboard/<task>`.
         task: its name.
-        start: the step that the run goes on from; what was written of later ones is taken back.
-        steps: where it ends.
-        beside: also told of every record, see `logger`.
+        start: the step from which the run resumes; records of later steps are removed.
+        steps: the last step.
+        beside: also gets every record, see `logger`.
 
     Raises:
-        LVLMError: here, in `write` and in `secure`, when the files cannot be written.
+        LVLMError: (also in `write` and `secure`) the files cannot be written.
     """
 
     def __init__(self, workdir: Path, task: str, start: int, steps: int, beside: Logger | None = None):
@@ -169,7 +169,7 @@ class Monitor:
         self._flushed = time.monotonic()
         first = jax.process_index() == 0
         if first and start < steps:
-            rewind(self._path, task, start or -1)  # a run that begins anew judges the model anew
+            rewind(self._path, task, start or -1)  # a run that starts over also repeats its evaluation at step 0
             self._events = _event_file(workdir / "tensorboard" / task, start)
         self._progress = progress.Progress(steps, start, task, quiet=not first)
 
@@ -182,19 +182,19 @@ class Monitor:
             self._events.close()
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the bar by one step."""
         self._progress.update()
 
     def write(self, step: int, values: Mapping[str, float], answers: Sequence[Answer] = ()) -> None:
-        """A record of `values`, and of answers, as they are after `step`."""
+        """Writes a record of `values`, and of answers, after `step`."""
         if self._events is None:
             return
-        # Nine digits tell any two float32 numbers apart.
+        # Nine digits distinguish any two float32 numbers.
         values = {name: float(f"{value:.9g}") for name, value in values.items()}
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                said = [{"id": one.id, "text": one.text, "truth": one.truth} for one in answers]
-                record = {"stage": self._task, "step": step} | values | ({"answers": said} if said else {})
+                texts = [{"id": one.id, "text": one.text, "truth": one.truth} for one in answers]
+                record = {"stage": self._task, "step": step} | values | ({"answers": texts} if texts else {})
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             summaries = [scalar(name, value) for name, value in values.items()]
             for one in answers:
@@ -211,8 +211,8 @@ class Monitor:
             raise self._full(error) from error
 
     def secure(self) -> None:
-        """Everything that was written survives the end of this process. To be called before a checkpoint says that
-        it need not be written again."""
+        """Flushes all files to the disk. Call it before a checkpoint declares that these records need not be written
+        again."""
         try:
             if self._events is not None:
                 self._flush()
@@ -227,29 +227,29 @@ class Monitor:
         return LVLMError(f"the logs in {self._path.parent} cannot be written: {error.strerror}")
 
     def show(self, values: Mapping[str, float]) -> None:
-        """The loss and the speed behind the bar."""
-        shown = {"loss": f"{values['objective']:.4g}"}
+        """Shows the loss and the speed after the bar."""
+        values_shown = {"loss": f"{values['objective']:.4g}"}
         if "tokens_per_second" in values:
-            shown["tokens/s"] = f"{values['tokens_per_second']:.0f}"
+            values_shown["tokens/s"] = f"{values['tokens_per_second']:.0f}"
         if "mfu" in values:
-            shown["MFU"] = f"{values['mfu']:.1%}"
-        self._progress.note(shown)
+            values_shown["MFU"] = f"{values['mfu']:.1%}"
+        self._progress.note(values_shown)
 
     def say(self, step: int, values: Mapping[str, float]) -> None:
-        """A line above the bar."""
+        """Prints a line above the bar."""
         if not self._progress.quiet:
             text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             progress.say(f"{self._task} {step}: {text}", sys.stdout)
 
 
 def _event_file(folder: Path, start: int) -> EventsWriter:
-    """TensorBoard's file for this process's events; its first one hides those of a former process after `start`.
+    """TensorBoard's file for this process; its first event hides those of an earlier process after `start`.
 
-    Written in this thread: a thread of its own that a full disk has ended would let the training wait for ever.
+    Written in this thread: if a full disk ended a separate writer thread, training would wait for ever.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The library's own name has the second and the host: two runs of one second would share a file.
+        # The library's own name has only second and host, so two runs within a second would share a file.
         events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
     except OSError as error:
@@ -258,13 +258,13 @@ def _event_file(folder: Path, start: int) -> EventsWriter:
 
 
 def rewind(log: Path, task: str, step: int) -> None:
-    """Takes a task's records after `step` out of a log, and what is no record, such as a line that a kill has cut."""
+    """Removes a task's records after `step` from a log, and lines that are not records, such as a truncated line."""
     if not log.exists():
         return
     content = read_bytes(log, "log of the training").decode("utf-8", errors="replace")
-    kept = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
-    if kept != content:
-        write_whole(log, kept)
+    remaining = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
+    if remaining != content:
+        write_whole(log, remaining)
 
 
 def _stays(line: str, task: str, step: int) -> bool:

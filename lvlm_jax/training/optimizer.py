@@ -16,7 +16,7 @@ def schedule(settings: Any) -> optax.Schedule:
             at the end).
     """
     steps, warmup = settings.steps, settings.warmup
-    # A short trial run still reaches its peak.
+    # A short trial run also reaches its peak.
     warmup = min(round(warmup * steps) if warmup < 1 else int(warmup), steps // 3)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else settings.peak,
@@ -28,16 +28,16 @@ def schedule(settings: Any) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters take weight decay: matrices of projections and adapters, not norms, biases or embeddings."""
+    """Which parameters have weight decay: matrices of projections and adapters, not norms, biases or embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
 def make(settings: Any) -> optax.GradientTransformation:
-    """AdamW as `settings` say.
+    """AdamW with these settings.
 
     Args:
-        settings: those of `schedule`, and `clip` (global norm), `beta1`, `beta2`, `weight_decay`; optionally `rates`,
-            which maps a top-level part of the parameters to a factor on its learning rate.
+        settings: those of `schedule`, and `clip` (global norm), `beta1`, `beta2`, `weight_decay`; optionally `rates`, a
+            factor on the learning rate for top-level parts of the parameters.
     """
     adamw = optax.chain(
         optax.clip_by_global_norm(settings.clip),

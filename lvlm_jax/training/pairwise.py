@@ -1,11 +1,11 @@
-"""Learning from pairs, a chosen and a rejected answer to one prompt: what the objectives "capl" and "dpo" share.
+"""Learning from pairs, a chosen and a rejected answer to one prompt: shared by the objectives "capl" and "dpo".
 
-Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly;
-`preference.method` says which. One forward pass scores both answers.
+Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly,
+according to `preference.method`. One forward pass scores both answers.
 
-The reference costs no second copy of the weights. With LoRA it is the frozen part of the parameters, that is the model
-without the adapters, in a second forward through which no gradient flows; or its log-probabilities are computed before
-training and read from disk (`preference.reference="precomputed"`), which full fine-tuning needs.
+The reference needs no second copy of the weights. With LoRA it is the model without the adapters, in a second forward
+pass without gradient. Or its log-probabilities are computed before training and read from disk
+(`preference.reference="precomputed"`), which full fine-tuning needs.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from lvlm_jax.training.registry import Check, Objective, one_of
 from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
-# Where an adapter is that leaves the image tokens alone.
+# An adapter in these places leaves the image tokens unchanged.
 TEXT_PARTS = {"language_model"}
 
 SECTION = "preference"
@@ -48,7 +48,7 @@ FIELDS = {
 }
 DOCS = {
     "loss": f"{', '.join(preference.LOSSES)}; several with weights as in '0.8*sigmoid + 0.2*bco_pair + sft'",
-    "beta": "how strongly the policy is held to the reference",
+    "beta": "how strongly the policy is tied to the reference",
     "label_smoothing": f"of {', '.join(preference.SMOOTHED)}: share of pairs whose order is wrong",
     "nll": "weight of the chosen answer's negative log-likelihood",
     "method": "attention of policy and reference: capl, or none",
@@ -77,9 +77,9 @@ class Scorer:
 
     Attributes:
         module: the model.
-        method: whose attention is active, or None.
-        image_count: no sample has more images.
-        sequences: the names of a batch's sequences, S of them; those of pairs unless given.
+        method: its attention is active; None for plain attention.
+        image_count: the largest number of images in a sample.
+        sequences: the names of a batch's S sequences; by default those of pairs.
     """
 
     module: nn.Module
@@ -88,18 +88,18 @@ class Scorer:
     sequences: tuple[str, ...] = PAIR
 
     def image_tokens(self, params: Any, batch: Batch, rngs: forward.Rngs = None) -> dict[str, Float[Array, "*N E"]]:
-        """Those of each sequence; the tower sees pictures that several sequences share once."""
+        """The image tokens of each sequence; the tower encodes shared images once."""
         shared = forward.image_tokens(self.module, params, batch, rngs)
-        found = {}
+        tokens = {}
         for name in self.sequences:
             own = batch.get(pictures_of(name))
-            found[name] = shared if own is None else forward.image_tokens(self.module, params, own, rngs)
-        return found
+            tokens[name] = shared if own is None else forward.image_tokens(self.module, params, own, rngs)
+        return tokens
 
     def logprobs(
         self, params: Any, batch: Batch, image_tokens: Mapping[str, Float[Array, "*N E"]], rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B S A"], Bool[Array, "B S A"]]:
-        """Of every answer token, and which of the A places hold one. One pass through the decoder."""
+        """Log-probabilities of every answer token, and which of the A places have one. One pass through the decoder."""
         embedded = [
             forward.embed(self.module, params, batch[name]["tokens"], image_tokens[name]) for name in self.sequences
         ]
@@ -115,23 +115,23 @@ class Scorer:
             axes=rows.get("axes"),
         )
         logits, targets, mask = forward.answer_logits(self.module, params, decoded.hidden[0], rows, rngs)
-        found = forward.token_logprobs(logits, targets, mask)
-        shape = (-1, len(self.sequences), found.shape[-1])
-        return found.reshape(shape), mask.reshape(shape)
+        logprobs = forward.token_logprobs(logits, targets, mask)
+        shape = (-1, len(self.sequences), logprobs.shape[-1])
+        return logprobs.reshape(shape), mask.reshape(shape)
 
     def alone(self, params: Any, batch: Batch) -> Float[Array, "B S A"]:
-        """`logprobs` of a batch from its pictures on, without dropout."""
+        """`logprobs` of a batch, starting from its images, without dropout."""
         return self.logprobs(params, batch, self.image_tokens(params, batch))[0]
 
     def beside_reference(
         self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[Float[Array, "B S A"], Float[Array, "B S A"], Bool[Array, "B S A"]]:
-        """Log-probabilities under policy and reference, and which of the A places hold a token.
+        """Log-probabilities under policy and reference, and which of the A places have a token.
 
         Args:
-            trainable, frozen: the two parts of the parameters; `frozen` alone is the reference unless the batch brings
-                the reference's log-probabilities. No gradient flows through the reference.
-            key: of the adapters' dropout; None for none.
+            trainable, frozen: the two parts of the parameters; `frozen` is the reference unless the batch contains the
+                reference's log-probabilities. No gradient flows through the reference.
+            key: for the adapters' dropout; None for none.
         """
         rngs = None if key is None else {"dropout": key}
         params = parts.join(trainable, frozen)
@@ -160,12 +160,12 @@ def metrics(
 
 
 def objective(name: str, **defaults: Any) -> Objective:
-    """The objective of that name, with the fields of `FIELDS` and these defaults of its own."""
+    """The objective of that name, with the fields of `FIELDS` and its own defaults."""
     return Objective(name, task, SECTION, FIELDS | defaults, DOCS, CHECKS, _check)
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """See `registry.Objective`; precomputed log-probabilities are kept in the folder `reference` of `workdir`."""
+    """See `registry.Objective`; precomputed log-probabilities are stored in the folder `reference` of `workdir`."""
     settings, samples = config.preference, Samples.pairs(model, config)
     scorer = Scorer(module, method_of(settings), samples.image_count)
     samples = with_reference(samples, scorer, settings.reference, workdir)
@@ -175,7 +175,7 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
 
 
 def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:
-    """The samples, with the log-probabilities of their answers where `reference` is "precomputed"."""
+    """The samples, with the log-probabilities of their answers if `reference` is "precomputed"."""
     if reference != "precomputed":
         return samples
     identity = {"method": method_record(scorer.method), "dtype": str(scorer.module.dtype)}
@@ -183,18 +183,18 @@ def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Pa
 
 
 def terms(settings: Mapping[str, Any]) -> dict[str, float]:
-    """What is minimised, with weights."""
-    found = {}
+    """The metrics to minimise, with weights."""
+    weights = {}
     losses = preference.mixture(settings["loss"])
     if set(losses) - {preference.SFT}:
-        found["preference"] = 1.0
+        weights["preference"] = 1.0
     if preference.SFT in losses:
-        found[preference.SFT] = losses[preference.SFT]
-    return found | ({"nll": settings["nll"]} if settings["nll"] else {})
+        weights[preference.SFT] = losses[preference.SFT]
+    return weights | ({"nll": settings["nll"]} if settings["nll"] else {})
 
 
 def method_of(settings: ConfigDict) -> Method | None:
-    """The attention that policy and reference run under."""
+    """The attention of policy and reference."""
     return None if settings.method == "none" else CAPL(sigma=settings.sigma, rho=settings.rho)
 
 
@@ -212,7 +212,7 @@ def _check(config: ConfigDict) -> None:
 
 
 def check_reference(section: str, config: ConfigDict) -> None:
-    """Refuses a reference that is not there, with an `LVLMError`."""
+    """Raises an `LVLMError` if the configuration has no such reference."""
     if config[section].reference == "adapter_off" and not config.lora.enabled:
         raise LVLMError(
             f"{section}.reference is 'adapter_off' and there is no LoRA adapter to leave out (lora.enabled is False); "
@@ -221,7 +221,7 @@ def check_reference(section: str, config: ConfigDict) -> None:
 
 
 def _side_by_side(*sequences: Any) -> Any:
-    """Several as one, rows of a sample next to each other: a device that holds one of its rows holds all of them."""
+    """Interleaves sequences, rows of a sample next to each other: a device with one of its rows has all of them."""
 
     def merged(*rows: jax.Array) -> jax.Array:
         return jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])

@@ -1,7 +1,7 @@
-"""Where the arrays of a training run live: parameters by the table of `parallel`, batches by rows, the rest everywhere.
+"""Sharding of a training run: parameters by the table of `parallel`, batches by rows, everything else replicated.
 
-Several processes hold one global array each in part. Every process makes the whole batch, which depends on nothing but
-its number, and keeps the rows of its own devices.
+With several processes, each has a part of every global array. Every process makes the whole batch, which depends only
+on its number, and keeps the rows of its own devices.
 """
 
 import math
@@ -17,7 +17,7 @@ from lvlm_jax import parallel
 from lvlm_jax.training.step import State
 
 ROWS = ("data", "fsdp")  # mesh axes over which the rows of a batch are spread
-GEOMETRY = "geometry"  # where a batch says more of its pictures, see `pair_batches`
+GEOMETRY = "geometry"  # a batch's further inputs of the tower, see `pair_batches`
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -36,7 +36,7 @@ def of_parameters(params: Any, mesh: Mesh) -> Any:
 
 
 def of_state(trainable: Any, transformation: optax.GradientTransformation, mesh: Mesh) -> State:
-    """A training state as shapes, dtypes and shardings: moments lie like their parameters, counters everywhere."""
+    """Shapes, dtypes and shardings of a training state: moments like their parameters, counters replicated."""
     shapes = jax.eval_shape(lambda params: State.create(params, transformation), trainable)
     parameters = of_parameters(trainable, mesh)
     moments = optax.tree.map_params(
@@ -54,12 +54,12 @@ def of_state(trainable: Any, transformation: optax.GradientTransformation, mesh:
 
 
 def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
-    """The sharding of every array of a batch: its rows over `ROWS` if they divide evenly, else everywhere.
+    """The sharding of every array of a batch: its rows over `ROWS` if they divide evenly, else replicated.
 
-    Rows of the tower are rows too; what `geometry` says of image tokens, and not of them, is everywhere.
+    Rows of the tower are rows too; arrays of `geometry` about image tokens are replicated.
 
     Args:
-        accumulate: above 1, rows are the second axis; the first numbers the parts.
+        accumulate: above 1, rows are the second axis; the first axis numbers the parts.
     """
     lead = (None,) if accumulate > 1 else ()
 
@@ -80,9 +80,9 @@ def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
 
 
 def by_rows(array: jax.Array) -> jax.Array:
-    """An array inside a program, its rows over `ROWS` of the mesh in use (`jax.set_mesh`) if they divide evenly.
+    """Shards an array inside a program, rows over `ROWS` of the mesh in use (`jax.set_mesh`) if they divide evenly.
 
-    Left to itself, the compiler may split channels as the weights are split, and hold all rows on every device.
+    Otherwise the compiler might split channels like the weights, and keep all rows on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or array.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
@@ -91,7 +91,7 @@ def by_rows(array: jax.Array) -> jax.Array:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Every array of `tree` where `shardings` say; all processes hold equal ones, or global ones already."""
+    """Places every array of `tree` according to `shardings`; all processes have equal arrays, or global ones."""
     return jax.tree.map(_put, tree, shardings)
 
 

@@ -37,11 +37,11 @@ SFT = "sft"
 
 
 class Ratios(NamedTuple):
-    """What the loss of a pair depends on.
+    """The quantities that the loss of a pair depends on.
 
     Attributes:
-        chosen, rejected: Δ of the two answers in nats, one of each pair.
-        tokens: how many tokens they have; at least 1.
+        chosen, rejected: Δ of the two answers in nats, one per pair.
+        tokens: their number of tokens; at least 1.
     """
 
     chosen: Float[Array, "B"]
@@ -63,13 +63,13 @@ PairLoss = Callable[[Ratios, float, float], Float[Array, "B"]]  # (ratios, β, �
 
 
 def preferred(margin: Float[Array, "B"], smoothing: float = 0.0) -> Float[Array, "B"]:
-    """-(1 - ε) log σ(margin) - ε log σ(-margin): that the first is better, ε the share of pairs that say so wrongly."""
+    """The loss -(1 - ε) log σ(margin) - ε log σ(-margin); ε is the share of wrong labels."""
     return -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def _robust(ratios: Ratios, beta: float, smoothing: float) -> Float[Array, "B"]:
-    kept, flipped = (jax.nn.log_sigmoid(sign * beta * ratios.margin) for sign in (1, -1))
-    return (smoothing * flipped - (1 - smoothing) * kept) / (1 - 2 * smoothing)
+    log_kept, log_flipped = (jax.nn.log_sigmoid(sign * beta * ratios.margin) for sign in (1, -1))
+    return (smoothing * log_flipped - (1 - smoothing) * log_kept) / (1 - 2 * smoothing)
 
 
 def _exo(ratios: Ratios, beta: float, smoothing: float) -> Float[Array, "B"]:
@@ -102,16 +102,16 @@ PAIR_LOSSES: Mapping[str, PairLoss] = {
     "apo_down": lambda ratios, beta, _: jax.nn.sigmoid(beta * ratios.chosen) + 1 - jax.nn.sigmoid(beta * ratios.margin),
 }
 LOSSES = (*PAIR_LOSSES, SFT)
-SMOOTHED = ("sigmoid", "robust", "exo_pair")  # those that ε changes
+SMOOTHED = ("sigmoid", "robust", "exo_pair")  # losses that depend on ε
 
 
 def mixture(words: str) -> dict[str, float]:
-    """The losses of an expression with their weights: {"sigmoid": 0.8, "sft": 1.0} of "0.8*sigmoid + sft".
+    """Parses an expression into losses with weights: {"sigmoid": 0.8, "sft": 1.0} for "0.8*sigmoid + sft".
 
     Raises:
-        LVLMError: an unknown loss, one that is named twice, or a weight that is not a finite number above 0.
+        LVLMError: an unknown loss, a repeated one, or a weight that is not a finite number above 0.
     """
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for term in words.split("+"):
         weight, _, name = (part.strip() for part in term.rpartition("*"))
         if name not in LOSSES:
@@ -125,14 +125,14 @@ def mixture(words: str) -> dict[str, float]:
             value = math.nan
         if not 0 < value < math.inf:
             raise LVLMError(f"the loss {words[:80]!r} has the weight {weight[:40]!r}; expected a number above 0")
-        if name in found:
+        if name in weights:
             raise LVLMError(f"the loss {words[:80]!r} names {name} twice; give it one weight")
-        found[name] = value
-    return found
+        weights[name] = value
+    return weights
 
 
 def per_pair(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Mean:
-    """The mean over pairs, each with its weight."""
+    """The mean over pairs, weighted."""
     return Mean(jnp.sum(values * weight), jnp.sum(weight))
 
 

@@ -1,6 +1,6 @@
-"""What stands in a cell of a report, and the words for a difference.
+"""Cells of a report's tables, and the words for differences.
 
-`evaluation.verdicts` says what a difference is called.
+`evaluation.verdicts` has the names of differences.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ ORDER = (BETTER, WORSE, NONE_SHOWN, TOO_FEW, NOT_DEFINED)
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, as text; `order` is what the column is sorted by (None comes last)."""
+    """The text of a cell; `order` is the sort key of its column (None comes last)."""
 
     text: str = ""
     interval: str = ""
@@ -28,7 +28,7 @@ class Cell:
 
 
 def shown(value: float, unit: str, signed: bool = False) -> str:
-    """A number as it stands in tables: shares in per cent, one place."""
+    """Formats a number for tables: shares in per cent with one decimal."""
     if math.isnan(value):
         return "–"
     text = f"{value * (100 if unit == 'share' else 1):{'+' if signed else ''}.1f}"
@@ -36,7 +36,7 @@ def shown(value: float, unit: str, signed: bool = False) -> str:
 
 
 def between(interval: tuple[float, float], unit: str, signed: bool = False) -> str:
-    """An interval in words; nothing where it is not defined."""
+    """An interval in words; empty if it is undefined."""
     if math.isnan(interval[0]):
         return ""
     return " to ".join(shown(bound, unit, signed) for bound in interval)
@@ -45,44 +45,44 @@ def between(interval: tuple[float, float], unit: str, signed: bool = False) -> s
 def cell(
     value: Value, direction: int, difference: Difference | None = None, mark: str = "", questions: int = 0
 ) -> Cell:
-    """The cell of a figure, and of a difference to it; `direction` and `questions` as in `verdict`."""
+    """The cell of a figure and its difference; `direction` and `questions` as in `verdict`."""
     order = value.value if math.isfinite(value.value) else None
     found = Cell(shown(value.value, value.unit), between(value.interval, value.unit), mark=mark, order=order)
     if difference is None:
         return found
-    says = verdict(difference.interval, direction, questions)
-    if says == NOT_DEFINED:
-        return dataclasses.replace(found, verdict=says)
+    verdict_words = verdict(difference.interval, direction, questions)
+    if verdict_words == NOT_DEFINED:
+        return dataclasses.replace(found, verdict=verdict_words)
     words = f"{shown(difference.value, value.unit, True)} ({between(difference.interval, value.unit, True)})"
-    return dataclasses.replace(found, difference=words, verdict=says)
+    return dataclasses.replace(found, difference=words, verdict=verdict_words)
 
 
 def number(value: float | None, text: str | None = None) -> Cell:
-    """A cell of a plain number, "–" where there is none; `text` is what is shown instead."""
-    there = value is not None and math.isfinite(value)
+    """The cell of a plain number, "–" if there is none; `text` is shown instead of the number."""
+    is_number = value is not None and math.isfinite(value)
     if text is None:
-        text = str(value) if there else "–"
-    return Cell(text, order=value if there else None)
+        text = str(value) if is_number else "–"
+    return Cell(text, order=value if is_number else None)
 
 
 def judged(
     benchmark: Benchmark, differences: Mapping[str, Difference], names: Sequence[str], questions: Callable[[str], int]
 ) -> str:
-    """What a method does against a control, by those of the figures that can be good or bad.
+    """How a method compares with a control, by those figures that can be good or bad.
 
-    Answers that are not understood are wrong already, so their number is not judged again.
+    Unparsed answers already count as wrong, so their number is not judged again.
 
     Args:
-        questions: from the name of a figure to how many questions it is about.
+        questions: maps the name of a figure to its number of questions.
     """
     by_verdict: dict[str, list[str]] = {}
     for name in names:
         direction = benchmark.direction(name)
         if direction and name in differences and not name.endswith("unparsed"):
-            says = verdict(differences[name].interval, direction, questions(name))
-            by_verdict.setdefault(says, []).append(word_of(name))
+            verdict_words = verdict(differences[name].interval, direction, questions(name))
+            by_verdict.setdefault(verdict_words, []).append(word_of(name))
     parts = (
-        f"{says} in {', '.join(words)}"
-        for says, words in sorted(by_verdict.items(), key=lambda one: ORDER.index(one[0]))
+        f"{verdict_words} in {', '.join(words)}"
+        for verdict_words, words in sorted(by_verdict.items(), key=lambda one: ORDER.index(one[0]))
     )
     return "; ".join(parts) or "not compared"

@@ -1,7 +1,7 @@
-"""Examples for a report: questions where a method mended an answer or spoilt one, drawn by a seed and not by hand.
+"""Examples for a report: questions on which a method fixed or broke an answer, drawn with a seed.
 
-Answers come from the answer files beside the scores, and only if these are the files that were scored (by their
-hashes). Which of two answers is right is known from the scores; so the right answer is the one that got it right.
+Answers come from the answer files beside the scores, if their hashes are those of the scored files. The scores say
+which of two answers is right, so the label is the one under which that answer is right.
 """
 
 import base64
@@ -26,13 +26,13 @@ from lvlm_jax.processors.images import open_image
 LONGEST_TEXT = 600  # characters of an answer
 PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
 SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
-# Folders below the data folder, those of all benchmarks: people keep the pictures of several in one.
+# Folders below the data folder, those of all benchmarks: people store the images of several in one.
 PLACES = dict.fromkeys((".", *(place for benchmark in BENCHMARKS.values() for place in benchmark.image_places)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer of a file: its text, the prompt and the names of the images as far as the file says."""
+    """An answer in a file: its text, and the prompt and the names of the images if the file has them."""
 
     text: str
     prompt: str | None
@@ -41,15 +41,15 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question that only one of two runs got right.
+    """A question that only one of two runs answered correctly.
 
     Attributes:
         group: its split or subtask.
-        question: the prompt; its number where the answer file does not have it (AMBER).
+        question: the prompt; its number if the answer file has no prompts (AMBER).
         without, with_method: the two answers.
-        fixed: whether the one with the method is right; else the one without is.
-        right: the right answer, where it is a word; empty for captions.
-        pictures: files of the images that were found.
+        fixed: whether the answer with the method is right; else the one without is.
+        right: the right answer, if it is a word; empty for captions.
+        pictures: files of those images that were found.
     """
 
     run: Run
@@ -68,8 +68,8 @@ def choose(
     """At most `each` fixed and `each` broken questions of every run that is compared with the model alone.
 
     Args:
-        folders: where images are looked for, before the data folder of the record.
-        seed: of the draw; the same runs and seed give the same examples.
+        folders: searched for images before the data folder of the record.
+        seed: the same runs and seed give the same examples.
     """
     known: dict[Run, dict[tuple[str, str], Answer]] = {}
 

@@ -1,8 +1,8 @@
-"""Conversations as token ids, with the tokens marked that an answer consists of.
+"""Conversations as token ids, with a mark on the tokens of answers.
 
-The prompt is tokenised as at inference, so that the model learns to go on from exactly what it will be given. What the
-chat template writes between a prompt and what follows an answer is the answer, its stop token included. Some templates
-write other blanks into a prompt once it is answered: what is learned has those of the prompt.
+The prompt is tokenised as at inference, so that the model learns to continue exactly what it will receive. The answer
+is everything that the chat template writes between a prompt and the text after the answer, its stop token included.
+Some templates change blanks in a prompt once it is answered; training uses those of the prompt.
 """
 
 from collections.abc import Callable, Collection
@@ -29,32 +29,33 @@ def encode(
 
     Args:
         processor: the checkpoint's transformers processor.
-        stops: tokens that end an answer. When the template writes none behind the last answer, the tokenizer's
-            own end token is added, or the first of these.
-        messages: `{"role", "content"}`, content a string or a list of text and image parts, images without pictures.
-        last_only: whether the last answer alone is learned, or the assistant's every message.
-        expanded: what the processor makes of a text before it is tokenised, if it has images.
+        stops: tokens that end an answer. If the template writes none after the last answer, the tokenizer's own end
+            token is added, or the first of these.
+        messages: `{"role", "content"}`; content is a string or a list of text and image parts, without the images
+            themselves.
+        last_only: learn only the last answer instead of all messages of the assistant.
+        expanded: the processor's expansion of a text with images before it is tokenised.
 
     Raises:
-        LVLMError: the chat template is broken or refuses the conversation, it writes a prompt differently once it is
-            answered (other blanks aside), or there is no end token.
+        LVLMError: the chat template is broken or refuses the conversation, it changes a prompt (apart from blanks) once
+            it is answered, or there is no end token.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     messages = templates.in_template_form(processor, messages)
     rendered, text, ids, spans = "", "", [], []
     for turn in turns[-1:] if last_only else turns:
-        asked = templates.render(processor, messages[:turn], True)
-        answered = templates.render(processor, messages[: turn + 1], False).rstrip()
-        answer = _answer(asked, answered)
-        if not asked.startswith(rendered) or answer is None:
+        prompt_text = templates.render(processor, messages[:turn], True)
+        full_text = templates.render(processor, messages[: turn + 1], False).rstrip()
+        answer = _answer(prompt_text, full_text)
+        if not prompt_text.startswith(rendered) or answer is None:
             raise LVLMError(
                 "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
                 "told apart; give the checkpoint a template that only appends (chat_template.jinja)"
             )
-        prompt = text + asked[len(rendered) :]
+        prompt = text + prompt_text[len(rendered) :]
         ids = _extended(processor, ids, expanded(text), expanded(prompt))
         start = len(ids)
-        text, rendered = prompt + answer, answered
+        text, rendered = prompt + answer, full_text
         ids = _extended(processor, ids, expanded(prompt), expanded(text))
         spans.append(slice(start, len(ids)))
     if ids[-1] not in (*stops, processor.tokenizer.eos_token_id):
@@ -67,7 +68,7 @@ def encode(
 
 
 def _answer(asked: str, answered: str) -> str | None:
-    """What `answered` adds to `asked`, also where the two differ by blanks; None where they differ by more."""
+    """The text that `answered` adds to `asked`, ignoring different blanks; None if they differ otherwise."""
     if answered.startswith(asked):
         return answered[len(asked) :]
     place = 0
@@ -78,15 +79,15 @@ def _answer(asked: str, answered: str) -> str | None:
             return None
         place += 1
     answer = answered[place:]
-    return answer.lstrip() if asked[-1:].isspace() else answer  # the prompt has its blanks
+    return answer.lstrip() if asked[-1:].isspace() else answer  # the prompt already has the blanks
 
 
 def _extended(processor: Any, ids: list[int], text: str, longer: str) -> list[int]:
-    """The ids of `text`, then those of what `longer` adds to it."""
+    """The ids of `text`, followed by the ids of the rest of `longer`."""
     together = inputs.token_ids(processor, longer).tolist()
     if together[: len(ids)] == ids:
         return together
-    # A token would reach across the seam, which no prompt at inference has.
+    # A token would span the boundary, which does not happen at inference.
     return ids + list(processor.tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"])
 
 

@@ -1,6 +1,6 @@
 """Training batches by step number.
 
-A batch depends on nothing but its number: grain shuffles each epoch of a file anew and wraps into the next one.
+A batch depends only on its number: grain shuffles each epoch of a file and continues with the next epoch.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ class Batches:
     """Training batches by step number; picklable.
 
     Attributes:
-        rows: the data set; that of several files, one behind the other.
-        encoder: makes arrays of them.
-        batch: rows of a step.
-        accumulate: parts of a step's batch, all of one shape.
-        seed: of the order.
-        shares: (rows of a file, its share of what is drawn) of each file; empty: all rows equally often.
+        rows: the data set; rows of several files are concatenated.
+        encoder: turns rows into arrays.
+        batch: rows per step.
+        accumulate: number of parts of a step's batch, all of one shape.
+        seed: seed of the order.
+        shares: (number of rows of a file, its share of the batches) for each file; empty: all rows equally often.
     """
 
     rows: tuple[Row, ...]
@@ -38,12 +38,12 @@ class Batches:
     def __post_init__(self):
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
             raise LVLMError(
-                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that can be cut into that "
+                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that can be split into that "
                 "many equal parts"
             )
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+        """The batch of a step, from 0."""
         order = self.order(step)
         rows = [self.rows[index] for index in order]
         size = self.batch // self.accumulate
@@ -54,7 +54,7 @@ class Batches:
         return parts[0] if self.accumulate == 1 else _stacked(parts)
 
     def order(self, step: int) -> list[int]:
-        """Which rows a step takes."""
+        """The rows of a step."""
         places = range(step * self.batch, (step + 1) * self.batch)
         return [int(self._shuffled[place]) for place in places]
 
@@ -70,11 +70,11 @@ class Batches:
     def _shuffled(self) -> grain.MapDataset:
         starts = itertools.accumulate((count for count, _ in self.shares), initial=0)
         spans = [(start, start + count) for start, (count, _) in zip(starts, self.shares, strict=False)]
-        drawn = [
+        datasets = [
             grain.MapDataset.range(*span).shuffle(seed=self.seed + number).repeat()
             for number, span in enumerate(spans or [(0, len(self.rows))])
         ]
-        return grain.MapDataset.mix(drawn, [share for _, share in self.shares]) if len(drawn) > 1 else drawn[0]
+        return grain.MapDataset.mix(datasets, [share for _, share in self.shares]) if len(datasets) > 1 else datasets[0]
 
 
 def _stacked(parts: Sequence[Batch]) -> Batch:

@@ -1,7 +1,6 @@
-"""Correctors of chosen answers: the truth that prompts carry, a file of corrected answers, or a function of the user's.
+"""Correctors of chosen answers: the prompts' own truth, a file of corrected answers, or a user's function.
 
-CAPL's chosen answers come from the model itself, so they are corrected before they are learned from
-(arXiv 2603.07048 has a judge do it).
+CAPL's chosen answers come from the model itself, so they are corrected before training (arXiv 2603.07048 uses a judge).
 """
 
 import dataclasses
@@ -23,9 +22,9 @@ class Corrector:
     """How chosen answers are corrected.
 
     Attributes:
-        correct: from a prompt and the model's answer to the text to learn from. An empty one leaves the prompt out.
-        record: what decides the corrections, as JSON values.
-        logged: whether corrections are worth keeping: a function may ask a judge that takes time or money.
+        correct: maps a prompt and the model's answer to the text to learn. An empty text leaves the prompt out.
+        record: everything that determines the corrections, as JSON values.
+        logged: whether to log corrections: a function may call a judge that takes time or money.
     """
 
     correct: Callable[[Prompt, str], str]
@@ -38,7 +37,7 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
 
     Args:
         name: "pocket", the path of a file, or "module:function".
-        prompts: what will be corrected.
+        prompts: the prompts whose answers will be corrected.
 
     Raises:
         LVLMError: no such corrector, prompts without a truth, or an unusable file or function.
@@ -53,7 +52,7 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_truth(prompts: Sequence[Prompt]) -> Corrector:
-    """Every answer becomes the prompt's truth. `LVLMError` when a prompt has none."""
+    """Replaces every answer by the prompt's truth. Raises `LVLMError` if a prompt has none."""
     for prompt in prompts:
         if prompt.truth is None:
             raise LVLMError(
@@ -64,36 +63,36 @@ def from_truth(prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_file(path: Path, prompts: Sequence[Prompt]) -> Corrector:
-    """Corrections from JSON lines `{id, chosen}`; an answer without a line stays as it is.
+    """Corrections from JSON lines `{id, chosen}`; an answer without a line is not changed.
 
-    `answers.jsonl` of a run, edited, is such a file (its first line, the record, is passed over).
+    An edited `answers.jsonl` of a run is such a file (its first line, the record, is skipped).
 
     Raises:
-        LVLMError: the file is malformed, corrects a prompt twice, or one that is not asked.
+        LVLMError: the file is malformed, corrects a prompt twice, or corrects an unknown prompt.
     """
     ids = {prompt.id for prompt in prompts}
     corrections: dict[str, str] = {}
     for number, row in files.read_rows(path, "file of corrected answers"):
-        where = f"line {number} of file of corrected answers {str(path)!r}"
+        line_name = f"line {number} of file of corrected answers {str(path)!r}"
         if row.keys() == {"record"}:
             continue
-        key = str(files.field(row, ("id",), (str, int), where))
+        key = str(files.field(row, ("id",), (str, int), line_name))
         if key not in ids:
-            raise LVLMError(f"{where}: {key} is the id of no prompt; is it the right file?")
+            raise LVLMError(f"{line_name}: there is no prompt with the id {key}; is it the right file?")
         if key in corrections:
-            raise LVLMError(f"{where}: id {key} occurs twice; every answer must have one correction")
-        corrections[key] = files.field(row, ("chosen",), str, where)
+            raise LVLMError(f"{line_name}: id {key} occurs twice; every answer must have one correction")
+        corrections[key] = files.field(row, ("chosen",), str, line_name)
     return Corrector(
         lambda prompt, answer: corrections.get(prompt.id, answer), {"kind": "file", "sha256": file_hash(path)}
     )
 
 
 def from_function(name: str) -> Corrector:
-    """A function of the user's, `function(prompt, answer) -> str`, by its name (`config_files.user_object`).
+    """A user's function `function(prompt, answer) -> str`, by name (`config_files.user_object`).
 
     Raises:
-        LVLMError: the module cannot be imported or has no such function; from `correct`, when the function fails or
-            returns something else than a string.
+        LVLMError: the module cannot be imported or has no such function; in `correct`, the function fails or does not
+            return a string.
     """
     function = config_files.user_object(name, "corrector")
     if not callable(function):
@@ -101,16 +100,14 @@ def from_function(name: str) -> Corrector:
 
     def correct(prompt: Prompt, answer: str) -> str:
         try:
-            corrected = function(prompt, answer)
+            text = function(prompt, answer)
         except Exception as error:  # the user's code may raise anything
             raise LVLMError(
                 f"corrector {name!r} failed at prompt {prompt.id}: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(corrected, str):
-            raise LVLMError(
-                f"corrector {name!r} returned {repr(corrected)[:60]} for prompt {prompt.id}; expected a string"
-            )
-        return corrected
+        if not isinstance(text, str):
+            raise LVLMError(f"corrector {name!r} returned {repr(text)[:60]} for prompt {prompt.id}; expected a string")
+        return text
 
     module = config_files.user_module(name, "corrector")
     source = getattr(module, "__file__", None)

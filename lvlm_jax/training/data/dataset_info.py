@@ -1,4 +1,4 @@
-"""LLaMA-Factory's `dataset_info.json`: which file a data set is in, and what its columns and tags are called."""
+"""LLaMA-Factory's `dataset_info.json`: the file of a data set, and the names of its columns and tags."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +8,14 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError, shown
 
 FILE = "dataset_info.json"
-# LLaMA-Factory's columns, by the names under which `pair_formats` reads them.
+# LLaMA-Factory's columns, by the names in `pair_formats`.
 _COLUMNS = {
     "messages": "conversations",
     "prompt": "instruction",
     "query": "input",
     "response": "output",
     **{name: name for name in ("system", "history", "images", "chosen", "rejected")},
-    **{name: name for name in ("videos", "audios", "tools", "kto_tag")},  # refused where a row has them
+    **{name: name for name in ("videos", "audios", "tools", "kto_tag")},  # refused if a row has them
 }
 _TAGS = {"role_tag": "from", "content_tag": "value"}
 _ROLE_TAGS = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
@@ -24,33 +24,33 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
-    """The file of a data set, what its images are relative to, and its entry of `dataset_info.json`, if one is named.
+    """The file of a data set, the folder of its images, and its entry of `dataset_info.json`, if one is named.
 
     Args:
-        path: a file of rows, or a `dataset_info.json`, behind which a colon names the entry. Without a name it must
-            hold one entry with `ranking`, or one entry at all.
+        path: a file of rows, or a `dataset_info.json`, followed by a colon and the name of the entry. Without a name it
+            must have just one entry with `ranking`, or just one entry.
 
     Raises:
-        LVLMError: a description or an entry that is malformed, or that asks for what is not supported; named.
+        LVLMError: a description or an entry is malformed, or needs something unsupported; the message says what.
     """
-    before, found, name = str(path).rpartition(FILE)
-    if not found or (name and not name.startswith(":")):
+    before, marker, name = str(path).rpartition(FILE)
+    if not marker or (name and not name.startswith(":")):
         path = files.expand(path)
         return path, path.parent, None
     info = files.expand(before + FILE)
     entries = files.read_json(info, "LLaMA-Factory's description", dict)
     ranked = [key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("ranking")]
     only = ranked if len(ranked) == 1 else list(entries)
-    wanted = name.removeprefix(":") or (only[0] if len(only) == 1 else "")
-    if wanted not in entries:
-        known = ", ".join(map(str, (ranked or list(entries))[:10]))
-        raise LVLMError(f"{str(path)!r} names no data set; expected {FILE}:NAME, NAME one of: {known or 'none'}")
-    entry = _checked(entries[wanted], f"entry {wanted[:60]!r} of {str(info)!r}")
+    entry_name = name.removeprefix(":") or (only[0] if len(only) == 1 else "")
+    if entry_name not in entries:
+        names = ", ".join(map(str, (ranked or list(entries))[:10]))
+        raise LVLMError(f"{str(path)!r} names no data set; expected {FILE}:NAME, NAME one of: {names or 'none'}")
+    entry = _checked(entries[entry_name], f"entry {entry_name[:60]!r} of {str(info)!r}")
     return info.parent / entry["file_name"], info.parent, entry
 
 
 def _checked(entry: Any, where: str) -> dict[str, Any]:
-    """The entry, with empty `columns` and `tags` where it has none."""
+    """The entry, with `columns` and `tags` added if missing."""
     if not isinstance(entry, dict):
         raise LVLMError(f"{where} is {shown(entry)}; expected an object with a file_name")
     entry = {key: value for key, value in entry.items() if value not in (None, "", False)}
@@ -64,23 +64,23 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
         raise LVLMError(f"{where} has num_samples, which is not supported; make a file of those rows")
     if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
         raise LVLMError(f"{where}: formatting is {shown(entry['formatting'])}; expected alpaca or sharegpt")
-    for key, known in (("columns", _COLUMNS), ("tags", {**_TAGS, **_ROLE_TAGS, **_OTHER_TAGS})):
-        given = entry.setdefault(key, {})
-        if not isinstance(given, dict):
-            raise LVLMError(f"{where}: {key} is {shown(given)}; expected an object of names")
-        for ours, theirs in given.items():
-            if ours not in known:
-                raise LVLMError(f"{where}: {key} has {ours[:40]!r}; expected one of {', '.join(known)}")
+    for key, allowed in (("columns", _COLUMNS), ("tags", {**_TAGS, **_ROLE_TAGS, **_OTHER_TAGS})):
+        names_of_key = entry.setdefault(key, {})
+        if not isinstance(names_of_key, dict):
+            raise LVLMError(f"{where}: {key} is {shown(names_of_key)}; expected an object of names")
+        for ours, theirs in names_of_key.items():
+            if ours not in allowed:
+                raise LVLMError(f"{where}: {key} has {ours[:40]!r}; expected one of {', '.join(allowed)}")
             if theirs is not None and (not isinstance(theirs, str) or not theirs):
                 raise LVLMError(f"{where}: {ours} of {key} is {shown(theirs)}; expected a name")
     return entry
 
 
 def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
-    """A row as its entry describes it, under the names of `pair_formats`.
+    """A row under the names of `pair_formats`, according to its entry.
 
     Raises:
-        LVLMError: a column that another one takes the name of.
+        LVLMError: two columns get the same name.
     """
     tags = {**_TAGS, **_ROLE_TAGS, **{key: tag for key, tag in entry["tags"].items() if tag}}
     names = {given: _COLUMNS[key] for key, given in entry["columns"].items() if given}
@@ -96,10 +96,10 @@ def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
     def value(given: Any) -> Any:
         return [message(one) for one in given] if isinstance(given, list) else message(given)
 
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, given in row.items():
         name = names.get(key, key)
-        if name in made:
+        if name in result:
             raise LVLMError(f"{where} has two columns that {FILE} calls {name}; rename or remove one")
-        made[name] = value(given)
-    return made
+        result[name] = value(given)
+    return result

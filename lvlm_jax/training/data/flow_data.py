@@ -1,7 +1,7 @@
-"""What flow alignment learns on: conversations, the answers of which are given or generated under the teacher's edit.
+"""Data of flow alignment: conversations whose answers are given, or generated under the teacher's edit.
 
-Answers only say which rows the teacher and the student are compared in, so a model's own are as good as any, and the
-edited model's are those that it will meet once it is trained.
+Answers only determine the rows in which teacher and student are compared, so the model's own answers are good enough;
+those of the edited model are the ones it will write after training.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lvlm_jax.training.data.pair_formats import ANSWERS
 from lvlm_jax.training.data.prompts import Prompt, read_prompts
 
 STAGES = ("1", "2", "both")
-ROOM_STEP = 16  # room for answers comes in multiples of this many tokens: every other room compiles another program
+ROOM_STEP = 16  # answer columns are a multiple of this many tokens, because every number compiles another program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Staged:
     Attributes:
         batches: the batches.
         stage: one of STAGES; "both" is stage 1 for the first half of the steps and stage 2 for the second.
-        total: how many steps there will be.
+        total: number of steps.
     """
 
     batches: Batches
@@ -48,7 +48,7 @@ class Staged:
     total: int
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+        """The batch of a step, from 0."""
         batch = self.batches(step)
         return batch | {"stage": np.full(batch["weight"].shape, self.at(step), np.int32)}
 
@@ -68,20 +68,20 @@ class Staged:
 def read(
     path: str | Path, model: LVLM, method: Method, longest: int, batch_size: int, folder: Path
 ) -> list[Conversation]:
-    """The conversations of a file, with an answer each.
+    """The conversations of a file, each with an answer.
 
     Args:
-        path: a file of conversations or of preference pairs, whose chosen answers count, as `read_conversations` takes
-            them; or of prompts as `read_prompts` takes them, with the text of an answer in the field `answer` or
-            without. Answers that are missing are generated greedily, once: they are logged in `folder`.
-        model, method: what generates them.
+        path: a file of conversations or of preference pairs (their chosen answers), as for `read_conversations`; or of
+            prompts, as for `read_prompts`, optionally with an answer in the field `answer`. Missing answers are
+            generated greedily, once, and logged in `folder`.
+        model, method: generate the answers.
         longest: tokens of the longest prompt with its answer.
         batch_size: prompts at a time.
-        folder: of the logs; a log's name is a hash of everything that decides the answers.
+        folder: folder of the logs; a log's name is a hash of everything that determines the answers.
 
     Raises:
-        LVLMError: a file that cannot be used, a prompt that leaves no room for an answer, or answers to generate in
-            several processes.
+        LVLMError: an unusable file, a prompt without room for an answer, or missing answers in a run with several
+            processes.
     """
     if not _asks(path):
         return pair_files.read_conversations(path)
@@ -117,7 +117,7 @@ def generate(
     """Greedy answers by prompt id, from the log or from the model; see `read`.
 
     Args:
-        record: what decides the answers, as JSON values; begins the log.
+        record: everything that determines the answers, as JSON values; begins the log.
     """
     if jax.process_count() > 1:
         raise LVLMError(
@@ -128,20 +128,20 @@ def generate(
     with AnswerLog(log, record, text_of("answer"), ids) as answers:
         known = dict(answers.answers)
         waiting = [prompt for prompt in prompts if prompt.id not in known]
-        # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
+        # Similar prompts are batched together, so that there is little padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
         with Progress(len(prompts), len(known), "answers") as progress:
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
-                filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch keeps its shape
-                prepared = model.prepare([prompt.conversation() for prompt in filled])
-                room = longest - multiple_of(ROOM_STEP, int(prepared.lengths.max()))
-                if room < 1:
+                padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch is padded to full size
+                prepared = model.prepare([prompt.conversation() for prompt in padded])
+                max_new_tokens = longest - multiple_of(ROOM_STEP, int(prepared.lengths.max()))
+                if max_new_tokens < 1:
                     raise LVLMError(
                         f"a prompt like {batch[-1].id} has {prepared.lengths.max()} tokens, which leaves no room for "
                         f"an answer in a row of {longest}; set a larger length, or shorten the prompt"
                     )
-                texts = model.generate(prepared, method=method, max_new_tokens=room).text
+                texts = model.generate(prepared, method=method, max_new_tokens=max_new_tokens).text
                 fresh = {prompt.id: text for prompt, text in zip(batch, texts, strict=False)}
                 answers.append({"id": name, "answer": text} for name, text in fresh.items())
                 known |= fresh
@@ -150,7 +150,7 @@ def generate(
 
 
 def _asks(path: str | Path) -> bool:
-    """Whether a file holds prompts, and not preference pairs or whole conversations."""
+    """Whether a file contains prompts instead of preference pairs or conversations."""
     if dataset_info.FILE in str(path):
         return False
     _, _, row = next(pair_files.read_rows(files.expand(path), "conversation file"))
@@ -161,7 +161,8 @@ def _given(prompt: Prompt) -> str:
     answer = prompt.extra["answer"]
     if not isinstance(answer, str) or not answer.strip():
         raise LVLMError(
-            f"prompt {prompt.id}: answer is {repr(answer)[:60]}; expected a text, or no such field to have one made"
+            f"prompt {prompt.id}: answer is {repr(answer)[:60]}; expected a text; without this field, the model "
+            "generates one"
         )
     return answer.strip()
 

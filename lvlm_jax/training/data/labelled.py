@@ -1,10 +1,10 @@
-"""Answers that are labelled good or bad, without a partner: what KTO learns from.
+"""Answers that are labelled good or bad, without a counterpart: the data of KTO.
 
     TRL            {"images": [...], "prompt": ..., "completion": ..., "label": true}
     LLaMA-Factory  a conversation, {"messages" or "conversations": [...], "kto_tag": true}, or its alpaca form with
                    "output" and "kto_tag"
 
-Of a file of preference pairs, each chosen answer is a good one and each rejected answer a bad one.
+In a file of preference pairs, each chosen answer is a good one and each rejected answer a bad one.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ class Labelled:
     """An answer with its label.
 
     Attributes:
-        images: picture files in reading order; the encoded picture itself where the file held it.
+        images: image files in reading order; the encoded image itself if the data file contains it.
         prompt: chat messages as in `pair_files.Pair`, up to the one that is answered.
         answer: the text of the answer.
         desirable: whether it is a good one.
-        mismatched: the answer of the file's next row, which has nothing to do with this prompt.
+        mismatched: the answer of the file's next row, which does not belong to this prompt.
         id: the row's own id, or its number in the file.
-        extra: what else the row had.
-        weight: how much the row counts in the loss, beside 1 for others; above 0.
+        extra: the other columns of the row.
+        weight: the row's weight in the loss, by default 1; above 0.
     """
 
     images: tuple[Path | bytes, ...]
@@ -46,22 +46,24 @@ def read(path: str | Path) -> list[Labelled]:
     """The labelled answers of a file, in its order.
 
     Raises:
-        LVLMError: naming the line: a row without a label that is true or false, or what `pair_files` refuses; a file
-            of a single row, which has no mismatched answer.
+        LVLMError: (with the line) a row has no label that is true or false, or `pair_files` refuses it; or the file has
+            a single row, which has no mismatched answer.
     """
-    where, _, first, _ = next(pair_files.samples(path, "file of labelled answers"))
+    first_line, _, first, _ = next(pair_files.samples(path, "file of labelled answers"))
     if any(name in first for name in LABELS):
-        found = [_labelled(*sample) for sample in pair_files.samples(path, "file of labelled answers")]
+        examples = [_labelled(*sample) for sample in pair_files.samples(path, "file of labelled answers")]
     elif "completion" in first:
-        raise LVLMError(f"{where} has a completion and no label; expected label, true or false")
+        raise LVLMError(f"{first_line} has a completion and no label; expected label, true or false")
     else:
-        found = [answer for pair in pair_files.read_pairs(path) for answer in _of_pair(pair)]
-    if len(found) < 2:
-        raise LVLMError(f"{str(path)!r} has one answer; KTO compares each with another one's, so expected at least 2")
-    answers = [example.answer for example in found]
+        examples = [answer for pair in pair_files.read_pairs(path) for answer in _of_pair(pair)]
+    if len(examples) < 2:
+        raise LVLMError(
+            f"{str(path)!r} has one answer; KTO compares each with that of another row, so expected at least 2"
+        )
+    answers = [example.answer for example in examples]
     return [
         dataclasses.replace(example, mismatched=other)
-        for example, other in zip(found, [*answers[1:], answers[0]], strict=True)
+        for example, other in zip(examples, [*answers[1:], answers[0]], strict=True)
     ]
 
 
@@ -83,14 +85,14 @@ def _labelled(where: str, number: str, row: dict, folder: Path) -> Labelled:
         raise LVLMError(f"{where}: {name} is {repr(desirable)[:40]}; expected true or false")
     row = {key: value for key, value in row.items() if key != name}
     if "completion" in row:
-        found = pair_formats.read_row(row | dict.fromkeys(pair_formats.ANSWERS, row["completion"]), where)
-        prompt, answer, used = found.prompt, found.chosen, (*found.used, "completion")
+        parsed = pair_formats.read_row(row | dict.fromkeys(pair_formats.ANSWERS, row["completion"]), where)
+        prompt, answer, used_keys = parsed.prompt, parsed.chosen, (*parsed.used, "completion")
     else:
-        messages, used = pair_formats.read_dialogue(row, where)
+        messages, used_keys = pair_formats.read_dialogue(row, where)
         if messages[-1]["role"] != "assistant":
             raise LVLMError(f"{where}: the conversation does not end with an assistant message to learn")
         prompt, answer = messages[:-1], pair_formats.answer_text(messages[-1], "the answer", where)
     images, prompt = pair_files.placed_prompt(row, prompt, folder, where)
     pair_files.check_answer(answer, "the answer", where)
-    about = pair_files.row_id(row, number), pair_files.extra(row, used), pair_files.weight(row, where)
+    about = pair_files.row_id(row, number), pair_files.extra(row, used_keys), pair_files.weight(row, where)
     return Labelled(images, prompt, answer, desirable, "", *about)

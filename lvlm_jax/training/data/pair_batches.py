@@ -1,19 +1,19 @@
-"""Rows of preference pairs and of conversations, and the arrays that batches are.
+"""Rows of preference pairs and of conversations, and the arrays of batches.
 
-Text is tokenised once, when training begins, so that every length is known; pictures are opened when their batch is
-made. A batch holds:
+Text is tokenised once, when training begins, so that every length is known; images are opened when their batch is made.
+A batch contains:
 
-    images    Float[R, ...]   pixels of all rows' pictures in reading order as the tower takes them, then zeros
-    geometry  dict            what the tower must know besides, see `models.pictures.Pictures`; absent where nothing
+    images    Float[R, ...]   pixels of all rows' images in reading order, as the tower's input, then zeros
+    geometry  dict            further inputs of the tower, see `models.pictures.Pictures`; may be absent
     chosen    } dicts `tokens`, `answers`, `image_id`, `columns` and maybe `axes`, see `training.forward`;
-    rejected  } `answer` alone in batches of conversations
-    rejected_pictures  dict       `images` and `geometry` of a sequence that has pictures of its own, by its name
-    reference Float[B, S, A]      log-probabilities of the answer tokens of S sequences, where they were computed before
-    ids       Int[B]              number of the row in the file, dropped ones not counted
-    weight    Float[B]            the row's own, or 0 for a row that fills up an evaluation's last batch
+    rejected  } just `answer` in batches of conversations
+    rejected_pictures  dict       `images` and `geometry` of a sequence with its own images, by its name
+    reference Float[B, S, A]      log-probabilities of the answer tokens of S sequences, if they are precomputed
+    ids       Int[B]              number of the row in the file, dropped rows not counted
+    weight    Float[B]            the row's own, or 0 for a padding row of an evaluation's last batch
 
-With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of pictures come in buckets,
-because every new combination compiles a program.
+With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of images are rounded up to
+buckets, because every new combination compiles a program.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ Batch = dict[str, Any]
 
 
 def pictures_of(sequence: str) -> str:
-    """The key of a batch under which a sequence has pictures of its own."""
+    """The key of a batch for the images of a sequence with its own images."""
     return f"{sequence}_pictures"
 
 
@@ -51,14 +51,14 @@ class Row:
     """One pair or conversation, tokenised.
 
     Attributes:
-        id: what errors call it.
-        images: its pictures, as in `pair_files.Pair`.
+        id: its name in errors.
+        images: its images, as in `pair_files.Pair`.
         sequences: by name, one of PAIR or CONVERSATION.
-        reference: log-probabilities of the answer tokens of each sequence, in their order; None when not known.
+        reference: log-probabilities of the answer tokens of each sequence, in order; None if unknown.
         prompt: the text up to the last answer, as the chat template writes it.
-        pictures: those of sequences that have other pictures than `images`, by the sequence's name.
-        weight: of the row in the loss.
-        labels: numbers that an objective needs of each row; arrays `[B]` of a batch by their names.
+        pictures: images of those sequences that have other images, by the sequence's name.
+        weight: weight of the row in the loss.
+        labels: numbers of the row for an objective; arrays `[B]` of a batch, by name.
     """
 
     id: str
@@ -73,7 +73,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static sizes of a batch: rows B, tokens T, answer tokens A, at least so many rows of the tower."""
+    """The static sizes of a batch: rows B, tokens T, answer tokens A, and the smallest number of rows of the tower."""
 
     rows: int
     length: int
@@ -83,7 +83,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """From a row to arrays, as the model of `config` reads them; picklable.
+    """Turns rows into arrays for the model of `config`; picklable.
 
     Attributes:
         processor: the checkpoint's transformers processor.
@@ -94,20 +94,20 @@ class Encoder:
     config: FamilyConfig
 
     def pair(self, pair: Pair) -> Row:
-        """A pair's two sequences: the prompt, and behind it an answer to be learned.
+        """A pair's two sequences: the prompt followed by an answer to learn.
 
         Raises:
-            LVLMError: naming the pair: a picture that cannot be read, or an image's placeholder in a text.
+            LVLMError: (with the pair) an image is unreadable, or a text contains an image placeholder.
         """
         answers = {name: assistant(getattr(pair, name).strip()) for name in PAIR}
         others = {} if pair.rejected_images is None else {"rejected": pair.rejected_images}
         return self.row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True, others)
 
     def conversation(self, conversation: Conversation) -> Row:
-        """A conversation whose every answer is learned.
+        """A conversation of which every answer is learned.
 
         Raises:
-            LVLMError: as `pair`; or several answers about pictures that the model reads anew with each question.
+            LVLMError: as `pair`; or several answers about images in a model that reads images with each question.
         """
         answers = sum(message["role"] == "assistant" for message in conversation.messages)
         if answers > 1 and conversation.images and self.config.reads_instruction:
@@ -118,18 +118,18 @@ class Encoder:
         return self.row(conversation, {CONVERSATION[0]: conversation.messages}, False)
 
     def length(self, row: Row) -> int:
-        """Tokens of the row's longest sequence, those of its images included."""
+        """Number of tokens of the row's longest sequence, image tokens included."""
         return max(sequence.length for sequence in row.sequences.values())
 
     def pictures(self, rows: Sequence[Row], prompts: Sequence[np.ndarray], sequence: str = "") -> Pictures | None:
-        """What the tower takes of the pictures of some rows; None without any.
+        """The tower's inputs for the images of some rows; None without images.
 
         Args:
             prompts: the tokens of one sequence of each row.
-            sequence: whose pictures; "": those that sequences share.
+            sequence: the sequence whose images are meant; "" for those that sequences share.
 
         Raises:
-            LVLMError: naming the row: a picture that cannot be read.
+            LVLMError: (with the row) an image is unreadable.
         """
         parts = [self._part(row, row.pictures[sequence] if sequence else row.images) for row in rows]
         with _about(f"rows {_names(rows)}"):
@@ -142,12 +142,12 @@ class Encoder:
         last_only: bool,
         pictures: dict[str, tuple] | None = None,
     ) -> Row:
-        """A row of several sequences about the pictures of an example.
+        """A row of several sequences about the images of an example.
 
         Args:
-            messages: of each sequence, by its name; all have one prompt.
-            last_only: whether the last answer alone is learned.
-            pictures: those of sequences that have other ones than the example, as many.
+            messages: of each sequence, by name; all have the same prompt.
+            last_only: learn only the last answer.
+            pictures: images of sequences that have other ones than the example, the same number.
 
         Raises:
             LVLMError: as `pair`.
@@ -155,24 +155,24 @@ class Encoder:
         others = pictures or {}
         marker = inputs.image_marker(self.processor)
         sequences, prompt = {}, ""
-        for name, said in messages.items():
-            known = self._placeholders(example.id, others.get(name, example.images))
+        for name, messages_of in messages.items():
+            placeholders_of = self._placeholders(example.id, others.get(name, example.images))
             with _about(f"row {example.id} ({name})"):
-                found = self._text(said, False).count(marker)
-                if found != len(example.images):
+                count = self._text(messages_of, False).count(marker)
+                if count != len(example.images):
                     raise LVLMError(
-                        f"it has {found} image placeholders for {len(example.images)} images once the chat template "
+                        f"it has {count} image placeholders for {len(example.images)} images once the chat template "
                         "has been applied; do not write the placeholder into a message's text"
                     )
-                tokens = self._tokens(said, last_only, known)
+                tokens = self._tokens(messages_of, last_only, placeholders_of)
                 inputs.check_ids(tokens.ids, self.config)
-                sequences[name] = known.laid_out(tokens, self.config)
-                prompt = prompt or self._text(said[:-1], True)
+                sequences[name] = placeholders_of.laid_out(tokens, self.config)
+                prompt = prompt or self._text(messages_of[:-1], True)
         return Row(example.id, example.images, sequences, prompt=prompt, pictures=others, weight=example.weight)
 
     def _placeholders(self, row: str, images: Sequence[Any]) -> Placeholders:
         with _about(f"row {row}"):
-            if self.config.tokens_per_image is not None:  # whatever their sizes
+            if self.config.tokens_per_image is not None:  # independent of image sizes
                 sizes = ((1, 1),) * len(images)
             else:
                 sizes = tuple(size_of(image) for image in images)
@@ -185,10 +185,10 @@ class Encoder:
         return {}
 
     def __reduce__(self) -> tuple:
-        return Encoder, (self.processor, self.config)  # sizes are known once rows are made
+        return Encoder, (self.processor, self.config)  # sizes are not needed once rows are made
 
     def _text(self, messages: list[dict], prompt: bool) -> str:
-        """Messages as the chat template writes them; with `prompt` up to where an answer begins."""
+        """Messages as the chat template writes them; with `prompt`, up to the beginning of an answer."""
         return templates.render(self.processor, templates.in_template_form(self.processor, messages), prompt)
 
     def _tokens(self, messages: list[dict], last_only: bool, known: Placeholders) -> Tokens:
@@ -196,17 +196,17 @@ class Encoder:
         return answer_tokens.encode(self.processor, stops, messages, last_only, known.expanded)
 
     def _part(self, row: Row, images: Sequence[Any]) -> dict[str, Any]:
-        """What the processor makes of pictures of a row."""
+        """The processor's arrays for images of a row."""
         if not images:
             return {}
         with _about(f"row {row.id}"):
-            opened = [opened_rgb(image) for image in images]
-            return inputs.run_processor(self.processor, self.config, row.prompt, opened)[1]
+            opened_images = [opened_rgb(image) for image in images]
+            return inputs.run_processor(self.processor, self.config, row.prompt, opened_images)[1]
 
 
 @contextlib.contextmanager
 def _about(what: str) -> Iterator[None]:
-    """Errors say what they are about."""
+    """Adds the name of the row to errors."""
     try:
         yield
     except LVLMError as error:
@@ -220,58 +220,58 @@ def rows_of(
 
     Args:
         encode: `encoder.pair` or `encoder.conversation`.
-        longest: tokens of the longest row that is taken; no longer than the model's context in any case.
-        too_long: "error", or "drop" to leave longer rows out and say how many.
+        longest: largest number of tokens of a row; the model's context is always a limit.
+        too_long: "error", or "drop" to leave out longer rows and report their number.
 
     Raises:
-        LVLMError: a row that is too long, or that has an image's placeholder in its text; no row is left.
+        LVLMError: a row is too long, or its text contains an image placeholder; or no rows remain.
     """
     if too_long not in ("error", "drop"):
         raise LVLMError(f"too_long is {too_long!r}; expected 'error' or 'drop'")
     limit = min(longest, encoder.config.text.max_position_embeddings - 1)
     rows = [encode(example) for example in examples]
-    kept = tuple(row for row in rows if encoder.length(row) <= limit)
-    if len(kept) < len(rows):
+    short_rows = tuple(row for row in rows if encoder.length(row) <= limit)
+    if len(short_rows) < len(rows):
         first = next(row for row in rows if encoder.length(row) > limit)
-        found = (
-            f"{len(rows) - len(kept)} of {len(rows)} rows are longer than {limit} tokens, first {first.id} with "
+        problem = (
+            f"{len(rows) - len(short_rows)} of {len(rows)} rows are longer than {limit} tokens, first {first.id} with "
             f"{encoder.length(first)}"
         )
-        if too_long == "error" or not kept:
+        if too_long == "error" or not short_rows:
             raise LVLMError(
-                f"{found}; set too_long='drop' to leave them out, or a larger length (the model's context is "
+                f"{problem}; set too_long='drop' to leave them out, or a larger length (the model's context is "
                 f"{encoder.config.text.max_position_embeddings})"
             )
-        logging.warning("%s; they are left out", found)
-    return kept
+        logging.warning("%s; they are left out", problem)
+    return short_rows
 
 
 def alike(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows whose batches have one structure: where one has pictures of its own for a sequence, all have."""
+    """Gives all rows one structure: if one row has its own images for a sequence, all have."""
     own = {name for row in rows for name in row.pictures}
     return tuple(dataclasses.replace(row, pictures=dict.fromkeys(own, row.images) | row.pictures) for row in rows)
 
 
 def shape_of(rows: Sequence[Row], encoder: Encoder, count: int) -> Shape:
-    """Sizes that hold any `count` rows at a time of `rows`, rounded up: I to a multiple of the row count, the
-    others to buckets of the token layout."""
-    most = sorted((len(row.images) for row in rows), reverse=True)[:count]
+    """Sizes for any `count` rows of `rows`: I is a multiple of the row count, the others are buckets of the token
+    layout."""
+    most_images = sorted((len(row.images) for row in rows), reverse=True)[:count]
     answers = max(tokens.answers.sum() for row in rows for tokens in row.sequences.values())
     length = bucket(max(encoder.length(row) for row in rows))
-    return Shape(count, length, bucket(int(answers)), multiple_of(count, sum(most)))
+    return Shape(count, length, bucket(int(answers)), multiple_of(count, sum(most_images)))
 
 
 def image_count(rows: Sequence[Row]) -> int:
-    """The most images of a row, rounded up to a power of two; at least 1."""
-    most = max(len(row.images) for row in rows)
-    return 1 << max(most - 1, 0).bit_length()
+    """The largest number of images in a row, rounded up to a power of two; at least 1."""
+    largest = max(len(row.images) for row in rows)
+    return 1 << max(largest - 1, 0).bit_length()
 
 
 def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: Shape) -> Batch:
-    """Up to `shape.rows` rows as one batch; the places behind the last row are padding of weight 0.
+    """Up to `shape.rows` rows as one batch; the rest is padding with weight 0.
 
     Raises:
-        LVLMError: naming the row: a picture that cannot be read.
+        LVLMError: (with the row) an image is unreadable.
     """
     number, weight = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
     number[: len(rows)], weight[: len(rows)] = ids, [row.weight for row in rows]
@@ -279,21 +279,21 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
     for label in rows[0].labels:
         batch[label] = np.zeros(shape.rows, np.float32)
         batch[label][: len(rows)] = [row.labels[label] for row in rows]
-    shown = {}
+    images = {}
     for name in rows[0].sequences:
         tokens = [row.sequences[name].tokens() for row in rows]
         own = name if name in rows[0].pictures else ""
-        if own not in shown:
-            shown[own] = encoder.pictures(rows, [sequence.ids for sequence in tokens], own)
-            # A tower takes something in any case.
-            pixels = encoder.config.blank() if shown[own] is None else shown[own]
+        if own not in images:
+            images[own] = encoder.pictures(rows, [sequence.ids for sequence in tokens], own)
+            # A tower needs some input in any case.
+            pixels = encoder.config.blank() if images[own] is None else images[own]
             arrays = pictures.arrays_of(pixels, max(shape.images, multiple_of(shape.rows, len(pixels.pixels))))
             batch |= {pictures_of(own): arrays} if own else arrays
         with _about(f"rows {_names(rows)}"):
             places = [sequence.ids == encoder.config.image_token_id for sequence in tokens]
-            image_id = number_images(places, shown[own])
+            image_id = number_images(places, images[own])
         batch[name] = _padded(tokens, image_id, shape, encoder.config.pad_token_id)
-        grids = (shown[own] or encoder.config.blank()).grids
+        grids = (images[own] or encoder.config.blank()).grids
         if grids is not None:
             # Rows come first, as everywhere in a batch.
             batch[name]["axes"] = multimodal_positions(batch[name]["image_id"], grids).swapaxes(0, 1)
@@ -306,7 +306,7 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
 
 
 def in_order(rows: Sequence[Row], encoder: Encoder, size: int) -> Iterator[Batch]:
-    """All rows once, in batches of one shape, the last one filled up with rows of weight 0."""
+    """All rows once, in batches of one shape; the last one is padded with rows of weight 0."""
     shape = shape_of(rows, encoder, size)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
@@ -329,10 +329,10 @@ def _padded(
         "columns": np.zeros((shape.rows, shape.answers), np.int32),
     }
     for row, ((tokens, answers), numbers) in enumerate(zip(sequences, image_id, strict=True)):
-        kept = slice(len(tokens))
-        padded["tokens"][row, kept] = tokens
-        padded["answers"][row, kept] = answers
-        padded["image_id"][row, kept] = numbers
+        columns = slice(len(tokens))
+        padded["tokens"][row, columns] = tokens
+        padded["answers"][row, columns] = answers
+        padded["image_id"][row, columns] = numbers
         places = np.flatnonzero(answers)
         padded["columns"][row, : len(places)] = places
     return padded

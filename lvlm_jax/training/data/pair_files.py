@@ -1,7 +1,7 @@
-"""Files of preference pairs and of conversations: reading them with every fault named by its line, and writing pairs.
+"""Reads files of preference pairs and of conversations, with line numbers in all errors; writes pairs.
 
 Images are paths relative to the file, or `{"bytes": base64}` inside it. Placeholders are image parts of messages, or
-"<image>" in their text; a prompt without any has its images before the first user message's text.
+"<image>" in their text; a prompt without placeholders has its images before the text of the first user message.
 """
 
 import base64
@@ -22,23 +22,20 @@ from lvlm_jax.training.data import dataset_info, pair_formats
 from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 
 PLACEHOLDER = "<image>"
-REJECTED_IMAGES, WEIGHT = (
-    "rejected_images",
-    "weight",
-)  # columns of the pictures of a rejected side, and of a row's share
+REJECTED_IMAGES, WEIGHT = ("rejected_images", "weight")  # columns of the rejected side's images, and of a row's weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Chat messages about images; the assistant's are what supervised fine-tuning learns.
+    """Chat messages about images; supervised fine-tuning learns the assistant's.
 
     Attributes:
-        images: picture files in reading order; the encoded picture itself where the file held it.
-        messages: `{"role", "content"}`; content a list of `{"type": "text", "text"}` and `{"type": "image"}`, one of
-            the latter for each image.
+        images: image files in reading order; the encoded image itself if the data file contains it.
+        messages: `{"role", "content"}`; content is a list of `{"type": "text", "text"}` and `{"type": "image"}`, one of
+            the latter per image.
         id: the row's own id, or its number in the file.
-        extra: what else the row had.
-        weight: how much the row counts in the loss, beside 1 for others; above 0.
+        extra: the other columns of the row.
+        weight: the row's weight in the loss, by default 1; above 0.
     """
 
     images: tuple[Path | bytes, ...]
@@ -53,13 +50,13 @@ class Pair:
     """A prompt with a chosen and a rejected answer.
 
     Attributes:
-        images: picture files in reading order; the encoded picture itself where the file held it.
+        images: image files in reading order; the encoded image itself if the data file contains it.
         prompt: chat messages as `Conversation.messages`, up to the one that is answered.
         chosen, rejected: the texts of the two answers.
         id: the row's own id, or its number in the file.
-        extra: what else the row had; `write_pairs` keeps it.
-        rejected_images: the pictures of the rejected side, as many; None: `images`.
-        weight: how much the pair counts in the loss, beside 1 for others; above 0.
+        extra: the other columns of the row; `write_pairs` keeps them.
+        rejected_images: the images of the rejected side, the same number; None: `images`.
+        weight: the pair's weight in the loss, by default 1; above 0.
     """
 
     images: tuple[Path | bytes, ...]
@@ -72,7 +69,7 @@ class Pair:
     weight: float = 1.0
 
     def conversation(self) -> list[Message]:
-        """The prompt as `LVLM.generate` takes it, with the pictures in their places."""
+        """The prompt as `LVLM.generate` takes it, with the images in their places."""
         return with_pictures(self.prompt, self.images)
 
 
@@ -80,35 +77,36 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs of a file, in its order.
 
     Args:
-        path: JSON lines or one JSON list in any format of `pair_formats`, or LLaMA-Factory's `dataset_info.json`; the
-            entry of one with several is named behind a colon, as in "data/dataset_info.json:my_pairs".
+        path: JSON lines or one JSON list in any format of `pair_formats`, or LLaMA-Factory's `dataset_info.json`; if it
+            has several entries, a colon and the name follow, as in "data/dataset_info.json:my_pairs".
 
     Raises:
-        LVLMError: naming the line: a malformed row, a pair without image, a missing or unreadable image, placeholders
-            that do not match the images, an empty answer, or two equal ones about the same pictures.
+        LVLMError: (with the line) a malformed row, a pair without image, a missing or unreadable image, placeholders
+            that do not match the images, an empty answer, or two equal answers about the same images.
     """
     pairs = []
-    for where, number, row, folder in samples(path, "preference file"):
-        found = pair_formats.read_row(row, where)
-        images, prompt = placed_prompt(row, found.prompt, folder, where)
+    for line_name, number, row, folder in samples(path, "preference file"):
+        parsed = pair_formats.read_row(row, line_name)
+        images, prompt = placed_prompt(row, parsed.prompt, folder, line_name)
         for name in pair_formats.ANSWERS:
-            check_answer(getattr(found, name), name, where)
-        others = _rejected_images(row, images, folder, where)
-        if found.chosen.strip() == found.rejected.strip() and others is None:
+            check_answer(getattr(parsed, name), name, line_name)
+        others = _rejected_images(row, images, folder, line_name)
+        if parsed.chosen.strip() == parsed.rejected.strip() and others is None:
             raise LVLMError(
-                f"{where}: chosen and rejected are equal; remove the pair, or give the rejected side other pictures "
+                f"{line_name}: chosen and rejected are equal; remove the pair, or give the rejected side other "
+                "pictures "
                 f"in {REJECTED_IMAGES}"
             )
-        about = row_id(row, number), extra(row, found.used), others, weight(row, where)
-        pairs.append(Pair(images, prompt, found.chosen, found.rejected, *about))
+        about = row_id(row, number), extra(row, parsed.used), others, weight(row, line_name)
+        pairs.append(Pair(images, prompt, parsed.chosen, parsed.rejected, *about))
     return pairs
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a file, in any format of `pair_formats`; of pairs the chosen answers.
+    """The conversations of a file, in any format of `pair_formats`; of pairs, the chosen answers.
 
     Raises:
-        LVLMError: naming the line: what `read_pairs` refuses, a conversation without an answer, an empty answer.
+        LVLMError: (with the line) an error of `read_pairs`, a conversation without an answer, or an empty answer.
     """
     where, _, first, _ = next(samples(path, "conversation file"))
     if not pair_formats.is_dialogue(first, where):
@@ -118,20 +116,22 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         ]
     conversations = []
     for where, number, row, folder in samples(path, "conversation file"):
-        messages, used = pair_formats.read_dialogue(row, where)
+        messages, used_keys = pair_formats.read_dialogue(row, where)
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers or messages[-1] is not answers[-1]:
             raise LVLMError(f"{where}: the conversation does not end with an assistant message to learn")
         for answer in answers:
             check_answer(pair_formats.answer_text(answer, "an answer", where), "an answer", where)
         images = row_images(row, folder, where)
-        placed = place_images(messages, len(images), where)
-        conversations.append(Conversation(images, placed, row_id(row, number), extra(row, used), weight(row, where)))
+        messages_with_images = place_images(messages, len(images), where)
+        conversations.append(
+            Conversation(images, messages_with_images, row_id(row, number), extra(row, used_keys), weight(row, where))
+        )
     return conversations
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
-    """Writes TRL's format, `{"id", "images", "prompt", "chosen", "rejected"}` as JSON lines, whole or not at all.
+    """Writes TRL's format, `{"id", "images", "prompt", "chosen", "rejected"}` as JSON lines, completely or not at all.
 
     Raises:
         LVLMError: the file cannot be written.
@@ -142,7 +142,7 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
 
 
 def row_of(pair: Pair, folder: Path) -> dict:
-    """A pair as a row of TRL's format, for a file in `folder`; images inside the folder by their relative path."""
+    """A pair as a row of TRL's format, for a file in `folder`; images inside the folder by relative path."""
     row = {
         "id": pair.id,
         "images": [_written(image, folder) for image in pair.images],
@@ -163,7 +163,7 @@ def assistant(text: str) -> Message:
 
 
 def samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]]:
-    """(beginning of an error message, number, row under our names, what its images are relative to) of each row."""
+    """(beginning of an error message, number, row under our names, folder of its images) of each row."""
     file, folder, entry = dataset_info.resolved(path)
     for where, number, row in read_rows(file, what):
         row = row if entry is None else dataset_info.renamed(row, entry, where)
@@ -185,7 +185,7 @@ def row_id(row: dict, number: str) -> str:
 
 
 def check_answer(text: str, name: str, where: str) -> None:
-    """Raises an `LVLMError` if an answer is empty or has a placeholder of an image."""
+    """Raises an `LVLMError` if an answer is empty or has an image placeholder."""
     if not text.strip():
         raise LVLMError(f"{where}: {name} is empty; remove the row or give it an answer")
     if PLACEHOLDER in text:
@@ -195,10 +195,10 @@ def check_answer(text: str, name: str, where: str) -> None:
 def placed_prompt(
     row: dict, prompt: list[Message], folder: Path, where: str
 ) -> tuple[tuple[Path | bytes, ...], list[Message]]:
-    """The images of a row that is to be preferred or not, and its prompt with a part for each.
+    """The images of a preference row, and its prompt with one part per image.
 
     Raises:
-        LVLMError: no image, one that is missing, placeholders that do not match, or a prompt that asks nothing.
+        LVLMError: there is no image, an image is missing, placeholders do not match, or the prompt has no question.
     """
     images = row_images(row, folder, where)
     if not images:
@@ -209,42 +209,43 @@ def placed_prompt(
 
 
 def extra(row: dict, used: Sequence[str]) -> dict:
-    """The columns of a row that nothing here has read."""
-    known = (*used, *IMAGE_KEYS, REJECTED_IMAGES, WEIGHT, ID_KEYS[0])
-    return {key: value for key, value in row.items() if key not in known}
+    """The columns of a row that were not read."""
+    known_columns = (*used, *IMAGE_KEYS, REJECTED_IMAGES, WEIGHT, ID_KEYS[0])
+    return {key: value for key, value in row.items() if key not in known_columns}
 
 
 def weight(row: dict, where: str) -> float:
     """The row's `weight`; 1 without one."""
-    given = row.get(WEIGHT)
-    if given is None:
+    value = row.get(WEIGHT)
+    if value is None:
         return 1.0
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    if not number or not 0 < given < math.inf:
-        raise LVLMError(f"{where}: weight is {repr(given)[:40]}; expected a number above 0, or remove the row")
-    return float(given)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise LVLMError(f"{where}: weight is {repr(value)[:40]}; expected a number above 0, or remove the row")
+    return float(value)
 
 
 def _rejected_images(row: dict, images: tuple, folder: Path, where: str) -> tuple[Path | bytes, ...] | None:
-    """The pictures of the rejected side; None where they are those of the chosen one."""
-    given = row.get(REJECTED_IMAGES)
-    if given in (None, [], ""):
+    """The images of the rejected side; None if they are those of the chosen side."""
+    value = row.get(REJECTED_IMAGES)
+    if value in (None, [], ""):
         return None
-    found = tuple(_image(one, folder, where) for one in (given if isinstance(given, list) else [given]))
-    if len(found) != len(images):
+    rejected = tuple(_image(one, folder, where) for one in (value if isinstance(value, list) else [value]))
+    if len(rejected) != len(images):
         raise LVLMError(
-            f"{where} has {len(found)} {REJECTED_IMAGES} and {len(images)} images; expected as many, in the same order"
+            f"{where} has {len(rejected)} {REJECTED_IMAGES} and {len(images)} images; expected as many, in the same "
+            "order"
         )
-    return None if found == images else found
+    return None if rejected == images else rejected
 
 
 def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
     """The images of a row under the first of IMAGE_KEYS that it has."""
-    named = [key for key in IMAGE_KEYS if row.get(key) not in (None, [], "")]
-    if len(named) > 1:
-        raise LVLMError(f"{where} has images under {' and '.join(named)}; expected one of them")
-    given = next((row[key] for key in named), [])
-    return tuple(_image(one, folder, where) for one in (given if isinstance(given, list) else [given]))
+    present = [key for key in IMAGE_KEYS if row.get(key) not in (None, [], "")]
+    if len(present) > 1:
+        raise LVLMError(f"{where} has images under {' and '.join(present)}; expected one of them")
+    value = next((row[key] for key in present), [])
+    return tuple(_image(one, folder, where) for one in (value if isinstance(value, list) else [value]))
 
 
 def _image(given: Any, folder: Path, where: str) -> Path | bytes:
@@ -252,8 +253,8 @@ def _image(given: Any, folder: Path, where: str) -> Path | bytes:
         try:
             data = base64.b64decode(given["bytes"], validate=True)
             PIL.Image.open(io.BytesIO(data))
-        except Exception as error:  # a reader of pictures raises whatever the first broken byte provokes
-            raise LVLMError(f"{where}: an image's bytes are no base64 of a picture that can be opened") from error
+        except Exception as error:  # image readers raise whatever the first broken byte causes
+            raise LVLMError(f"{where}: an image's bytes are not base64 of an image that can be opened") from error
         return data
     name = given.get("path") if isinstance(given, dict) else given
     if not isinstance(name, str) or not name:
@@ -274,23 +275,23 @@ def _written(image: Path | bytes, folder: Path) -> str | dict:
 
 
 def place_images(messages: list[Message], images: int, where: str) -> list[Message]:
-    """Messages whose content is a list of parts, with one image part for each image."""
-    placed = [{"role": message["role"], "content": _parts(message["content"], where)} for message in messages]
-    found = sum(part["type"] == "image" for message in placed for part in message["content"])
-    if found == 0 and images:
-        asked = next((message for message in placed if message["role"] == "user"), None)
-        if asked is None:
+    """Messages with content as a list of parts, with one image part per image."""
+    with_parts = [{"role": message["role"], "content": _parts(message["content"], where)} for message in messages]
+    count = sum(part["type"] == "image" for message in with_parts for part in message["content"])
+    if count == 0 and images:
+        first_user = next((message for message in with_parts if message["role"] == "user"), None)
+        if first_user is None:
             raise LVLMError(f"{where} has images and no user message to put them in")
-        asked["content"] = [{"type": "image"}] * images + asked["content"]
-    elif found != images:
+        first_user["content"] = [{"type": "image"}] * images + first_user["content"]
+    elif count != images:
         raise LVLMError(
-            f"{where} has {found} image placeholders and {images} images; expected one for each, or no placeholder"
+            f"{where} has {count} image placeholders and {images} images; expected one for each, or no placeholder"
         )
-    return placed
+    return with_parts
 
 
 def _parts(content: str | list, where: str) -> list[dict]:
-    """The parts of a message; text is split at placeholders, and the line break behind one is the template's."""
+    """The parts of a message; text is split at placeholders, and the line break after one belongs to the template."""
     parts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -310,7 +311,7 @@ def _parts(content: str | list, where: str) -> list[dict]:
 
 
 def with_pictures(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
-    """Messages as `LVLM.generate` takes them, with the pictures in the places of their parts."""
+    """Messages as `LVLM.generate` takes them, with the images in the places of their parts."""
     pictures = iter(images)
 
     def filled(part: dict) -> dict:

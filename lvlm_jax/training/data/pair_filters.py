@@ -1,4 +1,4 @@
-"""Which candidates become preference pairs, which of those are held out, and figures about both."""
+"""Filters candidates for preference pairs, holds some out, and computes figures about both."""
 
 import dataclasses
 import re
@@ -14,10 +14,10 @@ from scipy.sparse.csgraph import connected_components
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training.data.prompts import Prompt
 
-# Why a candidate is dropped; the first that applies counts.
+# Reasons for dropping a candidate; the first that applies counts.
 REASONS = {
     "empty": "one of the answers is empty",
-    "equal": "both say the same but for case, blanks and closing punctuation",
+    "equal": "both are equal apart from case, blanks and closing punctuation",
     "unfinished": "an answer was cut at --max-new-tokens",
     "too_long": "an answer has more words than --max-words",
     "near_duplicate": "the word overlap is above --near-duplicate",
@@ -32,7 +32,7 @@ class Candidate:
         chosen: the answer to learn from, corrected.
         rejected: the answer to learn to avoid.
         corrected: whether the corrector changed the chosen answer.
-        unfinished: whether one of the answers stops in the middle.
+        unfinished: whether one of the answers was cut off.
     """
 
     prompt: Prompt
@@ -44,12 +44,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What is dropped beside empty and equal answers, which no trainer can use.
+    """What to drop besides empty and equal answers, which no trainer can use.
 
     Attributes:
         near_duplicate: the largest allowed `overlap`; 1 allows all.
-        max_words: of either answer; 0 allows any number.
-        unfinished: whether answers that stop in the middle are dropped; training would teach to stop there.
+        max_words: limit for either answer; 0 allows any number.
+        unfinished: whether to drop answers that were cut off; training would teach to stop there.
     """
 
     near_duplicate: float = 0.98
@@ -57,7 +57,7 @@ class Filters:
     unfinished: bool = True
 
     def reason(self, candidate: Candidate) -> str | None:
-        """The name in REASONS of what speaks against a candidate; None when nothing does."""
+        """The reason (in REASONS) to drop a candidate, or None."""
         answers = (candidate.chosen, candidate.rejected)
         if not all(answer.strip() for answer in answers):
             return "empty"
@@ -73,7 +73,7 @@ class Filters:
 
 
 def normalised(text: str) -> str:
-    """A text in lower case, with single blanks, without quotation marks around it and punctuation behind it."""
+    """A text in lower case, with single blanks, without quotation marks around it and punctuation at its end."""
     folded = " ".join(unicodedata.normalize("NFKC", text).lower().split())
     return folded.strip("\"'").rstrip(" .,;:!\"'")
 
@@ -88,7 +88,7 @@ def overlap(first: str, second: str) -> float:
     first, second = words(first), words(second)
     if not first or not second:
         return float(first == second)
-    lengths = [0] * (len(second) + 1)  # of the LCS of the words so far and each beginning of `second`
+    lengths = [0] * (len(second) + 1)  # the LCS of the words so far with each prefix of `second`
     for word in first:
         diagonal = 0
         for column, other in enumerate(second, start=1):
@@ -99,39 +99,39 @@ def overlap(first: str, second: str) -> float:
 
 
 def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candidate], dict[str, int]]:
-    """The candidates that are kept, and how many are dropped for each of REASONS."""
+    """The candidates to keep, and how many are dropped for each of REASONS."""
     reasons = [filters.reason(candidate) for candidate in candidates]
     counts = Counter(reasons)
-    kept = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
-    return kept, {reason: counts[reason] for reason in REASONS}
+    remaining = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
+    return remaining, {reason: counts[reason] for reason in REASONS}
 
 
 def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tuple[list[Candidate], list[Candidate]]:
-    """Training and validation candidates, in order, without a picture in common.
+    """Training and validation candidates, in order, without common images.
 
-    Candidates that share pictures, directly or through others, stay together. Such groups are drawn in random order,
-    and each is held out that does not take more than `share` of all candidates.
+    Candidates that share images, directly or through others, stay together. These groups are visited in random order,
+    and each is held out if at most `share` of all candidates is held out then.
 
     Raises:
-        LVLMError: the groups are too large, so that one of the sides would be empty.
+        LVLMError: the groups are too large, so that one side would be empty.
     """
     groups = _image_groups(candidates)
-    wanted = min(max(1, round(share * len(candidates))), len(candidates) - 1)
-    held: set[int] = set()
+    limit = min(max(1, round(share * len(candidates))), len(candidates) - 1)
+    held_out: set[int] = set()
     for index in np.random.default_rng([seed, len(groups)]).permutation(len(groups)):
-        if len(held) + len(groups[index]) <= wanted:
-            held.update(groups[index])
-    if not held:
+        if len(held_out) + len(groups[index]) <= limit:
+            held_out.update(groups[index])
+    if not held_out:
         raise LVLMError(
-            f"{share:g} of {len(candidates)} pairs cannot be held out: pairs with a picture in common stay together, "
-            f"and the fewest that do are {min(map(len, groups))}; give more prompts, a larger --holdout, or --holdout 0"
+            f"{share:g} of {len(candidates)} pairs cannot be held out: pairs with a common image stay together, and "
+            f"the smallest group has {min(map(len, groups))}; give more prompts, a larger --holdout, or --holdout 0"
         )
-    training = [candidate for place, candidate in enumerate(candidates) if place not in held]
-    return training, [candidates[place] for place in sorted(held)]
+    training = [candidate for place, candidate in enumerate(candidates) if place not in held_out]
+    return training, [candidates[place] for place in sorted(held_out)]
 
 
 def _image_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """Places of candidates that share pictures, directly or through others."""
+    """Indices of candidates that share images, directly or through others."""
     numbers: dict[Path | bytes, int] = {}
     images = [
         [
@@ -155,12 +155,12 @@ def statistics(
     """Figures about a set of pairs, as JSON values.
 
     Returns:
-        prompts: how many were asked; failed: how many of them could not be answered.
-        kept: how many pairs there are; dropped: how many candidates there were for each of REASONS less.
+        prompts: number of prompts; failed: how many of them could not be answered.
+        kept: number of pairs; dropped: how many candidates were dropped for each of REASONS.
         corrected: share of the kept pairs whose chosen answer the corrector changed.
         chosen_longer: share of the kept pairs whose chosen answer has more words.
-        words: of the kept answers, mean, median and largest number.
-        images: how many kept pairs have one picture, two, and so on.
+        words: mean, median and largest number of words of the kept answers.
+        images: how many kept pairs have one image, two images, and so on.
     """
     counts = Counter(len(candidate.prompt.images) for candidate in kept)
     lengths = {

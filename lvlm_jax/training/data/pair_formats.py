@@ -1,4 +1,4 @@
-"""How others write samples down: one row of any of these formats as one common form.
+"""Formats of samples in other projects: converts one row of any of these formats into a common form.
 
 Pairs:
 
@@ -11,11 +11,11 @@ Pairs:
 Conversations:
 
     TRL            {"images": [...], "messages": [...]}; of LLaMA-Factory's version 1 too, with images in the messages
-    LLaVA          {"id": ..., "image": ..., "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}
+    LLaVA          {"id": ..., "image": ..., "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}
     LLaMA-Factory  the same with "images", or {"instruction": ..., "input": ..., "history": [[...]], "output": ...}
 
-Columns that would change what is learned and that we cannot honour (videos, tools, ...) are refused, not passed over.
-Every function takes one row and `where`, the beginning of an error message; all raise `LVLMError`.
+Columns that would change what is learned but are unsupported (videos, tools, ...) are refused, not ignored. Every
+function takes one row and `where`, the beginning of an error message; all raise `LVLMError`.
 """
 
 import json
@@ -28,24 +28,24 @@ from lvlm_jax.files import field
 Message = dict[str, Any]
 
 ANSWERS = ("chosen", "rejected")
-LIKED = {"good": "chosen", "bad": "rejected"}  # what files for `lvlm fit` call them
+LIKED = {"good": "chosen", "bad": "rejected"}  # names in files for `lvlm fit`
 IMAGE_KEYS = ("images", "image", "image_path")
 ID_KEYS = ("id", "idx", "question_id")
 ROLES = {"human": "user", "gpt": "assistant"}
 _KNOWN_ROLES = ("system", "user", "assistant")
 _REFUSED = ("videos", "video", "audios", "audio", "tools", "functions", "kto_tag")
 _REFUSED_IN_MESSAGES = ("tool_calls", "function_call")
-_PICTURES = ("image", "image_url")  # kinds of parts that are a picture, and the keys that may name its file
+_PICTURES = ("image", "image_url")  # types of parts that are an image, and the keys that may name its file
 _SOURCES = ("image", "image_url", "url", "path", "value")
 
 
 class Row(NamedTuple):
-    """One pair as its file has it.
+    """One pair of a file.
 
     Attributes:
-        prompt: chat messages; content a string or a list of parts, images still as placeholders.
+        prompt: chat messages; content is a string or a list of parts, images are placeholders.
         chosen, rejected: the two answers.
-        used: the keys of the row that were read, images and id not among them.
+        used: the keys of the row that were read, without images and id.
     """
 
     prompt: list[Message]
@@ -55,19 +55,19 @@ class Row(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """One conversation as its file has it: chat messages as `Row.prompt`, and the keys of the row that were read."""
+    """One conversation of a file: chat messages as `PairRow.prompt`, and the keys of the row that were read."""
 
     messages: list[Message]
     used: tuple[str, ...]
 
 
 def read_row(row: dict, where: str) -> Row:
-    """The pair of a row in any of the formats, told apart by its keys."""
+    """The pair of a row in any of the formats, recognised by its keys."""
     refuse_columns(row, where)
     if set(LIKED) <= row.keys() and not set(ANSWERS) & row.keys():
-        named = {LIKED.get(name, name): value for name, value in row.items()}
-        found = read_row(named, where)
-        return found._replace(used=(*found.used, *LIKED))
+        renamed_row = {LIKED.get(name, name): value for name, value in row.items()}
+        parsed = read_row(renamed_row, where)
+        return parsed._replace(used=(*parsed.used, *LIKED))
     if "text" in row and "chosen" not in row:
         return _packed(row, where)
     if "chosen_messages" in row:
@@ -79,20 +79,20 @@ def read_row(row: dict, where: str) -> Row:
     if "question" in row:
         return Row([_user(row, "question", where)], *_answers(row, where), ("question", *ANSWERS))
     if "instruction" in row:
-        messages, used = _instruction(row, where)
-        return Row(messages, *_answers(row, where), (*used, *ANSWERS))
+        messages, used_keys = _instruction(row, where)
+        return Row(messages, *_answers(row, where), (*used_keys, *ANSWERS))
     if "prompt" in row:
-        asked = field(row, ("prompt",), (str, list), where)
-        if isinstance(asked, str):
-            messages = [{"role": "user", "content": asked}]
+        prompt = field(row, ("prompt",), (str, list), where)
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
         else:
-            messages = [as_message(message, where) for message in asked]
+            messages = [as_message(message, where) for message in prompt]
         return Row(messages, *_answers(row, where), ("prompt", *ANSWERS))
     return _implicit(row, where)
 
 
 def is_dialogue(row: dict, where: str) -> bool:
-    """Whether a row is a conversation to learn, and not a pair."""
+    """Whether a row is a conversation instead of a pair."""
     if any(name in row for name in (*ANSWERS, "chosen_messages", "rejected_messages")):
         return "messages" in row
     if any(name in row for name in ("messages", "conversations", "output")):
@@ -106,45 +106,45 @@ def is_dialogue(row: dict, where: str) -> bool:
 
 
 def read_dialogue(row: dict, where: str) -> Dialogue:
-    """The conversation of a row in any of the formats, told apart by its keys."""
+    """The conversation of a row in any of the formats, recognised by its keys."""
     refuse_columns(row, where)
     for name in ("messages", "conversations"):
         if name in row:
-            given = field(row, (name,), list, where)
-            messages = [as_message(message, where) for message in given]
+            messages_given = field(row, (name,), list, where)
+            messages = [as_message(message, where) for message in messages_given]
             return Dialogue(_with_system(row, messages, where), (name, "system"))
-    messages, used = _instruction(row, where)
+    messages, used_keys = _instruction(row, where)
     answer = {"role": "assistant", "content": field(row, ("output",), str, where)}
-    return Dialogue([*messages, answer], (*used, "output"))
+    return Dialogue([*messages, answer], (*used_keys, "output"))
 
 
 def refuse_columns(row: dict, where: str) -> None:
-    """Raises an LVLMError if a row has a column that must not be passed over."""
+    """Raises an LVLMError if a row has a column that must not be ignored."""
     for name in _REFUSED:
         if row.get(name) not in (None, "", [], {}, "[]"):
             raise LVLMError(f"{where} has {name}, which is not supported; remove the row, or the column")
 
 
 def gathered(row: dict, where: str) -> dict:
-    """The row with the images that its messages name (`{"type": "image", "image": "a.png"}`) in a column of images."""
-    found: list[Any] = []
-    changed = {}
+    """Moves the images that messages name (`{"type": "image", "image": "a.png"}`) to a column of images."""
+    images: list[Any] = []
+    new_row = {}
     for name in ("prompt", "messages", *ANSWERS, "chosen_messages", "rejected_messages"):
         if isinstance(row.get(name), list):
             own: list[Any] = []
-            changed[name] = [_bare(message, own) for message in row[name]]
+            new_row[name] = [_bare(message, own) for message in row[name]]
             # The images of a prompt that both answers repeat are the same images.
-            found = found if own and own == found else found + own
-    if not found:
+            images = images if own and own == images else images + own
+    if not images:
         return row
-    if given := next((name for name in IMAGE_KEYS if row.get(name)), None):
-        raise LVLMError(f"{where} has images in its messages and in {given}; expected one of the two")
+    if image_key := next((name for name in IMAGE_KEYS if row.get(name)), None):
+        raise LVLMError(f"{where} has images in its messages and in {image_key}; expected one of the two")
     rest = {name: value for name, value in row.items() if name not in IMAGE_KEYS}
-    return rest | changed | {"images": found}
+    return rest | new_row | {"images": images}
 
 
-def _bare(message: Any, found: list[Any]) -> Any:
-    """A message whose image parts are placeholders, and whose text parts have a `text`."""
+def _bare(message: Any, images: list[Any]) -> Any:
+    """A message with placeholders as image parts, and text parts with a `text`."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message
@@ -153,14 +153,14 @@ def _bare(message: Any, found: list[Any]) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in _PICTURES and (key := next((key for key in _SOURCES if part.get(key)), None)):
             source = part[key].get("url") if isinstance(part[key], Mapping) and "url" in part[key] else part[key]
-            found.append(source)
+            images.append(source)
             part = {"type": "image"}
         parts.append(part)
     return {**message, "content": parts}
 
 
 def as_message(message: Any, where: str) -> Message:
-    """A chat message from `{"role", "content"}` or `{"from", "value"}`."""
+    """Makes a chat message of `{"role", "content"}` or `{"from", "value"}`."""
     if isinstance(message, Mapping):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
@@ -176,24 +176,24 @@ def as_message(message: Any, where: str) -> Message:
 
 
 def _check_message(message: Mapping, role: str, where: str) -> None:
-    """Raises an LVLMError if a message is of a role, or has a field, that must not be passed over."""
+    """Raises an LVLMError if a message has an unsupported role or field."""
     if role not in _KNOWN_ROLES:
-        raise LVLMError(f"{where}: a message is of {role[:40]!r}; expected {', '.join(_KNOWN_ROLES)}")
+        raise LVLMError(f"{where}: a message has the role {role[:40]!r}; expected {', '.join(_KNOWN_ROLES)}")
     for name in _REFUSED_IN_MESSAGES:
         if message.get(name):
             raise LVLMError(f"{where}: a message has {name}, which is not supported; remove the row")
     for name in ("loss_weight", "weight"):
         weight = message.get(name)
-        learned = 1 if role == "assistant" else 0
-        if weight is not None and weight != learned:
+        expected = 1 if role == "assistant" else 0
+        if weight is not None and weight != expected:
             raise LVLMError(
                 f"{where}: {name} of a message of {role!r} is {repr(weight)[:40]}; every answer is learned and "
-                f"nothing else is, so expected {learned} or none"
+                f"nothing else is, so expected {expected} or none"
             )
 
 
 def _with_text(part: Any) -> Any:
-    """A part of LLaMA-Factory's version 1, `{"type": "text", "value": ...}`, as everybody else writes it."""
+    """A part of LLaMA-Factory's version 1, `{"type": "text", "value": ...}`, in the usual form."""
     if isinstance(part, Mapping) and part.get("type") == "text" and "text" not in part and "value" in part:
         return {"type": "text", "text": part["value"]}
     return part
@@ -213,7 +213,7 @@ def answer_text(answer: Any, name: str, where: str) -> str:
         return message["content"]
     parts = message["content"]
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise LVLMError(f"{where}: {name} holds something that is not text; an answer is text alone")
+        raise LVLMError(f"{where}: {name} contains something other than text; an answer is only text")
     return "".join(part["text"] for part in parts)
 
 
@@ -226,16 +226,16 @@ def _user(row: dict, key: str, where: str) -> Message:
 
 
 def _instruction(row: dict, where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Messages of LLaMA-Factory's alpaca rows: the earlier turns, then the question; and the keys that were read."""
-    asked = field(row, ("instruction",), str, where)
+    """Messages of LLaMA-Factory's alpaca rows (earlier turns, then the question), and the keys that were read."""
+    instruction = field(row, ("instruction",), str, where)
     if row.get("input"):
-        asked += "\n" + field(row, ("input",), str, where)
+        instruction += "\n" + field(row, ("input",), str, where)
     turns = []
     for turn in field(row, ("history",), list, where) if row.get("history") else ():
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise LVLMError(f"{where}: a turn of history is {repr(turn)[:60]}; expected [question, answer]")
         turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages = [*turns, {"role": "user", "content": asked}]
+    messages = [*turns, {"role": "user", "content": instruction}]
     return _with_system(row, messages, where), ("instruction", "input", "history", "system")
 
 
@@ -254,15 +254,15 @@ def _packed(row: dict, where: str) -> Row:
         try:
             inner = json.loads(inner)
         except (ValueError, RecursionError) as error:
-            raise LVLMError(f"{where}: text is no JSON string of a question with two answers ({error})") from error
+            raise LVLMError(f"{where}: text is not a JSON string of a question with two answers ({error})") from error
     if not isinstance(inner, dict):
         raise LVLMError(f"{where}: text is a JSON {type(inner).__name__}; expected an object")
-    found = read_row({key: value for key, value in inner.items() if key != "text"}, where)
-    return found._replace(used=("text",))
+    parsed = read_row({key: value for key, value in inner.items() if key != "text"}, where)
+    return parsed._replace(used=("text",))
 
 
 def _implicit(row: dict, where: str) -> Row:
-    """TRL's pairs without a prompt: both answers are whole conversations, and what they share is the prompt."""
+    """TRL's pairs without a prompt: both answers are whole conversations, and their common beginning is the prompt."""
     chosen, rejected = (row.get(name) for name in ANSWERS)
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise LVLMError(

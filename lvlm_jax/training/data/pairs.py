@@ -1,12 +1,13 @@
 """Preference pairs from a model's own answers: CAPL's data, arXiv 2603.07048, section "Preference learning".
 
-Each prompt is answered twice: once as a model should attend (CAPL: selective cross-image attention), then corrected;
-that is the chosen answer. And once as it should not (CAPL: truncated attention, so that no image sees another); that
-is the rejected one. Candidates pass the filters of `pair_filters` and are written in TRL's format. In one folder:
+Each prompt is answered twice. The chosen answer is written with the attention that the model should have (CAPL:
+selective cross-image attention), and then corrected. The rejected answer is written with the attention that it should
+not have (CAPL: truncated attention, in which images do not see each other). Candidates pass the filters of
+`pair_filters` and are written in TRL's format, in one folder:
 
-    answers.jsonl       log of both answers to each prompt; a run that is killed goes on from it
-    corrections.jsonl   log of corrections that a function of the user's made
-    pairs.jsonl, validation.jsonl, statistics.json, pairs.jsonl.run.json    what came out, and the record of the run
+    answers.jsonl       log of both answers to each prompt; a killed run resumes from it
+    corrections.jsonl   log of corrections by a user's function
+    pairs.jsonl, validation.jsonl, statistics.json, pairs.jsonl.run.json    the results, and the record of the run
 """
 
 import dataclasses
@@ -43,9 +44,9 @@ class Plan:
 
     Attributes:
         chosen, rejected: the two sides.
-        top_p: of both, where they sample.
+        top_p: for both, if they sample.
         max_new_tokens: longest answer.
-        seed: each answer draws from a seed made of this one, its side and its prompt's id.
+        seed: each answer's seed is made from this one, its side and its prompt's id.
     """
 
     chosen: Side
@@ -57,14 +58,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model said to one prompt, before any correction."""
+    """A model's two answers to one prompt, before any correction."""
 
     id: str
     chosen: Answer
     rejected: Answer
 
     def entry(self) -> dict[str, Any]:
-        """As a line of the log: `{id, chosen, chosen_finish_reason, chosen_tokens, rejected, ...}`."""
+        """The line of the log: `{id, chosen, chosen_finish_reason, chosen_tokens, rejected, ...}`."""
         entry: dict[str, Any] = {"id": self.id}
         for side in SIDES:
             answer = getattr(self, side)
@@ -89,34 +90,34 @@ def answer(
     record: Mapping[str, Any],
     batch_size: int = 16,
 ) -> dict[str, Answers]:
-    """Both answers to each prompt, by its id, from the log or from the model.
+    """Both answers to each prompt, by id, from the log or from the model.
 
-    A prompt that cannot be answered (it does not fit the context, a picture is broken) is reported on stderr and left
-    out, and tried again by the next run.
+    A prompt that cannot be answered (it is too long, an image is broken) is reported on stderr, left out, and tried
+    again by the next run.
 
     Args:
-        load: makes the `LVLM`; called once, and only when something is left to do.
-        log: where answers are kept as they come.
-        record: everything that decides an answer, as JSON values.
+        load: loads the `LVLM`; called once, and only if an answer is missing.
+        log: where answers are logged.
+        record: everything that determines an answer, as JSON values.
 
     Raises:
-        LVLMError: the log is another run's, or cannot be written.
+        LVLMError: the log belongs to another run, or cannot be written.
     """
     ids = {prompt.id for prompt in prompts}
     with AnswerLog(log, record, Answers.of_entry, ids) as answers:
-        known = dict(answers.answers)
-        waiting = [prompt for prompt in prompts if prompt.id not in known]
-        # Alike prompts go together, so that little of a batch is padding and few programs are compiled.
+        finished = dict(answers.answers)
+        waiting = [prompt for prompt in prompts if prompt.id not in finished]
+        # Similar prompts are batched together, so that there is little padding and few programs are compiled.
         waiting.sort(key=lambda prompt: (len(prompt.images), len(prompt.text)))
         model = load() if waiting else None
-        with progress.Progress(len(prompts), len(known), "prompts") as shown:
+        with progress.Progress(len(prompts), len(finished), "prompts") as bar:
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 fresh = _answer_batch(model, batch, plan, batch_size)
                 answers.append(found.entry() for found in fresh)
-                known |= {found.id: found for found in fresh}
-                shown.update(len(batch))
-    return known
+                finished |= {found.id: found for found in fresh}
+                bar.update(len(batch))
+    return finished
 
 
 def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
@@ -127,14 +128,14 @@ def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: i
         if len(batch) == 1:
             progress.say(f"prompt {batch[0].id}: {error}")
             return []
-        # One of them cannot be answered; asked alone, each succeeds or fails for itself.
+        # One of them cannot be answered: alone, each succeeds or fails by itself.
         return [found for prompt in batch for found in _answer_batch(model, [prompt], plan, batch_size)]
 
 
 def _generate(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
-    filled = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch keeps its shape
-    prepared = model.prepare([prompt.conversation() for prompt in filled])
-    said = {}
+    padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch is padded to full size
+    prepared = model.prepare([prompt.conversation() for prompt in padded])
+    outputs = {}
     for name in SIDES:
         side: Side = getattr(plan, name)
         output = model.generate(
@@ -143,15 +144,15 @@ def _generate(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) 
             max_new_tokens=plan.max_new_tokens,
             temperature=side.temperature,
             top_p=plan.top_p,
-            seed=[seed_of(plan.seed, f"{name}/{prompt.id}") for prompt in filled],
+            seed=[seed_of(plan.seed, f"{name}/{prompt.id}") for prompt in padded],
         )
-        said[name] = [
+        outputs[name] = [
             Answer(text.strip(), reason, len(tokens))
             for text, reason, tokens in zip(output.text, output.finish_reason, output.tokens, strict=True)
         ]
     return [
         Answers(prompt.id, chosen, rejected)
-        for prompt, chosen, rejected in zip(batch, said["chosen"], said["rejected"], strict=False)
+        for prompt, chosen, rejected in zip(batch, outputs["chosen"], outputs["rejected"], strict=False)
     ]
 
 
@@ -162,45 +163,47 @@ def correct(
     log: Path,
     record: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The chosen answers by prompt id, corrected; as they are without a corrector.
+    """The chosen answers by prompt id, corrected if there is a corrector.
 
     Args:
-        texts: the answers by prompt id; prompts without one are left out.
-        log: where the corrections of a function are kept as they come.
-        record: what decides the answers; with the corrector's own record it begins that log.
+        texts: the answers by prompt id; prompts without an answer are left out.
+        log: where the corrections of a function are logged.
+        record: everything that determines the answers; with the corrector's own record it begins that log.
 
     Raises:
-        LVLMError: the corrector fails, or the log is another run's or cannot be written.
+        LVLMError: the corrector fails, or the log belongs to another run or cannot be written.
     """
-    answered = [prompt for prompt in prompts if prompt.id in texts]
+    prompts_with_text = [prompt for prompt in prompts if prompt.id in texts]
     if corrector is None:
-        return {prompt.id: texts[prompt.id] for prompt in answered}
+        return {prompt.id: texts[prompt.id] for prompt in prompts_with_text}
     if not corrector.logged:
-        return {prompt.id: corrector.correct(prompt, texts[prompt.id]).strip() for prompt in answered}
+        return {prompt.id: corrector.correct(prompt, texts[prompt.id]).strip() for prompt in prompts_with_text}
     about = {"corrector": dict(corrector.record), "answers": dict(record)}
     with AnswerLog(log, about, text_of("chosen"), texts) as corrections:
-        known = dict(corrections.answers)
-        waiting = [prompt for prompt in answered if prompt.id not in known]
-        for prompt in progress.counted(waiting, len(answered), len(known), "corrections"):
-            known[prompt.id] = corrector.correct(prompt, texts[prompt.id]).strip()
-            corrections.append([{"id": prompt.id, "chosen": known[prompt.id]}])
-    return known
+        finished = dict(corrections.answers)
+        waiting = [prompt for prompt in prompts_with_text if prompt.id not in finished]
+        for prompt in progress.counted(waiting, len(prompts_with_text), len(finished), "corrections"):
+            finished[prompt.id] = corrector.correct(prompt, texts[prompt.id]).strip()
+            corrections.append([{"id": prompt.id, "chosen": finished[prompt.id]}])
+    return finished
 
 
 def candidates(
     prompts: Sequence[Prompt], answers: Mapping[str, Answers], corrected: Mapping[str, str]
 ) -> list[Candidate]:
-    """The candidates of all prompts that were answered, in the order of the prompts."""
-    found = []
+    """The candidates of all answered prompts, in the order of the prompts."""
+    result = []
     for prompt in prompts:
         if prompt.id not in answers:
             continue
-        said, chosen = answers[prompt.id], corrected[prompt.id]
-        changed = normalised(chosen) != normalised(said.chosen.text)
-        # A corrected answer is taken to be whole.
-        cut = said.rejected.finish_reason != "stop" or (not changed and said.chosen.finish_reason != "stop")
-        found.append(Candidate(prompt, chosen, said.rejected.text, changed, cut))
-    return found
+        answer_pair, chosen = answers[prompt.id], corrected[prompt.id]
+        is_corrected = normalised(chosen) != normalised(answer_pair.chosen.text)
+        # A corrected answer counts as finished.
+        cut = answer_pair.rejected.finish_reason != "stop" or (
+            not is_corrected and answer_pair.chosen.finish_reason != "stop"
+        )
+        result.append(Candidate(prompt, chosen, answer_pair.rejected.text, is_corrected, cut))
+    return result
 
 
 def write(
@@ -212,15 +215,15 @@ def write(
     holdout: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Filters candidates, splits what is kept, and writes the pairs with their statistics and record.
+    """Filters candidates, splits the rest, and writes the pairs with their statistics and record.
 
     Args:
         out: the folder.
         found: the candidates.
-        prompts: how many prompts there were.
-        record: what decided the candidates; the settings of this step are added.
-        holdout: share of the pairs that goes to validation.jsonl; 0 writes no such file.
-        seed: of the draw of those.
+        prompts: number of prompts.
+        record: everything that determined the candidates; the settings of this step are added.
+        holdout: share of the pairs for validation.jsonl; 0 writes no such file.
+        seed: seed for choosing those.
 
     Returns:
         The statistics.
@@ -228,22 +231,22 @@ def write(
     Raises:
         LVLMError: no candidate passes the filters, nothing can be held out, or a file cannot be written.
     """
-    kept, dropped = sift(found, filters)
-    if not kept:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
+    remaining, drop_counts = sift(found, filters)
+    if not remaining:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in drop_counts.items() if count)
         raise LVLMError(
             f"none of {prompts} prompts became a pair ({reasons or 'none was answered'}); "
             "give more prompts, sample with --temperature, or loosen the filters"
         )
-    training, validation = hold_out(kept, holdout, seed) if holdout else (kept, [])
-    figures = statistics(prompts, found, kept, dropped)
+    training, validation = hold_out(remaining, holdout, seed) if holdout else (remaining, [])
+    figures = statistics(prompts, found, remaining, drop_counts)
     figures |= {"training": len(training), "validation": len(validation)}
     settings = {"filters": dataclasses.asdict(filters), "holdout": {"share": holdout, "seed": seed}}
     for name, chosen in (("pairs.jsonl", training), ("validation.jsonl", validation)):
         if chosen:
             write_pairs(out / name, [one.prompt.paired(one.chosen, one.rejected) for one in chosen])
         else:
-            (out / name).unlink(missing_ok=True)  # an earlier run's would share pictures with pairs.jsonl
+            (out / name).unlink(missing_ok=True)  # that of an earlier run would share images with pairs.jsonl
     write_whole(out / "pairs.jsonl.run.json", json.dumps({**record, **settings}, indent=1) + "\n")
     write_whole(out / "statistics.json", json.dumps(figures, indent=1) + "\n")
     return figures

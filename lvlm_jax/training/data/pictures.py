@@ -1,8 +1,8 @@
-"""Pictures of training rows: what they take of a sequence, known before they are opened, and what the tower takes.
+"""Images of training rows: their tokens, known before they are opened, and the tower's inputs.
 
-In every family the number of tokens of a picture follows from its size. So sizes are read when training begins, and
-white pictures of these sizes go through the checkpoint's processor, which says what stands in the text for each. The
-pictures themselves are opened when their batch is made, and processed as at inference.
+In every family, the size of an image determines its number of tokens. So sizes are read when training begins, and white
+images of these sizes go through the checkpoint's processor, which gives the text for each. The images themselves are
+opened when their batch is made, and processed as at inference.
 """
 
 import copy
@@ -23,16 +23,16 @@ from lvlm_jax.processors import inputs
 from lvlm_jax.processors.images import image_size, open_image
 from lvlm_jax.training.data.answer_tokens import Tokens
 
-SEPARATOR = "\x1e"  # in no text that a processor writes
+SEPARATOR = "\x1e"  # in no text of a processor
 
 
 @dataclasses.dataclass(frozen=True)
 class Cropped:
-    """A part of a picture, enlarged to the whole picture's size.
+    """A part of an image, enlarged to the size of the whole image.
 
     Attributes:
-        image: the picture.
-        box: left, upper, right and lower edge of the part, in shares of the picture's sides.
+        image: the image.
+        box: left, upper, right and lower edge of the part, as shares of the image's sides.
     """
 
     image: Path | bytes
@@ -43,27 +43,27 @@ Picture = Path | bytes | Cropped
 
 
 def size_of(picture: Picture) -> tuple[int, int]:
-    """Width and height in pixels, from the picture's header. Raises `LVLMError` as `images.image_size`."""
+    """Width and height in pixels, from the image's header. Raises `LVLMError` as `images.image_size`."""
     return image_size(picture.image if isinstance(picture, Cropped) else picture)
 
 
 def opened_rgb(picture: Picture) -> Image.Image:
-    """The picture as upright 8-bit RGB. Raises `LVLMError` as `images.open_image`."""
+    """The image as upright 8-bit RGB. Raises `LVLMError` as `images.open_image`."""
     if not isinstance(picture, Cropped):
         return open_image(picture)
-    whole = open_image(picture.image)
+    full_image = open_image(picture.image)
     left, upper, right, lower = picture.box
-    width, height = whole.size
+    width, height = full_image.size
     edges = (int(left * width), int(upper * height), math.ceil(right * width), math.ceil(lower * height))
-    return whole.crop(edges).resize(whole.size, Image.Resampling.BICUBIC)
+    return full_image.crop(edges).resize(full_image.size, Image.Resampling.BICUBIC)
 
 
 class Runs(NamedTuple):
-    """A sequence in which tokens of images that lie side by side are kept as one.
+    """A sequence in which adjacent image tokens are merged into one.
 
     Attributes:
         ids, answers: as in `Tokens`.
-        repeats: how often each stands in the sequence.
+        repeats: how often each occurs in the sequence.
     """
 
     ids: Int[np.ndarray, " U"]
@@ -82,12 +82,12 @@ class Runs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Placeholders:
-    """What stands in a row for its pictures.
+    """The placeholders of a row's images.
 
     Attributes:
-        marker: what the chat template writes for each.
-        texts: what the processor writes in the place of each marker.
-        counts: `Int[I]`, how many image tokens each takes.
+        marker: what the chat template writes for an image.
+        texts: what the processor writes instead of each marker.
+        counts: `Int[I]`, number of image tokens of each image.
     """
 
     marker: str
@@ -97,27 +97,27 @@ class Placeholders:
     def expanded(self, text: str) -> str:
         """A text of the chat template as the processor tokenises it."""
         first, *rest = text.split(self.marker)
-        return first + "".join(written + piece for written, piece in zip(self.texts, rest, strict=False))
+        return first + "".join(text_of_image + piece for text_of_image, piece in zip(self.texts, rest, strict=False))
 
     def laid_out(self, tokens: Tokens, config: FamilyConfig) -> Runs:
-        """A sequence as the model of `config` reads it.
+        """A sequence in the form that the model of `config` reads.
 
         Raises:
-            LVLMError: image tokens that are not those of the pictures.
+            LVLMError: the image tokens do not match the images.
         """
-        # Where a family adds placeholders, it counts pictures, and puts them in front.
+        # If the family adds placeholders, it counts images and puts the placeholders at the front.
         part = {"pixel_values": self.counts} if len(self.counts) else {}
         (ids,) = inputs.with_placeholders([tokens.ids], [part], config)
         answers = np.pad(tokens.answers, (len(ids) - len(tokens.ids), 0))
         placeholder = ids == config.image_token_id
-        found = int(placeholder.sum())
-        if found == len(self.counts):
+        count = int(placeholder.sum())
+        if count == len(self.counts):
             repeats = np.ones(len(ids), np.int32)
             repeats[placeholder] = self.counts
             return Runs(ids, answers, repeats)
-        if found != self.counts.sum():
+        if count != self.counts.sum():
             raise LVLMError(
-                f"it has {found} image tokens and its {len(self.counts)} images take {self.counts.sum()}; do not "
+                f"it has {count} image tokens and its {len(self.counts)} images take {self.counts.sum()}; do not "
                 "write the tokenizer's image token into a message's text"
             )
         begins = np.flatnonzero(~(placeholder & np.insert(placeholder[:-1], 0, False)))
@@ -126,7 +126,7 @@ class Placeholders:
 
 
 class _Overheard:
-    """A tokenizer that keeps the text it was given last."""
+    """A tokenizer that stores the last text it was given."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -141,15 +141,15 @@ class _Overheard:
 
 
 def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int, int]]) -> Placeholders:
-    """What stands for the pictures of one row.
+    """The placeholders of the images of one row.
 
     Args:
         processor: the checkpoint's.
         config: the model's configuration.
-        sizes: width and height of each, in pixels.
+        sizes: width and height of each image, in pixels.
 
     Raises:
-        LVLMError: a size that the family cannot read.
+        LVLMError: the family cannot read an image of that size.
     """
     marker, count = inputs.image_marker(processor), len(sizes)
     if not count or config.tokens_per_image is not None:
@@ -166,7 +166,7 @@ def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int
 
 
 def arrays_of(pictures: Pictures, rows: int) -> dict[str, Any]:
-    """`images` and, where the tower must know more, `geometry` of a batch, filled up to `rows` rows of the tower."""
+    """`images` and, if the tower needs more, `geometry` of a batch, padded to `rows` rows of the tower."""
 
     def filled(array: np.ndarray) -> np.ndarray:
         array = array.astype(np.int32) if array.dtype.kind == "i" else array
@@ -178,13 +178,13 @@ def arrays_of(pictures: Pictures, rows: int) -> dict[str, Any]:
 
 
 def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays of the parts of a batch as one, zeros behind those that are smaller.
+    """Stacks arrays of the parts of a batch; smaller ones are padded with zeros.
 
     Raises:
-        LVLMError: tiles of several sizes.
+        LVLMError: tiles have several sizes.
     """
     shape = np.max([array.shape for array in arrays], axis=0)
-    # The blank picture of a part without any is of the smallest size.
+    # The blank image of a part without images has the smallest size.
     sides = {array.shape[-1] for array in arrays if array.ndim == 4 and array.any()}
     if len(sides) > 1:
         raise LVLMError(

@@ -1,6 +1,6 @@
-"""Candidates for preference pairs from a model's answers or from a file, with the record of what decided them.
+"""Candidates for preference pairs from a model's answers or from a file, with the record of what determined them.
 
-`pairs` has the steps; here they are put together as `lvlm preferences` and the pocket recipes need them.
+Combines the steps of `pairs` for `lvlm preferences` and the pocket recipes.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from lvlm_jax.training.data.prompts import of_pair, read_prompts
 from lvlm_jax.version import __version__
 from lvlm_jax.weights import names
 
-REJECTED = ("truncated", "plain")  # rejected answers: under truncated attention, or the unmodified model's
+REJECTED = ("truncated", "plain")  # rejected answers: under truncated attention, or of the unmodified model
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What may become pairs.
+    """Candidates for pairs.
 
     Attributes:
         found: the candidates.
-        prompts: how many prompts there were.
-        record: what decided the candidates, as JSON values.
+        prompts: number of prompts.
+        record: everything that determined the candidates, as JSON values.
     """
 
     found: list[Candidate]
@@ -46,14 +46,16 @@ def plan(
     rejected_temperature: float | None = None,
     **settings: Any,
 ) -> pairs.Plan:
-    """CAPL's two sides: chosen answers under its attention, rejected ones under truncated attention or unmodified.
+    """CAPL's two sides: chosen answers under its attention, rejected ones under truncated attention or of the plain
+    model.
 
     Args:
         chosen: the attention of chosen answers.
         rejected: one of `REJECTED`.
-        variant: of truncated attention, see `CAPL`.
+        variant: variant of truncated attention, see `CAPL`.
         temperature: of chosen answers.
-        rejected_temperature: None: as `temperature`, and 1 for "plain", whose greedy answers would be the chosen ones.
+        rejected_temperature: None: as `temperature`, and 1 for "plain", whose greedy answers would equal the chosen
+            ones.
         settings: the other fields of `pairs.Plan`.
     """
     plain = rejected == "plain"
@@ -73,13 +75,13 @@ def answered(
     corrector: str | None = None,
     batch_size: int = 16,
 ) -> Candidates:
-    """Has a model answer the prompts of a file twice and corrects the chosen answers; goes on from what `out` holds.
+    """Has a model answer the prompts of a file twice, and corrects the chosen answers; resumes from the logs in `out`.
 
     Args:
-        model: as `LVLM.from_pretrained` takes it; loaded only when an answer is missing.
-        dtype: as well.
+        model: as for `LVLM.from_pretrained`; loaded only if an answer is missing.
+        dtype: as for `LVLM.from_pretrained`.
         out: folder of the logs of answers and corrections.
-        corrector: what `correctors.resolve` takes; None for none.
+        corrector: as for `correctors.resolve`; None for none.
 
     Raises:
         LVLMError: an unusable file, model or corrector, or logs of another run.
@@ -101,24 +103,24 @@ def answered(
     answers = pairs.answer(
         prompts, plan, lambda: LVLM.from_pretrained(path, dtype=dtype), out / "answers.jsonl", record, batch_size
     )
-    texts = {key: said.chosen.text for key, said in answers.items()}
-    corrected = pairs.correct(prompts, texts, correct, out / "corrections.jsonl", record)
+    texts = {key: answer_pair.chosen.text for key, answer_pair in answers.items()}
+    texts_corrected = pairs.correct(prompts, texts, correct, out / "corrections.jsonl", record)
     record |= {"batch_size": batch_size, "corrector": correct and dict(correct.record)}
-    return Candidates(pairs.candidates(prompts, answers, corrected), len(prompts), record)
+    return Candidates(pairs.candidates(prompts, answers, texts_corrected), len(prompts), record)
 
 
 def given(file: str, out: Path) -> Candidates:
-    """Takes the pairs of a file as they are.
+    """The pairs of a file, without a model.
 
     Raises:
         LVLMError: an unusable file, or one that the results in `out` would overwrite.
     """
-    written = [(out / name).resolve() for name in ("pairs.jsonl", "validation.jsonl")]
-    if files.expand(file).resolve() in written:
+    outputs = [(out / name).resolve() for name in ("pairs.jsonl", "validation.jsonl")]
+    if files.expand(file).resolve() in outputs:
         raise LVLMError(f"--pairs {file!r} would be overwritten; give another --out")
-    found = read_pairs(file)
-    candidates = [Candidate(of_pair(pair), pair.chosen, pair.rejected) for pair in found]
-    return Candidates(candidates, len(found), {"version": __version__, "pairs": file})
+    pairs_read = read_pairs(file)
+    candidates = [Candidate(of_pair(pair), pair.chosen, pair.rejected) for pair in pairs_read]
+    return Candidates(candidates, len(pairs_read), {"version": __version__, "pairs": file})
 
 
 def table(figures: Mapping[str, Any]) -> str:

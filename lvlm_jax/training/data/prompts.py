@@ -1,4 +1,4 @@
-"""Prompts to make preference pairs from: pictures and what is asked about them, from a file of JSON lines."""
+"""Prompts for making preference pairs: images and a question about them, from a file of JSON lines."""
 
 import dataclasses
 from pathlib import Path
@@ -11,13 +11,13 @@ from lvlm_jax.training.data.pair_formats import Message
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is asked about one picture or several.
+    """A question about one image or several.
 
     Attributes:
-        images: picture files in reading order; the encoded picture itself where the file held it.
-        messages: chat messages as in `pair_files.Pair.prompt`, the last one the user's.
-        id: names the prompt in logs and in files of corrected answers.
-        extra: what else the row had; it stands in the pair too.
+        images: image files in reading order; the encoded image itself if the data file contains it.
+        messages: chat messages as in `pair_files.Pair.prompt`; the last one is the user's.
+        id: name of the prompt in logs and in files of corrected answers.
+        extra: the other columns of the row; the pair keeps them.
     """
 
     images: tuple[Path | bytes, ...]
@@ -27,7 +27,7 @@ class Prompt:
 
     @property
     def truth(self) -> str | None:
-        """The right answer, where the prompt carries one."""
+        """The right answer, if the prompt has one."""
         return self.extra.get("truth")
 
     @property
@@ -36,7 +36,7 @@ class Prompt:
         return " ".join(part.get("text", "") for message in self.messages for part in message["content"])
 
     def conversation(self) -> list[Message]:
-        """The messages as `LVLM.prepare` takes them, with the pictures in their places."""
+        """The messages as `LVLM.prepare` takes them, with the images in their places."""
         return self.paired("", "").conversation()
 
     def paired(self, chosen: str, rejected: str) -> pair_files.Pair:
@@ -47,9 +47,9 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a file of JSON lines (or one JSON list) `{images, prompt, id?, truth?}`.
 
-    `images` are paths, relative to the file. `prompt` is a text or a list of chat messages; an image belongs where
-    "<image>" or an image part stands, and without any of those all come first. `id` is the line's number unless it is
-    given. A file of pairs is such a file too; its answers are not used.
+    `images` are paths, relative to the file. `prompt` is a text or a list of chat messages; "<image>" or an image part
+    is the place of an image, and without any, all images come first. The default `id` is the line's number. A file of
+    pairs is also such a file; its answers are not used.
 
     Raises:
         LVLMError: naming the line: a malformed row, a prompt without image, a missing image, placeholders that do not
@@ -61,9 +61,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         images = pair_files.row_images(row, path.parent, where)
         if not images:
             raise LVLMError(f"{where} has no image; a preference pair needs at least one, in the field images")
-        asked = files.field(row, ("prompt",), (str, list), where)
-        given = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        messages = [pair_formats.as_message(message, where) for message in given]
+        prompt = files.field(row, ("prompt",), (str, list), where)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [pair_formats.as_message(message, where) for message in turns]
         if not messages or messages[-1]["role"] != "user":
             raise LVLMError(f"{where}: the prompt does not end with a user message; there is nothing to answer")
         messages = pair_files.place_images(messages, len(images), where)

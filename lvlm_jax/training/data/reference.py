@@ -1,8 +1,7 @@
-"""Log-probabilities under the reference model, computed once and kept on disk.
+"""Log-probabilities under the reference model, computed once and cached on disk.
 
-Where nothing of the base weights stays (full fine-tuning), a second copy of the model would be the only other way. The
-file's name is a hash of everything that decides its content, so that it is found again when a run is continued and
-never taken for another one's.
+Full fine-tuning changes all base weights, so the alternative would be a second copy of the model. The file's name is a
+hash of everything that determines its content, so a resumed run finds it, and no other run uses it.
 """
 
 import hashlib
@@ -37,13 +36,14 @@ def with_reference(
     size: int,
     mesh: Mesh | None = None,
 ) -> tuple[Row, ...]:
-    """Rows with their answer tokens' log-probabilities under `params`, from the cache where it has them.
+    """Rows with their answer tokens' log-probabilities under `params`, from the cache if it has them.
 
     Args:
-        score: (params, batch) -> log-probabilities, one row of `Float[B, S, A]` for each sequence; pure.
+        score: (params, batch) -> log-probabilities, one row of `Float[B, S, A]` per sequence; pure.
         params: the reference model.
-        settings: whatever else decides the log-probabilities, such as the method and the dtype; plain JSON values.
-        folder: of the cache; made when missing.
+        settings: everything else that determines the log-probabilities, such as the method and the dtype; plain JSON
+            values.
+        folder: folder of the cache; created if missing.
         size: rows at a time.
 
     Raises:
@@ -51,23 +51,23 @@ def with_reference(
     """
     path = folder / f"{digest(rows, encoder, params, settings)}.npz"
     lengths = [int(tokens.answers.sum()) for row in rows for tokens in row.sequences.values()]
-    found = _read(path, lengths)
-    # All processes compute, or none does: a program over their common mesh waits for every one of them.
-    if not np.all(multihost_utils.process_allgather(np.asarray(found is not None))):
-        found = _compute(rows, encoder, jax.jit(score), params, size, mesh)
+    logprobs = _read(path, lengths)
+    # All processes compute, or none: a program on their common mesh needs all of them.
+    if not np.all(multihost_utils.process_allgather(np.asarray(logprobs is not None))):
+        logprobs = _compute(rows, encoder, jax.jit(score), params, size, mesh)
         if jax.process_index() == 0:
-            _write(path, found, lengths)
+            _write(path, logprobs, lengths)
     per_row = len(rows[0].sequences)
-    pieces = np.split(found, np.cumsum(lengths)[:-1])
+    pieces = np.split(logprobs, np.cumsum(lengths)[:-1])
     return tuple(
         replace(row, reference=tuple(pieces[per_row * index : per_row * (index + 1)])) for index, row in enumerate(rows)
     )
 
 
 def digest(rows: Sequence[Row], encoder: Encoder, params: Any, settings: dict) -> str:
-    """A hash of the parameters, the rows' tokens and pictures, the image processor and the settings.
+    """A hash of the parameters, the rows' tokens and images, the image processor and the settings.
 
-    Picture files are told apart by path, size and time of change; their contents are not read.
+    Image files are identified by path, size and time of change; their contents are not read.
     """
     hasher = hashlib.sha256(fingerprint(params).encode())
     hasher.update(json.dumps(settings, sort_keys=True).encode())
@@ -92,7 +92,7 @@ def _stamp(image: Picture) -> bytes:
 def _compute(
     rows: tuple[Row, ...], encoder: Encoder, score: Callable, params: Any, size: int, mesh: Mesh | None
 ) -> np.ndarray:
-    """The log-probabilities of all answer tokens of all rows, one behind the other."""
+    """The log-probabilities of all answer tokens of all rows, concatenated."""
     pieces = []
     batches = in_order(rows, encoder, size)
     for batch in progress.counted(batches, -(-len(rows) // size), title="reference, batches"):
@@ -104,14 +104,14 @@ def _compute(
 
 
 def _read(path: Path, lengths: list[int]) -> np.ndarray | None:
-    """The cached log-probabilities; None when there are none, or the file is damaged."""
+    """The cached log-probabilities; None if there are none, or if the file is damaged."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             logprobs, counts = arrays["logprobs"], arrays["counts"]
             fits = counts.tolist() == lengths and logprobs.shape == (sum(lengths),)
-    except Exception as error:  # a damaged file raises whatever its first wrong byte provokes
+    except Exception as error:  # a damaged file raises whatever its first wrong byte causes
         logging.warning("reference cache %s cannot be read (%s) and is computed again", path, error)
         return None
     return logprobs if fits else None

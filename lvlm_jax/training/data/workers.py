@@ -26,14 +26,14 @@ _source: Callable[[int], Any] | None = None
 def _adopt(source: Callable[[int], Any]) -> None:
     global _source
     _source = source
-    # Schedulers and terminals signal a whole group; it is for the training process to say when to stop.
+    # Schedulers and terminals signal a whole process group, but only the training process decides when to stop.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """Ends this process when the training process is killed; the pool's pipes alone would keep it waiting."""
+    """Ends this process if the training process is killed; otherwise it would wait for the pool's pipes for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -47,15 +47,15 @@ def batches(source: Callable[[int], Any], start: int, stop: int, workers: int = 
 
     Args:
         source: step number -> batch.
-        workers: processes that work ahead, two batches each; 0 makes every batch on the spot.
+        workers: number of processes that prepare batches, two each; 0 makes every batch in this process.
 
     Raises:
-        LVLMError: a worker was killed, as happens when memory runs out.
+        LVLMError: a worker was killed, for example because memory ran out.
     """
     if workers == 0:
         yield from map(source, range(start, stop))
         return
-    # Spawned, because a fork of a process that runs XLA's threads may hang.
+    # Spawned, because forking a process with XLA's threads may hang.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_adopt, initargs=(source,))
     pending: collections.deque = collections.deque()

@@ -1,23 +1,23 @@
-"""Flow-alignment training: the effect of SEVI put into the weights. The edit is that of arXiv 2505.14257.
+"""Flow-alignment training: trains the effect of SEVI (arXiv 2505.14257) into the weights.
 
 SEVI mixes the attention logits z of heads that look elsewhere with those of heads that look where visual information
-has flowed to (`methods.sevi`), which costs explicit attention at inference and cannot be served by other software. Here
-the edited model is the teacher and the student is the same model without any edit:
+has flowed (`methods.sevi`). At inference this needs explicit attention and is not available in other software. Here the
+edited model is the teacher, and the student is the same model without any edit:
 
     L = 1/R Σ_t Σ_l Σ_h KL(sg softmax(ẑ_lht) ‖ softmax(z_lht))  +  μ 1/R Σ_t KL(sg p̂_t ‖ p_t)
 
-t: the R rows of the batch that predict an answer token. While an answer is generated SEVI edits exactly these rows, the
-    prompt's last and every decoded one, so one pass over prompt and answer sees what generation would.
-l, h: layers that SEVI edits, and the heads that the current stage moves: stage 1 those outside the semantic ones
-    (toward the global heads' mean), stage 2 the global ones (toward the core heads' maximum). The sum over them is not
-    divided by their number: a row with more misplaced heads weighs more.
+t: the R rows of the batch that predict an answer token. During generation, SEVI edits exactly these rows (the
+    prompt's last row and every decoded one), so one pass over prompt and answer sees what generation would.
+l, h: layers that SEVI edits, and the heads that the current stage moves: stage 1 those outside the semantic heads
+    (toward the global heads' mean), stage 2 the global ones (toward the core heads' maximum). The sum is not divided
+    by their number, so a row with more misplaced heads has more weight.
 z, ẑ: the student's own attention logits over the columns that the row sees, and SEVI's edit of them (both stages);
     sg: no gradient.
 p̂, p: next-token distributions of the teacher, which is the base model under the whole edit, and of the student.
 
-Samples without an image have no moved heads, nor have rows before a conversation's last image: there only the second
-term speaks, and keeps the student where the base is. Answers only say which rows are compared, a wrong one is not
-imitated: both terms are divergences of distributions.
+Samples without an image have no moved heads, and neither have rows before a conversation's last image: there only the
+second term acts, and keeps the student close to the base. Answers only select the rows to compare; a wrong answer is
+not imitated, because both terms are divergences of distributions.
 """
 
 import dataclasses
@@ -47,15 +47,15 @@ from lvlm_jax.weights import parts
 
 STAGES = (1, 2)
 (SEQUENCE,) = CONVERSATION
-BASE = "base"  # in the frozen part: the trained parameters as they were, unless adapters are what is trained
+BASE = "base"  # in the frozen part: the trained parameters before training, unless adapters are trained
 
 
 class Flow(NamedTuple):
-    """What the student's layers add up, per sample and stage: sums over edited layers, heads and answer rows.
+    """Sums that the student's layers accumulate, per sample and stage: over edited layers, heads and answer rows.
 
     Attributes:
         divergence: KL(edited ‖ own attention) of the heads that the stage moves, in nats.
-        moved: how many heads it moves.
+        moved: number of heads that it moves.
     """
 
     divergence: Float[Array, "B 2"]
@@ -69,7 +69,7 @@ class AnswerRows(Method):
 
     Attributes:
         sevi: the edit.
-        index: the rows of each sample; an index behind the last row is none.
+        index: the rows of each sample; an index after the last row means none.
     """
 
     sevi: SEVI
@@ -80,9 +80,9 @@ class AnswerRows(Method):
 
     @classmethod
     def of(cls, sevi: SEVI, sequence: forward.Sequence, **more: Any) -> "AnswerRows":
-        """For a sequence as `forward` describes them: row t predicts token t + 1."""
+        """Makes it for a sequence of `forward`: row t predicts token t + 1."""
         columns = sequence["columns"]
-        strengths = jax.tree.map(jnp.asarray, sevi)  # as every method has them inside a compiled program
+        strengths = jax.tree.map(jnp.asarray, sevi)  # as for every method inside a compiled program
         return cls(strengths, jnp.where(columns > 0, columns - 1, sequence["tokens"].shape[1]), **more)
 
     def active(self, layer, num_layers, phase):
@@ -91,23 +91,23 @@ class AnswerRows(Method):
     def edit(
         self, site, logits: Float[Array, "B H T S"]
     ) -> tuple[Float[Array, "B H A S"], Float[Array, "B H A S"], Moved, Bool[Array, "B A S"]]:
-        """Of these rows: the logits; the edited ones, without a gradient; the moved heads; what the rows see.
+        """For these rows: the logits; the edited logits without gradient; the moved heads; the visible columns.
 
-        A row that is not among those of the site gets something or other; see `places`.
+        The values of rows that are not in the site are arbitrary; see `places`.
         """
-        own, seen = self.taken(site, logits)
+        own, visible = self.taken(site, logits)
         fixed = jax.lax.stop_gradient(own)
-        edited, moved = aligned(fixed, seen, site.after_image, self.sevi.omega, self.sevi.kappa)
-        return own, edited, moved, seen
+        edited, moved = aligned(fixed, visible, site.after_image, self.sevi.omega, self.sevi.kappa)
+        return own, edited, moved, visible
 
     def taken(self, site, logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H A S"], Bool[Array, "B A S"]]:
-        """Of these rows the logits, and what they see."""
+        """The logits of these rows, and the columns that they see."""
         places = self.places(site)
         own = jnp.take_along_axis(logits, places[:, None, :, None], axis=2, mode="clip")
         return own, jnp.take_along_axis(site.mask, places[:, :, None], axis=1, mode="clip")
 
     def places(self, site) -> Int[Array, "B A"]:
-        """Where in the site these rows are; an index behind the last row for those that are not."""
+        """Indices of these rows in the site; for rows outside the site, an index after the last row."""
         rows, place = site.row_index.shape[0], self.index - site.row_index[0]
         return jnp.where((place >= 0) & (place < rows), place, rows)
 
@@ -115,12 +115,12 @@ class AnswerRows(Method):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher(AnswerRows):
-    """SEVI in these rows: in one pass what generation computes token by token (`attention.each_row`)."""
+    """SEVI in these rows: computes in one pass what generation computes token by token (`attention.each_row`)."""
 
     def logits(self, site, logits):
-        own, seen = self.taken(site, logits)
+        own, visible = self.taken(site, logits)
         post_image = jnp.take_along_axis(site.post_image, self.places(site), axis=1, mode="clip")
-        rows = dataclasses.replace(site, logits=own, mask=seen, post_image=post_image)
+        rows = dataclasses.replace(site, logits=own, mask=visible, post_image=post_image)
         edited = map_rows(self.sevi.logits, rows, own, columns=self.index, carry_axis=None)
 
         def put(rows: Float[Array, "H T S"], index: Int[Array, " A"], new: Float[Array, "H A S"]) -> jax.Array:
@@ -132,10 +132,10 @@ class Teacher(AnswerRows):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Student(AnswerRows):
-    """No edit, but a carry: how far the attention of these rows is from the edited one, as a `Flow`.
+    """No edit; its carry is a `Flow`: how far the attention of these rows is from the edited attention.
 
     Attributes:
-        weight: of each row; 0 where `index` is none.
+        weight: weight of each row; 0 if `index` has none.
     """
 
     weight: Float[Array, "B A"]
@@ -145,10 +145,10 @@ class Student(AnswerRows):
         return Flow(zeros, zeros)
 
     def statistics(self, site, weights):
-        own, edited, moved, seen = self.edit(site, site.logits)
+        own, edited, moved, visible = self.edit(site, site.logits)
         weight = jnp.where(self.places(site) < site.row_index.shape[0], self.weight, 0)
         heads = jnp.stack([stage[..., 0] for stage in moved], axis=-1) * weight[:, None, :, None]
-        divergence = kl_divergence(edited, own, seen[:, None])[..., None] * heads
+        divergence = kl_divergence(edited, own, visible[:, None])[..., None] * heads
         return Flow(divergence.sum(axis=(1, 2)), heads.sum(axis=(1, 2)))
 
     def observe(self, site, weights):
@@ -158,26 +158,26 @@ class Student(AnswerRows):
 def kl_divergence(
     target: Float[Array, "*R S"], logits: Float[Array, "*R S"], mask: Bool[Array, "*#R S"] | None = None
 ) -> Float[Array, "*R"]:
-    """KL(softmax(target) ‖ softmax(logits)) in nats over the last axis, or over the part of it that `mask` leaves."""
+    """KL(softmax(target) ‖ softmax(logits)) in nats over the last axis, restricted to `mask`."""
     if mask is not None:
         floor = jnp.finfo(jnp.float32).min
         target, logits = jnp.where(mask, target, floor), jnp.where(mask, logits, floor)
-    wanted, found = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
-    terms = jnp.exp(wanted) * (wanted - found)
+    target_logprobs, logprobs = jax.nn.log_softmax(target), jax.nn.log_softmax(logits)
+    terms = jnp.exp(target_logprobs) * (target_logprobs - logprobs)
     return (terms if mask is None else jnp.where(mask, terms, 0)).sum(axis=-1)
 
 
 def with_base(trainable: Mapping, frozen: Mapping) -> dict:
-    """The frozen part of full fine-tuning, with copies of the parameters that training will change.
+    """The frozen part for full fine-tuning, with copies of the parameters that training will change.
 
-    The teacher needs them: with adapters the frozen part is the base model by itself, without them it has gaps.
+    The teacher needs them: with adapters, the frozen part is the complete base model; without adapters it is not.
     """
     return {**frozen, BASE: jax.tree.map(jnp.copy, trainable)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """The objective, and how it is judged, on batches of conversations (`pair_batches`) with `stage` Int[B] added.
+    """The objective and its evaluation, on batches of conversations (`pair_batches`) with `stage` Int[B] added.
 
     Attributes:
         module: the model.
@@ -191,21 +191,21 @@ class Alignment:
 
     @property
     def terms(self) -> dict[str, float]:
-        """What is minimised, with weights."""
+        """The metrics to minimise, with weights."""
         return {"attention_kl": 1.0} | ({"answer_kl": self.mu} if self.mu else {})
 
     def objective(self, trainable: Mapping, frozen: Mapping, batch: Mapping, key: jax.Array | None) -> dict[str, Mean]:
-        """The terms over a batch, in nats per answer token, and what else tells how training goes. Pure.
+        """The terms over a batch, in nats per answer token, and further metrics. Pure.
 
         Args:
-            trainable, frozen: the two parts of the parameters; without adapters the latter is that of `with_base`.
-            key: of the adapters' dropout; None for none.
+            trainable, frozen: the two parts of the parameters; without adapters the latter is from `with_base`.
+            key: for the adapters' dropout; None for none.
 
         Returns:
             attention_kl: of the heads that the sample's stage moves, summed over edited layers and heads.
-            answer_kl, agreement: KL(teacher ‖ student) of answer tokens, and the share of them that have the same
-                most likely token; only with `mu`.
-            moved_1, moved_2: share of heads, of those in edited layers and answer rows, that each stage would move.
+            answer_kl, agreement: KL(teacher ‖ student) of answer tokens, and the share of them with the same most
+                likely token; only with `mu`.
+            moved_1, moved_2: share of the heads (in edited layers and answer rows) that each stage would move.
         """
         base, params = _models(trainable, frozen)
         rngs = None if key is None else {"dropout": key}
@@ -218,12 +218,12 @@ class Alignment:
         return metrics
 
     def measure(self, trainable: Mapping, frozen: Mapping, batch: Mapping) -> dict[str, Mean]:
-        """Student and base against the teacher on held-out answers; means per answer token as in `objective`.
+        """Compares student and base with the teacher on held-out answers; means per answer token as in `objective`.
 
         Returns:
             answer_kl, agreement, moved_1, moved_2: of the student.
             attention_kl_1, attention_kl_2: the student's first term in either stage.
-            base_answer_kl, base_agreement: of the base model without edit, which is where training began.
+            base_answer_kl, base_agreement: of the base model without edit, before training.
         """
         base, params = _models(trainable, frozen)
         pictures, base_pictures = self._pictures(trainable, params, base, batch)
@@ -241,7 +241,7 @@ class Alignment:
     def _pictures(
         self, trainable: Mapping, params: dict, base: dict, batch: Mapping, rngs: forward.Rngs = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Image tokens for the student and for the base: the same, unless training changes how pictures are read."""
+        """Image tokens for the student and for the base: the same, unless training changes how images are encoded."""
         own = forward.image_tokens(self.module, params, batch, rngs)
         alike = trainable.keys() <= {"language_model"}
         return own, own if alike else forward.image_tokens(self.module, base, batch)
@@ -249,7 +249,7 @@ class Alignment:
     def _student(
         self, params: dict, pictures: jax.Array, batch: Mapping, rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B A V"], Flow, Float[Array, "B A"]]:
-        """Logits of the answer tokens, the attention's way to go, and the weight of the tokens."""
+        """Logits of the answer tokens, the attention's `Flow`, and the weight of the tokens."""
         weight = (batch[SEQUENCE]["columns"] > 0) * batch["weight"][:, None]
         logits, flow = self._answers(
             params, pictures, batch, Student.of(self.sevi, batch[SEQUENCE], weight=weight), rngs
@@ -300,41 +300,41 @@ def _models(trainable: Mapping, frozen: Mapping) -> tuple[dict, dict]:
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """See `registry.Objective`; answers that had to be generated are kept in the folder `answers` of `workdir`."""
+    """See `registry.Objective`; generated answers are stored in the folder `answers` of `workdir`."""
     alignment = _alignment(model, module, config.flow)
 
-    def read(path: str) -> list[Conversation]:
+    def read_data(path: str) -> list[Conversation]:
         longest = min(config.length, model.config.text.max_position_embeddings - 1)
         return flow_data.read(path, model, alignment.sevi, longest, config.batch, workdir / "answers")
 
     kind, example = "prompts or conversations", "prompts.jsonl"
-    samples = Samples.read(model, config, read, Encoder.conversation, kind, example)
-    made = samples.task(
+    samples = Samples.read(model, config, read_data, Encoder.conversation, kind, example)
+    result = samples.task(
         alignment.objective,
         alignment.terms,
         lambda trainable, frozen, batch, _: alignment.measure(trainable, frozen, batch),
     )
-    total = config.steps or made.source.steps(config.epochs)
+    total = config.steps or result.source.steps(config.epochs)
     return dataclasses.replace(
-        made,
-        source=flow_data.Staged(made.source, config.flow.stage, total),
-        evaluate=made.evaluate and _with_ratio(made.evaluate),
+        result,
+        source=flow_data.Staged(result.source, config.flow.stage, total),
+        evaluate=result.evaluate and _with_ratio(result.evaluate),
     )
 
 
 def _alignment(model: LVLM, module: nn.Module, settings: ConfigDict) -> Alignment:
     sevi = SEVI(omega=settings.omega, kappa=settings.kappa, start_layer=settings.start_layer)
-    sevi.active(0, model.config.text.num_layers, "prefill")  # refuses layers that the model does not have
+    sevi.active(0, model.config.text.num_layers, "prefill")  # raises for layers that the model does not have
     return Alignment(module, sevi, float(settings.mu))
 
 
 def _with_ratio(measured: Callable[[Any, Any], dict[str, Mean]]) -> Callable[[Any, Any], dict[str, Mean]]:
-    """`measured` and `closer`: by what factor the student's answer tokens are closer to the teacher than the base's."""
+    """Adds `closer` to `measured`: the factor by which the student's answer tokens are closer to the teacher."""
 
     def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
-        found = measured(trainable, frozen)
-        base, own = found["base_answer_kl"].total, found["answer_kl"].total
-        return found | {"closer": Mean(base / jnp.maximum(own, jnp.finfo(jnp.float32).tiny), jnp.ones(()))}
+        metrics = measured(trainable, frozen)
+        base, own = metrics["base_answer_kl"].total, metrics["answer_kl"].total
+        return metrics | {"closer": Mean(base / jnp.maximum(own, jnp.finfo(jnp.float32).tiny), jnp.ones(()))}
 
     return evaluate
 
@@ -352,9 +352,9 @@ OBJECTIVE = Objective(
     },
     docs={
         "stage": "which heads are trained: 1, 2 or both",
-        "omega": "of SEVI, the teacher: how far it draws a head to the better ones",
-        "kappa": "of SEVI: share of a head's attention to text that one token must have to make a core head",
-        "start_layer": "of SEVI: first edited layer, as a share of the depth",
+        "omega": "SEVI's omega: weight of the better heads",
+        "kappa": "SEVI's kappa: share of a head's attention to text on one token that makes a core head",
+        "start_layer": "SEVI's start_layer: first edited layer, as a share of the depth",
         "mu": "weight of the divergence of answer tokens",
     },
     checks=(

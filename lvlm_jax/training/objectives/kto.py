@@ -6,8 +6,8 @@ being the answers of other rows:
     L = λ_D (1 - σ(β (Δ(y) - z))) for a good answer,   λ_U (1 - σ(β (z - Δ(y)))) for a bad one
 
 No gradient flows through z. Values are those of TRL's KTOTrainer (`loss_type="kto"`), with one difference: y' is the
-answer of the next row of the file here, and of the next row of a shuffled batch there. With `accumulate` above 1 each
-part of a batch has a z of its own.
+answer of the next row of the file here, and of the next row of a shuffled batch there. With `accumulate` above 1, each
+part of a batch has its own z.
 """
 
 import dataclasses
@@ -47,13 +47,13 @@ def losses(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> dict[str, Mean]:
-    """What is learned from and watched in B answers of at most A tokens.
+    """Loss and metrics of B answers of at most A tokens.
 
     Args:
         policy, reference: log-probabilities of the tokens of each answer, then of its mismatched answer, in nats.
-        mask: which of the A places hold a token.
+        mask: which of the A places have a token.
         desirable: 1 for a good answer, 0 for a bad one.
-        weight: of each row; 0 leaves it out.
+        weight: weight of each row; 0 leaves it out.
         desirable_weight, undesirable_weight: λ_D and λ_U.
 
     Returns:
@@ -85,19 +85,19 @@ def metrics(
         settings: `beta`, `desirable_weight` and `undesirable_weight` of `losses`.
         trainable, frozen, key: as in `Scorer.beside_reference`.
     """
-    found = []
+    logprobs = []
     for number, name in enumerate(SEQUENCES):
         one = dataclasses.replace(scorer, sequences=(name,))
         part = {**batch, "reference": batch["reference"][:, number, None]} if "reference" in batch else batch
-        # No gradient flows through z, and so none is computed.
-        learned = trainable if name == SEQUENCES[0] else jax.lax.stop_gradient(trainable)
-        found.append(one.beside_reference(learned, frozen, part, key))
-    policy, reference, mask = (jnp.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+        # No gradient flows through z, so none is computed.
+        parameters = trainable if name == SEQUENCES[0] else jax.lax.stop_gradient(trainable)
+        logprobs.append(one.beside_reference(parameters, frozen, part, key))
+    policy, reference, mask = (jnp.concatenate(arrays, axis=1) for arrays in zip(*logprobs, strict=True))
     return losses(policy, reference, mask, batch["desirable"], batch["weight"], **settings)
 
 
 def encode(encoder: Encoder, example: Labelled) -> Row:
-    """An answer and the mismatched one behind one prompt. Raises `LVLMError` as `Encoder.pair`."""
+    """An answer and the mismatched one after the same prompt. Raises `LVLMError` as `Encoder.pair`."""
     texts = (example.answer, example.mismatched)
     messages = {name: [*example.prompt, assistant(text.strip())] for name, text in zip(SEQUENCES, texts, strict=True)}
     row = encoder.row(example, messages, last_only=True)
@@ -105,7 +105,7 @@ def encode(encoder: Encoder, example: Labelled) -> Row:
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """See `registry.Objective`; precomputed log-probabilities are kept in the folder `reference` of `workdir`."""
+    """See `registry.Objective`; precomputed log-probabilities are stored in the folder `reference` of `workdir`."""
     samples = Samples.read(model, config, labelled.read, encode, "labelled answers", "answers.jsonl")
     scorer = Scorer(module, None, samples.image_count, SEQUENCES)
     samples = pairwise.with_reference(samples, scorer, config.kto.reference, workdir)

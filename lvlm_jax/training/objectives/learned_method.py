@@ -1,15 +1,15 @@
-"""Learned strengths: what a method's numbers should be, by gradient, with the model frozen.
+"""Learns the strengths of methods by gradient, with the model frozen.
 
-Of a pair of answers, y_w the chosen and y_l the rejected one, scored as the method M_s with the strengths s would have
-written them (`generation.forcing`: every row of an answer has the edits of its own decode step, contrast branches go
-through as well, and a plausibility cut is soft):
+For a pair of answers, y_w chosen and y_l rejected, scored as the method M_s with the strengths s would have written
+them (`generation.forcing`: every row of an answer has the edits of its own decode step, contrast branches run, and
+plausibility cuts are soft):
 
     L(s) = -log σ(β [log π_s(y_w) - log π_s(y_l)]) + λ NLL_s(y_w)
 
 NLL is a mean over the tokens of each chosen answer, then over pairs. There is no reference model. A strength is one
-number, or has a value for each layer, or for each layer and head (`learned.per`); bounds are kept by a bijection
-(`training.strengths`). Strengths without a gradient (counts, thresholds, seeds) stay as they are, and are refused by
-name where they are asked for. What comes out is `method.safetensors`, which `--method learned:FILE` runs.
+number, or has a value per layer, or per layer and head (`learned.per`); a bijection enforces bounds
+(`training.strengths`). Strengths without a gradient (counts, thresholds, seeds) stay as they are, and are refused if
+requested by name. The result is `method.safetensors`, which `--method learned:FILE` runs.
 """
 
 import dataclasses
@@ -47,22 +47,22 @@ from lvlm_jax.training.registry import Check, Objective, one_of
 from lvlm_jax.training.samples import Samples
 from lvlm_jax.training.strengths import Strengths
 
-ROOM = 16  # answers are padded to a multiple of so many tokens, because every new length compiles a program
+ROOM = 16  # answers are padded to a multiple of this many tokens, because every new length compiles a program
 FILE = "method.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked(Row):
-    """A row with its prompt as the model is asked it."""
+    """A row with its prompt as at inference."""
 
     conversation: tuple = ()
 
 
 def asked(encoder: Encoder, pair: Pair) -> Asked:
-    """A pair as a row.
+    """Turns a pair into a row.
 
     Raises:
-        LVLMError: the rejected side has pictures of its own.
+        LVLMError: the rejected side has its own images.
     """
     if pair.rejected_images is not None:
         raise LVLMError(f"row {pair.id} has rejected_images; learned_method compares answers about the same pictures")
@@ -73,12 +73,12 @@ def asked(encoder: Encoder, pair: Pair) -> Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Batches by step, what does not depend on strengths computed: made in the training process, with the model.
+    """Batches by step, with everything computed that does not depend on strengths: made in the training process.
 
     Attributes:
         batches: which rows a step takes.
         model: the frozen model.
-        method: where the strengths begin.
+        method: the initial method.
     """
 
     batches: Batches
@@ -90,18 +90,18 @@ class Scored:
         return self.of([self.batches.rows[index] for index in order], order, len(order))
 
     def of(self, rows: Sequence[Asked], ids: Sequence[int], size: int) -> dict[str, Any]:
-        """Rows as a batch of `size`; places behind the last row are padding of weight 0."""
-        filled = [*rows, *[rows[-1]] * (size - len(rows))]
-        prompt = self.model.prepare([list(row.conversation) for row in filled])
-        answers = [[_answer(row.sequences[name].tokens()) for name in PAIR] for row in filled]
+        """Rows as a batch of `size`; the rest is padding with weight 0."""
+        padded = [*rows, *[rows[-1]] * (size - len(rows))]
+        prompt = self.model.prepare([list(row.conversation) for row in padded])
+        answers = [[_answer(row.sequences[name].tokens()) for name in PAIR] for row in padded]
         longest = max(len(answer) for pair in answers for answer in pair)
-        opened = forcing.forced_inputs(
+        forced = forcing.forced_inputs(
             self.model.params, self.model.config, prompt, self.method, answers, self.model.host,
             multiple_of(ROOM, longest),
         )  # fmt: skip
         weight = np.array([row.weight for row in rows] + [0.0] * (size - len(rows)), np.float32)
         number = np.array([*ids, *[0] * (size - len(rows))], np.int32)
-        return {"ids": number, "weight": weight, "opened": opened}
+        return {"ids": number, "weight": weight, "opened": forced}
 
     def steps(self, epochs: float) -> int:
         """See `Batches.steps`."""
@@ -123,7 +123,7 @@ def metrics(
     batch: Mapping[str, Any],
     key: jax.Array | None,
 ) -> dict[str, Mean]:
-    """What is learned from and watched in a batch. Pure.
+    """Loss and metrics of a batch. Pure.
 
     Args:
         settings: `beta` and `softness`.
@@ -132,20 +132,20 @@ def metrics(
 
     Returns:
         Per pair: `preference`, `nll` (of the chosen answer, nats per token), `margin` (log π(y_w) - log π(y_l)),
-        `accuracy` (whether it is above 0).
+            `accuracy` (whether it is above 0).
     """
     del key
     method = soften(chain(*strengths.members_at(trainable)), settings["softness"])
-    opened = batch["opened"]
-    logps = forcing.logprobs(frozen, config, opened, method, image_count).sum(axis=-1)
+    forced = batch["opened"]
+    logps = forcing.logprobs(frozen, config, forced, method, image_count).sum(axis=-1)
     margin = logps[:, 0] - logps[:, 1]
-    found = {
+    metrics_found = {
         "preference": preferred(settings["beta"] * margin),
-        "nll": -logps[:, 0] / opened.answered[:, 0].sum(axis=-1),
+        "nll": -logps[:, 0] / forced.answered[:, 0].sum(axis=-1),
         "margin": margin,
         "accuracy": (margin > 0).astype(np.float32),
     }
-    return {name: per_pair(values, batch["weight"]) for name, values in found.items()}
+    return {name: per_pair(values, batch["weight"]) for name, values in metrics_found.items()}
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
@@ -177,18 +177,18 @@ def _evaluation(
         for first in range(0, len(rows), source.batches.batch):
             chunk = rows[first : first + source.batches.batch]
             batch = source.of(chunk, range(first, first + len(chunk)), source.batches.batch)
-            found = jax.device_get(score(trainable, frozen, batch, None))
-            total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+            sums = jax.device_get(score(trainable, frozen, batch, None))
+            total = {name: total[name] + mean if total else mean for name, mean in sums.items()}
         return total
 
     return evaluate
 
 
 def strengths_of(model: LVLM, config: ConfigDict) -> Strengths:
-    """What a run learns.
+    """The strengths that a run learns.
 
     Raises:
-        LVLMError: no such method, or strengths that cannot be learned.
+        LVLMError: there is no such method, or the strengths cannot be learned.
     """
     settings = config.learned
     method = method_for(settings.method, lambda: model.hash, config.model)
@@ -208,16 +208,16 @@ def export(trained: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path
     """Writes the method; returns its file.
 
     Raises:
-        LVLMError: a strength was not moved, or the file cannot be written.
+        LVLMError: a strength did not change, or the file cannot be written.
     """
     strengths, theta = strengths_of(model, config), jax.device_get(trained)
     strengths.refuse_unmoved(theta)
-    said = {name: value for name, value in config.learned.items()}
+    settings = {name: value for name, value in config.learned.items()}
     source = Source(
         "learned",
         model.hash,
         "+".join(file_hash(path) for path in columns.files(config.data)),
-        settings_text(said | {"seed": config.seed, "batch": config.batch, "peak": config.optimizer.peak}),
+        settings_text(settings | {"seed": config.seed, "batch": config.batch, "peak": config.optimizer.peak}),
     )
     write(workdir / FILE, Learned(strengths.members_at(theta), source))
     return workdir / FILE

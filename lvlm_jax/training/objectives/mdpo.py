@@ -1,14 +1,14 @@
-"""mDPO (arXiv 2406.11839): DPO that cannot be learned from the text alone, because pictures are preferred too.
+"""mDPO (arXiv 2406.11839): DPO that cannot be learned from the text alone, because images are preferred too.
 
-With Δ(y | m) = log π(y | m, x) - log π_ref(y | m, x) summed over the tokens of an answer, m the pictures of a pair, m'
-other ones, and h the margin in β:
+With Δ(y | m) = log π(y | m, x) - log π_ref(y | m, x) summed over the tokens of an answer, m the images of a pair, and
+m' other images:
 
     L =  -log σ(β (Δ(y_w | m) - Δ(y_l | m)))      the text pair: DPO
-         -log σ(β (Δ(y_w | m) - Δ(y_w | m')))     the image pair: the same answer, other pictures
+         -log σ(β (Δ(y_w | m) - Δ(y_w | m')))     the image pair: the same answer, other images
          -log σ(β Δ(y_w | m) - δ)                 the anchor: the chosen answer does not become less likely
 
-m' are the row's `rejected_images`; without them each picture's place is taken by a random part of it, 1 to 20 % of its
-area, enlarged to its size. δ is 0 in the paper.
+m' are the row's `rejected_images`; without them, each image is replaced by a random part of it, 1 to 20 % of its area,
+enlarged to its size. δ is 0 in the paper.
 """
 
 import functools
@@ -37,7 +37,7 @@ from lvlm_jax.training.preference_losses import per_pair, preferred
 from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.training.samples import Samples
 
-OTHER = "other_pictures"  # the sequence of the chosen answer behind other pictures
+OTHER = "other_pictures"  # the sequence of the chosen answer after other images
 SEQUENCES = (*PAIR, OTHER)
 TERMS = ("text", "image", "anchor")
 
@@ -50,22 +50,22 @@ def losses(
     beta: float,
     delta: float = 0.0,
 ) -> dict[str, Mean]:
-    """What is learned from and watched in B pairs of answers of at most A tokens.
+    """Losses and metrics of B pairs of answers of at most A tokens.
 
     Args:
         policy, reference: log-probabilities in nats of the tokens of the chosen answer, of the rejected one, and of the
-            chosen one behind other pictures.
-        mask: which of the A places hold a token.
-        weight: of each pair; 0 leaves it out.
+            chosen one after other images.
+        mask: which of the A places have a token.
+        weight: weight of each pair; 0 leaves it out.
         delta: δ of the anchor.
 
     Returns:
         Per pair: the terms `text`, `image` and `anchor`; `rewards/chosen`, `rewards/rejected`, `rewards/other_pictures`
-        (β Δ); `rewards/accuracy` and `image_accuracy`, whether the chosen answer's is above the other two.
+            (β Δ); `rewards/accuracy` and `image_accuracy`, whether the chosen answer's is above the other two.
     """
     rewards = beta * jnp.where(mask, policy - reference, 0.0).sum(axis=-1)
     chosen, rejected, other = rewards[:, 0], rewards[:, 1], rewards[:, 2]
-    found = {
+    result = {
         "text": preferred(chosen - rejected),
         "image": preferred(chosen - other),
         "anchor": preferred(chosen - delta),
@@ -75,7 +75,7 @@ def losses(
         "rewards/accuracy": (1 + jnp.sign(chosen - rejected)) / 2,
         "image_accuracy": (1 + jnp.sign(chosen - other)) / 2,
     }
-    return {name: per_pair(values, weight) for name, values in found.items()}
+    return {name: per_pair(values, weight) for name, values in result.items()}
 
 
 def metrics(
@@ -93,10 +93,10 @@ def metrics(
 
 
 def encode(smallest: float, largest: float, seed: int, encoder: Encoder, pair: Pair) -> Row:
-    """A pair's three sequences. The parts of pictures depend on the seed, the row's id and the picture's number.
+    """A pair's three sequences. Parts of images depend on the seed, the row's id and the image's number.
 
     Args:
-        smallest, largest: area of a part, in shares of the picture's.
+        smallest, largest: area of a part, as shares of the image's.
 
     Raises:
         LVLMError: as `Encoder.pair`.
@@ -119,8 +119,8 @@ def _part(image: Path | bytes, random: np.random.Generator, smallest: float, lar
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
     """See `registry.Objective`; precomputed log-probabilities are kept in the folder `reference` of `workdir`."""
     own = config.mdpo
-    made = functools.partial(encode, own.smallest, own.largest, config.seed)
-    samples = Samples.read(model, config, pair_files.read_pairs, made, "preference pairs", "pairs.jsonl")
+    encode_row = functools.partial(encode, own.smallest, own.largest, config.seed)
+    samples = Samples.read(model, config, pair_files.read_pairs, encode_row, "preference pairs", "pairs.jsonl")
     scorer = Scorer(module, None, samples.image_count, SEQUENCES)
     samples = pairwise.with_reference(samples, scorer, own.reference, workdir)
     settings = {"beta": own.beta, "delta": own.delta}
@@ -145,9 +145,9 @@ OBJECTIVE = Objective(
     defaults={"beta": 0.1, "delta": 0.0, "smallest": 0.01, "largest": 0.2, "reference": "adapter_off"},
     docs={
         "beta": pairwise.DOCS["beta"],
-        "delta": "of the anchor: the reward that the chosen answer should have",
-        "smallest": "area of the smallest part of a picture that is shown in its place",
-        "largest": "area of the largest one",
+        "delta": "delta of the anchor: the reward that the chosen answer should have",
+        "smallest": "area of the smallest part of an image that replaces it",
+        "largest": "area of the largest part",
         "reference": pairwise.DOCS["reference"],
     },
     checks=(

@@ -30,16 +30,16 @@ from lvlm_jax.weights import parts
 
 
 def losses(policy: Float[Array, "B 2 A"], mask: Bool[Array, "B 2 A"], weight: Float[Array, "B"]) -> dict[str, Mean]:
-    """What is learned from and watched in B pairs of answers of at most A tokens.
+    """Losses and metrics of B pairs of answers of at most A tokens.
 
     Args:
         policy: log-probabilities of the answer tokens in nats; chosen first, then rejected.
-        mask: which of the A places hold a token.
-        weight: of each pair; 0 leaves it out.
+        mask: which of the A places have a token.
+        weight: weight of each pair; 0 leaves it out.
 
     Returns:
         Per pair: `preference` (-log σ of the log odds ratio), `log_odds` (that ratio), `rewards/accuracy` (whether it
-        is above 0), `logps/chosen`, `logps/rejected` (log π of the whole answer). Per token: `sft`.
+            is above 0), `logps/chosen`, `logps/rejected` (log π of the whole answer). Per token: `sft`.
     """
     logps = jnp.where(mask, policy, 0.0).sum(axis=-1)
     tokens = mask.sum(axis=-1, dtype=jnp.float32)
@@ -48,7 +48,7 @@ def losses(policy: Float[Array, "B 2 A"], mask: Bool[Array, "B 2 A"], weight: Fl
     mean = jnp.minimum(mean, -jnp.finfo(jnp.float32).eps)
     odds = mean - jnp.log(-jnp.expm1(mean))
     ratio = odds[:, 0] - odds[:, 1]
-    found = {
+    result = {
         "preference": preferred(ratio),
         "log_odds": ratio,
         "rewards/accuracy": (ratio > 0).astype(jnp.float32),
@@ -56,7 +56,7 @@ def losses(policy: Float[Array, "B 2 A"], mask: Bool[Array, "B 2 A"], weight: Fl
         "logps/rejected": logps[:, 1],
     }
     likelihood = Mean(-jnp.sum(logps[:, 0] * weight), jnp.sum(tokens[:, 0] * weight))
-    return {name: per_pair(values, weight) for name, values in found.items()} | {"sft": likelihood}
+    return {name: per_pair(values, weight) for name, values in result.items()} | {"sft": likelihood}
 
 
 def metrics(scorer: Scorer, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> dict[str, Mean]:
@@ -73,7 +73,7 @@ def metrics(scorer: Scorer, trainable: Any, frozen: Any, batch: Batch, key: jax.
 
 
 def terms(settings: Mapping[str, float]) -> dict[str, float]:
-    """What is minimised, with weights."""
+    """The metrics to minimise, with weights."""
     return {"sft": 1.0, "preference": settings["lambda_"]}
 
 

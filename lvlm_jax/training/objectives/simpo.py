@@ -37,22 +37,22 @@ def losses(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> dict[str, Mean]:
-    """What is learned from and watched in B pairs of answers of at most A tokens.
+    """Losses and metrics of B pairs of answers of at most A tokens.
 
     Args:
         policy: log-probabilities of the answer tokens in nats; chosen first, then rejected.
-        mask: which of the A places hold a token.
-        weight: of each pair; 0 leaves it out.
+        mask: which of the A places have a token.
+        weight: weight of each pair; 0 leaves it out.
 
     Returns:
         Per pair: `preference` (the loss), `rewards/chosen`, `rewards/rejected` (β/|y| log π(y)), `rewards/margin`
-        (their difference), `rewards/accuracy` (whether it is above 0), `logps/chosen`, `logps/rejected` (log π of the
-        whole answer).
+            (their difference), `rewards/accuracy` (whether it is above 0), `logps/chosen`, `logps/rejected` (log π of
+            the whole answer).
     """
     logps = jnp.where(mask, policy, 0.0).sum(axis=-1)
     rewards = beta * logps / jnp.maximum(mask.sum(axis=-1, dtype=jnp.float32), 1)
     margin = rewards[:, 0] - rewards[:, 1]
-    found = {
+    result = {
         "preference": preferred(margin - gamma, label_smoothing),
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
@@ -61,7 +61,7 @@ def losses(
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
-    return {name: per_pair(values, weight) for name, values in found.items()}
+    return {name: per_pair(values, weight) for name, values in result.items()}
 
 
 def metrics(
