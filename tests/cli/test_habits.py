@@ -32,8 +32,8 @@ def test_copied_command_lines():
     for words, message in (  # what has no equal is answered
         ("--conv-mode llava_v1", "^--conv-mode: .*--system vicuna"),
         ("--gpu-id 0", "CUDA_VISIBLE_DEVICES"),
-        ("--temperature 1.0", "^--temperature: the protocol decides that: pope/vcd samples"),
-        ("--beam 5", "--beams is not known here; it is a setting of --method opera"),
+        ("--temperature 1.0", "^--temperature: the protocol determines it: pope/vcd samples"),
+        ("--beam 5", "--beams is not a flag of this command; it is a setting of --method opera"),
         ("--answers-file a.jsonl", "below --out; --rescore FILE"),
     ):
         refused(message, parsed, f"--model M {words}")

@@ -110,7 +110,7 @@ def test_methods_joined_by_a_plus_are_chained():
     assert members == (methods.EAH(beta=0.5), methods.CMAC(alpha=2.0, beta=0.4))
     preset = ask_by(*words, "--cmac-preset", "llava-1.5/mme").method
     assert preset.members == (methods.EAH(), methods.CMAC.preset("llava-1.5/mme"))
-    refused("--beta is not known here", ask_by, *words, "--beta", "0.1")
+    refused("--beta is not a flag of this command", ask_by, *words, "--beta", "0.1")
 
 
 def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_path):

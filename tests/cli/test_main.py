@@ -49,7 +49,7 @@ def test_an_unknown_command_is_one_line(monkeypatch, capsys):
     for word, hint in hints.items():
         code, out, error = run(monkeypatch, capsys, word)
         assert (code, out) == (2, "")
-        assert error.startswith(f"lvlm: '{word}' is no command; ") and hint in error and error.count("\n") == 1
+        assert error.startswith(f"lvlm: '{word}' is not a command; ") and hint in error and error.count("\n") == 1
 
 
 def test_the_top_level_imports_no_jax():

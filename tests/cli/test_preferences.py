@@ -51,7 +51,7 @@ def test_pairs_of_the_pocket_world(command, stand_in, tmp_path):
     assert len(stand_in.calls) == asked
     assert read_pairs(tmp_path / "out" / "pairs.jsonl")[0].chosen.startswith("cross")
     code, _, error = command(*words[:-1], 3)
-    assert code == 2 and "holds prompts of other settings" in error
+    assert code == 2 and "has prompts of other settings" in error
 
 
 def test_flags_reach_the_model_and_the_record(command, stand_in, tmp_path):

@@ -57,7 +57,7 @@ def test_files_and_rows_that_name_their_split(tmp_path, questions):
     row = {"question_id": 1, "text": "yes"}
     for where in ({"category": "popular"}, {"metadata": {"group": "popular"}}, {"group": "popular"}):
         assert match(questions, None, tmp_path, [row | where], partial=True) == {("popular", "1"): "yes"}
-    shared = "id 1 occurs in random, popular, adversarial; say which is meant with --group"
+    shared = "id 1 occurs in random, popular, adversarial; choose one with --group"
     refused(shared, match, questions, None, tmp_path, [row, row | {"question_id": 2}])
 
 
@@ -98,7 +98,7 @@ def test_answers_to_another_split_are_refused(tmp_path, apart):
         (asking(1, "random", metadata={"group": "popular"}), "says that it answers popular, and is given as"),
     ):  # fmt: skip
         refused(f"line 1 of answer file .*{message}", match, random, "random", tmp_path, [row], partial=True)
-    others = "line 1 .* answers popular, as do all the others; asked are random"
+    others = "line 1 .* are to popular; the questions are of random"
     refused(others, match, random, None, tmp_path, [asking(1, "popular", group="popular")], known=pope.SPLITS)
     # Prompts may have words around the question.
     first = asking(1, "random", prompt="<image>\nIs there a  Random one? One word.")
@@ -122,7 +122,7 @@ def test_splits_in_one_file_by_blocks_of_ids(tmp_path, apart):
 def test_missing_doubled_and_foreign_answers(tmp_path, questions):
     for ids, message in (
         ([1], "1 of 2 questions have no answer, first 2 of random; complete the file"),
-        ([1, 1], "line 2 of answer file .* 1 is answered twice"),
+        ([1, 1], "line 2 of answer file .* 1 has two answers"),
         ([77], "77 is none of the 2 questions; is it the right file"),
         ([""], "is none of the 2 questions"),  # an empty id is an id
     ):

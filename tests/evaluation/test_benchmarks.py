@@ -66,8 +66,8 @@ def test_settings_that_a_benchmark_has_no_use_for(name, tmp_path):
         if field in benchmark.uses:
             benchmark.check(data)
             continue
-        refused(f"{name} has no use for {field.replace('_', ' ')} .* it takes ", benchmark.check, data)
-        refused("has no use for", rescore.rescore, benchmark.protocols[0], data, ["a.jsonl"])
+        refused(f"{name} does not use {field.replace('_', ' ')} .* it takes ", benchmark.check, data)
+        refused("does not use", rescore.rescore, benchmark.protocols[0], data, ["a.jsonl"])
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -257,7 +257,7 @@ def test_controls_stand_in_the_scores(world, tmp_path, name):
 
 def test_from_the_command_line(world, tmp_path, monkeypatch, capsys):
     given = get("pope"), Data(world), tmp_path, None, Options(controls=tmp_path)
-    refused("controls run beside a method, and there is none", Run, "oracle", "float32", *given)
+    refused("controls need a method", Run, "oracle", "float32", *given)
     monkeypatch.setattr(evaluate.LVLM, "from_pretrained", lambda *_, **__: Oracle())
     words = ["--protocol", "pope/pocket", "--data", str(world), "--model", "pocket", "--method", "vcd", "--alpha", "2",
              "--out", str(tmp_path / "out"), "--resamples", "20", "--controls"]  # fmt: skip

@@ -187,11 +187,11 @@ def test_logs_of_other_runs_are_not_mixed_in(questions, tmp_path, work):
     for row, message in (
         (answer, "a second time"),
         ([1], "a JSON list, not an object"),
-        (answer | {"id": "999"}, "random 999, which is not asked"),
+        (answer | {"id": "999"}, "random 999, which is not a question of this run"),
         (answer | {"tokens": math.inf}, "its tokens is inf"),
         ({"batch": cost | {"seconds": math.inf}}, "its seconds is inf"),
     ):
         log.write_text(whole + json.dumps(row) + "\n")
         refused(f"^line {whole.count(chr(10)) + 1} of .*{message}", ask, questions, **work)
     log.write_text("not a log\n")
-    refused("is no log of answers", ask, questions, **work)
+    refused("is not a log of answers", ask, questions, **work)

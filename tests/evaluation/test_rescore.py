@@ -117,9 +117,9 @@ def test_wrong_words(folder):
         ([*rescored, "--group", "easy"], "no split 'easy'; there are random"),
         ([*rescored, "--group", "randm"], "no split 'randm'; did you mean 'random'"),
         (["--protocol", "pope", "--rescore", "randm=a.jsonl"], "randm=a.jsonl: there is no group 'randm'; give GROUP="),
-        ([*rescored, "--colour"], "--colour is not known here"),
-        ([*rescored, "--data", folder, "--controls"], "--controls and --processes are about a model that answers"),
-        ([*rescored, "--data", folder, "--processes", 2], "--controls and --processes are about a model that answers"),
+        ([*rescored, "--colour"], "--colour is not a flag of this command"),
+        ([*rescored, "--data", folder, "--controls"], "--controls and --processes need a model that answers"),
+        ([*rescored, "--data", folder, "--processes", 2], "--controls and --processes need a model that answers"),
     ):
         refused(message, run, *words)
 

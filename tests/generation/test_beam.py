@@ -97,7 +97,7 @@ def test_beams_of_a_method_follow_its_own_distribution(model, mixed):
 
 def test_what_a_beam_search_cannot_do_is_said(model, mixed):
     for settings, message in (
-        ({"temperature": 0.5}, "does not sample"),
+        ({"temperature": 0.5}, "has no sampling"),
         ({"repetition_penalty": 1.2}, "repetition penalty"),
         ({"method": methods.VISTA()}, "VISTA keeps a vector"),
     ):

@@ -127,7 +127,7 @@ def test_calls_that_cannot_be_answered(model, mixed):
     for ask, message in (
         (lambda: model.sweep(PROMPT, []), "got 0 structures"),
         (lambda: model.sweep(PROMPT, [None, None]), "got None; use generate"),
-        (lambda: model.generate(PROMPT, Lost(), **NEW), "Lost wants the search 'lost'; expected one of opera"),
+        (lambda: model.generate(PROMPT, Lost(), **NEW), "Lost has the search 'lost'; expected one of opera"),
         (lambda: model.attention(mixed, [[5, 6]]), "1 answers were given for 3 conversations"),
         *((lambda length=length: model.prefill(mixed, max_length=length), f"max_length is {length!r}; expected a whole")
           for length in (40.5, "64", 0)),

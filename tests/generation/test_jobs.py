@@ -105,7 +105,7 @@ def test_bad_lines_are_named_and_the_others_answered(job, capsys):
         line(5, image="bad.ppm"): "cannot be decoded",
         line("caf\ud83d"): None,
         line(7, image=f"data:image/png;base64,{encoded}"): None,
-        line(8, image="https://example.org/a.png"): "nothing is downloaded",
+        line(8, image="https://example.org/a.png"): "downloads are off by default",
         "{not json": "not JSON",
         line(10, image="text.png"): "not a picture",
         line(11, image="missing.png"): "does not exist",
@@ -169,7 +169,7 @@ def test_other_settings_are_refused(job, change):
 def test_files_that_cannot_be_used(job):
     path = job.folder / "answers.jsonl"
     path.write_text("my notes, without a line end")
-    with pytest.raises(LVLMError, match="write somewhere else"):
+    with pytest.raises(LVLMError, match="write to another file"):
         job([line(1)])
     assert path.read_text() == "my notes, without a line end"
     for lines, message in (([""], "is empty"), (["[", line(1) + ",", line(2), "]"], "one JSON list")):
@@ -227,7 +227,7 @@ def test_an_edited_answers_file_is_refused(job):
         (b"{.*}", b"{not json}", "is not JSON"),
         (b'"line": 2', b'"line": 1e999', "\\(its line is inf"),
         (b'"line": 2', b'"line": true', "\\(its line is True"),
-        (b'"line": 2', b'"line": 999', "answers 999, which is not asked"),
+        (b'"line": 2', b'"line": 999', "answers 999, which is not a question of this run"),
         (b'"line": 2', b'"line": 1', "answers 1 a second time"),
         (b"metadata", b"m", "\\(it has no 'metadata'"),
     ):

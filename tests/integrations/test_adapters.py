@@ -266,7 +266,7 @@ def test_sampling_depends_on_the_document_alone(recorded):
 def test_settings_that_mean_nothing_here_are_named_once(recorded):
     made, model = recorded()
     request = ask(DOG, {"max_new_tokens": 1, "image_aspect_ratio": "pad"})
-    with pytest.warns(UserWarning, match="no use for the generation settings image_aspect_ratio"):
+    with pytest.warns(UserWarning, match="does not use the generation settings image_aspect_ratio"):
         made.generate_until([request])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -404,8 +404,8 @@ def test_model_arguments(lmms_eval):
         ("pretrained=/nowhere/at/all", r"/nowhere/at/all"),
         ("pretrained=pocket,dtype=int8", r"dtype 'int8' is not supported"),
         ("pretrained=pocket,method=magic", r"there is no method 'magic'"),
-        ("pretrained=pocket,alpha=3", r"alpha is no setting of the adapter or of method none; .*batch_size"),
-        ("pretrained=pocket,method=cmac,device=cuda", r"device is no setting .*, alpha, beta, gamma"),
+        ("pretrained=pocket,alpha=3", r"alpha is not a setting of the adapter or of method none; .*batch_size"),
+        ("pretrained=pocket,method=cmac,device=cuda", r"device is not a setting .*, alpha, beta, gamma"),
         ("pretrained=pocket,method=cmac,alpha=much", r"invalid float value: 'much'"),
         ("pretrained=pocket,method=cmac,beta=2", r"CMAC: beta is 2.0; expected a number in \[0, 1\]"),
         ("pretrained=pocket,batch_size=auto", r"batch_size is 'auto'; expected a whole number from 1"),
@@ -481,7 +481,7 @@ def test_vlmevalkit_passes_methods_and_settings_on(vlmevalkit):
     made = vlmevalkit.LVLMJax("pocket", method="cmac", alpha=1.0, imd=False, gamma=None, stop=["."], num_beams=2)
     assert made.method == methods.CMAC(alpha=1.0, imd=False)
     assert made.decoding == Decoding(max_new_tokens=512, num_beams=2, temperature=0.0, stop=["."])
-    message = "use_vllm is no setting of the adapter or of method none"
+    message = "use_vllm is not a setting of the adapter or of method none"
     refused(message, vlmevalkit.LVLMJax, "pocket", use_vllm=True)
     refused("type 'video'; expected", made.generate_inner, [{"type": "video", "value": "a.mp4"}])
     refused("the message is empty", made.generate_inner, [])

@@ -87,7 +87,7 @@ def test_other_settings(path):
     assert read_log(path, RECORD, of_id) == {}
     before = written(path, {"id": 1})  # nothing was answered by the other
     for attempt in (read, lambda *given: read_log(*given, of_id)):
-        with pytest.raises(LVLMError, match="begun with other settings \\(seed: 0, now 1\\).*write somewhere else"):
+        with pytest.raises(LVLMError, match="begun with other settings \\(seed: 0, now 1\\).*write to another file"):
             attempt(path, RECORD | {"seed": 1})
     assert path.read_bytes() == before
     assert read(path, {"seed": 0, "model": "pocket"}) == [{"id": 1}]
@@ -118,7 +118,7 @@ def test_a_record_beside_that_is_none(path, record):
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b"[]\n", b'{"record": 3}\n{"id": 1}\n', b"\xff\n"])
 def test_another_file_is_left_alone(path, content):
     path.write_bytes(content)
-    with pytest.raises(LVLMError, match="is no log of answers"):
+    with pytest.raises(LVLMError, match="is not a log of answers"):
         read(path)
     assert path.read_bytes() == content
 
@@ -129,9 +129,9 @@ def test_another_file_is_left_alone(path, content):
         (lambda line: b"[1]\n", "a JSON list, not an object"),
         (lambda line: b"null\n", "a JSON NoneType, not an object"),
         (lambda line: line.replace(b'"id"', b'"ID"').replace(b'"n"', b'"id"'), "its n is missing"),
-        (lambda line: line.replace(b"2", b"999"), "answers 999, which is not asked"),
-        (lambda line: line.replace(b"2", b"1e999"), "answers inf, which is not asked"),
-        (lambda line: line.replace(b"2", b"[2]"), "no answer that this program wrote"),
+        (lambda line: line.replace(b"2", b"999"), "answers 999, which is not a question of this run"),
+        (lambda line: line.replace(b"2", b"1e999"), "answers inf, which is not a question of this run"),
+        (lambda line: line.replace(b"2", b"[2]"), "not an answer that this program wrote"),
         (lambda line: line.replace(b"2", b"1"), "answers 1 a second time"),
         (lambda line: line + line, "answers 2 a second time"),
     ],

@@ -95,7 +95,7 @@ def test_a_switch_is_of_its_kind(cls, field):
         (lambda: layer_range(0, None, 8, 4), r"layers \[8\] are none"),
         (lambda: layer_range(0, None, range(8, 10**12), 4), r"layers range\(8, 1000000000000\) are none"),
         (lambda: SEVI.preset("bold"), "SEVI has no preset 'bold'; expected one of focused, balanced"),
-        (lambda: VAF.preset("bold"), "VAF has no preset 'bold'; it has none at all"),
+        (lambda: VAF.preset("bold"), "VAF has no preset 'bold'; it has no presets"),
     ],
 )
 def test_what_is_wrong_is_said(make, message):

@@ -271,7 +271,7 @@ def test_a_fitted_file_is_read_and_refused(tmp_path):
     for file, message in (
         (3, "fitted is a int"),
         (tmp_path / "nothing", "nothing. cannot be read"),
-        (tmp_path / "other", "no file of lvlm fit"),
+        (tmp_path / "other", "not a file of lvlm fit"),
         (tmp_path / "text", "cannot read"),
     ):
         with pytest.raises(LVLMError, match=message):
@@ -281,8 +281,8 @@ def test_a_fitted_file_is_read_and_refused(tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (methods.chain(methods.VAF(layers=1), VTI), "vti was fitted for the checkpoint model.* fit it anew"),
-        (methods.VTI(), "VTI needs something fitted: lvlm fit vti"),
+        (methods.chain(methods.VAF(layers=1), VTI), "vti was fitted for the checkpoint model.* fit it again"),
+        (methods.VTI(), "VTI needs a fitted file: lvlm fit vti"),
         (methods.ADHH(heads=(1, 2, 3)), "heads has 3 numbers"),
         (methods.ADHH(heads=(1, 99)), "heads 0 to 3"),
     ],

@@ -196,7 +196,7 @@ def test_without_penalty_and_ways_back_it_is_beam_search(case, variant, candidat
 
 def test_what_the_search_cannot_do_is_said(case):
     for ask, message in (
-        (lambda: case.model.generate(case.inputs, OPERA(), temperature=1.0), "does not sample"),
+        (lambda: case.model.generate(case.inputs, OPERA(), temperature=1.0), "has no sampling"),
         (lambda: case.model.generate(case.inputs, OPERA(), num_beams=3), "OPERA's beams 5"),
         (lambda: case.model.generate(case.inputs, chain(CMAC(), OPERA())), "cannot be chained"),
         (lambda: next(case.model.stream(case.alone(0), OPERA())), "cannot be streamed"),

@@ -58,7 +58,7 @@ def test_written_prompts(tmp_path):
     assert pairs.write_prompts(tmp_path, 6, seed=3, single=0.0) == path  # as after a kill
     assert lost.exists() and kept.stat().st_mtime_ns == written
     assert not list(tmp_path.rglob("*.part"))
-    with pytest.raises(LVLMError, match="holds prompts of other settings"):
+    with pytest.raises(LVLMError, match="has prompts of other settings"):
         pairs.write_prompts(tmp_path, 6, seed=4, single=0.0)
     (tmp_path / "file").touch()
     with pytest.raises(LVLMError, match="prompts cannot be written"):

@@ -112,14 +112,14 @@ def refused(read, given, message):
 
 PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
 NO_PICTURES = [
-    (b"", "'the bytes' is not a picture"),
-    (b"no picture", "'the bytes' is not a picture"),
-    ("data:image/png;base64,@@@", "is no base64 text"),
+    (b"", "'the bytes' is not in an image format"),
+    (b"no picture", "'the bytes' is not in an image format"),
+    ("data:image/png;base64,@@@", "is not base64 text"),
     ("data:image/png;base64", "has no data"),
-    ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not a picture"),
+    ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not in an image format"),
     ("file:///nowhere/a.png", "'/nowhere/a.png' does not exist"),
     ("file://elsewhere/a.png", "lies on another machine"),
-    ("s3://bucket/a.png", "of a kind that is not read; download it"),
+    ("s3://bucket/a.png", "of an unsupported kind; download it"),
     ("https://example.org/a.jpg", "download it"),
     ({"bytes": None, "path": None}, "a dict with 'bytes', 'path'; expected one of"),
     ({}, "a dict with nothing; expected one of"),
@@ -145,7 +145,7 @@ def test_what_is_no_picture():
 
 
 def test_files_that_are_no_pictures(file):
-    folder, whole, damaged = file.parent, file.read_bytes(), "cannot be (decoded|opened)|is not a picture"
+    folder, whole, damaged = file.parent, file.read_bytes(), "cannot be (decoded|opened)|is not in an image format"
     for name, content, message in (
         ("text.jpg", b"not a picture", "not a picture"),
         ("empty.jpg", b"", "not a picture"),
@@ -228,7 +228,7 @@ def address(file):
 
 def test_addresses_are_read_where_the_user_allows_it(address, file, pixels, monkeypatch):
     place, read = address + urllib.parse.quote(file.name), functools.partial(open_image, allow_urls=True)
-    refused(open_image, place, "nothing is downloaded unless you say so; give --allow-urls")
+    refused(open_image, place, "downloads are off by default; give --allow-urls")
     np.testing.assert_array_equal(np.asarray(read(place)), pixels)
     assert image_size({"url": place}, allow_urls=True) == (30, 20)
     refused(read, address + "missing.png", "cannot be downloaded: HTTP Error 404")

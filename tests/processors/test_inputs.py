@@ -49,7 +49,7 @@ def test_image_parts_of_every_form(model, content, part):
 
 def test_addresses_are_downloaded_only_where_the_model_may(model, content, monkeypatch):
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-    with pytest.raises(LVLMError, match="^sample 1: .*nothing is downloaded unless you say so"):
+    with pytest.raises(LVLMError, match="^sample 1: .*downloads are off by default"):
         model.prepare([asked({"type": "image", "image": content}), asked(part)])
     monkeypatch.setattr(addresses, "_download", lambda *given: content)
     monkeypatch.setattr(model, "allow_urls", True)
@@ -63,7 +63,7 @@ def test_parts_that_hold_no_image(model):
         ({"type": "image"}, "an image part has no image"),
         ({"type": "image_url", "image_url": {}}, "a dict with nothing"),
         ({"type": "video", "video": "a.mp4"}, "a message part of type 'video' is not supported"),
-        ({"type": "image", "base64": "@"}, "is no base64 text"),
+        ({"type": "image", "base64": "@"}, "is not base64 text"),
     ):
         with pytest.raises(LVLMError, match=message):
             model.prepare(asked(part))

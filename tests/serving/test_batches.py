@@ -43,7 +43,7 @@ def test_a_batch_is_answered_and_goes_on_after_a_restart(model, tmp_path):
         assert [row["response"]["body"]["choices"][0]["message"]["content"] for row in rows] == expected
         (error,) = map(json.loads, client.files.content(batch.error_file_id).text.splitlines())
         assert error["response"]["status_code"] == 400 and error["custom_id"] == "q4"
-        with pytest.raises(openai.BadRequestError, match="line 1 is no request"):
+        with pytest.raises(openai.BadRequestError, match="line 1 is not a request"):
             bad = client.files.create(file=("in.jsonl", b'{"custom_id": 3}'), purpose="batch")
             client.batches.create(input_file_id=bad.id, endpoint="/v1/chat/completions", completion_window="24h")
         with pytest.raises(openai.NotFoundError):

@@ -199,7 +199,7 @@ def picture(url):
         (picture("/etc/passwd"), 400, "expected data:image/png"),
         (picture("file:///etc/passwd"), 400, "expected data:image/png"),
         (picture("http://127.0.0.1/a.png"), 400, "are not downloaded"),
-        (picture("data:image/png;base64,####"), 400, "no base64"),
+        (picture("data:image/png;base64,####"), 400, "not base64"),
         (picture("data:image/png;base64,AAAA"), 400, "is none of PNG, JPEG"),
         (picture(png(LARGE)), 413, "7000 x 7000 pixels; the limit is 40 million"),
         ({"messages": asking("a" * 2_000_000)}, 413, "the body has more than 1 MiB"),
@@ -244,7 +244,7 @@ def test_keys_queues_and_times(model):
         assert server.request("GET", "/health")[0] == 200
         key = {"Authorization": "Bearer secret"}
         status, headers, answer = server.post(GOOD | {"n": 3}, **key)
-        assert status == 429 and int(headers["Retry-After"]) >= 1 and "wait already" in answer["error"]["message"]
+        assert status == 429 and int(headers["Retry-After"]) >= 1 and "already waiting" in answer["error"]["message"]
         engine = server.service.engine
         for body in (GOOD, GOOD | {"method": "opera"}):
             engine.call(lambda: time.sleep(1.0))  # a busy device

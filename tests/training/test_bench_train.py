@@ -24,7 +24,7 @@ def test_arguments_that_cannot_be():
         ("--batch 0", "0 is out of range"),
         ("--rank 0", "0 is out of range"),
         ("--against peft --dtype bfloat16", "the comparison with peft is in float32"),
-        ("--tokens 5", "--tokens is not known here"),
+        ("--tokens 5", "--tokens is not a flag of this command"),
     ):
         with pytest.raises(LVLMError, match=message):
             bench_train.command_line(words.split())

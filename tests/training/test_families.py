@@ -247,7 +247,10 @@ def test_errors_name_the_row(cases, tmp_path):
     narrow = Pair((tmp_path / "narrow.png",), [user("?", 1)], "a", "b", "7")
     for bad, message in (
         (narrow, "row 7: .*aspect ratio"),
-        (dataclasses.replace(narrow, images=(tmp_path / "bad.png",), id="8"), "row 8: image .* is not a picture"),
+        (
+            dataclasses.replace(narrow, images=(tmp_path / "bad.png",), id="8"),
+            "row 8: image .* is not in an image format",
+        ),
         (
             dataclasses.replace(case.pairs[2], chosen="<|image_pad|>", id="9"),
             r"row 9 \(chosen\): it has 2 image placeholders for 1 images",

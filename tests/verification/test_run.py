@@ -82,7 +82,7 @@ def test_what_does_not_fit_fails(copy, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [(("nowhere/at/all",), "no such folder"), (("pocket", "--methods", "nothing"), "nothing"),
-     (("pocket", "--scratch", "/nowhere"), "--scratch '/nowhere' is no folder")],
+     (("pocket", "--scratch", "/nowhere"), "--scratch '/nowhere' is not a folder")],
 )  # fmt: skip
 def test_what_cannot_be_checked_is_one_line(words, said, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "verify", *words)

@@ -39,7 +39,7 @@ def test_safetensors_beat_torch_files_and_a_folder_is_none(tmp_path):
 
 def test_a_stray_adapter_is_not_the_model(drawn, drawn_config, tmp_path):
     save_file(LORA, tmp_path / "adapter_model.safetensors")
-    refused(r"holds an adapter \(adapter_model.safetensors\).*adapter=", weight_files, tmp_path)
+    refused(r"has an adapter \(adapter_model.safetensors\).*adapter=", weight_files, tmp_path)
     torch.save(make.hub_tensors(drawn), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(drawn.config.to_dict()))
     assert names(tmp_path) == ["pytorch_model.bin"]
@@ -71,7 +71,7 @@ def test_quantized_checkpoints_are_refused_by_name(drawn, tmp_path):
     del state[f"{name}weight"]
     state |= {f"{name}qweight": torch.zeros(6, 48, dtype=torch.int32), f"{name}scales": torch.zeros(1, 48)}
     folder = make.write(tmp_path / "m", raw, state)
-    refused(r"holds quantized weights \(q_proj.qweight\).*full weights", make.load, folder)
+    refused(r"has quantized weights \(q_proj.qweight\).*full weights", make.load, folder)
 
 
 def test_a_flat_configuration_of_glm_is_the_nested_one():

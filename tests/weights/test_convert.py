@@ -37,7 +37,7 @@ def test_convert_an_original_checkpoint(tmp_path, monkeypatch, capsys):
     "words, message",
     [
         ("absent/folder/x out", "no such folder"),
-        ("owner/absent out", "neither a folder here nor a model"),
+        ("owner/absent out", "neither a folder nor a model"),
         ("empty out", r"config\.json"),
         ("empty", "target"),
         ("empty out --dtype int4", "int4"),

@@ -230,7 +230,7 @@ def test_settings_that_cannot_be_used(model):
         ("targets", "*", "not a regular expression"),
         ("targets", "layers_1", "input_layernorm', which has no matrix"),
         *(("targets", name, f"{name}', which has no matrix") for name in ("patch_embedding", "embed_tokens")),
-        ("params", whole, "hold a LoRA adapter already .*merge it"),
+        ("params", whole, "already have a LoRA adapter .*merge it"),
     ):
         given = {"params": model.params, "rank": 4, "alpha": 8.0, "targets": lora.TARGETS, "dropout": 0.0}
         refused(message, lora.attach_adapters, **given | {name: value}, key=KEY)

@@ -151,7 +151,7 @@ def test_we_load_what_peft_saves(name, base, model, question, load, tmp_path):
         theirs.base_model.model.lm_head.base_layer.weight.data.mul_(1.5)
         theirs.save_pretrained(tmp_path, save_embedding_layers=True)
         assert_equal_logits(theirs, lora.merge(load(tmp_path)), model, question)
-        message = "lm_head/kernel whole, which is kept as int8.*without quant"
+        message = "replaces lm_head/kernel, which is int8.*without quant"
         refused(message, LVLM.from_pretrained, model.folder, adapter=tmp_path, quant="int8")
 
 
@@ -220,7 +220,7 @@ def test_an_expression_that_runs_for_ever(name, load, adapter):
     first = 4 if name == "rank_pattern" else 2  # PEFT puts two groups in front
     endless = "(.+)" * 9 + "".join(rf"(?:x|.\{number})" for number in range(first, first + 4))
     make.change_config(adapter, {name: {endless: 2} if name == "rank_pattern" else endless}, CONFIG)
-    refused("does not come to an end; write the modules as a list", load, adapter)
+    refused("takes too long; write the modules as a list", load, adapter)
 
 
 def test_all_that_is_wrong_with_the_tensors_is_said_at_once(load, adapter):
@@ -283,8 +283,8 @@ def test_adapters_of_other_models_and_files_that_are_not_there(base, model, para
     refused("unexpected: .*embed_tokens.lora_embedding_A", load, tmp_path / "other")
     save_file({}, tmp_path / "other" / WEIGHTS)
     refused("adapts no projection of this model", load, tmp_path / "other")
-    refused("hold a LoRA adapter already", load_adapter, adapter, params, model.config)  # one kernel takes one
-    refused("hold no LoRA adapter", save_adapter, adapter, model.params, model.config)
+    refused("already have a LoRA adapter", load_adapter, adapter, params, model.config)  # one kernel takes one
+    refused("have no LoRA adapter", save_adapter, adapter, model.params, model.config)
     (adapter / WEIGHTS).rename(adapter / "adapter_model.gguf")
     message = r"no adapter_model\.safetensors and no adapter_model\.bin in .*, only adapter_model\.gguf; "
     refused(message, load, adapter)

@@ -75,4 +75,4 @@ def test_heads_that_take_turns_in_a_tensor(tmp_path):
     names = {f"base_model.model.transformer.{module}" for pair in modules for module in pair}
     assert {name.split(".lora_")[0] for name in load_file(folder / WEIGHTS)} == names
     other = adapted(ours.params, "connector/q_proj$")
-    refused("connector/q_proj cannot be saved: PEFT knows no linear module", save_adapter, folder, other, ours.config)
+    refused("connector/q_proj cannot be saved: PEFT has no linear module", save_adapter, folder, other, ours.config)

@@ -112,7 +112,7 @@ def test_processor_files_are_copied_and_code_is_not(params, drawn_config, source
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (source / "modeling_custom.py").write_text("raise SystemExit")
-    with pytest.warns(UserWarning, match="code of its own, which is not copied: modeling_custom.py"):
+    with pytest.warns(UserWarning, match="its own code, which is not copied: modeling_custom.py"):
         folder = saved(source)
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     names |= {"video_preprocessor_config.json", "additional_chat_templates"}
@@ -172,7 +172,7 @@ def test_the_old_folder_stays_when_the_new_one_cannot_take_its_place(saved, out,
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
     monkeypatch.undo()
     out.rename(out.parent / ".out.old-abc")  # as a save leaves it that was cut off between two renames
-    cut_off = r"out is not there, and a save .* in .*\.out\.old-abc: rename that"
+    cut_off = r"out does not exist; an interrupted save .* in .*\.out\.old-abc: rename that"
     refused(cut_off, weights.resolve_checkpoint, out)
 
 
@@ -233,7 +233,7 @@ def test_killed_at_any_step_a_save_leaves_the_old_or_the_new_and_the_next_one_ti
         found = out
         if not out.exists():  # between two renames
             (found,) = out.parent.glob(".out.old-*")
-            assert str(found) in refused("was cut off", weights.resolve_checkpoint, out)
+            assert str(found) in refused("an interrupted save", weights.resolve_checkpoint, out)
         (content,) = set(contents(found).values())
         seen.add((found == out, content))
         replace(out)

@@ -240,7 +240,7 @@ def test_missing_nltk_is_said_in_one_line(folder, monkeypatch, version, lacks, m
             monkeypatch.setattr(sys.modules["nltk"], "pos_tag", mock.Mock(side_effect=lacks))
     said = refused(re.escape(message), read, folder, "chair/opera-64")
     assert said.startswith("chair/opera-64 reads words with nltk, as the published scorer does")
-    assert said.endswith("or choose chair/512 or chair/64-sentence, which are near it without nltk")
+    assert said.endswith("or choose chair/512 or chair/64-sentence, which give similar figures without nltk")
 
 
 @pytest.mark.parametrize("name", ["chair/512", "chair/opera-512"])

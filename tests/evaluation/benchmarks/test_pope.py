@@ -90,7 +90,7 @@ def test_what_is_missing_or_there_twice(tmp_path):
     refused("1 of 2 images of POPE are missing .*COCO_val2014_000000000001.jpg", one, need_images=True)
     assert len(one()) == 4  # scores need no pictures
     pope_folder(tmp_path / "POPE", {"random": "yn"})  # two different files of one split are not chosen between
-    refused("differ; name the one that is meant", one)
+    refused("differ; name one of them", one)
     assert len(one(question_file=tmp_path / "POPE/coco/coco_pope_random.json")) == 2
 
 

@@ -56,7 +56,7 @@ def test_file(prompts, correct, tmp_path):
     "lines, message",
     [
         ("", "file of corrected answers .* is empty"),
-        ('{"id": "x", "chosen": "y"}', "line 1 .*: x is the id of no prompt"),
+        ('{"id": "x", "chosen": "y"}', "line 1 .*: there is no prompt with the id x"),
         ('{"id": "a", "chosen": "y"}\n{"id": "a", "chosen": "z"}', "line 2 .*: id a occurs twice"),
         ('{"id": "a"}', "line 1 .* has no chosen"),
         ('{"id": "a", "chosen": null}', "chosen is None; expected a string"),

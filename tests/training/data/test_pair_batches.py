@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_used_are_an_error_or_left_out(pairs, rows, encoder,
             rows_of(given, encoder.pair, encoder, longest, too_long)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     bad = pair_files.Pair((tmp_path / "bad.png",), [user("?", 1)], "a", "b", "7")
-    with pytest.raises(LVLMError, match="row 7: image .* is not a picture"):
+    with pytest.raises(LVLMError, match="row 7: image .* is not in an image format"):
         Batches(rows_of([bad], encoder.pair, encoder, 95, "error"), encoder, batch=1)(0)
 
 

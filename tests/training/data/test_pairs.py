@@ -169,7 +169,7 @@ def test_held_out_pairs_share_no_picture(tmp_path):
         assert hold_out(found, 0.3, seed) == (training, validation)
         drawn.add(tuple(held))
     assert len(drawn) > 2
-    for few, message in ((found[:3], "cannot be held out.*fewest that do are 3"), (found[:1], "cannot be held out")):
+    for few, message in ((found[:3], "cannot be held out.*smallest group has 3"), (found[:1], "cannot be held out")):
         with pytest.raises(LVLMError, match=message):
             hold_out(few, 0.5)
 

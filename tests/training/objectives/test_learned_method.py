@@ -125,7 +125,7 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_meth
     assert len(swept) == 2 and np.isfinite(looked[0]).all()
 
     monkeypatch.setitem(vars(model), "hash", "of another one")
-    with pytest.raises(LVLMError, match="learned was fitted for the checkpoint .*; learn it anew with lvlm train"):
+    with pytest.raises(LVLMError, match="learned was fitted for the checkpoint .*; learn it again with lvlm train"):
         model.generate(prompt, method=method)
 
 
@@ -147,8 +147,8 @@ def test_files(tmp_path):
     content = (tmp_path / "m.safetensors").read_bytes()
     for word, change, message in (
         ("own", (b'\\"vaf\\"', b'\\"var\\"'), "cannot read"),
-        ("format", (b"learned 1", b"learned 9"), "is no learned method"),
-        ("code", (b'\\"sevi\\"', b'\\"a:Bc\\"'), "'a:Bc', which is unknown here"),
+        ("format", (b"learned 1", b"learned 9"), "is not a learned method"),
+        ("code", (b'\\"sevi\\"', b'\\"a:Bc\\"'), "'a:Bc', which is not registered"),
     ):
         changed = content.replace(*change)
         assert changed != content
@@ -156,7 +156,7 @@ def test_files(tmp_path):
         with pytest.raises(LVLMError, match=message):
             learned.read(tmp_path / word)
     (tmp_path / "other").write_bytes(safetensors.numpy.save({"a": np.zeros(2)}))
-    with pytest.raises(LVLMError, match="is no learned method"):
+    with pytest.raises(LVLMError, match="is not a learned method"):
         methods.as_method(f"learned:{tmp_path / 'other'}")
     with pytest.raises(LVLMError, match="/nowhere/m.safetensors"):
         methods.as_method("learned:/nowhere/m.safetensors")
