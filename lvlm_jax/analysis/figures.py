@@ -53,7 +53,7 @@ def matrices(path, title: str, label: str, maps_by_name: Mapping[str, Float[np.n
     canvas.save(figure, path)
 
 
-def word_sheet(path, row: overlay.Row, mass: Float[np.ndarray, "W"]) -> None:
+def word_sheet(path, row: overlay.ImageRow, mass: Float[np.ndarray, "W"]) -> None:
     """Draws every word's map over one image, in reading order, with its share of attention on that image.
 
     Maps are relative to the answer's mean (`overlay.relative`).

@@ -161,7 +161,7 @@ def _draw(folder: Path, pictures: list[page.Picture], answers: list[page.Answer]
             maps = answer.maps[number].mean((0, 1))
             title = f"{answer.name}, image {number + 1}: each word against the mean of all; share of its attention here"
             words = [word.text for word in answer.words]
-            row = overlay.Row(title, picture.image, answer.text, words, maps, picture.region)
+            row = overlay.ImageRow(title, picture.image, answer.text, words, maps, picture.region)
             paths.append(folder / f"words_{answer.name.lower().replace(', ', '_')}_{number + 1}.png")
             figures.word_sheet(paths[-1], row, maps.sum((1, 2)))
     return paths

@@ -23,7 +23,7 @@ _FUNCTION_WORDS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One answer about one image.
 
     Attributes:
@@ -43,7 +43,9 @@ class Row:
     region: tuple[float, float, float, float] | None = None
 
 
-def rows_of(model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None) -> list[Row]:
+def rows_of(
+    model, title: str, images: Sequence[Image.Image], messages: list[dict], tokens, method=None
+) -> list[ImageRow]:
     """One row per image of a conversation: where `model` looked while it produced the answer `tokens`.
 
     `images` are those of `messages` in reading order; `method` is the one that produced the answer.
@@ -55,7 +57,7 @@ def rows_of(model, title: str, images: Sequence[Image.Image], messages: list[dic
     rows, fit = [], fitted(model, len(images))
     for image, maps in zip(images, patch_maps(weights, places), strict=True):
         words, joined = by_words(tokens, decode, maps.reshape(-1, *maps.shape[-2:]))
-        rows.append(Row(title, image, decode(tokens), words, joined, seen_region(*image.size, fit)))
+        rows.append(ImageRow(title, image, decode(tokens), words, joined, seen_region(*image.size, fit)))
     return rows
 
 
@@ -97,7 +99,7 @@ def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float,
     return left, top, left + side, top + side
 
 
-def choose_words(row: Row, count: int) -> list[int]:
+def choose_words(row: ImageRow, count: int) -> list[int]:
     """Indices of up to `count` words whose maps differ most from the answer's mean map, in reading order."""
     if not len(row.words):
         return []
@@ -121,7 +123,7 @@ def relative(maps: Float[np.ndarray, "W h w"]) -> Float[np.ndarray, "W h w"]:
     return shares / np.maximum(mean, 1e-3 * mean.max() + 1e-12)
 
 
-def draw(path, rows: Sequence[Row], words: int = 5) -> None:
+def draw(path, rows: Sequence[ImageRow], words: int = 5) -> None:
     """Writes a PNG: for each row the image, the attention of the whole answer, and that of up to `words` words.
 
     The whole answer's map is the mean over words. The single words' maps are relative to it (see `relative`). Every map
@@ -150,7 +152,7 @@ def draw(path, rows: Sequence[Row], words: int = 5) -> None:
     canvas.save(figure, path)
 
 
-def panel(axis, row: Row, heat, title: str) -> None:
+def panel(axis, row: ImageRow, heat, title: str) -> None:
     """Draws a row's image on a matplotlib axis, under a map if `heat` is one."""
     width, height = row.image.size
     # Even a photograph of 50 megapixels is not drawn sharper than this size.

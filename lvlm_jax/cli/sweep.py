@@ -60,7 +60,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def asked(arguments: argparse.Namespace) -> list[grid.Asked]:
+def asked(arguments: argparse.Namespace) -> list[grid.GridQuestion]:
     """The questions that the command line names.
 
     Raises:

@@ -24,7 +24,7 @@ Answers = dict[tuple[str, str], str]  # Question.key -> text
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """One answer in a file, not yet matched to its question; fields that the file lacks are None.
 
     A row has an id, or (as in MME) group, prompt and image, or (as in POPE) its place in the file and a prompt.
@@ -70,7 +70,7 @@ class AnswerFormat:
     repeats: bool = False
     blocks: tuple[str, ...] = ()
 
-    def read(self, path: Path, group: str | None = None) -> list[Row]:
+    def read(self, path: Path, group: str | None = None) -> list[AnswerRow]:
         """The rows of a file, which belongs to `group` if that is not None.
 
         Raises:
@@ -85,13 +85,13 @@ class AnswerFormat:
         rows_of_blocks = [self._in_block(row) for row in rows]
         return rows_of_blocks if group is None else [row for row in rows_of_blocks if row.group == group]
 
-    def _in_block(self, row: Row) -> Row:
+    def _in_block(self, row: AnswerRow) -> AnswerRow:
         block = _block(row)
         if block >= len(self.blocks):
             raise LVLMError(f"{row.where}: id {row.id} is beyond the blocks of {', '.join(self.blocks)}")
         return dataclasses.replace(row, id=str(int(row.id) % BLOCK), group=self.blocks[block])
 
-    def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
+    def row(self, entry: dict, place: int, group: str | None, where: str) -> AnswerRow:
         """Makes a row of the object on line `place` of its file."""
         metadata = entry.get("metadata") if isinstance(entry.get("metadata"), dict) else {}
         own = entry.get("group") or metadata.get("group") or entry.get("category")
@@ -101,14 +101,14 @@ class AnswerFormat:
         row_group = row_group if isinstance(row_group, str) else None
         if self.in_order and "question" in entry and not entry.keys() & set(IDS):
             question, answer_text = (files.field(entry, [name], str, where) for name in ("question", "answer"))
-            return Row(where, None, answer_text, row_group, question, place=place)
+            return AnswerRow(where, None, answer_text, row_group, question, place=place)
         texts = (*self.columns[1:], *TEXTS)
         identity = str(files.field(entry, (*self.columns[:1], *IDS), (int, str), where))
         text = files.field(entry, texts, str, where)
         present = [name for name in dict.fromkeys(texts) if name in entry]
         images = entry.get("image")
         images = images if isinstance(images, list) else [images]
-        return Row(
+        return AnswerRow(
             where,
             self.identity(identity),
             text,
@@ -157,12 +157,12 @@ class AnswerFormat:
         return [path]
 
 
-def _block(row: Row) -> int:
+def _block(row: AnswerRow) -> int:
     """The block that an id lies in, for a file with several groups; 0 for the first block and for other ids."""
     return int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
 
 
-def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[Row]:
+def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: Sequence[str]) -> list[AnswerRow]:
     """All rows of answer files, each with the group that the file belongs to (or None).
 
     Args:
@@ -202,7 +202,7 @@ def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def match(
-    questions: Sequence[Question], rows: Sequence[Row], partial: bool = False, known: Sequence[str] = ()
+    questions: Sequence[Question], rows: Sequence[AnswerRow], partial: bool = False, known: Sequence[str] = ()
 ) -> Answers:
     """Matches answers to questions.
 
@@ -289,7 +289,7 @@ def complete(questions: Sequence[Question], found: Answers) -> None:
         )
 
 
-def _same(question: Question, row: Row) -> bool:
+def _same(question: Question, row: AnswerRow) -> bool:
     """Whether the images and the prompt of a row, if any, equal those of the question."""
     # Without folders and endings: COCO's number occurs as .jpg and as .png.
     names = {Path(name).stem for name in question.image_names}

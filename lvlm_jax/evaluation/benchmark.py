@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.answers import AnswerFormat, AnswerRow
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Figure, Scores
 
 
-def _all_of_them(data: Data, rows: Sequence[Row]) -> Data:
+def _all_of_them(data: Data, rows: Sequence[AnswerRow]) -> Data:
     return data
 
 
@@ -61,7 +61,7 @@ class Benchmark:
     answers: AnswerFormat = AnswerFormat()
     image_places: tuple[str, ...] = (".",)
     descriptions: tuple[str, ...] = ()
-    narrow: Callable[[Data, Sequence[Row]], Data] = _all_of_them
+    narrow: Callable[[Data, Sequence[AnswerRow]], Data] = _all_of_them
 
     def direction(self, figure: str) -> int:
         """1 if a high value of a figure is good, -1 if a low one is, 0 if neither."""

@@ -219,7 +219,7 @@ def length_matched(greedy: str, other: str, truncate: str = "none") -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class ControlAnswers:
     """The answers of one run's controls, by question.
 
     Attributes:
@@ -238,7 +238,7 @@ def report(
     questions: Sequence[Question],
     answers: Mapping[Key, str],
     protocol: Protocol,
-    answered: Answered,
+    answered: ControlAnswers,
     resamples: int,
     seed: int = 0,
 ) -> dict:

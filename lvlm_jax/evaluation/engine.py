@@ -35,7 +35,7 @@ Rounds = Callable[[list[list[Prompt]], int, Callable[[Prompt], Request]], Iterat
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class ModelAnswer:
     """An answer: its text, its number of tokens, and whether it ended by itself."""
 
     text: str
@@ -75,7 +75,7 @@ def ask(
     method: Method | None = None,
     work: Work = DEFAULT,
     title: str = "questions",
-) -> dict[Key, Said]:
+) -> dict[Key, ModelAnswer]:
     """Answers questions, by `Question.key`.
 
     Args:
@@ -101,7 +101,7 @@ def ask(
     else:
         rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))
     rows = _collect(model, questions, protocol, rounds, work, "log", title)
-    return {key: Said(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
+    return {key: ModelAnswer(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
 
 
 def _kept(output: Output) -> list[dict]:

@@ -76,7 +76,7 @@ def at(method: Method, point: Point) -> Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class GridQuestion:
     """A question for the model: its id, the conversation, and the right answer ("yes" or "no") if known."""
 
     id: Any
@@ -84,12 +84,12 @@ class Asked:
     label: str | None = None
 
 
-def of_prompts(texts: Sequence[str], images: Sequence[str]) -> list[Asked]:
+def of_prompts(texts: Sequence[str], images: Sequence[str]) -> list[GridQuestion]:
     """Questions about the same images, numbered from 0."""
-    return [Asked(number, conversation(images, text)) for number, text in enumerate(texts)]
+    return [GridQuestion(number, conversation(images, text)) for number, text in enumerate(texts)]
 
 
-def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Asked]:
+def of_file(path: str, image_folder: str, limit: int | None = None) -> list[GridQuestion]:
     """The first `limit` questions of a question file (`generation.questions`); all without a limit.
 
     Raises:
@@ -104,7 +104,7 @@ def of_file(path: str, image_folder: str, limit: int | None = None) -> list[Aske
     labels = {number: str(entry["label"]).lower() for number, entry in entries.items() if "label" in entry}
     folder = Path(image_folder)
     return [
-        Asked(
+        GridQuestion(
             one.question_id,
             conversation([in_folder(folder, name) for name in one.image_names], one.text),
             labels.get(one.line),
@@ -124,7 +124,7 @@ class Answers:
 
 def answer(
     model: Any,
-    asked: Sequence[Asked],
+    asked: Sequence[GridQuestion],
     method: Method,
     grid: Sequence[Point],
     batch_size: int,
@@ -151,7 +151,7 @@ def answer(
     return answers
 
 
-def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
+def table(asked: Sequence[GridQuestion], grid: Sequence[Point], found: Answers) -> str:
     """One line per point: the share of answers that differ from greedy, their mean length, and the accuracy.
 
     The accuracy is that of the first "yes" or "no" of an answer, if questions have such labels. The last line gives the
@@ -171,7 +171,7 @@ def table(asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> str:
     return "\n".join([*lines, f"questions {len(asked)}, images {len(images)}"])
 
 
-def write(path: Path, asked: Sequence[Asked], grid: Sequence[Point], found: Answers) -> None:
+def write(path: Path, asked: Sequence[GridQuestion], grid: Sequence[Point], found: Answers) -> None:
     """Writes every answer, as JSON lines `{settings, question_id, text}`.
 
     Raises:

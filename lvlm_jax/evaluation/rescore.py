@@ -71,7 +71,7 @@ def rescore(
     everything = benchmark.read(data, settings)
     questions = data.limited(everything)
 
-    def matched(rows: Sequence[answers.Row]) -> answers.Answers:
+    def matched(rows: Sequence[answers.AnswerRow]) -> answers.Answers:
         """Answers to the questions within the limit; a file may have more."""
         all_answers = answers.match(everything, rows, True, settings.groups)
         if not partial:

@@ -18,7 +18,7 @@ import jax
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, controls, engine, rescore, shares, statistics
-from lvlm_jax.evaluation.controls import RUNS, Answered
+from lvlm_jax.evaluation.controls import RUNS, ControlAnswers
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
 from lvlm_jax.evaluation.question import Data, Question
@@ -59,7 +59,7 @@ DEFAULT = Options()
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
+class RunPart:
     """Questions under one protocol and method, and the folder of their answers."""
 
     questions: Sequence[Question]
@@ -67,7 +67,7 @@ class Decoded:
     method: Method | None
     work: Work
 
-    def logged(self) -> shares.Logged:
+    def logged(self) -> shares.LoggedAnswers:
         """The answers so far, of all processes."""
         return shares.read(self.work.folder, "log", self.work.record, self.questions)
 
@@ -119,14 +119,14 @@ class Run:
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         question_files = self._benchmark.question_files(data, protocol)
 
-        def decoded(rule: Protocol, how: Method | None, folder: Path, asked: Sequence[Question]) -> Decoded:
+        def decoded(rule: Protocol, how: Method | None, folder: Path, asked: Sequence[Question]) -> RunPart:
             about = record(rule, asked, question_files, model=path, model_sha256=self.about["model_sha256"],
                            method=how, seed=options.seed, more={"dtype": dtype, "limit": data.limit})  # fmt: skip
             work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
-            return Decoded(asked, rule, how, work)
+            return RunPart(asked, rule, how, work)
 
         self._own = decoded(protocol, method, out, self.questions)
-        self._controls: dict[str, Decoded] = {}
+        self._controls: dict[str, RunPart] = {}
         self._yes_no = [question for question in self.questions if controls.is_yes_no(question)]
         if options.controls is not None:
             for one in controls.decodings(protocol, method):
@@ -145,7 +145,7 @@ class Run:
             return False
         return not self._controls or self._odds().complete(self._yes_no)
 
-    def _odds(self) -> shares.Logged:
+    def _odds(self) -> shares.LoggedAnswers:
         work = self._controls["greedy"].work
         return shares.read(work.folder, "odds", work.record, self._yes_no)
 
@@ -189,9 +189,9 @@ class Run:
             rescore.write(scores, self.out)
         return scores
 
-    def _answered(self) -> Answered:
+    def _answered(self) -> ControlAnswers:
         odds = self._odds().answers
-        return Answered(
+        return ControlAnswers(
             {name: one.texts() for name, one in self._controls.items()},
             {key: row["odds"] for key, row in odds.items()},
             {key: (row["yes"], row["no"]) for key, row in odds.items() if "yes" in row},
@@ -218,7 +218,7 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
     return words
 
 
-def cost(logged: shares.Logged) -> dict:
+def cost(logged: shares.LoggedAnswers) -> dict:
     """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, and the device.
 
     The median is used because the first batch of a shape waits for compilation. Times include images and prompts.

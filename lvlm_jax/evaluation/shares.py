@@ -74,7 +74,7 @@ ALONE = Share()
 
 
 @dataclasses.dataclass(frozen=True)
-class Logged:
+class LoggedAnswers:
     """The content of the logs of all processes.
 
     Attributes:
@@ -90,7 +90,7 @@ class Logged:
         return all(question.key in self.answers for question in questions)
 
 
-def read(folder: Path, name: str, record: Mapping, questions: Sequence[Question]) -> Logged:
+def read(folder: Path, name: str, record: Mapping, questions: Sequence[Question]) -> LoggedAnswers:
     """Reads the logs called `name` in a folder; an incomplete last line is skipped.
 
     Args:
@@ -99,7 +99,7 @@ def read(folder: Path, name: str, record: Mapping, questions: Sequence[Question]
     Raises:
         LVLMError: a file is not a log, was edited, or belongs to a run with other settings.
     """
-    logged = Logged({}, [])
+    logged = LoggedAnswers({}, [])
     keys = {question.key for question in questions}
 
     def entry(row: dict) -> tuple[Key, dict] | None:

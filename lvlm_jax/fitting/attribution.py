@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax import LVLM
-from lvlm_jax.fitting.forced import SIDES, Forced, forced, producing, targets
+from lvlm_jax.fitting.forced import SIDES, ForcedBatch, forced, producing, targets
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method, data
@@ -58,7 +58,7 @@ def _log_likelihood(
 _gradient = jax.jit(jax.grad(_log_likelihood.__wrapped__), static_argnames=("config", "tail_rows", "image_count"))
 
 
-def _call(function, model: LVLM, given: Forced, scales: Float[Array, "L H"]) -> jax.Array:
+def _call(function, model: LVLM, given: ForcedBatch, scales: Float[Array, "L H"]) -> jax.Array:
     rows = jnp.asarray(producing(given))
     return function(scales, model.params, model.config, given.prompt, rows, targets(given), **given.static)
 

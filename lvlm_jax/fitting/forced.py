@@ -16,7 +16,7 @@ from lvlm_jax.training.data.pair_files import Pair
 SIDES = ("good", "bad")
 
 
-class Forced(NamedTuple):
+class ForcedBatch(NamedTuple):
     """B prompts with their answers.
 
     Attributes:
@@ -46,7 +46,7 @@ def answer_tokens(model: LVLM, pairs: Sequence[Pair], side: str) -> list[list[in
     return tokens
 
 
-def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
+def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> ForcedBatch:
     """The pairs' prompts, each followed by its good or its bad answer.
 
     Raises:
@@ -62,14 +62,14 @@ def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> Forced:
     lengths = np.array([len(answer) for answer in answers])
     answer = np.arange(total)[None] >= total - lengths[:, None]
     prompt = branches.embed_prompt(model.params, model.config, laid_out, model.mesh)
-    return Forced(prompt, laid_out.tokens, answer, {"tail_rows": total, "image_count": laid_out.image_count})
+    return ForcedBatch(prompt, laid_out.tokens, answer, {"tail_rows": total, "image_count": laid_out.image_count})
 
 
-def producing(forced: Forced) -> Bool[np.ndarray, "B T"]:
+def producing(forced: ForcedBatch) -> Bool[np.ndarray, "B T"]:
     """The rows that produce the answer's tokens: each is one column before its token."""
     return np.pad(forced.answer[:, 1:], ((0, 0), (0, 1)))
 
 
-def targets(forced: Forced) -> Int[jnp.ndarray, "B T"]:
+def targets(forced: ForcedBatch) -> Int[jnp.ndarray, "B T"]:
     """The token that each row should produce."""
     return jnp.asarray(np.pad(forced.tokens[:, 1:], ((0, 0), (0, 1))).astype(np.int32))

@@ -21,7 +21,7 @@ from lvlm_jax.generation.state import Memory, Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
 from lvlm_jax.methods.base import OTHER_LAYOUTS, OTHER_TOKENS, contrast_kind
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.decoder import Decoded, shift_rotation
+from lvlm_jax.models.decoder import DecoderOutput, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.vision import with_edited_values
 
@@ -279,7 +279,7 @@ def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tap
 
 
 def _finish(
-    params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: Decoded
+    params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: DecoderOutput
 ) -> tuple[State, Step]:
     """Applies the head to the last row, the early exits, and the method's combination of branches."""
     logits = apply(params, config, "head", last)

@@ -34,7 +34,7 @@ LIKELIHOODS = ("logprob", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class LazyQuestion:
     """A question whose images are not read yet.
 
     Attributes:
@@ -123,7 +123,7 @@ class LVLMJax(lmms):
         questions = []
         for request, seed in zip(requests, streams, strict=True):
             text, settings, doc_to_visual, *place = request.args
-            questions.append(Asked(text, self._visuals(doc_to_visual, *place), self._decoding(settings), seed))
+            questions.append(LazyQuestion(text, self._visuals(doc_to_visual, *place), self._decoding(settings), seed))
         answers = [""] * len(requests)
         for number, answer in self._answers(questions):
             answers[number] = answer
@@ -145,7 +145,7 @@ class LVLMJax(lmms):
         for number, request in enumerate(requests):
             text, settings, doc_to_visual, _, *place = request.args
             visuals = self._visuals(doc_to_visual, *place)
-            questions[number] = Asked(text, visuals, self._decoding(settings), streams[number])
+            questions[number] = LazyQuestion(text, visuals, self._decoding(settings), streams[number])
         answers: list[list[str]] = [[] for _ in requests]
         values_for_next_round: list[Any] = [None] * len(requests)
         index = 0
@@ -237,7 +237,7 @@ class LVLMJax(lmms):
         known = {name: settings[name] for name in GENERATION if name in settings}
         return decoding(known, LONGEST_ANSWER, stop)
 
-    def _answers(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str]]:
+    def _answers(self, asked: Sequence[LazyQuestion]) -> Iterator[tuple[int, str]]:
         """(index in `asked`, answer) of all questions, batch by batch."""
         alike: dict[Decoding, list[int]] = {}
         for number, one in enumerate(asked):

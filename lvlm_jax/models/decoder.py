@@ -50,7 +50,7 @@ def shift_rotation(rope: RopeConfig, head_dim: int, shift: Float[Array, "*A B S"
     return Rotation.of(rope, head_dim, shift, shift if shift.ndim == 3 else None)
 
 
-class Decoded(NamedTuple):
+class DecoderOutput(NamedTuple):
     """The result of one pass through the decoder.
 
     Attributes:
@@ -251,7 +251,7 @@ class Decoder(nn.Module):
         caches: tuple[LayerCache, ...] | None = None,
         transforms: tuple[Transform | None, ...] | None = None,
         tap: Tap | None = None,
-    ) -> Decoded:
+    ) -> DecoderOutput:
         """Runs all layers.
 
         Args:
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
             hidden=jnp.stack([streams[i][:, :, rows] for i in tap.hidden]) if tap.hidden else None,
             exits=jnp.stack([streams[i][:, :, -1] for i in tap.exits]) if tap.exits else None,
         )
-        return Decoded(self.norm(x), tuple(all_columns), carries, tapped)
+        return DecoderOutput(self.norm(x), tuple(all_columns), carries, tapped)
 
     def exit_logits(self, hidden: Float[Array, "*T E"], norm: bool) -> Float[Array, "*T V"]:
         """Logits of a hidden state inside the stack, with or without the final norm."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig
-from lvlm_jax.models.decoder import Decoded
+from lvlm_jax.models.decoder import DecoderOutput
 from lvlm_jax.models.pictures import Arrays, Pictures
 
 
@@ -246,7 +246,7 @@ class VisionLanguageModel(nn.Module):
             "another method"
         )
 
-    def decode(self, x, contexts, caches=None, transforms=None, tap=None) -> Decoded:
+    def decode(self, x, contexts, caches=None, transforms=None, tap=None) -> DecoderOutput:
         """See `Decoder.__call__`."""
         return self.language_model(x, contexts, caches, transforms, tap)
 

@@ -34,7 +34,7 @@ from lvlm_jax.pocket.pairs import DESCRIPTION, write_prompts
 from lvlm_jax.pocket.training_report import Arm, Findings
 from lvlm_jax.training import finetune, held_out, pairwise
 from lvlm_jax.training.data import flow_data, pair_batches, pairs, preferences
-from lvlm_jax.training.data.pair_batches import Encoder, Row
+from lvlm_jax.training.data.pair_batches import EncodedRow, Encoder
 from lvlm_jax.training.data.pair_files import read_pairs
 from lvlm_jax.training.data.pair_filters import Filters
 from lvlm_jax.weights import names
@@ -229,7 +229,7 @@ def held_out_pairs(setup: Setup, arms: Mapping[str, Arm], load: Callable) -> Fin
     """Accuracy of the models of `arms` on both sets of held-out pairs; the first one is the starting point."""
     encoder = Encoder(load(setup.base).processor, load(setup.base).config)
     length = min(setup.config[recipe].length for recipe in LEARNT)
-    rows: dict[str, tuple[Row, ...]] = {
+    rows: dict[str, tuple[EncodedRow, ...]] = {
         name: pair_batches.rows_of(read_pairs(setup.pairs(name, True)), encoder.pair, encoder, length, "error")
         for name in preferences.REJECTED
     }

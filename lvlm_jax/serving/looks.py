@@ -17,7 +17,7 @@ from lvlm_jax.serving.errors import ApiError
 from lvlm_jax.serving.limits import Limits
 
 
-class Kept(NamedTuple):
+class KeptAnswer(NamedTuple):
     """An answer with an attention page."""
 
     conversation: list[dict]
@@ -37,12 +37,12 @@ class Looks:
     def __init__(self, model: LVLM, engine: Engine, limits: Limits):
         self._model, self._engine = model, engine
         self._capacity, self._room = limits.looks, limits.look_cache << 20
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._kept: OrderedDict[str, KeptAnswer] = OrderedDict()
 
     def keep(self, ask: Ask, tokens: list[int]) -> str:
         """Stores an answer; returns the path of its page."""
         name = secrets.token_urlsafe(18)
-        self._kept[name] = Kept(ask.conversation, ask.images, ask.method, tokens)
+        self._kept[name] = KeptAnswer(ask.conversation, ask.images, ask.method, tokens)
         while len(self._kept) > self._capacity or sum(one.size for one in self._kept.values()) > self._room:
             self._kept.popitem(last=False)
         return f"/attention/{name}"
@@ -65,7 +65,7 @@ class Looks:
         kept = self._find(name)
         return self._engine.call(lambda: self._maps(kept))
 
-    def _find(self, name: str) -> Kept:
+    def _find(self, name: str) -> KeptAnswer:
         kept = self._kept.get(name)
         if kept is None:
             message = f"this answer's attention is no longer stored (only the newest {self._capacity} are); ask again"
@@ -74,7 +74,7 @@ class Looks:
             raise ApiError(400, "the conversation has no images", "no_images")
         return kept
 
-    def _page(self, kept: Kept) -> str:
+    def _page(self, kept: KeptAnswer) -> str:
         looker = look.Looker(self._model, kept.images, kept.conversation)
         name = kept.method.label if kept.method else "plain"
         question = " ".join(part["text"] for part in kept.conversation[-1]["content"] if part["type"] == "text")
@@ -82,7 +82,7 @@ class Looks:
             looker.answer(name, kept.method, kept.tokens)
         ])  # fmt: skip
 
-    def _maps(self, kept: Kept) -> dict[str, Any]:
+    def _maps(self, kept: KeptAnswer) -> dict[str, Any]:
         """The mean over layers and heads; all images packed one after another for each word (`page.pack`)."""
         model = self._model
         prompt = model.prepare(kept.conversation)

@@ -26,7 +26,7 @@ from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.prompts import Prompt, columns_before, fixed
 
 
-class Kept(NamedTuple):
+class PrefixState(NamedTuple):
     """A prompt's columns before the cut.
 
     Attributes:
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 
 @jit
 def _in_place(
-    kept: Kept, words: Float[Array, "1 W E"], places: Int[Array, "T"]
+    kept: PrefixState, words: Float[Array, "1 W E"], places: Int[Array, "T"]
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "1 W E"]]:
     """The first columns of a left-padded prompt, and the embeddings of the last W columns.
 
@@ -96,7 +96,7 @@ class Prefill:
             embeddings = decode_loop.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
             read = Read(embeddings, jnp.asarray(first.image_id), _axes(first))
             options = {"end": prompt.before, "split": prompt.before, "image_count": first.image_count}
-            prefix = Kept(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
+            prefix = PrefixState(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
             self.prefixes.put(prompt.key, prefix)
         words = decode_loop.embed(model.params, model.config, rest, None)
         before, embeddings = _in_place(prefix, words, prompt.places())

@@ -17,7 +17,7 @@ from lvlm_jax.weights import parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AnsweredPrompt:
     """A prompt and its right answer.
 
     Attributes:
@@ -38,7 +38,7 @@ class Asked:
         return "\n".join(part["text"] for message in self.messages for part in message["content"] if "text" in part)
 
 
-def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tuple[Asked, ...]:
+def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tuple[AnsweredPrompt, ...]:
     """`count` of the prompts of some examples, spread evenly; all if there are fewer.
 
     Raises:
@@ -53,7 +53,7 @@ def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tu
     return tuple(questions[place] for place in places)
 
 
-def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Asked]:
+def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[AnsweredPrompt]:
     for example in examples:
         if isinstance(example, Conversation):
             *prompt, last = example.messages
@@ -64,11 +64,11 @@ def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Asked
             prompt, truth = example.prompt, example.answer
         else:
             continue
-        yield Asked(example.id, with_pictures(prompt, example.images), truth.strip(), example.images)
+        yield AnsweredPrompt(example.id, with_pictures(prompt, example.images), truth.strip(), example.images)
 
 
 def answered(
-    model: LVLM, asked: Sequence[Asked], new_tokens: int, batch: int, trainable: Any, frozen: Any
+    model: LVLM, asked: Sequence[AnsweredPrompt], new_tokens: int, batch: int, trainable: Any, frozen: Any
 ) -> list[Answer]:
     """Greedy answers of the model in training.
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention import Tap
 from lvlm_jax.generation.forward import prompt_context
 from lvlm_jax.methods import Method
-from lvlm_jax.models.decoder import Decoded
+from lvlm_jax.models.decoder import DecoderOutput
 from lvlm_jax.training import placement
 
 Sequence = Mapping[str, jax.Array]
@@ -69,7 +69,7 @@ def decode(
     tap: Tap = NOTHING,
     rngs: Rngs = None,
     axes: Int[Array, "B A T"] | None = None,
-) -> Decoded:
+) -> DecoderOutput:
     """One pass through the decoder, with the attention of the method's main branch in all rows.
 
     Args:

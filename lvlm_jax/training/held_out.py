@@ -22,7 +22,7 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.training.data import pair_batches, reference
-from lvlm_jax.training.data.pair_batches import Encoder, Row
+from lvlm_jax.training.data.pair_batches import EncodedRow, Encoder
 from lvlm_jax.training.objectives.flow_alignment import BASE, Alignment
 from lvlm_jax.training.pairwise import Scorer
 
@@ -32,7 +32,7 @@ MILLI = 1000.0
 
 
 def pair_logprobs(
-    model: LVLM, rows: tuple[Row, ...], encoder: Encoder, method: Method | None, folder: Path, size: int
+    model: LVLM, rows: tuple[EncodedRow, ...], encoder: Encoder, method: Method | None, folder: Path, size: int
 ) -> Float[np.ndarray, "R 2"]:
     """Log-probability of each pair's chosen and rejected answer, the sum over its tokens, stop token included.
 
@@ -81,7 +81,7 @@ def pair_scores(
     return tally.scores(counts, figures, {})
 
 
-def distances(student: LVLM, base: LVLM, rows: Sequence[Row], encoder: Encoder, sevi: SEVI) -> list[dict]:
+def distances(student: LVLM, base: LVLM, rows: Sequence[EncodedRow], encoder: Encoder, sevi: SEVI) -> list[dict]:
     """`id`, `tokens` and DISTANCES (sums over tokens) of each answer; the teacher is `base` under `sevi`."""
     alignment = Alignment(models.build(base.config, _dtype(base)), sevi, mu=1.0)
     measure = jax.jit(alignment.measure)

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.training import answers, loop
-from lvlm_jax.training.answers import Asked
+from lvlm_jax.training.answers import AnsweredPrompt
 from lvlm_jax.training.data import columns, pair_batches, pair_files, reference
 from lvlm_jax.training.data.batches import Batches
-from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row
+from lvlm_jax.training.data.pair_batches import Batch, EncodedRow, Encoder
 from lvlm_jax.training.step import Objective
 from lvlm_jax.training.validation import evaluation
 
@@ -36,10 +36,10 @@ class Samples:
     model: LVLM
     config: ConfigDict
     encoder: Encoder
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    train: tuple[EncodedRow, ...]
+    held_out: tuple[EncodedRow, ...]
     shares: tuple[tuple[int, float], ...] = ()
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[AnsweredPrompt, ...] = ()
 
     @classmethod
     def read(
@@ -47,7 +47,7 @@ class Samples:
         model: LVLM,
         config: ConfigDict,
         reader: Callable[[str], Sequence[Any]],
-        encode: Callable[[Encoder, Any], Row],
+        encode: Callable[[Encoder, Any], EncodedRow],
         kind: str,
         example: str,
     ) -> "Samples":
@@ -71,7 +71,7 @@ class Samples:
             columns.refuse_unused(examples, columns.words(config.ignore), path)
             return examples
 
-        def rows_of(examples: Sequence[Any]) -> tuple[Row, ...]:
+        def rows_of(examples: Sequence[Any]) -> tuple[EncodedRow, ...]:
             return pair_batches.rows_of(examples, encoded, encoder, config.length, config.too_long)
 
         files = [rows_of(examples_of(path)) for path in columns.files(config.data)]
@@ -110,7 +110,7 @@ class Samples:
             score, identity, folder: see `reference.with_reference`, where `identity` is `settings`.
         """
 
-        def known(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        def known(rows: tuple[EncodedRow, ...]) -> tuple[EncodedRow, ...]:
             if not rows:
                 return rows
             params, mesh = self.model.params, self.model.mesh

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from lvlm_jax.training import placement
-from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
+from lvlm_jax.training.data.pair_batches import Batch, EncodedRow, Encoder, in_order
 from lvlm_jax.training.losses import Mean
 
 Objective = Callable[[Any, Any, Batch, jax.Array | None], dict[str, Mean]]
@@ -19,7 +19,7 @@ def on_mesh(batch: Batch, mesh: Mesh | None) -> Batch:
 
 
 def evaluation(
-    objective: Objective, rows: Sequence[Row], encoder: Encoder, size: int, mesh: Mesh | None
+    objective: Objective, rows: Sequence[EncodedRow], encoder: Encoder, size: int, mesh: Mesh | None
 ) -> Callable[[Any, Any], dict[str, Mean]] | None:
     """The `evaluate` of a `loop.Task`: the objective's metrics over all rows, without dropout; None without rows.
 

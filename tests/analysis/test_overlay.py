@@ -24,7 +24,7 @@ def test_relative_maps_take_away_what_all_words_share():
 
 
 def row(maps, words, text="An answer costs $5 and $6"):
-    return overlay.Row("CMAC", Image.new("RGB", (30, 20)), text, words, maps)
+    return overlay.ImageRow("CMAC", Image.new("RGB", (30, 20)), text, words, maps)
 
 
 def test_words_that_stand_out_are_chosen_in_reading_order():

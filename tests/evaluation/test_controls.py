@@ -16,7 +16,7 @@ from PIL import Image
 from lvlm_jax import methods
 from lvlm_jax.cli import evaluate
 from lvlm_jax.evaluation import BENCHMARKS, Data, Question, controls, get
-from lvlm_jax.evaluation.controls import Answered, PlausibilityCut
+from lvlm_jax.evaluation.controls import ControlAnswers, PlausibilityCut
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.methods import Readout
@@ -165,7 +165,7 @@ def test_chair_at_equal_length(tmp_path):
     greedy = {q.key: "There is a dog. And a cat." for q in questions}
 
     def report(asked, said, plain):
-        answered = Answered(dict.fromkeys(("greedy", "temperature", "plausibility"), plain), {})
+        answered = ControlAnswers(dict.fromkeys(("greedy", "temperature", "plausibility"), plain), {})
         return controls.report(BENCHMARKS["chair"], asked, said, get("chair/512"), answered, 50)
 
     found = report(questions, short, greedy)
@@ -203,7 +203,7 @@ def test_a_method_that_only_says_yes_more_often_is_found_out():
     def report(answered):
         return controls.report(BENCHMARKS["pope"], questions, method, get("pope/strict"), answered, 300)
 
-    found = report(Answered(said, odds, chances))
+    found = report(ControlAnswers(said, odds, chances))
     verdicts = {name: one["verdicts"]["random: accuracy"] for name, one in found.items()}
     better = dict.fromkeys(("greedy", "temperature", "olm-sampled"), "significantly better")
     same = dict.fromkeys(("plausibility", "threshold", "olm", "pba"), "no difference shown")
@@ -213,7 +213,7 @@ def test_a_method_that_only_says_yes_more_often_is_found_out():
     own, _ = scored("pope/strict", questions, texts)
     assert found["olm"]["figures"]["random: accuracy"]["value"] == pytest.approx(own["random: accuracy"], abs=1e-6)
     # Logs from before OLM have no probabilities.
-    assert report(Answered(said, odds)) == {name: one for name, one in found.items() if "olm" not in name}
+    assert report(ControlAnswers(said, odds)) == {name: one for name, one in found.items() if "olm" not in name}
     threshold = found["threshold"]
     right = sum(method[q.key].startswith(q.label.capitalize()) for q in questions)
     assert threshold["figures"]["random: accuracy"]["value"] == pytest.approx(right / 80)

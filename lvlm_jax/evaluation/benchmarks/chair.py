@@ -18,7 +18,7 @@ import numpy as np
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import folders, nltk_words, parsers
-from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.answers import AnswerFormat, AnswerRow
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.chair_truth import annotation_files, read_annotations, read_chair_pickle
 from lvlm_jax.evaluation.chair_words import tokens
@@ -254,7 +254,7 @@ def _number(written: str) -> str:
     return match[1] if match else written
 
 
-def captioned(data: Data, rows: Sequence[Row]) -> Data:
+def captioned(data: Data, rows: Sequence[AnswerRow]) -> Data:
     """Without an image list, the questions are about the images that have a caption.
 
     Raises:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers
-from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.answers import AnswerFormat, AnswerRow
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.protocol import LLAVA_SUFFIX, Protocol
 from lvlm_jax.evaluation.question import Data, Question
@@ -145,13 +145,13 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 class Predictions(AnswerFormat):
     """The question file with `model_prediction` in each entry, as for the official scorer."""
 
-    def row(self, entry: dict, place: int, group: str | None, where: str) -> Row:
+    def row(self, entry: dict, place: int, group: str | None, where: str) -> AnswerRow:
         """Makes a row; an entry without a prediction is read like a line of other benchmarks."""
         if PREDICTION not in entry:
             return super().row(entry, place, group, where)
         category, identity = _key(entry, where)
         image = _image(entry, where) if "filename" in entry else None
-        return Row(
+        return AnswerRow(
             where,
             identity,
             files.field(entry, [PREDICTION], str, where),

@@ -11,7 +11,7 @@ from pathlib import Path
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import binary, folders, parsers
-from lvlm_jax.evaluation.answers import AnswerFormat, Row
+from lvlm_jax.evaluation.answers import AnswerFormat, AnswerRow
 from lvlm_jax.evaluation.benchmark import Benchmark
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.question import Data, Question
@@ -146,7 +146,7 @@ def _points(task: str) -> Figure:
 class TextFiles(AnswerFormat):
     """A folder with one text file per subtask, of lines "image, tab, question, tab, truth, tab, answer"."""
 
-    def read(self, path: Path, group: str | None = None) -> list[Row]:
+    def read(self, path: Path, group: str | None = None) -> list[AnswerRow]:
         """The rows of a text file, without ids; other files are read as JSON lines."""
         if path.suffix != ".txt":
             return super().read(path, group)
@@ -159,7 +159,7 @@ class TextFiles(AnswerFormat):
             if len(cells) != 4:
                 raise LVLMError(f"{where} has {len(cells)} cells; expected image, question, truth, answer between tabs")
             image, question, _, text = cells
-            rows.append(Row(where, None, text, group or path.stem, question.strip(), (image.strip(),)))
+            rows.append(AnswerRow(where, None, text, group or path.stem, question.strip(), (image.strip(),)))
         return rows
 
     def write(

@@ -15,7 +15,7 @@ from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.report.cells import Cell
 from lvlm_jax.evaluation.report.examples import Example
-from lvlm_jax.evaluation.report.tables import Column, Report, Row, Section, Table
+from lvlm_jax.evaluation.report.tables import Column, Report, Section, Table, TableRow
 from lvlm_jax.version import __version__
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -138,7 +138,7 @@ def _head(column: Column) -> str:
     return escaped(column.name) + {1: " ↑", -1: " ↓", 0: ""}[column.good]
 
 
-def _name(row: Row) -> str:
+def _name(row: TableRow) -> str:
     return escaped(row.name) + (f" ({escaped(row.settings)})" if row.settings else "")
 
 

@@ -25,7 +25,7 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row: the group it stands in (a model, or a method), its name, its settings, and a cell for each column."""
 
     group: str
@@ -40,7 +40,7 @@ class Table:
 
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -239,7 +239,7 @@ class Report:
             cells = tuple(
                 self.figure(run, run and headline(run, column.name)) for run, column in zip(runs, columns, strict=True)
             )
-            rows.append(Row(line.model, line.name, line.settings, cells))
+            rows.append(TableRow(line.model, line.name, line.settings, cells))
         return Table("", columns, tuple(rows), tuple(self.remarks()))
 
     def remarks(self) -> Iterator[str]:
@@ -267,7 +267,7 @@ class Report:
         for heading, named in arranged(name for _, run in members for name in run.figures).items():
             columns = tuple(self.column(name, protocol, title) for title, name in named.items())
             rows = tuple(
-                Row(line.model, line.name, line.which, tuple(self.figure(run, name) for name in named.values()))
+                TableRow(line.model, line.name, line.which, tuple(self.figure(run, name) for name in named.values()))
                 for line, run in members
             )
             yield Table(f"{protocol}: {heading}", columns, rows, (self.size(protocol),))
@@ -289,7 +289,7 @@ class Report:
                 for name, direction in zip(names, directions, strict=True)
             )
             rows.append(
-                Row(group, "the method itself", "", (Cell("" if run.controls else "no controls were run"), *own))
+                TableRow(group, "the method itself", "", (Cell("" if run.controls else "no controls were run"), *own))
             )
             for title, control in run.controls.items():
                 cells = (
@@ -301,7 +301,7 @@ class Report:
                 said = judged(run.benchmark, control.differences, list(filter(None, names)), run.questions)
                 if not control.differences:
                     said = control.words or said
-                rows.append(Row(group, title, control.about, (Cell(said), *cells)))
+                rows.append(TableRow(group, title, control.about, (Cell(said), *cells)))
         return Table(protocol, columns, tuple(rows), (self.size(protocol),))
 
     def answers(self, protocol: str) -> Table:
@@ -315,7 +315,7 @@ class Report:
                 cells += [number(compared.only_here), number(compared.only_there)]
                 cells += [number(compared.p, f"{compared.p:.3g}")]
             cells += [number(None)] * (len(names) - len(cells))
-            rows.append(Row(line.model, line.name, line.which, tuple(cells)))
+            rows.append(TableRow(line.model, line.name, line.which, tuple(cells)))
         return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))
 
     def cost(self, protocol: str) -> Table:
@@ -338,7 +338,7 @@ class Report:
             length = number(own.tokens, None if own.tokens is None else f"{own.tokens:.1f}")
             time = number(own.milliseconds, f"{own.milliseconds:.1f}" if own.milliseconds else "not recorded")
             cells = (length, number(own.batch), time, ratio)
-            rows.append(Row(line.model, line.name, line.which, cells))
+            rows.append(TableRow(line.model, line.name, line.which, cells))
         columns = tuple(Column(name, protocol, good) for name, good in names.items())
         return Table(protocol, columns, tuple(rows), (self.size(protocol),))
 
@@ -361,5 +361,5 @@ class Report:
                 run.record["version"],
             )
             cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found))
-            rows.append(Row(line.model, line.name, line.settings, tuple(cells)))
+            rows.append(TableRow(line.model, line.name, line.settings, tuple(cells)))
         return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))

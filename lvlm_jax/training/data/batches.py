@@ -12,7 +12,7 @@ import grain
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training.data import pictures
-from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, Shape, assemble, shape_of
+from lvlm_jax.training.data.pair_batches import Batch, EncodedRow, Encoder, Shape, assemble, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batches:
         shares: (number of rows of a file, its share of the batches) for each file; empty: all rows equally often.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[EncodedRow, ...]
     encoder: Encoder
     batch: int
     accumulate: int = 1

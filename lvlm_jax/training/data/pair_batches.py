@@ -47,7 +47,7 @@ def pictures_of(sequence: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class EncodedRow:
     """One pair or conversation, tokenised.
 
     Attributes:
@@ -93,7 +93,7 @@ class Encoder:
     processor: Any
     config: FamilyConfig
 
-    def pair(self, pair: Pair) -> Row:
+    def pair(self, pair: Pair) -> EncodedRow:
         """A pair's two sequences: the prompt followed by an answer to learn.
 
         Raises:
@@ -103,7 +103,7 @@ class Encoder:
         others = {} if pair.rejected_images is None else {"rejected": pair.rejected_images}
         return self.row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True, others)
 
-    def conversation(self, conversation: Conversation) -> Row:
+    def conversation(self, conversation: Conversation) -> EncodedRow:
         """A conversation of which every answer is learned.
 
         Raises:
@@ -117,11 +117,13 @@ class Encoder:
             )
         return self.row(conversation, {CONVERSATION[0]: conversation.messages}, False)
 
-    def length(self, row: Row) -> int:
+    def length(self, row: EncodedRow) -> int:
         """Number of tokens of the row's longest sequence, image tokens included."""
         return max(sequence.length for sequence in row.sequences.values())
 
-    def pictures(self, rows: Sequence[Row], prompts: Sequence[np.ndarray], sequence: str = "") -> Pictures | None:
+    def pictures(
+        self, rows: Sequence[EncodedRow], prompts: Sequence[np.ndarray], sequence: str = ""
+    ) -> Pictures | None:
         """The tower's inputs for the images of some rows; None without images.
 
         Args:
@@ -141,7 +143,7 @@ class Encoder:
         messages: dict[str, list[dict]],
         last_only: bool,
         pictures: dict[str, tuple] | None = None,
-    ) -> Row:
+    ) -> EncodedRow:
         """A row of several sequences about the images of an example.
 
         Args:
@@ -168,7 +170,7 @@ class Encoder:
                 inputs.check_ids(tokens.ids, self.config)
                 sequences[name] = placeholders_of.laid_out(tokens, self.config)
                 prompt = prompt or self._text(messages_of[:-1], True)
-        return Row(example.id, example.images, sequences, prompt=prompt, pictures=others, weight=example.weight)
+        return EncodedRow(example.id, example.images, sequences, prompt=prompt, pictures=others, weight=example.weight)
 
     def _placeholders(self, row: str, images: Sequence[Any]) -> Placeholders:
         with _about(f"row {row}"):
@@ -195,7 +197,7 @@ class Encoder:
         stops = self.config.eos_token_ids
         return answer_tokens.encode(self.processor, stops, messages, last_only, known.expanded)
 
-    def _part(self, row: Row, images: Sequence[Any]) -> dict[str, Any]:
+    def _part(self, row: EncodedRow, images: Sequence[Any]) -> dict[str, Any]:
         """The processor's arrays for images of a row."""
         if not images:
             return {}
@@ -214,8 +216,8 @@ def _about(what: str) -> Iterator[None]:
 
 
 def rows_of(
-    examples: Sequence[Any], encode: Callable[[Any], Row], encoder: Encoder, longest: int, too_long: str
-) -> tuple[Row, ...]:
+    examples: Sequence[Any], encode: Callable[[Any], EncodedRow], encoder: Encoder, longest: int, too_long: str
+) -> tuple[EncodedRow, ...]:
     """Examples as rows.
 
     Args:
@@ -246,13 +248,13 @@ def rows_of(
     return short_rows
 
 
-def alike(rows: Sequence[Row]) -> tuple[Row, ...]:
+def alike(rows: Sequence[EncodedRow]) -> tuple[EncodedRow, ...]:
     """Gives all rows one structure: if one row has its own images for a sequence, all have."""
     own = {name for row in rows for name in row.pictures}
     return tuple(dataclasses.replace(row, pictures=dict.fromkeys(own, row.images) | row.pictures) for row in rows)
 
 
-def shape_of(rows: Sequence[Row], encoder: Encoder, count: int) -> Shape:
+def shape_of(rows: Sequence[EncodedRow], encoder: Encoder, count: int) -> Shape:
     """Sizes for any `count` rows of `rows`: I is a multiple of the row count, the others are buckets of the token
     layout."""
     most_images = sorted((len(row.images) for row in rows), reverse=True)[:count]
@@ -261,13 +263,13 @@ def shape_of(rows: Sequence[Row], encoder: Encoder, count: int) -> Shape:
     return Shape(count, length, bucket(int(answers)), multiple_of(count, sum(most_images)))
 
 
-def image_count(rows: Sequence[Row]) -> int:
+def image_count(rows: Sequence[EncodedRow]) -> int:
     """The largest number of images in a row, rounded up to a power of two; at least 1."""
     largest = max(len(row.images) for row in rows)
     return 1 << max(largest - 1, 0).bit_length()
 
 
-def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: Shape) -> Batch:
+def assemble(encoder: Encoder, rows: Sequence[EncodedRow], ids: Sequence[int], shape: Shape) -> Batch:
     """Up to `shape.rows` rows as one batch; the rest is padding with weight 0.
 
     Raises:
@@ -305,7 +307,7 @@ def assemble(encoder: Encoder, rows: Sequence[Row], ids: Sequence[int], shape: S
     return batch
 
 
-def in_order(rows: Sequence[Row], encoder: Encoder, size: int) -> Iterator[Batch]:
+def in_order(rows: Sequence[EncodedRow], encoder: Encoder, size: int) -> Iterator[Batch]:
     """All rows once, in batches of one shape; the last one is padded with rows of weight 0."""
     shape = shape_of(rows, encoder, size)
     for start in range(0, len(rows), size):
@@ -313,7 +315,7 @@ def in_order(rows: Sequence[Row], encoder: Encoder, size: int) -> Iterator[Batch
         yield assemble(encoder, chunk, range(start, start + len(chunk)), shape)
 
 
-def _names(rows: Sequence[Row]) -> str:
+def _names(rows: Sequence[EncodedRow]) -> str:
     return ", ".join(row.id for row in rows)
 
 

@@ -39,7 +39,7 @@ _PICTURES = ("image", "image_url")  # types of parts that are an image, and the 
 _SOURCES = ("image", "image_url", "url", "path", "value")
 
 
-class Row(NamedTuple):
+class PairRow(NamedTuple):
     """One pair of a file.
 
     Attributes:
@@ -61,7 +61,7 @@ class Dialogue(NamedTuple):
     used: tuple[str, ...]
 
 
-def read_row(row: dict, where: str) -> Row:
+def read_row(row: dict, where: str) -> PairRow:
     """The pair of a row in any of the formats, recognised by its keys."""
     refuse_columns(row, where)
     if set(LIKED) <= row.keys() and not set(ANSWERS) & row.keys():
@@ -75,19 +75,19 @@ def read_row(row: dict, where: str) -> Row:
         return _implicit(pair, where)._replace(used=tuple(f"{name}_messages" for name in ANSWERS))
     if "conversations" in row:
         messages = [as_message(message, where) for message in field(row, ("conversations",), list, where)]
-        return Row(_with_system(row, messages, where), *_answers(row, where), ("conversations", "system", *ANSWERS))
+        return PairRow(_with_system(row, messages, where), *_answers(row, where), ("conversations", "system", *ANSWERS))
     if "question" in row:
-        return Row([_user(row, "question", where)], *_answers(row, where), ("question", *ANSWERS))
+        return PairRow([_user(row, "question", where)], *_answers(row, where), ("question", *ANSWERS))
     if "instruction" in row:
         messages, used_keys = _instruction(row, where)
-        return Row(messages, *_answers(row, where), (*used_keys, *ANSWERS))
+        return PairRow(messages, *_answers(row, where), (*used_keys, *ANSWERS))
     if "prompt" in row:
         prompt = field(row, ("prompt",), (str, list), where)
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
         else:
             messages = [as_message(message, where) for message in prompt]
-        return Row(messages, *_answers(row, where), ("prompt", *ANSWERS))
+        return PairRow(messages, *_answers(row, where), ("prompt", *ANSWERS))
     return _implicit(row, where)
 
 
@@ -247,7 +247,7 @@ def _with_system(row: dict, messages: list[Message], where: str) -> list[Message
     return [{"role": "system", "content": field(row, ("system",), str, where)}, *messages]
 
 
-def _packed(row: dict, where: str) -> Row:
+def _packed(row: dict, where: str) -> PairRow:
     """RLHF-V's first release: question and answers are a JSON string in the field `text`."""
     inner = field(row, ("text",), (str, dict), where)
     if isinstance(inner, str):
@@ -261,7 +261,7 @@ def _packed(row: dict, where: str) -> Row:
     return parsed._replace(used=("text",))
 
 
-def _implicit(row: dict, where: str) -> Row:
+def _implicit(row: dict, where: str) -> PairRow:
     """TRL's pairs without a prompt: both answers are whole conversations, and their common beginning is the prompt."""
     chosen, rejected = (row.get(name) for name in ANSWERS)
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
@@ -276,4 +276,4 @@ def _implicit(row: dict, where: str) -> Row:
     texts = (
         answer_text(answer[shared:], name, where) for name, answer in zip(ANSWERS, (chosen, rejected), strict=True)
     )
-    return Row([as_message(message, where) for message in chosen[:shared]], *texts, ANSWERS)
+    return PairRow([as_message(message, where) for message in chosen[:shared]], *texts, ANSWERS)

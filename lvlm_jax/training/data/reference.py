@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 
 from lvlm_jax import files, parallel
 from lvlm_jax.journal import progress
-from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row, in_order
+from lvlm_jax.training.data.pair_batches import Batch, EncodedRow, Encoder, in_order
 from lvlm_jax.training.data.pictures import Cropped, Picture
 from lvlm_jax.training.validation import on_mesh
 from lvlm_jax.weights.fingerprint import fingerprint
 
 
 def with_reference(
-    rows: tuple[Row, ...],
+    rows: tuple[EncodedRow, ...],
     encoder: Encoder,
     score: Callable[[Any, Batch], jax.Array],
     params: Any,
@@ -35,7 +35,7 @@ def with_reference(
     folder: Path,
     size: int,
     mesh: Mesh | None = None,
-) -> tuple[Row, ...]:
+) -> tuple[EncodedRow, ...]:
     """Rows with their answer tokens' log-probabilities under `params`, from the cache if it has them.
 
     Args:
@@ -64,7 +64,7 @@ def with_reference(
     )
 
 
-def digest(rows: Sequence[Row], encoder: Encoder, params: Any, settings: dict) -> str:
+def digest(rows: Sequence[EncodedRow], encoder: Encoder, params: Any, settings: dict) -> str:
     """A hash of the parameters, the rows' tokens and images, the image processor and the settings.
 
     Image files are identified by path, size and time of change; their contents are not read.
@@ -90,7 +90,7 @@ def _stamp(image: Picture) -> bytes:
 
 
 def _compute(
-    rows: tuple[Row, ...], encoder: Encoder, score: Callable, params: Any, size: int, mesh: Mesh | None
+    rows: tuple[EncodedRow, ...], encoder: Encoder, score: Callable, params: Any, size: int, mesh: Mesh | None
 ) -> np.ndarray:
     """The log-probabilities of all answer tokens of all rows, concatenated."""
     pieces = []

@@ -26,7 +26,7 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.training import loop, pairwise
 from lvlm_jax.training.data import labelled
 from lvlm_jax.training.data.labelled import Labelled
-from lvlm_jax.training.data.pair_batches import Batch, Encoder, Row
+from lvlm_jax.training.data.pair_batches import Batch, EncodedRow, Encoder
 from lvlm_jax.training.data.pair_files import assistant
 from lvlm_jax.training.losses import Mean
 from lvlm_jax.training.pairwise import Scorer
@@ -96,7 +96,7 @@ def metrics(
     return losses(policy, reference, mask, batch["desirable"], batch["weight"], **settings)
 
 
-def encode(encoder: Encoder, example: Labelled) -> Row:
+def encode(encoder: Encoder, example: Labelled) -> EncodedRow:
     """An answer and the mismatched one after the same prompt. Raises `LVLMError` as `Encoder.pair`."""
     texts = (example.answer, example.mismatched)
     messages = {name: [*example.prompt, assistant(text.strip())] for name, text in zip(SEQUENCES, texts, strict=True)}

@@ -39,7 +39,7 @@ from lvlm_jax.processors.layout import multiple_of
 from lvlm_jax.training import loop
 from lvlm_jax.training.data import columns, pair_files
 from lvlm_jax.training.data.batches import Batches
-from lvlm_jax.training.data.pair_batches import PAIR, Encoder, Row
+from lvlm_jax.training.data.pair_batches import PAIR, EncodedRow, Encoder
 from lvlm_jax.training.data.pair_files import Pair
 from lvlm_jax.training.losses import Mean
 from lvlm_jax.training.preference_losses import per_pair, preferred
@@ -52,13 +52,13 @@ FILE = "method.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked(Row):
+class PromptedRow(EncodedRow):
     """A row with its prompt as at inference."""
 
     conversation: tuple = ()
 
 
-def asked(encoder: Encoder, pair: Pair) -> Asked:
+def asked(encoder: Encoder, pair: Pair) -> PromptedRow:
     """Turns a pair into a row.
 
     Raises:
@@ -67,7 +67,7 @@ def asked(encoder: Encoder, pair: Pair) -> Asked:
     if pair.rejected_images is not None:
         raise LVLMError(f"row {pair.id} has rejected_images; learned_method compares answers about the same pictures")
     row = encoder.pair(pair)
-    return Asked(**{field.name: getattr(row, field.name) for field in dataclasses.fields(row)},
+    return PromptedRow(**{field.name: getattr(row, field.name) for field in dataclasses.fields(row)},
                  conversation=tuple(pair.conversation()))  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class Scored:
         order = self.batches.order(step)
         return self.of([self.batches.rows[index] for index in order], order, len(order))
 
-    def of(self, rows: Sequence[Asked], ids: Sequence[int], size: int) -> dict[str, Any]:
+    def of(self, rows: Sequence[PromptedRow], ids: Sequence[int], size: int) -> dict[str, Any]:
         """Rows as a batch of `size`; the rest is padding with weight 0."""
         padded = [*rows, *[rows[-1]] * (size - len(rows))]
         prompt = self.model.prepare([list(row.conversation) for row in padded])
@@ -166,7 +166,7 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
 
 
 def _evaluation(
-    pure: Callable, strengths: Strengths, source: Scored, rows: Sequence[Asked]
+    pure: Callable, strengths: Strengths, source: Scored, rows: Sequence[PromptedRow]
 ) -> Callable[[Any, Any], dict[str, Mean]]:
     """The `evaluate` of the task: the metrics over all rows."""
     score = jax.jit(pure)

@@ -28,7 +28,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.training import loop, pairwise
 from lvlm_jax.training.data import pair_files
-from lvlm_jax.training.data.pair_batches import PAIR, Batch, Encoder, Row
+from lvlm_jax.training.data.pair_batches import PAIR, Batch, EncodedRow, Encoder
 from lvlm_jax.training.data.pair_files import Pair, assistant
 from lvlm_jax.training.data.pictures import Cropped
 from lvlm_jax.training.losses import Mean
@@ -92,7 +92,7 @@ def metrics(
     return losses(policy, reference, mask, batch["weight"], **settings)
 
 
-def encode(smallest: float, largest: float, seed: int, encoder: Encoder, pair: Pair) -> Row:
+def encode(smallest: float, largest: float, seed: int, encoder: Encoder, pair: Pair) -> EncodedRow:
     """A pair's three sequences. Parts of images depend on the seed, the row's id and the image's number.
 
     Args:

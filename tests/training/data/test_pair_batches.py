@@ -27,7 +27,7 @@ def test_padding_is_on_the_right_and_in_buckets(rows, encoder):
     assert batch["weight"].tolist() == [1, 1, 0]
     assert shape_of(rows[1:3], encoder, 2) == pair_batches.Shape(2, 96, 64, 4)
     # The number of pictures is a power of two.
-    four = [pair_batches.Row("", (None,) * 3, {})]
+    four = [pair_batches.EncodedRow("", (None,) * 3, {})]
     assert [pair_batches.image_count(some) for some in (rows[:1], rows, four)] == [1, 2, 4]
 
 
