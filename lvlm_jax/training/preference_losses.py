@@ -145,11 +145,11 @@ def metrics(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> dict[str, Mean]:
-    """Everything that is learned from or watched in B pairs of answers of at most A tokens.
+    """All training and monitoring metrics of B pairs of answers of at most A tokens.
 
     Args:
         policy, reference: log-probabilities of the answer tokens; chosen first, then rejected.
-        mask: which of the A places hold a token.
+        mask: which of the A positions have a token.
         weight: of each pair; 0 leaves it out.
         loss: one of LOSSES, or several as `mixture` takes them.
         label_smoothing: ε.
@@ -159,7 +159,7 @@ def metrics(
         token), `rewards/chosen`, `rewards/rejected` (β Δ), `rewards/margin` (β h), `rewards/accuracy` (h > 0, a tie
         counts half), `logps/chosen`, `logps/rejected` (log π of the whole answer). Per token: `sft` (-log π of the
         chosen tokens), and `drift`, the mean of r - 1 - log r with r = π / π_ref: 0 at the start and never negative.
-        It estimates KL(π_ref ‖ π) where the answers are the reference's own samples.
+        It estimates KL(π_ref ‖ π) if the answers are sampled from the reference.
     """
     policy, reference = jnp.where(mask, policy, 0.0), jnp.where(mask, reference, 0.0)
     tokens = mask.sum(axis=-1, dtype=jnp.float32)

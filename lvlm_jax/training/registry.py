@@ -1,7 +1,8 @@
-"""The objectives of training, by the word that a config has in `recipe`.
+"""The objectives of training, by their name in a config's field `recipe`.
 
-Every file of `objectives/` has one `OBJECTIVE`, an `Objective` of the file's name. A file is imported when its word is
-asked for. Other packages add theirs with `register`: an `Objective`, or a `Recipe` where the run is no fine-tuning.
+Every file of `objectives/` defines one `OBJECTIVE`, an `Objective` with the file's name. A file is imported when its
+name is looked up. Other packages add theirs with `register`: an `Objective`, or a `Recipe` if the run is not
+fine-tuning.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from lvlm_jax.training.loop import Task
 
 
 class Check(NamedTuple):
-    """What one field of a config must be.
+    """The allowed values of one field of a config.
 
     Attributes:
         field: its name; in the checks of an objective, within the objective's section.
-        expected: the values that are accepted, in words.
-        holds: whether a value is one of them.
+        expected: the accepted values, in words.
+        holds: whether a value is accepted.
     """
 
     field: str
@@ -36,28 +37,28 @@ class Check(NamedTuple):
 
 
 def one_of(field: str, choices: tuple[str, ...]) -> Check:
-    """The check of a field that is one of a few words."""
+    """The check of a field that must be one of a few words."""
     return Check(field, f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What fine-tuning minimises, and the fields of a config that belong to it.
+    """What fine-tuning minimises, and the fields of its config.
 
     Attributes:
         name: the word in `recipe`.
         task: (model, module, config, workdir) -> the task: the base model, its module for training, the run's
             checked configuration, and the run's folder. Raises `LVLMError` for data that cannot be used.
-        section: the config's section that holds the objective's own fields; "" where it has none.
+        section: the section of the config with the objective's own fields; "" if it has none.
         defaults: these fields with their defaults.
-        docs: what each of them means, for `lvlm train --help`.
-        checks: what single fields must be.
-        check: refuses fields that do not go together, with an `LVLMError`; it is given the whole config.
-        with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model beside the trained
-            one. Called in full fine-tuning, where the frozen part alone is not that model.
-        shared: fields that all objectives have, and what they are here unless a config says otherwise.
-        divide: (model, config) -> (trainable, frozen), where something else is trained than the model's parameters.
-        export: (trained, model, config, workdir) -> what was written, in the place of a checkpoint.
+        docs: the meaning of each of these fields, for `lvlm train --help`.
+        checks: checks of single fields.
+        check: refuses combinations of fields with an `LVLMError`; its argument is the whole config.
+        with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model too. Called in full
+            fine-tuning, where the frozen part does not contain that model.
+        shared: the objective's own defaults for fields that all objectives have.
+        divide: (model, config) -> (trainable, frozen), if the trainable parameters are not the model's.
+        export: (trained, model, config, workdir) -> the path of the result, if it is not a checkpoint.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A training run with a configuration of its own, all of it.
+    """A training run with its own, complete configuration.
 
     Attributes:
         name: the word in `recipe`.
@@ -90,10 +91,10 @@ _registered: dict[str, Objective | Recipe] = {}
 
 
 def register(entry: Objective | Recipe) -> None:
-    """Makes an objective or a recipe of another package known by its name.
+    """Registers an objective or a recipe of another package.
 
     Raises:
-        LVLMError: another one has that name.
+        LVLMError: the name is taken.
     """
     if entry.name in _own() or _registered.get(entry.name, entry) != entry:
         raise LVLMError(f"the recipe name {entry.name!r} is taken; give the new one another name")
@@ -101,12 +102,12 @@ def register(entry: Objective | Recipe) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """The words that `find` knows, in alphabetical order."""
+    """The names that `find` accepts, in alphabetical order."""
     return tuple(sorted((*_own(), *_registered)))
 
 
 def find(name: str) -> Objective | Recipe:
-    """The objective or recipe of a name.
+    """Returns the objective or recipe with a name.
 
     Raises:
         LVLMError: there is none.
@@ -119,7 +120,7 @@ def find(name: str) -> Objective | Recipe:
 
 
 def all_objectives() -> tuple[Objective, ...]:
-    """Every objective, in the order of their names."""
+    """All objectives, in the order of their names."""
     return tuple(entry for entry in map(find, names()) if isinstance(entry, Objective))
 
 

@@ -1,4 +1,4 @@
-"""From the files that a config names to the batches of a task: what objectives have in common."""
+"""Reads the files that a config names, and makes batches of them; shared by the objectives."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ class Samples:
 
     Attributes:
         model: the base model.
-        config: the run's, of which the fields of all objectives are read.
-        encoder: from a sample to arrays.
-        train: what is learned from.
-        held_out: those of `config.validation`; empty without such a file.
-        asked: prompts among the latter that are answered while the model learns.
-        shares: how often each file of `train` is drawn from, see `Batches.shares`.
+        config: the run's config; only fields that all objectives have are read.
+        encoder: converts a sample to arrays.
+        train: the training samples.
+        held_out: the samples of `config.validation`; empty without such a file.
+        asked: held-out prompts that the model answers during training.
+        shares: how often each training file is drawn from, see `Batches.shares`.
     """
 
     model: LVLM
@@ -51,15 +51,15 @@ class Samples:
         kind: str,
         example: str,
     ) -> "Samples":
-        """The samples of `config.data` and `config.validation`.
+        """Reads the samples of `config.data` and `config.validation`.
 
         Args:
-            reader: from a path to what `encode` takes, such as `pair_files.read_pairs`.
+            reader: maps a path to the argument of `encode`, such as `pair_files.read_pairs`.
             encode: a method of `Encoder`.
-            kind, example: what the files hold and a name for one, for the error where none is given.
+            kind, example: the content of the files and an example of a file name, for the error if none is given.
 
         Raises:
-            LVLMError: no file is given, its samples cannot be used, or they have a column that nothing reads.
+            LVLMError: no file is given, its samples cannot be used, or they have a column that is not read.
         """
         if not config.data:
             raise LVLMError(f"data is not set; give a file of {kind}, as in --config.data={example}")
@@ -79,35 +79,35 @@ class Samples:
         train = [row for rows in files for row in rows]
         rows = pair_batches.alike([*train, *(rows_of(held_out) if held_out else ())])
         shares = columns.shares(config.data_shares, list(map(len, files)))
-        asked = answers.chosen(held_out, config.loop.answers)
-        return cls(model, config, encoder, rows[: len(train)], rows[len(train) :], shares, asked)
+        examples_to_answer = answers.chosen(held_out, config.loop.answers)
+        return cls(model, config, encoder, rows[: len(train)], rows[len(train) :], shares, examples_to_answer)
 
     @classmethod
     def pairs(cls, model: LVLM, config: ConfigDict) -> "Samples":
-        """Those of files of preference pairs; batches have `chosen` and `rejected`."""
+        """Reads files of preference pairs; batches have `chosen` and `rejected`."""
         return cls.read(model, config, pair_files.read_pairs, Encoder.pair, "preference pairs", "pairs.jsonl")
 
     @classmethod
     def conversations(cls, model: LVLM, config: ConfigDict) -> "Samples":
-        """Those of files of conversations, or of pairs, whose chosen answers count; batches have `answer`."""
+        """Reads files of conversations, or of pairs (only their chosen answers); batches have `answer`."""
         reader, encode = pair_files.read_conversations, Encoder.conversation
         return cls.read(model, config, reader, encode, "conversations", "conversations.jsonl")
 
     @property
     def image_count(self) -> int:
-        """No sample has more images."""
+        """The largest number of images in a sample."""
         return pair_batches.image_count((*self.train, *self.held_out))
 
     @property
     def part(self) -> int:
-        """How many samples go through the model at once."""
+        """Number of samples that go through the model at once."""
         return self.config.batch // self.config.accumulate
 
     def with_reference(self, score: Callable[[Any, Batch], Any], identity: dict, folder: Path) -> "Samples":
         """These samples with the log-probabilities of their answers under the base model.
 
         Args:
-            score, identity, folder: see `reference.with_reference`, where `identity` is `settings`.
+            score, identity, folder: see `reference.with_reference`; `identity` is its `settings`.
         """
 
         def known(rows: tuple[EncodedRow, ...]) -> tuple[EncodedRow, ...]:
@@ -119,12 +119,12 @@ class Samples:
         return dataclasses.replace(self, train=known(self.train), held_out=known(self.held_out))
 
     def task(self, objective: Objective, terms: Mapping[str, float], measure: Objective | None = None) -> loop.Task:
-        """The task that learns from these samples.
+        """The task of learning from these samples.
 
         Args:
             objective: (trainable, frozen, batch, key) -> metrics; pure.
-            terms: which metrics are minimised, with their weights.
-            measure: the metrics of held-out samples; None takes those of `objective`.
+            terms: weights of the metrics that are minimised.
+            measure: the metrics of held-out samples; by default those of `objective`.
         """
         config = self.config
         source = Batches(self.train, self.encoder, config.batch, config.accumulate, config.seed, self.shares)

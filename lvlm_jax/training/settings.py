@@ -1,7 +1,7 @@
-"""The configuration of a fine-tuning run: every field with its default, and what its value must be.
+"""The configuration of a fine-tuning run: every field with its default and its allowed values.
 
-Fields that all objectives share are here, those of one objective in its own file (`registry.Objective`). A file of
-`configs/` starts from `base(recipe)` and sets what is different; a command line changes that again.
+Fields that all objectives share are here; those of one objective are in its file (`registry.Objective`). A file of
+`configs/` starts from `base(recipe)` and changes some fields; the command line can change them again.
 """
 
 import difflib
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Field(NamedTuple):
-    """A field of a config: its dotted name, its default, and what it means."""
+    """A field of a config: its dotted name, its default, and its meaning."""
 
     name: str
     default: Any
@@ -34,60 +34,61 @@ class Field(NamedTuple):
 # The fields that all objectives share.
 FIELDS = (
     Field("recipe", "", "which objective, a word of lvlm_jax.training.registry"),
-    Field("seed", 0, "of adapters, dropout and the order of the data"),
+    Field("seed", 0, "seed of adapters, dropout and the order of the data"),
     Field("model", "pocket", "pocket (the model inside the package), a checkpoint folder, or a hub id"),
-    Field("dtype", "float32", "of products and frozen weights; trained ones follow master"),
-    Field("master", "float32", "of the trained weights, and so of the optimizer's moments"),
+    Field("dtype", "float32", "number format of products and frozen weights; that of trained weights is master"),
+    Field("master", "float32", "number format of the trained weights and of the optimizer's moments"),
     Field(
         "remat",
         None,
-        "recompute layers in the backward pass: less memory, a third more time; None: those of a billion parameters",
+        "recompute layers in the backward pass: less memory, a third more time; None: only in models of a billion "
+        "parameters",
     ),
-    Field("data", "", "the training file, or several with commas between them; required"),
+    Field("data", "", "the training file, or several, separated by commas; required"),
     Field("data_shares", "", "how often each of several files is drawn from, as in 2,1; empty: by its rows"),
-    Field("validation", "", "the held-out file, or several; empty: nothing is evaluated"),
-    Field("ignore", "", "columns of these files that the run may leave unread, with commas between them"),
+    Field("validation", "", "the held-out file, or several; empty: no evaluation"),
+    Field("ignore", "", "columns of these files that the run may ignore, separated by commas"),
     Field("train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"),
     Field("lora.enabled", True, "train adapters beside frozen weights; False: the weights themselves"),
-    Field("lora.rank", 16, "of each adapter"),
+    Field("lora.rank", 16, "rank of each adapter"),
     Field("lora.alpha", 32.0, "an adapter's product is scaled by alpha / rank"),
-    Field("lora.dropout", 0.0, "of an adapter's input"),
+    Field("lora.dropout", 0.0, "dropout rate of an adapter's input"),
     Field("lora.targets", TARGETS, "modules that get an adapter, a regex on their paths"),
-    Field("mesh.data", -1, "devices over which a batch is spread; -1: all that the other two axes leave"),
+    Field("mesh.data", -1, "devices over which a batch is spread; -1: all devices that the other two axes do not use"),
     Field("mesh.fsdp", 1, "devices over which batch and parameters are spread"),
     Field("mesh.tensor", 1, "devices over which each product is spread"),
-    Field("optimizer.peak", 1e-5, "learning rate at its highest"),
+    Field("optimizer.peak", 1e-5, "highest learning rate"),
     Field("optimizer.final", 0.0, "learning rate at the end, as a share of the peak"),
-    Field("optimizer.warmup", 0.03, "steps up to the peak; below 1 a share of all steps"),
+    Field("optimizer.warmup", 0.03, "steps until the peak; below 1: a share of all steps"),
     Field("optimizer.clip", 1.0, "largest norm of the gradient"),
     Field("optimizer.beta1", 0.9, "decay of AdamW's mean of gradients"),
     Field("optimizer.beta2", 0.999, "decay of AdamW's mean of squared gradients"),
-    Field("optimizer.weight_decay", 0.0, "of AdamW, times the learning rate"),
+    Field("optimizer.weight_decay", 0.0, "weight decay of AdamW; multiplied by the learning rate"),
     Field("epochs", 1.0, "passes over the data"),
-    Field("steps", 0, "updates; 0: as many as the epochs take"),
-    Field("batch", 16, "samples of an update"),
-    Field("accumulate", 1, "parts into which they are cut, to save memory"),
+    Field("steps", 0, "number of updates; 0: computed from epochs"),
+    Field("batch", 16, "samples in one update"),
+    Field("accumulate", 1, "parts into which a batch is split, to save memory"),
     Field("length", 1024, "tokens of the longest sample, image tokens included"),
-    Field("too_long", "error", "longer samples: error, or drop to leave them out and say how many"),
+    Field("too_long", "error", "longer samples: error, or drop (they are left out and counted)"),
     Field("loop.workers", 1, "processes that make batches"),
     Field("loop.log_every", 10, "steps from one line of the log to the next"),
     Field("loop.evaluate_every", 100, "steps from one evaluation to the next"),
     Field("loop.save_every", 100, "steps from one checkpoint to the next"),
-    Field("loop.keep", 2, "newest checkpoints that stay"),
+    Field("loop.keep", 2, "number of newest checkpoints to keep"),
     Field("loop.keep_best", "", "also keep the one where this metric, such as val/loss, was lowest"),
-    Field("loop.patience", 0, "end when keep_best was not lower for so many evaluations; 0: never"),
-    Field("loop.answers", 0, "held-out prompts answered at each evaluation, for people to read; 0: none"),
-    Field("loop.answer_tokens", 64, "new tokens of the longest of these answers"),
-    Field("loop.logger", "", "where records also go: wandb, or module:function of (step, values)"),
+    Field("loop.patience", 0, "stop after so many evaluations without a lower keep_best; 0: never"),
+    Field("loop.answers", 0, "number of held-out prompts answered at each evaluation, for you to read"),
+    Field("loop.answer_tokens", 64, "maximum number of new tokens of these answers"),
+    Field("loop.logger", "", "where to send records too: wandb, or module:function of (step, values)"),
 )
 
 
 def base(recipe: str = "") -> ConfigDict:
-    """The defaults of an objective's run; a key that is not among them cannot be set.
+    """The defaults of an objective's run; other keys cannot be set.
 
     Args:
-        recipe: a word that `registry.find` knows. Without one the config has the section of every objective, for a
-            file that sets `config.recipe` itself; `check` then wants those of other objectives as they are here.
+        recipe: a name that `registry.find` accepts. Without one the config has the sections of all objectives, for a
+            file that sets `config.recipe` itself; `check` then requires that other objectives' sections are unchanged.
 
     Raises:
         LVLMError: no objective has that name.
@@ -95,7 +96,7 @@ def base(recipe: str = "") -> ConfigDict:
     config = _shared()
     config.recipe = recipe
     for objective in (_objective(recipe),) if recipe else registry.all_objectives():
-        # "capl" and "dpo" share a section, whose defaults are then those of the first.
+        # "capl" and "dpo" share a section; the defaults are those of the first.
         if objective.section and objective.section not in config:
             config[objective.section] = ConfigDict(dict(objective.defaults))
         if recipe:
@@ -106,12 +107,12 @@ def base(recipe: str = "") -> ConfigDict:
 def _objective(recipe: str) -> Objective:
     entry = registry.find(recipe)
     if not isinstance(entry, Objective):
-        raise LVLMError(f"recipe {recipe!r} has a configuration of its own; begin it with its file of configs/")
+        raise LVLMError(f"recipe {recipe!r} has its own configuration; start from its file in configs/")
     return entry
 
 
 def _shared() -> ConfigDict:
-    """The fields of every objective."""
+    """The fields of all objectives."""
     config = ConfigDict()
     for name, default, _ in FIELDS:
         section, _, field = name.rpartition(".")
@@ -126,7 +127,7 @@ _CHECKS = (
     Check("master", " or ".join(DTYPES), lambda value: value in DTYPES),
     Check("seed", "at least 0", lambda value: value >= 0),
     Check("epochs", "a number above 0", lambda value: 0 < value < math.inf),
-    Check("steps", "at least 0; 0 is as many as the epochs take", lambda value: value >= 0),
+    Check("steps", "at least 0; 0 means computed from epochs", lambda value: value >= 0),
     Check("batch", "at least 1", lambda value: value >= 1),
     Check("accumulate", "at least 1", lambda value: value >= 1),
     Check("length", "at least 2 tokens", lambda value: value >= 2),
@@ -156,7 +157,7 @@ _UNBOUNDED = ("optimizer.clip",)  # may be infinite
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses what no run can be made of.
+    """Refuses a config that no run can use.
 
     Raises:
         LVLMError: unknown or missing keys, or a value out of range.
@@ -164,21 +165,21 @@ def check(config: ConfigDict) -> None:
     entry = registry.find(config.recipe)
     if not isinstance(entry, Objective):
         return
-    expected, given = _flat(base(entry.name)), _flat(config)
-    for key in sorted(given.keys() - expected.keys()):
-        if not _untouched(key, given[key]):
+    expected, values = _flat(base(entry.name)), _flat(config)
+    for key in sorted(values.keys() - expected.keys()):
+        if not _untouched(key, values[key]):
             raise LVLMError(f"the config has an unknown key {key}{_hint(key, list(expected), entry.name)}")
-    for key in sorted(expected.keys() - given.keys()):
+    for key in sorted(expected.keys() - values.keys()):
         raise LVLMError(f"the config has no {key}; begin it with lvlm_jax.training.settings.base({entry.name!r})")
-    for key, value in given.items():
+    for key, value in values.items():
         if isinstance(value, int | float) and not _fits(value) and not (value == math.inf and key in _UNBOUNDED):
             raise LVLMError(f"{key} is {shown(value)}; expected a number within {_range(value)}")
     own = (check._replace(field=f"{entry.section}.{check.field}") for check in entry.checks)
     for key, wanted, holds in (*_CHECKS, *own):
         if key.startswith("lora.") and not config.lora.enabled:
             continue
-        if not holds(given[key]):
-            raise LVLMError(f"{key} is {shown(given[key])}; expected {wanted}")
+        if not holds(values[key]):
+            raise LVLMError(f"{key} is {shown(values[key])}; expected {wanted}")
     if config.batch % config.accumulate:
         raise LVLMError(
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
@@ -193,7 +194,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _fits(value: int | float) -> bool:
-    """Whether a program can hold a number."""
+    """Whether a number fits the program's number format."""
     return abs(value) <= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT)
 
 
@@ -202,7 +203,7 @@ def _range(value: int | float) -> str:
 
 
 def _untouched(key: str, value: Any) -> bool:
-    """Whether that is an objective's field with its default, as `base()` brings them for every objective."""
+    """Whether a key is an objective's field with its default, as `base()` includes them for all objectives."""
     section, _, field = key.partition(".")
     return any(
         other.section == section and field in other.defaults and other.defaults[field] == value
@@ -211,14 +212,14 @@ def _untouched(key: str, value: Any) -> bool:
 
 
 def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
-    """The config of a file, with the changes of a command line.
+    """Reads the config of a file and applies changes from the command line.
 
     Args:
-        path: Python with a function `get_config()`.
+        path: Python file with a function `get_config()`.
         words: such as "--config.optimizer.peak=1e-4".
 
     Raises:
-        LVLMError: no such file, an unknown key, or a value of another kind.
+        LVLMError: no such file, an unknown key, or a value of the wrong type.
     """
     config = config_files.load_config(path)
     values, words = flags.FlagValues(), ["", *words]
@@ -227,7 +228,7 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
         rest = values(words)[1:]
     except flags.UnrecognizedFlagError as error:
         raise LVLMError(f"{error}; settings are given as --config.key=value") from error
-    except (AttributeError, KeyError) as error:  # what ml_collections raises about keys
+    except (AttributeError, KeyError) as error:  # ml_collections raises these errors for unknown keys
         key = next((_key(word) for word in words[1:] if _key(word) not in _flat(config)), str(error))
         hint = _hint(key, list(_flat(config)), config.get("recipe", ""))
         raise LVLMError(f"the config has no key {key}{hint}") from error
@@ -239,7 +240,7 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
 
 
 def describe(config: ConfigDict) -> list[Field]:
-    """The fields of a config with its values as defaults, for people; `doc` is empty where nobody has written one."""
+    """The fields of a config with its values as defaults, for help texts; `doc` is empty for undocumented fields."""
     entry, docs = registry.find(config.recipe), {}
     if isinstance(entry, Objective):
         docs = {field.name: field.doc for field in FIELDS}
@@ -266,8 +267,8 @@ def _hint(key: str, known: list[str], recipe: str) -> str:
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, ConfigDict | dict)
-        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat

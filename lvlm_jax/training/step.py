@@ -1,4 +1,4 @@
-"""The update: gradients of a weighted sum of means, over one batch or over parts of it, and the optimizer."""
+"""The update: the gradient of a weighted sum of means, over one batch or several parts of it, and the optimizer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,20 +18,20 @@ Objective = Callable[[Any, Any, Any, jax.Array], Metrics]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that changes during training."""
+    """Everything that changes during training."""
 
-    step: Any  # an integer array, or what JAX puts in its place while it rebuilds a tree
+    step: Any  # an integer array, or a placeholder while JAX rebuilds a tree
     trainable: Any
     optimizer: optax.OptState
 
     @classmethod
     def create(cls, trainable: Any, transformation: optax.GradientTransformation) -> "State":
-        """Step 0."""
+        """The state before the first step."""
         return cls(jnp.zeros((), jnp.int32), trainable, transformation.init(trainable))
 
 
 def loss(metrics: Metrics, terms: Mapping[str, float], counts: Mapping[str, jax.Array]) -> jax.Array:
-    """Σ_k w_k · total_k / count_k; a term that counted nothing is 0."""
+    """Σ_k w_k · total_k / count_k; a term with count 0 is 0."""
     return sum(weight * Mean(metrics[name].total, counts[name]).value for name, weight in terms.items())
 
 
@@ -43,18 +43,18 @@ def make_step(
     accumulate: int = 1,
     shardings: Any = None,
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
-    """The jitted update: (state, frozen, batch) -> (state, metrics). The state is donated.
+    """Makes the jitted update: (state, frozen, batch) -> (state, metrics). The state is donated.
 
-    With `accumulate` > 1 every leaf of a batch has a leading axis of that size, and its parts go through the model one
-    after the other. Each term is divided by its count over the whole batch, so the gradient is that of the batch in
-    one piece, however ragged the parts. Randomness (dropout) depends on seed, step and part alone.
+    With `accumulate` > 1 every leaf of a batch has a leading axis of that size, and the parts go through the model one
+    after the other. Each term is divided by its count over the whole batch, so the gradient equals that of the
+    undivided batch even if the parts have different counts. Randomness (dropout) depends only on seed, step and part.
 
     Args:
-        terms: metrics that are minimised, by their weights; see `loss`.
-        shardings: where the new state lives, (state, metrics) as `jax.jit` takes it; None leaves it to the compiler.
+        terms: weights of the metrics that are minimised; see `loss`.
+        shardings: shardings of the new (state, metrics), as for `jax.jit`; None leaves them to the compiler.
 
     Returns:
-        Metrics are those of `objective` summed over the parts, and `objective` (the loss) and `gradient_norm`.
+        The metrics are those of `objective` summed over the parts, and `objective` (the loss) and `gradient_norm`.
     """
 
     def gradient_of(
@@ -68,7 +68,7 @@ def make_step(
 
     def accumulated(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Any, Metrics]:
         parts = (batch, jax.random.split(key, accumulate))
-        # Counts do not depend on parameters: what else this pass computes is unused, and the compiler drops it.
+        # Counts do not depend on parameters: this pass's other results are unused, so the compiler drops them.
         every = jax.lax.map(lambda part: _counts(objective(trainable, frozen, *part), terms), parts)
         counts = {name: jax.lax.stop_gradient(count.sum(axis=0)) for name, count in every.items()}
 

@@ -1,13 +1,13 @@
-"""Strengths of a method as numbers that an optimizer may move anywhere: each is kept within its bounds by a bijection.
+"""Strengths of a method as unbounded numbers for an optimizer; a bijection keeps each strength within its bounds.
 
-With s₀ where a strength begins and θ what is learned, 0 at first:
+With s₀ the start value of a strength and θ the learned number, which starts at 0:
 
     low ≤ s           s = low + (s₀ - low) softplus(θ + c) / softplus(c)      c = ln(e - 1), so that softplus(c) = 1
     low ≤ s ≤ high    s = low + (high - low) σ(θ + logit((s₀ - low) / (high - low)))
     no bounds         s = s₀ + max(|s₀|, 0.1) θ
 
-so a step of a given size moves every strength by a like share of itself. Bounds are approached and never met, and a
-strength cannot begin at one.
+So a step of a given size changes every strength by a similar share of itself. Bounds are approached and never
+reached, and a strength cannot start at a bound.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import FORMS
 from lvlm_jax.methods.learned import name_of
 
-ONE = math.log(math.e - 1)  # whose softplus is 1
-SMALLEST = 0.1  # what a step is a share of, where an unbounded strength begins near 0
+ONE = math.log(math.e - 1)  # softplus(ONE) = 1
+SMALLEST = 0.1  # scale of a step if an unbounded strength starts near 0
 
 Theta = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Learnable:
-    """One strength of one member.
+    """One learned strength of one member.
 
     Attributes:
         member: number of the member.
-        group: of its parameters, such as "0_pai".
+        group: name of the member's parameters, such as "0_pai".
         name: of the field.
         low, high: its bounds.
-        start: where it begins: a number, or values `[L]` or `[L, H]`.
+        start: its start value: a number, or values `[L]` or `[L, H]`.
         layers: those in which the member acts; None for a number.
     """
 
@@ -53,11 +53,11 @@ class Learnable:
     layers: tuple[int, ...] | None
 
     def theta(self) -> np.ndarray:
-        """0, for every value that is learned."""
+        """0 for every learned value."""
         return np.zeros_like(self.start if self.layers is None else self.start[list(self.layers)])
 
     def value(self, theta: jax.Array | np.ndarray) -> Any:
-        """The strength, as its field takes it; layers in which the member does not act keep where they began."""
+        """The strength in the form of its field; layers in which the member does not act keep the start value."""
         if self.layers is None:
             return self._bounded(theta, self.start)
         places = np.asarray(self.layers)
@@ -74,11 +74,11 @@ class Learnable:
 
 @dataclasses.dataclass(frozen=True)
 class Strengths:
-    """The strengths of some methods that are learned.
+    """The learned strengths of some methods.
 
     Attributes:
-        members: the methods, where they begin.
-        learnables: what is learned of them.
+        members: the methods, with their start values.
+        learnables: the learned strengths.
     """
 
     members: tuple[Method, ...]
@@ -88,7 +88,7 @@ class Strengths:
     def of(
         cls, members: Sequence[Method], per: str, num_layers: int, num_heads: int, names: Sequence[str] = ()
     ) -> "Strengths":
-        """Those of methods that have a gradient, in the finest form that they and `per` allow.
+        """The strengths that have a gradient, in the finest form that the methods and `per` allow.
 
         Args:
             per: one of FORMS.
@@ -96,31 +96,34 @@ class Strengths:
             names: only these, "alpha" or "pai.alpha"; empty: all that have a gradient.
 
         Raises:
-            LVLMError: a search, a strength that is not there, has no gradient or begins at its bound, or nothing left.
+            LVLMError: a search; a strength that does not exist, has no gradient, or starts at its bound; or no
+                strength.
         """
-        wanted, found = set(names), []
+        names_left, found = set(names), []
         for index, member in enumerate(members):
             word = name_of(member)
             if member.search is not None:
-                raise LVLMError(f"{member.label} is a search and gives its answers no likelihood; leave it out")
+                raise LVLMError(f"{member.label} is a search, so its answers have no likelihood; leave it out")
             for field in dataclasses.fields(member):
                 asked = {field.name.strip("_"), f"{word}.{field.name.strip('_')}"} & set(names)
                 if "flat" not in field.metadata or (names and not asked):
                     continue
-                wanted -= asked
+                names_left -= asked
                 reason = _unlearnable(member, field)
                 if reason and asked:
                     raise LVLMError(f"{word}.{field.name} {reason} and has no gradient; leave it out")
                 if not reason:
                     found.append(_learnable(index, word, member, field, per, num_layers, num_heads))
-        if wanted:
-            raise LVLMError(f"no method has a strength {', '.join(sorted(wanted))}; expected one of {_known(members)}")
+        if names_left:
+            raise LVLMError(
+                f"no method has a strength {', '.join(sorted(names_left))}; expected one of {_known(members)}"
+            )
         if not found:
             raise LVLMError("none of these methods has a strength with a gradient; name others")
         return cls(tuple(members), tuple(found))
 
     def start(self) -> dict[str, dict[str, np.ndarray]]:
-        """θ at first."""
+        """The first θ."""
         tree: dict[str, dict[str, np.ndarray]] = {}
         for one in self.learnables:
             tree.setdefault(one.group, {})[one.name] = one.theta()
@@ -135,15 +138,15 @@ class Strengths:
         return tuple(members)
 
     def refuse_unmoved(self, theta: Theta) -> None:
-        """Refuses a run that has begun and left a strength where it was: it has no gradient there.
+        """Refuses a run in which a strength has not changed after the first steps: it has no gradient there.
 
         Raises:
-            LVLMError: naming it.
+            LVLMError: with the names of these strengths.
         """
-        moved = [bool(np.any(np.asarray(theta[one.group][one.name]))) for one in self.learnables]
-        pairs = zip(self.learnables, moved, strict=True)
+        changed = [bool(np.any(np.asarray(theta[one.group][one.name]))) for one in self.learnables]
+        pairs = zip(self.learnables, changed, strict=True)
         still = [f"{one.group.partition('_')[2]}.{one.name}" for one, any_moved in pairs if not any_moved]
-        if still and any(moved):
+        if still and any(changed):
             raise LVLMError(
                 f"{', '.join(still)} had no gradient on these pairs, so nothing is learned; "
                 "name the others in learned.strengths"
@@ -151,7 +154,7 @@ class Strengths:
 
 
 def _unlearnable(member: Method, field: dataclasses.Field) -> str:
-    """Why a strength has no gradient; "" where it has one."""
+    """Why a strength has no gradient; "" if it has one."""
     if field.metadata["flat"]:
         return f"is {field.metadata['flat']}"
     switch, value = field.metadata["when"] or ("", None)
@@ -161,9 +164,9 @@ def _unlearnable(member: Method, field: dataclasses.Field) -> str:
 def _learnable(
     index: int, word: str, member: Method, field: dataclasses.Field, per: str, num_layers: int, num_heads: int
 ) -> Learnable:
-    given = getattr(member, field.name)
+    start_value = getattr(member, field.name)
     form = min(per, field.metadata["per"], key=FORMS.index)
-    start = np.asarray(given.values if isinstance(given, Layered) else given, np.float32)
+    start = np.asarray(start_value.values if isinstance(start_value, Layered) else start_value, np.float32)
     form = max(form, FORMS[start.ndim], key=FORMS.index)
     shape = {"model": (), "layer": (num_layers,), "head": (num_layers, num_heads)}[form]
     layers = None
@@ -175,14 +178,14 @@ def _learnable(
     low, high = float(field.metadata["low"]), float(field.metadata["high"])
     if (start <= low).any() or (start >= high).any():
         raise LVLMError(
-            f"{word}.{field.name} begins at its bound, {low if (start <= low).any() else high:g}, and could not leave "
-            f"it; begin inside, as in {word}:{field.name.strip('_')}={_inside(low, high):g}"
+            f"{word}.{field.name} starts at its bound, {low if (start <= low).any() else high:g}, and could not leave "
+            f"it; start inside, as in {word}:{field.name.strip('_')}={_inside(low, high):g}"
         )
     return Learnable(index, f"{index}_{word}", field.name, low, high, start, layers)
 
 
 def _acts(member: Method, layer: int, num_layers: int) -> bool:
-    """Whether a member's stages run in a layer; one that does not say where has a transform that acts everywhere."""
+    """Whether a member's stages run in a layer; a member that does not define it acts in all layers."""
     if hasattr(member, "edited"):
         return layer in member.edited(num_layers)
     if type(member).active is Method.active and not callable(member.layers):

@@ -1,4 +1,4 @@
-"""Metrics of a held-out set, on whatever devices the parameters live."""
+"""Metrics of a held-out set, on the devices that hold the parameters."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ Objective = Callable[[Any, Any, Batch, jax.Array | None], dict[str, Mean]]
 
 
 def on_mesh(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch with its rows spread over the mesh; as it is without one."""
+    """A batch with its rows spread over the mesh; without a mesh, the batch unchanged."""
     return batch if mesh is None else placement.put(batch, placement.of_batch(batch, mesh))
 
 
 def evaluation(
     objective: Objective, rows: Sequence[EncodedRow], encoder: Encoder, size: int, mesh: Mesh | None
 ) -> Callable[[Any, Any], dict[str, Mean]] | None:
-    """The `evaluate` of a `loop.Task`: the objective's metrics over all rows, without dropout; None without rows.
+    """Makes the `evaluate` of a `loop.Task`: the objective's metrics over all rows, without dropout; None without rows.
 
     Args:
-        size: rows at a time.
+        size: rows per batch.
     """
     if not rows:
         return None
@@ -33,9 +33,9 @@ def evaluation(
     def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
         total: dict[str, Mean] = {}
         for batch in in_order(rows, encoder, size):
-            # Read before the next batch begins: what is under way stays bounded, and so does memory.
-            found = jax.device_get(score(trainable, frozen, on_mesh(batch, mesh)))
-            total = {name: total[name] + mean if total else mean for name, mean in found.items()}
+            # Metrics are read before the next batch starts, so that only one batch is in memory.
+            metrics = jax.device_get(score(trainable, frozen, on_mesh(batch, mesh)))
+            total = {name: total[name] + mean if total else mean for name, mean in metrics.items()}
         return total
 
     return evaluate

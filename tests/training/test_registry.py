@@ -54,5 +54,5 @@ def test_a_recipe_trains_by_itself(registered, tmp_path):
     config = settings.base("sft")
     config.recipe = "own"
     assert finetune.train(config, tmp_path) == tmp_path / "own"
-    with pytest.raises(LVLMError, match="recipe 'own' has a configuration of its own"):
+    with pytest.raises(LVLMError, match="recipe 'own' has its own configuration"):
         settings.base("own")

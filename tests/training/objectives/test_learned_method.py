@@ -69,7 +69,7 @@ def test_strengths_begin_where_they_are_and_keep_their_bounds():
         ("vaf", ["alpha"], "no method has a strength alpha; expected one of vaf.enhance, vaf.suppress"),
         ("eah", [], "none of these methods has a strength with a gradient"),
         ("opera", [], "OPERA is a search"),
-        ("pai:alpha=0,start_layer=1", [], "pai.alpha begins at its bound, 0, .*; begin inside, as in pai:alpha=0.1"),
+        ("pai:alpha=0,start_layer=1", [], "pai.alpha starts at its bound, 0, .*; start inside, as in pai:alpha=0.1"),
         ("vaf:enhance=1,1.1,1.2", [], "vaf.enhance has 3 values and the model 2 layers"),
     ],
 )
