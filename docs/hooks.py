@@ -8,6 +8,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "readme.md", "ARCHITECTURE.md": "architecture.md", "CONTRIBUTING.md": "contributing.md",
          "CHANGELOG.md": "changelog.md"}  # fmt: skip
+_IMAGE = re.compile(r"(!\[[^\]]*\]\()docs/")
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
 
 
@@ -37,4 +38,4 @@ def on_page_markdown(markdown, page, **_):
         depth = page.file.src_uri.count("/")
         return f"[{words}]({'../' * depth}{place}{'#' * bool(anchor)}{anchor})"
 
-    return _LINK.sub(within, markdown.replace("](docs/demo.png)", "](demo.png)"))
+    return _LINK.sub(within, _IMAGE.sub(r"\1", markdown))

@@ -138,15 +138,15 @@ def _draw(folder: Path, pictures: list[page.Picture], answers: list[page.Answer]
     )
     figures.curves(
         folder / "flow.png",
-        "Information flow (SEVI): held by text positions",
-        "share of visual information",
+        "Information flow (SEVI), after so many layers",
+        "share on text positions",
         {name: [answer.flow] for name, answer in by_name.items()},
     )
     figures.curves(
         folder / "probe.png",
-        "Masking probe: images hidden from a layer on, mean over words",
+        "Masking probe: images hidden from a layer on, model without a method, mean over words",
         "JSD, nats",
-        {name: [answer.probe.mean(0)] for name, answer in by_name.items()},
+        {f"reading {name}'s answer": [answer.probe.mean(0)] for name, answer in by_name.items()},
     )
     figures.curves(
         folder / "drift.png",

@@ -5,47 +5,64 @@ The images and the counts are in `configs/infer.py`. They come from the table "C
 benchmark; its images are drawn here again.
 """
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from PIL import Image
 
+from lvlm_jax.cli import demo_card
 from lvlm_jax.generation.questions import conversation
 from lvlm_jax.methods import as_method
 from lvlm_jax.pocket import report
 from lvlm_jax.pocket.scenes import render, scene_at
 
-SAID = {
-    "mended": "greedy decoding named an object that is not in the image, {method} did not: {count} of {images} images",
-    "spoilt": "{method} named an object that is not in the image, greedy decoding did not: {count} of {images} images",
-}
+KINDS = ("mended", "spoilt")
+SAID = (
+    "In {count} of {images} images of the benchmark {wrong} names an object that is not there and {right} does not; "
+    "in {other} it is the other way round."
+)
 
 
 def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> None:
-    """Prints both examples with hallucinated objects marked, and writes their images.
+    """Prints both examples, each object that is not there marked, and draws them as cards.
 
     Args:
         model: an `LVLM` that describes images of the pocket world.
         chosen: `demo.examples` of `configs/infer.py`.
+
+    Raises:
+        LVLMError: a card cannot be written.
     """
     method = as_method(chosen.method)
-    scenes = {kind: scene_at("test", chosen[kind].scene, chosen[kind].seed) for kind in SAID}
-    pictures = {kind: Image.fromarray(render(scene)) for kind, scene in scenes.items()}
-    messages = [conversation([picture], report.DETAILED) for picture in pictures.values()]
-    answers = {
-        name: model.generate(messages, method=used_method, max_new_tokens=max_new_tokens).text
-        for name, used_method in (("greedy", None), (method.label, method))
+    scenes = {kind: scene_at("test", chosen[kind].scene, chosen[kind].seed) for kind in KINDS}
+    images = {kind: Image.fromarray(render(scene)) for kind, scene in scenes.items()}
+    asked = [conversation([image], report.DETAILED) for image in images.values()]
+    both = {
+        name: model.generate(asked, method=how, max_new_tokens=max_new_tokens).text
+        for name, how in (("greedy", None), (method.label, method))
     }
-    width = max(map(len, answers))
-    folder = Path(chosen.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    width = max(map(len, both))
     for place, (kind, scene) in enumerate(scenes.items()):
-        path = folder / f"demo_{kind}.png"
-        pictures[kind].save(path)
+        path = Path(chosen.folder) / f"demo_{kind}.png"
         print(f"\n{report.DETAILED} ({path})")
-        for name, texts in answers.items():
+        for name, texts in both.items():
             absent = sorted(report.mentioned(texts[place]) - set(scene.counts))
             print(f"  {name:{width}}  {texts[place]}" + f" [not there: {', '.join(absent)}]" * bool(absent))
-        headline = SAID[kind].format(method=method.label, count=chosen[kind].count, images=chosen.images)
-        print(f"  {headline} of the benchmark")
+        wrong, right = ("greedy decoding", method.label) if kind == "mended" else (method.label, "greedy decoding")
+        other = chosen[KINDS[1 - place]].count
+        said = SAID.format(count=chosen[kind].count, images=chosen.images, wrong=wrong, right=right, other=other)
+        print(f"  {said}")
+        answers = {name: pieces(texts[place], scene.counts) for name, texts in both.items()}
+        demo_card.draw(path, images[kind], answers, f"Red: not in the image. {said}")
+
+
+def pieces(text: str, there: Container[str]) -> list[demo_card.Piece]:
+    """A description cut into stretches: those that name an object which is not `there`, and the rest."""
+    found, at = [], 0
+    for match in report.NAMED.finditer(text.lower()):
+        if report.FORMS[match[0]] not in there:
+            found += [(text[at : match.start()], False), (text[match.start() : match.end()], True)]
+            at = match.end()
+    return [*found, (text[at:], False)]

@@ -2,17 +2,21 @@
 
     lvlm report runs/
     lvlm report runs/ --out runs/report --images ~/coco/val2014 --title "LLaVA-1.5 on POPE and CHAIR"
+    lvlm report runs/ --leaderboard leaderboard.md
 
 Reads every scores.json of lvlm evaluate below the folder, with the answers and logs beside it. Writes index.html, one
 page that needs no network, and report.md with the same tables. A method is compared with the same model without a
 method if both answered the same questions under the same protocol. Figures from other question files, image lists or
 parsers are marked and never subtracted. Examples are drawn with a seed; their images are searched in --images and shown
-small.
+small. --leaderboard writes one Markdown file instead: every run as a row, with its figures, the commit and the machine
+that answered, and the seconds.
 """
 
 from pathlib import Path
 
 from lvlm_jax.cli import common
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.report import leaderboard
 from lvlm_jax.evaluation.report import page as report
 
 
@@ -31,7 +35,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed for drawing examples (default 0)"
     )
+    parser.add_argument("--leaderboard", type=Path, metavar="FILE",
+                        help="write a leaderboard to this Markdown file, and no report")  # fmt: skip
     flags = parser.parse_args(arguments)
+    if flags.leaderboard:
+        if flags.out or flags.images:
+            raise LVLMError("--leaderboard writes its own file and no report; leave --out and --images out")
+        print(leaderboard.write(flags.folder, flags.leaderboard))
+        return 0
     paths = report.write(
         flags.folder, flags.out or flags.folder / "report",
         title=flags.title, images=flags.images, each=flags.examples, seed=flags.seed,

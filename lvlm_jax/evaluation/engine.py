@@ -23,6 +23,7 @@ from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.questions import conversation, length_class
 from lvlm_jax.generation.scheduler import Request
 from lvlm_jax.journal.log import AnswerLog, seed_of
+from lvlm_jax.journal.place import commit, machine
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 
@@ -200,6 +201,8 @@ def _collect(
                     "prompts": len(answered),
                     "tokens": sum(row.get("tokens", 1) for _, row in answered),
                     "seconds": round(time.monotonic() - began, 4),
+                    "commit": commit(),
+                    "machine": machine(),
                 }
                 log.append(
                     [{"group": group, "id": number} | row for (group, number), row in fresh.items()] + [{"batch": cost}]

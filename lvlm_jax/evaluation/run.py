@@ -219,9 +219,10 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
 
 
 def cost(logged: shares.LoggedAnswers) -> dict:
-    """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, and the device.
+    """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, device and commit.
 
     The median is used because the first batch of a shape waits for compilation. Times include images and prompts.
+    Commit and machine are those of the batches, joined where they differ, None where they are not known.
     """
     timed = [1000 * batch["seconds"] / batch["tokens"] for batch in logged.batches if batch["tokens"]]
     lengths = [row["tokens"] for row in logged.answers.values()]
@@ -230,4 +231,7 @@ def cost(logged: shares.LoggedAnswers) -> dict:
         "milliseconds": round(numbers.median(timed), 3) if timed else None,
         "seconds": round(sum(batch["seconds"] for batch in logged.batches), 1),
         "device": jax.devices()[0].device_kind,
+    } | {
+        name: " and ".join(dict.fromkeys(str(batch[name]) for batch in logged.batches if batch.get(name))) or None
+        for name in ("commit", "machine")
     }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from PIL import Image
 
 from lvlm_jax import config_files
-from lvlm_jax.cli import demo, infer
+from lvlm_jax.cli import demo, demo_card, infer
 from lvlm_jax.pocket.catalogue import CATEGORIES
 from lvlm_jax.pocket.scenes import scene_at
 from lvlm_jax.weights import smol
@@ -40,5 +40,9 @@ def test_examples_mark_what_is_not_there_and_say_how_often(tmp_path, monkeypatch
     assert lines[2].endswith(f"I see a {absent[0]}. [not there: {absent[0]}]") and lines[3].endswith(f"{there[0]}.")
     assert lines[7].endswith(f"{there[1]}.") and lines[8].endswith(f"[not there: {absent[1]}]")
     for place, kind in ((4, "mended"), (9, "spoilt")):
-        assert f"in {chosen[kind].count} of {chosen.images} images" in lines[place]
-        assert Image.open(tmp_path / "runs" / f"demo_{kind}.png").size == (96, 96)
+        assert f"In {chosen[kind].count} of {chosen.images} images" in lines[place]
+        with Image.open(tmp_path / "runs" / f"demo_{kind}.png") as card:  # the image, and one red word beside it
+            assert card.width == demo_card.WIDTH and card.height >= demo_card.SIDE
+            assert sum(count for count, colour in card.convert("RGB").crop((320, 0, *card.size)).getcolors(10**6)
+                       if colour[0] > 150 and colour[1] < 90) > 100  # fmt: skip
+    assert demo.pieces("A Dog and a cat.", {"cat": 1}) == [("A ", False), ("Dog", True), (" and a cat.", False)]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvlm_jax.cli import report as command
 from lvlm_jax.evaluation import BENCHMARKS, Data, get, rescore
-from lvlm_jax.evaluation.report import examples
+from lvlm_jax.evaluation.report import examples, leaderboard
 from lvlm_jax.evaluation.report import page as report
 from lvlm_jax.evaluation.report import runs as report_runs
 from tests.evaluation.builders import coco_folder, file_of, mme_folder, pope_answers, pope_folder, write_pictures
@@ -73,7 +74,9 @@ def test_differences_are_the_hand_computed_ones(runs):
     assert {row["group"] for row in overview["rows"]} == {"llava (abababab, float32)"}
     assert [row["settings"] for row in overview["rows"]] == ["", "alpha 3, beta 0.2", "directions 100 numbers"]
     # Of 40 questions greedy has 30, CMAC all, SEVI 30: one mended and one spoilt.
-    assert overview["notes"] == ["pope/strict: 40 questions, 20 images"]
+    assert overview["notes"] == []
+    assert found["sizes"] == {"pope/strict": "40 questions, 20 images · coco_pope_random.json"}
+    assert found["marks"]["significantly better"] == "▲" and found["legend"][0][1:] == ["▲", "significantly better"]
     greedy, cmac, sevi = (cells(overview, name) for name in ("greedy", "CMAC", "SEVI"))
     assert greedy["accuracy"][0] == "75.0" and greedy["accuracy"][2:5] == ["", "", ""]
     assert cmac["accuracy"][0] == "100.0" and cmac["accuracy"][2].startswith("+25.0 (+12.5 to ")
@@ -126,7 +129,7 @@ def test_what_is_not_of_the_same_thing_is_marked_and_not_subtracted(runs, data, 
 def test_only_what_tells_rows_apart_is_repeated(runs, data):
     run(runs / "strong", data, SWAPPED, CMAC | {"alpha": 9.0})
     found, _, _ = made(runs)
-    rows = [(row["name"], row["settings"]) for row in table(found, "Answers", "pope/strict")["rows"]]
+    rows = [(row["name"], row["which"]) for row in table(found, "Answers", "pope/strict")["rows"]]
     assert rows == [("greedy", ""), ("CMAC", "alpha 3"), ("CMAC", "alpha 9"), ("SEVI", "")]
     assert cells(table(found, "Records", "pope/strict"), "CMAC")["folder"][0] == "cmac"
     run(runs / "strong", data, SWAPPED, CMAC, seed=1)  # runs that differ by seed have a row each
@@ -140,7 +143,7 @@ def test_answers_of_others_are_compared_as_they_were_scored(data, tmp_path):
     rescore.write(found, tmp_path / "runs/others")
     overview = table(made(tmp_path / "runs")[0])
     assert cells(overview, "method not recorded")["accuracy"][2].startswith("+25.0 (")
-    assert overview["notes"][1:] == ["pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"]
+    assert overview["notes"] == ["pope/strict, theirs, method not recorded: compared with the answers in b.jsonl"]
 
 
 def test_controls_and_what_the_method_does_against_them(data, tmp_path):
@@ -161,29 +164,46 @@ def test_controls_and_what_the_method_does_against_them(data, tmp_path):
     shift = cells(listed, "threshold shift")
     assert shift["accuracy"][0] == "100.0" and shift["accuracy"][2:4] == ["+3.0 (+1.0 to +5.0)", "significantly better"]
     assert shift["yes ratio"][3] == "significantly lower"
-    said = "significantly better in accuracy; no difference shown in F1"
-    expected = [said, "significantly worse in accuracy", "not compared", "What was said."]
-    assert [cells(listed, name)["in words"][0] for name in controls] == expected
-    words = [(row["group"].split(" · ")[1], row["cells"][0][0]) for row in listed["rows"]]
-    assert ("SEVI", "no controls were run") in words and ("CMAC", "") in words
-    row = f"| threshold shift (a threshold) | {said} | 100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) significantly better"
-    assert f"{row} |" in markdown
+    assert cells(listed, "cut alone")["accuracy"][3] == "significantly worse"
+    assert cells(listed, "temperature 1")["accuracy"][2:4] == ["", ""]  # it was not compared
+    assert [row["name"] for row in listed["rows"]] == ["the method itself", *controls]
+    notes = ["threshold shift: a threshold", "llava (abababab, float32) · CMAC, greedy: What was said."]
+    assert listed["notes"] == [*notes, "No controls were run with SEVI."]
+    assert "| threshold shift | 100.0 (100.0 to 100.0); +3.0 (+1.0 to +5.0) ▲ |" in markdown
 
 
-def test_cost(data, tmp_path):
+@pytest.mark.parametrize("tokens", [2.0, 20.0])  # a token of a short answer has no time of its own
+def test_cost(data, tmp_path, tokens):
     for name, said, method, milliseconds, batch, device in (
         ("greedy", GREEDY, None, 10.0, 16, "cpu"),
         ("cmac", BETTER, CMAC, 15.0, 16, "cpu"),
         ("vcd", BETTER, {"name": "VCD"}, 4.0, 16, "gpu"),
         ("eah", BETTER, {"name": "EAH"}, 90.0, 1, "cpu"),
     ):
-        cost = {"tokens": 2.25, "milliseconds": milliseconds, "seconds": 9.0, "device": device}
+        cost = {"tokens": tokens, "milliseconds": milliseconds, "seconds": 9.0, "device": device}
         run(tmp_path / "runs" / name, data, said, method, batch=batch, more={"cost": cost})
     run(tmp_path / "runs/sevi", data, SWAPPED, SEVI)
     listed = table(made(tmp_path / "runs")[0], "Cost", "pope/strict")
-    assert texts(listed, "greedy", "CMAC") == [["2.2", "16", "10.0", "–"], ["2.2", "16", "15.0", "1.50"]]
-    others = [["2.2", "16", "4.0", "on another device"], ["2.2", "1", "90.0", "in other batches"]]
-    assert texts(listed, "VCD", "EAH", "SEVI") == [*others, ["–", "16", "not recorded", "–"]]
+    assert texts(listed, "greedy", "CMAC", "EAH", "SEVI") == [
+        [f"{tokens}", batch, f"{tokens * time:.1f}", f"{time}" if tokens > 2 else "–"]
+        for batch, time in (("16", 10.0), ("16", 15.0), ("1", 90.0))
+    ] + [["–", "16", "not recorded", "–"]]
+    beside = [cells(listed, name)["ms an answer"][1] for name in ("greedy", "CMAC", "VCD", "EAH")]
+    alone = "the model alone ran"
+    assert beside == ["", "1.50 times", f"{alone} on another device", f"{alone} in other batches"]
+
+
+def test_leaderboard(data, tmp_path):
+    for name, said, method, commit in (("greedy", GREEDY, None, None), ("cmac", BETTER, CMAC, "123456789, changed")):
+        cost = {"tokens": 1.0, "milliseconds": 5.0, "seconds": 9.4, "device": "cpu", "machine": "2 x A|B"}
+        run(tmp_path / "runs" / name, data, said, method, more={"cost": cost | {"commit": commit} if commit else None})
+    text = leaderboard.write(tmp_path / "runs", tmp_path / "board.md").read_text()
+    assert "\n## pope/strict\n\n40 questions, 20 images · coco\\_pope\\_random.json\n" in text
+    head, _, cmac, greedy = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    assert head[1:3] == ["model", "accuracy ↑"] and head[-3:] == ["commit", "machine", "seconds |"]
+    assert cmac[0] == "| CMAC (alpha 3, beta 0.2)" and "▲" in cmac[2]  # the best on top
+    assert cmac[-3:] == ["123456789, changed", r"2 x A\|B", "9 |"]
+    assert greedy[0] == "| greedy" and greedy[2].startswith("75.0 (") and greedy[-3:] == ["–", "–", "– |"]
 
 
 def test_shorter_captions_are_pointed_out(tmp_path):
@@ -196,7 +216,7 @@ def test_shorter_captions_are_pointed_out(tmp_path):
     ours = cells(overview, "CMAC")
     assert ours["C_S"][0] == "0.0" and ours["C_S"][2:4] == ["−100.0 (−100.0 to −100.0)", "significantly better"]
     assert ours["words"][0] == "2.0" and ours["words"][2:4] == ["−3.0 (−3.0 to −3.0)", "significantly lower"]
-    assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][1]
+    assert "captions are 3.0 words shorter (−3.0 to −3.0)" in overview["notes"][0]
 
 
 def test_pictures_are_found_where_a_benchmark_keeps_them(tmp_path):
@@ -216,18 +236,20 @@ def test_examples_show_what_was_fixed_and_broken(runs, tmp_path):
     pictures.mkdir()
     for name in ("COCO_val2014_000000000000.jpg", "COCO_val2014_000000000001.jpg"):
         Image.effect_noise((500, 300), 80).convert("RGB").save(pictures / name)
-    found, _, _ = made(runs, images=[pictures], each=3)
-    assert [one["fixed"] for one in found["examples"] if one["method"] == "CMAC"] == [True] * 3
-    mended, spoilt = (one for one in found["examples"] if one["method"] == "SEVI")
-    assert mended["fixed"] and not spoilt["fixed"]
-    assert (mended["without"], mended["with"], mended["right"]) == ("No", "Yes", "yes")
-    assert (spoilt["without"], spoilt["with"], spoilt["right"]) == ("No", "Yes", "no")
+    found, _, _ = made(runs, images=[pictures], each=10)
+    by = [[one["method"] for one in example["answers"]] for example in found["examples"]]
+    # A question that both methods mended is shown once.
+    assert sorted(by) == [["CMAC"]] * 9 + [["CMAC", "SEVI"], ["SEVI"]]
+    (mended,), spoilt = (one for one in found["examples"] if len(one["answers"]) == 2), found["examples"][-1]
+    assert [one["fixed"] for one in found["examples"]] == [True] * 10 + [False]
+    assert (mended["without"], mended["answers"][1]["text"], mended["right"]) == ("No", "Yes", "yes")
+    assert (spoilt["without"], spoilt["answers"][0]["text"], spoilt["right"]) == ("No", "Yes", "no")
     assert mended["question"].startswith("Is there a dog in the image?\nAnswer the question")
     assert mended["pictures"] != spoilt["pictures"] and len(mended["pictures"] + spoilt["pictures"]) == 2
     assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
-    assert found["examples"] == made(runs, images=[pictures], each=3)[0]["examples"]
+    assert found["examples"] == made(runs, images=[pictures], each=10)[0]["examples"]
     without, _, _ = made(runs, each=3)  # no folder of images
-    assert [one["pictures"] for one in without["examples"]] == [[]] * 5
+    assert {len(one["pictures"]) for one in without["examples"]} == {0}
     path = runs / "greedy/answers.jsonl"  # answers that changed give none
     path.write_text(path.read_text().replace("No", "Yes"))
     with pytest.warns(UserWarning, match="no examples of greedy: .* has changed since it was scored"):
@@ -251,7 +273,7 @@ def test_text_of_a_model_stays_text(data, tmp_path):
     assert page.count("</script>") == 2 and "<script>alert" not in page and "<b>|" not in page
     assert "<title>&lt;i&gt;Title" in page and "\u2028" not in page
     assert found["title"] == "<i>Title</i> & more"
-    assert {one["method"] for one in found["examples"]} == {"<b>|CMAC"}
+    assert {one["answers"][0]["method"] for one in found["examples"]} == {"<b>|CMAC"}
     assert "# \\<i\\>Title\\</i\\> & more" in markdown and r"\<b\>\|CMAC (prompt a \| b" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows[:4]}) == 1
@@ -261,7 +283,9 @@ def test_the_markdown_table_to_the_letter(runs):
     _, markdown, _ = made(runs, title="T")
     assert markdown.startswith("# T\n\n3 runs, 1 model, 1 protocol; lvlm\\_jax ")
     text = markdown[markdown.index("### pope/strict") : markdown.index("## Controls")]
-    number, same = r"[+−]?\d+\.\d", "no difference shown"
+    assert "- pope/strict: 40 questions, 20 images · coco\\_pope\\_random.json\n" in markdown
+    assert "Marks of differences: ▲ significantly better; ▼ significantly worse; " in markdown
+    number, same = r"[+−]?\d+\.\d", "○"
     assert re.sub(rf"\({number} to {number}\)", "(…)", text).strip().splitlines() == [
         "### pope/strict",
         "",
@@ -269,12 +293,10 @@ def test_the_markdown_table_to_the_letter(runs):
         "| --- | --- | --- | --- | --- |",
         "| **llava (abababab, float32)** |  |  |  |  |",
         "| greedy | 75.0 (…) | 66.7 (…) | 25.0 (…) | 0.0 (…) |",
-        "| CMAC (alpha 3, beta 0.2) | 100.0 (…); +25.0 (…) significantly better | 100.0 (…); +33.3 (…) significantly "
-        f"better | 50.0 (…); +25.0 (…) significantly higher | 0.0 (…); 0.0 (…) {same} |",
+        f"| CMAC (alpha 3, beta 0.2) | 100.0 (…); +25.0 (…) ▲ | 100.0 (…); +33.3 (…) ▲ | 50.0 (…); +25.0 (…) △ | "
+        f"0.0 (…); 0.0 (…) {same} |",
         f"| SEVI (directions 100 numbers) | 75.0 (…); 0.0 (…) {same} | 68.8 (…); +2.1 (…) {same} "
         f"| 30.0 (…); +5.0 (…) {same} | 0.0 (…); 0.0 (…) {same} |",
-        "",
-        "- pope/strict: 40 questions, 20 images",
     ]
 
 
@@ -304,7 +326,7 @@ def test_sixteen_methods_with_pictures_stay_below_five_megabytes(tmp_path, monke
             run(tmp_path / "runs" / name / str(method and method["name"]), data, [said] * count, method, name)
     found, markdown, page = made(tmp_path / "runs", images=[pictures], each=4)
     assert len(table(found)["rows"]) == 17
-    assert len(found["examples"]) > 100 and len(found["pictures"]) > 3
+    assert sum(len(one["answers"]) for one in found["examples"]) > 100 and len(found["pictures"]) > 3
     assert len(page.encode()) < 5_000_000 and len(markdown) < 1_000_000
     monkeypatch.setattr(examples, "PICTURE_BYTES", 20_000)  # pictures share a budget
     thumbnails = examples.thumbnails(paths)
@@ -354,11 +376,14 @@ def test_from_the_command_line(runs, tmp_path):
     }
 
     def call(*words):
-        command = [sys.executable, str(ROOT / "tools/report.py"), *words]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        line = [sys.executable, str(ROOT / "tools/report.py"), *words]
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stderr
 
     assert call("runs", "--out", "out", "--title", "T") == (0, "")
+    board = [str(runs), "--leaderboard", str(tmp_path / "board.md")]
+    assert command.main(board) == 0 and (tmp_path / "board.md").is_file()
+    refused("leave --out and --images out", command.main, [*board, "--out", "out"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "report.md"}
     code, said = call("data")
     assert code == 2 and said.count("\n") == 1 and said.startswith("lvlm report: no scores.json")

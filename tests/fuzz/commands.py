@@ -48,7 +48,7 @@ LINES = {
         "--protocol mme --data pope --rescore pope/said --group random --model-name x",
         "--list",
     ),
-    "report": ("runs --out o --title T --images . --examples 1 --seed 2",),
+    "report": ("runs --out o --title T --images . --examples 1 --seed 2", "runs --leaderboard o.md"),
     "preferences": (
         "--pairs pairs.jsonl --holdout 0.5 --out o --seed 1",
         "--prompts prompts.jsonl --rho 0.9 --corrector pocket --rejected-by plain --out o --temperature 0.5",

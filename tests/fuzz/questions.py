@@ -12,7 +12,7 @@ from lvlm_jax import evaluation
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation import BENCHMARKS, chair_truth, get, grid, rescore
 from lvlm_jax.evaluation.question import Data
-from lvlm_jax.evaluation.report import page
+from lvlm_jax.evaluation.report import leaderboard, page
 from lvlm_jax.generation import jobs, questions
 from lvlm_jax.journal import log
 from tests.evaluation.builders import file_of, scored_run
@@ -237,7 +237,7 @@ def _runs(draw) -> make.Files:
 def report(files: make.Files, folder: Path) -> None:
     make.write(files, folder)
     written = page.write(folder, folder / "report")
-    for path in written:
+    for path in [*written, leaderboard.write(folder, folder / "board.md")]:
         path.read_text(encoding="utf-8")
 
 

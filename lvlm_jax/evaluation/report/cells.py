@@ -5,14 +5,22 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
 
-from lvlm_jax.evaluation.benchmark import Benchmark, word_of
 from lvlm_jax.evaluation.report.runs import Value
 from lvlm_jax.evaluation.statistics import Difference
-from lvlm_jax.evaluation.verdicts import BETTER, NONE_SHOWN, NOT_DEFINED, TOO_FEW, WORSE, verdict
+from lvlm_jax.evaluation.verdicts import BETTER, HIGHER, LEAST, LOWER, NONE_SHOWN, NOT_DEFINED, TOO_FEW, WORSE, verdict
 
-ORDER = (BETTER, WORSE, NONE_SHOWN, TOO_FEW, NOT_DEFINED)
+NOT_COMPARED = "not compared"
+# What stands in a cell in the place of a verdict's words.
+MARKS = {BETTER: "▲", WORSE: "▼", HIGHER: "△", LOWER: "▽", NONE_SHOWN: "○", TOO_FEW: f"n<{LEAST}",
+         NOT_DEFINED: NOT_DEFINED, NOT_COMPARED: NOT_COMPARED}  # fmt: skip
+LEGEND = (
+    (BETTER, MARKS[BETTER], "significantly better"),
+    (WORSE, MARKS[WORSE], "significantly worse"),
+    (HIGHER, f"{MARKS[HIGHER]} {MARKS[LOWER]}", "significantly higher, lower, where neither is good"),
+    (NONE_SHOWN, MARKS[NONE_SHOWN], "no difference shown, which does not show that there is none"),
+    (TOO_FEW, MARKS[TOO_FEW], "too few questions for a verdict"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +71,3 @@ def number(value: float | None, text: str | None = None) -> Cell:
     if text is None:
         text = str(value) if is_number else "–"
     return Cell(text, order=value if is_number else None)
-
-
-def judged(
-    benchmark: Benchmark, differences: Mapping[str, Difference], names: Sequence[str], questions: Callable[[str], int]
-) -> str:
-    """How a method compares with a control, by those figures that can be good or bad.
-
-    Unparsed answers already count as wrong, so their number is not judged again.
-
-    Args:
-        questions: maps the name of a figure to its number of questions.
-    """
-    by_verdict: dict[str, list[str]] = {}
-    for name in names:
-        direction = benchmark.direction(name)
-        if direction and name in differences and not name.endswith("unparsed"):
-            verdict_words = verdict(differences[name].interval, direction, questions(name))
-            by_verdict.setdefault(verdict_words, []).append(word_of(name))
-    parts = (
-        f"{verdict_words} in {', '.join(words)}"
-        for verdict_words, words in sorted(by_verdict.items(), key=lambda one: ORDER.index(one[0]))
-    )
-    return "; ".join(parts) or "not compared"

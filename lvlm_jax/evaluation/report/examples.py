@@ -41,22 +41,24 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A question that only one of two runs answered correctly.
+    """A question that a model got right only with some methods, or only without them.
 
     Attributes:
+        baseline: the model without a method.
         group: its split or subtask.
-        question: the prompt; its number if the answer file has no prompts (AMBER).
-        without, with_method: the two answers.
-        fixed: whether the answer with the method is right; else the one without is.
-        right: the right answer, if it is a word; empty for captions.
-        pictures: files of those images that were found.
+        question: the prompt; its number where the answer file does not have it (AMBER).
+        without: the answer without a method.
+        answers: runs with a method and what they answered.
+        fixed: whether the answers with a method are right; else the one without is.
+        right: the right answer, where it is a word; empty for captions.
+        pictures: files of the images that were found.
     """
 
-    run: Run
+    baseline: Run
     group: str
     question: str
     without: str
-    with_method: str
+    answers: tuple[tuple[Run, str], ...]
     fixed: bool
     right: str
     pictures: tuple[Path, ...]
@@ -66,6 +68,8 @@ def choose(
     comparisons: Mapping[Run, Comparison | str], folders: Sequence[Path], each: int = 2, seed: int = 0
 ) -> list[Example]:
     """At most `each` fixed and `each` broken questions of every run that is compared with the model alone.
+
+    A question that is drawn for several methods is one example.
 
     Args:
         folders: searched for images before the data folder of the record.
@@ -82,7 +86,7 @@ def choose(
                 known[run] = {}
         return known[run]
 
-    found = []
+    found: dict[tuple[Run, tuple[str, str]], Example] = {}
     for run, compared in comparisons.items():
         if isinstance(compared, str) or compared.baseline is None or each < 1:
             continue
@@ -99,22 +103,26 @@ def choose(
                 if ours[key].prompt == theirs[key].prompt
             ]
             drawn = random.Random(f"{seed} {run.protocol.name} {fixed}").sample(keys, min(each, len(keys)))
-            found += [_example(run, key, ours[key], theirs[key], fixed, places) for key in drawn]
-    return found
+            for key in drawn:
+                one = _example(run, other, key, ours[key], theirs[key], fixed, places)
+                already = found.setdefault((other, key), one)
+                if already is not one:
+                    found[other, key] = dataclasses.replace(already, answers=already.answers + one.answers)
+    return list(found.values())
 
 
 def _example(
-    run: Run, key: tuple[str, str], ours: Answer, theirs: Answer, fixed: bool, places: Sequence[Path]
+    run: Run, baseline: Run, key: tuple[str, str], ours: Answer, theirs: Answer, fixed: bool, places: Sequence[Path]
 ) -> Example:
     mended, spoilt = (ours.text, theirs.text) if fixed else (theirs.text, ours.text)
     group = key[0]
     pictures = (picture(name, group, places) for name in ours.images)
     return Example(
-        run,
+        baseline,
         group,
         (ours.prompt or f"{group}, question {key[1]}").strip(),
         _shortened(theirs.text),
-        _shortened(ours.text),
+        ((run, _shortened(ours.text)),),
         fixed,
         right_answer(run.protocol.parser, mended, spoilt),
         tuple(filter(None, pictures)),

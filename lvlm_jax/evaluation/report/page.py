@@ -13,7 +13,7 @@ from lvlm_jax import files, pages
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.report import examples
 from lvlm_jax.evaluation.report import runs as report_runs
-from lvlm_jax.evaluation.report.cells import Cell
+from lvlm_jax.evaluation.report.cells import LEGEND, MARKS, Cell
 from lvlm_jax.evaluation.report.examples import Example
 from lvlm_jax.evaluation.report.tables import Column, Report, Section, Table, TableRow
 from lvlm_jax.version import __version__
@@ -69,17 +69,22 @@ def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequen
         "title": title,
         "about": _about(report),
         "protocols": report.protocols,
+        "sizes": {protocol: report.size(protocol) for protocol in report.protocols},
+        "marks": MARKS,
+        "legend": LEGEND,
         "sections": [_plain(section) for section in sections],
         "examples": [
             {
-                "protocol": example.run.protocol.name,
-                "model": line_of[example.run].model,
-                "method": line_of[example.run].name,
-                "which": line_of[example.run].which,
+                "protocol": example.baseline.protocol.name,
+                "model": line_of[example.baseline].model,
+                "baseline": line_of[example.baseline].name,
                 "group": example.group,
                 "question": example.question,
                 "without": example.without,
-                "with": example.with_method,
+                "answers": [
+                    {"method": line_of[run].name, "which": line_of[run].which, "text": text}
+                    for run, text in example.answers
+                ],
                 "fixed": example.fixed,
                 "right": example.right,
                 "pictures": [number[path] for path in example.pictures if path in number],
@@ -104,11 +109,14 @@ def _plain(section: Section) -> dict:
 def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
     """The same tables in Markdown; the overview as one table for each protocol, as wide as a page of paper holds."""
     parts = [f"# {escaped(title)}", escaped(_about(report))]
+    parts.append("\n".join(f"- {escaped(protocol)}: {escaped(report.size(protocol))}" for protocol in report.protocols))
+    parts.append(f"Marks of differences: {escaped('; '.join(f'{mark} {words}' for _, mark, words in LEGEND))}.")
     for section in sections:
         parts += [f"## {section.heading}", escaped(section.intro)]
         for table in section.tables:
             for protocol in dict.fromkeys(column.protocol for column in table.columns):
-                parts += [f"### {escaped(table.title or protocol)}", _pipes(_only(table, protocol))]
+                parts.append(f"### {escaped(table.title or protocol)}")
+                parts += [pipes(_only(table, protocol))] if table.rows else []
             if table.notes:
                 parts.append("\n".join(f"- {escaped(note)}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
@@ -122,10 +130,10 @@ def _only(table: Table, protocol: str) -> Table:
     return dataclasses.replace(table, columns=tuple(table.columns[i] for i in places), rows=kept)
 
 
-def _pipes(table: Table) -> str:
-    """A table with pipes; each group of rows begins with a row that names it."""
+def pipes(table: Table) -> str:
+    """A Markdown table; each group of rows that has a name begins with a row that says it."""
     lines = [["", *(_head(column) for column in table.columns)], ["---"] * (len(table.columns) + 1)]
-    group = None
+    group = ""
     for row in table.rows:
         if row.group != group:
             group = row.group
@@ -139,13 +147,15 @@ def _head(column: Column) -> str:
 
 
 def _name(row: TableRow) -> str:
-    return escaped(row.name) + (f" ({escaped(row.settings)})" if row.settings else "")
+    settings = row.settings or row.which
+    return escaped(row.name) + (f" ({escaped(settings)})" if settings else "")
 
 
 def _words(cell: Cell) -> str:
-    """A cell in one line: "86.0 (84.1 to 87.9); +1.2 (0.3 to 2.1) better"."""
+    """A cell in one line: "86.0 (84.1 to 87.9); +1.2 (0.3 to 2.1) ▲"."""
     value = escaped(cell.text + cell.mark) + (f" ({cell.interval})" if cell.interval else "")
-    return "; ".join(filter(None, (value, " ".join(filter(None, (cell.difference, cell.verdict))))))
+    says = escaped(MARKS.get(cell.verdict, cell.verdict))
+    return "; ".join(filter(None, (value, " ".join(filter(None, (cell.difference, says))))))
 
 
 def escaped(text: str) -> str:

@@ -49,12 +49,21 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Mean tokens of an answer, milliseconds a token, the device, and prompts at once, as far as they were recorded."""
+    """What answers cost, as far as it was recorded: mean tokens of one, milliseconds a token (prompts and images
+    included), the device, prompts at once, seconds of all answers, and the commit and machine they were made with."""
 
     tokens: float | None = None
     milliseconds: float | None = None
     device: str | None = None
     batch: int | None = None
+    seconds: float | None = None
+    commit: str | None = None
+    machine: str | None = None
+
+    @property
+    def answer(self) -> float | None:
+        """Milliseconds of an answer of mean length."""
+        return self.tokens * self.milliseconds if self.tokens and self.milliseconds else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +159,13 @@ class Run:
         groups = Counter(group for group, _ in self.correct)
         named = f" ({', '.join(f'{group} {count}' for group, count in groups.items())})" if len(groups) > 1 else ""
         return f"{self.record['questions']} questions{named}, {self.record['images']['count']} images"
+
+    @property
+    def asked(self) -> str:
+        """The data set in words: the folder, and the question files or how many they are."""
+        listed = [entry["name"] for entry in self.record["files"].values()]
+        folder = Path(str(self.answered_by.get("data") or "")).name
+        return ": ".join(filter(None, (folder, listed[0] if len(listed) == 1 else f"{len(listed)} files")))
 
     def questions(self, figure: str) -> int:
         """How many questions a figure is about."""
@@ -250,7 +266,7 @@ def _look_at(run: Run) -> tuple:
     """What the report reads later, read once, so that a file of another form is found out at once."""
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
     listed = [entry["name"] + entry["sha256"] for entry in entries]
-    return run.conditions, run.size, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
+    return run.conditions, run.size, run.asked, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -287,11 +303,12 @@ def _control(entry: Mapping) -> Control:
 
 
 def _cost(entry: Mapping, record: Mapping) -> Cost:
-    tokens, milliseconds = (
-        None if entry.get(name) is None else float(entry[name]) for name in ("tokens", "milliseconds")
+    tokens, milliseconds, seconds = (
+        None if entry.get(name) is None else float(entry[name]) for name in ("tokens", "milliseconds", "seconds")
     )
     settings = (record.get("answered_by") or {}).get("generation") or {}
-    return Cost(tokens, milliseconds, entry.get("device"), settings.get("batch_size"))
+    commit, machine = (str(entry[name]) if entry.get(name) else None for name in ("commit", "machine"))
+    return Cost(tokens, milliseconds, entry.get("device"), settings.get("batch_size"), seconds, commit, machine)
 
 
 def differing(first: Run, second: Run) -> list[str]:

@@ -8,10 +8,11 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lvlm_jax.evaluation.report.cells import Cell, between, cell, judged, number, shown
+from lvlm_jax.evaluation.report.cells import NOT_COMPARED, Cell, between, cell, number, shown
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
+LONG = 8  # tokens of an answer, from which the time of a token says more than that of the prompt
 SHORTER = "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
 
 
@@ -26,12 +27,20 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class TableRow:
-    """A row: the group it stands in (a model, or a method), its name, its settings, and a cell for each column."""
+    """A row of a table.
+
+    Attributes:
+        group: a model, or a method, whose rows stand together.
+        settings: all of them, which the page folds.
+        cells: one for each column.
+        which: the settings that tell it from rows of the same name.
+    """
 
     group: str
     name: str
     settings: str
     cells: tuple[Cell, ...]
+    which: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +186,9 @@ class Report:
         return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
 
     def size(self, protocol: str) -> str:
-        """How many questions and images the figures of a protocol are of."""
-        return "; or ".join(dict.fromkeys(run.size for _, run in self.of(protocol)))
+        """How many questions and images the figures of a protocol are of, and the data set."""
+        sized = (" · ".join(filter(None, (run.size, run.asked))) for _, run in self.of(protocol))
+        return "; or ".join(dict.fromkeys(sized))
 
     def column(self, figure: str, protocol: str, title: str = "") -> Column:
         """The column of a figure under a protocol; `title` where it is not called as the figure is."""
@@ -195,7 +205,7 @@ class Report:
             run.figures[name], run.benchmark.direction(name), difference, self.marks.get(run, ""), run.questions(name)
         )
         not_compared = compared is not None and difference is None
-        return dataclasses.replace(found, verdict="not compared") if not_compared else found
+        return dataclasses.replace(found, verdict=NOT_COMPARED) if not_compared else found
 
     def sections(self) -> list[Section]:
         """The whole report."""
@@ -204,12 +214,13 @@ class Report:
                 "Methods and benchmarks",
                 "Shares in per cent, below them 95 % intervals (images resampled), then the difference to the same "
                 "model without a method, on the same questions, paired. Intervals are not widened for the number of "
-                "comparisons. Below 30 questions there is no verdict.",
+                "comparisons.",
                 (self.overview(),),
             ),
             Section(
                 "Controls",
-                "What a method must be better than: figures of each control, and the method minus the control, paired.",
+                "What a method must be better than. Each row has the figures of a control and, below them, the method "
+                "minus the control, paired.",
                 tuple(filter(None, map(self.controls, self.protocols))),
             ),
             Section("By category", "Every figure, by split, subtask or kind.",
@@ -222,7 +233,9 @@ class Report:
             ),
             Section(
                 "Cost",
-                "Time over tokens generated, prompts and pictures included; and over that of the same model alone.",
+                "Time of an answer, prompt and image included, and below it how many times that of the same model "
+                f"alone it is. The time of a token is given where answers have at least {LONG} tokens; of shorter ones "
+                "the prompt takes most.",
                 tuple(map(self.cost, self.protocols)),
             ),
             Section("Records", "What decides the figures besides the method: beginnings of SHA-256 hashes.",
@@ -239,13 +252,11 @@ class Report:
             cells = tuple(
                 self.figure(run, run and headline(run, column.name)) for run, column in zip(runs, columns, strict=True)
             )
-            rows.append(TableRow(line.model, line.name, line.settings, cells))
+            rows.append(TableRow(line.model, line.name, line.settings, cells, line.which))
         return Table("", columns, tuple(rows), tuple(self.remarks()))
 
     def remarks(self) -> Iterator[str]:
-        """How much was asked, notes to the marks, comparisons that were not made, captions that got shorter."""
-        for protocol in self.protocols:
-            yield f"{protocol}: {self.size(protocol)}"
+        """Notes to the marks, comparisons that were not made, captions that got shorter."""
         for protocol, note in self.mark_notes:
             yield f"{protocol} {note}"
         for protocol in self.protocols:
@@ -267,42 +278,47 @@ class Report:
         for heading, named in arranged(name for _, run in members for name in run.figures).items():
             columns = tuple(self.column(name, protocol, title) for title, name in named.items())
             rows = tuple(
-                TableRow(line.model, line.name, line.which, tuple(self.figure(run, name) for name in named.values()))
+                TableRow(
+                    line.model, line.name, "", tuple(self.figure(run, name) for name in named.values()), line.which
+                )
                 for line, run in members
             )
-            yield Table(f"{protocol}: {heading}", columns, rows, (self.size(protocol),))
+            yield Table(f"{protocol}: {heading}", columns, rows)
 
     def controls(self, protocol: str) -> Table | None:
-        """Under each method its controls; None where nothing but models without a method ran."""
+        """Under each method its controls, which notes explain; None where nothing but models without a method ran."""
         members = [(line, run) for line, run in self.of(protocol) if not run.is_baseline]
         if not members:
             return None
         words = headlines([run for _, run in members])
-        columns = (Column("in words", protocol), *(self.column(word, protocol) for word in words))
-        rows = []
+        rows, about, said, without = [], {}, [], []
         for line, run in members:
             group = " · ".join(filter(None, (line.model, line.name, line.which)))
+            if not run.controls:
+                without.append(" · ".join(filter(None, (line.name, line.which))))
+                continue
             names = [headline(run, word) for word in words]
             directions = [run.benchmark.direction(name) if name else 0 for name in names]
-            own = (
+            own = tuple(
                 cell(run.figures[name], direction) if name else Cell()
                 for name, direction in zip(names, directions, strict=True)
             )
-            rows.append(
-                TableRow(group, "the method itself", "", (Cell("" if run.controls else "no controls were run"), *own))
-            )
+            rows.append(TableRow(group, "the method itself", "", own))
             for title, control in run.controls.items():
-                cells = (
+                cells = tuple(
                     cell(control.figures[name], direction, control.differences.get(name), questions=run.questions(name))
                     if name in control.figures
                     else Cell()
                     for name, direction in zip(names, directions, strict=True)
                 )
-                said = judged(run.benchmark, control.differences, list(filter(None, names)), run.questions)
-                if not control.differences:
-                    said = control.words or said
-                rows.append(TableRow(group, title, control.about, (Cell(said), *cells)))
-        return Table(protocol, columns, tuple(rows), (self.size(protocol),))
+                rows.append(TableRow(group, title, "", cells))
+                about[title] = control.about
+                if control.words and not control.differences:
+                    said.append(f"{group}, {title}: {control.words}")
+        notes = [f"{title}: {what}" for title, what in about.items() if what] + said
+        if without:
+            notes.append(f"No controls were run with {', '.join(without)}.")
+        return Table(protocol, tuple(self.column(word, protocol) for word in words), tuple(rows), tuple(notes))
 
     def answers(self, protocol: str) -> Table:
         """How many questions, answers not understood, and answers that a method turned."""
@@ -315,32 +331,27 @@ class Report:
                 cells += [number(compared.only_here), number(compared.only_there)]
                 cells += [number(compared.p, f"{compared.p:.3g}")]
             cells += [number(None)] * (len(names) - len(cells))
-            rows.append(TableRow(line.model, line.name, line.which, tuple(cells)))
-        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))
+            rows.append(TableRow(line.model, line.name, "", tuple(cells), line.which))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
 
     def cost(self, protocol: str) -> Table:
-        """Tokens an answer, time a token, and that time against the same model without a method."""
-        names = {"tokens an answer": 0, "prompts at once": 0, "ms a token": -1, "against no method": -1}
+        """Tokens of an answer, its time and that of a token, each beside the same model without a method."""
+        names = {"tokens an answer": 0, "prompts at once": 0, "ms an answer": -1, "ms a token": -1}
         rows = []
         for line, run in self.of(protocol):
             own, compared = run.cost, self.comparisons.get(run)
             baseline = compared.baseline if isinstance(compared, Comparison) else None
             plain = baseline.cost if baseline else Cost()
-            if not (own.milliseconds and plain.milliseconds):
-                ratio = number(None)
-            elif own.device != plain.device:
-                ratio = Cell("on another device")
-            elif own.batch != plain.batch:
-                ratio = Cell("in other batches")
-            else:
-                against = own.milliseconds / plain.milliseconds
-                ratio = number(against, f"{against:.2f}")
+            long = min(own.tokens or 0, plain.tokens or LONG) >= LONG
             length = number(own.tokens, None if own.tokens is None else f"{own.tokens:.1f}")
-            time = number(own.milliseconds, f"{own.milliseconds:.1f}" if own.milliseconds else "not recorded")
-            cells = (length, number(own.batch), time, ratio)
-            rows.append(TableRow(line.model, line.name, line.which, cells))
-        columns = tuple(Column(name, protocol, good) for name, good in names.items())
-        return Table(protocol, columns, tuple(rows), (self.size(protocol),))
+            cells = (
+                length,
+                number(own.batch),
+                _timed(own.answer, plain.answer, own, plain),
+                _timed(own.milliseconds, plain.milliseconds, own, plain) if long else number(None),
+            )
+            rows.append(TableRow(line.model, line.name, "", cells, line.which))
+        return Table(protocol, tuple(Column(name, protocol, good) for name, good in names.items()), tuple(rows))
 
     def records(self, protocol: str) -> Table:
         """Folder, files, decoding and version of every run."""
@@ -361,5 +372,20 @@ class Report:
                 run.record["version"],
             )
             cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found))
-            rows.append(TableRow(line.model, line.name, line.settings, tuple(cells)))
-        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows), (self.size(protocol),))
+            rows.append(TableRow(line.model, line.name, line.settings, tuple(cells), line.which))
+        return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
+
+
+def _timed(own: float | None, plain: float | None, cost: Cost, other: Cost) -> Cell:
+    """Milliseconds, and how many times those of a run without a method they are, where both were timed alike."""
+    if own is None:
+        return Cell("not recorded")
+    if plain is None:
+        ratio = ""
+    elif cost.device != other.device:
+        ratio = "the model alone ran on another device"
+    elif cost.batch != other.batch:
+        ratio = "the model alone ran in other batches"
+    else:
+        ratio = f"{own / plain:.2f} times"
+    return Cell(f"{own:.1f}", ratio, order=own)
