@@ -20,7 +20,7 @@ from lvlm_jax.processors.layout import Inputs, bucket
 def obstacle(method: Method | None, decoding: Decoding = GREEDY) -> str | None:
     """Why answers cannot be written token by token; None if they can."""
     if method is not None and method.search is not None:
-        return f"{method.label} is a search of its own and may take tokens back"
+        return f"{method.label} is a search and may take tokens back"
     return "a beam search may take tokens back" if decoding.num_beams > 1 else None
 
 

@@ -164,7 +164,7 @@ def test_bad_pictures_prompts_and_flags(command, refuses, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "bomb.png").write_bytes(png_with_header(30_000, 30_000))
     for message, words in (
-        ("not a picture", "--image text.jpg --prompt a"), ("900,000,000 pixels", "--image bomb.png --prompt a"),
+        ("an image format", "--image text.jpg --prompt a"), ("900,000,000 pixels", "--image bomb.png --prompt a"),
         ("does not exist", "--image missing.png --prompt a"), ("nothing to ask", f"--image {SAMPLE}"),
         ("it is a setting of --method adaiat or avisc or cmac or", "--prompt a --alpha 3"), ("magic", "--method magic"),
         ("alpha is -1", "--method cmac --alpha -1"), ("--beta", "--method cmac --beta much"),

@@ -52,7 +52,7 @@ def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         fitting.fit(model, job)
     assert not job.out.exists()
-    with pytest.raises(LVLMError, match="is of another fit"):
+    with pytest.raises(LVLMError, match="belongs to another fit"):
         fitting.fit(model, dataclasses.replace(job, batch_size=2))
     found = fitting.fit(model, job)
     assert calls == [3, 1, 1] and not (tmp_path / "vti.safetensors.parts").exists()

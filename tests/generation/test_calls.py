@@ -111,7 +111,7 @@ def test_a_method_is_taken_in_words(model, mixed):
 
 
 def test_searches_are_named_by_their_methods():
-    assert searches.obstacle(methods.OPERA()).startswith("OPERA is a search of its own")
+    assert searches.obstacle(methods.OPERA()).startswith("OPERA is a search")
     assert searches.obstacle(methods.CMAC()) is None and searches.obstacle(None) is None
     assert searches.obstacle(None, Decoding(num_beams=2)) == "a beam search may take tokens back"
     wanted = {methods.get(name).search for name in methods.names()} - {None}

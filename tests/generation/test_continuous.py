@@ -222,7 +222,7 @@ class Shared(Method):
 def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked):
     for method, reason in (
         (methods.VISTA(), "VISTA keeps something for a batch"),
-        (methods.OPERA(), "OPERA is a search of its own"),
+        (methods.OPERA(), "OPERA is a search"),
         (methods.CMAC(distort="value_noise"), "CMAC keeps"),
         (methods.chain(methods.EAH(), methods.VISTA()), "EAH . VISTA keeps"),
         (Shared(), "Shared keeps"),

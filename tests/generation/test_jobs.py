@@ -107,7 +107,7 @@ def test_bad_lines_are_named_and_the_others_answered(job, capsys):
         line(7, image=f"data:image/png;base64,{encoded}"): None,
         line(8, image="https://example.org/a.png"): "downloads are off by default",
         "{not json": "not JSON",
-        line(10, image="text.png"): "not a picture",
+        line(10, image="text.png"): "not in an image format",
         line(11, image="missing.png"): "does not exist",
         line(12, "this is too long"): "99 tokens",
         line(13, "<image><image>?"): "2 <image> placeholders but 1 images",

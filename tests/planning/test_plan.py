@@ -142,7 +142,7 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--prompt-tokens", "500"], "a prompt of 500 tokens is not possible; expected more than 584"),
         (["7b", "--prompt-tokens", "5000"], "less than the context of 4096"),
         (["7b", "--method", "sevi", "--start-layer", "40"], "are none of this model's 32 layers"),
-        (["7b", "--method", "opera"], "OPERA is a search of its own"),
+        (["7b", "--method", "opera"], "OPERA is a search"),
         (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
         (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method apply to inference"),
         (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "cut into that many equal parts"),

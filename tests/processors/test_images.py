@@ -118,7 +118,7 @@ NO_PICTURES = [
     ("data:image/png;base64", "has no data"),
     ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA…' is not in an image format"),
     ("file:///nowhere/a.png", "'/nowhere/a.png' does not exist"),
-    ("file://elsewhere/a.png", "lies on another machine"),
+    ("file://elsewhere/a.png", "is on another machine"),
     ("s3://bucket/a.png", "of an unsupported kind; download it"),
     ("https://example.org/a.jpg", "download it"),
     ({"bytes": None, "path": None}, "a dict with 'bytes', 'path'; expected one of"),
@@ -147,8 +147,8 @@ def test_what_is_no_picture():
 def test_files_that_are_no_pictures(file):
     folder, whole, damaged = file.parent, file.read_bytes(), "cannot be (decoded|opened)|is not in an image format"
     for name, content, message in (
-        ("text.jpg", b"not a picture", "not a picture"),
-        ("empty.jpg", b"", "not a picture"),
+        ("text.jpg", b"not a picture", "not in an image format"),
+        ("empty.jpg", b"", "not in an image format"),
         ("half.png", whole[:900], "truncated"),
         ("a.ppm", b"P6\n4 x\n255\n" + bytes(48), damaged),
         ("b.ppm", b"P6\n4 4\n99999999\n" + bytes(48), damaged),

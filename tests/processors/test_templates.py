@@ -228,7 +228,7 @@ def test_what_a_processor_raises_is_one_line_that_names_the_sample(pocket, confi
 
 
 def test_what_no_tokenizer_or_embedding_holds_is_refused(pocket, config):
-    with pytest.raises(LVLMError, match=r"holds '.ud83d', which is half of a character") as caught:
+    with pytest.raises(LVLMError, match=r"contains '.+ud83d', which is half of a character") as caught:
         inputs.from_messages(pocket, config, [{"role": "user", "content": "caf\ud83d"}])
     str(caught.value).encode()
     with pytest.raises(LVLMError, match="cannot take"):

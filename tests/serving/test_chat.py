@@ -190,7 +190,7 @@ def picture(url):
         ({"method": "learned:/etc/passwd"}, 400, "learned names a file"),
         ({"method": "vti", "method_settings": {"vti_fitted": "a"}}, 400, "fitted names a file"),
         ({"method": "cmac", "method_settings": {"alpha": -2}}, 400, "alpha is -2.0; expected a number >= 0"),
-        ({"method": "cmac", "method_settings": {"gain": 2}}, 400, "gain is no setting"),
+        ({"method": "cmac", "method_settings": {"gain": 2}}, 400, "gain is not a setting"),
         ({"method": "opera", "stream": True}, 400, "OPERA is a search"),
         ({"tools": [{}]}, 400, "tools are not supported"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role is 'tool'"),

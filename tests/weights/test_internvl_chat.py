@@ -172,7 +172,7 @@ def test_configurations_that_are_refused(tmp_path):
         ({"llm_config": {"architectures": ["InternLM2ForCausalLM"]}}, "lacks hidden_size"),
         ({"llm_config": INTERNLM2 | {"rope_pos_id_version": "v2pe"}}, "rope_pos_id_version 'v2pe'"),
         ({"llm_config": {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}}, "qkv_bias True and bias False"),
-        ({"llm_config": INTERNLM2 | SIZES["2b"][2] | {"vocab_size": 500}}, "do not name <IMG_CONTEXT>"),
+        ({"llm_config": INTERNLM2 | SIZES["2b"][2] | {"vocab_size": 500}}, "have no <IMG_CONTEXT>"),
         ({"vision_config": SMALL | {"model_type": "siglip"}}, "vision_config.model_type 'siglip'"),
         ({"vision_config": LARGE | {"layer_norm_eps": 1e-5}}, "layer_norm_eps 1e-05"),
     ):

@@ -106,7 +106,7 @@ def test_figures_by_hand(tmp_path):
 def test_bad_rows_and_files(tmp_path):
     for more, message in (
         ({"answer": None}, "has no answer"),
-        ({"answer": "C"}, "answer 'C' is none of the options A, B"),
+        ({"answer": "C"}, "answer 'C' is not one of the options A, B"),
         ({"options": None}, "has no options"),
         ({"options": ["x"]}, "has no options"),
         ({"question": None}, "has no question"),
