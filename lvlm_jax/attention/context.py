@@ -26,6 +26,8 @@ class Context:
         image_shift: for post-image rows, how far each image column is moved from its own position (the *positions*
             stage), along every axis if there are several; zero elsewhere. None if all positions are ordinary, or if the
             cached image keys are rotated already, as in every decode step.
+        answer: which of several answers to one prompt each column belongs to, from 1; 0 for the prompt. Answers do not
+            see each other. None if there is one answer at most.
         answer_start: the column in which the answer begins; None in a prefill.
         image_count: the largest number of images in a sample; static, so that a statistic may have an axis of images.
         phase: "prefill" or "decode".
@@ -40,6 +42,7 @@ class Context:
     image_end: Int[Array, "B"]
     axes: Int[Array, "A B T"] | None = None
     image_shift: Float[Array, "*A B S"] | None = None
+    answer: Int[Array, "B S"] | None = None
     answer_start: Int[Array, ""] | None = None
     image_count: int = dataclasses.field(default=1, metadata={"static": True})
     streams: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -57,7 +60,7 @@ class Context:
         limits how far back they see, as for text.
         """
         image = self.image_columns() if whole_images and self.phase == "prefill" else None
-        return LazyMask.of(self.rows(), self.image_id != PADDING, window, image)
+        return LazyMask.of(self.rows(), self.image_id != PADDING, window, image, self.answer)
 
     def cut(self, start: int | Int[Array, ""], rows: int) -> "Context":
         """The same columns with only `rows` rows, beginning with row `start`; explicit rows stay explicit."""

@@ -19,6 +19,8 @@ class LazyMask:
             window. These count tokens, not columns, because columns between a prompt and its answer may be unused.
         run, row_run: number (from 1) of the uninterrupted run of image tokens that a column or row belongs to, 0 for
             text; None if image tokens do not see later tokens of their run.
+        answer, row_answer: number (from 1) of the answer that a column or row belongs to, 0 for the prompt, which all
+            answers see; None if there is one answer at most.
         window: how many tokens back a row sees, itself included.
         causal: False lets every row see all valid columns.
     """
@@ -30,12 +32,19 @@ class LazyMask:
     row_place: Int[Array, "B T"] | None = None
     run: Int[Array, "B S"] | None = None
     row_run: Int[Array, "B T"] | None = None
+    answer: Int[Array, "B S"] | None = None
+    row_answer: Int[Array, "B T"] | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def of(
-        cls, row: Int[Array, "T"], valid: Bool[Array, "B S"], window: int | None, image: Bool[Array, "B S"] | None
+        cls,
+        row: Int[Array, "T"],
+        valid: Bool[Array, "B S"],
+        window: int | None,
+        image: Bool[Array, "B S"] | None,
+        answer: Int[Array, "B S"] | None = None,
     ) -> "LazyMask":
         """The mask for rows at these columns; `image` marks image tokens if they see later ones of their run."""
         place = run = None
@@ -44,10 +53,11 @@ class LazyMask:
         if image is not None:
             begins = image & ~jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]
             run = jnp.where(image, jnp.cumsum(begins, axis=1, dtype=jnp.int32), 0)
-        own = (None if counted is None else jnp.take(counted, row, axis=1) for counted in (place, run))
-        row_place, row_run = own
+        counted = {"place": place, "run": run, "answer": answer}
+        counted = {name: array for name, array in counted.items() if array is not None}
+        of_rows = {f"row_{name}": jnp.take(array, row, axis=1) for name, array in counted.items()}
         column = jnp.arange(valid.shape[1], dtype=jnp.int32)
-        return cls(row.astype(jnp.int32), column, valid, place, row_place, run, row_run, window)
+        return cls(row.astype(jnp.int32), column, valid, window=window, **counted, **of_rows)
 
     @classmethod
     def everywhere(cls, rows: int, valid: Bool[Array, "B S"]) -> "LazyMask":
@@ -67,6 +77,9 @@ class LazyMask:
             visible = visible | ((own == self.run[:, None, :]) & (own > 0))
         if self.window is not None:
             visible = visible & (self.place[:, None, :] > self.row_place[:, :, None] - self.window)
+        if self.answer is not None:
+            own = self.answer[:, None, :]
+            visible = visible & ((own == 0) | (own == self.row_answer[:, :, None]))
         return visible & self.valid[:, None, :]
 
     def part(self, row: Int[Array, ""] | int, column: Int[Array, ""] | int, rows: int, columns: int) -> "LazyMask":
@@ -75,11 +88,11 @@ class LazyMask:
 
     def rows(self, start: Int[Array, ""] | int, count: int) -> "LazyMask":
         """The mask of `count` rows from `start` on."""
-        return self._cut(("row", "row_place", "row_run"), start, count)
+        return self._cut(("row", "row_place", "row_run", "row_answer"), start, count)
 
     def columns(self, start: Int[Array, ""] | int, count: int) -> "LazyMask":
         """The mask of `count` columns from `start` on."""
-        return self._cut(("column", "valid", "place", "run"), start, count)
+        return self._cut(("column", "valid", "place", "run", "answer"), start, count)
 
     def _cut(self, names: tuple[str, ...], start: Int[Array, ""] | int, count: int) -> "LazyMask":
         arrays = {name: getattr(self, name) for name in names}
@@ -94,7 +107,7 @@ class LazyMask:
         """Appends filler rows and filler columns that see nothing and that nothing sees."""
         if not rows and not columns:
             return self
-        fill = dict(row=-1, row_place=0, row_run=0, column=0, valid=False, place=0, run=0)
+        fill = dict(row=-1, row_place=0, row_run=0, row_answer=0, column=0, valid=False, place=0, run=0, answer=0)
 
         def pad(name: str) -> Array | None:
             array, count = getattr(self, name), rows if name.startswith("row") else columns

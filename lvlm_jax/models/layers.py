@@ -1,5 +1,6 @@
 """Layers that towers, connectors and decoders share."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,11 @@ class Linear(nn.Dense):
             return self.get_variable("params", name)
 
         x, a, b = nn.dtypes.promote_dtype(x, leaf("lora_a"), leaf("lora_b"), dtype=self.dtype)
+        lead = x.shape[:-1]
+        if math.prod(lead[:-2]) == 1:
+            # One axis of rows: the gradients of A and B are plain products then. Of several axes XLA's CPU compiler
+            # transposes whole activations for them. Rows of several branches lie on the devices of their samples.
+            x = x.reshape(-1, x.shape[-1])
         if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
             keep_rate = 1.0 - leaf("lora_dropout").astype(jnp.float32)
             mask = jax.random.bernoulli(self.make_rng("dropout"), keep_rate, x.shape)
@@ -77,7 +83,7 @@ class Linear(nn.Dense):
         # bfloat16.
         inner = jnp.dot(x, a, precision=self.precision, preferred_element_type=jnp.float32)
         inner = (inner * leaf("lora_scale").astype(jnp.float32)).astype(x.dtype)
-        return jnp.dot(inner, b, precision=self.precision)
+        return jnp.dot(inner, b, precision=self.precision).reshape(*lead, -1)
 
 
 def _exact(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -9,12 +9,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lvlm_jax import models, parallel, weights
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
 from lvlm_jax.training import loop, registry
 from lvlm_jax.training import settings as fields
 from lvlm_jax.training.registry import Recipe
-from lvlm_jax.weights import lora, names, parts, peft
+from lvlm_jax.weights import lora, names, parts, peft, peft_settings, quantize
 from lvlm_jax.weights.tables import flatten, unflatten
 
 
@@ -43,7 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
     module = models.build(model.config, jnp.dtype(config.dtype), remat=remat)
     task = objective.task(model, module, config, workdir)
     beside = frozen
-    if objective.with_base and not config.lora.enabled:
+    if objective.with_base and (config.lora.start or not config.lora.enabled):
         beside = objective.with_base(trainable, frozen)
     settings = loop_settings(config, task)
     trained = loop.train(task, trainable, beside, settings, workdir, mesh, config.to_dict())
@@ -57,20 +58,49 @@ def _divided(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
 
 
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
-    """The model to train, on the mesh; in the master dtype if its own parameters are trained."""
+    """The model to train, on the mesh; in the master dtype if its own parameters are trained.
+
+    It has the adapter that training goes on from, if there is one.
+
+    Raises:
+        LVLMError: no such model or adapter, or an adapter of other settings than those of the run.
+    """
     dtype = config.master if config.train and not config.lora.enabled else config.dtype
-    return LVLM.from_pretrained(config.model, dtype=dtype, mesh=mesh)
+    start, quant = config.lora.start or None, config.quant or None
+    if start:
+        _check_start(config.lora)
+    return LVLM.from_pretrained(config.model, dtype=dtype, mesh=mesh, adapter=start, quant=quant)
+
+
+def _check_start(of: ConfigDict) -> None:
+    """Refuses an adapter to go on from that is not what the run would write, with an `LVLMError`."""
+    folder = weights.resolve_checkpoint(of.start)
+    own = peft_settings.read_settings(folder)
+    pairs = {"rank": int(own["r"]), "alpha": float(own["lora_alpha"]), "rslora": own["use_rslora"]}
+    if other := {name: value for name, value in pairs.items() if of[name] != value}:
+        said = ", ".join(f"{name} {of[name]}" for name in other)
+        told = " ".join(f"--config.lora.{name}={value}" for name, value in other.items())
+        raise LVLMError(f"the adapter of lora.start, {folder}, has other settings than the run ({said}); set {told}")
+    if brought := peft.brings_whole(folder):
+        raise LVLMError(
+            f"lora.start {folder} brings {brought} besides its adapter, which a new adapter would be without; merge it "
+            "(lvlm convert --adapter), and train the merged model"
+        )
 
 
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
-    """(trainable, frozen): new adapters and all of `params`, or the parameters that match `config.train` and the rest.
+    """(trainable, frozen): adapters and all of `params`, or the parameters that match `config.train` and the rest.
 
-    The first part has the master dtype, the second the dtype of products.
+    Adapters are those of `params` if training goes on from one, else new ones. The first part has the master dtype, the
+    second the dtype of products.
     """
     if config.lora.enabled:
         of = config.lora
         key = jax.random.key(config.seed)
-        trainable, frozen = lora.attach_adapters(params, of.rank, of.alpha, of.targets, of.dropout, key)
+        if of.start:
+            trainable, frozen = lora.detach_adapters(params, of.targets, of.dropout)
+        else:
+            trainable, frozen = lora.attach_adapters(params, of.rank, of.alpha, of.targets, of.dropout, key, of.rslora)
     else:
         trainable, frozen = parts.split(params, config.train)
         frozen = _cast(frozen, config.dtype)
@@ -85,14 +115,19 @@ def loop_settings(config: ConfigDict, task: loop.Task) -> ConfigDict:
 
 
 def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
-    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does it for all."""
+    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does it for all.
+
+    An int8 base is written as the floating-point weights that it stands for: the adapters were trained on these.
+    """
     params, folder, source = parts.join(trained, frozen), workdir / "export", names.checkpoint(config.model)
     leaves = {path: leaf for path, leaf in flatten(params).items() if path.endswith(LORA_LEAVES)}
     first = jax.process_index() == 0
+    if config.quant:
+        params = quantize.dequantize(params, config.dtype)
     adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(params), first)
     if first:
         if config.lora.enabled:
-            peft.save_adapter(workdir / "adapter", adapter, model.config, source)
+            peft.save_adapter(workdir / "adapter", adapter, model.config, source, config.lora.rslora)
         dtype = jnp.dtype(config.dtype)
         weights.save_checkpoint(folder, merged, model.config, model.folder, dtype=dtype, overwrite=True)
     multihost_utils.sync_global_devices("export")

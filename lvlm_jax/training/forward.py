@@ -69,6 +69,8 @@ def decode(
     tap: Tap = NOTHING,
     rngs: Rngs = None,
     axes: Int[Array, "B A T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    answer: Int[Array, "B T"] | None = None,
 ) -> DecoderOutput:
     """One pass through the decoder, with the attention of the method's main branch in all rows.
 
@@ -79,20 +81,18 @@ def decode(
         tap: what else to return.
         rngs: random keys for adapters with dropout.
         axes: positions along each position axis, if the model has several.
+        positions: position of each row, if it is not the number of tokens before it.
+        answer: which of several answers to one prompt a token belongs to, as in `Context`; None for one answer.
     """
     total = image_id.shape[1]
     axes = None if axes is None else axes.swapaxes(0, 1)
     context = prompt_context(image_id, method, total if method else 0, image_count, axes=axes)
+    context = dataclasses.replace(context, streams=True, answer=answer)
+    if positions is not None:
+        context = dataclasses.replace(context, positions=positions)
     transforms = method.branches()[:1] if method else None
     return module.apply(
-        {"params": params},
-        embeddings[None],
-        dataclasses.replace(context, streams=True),
-        None,
-        transforms,
-        tap,
-        method="decode",
-        rngs=rngs,
+        {"params": params}, embeddings[None], context, None, transforms, tap, method="decode", rngs=rngs
     )
 
 
@@ -104,8 +104,9 @@ def answer_logits(
     Logits over the vocabulary for every row would take most of a step's memory.
     """
     columns = sequence["columns"]
-    # Row t predicts token t + 1.
-    rows = jnp.take_along_axis(hidden, jnp.maximum(columns - 1, 0)[..., None], axis=1)
+    # Row t predicts token t + 1, unless the sequence says otherwise (`one_row`).
+    predicting = sequence["rows"] if "rows" in sequence else jnp.maximum(columns - 1, 0)
+    rows = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
     logits = module.apply({"params": params}, rows, method="head", rngs=rngs)
     targets = jnp.take_along_axis(sequence["tokens"], columns, axis=1)
     return logits, targets, jnp.take_along_axis(sequence["answers"], columns, axis=1)

@@ -21,7 +21,7 @@ from lvlm_jax.journal.record import differences
 from lvlm_jax.training import checkpoints, optimizer, placement
 from lvlm_jax.training.data import workers as data
 from lvlm_jax.training.losses import Mean
-from lvlm_jax.training.monitor import Answer, Monitor, Pace, flops_per_token, logger, token_count
+from lvlm_jax.training.monitor import Answer, Monitor, Pace, flops_per_token, logger, padding, token_count
 from lvlm_jax.training.step import Metrics, Objective, State, make_step
 
 
@@ -152,13 +152,14 @@ def train(
             return state.trainable
         pace = Pace(flops_per_token(trainable, frozen), list(mesh.devices.flat))
 
-        def settle(step: int, metrics: Metrics, tokens: int, done: float | None = None) -> None:
+        def settle(step: int, metrics: Metrics, tokens: int, filler: Metrics, done: float | None = None) -> None:
             """Processes the results of a step. Runs while the next step computes, so that no device waits for the host.
 
             Args:
+                tokens, filler: of the batch, as `monitor` counts them.
                 done: when the step ended; None: when its metrics are available.
             """
-            tally.add(metrics)
+            tally.add(metrics | filler)
             done = time.monotonic() if done is None else done
             if not tally.finite():
                 saved.wait()
@@ -201,7 +202,7 @@ def train(
                     state, metrics = update(state, frozen, placed)
                 if running is not None:
                     settle(*running, done)
-                running = (step, metrics, token_count(batch))
+                running = (step, metrics, token_count(batch), padding(batch))
                 stopping, last = stop.wanted(step), step == steps
                 judge = task.evaluate is not None and (step % settings.evaluate_every == 0 or last)
                 keep = step % settings.save_every == 0 or last or stopping or (judge and bool(best))

@@ -32,6 +32,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import read_bytes, write_whole
 from lvlm_jax.journal import progress
 from lvlm_jax.parallel.peaks import peak_flops
+from lvlm_jax.training.losses import Mean
 from lvlm_jax.weights.tables import flatten
 
 FLUSH_SECONDS = 5.0  # TensorBoard's files; a flush waits for the disk
@@ -55,6 +56,16 @@ def token_count(batch: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     names = ((getattr(path[-1], "key", getattr(path[-1], "name", None)), leaf) for path, leaf in leaves)
     return sum(leaf.size for name, leaf in names if name == "tokens")
+
+
+def padding(batch: Any) -> dict[str, Mean]:
+    """`padding`, the share of a batch's tokens that only fill; nothing of batches that do not tell."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    known = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "image_id"]
+    if not known:
+        return {}
+    filling, size = sum(int((leaf < 0).sum()) for leaf in known), sum(leaf.size for leaf in known)
+    return {"padding": Mean(np.float32(filling), np.float32(size))}
 
 
 class Pace:

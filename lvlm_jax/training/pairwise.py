@@ -1,11 +1,11 @@
 """Learning from pairs, a chosen and a rejected answer to one prompt: shared by the objectives "capl" and "dpo".
 
 Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly,
-according to `preference.method`. One forward pass scores both answers.
+according to `preference.method`. One forward pass scores both answers, short ones behind one prompt (`one_row`).
 
-The reference needs no second copy of the weights. With LoRA it is the model without the adapters, in a second forward
-pass without gradient. Or its log-probabilities are computed before training and read from disk
-(`preference.reference="precomputed"`), which full fine-tuning needs.
+The reference is the model as training begins, and needs no second copy of the weights. Its log-probabilities are
+computed before training and read from disk (`preference.reference="precomputed"`). Or, with LoRA, it is the model
+without the adapters, in a second forward pass without gradient ("adapter_off"). "auto" chooses the cheaper one.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.record import method_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import CAPL, Method
-from lvlm_jax.training import forward, loop
+from lvlm_jax.training import forward, loop, one_row
 from lvlm_jax.training import preference_losses as preference
 from lvlm_jax.training.data.pair_batches import PAIR, Batch, pictures_of
 from lvlm_jax.training.losses import Mean
@@ -44,7 +44,7 @@ FIELDS = {
     "method": "none",
     "sigma": 0.5,
     "rho": 0.95,
-    "reference": "adapter_off",
+    "reference": "auto",
 }
 DOCS = {
     "loss": f"{', '.join(preference.LOSSES)}; several with weights as in '0.8*sigmoid + 0.2*bco_pair + sft'",
@@ -54,9 +54,10 @@ DOCS = {
     "method": "attention of policy and reference: capl, or none",
     "sigma": "of capl: weight of the cross-image softmax",
     "rho": "of capl: share of each image's tokens that is selected",
-    "reference": "adapter_off (the model without its adapter), or precomputed",
+    "reference": "adapter_off (the model without an adapter, in each step), precomputed (the model that training "
+    "begins with, once), or auto: precomputed where samples are seen again, with lora.start, and without LoRA",
 }
-REFERENCE = one_of("reference", ("adapter_off", "precomputed"))
+REFERENCE = one_of("reference", ("auto", "adapter_off", "precomputed"))
 BETA = Check("beta", "a number above 0, such as 0.1", lambda value: value > 0)
 CHECKS = (
     one_of("method", ("capl", "none")),
@@ -100,24 +101,35 @@ class Scorer:
         self, params: Any, batch: Batch, image_tokens: Mapping[str, Float[Array, "*N E"]], rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B S A"], Bool[Array, "B S A"]]:
         """Log-probabilities of every answer token, and which of the A places have one. One pass through the decoder."""
-        embedded = [
-            forward.embed(self.module, params, batch[name]["tokens"], image_tokens[name]) for name in self.sequences
-        ]
-        rows = _side_by_side(*(batch[name] for name in self.sequences))
+        sequences = [batch[name] for name in self.sequences]
+        if self.in_one_row(batch):
+            rows = one_row.joined(*sequences, self.module.config.pad_token_id)
+            embedded = forward.embed(self.module, params, rows["tokens"], image_tokens[PAIR[0]])
+        else:
+            tokens = [(batch[name]["tokens"], image_tokens[name]) for name in self.sequences]
+            embedded = _side_by_side(*(forward.embed(self.module, params, *both) for both in tokens))
+            rows = _side_by_side(*sequences)
         decoded = forward.decode(
             self.module,
             params,
             rows["image_id"],
-            _side_by_side(*embedded),
+            embedded,
             self.method,
             self.image_count,
             rngs=rngs,
-            axes=rows.get("axes"),
+            **{name: rows[name] for name in ("axes", "positions", "answer") if name in rows},
         )
         logits, targets, mask = forward.answer_logits(self.module, params, decoded.hidden[0], rows, rngs)
         logprobs = forward.token_logprobs(logits, targets, mask)
-        shape = (-1, len(self.sequences), logprobs.shape[-1])
+        shape = (-1, len(self.sequences), sequences[0]["columns"].shape[-1])
         return logprobs.reshape(shape), mask.reshape(shape)
+
+    def in_one_row(self, batch: Batch) -> bool:
+        """Whether chosen and rejected answers of a batch stand behind one prompt, see `one_row`; static."""
+        if self.sequences != PAIR or any(pictures_of(name) in batch for name in PAIR):
+            return False
+        length, answer = (batch[PAIR[0]][name].shape[1] for name in ("tokens", "columns"))
+        return one_row.pays(self.module.config, self.module.dtype, self.method, length, answer)
 
     def alone(self, params: Any, batch: Batch) -> Float[Array, "B S A"]:
         """`logprobs` of a batch, starting from its images, without dropout."""
@@ -175,8 +187,13 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
 
 
 def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:
-    """The samples, with the log-probabilities of their answers if `reference` is "precomputed"."""
-    if reference != "precomputed":
+    """The samples, with the log-probabilities of their answers if `reference` is "precomputed" or "auto" chooses that.
+
+    One pass over all samples costs as much as the reference's pass over as many samples in the steps.
+    """
+    of = samples.config.lora
+    chosen = samples.seen_again or of.start or not of.enabled
+    if reference == "adapter_off" or (reference == "auto" and not chosen):
         return samples
     identity = {"method": method_record(scorer.method), "dtype": str(scorer.module.dtype)}
     return samples.with_reference(scorer.alone, identity, workdir / "reference")

@@ -103,6 +103,18 @@ class Samples:
         """Number of samples that go through the model at once."""
         return self.config.batch // self.config.accumulate
 
+    @property
+    def source(self) -> Batches:
+        """The batches that are learned from."""
+        of = self.config
+        return Batches(self.train, self.encoder, of.batch, of.accumulate, of.seed, self.shares, of.length_groups)
+
+    @property
+    def seen_again(self) -> bool:
+        """Whether a whole batch or more of the samples is learned from another time."""
+        steps = self.config.steps or self.source.steps(self.config.epochs)
+        return (steps - 1) * self.config.batch >= len(self.train)
+
     def with_reference(self, score: Callable[[Any, Batch], Any], identity: dict, folder: Path) -> "Samples":
         """These samples with the log-probabilities of their answers under the base model.
 
@@ -127,7 +139,7 @@ class Samples:
             measure: the metrics of held-out samples; by default those of `objective`.
         """
         config = self.config
-        source = Batches(self.train, self.encoder, config.batch, config.accumulate, config.seed, self.shares)
+        source = self.source
         judge = evaluation(measure or objective, self.held_out, self.encoder, self.part, self.model.mesh)
         said = functools.partial(answers.answered, self.model, self.asked, config.loop.answer_tokens, self.part)
         return loop.Task(config.recipe, objective, terms, source, judge, source.describe, said if self.asked else None)

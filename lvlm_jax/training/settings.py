@@ -19,6 +19,7 @@ from lvlm_jax.generation.settings import LARGEST_FLOAT, LARGEST_INT
 from lvlm_jax.training import registry
 from lvlm_jax.training.registry import Check, Objective
 from lvlm_jax.weights.lora import TARGETS
+from lvlm_jax.weights.quantize import QUANTS
 
 DTYPES = ("float32", "bfloat16")
 
@@ -37,6 +38,7 @@ FIELDS = (
     Field("seed", 0, "seed of adapters, dropout and the order of the data"),
     Field("model", "pocket", "pocket (the model inside the package), a checkpoint folder, or a hub id"),
     Field("dtype", "float32", "number format of products and frozen weights; that of trained weights is master"),
+    Field("quant", "", "int8: the decoder's frozen weights as 8-bit integers; empty: in dtype"),
     Field("master", "float32", "number format of the trained weights and of the optimizer's moments"),
     Field(
         "remat",
@@ -52,8 +54,10 @@ FIELDS = (
     Field("lora.enabled", True, "train adapters beside frozen weights; False: the weights themselves"),
     Field("lora.rank", 16, "rank of each adapter"),
     Field("lora.alpha", 32.0, "an adapter's product is scaled by alpha / rank"),
+    Field("lora.rslora", False, "scale it by alpha / √rank (rsLoRA), so that large ranks learn as fast as small ones"),
     Field("lora.dropout", 0.0, "dropout rate of an adapter's input"),
     Field("lora.targets", TARGETS, "modules that get an adapter, a regex on their paths"),
+    Field("lora.start", "", "go on from this adapter, a folder of ours or of PEFT or a hub id; empty: a new one"),
     Field("mesh.data", -1, "devices over which a batch is spread; -1: all devices that the other two axes do not use"),
     Field("mesh.fsdp", 1, "devices over which batch and parameters are spread"),
     Field("mesh.tensor", 1, "devices over which each product is spread"),
@@ -67,6 +71,11 @@ FIELDS = (
     Field("epochs", 1.0, "passes over the data"),
     Field("steps", 0, "number of updates; 0: computed from epochs"),
     Field("batch", 16, "samples in one update"),
+    Field(
+        "length_groups",
+        1,
+        "batches that are cut from one group of samples sorted by length, for less padding; 1: samples as drawn",
+    ),
     Field("accumulate", 1, "parts into which a batch is split, to save memory"),
     Field("length", 1024, "tokens of the longest sample, image tokens included"),
     Field("too_long", "error", "longer samples: error, or drop (they are left out and counted)"),
@@ -125,10 +134,12 @@ def _shared() -> ConfigDict:
 _CHECKS = (
     Check("dtype", " or ".join(DTYPES), lambda value: value in DTYPES),
     Check("master", " or ".join(DTYPES), lambda value: value in DTYPES),
+    Check("quant", "int8, or empty for none", lambda value: value in ("", *QUANTS)),
     Check("seed", "at least 0", lambda value: value >= 0),
     Check("epochs", "a number above 0", lambda value: 0 < value < math.inf),
     Check("steps", "at least 0; 0 means computed from epochs", lambda value: value >= 0),
     Check("batch", "at least 1", lambda value: value >= 1),
+    Check("length_groups", "at least 1", lambda value: value >= 1),
     Check("accumulate", "at least 1", lambda value: value >= 1),
     Check("length", "at least 2 tokens", lambda value: value >= 2),
     Check("too_long", "error or drop", lambda value: value in ("error", "drop")),
@@ -185,6 +196,8 @@ def check(config: ConfigDict) -> None:
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
             "that many equal parts"
         )
+    if not config.lora.enabled and (config.lora.start or config.lora.rslora):
+        raise LVLMError("lora.start and lora.rslora belong to adapters and lora.enabled is False; leave them out")
     if config.loop.patience and not config.loop.keep_best:
         raise LVLMError("loop.patience needs a metric to watch; set loop.keep_best, such as val/loss")
     if config.loop.answers and not config.validation:

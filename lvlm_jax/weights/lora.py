@@ -6,6 +6,7 @@ same arrays are the base model; and training, saving and placement treat adapter
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import jax
@@ -23,8 +24,13 @@ from lvlm_jax.weights.tables import flatten, unflatten
 TARGETS = r"language_model/.*(q|k|v|o|gate|up|down)_proj$"
 
 
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What A B is multiplied by: alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def attach_adapters(
-    params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array
+    params: Mapping, rank: int, alpha: float, targets: str, dropout: float, key: jax.Array, rslora: bool = False
 ) -> tuple[dict, dict]:
     """New adapters for the kernels that match `targets`; the model computes the same as before, bit for bit.
 
@@ -34,11 +40,12 @@ def attach_adapters(
     Args:
         params: nested dict of parameters without adapters, of arrays or of their shapes.
         rank: columns of A and rows of B.
-        alpha: the term is scaled by alpha / rank.
+        alpha: the term is scaled by `scale_of` it.
         targets: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj".
         dropout: rate at which inputs of A are dropped in training; at 0 there is no `lora_dropout` leaf and nothing is
             drawn.
         key: random key for A.
+        rslora: see `scale_of`.
 
     Returns:
         (adapters, frozen): the trainable leaves `lora_a` and `lora_b`; all of `params` with the constants `lora_scale`
@@ -62,12 +69,58 @@ def attach_adapters(
         draw = jax.jit(_uniform, static_argnames="shape", out_shardings=place["lora_a"])
         leaves[f"{path}/lora_a"] = draw(fresh, shape=shapes["lora_a"])
         leaves[f"{path}/lora_b"] = jnp.zeros(shapes["lora_b"], device=place["lora_b"])
-        leaves[f"{path}/lora_scale"] = jax.device_put(np.float32(alpha / rank), place["lora_scale"])
+        leaves[f"{path}/lora_scale"] = jax.device_put(np.float32(scale_of(alpha, rank, rslora)), place["lora_scale"])
         if dropout > 0:
             leaves[f"{path}/lora_dropout"] = jax.device_put(np.float32(dropout), place["lora_scale"])
-    adapters = {path: leaf for path, leaf in leaves.items() if path.endswith(("/lora_a", "/lora_b"))}
-    constants = {path: leaf for path, leaf in leaves.items() if path not in adapters}
-    return unflatten(adapters), unflatten(flat | constants)
+    return _divided(flat | leaves)
+
+
+def detach_adapters(params: Mapping, targets: str, dropout: float) -> tuple[dict, dict]:
+    """The adapters that a tree holds, to be trained further.
+
+    Args:
+        params: nested dict of parameters with adapters, as `peft.load_adapter` returns it.
+        targets: as in `attach_adapters`; it must find the modules that have an adapter and no other ones.
+        dropout: as in `attach_adapters`; it takes the place of the rate that the adapters had.
+
+    Returns:
+        (adapters, frozen), as `attach_adapters` does.
+
+    Raises:
+        LVLMError: a rate out of range, or targets that find other modules.
+    """
+    _check_dropout(dropout)
+    flat = flatten(params)
+    adapted = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
+    base = {path: leaf for path, leaf in flat.items() if not path.endswith(LORA_LEAVES)}
+    found = _target_kernels(base, targets)
+    if odd := sorted(set(adapted).symmetric_difference(found)):
+        what = "has none for" if odd[0] in found else "is also for"
+        raise LVLMError(
+            f"the pattern of LoRA targets, {targets!r}, finds other modules than the adapter is for: it {what} "
+            f"{odd[0]}; set {_pattern(adapted, base)}"
+        )
+    rate = np.float32(dropout)
+    for module in adapted:
+        flat.pop(f"{module}/lora_dropout", None)
+        if dropout > 0:
+            flat[f"{module}/lora_dropout"] = jax.device_put(rate, flat[f"{module}/lora_scale"].sharding)
+    return _divided(flat)
+
+
+def _divided(flat: Mapping) -> tuple[dict, dict]:
+    """(adapters, frozen) of a flat tree."""
+    adapters = {path: leaf for path, leaf in flat.items() if path.endswith(("/lora_a", "/lora_b"))}
+    return unflatten(adapters), unflatten({path: leaf for path, leaf in flat.items() if path not in adapters})
+
+
+def _pattern(modules: list[str], base: Mapping) -> str:
+    """How to set lora.targets so that it finds these modules and no other ones."""
+    names = "|".join(sorted({module.rpartition("/")[2] for module in modules}))
+    for pattern in (rf"language_model/.*({names})$", rf"({names})$"):
+        if {module for module in projections(base) if re.search(pattern, module)} == set(modules):
+            return f"lora.targets={pattern!r}"
+    return "lora.targets to a pattern of the adapter's modules"
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -112,6 +165,10 @@ def _check_settings(rank: int, alpha: float, dropout: float) -> None:
         raise LVLMError(f"LoRA rank {rank} is out of range; expected at least 1, such as 16")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise LVLMError(f"LoRA alpha {alpha} is out of range; expected a number above 0, such as twice the rank")
+    _check_dropout(dropout)
+
+
+def _check_dropout(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise LVLMError(f"LoRA dropout {dropout} is out of range; expected a rate from 0 to below 1")
 

@@ -27,11 +27,12 @@ from lvlm_jax.models.layers import LORA_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
 from lvlm_jax.weights.bin_file import BinFile
 from lvlm_jax.weights.checkpoint import resolve_checkpoint
+from lvlm_jax.weights.lora import scale_of
 from lvlm_jax.weights.peft_settings import CONFIG, is_targeted, rank, read_settings, scale
 from lvlm_jax.weights.plan import Faults, TensorFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_tensors
 from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fuse, table_for, unflatten
-from lvlm_jax.weights.whole_tensors import replace_trained, replace_vocabulary, stored_vocabulary
+from lvlm_jax.weights.whole_tensors import TRAINED, replace_trained, replace_vocabulary, stored_vocabulary
 
 WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -41,7 +42,11 @@ _FACTORS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
 
 def save_adapter(
-    folder: str | os.PathLike, params: Mapping, config: FamilyConfig, base_model_name: str | None = None
+    folder: str | os.PathLike,
+    params: Mapping,
+    config: FamilyConfig,
+    base_model_name: str | None = None,
+    rslora: bool = False,
 ) -> Path:
     """Writes the adapters of a parameter tree, for `peft.PeftModel.from_pretrained` and `load_adapter`.
 
@@ -51,6 +56,7 @@ def save_adapter(
             and the dropout rate are read from them.
         config: the model's configuration.
         base_model_name: folder or hub id of the base model, which PEFT's Auto classes load.
+        rslora: write the scales as alpha / √rank (`use_rslora`), and not as alpha / rank; they stay what they are.
 
     Returns:
         The folder.
@@ -76,7 +82,7 @@ def save_adapter(
         return np.ascontiguousarray(np.asarray(tensors[name]).T)
 
     dropout = float(flat.get(f"{paths[0]}/lora_dropout", 0.0))
-    settings = _settings(joint_factors, dropout, base_model_name)
+    settings = _settings(joint_factors, dropout, base_model_name, rslora)
     entries = [(name, array.shape[::-1], np.dtype(array.dtype)) for name, array in tensors.items()]
     with files.atomic_file(folder / CONFIG) as config_file, files.atomic_file(folder / WEIGHTS) as weights_file:
         config_file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
@@ -132,6 +138,13 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
             if settings["lora_dropout"]:
                 put(f"{path}/lora_dropout", np.asarray(settings["lora_dropout"]))
     return unflatten(flat)
+
+
+def brings_whole(folder: Path) -> str | None:
+    """What an adapter's folder holds besides the adapter, as `load_adapter` would take it; None for nothing."""
+    if (folder / TRAINED).is_file():
+        return TRAINED
+    return next((name for name in _open(folder).shapes if ".lora_" not in name), None)
 
 
 class Factors(NamedTuple):
@@ -202,14 +215,16 @@ def _modules(table: Table, paths: Iterable[str], scheme: str) -> dict[str, Adapt
     return {name: Adapted.of(parts) for name, parts in pieces.items()}
 
 
-def _settings(modules: Mapping[str, Factors], dropout: float, base_model_name: str | None) -> dict:
+def _settings(modules: Mapping[str, Factors], dropout: float, base_model_name: str | None, rslora: bool) -> dict:
     """`adapter_config.json` for the adapters of torch modules.
 
     Targets are the modules' full names: the endings that PEFT's users write ("q_proj") would also match the vision
     tower.
     """
     ranks = {name: factors.lora_a.shape[1] for name, factors in modules.items()}
-    alphas = {name: _round_for_people(factors.scale * ranks[name]) for name, factors in modules.items()}
+    alphas = {
+        name: _round_for_people(factors.scale / scale_of(1, ranks[name], rslora)) for name, factors in modules.items()
+    }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -224,7 +239,7 @@ def _settings(modules: Mapping[str, Factors], dropout: float, base_model_name: s
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
         "bias": "none",
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": rslora,
     }
 
 

@@ -4,7 +4,6 @@ Modules are named by endings or by regular expressions, as in PEFT. Because the 
 expression that takes too long to match is refused.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import regex
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError, shown
+from lvlm_jax.weights.lora import scale_of
 
 CONFIG = "adapter_config.json"
 
@@ -163,4 +163,4 @@ def scale(module: str, settings: Mapping[str, Any]) -> float:
     """The factor on the product of a module's A and B."""
     alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
     own = rank(module, settings)
-    return alpha / (math.sqrt(own) if settings["use_rslora"] else own)
+    return scale_of(alpha, own, settings["use_rslora"])

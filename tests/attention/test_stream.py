@@ -24,13 +24,17 @@ def operands(rows: int, columns: int, dtype=jnp.float32):
     return [jnp.asarray(generator.normal(size=shape) * 2, dtype) for shape in shapes]
 
 
-def sight_of(rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True) -> LazyMask:
+def sight_of(
+    rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True, answers: bool = False
+) -> LazyMask:
     """The last `rows` of `columns`; the second sample's padding is 37 columns, and three images lie side by side."""
     places = np.arange(columns)
     padding = places < 37 if left else places >= columns - 37
     valid = jnp.asarray(np.stack([places >= 0, ~padding]))
     image = jnp.asarray(np.isin(places // 40, (1, 2, 4)) & np.ones((BATCH, 1), bool))
-    return LazyMask.of(jnp.arange(columns - rows, columns), valid, window, image & valid if images else None)
+    answer = jnp.asarray(np.stack([np.digitize(places, starts) for starts in ([150, 180], [90, 161])]))
+    own = (image & valid if images else None, answer if answers else None)
+    return LazyMask.of(jnp.arange(columns - rows, columns), valid, window, *own)
 
 
 def whole(query, key, value, lazy_mask):
@@ -60,8 +64,9 @@ def with_slopes(function, alive, *arguments):
         (200, 200, dict(images=True)),
         (256, 256, dict(images=True, window=70)),
         (72, 264, dict(window=100)),
+        (200, 200, dict(answers=True)),
     ],
-    ids=["plain", "window, padding behind", "whole images", "whole images, window", "behind a prefix"],
+    ids=["plain", "window, padding behind", "whole images", "whole images, window", "behind a prefix", "two answers"],
 )
 def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns, how):
     monkeypatch.setattr(stream, "CPU_BLOCK", block)
@@ -91,12 +96,13 @@ def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
 
 
 def test_what_takes_a_kernel(monkeypatch):
-    """Where there is a compiler for TPUs; but never float32, a prefix or images that are seen whole."""
+    """Where there is a compiler for TPUs; but never float32, a prefix, two answers or images that are seen whole."""
     monkeypatch.setattr(kernels, "compiles_for_tpus", lambda: True)
     query, key, _ = operands(128, 128, jnp.bfloat16)
     assert "tpu" in kernels.usable(query, key, sight_of(128, 128))
     assert kernels.usable(query[:, :, :64], key, sight_of(64, 128)) == {}
     assert kernels.usable(query, key, sight_of(128, 128, images=True)) == {}
+    assert kernels.usable(query, key, sight_of(128, 128, answers=True)) == {}
     query, key, _ = operands(128, 128)
     assert kernels.usable(query, key, sight_of(128, 128)) == {}
 

@@ -11,8 +11,8 @@ from lvlm_jax import LVLM, parallel
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training import finetune
 from lvlm_jax.training.objectives import flow_alignment
-from lvlm_jax.weights import peft
-from lvlm_jax.weights.tables import flatten
+from lvlm_jax.weights import lora, peft, quantize
+from lvlm_jax.weights.tables import flatten, unflatten
 from tests.training import line, pair_sets
 
 
@@ -73,6 +73,41 @@ def test_a_finished_run_is_exported_again_without_training(adapted, monkeypatch)
     message = r"another model \(.*lora_a is float32\[80, 16\] there and float32\[80, 8\] here\)"
     with pytest.raises(LVLMError, match=message):
         finetune.train(other, workdir)
+
+
+def test_training_goes_on_from_an_adapter(adapted, checkpoint, data, model, tmp_path):
+    """The policy, and the reference beside it, begin with the adapter; its settings must be those of the run."""
+    start = adapted[0] / "adapter"
+    config = config_for(checkpoint, data, recipe="dpo", steps=1)
+    config.lora.update(start=str(start), dropout=0.25)
+    trainable, frozen = finetune.divide(finetune.load(config, parallel.make_mesh(1, 1, 1)).params, config)
+    whole = flatten(peft.load_adapter(start, model.params, model.config))
+    assert not moved(trainable, unflatten(whole)) and any(leaf.any() for leaf in jax.tree.leaves(trainable))
+    rates = {float(leaf) for path, leaf in flatten(frozen).items() if path.endswith("lora_dropout")}
+    assert rates == {0.25}
+    config.lora.dropout = 0.0
+    finetune.train(config, tmp_path)
+    record, first = line.records(tmp_path)[0], line.records(adapted[0])[1]
+    assert record["preference"] == pytest.approx(np.log(2), abs=1e-5)
+    assert record["logps/chosen"] > first["logps/chosen"] + 1e-3
+    assert moved(unflatten(whole), peft.load_adapter(tmp_path / "adapter", model.params, model.config))
+    config.lora.update(rank=8, alpha=16.0)
+    with pytest.raises(LVLMError, match=r"\(rank 8, alpha 16.0\); set --config.lora.rank=16 --config.lora.alpha=32.0"):
+        finetune.load(config, None)
+
+
+def test_an_int8_base_is_trained_as_the_weights_that_it_stands_for(checkpoint, data, tmp_path):
+    base = LVLM.from_pretrained(checkpoint, quant="int8")
+    wide = LVLM(quantize.dequantize(base.params), base.config, base.folder)
+    wide.save_pretrained(tmp_path / "wide")
+    for model, quant in ((checkpoint, "int8"), (str(tmp_path / "wide"), "")):
+        finetune.train(config_for(model, data, quant=quant), tmp_path / f"run{quant}")
+    ours, expected = (line.records(tmp_path / run) for run in ("runint8", "run"))
+    for name in ("objective", "gradient_norm"):
+        assert [one[name] for one in ours] == pytest.approx([one[name] for one in expected], rel=1e-3)
+    exported = LVLM.from_pretrained(tmp_path / "runint8" / "export").params
+    merged = lora.merge(peft.load_adapter(tmp_path / "runint8" / "adapter", wide.params, wide.config))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), exported, merged)
 
 
 def test_full_fine_tuning_in_bfloat16_keeps_float32_master_weights(checkpoint, data, model, tmp_path):

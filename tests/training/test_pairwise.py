@@ -1,13 +1,14 @@
 """CAPL and DPO as tasks, on the small model: one forward, the right reference, values and gradients as in NumPy."""
 
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from lvlm_jax.methods import CAPL
-from lvlm_jax.training import forward, pairwise
+from lvlm_jax.methods import CAPL, CMAC
+from lvlm_jax.training import forward, one_row, pairwise
 from lvlm_jax.training.data.pair_batches import PAIR
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -122,6 +123,37 @@ def test_capl_and_its_gradient_equal_numpy(capl, adapted, found, logprobs):
     np.testing.assert_allclose(slope, (up - down) / 2e-4, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["none", "capl"])
+def test_a_pair_in_one_row_is_a_pair_in_two(method, model, data, tmp_path, adapted, monkeypatch):
+    """The same loss and gradient; layers that the method leaves alone keep attention by blocks."""
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr(one_row, "pays", lambda *_, pays=pays: pays)
+        task = pair_sets.task(model, data, tmp_path, method=method, rho=RHO, nll=1.0)
+        gradient, batch = pair_sets.gradient(task), task.source(0)
+        (_, metrics), slopes = gradient(*adapted, batch)
+        found.append((values(metrics), slopes))
+        assert str(gradient.trace(*adapted, batch).jaxpr).count("name=streaming_attention") > 0
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5, abs=1e-5)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6), *(one[1] for one in found)
+    )
+
+
+def test_what_stays_two_rows(module, capl):
+    """Long answers, 16 bits, methods that count tokens, sliding windows, other pictures on one side."""
+    config, batch = module.config, capl[0].source(0)
+    length, answers = (batch["chosen"][name].shape[1] for name in ("tokens", "columns"))
+    scorer = pairwise.Scorer(module, CAPL(rho=RHO), 2)
+    assert scorer.in_one_row(batch) == (2 * answers <= length)
+    assert not scorer.in_one_row(batch | {"rejected_pictures": {}})
+    assert one_row.pays(config, np.float32, None, 64, 32)
+    windowed = dataclasses.replace(config, text=dataclasses.replace(config.text, sliding_window=(8, None)))
+    for given in ((config, np.float32, None, 64, 33), (config, "bfloat16", None, 64, 32),
+                  (config, np.float32, CMAC(), 64, 32), (windowed, np.float32, None, 64, 32)):  # fmt: skip
+        assert not one_row.pays(*given)
+
+
 def test_plain_ipo_equals_numpy(model, data, tmp_path, adapted, logprobs):
     task = pair_sets.task(model, data, tmp_path, loss="ipo", beta=0.2)
     batch = task.source(0)
@@ -173,6 +205,16 @@ def test_a_precomputed_reference_is_the_same(model, data, tmp_path, adapted, fou
         known = batch["reference"][:, sequence] != 0
         np.testing.assert_array_equal(known.sum(axis=1), batch[name]["answers"].sum(axis=1))
     assert len(list((tmp_path / "reference").iterdir())) == 1  # both files have the same pairs
+
+
+def test_a_reference_is_computed_before_where_pairs_are_seen_again(model, data, tmp_path, adapted, found):
+    changes = dict(method="capl", rho=RHO, nll=1.0)
+    once, twice = (pair_sets.task(model, data, tmp_path, steps=steps, **changes) for steps in (1, 2))
+    off = pair_sets.task(model, data, tmp_path, steps=2, reference="adapter_off", **changes)
+    assert ["reference" in one.source(0) for one in (once, twice, off)] == [False, True, False]
+    (_, metrics), slopes = pair_sets.gradient(twice)(*adapted, twice.source(0))
+    assert values(metrics) == pytest.approx(found[0], rel=1e-5, abs=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), slopes, found[1])
 
 
 def test_settings_become_terms_and_a_method(model, data, tmp_path):

@@ -94,9 +94,9 @@ def change_config(folder, change: dict, name: str = "config.json") -> None:
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
 
 
-def adapted(params, targets=lora.TARGETS, rank=3, alpha=7.0, dropout=0.0, key=0):
+def adapted(params, targets=lora.TARGETS, rank=3, alpha=7.0, dropout=0.0, key=0, rslora=False):
     """(adapters, frozen) of `params`, with a B that is not zero."""
-    adapters, frozen = lora.attach_adapters(params, rank, alpha, targets, dropout, jax.random.key(key))
+    adapters, frozen = lora.attach_adapters(params, rank, alpha, targets, dropout, jax.random.key(key), rslora)
     rng, flat = np.random.default_rng(key), flatten(adapters)
     drawn = {path: rng.normal(0, 0.05, leaf.shape) for path, leaf in flat.items() if path.endswith("_b")}
     return unflatten(flat | {path: jnp.asarray(leaf, jnp.float32) for path, leaf in drawn.items()}), frozen

@@ -5,8 +5,10 @@ import shutil
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_jax import LVLM
 from lvlm_jax.cli import convert, infer
+from lvlm_jax.generation.forward import full_forward
 from lvlm_jax.journal import record
 from lvlm_jax.weights import lora, parts
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -96,10 +99,10 @@ def load(model):
     return lambda folder: load_adapter(folder, model.params, model.config)
 
 
-@pytest.mark.parametrize("targets", [lora.TARGETS, EVERYWHERE], ids=["default", "everywhere"])
-def test_peft_loads_what_we_save(targets, base, model, question, load, tmp_path):
-    params = adapted(model.params, targets, dropout=0.05)
-    folder = save_adapter(tmp_path / "new" / "adapter", params, model.config, "some/base")
+@pytest.mark.parametrize(("targets", "rslora"), [(lora.TARGETS, False), (EVERYWHERE, True)], ids=["default", "rslora"])
+def test_peft_loads_what_we_save(targets, rslora, base, model, question, load, tmp_path):
+    params = adapted(model.params, targets, dropout=0.05, rslora=rslora)
+    folder = save_adapter(tmp_path / "new" / "adapter", params, model.config, "some/base", rslora)
     assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
     theirs = load_with_peft(base, folder)
     modules = [name for name, one in theirs.named_modules() if isinstance(one, peft.tuners.lora.LoraLayer)]
@@ -109,7 +112,7 @@ def test_peft_loads_what_we_save(targets, base, model, question, load, tmp_path)
     assert len(modules) == sum(path.endswith("/lora_a") for path in flatten(params))
     assert_equal_logits(theirs, params, model, question)
     settings = theirs.peft_config["default"]
-    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7, 0.05)
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout, settings.use_rslora) == (3, 7, 0.05, rslora)
     assert settings.base_model_name_or_path == "some/base"
     make.assert_same(load(folder), params)
 
@@ -153,6 +156,36 @@ def test_we_load_what_peft_saves(name, base, model, question, load, tmp_path):
         assert_equal_logits(theirs, lora.merge(load(tmp_path)), model, question)
         message = "replaces lm_head/kernel, which is int8.*without quant"
         refused(message, LVLM.from_pretrained, model.folder, adapter=tmp_path, quant="int8")
+
+
+def test_gradients_of_pefts_adapter_are_pefts(base, model, question, load, tmp_path):
+    """Training goes on from it: of the mean cross-entropy of the prompt's own tokens."""
+    of_decoder = r".*language_model.*(q|down)_proj"
+    theirs = saved_by_peft(base, tmp_path, r=3, lora_alpha=8, use_rslora=True, target_modules=of_decoder)
+    logits = theirs(**checkpoints.to_torch(question)).logits[0, :-1]
+    targets = torch.from_numpy(question["input_ids"][0, 1:]).long()
+    torch.nn.functional.cross_entropy(logits, targets).backward()
+    expected = {name.replace(".default", ""): one.grad for name, one in theirs.named_parameters() if "lora_" in name}
+    adapters, frozen = lora.detach_adapters(load(tmp_path), "language_model/.*(q|down)_proj$", 0.0)
+    prompt = model.prepare(question)
+    (_, _, embedded, _), options = model.prefill_arguments(prompt)
+
+    def loss(adapters):
+        params = parts.join(adapters, frozen)
+        logits, _ = full_forward(params, model.config, embedded, None, options["tail_rows"], 2)
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits[0, -len(targets) - 1 : -1], targets.numpy()
+        ).mean()
+
+    # Written as an adapter, gradients have PEFT's names; its embeddings were made without the tower's adapters.
+    found = save_adapter(tmp_path / "gradients", parts.join(jax.grad(loss)(adapters), frozen), model.config)
+    found = {name: tensor for name, tensor in load_file(found / WEIGHTS).items() if "language_model" in name}
+    assert len(found) == 2 * 2 * 2
+    for name, tensor in found.items():
+        scale = expected[name].abs().max()
+        assert scale > 1e-4 and (tensor - expected[name]).abs().max() < 1e-4 * scale, name
+    message = r"finds other modules .* none for .*; set lora.targets='language_model/\.\*\(down_proj\|q_proj\)\$'"
+    refused(message, lora.detach_adapters, load(tmp_path), lora.TARGETS, 0.0)
 
 
 @pytest.mark.parametrize("names", [make.HUB, make.ORIGINAL], ids=["transformers 4", "original"])

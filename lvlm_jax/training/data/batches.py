@@ -1,6 +1,11 @@
 """Training batches by step number.
 
 A batch depends only on its number: grain shuffles each epoch of a file and continues with the next epoch.
+
+
+With groups, so many batches that follow each other are drawn together, sorted by length, cut, and given in an order of
+their own. So a batch has samples of alike lengths, little of it is padding, and an epoch still sees what it would see
+without. No group reaches beyond the last step of an epoch.
 """
 
 import dataclasses
@@ -9,6 +14,7 @@ import itertools
 from collections.abc import Sequence
 
 import grain
+import numpy as np
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training.data import pictures
@@ -26,6 +32,7 @@ class Batches:
         accumulate: number of parts of a step's batch, all of one shape.
         seed: seed of the order.
         shares: (number of rows of a file, its share of the batches) for each file; empty: all rows equally often.
+        groups: batches that are drawn together; 1: rows come as they are drawn.
     """
 
     rows: tuple[EncodedRow, ...]
@@ -34,6 +41,7 @@ class Batches:
     accumulate: int = 1
     seed: int = 0
     shares: tuple[tuple[int, float], ...] = ()
+    groups: int = 1
 
     def __post_init__(self):
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
@@ -55,8 +63,24 @@ class Batches:
 
     def order(self, step: int) -> list[int]:
         """The rows of a step."""
-        places = range(step * self.batch, (step + 1) * self.batch)
-        return [int(self._shuffled[place]) for place in places]
+        first, count = self._group(step)
+        rows = [int(self._shuffled[place]) for place in range(first * self.batch, (first + count) * self.batch)]
+        if count == 1:
+            return rows
+        rows.sort(key=lambda index: self.encoder.length(self.rows[index]))
+        which = np.random.default_rng([self.seed, first]).permutation(count)[step - first]
+        return rows[which * self.batch : (which + 1) * self.batch]
+
+    def _group(self, step: int) -> tuple[int, int]:
+        """The first step of a step's group, and how many there are in it."""
+        if self.groups == 1:
+            return step, 1
+        epoch = max(1, step * self.batch // len(self.rows) - 1)
+        while self.steps(epoch) <= step:
+            epoch += 1
+        begin = self.steps(epoch - 1) if epoch > 1 else 0
+        first = step - (step - begin) % self.groups
+        return first, min(self.groups, self.steps(epoch) - first)
 
     def describe(self, step: int) -> str:
         """The ids of a step's rows, for messages."""

@@ -168,9 +168,10 @@ def kl_divergence(
 
 
 def with_base(trainable: Mapping, frozen: Mapping) -> dict:
-    """The frozen part for full fine-tuning, with copies of the parameters that training will change.
+    """The frozen part, with copies of the parameters that training will change.
 
-    The teacher needs them: with adapters, the frozen part is the complete base model; without adapters it is not.
+    The teacher needs them: with new adapters, the frozen part is the complete base model. Without adapters it is not,
+    and if training goes on from an adapter, the teacher has that adapter too.
     """
     return {**frozen, BASE: jax.tree.map(jnp.copy, trainable)}
 
@@ -198,7 +199,7 @@ class Alignment:
         """The terms over a batch, in nats per answer token, and further metrics. Pure.
 
         Args:
-            trainable, frozen: the two parts of the parameters; without adapters the latter is from `with_base`.
+            trainable, frozen: the two parts of the parameters; the latter may be from `with_base`.
             key: for the adapters' dropout; None for none.
 
         Returns:

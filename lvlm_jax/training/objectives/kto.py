@@ -121,7 +121,7 @@ OBJECTIVE = Objective(
     "kto",
     task,
     section="kto",
-    defaults={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "reference": "adapter_off"},
+    defaults={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "reference": "auto"},
     docs={
         "beta": pairwise.DOCS["beta"],
         "desirable_weight": "weight of good answers; with few of them, larger, so that both kinds weigh alike",

@@ -232,6 +232,8 @@ def _check(config: ConfigDict) -> None:
         raise LVLMError("learned_method makes batches with the model, in its own process; set loop.workers=0")
     if config.accumulate != 1:
         raise LVLMError("learned_method takes a batch in one piece; set accumulate=1 and a smaller batch")
+    if config.length_groups != 1:
+        raise LVLMError("learned_method takes samples as they are drawn; set length_groups=1")
     if config.loop.answers:
         raise LVLMError("learned_method asks no prompts while it learns; set loop.answers=0, and run the method after")
     if max(config.mesh.fsdp, config.mesh.tensor) > 1 or (config.mesh.data not in (1, -1)):

@@ -142,7 +142,7 @@ OBJECTIVE = Objective(
     "mdpo",
     task,
     section="mdpo",
-    defaults={"beta": 0.1, "delta": 0.0, "smallest": 0.01, "largest": 0.2, "reference": "adapter_off"},
+    defaults={"beta": 0.1, "delta": 0.0, "smallest": 0.01, "largest": 0.2, "reference": "auto"},
     docs={
         "beta": pairwise.DOCS["beta"],
         "delta": "delta of the anchor: the reward that the chosen answer should have",

@@ -1,5 +1,6 @@
 import collections
 import pickle
+import types
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ from transformers import AutoProcessor
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
+from lvlm_jax.training import monitor
 from lvlm_jax.training.data import answer_tokens, pair_batches, pair_files
 from lvlm_jax.training.data.batches import Batches
 from lvlm_jax.training.data.pair_batches import PAIR, assemble, in_order, rows_of, shape_of
@@ -106,6 +108,24 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(rows, encoder):
     assert parts["ids"].reshape(-1).tolist() == whole["ids"].tolist()
     with pytest.raises(LVLMError, match="batch is 4 and accumulate 3"):
         Batches(rows, encoder, batch=4, accumulate=3)
+
+
+def test_groups_of_alike_lengths(rows, encoder):
+    """An epoch has the rows that it has without groups, and less padding; a batch depends on its number alone."""
+    lengths, of_lengths = tuple(np.random.default_rng(0).integers(5, 200, 103)), types.SimpleNamespace(length=int)
+    drawn, grouped, again = (Batches(lengths, of_lengths, 8, seed=3, groups=count) for count in (1, 5, 5))
+    ends = [0, *map(drawn.steps, (1, 2, 3))]
+    for steps in map(range, ends, ends[1:]):
+        plain, alike = ([index for step in steps for index in one.order(step)] for one in (drawn, grouped))
+        assert collections.Counter(plain) == collections.Counter(alike)
+    batches = [[lengths[index] for index in one.order(step)] for one in (drawn, grouped) for step in range(ends[-1])]
+    filled = [8 * max(batch) - sum(batch) for batch in batches]
+    assert sum(filled[ends[-1] :]) < sum(filled[: ends[-1]]) / 3
+    firsts = [max(batch) for batch in batches[ends[-1] :]]
+    assert firsts != sorted(firsts) and again.order(17) == grouped.order(17)
+    batch = Batches(rows, encoder, batch=2, groups=2)(1)
+    found, size = monitor.padding(batch)["padding"], 2 * batch["chosen"]["tokens"].size
+    assert found == (size - sum(tokens.length for i in batch["ids"] for tokens in rows[i].sequences.values()), size)
 
 
 def test_an_evaluation_sees_each_row_once_in_batches_of_one_shape(rows, encoder):
