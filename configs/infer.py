@@ -42,11 +42,11 @@ def get_config() -> ml_collections.ConfigDict:
         "How many objects are there?",
     )
     demo.attention_map = "runs/demo.png"
-    # With smol installed, the demo uses smol, and shows a description that the method fixes and one that it breaks. Image i
-    # of the benchmark is scene i // 3 of seed i % 3; these are 11 and 31, chosen among those that are the same in float32,
-    # which the demo runs in. Counts (images=0: no examples) are those of 2026-11-30, in bfloat16, of the command
-    #   lvlm pocket-benchmark --model smol --dtype bfloat16 --batch-size 32 --captions 90 --parts chair --methods vcd pai
-    #       --controls pba
+    # With smol installed, the demo uses smol, and shows a description that the method fixes and one that it breaks.
+    # Image i of the benchmark is scene i // 3 of seed i % 3. These are the images 11 and 31, chosen among those that
+    # are fixed and broken in float32 too, in which the demo runs. Counts (images=0: no examples) are of bfloat16:
+    #   lvlm pocket-benchmark --model smol --dtype bfloat16 --batch-size 32 --captions 90 --parts chair
+    #       --methods vcd pai --controls pba
     demo.examples = ml_collections.ConfigDict(dict(method="vcd", images=90, folder="runs"))
     demo.examples.mended = dict(count=15, scene=3, seed=2)
     demo.examples.spoilt = dict(count=5, scene=10, seed=1)
