@@ -40,7 +40,7 @@ def draw(path: Path, image: Image.Image, answers: Mapping[str, Sequence[Piece]],
     top = _write(brush, top, [(word, False) for word in _words(remark)], small, small, SOFT)
     card = card.crop((0, 0, WIDTH, max(top, SIDE + MARGIN) + MARGIN))
     with files.atomic_file(path) as file:
-        card.quantize(128).save(file, "png", optimize=True)
+        card.save(file, "png", optimize=True)
 
 
 def _words(text: str) -> list[str]:
