@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lvlm_jax import files
 
-WIDTH, SIDE, MARGIN = 1000, 288, 20  # pixels: of the card, of the image, and around both
-SIZE, SMALL, LINE = 20, 16, 29  # pixels: of letters, and from line to line
+WIDTH, SIDE, MARGIN = 960, 288, 18  # pixels: of the card, of the image, and around both
+SIZE, SMALL, LINE = 26, 20, 35  # pixels: of letters, and from line to line
 GROUND, INK, SOFT, WRONG = "#ffffff", "#22252b", "#6b7078", "#c2261b"
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 
