@@ -130,7 +130,7 @@ class CachedJit:
         return jax.jit(own, **self._options)
 
     def _key(self, arguments: tuple, named: dict[str, Any]) -> Hashable:
-        """What determines the program besides the parameters: static arguments, structure and shapes of the others."""
+        """The key of a program, apart from the parameters: static arguments, structure and shapes of the others."""
         static, traced = [], []
         for name, value in (*zip(self._names, arguments, strict=False), *named.items()):
             if name in self._static:

@@ -1,4 +1,4 @@
-"""What all layers of one forward pass share: columns, rows, masks and positions."""
+"""Arrays that all layers of one forward pass share: columns, rows, masks and positions."""
 
 import dataclasses
 

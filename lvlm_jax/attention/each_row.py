@@ -1,7 +1,7 @@
 """Edits every row of a known answer as the decode step for that row would.
 
 A decode step sees one row and the columns up to it. Under teacher forcing all rows of an answer run at once. `EachRow`
-wraps a transform and treats each row as its own step: stages are mapped over the rows, and columns behind a row count
+wraps a transform and treats each row as its own step: stages are mapped over the rows, and columns after a row count
 as not written yet. So `rows = "last"` is true of every row, a statistic over rows is taken over one row, and every row
 has its own carry.
 """
@@ -33,7 +33,7 @@ def map_rows(
     Args:
         edit: a stage.
         array: the stage's second argument, an attention map or a mask; `edit` gets its row.
-        columns: the column of each row; columns behind it count as not written yet. The default is `site.row_index`. If
+        columns: the column of each row; columns after it count as not written yet. The default is `site.row_index`. If
             given, the columns may differ between samples, and the site's `row_index` is None.
         carry_axis: the axis of rows in `site.carry`; None if all rows share one carry.
         out_axis: the axis of rows in the result.

@@ -96,13 +96,13 @@ def main(words: list[str]) -> int:
     except OSError as error:
         raise LVLMError(f"--out {arguments.out!r} cannot be made: {error.strerror or error}") from error
     model = LVLM.from_pretrained(arguments.model_path, dtype=arguments.dtype)
-    looked = look.Looker(model, images, messages, arguments.beta_sinks)
+    looker = look.Looker(model, images, messages, arguments.beta_sinks)
     answers = []
     for name, method in arguments.methods.items():
-        tokens = looked.tokens(method, arguments.answer, arguments.max_new_tokens)
-        answers.append(looked.answer(name, method, tokens))
+        tokens = looker.tokens(method, arguments.answer, arguments.max_new_tokens)
+        answers.append(looker.answer(name, method, tokens))
         print(f"{name}: {answers[-1].text}")
     title = f"Where {pathlib.Path(arguments.model_path).name} looked"
-    page, *files = look.write(folder, title, arguments.prompt.replace("<image>", "▣"), looked.pictures, answers)
+    page, *files = look.write(folder, title, arguments.prompt.replace("<image>", "▣"), looker.pictures, answers)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and beside it {', '.join(file.name for file in files)}")
     return 0

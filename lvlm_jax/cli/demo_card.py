@@ -44,7 +44,7 @@ def draw(path: Path, image: Image.Image, answers: Mapping[str, Sequence[Piece]],
 
 
 def _words(text: str) -> list[str]:
-    """Words with the blanks behind them."""
+    """Words with the blanks after them."""
     parts = text.split(" ")
     return [f"{part} " for part in parts[:-1]] + parts[-1:]
 

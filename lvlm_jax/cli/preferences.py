@@ -7,8 +7,8 @@
     lvlm preferences --pairs rlhf_v.jsonl --holdout 0.1 --out runs/pairs
 
 A prompt file has JSON lines {"images": [paths relative to the file], "prompt": text or chat messages, "id": optional}.
-The pairs are TRL's JSON lines {images, prompt, chosen, rejected}; beside them lie their statistics, the record of the
-run, and a log of all answers: stopped and started again, a run goes on where it was. Correctors and filters come after
+The pairs are TRL's JSON lines {images, prompt, chosen, rejected}; beside them are their statistics, the record of
+the run, and a log of all answers, from which a stopped run resumes. Correctors and filters come after
 the log, so they can be changed without asking the model again.
 
 --corrector pocket            the truth of each prompt, which --pocket writes

@@ -159,7 +159,7 @@ def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Outp
 def _collect(
     model: Any, questions: Sequence[Question], protocol: Protocol, rounds: Rounds, work: Work, name: str, title: str
 ) -> dict[Key, dict]:
-    """The values of `rounds` for all questions, by `Question.key`: logged as they come; logged answers are skipped."""
+    """Values of `rounds` for all questions, by `Question.key`: each is logged at once, and logged ones are skipped."""
     batches = plan(questions, protocol, work.batch_size, work.share)
     ours = [questions[index] for batch in batches for prompt in batch for index in prompt]
     with contextlib.ExitStack() as stack:

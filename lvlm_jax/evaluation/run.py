@@ -1,6 +1,6 @@
 """A run: a model answers a benchmark with a method, beside its controls; one folder contains all results.
 
-OUT/log.PROCESS.jsonl          answers as they come; a stopped run resumes from it
+OUT/log.PROCESS.jsonl          answers in the order of their ends; a stopped run resumes from it
 OUT/answers.jsonl (or in the benchmark's format: a file for each split, answers.json, a folder)
 OUT/scores.json                figures, controls, cost, and the record of what determined them
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol

@@ -17,7 +17,7 @@ NOT_DEFINED = "not defined"
 
 
 def verdict(interval: Sequence[float | None], direction: int, questions: int) -> str:
-    """What the interval of one figure's difference shows.
+    """The verdict on the interval of one figure's difference.
 
     Args:
         interval: of first minus second; None or nan if undefined.
@@ -60,7 +60,7 @@ def compared(says: str, first: str, second: str, figure: str) -> str:
 def sentence(
     says: str, first: str, second: str, figure: str, values: Sequence[float], difference: Sequence[float], count: str
 ) -> str:
-    """A verdict with the figures behind it.
+    """A verdict with its figures.
 
     Args:
         values: values of the figure, first and second, as shown (shares in per cent).

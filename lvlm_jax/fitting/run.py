@@ -50,7 +50,7 @@ FITTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to fit, and on which pairs.
+    """A fit: the method, the model and the pairs.
 
     Attributes:
         method: a key of `FITTERS`.

@@ -1,4 +1,4 @@
-"""What a call needs besides parameters and configuration: devices, and tokenizers that are loaded on first use."""
+"""The host's part of a call: devices, and tokenizers that are loaded on first use."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

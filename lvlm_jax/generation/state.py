@@ -123,7 +123,7 @@ class Track:
 
 
 class Memory(NamedTuple):
-    """What a method keeps from step to step; pytrees of arrays `[B, ...]`.
+    """The memory of a method from step to step; pytrees of arrays `[B, ...]`.
 
     Attributes:
         logits: memory of `Method.start` and `Method.combine`.

@@ -40,7 +40,7 @@ OTHER_PICTURES = ("pixels", "altered", "picture")
 OTHER_TOKENS = (*OTHER_PICTURES, "tokens")  # the same layout, other image tokens
 OTHER_LAYOUTS = ("fewer_tokens", "no_image", "text")
 
-# What a method can request from the warm-up pass: the fields of `WarmUp`.
+# Results of the warm-up pass that a method can request: the fields of `WarmUp`.
 WARM_UP_FIELDS = ("hidden", "attention", "tower", "probe")
 
 
@@ -250,7 +250,7 @@ class Method(Transform):
         return np.zeros((3, height, width), np.float32)
 
     def contrast_words(self) -> str | tuple[int, ...]:
-        """What the contrast branch reads instead of the system prompt, for "text": a text, or token ids."""
+        """The contrast branch's replacement of the system prompt, for "text": a text, or token ids."""
         return ()
 
     def keeps_instruction(self) -> bool:
@@ -301,7 +301,7 @@ class Method(Transform):
         return not self.warm_up_fields and type(self).remember is Method.remember
 
     def remember(self, carry: Any, kept: Any) -> Any:
-        """What the edits of later steps need from this step (a pytree of arrays, `[B, ...]` each).
+        """The data of this step that edits of later steps need (a pytree of arrays, `[B, ...]` each).
 
         Args:
             carry: the main branch's carry after the last layer.
@@ -376,7 +376,7 @@ def sources(method: Method | None) -> Iterator[Source]:
 
 
 def contrast_kind(method: Method | None) -> str:
-    """What the contrast branch reads, one of CONTRAST_PROMPTS; "same" without a contrast branch.
+    """The kind of the contrast branch's prompt, one of CONTRAST_PROMPTS; "same" without a contrast branch.
 
     Raises:
         LVLMError: the method's value is not in CONTRAST_PROMPTS.

@@ -88,7 +88,7 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     return Layered(values if result else jnp.asarray(host, jnp.float32))
 
 
-# What a strength may be besides one number, by its finest form.
+# Forms of a strength besides one number, by its finest form.
 DIMENSIONS = {"model": (), "layer": (1,), "head": (1, 2)}
 FORMS = {"model": "", "layer": ", or one for each layer", "head": ", or one for each layer, or layer and head"}
 

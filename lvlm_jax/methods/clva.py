@@ -43,7 +43,7 @@ ROUNDING = 1e-9  # 0.6 * 5 layers is layer 3, despite floating point
 
 
 class Anchors(NamedTuple):
-    """What the edited layers need; zero for images without anchors.
+    """Data for the edited layers; zero for images without anchors.
 
     Attributes:
         away: n / |n| - A / |A|; its product with a unit vector says how far the vector has drifted.

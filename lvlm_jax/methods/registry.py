@@ -55,10 +55,10 @@ def register(name: str | Any) -> Callable[[type[Method]], type[Method]]:
     def decorate(cls: type[Method] | Any) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise LVLMError(f"{_full_name(cls)} is not a method; write class {_short_name(cls)}(methods.Method)")
-        taken = _REGISTRY.get(name)
-        if taken is not None and not _same(taken, cls):
+        registered = _REGISTRY.get(name)
+        if registered is not None and not _same(registered, cls):
             raise LVLMError(
-                f"the name {name!r} belongs to {_full_name(taken)}; give {_full_name(cls)} another one in "
+                f"the name {name!r} belongs to {_full_name(registered)}; give {_full_name(cls)} another one in "
                 "@methods.register"
             )
         source = _source(cls)

@@ -15,7 +15,7 @@ ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTraits:
-    """What distinguishes a decoder family besides its sizes; one line per family in `DECODERS`."""
+    """The features of a decoder family besides its sizes; one line per family in `DECODERS`."""
 
     attention_bias: bool | str  # whether q, k, v have one; a string names the configuration field
     output_bias: bool | str

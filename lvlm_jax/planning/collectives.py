@@ -18,7 +18,7 @@ _ARRANGED = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 
 
 class Messages(NamedTuple):
-    """What one device receives in a run of a program; loops of unknown length count as one round.
+    """The data that one device receives in a run of a program; loops of unknown length count as one round.
 
     Attributes:
         received: bytes, by the size of the block of devices that exchange them. Ring algorithms are assumed: a gather
@@ -31,7 +31,7 @@ class Messages(NamedTuple):
 
 
 def read(found: Computations, times: Mapping[str, int], devices: int) -> Messages:
-    """What one device of a partitioned module receives.
+    """The data that one device of a partitioned module receives.
 
     Args:
         found, times: see `hlo_text.computations` and `runs`.

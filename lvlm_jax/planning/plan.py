@@ -61,7 +61,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to plan, and on how many devices.
+    """The job to plan, and its number of devices.
 
     Attributes:
         name: name of the model.

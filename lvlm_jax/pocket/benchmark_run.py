@@ -29,7 +29,7 @@ the worse one; else there is "no difference shown". The controls are explained i
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What to compare, and where.
+    """The models and methods to compare, and their folder.
 
     Attributes:
         out: folder of worlds, answers, scores and `table.md`; a run resumes from its content.

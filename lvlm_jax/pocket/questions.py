@@ -198,7 +198,7 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Question:
-    """What kind of place is it?"""
+    """A question about the kind of place."""
     return Question(
         "place", _paraphrase(PLACE, rng), f"{scene.kind[0].upper()}{scene.kind[1:]}.", scene.kind.split(" ", 1)[1]
     )

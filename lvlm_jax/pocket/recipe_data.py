@@ -24,7 +24,7 @@ ONE_WORD = conversations.SUFFIXES[0]
 
 
 def place_labels(scene: Scene) -> np.ndarray:
-    """What each patch shows, int32 [64]: the index of a category in CATEGORIES, or after those the kind of place."""
+    """Label of each patch, int32 [64]: the index of a category in CATEGORIES, or after those the kind of place."""
     labels = patch_labels(scene)
     return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(np.int32)
 

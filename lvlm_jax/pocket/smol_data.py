@@ -189,7 +189,7 @@ def label_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
 
 
 def column_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
-    """What is added to a target by its column: the words "left", "middle", "right", float32 [8, E]."""
+    """The offset of a target by its column: the words "left", "middle", "right", float32 [8, E]."""
     side = int(IMAGE_TOKENS**0.5)
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
     return np.stack([_mean_embedding(embedding, encoder, name) for name in names])

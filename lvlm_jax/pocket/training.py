@@ -45,7 +45,7 @@ LEARNT = {"capl": "truncated", "dpo": "plain"}  # recipe -> the source of the re
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all parts of a run share.
+    """Settings that all parts of a run share.
 
     Attributes:
         config: of configs/pocket_training.py.
@@ -169,9 +169,9 @@ def make_pairs(setup: Setup) -> float:
                 max_new_tokens=wanted.max_new_tokens,
                 seed=setup.config.seed,
             )
-            for held in (False, True):
-                prompts = setup.prompts("several-held-out" if held else "several")
-                out = setup.pairs(rejected, held).parent
+            for is_held_out in (False, True):
+                prompts = setup.prompts("several-held-out" if is_held_out else "several")
+                out = setup.pairs(rejected, is_held_out).parent
                 candidates = preferences.answered(prompts, plan, setup.base, "auto", out, "pocket", wanted.batch)
                 figures = pairs.write(
                     out, candidates.found, candidates.prompts, candidates.record, Filters(), seed=setup.config.seed
@@ -187,7 +187,7 @@ def train(setup: Setup, recipe: str) -> float:
     config = setup.config[recipe].copy_and_resolve_references()
     config.model = setup.config.model
     if recipe in LEARNT:
-        data = [setup.pairs(LEARNT[recipe], held) for held in (False, True)]
+        data = [setup.pairs(LEARNT[recipe], is_held_out) for is_held_out in (False, True)]
     else:
         data = [setup.prompts(name) for name in ("one", "one-held-out")]
     config.data, config.validation = map(str, data)

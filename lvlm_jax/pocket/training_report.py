@@ -1,7 +1,7 @@
-"""What training changes on the pocket benchmark: which models are compared, the tables, and what they say in words.
+"""The effects of training on the pocket benchmark: compared models, tables, and conclusions in words.
 
 CAPL and its ablation, plain DPO, are judged by questions over several images; flow alignment by POPE and CHAIR. Trained
-models stand beside the model they began as and beside the method that needs no training.
+models are compared with their base model and with the method that needs no training.
 """
 
 import collections
@@ -52,7 +52,7 @@ WITH_CAPL, CAPL, CAPL_WITH, DPO = (
     "DPO-trained",
 )
 WITH_SEVI, ALIGNED = "base, SEVI", "flow-aligned"
-# What is put into words besides each model's difference to the base.
+# Comparisons in words, besides each model with the base.
 BESIDE = ((CAPL_WITH, WITH_CAPL), (CAPL_WITH, DPO), (CAPL, DPO), (ALIGNED, WITH_SEVI))
 
 NOTES = """\
@@ -72,7 +72,7 @@ the base under SEVI, the student runs without any method."""
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A model under a method (None for none), and the name of the folder for its answers."""
+    """A model, its method or None, and the name of its answers' folder."""
 
     path: str
     method: Method | None
@@ -81,7 +81,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What models were found to do in one place.
+    """The scores of models on one benchmark.
 
     Attributes:
         scores: model -> contents of its `scores.json`.
@@ -93,7 +93,7 @@ class Findings:
 
 
 def arms(base: str, trained: Callable[[str], str], capl: Method, sevi: Method) -> tuple[dict[str, Arm], dict[str, Arm]]:
-    """The models that are asked about several images, and those asked about one.
+    """The models for questions about several images, and those for questions about one.
 
     Args:
         trained: recipe -> checkpoint.
@@ -123,7 +123,7 @@ def document(
     pairs: Findings,
     close: Mapping[str, Mapping],
 ) -> str:
-    """The page: what was done, what came of it in words, and the tables.
+    """The page: the setup, the conclusions in words, and the tables.
 
     Args:
         config: of `configs/pocket_training.py`.
@@ -153,7 +153,7 @@ def document(
 
 
 def changes(config: ConfigDict) -> Iterator[str]:
-    """A list of what a run's settings are, those of a recipe as far as they differ from the defaults."""
+    """Lists the settings of a run; of a recipe only those that differ from the defaults."""
     recipes = {name: value for name, value in config.items() if "recipe" in _fields(value)}
     data = [
         " ".join(f"{word}" for word in (name, key, inner) if word != "")
@@ -171,7 +171,7 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 
 def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Mapping]) -> Iterator[str]:
-    """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
+    """Lists the differences between models, by a rule on intervals; last, what helped and what harmed."""
     tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
         scores = found[part.name].scores
@@ -207,7 +207,7 @@ def _pairs_of(scores: Mapping) -> Iterator[tuple[str, str]]:
 def _sentence(
     one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping, direction: int = 1
 ) -> tuple[str, str]:
-    """The verdict, and a sentence with the figures behind it."""
+    """The verdict, and a sentence with its figures."""
     values = [scores[name]["figures"][figure] for name in (one, other)]
     says = verdicts.verdict(difference["interval"], direction, values[0]["n"])
     if says == verdicts.NOT_DEFINED or any(value["value"] is None for value in values):
@@ -219,7 +219,7 @@ def _sentence(
 
 
 def _closer(kind: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the factor says of one kind of answers."""
+    """The factor for one kind of answers, in words."""
     factor = figures["closer"]
     if factor["value"] is None or factor["interval"][0] is None:
         return f"closer to the teacher ({kind}): not defined, there is no distance to divide by."

@@ -28,7 +28,7 @@ _BEFORE_2_5 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
 # Name of a conversation format in their `conversation.py` -> (system message, end of a message). Formats of unsupported
-# decoders are left out. An image is on a line of its own.
+# decoders are left out. An image is on a separate line.
 _FORMATS = {
     "internvl2_5": (
         "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",

@@ -167,7 +167,7 @@ class QwenVlProcessor:
 
 
 def chat_template(folder: Path) -> str:
-    """The chat template of a checkpoint folder: its own, or the one of its `chat_format`.
+    """The chat template of a checkpoint folder: its own, or that of its `chat_format`.
 
     Raises:
         LVLMError: it has neither.

@@ -1,4 +1,4 @@
-"""Names of models for clients, and the methods behind them.
+"""Names of models for clients, and their methods.
 
     pocket                     the model without a method
     pocket+cmac:alpha=3        with a method, as on the command line

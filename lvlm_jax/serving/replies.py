@@ -20,7 +20,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What all parts of the answer to one request share.
+    """Fields that all parts of the answer to one request share.
 
     Attributes:
         id, created, model: OpenAI's fields.

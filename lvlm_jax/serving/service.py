@@ -139,11 +139,11 @@ class Service:
         Raises:
             ApiError: too many requests wait (429), no answer in time (503), or an answer failed (400, 500).
         """
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def teller(index: int):
             def tell(said: Update | LVLMError) -> None:
-                loop.call_soon_threadsafe(told.put_nowait, (index, said))
+                loop.call_soon_threadsafe(events.put_nowait, (index, said))
 
             return tell
 
@@ -157,7 +157,7 @@ class Service:
         left = len(jobs)
         try:
             while left:
-                index, said = await told.get()
+                index, said = await events.get()
                 if isinstance(said, LVLMError):
                     raise _failed(said)
                 left -= said.reason is not None

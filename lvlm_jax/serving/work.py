@@ -73,7 +73,7 @@ class Job:
 
     @property
     def structure(self) -> Any:
-        """What the jobs of one lane have in common."""
+        """The common settings of the jobs of one lane."""
         return jax.tree.structure(self.method)
 
 

@@ -27,7 +27,7 @@ from lvlm_jax.training.step import Metrics, Objective, State, make_step
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned, from what, and how it is evaluated.
+    """The parameters, data and objective of a training, and its evaluation.
 
     Attributes:
         name: name of its folder and in the log.

@@ -43,7 +43,7 @@ def one_of(field: str, choices: tuple[str, ...]) -> Check:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What fine-tuning minimises, and the fields of its config.
+    """An objective of fine-tuning, and the fields of its config.
 
     Attributes:
         name: the word in `recipe`.

@@ -26,7 +26,7 @@ class Result:
         name: name of the check.
         status: PASSED, FAILED, LEFT_OUT or MEASURED.
         words: what was compared and the outcome, or why not.
-        figures: the numbers behind the words, as plain JSON values.
+        figures: the numbers, as plain JSON values.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The key table of LLaMA by itself."""
+"""The key table of a text-only LLaMA."""
 
 from lvlm_jax.weights.rows import BUFFERS, decoder_rows
 from lvlm_jax.weights.tables import Table

@@ -11,7 +11,7 @@ from lvlm_jax.evaluation.statistics import Difference
 from lvlm_jax.evaluation.verdicts import BETTER, HIGHER, LEAST, LOWER, NONE_SHOWN, NOT_DEFINED, TOO_FEW, WORSE, verdict
 
 NOT_COMPARED = "not compared"
-# What stands in a cell in the place of a verdict's words.
+# Text of a cell instead of a verdict.
 MARKS = {BETTER: "▲", WORSE: "▼", HIGHER: "△", LOWER: "▽", NONE_SHOWN: "○", TOO_FEW: f"n<{LEAST}",
          NOT_DEFINED: NOT_DEFINED, NOT_COMPARED: NOT_COMPARED}  # fmt: skip
 LEGEND = (

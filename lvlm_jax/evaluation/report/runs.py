@@ -49,7 +49,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What answers cost, as far as it was recorded: mean tokens of one, milliseconds a token (prompts and images
+    """The cost of answers, as far as it was recorded: mean tokens of one, milliseconds a token (prompts and images
     included), the device, prompts at once, seconds of all answers, and the commit and machine they were made with."""
 
     tokens: float | None = None
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def benchmark(self) -> Benchmark:
-        """What the protocol is about."""
+        """The benchmark of the protocol."""
         return BENCHMARKS[self.protocol.benchmark]
 
     @property
@@ -263,7 +263,7 @@ def load(path: Path, name: str) -> Run:
 
 
 def _look_at(run: Run) -> tuple:
-    """What the report reads later, read once, so that a file of another form is found out at once."""
+    """Everything that the report reads later; reading it now refuses malformed files early."""
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
     listed = [entry["name"] + entry["sha256"] for entry in entries]
     return run.conditions, run.size, run.asked, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed

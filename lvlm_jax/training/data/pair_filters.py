@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What to drop besides empty and equal answers, which no trainer can use.
+    """Filters besides those for empty and equal answers, which no trainer can use.
 
     Attributes:
         near_duplicate: the largest allowed `overlap`; 1 allows all.

@@ -95,12 +95,12 @@ class AnswerRows(Method):
 
         The values of rows that are not in the site are arbitrary; see `places`.
         """
-        own, visible = self.taken(site, logits)
+        own, visible = self.take_rows(site, logits)
         fixed = jax.lax.stop_gradient(own)
         edited, moved = aligned(fixed, visible, site.after_image, self.sevi.omega, self.sevi.kappa)
         return own, edited, moved, visible
 
-    def taken(self, site, logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H A S"], Bool[Array, "B A S"]]:
+    def take_rows(self, site, logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H A S"], Bool[Array, "B A S"]]:
         """The logits of these rows, and the columns that they see."""
         places = self.places(site)
         own = jnp.take_along_axis(logits, places[:, None, :, None], axis=2, mode="clip")
@@ -118,7 +118,7 @@ class Teacher(AnswerRows):
     """SEVI in these rows: computes in one pass what generation computes token by token (`attention.each_row`)."""
 
     def logits(self, site, logits):
-        own, visible = self.taken(site, logits)
+        own, visible = self.take_rows(site, logits)
         post_image = jnp.take_along_axis(site.post_image, self.places(site), axis=1, mode="clip")
         rows = dataclasses.replace(site, logits=own, mask=visible, post_image=post_image)
         edited = map_rows(self.sevi.logits, rows, own, columns=self.index, carry_axis=None)
