@@ -340,7 +340,7 @@ class Chain(Transform):
 
 
 def own_rows(array: Array, transform: Transform) -> Array:
-    """The rows of an array `[B, ?, R, ...]` that a transform named in `rows`; other transforms may need more."""
+    """Picks the rows of a transform's `rows` from an array `[B, ?, R, ...]`, which may have more rows for other transforms."""
     return array[:, :, -1:] if transform.rows == "last" else array
 
 

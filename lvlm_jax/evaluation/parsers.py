@@ -55,7 +55,7 @@ def first_four(text: str, label: str) -> str | None:
 
 
 def exact(text: str, label: str) -> str | None:
-    """AMBER's: the whole response is "Yes" or "No", with the capital letter."""
+    """AMBER's parser: only the whole responses "Yes" and "No" count, with the capital letter."""
     return {"Yes": "yes", "No": "no"}.get(text)
 
 

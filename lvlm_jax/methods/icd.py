@@ -1,8 +1,8 @@
 """ICD: contrast with the same prompt under a disturbing instruction. arXiv 2403.18715.
 
 The contrast branch reads `prompt` (or the token ids in `tokens`, if there is no tokenizer) instead of the system
-prompt. If a conversation has no system message, it comes right after the beginning-of-text token. Then comes the rest
-of the main prompt with its images, at correspondingly later positions.
+prompt. If a conversation has no system message, `prompt` comes right after the beginning-of-text token. Then comes the
+rest of the main prompt with its images, at correspondingly later positions.
 
     (1 + α) l - α l~   where l >= max l + ln β
 

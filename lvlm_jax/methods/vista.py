@@ -19,8 +19,8 @@ Hidden states are numbered as in Hugging Face's `hidden_states`: state i is the 
 shares of the depth, so that other depths work. λ is 0.17 for descriptions, 0.01 for yes/no questions and 0.1 on
 MMHal-Bench; γ is 0.3. A sample without an image is left alone.
 
-Differs from the authors' code in: nothing known. It takes v from a principal component analysis of one sample, which
-returns v with 1 added to its first component in layer 0; "code" does so too. The paper does not say whether exits pass
+Differs from the authors' code in: nothing known. Their code computes v by a principal component analysis of one sample,
+which adds 1 to the first component of v in layer 0; so does "code". The paper does not say whether exits pass
 the final norm; we assume that they do not.
 
 Rows: all. Layers: all. Stages: mlp ("code"), residual ("paper"). Cost: the prompt twice more (once without its image

@@ -36,7 +36,7 @@ def capital(text: str) -> str:
 
 
 def phrases(scene: Scene) -> dict[str, str]:
-    """Category -> its phrase with count and (where its objects share one) colour; largest area first."""
+    """Category -> its phrase with count and (if its objects share one) colour; largest area first."""
     area: dict[str, int] = {}
     for placed in scene.objects:
         area[placed.category] = area.get(placed.category, 0) + placed.area

@@ -1,4 +1,5 @@
-"""The processor of Qwen-VL (arXiv 2308.12966). The published one is code in its repository, which is never run.
+"""The processor of Qwen-VL (arXiv 2308.12966). The published processor is code in the model's repository, which
+we never run.
 
 The tokenizer is made from `qwen.tiktoken`, a list of byte sequences with their ranks: a regular expression splits text
 into words, and in each word the pair of neighbours whose union has the lowest rank is merged, repeatedly.

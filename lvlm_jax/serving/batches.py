@@ -1,4 +1,4 @@
-"""Batches: answers a file of requests, with lower priority than interactive requests, and across restarts.
+"""Batches: files of requests, answered with lower priority than interactive requests, also across restarts.
 
 Answers are appended to a log (`journal`). A restarted server continues with the requests that the log does not answer.
 """

@@ -13,5 +13,5 @@ POLICY = (
 
 
 def page(model: str) -> tuple[str, str]:
-    """The page for a model of that name, and its content security policy."""
+    """The HTML page for the model `model`, and its content security policy."""
     return pages.render(TEMPLATE, f"Ask {model}", {"model": model}, [attention.TEMPLATE.parent]), POLICY

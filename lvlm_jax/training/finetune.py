@@ -26,8 +26,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Returns:
         The folder of the Hugging Face checkpoint with merged adapters, `export` in `workdir`. With LoRA, `adapter`
-        beside it contains the adapters alone, in PEFT's format. An objective that trains something else returns what it
-        wrote.
+        beside it contains the adapters alone, in PEFT's format. An objective with its own `export` returns the path
+        from that.
 
     Raises:
         LVLMError: a setting, a model or data cannot be used; see also `loop.train`.
@@ -73,14 +73,14 @@ def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
 
 
 def _check_start(of: ConfigDict) -> None:
-    """Refuses an adapter to go on from that is not what the run would write, with an `LVLMError`."""
+    """Refuses a start adapter whose settings differ from those of the run, with an `LVLMError`."""
     folder = weights.resolve_checkpoint(of.start)
     own = peft_settings.read_settings(folder)
     pairs = {"rank": int(own["r"]), "alpha": float(own["lora_alpha"]), "rslora": own["use_rslora"]}
     if other := {name: value for name, value in pairs.items() if of[name] != value}:
         said = ", ".join(f"{name} {of[name]}" for name in other)
-        told = " ".join(f"--config.lora.{name}={value}" for name, value in other.items())
-        raise LVLMError(f"the adapter of lora.start, {folder}, has other settings than the run ({said}); set {told}")
+        flags = " ".join(f"--config.lora.{name}={value}" for name, value in other.items())
+        raise LVLMError(f"the adapter of lora.start, {folder}, has other settings than the run ({said}); set {flags}")
     if brought := peft.brings_whole(folder):
         raise LVLMError(
             f"lora.start {folder} brings {brought} besides its adapter, which a new adapter would be without; merge it "

@@ -21,7 +21,7 @@ GEOMETRY = "geometry"  # a batch's further inputs of the tower, see `pair_batche
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """The sharding with a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

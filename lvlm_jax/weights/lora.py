@@ -25,7 +25,7 @@ TARGETS = r"language_model/.*(q|k|v|o|gate|up|down)_proj$"
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """What A B is multiplied by: alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732)."""
+    """The factor of A B: alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 

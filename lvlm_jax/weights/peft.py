@@ -141,7 +141,7 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
 
 
 def brings_whole(folder: Path) -> str | None:
-    """What an adapter's folder holds besides the adapter, as `load_adapter` would take it; None for nothing."""
+    """Name of a file or tensor in an adapter's folder besides the adapter, as `load_adapter` would load it, or None."""
     if (folder / TRAINED).is_file():
         return TRAINED
     return next((name for name in _open(folder).shapes if ".lora_" not in name), None)
@@ -174,7 +174,7 @@ class Adapted:
         return cls(tuple(paths), tuple(parts[path] for path in paths))
 
     def shape(self, kernels: Mapping, config: FamilyConfig) -> tuple[int, int]:
-        """Inputs and outputs of the module; kernels are `layers.projections`."""
+        """Numbers of inputs and outputs of the module; see `layers.projections`."""
         _, (rows, columns) = kernels[self.paths[0]]
         piece = self.pieces[0]
         return rows, columns if piece is None else piece.whole((columns,), config)[0]
