@@ -125,7 +125,7 @@ class Scorer:
         return logprobs.reshape(shape), mask.reshape(shape)
 
     def in_one_row(self, batch: Batch) -> bool:
-        """Whether chosen and rejected answers of a batch stand behind one prompt, see `one_row`; static."""
+        """Whether chosen and rejected answers of a batch share one prompt in a row, see `one_row`; static."""
         if self.sequences != PAIR or any(pictures_of(name) in batch for name in PAIR):
             return False
         length, answer = (batch[PAIR[0]][name].shape[1] for name in ("tokens", "columns"))

@@ -62,7 +62,7 @@ class Batches:
         return parts[0] if self.accumulate == 1 else _stacked(parts)
 
     def order(self, step: int) -> list[int]:
-        """The rows of a step."""
+        """Indices of the rows of a step."""
         first, count = self._group(step)
         rows = [int(self._shuffled[place]) for place in range(first * self.batch, (first + count) * self.batch)]
         if count == 1:

@@ -1,7 +1,7 @@
 """Data of flow alignment: conversations whose answers are given, or generated under the teacher's edit.
 
 Answers only determine the rows in which teacher and student are compared, so the model's own answers are good enough;
-those of the edited model are the ones it will write after training.
+the edited model's answers are similar to those that the trained model will write.
 """
 
 import dataclasses
