@@ -1,11 +1,11 @@
-"""A pair as one row: the prompt, the chosen answer behind it, padding, and the rejected answer last.
+"""A pair as one row: the prompt, the chosen answer, padding, and the rejected answer.
 
     column    0 ... P-1   P ... P+C-1      ... T-1   T ... T+R-1       ... T+A-1
     token     prompt      chosen answer    padding   rejected answer   padding
     position  0 ... P-1   P ... P+C-1                P ... P+R-1
 
-The rejected answer does not see the chosen one (`Context.answer`) and stands at the positions that it has in a row of
-its own, so both have the log-probabilities of two rows. The model reads the prompt once: T + A tokens, and not 2 T.
+The rejected answer does not see the chosen one (`Context.answer`), and its positions continue those of the prompt. So
+both have the same log-probabilities as in two separate rows. The model reads the prompt once: T + A tokens, and not 2 T.
 """
 
 from typing import Any

@@ -183,7 +183,7 @@ def _rows(path: Path, run: Run) -> Iterator[tuple[str, str | None, Answer]]:
 
 
 def right_answer(parser: str, right: str, wrong: str) -> str:
-    """The label, of which a parser takes the one text for right and the other for wrong; empty where there is none."""
+    """The label under which a parser reads `right` as correct and `wrong` as incorrect; "" if there is none."""
     if parser == "letter":
         return parsers.letter(right, parsers.LETTERS) or ""
     if parser == "short":

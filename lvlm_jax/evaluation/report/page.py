@@ -159,5 +159,5 @@ def _words(cell: Cell) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as it is, in Markdown: nothing of it becomes markup, and it stays on one line."""
+    """Escapes text for Markdown, so that no part of it is markup, and keeps it on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split()))
