@@ -45,7 +45,7 @@ def differences(model: LVLM, pairs: Sequence[Pair], mean: bool) -> Float[np.ndar
 
 
 def vti_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """d of each pair: at the last token."""
+    """The difference d of each pair, at the last token."""
     return {"differences": differences(model, pairs, mean=False)}
 
 

@@ -2,8 +2,8 @@
 
     G grid points, B samples, M new tokens
 
-The grid is a `vmap` axis of everything that a strength can change (caches, tokens, memory). What it cannot change
-(columns, positions, the step) has no such axis, so a decode step writes its caches in place as usual. Memory: G times
+The grid is a `vmap` axis of everything that a strength can change (caches, tokens, memory). The other arrays
+(columns, positions, the step) have no such axis, so a decode step writes its caches in place as usual. Memory: G times
 the caches of one generation; split a large grid.
 """
 

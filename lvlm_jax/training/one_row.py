@@ -5,7 +5,8 @@
     position  0 ... P-1   P ... P+C-1                P ... P+R-1
 
 The rejected answer does not see the chosen one (`Context.answer`), and its positions continue those of the prompt. So
-both have the same log-probabilities as in two separate rows. The model reads the prompt once: T + A tokens, and not 2 T.
+both have the same log-probabilities as in two separate rows. The model reads the prompt once: T + A tokens, and not 2
+T.
 """
 
 from typing import Any

@@ -3,9 +3,9 @@
 C_S: share of captions with a hallucinated object. C_I: hallucinated mentions over all mentions, repeats counted.
 Recall: share of ground-truth objects that are named, over all images; coverage: the same share per image, averaged. F1:
 harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of distinct objects and recall. Length counts
-joined words and punctuation marks, as CHAIR's scorer does; the figure "words" omits the marks. Distinct-1 and distinct-2: share
-of a caption's words, and of its pairs of neighbours, that are distinct, averaged over captions; they are low for
-repetitive captions.
+joined words and punctuation marks, as CHAIR's scorer does; the figure "words" omits the marks. Distinct-1 and
+distinct-2: share of a caption's words, and of its pairs of neighbours, that are distinct, averaged over captions; they
+are low for repetitive captions.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Examples for a report: questions on which a method fixed or broke an answer, drawn with a seed.
 
 Answers come from the answer files beside the scores, if their hashes are those of the scored files. The scores say
-which of two answers is right, so the label is the one under which that answer is right.
+which of two answers is right, and the label follows from that.
 """
 
 import base64
