@@ -30,7 +30,7 @@ SETTINGS = "pocket_training"
 
 
 def main(arguments: list[str]) -> int:
-    """Does everything that is missing, and writes the tables."""
+    """Runs all missing stages, and writes the tables."""
     parser = common.Parser(prog="lvlm pocket-training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
                         help="folder for all files (default runs/pocket_training)")  # fmt: skip

@@ -17,27 +17,27 @@ _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def official(text: str, label: str) -> str:
-    """POPE's own and LLaVA's: a word "No", "no" or "not" in the first sentence, without commas, means no; else yes."""
+    """Parser of POPE and LLaVA: "No", "no" or "not" in the first sentence, without commas, means no; else yes."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
 
 def opera(text: str, label: str) -> str:
-    """OPERA's: a negative word, or a word ending in "n't", anywhere in the text means no; else yes."""
+    """OPERA's parser: a negative word, or a word ending in "n't", anywhere in the text means no; else yes."""
     words = text.replace(".", "").replace(",", "").split(" ")
     negative = any(word in ("No", "not", "no", "NO") or word.endswith("n't") for word in words)
     return "no" if negative else "yes"
 
 
 def vcd(text: str, label: str) -> str:
-    """VCD's: the label if it occurs anywhere, even inside a word ("know" is a no); else the other answer."""
+    """VCD's parser: the label if it occurs anywhere, even inside a word ("know" is a no); else the other answer."""
     if label in text.strip().lower():
         return label
     return "no" if label == "yes" else "yes"
 
 
 def lmms_eval(text: str, label: str) -> str | None:
-    """lmms-eval's: only the word itself, ignoring blanks and case ("Yes." cannot be parsed)."""
+    """lmms-eval's parser: only the word itself, ignoring blanks and case ("Yes." cannot be parsed)."""
     word = text.strip().lower()
     return word if word in ("yes", "no") else None
 
@@ -49,7 +49,7 @@ def strict(text: str, label: str) -> str | None:
 
 
 def first_four(text: str, label: str) -> str | None:
-    """MME's: "yes", else "no", somewhere in the first four characters."""
+    """MME's parser: "yes", else "no", somewhere in the first four characters."""
     head = text.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else None
 

@@ -12,7 +12,7 @@ SECONDS, MEGABYTES, LETTERS = (int(word) for word in sys.argv[1:4])
 
 
 def limit_memory() -> None:
-    """Limits this process to `megabytes` more memory than it has, if the system supports that."""
+    """Limits this process to `megabytes` more memory than it uses now, if the system supports that."""
     try:
         import resource
 

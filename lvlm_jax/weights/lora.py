@@ -129,7 +129,7 @@ def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def merge(params: Mapping) -> dict:
-    """The parameters with every adapter merged into its kernel, W + scale · A B in float32, and without its leaves.
+    """The parameters with every adapter merged into its kernel, W + scale · A B in float32, and without adapter leaves.
 
     Kernels keep their dtype and place. A tree without adapters is returned unchanged; the constants of a frozen part
     are removed.

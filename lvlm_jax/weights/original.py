@@ -48,8 +48,8 @@ def is_original(config: dict) -> bool:
 def find_tower(folder: Path, config: dict, vision_tower: str | os.PathLike | None = None) -> Path | None:
     """The folder of the CLIP checkpoint that belongs to an original checkpoint, or None.
 
-    Searched in this order: `vision_tower` (a folder or a hub id), `mm_vision_tower` as a folder, a folder of its last
-    name inside or beside the checkpoint.
+    Searched in this order: `vision_tower` (a folder or a hub id), `mm_vision_tower` as a folder, a folder with
+    the last part of that name, inside or beside the checkpoint.
 
     Raises:
         LVLMError: `vision_tower` was given and does not exist.
