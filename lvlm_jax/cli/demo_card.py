@@ -20,8 +20,8 @@ def draw(path: Path, image: Image.Image, answers: Mapping[str, Sequence[Piece]],
     """Writes the card.
 
     Args:
-        answers: by the name of the method; the stretches of one put together are its text.
-        remark: what stands below, in small letters.
+        answers: by method name; each is a list of stretches, which together are its text.
+        remark: the line below, in small letters.
 
     Raises:
         LVLMError: the file cannot be written.

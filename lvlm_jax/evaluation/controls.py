@@ -192,7 +192,7 @@ def thresholded(
 
     Args:
         questions: with yes/no answers.
-        answers: the method's.
+        answers: the answers under the method.
     """
     texts, thresholds = {}, {}
     for group in dict.fromkeys(question.group for question in questions):
@@ -245,7 +245,7 @@ def report(
     """Every control's figures and the comparison with the method, as plain JSON values, with a verdict in words.
 
     Args:
-        answers: the method's.
+        answers: the answers under the method.
         answered: answers of greedy decoding to all questions, and of the other requested runs; log-odds of the yes/no
             questions.
         resamples, seed: of the bootstrap.

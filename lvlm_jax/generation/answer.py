@@ -25,7 +25,7 @@ def generate(
     """Answers a batch of prompts.
 
     Args:
-        params, config: the model's.
+        params, config: those of the model.
         prompt: the prompts.
         method: the method; None for plain decoding.
         decoding: how the answers are decoded.

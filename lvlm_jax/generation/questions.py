@@ -18,7 +18,7 @@ SHORTEST = 64  # characters; prompts up to this length form the first class, eac
 
 
 def system_prompt(choice: str) -> str:
-    """The system prompt for a user's choice: "vicuna" for Vicuna's sentence, "none" for none (""), else the text
+    """The system prompt for a user's choice: "vicuna" for Vicuna's sentence, "none" for an empty one, else the text
     itself."""
     return {"vicuna": VICUNA, "none": ""}.get(choice.strip().lower(), choice.strip())
 

@@ -32,7 +32,7 @@ def replay(
     """Yields the arrays that `tap` requests at each token of the answers.
 
     Args:
-        params, config: the model's.
+        params, config: those of the model.
         prompt: B prompts.
         method: the method that the answers were generated with.
         answers: the tokens of each answer, as in `Output.tokens`.

@@ -51,7 +51,7 @@ def generate(
     """Answers a batch of prompts once for every setting of a method.
 
     Args:
-        params, config: the model's.
+        params, config: those of the model.
         prompt: the prompts.
         methods: one method with different strengths.
         decoding: how the answers are decoded.

@@ -8,7 +8,7 @@ next step on, its value is multiplied by α in every layer, once for each jump:
 
 α is 1.1, β 0.1, τ 1.5.
 
-Differs from the authors' code in: nothing known. It scales the cached values in place, which is the same.
+Differs from the authors' code in: nothing known. Their code scales the cached values in place, with the same result.
 
 Rows: every decoded one; the prompt stays plain. Stages: observe (layer 20), weights. A sample without an image is left
 alone. Cost: explicit attention in one row; two numbers a column are kept from step to step.

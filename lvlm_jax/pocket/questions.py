@@ -93,7 +93,7 @@ def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEG
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """How many objects of a category are there? Repeated ones are more likely, absent ones possible.
+    """How many objects of a category are there? Repeated objects are more likely, absent ones possible.
 
     None if the drawn category has no countable name ("two broccoli").
     """
@@ -269,7 +269,7 @@ def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
 
 
 def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
-    """Is a category in a given image? Often one that another image has."""
+    """Is a category in a given image? Often the category is in another image."""
     i = int(rng.integers(len(scenes)))
     answer = bool(rng.random() < 0.5)
     if answer:

@@ -82,7 +82,7 @@ class Setup:
             Its duration in seconds, including earlier attempts that were not killed.
 
         Raises:
-            LVLMError: the folder has the result of something else.
+            LVLMError: the folder has a result with another `about`.
         """
         path = self.out / name / "stage.json"
         about = json.loads(json.dumps(about, default=str))

@@ -322,12 +322,12 @@ def differing(first: Run, second: Run) -> list[str]:
 
 
 def restored(run: Run) -> Scores:
-    """The scores as they were, with the functions of their figures, so that they can be resampled again.
+    """The scores of a run with the functions of their figures, for resampling.
 
-    The benchmark makes the figures of the groups that were asked, and they must give the stored values.
+    The benchmark makes these functions; their values must equal the stored ones.
 
     Raises:
-        LVLMError: they do not: the run was scored by a version with other formulas.
+        LVLMError: they differ, because the run was scored by a version with other formulas.
     """
     groups = list(dict.fromkeys(group for group, _ in run.correct))
     made = run.benchmark.figures(groups, run.counts, run.protocol)

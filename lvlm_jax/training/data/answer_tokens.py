@@ -2,7 +2,7 @@
 
 The prompt is tokenised as at inference, so that the model learns to continue exactly what it will receive. The answer
 is everything that the chat template writes between a prompt and the text after the answer, its stop token included.
-Some templates change blanks in a prompt once it is answered; training uses those of the prompt.
+Some templates change blanks in a prompt once it is answered; training uses the blanks of the prompt.
 """
 
 from collections.abc import Callable, Collection
