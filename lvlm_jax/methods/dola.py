@@ -10,9 +10,10 @@ Early exits, numbered as Hugging Face's `hidden_states`: "low" the even ones bel
 ones from there up to but not including the last, or those given. For 32 layers: 0, 2, ..., 14 and 16, ..., 30.
 `variant="paper"` puts the final norm before the head, `variant="code"` does not.
 
-Differs from the paper in: nothing known. The paper does not say whether an exit passes the final norm. We assume that it does,
-like the last hidden state, because the head was trained after that norm; this is the default. Differs from the authors'
-code in: nothing known under "code". The authors sample with a repetition penalty of 1.2; pass it to `generate`.
+Differs from the paper in: nothing known. The paper does not say whether an exit passes the final norm. We assume that
+it does, like the last hidden state, because the head was trained after that norm; this is the default. Differs from the
+authors' code in: nothing known under "code". The authors sample with a repetition penalty of 1.2; pass it to
+`generate`.
 
 Images play no part: samples without one are treated alike. Rows, layers, stages: none. Cost: the head once more for
 every early exit.

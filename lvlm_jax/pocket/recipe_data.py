@@ -68,10 +68,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """Conversations about one image and about several, in two rectangles, so that little of either is padding.
+    """Conversations about one image and about several, in two separate arrays, so that both have little padding.
 
-    The first `drill` rows of `single` ask only whether, which and where objects are, in short turns beside the caption:
-    in ordinary conversations, too few answers depend on that for a small model to learn to look. Absent objects are
+    The first `drill` rows of `single` have short questions about the existence, kind and place of objects, and a
+    caption: in ordinary conversations, too few answers depend on these for a small model to learn to look. Absent objects are
     drawn as in `questions.absent_category`, with `hard`: a model that is drilled to resist typical objects would not be
     tempted by them, and POPE's adversarial split would show nothing.
     """

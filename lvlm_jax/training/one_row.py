@@ -22,7 +22,7 @@ from lvlm_jax.training.forward import Sequence
 def pays(config: FamilyConfig, dtype: Any, method: Method | None, length: int, answer: int) -> bool:
     """Whether a pair should be one row: answers are short, and nothing counts tokens between prompt and answer.
 
-    In 16 bits accelerators have attention kernels that know no such mask, so that pairs stay two rows.
+    In 16 bits, the attention kernels of accelerators do not support this mask, so pairs stay two rows.
 
     Args:
         length, answer: T and A, tokens of a sequence and of its answer, both with padding.
