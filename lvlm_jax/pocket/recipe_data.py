@@ -71,9 +71,9 @@ class Conversations:
     """Conversations about one image and about several, in two separate arrays, so that both have little padding.
 
     The first `drill` rows of `single` have short questions about the existence, kind and place of objects, and a
-    caption: in ordinary conversations, too few answers depend on these for a small model to learn to look. Absent objects are
-    drawn as in `questions.absent_category`, with `hard`: a model that is drilled to resist typical objects would not be
-    tempted by them, and POPE's adversarial split would show nothing.
+    caption: in ordinary conversations, too few answers depend on these for a small model to learn to look. Absent
+    objects are drawn as in `questions.absent_category`, with `hard`: a model that is drilled to resist typical objects
+    would not be tempted by them, and POPE's adversarial split would show nothing.
     """
 
     seed: int
