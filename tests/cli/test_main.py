@@ -26,7 +26,7 @@ def test_every_command_is_one_line_of_the_help(monkeypatch, capsys):
 def test_every_file_is_a_command():
     files = {path.stem for path in (ROOT / "lvlm_jax" / "cli").glob("*.py")}
     names = {name.replace("-", "_") for name in main.COMMANDS}
-    assert files == names | {"__init__", "main", "common", "habits", "demo"}
+    assert files == names | {"__init__", "main", "common", "habits", "demo", "demo_card"}
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
