@@ -340,7 +340,7 @@ class Chain(Transform):
 
 
 def own_rows(array: Array, transform: Transform) -> Array:
-    """The rows in a transform's `rows`, of an array `[B, ?, R, ...]` that may have more rows for other transforms."""
+    """Selects a transform's rows from an array `[B, ?, R, ...]` with the rows of all transforms."""
     return array[:, :, -1:] if transform.rows == "last" else array
 
 

@@ -39,7 +39,7 @@ class Benchmark:
         headlines: the words that represent the benchmark in an overview.
         judged: the figures that judge a method against a control: from each tuple, the first figure that a run has.
         uses: the fields of `Data` that it uses, besides `folder`.
-        recorded: those of them that the record of a score names.
+        recorded: the fields in `uses` that the record of a score names.
         answers: the format of its answer files.
         image_places: folders below the data folder that may contain its images; `{group}` is the question's group.
         descriptions: groups of descriptions; the id of such a question is the number of its image.

@@ -15,10 +15,10 @@ _PROCESSORS = pathlib.Path("/proc/cpuinfo")
 
 @functools.cache
 def commit(root: pathlib.Path = ROOT) -> str | None:
-    """The first nine digits of the commit that a checkout is at, and "changed" where files differ from it.
+    """The first nine digits of a checkout's commit, and "changed" if files differ from it.
 
     Returns:
-        None where the code is no checkout of its own (an installed package), or there is no git.
+        None if the code is not in its own checkout (an installed package), or without git.
     """
     if not (root / ".git").exists():
         return None

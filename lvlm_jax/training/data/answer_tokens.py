@@ -16,7 +16,7 @@ from lvlm_jax.processors import inputs, templates
 
 
 class Tokens(NamedTuple):
-    """A conversation's token ids, and which of them are learned."""
+    """A conversation's token ids, and a mask of the learned tokens."""
 
     ids: Int[np.ndarray, " U"]
     answers: Bool[np.ndarray, " U"]

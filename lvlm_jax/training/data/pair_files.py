@@ -27,7 +27,7 @@ REJECTED_IMAGES, WEIGHT = ("rejected_images", "weight")  # columns of the reject
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Chat messages about images; supervised fine-tuning learns the assistant's.
+    """Chat messages about images; supervised fine-tuning learns the assistant messages.
 
     Attributes:
         images: image files in reading order; the encoded image itself if the data file contains it.
