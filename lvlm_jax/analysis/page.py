@@ -62,7 +62,7 @@ def build(title: str, question: str, pictures: Sequence[Picture], answers: Seque
     """The page as a string.
 
     Raises:
-        LVLMError: an answer without words, or none at all: there is nothing to click on.
+        LVLMError: an answer has no words, or there are no answers.
     """
     if not answers or not all(answer.words for answer in answers):
         named = ", ".join(answer.name for answer in answers if not answer.words) or "nothing"

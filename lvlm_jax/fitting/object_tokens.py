@@ -58,7 +58,7 @@ def differing(good: Sequence[int], bad: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def adaiat_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """Sums over the rows that produce object tokens, and their number, for both answers."""
+    """Sums over the rows that produce object tokens, and the number of these rows, for both answers."""
     answers = {side: answer_tokens(model, pairs, side) for side in SIDES}
     places = [differing(*each) for each in zip(answers["good"], answers["bad"], strict=True)]
     sums = {}
