@@ -1,1 +1,1 @@
-"""The log that survives a kill, and the record of everything that determines what a run writes."""
+"""The log that survives a kill, and the record of everything that determines a run's output."""

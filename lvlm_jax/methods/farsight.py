@@ -2,7 +2,7 @@
 
 From arXiv 2505.16652 and a port of it. In row i of the prompt, each later column j > i of the sample is a register with
 the logit -σ (j - i). The softmax runs over the columns that the row sees and over its registers, whose weights are then
-set to 0. So the weights of a row sum to less than 1, and to less the further it is from the end:
+set to 0. So the weights of a row sum to less than 1; the further a row is from the end, the smaller is its sum:
 
     w <- w Z / (Z + Σ_{j > i} e^{-σ (j - i)})      Z = Σ e^z over the columns that are seen
 

@@ -106,7 +106,7 @@ class Glm4vConfig(LoosePatchConfig):
         )
 
     def with_geometry(self, pictures: Pictures) -> Pictures:
-        """The same, with each patch's place in the tower's table of positions."""
+        """`pictures` with each patch's place in the tower's table of positions."""
         return with_positions(pictures, self.vision.merge, self.side, center_aligned, cubic_taps)
 
 

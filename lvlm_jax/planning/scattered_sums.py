@@ -15,7 +15,7 @@ WHOLE = 0
 
 
 def scattered(found: Computations) -> Computations:
-    """The same computations with such sums replaced by `reduce-scatter`."""
+    """Replaces sums that devices only use in slices by `reduce-scatter`."""
     return {name: [_replaced(one, instructions, found) for one in instructions] for name, instructions in found.items()}
 
 
