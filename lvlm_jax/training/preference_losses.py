@@ -3,7 +3,7 @@
 With Δ(y) = log π(y) - log π_ref(y) summed over the tokens of an answer, |y| their number, y_w the chosen and y_l the
 rejected answer, h = Δ(y_w) - Δ(y_l), ε the share of pairs whose order is wrong, σ the logistic function:
 
-    sigmoid       -(1 - ε) log σ(β h) - ε log σ(-β h)   DPO, arXiv 2305.18290; ε > 0, which TRL's has not: conservative
+    sigmoid       -(1 - ε) log σ(β h) - ε log σ(-β h)   DPO, arXiv 2305.18290; conservative DPO if ε > 0
     sigmoid_norm  -log σ(β (Δ(y_w)/|y_w| - Δ(y_l)/|y_l|))   DPO with log-ratios per token
     robust        [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2 ε)   arXiv 2403.00409
     ipo           (Δ(y_w)/|y_w| - Δ(y_l)/|y_l| - 1 / (2 β))²   arXiv 2310.12036, per token as TRL has it

@@ -39,7 +39,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A control that ran beside a method: what it is, its figures, method minus control, and what was said of that."""
+    """A control of a method: its description, its figures, the method minus the control, and the verdict in words."""
 
     about: str
     figures: Mapping[str, Value]
