@@ -352,7 +352,7 @@ def with_own_rows(array: Array, edited: Array, transform: Transform) -> Array:
 
 
 def narrow_site(site: Site, transform: Transform) -> Site:
-    """The site with only the rows that a transform named in `rows`."""
+    """The site with only the rows of a transform (see `Transform.rows`)."""
     if transform.rows != "last":
         return site
     return dataclasses.replace(
