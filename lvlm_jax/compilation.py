@@ -27,6 +27,10 @@ DEFAULT_LIMIT = (
     128  # each takes two to five megabytes on a CPU for a small model, twenty for one of 7 billion parameters
 )
 
+# On GPUs, XLA would merge the projections of queries, keys and values, and for that copy their weights side by side at
+# every token: 6 GB for a model of 7 billion parameters, whose weights are 13 GB.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 _PARAMETERS = "params"  # the argument whose shapes are the same in all calls with one configuration
 
 
@@ -124,10 +128,15 @@ class CachedJit:
         """How many programs are kept. The name is JAX's."""
         return sum(jitted._cache_size() for jitted in _PROGRAMS.all_of(self))
 
-    def _jitted(self) -> Callable:
+    def _jitted(self, **more: Any) -> Callable:
         # JAX keeps programs per function, so each function made here can be dropped by itself.
         own = functools.wraps(self._function)(lambda *arguments, **named: self._function(*arguments, **named))
-        return jax.jit(own, **self._options)
+        return jax.jit(own, **self._options, **more)
+
+    def _for_this_machine(self) -> Callable:
+        # Not at import time: asking for the platform starts JAX.
+        on_gpu = jax.default_backend() == "gpu"
+        return self._jitted(compiler_options=GPU_OPTIONS) if on_gpu else self._jitted()
 
     def _key(self, arguments: tuple, named: dict[str, Any]) -> Hashable:
         """The key of a program, apart from the parameters: static arguments, structure and shapes of the others."""
@@ -150,7 +159,7 @@ class _Programs:
 
     def of(self, function: CachedJit, key: Hashable) -> Callable:
         with self._lock:
-            jitted = self._kept.pop((function, key), None) or function._jitted()
+            jitted = self._kept.pop((function, key), None) or function._for_this_machine()
             self._kept[function, key] = jitted
             dropped = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - max_programs())]
         for old in dropped:  # a running program is not interrupted

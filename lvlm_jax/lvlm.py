@@ -190,10 +190,10 @@ class LVLM:
             tap: what each step returns besides logits; True means the attention of the last row in all layers and
                 heads.
         """
-        arguments, options = self.prefill_arguments(prompt, method, max_length)
+        *model, prompt, method = self._call(prompt, method)
         tap = tap if isinstance(tap, Tap) else Tap(layers=None if tap else ())
-        with parallel.ambient(self.mesh):
-            return decode_loop.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+        capacity = branches.answer_capacity(prompt, max_length)
+        return branches.prefill(*model, prompt, method, capacity, self.host, share_prefix, tap)
 
     def prefill_arguments(
         self, prompt: Any, method: Method | str | None = None, max_length: int | None = None

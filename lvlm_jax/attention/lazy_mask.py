@@ -131,6 +131,20 @@ class LazyMask:
         begin, end = begin.reshape(blocks, block).min(axis=1), end.reshape(blocks, block).max(axis=1)
         return begin // block, (end + block - 1) // block
 
+    def average_span(self, block: int) -> float:
+        """How many blocks of columns a block of rows meets on average, by the shapes alone.
+
+        Fewer rows than columns are taken for the last ones, or for the first where image tokens see later ones.
+        """
+        rows, columns = self.row.shape[0], self.column.shape[0]
+        behind = 0 if self.run is not None or columns < rows else columns - rows
+        spans = []
+        for start in range(behind, behind + rows, block):
+            end = min(start + block, columns) if self.causal else columns
+            begin = 0 if self.window is None else max(0, start + 1 - self.window)
+            spans.append(-(-end // block) - begin // block)
+        return sum(spans) / len(spans)
+
 
 def _run_ends(run: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The index after the last column of each column's run."""

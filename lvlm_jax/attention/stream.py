@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lvlm_jax.attention import kernels
+from lvlm_jax.attention import kernels, rounds
 from lvlm_jax.attention.lazy_mask import LazyMask
 
 # Block size: measured on a CPU, where a block fits the cache; large enough to keep an accelerator busy.
@@ -92,7 +92,8 @@ def _blocks(
 
         shape = block_rows.shape[:-1]
         start = (jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros(block_rows.shape, jnp.float32))
-        maximum, total, mixed = jax.lax.fori_loop(first[index], last[index], add_block, start)
+        with rounds.named(lazy_mask.average_span(block)):
+            maximum, total, mixed = jax.lax.fori_loop(first[index], last[index], add_block, start)
         total = jnp.where(total > 0, total, 1)
         return (mixed / total[..., None]).astype(query.dtype), (maximum + jnp.log(total))[..., None]
 
@@ -125,7 +126,8 @@ def _block_gradients(
             return d_query + _product("BKGTS,BKSD->BKGTD", d_logits, _columns(key, column, block)), d_key, d_value
 
         start = (jnp.zeros(block_rows.shape, jnp.float32), *d_key_value)
-        d_query, *d_key_value = jax.lax.fori_loop(first[index], last[index], add_block, start)
+        with rounds.named(lazy_mask.average_span(block)):
+            d_query, *d_key_value = jax.lax.fori_loop(first[index], last[index], add_block, start)
         return tuple(d_key_value), d_query.astype(query.dtype)
 
     start = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)

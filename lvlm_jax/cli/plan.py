@@ -6,8 +6,9 @@
     lvlm plan 7b 13b 34b 72b --table --device h100 > tables.md
 
 A model is a checkpoint folder, a config.json, or a published size (7b, 13b, 34b, 72b; see --help). Its programs are
-compiled ahead of time for that many simulated devices, from shapes alone: nothing is allocated, and no weights are
-needed.
+compiled ahead of time for that many devices, from shapes alone: nothing is allocated, and neither weights nor devices
+are needed. The compilers of TPUs and of NVIDIA GPUs do it if they are installed (pip install libtpu, or
+"jax-cuda13-plugin[with-cuda]"); otherwise that of CPUs stands in for them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.files import write_whole
 from lvlm_jax.methods import parse
-from lvlm_jax.planning import devices, plan
+from lvlm_jax.planning import compilers, devices, plan
 from lvlm_jax.planning import report as plan_report
 from lvlm_jax.planning.sizes import SIZES
 from lvlm_jax.weights.load import DTYPES
@@ -71,6 +72,12 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--device", action="append", metavar="NAME",
         help="device to compare the plan with, may be repeated: " + ", ".join(one.name for one in devices.DEVICES)
         + ", cpu (this machine, measured), or your own as NAME=GiB,GB/s,TFLOP/s (default: all)")  # fmt: skip
+    add(
+        "--compiler",
+        choices=(compilers.AUTO, *compilers.NAMES, compilers.STAND_IN),
+        default=compilers.AUTO,
+        help="whose: tpu, cuda, none for the stand-in, or auto: that of the --device if installed (default auto)",
+    )
     add("--exact", action="store_true", help="compile all layers instead of two and three; takes minutes")
     add(
         "--table", action="store_true", help="Markdown tables, for each model on 1, 8, 64 and 512 devices (or --counts)"
@@ -105,24 +112,26 @@ def job_of(arguments: argparse.Namespace, model: str) -> plan.Job:
 def main(words: list[str]) -> int:
     """Plans and prints."""
     arguments = command_line(words)
-    names = arguments.device or [one.name for one in devices.DEVICES]
+    names = arguments.device or _fitting(arguments.compiler)
     native = any(name.lower() == devices.CPU for name in names)
-    if native and len(names) > 1:
+    if native and (len(names) > 1 or arguments.compiler in compilers.NAMES):
         raise LVLMError("programs for this CPU differ from those for accelerators; plan for --device cpu alone")
     jobs = [job_of(arguments, model) for model in arguments.model]
     if arguments.table:
         jobs = [plan_report.spread(job, count, arguments.batch) for job in jobs for count in arguments.counts]
     max_devices = max(job.devices for job in jobs)
+    target = compilers.HERE
     if not native:
         targets = [devices.find(name) for name in names]
-    plan.simulate(max_devices)
+        target = compilers.chosen(arguments.compiler, [device.kind for device in targets])
+    plan.simulate(1 if target in compilers.NAMES else max_devices)
     if native:
         targets = [devices.find(devices.CPU, max_devices)]
     plans = []
     for number, job in enumerate(jobs, 1):
         if arguments.table:
             print(f"{number} of {len(jobs)}: {job.name} on {job.devices}", file=sys.stderr, flush=True)
-        plans.append(plan.plan(job, native, arguments.exact))
+        plans.append(plan.plan(job, target, arguments.exact))
     if arguments.table:
         timed = targets[0] if arguments.device else devices.find(TIMED)
         print(plan_report.table(plans, timed, targets), end="")
@@ -133,6 +142,11 @@ def main(words: list[str]) -> int:
         result["plans"] = [plan_report.record(one, targets) for one in plans]
         write_whole(arguments.out, json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _fitting(compiler: str) -> list[str]:
+    """The known devices that a compiler compiles for; all for the stand-in."""
+    return [one.name for one in devices.DEVICES if compiler not in compilers.NAMES or one.kind == compiler]
 
 
 def _mesh(arguments: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from lvlm_jax import parallel
 from lvlm_jax.attention import Tap, Tapped
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.generation import decode_loop
-from lvlm_jax.generation.forward import NOTHING, uses_tail_rows
+from lvlm_jax.generation import chunks, decode_loop, prefixes
+from lvlm_jax.generation.forward import NOTHING, edited_rows, uses_tail_rows
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.settings import whole_number
 from lvlm_jax.generation.state import Prompt, State, Step
@@ -79,10 +79,52 @@ def prefill(
     share_prefix: bool = True,
     tap: Tap = NOTHING,
 ) -> tuple[State, Step]:
-    """`prefill_inputs`, then `forward.prefill`."""
-    arguments, options = prefill_arguments(params, config, prompt, method, answer_capacity, host)
+    """`prefill_inputs`, then `forward.prefill`, in chunks if the prompts are very long."""
+    work = begin_prefill(params, config, prompt, method, answer_capacity, host, None, share_prefix, tap)
     with parallel.ambient(host.mesh):
-        return decode_loop.prefill(*arguments, **options, share_prefix=share_prefix, tap=tap)
+        return work.finish()
+
+
+def begin_prefill(
+    params: dict,
+    config: FamilyConfig,
+    prompt: Inputs,
+    method: Method | None,
+    answer_capacity: int,
+    host: Host = ALONE,
+    rows: int | None = None,
+    share_prefix: bool = True,
+    tap: Tap = NOTHING,
+    recent: prefixes.Recent | None = None,
+) -> chunks.Prefill:
+    """Runs `prefill_inputs`, and returns a prefill that advances step by step.
+
+    What samples have in common (`prefixes`) is run once.
+
+    Args:
+        rows: how many rows of the prompt are run at a time; None for as many as `chunks.MOST` allows.
+        recent: the beginning of the previous prompt, if each prompt has one sample.
+    """
+    inputs = prefill_inputs(params, config, prompt, method, answer_capacity, host)
+    options = inputs.options | {"share_prefix": share_prefix, "tap": tap}
+    model, given = (params, config, inputs.main), (inputs.method, inputs.contrast, options)
+    if not share_prefix or tap.rows == "all":
+        return chunks.Prefill(*model, *given)
+    rows = rows or max(1, chunks.MOST // prompt.batch)
+    edited = max(1, edited_rows(inputs.method, options["tail_rows"], prompt.tokens.shape[1]))
+    if prefixes.shares(config, inputs.method):
+        before = prefixes.before(*model, prompt, edited, rows, recent)
+        if before is not None:
+            return chunks.Prefill(*model, *given, before)
+    longest = int(prompt.lengths.max())
+    if longest <= rows:
+        return chunks.Prefill(*model, *given)
+    if reason := chunks.obstacle(config, inputs.method):
+        chunks.say(reason)
+        return chunks.Prefill(*model, *given)
+    total = prompt.tokens.shape[1]
+    before = chunks.prefix(*model, total - edited, total - longest, rows, prompt.image_count)
+    return chunks.Prefill(*model, *given, before)
 
 
 def prefill_arguments(

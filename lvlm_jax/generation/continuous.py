@@ -256,11 +256,13 @@ def choose_next(slots: Slots, state: State, logits: Float[Array, "B V"]) -> Slot
     )
 
 
-def _run(params: dict, config: FamilyConfig, slots: Slots, free: Int[Array, ""]) -> Slots:
-    """Decodes until at least `free` rows have no running answer, or all columns are used."""
+def _run(params: dict, config: FamilyConfig, slots: Slots, free: Int[Array, ""], steps: Int[Array, ""]) -> Slots:
+    """Decodes `steps` tokens, or until at least `free` rows have no running answer, or all columns are used."""
+    end = slots.state.index + steps
 
     def unfinished(slots: Slots) -> Bool[Array, ""]:
-        return ((~slots.running).sum() < free) & (slots.state.index < slots.state.capacity)
+        index = slots.state.index
+        return ((~slots.running).sum() < free) & (index < slots.state.capacity) & (index < end)
 
     return jax.lax.while_loop(unfinished, lambda slots: advance(params, config, slots), slots)
 

@@ -45,6 +45,7 @@ tapped_forward = jit(_tapped, static_argnames=("config", "tail_rows", "image_cou
 PREFILL_OPTIONS = ("tail_rows", "capacity", "contrast_capacity", "image_count", "share_prefix", "tap")
 prefill = jit(forward.prefill, static_argnames=("config", *PREFILL_OPTIONS))
 prefix = jit(forward.prefix, static_argnames=("config", "end", "split", "image_count"))
+extended = jit(forward.extended, static_argnames=("config", "rows", "split", "image_count"), donate_argnames="caches")
 contrast_pixels = jit(lambda method, pixels, index: method.contrast_pixels(pixels, index))
 contrast_image = jit(lambda method, picture, index: method.contrast_image(picture, index))
 salience = jit(forward.salience, static_argnames="config")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lvlm_jax import models
-from lvlm_jax.attention import Context, LayerCache, Tap, Tapped, Transform
+from lvlm_jax.attention import Block, Context, LayerCache, Tap, Tapped, Transform
 from lvlm_jax.attention.attend import shifted
 from lvlm_jax.attention.context import image_end
 from lvlm_jax.attention.transform import STREAM_STAGES, overrides
@@ -190,9 +190,38 @@ def prefix(
     return tuple(LayerCache(columns.own[0].first(split), ()) for columns in prefix_columns)
 
 
+def extended(
+    params: dict,
+    config: FamilyConfig,
+    prompt: Prompt,
+    caches: tuple[LayerCache, ...] | None,
+    start: Int[Array, ""],
+    rows: int,
+    split: int,
+    image_count: int = 1,
+) -> tuple[LayerCache, ...]:
+    """The first columns of a prompt in every layer, with `rows` more of them; see `chunks`.
+
+    Args:
+        caches: `split` columns, those before `start` written; None at the beginning.
+        start: the first row to run. No method edits any of them.
+    """
+    image_id = prompt.image_id[:, :split]
+    axes = None if prompt.axes is None else prompt.axes[:, :, :split]
+    context = prompt_context(image_id, None, 0, image_count, axes=axes).cut(start, rows)
+    part = jax.lax.dynamic_slice_in_dim(prompt.embeddings, start, rows, axis=1)
+    if caches is None:
+        text = config.text
+        empty = jnp.zeros((image_id.shape[0], text.num_kv_heads, split, text.head_dim), part.dtype)
+        caches = (LayerCache(None, (Block(empty, empty),)),) * text.num_layers
+    return apply(params, config, "decode", part[None], context, caches).columns
+
+
 def edited_rows(method: Method | None, tail_rows: int, total: int) -> int:
     """How many of the last of `total` prompt rows a method edits; all if a branch has its own prompt."""
-    return total if contrast_kind(method) != "same" else _explicit_rows(method, transforms_of(method), tail_rows, total)
+    if method is None:
+        return 0
+    return total if contrast_kind(method) != "same" else _edited_rows(jax.tree.structure(method), tail_rows, total)
 
 
 def decode_step(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B"]) -> tuple[State, Step]:
@@ -317,14 +346,14 @@ def transforms_of(method: Method | None) -> tuple[Transform | None, ...]:
 
 def uses_tail_rows(method: Method | None) -> bool:
     """Whether the program depends on `tail_rows`; if not, one program serves prompts with any value."""
-    return method is not None and _uses_tail_rows(jax.tree.structure(method))
+    return method is not None and _edited_rows(jax.tree.structure(method), 2, 4) == 2
 
 
-@functools.lru_cache(maxsize=64)
-def _uses_tail_rows(structure: jax.tree_util.PyTreeDef) -> bool:
+@functools.lru_cache(maxsize=256)
+def _edited_rows(structure: jax.tree_util.PyTreeDef, tail_rows: int, total: int) -> int:
     """Takes only the structure: strengths do not matter here, and computing with them would cost time in every call."""
     method = jax.tree.unflatten(structure, [1.0] * structure.num_leaves)
-    return _explicit_rows(method, transforms_of(method), 2, 4) == 2
+    return _explicit_rows(method, transforms_of(method), tail_rows, total)
 
 
 def _explicit_rows(method: Method | None, transforms: tuple[Transform | None, ...], tail_rows: int, total: int) -> int:

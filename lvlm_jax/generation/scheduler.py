@@ -1,6 +1,7 @@
 """Schedules continuous batching on the host: which conversation goes into which row, and when.
 
 While the device decodes, the host lays out the next prompts and starts their prefill; answers are returned as they end.
+A long prompt is run in chunks, and answers go on between them. Beginnings that successive prompts share are run once.
 Every answer equals the one that its conversation gets alone.
 """
 
@@ -13,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lvlm_jax import parallel
 from lvlm_jax.errors import LVLMError, shown
-from lvlm_jax.generation import branches, continuous, searches
+from lvlm_jax.generation import branches, chunks, continuous, prefixes, searches
 from lvlm_jax.generation.beam import Finished
 from lvlm_jax.generation.host import ALONE, Host
 from lvlm_jax.generation.output import Output
 from lvlm_jax.generation.sampling import sample_keys
 from lvlm_jax.generation.settings import Decoding, seed_of_request, whole_number
-from lvlm_jax.generation.state import State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import Conversation
@@ -31,6 +32,8 @@ SHORT_ANSWER = 32  # tokens; with longer answers, lengths differ enough that row
 # Prompts are prefilled in groups of one per this many rows: larger groups keep rows idle, smaller ones read the weights
 # more often.
 ROWS_PER_GROUP = 8
+
+BETWEEN_CHUNKS = 16  # tokens that each running answer gets between two chunks of a long prompt
 
 Request = tuple[Conversation, int]  # a conversation with its random seed
 
@@ -126,12 +129,11 @@ def _numbered(number: int, request: Any) -> NumberedRequest:
 
 
 class PrefilledGroup(NamedTuple):
-    """Prompts that were prefilled together; the last prompt also fills the unused places."""
+    """Prompts that are prefilled together; the last prompt also fills the unused places."""
 
     requests: list[NumberedRequest]
     inputs: Inputs
-    state: State
-    step: Step
+    work: chunks.Prefill
 
 
 class Scheduler:
@@ -176,6 +178,7 @@ class Scheduler:
         self._greedy = None if "sample" in self._sampling.rules else sample_keys(0, self._group)
         self._slots: continuous.Slots | None = None
         self._full = False  # whether all columns of the slots are used
+        self._recent = prefixes.Recent()
         self._under_way: dict[int, NumberedRequest] = {}  # running requests, by row
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Finished | LVLMError]]:
@@ -187,11 +190,13 @@ class Scheduler:
         results: deque[tuple[int, Finished | LVLMError]] = deque()
         coming = self._next(queue, results)
         while coming or self._under_way:
-            while coming and len(coming.requests) <= self.rows - len(self._under_way):
+            while coming and coming.work.result and len(coming.requests) <= self.rows - len(self._under_way):
                 self._place(coming)
                 coming = self._next(queue, results)
             if self._under_way:
-                self._advance(len(coming.requests) if coming else self.rows)
+                self._advance(coming)
+            if coming and not coming.work.result:
+                self._step(coming)
             while results:  # the caller's work on results runs while the device decodes
                 yield results.popleft()
             if self._under_way:
@@ -220,16 +225,24 @@ class Scheduler:
             seed_of_request(request.seed)
         padded = requests + requests[-1:] * (self._group - len(requests))
         inputs = self._prepare([request.conversation for request in padded])
-        prefilled = branches.prefill(self._params, self._config, inputs, self._method, 0, self._host)
-        return PrefilledGroup(requests, inputs, *prefilled)
+        model = self._params, self._config, inputs, self._method
+        work = branches.begin_prefill(*model, 0, self._host, chunks.ROWS, recent=self._recent)
+        group = PrefilledGroup(requests, inputs, work)
+        self._step(group)
+        return group
+
+    def _step(self, group: PrefilledGroup) -> None:
+        with parallel.ambient(self._host.mesh):
+            group.work.step()
 
     def _place(self, group: PrefilledGroup) -> None:
-        logits = group.step.combined
+        state, step = group.work.result
+        logits = step.combined
         if self._slots is None:
             sizes = {"batch": self.rows, "limit": self._limit, "vocabulary": logits.shape[1]}
-            self._slots = continuous.empty(group.state, self._sampling, self._stop, **sizes)
+            self._slots = continuous.empty(state, self._sampling, self._stop, **sizes)
         size = continuous.PromptSize.of(self._slots.state, self._slots.prompt)
-        needed_size = size.union(continuous.PromptSize.of(group.state))
+        needed_size = size.union(continuous.PromptSize.of(state))
         if needed_size != size:
             self._slots = continuous.widen(self._slots, needed_size)
         free = [row for row in range(self.rows) if row not in self._under_way]
@@ -240,7 +253,7 @@ class Scheduler:
         keys = self._greedy
         self._slots = continuous.place(
             self._slots,
-            group.state,
+            state,
             logits,
             group.inputs.tokens,
             sample_keys(seeds + seeds[-1:] * spare, self._group) if keys is None else keys,
@@ -248,11 +261,16 @@ class Scheduler:
             np.asarray(rows + rows[-1:] * spare, np.int32),
         )
 
-    def _advance(self, free: int) -> None:
-        """Lets the device decode until `free` rows are free."""
+    def _advance(self, coming: PrefilledGroup | None) -> None:
+        """Lets the device decode until there are free rows for the next group, or its next chunk is due."""
         if self._full:
             self._slots = continuous.compact(self._slots)
-        self._slots = continuous.run(self._params, self._config, self._slots, jnp.int32(free))
+        free, steps = self.rows, self._slots.state.capacity
+        if coming and coming.work.result:
+            free = len(coming.requests)
+        elif coming:
+            steps = BETWEEN_CHUNKS
+        self._slots = continuous.run(self._params, self._config, self._slots, jnp.int32(free), jnp.int32(steps))
 
     def _ended(self) -> list[tuple[int, Finished]]:
         """Waits for the device and removes finished answers from their rows."""

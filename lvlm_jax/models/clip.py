@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import activation_name
 from lvlm_jax.models.layers import activation, layer_norm, linear
-from lvlm_jax.models.vision import patch_attention, patch_convolution
+from lvlm_jax.models.vision import patch_convolution, picture_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +63,14 @@ class ClipAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None) -> Float[Array, "I P W"]:
+    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I P"] | None = None) -> Float[Array, "I P W"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
         def project(name: str) -> Float[Array, "I P H D"]:
             bias = self.config.qkv_bias
             return linear(width, self.dtype, name, use_bias=bias)(x).reshape(*x.shape[:2], heads, -1)
 
-        mixed = patch_attention(project("q_proj"), project("k_proj"), project("v_proj"), mask)
+        mixed = picture_attention(project("q_proj"), project("k_proj"), project("v_proj"), mask)
         return linear(width, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 
@@ -93,7 +93,7 @@ class ClipLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I 1 P"] | None = None) -> Float[Array, "I P W"]:
+    def __call__(self, x: Float[Array, "I P W"], mask: Bool[Array, "I P"] | None = None) -> Float[Array, "I P W"]:
         epsilon = self.config.layer_norm_eps
         normed = layer_norm(epsilon, self.dtype, "layer_norm1")(x)
         x = x + ClipAttention(self.config, self.dtype, name="self_attn")(normed, mask)

@@ -115,11 +115,11 @@ class DecoderAttention(nn.Module):
 
 
 def _columns(cache: LayerCache | None, key: jax.Array, value: jax.Array, contexts: tuple[Context, ...]) -> LayerCache:
-    """The columns that rows see: in prefill the prefix and their own fresh columns, in decode the updated caches."""
+    """The columns that rows see: in prefill the prefix and their own fresh columns, else the updated caches."""
     fresh = tuple(Block(k, v) for k, v in zip(key, value, strict=True))
     if cache is None:
         return LayerCache(None, fresh)
-    if contexts[0].phase == "prefill":
+    if contexts[0].phase == "prefill" and not cache.own:
         return LayerCache(cache.prefix, fresh)
     start = cache.prefix.length if cache.prefix else 0
     own = zip(cache.own, fresh, contexts, strict=True)

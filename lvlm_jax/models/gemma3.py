@@ -20,6 +20,7 @@ from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear, rms_norm
 from lvlm_jax.models.pictures import Arrays, Pictures, named_arrays, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
+from lvlm_jax.models.vision import by_pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,5 +154,9 @@ class Gemma3(VisionLanguageModel):
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
         """Image tokens of I images, for the decoder."""
-        _, features = self.vision_tower(pixels.astype(self.dtype))
-        return self.connector(features)
+
+        def look(model: Gemma3, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
+            _, features = model.vision_tower(pixels.astype(model.dtype))
+            return model.connector(features)
+
+        return by_pictures(self, look, pixels, self.config.vision.num_patches)

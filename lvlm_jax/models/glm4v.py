@@ -30,8 +30,8 @@ from lvlm_jax.models.qwen_vision import (
     apply_in_chunks,
     axial_rotation,
     in_reading_order,
-    picture_attention,
 )
+from lvlm_jax.models.vision import picture_attention
 
 # The fields of a flat `config.json` that do not belong to the decoder, besides the tokens of images and videos.
 _TOP_FIELDS = (

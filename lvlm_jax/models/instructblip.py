@@ -31,6 +31,7 @@ from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear
 from lvlm_jax.models.pictures import Arrays, Pictures, round_up_to_bucket, square_pixels
 from lvlm_jax.models.qformer import QFormer, QFormerConfig
+from lvlm_jax.models.vision import by_pictures
 
 END = 2  # </s> of every LLaMA tokenizer
 SHORTEST_INSTRUCTION = 16  # instructions are padded to this many tokens times 1, 2, 3, 4, 6, ...
@@ -227,5 +228,9 @@ class InstructBlip(VisionLanguageModel):
         self, pixels: Float[Array, "I 3 Y X"], words: Int[Array, "I L"], mask: Bool[Array, "I L"]
     ) -> Float[Array, "I Q E"]:
         """Image tokens of I images, each read with its own instruction; see `QFormer`."""
-        patches = self.vision_tower(pixels.astype(self.dtype))
-        return self.connector(self.qformer(patches, words, mask))
+
+        def look(model: InstructBlip, pixels: Array, words: Array, mask: Array) -> Float[Array, "I Q E"]:
+            patches = model.vision_tower(pixels.astype(model.dtype))
+            return model.connector(model.qformer(patches, words, mask))
+
+        return by_pictures(self, look, pixels, self.config.vision.num_patches, words, mask)

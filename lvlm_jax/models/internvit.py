@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import activation_name
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
-from lvlm_jax.models.vision import patch_attention, patch_convolution
+from lvlm_jax.models.vision import patch_convolution, picture_attention
 
 NORMS = {"layer_norm": layer_norm, "rms_norm": rms_norm}
 QK_NORM_EPS = 1e-6  # independent of `layer_norm_eps`
@@ -114,7 +114,7 @@ class InternVitAttention(nn.Module):
             return flat.reshape(*x.shape[:2], config.num_heads, -1)
 
         query, key = project("q_proj", "q_norm"), project("k_proj", "k_norm")
-        mixed = patch_attention(query, key, project("v_proj"))
+        mixed = picture_attention(query, key, project("v_proj"))
         return linear(config.hidden_size, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 

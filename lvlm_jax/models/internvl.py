@@ -16,7 +16,7 @@ from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.internvit import InternVit, InternVitConfig
 from lvlm_jax.models.layers import activation, layer_norm, linear
 from lvlm_jax.models.pictures import Arrays, Pictures, concatenate, round_up_to_bucket, square_map, square_pixels
-from lvlm_jax.models.vision import class_attention
+from lvlm_jax.models.vision import by_pictures, class_attention
 
 CONNECTOR_NORM_EPS = 1e-5
 
@@ -230,10 +230,19 @@ class InternVl(VisionLanguageModel):
         """The attention that the class token pays to each image token, in the layer that the connector reads."""
         depth = self.config.vision.num_layers
         state = self.config.feature_layer % (depth + 2)  # the final state is the norm of the one before
-        ranked = class_attention(lambda: self.vision_tower(pixels.astype(self.dtype)), max(min(state, depth) - 1, 0))
+        layer = max(min(state, depth) - 1, 0)
+
+        def look(model: InternVl, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R P"]:
+            return class_attention(lambda: model.vision_tower(pixels.astype(model.dtype)), layer)
+
+        ranked = by_pictures(self, look, pixels, self.config.vision.side**2)
         return pixel_shuffle(ranked[..., None], self.config.shuffle).mean(axis=-1).reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R Q E"]:
         """Image tokens of R tiles, for the decoder."""
-        features = self.vision_tower(pixels.astype(self.dtype))[self.config.feature_layer][:, 1:]
-        return self.connector(pixel_shuffle(features, self.config.shuffle))
+
+        def look(model: InternVl, pixels: Float[Array, "R 3 Y X"]) -> Float[Array, "R Q E"]:
+            features = model.vision_tower(pixels.astype(model.dtype))[model.config.feature_layer][:, 1:]
+            return model.connector(pixel_shuffle(features, model.config.shuffle))
+
+        return by_pictures(self, look, pixels, self.config.vision.side**2)

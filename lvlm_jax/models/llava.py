@@ -1,7 +1,7 @@
 """LLaVA-1.5 (arXiv 2310.03744): CLIP tower, two-layer connector, LLaMA-like decoder."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import activation, linear
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
-from lvlm_jax.models.vision import class_attention
+from lvlm_jax.models.vision import by_pictures, class_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,11 +154,16 @@ class Llava(VisionLanguageModel):
     def salience(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "N"]:
         """The attention that the class token pays to each image token, in the last layer that the connector reads."""
         layer = max(self.config.feature_layers[-1] % (self.config.vision.num_layers + 1) - 1, 0)
-        ranked = class_attention(lambda: self.image_features(pixels), layer)
+        ranked = self._by_pictures(
+            lambda model, part: class_attention(lambda: model.image_features(part), layer), pixels
+        )
         if self.config.feature_select == "full":  # the class token is an image token too
             ranked = jnp.pad(ranked, ((0, 0), (1, 0)))
         return ranked.reshape(-1)
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I P E"]:
         """Image tokens of I images, for the decoder."""
-        return self.connector(self.image_features(pixels))
+        return self._by_pictures(lambda model, part: model.connector(model.image_features(part)), pixels)
+
+    def _by_pictures(self, look: Callable[..., Array], pixels: Float[Array, "I 3 Y X"]) -> Array:
+        return by_pictures(self, look, pixels, self.config.vision.num_patches)

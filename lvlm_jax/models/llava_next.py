@@ -141,7 +141,7 @@ class LlavaNext(Llava):
                 `weights`.
             weights: the weight of each row in a token.
         """
-        patches = self.connector(self.image_features(pixels))
+        patches = self._by_pictures(lambda model, part: model.connector(model.image_features(part)), pixels)
         newline = self.connector.image_newline.astype(patches.dtype)
         rows = jnp.concatenate([newline[None], patches.reshape(-1, patches.shape[-1])])
         if weights is None:

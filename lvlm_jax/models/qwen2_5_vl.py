@@ -23,10 +23,10 @@ from lvlm_jax.models.qwen_vision import (
     PatchMerger,
     apply_in_chunks,
     axial_rotation,
-    picture_attention,
     window_attention,
     window_numbers,
 )
+from lvlm_jax.models.vision import picture_attention
 
 
 @dataclasses.dataclass(frozen=True)

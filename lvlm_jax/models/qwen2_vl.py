@@ -23,8 +23,8 @@ from lvlm_jax.models.qwen_vision import (
     apply_in_chunks,
     axial_rotation,
     in_reading_order,
-    picture_attention,
 )
+from lvlm_jax.models.vision import picture_attention
 
 EPSILON = 1e-6  # epsilon of all norms of the tower
 

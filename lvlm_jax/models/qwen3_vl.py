@@ -21,7 +21,8 @@ from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, li
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
-from lvlm_jax.models.qwen_vision import PatchEmbedding, PatchMerger, axial_rotation, in_reading_order, picture_attention
+from lvlm_jax.models.qwen_vision import PatchEmbedding, PatchMerger, axial_rotation, in_reading_order
+from lvlm_jax.models.vision import picture_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

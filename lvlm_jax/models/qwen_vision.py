@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, frequencies, rotate
-from lvlm_jax.attention.stream import streaming_attention
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig
-from lvlm_jax.models.vision import patch_attention
+from lvlm_jax.models.vision import in_turn, patch_attention
 
-STREAM_FROM = 1024  # from this many patches of an image on, attention runs block by block
 LARGEST_MAP = 2**24  # elements of the window maps computed at a time, 64 MiB in float32
 CHUNK = 2**14  # patches (of all images) that go through an MLP at a time
 FILLER_WINDOW = 2**31 - 1  # the window number of filler
@@ -32,19 +29,6 @@ def axial_rotation(coordinates: Int[Array, "R P 2"], head_dim: int, theta: float
     angle = coordinates.astype(jnp.float32)[..., None] * frequency
     angle = angle.reshape(*coordinates.shape[:2], -1)
     return Rotation(jnp.cos(angle), jnp.sin(angle)).heads(axis=2)
-
-
-def picture_attention(
-    query: Float[Array, "R P H D"],
-    key: Float[Array, "R P H D"],
-    value: Float[Array, "R P H D"],
-    valid: Bool[Array, "R P"],
-) -> Float[Array, "R P H D"]:
-    """Each patch attends to all patches of its image."""
-    if query.shape[1] < STREAM_FROM:
-        return patch_attention(query, key, value, valid[:, None])
-    heads = (array.swapaxes(1, 2) for array in (query, key, value))
-    return streaming_attention(*heads, LazyMask.everywhere(query.shape[1], valid)).swapaxes(1, 2)
 
 
 def window_attention(
@@ -144,13 +128,7 @@ def apply_in_chunks(mlp: nn.Module, x: Float[Array, "R P W"]) -> Float[Array, "R
     count = next(n for n in range(1, patches + 1) if patches % n == 0 and rows * patches <= n * max(rows, CHUNK))
     if count == 1:
         return mlp(x)
-    scan = nn.scan(
-        lambda mlp, carry, part: (carry, mlp(part)),
-        variable_broadcast="params",
-        split_rngs={"params": False, "dropout": True},
-    )
-    _, chunks = scan(mlp, (), jnp.moveaxis(x.reshape(rows, count, -1, width), 1, 0))
-    return jnp.moveaxis(chunks, 0, 1).reshape(x.shape)
+    return in_turn(mlp, lambda mlp, part: mlp(part), (x.reshape(rows, count, -1, width),)).reshape(x.shape)
 
 
 class PlainMlp(nn.Module):

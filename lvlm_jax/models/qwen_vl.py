@@ -20,6 +20,7 @@ from lvlm_jax.models.decoder import Decoder
 from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.pictures import Arrays, Pictures, square_map, square_pixels, whole_pictures
 from lvlm_jax.models.qwen_vl_vision import POOL_HEAD_DIM, QwenVisionTower, Resampler
+from lvlm_jax.models.vision import by_pictures
 
 # Special tokens after the vocabulary, in this order: <|endoftext|>, <|im_start|>, <|im_end|>, 205 reserved ones, six
 # for boxes, then <img>, </img>, <imgpad>. Configurations name <img>.
@@ -258,4 +259,8 @@ class QwenVl(VisionLanguageModel):
 
     def encode_images(self, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
         """Image tokens of I images, for the decoder."""
-        return self.connector(self.vision_tower(pixels))
+
+        def look(model: QwenVl, pixels: Float[Array, "I 3 Y X"]) -> Float[Array, "I Q E"]:
+            return model.connector(model.vision_tower(pixels))
+
+        return by_pictures(self, look, pixels, self.config.vision.num_patches)

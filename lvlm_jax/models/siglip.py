@@ -95,7 +95,6 @@ class SiglipTower(nn.Module):
             embedding_init=nn.initializers.normal(0.02), name="position_embedding",
         )  # fmt: skip
         states = [x + embedding(jnp.arange(config.num_patches) if positions is None else positions)]
-        visible = None if mask is None else mask[:, None]
         for index in range(config.num_layers):
-            states.append(ClipLayer(config, self.dtype, name=f"layers_{index}")(states[-1], visible))
+            states.append(ClipLayer(config, self.dtype, name=f"layers_{index}")(states[-1], mask))
         return states, layer_norm(config.layer_norm_eps, self.dtype, "post_layernorm")(states[-1])

@@ -25,6 +25,7 @@ from lvlm_jax.models.family import FamilyConfig, VisionLanguageModel, family
 from lvlm_jax.models.layers import linear
 from lvlm_jax.models.pictures import Arrays, Pictures, named_arrays, round_up_to_bucket, square_map
 from lvlm_jax.models.siglip import SiglipConfig, SiglipTower
+from lvlm_jax.models.vision import by_pictures
 
 VISION_TYPES = ("smolvlm_vision", "smolvlm", "idefics3_vision", "idefics3")  # the same tower
 
@@ -242,8 +243,13 @@ class SmolVlm(VisionLanguageModel):
         self, pixels: Float[Array, "R 3 Y X"], positions: Int[Array, "R P"], mask: Bool[Array, "R P"]
     ) -> Float[Array, "N E"]:
         """Image tokens of all tiles in reading order, then those of filler rows."""
-        _, features = self.vision_tower(pixels.astype(self.dtype), positions, mask)
-        return self.connector(pixel_shuffle(features, self.config.scale)).reshape(-1, self.config.text.hidden_size)
+
+        def look(model: SmolVlm, pixels: Array, positions: Array, mask: Array) -> Float[Array, "R Q E"]:
+            _, features = model.vision_tower(pixels.astype(model.dtype), positions, mask)
+            return model.connector(pixel_shuffle(features, model.config.scale))
+
+        tokens = by_pictures(self, look, pixels, positions.shape[1], positions, mask)
+        return tokens.reshape(-1, self.config.text.hidden_size)
 
 
 def pixel_shuffle(features: Float[Array, "R P W"], scale: int) -> Float[Array, "R Q C"]:

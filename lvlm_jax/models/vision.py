@@ -1,4 +1,4 @@
-"""Shared by vision towers: attention over patches, and patches from pixels."""
+"""Shared by vision towers: attention over patches, patches from pixels, a few images at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from lvlm_jax.attention.lazy_mask import LazyMask
+from lvlm_jax.attention.stream import streaming_attention
+
 PROJECTIONS = ("q_proj", "k_proj", "q_norm", "k_norm")  # names of the modules that make queries and keys in towers
+STREAM_FROM = 1024  # from this many patches of an image on, attention runs block by block
+CHUNK = 2**13  # patches (of all images) that go through a tower at a time
 
 
 def patch_attention(
@@ -31,6 +36,57 @@ def patch_attention(
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
     return product("IHPQ,IQHD->IPHD", weights, value).astype(dtype)
+
+
+def picture_attention(
+    query: Float[Array, "R P H D"],
+    key: Float[Array, "R P H D"],
+    value: Float[Array, "R P H D"],
+    valid: Bool[Array, "R P"] | None = None,
+) -> Float[Array, "R P H D"]:
+    """Each patch attends to all of its picture; `valid` says which patches may be seen, None for all."""
+    rows, patches = query.shape[:2]
+    if patches < STREAM_FROM:
+        return patch_attention(query, key, value, None if valid is None else valid[:, None])
+    heads = (array.swapaxes(1, 2) for array in (query, key, value))
+    seen = jnp.ones((rows, patches), bool) if valid is None else valid
+    return streaming_attention(*heads, LazyMask.everywhere(patches, seen)).swapaxes(1, 2)
+
+
+def by_pictures(
+    model: nn.Module, look: Callable[..., Any], pixels: Float[Array, "R 3 Y X"], patches: int, *more: Array
+) -> Any:
+    """`look(model, pixels, *more)` for all pictures, of which a few are looked at at a time: memory is that of a few.
+
+    Args:
+        look: from pictures to arrays with an entry for each.
+        patches: of a picture.
+        more: what else belongs to each picture.
+    """
+    rows = pixels.shape[0]
+    # A power of two divides well among devices.
+    fitting = [count for count in range(1, rows + 1) if rows % count == 0 and count * patches <= max(patches, CHUNK)]
+    few = rows if rows in fitting else max(fitting, key=lambda count: (count & -count, count))
+    if few == rows:
+        return look(model, pixels, *more)
+    # Neighbours go in one after the other, so that each device of a mesh has some of those that go together.
+    parts = tuple(array.reshape(few, rows // few, *array.shape[1:]) for array in (pixels, *more))
+    seen = in_turn(model, look, parts)
+    return jax.tree.map(lambda array: array.reshape(rows, *array.shape[2:]), seen)
+
+
+def in_turn(module: nn.Module, call: Callable[..., Any], parts: tuple[Array, ...]) -> Any:
+    """`call(module, *part)` for each of the N entries along the second axis of `parts`, one after the other."""
+
+    def one(module: nn.Module, carry: tuple, index: Array) -> tuple:
+        # Not as inputs of the scan, which would be copied with the second axis in front.
+        part = (jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False) for array in parts)
+        return carry, call(module, *part)
+
+    scan = nn.scan(
+        one, variable_broadcast="params", split_rngs={"params": False, "dropout": True}, in_axes=0, out_axes=1
+    )
+    return scan(module, (), jnp.arange(parts[0].shape[1]))[1]
 
 
 def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"]:

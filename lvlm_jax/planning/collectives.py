@@ -1,4 +1,4 @@
-"""Counts the data that devices send to each other in a compiled program, from its text."""
+"""Counts the data that devices send to each other in a compiled program."""
 
 import math
 import re
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lvlm_jax.planning.hlo_text import Computations, Instruction, size_of
+from lvlm_jax.planning.hlo import Computations, Instruction, size_of
 
-_OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _STRIDED = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}")
@@ -30,22 +30,25 @@ class Messages(NamedTuple):
     count: float
 
 
-def read(found: Computations, times: Mapping[str, int], devices: int) -> Messages:
+def read(found: Computations, times: Mapping[str, float], devices: int) -> Messages:
     """The data that one device of a partitioned module receives.
 
     Args:
-        found, times: see `hlo_text.computations` and `runs`.
+        found, times: see `hlo.computations` and `runs`.
         devices: how many devices run it.
     """
     received: dict[int, float] = {}
     count = 0.0
     for name, instructions in found.items():
+        # A message in two parts: the second has the result; the first has the operand beside it.
+        ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
         for one in instructions if times[name] else ():
             operation = one.operation.removesuffix("-start")
-            if operation not in _OPERATIONS:
+            if operation not in OPERATIONS:
                 continue
             group = _group(one, devices)
-            if size := _received(operation, size_of(one.type), len(group)) * times[name]:
+            result = size_of(ends.get(one.name, one).type)
+            if size := _received(operation, result, len(group)) * times[name]:
                 reach = max(group) + 1
                 received[reach] = received.get(reach, 0.0) + size
                 count += times[name]

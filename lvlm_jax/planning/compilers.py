@@ -1,65 +1,121 @@
-"""The compilers of TPUs and GPUs for devices that are absent: their results are those of real devices.
+"""The compilers of TPUs and GPUs, for devices that are not there: what they say is what a device would run.
 
-They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB), and are
-optional.
+They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB), and are used
+where they are found; nothing needs them. What they compile for is a TPU v5e or an H200: other TPUs and GPUs get much
+the same programs.
 """
 
 import importlib.util
+import math
 import os
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from lvlm_jax.compilation import GPU_OPTIONS
 from lvlm_jax.errors import LVLMError
 
-NAMES = ("tpu", "cuda")  # one v5e host of eight chips; H200s in one machine
+NAMES = ("tpu", "cuda")
+HERE, STAND_IN = "cpu", "none"  # XLA's compiler for CPUs: for this one, or in the place of an accelerator's
+TARGETS = (*NAMES, HERE, STAND_IN)
+AUTO = "auto"
 _TPU_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    # Without this, a second process would fail on a lock file.
+    # Or a second process would fail on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-GPUS = 8
+GPUS = 8  # of a machine
 
 
 def installed() -> tuple[str, ...]:
-    """The compilers in `NAMES` that are installed."""
-    installed_names = {
+    """Those of `NAMES` that this Python has."""
+    there = {
         "tpu": importlib.util.find_spec("libtpu") is not None,
         "cuda": any(importlib.util.find_spec(plugin) is not None for plugin in _PLUGINS),
     }
-    return tuple(name for name in NAMES if installed_names[name])
+    return tuple(name for name in NAMES if there[name])
 
 
-def absent_devices(name: str) -> list[jax.Device]:
-    """Eight absent devices to compile for.
+def chosen(wanted: str, kinds: Sequence[str | None]) -> str:
+    """The target of a plan for devices of these kinds.
+
+    Args:
+        wanted: one of `NAMES`; `STAND_IN`; `AUTO` for the compiler of these devices where it is installed, else the
+            stand-in.
+        kinds: of each device one of `NAMES`, or None where any will do.
 
     Raises:
-        LVLMError: the compiler is not installed.
+        LVLMError: the wanted compiler is not installed, or compiles for devices of another kind.
     """
-    if name not in installed():
-        needs = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin[with-cuda]"}
+    known = {kind for kind in kinds if kind is not None}
+    if wanted == AUTO:
+        return known.pop() if len(known) == 1 and known <= set(installed()) else STAND_IN
+    if wanted != STAND_IN:
+        _needed(wanted)
+        if others := known - {wanted}:
+            raise LVLMError(
+                f"the compiler {wanted!r} does not compile for a device of kind {others.pop()}; name devices of kind "
+                f"{wanted}, or give --compiler {STAND_IN}"
+            )
+    return wanted
+
+
+def label(target: str) -> str:
+    """Whose figures those of a plan are."""
+    if target == "tpu":
+        return f"the compiler of a TPU v5e (libtpu {metadata.version('libtpu')})"
+    if target == "cuda":
+        plugin = next(name for name in _PLUGINS if importlib.util.find_spec(name) is not None).replace("_", "-")
+        return f"the compiler of an H200 ({plugin} {metadata.version(plugin)})"
+    own = f"the compiler of CPUs (jaxlib {metadata.version('jaxlib')})"
+    return own if target == HERE else f"{own} in the place of an accelerator's"
+
+
+def absent_devices(name: str, count: int = 8) -> list[jax.Device]:
+    """So many devices to compile for, none of which is there: of one v5e slice, or H200s of machines of eight.
+
+    Raises:
+        LVLMError: the compiler is not installed, or knows no group of so many devices.
+    """
+    _needed(name)
+    try:
+        return _absent_devices(name, count)[:count]
+    except jax.errors.JaxRuntimeError as error:
         raise LVLMError(
-            f"the compiler {name!r} is not installed; pip install {needs.get(name, 'one of libtpu, jax-cuda13-plugin')}"
-        )
+            f"the compiler {name!r} knows no group of {count} devices; give fewer, or --compiler {STAND_IN}"
+        ) from error
+
+
+def _absent_devices(name: str, count: int) -> list[jax.Device]:
     if name == "tpu":
         import libtpu
 
         for variable, value in (_TPU_HOST | {"TPU_LIBRARY_PATH": libtpu.get_library_path()}).items():
             os.environ.setdefault(variable, value)
-        return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+        side = 1 << max(3, math.ceil(math.log2(count)))  # chips of a slice: 2 x 4, 4 x 4, 4 x 8, ...
+        short = 1 << (int(math.log2(side)) // 2)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"v5e:{short}x{side // short}").devices)
     described = resources.files("lvlm_jax.planning").joinpath("h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        "h200", platform="cuda", target_config=described, topology=f"1 x 1 x {GPUS}"
-    )
-    return list(topology.devices)
+    group = f"1 x {-(-count // GPUS)} x {GPUS}"
+    there = topologies.get_topology_desc("h200", platform="cuda", target_config=described, topology=group)
+    return list(there.devices)
 
 
-def options(name: str) -> Mapping[str, Any]:
-    """Options for `Lowered.compile`: without a device, tiles cannot be tuned."""
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False} if name == "cuda" else {}
+def _needed(name: str) -> None:
+    if name not in installed():
+        needs = {"tpu": "libtpu", "cuda": "jax-cuda13-plugin[with-cuda]"}
+        raise LVLMError(
+            f"the compiler {name!r} is not installed; pip install {needs.get(name, 'one of libtpu, jax-cuda13-plugin')}"
+        )
+
+
+def options(target: str) -> Mapping[str, Any]:
+    """What `Lowered.compile` must be told: without a device there is nothing to tune tiles on."""
+    without_device = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return without_device | GPU_OPTIONS if target == "cuda" else {}

@@ -27,6 +27,7 @@ class Device:
         link: bytes per second that one device receives from its neighbours.
         beside: how many devices the links connect, itself included.
         network: bytes per second that one device receives from all others.
+        kind: whose compiler compiles for it (`compilers.NAMES`); None if that is not known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Device:
     link: float
     beside: int
     network: float
+    kind: str | None = None
 
     def holds(self, size: float) -> bool:
         """Whether `size` bytes fit."""
@@ -62,8 +64,9 @@ def _known(
 
     Exact float32 products take six passes of bfloat16 on TPUs (JAX's precision HIGHEST), for which `single` is None.
     """
-    half = peak_flops(kind) / 1e12
-    return _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
+    half, is_tpu = peak_flops(kind) / 1e12, kind.startswith("TPU")
+    found = _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
+    return dataclasses.replace(found, kind="tpu" if is_tpu else "cuda")
 
 
 def _device(

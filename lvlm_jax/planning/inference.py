@@ -27,14 +27,14 @@ from lvlm_jax.weights import quantize
 TEXT_BEFORE, TEXT_BEHIND = 8, 40  # tokens around the images, as in a chat template with a question
 
 
-def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+def inference(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[Program, ...]:
     """Image encoding, embedding, a method's warm-up, prefill, decoding.
 
     Args:
         job: a `plan.Job`.
         config: the model's configuration, of any depth.
         mesh: the devices.
-        native: see `programs.compile_for`.
+        target: see `programs.compile_for`.
 
     Raises:
         LVLMError: the method cannot be planned, or the prompt has no room for its images.
@@ -45,8 +45,13 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     parameter_bytes, read = size(params), size(programs.weights_read(params))
     planned: list[Program] = []
 
-    def compiled(traced: Any, *arguments: Any, donated: int | None = None) -> Compiled:
-        return programs.compile_for(traced, (params, *arguments), mesh.size, native, donated)
+    def compiled(
+        function: Any, *arguments: Any, donated: int | None = None, per_round: bool = False, **static: Any
+    ) -> Compiled:
+        with parallel.ambient(mesh):
+            traced = function.trace(params, config, *arguments, **static)
+        given = (params, *arguments, static.get("contrast"))
+        return programs.compile_for(traced, given, mesh.size, target, donated, per_round=per_round)
 
     def add(
         name: str, made: Compiled, rest: float, weights: float, moved: float, cache: float = 0.0, runs: int = 1
@@ -58,7 +63,7 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
                 parts,
                 made.orders,
                 runs * made.flops,
-                runs * (weights + moved),
+                runs * max(weights + moved, made.moved),
                 {reach: runs * one for reach, one in made.messages.received.items()},
                 runs * made.messages.count,
             )
@@ -67,14 +72,14 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
     pixels, image_tokens = None, None
     if prompt.pixels is not None:
         pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
-        made = compiled(decode_loop.encode_images.trace(params, config, pixels, geometry), pixels, geometry)
+        made = compiled(decode_loop.encode_images, pixels, geometry)
         image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1
         twice = other and job.method.contrast_prompt() in ("pixels", "altered")
         add("images", made, own, beside, own, runs=1 + twice)
     tokens = _spread(_shape(prompt.tokens), mesh)
-    made = compiled(decode_loop.embed.trace(params, config, tokens, image_tokens), tokens, image_tokens)
+    made = compiled(decode_loop.embed, tokens, image_tokens)
     embeddings, own = made.results, size((tokens, image_tokens)) + made.fresh
     add("embed", made, own, 0, own)
 
@@ -104,28 +109,24 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple
         }
         for name, (tap, runs) in taps.items():
             if name in job.method.warm_up_fields:
-                made = compiled(decode_loop.full_forward.trace(params, config, main, None, **looks, tap=tap), main)
+                made = compiled(decode_loop.full_forward, main, None, **looks, tap=tap)
                 own = size(main) + made.fresh
                 add("prime", made, own, read, own, runs=runs)
         if "probe" in job.method.warm_up_fields:
             pairs = _twice(main)
-            made = compiled(
-                decode_loop.probe.trace(params, config, pairs, job.method.probe(), looks["image_count"]), pairs
-            )
+            made = compiled(decode_loop.probe, pairs, job.method.probe(), image_count=looks["image_count"])
             own = size(pairs) + made.fresh
             add("probe", made, own, read, own)
 
     arguments = (main, method, contrast)
-    traced = decode_loop.prefill.trace(params, config, main, method, contrast=contrast, **options)
-    made = compiled(traced, *arguments)
+    made = compiled(decode_loop.prefill, main, method, contrast=contrast, **options)
     state, step = made.results
     cache, own = size(state.caches), size(arguments) + made.fresh
     add("prefill", made, own - cache, read, own, cache)
 
     answers = jax.eval_shape(functools.partial(_begun, room=answer_columns), state, step.combined, tokens)
     answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
-    traced = decode_loop.run.trace(params, config, answers, limit)
-    made = compiled(traced, answers, limit, donated=1)
+    made = compiled(decode_loop.run, answers, limit, donated=1, per_round=True)
     add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
     return tuple(planned)
 

@@ -1,8 +1,8 @@
 """Plans what a model needs on a mesh of devices, and how fast it can be there, before any device is rented.
 
-The programs that `LVLM.generate` or `lvlm train` would run are compiled for the planned number of simulated devices,
-from shapes alone: nothing is allocated. Each program gives the bytes in one device's memory, and what the device
-computes, moves and receives; the device's ceilings turn these into times.
+The programs that `LVLM.generate` or `lvlm train` would run are compiled for the planned number of absent or simulated
+devices, from shapes alone: nothing is allocated. Each program gives the bytes in one device's memory, and what the
+device computes, moves and receives; the device's ceilings turn these into times.
 
     memory of a program  =  parameters + cache + inputs and results + temporaries              (inference)
                             parameters + optimizer + copy + batch + temporaries                (training)
@@ -27,6 +27,7 @@ from lvlm_jax import files, models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
 from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.planning import compilers
 from lvlm_jax.planning.devices import Device
 from lvlm_jax.planning.inference import inference
 from lvlm_jax.planning.programs import Program
@@ -119,12 +120,14 @@ class Plan:
         mesh: sizes of data, fsdp and tensor.
         parameters: of the model, on all devices together, without adapters.
         programs: in the order in which they run.
+        compiler: whose figures these are.
     """
 
     job: Job
     mesh: tuple[int, int, int]
     parameters: float
     programs: tuple[Program, ...]
+    compiler: str
 
     @property
     def largest(self) -> Program:
@@ -153,17 +156,17 @@ class Plan:
         return {"prefill": sum(seconds.values()), "token": last}
 
 
-def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
-    """Plans a job; the process must have that many (simulated) devices, see `simulate`.
+def plan(job: Job, target: str = compilers.STAND_IN, exact: bool = False) -> Plan:
+    """Plans a job. If a CPU compiler does it, the process must have that many (simulated) devices, see `simulate`.
 
     Args:
-        native: plan for this CPU, else for accelerators; see `programs`.
+        target: one of `compilers.TARGETS`.
         exact: compile all layers.
 
     Raises:
         LVLMError: the mesh does not match the devices or splits heads, or the job cannot be planned.
     """
-    devices = jax.devices()
+    devices = compilers.absent_devices(target, job.devices) if target in compilers.NAMES else jax.devices()
     if len(devices) < job.devices:
         raise LVLMError(f"{job.devices} devices are planned for and this process has {len(devices)}")
     mesh = parallel.make_mesh(*job.mesh, devices=devices[: job.devices])
@@ -172,15 +175,15 @@ def plan(job: Job, native: bool = False, exact: bool = False) -> Plan:
         job = dataclasses.replace(job, training=dataclasses.replace(job.training, remat=job.config.text.large))
     layers, build = job.config.text.num_layers, inference if job.training is None else training
     if exact or layers <= DEPTHS[1] or not alike_in_all_layers(job.method, layers):
-        programs = build(job, job.config, mesh, native)
+        programs = build(job, job.config, mesh, target)
         parameters = _count(job.config)
     else:
         near, other = (at_depth(job.config, depth) for depth in DEPTHS)
         steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        pairs = zip(*(build(job, config, mesh, native) for config in (near, other)), strict=True)
+        pairs = zip(*(build(job, config, mesh, target) for config in (near, other)), strict=True)
         programs = tuple(one.extended(two, steps) for one, two in pairs)
         parameters = _count(near) + (_count(other) - _count(near)) * steps
-    return Plan(job, tuple(mesh.shape.values()), parameters, programs)
+    return Plan(job, tuple(mesh.shape.values()), parameters, programs, compilers.label(target))
 
 
 def alike_in_all_layers(method: Method | None, layers: int) -> bool:

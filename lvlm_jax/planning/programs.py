@@ -1,14 +1,13 @@
 """Compiled programs without allocation: what one device would store, compute, move and receive in a run.
 
-Arguments are `jax.ShapeDtypeStruct`s with shardings. XLA's CPU compiler, which is always available, compiles for two
-kinds of machines (those of TPUs and GPUs may be installed, see `compilers`):
+Arguments are `jax.ShapeDtypeStruct`s with shardings. The target's own compiler compiles them if it is installed
+(`compilers`); otherwise XLA's CPU compiler does, which is always available, in one of two ways:
 
-- this CPU: the program that would run here, unchanged;
-- accelerators: with 16-bit products (`double_width`), and with an order of operations that needs little memory, as the
-  schedulers of GPUs and TPUs find: XLA's own memory-minimising order, or that of `schedule`, whichever takes less.
-  XLA's default order for CPUs gathers all sharded weights at once, and makes recomputation useless.
-
-What an accelerator's own compiler fuses, tiles or pads is not modelled.
+- for this CPU: the program that would run here, unchanged;
+- as a stand-in for an accelerator's: with 16-bit products (`double_width`), and with an order of operations that needs
+  little memory, as the schedulers of GPUs and TPUs find: XLA's own memory-minimising order, or that of `schedule`,
+  whichever takes less. XLA's default order for CPUs gathers all sharded weights at once, and makes recomputation
+  useless. What an accelerator's own compiler fuses, tiles or pads is not modelled.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lvlm_jax.planning import collectives, double_width, hlo_text, products, scattered_sums, schedule
+from lvlm_jax.planning import collectives, compilers, double_width, hlo, products, scattered_sums, schedule, traffic
 
 LEAST_MEMORY = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -37,7 +36,7 @@ class Program:
         contents: bytes in memory while it runs, by what they are, without temporaries.
         orders: bytes of temporaries, for each order of operations.
         flops: FLOPs of its products.
-        moved: minimum of bytes to and from memory: every used argument and every result, once.
+        moved: bytes to and from memory: `traffic`, or every used argument and every result once, if that is more.
         received: bytes from other devices, as in `collectives.Messages`.
         count: number of messages.
     """
@@ -88,13 +87,14 @@ class Compiled:
     Attributes:
         results: shapes, dtypes and shardings.
         kept: bytes of results that reuse an argument's memory.
-        orders, flops, messages: see `Program`.
+        orders, flops, moved, messages: see `Program`.
     """
 
     results: Any
     kept: float
     orders: tuple[float, ...]
     flops: float
+    moved: float
     messages: collectives.Messages
 
     @property
@@ -104,7 +104,13 @@ class Compiled:
 
 
 def compile_for(
-    traced: Any, arguments: Sequence[Any], devices: int, native: bool, donated: int | None = None, shardings: Any = None
+    traced: Any,
+    arguments: Sequence[Any],
+    devices: int,
+    target: str,
+    donated: int | None = None,
+    shardings: Any = None,
+    per_round: bool = False,
 ) -> Compiled:
     """Compiles a traced function.
 
@@ -112,34 +118,38 @@ def compile_for(
         traced: from `jax.jit(...).trace`.
         arguments: its dynamic arguments in order, trees of shapes with shardings.
         devices: how many devices share the work.
-        native: compile for this CPU; else for accelerators.
+        target: one of `compilers.TARGETS`.
         donated: index of the donated argument.
         shardings: of the results, if the function defines them.
+        per_round: the program is a loop of unknown length; counts one round of it, and nothing outside the loop.
     """
     narrow = any(leaf.dtype in double_width.WIDER and leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(arguments))
-    if native or not narrow:
-        compiled = traced.lower().compile(compiler_options=None if native else LEAST_MEMORY)
-        result_shardings, scale = jax.tree.leaves(compiled.output_shardings), 1.0
+    scale, stand_in = 1.0, target == compilers.STAND_IN
+    if stand_in and narrow:
+        compiled, scale = _compile_double_width(traced, arguments, donated, shardings), 0.5
     else:
-        compiled = _compile_double_width(traced, arguments, donated, shardings)
-        result_shardings, scale = jax.tree.leaves(compiled.output_shardings), 0.5
+        options = LEAST_MEMORY if stand_in else dict(compilers.options(target))
+        compiled = traced.lower().compile(compiler_options=options)
+    result_shardings = jax.tree.leaves(compiled.output_shardings)
     leaves, tree = jax.tree.flatten(traced.out_info)
     results = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
         for leaf, place in zip(leaves, result_shardings, strict=True)
     ]
     memory = compiled.memory_analysis()
-    modules, entry = hlo_text.computations(compiled.as_text())
-    modules = modules if native else scattered_sums.scattered(modules)
-    times, orders = hlo_text.runs(modules, entry), [memory.temp_size_in_bytes]
-    messages = collectives.read(modules, times, devices)
-    if not native:
-        orders.append(schedule.temporaries(modules, entry))
+    found, entry = hlo.of(compiled)
+    orders = [memory.temp_size_in_bytes]
+    if stand_in:
+        found = scattered_sums.scattered(found)
+        orders.append(schedule.temporaries(found, entry))
+    times = hlo.runs(found, hlo.round_of(found, entry) if per_round else entry)
+    messages = collectives.read(found, times, devices)
     return Compiled(
         jax.tree.unflatten(tree, results),
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
-        products.flops(modules, times),
+        products.flops(found, times),
+        scale * traffic.moved(found, times),
         collectives.Messages({reach: scale * one for reach, one in messages.received.items()}, messages.count),
     )
 

@@ -11,7 +11,13 @@ from lvlm_jax.planning.plan import Job, Plan
 def text(plan: Plan, devices: Sequence[Device]) -> str:
     """One plan: the memory of each program, the work of a device, and which devices suffice."""
     parts = list(plan.largest.parts)
-    lines = [_title(plan), "", "GiB of one device, program by program; the largest must fit:", ""]
+    lines = [
+        _title(plan),
+        f"figures by {plan.compiler}",
+        "",
+        "GiB of one device, program by program; the largest must fit:",
+        "",
+    ]
     lines += _table(
         ["program", *parts, "total"],
         [[one.name, *(_gib(one.parts[part]) for part in parts), _gib(one.total)] for one in plan.programs],
@@ -41,6 +47,7 @@ def record(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
         "images": job.images,
         "prompt_tokens": job.prompt_tokens,
         "new_tokens": job.new_tokens,
+        "compiler": plan.compiler,
         "method": method_record(job.method),
         "training": None if of is None else {**vars(of)},
         "bytes": round(plan.total),

@@ -7,7 +7,7 @@ layers until the end.
 
 import math
 
-from lvlm_jax.planning.hlo_text import Computations, Instruction, dimensions
+from lvlm_jax.planning.hlo import Computations, Instruction, dimensions
 
 # Operations that may come between a sum and its slice.
 _BETWEEN = ("bitcast", "convert", "copy")

@@ -13,7 +13,7 @@ import itertools
 import re
 from typing import Any
 
-from lvlm_jax.planning.hlo_text import Computations, Instruction, sizes_of
+from lvlm_jax.planning.hlo import Computations, Instruction, sizes_of
 
 ALIASES = ("bitcast", "tuple", "get-tuple-element", "opt-barrier", "parameter", "constant")
 RUNS = ("while", "conditional", "call")  # other operations inline the computations they call

@@ -24,28 +24,28 @@ from lvlm_jax.weights.tables import flatten, unflatten
 RECIPES = ("sft", "dpo", "capl")
 
 
-def training(job: Any, config: FamilyConfig, mesh: Mesh, native: bool) -> tuple[Program, ...]:
+def training(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[Program, ...]:
     """One update over all rows of a batch.
 
     Args:
         job: a `plan.Job` with `training`.
         config: the model's configuration, of any depth.
         mesh: the devices.
-        native: see `programs.compile_for`.
+        target: see `programs.compile_for`.
 
     Raises:
         LVLMError: see `example`, `lora.attach_adapters` and `parts.split`.
     """
     traced, arguments, shardings, copy_bytes = traced_update(job, config, mesh)
     state, frozen, rows = arguments
-    compiled = programs.compile_for(traced, arguments, mesh.size, native, donated=0, shardings=shardings)
+    compiled = programs.compile_for(traced, arguments, mesh.size, target, donated=0, shardings=shardings)
     memory = {
         "parameters": size((state.trainable, frozen)),
         "optimizer": size(state.optimizer),
         "copy": copy_bytes,
         "batch and results": size(rows) + compiled.fresh,
     }
-    moved = 2 * size(state) + size((frozen, rows))
+    moved = max(2 * size(state) + size((frozen, rows)), compiled.moved)
     messages = compiled.messages
     return (Program("step", memory, compiled.orders, compiled.flops, moved, messages.received, messages.count),)
 

@@ -1,24 +1,9 @@
 """A cache of arrays by content, bounded in bytes; the least recently used entry is dropped first."""
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
-
-
-def digest(parts: Iterable[Any]) -> bytes:
-    """A key for arrays, texts and numbers: equal content gives equal keys."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            hasher.update(f"{part.dtype}{part.shape}".encode())
-            hasher.update(np.ascontiguousarray(part).data)
-        else:
-            hasher.update(repr(part).encode())
-    return hasher.digest()
 
 
 class Cache:
@@ -32,6 +17,9 @@ class Cache:
     def __init__(self, capacity: int):
         self.capacity, self.size, self.hits, self.misses = capacity, 0, 0, 0
         self._kept: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
 
     def get(self, key: bytes) -> Any | None:
         """The tree under the key, or None."""

@@ -57,22 +57,38 @@ class Lane:
         self.waiting.insert(place, job)
 
     def admit(self) -> None:
-        """Gives free rows to waiting jobs; errors in a prompt go to its job."""
-        while self.waiting and len(self.under_way) < self._limits.rows:
-            job = self.waiting.popleft()
-            if job.cancelled:
+        """Gives free rows to waiting jobs; errors in a prompt go to its job.
+
+        Runs one chunk of one long prompt; shorter prompts behind it do not wait for it.
+        """
+        chunked = False
+        for job in list(self.waiting):
+            if len(self.under_way) >= self._limits.rows:
+                return
+            if not job.cancelled and chunked and (job.prompt.work or self._prefill.long(job.prompt, job.method)):
                 continue
             try:
-                self._place(job)
+                if not job.cancelled and not self._prefill.ready(job.prompt, job.method):
+                    chunked = True
+                    continue
+                self.waiting.remove(job)
+                if not job.cancelled:
+                    self._place(job)
             except LVLMError as error:
+                self._forgo(job)
                 self._tell(job, error)
             except Exception:
+                self._forgo(job)
                 self._tell(job, LVLMError(FAULT))
                 raise
 
+    def _forgo(self, job: Job) -> None:
+        if job in self.waiting:
+            self.waiting.remove(job)
+
     def _place(self, job: Job) -> None:
         model, prompt, decoding = self._model, job.prompt, job.decoding
-        state, step = self._prefill(prompt, job.method)
+        state, step = prompt.prefilled
         size = PromptSize.of(state)
         if self._rows is None:
             # A contrast branch's own prompt may be as long as the main one's.

@@ -5,6 +5,7 @@ model alone, so a request with another method, or none, can reuse it.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lvlm_jax.attention import LayerCache
 from lvlm_jax.compilation import jit
-from lvlm_jax.generation import branches, decode_loop
-from lvlm_jax.generation.forward import edited_rows
+from lvlm_jax.generation import branches, chunks, decode_loop, prefixes
 from lvlm_jax.generation.state import Prompt as Read
 from lvlm_jax.generation.state import State, Step
 from lvlm_jax.lvlm import LVLM
@@ -71,39 +71,61 @@ class Prefill:
         self._model = model
         self.images, self.prefixes = Cache(limits.image_cache << 20), Cache(limits.prefix_cache << 20)
 
-    def __call__(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
-        """Prefills a prompt without answer columns, as input of `rows.place`.
+    def ready(self, prompt: Prompt, method: Method | None) -> bool:
+        """Runs a prompt, or the next chunk of a long one; does not wait for it.
+
+        Returns:
+            Whether all of it has been run: `prompt.prefilled` is then its state without columns for an answer and its
+            first logits, as `rows.place` takes them.
 
         Raises:
             LVLMError: the contrast branch's prompt exceeds the context.
         """
         if prompt.prefilled is None:
-            run = self._behind_prefix if prompt.before and self.shares(method) else self._whole
-            prompt.prefilled = run(prompt, method)
-        return prompt.prefilled
+            work, prompt.work = prompt.work, None
+            if work is None:
+                behind = prompt.before and self.shares(method)
+                work = self._behind_prefix(prompt, method) if behind else self._whole(prompt, method)
+            prompt.prefilled = next(work)
+            prompt.work = work if prompt.prefilled is None else None
+        return prompt.prefilled is not None
 
     def shares(self, method: Method | None) -> bool:
-        """Whether the columns before the cut of a prompt depend on the model alone, whatever the method's strengths."""
-        if self._model.config.reads_instruction or (method is not None and method.warm_up_fields):
-            return False
-        return edited_rows(method, 1, 2) <= 1
+        """Whether the columns before the cut of a prompt are the model's alone, whatever the method's strengths."""
+        return prefixes.shares(self._model.config, method)
 
-    def _behind_prefix(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
+    def long(self, prompt: Prompt, method: Method | None) -> bool:
+        """Whether a prompt is run in chunks, none of which has been run."""
+        if prompt.prefilled is not None or prompt.work is not None or prompt.cut <= chunks.ROWS:
+            return False
+        return prompt.key not in self.prefixes and self.shares(method)
+
+    def _behind_prefix(self, prompt: Prompt, method: Method | None) -> Iterator[tuple[State, Step] | None]:
         model, laid_out = self._model, prompt.laid_out
         first, rest = prompt.parts()
         prefix = self.prefixes.get(prompt.key)
         if prefix is None:
             embeddings = decode_loop.embed(model.params, model.config, first.tokens, self._image_tokens(prompt))
             read = Read(embeddings, jnp.asarray(first.image_id), _axes(first))
-            options = {"end": prompt.before, "split": prompt.before, "image_count": first.image_count}
-            prefix = PrefixState(decode_loop.prefix(model.params, model.config, read, **options), embeddings)
+            options = {"split": prompt.before, "image_count": first.image_count}
+            if prompt.cut > chunks.ROWS and not chunks.obstacle(model.config, None):
+                options |= {"first": prompt.before - prompt.cut, "rows": chunks.ROWS}
+                for done in chunks.prefix(model.params, model.config, read, **options):
+                    caches = done
+                    yield None
+            else:
+                caches = decode_loop.prefix(model.params, model.config, read, end=prompt.before, **options)
+            prefix = PrefixState(caches, embeddings)
             self.prefixes.put(prompt.key, prefix)
         words = decode_loop.embed(model.params, model.config, rest, None)
         before, embeddings = _in_place(prefix, words, prompt.places())
         read = Read(embeddings, jnp.asarray(laid_out.image_id), _axes(laid_out))
-        return self._prefilled(prompt, read, method, prompt.behind, before=before)
+        yield self._prefilled(prompt, read, method, prompt.behind, before=before)
 
-    def _whole(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
+    def _whole(self, prompt: Prompt, method: Method | None) -> Iterator[tuple[State, Step]]:
+        yield self._in_one_piece(prompt, method)
+
+    def _in_one_piece(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
         model = self._model
         tokens = self._image_tokens(prompt)
         laid_out = dataclasses.replace(prompt.laid_out, image_tokens=tokens)

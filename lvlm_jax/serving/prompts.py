@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from lvlm_jax.generation.prefixes import digest
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import PROMPT_BUCKET, Inputs
-from lvlm_jax.serving.caches import digest
 
 SMALLEST_REST = 32  # columns after the images: powers of four from here
 
@@ -51,6 +51,7 @@ class Prompt:
         images: one key per image, or one for all if their tokens depend on each other; () without images.
         key: key of everything before the cut.
         prefilled: result of the prefill, for further answers to the same request.
+        work: the running prefill.
     """
 
     given: Inputs
@@ -61,6 +62,7 @@ class Prompt:
     images: tuple[bytes, ...]
     key: bytes
     prefilled: Any = None
+    work: Any = None
 
     @property
     def length(self) -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.planning import compilers
+from lvlm_jax.planning import compilers, plan
+from tests.compiler import optimised
 from tests.models.test_published import published
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -62,6 +63,42 @@ def test_a_token_on_several_devices_costs_two_sums_a_layer(compiler, ways):
     sizes = [shape.split("[")[1].split("]")[0] for shape, _ in found]
     assert [size for size in sizes if math.prod(map(int, re.findall(r"\d+", size))) > 40000] == []
     assert sum(kind == "all-reduce" for _, kind in found) <= 2 * config.text.num_layers + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [1, 4])
+def test_a_plan_by_the_compiler(compiler, ways):
+    """A token reads its share of the weights and of the cache once, and costs two messages a layer."""
+    config = bench_compilers.cut()
+    text = config.text
+    with optimised(True):
+        of = plan.plan(plan.Job("7b", config, ways, (1, 1, ways)), compiler)
+    assert of.compiler == compilers.label(compiler)
+    *_, prefill, decode = of.programs
+    kernels = text.num_layers * (4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size)
+    head = text.hidden_size * text.vocab_size
+    cache = decode.contents["cache"]
+    assert cache == text.num_layers * 2 * text.hidden_size * 2 * (640 + 128) / ways
+    assert decode.moved == pytest.approx(2 * (kernels + head) / ways + cache, rel=0.1)
+    assert decode.flops == pytest.approx(2 * (kernels + head) / ways + cache, rel=0.1)
+    attended = text.num_layers * 2 * 2 * text.hidden_size * 640**2 / 2
+    assert prefill.flops == pytest.approx((2 * (640 * kernels + head) + attended) / ways, rel=0.1)
+    assert decode.count == 0 if ways == 1 else 2 * text.num_layers <= decode.count <= 2 * text.num_layers + 5
+
+
+@pytest.mark.slow
+def test_heads_that_eight_devices_would_cut_are_spread_over_four(compiler):
+    """Qwen2-7B has 4 key heads: two sums a layer, and each device has its part of the caches alone."""
+    raw = published("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct")
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    text = raw.get("text_config", raw)
+    config = models.config_from_hf(raw | layers if text is raw else raw | {"text_config": text | layers})
+    job = plan.Job("qwen2-7b", config, 8, (2, 1, 4), batch=2, images=0, prompt_tokens=600)
+    with optimised(True):
+        decode = plan.plan(job, compiler).programs[-1]
+    text = config.text
+    assert decode.contents["cache"] == 2 * 2 * 2 * 2 * text.num_kv_heads * text.head_dim * (640 + 128) / 8
+    assert 4 <= decode.count <= 4 + 5
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):

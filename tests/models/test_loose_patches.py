@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lvlm_jax import LVLM, models
-from lvlm_jax.models import loose_patches, qwen_vision
+from lvlm_jax.models import loose_patches, qwen_vision, vision
 from lvlm_jax.models.pictures import round_up_to_bucket
 from lvlm_jax.models.vision import patch_attention
 from tests.models.families.patches import QWEN2_5_VL, QWEN2_VL
@@ -46,10 +46,10 @@ def test_windows_and_blocks_give_what_all_patches_at_once_give(monkeypatch, heig
     shape = (3, *windows.shape, 2, 8)
     query, key, value = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
     monkeypatch.setattr(qwen_vision, "LARGEST_MAP", 2 * 2 * 2 * 3 * 64**2)  # two blocks of windows at a time
-    monkeypatch.setattr(qwen_vision, "STREAM_FROM", 1)
+    monkeypatch.setattr(vision, "STREAM_FROM", 1)
     for got, mask in (
         (qwen_vision.window_attention(query, key, value, windows, 64), windows[:, :, None] == windows[:, None, :]),
-        (qwen_vision.picture_attention(query, key, value, valid), valid[:, None, :]),
+        (vision.picture_attention(query, key, value, valid), valid[:, None, :]),
     ):
         want = patch_attention(query, key, value, mask)
         np.testing.assert_allclose(*(jnp.where(valid[..., None, None], mixed, 0) for mixed in (got, want)), atol=1e-6)

@@ -54,15 +54,18 @@ def of_methods(folder: Path) -> dict:
 
 
 def of_families(folder: Path) -> dict:
-    """The error of each one's logits, with VCD's other pictures; images lie over both devices."""
+    """The error of each one's logits, with VCD's other pictures, and of questions that share theirs (`prefixes`).
+
+    Images lie over both devices.
+    """
     mesh, errors = make_mesh(2, 1, 1), {}
     for name in zoo.FAMILIES:
         (path := folder / name).mkdir()
         case = zoo.load(name, path)
-        found = []
+        found, questions = [], case.prompt(0, 2, 2, 0).with_answers([[5], [6, 7, 8], [5, 5], [9]], 0)
         for model in (case.model, LVLM.from_pretrained(path, mesh=mesh)):
-            step = model.prefill(case.prompt(*ROWS), methods.VCD())[1]
-            found.append(np.stack([step.main, step.contrast]))
+            step, alike = model.prefill(case.prompt(*ROWS), methods.VCD())[1], model.prefill(questions)[1]
+            found.append(np.stack([step.main, step.contrast, alike.main]))
         errors[name] = float(np.abs(np.subtract(*found)).max())
     return errors
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lvlm_jax import LVLM, methods, parallel
 from lvlm_jax.generation import decode_loop
-from lvlm_jax.planning import plan
+from lvlm_jax.planning import compilers, plan
 from lvlm_jax.training import finetune, loop, settings
 from tests.training import pair_sets
 
@@ -127,7 +127,7 @@ def main(devices: int, workdir: Path, cases: list[str]) -> None:
         else:
             (place := workdir / case.replace(" ", "_").replace(",", "")).mkdir()
             real = trained(job, place)
-        planned = plan.plan(job, native=True)
+        planned = plan.plan(job, compilers.HERE)
         figures = {"plan": {one.name: one.total for one in planned.programs}, "real": real}
         print(json.dumps({"case": case} | figures), flush=True)
         jax.clear_caches()

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lvlm_jax import LVLM, models, parallel
-from lvlm_jax.planning import plan
+from lvlm_jax.planning import compilers, plan
 from lvlm_jax.planning import training as plan_training
 from lvlm_jax.training import optimizer, placement, settings
 from lvlm_jax.training.objectives import sft
@@ -115,7 +115,7 @@ def main(kind: str) -> None:
     job = plan.Job(kind, config_of(LAYERS[kind]), 1, (1, 1, 1), "float32", BATCH, prompt_tokens=PROMPT, new_tokens=64)
     job = job.replaced(training=plan.Training("sft", lora=False)) if kind == "learn" else job
     real = growth((learning if kind == "learn" else answering)(job))
-    print(json.dumps({"plan": plan.plan(job, native=True).total, "real": real}))
+    print(json.dumps({"plan": plan.plan(job, compilers.HERE).total, "real": real}))
 
 
 if __name__ == "__main__":

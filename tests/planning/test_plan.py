@@ -7,7 +7,7 @@ import os
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.planning import devices, plan
+from lvlm_jax.planning import compilers, devices, plan
 from lvlm_jax.weights import names
 from tests.cli.command import run
 from tests.parallel.simulated import in_a_process
@@ -101,6 +101,22 @@ def test_methods_that_edit_some_layers_take_all_layers():
         assert not plan.alike_in_all_layers(method, 32), method
 
 
+@pytest.mark.parametrize(
+    ("wanted", "kinds", "there", "target"),
+    [
+        ("auto", ["cuda", None], ("tpu", "cuda"), "cuda"),
+        ("auto", ["tpu"], ("cuda",), "none"),
+        ("auto", ["tpu", "cuda"], ("tpu", "cuda"), "none"),
+        ("auto", [None], ("tpu", "cuda"), "none"),
+        ("none", ["cuda"], ("cuda",), "none"),
+        ("tpu", ["tpu", None], ("tpu",), "tpu"),
+    ],
+)
+def test_whose_compiler_plans(monkeypatch, wanted, kinds, there, target):
+    monkeypatch.setattr(compilers, "installed", lambda: there)
+    assert compilers.chosen(wanted, kinds) == target
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `lvlm plan` in this process: exit code, stdout, stderr."""
@@ -110,9 +126,12 @@ def command(monkeypatch, capsys):
 
 def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
     out = tmp_path / "plan.json"
-    code, printed, _ = command(POCKET, "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out)
+    code, printed, _ = command(
+        POCKET, "--compiler", "none", "--method", "cmac", "--device", "h100", "--device", "mine=1,10,1", "--out", out
+    )
     assert code == 0
     assert "batch 1, CMAC" in printed and "decode" in printed
+    assert "figures by the compiler of CPUs (jaxlib" in printed and "in the place of an accelerator's" in printed
     (found,) = json.loads(out.read_text())["plans"]
     largest = found["programs"][found["largest"]]["bytes"]
     assert found["bytes"] == pytest.approx(sum(largest.values()), abs=9)
@@ -146,13 +165,15 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
         (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method apply to inference"),
         (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "cut into that many equal parts"),
+        (["7b", "--compiler", "tpu", "--device", "h100"], "does not compile for a device of kind cuda"),
         (["7b", "13b"], "2 models were given; expected one, or --table"),
         (["7b", "--table", "--counts", "8,x"], "--counts is '8,x'"),
         (["7b", "--objective", "sft", "--full", "--train", "nothing"], "matches nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_line(command, words, message):
+def test_bad_input_is_one_line(command, words, message, monkeypatch):
+    monkeypatch.setattr(compilers, "installed", lambda: compilers.NAMES)
     code, printed, errors = command(*words)
     assert (code, printed) == (2, "")
     assert message in errors and errors.count("\n") == 1 and errors.startswith("lvlm plan: ")

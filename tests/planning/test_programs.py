@@ -7,19 +7,95 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core
+from jaxlib import _hlo
 
-from lvlm_jax.planning import collectives, devices, double_width, hlo_text, products, scattered_sums, schedule
+from lvlm_jax.attention.lazy_mask import LazyMask
+from lvlm_jax.attention.stream import streaming_attention
+from lvlm_jax.planning import collectives, devices, double_width, hlo, products, scattered_sums, schedule, traffic
 
 TEXT = Path(__file__).with_name("program.hlo").read_text()
 
 
-FOUND, ENTRY = hlo_text.computations(TEXT)
-RUNS = hlo_text.runs(FOUND, ENTRY)  # how often each runs
+def computations(text):
+    return hlo.computations(_hlo.hlo_module_from_text(text))
+
+
+FOUND, ENTRY = computations(TEXT)
+RUNS = hlo.runs(FOUND, ENTRY)  # how often each runs
 
 
 def test_products_count_in_every_round():
     assert RUNS == {"add": 1, "sliced": 1, "body": 5, "more": 5, "main": 1}
+    assert hlo.round_of(FOUND, ENTRY) == "main"  # the length of its one loop is known
     assert products.flops(FOUND, RUNS) == 5 * 2 * (4 * 6) * 6 + 2 * (7 * 7) * (3 * 2)
+
+
+def test_what_moves_between_memory_and_arithmetic():
+    """Bytes read and written: a gather, a sum, a convolution, a fusion that takes 16 numbers, and five products."""
+    gathered, summed, seen = 512 + 4096, 512 + 512, 72 + 168 + 196
+    assert traffic.moved(FOUND, RUNS) == gathered + summed + seen + (128 + 4 + 128) + 5 * (96 + 144 + 96)
+
+
+DECODE = """HloModule m, is_scheduled=true
+
+%written (c: bf16[64,8], n: bf16[1,8], i: s32[]) -> bf16[64,8] {
+  %c = bf16[64,8]{1,0} parameter(0)
+  %n = bf16[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %u = bf16[64,8]{1,0} dynamic-update-slice(%c, %n, %i, %i)
+}
+
+%step (s: (s32[], bf16[64,8], bf16[1,8])) -> (s32[], bf16[64,8], bf16[1,8]) {
+  %s = (s32[], bf16[64,8]{1,0}, bf16[1,8]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%s), index=0
+  %cache = bf16[64,8]{1,0} get-tuple-element(%s), index=1
+  %new = bf16[1,8]{1,0} get-tuple-element(%s), index=2
+  %wrote = bf16[64,8]{1,0} fusion(%cache, %new, %j), kind=kLoop, calls=%written
+  %asked = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%new), replica_groups={{0,1,2,3}}, dimensions={0}
+  %told = bf16[4,8]{1,0} all-gather-done(%asked)
+  %one = bf16[1,8]{1,0} slice(%told), slice={[0:1],[0:8]}
+  ROOT %next = (s32[], bf16[64,8]{1,0}, bf16[1,8]{1,0}) tuple(%j, %wrote, %one)
+}
+
+%on (s: (s32[], bf16[64,8], bf16[1,8])) -> pred[] {
+  %s = (s32[], bf16[64,8]{1,0}, bf16[1,8]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (n: s32[], c: bf16[64,8], t: bf16[1,8]) -> (s32[], bf16[64,8], bf16[1,8]) {
+  %n = s32[] parameter(0)
+  %c = bf16[64,8]{1,0} parameter(1)
+  %t = bf16[1,8]{1,0} parameter(2)
+  %laid = bf16[64,8]{1,0} copy(%c)
+  %begun = (s32[], bf16[64,8]{1,0}, bf16[1,8]{1,0}) tuple(%n, %laid, %t)
+  ROOT %loop = (s32[], bf16[64,8]{1,0}, bf16[1,8]{1,0}) while(%begun), condition=%on, body=%step
+}
+"""
+
+
+def test_a_token_is_a_round_of_its_loop():
+    """What is done once before it does not count; a message in two parts is one; the cache is written in place."""
+    found, entry = computations(DECODE)
+    times = hlo.runs(found, hlo.round_of(found, entry))
+    assert times["step"] == 1 and times["main"] == 0
+    assert collectives.read(found, times, devices=8) == ({4: 4 * 8 * 2 * 3 / 4}, 1)
+    row = 8 * 2
+    assert traffic.moved(found, times) == (row + row + 4) + (row + 4 * row) + 2 * row
+
+
+@pytest.mark.parametrize(("rows", "causal", "window"), [(1024, True, None), (256, True, None), (1024, False, None),
+                                                        (1024, True, 300)])  # fmt: skip
+def test_blocks_of_streaming_attention_count_as_often_as_they_run(rows, causal, window):
+    """And so do its products, which stand in a loop whose length is data."""
+    valid = jnp.ones((1, 1024), bool)
+    own = jnp.arange(1024 - rows, 1024)
+    sight = LazyMask.of(own, valid, window, None) if causal else LazyMask.everywhere(rows, valid)
+    first, last = sight.spans(128)
+    assert sight.average_span(128) == pytest.approx(float((last - first).mean()))
+    query, key = jnp.zeros((1, 2, rows, 8)), jnp.zeros((1, 2, 1024, 8))
+    compiled = jax.jit(streaming_attention).lower(query, key, key, sight).compile()
+    met = float((last - first).sum()) * 128 * 128
+    assert products.flops_of(compiled) == pytest.approx(4 * 2 * 8 * met, rel=1e-3)
 
 
 def test_messages_by_their_reach():
@@ -32,7 +108,7 @@ def test_a_sum_that_is_only_sliced_comes_in_slices():
     """The slice is of 16 numbers: each of three others sends one."""
     assert collectives.read(scattered_sums.scattered(FOUND), RUNS, devices=8).received[4] == 16 * 4 * 3
     whole = TEXT.replace("fusion(%sum, %partition-id.1)", "fusion(%sum, %sum)")  # the second one is no slice of it
-    found, _ = hlo_text.computations(whole)
+    found, _ = computations(whole)
     assert scattered_sums.scattered(found) == found
 
 
@@ -49,12 +125,13 @@ def test_a_sum_that_is_only_sliced_comes_in_slices():
     ],
 )
 def test_who_exchanges(rest, group):
-    one = hlo_text.Instruction("m", "f32[2]", "all-gather", ("p",), rest, False)
+    one = hlo.Instruction("m", "f32[2]", "all-gather", ("p",), rest, False)
     assert collectives._group(one, 8) == group
 
 
 # Two wide values that each give a narrow one: never both at once, though the text has them so.
 SLICED = """
+  %p = f32[10]{0} parameter(0)
   %a = f32[1000]{0} iota(), iota_dimension=0
   %b = f32[1000]{0} iota(), iota_dimension=0
   %c = f32[10]{0} slice(%a), slice={[0:10]}
@@ -75,7 +152,7 @@ GATHERED = """
 @pytest.mark.parametrize("body", [SLICED, GATHERED], ids=["sliced", "gathered"])
 def test_an_order_that_holds_little(body):
     text = f"HloModule m\n\nENTRY %main (p: f32[10]) -> f32[10] {{{body}}}\n"
-    assert schedule.temporaries(*hlo_text.computations(text)) == 4 * (1000 + 10 + 10)
+    assert schedule.temporaries(*computations(text)) == 4 * (1000 + 10 + 10)
 
 
 def test_a_wider_program_computes_the_same_in_twice_the_bytes():

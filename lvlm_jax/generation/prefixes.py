@@ -1,0 +1,182 @@
+"""What prompts have in common before they part, pictures and the words around them, is run once for all of them.
+
+Two prompts begin alike where all of their pictures are equal, and all tokens up to the end of the last one. What
+follows is run for each prompt, behind the columns of the beginning, which are moved to where its own tokens lie:
+
+    kept      . . B <1 1 1 1> q q q         columns of one prompt
+    another   . . . B <1 1 1 1> r r         their first tokens, one column further on
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from lvlm_jax.attention import LayerCache
+from lvlm_jax.compilation import jit
+from lvlm_jax.generation import chunks
+from lvlm_jax.generation.state import Prompt
+from lvlm_jax.methods import Method
+from lvlm_jax.models.family import FamilyConfig
+from lvlm_jax.models.pictures import round_up_to_bucket
+from lvlm_jax.processors.layout import Inputs
+
+
+class Kept(NamedTuple):
+    """Columns of U beginnings.
+
+    Attributes:
+        caches: keys and values of every layer, `Float[U, K, S, D]`.
+        first: the column of the first token of each, `Int[U]`.
+    """
+
+    caches: tuple[LayerCache, ...]
+    first: np.ndarray
+
+
+@dataclasses.dataclass
+class Recent:
+    """What the last prompt began with: its key, and its columns once another prompt has begun like it."""
+
+    key: bytes = b""
+    kept: Kept | None = None
+
+
+def digest(parts: Iterable[Any]) -> bytes:
+    """A key for arrays, texts and numbers: equal content has an equal key."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype}{part.shape}".encode())
+            found.update(np.ascontiguousarray(part).data)
+        else:
+            found.update(repr(part).encode())
+    return found.digest()
+
+
+def shares(config: FamilyConfig, method: Method | None) -> bool:
+    """Whether what prompts begin with is the model's alone, whatever else they say and the method does."""
+    return not config.reads_instruction and chunks.method_obstacle(method) is None
+
+
+def split(inputs: Inputs, edited: int) -> int:
+    """The column from which prompts are run by themselves: no row before it is behind an image or edited."""
+    return inputs.tokens.shape[1] - max(inputs.tail_rows, edited)
+
+
+def beginnings(inputs: Inputs, before: int) -> list[bytes]:
+    """A key for what each prompt begins with, up to its last image, or to the column `before` without one."""
+    keys, image = [], 0
+    for tokens, ids in zip(inputs.tokens, inputs.image_id, strict=True):
+        valid, seen = ids >= 0, np.flatnonzero(ids > 0)
+        end = int(seen[-1]) + 1 if len(seen) else before
+        parts: list[Any] = [tokens[:end][valid[:end]], ids[:end][valid[:end]]]
+        if len(seen):
+            count = int(ids.max())
+            shown = np.arange(image, image + count)
+            parts += [inputs.pixels[np.isin(inputs.owner, shown)]]
+            parts += [] if inputs.grids is None else [inputs.grids[shown]]
+            image += count
+        keys.append(digest(parts))
+    return keys
+
+
+def alike(inputs: Inputs, before: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """A sample of each beginning, and which of them each sample has; None where running them first does not pay.
+
+    It pays where different prompts are at least twice as many as beginnings; copies that fill up a batch do not count.
+    """
+    keys = beginnings(inputs, before)
+    different = {(key, row.tobytes()) for key, row in zip(keys, inputs.tokens, strict=True)}
+    if 2 * len(set(keys)) > len(different):
+        return None
+    rows = {key: row for row, key in enumerate(keys)}
+    place = {key: kind for kind, key in enumerate(rows)}
+    return np.array(list(rows.values())), np.array([place[key] for key in keys])
+
+
+def before(
+    params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, edited: int, at_a_time: int, recent: Recent | None
+) -> Iterator[tuple[LayerCache, ...] | None] | None:
+    """The prefix of prompts that share beginnings with each other or with the one before, as `chunks.Prefill` takes it.
+
+    Args:
+        edited: how many of the last rows a method edits.
+        at_a_time: rows.
+
+    Returns:
+        None where nothing is shared.
+    """
+    end = split(inputs, edited)
+    if end <= 0:
+        return None
+    if inputs.batch > 1:
+        if (found := alike(inputs, end)) is None:
+            return None
+        rows, kinds = found
+        return _each(run(params, config, main, inputs, rows, at_a_time), inputs, kinds, end)
+    if recent is None:
+        return None
+    (key,) = beginnings(inputs, end)
+    if key != recent.key:
+        recent.key, recent.kept = key, None
+        return None
+    alone = np.zeros(1, np.int32)
+    if recent.kept is not None:
+        return iter((behind(recent.kept, inputs, alone, end),))
+    return _each(run(params, config, main, inputs, alone, at_a_time), inputs, alone, end, recent)
+
+
+def _each(
+    work: Iterator[Kept], inputs: Inputs, kinds: Int[np.ndarray, "B"], end: int, recent: Recent | None = None
+) -> Iterator[tuple[LayerCache, ...] | None]:
+    kept = next(work)
+    for more in work:
+        yield None
+        kept = more
+    if recent is not None:
+        recent.kept = kept
+    yield behind(kept, inputs, kinds, end)
+
+
+def run(
+    params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, rows: np.ndarray, at_a_time: int
+) -> Iterator[Kept]:
+    """The beginnings of some samples, after each chunk of rows; the last time it has all of them."""
+    rows = np.pad(rows, (0, round_up_to_bucket(len(rows), 1) - len(rows)), mode="edge")
+    first = _first(inputs)[rows]
+    chosen = _chosen(main, rows)
+    total, least = inputs.tokens.shape[1], int(first.min())
+    for caches in chunks.prefix(params, config, chosen, total, least, at_a_time, inputs.image_count):
+        yield Kept(caches, first)
+
+
+def behind(kept: Kept, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
+    """The first columns of prompts that begin like those kept."""
+    columns = np.arange(before)[None] - _first(inputs)[:, None] + kept.first[kinds][:, None]
+    places = np.clip(columns, 0, kept.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding
+    return _moved(kept.caches, kinds.astype(np.int32), places)
+
+
+def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
+    return (inputs.image_id >= 0).argmax(axis=1)
+
+
+@jit
+def _chosen(prompt: Prompt, rows: jax.Array) -> Prompt:
+    axes = None if prompt.axes is None else prompt.axes[:, rows]
+    return Prompt(prompt.embeddings[rows], prompt.image_id[rows], axes)
+
+
+@jit
+def _moved(caches: tuple[LayerCache, ...], kinds: jax.Array, places: jax.Array) -> tuple[LayerCache, ...]:
+    # Keys are rotated by the positions of tokens and not of columns, so that they may be moved.
+    def moved(block: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(block[kinds], places[:, None, :, None], axis=2)
+
+    return jax.tree.map(moved, caches)

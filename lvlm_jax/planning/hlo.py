@@ -1,0 +1,132 @@
+"""A module as XLA's compiler leaves it: computations, what each of their instructions does, and how often it runs.
+
+jaxlib's objects give computations, instructions and operands. Types and attributes they give as text only.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from lvlm_jax.attention import rounds
+
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "token": 0}  # other types have their bits in their name
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r" = (.*?) ([\w\-]+)\((.*)$", re.DOTALL)
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_NEAR = re.compile(r"S\([1-9]\d*\)")  # of a layout: memory on the chip, or the host's
+
+Computations = dict[str, list["Instruction"]]
+
+
+class Instruction(NamedTuple):
+    """One operation: its name, the type of its result, what it does, on what, its attributes, is it the root.
+
+    The one operand of a parameter is its number.
+    """
+
+    name: str
+    type: str
+    operation: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs."""
+        if self.operation in ("async-update", "async-done"):  # which their async-start has run
+            return []
+        branches = ",".join(_BRANCHES.findall(self.rest)).split(",")
+        return _CALLED.findall(self.rest) + [name.strip().lstrip("%") for name in branches if name.strip()]
+
+    @property
+    def rounds(self) -> float | None:
+        """How often a loop runs its body; None where the module does not say."""
+        trips = _TRIPS.search(self.rest)
+        return int(trips[1]) if trips else rounds.read(self.rest)
+
+
+def of(compiled: Any) -> tuple[Computations, str]:
+    """`computations` of the module of a `jax.stages.Compiled`."""
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return computations(module)
+
+
+def computations(module: Any) -> tuple[Computations, str]:
+    """The computations of an `HloModule` by their names, callees before callers, and the name of the first to run."""
+    read = {one.name: _instructions(one) for one in module.computations()}
+    found: Computations = {}
+
+    def add(name: str) -> None:
+        if name in found:
+            return
+        for one in read[name]:
+            for called in one.called:
+                add(called)
+        found[name] = read[name]
+
+    called = {name for instructions in read.values() for one in instructions for name in one.called}
+    entry = max((name for name in read if name not in called), key=lambda name: len(read[name]))
+    add(entry)
+    return found, entry
+
+
+def _instructions(computation: Any) -> list[Instruction]:
+    given = computation.instructions()
+    last = max((index for index, one in enumerate(given) if not one.users()), default=-1)
+    found = []
+    for index, one in enumerate(given):
+        kind, operation, rest = _INSTRUCTION.search(one.to_string()).groups()
+        number = (rest.partition(")")[0],)
+        operands = number if operation == "parameter" else tuple(other.name for other in one.operands())
+        found.append(Instruction(one.name, kind, operation, operands, rest, index == last))
+    return found
+
+
+def runs(found: Computations, entry: str) -> dict[str, float]:
+    """How often each computation runs in a run of `entry`; a loop of unknown length counts as one round."""
+    # A computation stands behind those that it calls, so from the last on all its callers are known.
+    times = dict.fromkeys(found, 0.0) | {entry: 1.0}
+    for name in reversed(found):
+        for one in found[name] if times[name] else ():
+            often = one.rounds if one.operation == "while" else None
+            for called in one.called:
+                times[called] += times[name] * (1 if often is None else often)
+    return times
+
+
+def round_of(found: Computations, entry: str) -> str:
+    """The body of the loop of unknown length that a module is about: a round of it is a token of decoding."""
+    bodies = [
+        one.called
+        for name, times in runs(found, entry).items()
+        for one in (found[name] if times else ())
+        if one.operation == "while" and one.rounds is None
+    ]
+
+    def length(name: str) -> int:
+        return len(found[name])
+
+    return max((max(called, key=length) for called in bodies), key=length, default=entry)
+
+
+def dimensions(kind: str) -> list[int]:
+    """The shape of the first array that a type names."""
+    return [int(size) for size in _SHAPE.search(kind)[2].split(",") if size]
+
+
+def sizes_of(kind: str, far: bool = False) -> list[int]:
+    """Bytes of each array that a type names; with `far` 0 for one that does not lie in the device's main memory."""
+    found = []
+    for element, sizes, layout in _SHAPE.findall(kind):
+        size = _BYTES[element] if element in _BYTES else -(-int(re.search(r"\d+", element)[0]) // 8)
+        near = far and _NEAR.search(layout)
+        found.append(0 if near else size * math.prod(int(size) for size in sizes.split(",") if size))
+    return found
+
+
+def size_of(kind: str, far: bool = False) -> int:
+    """Bytes of all of them."""
+    return sum(sizes_of(kind, far))

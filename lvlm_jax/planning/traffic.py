@@ -1,0 +1,102 @@
+"""Bytes that a compiled program moves between a device's memory and its arithmetic.
+
+Every operation reads its operands and writes its result; what is fused into one operation stays inside. Of an operand
+that is only sliced, the slices count, and of an array that is updated in place, the update. What lies in memory on the
+chip (VMEM of a TPU) costs nothing.
+"""
+
+import re
+from collections.abc import Mapping
+
+from lvlm_jax.planning.collectives import OPERATIONS
+from lvlm_jax.planning.hlo import Computations, Instruction, size_of
+
+# They compute nothing; loops and calls do what their computations do.
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "while", "conditional", "call",
+    "partition-id", "replica-id", "after-all", "add-dependency", "iota", "async-update", "domain",
+)  # fmt: skip
+_SAME = ("bitcast", "copy", "convert", "reshape", "tuple", "get-tuple-element")
+_SLICES = ("dynamic-slice", "slice", "gather")
+_FUSED = "fusion"
+
+
+def moved(found: Computations, times: Mapping[str, float]) -> float:
+    """Bytes in all rounds; arguments as in `collectives.read`."""
+    inside = {name for instructions in found.values() for one in instructions for name in _worked_in(one)}
+    total = 0.0
+    for name, instructions in found.items():
+        if times[name] and name not in inside:
+            sizes = {one.name: size_of(_result(one), far=True) for one in instructions}
+            ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
+            total += times[name] * sum(_bytes(one, sizes, ends, found) for one in instructions)
+    return total
+
+
+def _result(one: Instruction) -> str:
+    """The type of a result, without the room that a library's product has to work in."""
+    room = one.operation == "custom-call" and one.type.startswith("(")
+    return re.sub(r"\b[su]8\[\d+\]", "s8[0]", one.type) if room else one.type
+
+
+def _worked_in(one: Instruction) -> list[str]:
+    """Computations that are no programs of their own: those of a fusion, and how a reduction or a sort joins two."""
+    return [] if one.operation in ("while", "conditional", "call", "async-start") else one.called
+
+
+def _bytes(one: Instruction, sizes: Mapping[str, int], ends: Mapping[str, Instruction], found: Computations) -> float:
+    operation = one.operation
+    if operation in _FREE or operation.endswith("-done"):
+        return 0
+    read, written = [sizes.get(name, 0) for name in one.operands], sizes[one.name]
+    if operation in _SLICES:
+        return 2 * written
+    if operation == "dynamic-update-slice":
+        return 2 * read[1]
+    if operation == "scatter":
+        return 3 * read[-1]
+    if operation.endswith("-start"):
+        result = ends[one.name].type
+        message = operation.removesuffix("-start") in OPERATIONS
+        # A copy to or from the chip may be of a slice.
+        return (sum(read) if message else size_of(result) if any(read) else 0) + size_of(result, far=True)
+    if operation == _FUSED:
+        return _of_fusion(one, read, written, found[one.called[0]])
+    return sum(read) + written
+
+
+def _of_fusion(one: Instruction, read: list[int], written: int, inside: list[Instruction]) -> float:
+    own = {other.name: other for other in inside}
+    users: dict[str, list[tuple[Instruction, int]]] = {}
+    for other in inside:
+        for place, name in enumerate(other.operands if other.operation != "parameter" else ()):
+            users.setdefault(name, []).append((other, place))
+
+    def of_result(name: str) -> float:
+        found, before = own[name], name
+        while own[before].operation in _SAME and len(own[before].operands) == 1:
+            before = own[before].operands[0]
+        if own[before].operation == "dynamic-update-slice":
+            return size_of(own[own[before].operands[1]].type)
+        if found.operation == "tuple":
+            return sum(of_result(one) for one in found.operands)
+        return size_of(found.type)
+
+    def of_operand(name: str, whole: int) -> float:
+        total = 0.0
+        for user, place in users.get(name, ()):
+            if user.operation in _SLICES and place == 0:
+                total += size_of(user.type)
+            elif user.operation == "dynamic-update-slice" and place == 0:
+                continue
+            elif user.operation in _SAME and not user.root:
+                total += of_operand(user.name, whole)
+            else:
+                return whole
+        return min(total, whole)
+
+    root = next(other for other in inside if other.root)
+    # The layouts of what is inside do not say where the result lies.
+    result = min(of_result(root.name), written)
+    numbered = {int(other.operands[0]): other.name for other in inside if other.operation == "parameter"}
+    return result + sum(of_operand(numbered[place], whole) for place, whole in enumerate(read))
