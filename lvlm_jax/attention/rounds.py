@@ -17,6 +17,6 @@ def named(rounds: float) -> contextlib.AbstractContextManager:
 
 
 def read(name: str) -> float | None:
-    """What the name of a loop says, the innermost one's; None without."""
+    """The number in the name of a loop, the innermost one; None without one."""
     found = WRITTEN.findall(name)
     return float(found[-1]) if found else None

@@ -1,7 +1,7 @@
-"""What prompts have in common before they part, pictures and the words around them, is run once for all of them.
+"""Runs the common beginning of several prompts, pictures and the words around them, once for all of them.
 
-Two prompts begin alike where all of their pictures are equal, and all tokens up to the end of the last one. What
-follows is run for each prompt, behind the columns of the beginning, which are moved to where its own tokens lie:
+Two prompts have a common beginning if all of their images are equal, and all tokens up to the end of the last one. The
+rest is run for each prompt, behind the columns of the beginning, which are moved to the columns of its own tokens:
 
     kept      . . B <1 1 1 1> q q q         columns of one prompt
     another   . . . B <1 1 1 1> r r         their first tokens, one column further on
@@ -27,7 +27,7 @@ from lvlm_jax.models.pictures import round_up_to_bucket
 from lvlm_jax.processors.layout import Inputs
 
 
-class Kept(NamedTuple):
+class Beginnings(NamedTuple):
     """Columns of U beginnings.
 
     Attributes:
@@ -41,10 +41,10 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass
 class Recent:
-    """What the last prompt began with: its key, and its columns once another prompt has begun like it."""
+    """The beginning of the last prompt: its key, and its columns after a second prompt began in the same way."""
 
     key: bytes = b""
-    kept: Kept | None = None
+    kept: Beginnings | None = None
 
 
 def digest(parts: Iterable[Any]) -> bytes:
@@ -133,7 +133,7 @@ def before(
 
 
 def _each(
-    work: Iterator[Kept], inputs: Inputs, kinds: Int[np.ndarray, "B"], end: int, recent: Recent | None = None
+    work: Iterator[Beginnings], inputs: Inputs, kinds: Int[np.ndarray, "B"], end: int, recent: Recent | None = None
 ) -> Iterator[tuple[LayerCache, ...] | None]:
     kept = next(work)
     for more in work:
@@ -146,17 +146,17 @@ def _each(
 
 def run(
     params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, rows: np.ndarray, at_a_time: int
-) -> Iterator[Kept]:
+) -> Iterator[Beginnings]:
     """The beginnings of some samples, after each chunk of rows; the last time it has all of them."""
     rows = np.pad(rows, (0, round_up_to_bucket(len(rows), 1) - len(rows)), mode="edge")
     first = _first(inputs)[rows]
     chosen = _chosen(main, rows)
     total, least = inputs.tokens.shape[1], int(first.min())
     for caches in chunks.prefix(params, config, chosen, total, least, at_a_time, inputs.image_count):
-        yield Kept(caches, first)
+        yield Beginnings(caches, first)
 
 
-def behind(kept: Kept, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
+def behind(kept: Beginnings, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
     """The first columns of prompts that begin like those kept."""
     columns = np.arange(before)[None] - _first(inputs)[:, None] + kept.first[kinds][:, None]
     places = np.clip(columns, 0, kept.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding

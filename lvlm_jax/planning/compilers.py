@@ -116,6 +116,6 @@ def _needed(name: str) -> None:
 
 
 def options(target: str) -> Mapping[str, Any]:
-    """What `Lowered.compile` must be told: without a device there is nothing to tune tiles on."""
+    """Options for `Lowered.compile`: without a device, tiles cannot be tuned."""
     without_device = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     return without_device | GPU_OPTIONS if target == "cuda" else {}

@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves between a device's memory and its arithmetic.
 
-Every operation reads its operands and writes its result; what is fused into one operation stays inside. Of an operand
-that is only sliced, the slices count, and of an array that is updated in place, the update. What lies in memory on the
-chip (VMEM of a TPU) costs nothing.
+Every operation reads its operands and writes its result; intermediate results of a fusion are free. An operand that
+is only sliced counts with its slices, and an array that is updated in place with the update. Arrays in memory on the
+chip (VMEM of a TPU) are free.
 """
 
 import re
