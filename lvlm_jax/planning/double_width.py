@@ -17,6 +17,7 @@ WIDER = {
     np.dtype(jnp.bfloat16): np.dtype(np.float32),
     np.dtype(np.float16): np.dtype(np.float32),
     np.dtype(np.float32): np.dtype(np.float64),
+    np.dtype(np.uint16): np.dtype(np.uint32),  # the bits of 16-bit numbers, as CPUs read and write them
 }
 
 
