@@ -16,7 +16,9 @@ def main() -> None:
             job = plan.Job(kind, config, count, mesh, batch=8, training=training)
             found = plan.plan(job)
             last = found.programs[-1]
-            share = {part: last.contents[part] for part in ("parameters", "cache", "optimizer") if part in last.contents}
+            share = {
+                part: last.contents[part] for part in ("parameters", "cache", "optimizer") if part in last.contents
+            }
             share |= {f"FLOPs of {one.name}": one.flops for one in found.programs if one.flops and one.name != "images"}
             print(json.dumps({"kind": kind, "devices": count, "share": share, "total": found.total}), flush=True)
 
