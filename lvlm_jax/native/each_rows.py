@@ -35,13 +35,13 @@ def each_rows_dot(
     return _product.bind(x, matrices, out_first=out_first)
 
 
-def _by_xla(x: jax.Array, matrices: jax.Array, out_first: bool) -> jax.Array:
+def _by_xla(x: jax.Array, matrices: jax.Array, out_first: bool, sums: Any = jnp.float32) -> jax.Array:
     groups = tuple(range(x.ndim - 2))
     contracted = ((x.ndim - 1,), (x.ndim - (1 if out_first else 2),))
     exact = matrices.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
-        x, matrices, (contracted, (groups, groups)), precision=precision, preferred_element_type=jnp.float32
+        x, matrices, (contracted, (groups, groups)), precision=precision, preferred_element_type=sums
     )
 
 
@@ -60,7 +60,12 @@ def _compiled(**how: Any):
 
 @_product.def_abstract_eval
 def _shape(x, matrices, *, out_first):
-    return jax.core.ShapedArray((*x.shape[:-1], matrices.shape[-2 if out_first else -1]), jnp.float32)
+    return jax.core.ShapedArray((*x.shape[:-1], matrices.shape[-2 if out_first else -1]), _sums(matrices))
+
+
+def _sums(matrices: Any) -> Any:
+    """The dtype of sums: twice as wide as 16-bit matrices, and also in a program on wider numbers (`planning`)."""
+    return jnp.float32 if matrices.dtype in _HALF else jnp.float64
 
 
 def _call(x: jax.Array, matrices: jax.Array, out_first: bool) -> jax.Array:
@@ -73,14 +78,16 @@ def _call(x: jax.Array, matrices: jax.Array, out_first: bool) -> jax.Array:
 
 
 def _lower_plain(context, x, matrices, *, out_first):
-    return mlir.lower_fun(functools.partial(_by_xla, out_first=out_first), multiple_results=False)(context, x, matrices)
+    product = functools.partial(_by_xla, out_first=out_first, sums=_sums(context.avals_in[1]))
+    return mlir.lower_fun(product, multiple_results=False)(context, x, matrices)
 
 
 def _lower_on_cpu(context, x, matrices, *, out_first):
     # Over several devices, the compiler partitions a product, and could not partition a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    call = functools.partial(_call if alone and build.available() else _by_xla, out_first=out_first)
-    return mlir.lower_fun(call, multiple_results=False)(context, x, matrices)
+    if not (alone and context.avals_in[1].dtype in _HALF and build.available()):
+        return _lower_plain(context, x, matrices, out_first=out_first)
+    return mlir.lower_fun(functools.partial(_call, out_first=out_first), multiple_results=False)(context, x, matrices)
 
 
 mlir.register_lowering(_product, _lower_plain)

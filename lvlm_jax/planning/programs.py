@@ -149,7 +149,7 @@ def compile_for(
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
         products.flops(found, times),
-        scale * traffic.moved(found, times),
+        scale * traffic.moved(found, times, only_products=stand_in),
         collectives.Messages({reach: scale * one for reach, one in messages.received.items()}, messages.count),
     )
 

@@ -19,17 +19,23 @@ _FREE = (
 _SAME = ("bitcast", "copy", "convert", "reshape", "tuple", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _FUSED = "fusion"
+_PRODUCTS = ("dot", "convolution", "custom-call")
 
 
-def moved(found: Computations, times: Mapping[str, float]) -> float:
-    """Bytes in all rounds; arguments as in `collectives.read`."""
+def moved(found: Computations, times: Mapping[str, float], only_products: bool = False) -> float:
+    """Bytes in all rounds; arguments as in `collectives.read`.
+
+    Args:
+        only_products: counts products alone, for a stand-in that fuses less than an accelerator's compiler.
+    """
     inside = {name for instructions in found.values() for one in instructions for name in _worked_in(one)}
     total = 0.0
     for name, instructions in found.items():
         if times[name] and name not in inside:
             sizes = {one.name: size_of(_result(one), far=True) for one in instructions}
             ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
-            total += times[name] * sum(_bytes(one, sizes, ends, found) for one in instructions)
+            counted = (one for one in instructions if one.operation in _PRODUCTS or not only_products)
+            total += times[name] * sum(_bytes(one, sizes, ends, found) for one in counted)
     return total
 
 
