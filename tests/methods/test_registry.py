@@ -143,7 +143,7 @@ def test_a_module_that_is_reloaded_or_has_two_names_keeps_its_methods(folder, mo
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert methods.get("lift").__module__ == "another_name"
     write(folder / "other.py")
-    with pytest.raises(LVLMError, match="the name 'lift' is that of another_name.Lift; give other.Lift another one"):
+    with pytest.raises(LVLMError, match="the name 'lift' belongs to another_name.Lift; give other.Lift another one"):
         as_method("other.py:Lift")
     for delta in (1.0, 2.0):  # a cell of a notebook may run again
         cell = textwrap.dedent(LIFT.format(decorator='@methods.register("cell")')).replace("0.5", str(delta))
@@ -161,7 +161,7 @@ def define(body="pass", decorator='@methods.register("made")', base="methods.Met
 @pytest.mark.parametrize(
     ("definition", "message"),
     [
-        (dict(decorator='@methods.register("cmac")'), "'cmac' is that of lvlm_jax.methods.cmac.CMAC; give made.Made"),
+        (dict(decorator='@methods.register("cmac")'), "'cmac' belongs to lvlm_jax.methods.cmac.CMAC; give made.Made"),
         (dict(decorator="@methods.register"), r"register got 'Made'; expected a name .*@methods.register\(\"lift\"\)"),
         (dict(decorator='@methods.register("My Method")'), "register got 'My Method'; expected a name of lower-case"),
         (dict(decorator='@methods.register("none")'), "register got 'none'"),
