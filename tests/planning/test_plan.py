@@ -164,7 +164,7 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--method", "opera"], "OPERA is a search"),
         (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
         (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method apply to inference"),
-        (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "cut into that many equal parts"),
+        (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "split into that many equal parts"),
         (["7b", "--compiler", "tpu", "--device", "h100"], "does not compile for a device of kind cuda"),
         (["7b", "13b"], "2 models were given; expected one, or --table"),
         (["7b", "--table", "--counts", "8,x"], "--counts is '8,x'"),
