@@ -124,10 +124,12 @@ class Transform:
         by_rows: True if the stages edit a row in the same way whichever rows come with it, except for `statistics`.
             They may then get a few rows at a time. The carry for the next layer is what `observe` returns for the last
             of these calls, so no stage may use what `observe` computes in the same layer.
+        image_rows: True if the stages edit rows of image tokens only and leave rows of text as they are.
     """
 
     rows: ClassVar[str] = "post_image"
     by_rows: ClassVar[bool] = False
+    image_rows: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings):
         super().__init_subclass__(**settings)

@@ -6,6 +6,7 @@
     lvlm evaluate --protocol pope/strict --data ~/data --group random --rescore a.jsonl --against b.jsonl
     lvlm evaluate --protocol chair/opera-512 --data ~/coco --synonyms synonyms.txt --rescore captions.jsonl
     lvlm evaluate --protocol chair/opera-64 --data ~/coco --chair-pickle chair.pkl --rescore captions.jsonl
+    lvlm evaluate --protocol pocket/multi-image --model pocket --method capl      draws its questions by itself
     lvlm evaluate --protocol mme/hallucination --data ~/data --rescore answers_folder
     lvlm evaluate --protocol pope/vcd --data ~/data --model M --use_cd --cd_alpha 1 --cd_beta 0.2      as VCD's script
 
@@ -41,8 +42,11 @@ from lvlm_jax.evaluation.shares import Share
 from lvlm_jax.generation import scheduler
 from lvlm_jax.generation.questions import system_prompt
 from lvlm_jax.methods import parse
+from lvlm_jax.pocket import balanced
 from lvlm_jax.weights import names
 from lvlm_jax.weights.quantize import QUANTS
+
+DRAWN = Path("runs/pocket_questions")  # where the pocket world's questions are drawn if no folder is given
 
 
 def build_parser(method: str) -> common.Parser:
@@ -131,6 +135,18 @@ def protocols() -> str:
     return "\n".join(lines)
 
 
+def data_folder(flags, protocol: Protocol) -> Path:
+    """The folder given. The pocket world's questions, which no one has, are drawn where none is given."""
+    folder = flags.data
+    if protocol.benchmark != "pocket" or flags.question_file or folder not in (Path("."), DRAWN):
+        return folder
+    if folder == Path(".") and (folder / balanced.FILE).is_file():
+        return folder
+    count = balanced.write(DRAWN)
+    print(f"{count} questions drawn into {DRAWN}")
+    return DRAWN
+
+
 def joined(flags) -> bool:
     """Joins the processes described by the environment, if they share one model."""
     spread = max(flags.data_parallel, flags.tensor_parallel) > 1
@@ -181,8 +197,8 @@ def main(arguments: list[str]) -> int:
     if flags.system:
         protocol = dataclasses.replace(protocol, system=system_prompt(flags.system))
     data = Data(
-        flags.data, flags.question_file, flags.image_folder, flags.image_list, flags.synonyms, flags.chair_pickle,
-        flags.source, tuple(flags.group), matching=flags.matching, limit=flags.limit,
+        data_folder(flags, protocol), flags.question_file, flags.image_folder, flags.image_list, flags.synonyms,
+        flags.chair_pickle, flags.source, tuple(flags.group), matching=flags.matching, limit=flags.limit,
     )  # fmt: skip
     out = flags.out or Path("runs") / "-".join(
         (

@@ -1,64 +1,89 @@
-"""Run the training recipes on the pocket world, from making the data to measuring the effect on the pocket benchmark.
+"""Run experiments about training on the pocket model, from making the data to the page, each stage once.
 
-    lvlm pocket-training --out runs/pocket_training                  about an hour on two quiet cores
-    lvlm pocket-training --steps 20 --images 40 --captions 40 --out runs/short
-    lvlm pocket-training --markdown docs/pocket_training.md          also write the tables there
+    lvlm pocket-training --out runs/pocket_training                  both parts, many hours on two cores
+    lvlm pocket-training --parts flow --out runs/flow                flow alignment alone, about half an hour
+    lvlm pocket-training --steps 20 --images 40 --captions 40 --config.gate=0 --out runs/short
+    lvlm pocket-training --markdown docs/pocket_training.md          also write the page there
 
-CAPL learns on pairs with rejected answers from truncated attention; DPO, the paper's ablation, on pairs with rejected
-answers from the unmodified model; chosen answers are the truth in both. Flow alignment puts SEVI's effect into the
-weights. Settings are in configs/pocket_training.py, and any of them may be set as --config.dpo.steps=100.
+capl: a base is trained to need CAPL's cross-image attention, and must lose by truncated attention (--config.gate). From
+it begin SFT, DPO, CAPL's pairs alone, its attention alone, and CAPL, with equal prompts, steps and λ, for three seeds;
+then CAPL with λ = 0, and rounds on answers of its own. All answer balanced questions over several images, beside a
+blind constant, with margins. flow: flow alignment puts SEVI's effect into the weights; POPE and CHAIR.
 
-    OUT/prompts/, OUT/pairs/               prompts, and pairs from lvlm preferences, for training and held out
-    OUT/capl/, dpo/, flow_alignment/       work folders of lvlm train: logs, checkpoints, adapter, export
-    OUT/benchmark/PART/MODEL/              answers and scores OUT/table.md                           the tables, and
-    conclusions in words
+Settings are in configs/pocket_training.py, and any of them may be set as --config.preference.steps=100.
+
+    OUT/talks/, base/                      conversations, and the base that learns from them
+    OUT/pairs/                             prompts, answers and pairs
+    OUT/arms/ARM-SEED/, rounds/            work folders of lvlm train: logs, checkpoints, adapter, export
+    OUT/prompts/, flow_alignment/          of flow alignment
+    OUT/benchmark/                         answers and scores
+    OUT/table.md                           the page: tables, and in words what helped
 
 A stopped or killed run resumes when it is started again.
 """
 
+import functools
 from pathlib import Path
 
 from absl import logging
 
+from lvlm_jax import LVLM
 from lvlm_jax.cli import common
 from lvlm_jax.evaluation import statistics
 from lvlm_jax.files import write_whole
-from lvlm_jax.pocket import training
+from lvlm_jax.pocket import experiment, experiment_report, training, training_report
+from lvlm_jax.pocket.stages import Setup
 from lvlm_jax.training import settings
 
 SETTINGS = "pocket_training"
+PARTS = ("capl", "flow")
+RECIPES = {"capl": ("base", "sft", "preference"), "flow": (training.RECIPE,)}
+
+
+def page(setup: Setup, parts: list[str], command: str) -> str:
+    """Does what is missing of some parts, and says what came of it."""
+    load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype="auto"))
+    sections = []
+    if PARTS[0] in parts:
+        found = experiment.run(setup, load)
+        sections.append(experiment_report.section(found, experiment.seeds(setup, found), setup.resamples))
+    if PARTS[1] in parts:
+        sections.append(training_report.section(*training.run(setup, load)))
+    return training_report.document(setup.config, setup.base, command, setup.seconds, sections)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs all missing stages, and writes the tables."""
+    """Runs all missing stages, and writes the page."""
     parser = common.Parser(prog="lvlm pocket-training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/pocket_training"), metavar="DIR",
                         help="folder for all files (default runs/pocket_training)")  # fmt: skip
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="experiments to run (default both)"
+    )
     parser.add_argument("--steps", type=common.number(int, 1), metavar="N",
                         help="steps of every training (default: from the settings)")  # fmt: skip
     parser.add_argument("--images", type=common.number(int, 10), default=200, metavar="N",
-                        help="test images to ask about (default 200)")  # fmt: skip
+                        help="flow: test images to ask about (default 200)")  # fmt: skip
     parser.add_argument("--captions", type=common.number(int, 10), default=200, metavar="N",
-                        help="test images to describe (default 200)")  # fmt: skip
+                        help="flow: test images to describe (default 200)")  # fmt: skip
     parser.add_argument("--batch-size", type=common.number(int, 1), default=64, metavar="N",
                         help="batch size (default 64)")  # fmt: skip
     parser.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                         help=f"bootstrap resamples (default {statistics.RESAMPLES})")  # fmt: skip
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the page to this file")
     flags, changes = parser.parse_known_args(arguments)
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     config = settings.read(SETTINGS, changes)
-    if flags.steps:
-        for recipe in training.RECIPES:
-            config[recipe].steps = flags.steps
-    for recipe in training.RECIPES:
-        settings.check(config[recipe])
-    setup = training.Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
-    text = training.run(setup, " ".join(["lvlm pocket-training", *arguments]))
+    for part in flags.parts:
+        for recipe in RECIPES[part]:
+            config[recipe].steps = flags.steps or config[recipe].steps
+            settings.check(config[recipe])
+    setup = Setup(config, flags.out, flags.batch_size, flags.resamples, flags.images, flags.captions)
+    text = page(setup, flags.parts, " ".join(["lvlm pocket-training", *arguments]))
     write_whole(flags.out / "table.md", text)
     if flags.markdown:
         write_whole(flags.markdown, text)
     print(text)
-    print(f"tables in {flags.out / 'table.md'}")
+    print(f"page in {flags.out / 'table.md'}")
     return 0

@@ -11,11 +11,16 @@ The pairs are TRL's JSON lines {images, prompt, chosen, rejected}; beside them a
 the run, and a log of all answers, from which a stopped run resumes. Correctors and filters come after
 the log, so they can be changed without asking the model again.
 
+Pairs that exist only where the model is wrong teach it to contradict itself: a policy that does wins all of them. Where
+that wins more than --max-negation of the pairs, nothing is written, and the share is said. --ladder makes a pair of
+every prompt that has a truth: its rejected answer is the first wrong one of several.
+
 --corrector pocket            the truth of each prompt, which --pocket writes
 --corrector FILE              JSON lines {"id", "chosen"}, such as an edited answers.jsonl of an earlier run
 --corrector module:function   function(prompt, answer) -> str; prompt has id, images, text, messages, truth
 """
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -29,6 +34,7 @@ from lvlm_jax.training.data.pair_filters import Filters
 from lvlm_jax.weights import names
 
 FILTERS = Filters()
+NEGATION = 0.5  # of the pairs, won by a policy that contradicts the model
 
 
 def build_parser() -> common.Parser:
@@ -46,6 +52,8 @@ def build_parser() -> common.Parser:
                         help=f"share of --pocket's prompts about one image (default {SINGLE})")  # fmt: skip
     parser.add_argument("--pocket-describe", type=common.number(float, 0, 1), default=0.0, metavar="SHARE",
                         help="share of those that ask for a description (default 0)")  # fmt: skip
+    parser.add_argument("--pocket-question-first", action="store_true",
+                        help="its questions over several images stand before them")  # fmt: skip
     parser.add_argument("--corrector", metavar="WHAT",
                         help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
     parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
@@ -77,6 +85,9 @@ def build_parser() -> common.Parser:
                            help="truncated: an image token sees its image, or only itself (default paper)")  # fmt: skip
     attention.add_argument("--rejected-by", default="truncated", choices=preferences.REJECTED,
                            help="truncated attention (default), or the unmodified model, sampled")  # fmt: skip
+    attention.add_argument("--ladder", action=argparse.BooleanOptionalAction,
+                           help="a wrong answer to every prompt: the one by --rejected-by, else a wrong sample of it, "
+                           "else an option of the prompt's field wrong (default with --pocket)")  # fmt: skip
 
     kept = parser.add_argument_group("what is kept; empty and equal answers never are")
     kept.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
@@ -85,6 +96,11 @@ def build_parser() -> common.Parser:
     kept.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
                       help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
     kept.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
+    kept.add_argument("--balance", action="store_true",
+                      help="of each kind of prompt, equally many pairs with each chosen answer")  # fmt: skip
+    kept.add_argument("--max-negation", type=common.number(float, 0, 1), default=NEGATION, metavar="SHARE",
+                      help="largest share of the pairs that a policy wins by contradicting the model; with more "
+                      f"nothing is written (default {NEGATION}; 1: any)")  # fmt: skip
     kept.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
                       help="share of the pairs for validation.jsonl, with images of its own (default 0)")  # fmt: skip
     return parser
@@ -93,7 +109,10 @@ def build_parser() -> common.Parser:
 def answered(flags) -> preferences.Candidates:
     """Candidates from a model's answers to the prompts of a file or of the pocket world."""
     if flags.pocket:
-        file = write_prompts(flags.out, flags.pocket, flags.seed, flags.pocket_single, flags.pocket_describe)
+        file = write_prompts(
+            flags.out, flags.pocket, flags.seed, flags.pocket_single, flags.pocket_describe,
+            question_first=flags.pocket_question_first,
+        )  # fmt: skip
     else:
         file = files.expand(flags.prompts)
     model = flags.model_path or ("pocket" if flags.pocket else None)
@@ -107,6 +126,7 @@ def answered(flags) -> preferences.Candidates:
         flags.variant,
         flags.temperature,
         flags.rejected_temperature,
+        bool(flags.pocket) if flags.ladder is None else flags.ladder,
         top_p=flags.top_p,
         max_new_tokens=flags.max_new_tokens,
         seed=flags.seed,
@@ -119,15 +139,16 @@ def answered(flags) -> preferences.Candidates:
 def main(arguments: list[str]) -> int:
     """Make the pairs that the arguments ask for, and print their statistics."""
     flags = build_parser().parse_args(arguments)
-    if flags.pairs and (flags.model_path or flags.corrector):
-        raise LVLMError("--pairs takes answers as they are; leave --model and --corrector out")
+    if flags.pairs and (flags.model_path or flags.corrector or flags.ladder):
+        raise LVLMError("--pairs takes answers as they are; leave --model, --corrector and --ladder out")
     candidates = preferences.given(flags.pairs, flags.out) if flags.pairs else answered(flags)
     filters = dataclasses.replace(
         FILTERS, near_duplicate=flags.near_duplicate, max_words=flags.max_words, unfinished=not flags.keep_unfinished
     )
     figures = pairs.write(
-        flags.out, candidates.found, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed
-    )
+        flags.out, candidates.found, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed,
+        flags.balance, flags.max_negation,
+    )  # fmt: skip
     print(preferences.table(figures))
     print(f"written to {flags.out / 'pairs.jsonl'}")
     return 0

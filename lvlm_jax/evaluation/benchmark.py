@@ -43,6 +43,8 @@ class Benchmark:
         answers: the format of its answer files.
         image_places: folders below the data folder that may contain its images; `{group}` is the question's group.
         descriptions: groups of descriptions; the id of such a question is the number of its image.
+        margins: whether questions have `options`, the right answer first, so that a run measures by how much the model
+            prefers that one (`evaluation.options`).
         narrow: (data, rows of the answer files) -> data, if the answers determine which questions were asked.
     """
 
@@ -61,6 +63,7 @@ class Benchmark:
     answers: AnswerFormat = AnswerFormat()
     image_places: tuple[str, ...] = (".",)
     descriptions: tuple[str, ...] = ()
+    margins: bool = False
     narrow: Callable[[Data, Sequence[AnswerRow]], Data] = _all_of_them
 
     def direction(self, figure: str) -> int:

@@ -150,7 +150,7 @@ def log_odds(
     """
     yes, no = answer_words(model.processor.tokenizer)
 
-    def respond(messages: list[list[dict]], seeds: list[int]) -> list[dict]:
+    def respond(messages: list[list[dict]], seeds: list[int], asked: list[Question]) -> list[dict]:
         logits = np.asarray(parallel.local(model.prefill(messages)[1].combined), np.float64)
         if np.isnan(logits).any() or np.isposinf(logits).any():
             raise LVLMError(f"the logits of the first answer token {NOT_FINITE}")

@@ -28,8 +28,8 @@ from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 
 Prompt = list[int]  # the numbers of the questions that it answers
-# From conversations, with one random seed each, to plain JSON values, which are logged.
-Respond = Callable[[list[list[dict]], list[int]], list[dict]]
+# From conversations, with one random seed and the question of each, to plain JSON values, which are logged.
+Respond = Callable[[list[list[dict]], list[int], list[Question]], list[dict]]
 # From batches of prompts, the size of a full batch, and a function that makes a request of a prompt, to prompts with
 # their logged values, some at a time.
 Rounds = Callable[[list[list[Prompt]], int, Callable[[Prompt], Request]], Iterator[list[tuple[Prompt, dict]]]]
@@ -100,7 +100,9 @@ def ask(
     if scheduler.use_continuous(work.schedule, method, model.mesh, protocol.max_new_tokens, work.batch_size):
         rounds = _continuously(lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings))
     else:
-        rounds = _in_batches(lambda messages, seeds: _kept(model.generate(messages, seed=seeds, **settings)))
+        rounds = _in_batches(
+            lambda messages, seeds, _: _kept(model.generate(messages, seed=seeds, **settings)), questions
+        )
     rows = _collect(model, questions, protocol, rounds, work, "log", title)
     return {key: ModelAnswer(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
 
@@ -121,17 +123,18 @@ def collect(
         respond: the last batch is padded with copies, whose answers are dropped.
         name: name of the logs.
     """
-    return _collect(model, questions, protocol, _in_batches(respond), work, name, title)
+    return _collect(model, questions, protocol, _in_batches(respond, questions), work, name, title)
 
 
-def _in_batches(respond: Respond) -> Rounds:
+def _in_batches(respond: Respond, questions: Sequence[Question]) -> Rounds:
     def rounds(
         batches: list[list[Prompt]], size: int, request: Callable[[Prompt], Request]
     ) -> Iterator[list[tuple[Prompt, dict]]]:
         for batch in batches:
             messages, seeds = map(list, zip(*map(request, batch), strict=True))
+            asked = [questions[prompt[0]] for prompt in batch]
             spare = size - len(batch)  # the last batch is padded to the shape of the others
-            rows = respond(messages + messages[-1:] * spare, seeds + seeds[-1:] * spare)
+            rows = respond(*(values + values[-1:] * spare for values in (messages, seeds, asked)))
             yield list(zip(batch, rows, strict=False))
 
     return rounds

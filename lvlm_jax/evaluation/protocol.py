@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.evaluation.question import Question
+from lvlm_jax.generation.questions import PLACEHOLDER
 from lvlm_jax.journal.record import file_hash, method_record
 from lvlm_jax.version import __version__
 
@@ -26,7 +27,8 @@ class Protocol:
         name: "benchmark/variant".
         benchmark: name of its benchmark, a key of `lvlm_jax.evaluation.BENCHMARKS`.
         about: one line of description.
-        template: the prompt; `{question}` is replaced by the question's text.
+        template: the prompt; `{question}` is replaced by the question's text, and `{images}` is the place of its images
+            if they do not come first.
         suffix: text after the question.
         system: the system prompt; "" for none (the chat template may then add its own).
         parser: a name in `parsers.YES_NO`, "letter", "short" (the label's own words), "none" (descriptions), or for
@@ -54,7 +56,8 @@ class Protocol:
     def prompt(self, question: Question) -> str:
         """The text that the model receives."""
         # Not str.format: a question may contain braces.
-        return self.template.replace("{question}", question.text) + self.suffix
+        template = self.template.replace("{images}", PLACEHOLDER * len(question.images))
+        return template.replace("{question}", question.text) + self.suffix
 
 
 _PROTOCOLS: dict[str, Protocol] = {}

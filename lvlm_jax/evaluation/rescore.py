@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Benchmark, answers, protocol, statistics, verdicts
-from lvlm_jax.evaluation.question import Data
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, answers, margins, protocol, statistics, verdicts
+from lvlm_jax.evaluation.question import Data, Question
 from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.journal.record import file_hash
 
@@ -80,7 +80,7 @@ def rescore(
 
     matched_texts = matched(rows)
     answered_questions = [question for question in questions if question.key in matched_texts]
-    scores = benchmark.score(answered_questions, matched_texts, settings)
+    scores = _scored(benchmark, answered_questions, matched_texts, settings, paths)
     origin = _origin(paths)
     sent = origin.get("generation", {}).get("system")
     if isinstance(sent, str):  # the system prompt that was sent, whatever the protocol says
@@ -110,12 +110,27 @@ def rescore(
         others = answer_paths(against, settings.groups)
         theirs = matched(answers.read(others, benchmark.answers, settings.groups))
         common = [question for question in answered_questions if question.key in theirs]
-        pair = [benchmark.score(common, texts, settings) for texts in (matched_texts, theirs)]
+        both = ((matched_texts, settings, paths), (theirs, settings, others))
+        pair = [_scored(benchmark, common, *one) for one in both]
         found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
         names = ["these answers", f"those of {others[0][1].name}"]
         found["against"] |= judged(benchmark, *names, *pair, found["against"]["differences"])
         found["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
     return found
+
+
+def _scored(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    texts: answers.Answers,
+    settings: protocol.Protocol,
+    paths: Sequence[tuple[str | None, Path]],
+) -> Scores:
+    """The scores of answers, with the margins that lie beside their files."""
+    scores = benchmark.score(questions, texts, settings)
+    if not benchmark.margins:
+        return scores
+    return margins.added(benchmark, scores, questions, margins.beside([path for _, path in paths]), settings)
 
 
 def _hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 OUT/log.PROCESS.jsonl          answers in the order of their ends; a stopped run resumes from it
 OUT/answers.jsonl (or in the benchmark's format: a file for each split, answers.json, a folder)
+OUT/margins.jsonl              how much the right answers are preferred, if the benchmark has options
 OUT/scores.json                figures, controls, cost, and the record of what determined them
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
 """
@@ -17,7 +18,7 @@ import jax
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, controls, engine, rescore, shares, statistics
+from lvlm_jax.evaluation import BENCHMARKS, controls, engine, margins, options, rescore, shares, statistics
 from lvlm_jax.evaluation.controls import RUNS, ControlAnswers
 from lvlm_jax.evaluation.engine import Work
 from lvlm_jax.evaluation.protocol import Protocol, record
@@ -143,7 +144,19 @@ class Run:
         everything = [self._own, *self._controls.values()]
         if not all(one.complete() for one in everything):
             return False
+        if self._margins and not self._preferences().complete(self.questions):
+            return False
         return not self._controls or self._odds().complete(self._yes_no)
+
+    @property
+    def _margins(self) -> bool:
+        """Whether it is measured how much the right answers are preferred; a search gives answers no likelihood."""
+        method = self._own.method
+        return self._benchmark.margins and (method is None or method.search is None)
+
+    def _preferences(self) -> shares.LoggedAnswers:
+        work = self._own.work
+        return shares.read(work.folder, options.LOG, work.record, self.questions)
 
     def _odds(self) -> shares.LoggedAnswers:
         work = self._controls["greedy"].work
@@ -159,6 +172,9 @@ class Run:
         name = self.protocol.name
         for title, one in {"": self._own, **self._controls}.items():
             engine.ask(model, one.questions, one.protocol, one.method, one.work, f"{name} {title}".strip())
+        if self._margins:
+            method, work = self._own.method, self._own.work
+            options.log_margins(model, self.questions, self.protocol, method, work, f"{name} margins")
         if self._controls and self._yes_no:
             work = self._controls["greedy"].work
             controls.log_odds(model, self._yes_no, self.protocol, work, f"{name} log-odds")
@@ -176,6 +192,8 @@ class Run:
         # Two processes that finish at the same moment write the same files, so they take turns.
         with locked(self.out / "scores.json", wait=True):
             answer_files = write_answers(self.out, self.questions, texts, self.protocol, self.about)
+            if self._margins:
+                margins.write(self.out, self._preferences().answers)
             scores = rescore.rescore(
                 self.protocol, self.data, answer_files, options.against, resamples=options.resamples,
                 seed=options.bootstrap_seed,

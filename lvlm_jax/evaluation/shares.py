@@ -21,7 +21,11 @@ from lvlm_jax.journal.log import expect, read_log
 Key = tuple[str, str]  # Question.key
 
 # The fields of an answer, by the name of the log.
-_KINDS = {"log": {"text": str, "tokens": int, "ended": bool}, "odds": {"odds": (int, float)}}
+_KINDS = {
+    "log": {"text": str, "tokens": int, "ended": bool},
+    "odds": {"odds": (int, float)},
+    "margins": {"margin": (int, float)},
+}
 
 
 @dataclasses.dataclass(frozen=True)

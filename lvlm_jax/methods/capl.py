@@ -55,6 +55,7 @@ class CAPL(Method):
 
     rows: ClassVar[str] = "all"
     by_rows: ClassVar[bool] = True
+    image_rows: ClassVar[bool] = True
     PRESETS: ClassVar = {
         "qwen2.5-vl": dict(rho=0.95),
         "internvl2.5": dict(rho=0.95, tile=256),

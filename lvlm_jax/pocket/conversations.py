@@ -103,8 +103,13 @@ def _turn(question: Question, rng: np.random.Generator) -> tuple[str, str]:
     """The question in one of two forms: plain with a sentence as answer, or with a suffix and a one-word answer."""
     if rng.random() >= ONE_WORD:
         return question.text, question.full
+    return question.text + any_suffix(question, rng), question.short
+
+
+def any_suffix(question: Question, rng: np.random.Generator) -> str:
+    """One of the suffixes that ask for the short answer of `question`."""
     suffixes = (*SUFFIXES, YES_NO_SUFFIX) if question.short in ("Yes", "No") else SUFFIXES
-    return question.text + suffixes[rng.integers(len(suffixes))], question.short
+    return suffixes[rng.integers(len(suffixes))]
 
 
 def suffix(question: Question) -> str:

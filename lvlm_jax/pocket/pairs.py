@@ -1,7 +1,8 @@
 """Prompts of the pocket world for preference pairs: one question each, about new images, with its answer."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.pocket import captions, conversations, questions
+from lvlm_jax.generation.questions import PLACEHOLDER
+from lvlm_jax.pocket import balanced, captions, conversations, questions
 from lvlm_jax.pocket.questions import Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
@@ -17,16 +19,73 @@ SINGLE = 0.2  # share of prompts about one image, so that a model does not forge
 DESCRIPTION = "description"  # the kind of prompts that ask for a description
 
 
-def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0) -> Path:
-    """Writes `prompts.jsonl`, lines `{id, images, prompt, truth}`, and its images below `folder`.
+@dataclasses.dataclass(frozen=True)
+class PocketPrompt:
+    """A prompt of the pocket world.
 
-    The same arguments always write the same prompts. Existing files are kept, so an interrupted call can be repeated.
+    Attributes:
+        scenes: one to four.
+        kind: of the question, a name in `questions.SINGLE` or `balanced.KINDS`; or DESCRIPTION.
+        text: the question, some of them with a suffix that asks for one word.
+        truth: the right answer, in the form that is asked for.
+        answer: the right answer by one word; "" of a description.
+        wrong: other answers, in the form that is asked for.
+    """
+
+    scenes: list[Scene]
+    kind: str
+    text: str
+    truth: str
+    answer: str = ""
+    wrong: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        scenes: list[Scene],
+        question: Question,
+        rng: np.random.Generator,
+        one_word: float = conversations.ONE_WORD,
+        question_first: bool = False,
+    ) -> "PocketPrompt":
+        """A question about scenes, to be answered by one word with probability `one_word`, else by a sentence."""
+        short = rng.random() < one_word
+        text = question.text + PLACEHOLDER * len(scenes) * question_first
+        text += conversations.any_suffix(question, rng) if short else ""
+        truth, *wrong = (option[short] for option in ((question.full, question.short), *question.wrong))
+        return cls(scenes, question.kind, text, truth, question.short, tuple(dict.fromkeys(wrong)))
+
+    def row(self, index: int, images: list[str]) -> dict:
+        """As a line of a prompt file."""
+        row = {"id": f"{self.kind}/{index:06d}", "images": images, "prompt": self.text, "truth": self.truth}
+        row["kind"] = self.kind
+        return row | ({"answer_type": self.answer, "wrong": list(self.wrong)} if self.answer else {})
+
+
+def write_prompts(
+    folder: str | Path,
+    count: int,
+    seed: int = 0,
+    single: float = SINGLE,
+    describe: float = 0.0,
+    kinds: Mapping[str, Callable] = questions.MULTI,
+    one_word: float = conversations.ONE_WORD,
+    question_first: bool = False,
+) -> Path:
+    """Write `prompts.jsonl`, lines `{id, images, prompt, truth, kind, answer_type, wrong}`, and its pictures.
+
+    The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can
+    be repeated. Questions over several pictures are balanced (`pocket.balanced`), and up to four are about the same.
 
     Args:
-        count: number of prompts.
-        seed: another seed gives other images.
-        single: probability of a prompt about one image instead of two to four.
-        describe: probability that a prompt about one image asks for a detailed description.
+        folder: of both.
+        count: how many prompts.
+        seed: another seed gives other pictures.
+        single: probability of a prompt about one picture instead of two to four.
+        describe: probability that a prompt about one picture asks for a detailed description.
+        kinds: of the questions over several pictures, of `balanced.KINDS`.
+        one_word: share of questions that ask for one word.
+        question_first: whether questions over several pictures stand before them.
 
     Returns:
         The file.
@@ -35,15 +94,12 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
         LVLMError: the folder has other prompts, or cannot be written.
     """
     path = Path(folder) / "prompts.jsonl"
-    prompts = [sample_prompt(index, seed, single, describe) for index in range(count)]
-    names = [
-        [f"images/{index:06d}_{place + 1}.png" for place in range(len(scenes))]
-        for index, (scenes, _, _, _) in enumerate(prompts)
-    ]
-    rows = [
-        {"id": f"{kind}/{index:06d}", "images": names[index], "prompt": text, "truth": truth}
-        for index, (_, kind, text, truth) in enumerate(prompts)
-    ]
+    rows, scenes = [], {}
+    asked = sample_prompts(count, seed, single, describe, kinds, one_word, question_first)
+    for index, (group, prompt) in enumerate(asked):
+        names = [f"images/{group}_{place + 1}.png" for place in range(len(prompt.scenes))]
+        scenes |= dict(zip(names, prompt.scenes, strict=True))
+        rows.append(prompt.row(index, names))
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
@@ -51,11 +107,8 @@ def write_prompts(folder: str | Path, count: int, seed: int = 0, single: float =
             raise LVLMError(f"{str(path)!r} has prompts of other settings; give another --out")
         with files.atomic_file(path) as file:
             file.write(content)
-        for (scenes, _, _, _), images in zip(prompts, names, strict=True):
-            for scene, name in zip(scenes, images, strict=True):
-                if not (path.parent / name).exists():
-                    with files.atomic_file(path.parent / name) as file:
-                        Image.fromarray(render(scene)).save(file, "PNG")
+        for name, scene in scenes.items():
+            balanced.save(scene, path.parent / name)
     except OSError as error:
         raise LVLMError(
             f"prompts cannot be written to {str(folder)!r}: {error.strerror}; give a folder that can be written"
@@ -102,31 +155,44 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
     return path
 
 
-def sample_prompt(
-    index: int, seed: int = 0, single: float = SINGLE, describe: float = 0.0
-) -> tuple[list[Scene], str, str, str]:
-    """Prompt `index` of the stream `seed`, over scenes like those of the train split; see `write_prompts`.
+def sample_prompts(
+    count: int,
+    seed: int = 0,
+    single: float = SINGLE,
+    describe: float = 0.0,
+    kinds: Mapping[str, Callable] = questions.MULTI,
+    one_word: float = conversations.ONE_WORD,
+    question_first: bool = False,
+) -> list[tuple[str, PocketPrompt]]:
+    """The prompts of the stream `seed`, over scenes that follow the train split; arguments as of `write_prompts`.
 
     Returns:
-        scenes: one to four.
-        kind: kind of the question, a name in `questions.SINGLE` or `questions.MULTI`; or DESCRIPTION.
-        text: the question; a share of `conversations.ONE_WORD` has the suffix for a one-word answer.
-        truth: the right answer, in the requested form.
+        Each with the name of its group of scenes.
     """
-    # The leading number separates this stream from those of conversations and of the written splits.
-    rng = np.random.default_rng([13, SPLITS["train"], seed, index])
-    if rng.random() < single:
-        scenes = [sample_scene(rng, "train")]
-        if describe and rng.random() < describe:
-            prompt = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
-            return scenes, DESCRIPTION, prompt, captions.caption(scenes[0], "detailed", rng)
-        question = _draw(questions.SINGLE, scenes[0], rng)
-    else:
-        scenes = conversations.several_scenes(rng, "train")
-        question = _draw(questions.MULTI, scenes, rng)
-    if rng.random() < conversations.ONE_WORD:
-        return scenes, question.kind, question.text + conversations.suffix(question), question.short
-    return scenes, question.kind, question.text, question.full
+    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    streams = [np.random.default_rng([13, SPLITS["train"], seed, index]) for index in range(count)]
+    alone = [rng.random() < single for rng in streams]
+    several = count - sum(alone)
+    groups = balanced.draw(several, seed, "train", kinds) if several else []
+    drawn = [(number, group.scenes, question) for number, group in enumerate(groups) for question in group.questions]
+    order = iter(np.random.default_rng([23, seed]).permutation(len(drawn)))
+    found = []
+    for index, (rng, one) in enumerate(zip(streams, alone, strict=True)):
+        if one:
+            found.append((f"one_{index:06d}", _about_one(rng, describe, one_word)))
+        elif (place := next(order, None)) is not None:
+            number, scenes, question = drawn[place]
+            found.append((f"{number:06d}", PocketPrompt.of(scenes, question, rng, one_word, question_first)))
+    return found
+
+
+def _about_one(rng: np.random.Generator, describe: float, one_word: float) -> PocketPrompt:
+    """A prompt about one picture."""
+    scenes = [sample_scene(rng, "train")]
+    if describe and rng.random() < describe:
+        asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+        return PocketPrompt(scenes, DESCRIPTION, asked, captions.caption(scenes[0], "detailed", rng))
+    return PocketPrompt.of(scenes, _draw(questions.SINGLE, scenes[0], rng), rng, one_word)
 
 
 def _draw(kinds: dict[str, Callable], about: Scene | list[Scene], rng: np.random.Generator) -> Question:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lvlm_jax.pocket import catalogue
-from lvlm_jax.pocket.captions import NUMBERS, quantity, third, typical_absentee
+from lvlm_jax.pocket.captions import NUMBERS, capital, quantity, third, typical_absentee
 from lvlm_jax.pocket.scenes import Placed, Scene
 
 ORDINALS = ("first", "second", "third", "fourth")
+OTHERS = 5  # wrong answers to which object images share
 MARGIN = 0.1  # smallest difference between two positions in a question, as a fraction of the image's side
 HARD_NEGATIVES = 0.25  # share of absent objects in training questions that are typical of the scene
 
@@ -34,12 +35,17 @@ PLACE = ("What place is shown in the image?", "Where was this picture taken?", "
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with its answer as a sentence (`full`) and as a single word (`short`, which is also the label)."""
+    """A question with its answer as a sentence (`full`) and as a single word (`short`, which is also the label).
+
+    Attributes:
+        wrong: the other answers that the question could have, (full, short) each; not all of them where there are many.
+    """
 
     kind: str
     text: str
     full: str
     short: str
+    wrong: tuple[tuple[str, str], ...] = ()
 
 
 def article(category: str) -> str:
@@ -70,7 +76,15 @@ def _paraphrase(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _yes_no(kind: str, text: str, answer: bool, yes: str, no: str) -> Question:
-    return Question(kind, text, f"Yes, {yes}." if answer else f"No, {no}.", "Yes" if answer else "No")
+    """A question with what is said behind "Yes" and behind "No", one of which is true."""
+    options = [(f"Yes, {yes}.", "Yes"), (f"No, {no}.", "No")]
+    right, wrong = options if answer else options[::-1]
+    return Question(kind, text, *right, (wrong,))
+
+
+def _among(kind: str, text: str, right: tuple[str, str], options: Sequence[tuple[str, str]]) -> Question:
+    """A question with one right answer of several."""
+    return Question(kind, text, *right, tuple(option for option in options if option[1] != right[1]))
 
 
 def existence(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> Question:
@@ -88,8 +102,8 @@ def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEG
     pair = [article(present), article(absent)]
     if rng.random() < 0.5:
         pair.reverse()
-    name = article(present)
-    return Question("choice", _paraphrase(CHOICE, rng).format(*pair), f"{name[0].upper()}{name[1:]}.", present)
+    said, other = ((f"{capital(article(name))}.", name) for name in (present, absent))
+    return _among("choice", _paraphrase(CHOICE, rng).format(*pair), said, (said, other))
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -109,10 +123,14 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     count = counts.get(category, 0)
     many = catalogue.plural(category)
+
+    def counted(number: int) -> tuple[str, str]:
+        words = quantity(category, number) if number > 1 else f"one {category}" if number else f"no {many}"
+        return f"There {'is' if number == 1 else 'are'} {words} in the image.", str(number)
+
     if rng.random() < 0.7:
-        words = quantity(category, count) if count > 1 else f"one {category}" if count else f"no {many}"
-        full = f"There {'is' if count == 1 else 'are'} {words} in the image."
-        return Question("counting", _paraphrase(COUNT, rng).format(many), full, str(count))
+        near = [counted(number) for number in (count - 1, count + 1) if 0 <= number < len(NUMBERS)]
+        return _among("counting", _paraphrase(COUNT, rng).format(many), counted(count), near)
     answer = bool(rng.random() < 0.5)
     number_asked = max(1, count)
     if not answer or count == 0:
@@ -123,8 +141,12 @@ def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
         if number_asked > 1
         else f"Is there only one {category} in the image?"
     )
-    statement = f"there is one {category}" if count == 1 else f"there are {NUMBERS[count]} {many}"
-    return _yes_no("counting", text, answer, statement, statement)
+    other = number_asked if not answer else count + 1 if count + 1 < len(NUMBERS) else count - 1
+    true, false = (
+        f"there is one {category}" if number == 1 else f"there are {NUMBERS[number]} {many}"
+        for number in (count, other)
+    )
+    return _yes_no("counting", text, answer, *((true, false) if answer else (false, true)))
 
 
 def _single(scene: Scene) -> list[Placed]:
@@ -146,40 +168,37 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
         return _relation(first, _pick(others, rng), rng)
     name = first.category
     if rng.random() < 0.5:
-        place = "in the middle" if third(first) == "middle" else f"on the {third(first)}"
-        return Question("position", f"Where is the {name} in the image?", f"The {name} is {place}.", third(first))
+        places = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
+        said = {word: (f"The {name} is {place}.", word) for word, place in places.items()}
+        return _among("position", f"Where is the {name} in the image?", said[third(first)], list(said.values()))
     axis = int(rng.integers(2))
     if abs(first.centre[axis] - 0.5) < MARGIN:
         return None
     sides = (("left", "right"), ("top", "bottom"))[axis]
     actual = sides[int(first.centre[axis] > 0.5)]
-    side_asked = _pick(sides, rng)
-    statement = f"the {name} is at the {actual}" if axis else f"the {name} is on the {actual}"
+    asked = _pick(sides, rng)
     joint = "at the" if axis else "on the"
     side = "half" if axis else "side"
-    return _yes_no(
-        "position",
-        f"Is the {name} {joint} {side_asked} {side} of the image?",
-        side_asked == actual,
-        statement,
-        statement,
-    )
+    there = _sides(f"the {name} is {joint} {{}}", sides, asked)
+    return _yes_no("position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, *there)
+
+
+def _sides(statement: str, sides: tuple[str, str], asked: str) -> tuple[str, str]:
+    """The statements behind "Yes" and behind "No" of a question about one of two sides."""
+    return statement.format(asked), statement.format(sides[asked == sides[0]])
 
 
 def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Question:
     a, b = first.category, second.category
     actual = "left" if first.centre[0] < second.centre[0] else "right"
-    side_asked = _pick(("left", "right"), rng)
+    asked = _pick(("left", "right"), rng)
     if rng.random() < 0.4:
-        answer = a if side_asked == actual else b
-        return Question(
-            "position", f"Which is further to the {side_asked}, the {a} or the {b}?", f"The {answer}.", answer
-        )
-    text = _pick(
-        (f"Is the {a} to the {side_asked} of the {b}?", f"Is the {a} on the {side_asked} side of the {b}?"), rng
-    )
-    statement = f"the {a} is to the {actual} of the {b}"
-    return _yes_no("position", text, side_asked == actual, statement, statement)
+        said = [(f"The {name}.", name) for name in (a, b)]
+        right = said[asked != actual]
+        return _among("position", f"Which is further to the {asked}, the {a} or the {b}?", right, said)
+    text = _pick((f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng)
+    there = _sides(f"the {a} is to the {{}} of the {b}", ("left", "right"), asked)
+    return _yes_no("position", text, asked == actual, *there)
 
 
 def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -190,18 +209,19 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     placed = _pick(coloured, rng)
     name = placed.category
     if rng.random() < 0.5:
-        return Question("color", f"What color is the {name}?", f"The {name} is {placed.colour}.", placed.colour)
+        said = {word: (f"The {name} is {word}.", word) for word in catalogue.COLOURS}
+        return _among("color", f"What color is the {name}?", said[placed.colour], list(said.values()))
     answer = bool(rng.random() < 0.5)
-    colour_asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
-    statement = f"the {name} is {placed.colour}"
-    return _yes_no("color", f"Is there a {colour_asked} {name} in the image?", answer, statement, statement)
+    asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
+    other = next(word for word in catalogue.COLOURS if word != asked) if answer else placed.colour
+    there = f"the {name} is {asked}", f"the {name} is {other}"
+    return _yes_no("color", f"Is there a {asked} {name} in the image?", answer, *there)
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Question:
     """A question about the kind of place."""
-    return Question(
-        "place", _paraphrase(PLACE, rng), f"{scene.kind[0].upper()}{scene.kind[1:]}.", scene.kind.split(" ", 1)[1]
-    )
+    said = {name: (f"{capital(name)}.", name.split(" ", 1)[1]) for name in catalogue.SCENE_NAMES}
+    return _among("place", _paraphrase(PLACE, rng), said[scene.kind], list(said.values()))
 
 
 def _all_images(count: int) -> str:
@@ -226,11 +246,16 @@ def which_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
     if not unique:
         return None
     name = _pick(unique, rng)
-    ordinal = ORDINALS[holders[name][0]]
     text = _pick(("Which image has {}?", "Which image shows {}?", "In which image is there {}?"), rng).format(
         article(name)
     )
-    return Question("which_image", text, f"The {ordinal} image.", ordinal)
+    return _one_of_them("which_image", text, holders[name][0], len(scenes))
+
+
+def _one_of_them(kind: str, text: str, place: int, count: int) -> Question:
+    """A question whose answer is one of the images."""
+    said = [(f"The {ordinal} image.", ordinal) for ordinal in ORDINALS[:count]]
+    return _among(kind, text, said[place], said)
 
 
 def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -251,18 +276,21 @@ def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Questi
     """How many of the images show a category?"""
     name = absent_category(scenes[0], rng) if rng.random() < 0.15 else _any_category(scenes, rng)
     count = sum(name in scene.counts for scene in scenes)
-    start = {0: "None of the images shows", 1: "One of the images shows"}.get(count)
-    start = start or f"{NUMBERS[count].capitalize()} of the images show"
-    return Question(
-        "how_many_images", f"How many of the images show {article(name)}?", f"{start} {article(name)}.", str(count)
-    )
+
+    def said(number: int) -> tuple[str, str]:
+        start = {0: "None of the images shows", 1: "One of the images shows"}.get(number)
+        start = start or f"{NUMBERS[number].capitalize()} of the images show"
+        return f"{start} {article(name)}.", str(number)
+
+    options = [said(number) for number in range(len(scenes) + 1)]
+    return _among("how_many_images", f"How many of the images show {article(name)}?", options[count], options)
 
 
 def same_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
     """Do all images have some category in common?"""
     shared = _shared(scenes)
     images = _all_images(len(scenes))
-    yes = f"{images} show {article(shared[0])}" if shared else ""
+    yes = f"{images} show {article((shared or list(scenes[0].counts))[0])}"
     return _yes_no(
         "same_object", f"Is the same object in {images}?", bool(shared), yes, f"{images} show different objects"
     )
@@ -284,7 +312,49 @@ def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
     )
 
 
+def which_lacks(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
+    """Which image has not the category that all others have?"""
+    lacking: dict[str, list[int]] = {
+        name: [i for i, scene in enumerate(scenes) if name not in scene.counts]
+        for name in dict.fromkeys(name for scene in scenes for name in scene.counts)
+    }
+    names = [name for name, images in lacking.items() if len(images) == 1]
+    if not names:
+        return None
+    name = _pick(names, rng)
+    return _one_of_them("which_lacks", f"Which image has no {name}?", lacking[name][0], len(scenes))
+
+
+def odd_one_out(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
+    """Which of three or more images is of another place than the rest, which are of one?"""
+    places = [scene.kind for scene in scenes]
+    odd = [i for i, place in enumerate(places) if places.count(place) == 1]
+    if len(scenes) < 3 or len(set(places)) != 2 or len(odd) != 1:
+        return None
+    text = _pick(("Which image is the odd one out?", "Which image shows another kind of place?"), rng)
+    return _one_of_them("odd_one_out", text, odd[0], len(scenes))
+
+
+def same_place(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
+    """Are all images of one kind of place?"""
+    images, places = _all_images(len(scenes)), list(dict.fromkeys(scene.kind for scene in scenes))
+    yes, no = f"{images} show {places[0]}", f"{images} show different places"
+    return _yes_no("same_place", f"Do {images} show the same kind of place?", len(places) == 1, yes, no)
+
+
+def shared_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
+    """Which category is in all images? None where there is not exactly one."""
+    shared, images = _shared(scenes), _all_images(len(scenes))
+    if len(shared) != 1:
+        return None
+    others = list(dict.fromkeys(name for scene in scenes for name in scene.counts if name != shared[0]))
+    said = {name: (f"{capital(article(name))}.", name) for name in (*shared, *others[:OTHERS])}
+    return _among("shared_object", f"Which object is in {images}?", said[shared[0]], list(said.values()))
+
+
 SINGLE: dict[str, Callable] = {f.__name__: f for f in (existence, choice, counting, position, colour, place)}
 MULTI: dict[str, Callable] = {
     f.__name__: f for f in (which_image, in_all_images, how_many_images, same_object, in_one_image)
 }
+# Only a comparison of the images can answer these; the shipped model's training has no such conversation.
+COMPARISON: dict[str, Callable] = {f.__name__: f for f in (which_lacks, odd_one_out, same_place, shared_object)}

@@ -23,12 +23,14 @@ from ml_collections import ConfigDict
 from lvlm_jax import models, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.parse import as_method
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.llava import LlavaConfig
 from lvlm_jax.pocket import recipe_data as pocket_data
 from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.pocket import tokenizer
-from lvlm_jax.training import loop, registry
+from lvlm_jax.training import loop, records, registry, trained_under
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 STAGES = ("tower", "connector", "everything")
@@ -158,13 +160,13 @@ def place_loss(
 
 
 def conversation_metrics(
-    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
+    module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict, method: Method | None = None
 ) -> dict[str, Mean]:
     """Metrics of stage 3: over the answer tokens of all rectangles of the batch, and over patches."""
     total: dict[str, Mean] = {}
     for part in batch.values():
         image_tokens = sft.encode(module, params, part["images"])
-        logits = sft.next_token_logits(module, params, part["tokens"], image_tokens)
+        logits = sft.next_token_logits(module, params, part["tokens"], image_tokens, method)
         metrics = sft.answer_metrics(logits, part)
         metrics |= patch_metrics(word_logits(module, params, image_tokens, words), part["labels"])
         metrics["place_loss"] = place_loss(module, params, image_tokens, part["labels"], columns)
@@ -231,18 +233,30 @@ class Recipe:
             raise LVLMError(f"{checkpoint} has another vocabulary than the one trained for the pocket world")
         return model.params
 
+    def method(self) -> Method | None:
+        """Under whose attention the last stage learns; None for plain attention.
+
+        Raises:
+            LVLMError: no such method, or one that nothing can be trained under.
+        """
+        method = as_method(self.config.everything.method)
+        if method is not None:
+            trained_under.refuse(method, self.module.config.text.num_layers)
+        return method
+
     def task(self, stage: str, settings: ConfigDict) -> loop.Task:
         """The task of one of `STAGES`."""
         seed, rows = self.config.seed, self.config.evaluation_rows
         shared = (self.module, self.words, self.columns)
         if stage == "everything":
-            metrics = functools.partial(conversation_metrics, *shared)
+            method = self.method()
+            metrics = functools.partial(conversation_metrics, *shared, method=method)
             terms = {"loss": 1.0, "patch_loss": settings.patch_weight, "place_loss": settings.patch_weight}
             parts = {name: pocket_data.Part(**settings[name]) for name in ("single", "several")}
             source = pocket_data.Conversations(
                 seed + 2, self.encoder, **parts, drill=settings.drill, hard=settings.hard
             )
-            score = functools.partial(sft.metrics, self.module)
+            score = functools.partial(sft.metrics, self.module, method=method)
             held_out = pocket_data.held_out(self.encoder, rows)
         else:
             if stage == "tower":
@@ -260,7 +274,10 @@ class Recipe:
         """Writes the Hugging Face checkpoint with its tokenizer and processor, in float16 for a small file."""
         processor = workdir / "processor"
         tokenizer.write_processor(processor, self.encoder)
-        return weights.save_checkpoint(folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True)
+        about = records.record(self.config, self.method() if STAGES[-1] in self.config.stages else None)
+        return weights.save_checkpoint(
+            folder, params, self.module.config, processor, dtype=jnp.float16, overwrite=True, training=about
+        )
 
 
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
@@ -287,6 +304,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.create(config)
+    recipe.method()  # refused before the first stage
     params = recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
     for stage in config.stages:
         settings = settings_of(config, stage)

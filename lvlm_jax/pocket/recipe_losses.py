@@ -8,10 +8,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
+from lvlm_jax.methods import Method
 from lvlm_jax.pixels import CLIP
 from lvlm_jax.training import forward
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
+IMAGES = 4  # no conversation has more
 MEAN, DEVIATION = (np.array(values, np.float32) for values in CLIP)
 
 
@@ -28,12 +30,16 @@ def image_id_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: i
 
 
 def next_token_logits(
-    module: nn.Module, params: Any, tokens: Int[Array, "B T"], image_tokens: Float[Array, "I P E"]
+    module: nn.Module,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    image_tokens: Float[Array, "I P E"],
+    method: Method | None = None,
 ) -> Float[Array, "B T V"]:
-    """Logits of every row: row t predicts token t + 1."""
+    """Logits of every row, under a method or None: row t predicts token t + 1."""
     image_id = image_id_of(tokens, module.config.image_token_id, module.config.tokens_per_image)
     embedded = forward.embed(module, params, tokens, image_tokens)
-    decoded = forward.decode(module, params, image_id, embedded)
+    decoded = forward.decode(module, params, image_id, embedded, method, IMAGES)
     return module.apply({"params": params}, decoded.hidden[0], method="head")
 
 
@@ -48,8 +54,9 @@ def answer_metrics(logits: Float[Array, "B T V"], batch: dict[str, jax.Array]) -
     return {"loss": cross_entropy(logits[:, :-1], targets, mask), "accuracy": accuracy(logits[:, :-1], targets, mask)}
 
 
-def metrics(module: nn.Module, params: Any, batch: dict[str, jax.Array]) -> dict[str, Mean]:
+def metrics(
+    module: nn.Module, params: Any, batch: dict[str, jax.Array], method: Method | None = None
+) -> dict[str, Mean]:
     """`answer_metrics` of one batch from pictures and tokens."""
-    return answer_metrics(
-        next_token_logits(module, params, batch["tokens"], encode(module, params, batch["images"])), batch
-    )
+    image_tokens = encode(module, params, batch["images"])
+    return answer_metrics(next_token_logits(module, params, batch["tokens"], image_tokens, method), batch)

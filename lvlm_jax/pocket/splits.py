@@ -45,8 +45,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
     Raises:
         LVLMError: an unknown split, no images, too few for POPE, or an unusable folder.
     """
-    if split not in SPLITS:
-        raise LVLMError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    known_split(split)
     if images < 1:
         raise LVLMError(f"{images} images asked for; give at least 1")
     folder = Path(folder)
@@ -68,6 +67,13 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
     counts |= _write_questions(folder / "questions", split, scenes, seeds)
     counts |= _write_mme(folder / "MME_Benchmark_release_version", split, scenes, seeds)
     return counts
+
+
+def known_split(split: str) -> str:
+    """The split itself. `LVLMError` if there is none of that name."""
+    if split not in SPLITS:
+        raise LVLMError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    return split
 
 
 def file_name(split: str, index: int) -> str:

@@ -1,7 +1,7 @@
-"""The effects of training on the pocket benchmark: compared models, tables, and conclusions in words.
+"""The effects of flow alignment on the pocket benchmark: compared models, tables, and conclusions in words.
 
-CAPL and its ablation, plain DPO, are judged by questions over several images; flow alignment by POPE and CHAIR. Trained
-models are compared with their base model and with the method that needs no training.
+It is judged by POPE and CHAIR; the trained model stands beside the model it began as, and beside the method that needs
+no training. The page of `lvlm pocket-training` has this part and that of `experiment_report`.
 """
 
 import collections
@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,7 @@ from lvlm_jax.pocket import benchmark as pocket
 from lvlm_jax.training import settings
 from lvlm_jax.version import __version__
 
-# One word is asked for: a sentence about which image it is would be no label.
-SEVERAL = dataclasses.replace(
-    pocket.MULTI_IMAGE,
-    title="Questions over two to four images, to be answered by one word (accuracy)",
-    protocol="mihbench/short",
-)
-PARTS = (SEVERAL, pocket.POPE, pocket.CHAIR)
-PAIR_COLUMNS = {
-    "truncated: chosen likelier": "truncated: chosen likelier",
-    "truncated: moved to chosen": "truncated: moved",
-    "plain: chosen likelier": "plain: chosen likelier",
-    "plain: moved to chosen": "plain: moved",
-}
+PARTS = (pocket.POPE, pocket.CHAIR)
 CLOSE_COLUMNS = {
     "base, 10⁻³ nat": "base",
     "student, 10⁻³ nat": "student",
@@ -45,26 +33,13 @@ CLOSE_COLUMNS = {
 }
 
 BASE = "base"
-WITH_CAPL, CAPL, CAPL_WITH, DPO = (
-    "base, CAPL's attention",
-    "CAPL-trained",
-    "CAPL-trained, CAPL's attention",
-    "DPO-trained",
-)
 WITH_SEVI, ALIGNED = "base, SEVI", "flow-aligned"
-# Comparisons in words, besides each model with the base.
-BESIDE = ((CAPL_WITH, WITH_CAPL), (CAPL_WITH, DPO), (CAPL, DPO), (ALIGNED, WITH_SEVI))
 
 NOTES = """\
 Shares are in per cent, with 95 % bootstrap intervals (images, or prompts, resampled); below them the difference to the
 base with its paired interval. One is "significantly better" than the other where the paired interval of their
 difference lies on the better side of 0, "significantly worse" where it lies on the worse one; else there is "no
 difference shown". Each interval is wrong once in twenty times, so with many of them some say more than there is."""
-PAIR_NOTES = """\
-Pairs about pictures that no training has seen. The chosen answer is the truth, the rejected one what the base said
-otherwise, under truncated attention or (plain) unmodified and sampled: most of the former it prefers by their making.
-"Moved": the chosen answer has gained more likelihood over the base than the rejected one, both models under the
-attention of the row; half of the pairs would by chance."""
 CLOSE_NOTES = """\
 KL(teacher ‖ model) of the next token, mean over the tokens of held-out answers that the teacher gave. The teacher is
 the base under SEVI, the student runs without any method."""
@@ -92,63 +67,47 @@ class Findings:
     compare: Callable[[str, str], Mapping]
 
 
-def arms(base: str, trained: Callable[[str], str], capl: Method, sevi: Method) -> tuple[dict[str, Arm], dict[str, Arm]]:
-    """The models for questions about several images, and those for questions about one.
-
-    Args:
-        trained: recipe -> checkpoint.
-    """
-    several = {
+def arms(base: str, student: str, sevi: Method) -> dict[str, Arm]:
+    """The models that are compared, the base first."""
+    return {
         BASE: Arm(base, None, "base"),
-        WITH_CAPL: Arm(base, capl, "base-capl"),
-        CAPL_WITH: Arm(trained("capl"), capl, "capl-capl"),
-        CAPL: Arm(trained("capl"), None, "capl"),
-        DPO: Arm(trained("dpo"), None, "dpo"),
-    }
-    one = {
-        BASE: several[BASE],
         WITH_SEVI: Arm(base, sevi, "base-sevi"),
-        ALIGNED: Arm(trained("flow_alignment"), None, "flow_alignment"),
+        ALIGNED: Arm(student, None, "flow_alignment"),
     }
-    return several, one
 
 
-def document(
-    config: ConfigDict,
-    base: str,
-    command: str,
-    seconds: Mapping[str, float],
-    statistics: Mapping[str, Mapping],
-    found: Mapping[str, Findings],
-    pairs: Findings,
-    close: Mapping[str, Mapping],
-) -> str:
-    """The page: the setup, the conclusions in words, and the tables.
+def document(config: ConfigDict, base: str, command: str, seconds: Mapping[str, float], parts: Iterable[str]) -> str:
+    """The page: what was done, and the parts with what came of it.
 
     Args:
         config: of `configs/pocket_training.py`.
         base: checkpoint folder.
         command: that made it.
         seconds: of each stage.
-        statistics: of each set of pairs, as `training.pairs` writes them.
-        found: by name of a part of PARTS.
-        pairs: held-out pairs.
-        close: kind of answers -> report of `training.held_out.closeness`.
+        parts: Markdown, each with a heading.
     """
     about = (
         f"{datetime.date.today().isoformat()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
         f"{jax.devices()[0].device_kind}, Python {platform.python_version()}, jax {jax.__version__}, "
         f"lvlm_jax {__version__}, model {Path(base).name} {checkpoint_hash(base)[:12]}."
     )
-    kept = [f"{name} {figures['kept']} of {figures['prompts']} prompts" for name, figures in statistics.items()]
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     lines = ["# What training changes on the pocket model", "", f"    {command}", "", about, ""]
     lines += [f"Seconds, programs compiled and data made on the way included: {took}.", ""]
-    lines += [f"Pairs to learn from: {', '.join(kept)}. Other settings than the recipes' defaults:", ""]
-    lines += [*changes(config), "", NOTES, "", "## What came of it", "", *words(found, pairs, close), ""]
+    lines += ["Settings, those of a recipe where they differ from its defaults:", "", *changes(config), "", NOTES, ""]
+    return "\n".join([*lines, *parts])
+
+
+def section(found: Mapping[str, Findings], close: Mapping[str, Mapping]) -> str:
+    """The part of the page about flow alignment.
+
+    Args:
+        found: by name of a part of PARTS.
+        close: kind of answers -> report of `training.held_out.closeness`.
+    """
+    lines = ["## Flow alignment: SEVI in the weights", "", *words(found, close), ""]
     lines += [pocket.markdown(part, found[part.name].scores) for part in PARTS]
-    lines += ["## Held-out pairs (accuracy)", "", PAIR_NOTES, "", *pocket.table(PAIR_COLUMNS, pairs.scores)]
-    lines += ["", "## How close to the edited teacher", "", CLOSE_NOTES, ""]
+    lines += ["## How close to the edited teacher", "", CLOSE_NOTES, ""]
     return "\n".join([*lines, *pocket.table(CLOSE_COLUMNS, close, "answers"), ""])
 
 
@@ -170,25 +129,21 @@ def _fields(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, ConfigDict) else {"": value}
 
 
-def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Mapping]) -> Iterator[str]:
-    """Lists the differences between models, by a rule on intervals; last, what helped and what harmed."""
+def words(found: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Iterator[str]:
+    """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
     tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
         scores = found[part.name].scores
-        for one, other in _pairs_of(scores):
+        for one, other in ((WITH_SEVI, BASE), (ALIGNED, BASE), (ALIGNED, WITH_SEVI)):
             against = found[part.name].compare(one, other)
             judged = part.benchmark.judged_by(list(against))
             # Who names less, names less that is not there.
             for figure in (*judged, *(name for name in against if name == "recall")):
                 direction = part.benchmark.direction(figure)
-                says, sentence = _sentence(one, other, figure, scores, against[figure], direction)
+                says, sentence = compared(one, other, figure, scores, against[figure], direction)
                 if other == BASE and figure in judged:
                     tally[says].append(f"{one} ({part.name})")
                 yield f"- {part.name}: {sentence}"
-    for figure in (name for name in PAIR_COLUMNS.values() if name.endswith("likelier")):
-        for one in (CAPL_WITH, CAPL, DPO):
-            sentence = _sentence(one, BASE, figure, pairs.scores, pairs.compare(one, BASE)[figure])[1]
-            yield f"- held-out pairs: {sentence}"
     for kind, report in close.items():
         yield f"- {_closer(kind, report['figures'])}"
     better, worse = tally[verdicts.BETTER], tally[verdicts.WORSE]
@@ -199,12 +154,7 @@ def words(found: Mapping[str, Findings], pairs: Findings, close: Mapping[str, Ma
     )
 
 
-def _pairs_of(scores: Mapping) -> Iterator[tuple[str, str]]:
-    yield from ((name, BASE) for name in scores if name != BASE)
-    yield from (both for both in BESIDE if all(name in scores for name in both))
-
-
-def _sentence(
+def compared(
     one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping, direction: int = 1
 ) -> tuple[str, str]:
     """The verdict, and a sentence with its figures."""

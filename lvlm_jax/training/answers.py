@@ -9,6 +9,7 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods import Method
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.training.data.labelled import Labelled
 from lvlm_jax.training.data.pair_files import Conversation, Pair, with_pictures
@@ -68,7 +69,13 @@ def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Answe
 
 
 def answered(
-    model: LVLM, asked: Sequence[AnsweredPrompt], new_tokens: int, batch: int, trainable: Any, frozen: Any
+    model: LVLM,
+    asked: Sequence[AnsweredPrompt],
+    new_tokens: int,
+    batch: int,
+    method: Method | None,
+    trainable: Any,
+    frozen: Any,
 ) -> list[Answer]:
     """Greedy answers of the model in training.
 
@@ -76,6 +83,7 @@ def answered(
         model: the base, for its configuration and processor.
         new_tokens: length of the longest answer.
         batch: prompts at a time.
+        method: the model's, or None.
         trainable, frozen: the two parts of the parameters.
     """
     current = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)
@@ -83,7 +91,7 @@ def answered(
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
         padded = [*some, *[some[-1]] * (batch - len(some))]  # the last batch is padded to full size
-        texts = current.generate([prompt.messages for prompt in padded], max_new_tokens=new_tokens).text
+        texts = current.generate([prompt.messages for prompt in padded], method, max_new_tokens=new_tokens).text
         for prompt, text in zip(some, texts, strict=False):
             first_image = np.asarray(open_image(prompt.images[0])) if prompt.images else None
             replies.append(Answer(prompt.id, prompt.text, prompt.truth, text, first_image))

@@ -12,7 +12,7 @@ from lvlm_jax import models, parallel, weights
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.models.layers import LORA_LEAVES
-from lvlm_jax.training import loop, registry
+from lvlm_jax.training import loop, records, registry
 from lvlm_jax.training import settings as fields
 from lvlm_jax.training.registry import Recipe
 from lvlm_jax.weights import lora, names, parts, peft, peft_settings, quantize
@@ -126,10 +126,12 @@ def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: 
         params = quantize.dequantize(params, config.dtype)
     adapter, merged = parallel.local(unflatten(leaves), first), parallel.local(lora.merge(params), first)
     if first:
+        about = records.of(config, source)
         if config.lora.enabled:
             peft.save_adapter(workdir / "adapter", adapter, model.config, source, config.lora.rslora)
+            records.write(workdir / "adapter", about)
         dtype = jnp.dtype(config.dtype)
-        weights.save_checkpoint(folder, merged, model.config, model.folder, dtype=dtype, overwrite=True)
+        weights.save_checkpoint(folder, merged, model.config, model.folder, dtype=dtype, overwrite=True, training=about)
     multihost_utils.sync_global_devices("export")
     return folder
 

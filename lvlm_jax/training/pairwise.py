@@ -173,7 +173,9 @@ def metrics(
 
 def objective(name: str, **defaults: Any) -> Objective:
     """The objective of that name, with the fields of `FIELDS` and its own defaults."""
-    return Objective(name, task, SECTION, FIELDS | defaults, DOCS, CHECKS, _check)
+    return Objective(
+        name, task, SECTION, FIELDS | defaults, DOCS, CHECKS, _check, method=lambda config: method_of(config.preference)
+    )
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
@@ -183,7 +185,7 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
     samples = with_reference(samples, scorer, settings.reference, workdir)
     chosen = {name: settings[name] for name in ("loss", "beta", "label_smoothing")}
     pure = functools.partial(metrics, scorer, chosen)
-    return samples.task(pure, terms(settings))
+    return samples.task(pure, terms(settings), method=scorer.method)
 
 
 def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:

@@ -59,6 +59,7 @@ class Objective:
         shared: the objective's own defaults for fields that all objectives have.
         divide: (model, config) -> (trainable, frozen), if the trainable parameters are not the model's.
         export: (trained, model, config, workdir) -> the path of the result, if it is not a checkpoint.
+        method: config -> the method whose attention the model learns under; None if there is none.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Objective:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     divide: Callable[[LVLM, ConfigDict], tuple[Any, Any]] | None = None
     export: Callable[[Any, LVLM, ConfigDict, Path], Path] | None = None
+    method: Callable[[ConfigDict], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

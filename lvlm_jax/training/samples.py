@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.lvlm import LVLM
+from lvlm_jax.methods import Method
 from lvlm_jax.training import answers, loop
 from lvlm_jax.training.answers import AnsweredPrompt
 from lvlm_jax.training.data import columns, pair_batches, pair_files, reference
@@ -130,16 +131,23 @@ class Samples:
 
         return dataclasses.replace(self, train=known(self.train), held_out=known(self.held_out))
 
-    def task(self, objective: Objective, terms: Mapping[str, float], measure: Objective | None = None) -> loop.Task:
+    def task(
+        self,
+        objective: Objective,
+        terms: Mapping[str, float],
+        measure: Objective | None = None,
+        method: Method | None = None,
+    ) -> loop.Task:
         """The task of learning from these samples.
 
         Args:
             objective: (trainable, frozen, batch, key) -> metrics; pure.
             terms: weights of the metrics that are minimised.
             measure: the metrics of held-out samples; by default those of `objective`.
+            method: held-out prompts are answered under it.
         """
         config = self.config
         source = self.source
         judge = evaluation(measure or objective, self.held_out, self.encoder, self.part, self.model.mesh)
-        said = functools.partial(answers.answered, self.model, self.asked, config.loop.answer_tokens, self.part)
+        said = functools.partial(answers.answered, self.model, self.asked, config.loop.answer_tokens, self.part, method)
         return loop.Task(config.recipe, objective, terms, source, judge, source.describe, said if self.asked else None)

@@ -35,6 +35,7 @@ PROCESSOR_FILES = (
 )
 # InstructBLIP's second tokenizer, and further chat templates.
 PROCESSOR_FOLDERS = ("qformer_tokenizer", "additional_chat_templates")
+TRAINING = "training.json"  # how a checkpoint or an adapter was trained
 _EXCHANGE = 2  # the same for Linux's renameat2 and macOS's renamex_np
 _HERE = -100  # names are relative to the current folder
 

@@ -13,7 +13,7 @@ from lvlm_jax import files, models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.weights.checkpoint import read_optional
-from lvlm_jax.weights.folder import PROCESSOR_FOLDERS, copy_processor, put_in_place, write_json
+from lvlm_jax.weights.folder import PROCESSOR_FOLDERS, TRAINING, copy_processor, put_in_place, write_json
 from lvlm_jax.weights.plan import Faults
 from lvlm_jax.weights.quantize import refuse_quantized
 from lvlm_jax.weights.safetensors_file import write_safetensors
@@ -44,6 +44,7 @@ def save_checkpoint(
     scheme: str = "hub",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    training: dict | None = None,
 ) -> Path:
     """Writes a checkpoint folder. It appears complete or not at all: everything is written beside it and then renamed.
 
@@ -56,6 +57,7 @@ def save_checkpoint(
         scheme: the naming scheme, one of those of the family's key table.
         max_shard_size: bytes above which the weights are split into several files with an index.
         overwrite: replace an existing checkpoint folder.
+        training: the record of how the parameters came about, written as `training.json`.
 
     Returns:
         The folder.
@@ -74,6 +76,8 @@ def save_checkpoint(
             hf_config = _hf_config(config, {tensor.dtype for tensor in tensors.values()})
             write_json(partial / "config.json", hf_config)
             write_json(partial / "generation_config.json", _generation_config(config, processor_source))
+            if training is not None:
+                write_json(partial / TRAINING, training)
             if processor_source is not None:
                 copy_processor(Path(processor_source), partial, config)
             partial.chmod(0o777 & ~_umask())

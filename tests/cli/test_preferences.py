@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lvlm_jax import methods
-from lvlm_jax.pocket.pairs import sample_prompt
+from lvlm_jax.pocket.pairs import sample_prompts
 from lvlm_jax.training.data import preferences
 from lvlm_jax.training.data.pair_files import read_pairs
 from tests.cli.command import refuses, run
@@ -37,14 +37,16 @@ def test_pairs_of_the_pocket_world(command, stand_in, tmp_path):
     assert code == 0 and "written to out/pairs.jsonl" in out
     training, validation = (read_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("pairs", "validation"))
     assert (len(training), len(validation)) == (9, 3)
+    drawn = [asked for _, asked in sample_prompts(12, seed=2)]
     for pair in (*training, *validation):
-        scenes, _, text, truth = sample_prompt(int(pair.id.split("/")[1]), seed=2)
-        assert (pair.chosen, len(pair.images)) == (truth, len(scenes))
-        assert pair.rejected == f"truncated {text}"
+        asked = drawn[int(pair.id.split("/")[1])]
+        assert (pair.chosen, len(pair.images)) == (asked.truth, len(asked.scenes))
+        assert pair.rejected == f"truncated {asked.text}"
     line = json.loads((tmp_path / "out" / "pairs.jsonl").read_text().split("\n")[0])
     assert all((tmp_path / "out" / name).is_file() for name in line["images"])
     figures = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert (figures["prompts"], figures["kept"], figures["corrected"]) == (12, 12, 1.0)
+    assert figures["negation"] == 0.5 and figures["rejected_by"] == {"answer": 12, "sample": 0, "option": 0}
     # Again with another corrector: the answers are in the log, and no model is asked.
     asked = len(stand_in.calls)
     assert command(*words, "--corrector", "none")[0] == 0
@@ -73,6 +75,34 @@ def test_flags_reach_the_model_and_the_record(command, stand_in, tmp_path):
     chosen, rejected = stand_in.calls[2:]
     assert code == 0 and chosen["method"] == methods.CAPL(rho=0.9) and rejected["method"] is None
     assert (chosen["temperature"], rejected["temperature"]) == (0.0, 1.0)
+
+
+def test_pairs_that_teach_to_contradict_the_model_are_refused_with_the_figure(command, stand_in, tmp_path):
+    """The model says "cross ..." and, rejected, "truncated ..."; of four prompts it has one right."""
+    rows = [
+        {
+            "images": ["a_0.png"],
+            "prompt": f"{name}?",
+            "truth": "cross d?" if name == "d" else "Yes",
+            "wrong": ["no"],
+            "id": name,
+        }
+        for name in "abcd"
+    ]
+    write_lines(tmp_path / "p.jsonl", rows)
+    write_lines(tmp_path / "c.jsonl", [{"id": row["id"], "chosen": row["truth"]} for row in rows])
+    words = ("--prompts", "p.jsonl", "--model", "m", "--corrector", "c.jsonl", "--out", "out")
+    stand_in.rejected = "cross"
+    code, _, error = command(*words)
+    assert code == 2 and "100.0 % of 3 pairs are won by a policy that only contradicts the model" in error
+    assert not (tmp_path / "out" / "pairs.jsonl").exists()
+    assert command(*words, "--max-negation", 1)[0] == 0
+    code, out, _ = command(*words[:-1], "ladder", "--ladder", "--max-negation", 0.75)
+    assert code == 0 and "won by contradicting     0.75" in out
+    pairs = {pair.id: pair.rejected for pair in read_pairs(tmp_path / "ladder" / "pairs.jsonl")}
+    assert pairs["a"] == "cross a?" and pairs["d"].startswith("cross d? ")  # a sample of it, with its seed
+    write_lines(tmp_path / "p.jsonl", [{"images": ["a_0.png"], "prompt": "What?"}])
+    assert "--ladder needs the truth of every prompt" in command(*words[:4], "--ladder")[2]
 
 
 def test_pairs_of_a_model(command, model, checkpoint, tmp_path):
@@ -111,7 +141,7 @@ def test_pairs_that_are_there(command, monkeypatch, capsys, tmp_path):
     assert {training.id, held.id} == {"4", "6"} and training.images != held.images
     for words, message in (
         (("--pairs", "out/pairs.jsonl", "--out", "out"), "would be overwritten"),
-        (("--pairs", "rlhf_v.jsonl", "--model", "pocket"), "leave --model and --corrector out"),
+        (("--pairs", "rlhf_v.jsonl", "--model", "pocket"), "leave --model, --corrector and --ladder out"),
         (("--pairs", "missing.jsonl"), "cannot be read"),
     ):
         refuses(monkeypatch, capsys, message, "preferences", *words)

@@ -26,6 +26,7 @@ from tests.fuzz.samples import PAIRS, PROMPTS
 COMPUTES = (
     "lvlm.LVLM.from_pretrained", "cli.convert.convert", "planning.plan.plan", "planning.plan.simulate",
     "pocket.benchmark_run.run", "pocket.splits.write_split", "pocket.training.run", "pocket.pairs.write_prompts",
+    "pocket.experiment.run", "pocket.balanced.write",
     "cli.preferences.write_prompts", "training.finetune.train", "cli.train.enable_cache", "parallel.start",
     "cli.fit.write_pairs", "verification.run.checks",
 )  # fmt: skip
@@ -72,7 +73,9 @@ LINES = {
     "verify": ("pocket --record r.json --methods cmac,vcd --scratch .", "pocket --files-only --methods none"),
     "pocket-world": ("--out o --split test --images 3 --seed 1", "--sample s.png"),
     "pocket-benchmark": ("--methods vcd sevi-focused --images 5 --captions 5 --batch-size 2 --out o --markdown m.md",),
-    "pocket-training": ("--out o --steps 2 --images 10 --captions 10 --config.dpo.steps=3 --resamples 5",),
+    "pocket-training": (
+        "--out o --steps 2 --images 10 --captions 10 --parts capl --config.preference.steps=3 --resamples 5",
+    ),
     "pocket-report": ("--images 20 --batch-size 2 --seed 1 --out o",),
 }  # fmt: skip
 

@@ -99,6 +99,8 @@ def test_complaints(tmp_path, monkeypatch, capsys):
     words = ["--config", "configs/pocket.py", "--workdir", str(tmp_path)]
     with pytest.raises(LVLMError, match="stage 'polish' is unknown"):
         train.main([*words, "--config.stages=('polish',)"])
+    with pytest.raises(LVLMError, match="nothing can be trained under PAI"):
+        train.main([*words, "--config.everything.method=pai"])
     with pytest.raises(LVLMError, match=r"no key everything.step; did you mean everything.steps\?"):
         train.main([*words, "--config.everything.step=5"])
     monkeypatch.setattr(sys, "argv", ["train.py", *words, "--config.recipe=soup"])

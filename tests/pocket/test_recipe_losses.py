@@ -5,6 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lvlm_jax import LVLM, models
+from lvlm_jax.methods import CAPL, VAF
 from lvlm_jax.pocket import recipe as pocket
 from lvlm_jax.pocket import recipe_losses as sft
 from lvlm_jax.pocket import tokenizer
@@ -31,17 +32,18 @@ def rows(config, lengths, images, width):
     return tokens, jnp.asarray(rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8))
 
 
-def test_rows_have_the_logits_of_generation(tiny):
+@pytest.mark.parametrize("method", [None, CAPL(rho=0.6), VAF(layers=(0,))], ids=["plain", "capl", "vaf"])
+def test_rows_have_the_logits_of_generation(tiny, method):
     """Images go to their rows in reading order, and padding changes nothing."""
     module, lengths = models.build(tiny.config), np.array([80, 150])
     tokens, images = rows(tiny.config, lengths, [1, 2], 150)
     valid = np.arange(150) < lengths[:, None]
     inputs = {"input_ids": tokens, "attention_mask": valid, "pixel_values": np.asarray(sft.pixels(images))}
     encoded = sft.encode(module, tiny.params, images)
-    found = jax.jit(lambda *given: sft.next_token_logits(module, *given))(tiny.params, tokens, encoded)
-    expected = np.asarray(tiny.logits(inputs))
+    found = jax.jit(lambda *given: sft.next_token_logits(module, *given, method))(tiny.params, tokens, encoded)
+    expected = np.asarray(tiny.logits(inputs, method))
     np.testing.assert_allclose(found[valid], expected[valid], rtol=0, atol=1e-5)
-    swapped = np.asarray(tiny.logits(inputs | {"pixel_values": inputs["pixel_values"][[0, 2, 1]]}))
+    swapped = np.asarray(tiny.logits(inputs | {"pixel_values": inputs["pixel_values"][[0, 2, 1]]}, method))
     assert np.abs(swapped - expected)[1, 130:].max() > 1e-3
 
 

@@ -1,11 +1,10 @@
-"""The pocket recipes: data, stages that are done once, the benchmark, what is said of it, and the whole path."""
+"""Flow alignment on the pocket model: data, the stages, the benchmark, what is said of it."""
 
 import json
 import re
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from lvlm_jax import models
@@ -15,7 +14,8 @@ from lvlm_jax.evaluation import get, rescore
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.pocket import training as tool
 from lvlm_jax.pocket import training_report as pocket_training
-from lvlm_jax.pocket.pairs import DESCRIPTION, sample_prompt
+from lvlm_jax.pocket.pairs import sample_prompts
+from lvlm_jax.pocket.stages import Setup
 from lvlm_jax.pocket.training_report import BASE, Arm, Findings
 from lvlm_jax.training import held_out, settings
 from lvlm_jax.training.data import pair_batches
@@ -25,25 +25,24 @@ from lvlm_jax.training.objectives import flow_alignment
 from lvlm_jax.weights import names
 from tests.evaluation.fakes import Oracle
 from tests.training import pair_sets
-from tests.training.stand_in import StandIn
 
-SMALL = ["--config.pairs.prompts=4", "--config.pairs.held_out=3", "--config.answers.prompts=3",
-         "--config.answers.held_out=2", "--config.answers.describe=0.5"]  # fmt: skip
+SMALL = ["--config.answers.prompts=3", "--config.answers.held_out=2", "--config.answers.describe=0.5"]
 
 
 def setup(out, *words):
-    return tool.Setup(settings.read(command.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
+    return Setup(settings.read(command.SETTINGS, [*SMALL, *words]), out, 16, 20, 10, 10)
 
 
 def test_the_settings_are_recipes():
     config = settings.read(command.SETTINGS)
-    for recipe in tool.RECIPES:
+    recipes = [recipe for part in command.PARTS for recipe in command.RECIPES[part]]
+    for recipe in recipes:
         settings.check(config[recipe])
-        assert config[recipe].recipe == recipe and config[recipe].steps > 0
-    assert (config.capl.preference.method, config.dpo.preference.method) == ("capl", "none")
+        assert config[recipe].steps > 0
+    assert (config.base.sft.method, config.preference.recipe) == ("capl", "capl")
     lines = list(pocket_training.changes(config))
-    assert "model pocket" in lines[0] and "pairs prompts 2000" in lines[0]
-    assert [line.split(":")[0] for line in lines[1:]] == [f"- {recipe}" for recipe in tool.RECIPES]
+    assert "model pocket" in lines[0] and "pairs prompts 5000" in lines[0]
+    assert {line.split(":")[0] for line in lines[1:]} == {f"- {recipe}" for recipe in recipes}
 
 
 def test_a_stage_is_done_once_and_goes_on(tmp_path):
@@ -54,37 +53,23 @@ def test_a_stage_is_done_once_and_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         own.stage("a", {"n": 1}, broken)
-    assert own.stage("a", {"n": 1}, lambda: done.append(1)) >= 0
-    assert own.stage("a", {"n": 1}, lambda: done.append(2)) >= 0
-    assert done == [1]
+    own.stage("a", {"n": 1}, lambda: done.append(1))
+    own.stage("a", {"n": 1}, lambda: done.append(2))
+    assert done == [1] and own.seconds["a"] >= 0
     with pytest.raises(LVLMError, match=r"a' was made with other settings \(n: 1, now 2\); repeat those"):
         own.stage("a", {"n": 2}, lambda: done.append(3))
 
 
-def test_pairs_to_learn_from_and_held_out(tmp_path, monkeypatch):
-    model, own = StandIn(), setup(tmp_path)
-    monkeypatch.setattr(tool.preferences.LVLM, "from_pretrained", lambda path, dtype: model)
+def test_prompts_to_learn_from_and_held_out(tmp_path):
+    own = setup(tmp_path)
     tool.draw_prompts(own)
-    tool.make_pairs(own)
-    for rejected in tool.preferences.REJECTED:
-        for held, seed, count in ((False, 0, 4), (True, 1, 3)):
-            pairs = read_pairs(own.pairs(rejected, held))
-            assert len(pairs) == count
-            for pair in pairs:
-                index = int(pair.id.split("/")[1])
-                scenes, _, text, truth = sample_prompt(index, seed, single=0.0)
-                assert pair.chosen == truth and len(pair.images) == len(scenes) > 1
-                assert pair.rejected.startswith(f"{rejected} {text}")
-    prompts = [json.loads(line) for line in own.prompts("one").read_text().splitlines()]
-    assert len(prompts) == 3 and all(len(row["images"]) == 1 for row in prompts)
-    drawn = [sample_prompt(index, 0, 1.0, 0.5) for index in range(3)]
-    assert [row["prompt"] for row in prompts] == [text for _, _, text, _ in drawn]
-    assert {kind == DESCRIPTION for _, kind, _, _ in drawn} == {True, False}
-    asked = len(model.calls)
-    tool.make_pairs(own)
-    assert len(model.calls) == asked
+    for name, seed, count in (("one", 0, 3), ("one-held-out", 1, 2)):
+        prompts = [json.loads(line) for line in tool.prompts_of(own, name).read_text().splitlines()]
+        drawn = [asked for _, asked in sample_prompts(count, seed, 1.0, 0.5)]
+        assert [row["prompt"] for row in prompts] == [asked.text for asked in drawn]
+        assert all(len(row["images"]) == 1 for row in prompts)
     with pytest.raises(LVLMError, match=r"prompts' was made with other settings"):
-        tool.draw_prompts(setup(tmp_path, "--config.pairs.prompts=5"))
+        tool.draw_prompts(setup(tmp_path, "--config.answers.prompts=5"))
 
 
 def test_models_on_the_benchmark(tmp_path):
@@ -112,15 +97,6 @@ def values(scores, resamples=20):
     return {name: figure["value"] for name, figure in rescore.report(scores, resamples)["figures"].items()}
 
 
-def test_accuracy_of_pairs():
-    """Three pairs: chosen likelier, rejected likelier but less than before, rejected likelier and more so."""
-    policy = {"set": np.array([[-1.0, -2.0], [-3.0, -2.0], [-9.0, -2.0]])}
-    before = {"set": np.array([[-1.0, -2.5], [-5.0, -2.0], [-4.0, -2.0]])}
-    ids, third = {"set": ["a", "b", "c"]}, pytest.approx(1 / 3, abs=1e-6)
-    assert values(held_out.pair_scores(ids, policy, before)) == {"set: chosen likelier": third, "set: moved": third}
-    assert values(held_out.pair_scores(ids, before)) == {"set: chosen likelier": third, "set: moved": None}
-
-
 def close_row(number, tokens, base, own, base_agreement, agreement):
     kl = {"base_answer_kl": base, "answer_kl": own}
     return {"id": number, "tokens": tokens, "base_agreement": base_agreement, "agreement": agreement} | kl
@@ -134,14 +110,9 @@ def test_closeness_is_of_tokens():
     assert 2 <= low <= high <= 6
 
 
-def test_log_probabilities_and_distances_of_a_model(model, tmp_path):
+def test_distances_of_a_model(model, tmp_path):
     encoder = Encoder(model.processor, model.config)
     pairs = read_pairs(pair_sets.write(tmp_path))
-    rows = pair_batches.rows_of(pairs, encoder.pair, encoder, 95, "error")
-    found = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
-    assert found.shape == (5, 2) and (found < 0).all()
-    again = held_out.pair_logprobs(model, rows, encoder, None, tmp_path / "cache", 5)
-    np.testing.assert_array_equal(found, again)
     chosen = [Conversation(pair.images, [*pair.prompt, assistant(pair.chosen)], pair.id) for pair in pairs]
     conversations = pair_batches.rows_of(chosen, encoder.conversation, encoder, 95, "error")
     sevi = SEVI(omega=2.0, kappa=0.4, start_layer=0)
@@ -174,38 +145,31 @@ def findings(names, change, *figures):
 
 
 def test_what_is_said_follows_from_the_intervals():
-    several, one = map(list, pocket_training.arms("base", str, None, None))
+    one = list(pocket_training.arms("base", "student", None))
     found = {
-        "multi_image": findings(several, 0.05, "accuracy"),
         "pope": findings(one, 0.0, "mean: accuracy"),
         "chair": findings(one, 0.05, "C_S"),  # here less is better
     }
-    both = findings(several, 0.1, "truncated: chosen likelier", "plain: chosen likelier")
     close = {"all": rescore.report(held_out.closeness([close_row(name, 2, 0.4, 0.1, 1, 2) for name in "ab"]), 20)}
-    said = list(pocket_training.words(found, both, close))
-    figures = "60.0 against 50.0, difference +10.0 (95 % interval +9.0 to +11.0; n 40)."
-    better = f"{pocket_training.CAPL_WITH} is significantly better than base on accuracy"
-    assert f"- multi_image: {better}: {figures}" in said
-    assert any("DPO-trained on accuracy" in line and "significantly worse" in line for line in said)
+    said = list(pocket_training.words(found, close))
     for sentence in (
         "- pope: No difference shown between flow-aligned and base on mean: accuracy",
-        "- chair: Flow-aligned is significantly worse than base on C_S",
+        "- chair: Flow-aligned is significantly worse than base on C_S: 60.0 against 50.0, difference +10.0",
         "- closer to the teacher (all): the student is closer than the base, by the factor 4.00 (4.00 to 4.00)",
     ):
         assert any(line.startswith(sentence) for line in said)
-    assert "Of 8 comparisons with the base, 4 are for the model" in said[-1]
+    assert "Of 4 comparisons with the base, 0 are for the model (none)" in said[-1]
     assert "2 against it (base, SEVI (chair), flow-aligned (chair))" in said[-1]
-    statistics = {"truncated": {"kept": 3, "prompts": 9}}
-    given = settings.read(command.SETTINGS), names.checkpoint("pocket"), "command", {"pairs": 2.0}, statistics
-    page = pocket_training.document(*given, found, both, close)
-    assert "truncated 3 of 9 prompts" in page and "## How close to the edited teacher" in page
-    assert len(re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)) == 5
+    given = settings.read(command.SETTINGS), names.checkpoint("pocket"), "command", {"prompts": 2.0}
+    page = pocket_training.document(*given, [pocket_training.section(found, close)])
+    assert "prompts 2." in page and "## How close to the edited teacher" in page
+    assert len(re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)) == 3
 
 
 def test_settings_that_cannot_be(tmp_path):
     for word, message in (
         ("--config.nothing=1", "has no key nothing"),
-        ("--config.capl.lora.rank=0", "lora.rank is 0; expected at least 1"),
+        ("--config.preference.lora.rank=0", "lora.rank is 0; expected at least 1"),
         ("--steps=0", "0 is out of range"),
     ):
         with pytest.raises(LVLMError, match=message):

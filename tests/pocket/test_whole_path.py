@@ -3,8 +3,8 @@
 import pytest
 
 from lvlm_jax.cli import pocket_training as command
-from lvlm_jax.errors import LVLMError
-from lvlm_jax.pocket import training as tool
+from lvlm_jax.pocket import experiment, training
+from lvlm_jax.training import records
 
 pytestmark = [pytest.mark.slow, pytest.mark.full_compiler]  # its programs run for minutes
 
@@ -13,22 +13,22 @@ def test_the_whole_path(tmp_path, monkeypatch):
     target = tmp_path / "page.md"
     words = [
         "--out", str(tmp_path / "run"), "--steps", "2", "--images", "10", "--captions", "10", "--resamples", "20",
-        "--batch-size", "16",
-        "--markdown", str(target), "--config.pairs.prompts=24", "--config.pairs.held_out=16",
-        "--config.pairs.batch=8", "--config.answers.prompts=8", "--config.answers.held_out=4",
-        "--config.capl.batch=2", "--config.dpo.batch=2", "--config.flow_alignment.batch=4",
+        "--batch-size", "16", "--markdown", str(target),
+        "--config.talks.count=16", "--config.talks.held_out=4", "--config.base.batch=4", "--config.gate=-1",
+        "--config.pairs.prompts=24", "--config.pairs.batch=8", "--config.pairs.max_negation=1", "--config.seeds=(0,)",
+        "--config.sft.batch=2", "--config.preference.batch=2", "--config.questions=60", "--config.rounds=1",
+        "--config.answers.prompts=8", "--config.answers.held_out=4", "--config.flow_alignment.batch=4",
     ]  # fmt: skip
     assert command.main(words) == 0
     page = target.read_text()
-    for title in ("What came of it", "Descriptions (CHAIR)", "Held-out pairs", "How close to the edited"):
+    for title in ("CAPL: pairs, attention, and both", "Descriptions (CHAIR)", "How close to the edited"):
         assert f"## {title}" in page
-    assert "- Of 8 comparisons with the base" in page and "model checkpoint" in page
-    for recipe in tool.RECIPES:
-        assert (tmp_path / "run" / recipe / "adapter" / "adapter_config.json").is_file()
-    monkeypatch.setattr(tool.finetune, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(tool.preferences, "answered", lambda *_: pytest.fail("asked again"))
+    assert "- Of 4 comparisons with the base" in page and "model checkpoint" in page
+    capl = records.read(tmp_path / "run" / "arms" / "capl-0" / "export")
+    assert capl["method"]["name"] == capl["model"]["training"]["method"]["name"] == "CAPL"
+    for module in (experiment, training):
+        monkeypatch.setattr(module.finetune, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment.preferences, "answered", lambda *_: pytest.fail("asked again"))
     assert command.main(words) == 0
-    tables = [text[text.index("## What came of it") :] for text in (page, target.read_text())]
+    tables = [text[text.index("## CAPL") :] for text in (page, target.read_text())]
     assert tables[0] == tables[1]
-    with pytest.raises(LVLMError, match=r"capl' was made with other settings \(config.optimizer.peak"):
-        command.main([*words, "--config.capl.optimizer.peak=1e-3"])

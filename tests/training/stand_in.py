@@ -18,10 +18,12 @@ class StandIn:
         batches: the texts of each batch that was prepared.
         calls: keyword arguments of each call of `generate`.
         killed_at: number of the call of `generate` that a kill ends, counted from 0.
+        rejected: how answers under truncated attention begin.
     """
 
     def __init__(self, killed_at: int | None = None):
         self.batches, self.calls, self.killed_at = [], [], killed_at
+        self.rejected = "truncated"
 
     def prepare(self, conversations):
         texts = [
@@ -38,6 +40,7 @@ class StandIn:
             raise KeyboardInterrupt
         self.calls.append(options)
         mode = options["method"].mode if options["method"] else "plain"
+        mode = self.rejected if mode == "truncated" else mode
         said = [
             f" {mode} {text}" + (f" {seed}" if options["temperature"] else "")
             for text, seed in zip(texts, options["seed"], strict=True)

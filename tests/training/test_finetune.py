@@ -9,7 +9,7 @@ import pytest
 
 from lvlm_jax import LVLM, parallel
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training import finetune
+from lvlm_jax.training import finetune, records
 from lvlm_jax.training.objectives import flow_alignment
 from lvlm_jax.weights import lora, peft, quantize
 from lvlm_jax.weights.tables import flatten, unflatten
@@ -136,6 +136,19 @@ def test_full_fine_tuning_keeps_the_base_for_a_recipe_that_needs_it(checkpoint, 
     finetune.train(config_for(checkpoint, data, recipe="flow_alignment", lora={"enabled": False}), tmp_path)
     assert not moved(seen["trainable"], seen["frozen"][flow_alignment.BASE])
     assert (tmp_path / "export" / "config.json").is_file()
+
+
+def test_the_record_says_under_which_method_and_on_what_a_model_was_trained(checkpoint, data, tmp_path, monkeypatch):
+    """SFT under CAPL, then DPO of what came out, under plain attention."""
+    monkeypatch.setattr(finetune.loop, "train", lambda task, trainable, *rest: trainable)
+    first = finetune.train(config_for(checkpoint, data, sft={"method": "capl:rho=0.8"}), tmp_path / "sft")
+    finetune.train(config_for(str(first), data, recipe="dpo"), tmp_path / "dpo")
+    said = records.read(tmp_path / "dpo" / "export")
+    assert said == records.read(tmp_path / "dpo" / "adapter") and records.read(checkpoint) is None
+    assert (said["recipe"], said["method"], said["model"]["name"]) == ("dpo", None, str(first))
+    before = said["model"]["training"]
+    assert before["recipe"] == "sft" and before["model"]["training"] is None
+    assert (before["method"]["name"], before["method"]["rho"], before["method"]["mode"]) == ("CAPL", 0.8, "cross")
 
 
 @pytest.mark.parametrize(

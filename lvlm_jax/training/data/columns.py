@@ -12,7 +12,7 @@ from lvlm_jax.errors import LVLMError
 # Columns that describe a row; training does not depend on them.
 DESCRIBING = frozenset(
     "idx question_id image_id source dataset ds_name origin_dataset origin_split split subset category kind task topic "
-    "language url license truth answer_type model chosen_model rejected_model".split()
+    "language url license truth answer_type wrong model chosen_model rejected_model".split()
 )
 
 

@@ -28,10 +28,10 @@ from absl import logging
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
-from lvlm_jax.processors import inputs, templates
+from lvlm_jax.processors import answer_tokens, inputs, templates
+from lvlm_jax.processors.answer_tokens import Tokens
 from lvlm_jax.processors.layout import bucket, multimodal_positions, multiple_of, number_images
-from lvlm_jax.training.data import answer_tokens, pictures
-from lvlm_jax.training.data.answer_tokens import Tokens
+from lvlm_jax.training.data import pictures
 from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.data.pictures import Placeholders, Runs, opened_rgb, size_of
 

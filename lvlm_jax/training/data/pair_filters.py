@@ -24,6 +24,9 @@ REASONS = {
 }
 
 
+ANSWERS = 8  # a kind of prompt with more different answers than these is not balanced
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """Two answers to one prompt.
@@ -33,6 +36,8 @@ class Candidate:
         rejected: the answer to learn to avoid.
         corrected: whether the corrector changed the chosen answer.
         unfinished: whether one of the answers was cut off.
+        own: the model's answer on the chosen side, before any correction; None if no model was asked.
+        rung: the source of the rejected answer, one of `ladder.RUNGS`; "" without a ladder.
     """
 
     prompt: Prompt
@@ -40,6 +45,8 @@ class Candidate:
     rejected: str
     corrected: bool = False
     unfinished: bool = False
+    own: str | None = None
+    rung: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +111,27 @@ def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candid
     counts = Counter(reasons)
     remaining = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
     return remaining, {reason: counts[reason] for reason in REASONS}
+
+
+def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
+    """Equally many candidates with each chosen answer, for each kind of prompt and number of images; in order.
+
+    The kind is the prompt's field `kind`. Answers are the same if they have the same `answer_type`, or without that
+    field the same words. The remaining candidates are drawn at random. Kinds with more than `ANSWERS` different answers
+    do not change, because no constant answer fits them.
+    """
+    kinds: dict[tuple, dict[str, list[int]]] = {}
+    for place, candidate in enumerate(candidates):
+        extra = candidate.prompt.extra
+        answer = str(extra.get("answer_type") or normalised(candidate.chosen))
+        group = kinds.setdefault((str(extra.get("kind", "")), len(candidate.prompt.images)), {})
+        group.setdefault(answer, []).append(place)
+    rng, kept = np.random.default_rng([29, seed]), []
+    for answers in kinds.values():
+        fewest = min(map(len, answers.values()))
+        for places in answers.values():
+            kept += places if len(answers) > ANSWERS else rng.permutation(places)[:fewest].tolist()
+    return [candidates[place] for place in sorted(kept)]
 
 
 def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tuple[list[Candidate], list[Candidate]]:

@@ -12,19 +12,21 @@ not have (CAPL: truncated attention, in which images do not see each other). Can
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.files import write_whole
 from lvlm_jax.generation.jobs import Answer
 from lvlm_jax.journal import progress
 from lvlm_jax.journal.log import AnswerLog, expect, seed_of, text_of
 from lvlm_jax.methods import Method
+from lvlm_jax.training.data import ladder
 from lvlm_jax.training.data.correctors import Corrector
 from lvlm_jax.training.data.pair_files import write_pairs
-from lvlm_jax.training.data.pair_filters import Candidate, Filters, hold_out, normalised, sift, statistics
+from lvlm_jax.training.data.pair_filters import Candidate, Filters, balance, hold_out, normalised, sift, statistics
 from lvlm_jax.training.data.prompts import Prompt
 
 SIDES = ("chosen", "rejected")
@@ -47,6 +49,8 @@ class Plan:
         top_p: for both, if they sample.
         max_new_tokens: longest answer.
         seed: each answer's seed is made from this one, its side and its prompt's id.
+        samples: largest number of answers drawn on the rejected side, at temperature 1, for a prompt whose rejected
+            answer is right (`ladder`); 0 draws none.
     """
 
     chosen: Side
@@ -54,15 +58,21 @@ class Plan:
     top_p: float = 1.0
     max_new_tokens: int = 128
     seed: int = 0
+    samples: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model's two answers to one prompt, before any correction."""
+    """A model's answers to one prompt, before any correction.
+
+    Attributes:
+        samples: further answers of the rejected side; unfinished ones are left out.
+    """
 
     id: str
     chosen: Answer
     rejected: Answer
+    samples: tuple[str, ...] = ()
 
     def entry(self) -> dict[str, Any]:
         """The line of the log: `{id, chosen, chosen_finish_reason, chosen_tokens, rejected, ...}`."""
@@ -70,7 +80,7 @@ class Answers:
         for side in SIDES:
             answer = getattr(self, side)
             entry |= {side: answer.text, f"{side}_finish_reason": answer.finish_reason, f"{side}_tokens": answer.tokens}
-        return entry
+        return entry | ({"samples": list(self.samples)} if self.samples else {})
 
     @classmethod
     def of_entry(cls, entry: Mapping[str, Any]) -> tuple[str, "Answers"]:
@@ -79,7 +89,10 @@ class Answers:
         for side in SIDES:
             expect(entry, {side: str, f"{side}_finish_reason": str, f"{side}_tokens": int})
         sides = {side: Answer(entry[side], entry[f"{side}_finish_reason"], entry[f"{side}_tokens"]) for side in SIDES}
-        return entry["id"], cls(entry["id"], **sides)
+        samples = entry.get("samples", [])
+        if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
+            raise LVLMError(f"samples is {shown(samples)}; expected a list of strings")
+        return entry["id"], cls(entry["id"], **sides, samples=tuple(samples))
 
 
 def answer(
@@ -135,24 +148,36 @@ def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: i
 def _generate(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
     padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # the last batch is padded to full size
     prepared = model.prepare([prompt.conversation() for prompt in padded])
-    outputs = {}
-    for name in SIDES:
-        side: Side = getattr(plan, name)
+
+    def generate(side: Side, stream: str) -> list[Answer]:
         output = model.generate(
             prepared,
             method=side.method,
             max_new_tokens=plan.max_new_tokens,
             temperature=side.temperature,
             top_p=plan.top_p,
-            seed=[seed_of(plan.seed, f"{name}/{prompt.id}") for prompt in padded],
+            seed=[seed_of(plan.seed, f"{stream}/{prompt.id}") for prompt in padded],
         )
-        outputs[name] = [
-            Answer(text.strip(), reason, len(tokens))
-            for text, reason, tokens in zip(output.text, output.finish_reason, output.tokens, strict=True)
+        answers = zip(output.text, output.finish_reason, output.tokens, strict=True)
+        return [Answer(text.strip(), reason, len(tokens)) for text, reason, tokens in answers]
+
+    chosen, rejected = (generate(getattr(plan, name), name)[: len(batch)] for name in SIDES)
+    samples: list[list[str]] = [[] for _ in batch]
+    sampling = dataclasses.replace(plan.rejected, temperature=1.0)
+    for number in range(plan.samples):
+        texts = [[answer.text, *more] for answer, more in zip(rejected, samples, strict=True)]
+        right = [
+            all(ladder.alike(text, prompt.truth) for text in several)
+            for prompt, several in zip(batch, texts, strict=True)
         ]
+        if not any(right):
+            break
+        for place, answer in enumerate(generate(sampling, f"sample {number}")[: len(batch)]):
+            if right[place] and answer.finish_reason == "stop":
+                samples[place].append(answer.text)
     return [
-        Answers(prompt.id, chosen, rejected)
-        for prompt, chosen, rejected in zip(batch, outputs["chosen"], outputs["rejected"], strict=False)
+        Answers(prompt.id, *answers, tuple(more))
+        for prompt, *answers, more in zip(batch, chosen, rejected, samples, strict=True)
     ]
 
 
@@ -189,20 +214,26 @@ def correct(
 
 
 def candidates(
-    prompts: Sequence[Prompt], answers: Mapping[str, Answers], corrected: Mapping[str, str]
+    prompts: Sequence[Prompt], answers: Mapping[str, Answers], corrected: Mapping[str, str], plan: Plan | None = None
 ) -> list[Candidate]:
-    """The candidates of all answered prompts, in the order of the prompts."""
+    """The candidates of all answered prompts, in the order of the prompts.
+
+    Args:
+        plan: with `samples`, rejected answers are those of the ladder (`ladder.rejected`).
+    """
     result = []
     for prompt in prompts:
         if prompt.id not in answers:
             continue
         answer_pair, chosen = answers[prompt.id], corrected[prompt.id]
         is_corrected = normalised(chosen) != normalised(answer_pair.chosen.text)
-        # A corrected answer counts as finished.
-        cut = answer_pair.rejected.finish_reason != "stop" or (
-            not is_corrected and answer_pair.chosen.finish_reason != "stop"
-        )
-        result.append(Candidate(prompt, chosen, answer_pair.rejected.text, is_corrected, cut))
+        rejected, rung = answer_pair.rejected.text, ""
+        if plan is not None and plan.samples:
+            rejected, rung = ladder.rejected(prompt, rejected, answer_pair.samples, plan.seed)
+        # A corrected answer counts as finished, and so does one from the upper rungs.
+        cut = rung in ("", ladder.RUNGS[0]) and answer_pair.rejected.finish_reason != "stop"
+        cut |= not is_corrected and answer_pair.chosen.finish_reason != "stop"
+        result.append(Candidate(prompt, chosen, rejected, is_corrected, cut, answer_pair.chosen.text, rung))
     return result
 
 
@@ -214,6 +245,8 @@ def write(
     filters: Filters,
     holdout: float = 0.0,
     seed: int = 0,
+    balanced: bool = False,
+    max_negation: float = 1.0,
 ) -> dict[str, Any]:
     """Filters candidates, splits the rest, and writes the pairs with their statistics and record.
 
@@ -223,13 +256,16 @@ def write(
         prompts: number of prompts.
         record: everything that determined the candidates; the settings of this step are added.
         holdout: share of the pairs for validation.jsonl; 0 writes no such file.
-        seed: seed for choosing those.
+        seed: seed for choosing those, and for choosing what remains when pairs are balanced.
+        balanced: whether to make each kind's chosen answers equally frequent (`pair_filters.balance`).
+        max_negation: largest share of the pairs that contradicting the model may win (`ladder.explained`).
 
     Returns:
         The statistics.
 
     Raises:
-        LVLMError: no candidate passes the filters, nothing can be held out, or a file cannot be written.
+        LVLMError: no candidate passes the filters, contradicting the model wins too many of those that do, nothing can
+            be held out, or a file cannot be written.
     """
     remaining, drop_counts = sift(found, filters)
     if not remaining:
@@ -238,10 +274,18 @@ def write(
             f"none of {prompts} prompts became a pair ({reasons or 'none was answered'}); "
             "give more prompts, sample with --temperature, or loosen the filters"
         )
+    if balanced:
+        before, remaining = len(remaining), balance(remaining, seed)
+        drop_counts |= {"unbalanced": before - len(remaining)}
+    negation = ladder.explained(remaining)
+    ladder.refuse_negation(negation, len(remaining), max_negation)
     training, validation = hold_out(remaining, holdout, seed) if holdout else (remaining, [])
     figures = statistics(prompts, found, remaining, drop_counts)
+    rungs = Counter(candidate.rung for candidate in remaining if candidate.rung)
+    figures |= {"negation": negation, "rejected_by": {rung: rungs[rung] for rung in ladder.RUNGS if rungs}}
     figures |= {"training": len(training), "validation": len(validation)}
     settings = {"filters": dataclasses.asdict(filters), "holdout": {"share": holdout, "seed": seed}}
+    settings |= {"balanced": balanced, "max_negation": max_negation}
     for name, chosen in (("pairs.jsonl", training), ("validation.jsonl", validation)):
         if chosen:
             write_pairs(out / name, [one.prompt.paired(one.chosen, one.rejected) for one in chosen])

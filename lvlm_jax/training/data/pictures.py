@@ -20,8 +20,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.processors import inputs
+from lvlm_jax.processors.answer_tokens import Tokens
 from lvlm_jax.processors.images import image_size, open_image
-from lvlm_jax.training.data.answer_tokens import Tokens
 
 SEPARATOR = "\x1e"  # in no text of a processor
 

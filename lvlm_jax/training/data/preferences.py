@@ -13,13 +13,14 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.journal.record import file_hash, method_record, run_record
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods.capl import CAPL
-from lvlm_jax.training.data import correctors, pairs
+from lvlm_jax.training.data import correctors, ladder, pairs
 from lvlm_jax.training.data.pair_files import read_pairs
 from lvlm_jax.training.data.pair_filters import Candidate
 from lvlm_jax.training.data.prompts import of_pair, read_prompts
 from lvlm_jax.version import __version__
 from lvlm_jax.weights import names
 
+SAMPLES = 2  # answers to draw in search of a wrong one
 REJECTED = ("truncated", "plain")  # rejected answers: under truncated attention, or of the unmodified model
 
 
@@ -44,6 +45,7 @@ def plan(
     variant: str = "paper",
     temperature: float = 0.0,
     rejected_temperature: float | None = None,
+    laddered: bool = False,
     **settings: Any,
 ) -> pairs.Plan:
     """CAPL's two sides: chosen answers under its attention, rejected ones under truncated attention or of the plain
@@ -54,16 +56,17 @@ def plan(
         rejected: one of `REJECTED`.
         variant: variant of truncated attention, see `CAPL`.
         temperature: of chosen answers.
-        rejected_temperature: None: as `temperature`, and 1 for "plain", whose greedy answers would equal the chosen
-            ones.
+        rejected_temperature: None: as `temperature`, and 1 for "plain" without a ladder, whose greedy answers would
+            equal the chosen ones.
+        laddered: whether every prompt gets a rejected answer that is wrong (`ladder`).
         settings: the other fields of `pairs.Plan`.
     """
     plain = rejected == "plain"
     if rejected_temperature is None:
-        rejected_temperature = 1.0 if plain else temperature
+        rejected_temperature = 1.0 if plain and not laddered else temperature
     method = None if plain else CAPL(mode="truncated", variant=variant)
     sides = pairs.Side(chosen, temperature), pairs.Side(method, rejected_temperature)
-    return pairs.Plan(*sides, **settings)
+    return pairs.Plan(*sides, samples=SAMPLES if laddered else 0, **settings)
 
 
 def answered(
@@ -87,6 +90,8 @@ def answered(
         LVLMError: an unusable file, model or corrector, or logs of another run.
     """
     prompts = read_prompts(prompts_file)
+    if plan.samples:
+        ladder.check(prompts)
     correct = None if corrector is None else correctors.resolve(corrector, prompts)
     path, dtype = names.checkpoint(model), names.dtype(dtype)
     generation = {
@@ -95,18 +100,22 @@ def answered(
         "top_p": plan.top_p,
         "max_new_tokens": plan.max_new_tokens,
     }
-    record = run_record(path, dtype, plan.chosen.method, generation) | {
-        "rejected_method": method_record(plan.rejected.method),
-        "prompts": file_hash(prompts_file),
-        "seed": plan.seed,
-    }
+    record = (
+        run_record(path, dtype, plan.chosen.method, generation)
+        | {
+            "rejected_method": method_record(plan.rejected.method),
+            "prompts": file_hash(prompts_file),
+            "seed": plan.seed,
+        }
+        | ({"ladder": {"samples": plan.samples}} if plan.samples else {})
+    )
     answers = pairs.answer(
         prompts, plan, lambda: LVLM.from_pretrained(path, dtype=dtype), out / "answers.jsonl", record, batch_size
     )
     texts = {key: answer_pair.chosen.text for key, answer_pair in answers.items()}
     texts_corrected = pairs.correct(prompts, texts, correct, out / "corrections.jsonl", record)
     record |= {"batch_size": batch_size, "corrector": correct and dict(correct.record)}
-    return Candidates(pairs.candidates(prompts, answers, texts_corrected), len(prompts), record)
+    return Candidates(pairs.candidates(prompts, answers, texts_corrected, plan), len(prompts), record)
 
 
 def given(file: str, out: Path) -> Candidates:
@@ -129,6 +138,10 @@ def table(figures: Mapping[str, Any]) -> str:
     lines += [(f"dropped: {reason}", count) for reason, count in figures["dropped"].items()]
     lines += [(name, figures[name]) for name in ("kept", "training", "validation")]
     lines += [("share corrected", figures["corrected"]), ("share chosen longer", figures["chosen_longer"])]
+    if figures["negation"] is not None:
+        lines.append(("won by contradicting", figures["negation"]))
+    if figures["rejected_by"]:
+        lines.append(("rejected by", ", ".join(f"{key}: {value}" for key, value in figures["rejected_by"].items())))
     for side, words in figures["words"].items():
         lines.append((f"words of {side}", ", ".join(f"{name} {value:g}" for name, value in words.items())))
     lines.append(("pairs by images", ", ".join(f"{key}: {value}" for key, value in figures["images"].items())))

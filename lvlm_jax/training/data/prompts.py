@@ -31,6 +31,11 @@ class Prompt:
         return self.extra.get("truth")
 
     @property
+    def wrong(self) -> tuple[str, ...]:
+        """Wrong answers, where the prompt carries some."""
+        return tuple(self.extra.get("wrong", ()))
+
+    @property
     def text(self) -> str:
         """The words of all messages."""
         return " ".join(part.get("text", "") for message in self.messages for part in message["content"])
@@ -45,7 +50,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a file of JSON lines (or one JSON list) `{images, prompt, id?, truth?}`.
+    """Prompts of a file of JSON lines (or one JSON list) `{images, prompt, id?, truth?, wrong?, kind?}`.
 
     `images` are paths, relative to the file. `prompt` is a text or a list of chat messages; "<image>" or an image part
     is the place of an image, and without any, all images come first. The default `id` is the line's number. A file of
@@ -71,6 +76,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise LVLMError(f"{where}: the prompt is empty; ask something")
         if "truth" in row:
             files.field(row, ("truth",), str, where)
+        if "wrong" in row and not all(isinstance(one, str) for one in files.field(row, ("wrong",), list, where)):
+            raise LVLMError(f"{where}: wrong is not a list of strings; give the wrong answers as texts")
         key = pair_files.row_id(row, number)
         files.unique(seen, key, where)
         used = ("prompt", *pair_formats.ANSWERS, *pair_formats.IMAGE_KEYS, pair_formats.ID_KEYS[0])

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token loss on the answers of conversations about images."""
+"""Supervised fine-tuning: next-token loss on the answers of conversations, optionally under a method."""
 
 import functools
 from pathlib import Path
@@ -9,7 +9,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from lvlm_jax.lvlm import LVLM
-from lvlm_jax.training import forward, loop
+from lvlm_jax.methods import Method
+from lvlm_jax.methods.parse import as_method
+from lvlm_jax.training import forward, loop, trained_under
 from lvlm_jax.training.data.pair_batches import CONVERSATION, Batch
 from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 from lvlm_jax.training.registry import Objective
@@ -17,19 +19,29 @@ from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
 
-def metrics(module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> dict[str, Mean]:
+def metrics(
+    module: nn.Module,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    method: Method | None = None,
+    image_count: int = 1,
+) -> dict[str, Mean]:
     """`loss` (nats) and `accuracy` over the answer tokens of a batch, each with its row's weight. Pure.
 
     Args:
         trainable, frozen: the two parts of the parameters.
         key: of the adapters' dropout; None for none.
+        method: whose attention is active, or None.
+        image_count: no conversation has more images.
     """
     rngs = None if key is None else {"dropout": key}
     params, sequence = parts.join(trainable, frozen), batch[CONVERSATION[0]]
     image_tokens = forward.image_tokens(module, params, batch, rngs)
     embedded = forward.embed(module, params, sequence["tokens"], image_tokens)
     image_id, axes = sequence["image_id"], sequence.get("axes")
-    decoded = forward.decode(module, params, image_id, embedded, rngs=rngs, axes=axes)
+    decoded = forward.decode(module, params, image_id, embedded, method, image_count, rngs=rngs, axes=axes)
     logits, targets, mask = forward.answer_logits(module, params, decoded.hidden[0], sequence, rngs)
     weight = mask * batch["weight"][:, None]
     return {"loss": cross_entropy(logits, targets, weight), "accuracy": accuracy(logits, targets, weight)}
@@ -38,7 +50,18 @@ def metrics(module: nn.Module, trainable: Any, frozen: Any, batch: Batch, key: j
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
     """See `registry.Objective`. Of preference pairs the chosen answers are learned."""
     del workdir
-    return Samples.conversations(model, config).task(functools.partial(metrics, module), {"loss": 1.0})
+    method = trained_under.method_of(config.sft.method, model, config.model)
+    samples = Samples.conversations(model, config)
+    pure = functools.partial(metrics, module, method=method, image_count=samples.image_count)
+    return samples.task(pure, {"loss": 1.0}, method=method)
 
 
-OBJECTIVE = Objective("sft", task)
+OBJECTIVE = Objective(
+    "sft",
+    task,
+    section="sft",
+    defaults={"method": "none"},
+    docs={"method": trained_under.DOC},
+    checks=(trained_under.CHECK,),
+    method=lambda config: as_method(config.sft.method),
+)

@@ -9,8 +9,9 @@ from transformers import AutoProcessor
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket import tokenizer
+from lvlm_jax.processors import answer_tokens
 from lvlm_jax.training import monitor
-from lvlm_jax.training.data import answer_tokens, pair_batches, pair_files
+from lvlm_jax.training.data import pair_batches, pair_files
 from lvlm_jax.training.data.batches import Batches
 from lvlm_jax.training.data.pair_batches import PAIR, assemble, in_order, rows_of, shape_of
 from lvlm_jax.weights import names

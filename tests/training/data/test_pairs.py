@@ -6,12 +6,13 @@ import json
 import pytest
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.training.data import pairs
+from lvlm_jax.training.data import ladder, pairs
 from lvlm_jax.training.data.pair_files import read_pairs
 from lvlm_jax.training.data.pair_filters import (
     REASONS,
     Candidate,
     Filters,
+    balance,
     hold_out,
     normalised,
     overlap,
@@ -242,3 +243,35 @@ def test_a_line_of_prompts_that_is_no_json(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("{broken")
     with pytest.raises(LVLMError, match="line 1 of .*prompts.jsonl.* is not JSON"):
         read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_the_ladder_and_what_contradicting_wins(tmp_path):
+    asked = prompt(tmp_path, "a", truth="Yes, there is a dog.", wrong=["yes", "No, there is no dog."])
+    for answer, samples, expected in (
+        ("No.", ["no"], ("No.", "answer")),
+        ("yes", ["Yes.", "No!"], ("No!", "sample")),
+        ("Yes, there is a dog", ["", "yes"], ("No, there is no dog.", "option")),
+    ):
+        assert ladder.rejected(asked, answer, samples, seed=1) == expected
+    bare = prompt(tmp_path, "b", truth="two")
+    assert ladder.rejected(bare, "Two.", ["two"], 1) == ("Two.", "answer")  # none is wrong, and filters drop it
+    assert [ladder.negated(own, "Yes, a dog.", "No.") for own in ("no", "Yes", "yes, a dog", "two")] == [1, 0, 0, 0.5]
+    found = [dataclasses.replace(candidate("yes", "no"), own=own) for own in ("no", "no", "yes", None)]
+    assert ladder.explained(found) == pytest.approx(2 / 3, abs=1e-4) and ladder.explained(found[3:]) is None
+    ladder.refuse_negation(0.5, 3, 0.5)
+    with pytest.raises(LVLMError, match="66.7 % of 3 pairs are won by a policy that only contradicts the model"):
+        ladder.refuse_negation(2 / 3, 3, 0.5)
+
+
+def test_balance_is_within_kinds_and_numbers_of_pictures():
+    def one(kind, answer, images=("x",), number=0):
+        return Candidate(Prompt(tuple(images), [], f"{number}", {"kind": kind, "answer_type": answer}), answer, "-")
+
+    many = [one("open", str(number)) for number in range(9)] + [one("open", "0")]
+    found = [*(one("a", "yes", number=n) for n in range(5)), one("a", "no"), one("a", "yes", "xy"), *many]
+    kept = balance(found, seed=1)
+    assert [each.chosen for each in kept if each.prompt.extra["kind"] == "a"] == ["yes", "no", "yes"]
+    assert [each for each in kept if each.prompt.extra["kind"] == "open"] == many  # too many answers to balance
+    assert balance(found, seed=1) == kept
+    ids = {seed: next(each.prompt.id for each in balance(found, seed)) for seed in range(12)}
+    assert len(set(ids.values())) > 1

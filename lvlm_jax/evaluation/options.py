@@ -1,0 +1,76 @@
+"""Measures how much a model prefers the right one of a question's options (`evaluation.margins`).
+
+Options are scored as the method would have written them (`generation.forcing`), stop token included.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lvlm_jax import parallel
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.evaluation.engine import Work, collect
+from lvlm_jax.evaluation.protocol import Protocol
+from lvlm_jax.evaluation.question import Question
+from lvlm_jax.evaluation.shares import Key
+from lvlm_jax.generation import forcing
+from lvlm_jax.generation.output import NOT_FINITE
+from lvlm_jax.methods import Method
+from lvlm_jax.processors import answer_tokens
+
+LOG = "margins"  # name of the logs
+FLOOR = -100.0  # nats; what a plausibility cut rules out is not less likely than this
+
+
+def log_margins(
+    model: Any, questions: Sequence[Question], protocol: Protocol, method: Method | None, work: Work, title: str
+) -> dict[Key, float]:
+    """The margins of questions in nats, by question.
+
+    Args:
+        model: an `LVLM`.
+        questions: with `options` in `extra`, the right one first.
+        work: its logs are called "margins".
+    """
+    most = max(len(question.extra["options"]) for question in questions)
+    every = dict.fromkeys(option for question in questions for option in question.extra["options"])
+    written = {option: tokens_of(model, option) for option in every}
+    longest = max(map(len, written.values()))
+
+    def respond(messages: list[list[dict]], seeds: list[int], asked: list[Question]) -> list[dict]:
+        options = [list(question.extra["options"]) for question in asked]
+        # The last option again, which is no other best one.
+        answers = [[written[one] for one in own + own[-1:] * (most - len(own))] for own in options]
+        prompt = model.prepare(messages)
+        given = forcing.forced_inputs(model.params, model.config, prompt, method, answers, model.host, longest)
+        with parallel.ambient(model.mesh):
+            found = _logprobs(model.params, model.config, given, jax.tree.map(jnp.asarray, method), prompt.image_count)
+        likely = np.maximum(np.asarray(parallel.local(found), np.float64), FLOOR)
+        if np.isnan(likely).any():
+            raise LVLMError(f"the logits of the options {NOT_FINITE}")
+        return [{"margin": round(float(row[0] - row[1:].max()), 6)} for row in likely]
+
+    found = collect(model, questions, protocol, respond, work, LOG, title)
+    return {key: row["margin"] for key, row in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _logprobs(
+    params: dict, config: Any, given: forcing.ForcedInputs, method: Method | None, image_count: int
+) -> jax.Array:
+    """Log-probability of each answer, `[B, N]`."""
+    return forcing.logprobs(params, config, given, method, image_count).sum(axis=-1)
+
+
+def tokens_of(model: Any, answer: str) -> list[int]:
+    """An answer as a generation writes it, with what the chat template puts around it and the stop token."""
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "?"), ("assistant", answer))
+    ]
+    encoded = answer_tokens.encode(model.processor, model.config.eos_token_ids, messages, last_only=True)
+    return encoded.ids[encoded.answers].tolist()

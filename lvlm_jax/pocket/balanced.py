@@ -1,0 +1,159 @@
+"""Questions over several images, balanced: equally many of each kind, and of each kind equally many with each answer.
+
+So a constant answer is right in about one of n questions of a kind with n answers.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lvlm_jax import files
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.pocket.catalogue import SCENE_NAMES
+from lvlm_jax.pocket.questions import COMPARISON, MULTI, ORDINALS, Question
+from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
+
+KINDS = {**MULTI, **COMPARISON}
+QUESTIONS = 2700  # of the test set, 300 of each kind: 1500 of those that the shipped model knows
+FILE = "questions/balanced.jsonl"
+ABOUT = "questions/balanced.json"  # how they were drawn
+USES = 4  # questions about one group of images, and so about one image
+SIZES = {2: 0.5, 3: 0.3, 4: 0.2}  # share of the questions about so many images
+ALIKE = 0.6  # share of groups whose images are of one place, so that they have objects in common
+TRIES = 300  # groups drawn in vain before answers that are still wanted are given up as too rare; fewer for few
+_PLACES = ("which_image", "which_lacks", "odd_one_out")  # kinds whose answer is one of the images
+
+
+class Cell(NamedTuple):
+    """A kind of question, over so many images, with this answer; "" for any."""
+
+    kind: str
+    images: int
+    answer: str
+
+
+class Group(NamedTuple):
+    """Images that are asked about together."""
+
+    scenes: list[Scene]
+    questions: list[Question]
+
+
+def answers(kind: str, images: int) -> tuple[str, ...]:
+    """The answers that a question of a kind over so many images can have; ("",) where there are too many."""
+    if kind in _PLACES:
+        return ORDINALS[:images]
+    if kind == "how_many_images":
+        return tuple(str(number) for number in range(images + 1))
+    return ("",) if kind == "shared_object" else ("Yes", "No")
+
+
+def quotas(count: int, kinds: Mapping[str, Any]) -> Counter[Cell]:
+    """How many questions of each cell there are among at least `count`."""
+    wanted: Counter[Cell] = Counter()
+    for kind in kinds:
+        sizes = {images: share for images, share in SIZES.items() if kind != "odd_one_out" or images > 2}
+        for images, share in sizes.items():
+            options = answers(kind, images)
+            each = -(-count * share / sum(sizes.values()) // (len(kinds) * len(options)))
+            wanted.update({Cell(kind, images, answer): int(each) for answer in options})
+    return wanted
+
+
+def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any] = KINDS) -> list[Group]:
+    """Groups of two to four scenes with one to `USES` questions each, `count` questions or some more by and large.
+
+    Args:
+        seed: another one gives other scenes.
+        split: whose scenes they are.
+        kinds: name -> maker of a question, of `KINDS`.
+    """
+    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    rng = np.random.default_rng([19, SPLITS[split], seed])
+    wanted, found, vain = +quotas(count, kinds), [], 0
+    while wanted and vain < min(TRIES, TRIES // 10 + count):
+        vain += 1
+        cell = list(wanted)[rng.integers(len(wanted))]
+        scenes = _scenes(cell, split, rng)
+        others = [name for name in kinds if name != cell.kind]
+        asked: dict[str, Question] = {}
+        for kind in (cell.kind, *rng.permutation(others)):
+            question = kinds[kind](scenes, rng) if len(asked) < USES else None
+            if question is None:
+                continue
+            own = Cell(kind, len(scenes), question.short if "" not in answers(kind, len(scenes)) else "")
+            if wanted[own]:
+                asked[kind] = question
+                wanted = +(wanted - Counter([own]))
+        if asked:
+            found.append(Group(scenes, list(asked.values())))
+            vain = 0
+    return found
+
+
+def _scenes(cell: Cell, split: str, rng: np.random.Generator) -> list[Scene]:
+    """Scenes in which a question of the cell may well have its answer."""
+    first = sample_scene(rng, split)
+    one = cell.kind == "odd_one_out" or (rng.random() < ALIKE if cell.kind != "same_place" else cell.answer == "Yes")
+    scenes = [first, *(sample_scene(rng, split, first.kind if one else None) for _ in range(cell.images - 1))]
+    if cell.kind == "odd_one_out":
+        others = [name for name in SCENE_NAMES if name != first.kind]
+        scenes[ORDINALS.index(cell.answer)] = sample_scene(rng, split, others[rng.integers(len(others))])
+    return scenes
+
+
+def write(folder: str | Path, count: int = QUESTIONS, seed: int = 0, split: str = "test") -> int:
+    """Writes the questions and their pictures below `folder`, unless they are there.
+
+    `questions/balanced.jsonl` has lines `{question_id, images, kind, text, label, answer, options}`; `options` are
+    the answers by one word that the question could have, the right one first.
+
+    Returns:
+        How many questions there are.
+
+    Raises:
+        LVLMError: the folder holds other questions, or cannot be written.
+    """
+    folder, rows = Path(folder), []
+    about, path = {"count": count, "seed": seed, "split": split}, folder / FILE
+    if path.exists():
+        known = files.read_json(folder / ABOUT, "settings of questions") if (folder / ABOUT).exists() else None
+        if known != about:
+            raise LVLMError(f"{str(path)!r} holds other questions; give another folder")
+        return len(files.read_rows(path, "questions"))
+    drawn = draw(count, seed, split)
+    names = [
+        [f"balanced_{split}_{index:06d}_{place + 1}.png" for place in range(len(group.scenes))]
+        for index, group in enumerate(drawn)
+    ]
+    for group, images in zip(drawn, names, strict=True):
+        for question in group.questions:
+            options = [question.short, *(short for _, short in question.wrong)]
+            rows.append({"question_id": len(rows) + 1, "images": images, "kind": question.kind, "text": question.text,
+                         "label": question.short, "answer": question.full, "options": options})  # fmt: skip
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        for name in ("images", "questions"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for group, images in zip(drawn, names, strict=True):
+            for scene, name in zip(group.scenes, images, strict=True):
+                save(scene, folder / "images" / name)
+        files.write_whole(folder / ABOUT, json.dumps(about) + "\n")
+        files.write_whole(path, content)
+    except OSError as error:
+        raise LVLMError(
+            f"questions cannot be written to {str(folder)!r}: {error.strerror}; give a folder that can be written"
+        ) from error
+    return len(rows)
+
+
+def save(scene: Scene, path: Path) -> None:
+    """Writes a picture, unless it is there."""
+    if not path.exists():
+        with files.atomic_file(path) as file:
+            Image.fromarray(render(scene)).save(file, "PNG")

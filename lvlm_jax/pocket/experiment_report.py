@@ -1,0 +1,76 @@
+"""The part of the page of `lvlm pocket-training` about CAPL: its arms beside the base and each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lvlm_jax.evaluation import BENCHMARKS, Scores, get, rescore
+from lvlm_jax.pocket import benchmark as pocket
+from lvlm_jax.pocket.experiment import ARMS, BASE, PROTOCOL
+from lvlm_jax.pocket.training_report import compared
+
+COLUMNS = {
+    "accuracy": "accuracy",
+    "blind constant": "blind constant",
+    "right is likeliest": "right is likeliest",
+    "margin, 10⁻³ nat": "margin",
+}
+# Comparisons in words, by accuracy and by margin; under CAPL's attention unless the name says otherwise.
+PAIRS = (
+    *((name, BASE) for name in ARMS),
+    ("CAPL", "SFT"),
+    ("CAPL", "DPO"),
+    ("CAPL", "CAPL's pairs"),
+    ("CAPL", "CAPL's attention"),
+    ("DPO, plain attention", BASE),
+    ("CAPL", "DPO, plain attention"),
+)
+NOTES = """\
+All arms begin with the same base and learn from the same prompts, for as many steps, with the same λ; rows of several
+seeds are those seeds together, each of which has answered every question. Intervals resample the groups of images that
+are asked about together; how far seeds lie apart stands below the table. "Blind constant" is what the most frequent
+answer of each kind would reach. The margin is log p(right answer) − log p(likeliest wrong option), a mean over all
+questions. Rows are under CAPL's attention unless they say otherwise."""
+
+
+def differences(first: Scores, second: Scores, resamples: int) -> Mapping[str, Mapping]:
+    """First minus second of every figure, with paired intervals, as JSON values."""
+    return rescore.compare(first, second, resamples)["differences"]
+
+
+def section(found: Mapping[str, Scores], single: Mapping[str, Sequence[float]], resamples: int) -> str:
+    """The part of the page.
+
+    Args:
+        found: by row, the base first.
+        single: by row, the accuracy of each seed alone.
+    """
+    base = found[BASE]
+    reports = {name: rescore.report(scores, resamples) for name, scores in found.items()}
+    for name, scores in found.items():
+        if name != BASE:
+            reports[name]["against"] = {"differences": differences(scores, base, resamples)}
+    kinds = [figure for figure in base.figures if figure.endswith(": accuracy")]
+    columns = {figure.removesuffix(": accuracy").replace("_", " "): figure for figure in kinds}
+    count = int(base.sizes()["accuracy"])
+    lines = ["## CAPL: pairs, attention, and both", "", NOTES, "", *words(found, reports, resamples), ""]
+    lines += [f"{count} balanced questions (`{PROTOCOL}`), {len(base.units)} groups of images.", ""]
+    lines += [*pocket.table(COLUMNS, reports, "model"), "", *spread(single), ""]
+    return "\n".join([*lines, "Accuracy by kind:", "", *pocket.table(columns, reports, "model"), ""])
+
+
+def words(found: Mapping[str, Scores], reports: Mapping[str, Mapping], resamples: int) -> Iterator[str]:
+    """A list of what differs from what, by rule from the intervals; the base under truncated attention first."""
+    benchmark = BENCHMARKS[get(PROTOCOL).benchmark]
+    for one, other in ((BASE, f"{BASE}, truncated"), *PAIRS):
+        if one not in found or other not in found:
+            continue
+        against = differences(found[one], found[other], resamples)
+        for figure in ("accuracy", "margin"):
+            direction = benchmark.direction(figure)
+            yield f"- {compared(one, other, figure, reports, against[figure], direction)[1]}"
+
+
+def spread(single: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """A list of the accuracies of each seed, of rows with several."""
+    for name, values in single.items():
+        if len(values) > 1:
+            yield f"- {name}, seed by seed: {', '.join(f'{100 * value:.1f}' for value in values)}"

@@ -1,0 +1,92 @@
+"""A wrong answer to every prompt, and how much of a set of pairs is explained by contradicting the model.
+
+Pairs that are kept only where a model is wrong have one thing in common: the chosen answer is what the model does not
+say. A policy that says the opposite of the model, whatever is in the picture, wins all of them, held-out ones too. So
+every prompt should give a pair. Its rejected answer is the first of these that is wrong (the ladder):
+
+    answer   the model's answer on the rejected side
+    sample   an answer that the model gives there when it is sampled
+    option   another answer that the question could have, from the prompt's field `wrong`
+"""
+
+from collections.abc import Sequence
+
+from lvlm_jax.errors import LVLMError
+from lvlm_jax.journal.log import seed_of
+from lvlm_jax.training.data.pair_filters import Candidate, normalised, words
+from lvlm_jax.training.data.prompts import Prompt
+
+RUNGS = ("answer", "sample", "option")
+_YES_NO = ("yes", "no")
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two answers say the same: apart from case and punctuation, or both yes, or both no."""
+    if normalised(one) == normalised(other):
+        return True
+    first = [(words(text) or [""])[0] for text in (one, other)]
+    return first[0] == first[1] and first[0] in _YES_NO
+
+
+def check(prompts: Sequence[Prompt]) -> None:
+    """Refuses prompts that nobody knows a right answer to, with an `LVLMError`."""
+    for prompt in prompts:
+        if prompt.truth is None:
+            raise LVLMError(
+                f"--ladder needs the truth of every prompt, and {prompt.id} has none; give their lines a field truth, "
+                "or --no-ladder"
+            )
+
+
+def rejected(prompt: Prompt, answer: str, samples: Sequence[str], seed: int) -> tuple[str, str]:
+    """The rejected answer of a prompt with a truth, and the rung that it comes from.
+
+    Args:
+        answer: of the model on the rejected side.
+        samples: its further answers there.
+        seed: of the draw among the wrong options.
+
+    Returns:
+        `answer` itself, on the first rung, where none is wrong.
+    """
+    if not alike(answer, prompt.truth):
+        return answer, RUNGS[0]
+    for sample in samples:
+        if sample and not alike(sample, prompt.truth):
+            return sample, RUNGS[1]
+    options = [option for option in prompt.wrong if not alike(option, prompt.truth)]
+    if options:
+        return options[seed_of(seed, f"option/{prompt.id}") % len(options)], RUNGS[2]
+    return answer, RUNGS[0]
+
+
+def explained(candidates: Sequence[Candidate]) -> float | None:
+    """The share of pairs that a policy wins by contradicting the model; None where its own answers are not known."""
+    known = [one for one in candidates if one.own is not None]
+    if not known:
+        return None
+    return round(sum(negated(one.own, one.chosen, one.rejected) for one in known) / len(known), 4)
+
+
+def negated(own: str, chosen: str, rejected: str) -> float:
+    """How much of a pair is won by contradicting the model: 1 for a pair that it wins, 0 for one that it loses.
+
+    Args:
+        own: the model's own answer; half of the pairs that it is neither side of would be won by chance.
+    """
+    for same in (lambda one, other: normalised(one) == normalised(other), alike):
+        if same(own, chosen):
+            return 0.0
+        if same(own, rejected):
+            return 1.0
+    return 0.5
+
+
+def refuse_negation(share: float | None, count: int, most: float) -> None:
+    """Raises an `LVLMError` with the figure if contradicting the model wins more than `most` of the pairs."""
+    if share is not None and share > most:
+        raise LVLMError(
+            f"{100 * share:.1f} % of {count} pairs are won by a policy that only contradicts the model, and at most "
+            f"{100 * most:g} % may be: that is what training would learn; have pairs of prompts that the model has "
+            "right too (--ladder), or raise --max-negation"
+        )
