@@ -15,7 +15,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Int
+
+from lvlm_jax.native import write_columns
 
 
 @jax.tree_util.register_dataclass
@@ -34,14 +36,12 @@ class Block:
         """Overwrites columns `index` to `index + new.length`, in place if the buffer is donated."""
 
         def update(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _updated(key, new.key, index), _updated(value, new.value, index)
-
-        def update_bits(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _updated_bits(key, new.key, index), _updated_bits(value, new.value, index)
+            return write_columns(key, new.key, index), write_columns(value, new.value, index)
 
         def guarded(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-            on_cpu = update_bits if key.dtype == jnp.bfloat16 else update
-            return jax.lax.cond(index < self.length, on_cpu, lambda *same: same, key, value)
+            if key.dtype == jnp.bfloat16:  # written by a call, which nothing is fused with
+                return update(key, value)
+            return jax.lax.cond(index < self.length, update, lambda *same: same, key, value)
 
         # For a batch of one, XLA's CPU compiler fuses a bare update into each of its readers and then copies the whole
         # cache for them. It does not fuse across a conditional. Other platforms do not need it, and would pay a host
@@ -56,24 +56,6 @@ class Block:
         """The same columns, followed by zeros to a total of `length` columns."""
         width = ((0, 0), (0, 0), (0, length - self.length), (0, 0))
         return Block(jnp.pad(self.key, width), jnp.pad(self.value, width))
-
-
-def _updated(array: Num[Array, "B K S D"], new: Num[Array, "B K N D"], index: Int[Array, ""]) -> jax.Array:
-    """`array` with `new` in the columns from `index` on."""
-    return jax.lax.dynamic_update_slice_in_dim(array, new.astype(array.dtype), index, axis=2)
-
-
-@jax.custom_jvp
-def _updated_bits(array: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """The same for bfloat16 on a CPU, whose XLA would update the whole cache in float32 and convert it back."""
-    bits = (jax.lax.bitcast_convert_type(part.astype(array.dtype), jnp.uint16) for part in (array, new))
-    return jax.lax.bitcast_convert_type(_updated(*bits, index), array.dtype)
-
-
-@_updated_bits.defjvp
-def _derivative(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # Bits have no derivative; the update has that of the plain one.
-    return _updated_bits(*primals), _updated(*tangents[:2], primals[2])
 
 
 @jax.tree_util.register_dataclass

@@ -26,6 +26,7 @@ SWITCH = "LVLM_JAX_NATIVE"
 
 TARGET = "lvlm_jax_few_rows"
 EACH = "lvlm_jax_each_rows"
+COLUMNS = "lvlm_jax_write_columns"
 TILES = "lvlm_jax_many_rows"
 
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
@@ -42,6 +43,7 @@ def available() -> bool:
         return False
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(lib.few_rows), platform="cpu")
     jax.ffi.register_ffi_target(EACH, jax.ffi.pycapsule(lib.each_rows), platform="cpu")
+    jax.ffi.register_ffi_target(COLUMNS, jax.ffi.pycapsule(lib.write_columns), platform="cpu")
     return True
 
 

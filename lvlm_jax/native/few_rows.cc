@@ -237,7 +237,38 @@ ffi::Error EachRows(ffi::ThreadPool pool, Groups x, ffi::AnyBuffer w, ffi::Resul
   return ffi::Error::InvalidArgument("each_rows: the matrices must be of bfloat16 or float16");
 }
 
+// Writes columns [..., C, D] into an array [..., S, D] from column `index` on, where the array lies if XLA gives its memory
+// to the result. An index behind the last column writes nothing.
+ffi::Error WriteColumns(ffi::AnyBuffer array, ffi::AnyBuffer columns, ffi::AnyBuffer index,
+                        ffi::Result<ffi::AnyBuffer> result) {
+  const std::vector<int64_t> of(array.dimensions().begin(), array.dimensions().end());
+  const std::vector<int64_t> from(columns.dimensions().begin(), columns.dimensions().end());
+  const size_t rank = of.size();
+  if (rank < 2 || from.size() != rank || !std::equal(of.begin(), of.end() - 2, from.begin()) ||
+      of[rank - 2] < from[rank - 2] || of[rank - 1] != from[rank - 1])
+    return ffi::Error::InvalidArgument("write_columns: the sizes of array and columns do not agree");
+  int64_t groups = 1;
+  for (size_t axis = 0; axis + 2 < rank; ++axis) groups *= of[axis];
+  const int64_t stride = of[rank - 2] * of[rank - 1], size = from[rank - 2] * of[rank - 1];
+  auto* const to = static_cast<uint16_t*>(result->untyped_data());
+  if (to != array.untyped_data()) std::memcpy(to, array.untyped_data(), groups * stride * sizeof(uint16_t));
+  int64_t start = *static_cast<const int32_t*>(index.untyped_data());
+  if (start >= of[rank - 2]) return ffi::Error::Success();
+  start = std::clamp<int64_t>(start, 0, of[rank - 2] - from[rank - 2]);
+  const auto* const written = static_cast<const uint16_t*>(columns.untyped_data());
+  for (int64_t group = 0; group < groups && size > 0; ++group)
+    std::memcpy(to + group * stride + start * of[rank - 1], written + group * size, size * sizeof(uint16_t));
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(write_columns, WriteColumns,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(each_rows, EachRows,
                               ffi::Ffi::Bind()
