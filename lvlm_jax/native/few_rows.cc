@@ -163,6 +163,7 @@ void MultiplyOutIn(ffi::ThreadPool& pool, const Product<W>& p) {
 
 template <class W>
 void MultiplyEach(ffi::ThreadPool& pool, const Product<W>& all, int64_t count, bool out_first) {
+  if (all.rows == 0 || all.out == 0) return;
   ForEach(pool, count, [&](int64_t item) {
     Product<W> p = all;
     p.x += item * p.rows * p.in;

@@ -90,9 +90,31 @@ void CheckEach(ffi::DataType type, int64_t rows, int64_t in, int64_t out, bool o
             out_first);
 }
 
+// Two columns of three groups, written at every place of an array of five, and behind it.
+void CheckColumns(bool in_place) {
+  constexpr int64_t kGroups = 3, kColumns = 5, kNew = 2, kSize = 7;
+  for (int32_t start = 0; start <= kColumns; ++start) {
+    Exact<uint16_t> array(kGroups * kColumns * kSize, 1), other(kGroups * kColumns * kSize, 1), own(kGroups * kNew * kSize, 1);
+    for (int64_t i = 0; i < kGroups * kColumns * kSize; ++i) array.data[i] = 1000 + i;
+    for (int64_t i = 0; i < kGroups * kNew * kSize; ++i) own.data[i] = i;
+    ffi::AnyBuffer result{{kGroups, kColumns, kSize}, in_place ? array.data : other.data, ffi::BF16};
+    const ffi::AnyBuffer from{{kGroups, kColumns, kSize}, array.data, ffi::BF16};
+    if (!WriteColumns(from, {{kGroups, kNew, kSize}, own.data, ffi::BF16}, {{}, &start, ffi::F32}, {&result}).said.empty())
+      ++failures;
+    const int64_t first = start == kColumns ? kColumns : std::min<int64_t>(start, kColumns - kNew);
+    for (int64_t i = 0; i < kGroups * kColumns * kSize; ++i) {
+      const int64_t group = i / (kColumns * kSize), column = i / kSize % kColumns - first;
+      const int64_t want = column >= 0 && column < kNew ? (group * kNew + column) * kSize + i % kSize : 1000 + i;
+      if (static_cast<uint16_t*>(result.data)[i] != want) ++failures;
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  CheckColumns(true);
+  CheckColumns(false);
   const int64_t sizes[][2] = {{0, 5},   {5, 0},   {0, 0},      {1, 1},     {5, 3},   {7, 8},
                               {15, 17}, {64, 48}, {130, 1031}, {150, 2070}, {700, 33}};
   for (const auto& [in, out] : sizes)
