@@ -72,11 +72,10 @@ def split(inputs: Inputs, edited: int) -> int:
 def beginnings(inputs: Inputs, before: int) -> list[bytes]:
     """A key for what each prompt begins with, up to its last image, or to the column `before` without one."""
     keys, image = [], 0
-    for tokens, ids in zip(inputs.tokens, inputs.image_id, strict=True):
-        valid, seen = ids >= 0, np.flatnonzero(ids > 0)
-        end = int(seen[-1]) + 1 if len(seen) else before
+    for tokens, ids, end in zip(inputs.tokens, inputs.image_id, _ends(inputs, before), strict=True):
+        valid = ids >= 0
         parts: list[Any] = [tokens[:end][valid[:end]], ids[:end][valid[:end]]]
-        if len(seen):
+        if (ids > 0).any():
             count = int(ids.max())
             shown = np.arange(image, image + count)
             parts += [inputs.pixels[np.isin(inputs.owner, shown)]]
@@ -119,7 +118,7 @@ def before(
         if (found := alike(inputs, end)) is None:
             return None
         rows, kinds = found
-        return _each(run(params, config, main, inputs, rows, at_a_time), inputs, kinds, end)
+        return _each(run(params, config, main, inputs, rows, end, at_a_time), inputs, kinds, end)
     if recent is None:
         return None
     (key,) = beginnings(inputs, end)
@@ -129,7 +128,7 @@ def before(
     alone = np.zeros(1, np.int32)
     if recent.kept is not None:
         return iter((behind(recent.kept, inputs, alone, end),))
-    return _each(run(params, config, main, inputs, alone, at_a_time), inputs, alone, end, recent)
+    return _each(run(params, config, main, inputs, alone, end, at_a_time), inputs, alone, end, recent)
 
 
 def _each(
@@ -145,12 +144,12 @@ def _each(
 
 
 def run(
-    params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, rows: np.ndarray, at_a_time: int
+    params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, rows: np.ndarray, before: int, at_a_time: int
 ) -> Iterator[Beginnings]:
     """The beginnings of some samples, after each chunk of rows; the last time it has all of them."""
     rows = np.pad(rows, (0, round_up_to_bucket(len(rows), 1) - len(rows)), mode="edge")
     first = _first(inputs)[rows]
-    chosen = _chosen(main, rows)
+    chosen = _chosen(main, rows, _ends(inputs, before)[rows])
     total, least = inputs.tokens.shape[1], int(first.min())
     for caches in chunks.prefix(params, config, chosen, total, least, at_a_time, inputs.image_count):
         yield Beginnings(caches, first)
@@ -167,10 +166,19 @@ def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
     return (inputs.image_id >= 0).argmax(axis=1)
 
 
+def _ends(inputs: Inputs, before: int) -> Int[np.ndarray, "B"]:
+    """The column behind the last image of each prompt, or `before` without one."""
+    seen = inputs.image_id > 0
+    return np.where(seen.any(axis=1), inputs.image_id.shape[1] - seen[:, ::-1].argmax(axis=1), before)
+
+
 @jit
-def _chosen(prompt: Prompt, rows: jax.Array) -> Prompt:
+def _chosen(prompt: Prompt, rows: jax.Array, ends: jax.Array) -> Prompt:
+    """Some prompts up to their ends. Rows do not see what is behind them, but a NaN there would reach them."""
+    kept = jnp.arange(prompt.image_id.shape[1]) < ends[:, None]
     axes = None if prompt.axes is None else prompt.axes[:, rows]
-    return Prompt(prompt.embeddings[rows], prompt.image_id[rows], axes)
+    embeddings = jnp.where(kept[..., None], prompt.embeddings[rows], 0)
+    return Prompt(embeddings, jnp.where(kept, prompt.image_id[rows], -1), axes)
 
 
 @jit

@@ -13,8 +13,8 @@ modulo 2³²), the bits of x are mixed by x ^= x >> 16, x *= 7FEB352D, x ^= x >>
 Our reading of the paper: what is shuffled, and that all heads share one order. Towers with window attention are
 shuffled over the whole image.
 
-Differs from the authors' code in three points: it multiplies the tower's features by a shuffled attention map, reduced
-to one number per patch; it draws a new order in every call; it applies only one of the two interventions at a time.
+Differs from the authors' code in: theirs multiplies the tower's features by a shuffled attention map, reduced to one
+number per patch; it draws a new order in every call; it applies only one of the two interventions at a time.
 
 Rows: after the last image, in the third branch. Stage: weights. A sample without an image is left alone.
 Cost: the tower twice, two prompts more, and two more rows through the weights per token.

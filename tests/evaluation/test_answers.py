@@ -136,7 +136,7 @@ def test_popes_own_format_goes_by_order(tmp_path, questions):
     found = match(questions, "random", tmp_path, rows, partial=True)
     assert found == {("random", "1"): "yes", ("random", "2"): "No, none."}
     for way, listed, message in (
-        (None, rows, "line 1 of .* occurs in random, popular, adversarial; say which"),
+        (None, rows, "line 1 of .* occurs in random, popular, adversarial; choose one"),
         ("random", [rows[0], {"question": "Is there a whale?", "answer": "no"}],
          "line 2 of .*: question 'Is there a whale[?]' is none of the 6 questions"),
         ("random", [{"question": "Is there?"}], "line 1 of .* has no answer"),

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def command_lines(draw, name: str) -> list[str]:
 
 @contextlib.contextmanager
 def _not_computing() -> Iterator[None]:
+    for name in COMPUTES:  # a module that was imported meanwhile would keep the stand-in
+        pkgutil.resolve_name(f"lvlm_jax.{name}")
     with contextlib.ExitStack() as stack:
         for name in COMPUTES:
             stack.enter_context(mock.patch(f"lvlm_jax.{name}", _reached))

@@ -62,7 +62,9 @@ def test_answers_are_those_of_generate(model, monkeypatch, strengths):
         settings = dict(zip(NAMES, numbers, strict=True))
         expected.append(model.generate(messages, method=method, max_new_tokens=LIMIT, seed=place, **settings))
         prompt = prompts.laid_out(model.prepare(messages))
-        state, step = prefill(prompt, method)
+        while not prefill.ready(prompt, method):
+            pass
+        state, step = prompt.prefilled
         if slots is None:
             slots = rows.empty(
                 state, batch=4, limit=LIMIT, vocabulary=step.combined.shape[1], size=PromptSize.of(state)
