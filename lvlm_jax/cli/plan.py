@@ -168,6 +168,6 @@ def _counts(given: str | None) -> tuple[int, ...]:
     if given is None:
         return COUNTS
     numbers = [part for part in given.split(",") if part]
-    if not numbers or not all(part.isdigit() and int(part) for part in numbers):
+    if not numbers or not all(part.isdecimal() and len(part) < 10 and int(part) for part in numbers):
         raise LVLMError(f"--counts is {given!r}; expected numbers of devices such as 1,8,64")
     return tuple(int(part) for part in numbers)

@@ -15,6 +15,7 @@ paths. Exit code: 0 if nothing failed, 1 if a check failed, 2 if nothing could b
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     arguments.methods = {"all": tuple(registry.names()), "none": ()}.get(arguments.methods, tuple(names))
     for name in arguments.methods:
         registry.get(name)  # raises with the list of methods
-    if not arguments.scratch.is_dir():
+    if not os.path.isdir(arguments.scratch):  # a path may raise for a long name
         raise LVLMError(f"--scratch {str(arguments.scratch)!r} is not a folder; name one with room for the weights")
     return arguments
 
@@ -61,7 +62,7 @@ def main(words: list[str]) -> int:
         checks.append(result)
     print(f"\n{arguments.model}: {results.summary(checks)}, {time.monotonic() - start:.0f} s")
     if arguments.record:
-        name = Path(arguments.model).name if expand(arguments.model).is_dir() else arguments.model
+        name = Path(arguments.model).name if os.path.isdir(expand(arguments.model)) else arguments.model
         record = results.record(name, checkpoint_hash(folder), checks, time.monotonic() - start)
         text = json.dumps(record, indent=1, ensure_ascii=False)
         write_whole(arguments.record, text.replace(str(folder), name) + "\n")  # errors may name the folder

@@ -70,7 +70,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
         raise LVLMError(f"question file {str(path)!r} cannot be read as parquet: {error}") from error
     if not table.num_rows:
         raise LVLMError(f"question file {str(path)!r} is empty")
-    for number, row in enumerate(table.to_pylist(), start=1):
+    try:
+        rows = table.to_pylist()
+    except (ArrowInvalid, ValueError) as error:  # text that is not UTF-8 too
+        raise LVLMError(f"question file {str(path)!r} cannot be read as parquet: {error}") from error
+    for number, row in enumerate(rows, start=1):
         yield number, {name: cell for name, cell in row.items() if cell is not None}
 
 

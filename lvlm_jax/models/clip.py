@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import activation_name
+from lvlm_jax.models.config import activation_name, refuse_cut_heads
 from lvlm_jax.models.layers import activation, layer_norm, linear
 from lvlm_jax.models.vision import patch_convolution, picture_attention
 
@@ -44,6 +44,7 @@ class VisionConfig:
             )
         if vision.num_channels != 3:
             raise LVLMError(f"vision_config.num_channels {vision.num_channels} is not supported; expected 3")
+        refuse_cut_heads(vision.num_attention_heads, vision.hidden_size)
         return cls(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,

@@ -201,6 +201,16 @@ def first_not_none(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
+def refuse_cut_heads(heads: int, hidden_size: int) -> None:
+    """Checks the heads of a vision tower.
+
+    Raises:
+        LVLMError: they do not divide the channels.
+    """
+    if not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+        raise LVLMError(f"vision_config.num_attention_heads {heads} does not divide hidden_size {hidden_size}")
+
+
 def activation_name(field: str, name: str) -> str:
     """Returns the name of an activation if it is supported.
 

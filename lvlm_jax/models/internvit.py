@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.models.config import activation_name
+from lvlm_jax.models.config import activation_name, refuse_cut_heads
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.vision import patch_convolution, picture_attention
 
@@ -69,11 +69,7 @@ class InternVitConfig:
             raise LVLMError(
                 f"vision_config.norm_type {vision.norm_type!r} is not supported; expected {' or '.join(NORMS)}"
             )
-        if vision.hidden_size % vision.num_attention_heads:
-            raise LVLMError(
-                f"vision_config.num_attention_heads {vision.num_attention_heads} does not divide hidden_size "
-                f"{vision.hidden_size}"
-            )
+        refuse_cut_heads(vision.num_attention_heads, vision.hidden_size)
         for name in ("image_size", "patch_size"):
             sides = getattr(vision, name)
             if len(set(sides)) != 1:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.clip import ClipLayer, VisionConfig
-from lvlm_jax.models.config import activation_name
+from lvlm_jax.models.config import activation_name, refuse_cut_heads
 from lvlm_jax.models.layers import layer_norm
 from lvlm_jax.models.vision import patch_convolution
 
@@ -50,6 +50,7 @@ class SiglipConfig(VisionConfig):
                 raise LVLMError(
                     f"vision_config.{name} {getattr(vision, name)} is not supported; expected one whole number"
                 )
+        refuse_cut_heads(vision.num_attention_heads, vision.hidden_size)
         return cls(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,

@@ -1,6 +1,8 @@
 """Reads `pytorch_model.bin` files. Outside the tests, only this module imports torch."""
 
 import os
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -41,6 +43,7 @@ class BinFile:
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
         ):
             raise LVLMError(f"{self.path} is not a state dict: expected a dict of tensors")
+        _check_records(self.path, state_dict)
         self._arrays = {}
         for name, tensor in state_dict.items():
             try:
@@ -60,6 +63,24 @@ class BinFile:
     def release(self, name: str) -> None:
         """Releases a tensor that is not needed again."""
         self._arrays.pop(name, None)
+
+
+def _check_records(path: Path, state_dict: dict) -> None:
+    """Refuses a file whose records have another size than its tensors: mapped, a tensor would reach into others.
+
+    Raises:
+        LVLMError: the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        left = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
+    strided = [tensor.untyped_storage() for tensor in state_dict.values() if str(tensor.layout) == "torch.strided"]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in strided if storage.device.type == "cpu"}
+    for size in sizes.values():
+        left[size] -= 1
+        if size and left[size] < 0:
+            raise LVLMError(f"cannot read {path}: it has no record of {size} bytes for a tensor; copy the file again")
 
 
 def _to_numpy(torch, tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ import functools
 import math
 import os
 import re
+import typing
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -243,6 +244,9 @@ def load(path: Path, name: str) -> Run:
             )
         settings = record["protocol"]
         protocol = Protocol(**settings | {"groups": tuple(settings["groups"])})
+        for field, kind in typing.get_type_hints(Protocol).items():
+            if not typing.get_args(kind) and not isinstance(getattr(protocol, field), kind):
+                raise TypeError(f"{field} of its protocol is of another kind")
         if protocol.benchmark not in BENCHMARKS:
             raise LVLMError(f"{where} is of benchmark {protocol.benchmark!r}, which this version does not know")
         images = found["per_image"]["images"]
