@@ -95,7 +95,7 @@ def load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with library_errors(f"cannot read {path}"):
         arrays = safetensors.numpy.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return arrays, header.get("__metadata__", {})
+    return arrays, header.get("__metadata__") or {}
 
 
 def save(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
