@@ -45,6 +45,9 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode must not stop us
     try:
+        for word in sys.argv[1:]:
+            if any("\ud800" <= letter <= "\udbff" for letter in word):  # no file can have such a name
+                raise LVLMError(f"{word[:40]!r} holds half of a character; write the word anew")
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except LVLMError as error:

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--max-shard-size",
-        type=common.number(float, above=0),
+        type=common.number(float, above=0, high=1e9),
         default=5.0,
         help="size of the largest file in GB; default 5",
     )

@@ -146,7 +146,8 @@ class Reader:
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise ApiError(422, f"{where}: {first['msg']}", param=str(first["loc"][0])) from error
+            param = str(first["loc"][0]) if first["loc"] else None  # none where the body itself is at fault
+            raise ApiError(422, f"{where or 'the body'}: {first['msg']}", param=param) from error
 
     def _decodings(self, request: ChatRequest, ignored: list[str]) -> list[Decoding]:
         limits = self._limits
