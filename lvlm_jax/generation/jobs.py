@@ -10,6 +10,7 @@ is written after those of earlier questions. So a kill loses no more than these 
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -195,7 +196,7 @@ def run_job(
     if batch_size < 1:
         raise LVLMError(f"batch size is {batch_size}; expected 1 or more")
     answers_path = pathlib.Path(answers_file)
-    if not pathlib.Path(image_folder).is_dir():
+    if not os.path.isdir(image_folder):
         raise LVLMError(f"image folder {str(image_folder)!r} is not a folder; check the path")
     questions, failures = read_questions(question_file)
     record = record | {"questions": file_hash(question_file), "seed": seed, "system": system}
