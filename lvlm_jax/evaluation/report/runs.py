@@ -270,7 +270,8 @@ def _look_at(run: Run) -> tuple:
     """Everything that the report reads later; reading it now refuses malformed files early."""
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
     listed = [entry["name"] + entry["sha256"] for entry in entries]
-    return run.conditions, run.size, run.asked, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
+    keys = hash((run.counts, tuple(run.conditions.items())))  # lists and objects cannot be compared
+    return keys, run.size, run.asked, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
 
 
 def _version(text: str) -> tuple[int, ...]:
