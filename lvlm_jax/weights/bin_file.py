@@ -10,6 +10,8 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 
+_IS_FOLDER = 0x10  # attribute of a zip record; torch would leave the memory of such a tensor as it is
+
 
 class BinFile:
     """An open `.bin` file, with the interface of `SafetensorsFile`.
@@ -71,10 +73,16 @@ def _check_records(path: Path, state_dict: dict) -> None:
     Raises:
         LVLMError: the file is damaged.
     """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        left = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            records = [record for record in archive.infolist() if "/data/" in record.filename]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise LVLMError(f"cannot read {path}: {error}; copy the file again") from error
+    if any(record.external_attr & _IS_FOLDER for record in records):
+        raise LVLMError(f"cannot read {path}: a record of a tensor is marked as a folder; copy the file again")
+    left = Counter(record.file_size for record in records)
     strided = [tensor.untyped_storage() for tensor in state_dict.values() if str(tensor.layout) == "torch.strided"]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in strided if storage.device.type == "cpu"}
     for size in sizes.values():

@@ -86,6 +86,8 @@ def _check_types(path: Path, settings: dict[str, Any]) -> None:
     for name, value in ranks:
         if value != int(value):
             raise LVLMError(f"{path}: {name[:60]} is {shown(value)}; expected a whole number")
+    settings["r"] = int(settings["r"])
+    settings["rank_pattern"] = {pattern: int(value) for pattern, value in settings["rank_pattern"].items()}
     rate = settings["lora_dropout"]
     expect("lora_dropout", _is_number(rate) and 0 <= rate < 1, "a rate from 0 to below 1")
     for name in ("target_modules", "exclude_modules"):

@@ -19,7 +19,7 @@ from lvlm_jax import LVLM
 from lvlm_jax.cli import convert, infer
 from lvlm_jax.generation.forward import full_forward
 from lvlm_jax.journal import record
-from lvlm_jax.weights import lora, parts
+from lvlm_jax.weights import lora, parts, peft_settings
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests import checkpoints, small
@@ -246,6 +246,13 @@ def test_kinds_of_adapters_that_are_not_supported(load, adapter):
     ):  # fmt: skip
         (adapter / CONFIG).write_text(json.dumps(settings | change))
         assert str(adapter) in refused(message, load, adapter)
+
+
+def test_ranks_written_with_a_decimal_point_are_whole_numbers(adapter):
+    rank = json.loads((adapter / CONFIG).read_text())["r"]
+    make.change_config(adapter, {"r": float(rank), "rank_pattern": {"q_proj": 4.0}}, CONFIG)
+    settings = peft_settings.read_settings(adapter)
+    assert [(type(one), one) for one in (settings["r"], settings["rank_pattern"]["q_proj"])] == [(int, rank), (int, 4)]
 
 
 @pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
