@@ -39,18 +39,18 @@ def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Map
     """Name -> method, or methods by part, from configs/pocket_benchmark.py.
 
     Args:
-        wanted: names, or "all".
+        wanted: names, "all", or methods in words such as "vti:fitted=vti.safetensors".
         published: use the papers' own layer numbers.
 
     Raises:
         LVLMError: there is no such method.
     """
     available: dict = settings.get_published() if published else settings.get_methods()
-    if wanted == ["all"]:
-        return available
     chosen_methods: dict[str, Method | Mapping[str, Method]] = {}
     for name in wanted:
-        if ":" in name:
+        if name.lower() == "all":
+            chosen_methods |= available
+        elif ":" in name:
             folder = re.sub(r"[^a-z0-9.=]+", "-", name.lower())
             chosen_methods[folder] = parse.as_method(name)
         elif name.lower() not in available:
@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
     """Runs everything that is missing, and writes the tables after every method."""
     parser = common.Parser(prog="lvlm pocket-benchmark", description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME",
-                        help="all, names from configs/pocket_benchmark.py, or file.py:Class (default all)")  # fmt: skip
+                        help="all, names from configs/pocket_benchmark.py, vti:fitted=FILE, or file.py:Class; several "
+                        "may follow each other (default all)")  # fmt: skip
     parser.add_argument(
         "--images", type=common.number(int, 1), default=200, metavar="N", help="test images (default 200)"
     )

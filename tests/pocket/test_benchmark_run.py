@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lvlm_jax import methods
 from lvlm_jax.cli import pocket_benchmark
 from lvlm_jax.configs import pocket_benchmark as settings
 from lvlm_jax.errors import LVLMError
@@ -59,6 +60,15 @@ def test_from_nothing_to_the_tables(tmp_path, monkeypatch, capsys):
     assert asked < oracle.asked < 1.5 * asked  # greedy, sampling and the cut are shared
     with pytest.raises(LVLMError, match="no method 'magic'; it has all, cmac-pope, .* opera"):
         run(out, "--methods", "magic")
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_all_methods_that_need_no_file_are_compared(published):
+    rows = pocket_benchmark.chosen(["all", "pai:alpha=0.2"], published)
+    assert list(rows)[-1] == "pai-alpha=0.2" and rows["pai-alpha=0.2"] == methods.PAI(alpha=0.2)
+    values = [one for row in rows.values() for one in (row.values() if isinstance(row, dict) else [row])]
+    missing = {methods.get(name) for name in methods.names()} - set(map(type, values))
+    assert missing == {methods.AdaIAT, methods.ADHH, methods.Nullu, methods.VTI}
 
 
 def test_what_papers_claim_is_held_against_the_figures(tmp_path, monkeypatch):
