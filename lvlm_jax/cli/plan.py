@@ -42,7 +42,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     for axis in ("data", "fsdp", "tensor"):
         add(f"--{axis}", type=int, metavar="N", help=f"size of the mesh's axis {axis}; one axis may be -1: the rest")
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights and products (default bfloat16)")
-    add("--quant", choices=QUANTS, help="quantization of the decoder's weights, for inference")
+    add("--quant", choices=QUANTS, help="quantization of the decoder's weights; in training, below adapters")
     add("--batch", type=count, default=1, metavar="N",
         help="number of conversations, or of pairs per update; in tables per group of devices (default 1)")  # fmt: skip
     add("--images", type=common.number(int, 0), default=1, metavar="N", help="images per conversation (default 1)")
@@ -53,7 +53,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         help="prompt tokens per conversation, image tokens included (default: image tokens plus 48)",
     )
     add("--new-tokens", type=count, default=128, metavar="N", help="longest answer (default 128)")
-    add("--method", default="none", metavar="NAME", help="method of inference (default none)")
+    add("--method", default="none", metavar="NAME", help="method of inference, or to train under (default none)")
     add("--objective", default="infer", metavar="NAME",
         help=f"infer, or for training: {', '.join(plan.RECIPES)} (default infer)")  # fmt: skip
     add("--full", action="store_true", help="train the parameters themselves instead of adapters")

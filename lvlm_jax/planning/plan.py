@@ -25,7 +25,7 @@ import jax
 
 from lvlm_jax import files, models, parallel, weights
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods import Method
+from lvlm_jax.methods import CAPL, Method
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.planning import compilers
 from lvlm_jax.planning.devices import Device
@@ -33,7 +33,7 @@ from lvlm_jax.planning.inference import inference
 from lvlm_jax.planning.programs import Program
 from lvlm_jax.planning.sizes import SHORT, SIZES
 from lvlm_jax.planning.training import RECIPES, tokens, training
-from lvlm_jax.training import settings
+from lvlm_jax.training import settings, trained_under
 from lvlm_jax.weights import names
 
 # Depths that are compiled instead of the whole model. They differ by two, because some methods edit every second layer.
@@ -74,8 +74,8 @@ class Job:
         images: number of images per conversation.
         prompt_tokens: prompt tokens per conversation, image tokens included; None: the image tokens plus 48.
         new_tokens: longest answer.
-        method: for inference.
-        quant: None or "int8", for inference.
+        method: of inference, or whose attention a model learns under (sft: CAPL, VAF and their like; dpo: CAPL).
+        quant: None or "int8": the decoder's weights; in training, those below adapters.
         training: None for inference.
         folder: the checkpoint's folder, if there is one; methods that add words need its tokenizer.
     """
@@ -103,8 +103,19 @@ class Job:
                 f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that can be split into that "
                 "many equal parts"
             )
-        if of is not None and (self.quant is not None or self.method is not None):
-            raise LVLMError("quant and method apply to inference; leave them out of a plan for training")
+        if of is not None and self.quant is not None and not of.lora:
+            raise LVLMError(f"quant is {self.quant!r} and the parameters themselves are trained; expected adapters")
+        if of is not None and self.method is not None:
+            self._check_method(of.recipe)
+
+    def _check_method(self, recipe: str) -> None:
+        """Raises an LVLMError if this recipe cannot train under the method."""
+        trained_under.refuse(self.method, self.config.text.num_layers)
+        if recipe != "sft" and not (recipe == "dpo" and isinstance(self.method, CAPL)):
+            raise LVLMError(
+                f"{recipe} is not trained under {self.method.label}; expected capl with dpo, or no method with capl, "
+                "which is its own"
+            )
 
     def replaced(self, **changes: Any) -> "Job":
         """The same job with some fields changed."""

@@ -18,7 +18,7 @@ from lvlm_jax.training import optimizer, pairwise, placement, settings
 from lvlm_jax.training.data.pair_batches import CONVERSATION, PAIR
 from lvlm_jax.training.objectives import sft
 from lvlm_jax.training.step import make_step
-from lvlm_jax.weights import lora, parts
+from lvlm_jax.weights import lora, parts, quantize
 from lvlm_jax.weights.tables import flatten, unflatten
 
 RECIPES = ("sft", "dpo", "capl")
@@ -79,6 +79,8 @@ def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float
         return trainable, frozen, size(trainable) + size(first) * (job.dtype != of.master)
 
     base = models.abstract_parameters(config, job.dtype)
+    if job.quant is not None:
+        base = jax.eval_shape(quantize.quantize, base)
 
     def attached(kind: tuple[str, ...]) -> dict:
         key = jax.random.key(0)
@@ -138,11 +140,11 @@ def tokens(job: Any, config: FamilyConfig) -> int:
 
 def _objective(job: Any, config: FamilyConfig, defaults: ConfigDict) -> tuple[Any, dict[str, float]]:
     module = models.build(config, jnp.dtype(job.dtype), remat=job.training.remat)
-    if job.training.recipe == "sft":
-        return functools.partial(sft.metrics, module), {"loss": 1.0}
-    preference = defaults.preference
     images = 1 << max(job.images - 1, 0).bit_length()
-    scorer = pairwise.Scorer(module, pairwise.method_of(preference), images)
+    if job.training.recipe == "sft":
+        return functools.partial(sft.metrics, module, method=job.method, image_count=images), {"loss": 1.0}
+    preference = defaults.preference
+    scorer = pairwise.Scorer(module, job.method or pairwise.method_of(preference), images)
     chosen = {name: preference[name] for name in ("loss", "beta", "label_smoothing")}
     return functools.partial(pairwise.metrics, scorer, chosen), pairwise.terms(preference)
 

@@ -81,6 +81,16 @@ def test_figures_of_llava_7b_by_hand():
     assert devices.find("tpu-v5e").holds(seven.total) and not devices.find("mine=14,1,1").holds(seven.total)
 
 
+def test_training_under_a_method_and_over_an_int8_base():
+    name, config, folder = plan.read(POCKET)
+    config = plan.at_depth(config, 1)
+    job = plan.Job(name, config, 1, (1, 1, 1), "float32", 2, folder=folder, training=plan.Training("sft"))
+    plain, other = (plan.plan(one).largest for one in (job, job.replaced(quant="int8", method=methods.CAPL())))
+    kernels = 2 * 4 * config.text.hidden_size**2  # bytes of two of its kernels
+    assert other.contents["parameters"] < plain.contents["parameters"] - kernels
+    assert other.flops > plain.flops  # of CAPL's sums over images
+
+
 @pytest.mark.slow
 def test_two_depths_say_what_all_layers_say():
     name, config, folder = plan.read(POCKET)
@@ -163,7 +173,9 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--method", "sevi", "--start-layer", "40"], "are none of this model's 32 layers"),
         (["7b", "--method", "opera"], "OPERA is a search"),
         (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
-        (["7b", "--objective", "dpo", "--method", "cmac"], "quant and method apply to inference"),
+        (["7b", "--objective", "dpo", "--method", "cmac"], "nothing can be trained under CMAC"),
+        (["7b", "--objective", "capl", "--method", "capl"], "capl is not trained under CAPL"),
+        (["7b", "--objective", "sft", "--quant", "int8", "--full"], "expected adapters"),
         (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "split into that many equal parts"),
         (["7b", "--compiler", "tpu", "--device", "h100"], "does not compile for a device of kind cuda"),
         (["7b", "13b"], "2 models were given; expected one, or --table"),
