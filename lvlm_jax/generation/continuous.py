@@ -18,8 +18,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from lvlm_jax import parallel
 from lvlm_jax.attention import Block, LayerCache
 from lvlm_jax.compilation import jit
 from lvlm_jax.generation import decode_loop, forward
@@ -318,6 +320,27 @@ def _widen(slots: Slots, size: PromptSize) -> Slots:
         tracks=tuple(track(*each) for each in zip(slots.state.tracks, slots.prompt, size.prompt, strict=True)),
     )
     return dataclasses.replace(slots, state=state, prompt=size.prompt)
+
+
+def shardings(slots: Slots, mesh: Mesh) -> Slots:
+    """A sharding for every array: rows over the data axes and key heads over `tensor`, where these divide them."""
+    rows, everywhere = parallel.row_sharding(mesh, slots.count.shape[0]), NamedSharding(mesh, PartitionSpec())
+
+    def by_row(tree):
+        return jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, tree)
+
+    def block(own: Block) -> Block:
+        return jax.tree.map(lambda leaf: parallel.cache_sharding(mesh, leaf.shape), own)
+
+    def cache(one: LayerCache) -> LayerCache:
+        return LayerCache(one.prefix and block(one.prefix), tuple(map(block, one.own)))
+
+    state = dataclasses.replace(
+        by_row(slots.state),
+        caches=tuple(map(cache, slots.state.caches)),
+        method=jax.tree.map(lambda leaf: everywhere, slots.state.method),
+    )
+    return dataclasses.replace(by_row(slots), state=state, stop=everywhere)
 
 
 def _shift_image_end(image_end: Int[Array, "B"], columns: int) -> Int[Array, "B"]:

@@ -40,8 +40,8 @@ Request = tuple[Conversation, int]  # a conversation with its random seed
 
 def obstacle(method: Method | None, mesh: jax.sharding.Mesh | None) -> str | None:
     """Why rows cannot be replaced one by one; None if they can."""
-    if mesh is not None and mesh.size > 1:
-        return "a batch that is spread over devices has no rows to replace"
+    if mesh is not None and mesh.is_multi_process:
+        return "no process sees all rows of a batch that is spread over processes"
     if method is None:
         return None
     if reason := searches.obstacle(method):
@@ -76,7 +76,7 @@ def use_continuous(
     reason = None if schedule == "batches" else obstacle(method, mesh)
     if schedule == "continuous" and reason:
         raise LVLMError(f"continuous batching is not possible: {reason}; use the schedule batches")
-    pays = batch_size > 1 and max_new_tokens > SHORT_ANSWER
+    pays = batch_size > parallel.shards(mesh) and max_new_tokens > SHORT_ANSWER
     return schedule == "continuous" or (schedule == "auto" and reason is None and pays)
 
 
@@ -174,7 +174,8 @@ class Scheduler:
         self._stop = host.stops(config, decoding)
         self._context = config.text.max_position_embeddings
         self._limit = min(decoding.max_new_tokens, self._context - 1)
-        self._group = max(1, self.rows // ROWS_PER_GROUP)
+        shards = parallel.shards(host.mesh)
+        self._group = max(1, self.rows // ROWS_PER_GROUP, shards if shards <= self.rows else 1)
         self._greedy = None if "sample" in self._sampling.rules else sample_keys(0, self._group)
         self._slots: continuous.Slots | None = None
         self._full = False  # whether all columns of the slots are used
@@ -240,11 +241,11 @@ class Scheduler:
         logits = step.combined
         if self._slots is None:
             sizes = {"batch": self.rows, "limit": self._limit, "vocabulary": logits.shape[1]}
-            self._slots = continuous.empty(state, self._sampling, self._stop, **sizes)
+            self._slots = self._spread(continuous.empty(state, self._sampling, self._stop, **sizes))
         size = continuous.PromptSize.of(self._slots.state, self._slots.prompt)
         needed_size = size.union(continuous.PromptSize.of(state))
         if needed_size != size:
-            self._slots = continuous.widen(self._slots, needed_size)
+            self._slots = self._spread(continuous.widen(self._slots, needed_size))
         free = [row for row in range(self.rows) if row not in self._under_way]
         rows = free[: len(group.requests)]
         self._under_way |= dict(zip(rows, group.requests, strict=True))
@@ -260,6 +261,11 @@ class Scheduler:
             np.minimum(self._limit, self._context - group.inputs.lengths).astype(np.int32),
             np.asarray(rows + rows[-1:] * spare, np.int32),
         )
+
+    def _spread(self, slots: continuous.Slots) -> continuous.Slots:
+        """Slots with rows and key heads spread over the mesh; the programs that follow leave them where they are."""
+        mesh = self._host.mesh
+        return slots if mesh is None else jax.device_put(slots, continuous.shardings(slots, mesh))
 
     def _advance(self, coming: PrefilledGroup | None) -> None:
         """Lets the device decode until there are free rows for the next group, or its next chunk is due."""

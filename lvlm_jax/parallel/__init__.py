@@ -4,12 +4,15 @@ from lvlm_jax.parallel.mesh import (
     AXES,
     ambient,
     batch_sharding,
+    cache_sharding,
     local,
     make_mesh,
     mesh_for,
     parameter_sharding,
     placing,
     refuse_cut_heads,
+    row_sharding,
+    shards,
     spread,
 )
 from lvlm_jax.parallel.processes import lost, start
@@ -18,6 +21,7 @@ __all__ = [
     "AXES",
     "ambient",
     "batch_sharding",
+    "cache_sharding",
     "local",
     "lost",
     "make_mesh",
@@ -25,6 +29,8 @@ __all__ = [
     "parameter_sharding",
     "placing",
     "refuse_cut_heads",
+    "row_sharding",
+    "shards",
     "spread",
     "start",
 ]

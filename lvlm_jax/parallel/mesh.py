@@ -139,10 +139,9 @@ def spread(batch: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return batch
     place = batch_sharding(mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def placed(array: Any) -> jax.Array:
-        if array.shape[0] % shards:
+        if array.shape[0] % shards(mesh):
             return array
         if place.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
             return jax.device_put(array, place)
@@ -152,9 +151,25 @@ def spread(batch: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(placed, batch)
 
 
+def shards(mesh: Mesh | None) -> int:
+    """Into how many parts the data axes of a mesh split a batch."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays with one row per conversation or per image."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """`batch_sharding`, or every row on every device where the data axes do not divide the number of rows."""
+    return NamedSharding(mesh, PartitionSpec()) if rows % shards(mesh) else batch_sharding(mesh)
+
+
+def cache_sharding(mesh: Mesh, shape: tuple[int, int, int, int]) -> NamedSharding:
+    """The sharding of a block of keys or values `[B, K, S, D]`: rows as in `row_sharding`, key heads over `tensor`."""
+    (rows,) = row_sharding(mesh, shape[0]).spec or (None,)
+    return NamedSharding(mesh, PartitionSpec(rows, None if shape[1] % mesh.shape["tensor"] else "tensor"))
 
 
 def local(tree: Any, wanted: bool = True) -> Any:

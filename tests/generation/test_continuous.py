@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,9 @@ def test_methods_whose_rows_are_not_their_own_stay_in_batches(model, asked):
 
 
 def test_the_schedule_follows_the_length_of_answers():
+    many_hosts = SimpleNamespace(is_multi_process=True, shape={"data": 2, "fsdp": 1})
+    assert "over processes" in scheduler.obstacle(None, many_hosts)
+    assert not scheduler.use_continuous("auto", None, many_hosts, 512, 8)
     for given, taken in (
         (("auto", methods.CMAC(), None, 512, 8), True),
         (("auto", methods.CMAC(), None, 10, 8), False),

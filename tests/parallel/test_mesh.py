@@ -7,7 +7,7 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.parallel import AXES, make_mesh, refuse_cut_heads
-from tests.parallel import infer_over_processes
+from tests.parallel import eight_devices, infer_over_processes
 from tests.parallel.simulated import finish, in_a_process
 
 
@@ -76,6 +76,16 @@ def test_results_on_eight_devices_equal_those_of_one(spread, expected, model, mi
     fourfold = {name: np.concatenate([array] * 4) for name, array in mixed.items()}
     step = model.prefill(fourfold, methods.VCD())[1]
     np.testing.assert_allclose(results["vcd"], np.stack([step.main, step.contrast]), rtol=0, atol=1e-4)
+
+
+def test_rows_are_replaced_and_beginnings_shared_on_eight_devices(spread, model):
+    """Four rows over `data` and `fsdp`, key heads over `tensor`; a beginning of one row is on all devices."""
+    told = spread[0]
+    assert told["rows"] == eight_devices.replaced_rows(model)
+    (heads, shape, devices), (rows, _, _) = told["spread"]
+    assert heads[:2] == [["data", "fsdp"], "tensor"] and shape[:2] == [1, 1] and devices == 8
+    assert rows == [["data", "fsdp"]]
+    assert told["beginnings"] == [1] and told["alike"] == eight_devices.alike(model)
 
 
 @pytest.mark.parametrize(
