@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.methods.likeliest import likeliest
 
 _RULES = ("sample", "top_k", "top_p", "repetition_penalty")
 
@@ -89,18 +90,19 @@ class Sampling:
     def _filter(self, scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
         if not {"top_k", "top_p"} & self.rules:
             return scores
-        descending = -jnp.sort(-scores, axis=-1)
+        size = scores.shape[-1]
         if "top_k" in self.rules:
-            last = jnp.minimum(self.top_k, scores.shape[-1]) - 1
-            threshold = jax.lax.dynamic_index_in_dim(descending, last, axis=-1)
-            scores = jnp.where(scores < threshold, -jnp.inf, scores)
-            descending = jnp.where(descending < threshold, -jnp.inf, descending)
+            scores = _from_lowest(scores, likeliest(scores, jnp.zeros_like(scores), jnp.inf, self.top_k))
         if "top_p" in self.rules:
-            probabilities = jax.nn.softmax(descending, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            reached = jnp.where(before < self.top_p, descending, jnp.inf)
-            scores = jnp.where(scores < reached.min(axis=-1, keepdims=True), -jnp.inf, scores)
+            probabilities = jax.nn.softmax(scores, axis=-1)
+            scores = _from_lowest(scores, likeliest(scores, probabilities, self.top_p, size))
         return scores
+
+
+def _from_lowest(scores: Float[Array, "B V"], chosen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """The scores of chosen tokens and of those that tie with the lowest of them, -inf for others."""
+    lowest = jnp.where(chosen, scores, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(scores < lowest, -jnp.inf, scores)
 
 
 @jax.tree_util.register_dataclass

@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
 from lvlm_jax.methods.cuts import Soft, cut_logits
 from lvlm_jax.methods.depth import layer_range
+from lvlm_jax.methods.likeliest import likeliest
 from lvlm_jax.methods.registry import register
 
 
@@ -47,21 +47,11 @@ class DeCo(Method):
 
     def combine(self, readout: Readout, memory):
         threshold = self.top_p.value if isinstance(self.top_p, Soft) else self.top_p
-        likely = likeliest(jax.nn.softmax(readout.main, axis=-1), threshold, self.candidates)
+        # Even if rounding brings the sum to 1 before the last token, a top_p of 1 means all of them.
+        enough = jnp.where(jnp.asarray(threshold) >= 1, jnp.inf, threshold)
+        likely = likeliest(readout.main, jax.nn.softmax(readout.main, axis=-1), enough, self.candidates)
         sure = jnp.where(likely, jax.nn.softmax(readout.exits, axis=-1), 0).max(axis=-1)
         chosen = jnp.take_along_axis(readout.exits, sure.argmax(axis=0)[None, :, None], axis=0)[0]
         corrected = readout.main + self.alpha * sure.max(axis=0)[:, None] * chosen
         least = jnp.where(likely, readout.main, jnp.inf).min(axis=-1, keepdims=True)
         return cut_logits(corrected, readout.main, likely, least, self.top_p), memory
-
-
-def likeliest(probabilities: Float[Array, "B V"], top_p: Strength, most: Strength) -> Bool[Array, "B V"]:
-    """The fewest most likely tokens that together reach `top_p`, at most `most`; on ties the lower id first."""
-    order = jnp.argsort(-probabilities, axis=-1, stable=True)
-    descending = jnp.take_along_axis(probabilities, order, axis=-1)
-    before = jnp.cumsum(descending, axis=-1) - descending
-    # Even if rounding brings the sum to 1 before the last token, a top_p of 1 means all of them.
-    chosen = ((before < top_p) | (top_p >= 1)) & (jnp.arange(order.shape[-1]) < most)
-    # The likeliest token is always a candidate, even where top_p is 0.
-    chosen = chosen.at[:, 0].set(True)
-    return jnp.take_along_axis(chosen, jnp.argsort(order, axis=-1), axis=-1)
