@@ -121,8 +121,8 @@ class CachedJit:
         jitted = self._jitted()
         self.lower, self.trace = jitted.lower, jitted.trace
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return _PROGRAMS.of(self, self._key(arguments, named))(*arguments, **named)
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return _PROGRAMS.of(self, self._key(arguments, keywords))(*arguments, **keywords)
 
     def _cache_size(self) -> int:
         """How many programs are kept. The name is JAX's."""
@@ -130,7 +130,7 @@ class CachedJit:
 
     def _jitted(self, **more: Any) -> Callable:
         # JAX keeps programs per function, so each function made here can be dropped by itself.
-        own = functools.wraps(self._function)(lambda *arguments, **named: self._function(*arguments, **named))
+        own = functools.wraps(self._function)(lambda *arguments, **keywords: self._function(*arguments, **keywords))
         return jax.jit(own, **self._options, **more)
 
     def _for_this_machine(self) -> Callable:
@@ -138,10 +138,10 @@ class CachedJit:
         on_gpu = jax.default_backend() == "gpu"
         return self._jitted(compiler_options=GPU_OPTIONS) if on_gpu else self._jitted()
 
-    def _key(self, arguments: tuple, named: dict[str, Any]) -> Hashable:
+    def _key(self, arguments: tuple, keywords: dict[str, Any]) -> Hashable:
         """The key of a program, apart from the parameters: static arguments, structure and shapes of the others."""
         static, traced = [], []
-        for name, value in (*zip(self._names, arguments, strict=False), *named.items()):
+        for name, value in (*zip(self._names, arguments, strict=False), *keywords.items()):
             if name in self._static:
                 static.append((name, value))
             elif name != _PARAMETERS:
@@ -154,21 +154,21 @@ class _Programs:
     """Jitted functions by function and key; the most recently used are at the end."""
 
     def __init__(self):
-        self._kept: collections.OrderedDict[tuple[CachedJit, Hashable], Any] = collections.OrderedDict()
+        self._programs: collections.OrderedDict[tuple[CachedJit, Hashable], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, function: CachedJit, key: Hashable) -> Callable:
         with self._lock:
-            jitted = self._kept.pop((function, key), None) or function._for_this_machine()
-            self._kept[function, key] = jitted
-            dropped = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - max_programs())]
+            jitted = self._programs.pop((function, key), None) or function._for_this_machine()
+            self._programs[function, key] = jitted
+            dropped = [self._programs.popitem(last=False)[1] for _ in range(len(self._programs) - max_programs())]
         for old in dropped:  # a running program is not interrupted
             old.clear_cache()
         return jitted
 
     def all_of(self, function: CachedJit) -> list:
         with self._lock:
-            return [jitted for (owner, _), jitted in self._kept.items() if owner is function]
+            return [jitted for (owner, _), jitted in self._programs.items() if owner is function]
 
 
 _PROGRAMS = _Programs()

@@ -116,12 +116,12 @@ def _kinds(kinds: type | tuple) -> str:
     return " or ".join(words[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
-def unique(seen: set, key, where: str) -> None:
-    """Adds `key` to `seen`. Raises `LVLMError` if it is already in there."""
-    if key in seen:
+def unique(keys: set, key, where: str) -> None:
+    """Adds `key` to `keys`. Raises `LVLMError` if it is already in there."""
+    if key in keys:
         text = key if isinstance(key, (str, int)) else " ".join(map(str, key))
         raise LVLMError(f"{where}: id {text} occurs twice; every id must occur once")
-    seen.add(key)
+    keys.add(key)
 
 
 def is_file(path: Path) -> bool:

@@ -62,10 +62,10 @@ def command_line(words: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--out", help="write the JSON there too")
     arguments = parser.parse_args(words)
-    named = arguments.dtype if arguments.transformers is None else arguments.transformers
-    arguments.transformers = [] if named == "none" else named.split(",")
+    dtype = arguments.dtype if arguments.transformers is None else arguments.transformers
+    arguments.transformers = [] if dtype == "none" else dtype.split(",")
     if unknown := set(arguments.transformers) - set(DTYPES):
-        raise LVLMError(f"--transformers is {named!r}, with {min(unknown)!r}; expected {', '.join(DTYPES)} or none")
+        raise LVLMError(f"--transformers is {dtype!r}, with {min(unknown)!r}; expected {', '.join(DTYPES)} or none")
     return arguments
 
 
@@ -257,14 +257,14 @@ def measure(arguments: argparse.Namespace) -> dict:
     return result
 
 
-def roofline(moved: float, flops: float, bandwidth: float, peak: float, taken: float) -> dict:
+def roofline(moved: float, flops: float, bandwidth: float, peak: float, seconds: float) -> dict:
     """What must move and be computed, the least milliseconds for it, and their share in those it took.
 
     Args:
         bandwidth, peak: bytes and FLOPs of a millisecond.
     """
     least = max(moved / bandwidth, flops / peak)
-    return {"bytes": moved, "flops": flops, "least_ms": round(least, 2), "reached": round(least / taken, 3)}
+    return {"bytes": moved, "flops": flops, "least_ms": round(least, 2), "reached": round(least / seconds, 3)}
 
 
 def _ratios(these: list[float], those: list[float]) -> list[float]:

@@ -141,8 +141,8 @@ def main(words: list[str]) -> int:
             print(f"| {name}, batch {batch} |", end="", flush=True)
             for length in lengths:
                 start = time.process_time()
-                found = temporary(compiled(flags.compiler, length, batch, METHODS[name]()))
-                print(f" {found:.2f} ({time.process_time() - start:.0f} s) |", end="", flush=True)
+                peak = temporary(compiled(flags.compiler, length, batch, METHODS[name]()))
+                print(f" {peak:.2f} ({time.process_time() - start:.0f} s) |", end="", flush=True)
             print(flush=True)
     return 0
 

@@ -107,12 +107,12 @@ def main() -> int:
         timed(port, 1, len(uris), uris)  # whatever is slow the first time
     same = True
     for clients in flags.clients:
-        found = {name: [] for name in ports}
+        rates = {name: [] for name in ports}
         for _ in range(flags.repeats):
             for name, port in ports.items():
-                found[name].append(timed(port, clients, max(clients, flags.requests), uris))
-            same = same and found["generate"][-1][3] == found["lvlm serve"][-1][3]
-        for name, runs in found.items():
+                rates[name].append(timed(port, clients, max(clients, flags.requests), uris))
+            same = same and rates["generate"][-1][3] == rates["lvlm serve"][-1][3]
+        for name, runs in rates.items():
             rate, middle, late = ([run[place] for run in runs] for place in range(3))
             print(f"{clients:3} clients  {name:10}  {spread(rate, 0)} characters/s  "
                   f"first token {spread(middle, 2)} s, 90 %: {spread(late, 2)} s", flush=True)  # fmt: skip

@@ -73,18 +73,18 @@ class Ours:
         self.model, self.continuous = model, continuous
         self.options = {"method": method, "max_new_tokens": limit}
 
-    def __call__(self, asked: list[list[dict]], batch: int) -> list[list[int]]:
+    def __call__(self, conversations: list[list[dict]], batch: int) -> list[list[int]]:
         """The tokens of every answer."""
         if self.continuous:
-            requests = ((one, 0) for one in asked)
-            found = dict(self.model.generate_many(requests, batch_size=batch, **self.options))
-            for output in found.values():
+            requests = ((one, 0) for one in conversations)
+            outputs = dict(self.model.generate_many(requests, batch_size=batch, **self.options))
+            for output in outputs.values():
                 if isinstance(output, LVLMError):
                     raise output
-            return [found[number].tokens[0] for number in range(len(asked))]
+            return [outputs[number].tokens[0] for number in range(len(conversations))]
         return [
             row
-            for some, count in in_batches(asked, batch)
+            for some, count in in_batches(conversations, batch)
             for row in self.model.generate(some, **self.options).tokens[:count]
         ]
 
@@ -103,12 +103,12 @@ class Transformers:
         self.theirs = theirs.to(self.device).eval()
         self.stops = np.asarray(model.config.eos_token_ids)
 
-    def __call__(self, asked: list[list[dict]], batch: int) -> list[list[int]]:
+    def __call__(self, conversations: list[list[dict]], batch: int) -> list[list[int]]:
         """The tokens of every answer."""
-        return [row for some, count in in_batches(asked, batch) for row in self._answers(some)[:count]]
+        return [row for some, count in in_batches(conversations, batch) for row in self._answers(some)[:count]]
 
-    def _answers(self, asked: list[list[dict]]) -> list[list[int]]:
-        inputs = self.ours.prepare(asked)
+    def _answers(self, conversations: list[list[dict]]) -> list[list[int]]:
+        inputs = self.ours.prepare(conversations)
         if inputs.geometry:
             raise LVLMError("transformers are compared for models of whole pictures only; add --no-transformers")
         longest = int(inputs.lengths.max())
@@ -131,34 +131,34 @@ class Transformers:
         return row[: ends[0] + 1 if len(ends) else None].tolist()
 
 
-def in_batches(asked: list[list[dict]], batch: int):
+def in_batches(conversations: list[list[dict]], batch: int):
     """Batches of one size, the last filled up with copies, and how many of each count."""
-    for start in range(0, len(asked), batch):
-        some = asked[start : start + batch]
+    for start in range(0, len(conversations), batch):
+        some = conversations[start : start + batch]
         yield some + some[-1:] * (batch - len(some)), len(some)
 
 
-def curve(ways: dict, asked: list[list[dict]], batches: list[int], runs: int) -> dict:
+def curve(ways: dict, conversations: list[list[dict]], batches: list[int], runs: int) -> dict:
     """Figures by batch size and way.
 
     Args:
         ways: by name, from conversations and a batch size to the tokens of every answer; the first is the measure of
             what the others answer.
     """
-    wanted, found = None, {}
+    reference, by_batch = None, {}
     for batch in batches:
         same = {}
         for name, way in ways.items():
-            tokens = way(asked, batch)
-            wanted = wanted or tokens
-            same[name] = sum(one == other for one, other in zip(tokens, wanted, strict=True)) / len(asked)
+            tokens = way(conversations, batch)
+            reference = reference or tokens
+            same[name] = sum(one == other for one, other in zip(tokens, reference, strict=True)) / len(conversations)
         rates = {name: [] for name in ways}
         for _ in range(runs):
             for name, way in ways.items():
                 start = time.perf_counter()
-                tokens = way(asked, batch)
+                tokens = way(conversations, batch)
                 rates[name].append(sum(map(len, tokens)) / (time.perf_counter() - start))
-        found[str(batch)] = {
+        by_batch[str(batch)] = {
             name: {"tokens_per_s": bench_parts.summary(values), "same_answers": round(same[name], 4)}
             | {
                 f"over_{other}": bench_parts.summary([one / two for one, two in zip(values, rates[other], strict=True)])
@@ -167,9 +167,9 @@ def curve(ways: dict, asked: list[list[dict]], batches: list[int], runs: int) ->
             }
             for name, values in rates.items()
         }
-    lengths = [len(row) for row in wanted]
+    lengths = [len(row) for row in reference]
     spread = {"median": statistics.median(lengths), "min": min(lengths), "max": max(lengths)}
-    return {"answer_tokens": spread | {"all": sum(lengths)}, "batches": found}
+    return {"answer_tokens": spread | {"all": sum(lengths)}, "batches": by_batch}
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -193,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
         ways["transformers"] = Transformers(model, arguments.dtype, limit)
         versions |= {"transformers": transformers.__version__, "torch": ways["transformers"].torch.__version__}
-    asked = [one for _, one in captions(arguments.prompts)]
+    conversations = [one for _, one in captions(arguments.prompts)]
     return {
         "model": arguments.model,
         "dtype": arguments.dtype,
@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "prompts": arguments.prompts,
         "max_new_tokens": limit,
         "runs": arguments.runs,
-        **curve(ways, asked, batches, arguments.runs),
+        **curve(ways, conversations, batches, arguments.runs),
         "machine": bench_parts.machine(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),

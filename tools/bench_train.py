@@ -160,8 +160,8 @@ class Ours:
 
     def step(self) -> tuple[float, float]:
         """Seconds, and the loss."""
-        taken, (self.state, metrics) = bench_parts.seconds(lambda: self.program(self.state, *self.rest))
-        return taken, float(metrics["objective"].value)
+        seconds, (self.state, metrics) = bench_parts.seconds(lambda: self.program(self.state, *self.rest))
+        return seconds, float(metrics["objective"].value)
 
     def peak_bytes(self) -> int:
         """The most that was held: by the process on a CPU since it was set up, else on the device."""
@@ -297,16 +297,16 @@ class Worker:
 
     def _answer(self):
         try:
-            found = self._pipe.recv()
+            message = self._pipe.recv()
         except EOFError as error:
             self._process.join()
             raise LVLMError(
                 f"the process of {self._kind} ended with code {self._process.exitcode}; its last words are above "
                 "(-9: out of memory, give a smaller --batch or --length)"
             ) from error
-        if isinstance(found, LVLMError):
-            raise found
-        return found
+        if isinstance(message, LVLMError):
+            raise message
+        return message
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -332,14 +332,14 @@ def measure(arguments: argparse.Namespace) -> dict:
 
     result = {name: getattr(arguments, name) for name in ("size", "dtype", "batch", "rank", "runs")}
     result |= {name: about[name] for name in ("parameters", "trained_parameters", "length", "answer_tokens")}
-    for kind, found in timed.items():
-        taken = [seconds for seconds, _ in found[1:]]
+    for kind, steps in timed.items():
+        durations = [seconds for seconds, _ in steps[1:]]
         result[kind] = {
-            "seconds": bench_parts.summary(taken, 4),
-            "tokens_per_s": bench_parts.summary([about["tokens"] / seconds for seconds in taken], 1),
+            "seconds": bench_parts.summary(durations, 4),
+            "tokens_per_s": bench_parts.summary([about["tokens"] / seconds for seconds in durations], 1),
             "resident_bytes": workers[kind].about["resident_bytes"],
             "peak_bytes": peaks[kind],
-            "losses": [loss for _, loss in found],
+            "losses": [loss for _, loss in steps],
         }
     ours = result["ours"] | {"program_bytes": about["program_bytes"]}
     if about["peak_flops"] and arguments.dtype == "bfloat16":  # the known peaks are those of bfloat16
@@ -371,19 +371,19 @@ def measure(arguments: argparse.Namespace) -> dict:
 def main(words: list[str]) -> int:
     """Measures, prints the JSON and writes it where `--out` says; 1 where losses do not agree."""
     arguments = command_line(words)
-    found = measure(arguments)
-    report = json.dumps(found, indent=2)
+    figures = measure(arguments)
+    report = json.dumps(figures, indent=2)
     print(report)
     if arguments.out:
         write_whole(arguments.out, report + "\n")
-    if "losses_agree" not in found:
+    if "losses_agree" not in figures:
         return 0
-    says = "agree" if found["losses_agree"] else "do NOT agree"
+    says = "agree" if figures["losses_agree"] else "do NOT agree"
     print(
-        f"losses {says}: at most {found['largest_loss_difference']:.1e} apart over {arguments.runs + 1} steps",
+        f"losses {says}: at most {figures['largest_loss_difference']:.1e} apart over {arguments.runs + 1} steps",
         file=sys.stderr,
     )
-    return 0 if found["losses_agree"] else 1
+    return 0 if figures["losses_agree"] else 1
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ LIMIT = 24  # tokens
 
 def pictures(count: int) -> list[str]:
     """Pictures of the pocket world, as data URIs."""
-    found = []
+    uris = []
     for number in range(count):
         file = io.BytesIO()
         Image.fromarray(scenes.render(scenes.scene_at("test", number))).save(file, "png")
-        found.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
-    return found
+        uris.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    return uris
 
 
 class Server:
@@ -106,7 +106,7 @@ def main() -> int:
         image = {"type": "image_url", "image_url": {"url": kind[2]}}
         return [{"role": "user", "content": [image, {"type": "text", "text": kind[1]}]}]
 
-    def asked(kind, stream):
+    def body_of(kind, stream):
         words = {"model": "pocket", "messages": messages(kind), "max_tokens": LIMIT, "method": kind[0]}
         return words | {"stream": stream} | DECODINGS[kind[3]]
 
@@ -114,8 +114,8 @@ def main() -> int:
         for drawn, settings in enumerate(DECODINGS):
             own = [kind for kind in kinds if kind[0] == method and kind[3] == drawn]
             settings = settings | {"max_new_tokens": LIMIT, "seed": [settings.get("seed", 0)] * len(own)}
-            said = model.generate(list(map(messages, own)), method=method, **settings).text
-            expected |= dict(zip(own, said, strict=True))
+            texts = model.generate(list(map(messages, own)), method=method, **settings).text
+            expected |= dict(zip(own, texts, strict=True))
     print(f"{len(set(expected.values()))} different answers to {len(kinds)} requests", flush=True)
     server = Server("--methods", "cmac,vcd", "--rows", str(flags.rows), "--max-tokens", "64", "--max-body", "1",
                     "--warm-text", "32", "--queue", "4096")  # fmt: skip
@@ -124,7 +124,7 @@ def main() -> int:
 
     def one(number: int) -> None:
         kind, draw = chance.choice(kinds), chance.random()
-        body = asked(kind, chance.random() < 0.4)
+        body = body_of(kind, chance.random() < 0.4)
         content = json.dumps(body).encode()
         what, good = "answered", 200
         if draw < 0.02:
@@ -157,7 +157,7 @@ def main() -> int:
     def last(number: int) -> int:
         kind = kinds[number % len(kinds)]
         try:
-            status, answer = server.ask(json.dumps(asked(kind, number % 3 == 0)).encode())
+            status, answer = server.ask(json.dumps(body_of(kind, number % 3 == 0)).encode())
         except ConnectionRefusedError:
             return 0
         except OSError:
@@ -172,10 +172,10 @@ def main() -> int:
         server.process.send_signal(signal.SIGTERM)
         ends = [request.result() for request in running]
     code = server.process.wait(120)
-    told = {status: ends.count(status) for status in set(ends)}
-    print(f"SIGTERM: exit code {code}; answers by status, 0 refused: {told}")
+    statuses = {status: ends.count(status) for status in set(ends)}
+    print(f"SIGTERM: exit code {code}; answers by status, 0 refused: {statuses}")
     print(*wrong[:5], *server.errors[:20], sep="\n")
-    lost = told.get(-1, 0)
+    lost = statuses.get(-1, 0)
     return int(bool(wrong or compiles or code or server.errors or lost or memory[-1] > 1.05 * memory[len(memory) // 2]))
 
 

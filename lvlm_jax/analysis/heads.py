@@ -56,7 +56,9 @@ class Drift(NamedTuple):
     anchor_layer: Int[Array, ""]
 
 
-def drift_curve(attention: Float[Array, "L H N"], strength: float = 1.0, kept: float = 0.1, early: int = 3) -> Drift:
+def drift_curve(
+    attention: Float[Array, "L H N"], strength: float = 1.0, kept_share: float = 0.1, early: int = 3
+) -> Drift:
     """Whether attention drifts back to the noise of the first layers: our reconstruction of CLVA's statistics.
 
         p^l = head-maximum of w on one image's columns, normalised to sum 1;   n = mean of p^0, p^1, p^2
@@ -68,7 +70,7 @@ def drift_curve(attention: Float[Array, "L H N"], strength: float = 1.0, kept: f
     Args:
         attention: one row's weights on the N tokens of one image. `jax.vmap` over rows or images.
         strength: λ.
-        kept: ρ; at least one entry is kept.
+        kept_share: ρ; at least one entry is kept.
         early: how many first layers make up the noise.
 
     Raises:
@@ -92,7 +94,7 @@ def drift_curve(attention: Float[Array, "L H N"], strength: float = 1.0, kept: f
         )
     anchor_layer = jnp.argmax(jnp.where(middle, score, -jnp.inf))
     rest = jax.nn.relu(looks[anchor_layer] - strength * noise)
-    least = jax.lax.top_k(rest, max(1, math.floor(kept * tokens + 1e-6)))[0][-1]
+    least = jax.lax.top_k(rest, max(1, math.floor(kept_share * tokens + 1e-6)))[0][-1]
     anchor = jnp.where(rest >= least, rest, 0.0)
     to_noise, to_anchor = _cosine(looks, noise), _cosine(looks, anchor)
     gate = jnp.where(anchor.max() > 0, jnp.clip(to_noise - to_anchor, 0, 1), 0.0)

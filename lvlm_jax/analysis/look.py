@@ -67,11 +67,11 @@ class Looker:
         fit = overlay.fitted(model, len(images))
         self.pictures = [page.Picture(image, overlay.seen_region(*image.size, fit)) for image in images]
 
-    def tokens(self, method: Method | None, given: str | None = None, longest: int = 128) -> list[int]:
+    def tokens(self, method: Method | None, answer_text: str | None = None, longest: int = 128) -> list[int]:
         """The tokens of the answer: those of the given text, or at most `longest` greedily generated ones."""
-        if given is None:
+        if answer_text is None:
             return self._model.generate(self._prompt, method=method, max_new_tokens=longest).tokens[0]
-        return list(self._model.processor.tokenizer(given, add_special_tokens=False)["input_ids"])
+        return list(self._model.processor.tokenizer(answer_text, add_special_tokens=False)["input_ids"])
 
     def answer(self, name: str, method: Method | None, tokens: list[int]) -> page.Answer:
         """Everything that the page shows about one answer.

@@ -65,8 +65,8 @@ def build(title: str, question: str, pictures: Sequence[Picture], answers: Seque
         LVLMError: an answer has no words, or there are no answers.
     """
     if not answers or not all(answer.words for answer in answers):
-        named = ", ".join(answer.name for answer in answers if not answer.words) or "nothing"
-        raise LVLMError(f"{named} has no words to show; ask a question that is answered in words")
+        names = ", ".join(answer.name for answer in answers if not answer.words) or "nothing"
+        raise LVLMError(f"{names} has no words to show; ask a question that is answered in words")
     layers, heads = answers[0].maps[0].shape[:2]
     grids = [maps.shape[3:] for maps in answers[0].maps]
     per_map = sum(len(answer.words) for answer in answers) * sum(height * width for height, width in grids)

@@ -11,12 +11,12 @@ import jax
 WRITTEN = re.compile(r"rounds_of_([\d.]+)")
 
 
-def named(rounds: float) -> contextlib.AbstractContextManager:
+def name_scope(rounds: float) -> contextlib.AbstractContextManager:
     """Loops that are traced inside run so often on average."""
     return jax.named_scope(f"rounds_of_{rounds:.3f}")
 
 
 def read(name: str) -> float | None:
     """The number in the name of a loop, the innermost one; None without one."""
-    found = WRITTEN.findall(name)
-    return float(found[-1]) if found else None
+    counts = WRITTEN.findall(name)
+    return float(counts[-1]) if counts else None

@@ -92,7 +92,7 @@ def _blocks(
 
         shape = block_rows.shape[:-1]
         start = (jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros(block_rows.shape, jnp.float32))
-        with rounds.named(lazy_mask.average_span(block)):
+        with rounds.name_scope(lazy_mask.average_span(block)):
             maximum, total, mixed = jax.lax.fori_loop(first[index], last[index], add_block, start)
         total = jnp.where(total > 0, total, 1)
         return (mixed / total[..., None]).astype(query.dtype), (maximum + jnp.log(total))[..., None]
@@ -126,7 +126,7 @@ def _block_gradients(
             return d_query + _product("BKGTS,BKSD->BKGTD", d_logits, _columns(key, column, block)), d_key, d_value
 
         start = (jnp.zeros(block_rows.shape, jnp.float32), *d_key_value)
-        with rounds.named(lazy_mask.average_span(block)):
+        with rounds.name_scope(lazy_mask.average_span(block)):
             d_query, *d_key_value = jax.lax.fori_loop(first[index], last[index], add_block, start)
         return tuple(d_key_value), d_query.astype(query.dtype)
 

@@ -38,9 +38,9 @@ def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> 
     method = as_method(chosen.method)
     scenes = {kind: scene_at("test", chosen[kind].scene, chosen[kind].seed) for kind in KINDS}
     images = {kind: Image.fromarray(render(scene)) for kind, scene in scenes.items()}
-    asked = [conversation([image], report.DETAILED) for image in images.values()]
+    prompts = [conversation([image], report.DETAILED) for image in images.values()]
     both = {
-        name: model.generate(asked, method=how, max_new_tokens=max_new_tokens).text
+        name: model.generate(prompts, method=how, max_new_tokens=max_new_tokens).text
         for name, how in (("greedy", None), (method.label, method))
     }
     width = max(map(len, both))
@@ -52,17 +52,17 @@ def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> 
             print(f"  {name:{width}}  {texts[place]}" + f" [not there: {', '.join(absent)}]" * bool(absent))
         wrong, right = ("greedy decoding", method.label) if kind == "mended" else (method.label, "greedy decoding")
         other = chosen[KINDS[1 - place]].count
-        said = SAID.format(count=chosen[kind].count, images=chosen.images, wrong=wrong, right=right, other=other)
-        print(f"  {said}")
+        caption = SAID.format(count=chosen[kind].count, images=chosen.images, wrong=wrong, right=right, other=other)
+        print(f"  {caption}")
         answers = {name: pieces(texts[place], scene.counts) for name, texts in both.items()}
-        demo_card.draw(path, images[kind], answers, f"Red: not in the image. {said}")
+        demo_card.draw(path, images[kind], answers, f"Red: not in the image. {caption}")
 
 
-def pieces(text: str, there: Container[str]) -> list[demo_card.Piece]:
-    """A description cut into stretches: those that name an object which is not `there`, and the rest."""
-    found, at = [], 0
+def pieces(text: str, visible: Container[str]) -> list[demo_card.Piece]:
+    """A description cut into stretches: those that name an object which is not `visible`, and the rest."""
+    stretches, at = [], 0
     for match in report.NAMED.finditer(text.lower()):
-        if report.FORMS[match[0]] not in there:
-            found += [(text[at : match.start()], False), (text[match.start() : match.end()], True)]
+        if report.FORMS[match[0]] not in visible:
+            stretches += [(text[at : match.start()], False), (text[match.start() : match.end()], True)]
             at = match.end()
-    return [*found, (text[at:], False)]
+    return [*stretches, (text[at:], False)]

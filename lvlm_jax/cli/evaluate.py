@@ -153,7 +153,7 @@ def joined(flags) -> bool:
     return spread and flags.processes is None and parallel.start()
 
 
-def answered(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
+def answer_and_score(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
     """Has the model answer, then scores and writes; None if other processes have not finished their shares.
 
     Raises:
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
         )
     )
     if flags.model_path:
-        scores = answered(flags, protocol, data, out)
+        scores = answer_and_score(flags, protocol, data, out)
         if scores is None:
             print("this process has finished its share; another one writes scores.json")
             return 0

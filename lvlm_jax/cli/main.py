@@ -63,7 +63,7 @@ def run(name: str, words: list[str] | None = None) -> NoReturn:
     from lvlm_jax.cli import common
 
     # Imported within `run`, which first configures the logging of libraries.
-    common.run(lambda given: command(name).main(given))
+    common.run(lambda arguments: command(name).main(arguments))
 
 
 def main() -> NoReturn:

@@ -164,10 +164,10 @@ def _mesh(arguments: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
     return count, tuple(1 if size is None else size for size in sizes)
 
 
-def _counts(given: str | None) -> tuple[int, ...]:
-    if given is None:
+def _counts(text: str | None) -> tuple[int, ...]:
+    if text is None:
         return COUNTS
-    numbers = [part for part in given.split(",") if part]
+    numbers = [part for part in text.split(",") if part]
     if not numbers or not all(part.isdecimal() and len(part) < 10 and int(part) for part in numbers):
-        raise LVLMError(f"--counts is {given!r}; expected numbers of devices such as 1,8,64")
+        raise LVLMError(f"--counts is {text!r}; expected numbers of devices such as 1,8,64")
     return tuple(int(part) for part in numbers)

@@ -35,11 +35,11 @@ def deep(model: str) -> bool:
     return weights.model_config(weights.resolve_checkpoint(names.checkpoint(model))).text.num_layers >= DEEP
 
 
-def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Mapping[str, Method]]:
+def chosen(method_names: list[str], published: bool = False) -> dict[str, Method | Mapping[str, Method]]:
     """Name -> method, or methods by part, from configs/pocket_benchmark.py.
 
     Args:
-        wanted: names, "all", or methods in words such as "vti:fitted=vti.safetensors".
+        method_names: names, "all", or methods in words such as "vti:fitted=vti.safetensors".
         published: use the papers' own layer numbers.
 
     Raises:
@@ -47,7 +47,7 @@ def chosen(wanted: list[str], published: bool = False) -> dict[str, Method | Map
     """
     available: dict = settings.get_published() if published else settings.get_methods()
     chosen_methods: dict[str, Method | Mapping[str, Method]] = {}
-    for name in wanted:
+    for name in method_names:
         if name.lower() == "all":
             chosen_methods |= available
         elif ":" in name:

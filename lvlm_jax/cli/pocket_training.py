@@ -45,8 +45,8 @@ def page(setup: Setup, parts: list[str], command: str) -> str:
     load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype="auto"))
     sections = []
     if PARTS[0] in parts:
-        found = experiment.run(setup, load)
-        sections.append(experiment_report.section(found, experiment.seeds(setup, found), setup.resamples))
+        scores = experiment.run(setup, load)
+        sections.append(experiment_report.section(scores, experiment.seeds(setup, scores), setup.resamples))
     if PARTS[1] in parts:
         sections.append(training_report.section(*training.run(setup, load)))
     return training_report.document(setup.config, setup.base, command, setup.seconds, sections)

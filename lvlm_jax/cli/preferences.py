@@ -28,7 +28,7 @@ from lvlm_jax import files
 from lvlm_jax.cli import common
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.capl import CAPL
-from lvlm_jax.pocket.pairs import SINGLE, write_prompts
+from lvlm_jax.pocket.pairs import SINGLE, Mix, write_prompts
 from lvlm_jax.training.data import pairs, preferences
 from lvlm_jax.training.data.pair_filters import Filters
 from lvlm_jax.weights import names
@@ -89,39 +89,39 @@ def build_parser() -> common.Parser:
                            help="a wrong answer to every prompt: the one by --rejected-by, else a wrong sample of it, "
                            "else an option of the prompt's field wrong (default with --pocket)")  # fmt: skip
 
-    kept = parser.add_argument_group("what is kept; empty and equal answers never are")
-    kept.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
+    filters = parser.add_argument_group("what is kept; empty and equal answers never are")
+    filters.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
                       metavar="F", help="largest word overlap (ROUGE-L F1) of the two answers; 1 allows all "
                       f"(default {FILTERS.near_duplicate})")  # fmt: skip
-    kept.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
+    filters.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
                       help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
-    kept.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
-    kept.add_argument("--balance", action="store_true",
+    filters.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
+    filters.add_argument("--balance", action="store_true",
                       help="of each kind of prompt, equally many pairs with each chosen answer")  # fmt: skip
-    kept.add_argument("--max-negation", type=common.number(float, 0, 1), default=NEGATION, metavar="SHARE",
+    filters.add_argument("--max-negation", type=common.number(float, 0, 1), default=NEGATION, metavar="SHARE",
                       help="largest share of the pairs that a policy wins by contradicting the model; with more "
                       f"nothing is written (default {NEGATION}; 1: any)")  # fmt: skip
-    kept.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
+    filters.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
                       help="share of the pairs for validation.jsonl, with images of its own (default 0)")  # fmt: skip
     return parser
 
 
-def answered(flags) -> preferences.Candidates:
+def candidates_of_model(flags) -> preferences.Candidates:
     """Candidates from a model's answers to the prompts of a file or of the pocket world."""
     if flags.pocket:
         file = write_prompts(
-            flags.out, flags.pocket, flags.seed, flags.pocket_single, flags.pocket_describe,
-            question_first=flags.pocket_question_first,
+            flags.out, flags.pocket, flags.seed,
+            Mix(flags.pocket_single, flags.pocket_describe, question_first=flags.pocket_question_first),
         )  # fmt: skip
     else:
         file = files.expand(flags.prompts)
     model = flags.model_path or ("pocket" if flags.pocket else None)
     if model is None:
         raise LVLMError("no model to answer the prompts; give one with --model")
-    given = {name: getattr(flags, name) for name in ("rho", "sigma") if getattr(flags, name) is not None}
-    given = (CAPL.PRESETS[flags.preset] if flags.preset else {}) | given
+    strengths = {name: getattr(flags, name) for name in ("rho", "sigma") if getattr(flags, name) is not None}
+    strengths = (CAPL.PRESETS[flags.preset] if flags.preset else {}) | strengths
     plan = preferences.plan(
-        CAPL(**given),
+        CAPL(**strengths),
         flags.rejected_by,
         flags.variant,
         flags.temperature,
@@ -133,7 +133,7 @@ def answered(flags) -> preferences.Candidates:
     )
     corrector = flags.corrector or ("pocket" if flags.pocket else "none")
     corrector = None if corrector == "none" else corrector
-    return preferences.answered(file, plan, model, flags.dtype, flags.out, corrector, flags.batch_size)
+    return preferences.answer_prompts(file, plan, model, flags.dtype, flags.out, corrector, flags.batch_size)
 
 
 def main(arguments: list[str]) -> int:
@@ -141,12 +141,12 @@ def main(arguments: list[str]) -> int:
     flags = build_parser().parse_args(arguments)
     if flags.pairs and (flags.model_path or flags.corrector or flags.ladder):
         raise LVLMError("--pairs takes answers as they are; leave --model, --corrector and --ladder out")
-    candidates = preferences.given(flags.pairs, flags.out) if flags.pairs else answered(flags)
+    candidates = preferences.from_file(flags.pairs, flags.out) if flags.pairs else candidates_of_model(flags)
     filters = dataclasses.replace(
         FILTERS, near_duplicate=flags.near_duplicate, max_words=flags.max_words, unfinished=not flags.keep_unfinished
     )
     figures = pairs.write(
-        flags.out, candidates.found, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed,
+        flags.out, candidates.items, candidates.prompts, candidates.record, filters, flags.holdout, flags.seed,
         flags.balance, flags.max_negation,
     )  # fmt: skip
     print(preferences.table(figures))

@@ -66,14 +66,14 @@ def build_parser(limits: Any) -> common.Parser:
     return parser
 
 
-def aliases(given: list[str]) -> dict[str, str]:
+def aliases(texts: list[str]) -> dict[str, str]:
     """The operator's aliases: name -> method in words.
 
     Raises:
         LVLMError: an alias is not NAME=METHOD.
     """
     by_name = {}
-    for one in given:
+    for one in texts:
         name, equals, words = one.partition("=")
         if not (name and equals and words):
             raise LVLMError(f"--alias is {one!r}; expected NAME=METHOD, as in careful=cmac:alpha=3")

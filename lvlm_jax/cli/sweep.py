@@ -60,7 +60,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def asked(arguments: argparse.Namespace) -> list[grid.GridQuestion]:
+def questions_of(arguments: argparse.Namespace) -> list[grid.GridQuestion]:
     """The questions that the command line names.
 
     Raises:
@@ -76,7 +76,7 @@ def asked(arguments: argparse.Namespace) -> list[grid.GridQuestion]:
 def main(words: list[str]) -> int:
     """Runs the grid and prints the table."""
     arguments = command_line(words)
-    questions = asked(arguments)
+    questions = questions_of(arguments)
     model = LVLM.from_pretrained(
         arguments.model_path,
         dtype=arguments.dtype,

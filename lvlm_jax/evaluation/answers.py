@@ -240,8 +240,8 @@ def match(
     matched: Answers = {}
     for row in rows:
         if row.place is not None:
-            asked = row.prompt.strip().lower()
-            candidates = [one for one in by_place.get(row.place, []) if one.text.strip().lower() == asked]
+            prompt = row.prompt.strip().lower()
+            candidates = [one for one in by_place.get(row.place, []) if one.text.strip().lower() == prompt]
         elif row.id is None:
             candidates = by_text.get((row.group, Path(row.images[0]).stem, row.prompt), [])
         else:
@@ -257,10 +257,10 @@ def match(
             shared = ", ".join(question.group for question in candidates)
             raise LVLMError(f"{row.where}: id {name} occurs in {shared}; choose one with --group, or as GROUP=FILE")
         if row.repeats and not _same(candidates[0], row):
-            said = " ".join(["", *(row.prompt or "").split()][:20] + list(row.images)).strip()
+            row_text = " ".join(["", *(row.prompt or "").split()][:20] + list(row.images)).strip()
             raise LVLMError(
                 f"{row.where}: question {row.id} of {candidates[0].group} is {candidates[0].text!r} about "
-                f"{candidates[0].unit}, and this answers {said!r}; is it the file of another split?"
+                f"{candidates[0].unit}, and this answers {row_text!r}; is it the file of another split?"
             )
         key = candidates[0].key
         if key in matched:
@@ -275,13 +275,13 @@ def match(
     return matched
 
 
-def complete(questions: Sequence[Question], found: Answers) -> None:
+def complete(questions: Sequence[Question], answers: Answers) -> None:
     """Checks that every question has an answer.
 
     Raises:
         LVLMError: one has none.
     """
-    missing = [question for question in questions if question.key not in found]
+    missing = [question for question in questions if question.key not in answers]
     if missing:
         raise LVLMError(
             f"{len(missing)} of {len(questions)} questions have no answer, first {missing[0].id} of "

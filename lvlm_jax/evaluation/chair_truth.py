@@ -120,12 +120,12 @@ def read_chair_pickle(path: Path) -> tuple[dict[int, frozenset[str]], Lexicon]:
         raise LVLMError(f"pickle {str(path)!r} is damaged or no pickle ({type(error).__name__}); {advice}") from error
     state = scorer.__dict__ if isinstance(scorer, unpickler.scorer) else scorer
     try:
-        seen: dict[int, frozenset[str]] = {}  # a file may give the same long list to many images
+        distinct: dict[int, frozenset[str]] = {}  # a file may give the same long list to many images
         objects = {}
         for image, names in state["imid_to_objects"].items():
-            if id(names) not in seen:
-                seen[id(names)] = frozenset(map(_word, names))
-            objects[int(image)] = seen[id(names)]
+            if id(names) not in distinct:
+                distinct[id(names)] = frozenset(map(_word, names))
+            objects[int(image)] = distinct[id(names)]
         categories = {_word(k): _word(v) for k, v in state["inverse_synonym_dict"].items() if k}
         double_words = {_word(k): _word(v) for k, v in state["double_word_dict"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -147,14 +147,14 @@ def annotation_files(data: Data) -> dict[str, list[Path]]:
     """COCO's instances and captions: those of 2014 if there are any, else all."""
     folder = folders.data_folder(data)
     for place in PLACES:
-        found = {
+        by_kind = {
             kind: sorted((folder / place).glob(f"{kind}_*2014.json")) or sorted((folder / place).glob(f"{kind}_*.json"))
             for kind in ("instances", "captions")
         }
-        if all(found.values()):
-            return found
-        if any(found.values()):
-            kind = next(kind for kind, paths in found.items() if not paths)
+        if all(by_kind.values()):
+            return by_kind
+        if any(by_kind.values()):
+            kind = next(kind for kind, paths in by_kind.items() if not paths)
             raise LVLMError(f"CHAIR needs {kind}_val2014.json too; it is missing in {str(folder / place)!r}")
     raise LVLMError(
         f"CHAIR's ground truth is missing: no instances_val2014.json and captions_val2014.json in "
@@ -177,22 +177,22 @@ def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
 
 
 def read_annotations(
-    data: Data, synonym_list: str, reading: str, wanted: set[int] | None
+    data: Data, synonym_list: str, reading: str, image_ids: set[int] | None
 ) -> tuple[dict[int, tuple[str, frozenset[str]]], Lexicon]:
     """Image id -> (file name, objects of its instances and of its reference captions), and the lexicon.
 
     Args:
         reading: how the reference captions are read, see `chair_words`.
-        wanted: only these ids; None for all.
+        image_ids: only these ids; None for all.
 
     Raises:
         LVLMError: files are missing or malformed, or an annotation has no listed category.
     """
-    found = annotation_files(data)
-    contents = {path: _coco(path) for paths in found.values() for path in paths}
+    annotation_paths = annotation_files(data)
+    contents = {path: _coco(path) for paths in annotation_paths.values() for path in paths}
     names: dict[int, str] = {}
     categories: dict[int, str] = {}
-    for path in found["instances"]:
+    for path in annotation_paths["instances"]:
         for row in contents[path].get("categories", []):
             where = f"a category of {str(path)!r}"
             categories[files.field(row, ["id"], int, where)] = files.field(row, ["name"], str, where)
@@ -200,10 +200,10 @@ def read_annotations(
             where = f"an image of {str(path)!r}"
             names[files.field(row, ["id"], int, where)] = files.field(row, ["file_name"], str, where)
     if not names or not categories:
-        raise LVLMError(f"annotations {str(found['instances'][0])!r} list no images or no categories")
+        raise LVLMError(f"annotations {str(annotation_paths['instances'][0])!r} list no images or no categories")
     lexicon = lexicon_of(data, synonym_list, list(categories.values()))
-    objects: dict[int, set[str]] = {image: set() for image in names if wanted is None or image in wanted}
-    for path in found["instances"]:
+    objects: dict[int, set[str]] = {image: set() for image in names if image_ids is None or image in image_ids}
+    for path in annotation_paths["instances"]:
         for row in contents[path]["annotations"]:
             image = files.field(row, ["image_id"], int, f"an annotation of {str(path)!r}")
             where = f"annotation {row.get('id')} (image {image}) of {str(path)!r}"
@@ -212,7 +212,7 @@ def read_annotations(
                 raise LVLMError(f"{where}: category_id {category} is not among the categories")
             if image in objects:
                 objects[image].add(lexicon.categories[categories[category]])
-    for path in found["captions"]:
+    for path in annotation_paths["captions"]:
         for row in contents[path]["annotations"]:
             where = f"caption {row.get('id')} of {str(path)!r}"
             image = files.field(row, ["image_id"], int, where)

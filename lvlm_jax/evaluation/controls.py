@@ -150,7 +150,7 @@ def log_odds(
     """
     yes, no = answer_words(model.processor.tokenizer)
 
-    def respond(messages: list[list[dict]], seeds: list[int], asked: list[Question]) -> list[dict]:
+    def respond(messages: list[list[dict]], seeds: list[int], batch: list[Question]) -> list[dict]:
         logits = np.asarray(parallel.local(model.prefill(messages)[1].combined), np.float64)
         if np.isnan(logits).any() or np.isposinf(logits).any():
             raise LVLMError(f"the logits of the first answer token {NOT_FINITE}")
@@ -162,8 +162,8 @@ def log_odds(
         ]
 
     plain = dataclasses.replace(protocol, temperature=0.0, top_p=1.0)
-    found = collect(model, questions, plain, respond, work, "odds", title)
-    return {key: row["odds"] for key, row in found.items()}
+    rows_by_key = collect(model, questions, plain, respond, work, "odds", title)
+    return {key: row["odds"] for key, row in rows_by_key.items()}
 
 
 def said_yes(questions: Sequence[Question], answers: Mapping[Key, str], protocol: Protocol) -> list[bool]:
@@ -238,7 +238,7 @@ def report(
     questions: Sequence[Question],
     answers: Mapping[Key, str],
     protocol: Protocol,
-    answered: ControlAnswers,
+    control_answers: ControlAnswers,
     resamples: int,
     seed: int = 0,
 ) -> dict:
@@ -246,45 +246,45 @@ def report(
 
     Args:
         answers: the answers under the method.
-        answered: answers of greedy decoding to all questions, and of the other requested runs; log-odds of the yes/no
-            questions.
+        control_answers: answers of greedy decoding to all questions, and of the other requested runs; log-odds of
+            the yes/no questions.
         resamples, seed: of the bootstrap.
     """
-    found = {}
+    comparisons = {}
 
-    def compare(name: str, asked: Sequence[Question], texts: Mapping, rule: Protocol, ours: Mapping) -> dict:
-        method, control = (benchmark.score(asked, said, rule) for said in (ours, texts))
+    def compare(name: str, subset: Sequence[Question], texts: Mapping, rule: Protocol, ours: Mapping) -> dict:
+        method, control = (benchmark.score(subset, batch_texts, rule) for batch_texts in (ours, texts))
         against = rescore.compare(method, control, resamples, seed)
-        found[name] = {
+        comparisons[name] = {
             "about": ABOUT[name],
-            "questions": len(asked),
-            "images": len({image for question in asked for image in question.image_names}),
+            "questions": len(subset),
+            "images": len({image for question in subset for image in question.image_names}),
             "figures": rescore.report(control, resamples, seed)["figures"],
             "against": against,
         } | rescore.judged(benchmark, "the method", ABOUT[name], method, control, against["differences"])
-        return found[name]
+        return comparisons[name]
 
-    for name in (name for name in ("greedy", "temperature", "plausibility") if name in answered.texts):
-        compare(name, questions, answered.texts[name], protocol, answers)
+    for name in (name for name in ("greedy", "temperature", "plausibility") if name in control_answers.texts):
+        compare(name, questions, control_answers.texts[name], protocol, answers)
     binary = [question for question in questions if is_yes_no(question)]
     if binary:
-        texts, thresholds = thresholded(binary, answered.odds, answers, protocol)
+        texts, thresholds = thresholded(binary, control_answers.odds, answers, protocol)
         compare("threshold", binary, texts, protocol, answers)["thresholds"] = thresholds
-        if all(question.key in answered.chances for question in binary):
+        if all(question.key in control_answers.chances for question in binary):
             for name, otherwise in (("olm", "greedy"), ("olm-sampled", "temperature")):
-                if otherwise not in answered.texts:
+                if otherwise not in control_answers.texts:
                     continue
-                texts = near_to_yes(answered.chances, answered.texts[otherwise])
+                texts = near_to_yes(control_answers.chances, control_answers.texts[otherwise])
                 compare(name, binary, texts, protocol, answers)
         for name in ("pba", "pba-sampled"):
-            if name in answered.texts:
-                compare(name, binary, answered.texts[name], protocol, answers)
+            if name in control_answers.texts:
+                compare(name, binary, control_answers.texts[name], protocol, answers)
     captions = [question for question in questions if question.label is None]
     if captions:
         ours = {one.key: truncated(answers[one.key], protocol.truncate) for one in captions}
-        theirs = answered.texts["greedy"]
+        theirs = control_answers.texts["greedy"]
         cut = {one.key: length_matched(theirs[one.key], answers[one.key], protocol.truncate) for one in captions}
         whole = dataclasses.replace(protocol, truncate="none")
         shorter = sum(len(cut[one.key].split()) < len(ours[one.key].split()) for one in captions)
         compare("length", captions, cut, whole, ours)["shorter_than_the_method"] = shorter
-    return found
+    return comparisons

@@ -101,13 +101,13 @@ def ask(
         rounds = _continuously(lambda requests: model.generate_many(requests, batch_size=work.batch_size, **settings))
     else:
         rounds = _in_batches(
-            lambda messages, seeds, _: _kept(model.generate(messages, seed=seeds, **settings)), questions
+            lambda messages, seeds, _: _rows(model.generate(messages, seed=seeds, **settings)), questions
         )
     rows = _collect(model, questions, protocol, rounds, work, "log", title)
     return {key: ModelAnswer(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
 
 
-def _kept(output: Output) -> list[dict]:
+def _rows(output: Output) -> list[dict]:
     replies = zip(output.text, output.tokens, output.finish_reason, strict=True)
     return [
         {"text": text.strip(), "tokens": len(tokens), "ended": reason == "stop"} for text, tokens, reason in replies
@@ -132,9 +132,9 @@ def _in_batches(respond: Respond, questions: Sequence[Question]) -> Rounds:
     ) -> Iterator[list[tuple[Prompt, dict]]]:
         for batch in batches:
             messages, seeds = map(list, zip(*map(request, batch), strict=True))
-            asked = [questions[prompt[0]] for prompt in batch]
+            first_questions = [questions[prompt[0]] for prompt in batch]
             spare = size - len(batch)  # the last batch is padded to the shape of the others
-            rows = respond(*(values + values[-1:] * spare for values in (messages, seeds, asked)))
+            rows = respond(*(values + values[-1:] * spare for values in (messages, seeds, first_questions)))
             yield list(zip(batch, rows, strict=False))
 
     return rounds
@@ -145,16 +145,16 @@ def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Outp
         batches: list[list[Prompt]], size: int, request: Callable[[Prompt], Request]
     ) -> Iterator[list[tuple[Prompt, dict]]]:
         prompts = [prompt for batch in batches for prompt in batch]
-        answered = []
+        results = []
         for number, output in answer(map(request, prompts)):
             if isinstance(output, LVLMError):
                 raise output
-            answered.append((prompts[number], *_kept(output)))
-            if len(answered) == size:
-                yield answered
-                answered = []
-        if answered:
-            yield answered
+            results.append((prompts[number], *_rows(output)))
+            if len(results) == size:
+                yield results
+                results = []
+        if results:
+            yield results
 
     return rounds
 
@@ -192,17 +192,17 @@ def _collect(
             return messages, seed_of(work.seed, "/".join(first.key))
 
         began = time.monotonic()
-        for answered in rounds(waiting, max(map(len, batches), default=0), request):
+        for results in rounds(waiting, max(map(len, batches), default=0), request):
             fresh = {
                 questions[index].key: row
-                for prompt, row in answered
+                for prompt, row in results
                 for index in prompt
                 if questions[index].key not in finished
             }
             if log is not None:
                 cost = {
-                    "prompts": len(answered),
-                    "tokens": sum(row.get("tokens", 1) for _, row in answered),
+                    "prompts": len(results),
+                    "tokens": sum(row.get("tokens", 1) for _, row in results),
                     "seconds": round(time.monotonic() - began, 4),
                     "commit": commit(),
                     "machine": machine(),

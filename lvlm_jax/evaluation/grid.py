@@ -124,7 +124,7 @@ class Answers:
 
 def answer(
     model: Any,
-    asked: Sequence[GridQuestion],
+    questions: Sequence[GridQuestion],
     method: Method,
     grid: Sequence[Point],
     batch_size: int,
@@ -138,9 +138,9 @@ def answer(
     """
     settings = [at(method, point) for point in grid]
     answers = Answers([], [[] for _ in grid], [[] for _ in grid])
-    with Progress(len(asked), title="questions", quiet=len(asked) <= batch_size) as progress:
-        for start in range(0, len(asked), batch_size):
-            messages = [one.messages for one in asked[start : start + batch_size]]
+    with Progress(len(questions), title="questions", quiet=len(questions) <= batch_size) as progress:
+        for start in range(0, len(questions), batch_size):
+            messages = [one.messages for one in questions[start : start + batch_size]]
             answers.greedy.extend(model.generate(messages, max_new_tokens=max_new_tokens).text)
             for first in range(0, len(grid), points_at_once):
                 outputs = model.sweep(messages, settings[first : first + points_at_once], max_new_tokens)
@@ -151,27 +151,27 @@ def answer(
     return answers
 
 
-def table(asked: Sequence[GridQuestion], grid: Sequence[Point], found: Answers) -> str:
+def table(questions: Sequence[GridQuestion], grid: Sequence[Point], answers: Answers) -> str:
     """One line per point: the share of answers that differ from greedy, their mean length, and the accuracy.
 
     The accuracy is that of the first "yes" or "no" of an answer, if questions have such labels. The last line gives the
     number of questions and images.
     """
-    labels = [one.label for one in asked]
-    rows = [["settings", "changed", "tokens", "accuracy"], ["greedy", "", "", _accuracy(found.greedy, labels)]]
-    for point, texts, lengths in zip(grid, found.texts, found.lengths, strict=True):
-        share = sum(a != b for a, b in zip(texts, found.greedy, strict=True)) / len(texts)
+    labels = [one.label for one in questions]
+    rows = [["settings", "changed", "tokens", "accuracy"], ["greedy", "", "", _accuracy(answers.greedy, labels)]]
+    for point, texts, lengths in zip(grid, answers.texts, answers.lengths, strict=True):
+        share = sum(a != b for a, b in zip(texts, answers.greedy, strict=True)) / len(texts)
         name = " ".join(f"{key}={value:g}" for key, value in point.items())
         rows.append([name, f"{share:.3f}", f"{sum(lengths) / len(lengths):.1f}", _accuracy(texts, labels)])
     rows = [row[: 4 if any(line[3] for line in rows[1:]) else 3] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    parts = (part for one in asked for message in one.messages for part in message["content"])
+    parts = (part for one in questions for message in one.messages for part in message["content"])
     images = {str(part["image"]) for part in parts if part["type"] == "image"}
-    return "\n".join([*lines, f"questions {len(asked)}, images {len(images)}"])
+    return "\n".join([*lines, f"questions {len(questions)}, images {len(images)}"])
 
 
-def write(path: Path, asked: Sequence[GridQuestion], grid: Sequence[Point], found: Answers) -> None:
+def write(path: Path, questions: Sequence[GridQuestion], grid: Sequence[Point], answers: Answers) -> None:
     """Writes every answer, as JSON lines `{settings, question_id, text}`.
 
     Raises:
@@ -179,18 +179,18 @@ def write(path: Path, asked: Sequence[GridQuestion], grid: Sequence[Point], foun
     """
     rows = [
         {"settings": point, "question_id": one.id, "text": text}
-        for point, texts in zip(grid, found.texts, strict=True)
-        for one, text in zip(asked, texts, strict=True)
+        for point, texts in zip(grid, answers.texts, strict=True)
+        for one, text in zip(questions, texts, strict=True)
     ]
     files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def said(text: str) -> str | None:
+def yes_or_no(text: str) -> str | None:
     """The first "yes" or "no" of an answer."""
     match = _YES_OR_NO.search(text.lower())
     return match and match[1]
 
 
 def _accuracy(texts: list[str], labels: list[str | None]) -> str:
-    pairs = [(said(text), label) for text, label in zip(texts, labels, strict=True) if label in ("yes", "no")]
+    pairs = [(yes_or_no(text), label) for text, label in zip(texts, labels, strict=True) if label in ("yes", "no")]
     return f"{sum(a == b for a, b in pairs) / len(pairs):.3f}" if pairs else ""

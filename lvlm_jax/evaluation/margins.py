@@ -25,9 +25,11 @@ MILLI = 1000.0
 COUNTS = ("scored", "margin", "preferred")
 
 
-def write(folder: Path, found: Mapping[Key, Mapping]) -> Path:
+def write(folder: Path, margins: Mapping[Key, Mapping]) -> Path:
     """Writes `margins.jsonl`, lines `{group, question_id, margin}`."""
-    rows = [{"group": group, "question_id": number, "margin": row["margin"]} for (group, number), row in found.items()]
+    rows = [
+        {"group": group, "question_id": number, "margin": row["margin"]} for (group, number), row in margins.items()
+    ]
     path = folder / FILE
     files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -39,7 +41,7 @@ def beside(paths: Sequence[Path]) -> dict[Key, float]:
     Raises:
         LVLMError: a file that is malformed.
     """
-    found: dict[Key, float] = {}
+    margins: dict[Key, float] = {}
     for folder in dict.fromkeys(files.expand(path).parent for path in paths):
         if not (folder / FILE).is_file():
             continue
@@ -50,8 +52,8 @@ def beside(paths: Sequence[Path]) -> dict[Key, float]:
             margin = row.get("margin")
             if not isinstance(margin, int | float) or not math.isfinite(margin):
                 raise LVLMError(f"{where}: margin is {shown(margin)}; expected a number")
-            found[key] = float(margin)
-    return found
+            margins[key] = float(margin)
+    return margins
 
 
 def added(

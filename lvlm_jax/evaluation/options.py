@@ -41,29 +41,29 @@ def log_margins(
     written = {option: tokens_of(model, option) for option in every}
     longest = max(map(len, written.values()))
 
-    def respond(messages: list[list[dict]], seeds: list[int], asked: list[Question]) -> list[dict]:
-        options = [list(question.extra["options"]) for question in asked]
+    def respond(messages: list[list[dict]], seeds: list[int], batch: list[Question]) -> list[dict]:
+        options = [list(question.extra["options"]) for question in batch]
         # The last option again, which is no other best one.
         answers = [[written[one] for one in own + own[-1:] * (most - len(own))] for own in options]
         prompt = model.prepare(messages)
-        given = forcing.forced_inputs(model.params, model.config, prompt, method, answers, model.host, longest)
+        forced = forcing.forced_inputs(model.params, model.config, prompt, method, answers, model.host, longest)
         with parallel.ambient(model.mesh):
-            found = _logprobs(model.params, model.config, given, jax.tree.map(jnp.asarray, method), prompt.image_count)
-        likely = np.maximum(np.asarray(parallel.local(found), np.float64), FLOOR)
+            sums = _logprobs(model.params, model.config, forced, jax.tree.map(jnp.asarray, method), prompt.image_count)
+        likely = np.maximum(np.asarray(parallel.local(sums), np.float64), FLOOR)
         if np.isnan(likely).any():
             raise LVLMError(f"the logits of the options {NOT_FINITE}")
         return [{"margin": round(float(row[0] - row[1:].max()), 6)} for row in likely]
 
-    found = collect(model, questions, protocol, respond, work, LOG, title)
-    return {key: row["margin"] for key, row in found.items()}
+    rows_by_key = collect(model, questions, protocol, respond, work, LOG, title)
+    return {key: row["margin"] for key, row in rows_by_key.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4))
 def _logprobs(
-    params: dict, config: Any, given: forcing.ForcedInputs, method: Method | None, image_count: int
+    params: dict, config: Any, inputs: forcing.ForcedInputs, method: Method | None, image_count: int
 ) -> jax.Array:
     """Log-probability of each answer, `[B, N]`."""
-    return forcing.logprobs(params, config, given, method, image_count).sum(axis=-1)
+    return forcing.logprobs(params, config, inputs, method, image_count).sum(axis=-1)
 
 
 def tokens_of(model: Any, answer: str) -> list[int]:

@@ -36,7 +36,7 @@ def answer_paths(words: Sequence[str], groups: Sequence[str]) -> list[tuple[str 
 def rescore(
     settings: protocol.Protocol,
     data: Data,
-    given: Sequence[str],
+    answer_files: Sequence[str],
     against: Sequence[str] = (),
     *,
     partial: bool = False,
@@ -48,7 +48,7 @@ def rescore(
 
     Args:
         settings: the protocol.
-        given: answer files, as for `answer_paths`.
+        answer_files: answer files, as for `answer_paths`.
         against: answer files of the run to compare with (for example greedy), over the same questions.
         partial: score the questions that have answers, and note it, instead of raising.
         seed: seed of the bootstrap.
@@ -62,7 +62,7 @@ def rescore(
     """
     benchmark = BENCHMARKS[settings.benchmark]
     benchmark.check(data)
-    paths = answer_paths(given, settings.groups)
+    paths = answer_paths(answer_files, settings.groups)
     groups = [group for group, _ in paths]
     if not data.groups and all(groups):
         data = dataclasses.replace(data, groups=tuple(dict.fromkeys(groups)))
@@ -94,7 +94,7 @@ def rescore(
         "decoding_known": bool(origin),
         "answered_by": origin or None,
     } | {name: getattr(data, name) for name in benchmark.recorded}
-    found = {
+    document = {
         "record": protocol.record(
             settings,
             answered_questions,
@@ -112,11 +112,11 @@ def rescore(
         common = [question for question in answered_questions if question.key in theirs]
         both = ((matched_texts, settings, paths), (theirs, settings, others))
         pair = [_scored(benchmark, common, *one) for one in both]
-        found["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
+        document["against"] = {"questions": len(common)} | compare(*pair, resamples, seed)
         names = ["these answers", f"those of {others[0][1].name}"]
-        found["against"] |= judged(benchmark, *names, *pair, found["against"]["differences"])
-        found["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
-    return found
+        document["against"] |= judged(benchmark, *names, *pair, document["against"]["differences"])
+        document["record"]["against"] = [{"name": path.name, "sha256": _hash(path)} for _, path in others]
+    return document
 
 
 def _scored(
@@ -186,11 +186,11 @@ def compare(first: Scores, second: Scores, resamples: int = statistics.RESAMPLES
     return {
         "differences": {
             name: {
-                "value": _number(found.value),
-                "interval": [_number(bound) for bound in found.interval],
-                "p": _number(found.p),
+                "value": _number(difference.value),
+                "interval": [_number(bound) for bound in difference.interval],
+                "p": _number(difference.p),
             }
-            for name, found in differences.items()
+            for name, difference in differences.items()
         },
         "mcnemar": {"only_first_right": test.first, "only_second_right": test.second, "p": _number(test.p)},
     }
@@ -224,10 +224,10 @@ def judged(
     return {"verdicts": by_figure, "words": " ".join(sentences)}
 
 
-def table(found: dict) -> str:
+def table(document: dict) -> str:
     """The figures as a table for a terminal, shares in per cent."""
-    figures = found["figures"]
-    against = found.get("against", {}).get("differences", {})
+    figures = document["figures"]
+    against = document.get("against", {}).get("differences", {})
     wide = max(map(len, figures), default=0)
     heading = f"{'figure':{wide}}  {'value':>8}  {'95 % interval':>17}  {'n':>6}"
     lines = [heading + ("  difference (95 %, p)" if against else "")]
@@ -241,12 +241,12 @@ def table(found: dict) -> str:
             line += f"  {_shown(other['value'], scale)} ({low} to {high}, p {_p(other['p'])})"
         lines.append(line)
     if against:
-        test = found["against"]["mcnemar"]
+        test = document["against"]["mcnemar"]
         lines.append(
             f"McNemar: right only here {test['only_first_right']}, only there {test['only_second_right']}, "
             f"p {_p(test['p'])}"
         )
-        lines += filter(None, [found["against"].get("words")])
+        lines += filter(None, [document["against"].get("words")])
     return "\n".join(lines)
 
 
@@ -258,9 +258,9 @@ def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def summary(found: dict) -> str:
+def summary(document: dict) -> str:
     """The lines below a table: protocol, files and images of the figures."""
-    record = found["record"]
+    record = document["record"]
     settings = record["protocol"]
     lines = [
         f"protocol {settings['name']} (parser {settings['parser']}), lvlm_jax {record['version']}",
@@ -272,7 +272,7 @@ def summary(found: dict) -> str:
     if record["decoding_known"]:
         lines.append(f"system prompt: {settings['system'] or 'none'}")
     lines += [f"{role} {entry['name']} {entry['sha256'][:12]}" for role, entry in record["files"].items()]
-    lines += [f"{name}: {_plain(value)}" for name, value in found["notes"].items()]
+    lines += [f"{name}: {_plain(value)}" for name, value in document["notes"].items()]
     return "\n".join(lines)
 
 
@@ -280,8 +280,8 @@ def _plain(value) -> str:
     return ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else str(value)
 
 
-def write(found: dict, folder: Path) -> Path:
+def write(document: dict, folder: Path) -> Path:
     """Writes `scores.json` into a folder, completely or not at all."""
     path = folder / "scores.json"
-    files.write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    files.write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -120,20 +120,22 @@ class Run:
         self.about = run_record(path, dtype, method, settings) | {"seed": options.seed, "data": place}
         question_files = self._benchmark.question_files(data, protocol)
 
-        def decoded(rule: Protocol, how: Method | None, folder: Path, asked: Sequence[Question]) -> RunPart:
-            about = record(rule, asked, question_files, model=path, model_sha256=self.about["model_sha256"],
+        def decoded(rule: Protocol, how: Method | None, folder: Path, questions: Sequence[Question]) -> RunPart:
+            about = record(rule, questions, question_files, model=path, model_sha256=self.about["model_sha256"],
                            method=how, seed=options.seed, more={"dtype": dtype, "limit": data.limit})  # fmt: skip
             work = Work(options.batch_size, options.seed, folder, about, options.share, options.schedule)
-            return RunPart(asked, rule, how, work)
+            return RunPart(questions, rule, how, work)
 
         self._own = decoded(protocol, method, out, self.questions)
         self._controls: dict[str, RunPart] = {}
         self._yes_no = [question for question in self.questions if controls.is_yes_no(question)]
         if options.controls is not None:
             for one in controls.decodings(protocol, method):
-                asked = self._yes_no if one.yes_no else self.questions
-                if asked and one.name in ("greedy", *options.runs):
-                    self._controls[one.name] = decoded(one.protocol, one.method, options.controls / one.folder, asked)
+                questions = self._yes_no if one.yes_no else self.questions
+                if questions and one.name in ("greedy", *options.runs):
+                    self._controls[one.name] = decoded(
+                        one.protocol, one.method, options.controls / one.folder, questions
+                    )
 
     def complete(self) -> bool:
         """Whether all answers exist, so that `score` has nothing to wait for.
@@ -201,13 +203,13 @@ class Run:
             scores["cost"] = cost(self._own.logged())
             if self._controls:
                 scores["controls"] = controls.report(
-                    self._benchmark, self.questions, texts, self.protocol, self._answered(), options.resamples,
+                    self._benchmark, self.questions, texts, self.protocol, self._control_answers(), options.resamples,
                     options.bootstrap_seed,
                 )  # fmt: skip
             rescore.write(scores, self.out)
         return scores
 
-    def _answered(self) -> ControlAnswers:
+    def _control_answers(self) -> ControlAnswers:
         odds = self._odds().answers
         return ControlAnswers(
             {name: one.texts() for name, one in self._controls.items()},

@@ -58,9 +58,9 @@ def _log_likelihood(
 _gradient = jax.jit(jax.grad(_log_likelihood.__wrapped__), static_argnames=("config", "tail_rows", "image_count"))
 
 
-def _call(function, model: LVLM, given: ForcedBatch, scales: Float[Array, "L H"]) -> jax.Array:
-    rows = jnp.asarray(producing(given))
-    return function(scales, model.params, model.config, given.prompt, rows, targets(given), **given.static)
+def _call(function, model: LVLM, batch: ForcedBatch, scales: Float[Array, "L H"]) -> jax.Array:
+    rows = jnp.asarray(producing(batch))
+    return function(scales, model.params, model.config, batch.prompt, rows, targets(batch), **batch.static)
 
 
 def ones(model: LVLM) -> Float[Array, "L H"]:

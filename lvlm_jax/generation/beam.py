@@ -43,7 +43,7 @@ class Hypotheses:
         tokens, logprobs, scores: of the running beams, best first; buffers of M columns.
         kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; scores are divided by
             length^penalty.
-        kept: which of these N places contain an answer.
+        is_kept: which of these N places contain an answer.
         open: samples whose search has not ended.
         count: number of tokens in every running beam.
     """
@@ -55,7 +55,7 @@ class Hypotheses:
     kept_logprobs: Float[Array, "B N M"]
     kept_length: Int[Array, "B N"]
     kept_scores: Float[Array, "B N"]
-    kept: Bool[Array, "B N"]
+    is_kept: Bool[Array, "B N"]
     open: Bool[Array, "B"]
     count: Int[Array, ""]
 
@@ -72,7 +72,7 @@ class Hypotheses:
             kept_logprobs=jnp.zeros(tokens.shape, jnp.float32),
             kept_length=jnp.zeros((batch, beams), jnp.int32),
             kept_scores=ruled_out,
-            kept=jnp.zeros((batch, beams), bool),
+            is_kept=jnp.zeros((batch, beams), bool),
             open=jnp.ones((batch,), bool),
             count=jnp.zeros((), jnp.int32),
         )
@@ -118,23 +118,25 @@ class Hypotheses:
         normalised = jnp.where(finishes, scores / count**rule.length_penalty, RULED_OUT)
         kept_scores, kept_order = jax.lax.top_k(jnp.concatenate([self.kept_scores, normalised], 1), beams)
 
-        def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+        def best_of_both(old: jax.Array, new: jax.Array) -> jax.Array:
             return _take_along(jnp.concatenate([old, new], axis=1), kept_order)
 
         # An answer with NaN log-probabilities stands for logits that were not finite.
         failed = self.open & jnp.isnan(gains + logprobs).any(axis=(1, 2))
-        is_kept = kept(self.kept, finishes)
+        is_kept = best_of_both(self.is_kept, finishes)
         worst = jnp.where(is_kept, kept_scores.min(axis=1, keepdims=True), RULED_OUT)
         improvable = (running[:, :1] / count**rule.length_penalty > worst).any(axis=1)
         hypotheses = Hypotheses(
             tokens=_take_along(tokens, order),
             logprobs=_take_along(history, order),
             scores=running,
-            kept_tokens=kept(self.kept_tokens, tokens),
-            kept_logprobs=jnp.where(failed[:, None, None], jnp.nan, kept(self.kept_logprobs, history)),
-            kept_length=jnp.where(failed[:, None], count, kept(self.kept_length, jnp.broadcast_to(count, token.shape))),
+            kept_tokens=best_of_both(self.kept_tokens, tokens),
+            kept_logprobs=jnp.where(failed[:, None, None], jnp.nan, best_of_both(self.kept_logprobs, history)),
+            kept_length=jnp.where(
+                failed[:, None], count, best_of_both(self.kept_length, jnp.broadcast_to(count, token.shape))
+            ),
             kept_scores=kept_scores,
-            kept=is_kept,
+            is_kept=is_kept,
             open=self.open & improvable & ~ends.all(axis=1) & ~failed,
             count=count,
         )

@@ -107,24 +107,24 @@ def begin_prefill(
     """
     inputs = prefill_inputs(params, config, prompt, method, answer_capacity, host)
     options = inputs.options | {"share_prefix": share_prefix, "tap": tap}
-    model, given = (params, config, inputs.main), (inputs.method, inputs.contrast, options)
+    model, prefill_arguments = (params, config, inputs.main), (inputs.method, inputs.contrast, options)
     if not share_prefix or tap.rows == "all":
-        return chunks.Prefill(*model, *given)
+        return chunks.Prefill(*model, *prefill_arguments)
     rows = rows or max(1, chunks.MOST // prompt.batch)
     edited = max(1, edited_rows(inputs.method, options["tail_rows"], prompt.tokens.shape[1]))
     if prefixes.shares(config, inputs.method):
         before = prefixes.before(*model, prompt, edited, rows, recent)
         if before is not None:
-            return chunks.Prefill(*model, *given, before)
+            return chunks.Prefill(*model, *prefill_arguments, before)
     longest = int(prompt.lengths.max())
     if longest <= rows:
-        return chunks.Prefill(*model, *given)
+        return chunks.Prefill(*model, *prefill_arguments)
     if reason := chunks.obstacle(config, inputs.method):
         chunks.say(reason)
-        return chunks.Prefill(*model, *given)
+        return chunks.Prefill(*model, *prefill_arguments)
     total = prompt.tokens.shape[1]
     before = chunks.prefix(*model, total - edited, total - longest, rows, prompt.image_count)
-    return chunks.Prefill(*model, *given, before)
+    return chunks.Prefill(*model, *prefill_arguments, before)
 
 
 def prefill_arguments(

@@ -59,8 +59,8 @@ def prefix(
         yield decode_loop.prefix(params, config, prompt, end=split, split=split, image_count=image_count)
         return
     caches = None
-    for left in range(-(-(split - first) // rows), 0, -1):
-        start = jnp.int32(max(0, split - left * rows))
+    for remaining in range(-(-(split - first) // rows), 0, -1):
+        start = jnp.int32(max(0, split - remaining * rows))
         sizes = {"rows": rows, "split": split, "image_count": image_count}
         caches = decode_loop.extended(params, config, prompt, caches, start, **sizes)
         yield tuple(LayerCache(cache.own[0], ()) for cache in caches)

@@ -45,7 +45,7 @@ class Slots:
         stopped: rows that generated a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per row.
-        seen: tokens of prompt and answer; None unless a repetition penalty needs it.
+        seen_tokens: tokens of prompt and answer; None unless a repetition penalty needs it.
         sampling: how tokens are chosen.
         prompt: number of prompt columns, of each track.
     """
@@ -59,7 +59,7 @@ class Slots:
     stopped: Bool[Array, "B"]
     stop: Int[Array, "N"]
     keys: Key[Array, "B"]
-    seen: Bool[Array, "B V"] | None
+    seen_tokens: Bool[Array, "B V"] | None
     sampling: Sampling
     prompt: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -146,7 +146,7 @@ def _empty(state: State, sampling: Sampling, stop: Int[Array, "N"], batch: int, 
         stopped=flags,
         stop=jnp.asarray(stop),
         keys=jnp.broadcast_to(jax.random.key(0), (batch,)),
-        seen=jnp.zeros((batch, vocabulary), bool) if "repetition_penalty" in sampling.rules else None,
+        seen_tokens=jnp.zeros((batch, vocabulary), bool) if "repetition_penalty" in sampling.rules else None,
         sampling=sampling,
         prompt=tuple(track.image_id.shape[1] for track in state.tracks),
     )
@@ -227,7 +227,7 @@ def fill(
         running=put(slots.running, ~first.finished & (limit > 1)),
         stopped=put(slots.stopped, first.finished),
         keys=put(slots.keys, keys),
-        seen=None if slots.seen is None else put(slots.seen, first.seen),
+        seen_tokens=None if slots.seen_tokens is None else put(slots.seen_tokens, first.seen_tokens),
     )
 
 
@@ -241,7 +241,7 @@ def advance(params: dict, config: FamilyConfig, slots: Slots) -> Slots:
 def choose_next(slots: Slots, state: State, logits: Float[Array, "B V"]) -> Slots:
     """The slots after a decode step, with the next token of running answers."""
     every, running = jnp.arange(slots.count.shape[0]), slots.running
-    tokens, logprobs = slots.sampling.pick(logits, slots.keys, slots.count, slots.seen)
+    tokens, logprobs = slots.sampling.pick(logits, slots.keys, slots.count, slots.seen_tokens)
     # The other rows write to a column out of range, which JAX drops.
     column = jnp.where(running, slots.count, slots.tokens.shape[1])
     count = slots.count + running
@@ -254,7 +254,7 @@ def choose_next(slots: Slots, state: State, logits: Float[Array, "B V"]) -> Slot
         count=count,
         running=running & ~stopped & (count < slots.limit),
         stopped=slots.stopped | stopped,
-        seen=None if slots.seen is None else slots.seen.at[every, tokens].set(True),
+        seen_tokens=None if slots.seen_tokens is None else slots.seen_tokens.at[every, tokens].set(True),
     )
 
 

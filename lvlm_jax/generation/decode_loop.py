@@ -92,7 +92,7 @@ class Answers:
         finished: samples that generated a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per sample.
-        seen: tokens of prompt and answer; None unless a repetition penalty needs it.
+        seen_tokens: tokens of prompt and answer; None unless a repetition penalty needs it.
         sampling: how tokens are chosen.
     """
 
@@ -104,7 +104,7 @@ class Answers:
     finished: Bool[Array, "B"]
     stop: Int[Array, "N"]
     keys: Key[Array, "B"]
-    seen: Bool[Array, "B V"] | None
+    seen_tokens: Bool[Array, "B V"] | None
     sampling: Sampling
 
 
@@ -119,11 +119,11 @@ def choose_first(
 ) -> Answers:
     """Chooses the first token after a prefill whose caches have room for `answer_capacity` more tokens."""
     batch, vocabulary = logits.shape
-    seen = None
+    seen_tokens = None
     if "repetition_penalty" in sampling.rules:
         counts = (state.image_id[:, : prompt.shape[1]] >= 0) & (prompt < vocabulary)
-        seen = jnp.zeros((batch, vocabulary), bool)
-        seen = seen.at[jnp.arange(batch)[:, None], jnp.where(counts, prompt, 0)].max(counts)
+        seen_tokens = jnp.zeros((batch, vocabulary), bool)
+        seen_tokens = seen_tokens.at[jnp.arange(batch)[:, None], jnp.where(counts, prompt, 0)].max(counts)
     answers = Answers(
         state=state,
         tokens=jnp.zeros((batch, answer_capacity), jnp.int32),
@@ -133,7 +133,7 @@ def choose_first(
         finished=jnp.zeros((batch,), bool),
         stop=stop,
         keys=keys,
-        seen=seen,
+        seen_tokens=seen_tokens,
         sampling=sampling,
     )
     return _choose(answers, state, logits)
@@ -147,10 +147,10 @@ def advance(params: dict, config: FamilyConfig, answers: Answers) -> Answers:
 
 
 def _choose(answers: Answers, state: State, logits: Float[Array, "B V"]) -> Answers:
-    tokens, logprobs = answers.sampling.pick(logits, answers.keys, answers.count, answers.seen)
-    seen = answers.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    tokens, logprobs = answers.sampling.pick(logits, answers.keys, answers.count, answers.seen_tokens)
+    seen_tokens = answers.seen_tokens
+    if seen_tokens is not None:
+        seen_tokens = seen_tokens.at[jnp.arange(tokens.shape[0]), tokens].set(True)
 
     def write(buffer: jax.Array, column: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(buffer, column, answers.count, axis=1)
@@ -163,7 +163,7 @@ def _choose(answers: Answers, state: State, logits: Float[Array, "B V"]) -> Answ
         count=answers.count + 1,
         length=answers.length + ~answers.finished,
         finished=answers.finished | (tokens[:, None] == answers.stop).any(axis=1) | jnp.isnan(logprobs),
-        seen=seen,
+        seen_tokens=seen_tokens,
     )
 
 

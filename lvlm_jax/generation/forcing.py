@@ -52,7 +52,7 @@ class ForcedInputs:
         both: prompts with and without images, for a method's probe.
         tail_rows: has the shape `[B, tail_rows]` of `Inputs.tail_rows`, so that this number is static.
         tokens: tokens of the answers, padded on the right.
-        answered: which of them belong to the answer.
+        in_answer: which of them belong to the answer.
     """
 
     main: Prompt
@@ -63,7 +63,7 @@ class ForcedInputs:
     both: Prompt | None
     tail_rows: Bool[Array, "B W"]
     tokens: Int[Array, "B N A"]
-    answered: Bool[Array, "B N A"]
+    in_answer: Bool[Array, "B N A"]
 
 
 def forced_inputs(
@@ -103,10 +103,10 @@ def forced_inputs(
         )
     longest = max(length, 2, *(len(answer) for several in answers for answer in several))
     tokens = np.full((len(answers), len(answers[0]), longest), config.pad_token_id, np.int32)
-    answered = np.zeros(tokens.shape, bool)
+    in_answer = np.zeros(tokens.shape, bool)
     for row, several in enumerate(answers):
         for place, answer in enumerate(several):
-            tokens[row, place, : len(answer)], answered[row, place, : len(answer)] = answer, True
+            tokens[row, place, : len(answer)], in_answer[row, place, : len(answer)] = answer, True
     tail_rows = np.zeros((prompt.batch, prompt.tail_rows), bool)
     return ForcedInputs(
         main,
@@ -115,53 +115,53 @@ def forced_inputs(
         warm_up.attention,
         tower,
         pairs,
-        *map(jnp.asarray, (tail_rows, tokens, answered)),
+        *map(jnp.asarray, (tail_rows, tokens, in_answer)),
     )
 
 
 def logits(
-    params: dict, config: FamilyConfig, given: ForcedInputs, method: Method | None, image_count: int
+    params: dict, config: FamilyConfig, inputs: ForcedInputs, method: Method | None, image_count: int
 ) -> ForcedLogits:
     """Logits of every token of every answer, `[B, N, A, V]` each. Pure.
 
     Args:
-        given: the inputs from `forced_inputs`.
+        inputs: the inputs from `forced_inputs`.
         image_count: the largest number of images in a prompt.
     """
-    contrast, total = given.contrast, given.main.image_id.shape[1]
-    length = given.tokens.shape[2]
+    contrast, total = inputs.contrast, inputs.main.image_id.shape[1]
+    length = inputs.tokens.shape[2]
     if method is not None and method.warm_up_fields:
         probe = None
-        if given.both is not None:
-            probe = forward.probe(params, config, given.both, method.probe(), image_count)
-        method = method.after_warm_up(WarmUp(given.hidden, given.attention, given.tower, probe))
+        if inputs.both is not None:
+            probe = forward.probe(params, config, inputs.both, method.probe(), image_count)
+        method = method.after_warm_up(WarmUp(inputs.hidden, inputs.attention, inputs.tower, probe))
     kind = contrast_kind(method)
     if kind == "tokens":
-        contrast = decode_loop.contrast_tokens(method, given.main)
+        contrast = decode_loop.contrast_tokens(method, inputs.main)
     apart = kind in OTHER_LAYOUTS
     state, step = forward.prefill(
         params,
         config,
-        given.main,
+        inputs.main,
         method,
-        tail_rows=given.tail_rows.shape[1],
+        tail_rows=inputs.tail_rows.shape[1],
         capacity=total + length,
         contrast=contrast,
         contrast_capacity=contrast.image_id.shape[1] + length if apart else 0,
         image_count=image_count,
     )
     return jax.vmap(lambda tokens: forced_logits(params, config, state, step, tokens), in_axes=1, out_axes=1)(
-        given.tokens
+        inputs.tokens
     )
 
 
 def logprobs(
-    params: dict, config: FamilyConfig, given: ForcedInputs, method: Method | None, image_count: int
+    params: dict, config: FamilyConfig, inputs: ForcedInputs, method: Method | None, image_count: int
 ) -> Float[Array, "B N A"]:
     """Log-probability in nats of every token of every answer; 0 after its end."""
-    logprob = jax.nn.log_softmax(logits(params, config, given, method, image_count).combined, axis=-1)
-    chosen = jnp.take_along_axis(logprob, given.tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(given.answered, chosen, 0)
+    logprob = jax.nn.log_softmax(logits(params, config, inputs, method, image_count).combined, axis=-1)
+    chosen = jnp.take_along_axis(logprob, inputs.tokens[..., None], axis=-1)[..., 0]
+    return jnp.where(inputs.in_answer, chosen, 0)
 
 
 def forced_logits(

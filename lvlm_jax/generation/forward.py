@@ -64,9 +64,9 @@ def with_fewer_tokens(method: Method, prompt: Prompt, salience: Float[Array, "N"
     image = prompt.image_id > 0
     order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1
     of_columns = jnp.where(image, salience[jnp.clip(order, 0, salience.shape[0] - 1)], 0)
-    kept = method.keep_tokens(prompt.image_id, image_count, of_columns)
-    columns = jnp.argsort(kept, axis=1, stable=True)  # removed columns first
-    image_id = jnp.take_along_axis(jnp.where(kept, prompt.image_id, -1), columns, axis=1)
+    remains = method.keep_tokens(prompt.image_id, image_count, of_columns)
+    columns = jnp.argsort(remains, axis=1, stable=True)  # removed columns first
+    image_id = jnp.take_along_axis(jnp.where(remains, prompt.image_id, -1), columns, axis=1)
     embeddings = jnp.take_along_axis(prompt.embeddings, columns[..., None], axis=1)
     axes = None if prompt.axes is None else jnp.take_along_axis(prompt.axes, columns[None], axis=2)
     return Prompt(embeddings, image_id, axes)

@@ -118,19 +118,19 @@ def in_batches(answer: Answerer) -> Stream:
 
     def stream(batches: Iterable[list[Request]]) -> Iterator[list[tuple[int, Answer | LVLMError]]]:
         for batch in batches:
-            yield _answered(answer, batch)
+            yield _answer_or_split(answer, batch)
 
     return stream
 
 
-def _answered(answer: Answerer, batch: list[Request]) -> list[tuple[int, Answer | LVLMError]]:
+def _answer_or_split(answer: Answerer, batch: list[Request]) -> list[tuple[int, Answer | LVLMError]]:
     try:
         answers = answer([request.conversation for request in batch], [request.seed for request in batch])
     except LVLMError as error:
         if len(batch) == 1:
             return [(batch[0].line, error)]
         # A request of the batch is bad: alone, each succeeds or fails by itself.
-        return [pair for request in batch for pair in _answered(answer, [request])]
+        return [pair for request in batch for pair in _answer_or_split(answer, [request])]
     return [(request.line, reply) for request, reply in zip(batch, answers, strict=True)]
 
 

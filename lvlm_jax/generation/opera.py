@@ -130,7 +130,7 @@ class Rollbacks:
 
     def __init__(self, method: OPERA):
         self.method = method
-        self.taken: dict[int, int] = {}  # number of rollbacks to each position
+        self.counts: dict[int, int] = {}  # number of rollbacks to each position
         self.banned: dict[int, list[tuple[int, int]]] = {}  # (beam, token) pairs by position
         self.latest = 0
 
@@ -148,7 +148,7 @@ class Rollbacks:
         return None
 
     def _may(self, target: int, alive: Bool[np.ndarray, "N"]) -> bool:
-        if self.taken.get(target, 0) >= self.method.max_rollbacks:
+        if self.counts.get(target, 0) >= self.method.max_rollbacks:
             return False
         # A candidate must remain even after this rollback.
         num_banned = sum(bool(alive[beam]) for beam, _ in self.banned.get(target, ()))
@@ -156,7 +156,7 @@ class Rollbacks:
 
     def note(self, target: int, pairs: list[tuple[int, int]]) -> None:
         """Records a rollback: `pairs` were chosen after token `target`. Bans at later positions are lifted."""
-        self.taken[target] = self.taken.get(target, 0) + 1
+        self.counts[target] = self.counts.get(target, 0) + 1
         self.banned = {place: old for place, old in self.banned.items() if place <= target}
         self.banned[target] = self.banned.get(target, []) + pairs
 

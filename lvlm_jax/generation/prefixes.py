@@ -44,19 +44,19 @@ class Recent:
     """The beginning of the last prompt: its key, and its columns after a second prompt began in the same way."""
 
     key: bytes = b""
-    kept: Beginnings | None = None
+    latest: Beginnings | None = None
 
 
 def digest(parts: Iterable[Any]) -> bytes:
     """A key for arrays, texts and numbers: equal content has an equal key."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, np.ndarray):
-            found.update(f"{part.dtype}{part.shape}".encode())
-            found.update(np.ascontiguousarray(part).data)
+            hasher.update(f"{part.dtype}{part.shape}".encode())
+            hasher.update(np.ascontiguousarray(part).data)
         else:
-            found.update(repr(part).encode())
-    return found.digest()
+            hasher.update(repr(part).encode())
+    return hasher.digest()
 
 
 def shares(config: FamilyConfig, method: Method | None) -> bool:
@@ -115,32 +115,32 @@ def before(
     if end <= 0:
         return None
     if inputs.batch > 1:
-        if (found := alike(inputs, end)) is None:
+        if (groups := alike(inputs, end)) is None:
             return None
-        rows, kinds = found
+        rows, kinds = groups
         return _each(run(params, config, main, inputs, rows, end, at_a_time), inputs, kinds, end)
     if recent is None:
         return None
     (key,) = beginnings(inputs, end)
     if key != recent.key:
-        recent.key, recent.kept = key, None
+        recent.key, recent.latest = key, None
         return None
     alone = np.zeros(1, np.int32)
-    if recent.kept is not None:
-        return iter((behind(recent.kept, inputs, alone, end),))
+    if recent.latest is not None:
+        return iter((behind(recent.latest, inputs, alone, end),))
     return _each(run(params, config, main, inputs, alone, end, at_a_time), inputs, alone, end, recent)
 
 
 def _each(
     work: Iterator[Beginnings], inputs: Inputs, kinds: Int[np.ndarray, "B"], end: int, recent: Recent | None = None
 ) -> Iterator[tuple[LayerCache, ...] | None]:
-    kept = next(work)
+    newest = next(work)
     for more in work:
         yield None
-        kept = more
+        newest = more
     if recent is not None:
-        recent.kept = kept
-    yield behind(kept, inputs, kinds, end)
+        recent.latest = newest
+    yield behind(newest, inputs, kinds, end)
 
 
 def run(
@@ -155,11 +155,11 @@ def run(
         yield Beginnings(caches, first)
 
 
-def behind(kept: Beginnings, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
+def behind(stored: Beginnings, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
     """The first columns of prompts that begin like those kept."""
-    columns = np.arange(before)[None] - _first(inputs)[:, None] + kept.first[kinds][:, None]
-    places = np.clip(columns, 0, kept.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding
-    return _moved(kept.caches, kinds.astype(np.int32), places)
+    columns = np.arange(before)[None] - _first(inputs)[:, None] + stored.first[kinds][:, None]
+    places = np.clip(columns, 0, stored.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding
+    return _moved(stored.caches, kinds.astype(np.int32), places)
 
 
 def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
@@ -168,17 +168,17 @@ def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
 
 def _ends(inputs: Inputs, before: int) -> Int[np.ndarray, "B"]:
     """The column behind the last image of each prompt, or `before` without one."""
-    seen = inputs.image_id > 0
-    return np.where(seen.any(axis=1), inputs.image_id.shape[1] - seen[:, ::-1].argmax(axis=1), before)
+    in_image = inputs.image_id > 0
+    return np.where(in_image.any(axis=1), inputs.image_id.shape[1] - in_image[:, ::-1].argmax(axis=1), before)
 
 
 @jit
 def _chosen(prompt: Prompt, rows: jax.Array, ends: jax.Array) -> Prompt:
     """Some prompts up to their ends. Rows do not see what is behind them, but a NaN there would reach them."""
-    kept = jnp.arange(prompt.image_id.shape[1]) < ends[:, None]
+    before_end = jnp.arange(prompt.image_id.shape[1]) < ends[:, None]
     axes = None if prompt.axes is None else prompt.axes[:, rows]
-    embeddings = jnp.where(kept[..., None], prompt.embeddings[rows], 0)
-    return Prompt(embeddings, jnp.where(kept, prompt.image_id[rows], -1), axes)
+    embeddings = jnp.where(before_end[..., None], prompt.embeddings[rows], 0)
+    return Prompt(embeddings, jnp.where(before_end, prompt.image_id[rows], -1), axes)
 
 
 @jit

@@ -49,12 +49,12 @@ class Rows:
     Attributes:
         slots: the answers; the leaves of the method in `slots.state` have a leading axis of rows, `slots.stop` is `[B,
             STOPS]`, `slots.sampling` is a `RowSampling`.
-        wanted: rows for which the most likely tokens of every step are kept.
+        wants_top: rows for which the most likely tokens of every step are kept.
         top, top_logprobs: those `TOP` tokens and their log-probabilities, before temperature and filters.
     """
 
     slots: Slots
-    wanted: Bool[Array, "B"]
+    wants_top: Bool[Array, "B"]
     top: Int[Array, "B M K"]
     top_logprobs: Float[Array, "B M K"]
 
@@ -71,7 +71,7 @@ class NewRow:
         place: index of the row.
         stop: tokens that end the answer; -1 means none.
         sampling: how tokens are chosen, for one row.
-        wanted: whether to keep the most likely tokens of every step.
+        wants_top: whether to keep the most likely tokens of every step.
     """
 
     tokens: Int[Array, "1 T"]
@@ -80,7 +80,7 @@ class NewRow:
     place: Int[Array, "1"]
     stop: Int[Array, "N"]
     sampling: RowSampling
-    wanted: Bool[Array, "1"]
+    wants_top: Bool[Array, "1"]
 
 
 def _empty(state: State, batch: int, limit: int, vocabulary: int, size: PromptSize) -> Rows:
@@ -122,7 +122,7 @@ def _place(rows: Rows, state: State, logits: Float[Array, "1 V"], row: NewRow) -
     return dataclasses.replace(
         rows,
         slots=slots,
-        wanted=put(rows.wanted, row.wanted),
+        wants_top=put(rows.wants_top, row.wants_top),
         top=rows.top.at[row.place, 0].set(top),
         top_logprobs=rows.top_logprobs.at[row.place, 0].set(top_logprobs),
     )
@@ -137,14 +137,14 @@ def advance(params: dict, config: FamilyConfig, rows: Rows) -> Rows:
     column = jnp.where(running, slots.count, slots.tokens.shape[1])
     top, top_logprobs = rows.top, rows.top_logprobs
 
-    def kept(top: jax.Array, top_logprobs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def write_top(top: jax.Array, top_logprobs: jax.Array) -> tuple[jax.Array, jax.Array]:
         logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), top.shape[-1])
         return (
             top.at[every, column].set(tokens, mode="drop"),
             top_logprobs.at[every, column].set(logprobs, mode="drop"),
         )
 
-    top, top_logprobs = jax.lax.cond((rows.wanted & running).any(), kept, lambda *same: same, top, top_logprobs)
+    top, top_logprobs = jax.lax.cond((rows.wants_top & running).any(), write_top, lambda *same: same, top, top_logprobs)
     return dataclasses.replace(
         rows, slots=continuous.choose_next(slots, state, logits), top=top, top_logprobs=top_logprobs
     )

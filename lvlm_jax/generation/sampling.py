@@ -61,7 +61,7 @@ class Sampling:
         logits: Float[Array, "B V"],
         keys: Key[Array, "B"],
         step: Int[Array, ""] | Int[Array, "B"],
-        seen: Bool[Array, "B V"] | None,
+        seen_tokens: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
         """Chooses one token per sample; also returns its log-probability under the unmodified logits.
 
@@ -72,13 +72,13 @@ class Sampling:
             logits: `Step.combined`.
             keys: one random key per sample; the draw depends only on the key and the step.
             step: number of tokens generated before; one number, or one per sample.
-            seen: tokens of prompt and answer so far; needed only by the repetition penalty.
+            seen_tokens: tokens of prompt and answer so far; needed only by the repetition penalty.
         """
         scores = logits
         if "repetition_penalty" in self.rules:
             penalty = self.repetition_penalty
             penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
-            scores = jnp.where(seen, penalised, scores)
+            scores = jnp.where(seen_tokens, penalised, scores)
         if "sample" in self.rules:
             step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
             tokens = jax.vmap(jax.random.categorical)(step_keys, self._filter(scores / self.temperature))
@@ -120,11 +120,11 @@ class RowSampling(Sampling):
         floats = [np.asarray(numbers, np.float32) for numbers in (temperature, top_p, penalty)]
         return cls(floats[0], np.asarray(top_k, np.int32), *floats[1:], frozenset(_RULES))
 
-    def pick(self, logits, keys, step, seen):
+    def pick(self, logits, keys, step, seen_tokens):
         """As `Sampling.pick` of each row alone. Sorts and draws only if some row needs it."""
         penalty, scores = self.repetition_penalty[:, None], logits
         penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
-        scores = jnp.where(seen & (penalty != 1), penalised, scores)
+        scores = jnp.where(seen_tokens & (penalty != 1), penalised, scores)
         sampled, filtered = self.temperature > 0, (self.top_k > 0) | (self.top_p < 1)
 
         def cut(scaled: jax.Array) -> jax.Array:

@@ -104,27 +104,27 @@ def whole(name: str, value: Any, low: int, high: int = settings.LARGEST_INT) -> 
     return settings.whole_number(name, value, low, high)
 
 
-def decoding(given: Mapping[str, Any], max_new_tokens: int, stop: str | Sequence[str] = ()) -> Decoding:
+def decoding(harness_settings: Mapping[str, Any], max_new_tokens: int, stop: str | Sequence[str] = ()) -> Decoding:
     """Makes a `Decoding` of a harness's settings (keys of `GENERATION`; None means the default).
 
     `do_sample` decides whether to sample; without it, a temperature above 0 does. `do_sample=False` is greedy whatever
     the temperature; `do_sample=True` without a temperature uses 1, as in transformers.
 
     Args:
-        given: the harness's settings.
+        harness_settings: the harness's settings.
         max_new_tokens: longest answer if the settings have none.
         stop: strings that end an answer.
 
     Raises:
         LVLMError: a value has the wrong type or is out of range.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    sampled = given.pop("do_sample", None)
+    harness_settings = {name: value for name, value in harness_settings.items() if value is not None}
+    sampled = harness_settings.pop("do_sample", None)
     if not isinstance(sampled, Real | None):
         raise LVLMError(f"do_sample is {sampled!r}; expected true or false")
-    temperature = Decoding(temperature=given.pop("temperature", 1.0 if sampled else 0.0)).temperature
+    temperature = Decoding(temperature=harness_settings.pop("temperature", 1.0 if sampled else 0.0)).temperature
     if sampled is not None and not sampled:
         temperature = 0.0
     if temperature == 0:
-        given = {name: value for name, value in given.items() if name not in SAMPLING}
-    return Decoding(**{"max_new_tokens": max_new_tokens} | given, temperature=temperature, stop=stop)
+        harness_settings = {name: value for name, value in harness_settings.items() if name not in SAMPLING}
+    return Decoding(**{"max_new_tokens": max_new_tokens} | harness_settings, temperature=temperature, stop=stop)

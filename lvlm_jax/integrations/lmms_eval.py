@@ -196,17 +196,17 @@ class LVLMJax(lmms):
             )
         pairs = [self._pair(*request.args) for request in requests]
         order = sorted(range(len(pairs)), key=lambda number: _size("".join(pairs[number][:2])))
-        found: list[Any] = [None] * len(pairs)
+        results: list[Any] = [None] * len(pairs)
         with Progress(len(pairs), title="lvlm_jax", quiet=self.rank != 0) as progress:
             for numbers in self._batches(order):
                 batch = [pairs[number] for number in numbers]
                 spare = min(self.batch_size, len(pairs)) - len(batch)
                 scored = self._likelihoods(batch + batch[-1:] * spare)
                 for number, one in zip(numbers, scored[: len(batch)], strict=True):
-                    found[number] = one
+                    results[number] = one
                     self.cache_hook.add_partial("loglikelihood", pairs[number][:2], one)
                 progress.update(len(numbers))
-        return found
+        return results
 
     def _document(self, doc_id: Any, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
@@ -237,20 +237,20 @@ class LVLMJax(lmms):
         known = {name: settings[name] for name in GENERATION if name in settings}
         return decoding(known, LONGEST_ANSWER, stop)
 
-    def _answers(self, asked: Sequence[LazyQuestion]) -> Iterator[tuple[int, str]]:
-        """(index in `asked`, answer) of all questions, batch by batch."""
+    def _answers(self, questions: Sequence[LazyQuestion]) -> Iterator[tuple[int, str]]:
+        """(index in `questions`, answer) of all questions, batch by batch."""
         alike: dict[Decoding, list[int]] = {}
-        for number, one in enumerate(asked):
+        for number, one in enumerate(questions):
             alike.setdefault(one.decoding, []).append(number)
-        with Progress(len(asked), title="lvlm_jax", quiet=self.rank != 0) as progress:
+        with Progress(len(questions), title="lvlm_jax", quiet=self.rank != 0) as progress:
             for shared, numbers in alike.items():
-                for batch in self._batches(sorted(numbers, key=lambda number: asked[number].size)):
-                    questions = [asked[number].messages for number in batch]
-                    seeds = [asked[number].seed for number in batch]
+                for batch in self._batches(sorted(numbers, key=lambda number: questions[number].size)):
+                    conversations = [questions[number].messages for number in batch]
+                    seeds = [questions[number].seed for number in batch]
                     # The last batch is padded to the shape of the others, so that no program is compiled for it.
                     spare = min(self.batch_size, len(numbers)) - len(batch)
                     own = dataclasses.replace(shared, seed=tuple(seeds + seeds[-1:] * spare))
-                    padded = questions + questions[-1:] * spare
+                    padded = conversations + conversations[-1:] * spare
                     output = self.model.generate(padded, method=self.method, **vars(own))
                     yield from zip(batch, output.text[: len(batch)], strict=True)
                     progress.update(len(batch))

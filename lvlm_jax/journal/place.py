@@ -22,7 +22,7 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
     """
     if not (root / ".git").exists():
         return None
-    found = []
+    outputs = []
     for words in (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
         try:
             done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
@@ -30,8 +30,8 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
             return None
         if done.returncode:
             return None
-        found.append(done.stdout.strip())
-    return found[0] + ", changed" * bool(found[1])
+        outputs.append(done.stdout.strip())
+    return outputs[0] + ", changed" * bool(outputs[1])
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def machine() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} x {devices[0].device_kind}"
-    named = None
+    match = None
     if _PROCESSORS.exists():
-        named = re.search(r"model name\s*: (.+)", _PROCESSORS.read_text())
-    return f"{os.cpu_count()} x {named[1] if named else platform.processor() or platform.machine()}"
+        match = re.search(r"model name\s*: (.+)", _PROCESSORS.read_text())
+    return f"{os.cpu_count()} x {match[1] if match else platform.processor() or platform.machine()}"

@@ -273,14 +273,12 @@ class Method(Transform):
         return self
 
     def start(self, batch: int) -> Any:
-        """The initial memory of a generation of `batch` samples (a pytree of arrays, `[B, ...]` each), passed from step
-        to step."""
+        """The memory before the first step of `batch` samples (a pytree of arrays, `[B, ...]` each)."""
         return ()
 
     @property
     def combines(self) -> bool:
-        """Whether `combine` makes logits of its own; static. True if it is overridden and has branches or exits to
-        combine."""
+        """Whether `combine` is overridden and has branches or exits to combine; static."""
         own = type(self).combine is not Method.combine
         return own and (len(self.branches()) > 1 or type(self).exits is not Method.exits)
 
@@ -300,16 +298,16 @@ class Method(Transform):
         """
         return not self.warm_up_fields and type(self).remember is Method.remember
 
-    def remember(self, carry: Any, kept: Any) -> Any:
+    def remember(self, carry: Any, previous: Any) -> Any:
         """The data of this step that edits of later steps need (a pytree of arrays, `[B, ...]` each).
 
         Args:
             carry: the main branch's carry after the last layer.
-            kept: the return value of the previous step; None after the prompt.
+            previous: the return value of the previous step; None after the prompt.
         """
-        return kept
+        return previous
 
-    def recall(self, kept: Any) -> "Method":
+    def recall(self, previous: Any) -> "Method":
         """The method for the next decode step, given the return value of `remember` in the previous step."""
         return self
 

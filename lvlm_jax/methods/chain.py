@@ -123,13 +123,13 @@ class Chained(Method):
     def after_warm_up(self, warm_up) -> "Chained":
         return Chained(tuple(member.after_warm_up(warm_up) for member in self.members))
 
-    def remember(self, carry: Any, kept: Any) -> tuple:
-        before = kept or (None,) * len(self.members)
+    def remember(self, carry: Any, previous: Any) -> tuple:
+        before = previous or (None,) * len(self.members)
         each = zip(self.members, self._carries(carry), before, strict=True)
         return tuple(member.remember(own, memory) for member, own, memory in each)
 
-    def recall(self, kept: Any) -> "Chained":
-        return Chained(tuple(member.recall(memory) for member, memory in zip(self.members, kept, strict=True)))
+    def recall(self, previous: Any) -> "Chained":
+        return Chained(tuple(member.recall(memory) for member, memory in zip(self.members, previous, strict=True)))
 
     def start(self, batch: int) -> Any:
         owner = self._combiner()

@@ -98,8 +98,8 @@ class MemVR(Method):
     def step_by_step(self) -> bool:
         return False
 
-    def remember(self, carry, kept):
+    def remember(self, carry, previous):
         return carry.visual
 
-    def recall(self, kept):
-        return dataclasses.replace(self, visual=kept)
+    def recall(self, previous):
+        return dataclasses.replace(self, visual=previous)

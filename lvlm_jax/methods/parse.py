@@ -54,18 +54,18 @@ def as_method(value: typing.Any) -> Method | None:
     return value
 
 
-def method_for(given: typing.Any, model: Callable[[], str | None], name: str) -> Method | None:
+def method_for(value: typing.Any, model: Callable[[], str | None], name: str) -> Method | None:
     """`as_method` with a check that fitted and learned arrays belong to the model in use.
 
     Args:
-        given: the method, in any form.
+        value: the method, in any form.
         model: returns the hash of the model's checkpoint, None without one; called only if there is something to check.
         name: the model's name, for messages.
 
     Raises:
         LVLMError: not a method, or it was fitted or learned for another model.
     """
-    method = as_method(given)
+    method = as_method(value)
     for source in sources(method):
         check_model(source, model(), name)
     return method

@@ -46,9 +46,9 @@ def register(name: str | Any) -> Callable[[type[Method]], type[Method]]:
         LVLMError: the name or the class is invalid; the message says what to do.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name) or name in WORDS:
-        given = getattr(name, "__name__", name)
+        argument = getattr(name, "__name__", name)
         raise LVLMError(
-            f"register got {given!r}; expected a name of lower-case letters, digits, - and _, as in "
+            f"register got {argument!r}; expected a name of lower-case letters, digits, - and _, as in "
             '@methods.register("lift")'
         )
 
@@ -192,20 +192,20 @@ def _load(point: metadata.EntryPoint) -> None:
         _own(loaded, point.value, point.name)
 
 
-def _own(found: Any, words: str, name: str | None = None) -> str:
+def _own(value: Any, words: str, name: str | None = None) -> str:
     """Registers a class from elsewhere, if necessary; returns its registered name.
 
     Raises:
         LVLMError: it is not a class of a method.
     """
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        kind = "a value" if isinstance(found, Method) else f"a {type(found).__name__}"
-        if isinstance(found, type):
+    if not (isinstance(value, type) and issubclass(value, Method)):
+        kind = "a value" if isinstance(value, Method) else f"a {type(value).__name__}"
+        if isinstance(value, type):
             kind = "a class, but not a methods.Method"
         raise LVLMError(f"method {words!r} is {kind}; expected a class as in class Lift(methods.Method)")
-    before = next((key for key, cls in _REGISTRY.items() if cls is found), None)
+    before = next((key for key, cls in _REGISTRY.items() if cls is value), None)
     if before is not None and name in (None, before):
         return before
-    name = name or found.__name__.lower()
-    register(name)(found)
+    name = name or value.__name__.lower()
+    register(name)(value)
     return name

@@ -131,7 +131,7 @@ class Moved(NamedTuple):
 
 def classes(
     logits: Float[Array, "B H R S"],
-    seen: Bool[Array, "B R S"],
+    visible: Bool[Array, "B R S"],
     after: Bool[Array, "B S"],
     kappa: Strength,
     others: Bool[Array, "B S"] | None = None,
@@ -140,17 +140,17 @@ def classes(
 
     Args:
         logits: of all columns, before the mask.
-        seen: which columns a row sees.
+        visible: which columns a row sees.
         after: columns of text after the last image; the visible ones are 𝒮.
         kappa: share of one token that makes a head a core head, κ.
         others: the columns 𝒪, if they are not simply all columns that are not `after`.
     """
     others = ~after if others is None else others
-    seen = seen[:, None]
-    after = after[:, None, None, :] & seen
-    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    visible = visible[:, None]
+    after = after[:, None, None, :] & visible
+    weights = jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1)
     on_text = jnp.where(after, weights, 0).sum(axis=-1, keepdims=True)
-    elsewhere = jnp.where(seen & others[:, None, None, :], weights, 0).sum(axis=-1, keepdims=True)
+    elsewhere = jnp.where(visible & others[:, None, None, :], weights, 0).sum(axis=-1, keepdims=True)
     peak = jnp.where(after, weights, 0).max(axis=-1, keepdims=True)
     semantic = on_text >= elsewhere
     core = semantic & (peak > kappa * on_text)
@@ -159,14 +159,14 @@ def classes(
 
 def aligned(
     logits: Float[Array, "B H R S"],
-    seen: Bool[Array, "B R S"],
+    visible: Bool[Array, "B R S"],
     after: Bool[Array, "B S"],
     omega: Strength,
     kappa: Strength,
     others: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B H R S"], Moved]:
     """Rows of attention logits after both stages, and which heads each stage changed; arguments as for `classes`."""
-    heads = classes(logits, seen, after, kappa, others)
+    heads = classes(logits, visible, after, kappa, others)
     global_count = heads.distributed.sum(axis=1, keepdims=True)
     mean = jnp.where(heads.distributed, logits, 0).sum(axis=1, keepdims=True) / jnp.maximum(global_count, 1)
     any_core = heads.core.any(axis=1, keepdims=True)

@@ -84,11 +84,11 @@ class SPARC(Method):
         factor = jnp.where(count > 0, jnp.asarray(self.alpha, jnp.float32) ** count, 1.0)
         return weights * factor[:, None, None]
 
-    def remember(self, carry, kept):
-        return carry if kept is None else pad_columns(carry, kept.mean.shape[1])
+    def remember(self, carry, previous):
+        return carry if previous is None else pad_columns(carry, previous.mean.shape[1])
 
-    def recall(self, kept):
-        return dataclasses.replace(self, jumps=kept)
+    def recall(self, previous):
+        return dataclasses.replace(self, jumps=previous)
 
 
 def pad_columns(jumps: Jumps, columns: int) -> Jumps:

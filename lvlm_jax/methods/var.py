@@ -101,11 +101,11 @@ class VAR(Method):
     def step_by_step(self) -> bool:
         return False
 
-    def remember(self, carry, kept):
-        return jnp.stack(carry[1:], axis=1) if kept is None else kept
+    def remember(self, carry, previous):
+        return jnp.stack(carry[1:], axis=1) if previous is None else previous
 
-    def recall(self, kept):
-        return dataclasses.replace(self, sinks=kept)
+    def recall(self, previous):
+        return dataclasses.replace(self, sinks=previous)
 
 
 def _sum(weights: Float[Array, "B H R S"], columns: Bool[Array, "B S"]) -> Float[Array, "B H R 1"]:

@@ -63,18 +63,18 @@ def _refuse_quantized(raw: Mapping[str, Any]) -> None:
     """Raises an LVLMError if a configuration, or a part of it, says that the weights are quantized."""
     for part in (raw, *(value for value in raw.values() if isinstance(value, Mapping))):
         for field in ("quantization_config", "compression_config"):
-            if given := part.get(field):
+            if settings := part.get(field):
                 raise LVLMError(
-                    f"config.json has a {field}: its weights are quantized ({_quantization(given)}), which is not "
+                    f"config.json has a {field}: its weights are quantized ({_quantization(settings)}), which is not "
                     'supported; take the checkpoint with full weights (quant="int8" makes its decoder small)'
                 )
 
 
-def _quantization(given: Any) -> str:
+def _quantization(settings: Any) -> str:
     """The usual name of a kind of quantization."""
-    given = given if isinstance(given, Mapping) else {}
-    kind = given.get("quant_method") or given.get("quant_algo")
-    if kind is None and any(str(name).startswith(("load_in_", "bnb_", "_load_in_")) for name in given):
+    settings = settings if isinstance(settings, Mapping) else {}
+    kind = settings.get("quant_method") or settings.get("quant_algo")
+    if kind is None and any(str(name).startswith(("load_in_", "bnb_", "_load_in_")) for name in settings):
         kind = "bitsandbytes"
     return _QUANTIZED.get(str(kind).lower(), str(kind or "of an unnamed kind")[:40])
 

@@ -179,14 +179,14 @@ class DecoderConfig:
 def special_tokens(hf: Any) -> dict[str, Any]:
     """`eos_token_ids`, `pad_token_id` and `bos_token_id`, from a configuration or its `text_config`."""
 
-    def given(name: str, default: Any) -> Any:
+    def field(name: str, default: Any) -> Any:
         return first_not_none(getattr(hf, name, None), getattr(hf.text_config, name, None), default)
 
-    eos = given("eos_token_id", ())
+    eos = field("eos_token_id", ())
     return {
         "eos_token_ids": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        "pad_token_id": given("pad_token_id", 0),
-        "bos_token_id": given("bos_token_id", -1),
+        "pad_token_id": field("pad_token_id", 0),
+        "bos_token_id": field("bos_token_id", -1),
     }
 
 

@@ -71,7 +71,7 @@ class QFormerAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "I T C"], seen: Float[Array, "I S W"], mask: Bool[Array, "I 1 S"] | None = None
+        self, x: Float[Array, "I T C"], source_states: Float[Array, "I S W"], mask: Bool[Array, "I 1 S"] | None = None
     ) -> Float[Array, "I T C"]:
         heads, width = self.config.num_heads, self.config.hidden_size
 
@@ -79,7 +79,9 @@ class QFormerAttention(nn.Module):
             flat = linear(width, self.dtype, name, use_bias=True)(source)
             return flat.reshape(*source.shape[:2], heads, -1)
 
-        mixed = patch_attention(project("q_proj", x), project("k_proj", seen), project("v_proj", seen), mask)
+        mixed = patch_attention(
+            project("q_proj", x), project("k_proj", source_states), project("v_proj", source_states), mask
+        )
         return linear(width, self.dtype, "out_proj", use_bias=True)(mixed.reshape(x.shape))
 
 

@@ -49,8 +49,8 @@ def picture_attention(
     if patches < STREAM_FROM:
         return patch_attention(query, key, value, None if valid is None else valid[:, None])
     heads = (array.swapaxes(1, 2) for array in (query, key, value))
-    seen = jnp.ones((rows, patches), bool) if valid is None else valid
-    return streaming_attention(*heads, LazyMask.everywhere(patches, seen)).swapaxes(1, 2)
+    visible = jnp.ones((rows, patches), bool) if valid is None else valid
+    return streaming_attention(*heads, LazyMask.everywhere(patches, visible)).swapaxes(1, 2)
 
 
 def by_pictures(
@@ -71,8 +71,8 @@ def by_pictures(
         return look(model, pixels, *more)
     # Neighbours go in one after the other, so that each device of a mesh has some of those that go together.
     parts = tuple(array.reshape(few, rows // few, *array.shape[1:]) for array in (pixels, *more))
-    seen = in_turn(model, look, parts)
-    return jax.tree.map(lambda array: array.reshape(rows, *array.shape[2:]), seen)
+    outputs = in_turn(model, look, parts)
+    return jax.tree.map(lambda array: array.reshape(rows, *array.shape[2:]), outputs)
 
 
 def in_turn(module: nn.Module, call: Callable[..., Any], parts: tuple[Array, ...]) -> Any:

@@ -72,10 +72,10 @@ mlir.register_lowering(_write, _lower_on_cpu, platform="cpu")
 
 def _derivative(primals, tangents):
     array, new, index = primals
-    kept, written = (
+    array_tangent, new_tangent = (
         ad.instantiate_zeros(tangent) if isinstance(tangent, ad.Zero) else tangent for tangent in tangents[:2]
     )
-    return _write.bind(array, new, index), _by_xla(kept, written, index)
+    return _write.bind(array, new, index), _by_xla(array_tangent, new_tangent, index)
 
 
 ad.primitive_jvps[_write] = _derivative

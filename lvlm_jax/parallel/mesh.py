@@ -172,20 +172,20 @@ def cache_sharding(mesh: Mesh, shape: tuple[int, int, int, int]) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(rows, None if shape[1] % mesh.shape["tensor"] else "tensor"))
 
 
-def local(tree: Any, wanted: bool = True) -> Any:
+def local(tree: Any, keep: bool = True) -> Any:
     """Replaces arrays that are spread over processes by complete NumPy arrays; other arrays are returned unchanged.
 
     All processes call it together, each with its part of the same arrays.
 
     Args:
-        wanted: a process that passes False takes part but gets None for such an array.
+        keep: a process that passes False takes part but gets None for such an array.
     """
 
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         replicated = _gather(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
-        return np.asarray(replicated) if wanted else None
+        return np.asarray(replicated) if keep else None
 
     return jax.tree.map(whole, tree)
 

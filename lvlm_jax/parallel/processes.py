@@ -46,14 +46,14 @@ _BROKEN = re.compile(
 _beside: tuple[subprocess.Popen, int] | None = None  # the program `last_words`, and the original standard error
 
 
-def start(wanted: bool | None = None) -> bool:
+def start(join: bool | None = None) -> bool:
     """Joins the processes. Call it once, before anything uses a device.
 
     If a process cannot be reached or dies later, JAX ends this process with code `LOST`. From here on, standard error
     passes through a program beside this one (`last_words`).
 
     Args:
-        wanted: None means: if the environment describes several processes, see `several`.
+        join: None means: join if the environment describes several processes, see `several`.
 
     Returns:
         Whether this process is now one of several.
@@ -61,7 +61,7 @@ def start(wanted: bool | None = None) -> bool:
     Raises:
         LVLMError: JAX finds no other process, or an environment variable is malformed.
     """
-    if not (several() if wanted is None else wanted):
+    if not (several() if join is None else join):
         return False
     timeout, patience = _number(PEER_TIMEOUT) or PEER_SECONDS, _number(JOIN_TIMEOUT) or JOIN_SECONDS
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")

@@ -30,7 +30,7 @@ class Messages(NamedTuple):
     count: float
 
 
-def read(found: Computations, times: Mapping[str, float], devices: int) -> Messages:
+def read(computations: Computations, times: Mapping[str, float], devices: int) -> Messages:
     """The data that one device of a partitioned module receives.
 
     Args:
@@ -39,7 +39,7 @@ def read(found: Computations, times: Mapping[str, float], devices: int) -> Messa
     """
     received: dict[int, float] = {}
     count = 0.0
-    for name, instructions in found.items():
+    for name, instructions in computations.items():
         # A message in two parts: the second has the result; the first has the operand beside it.
         ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
         for one in instructions if times[name] else ():

@@ -42,11 +42,11 @@ def installed() -> tuple[str, ...]:
     return tuple(name for name in NAMES if there[name])
 
 
-def chosen(wanted: str, kinds: Sequence[str | None]) -> str:
+def chosen(name: str, kinds: Sequence[str | None]) -> str:
     """The target of a plan for devices of these kinds.
 
     Args:
-        wanted: one of `NAMES`; `STAND_IN`; `AUTO` for the compiler of these devices where it is installed, else the
+        name: one of `NAMES`; `STAND_IN`; `AUTO` for the compiler of these devices where it is installed, else the
             stand-in.
         kinds: of each device one of `NAMES`, or None where any will do.
 
@@ -54,16 +54,16 @@ def chosen(wanted: str, kinds: Sequence[str | None]) -> str:
         LVLMError: the wanted compiler is not installed, or compiles for devices of another kind.
     """
     known = {kind for kind in kinds if kind is not None}
-    if wanted == AUTO:
+    if name == AUTO:
         return known.pop() if len(known) == 1 and known <= set(installed()) else STAND_IN
-    if wanted != STAND_IN:
-        _needed(wanted)
-        if others := known - {wanted}:
+    if name != STAND_IN:
+        _needed(name)
+        if others := known - {name}:
             raise LVLMError(
-                f"the compiler {wanted!r} does not compile for a device of kind {others.pop()}; name devices of kind "
-                f"{wanted}, or give --compiler {STAND_IN}"
+                f"the compiler {name!r} does not compile for a device of kind {others.pop()}; name devices of kind "
+                f"{name}, or give --compiler {STAND_IN}"
             )
-    return wanted
+    return name
 
 
 def label(target: str) -> str:

@@ -65,8 +65,8 @@ def _known(
     Exact float32 products take six passes of bfloat16 on TPUs (JAX's precision HIGHEST), for which `single` is None.
     """
     half, is_tpu = peak_flops(kind) / 1e12, kind.startswith("TPU")
-    found = _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
-    return dataclasses.replace(found, kind="tpu" if is_tpu else "cuda")
+    device = _device(name, gib, gb, half, half / 6 if single is None else single, link, beside, network)
+    return dataclasses.replace(device, kind="tpu" if is_tpu else "cuda")
 
 
 def _device(
@@ -108,7 +108,7 @@ def find(words: str, count: int = 1) -> Device:
     """
     name, equals, figures = words.partition("=")
     if equals:
-        return _given(name, figures, words)
+        return _from_figures(name, figures, words)
     if name.lower() == CPU:
         return this_cpu(count)
     match = next((device for device in DEVICES if device.name == name.lower()), None)
@@ -121,7 +121,7 @@ def find(words: str, count: int = 1) -> Device:
     return match
 
 
-def _given(name: str, figures: str, words: str) -> Device:
+def _from_figures(name: str, figures: str, words: str) -> Device:
     try:
         values = [float(figure) for figure in figures.split(",")]
     except ValueError:

@@ -31,23 +31,23 @@ def shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype(leaf.dtype), sharding=getattr(leaf, "sharding", None))
 
 
-def dtype(given: Any) -> Any:
+def dtype(narrow: Any) -> Any:
     """The wider type; types that are not floating-point stay."""
-    return WIDER.get(given, given)
+    return WIDER.get(narrow, narrow)
 
 
 def _jaxpr(jaxpr: core.Jaxpr) -> core.Jaxpr:
     renamed: dict[core.Var, core.Var] = {}
 
-    def atom(given: Any) -> Any:
-        if isinstance(given, core.Literal):
-            return core.Literal(_value(given.val), _aval(given.aval))
-        if given not in renamed:
-            renamed[given] = type(given)(_aval(given.aval))
-        return renamed[given]
+    def atom(variable: Any) -> Any:
+        if isinstance(variable, core.Literal):
+            return core.Literal(_value(variable.val), _aval(variable.aval))
+        if variable not in renamed:
+            renamed[variable] = type(variable)(_aval(variable.aval))
+        return renamed[variable]
 
-    def atoms(given: Any) -> list:
-        return [atom(one) for one in given]
+    def atoms(variables: Any) -> list:
+        return [atom(one) for one in variables]
 
     return jaxpr.replace(
         constvars=atoms(jaxpr.constvars),
@@ -77,10 +77,10 @@ def _parameter(value: Any) -> Any:
     return value
 
 
-def _aval(given: Any) -> Any:
-    return given.update(dtype=dtype(given.dtype)) if getattr(given, "dtype", None) in WIDER else given
+def _aval(aval: Any) -> Any:
+    return aval.update(dtype=dtype(aval.dtype)) if getattr(aval, "dtype", None) in WIDER else aval
 
 
-def _value(given: Any) -> Any:
-    wide = getattr(given, "dtype", None) in WIDER
-    return np.asarray(given).astype(WIDER[np.dtype(given.dtype)]) if wide else given
+def _value(value: Any) -> Any:
+    wide = getattr(value, "dtype", None) in WIDER
+    return np.asarray(value).astype(WIDER[np.dtype(value.dtype)]) if wide else value

@@ -57,57 +57,57 @@ def of(compiled: Any) -> tuple[Computations, str]:
 def computations(module: Any) -> tuple[Computations, str]:
     """The computations of an `HloModule` by their names, callees before callers, and the name of the first to run."""
     read = {one.name: _instructions(one) for one in module.computations()}
-    found: Computations = {}
+    ordered: Computations = {}
 
     def add(name: str) -> None:
-        if name in found:
+        if name in ordered:
             return
         for one in read[name]:
             for called in one.called:
                 add(called)
-        found[name] = read[name]
+        ordered[name] = read[name]
 
     called = {name for instructions in read.values() for one in instructions for name in one.called}
     entry = max((name for name in read if name not in called), key=lambda name: len(read[name]))
     add(entry)
-    return found, entry
+    return ordered, entry
 
 
 def _instructions(computation: Any) -> list[Instruction]:
-    given = computation.instructions()
-    last = max((index for index, one in enumerate(given) if not one.users()), default=-1)
-    found = []
-    for index, one in enumerate(given):
+    parsed = computation.instructions()
+    last = max((index for index, one in enumerate(parsed) if not one.users()), default=-1)
+    instructions = []
+    for index, one in enumerate(parsed):
         kind, operation, rest = _INSTRUCTION.search(one.to_string()).groups()
         number = (rest.partition(")")[0],)
         operands = number if operation == "parameter" else tuple(other.name for other in one.operands())
-        found.append(Instruction(one.name, kind, operation, operands, rest, index == last))
-    return found
+        instructions.append(Instruction(one.name, kind, operation, operands, rest, index == last))
+    return instructions
 
 
-def runs(found: Computations, entry: str) -> dict[str, float]:
+def runs(by_name: Computations, entry: str) -> dict[str, float]:
     """How often each computation runs in a run of `entry`; a loop of unknown length counts as one round."""
     # A computation stands behind those that it calls, so from the last on all its callers are known.
-    times = dict.fromkeys(found, 0.0) | {entry: 1.0}
-    for name in reversed(found):
-        for one in found[name] if times[name] else ():
+    times = dict.fromkeys(by_name, 0.0) | {entry: 1.0}
+    for name in reversed(by_name):
+        for one in by_name[name] if times[name] else ():
             often = one.rounds if one.operation == "while" else None
             for called in one.called:
                 times[called] += times[name] * (1 if often is None else often)
     return times
 
 
-def round_of(found: Computations, entry: str) -> str:
+def round_of(by_name: Computations, entry: str) -> str:
     """The body of the loop of unknown length that a module is about: a round of it is a token of decoding."""
     bodies = [
         one.called
-        for name, times in runs(found, entry).items()
-        for one in (found[name] if times else ())
+        for name, times in runs(by_name, entry).items()
+        for one in (by_name[name] if times else ())
         if one.operation == "while" and one.rounds is None
     ]
 
     def length(name: str) -> int:
-        return len(found[name])
+        return len(by_name[name])
 
     return max((max(called, key=length) for called in bodies), key=length, default=entry)
 
@@ -119,12 +119,12 @@ def dimensions(kind: str) -> list[int]:
 
 def sizes_of(kind: str, far: bool = False) -> list[int]:
     """Bytes of each array that a type names; with `far` 0 for one that does not lie in the device's main memory."""
-    found = []
+    byte_counts = []
     for element, sizes, layout in _SHAPE.findall(kind):
         size = _BYTES[element] if element in _BYTES else -(-int(re.search(r"\d+", element)[0]) // 8)
         near = far and _NEAR.search(layout)
-        found.append(0 if near else size * math.prod(int(size) for size in sizes.split(",") if size))
-    return found
+        byte_counts.append(0 if near else size * math.prod(int(size) for size in sizes.split(",") if size))
+    return byte_counts
 
 
 def size_of(kind: str, far: bool = False) -> int:

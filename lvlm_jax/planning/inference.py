@@ -50,38 +50,38 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[
     ) -> Compiled:
         with parallel.ambient(mesh):
             traced = function.trace(params, config, *arguments, **static)
-        given = (params, *arguments, static.get("contrast"))
-        return programs.compile_for(traced, given, mesh.size, target, donated, per_round=per_round)
+        inputs = (params, *arguments, static.get("contrast"))
+        return programs.compile_for(traced, inputs, mesh.size, target, donated, per_round=per_round)
 
     def add(
-        name: str, made: Compiled, rest: float, weights: float, moved: float, cache: float = 0.0, runs: int = 1
+        name: str, result: Compiled, rest: float, weights: float, moved: float, cache: float = 0.0, runs: int = 1
     ) -> None:
         parts = {"parameters": parameter_bytes, "cache": cache, "inputs and results": rest}
         planned.append(
             Program(
                 name,
                 parts,
-                made.orders,
-                runs * made.flops,
-                runs * max(weights + moved, made.moved),
-                {reach: runs * one for reach, one in made.messages.received.items()},
-                runs * made.messages.count,
+                result.orders,
+                runs * result.flops,
+                runs * max(weights + moved, result.moved),
+                {reach: runs * one for reach, one in result.messages.received.items()},
+                runs * result.messages.count,
             )
         )
 
     pixels, image_tokens = None, None
     if prompt.pixels is not None:
         pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
-        made = compiled(decode_loop.encode_images, pixels, geometry)
-        image_tokens, own = made.results, size((pixels, geometry)) + made.fresh
+        result = compiled(decode_loop.encode_images, pixels, geometry)
+        image_tokens, own = result.results, size((pixels, geometry)) + result.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1
         twice = other and job.method.contrast_prompt() in ("pixels", "altered")
-        add("images", made, own, beside, own, runs=1 + twice)
+        add("images", result, own, beside, own, runs=1 + twice)
     tokens = _spread(_shape(prompt.tokens), mesh)
-    made = compiled(decode_loop.embed, tokens, image_tokens)
-    embeddings, own = made.results, size((tokens, image_tokens)) + made.fresh
-    add("embed", made, own, 0, own)
+    result = compiled(decode_loop.embed, tokens, image_tokens)
+    embeddings, own = result.results, size((tokens, image_tokens)) + result.fresh
+    add("embed", result, own, 0, own)
 
     options: dict[str, Any] = {}
     answer_columns = bucket(job.new_tokens)
@@ -109,25 +109,25 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[
         }
         for name, (tap, runs) in taps.items():
             if name in job.method.warm_up_fields:
-                made = compiled(decode_loop.full_forward, main, None, **looks, tap=tap)
-                own = size(main) + made.fresh
-                add("prime", made, own, read, own, runs=runs)
+                result = compiled(decode_loop.full_forward, main, None, **looks, tap=tap)
+                own = size(main) + result.fresh
+                add("prime", result, own, read, own, runs=runs)
         if "probe" in job.method.warm_up_fields:
             pairs = _twice(main)
-            made = compiled(decode_loop.probe, pairs, job.method.probe(), image_count=looks["image_count"])
-            own = size(pairs) + made.fresh
-            add("probe", made, own, read, own)
+            result = compiled(decode_loop.probe, pairs, job.method.probe(), image_count=looks["image_count"])
+            own = size(pairs) + result.fresh
+            add("probe", result, own, read, own)
 
     arguments = (main, method, contrast)
-    made = compiled(decode_loop.prefill, main, method, contrast=contrast, **options)
-    state, step = made.results
-    cache, own = size(state.caches), size(arguments) + made.fresh
-    add("prefill", made, own - cache, read, own, cache)
+    result = compiled(decode_loop.prefill, main, method, contrast=contrast, **options)
+    state, step = result.results
+    cache, own = size(state.caches), size(arguments) + result.fresh
+    add("prefill", result, own - cache, read, own, cache)
 
     answers = jax.eval_shape(functools.partial(_begun, room=answer_columns), state, step.combined, tokens)
     answers, limit = dataclasses.replace(answers, state=state), jax.ShapeDtypeStruct((), jnp.int32)
-    made = compiled(decode_loop.run, answers, limit, donated=1, per_round=True)
-    add("decode", made, size(answers) - cache + made.fresh, read, size(answers), cache)
+    result = compiled(decode_loop.run, answers, limit, donated=1, per_round=True)
+    add("decode", result, size(answers) - cache + result.fresh, read, size(answers), cache)
     return tuple(planned)
 
 

@@ -28,18 +28,18 @@ _WINDOW = re.compile(r'"sliding_window_length":"?([1-9]\d*)')
 
 def flops_of(compiled: Any) -> float:
     """FLOPs of a whole program on one device; a loop of unknown length counts as one round."""
-    found, entry = hlo.of(compiled)
-    return flops(found, hlo.runs(found, entry))
+    computations, entry = hlo.of(compiled)
+    return flops(computations, hlo.runs(computations, entry))
 
 
-def flops(found: Computations, times: Mapping[str, float]) -> float:
+def flops(computations: Computations, times: Mapping[str, float]) -> float:
     """Two FLOPs per multiplied pair of numbers; arguments as in `collectives.read`."""
     total = 0.0
-    for name, instructions in found.items():
+    for name, instructions in computations.items():
         if not times[name]:
             continue
         types = {one.name: one.type for one in instructions}
-        sums = {one.name: _summed(one, instructions, found) for one in instructions if one.operation == "reduce"}
+        sums = {one.name: _summed(one, instructions, computations) for one in instructions if one.operation == "reduce"}
         total += times[name] * sum(
             sums.get(one.name) or _of_attention(one, types) or 2 * math.prod(dimensions(one.type)) * _terms(one, types)
             for one in instructions
@@ -47,13 +47,13 @@ def flops(found: Computations, times: Mapping[str, float]) -> float:
     return total
 
 
-def _summed(one: Instruction, instructions: list[Instruction], found: Computations) -> float:
+def _summed(one: Instruction, instructions: list[Instruction], computations: Computations) -> float:
     """FLOPs of a sum of products, as accelerators compute products of a single row; 0 for another reduction."""
     (how,), own = one.called, {other.name: other for other in instructions}
     factors = own[one.operands[0]]
     while factors.operation in ("bitcast", "convert", "reshape") and factors.operands:
         factors = own[factors.operands[0]]
-    is_sum = any(other.root and other.operation == "add" for other in found[how])
+    is_sum = any(other.root and other.operation == "add" for other in computations[how])
     return 2.0 * math.prod(dimensions(factors.type)) if is_sum and factors.operation == "multiply" else 0
 
 
@@ -67,10 +67,10 @@ def _of_attention(one: Instruction, types: Mapping[str, str]) -> float:
     if not (kernel := _ATTENTION.search(one.rest)):
         return 0
     query = dimensions(types[one.operands[0]])
-    seen = length = max(query[1:3])
+    columns = length = max(query[1:3])
     if "CAUSAL" in one.rest:
-        seen = min(length / 2, float(window[1]) if (window := _WINDOW.search(one.rest)) else length)
-    return (10.0 if kernel[1] else 4.0) * math.prod(query) * seen
+        columns = min(length / 2, float(window[1]) if (window := _WINDOW.search(one.rest)) else length)
+    return (10.0 if kernel[1] else 4.0) * math.prod(query) * columns
 
 
 def _terms(one: Instruction, types: Mapping[str, str]) -> float:

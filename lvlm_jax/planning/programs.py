@@ -86,12 +86,12 @@ class Compiled:
 
     Attributes:
         results: shapes, dtypes and shardings.
-        kept: bytes of results that reuse an argument's memory.
+        reused: bytes of results that reuse an argument's memory.
         orders, flops, moved, messages: see `Program`.
     """
 
     results: Any
-    kept: float
+    reused: float
     orders: tuple[float, ...]
     flops: float
     moved: float
@@ -100,7 +100,7 @@ class Compiled:
     @property
     def fresh(self) -> float:
         """Bytes of results with new memory."""
-        return size(self.results) - self.kept
+        return size(self.results) - self.reused
 
 
 def compile_for(
@@ -137,19 +137,19 @@ def compile_for(
         for leaf, place in zip(leaves, result_shardings, strict=True)
     ]
     memory = compiled.memory_analysis()
-    found, entry = hlo.of(compiled)
+    computations, entry = hlo.of(compiled)
     orders = [memory.temp_size_in_bytes]
     if stand_in:
-        found = scattered_sums.scattered(found)
-        orders.append(schedule.temporaries(found, entry))
-    times = hlo.runs(found, hlo.round_of(found, entry) if per_round else entry)
-    messages = collectives.read(found, times, devices)
+        computations = scattered_sums.scattered(computations)
+        orders.append(schedule.temporaries(computations, entry))
+    times = hlo.runs(computations, hlo.round_of(computations, entry) if per_round else entry)
+    messages = collectives.read(computations, times, devices)
     return Compiled(
         jax.tree.unflatten(tree, results),
         size(results) * memory.alias_size_in_bytes / max(1, memory.output_size_in_bytes),
         tuple(scale * order for order in orders),
-        products.flops(found, times),
-        scale * traffic.moved(found, times, only_products=stand_in),
+        products.flops(computations, times),
+        scale * traffic.moved(computations, times, only_products=stand_in),
         collectives.Messages({reach: scale * one for reach, one in messages.received.items()}, messages.count),
     )
 

@@ -14,21 +14,24 @@ _BETWEEN = ("bitcast", "convert", "copy")
 WHOLE = 0
 
 
-def scattered(found: Computations) -> Computations:
+def scattered(computations: Computations) -> Computations:
     """Replaces sums that devices only use in slices by `reduce-scatter`."""
-    return {name: [_replaced(one, instructions, found) for one in instructions] for name, instructions in found.items()}
+    return {
+        name: [_replaced(one, instructions, computations) for one in instructions]
+        for name, instructions in computations.items()
+    }
 
 
-def _replaced(one: Instruction, instructions: list[Instruction], found: Computations) -> Instruction:
+def _replaced(one: Instruction, instructions: list[Instruction], computations: Computations) -> Instruction:
     if one.operation != "all-reduce" or one.type.startswith("("):
         return one
-    counts = _taken(one.name, instructions, found)
+    counts = _element_counts(one.name, instructions, computations)
     if len(counts) != 1 or WHOLE in counts:
         return one
     return one._replace(operation="reduce-scatter", type=f"{one.type.partition('[')[0]}[{counts.pop()}]")
 
 
-def _taken(name: str, instructions: list[Instruction], found: Computations) -> set[int]:
+def _element_counts(name: str, instructions: list[Instruction], computations: Computations) -> set[int]:
     """How many elements of a value its users need; WHOLE for a user that needs all."""
     counts: set[int] = set()
     for user in instructions:
@@ -36,12 +39,12 @@ def _taken(name: str, instructions: list[Instruction], found: Computations) -> s
             if operand != name:
                 continue
             if user.operation == "fusion":
-                inside = found[user.called[0]]
+                inside = computations[user.called[0]]
                 operand_number = (str(place),)
                 own = next(one for one in inside if one.operation == "parameter" and one.operands == operand_number)
-                counts |= _taken(own.name, inside, found)
+                counts |= _element_counts(own.name, inside, computations)
             elif user.operation in _BETWEEN and not user.root:
-                counts |= _taken(user.name, instructions, found)
+                counts |= _element_counts(user.name, instructions, computations)
             elif user.operation == "dynamic-slice" and place == 0:
                 counts.add(math.prod(dimensions(user.type)))
             else:

@@ -19,16 +19,16 @@ ALIASES = ("bitcast", "tuple", "get-tuple-element", "opt-barrier", "parameter", 
 RUNS = ("while", "conditional", "call")  # other operations inline the computations they call
 
 
-def temporaries(found: Computations, entry: str) -> int:
+def temporaries(computations: Computations, entry: str) -> int:
     """Peak bytes besides the arguments and results of a compiled module, parsed by `computations`."""
     reached = {entry}  # callers come after the computations that they call
-    for name in reversed(found):
+    for name in reversed(computations):
         if name in reached:
-            reached |= {called for one in found[name] if one.operation in RUNS for called in one.called}
+            reached |= {called for one in computations[name] if one.operation in RUNS for called in one.called}
     inner: dict[str, int] = {}
-    for name in found:
+    for name in computations:
         if name in reached:
-            inner[name] = _Order(found[name], inner).peak()
+            inner[name] = _Order(computations[name], inner).peak()
     return inner[entry]
 
 
@@ -40,7 +40,7 @@ class _Order:
         self._place = {one.name: index for index, one in enumerate(instructions)}
         self._inner = inner
         self._values: dict[str, Any] = {}
-        self._made: dict[str, list[int]] = {}  # buffers that an operation creates
+        self._buffers: dict[str, list[int]] = {}  # buffers that an operation creates
         self._sizes: list[int] = []
         for one in instructions:
             self._values[one.name] = self._value(one)
@@ -96,7 +96,7 @@ class _Order:
             in_place = "kind=kLoop" in one.rest and any(self._sizes[buffer] == takes for buffer in dying)
             highest = max(highest, live + inside + (0 if in_place else takes))
             live += takes - freed_bytes
-            live -= sum(self._sizes[buffer] for buffer in self._made.get(name, ()) if not users_left[buffer])
+            live -= sum(self._sizes[buffer] for buffer in self._buffers.get(name, ()) if not users_left[buffer])
             for buffer in self._reads[name]:
                 users_left[buffer] -= 1
                 if users_left[buffer] == 1:
@@ -136,12 +136,12 @@ class _Order:
         start = len(self._sizes)
         self._sizes += sizes_of(one.type)
         new_buffers = list(range(start, len(self._sizes)))
-        self._made[one.name] = new_buffers
+        self._buffers[one.name] = new_buffers
         return new_buffers if one.type.startswith("(") else new_buffers[0]
 
     def _is_lazy(self, one: Instruction) -> bool:
         """Whether an operation depends only on arguments, directly or indirectly."""
-        has_result = one.operands and one.name in self._made and not one.root
+        has_result = one.operands and one.name in self._buffers and not one.root
         read = (name for name in one.operands if _flat(self._values.get(name)))
         return bool(has_result) and all(name in self._lazy for name in read)
 
@@ -159,7 +159,7 @@ class _Order:
         return [one for one in self._before[name] if one not in done]
 
     def _takes(self, name: str) -> int:
-        return sum(self._sizes[buffer] for buffer in self._made.get(name, ()))
+        return sum(self._sizes[buffer] for buffer in self._buffers.get(name, ()))
 
 
 def _flat(value: Any) -> list[int]:

@@ -22,20 +22,20 @@ _FUSED = "fusion"
 _PRODUCTS = ("dot", "convolution", "custom-call")
 
 
-def moved(found: Computations, times: Mapping[str, float], only_products: bool = False) -> float:
+def moved(computations: Computations, times: Mapping[str, float], only_products: bool = False) -> float:
     """Bytes in all rounds; arguments as in `collectives.read`.
 
     Args:
         only_products: counts products alone, for a stand-in that fuses less than an accelerator's compiler.
     """
-    inside = {name for instructions in found.values() for one in instructions for name in _worked_in(one)}
+    inside = {name for instructions in computations.values() for one in instructions for name in _worked_in(one)}
     total = 0.0
-    for name, instructions in found.items():
+    for name, instructions in computations.items():
         if times[name] and name not in inside:
             sizes = {one.name: size_of(_result(one), far=True) for one in instructions}
             ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
             counted = (one for one in instructions if one.operation in _PRODUCTS or not only_products)
-            total += times[name] * sum(_bytes(one, sizes, ends, found) for one in counted)
+            total += times[name] * sum(_bytes(one, sizes, ends, computations) for one in counted)
     return total
 
 
@@ -50,7 +50,9 @@ def _worked_in(one: Instruction) -> list[str]:
     return [] if one.operation in ("while", "conditional", "call", "async-start") else one.called
 
 
-def _bytes(one: Instruction, sizes: Mapping[str, int], ends: Mapping[str, Instruction], found: Computations) -> float:
+def _bytes(
+    one: Instruction, sizes: Mapping[str, int], ends: Mapping[str, Instruction], computations: Computations
+) -> float:
     operation = one.operation
     if operation in _FREE or operation.endswith("-done"):
         return 0
@@ -67,7 +69,7 @@ def _bytes(one: Instruction, sizes: Mapping[str, int], ends: Mapping[str, Instru
         # A copy to or from the chip may be of a slice.
         return (sum(read) if message else size_of(result) if any(read) else 0) + size_of(result, far=True)
     if operation == _FUSED:
-        return _of_fusion(one, read, written, found[one.called[0]])
+        return _of_fusion(one, read, written, computations[one.called[0]])
     return sum(read) + written
 
 
@@ -79,14 +81,14 @@ def _of_fusion(one: Instruction, read: list[int], written: int, inside: list[Ins
             users.setdefault(name, []).append((other, place))
 
     def of_result(name: str) -> float:
-        found, before = own[name], name
+        producer, before = own[name], name
         while own[before].operation in _SAME and len(own[before].operands) == 1:
             before = own[before].operands[0]
         if own[before].operation == "dynamic-update-slice":
             return size_of(own[own[before].operands[1]].type)
-        if found.operation == "tuple":
-            return sum(of_result(one) for one in found.operands)
-        return size_of(found.type)
+        if producer.operation == "tuple":
+            return sum(of_result(one) for one in producer.operands)
+        return size_of(producer.type)
 
     def of_operand(name: str, whole: int) -> float:
         total = 0.0

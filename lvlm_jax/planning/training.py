@@ -115,17 +115,17 @@ def batch(job: Any, config: FamilyConfig, mesh: Mesh) -> dict[str, Any]:
 
     blank = config.blank()
     images = (count, *blank.pixels.shape[1:]) if prompts.pixels is None else prompts.pixels.shape
-    found = {"images": array(jnp.float32, *images), "ids": array(jnp.int32, count)}
-    found["weight"] = array(jnp.float32, count)
+    leaves = {"images": array(jnp.float32, *images), "ids": array(jnp.int32, count)}
+    leaves["weight"] = array(jnp.float32, count)
     geometry = blank.geometry if prompts.pixels is None else prompts.geometry
     if geometry:
-        found["geometry"] = {
+        leaves["geometry"] = {
             name: array(jax.dtypes.canonicalize_dtype(leaf.dtype), *leaf.shape) for name, leaf in geometry.items()
         }
-    found |= {name: sequence() for name in (CONVERSATION if of.recipe == "sft" else PAIR)}
+    leaves |= {name: sequence() for name in (CONVERSATION if of.recipe == "sft" else PAIR)}
     if of.recipe != "sft" and not of.lora:
-        found["reference"] = array(jnp.float32, count, 2, answers)
-    return placed(found, placement.of_batch(found, mesh, of.accumulate))
+        leaves["reference"] = array(jnp.float32, count, 2, answers)
+    return placed(leaves, placement.of_batch(leaves, mesh, of.accumulate))
 
 
 def row_length(job: Any, config: FamilyConfig) -> int:

@@ -55,14 +55,14 @@ def answers(kind: str, images: int) -> tuple[str, ...]:
 
 def quotas(count: int, kinds: Mapping[str, Any]) -> Counter[Cell]:
     """How many questions of each cell there are among at least `count`."""
-    wanted: Counter[Cell] = Counter()
+    counts: Counter[Cell] = Counter()
     for kind in kinds:
         sizes = {images: share for images, share in SIZES.items() if kind != "odd_one_out" or images > 2}
         for images, share in sizes.items():
             options = answers(kind, images)
             each = -(-count * share / sum(sizes.values()) // (len(kinds) * len(options)))
-            wanted.update({Cell(kind, images, answer): int(each) for answer in options})
-    return wanted
+            counts.update({Cell(kind, images, answer): int(each) for answer in options})
+    return counts
 
 
 def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any] = KINDS) -> list[Group]:
@@ -75,25 +75,25 @@ def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any
     """
     # The leading number keeps this stream apart from those of conversations and of the written splits.
     rng = np.random.default_rng([19, SPLITS[split], seed])
-    wanted, found, vain = +quotas(count, kinds), [], 0
-    while wanted and vain < min(TRIES, TRIES // 10 + count):
-        vain += 1
-        cell = list(wanted)[rng.integers(len(wanted))]
+    missing, drawn, failures = +quotas(count, kinds), [], 0
+    while missing and failures < min(TRIES, TRIES // 10 + count):
+        failures += 1
+        cell = list(missing)[rng.integers(len(missing))]
         scenes = _scenes(cell, split, rng)
         others = [name for name in kinds if name != cell.kind]
-        asked: dict[str, Question] = {}
+        by_kind: dict[str, Question] = {}
         for kind in (cell.kind, *rng.permutation(others)):
-            question = kinds[kind](scenes, rng) if len(asked) < USES else None
+            question = kinds[kind](scenes, rng) if len(by_kind) < USES else None
             if question is None:
                 continue
             own = Cell(kind, len(scenes), question.short if "" not in answers(kind, len(scenes)) else "")
-            if wanted[own]:
-                asked[kind] = question
-                wanted = +(wanted - Counter([own]))
-        if asked:
-            found.append(Group(scenes, list(asked.values())))
-            vain = 0
-    return found
+            if missing[own]:
+                by_kind[kind] = question
+                missing = +(missing - Counter([own]))
+        if by_kind:
+            drawn.append(Group(scenes, list(by_kind.values())))
+            failures = 0
+    return drawn
 
 
 def _scenes(cell: Cell, split: str, rng: np.random.Generator) -> list[Scene]:

@@ -115,17 +115,18 @@ def write_world(folder: Path, images: int, seeds: int = 1) -> None:
         ) from error
 
 
-def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
+def markdown(part: Part, scores_of: Mapping[str, Mapping]) -> str:
     """Two tables of a part: the figures of all methods, and the comparison with their controls.
 
     Args:
-        found: method -> content of its `scores.json`; "greedy" first, without controls.
+        scores_of: method -> content of its `scores.json`; "greedy" first, without controls.
     """
     sizes = (
-        f"{one['record']['questions']} questions, {one['record']['images']['count']} images" for one in found.values()
+        f"{one['record']['questions']} questions, {one['record']['images']['count']} images"
+        for one in scores_of.values()
     )
-    lines = [f"## {part.title}", "", "; or ".join(dict.fromkeys(sizes)), "", *table(part.columns, found)]
-    beside = {name: scores["controls"] for name, scores in found.items() if "controls" in scores}
+    lines = [f"## {part.title}", "", "; or ".join(dict.fromkeys(sizes)), "", *table(part.columns, scores_of)]
+    beside = {name: scores["controls"] for name, scores in scores_of.items() if "controls" in scores}
     if beside:
         kinds = list(dict.fromkeys(kind for controls in beside.values() for kind in controls))
         lines += ["", row(["method against", *kinds]), "|---" * (len(kinds) + 1) + "|"]
@@ -134,19 +135,19 @@ def markdown(part: Part, found: Mapping[str, Mapping]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(columns: Mapping[str, str], found: Mapping[str, Mapping], what: str = "method") -> list[str]:
+def table(columns: Mapping[str, str], scores_of: Mapping[str, Mapping], what: str = "method") -> list[str]:
     """Lines of a table: figures with intervals, and below them the difference to the reference run.
 
     Args:
         columns: headings -> names of figures.
-        found: run -> content of its `scores.json`. The reference is the run in `against` if there is one, else the
+        scores_of: run -> content of its `scores.json`. The reference is the run in `against` if there is one, else the
             greedy control. If the runs have a cost, the last column is the seconds of answering.
         what: heading of the first column.
     """
-    timed = ["seconds"] * any("cost" in scores for scores in found.values())
+    timed = ["seconds"] * any("cost" in scores for scores in scores_of.values())
     heading = [what, *columns, *timed]
     lines = [row(heading), "|---" * len(heading) + "|"]
-    for name, scores in found.items():
+    for name, scores in scores_of.items():
         control = scores.get("controls", {}).get("greedy", {})
         against = scores.get("against", control.get("against", {})).get("differences", {})
         cells = [cell(scores["figures"].get(figure), against.get(figure)) for figure in columns.values()]

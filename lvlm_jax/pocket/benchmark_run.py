@@ -81,7 +81,7 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
         benchmark.write_world(setup.world(part), images, setup.seeds)
     path, dtype = names.checkpoint(setup.model), names.dtype(setup.dtype)
     model = LVLM.from_pretrained(path, dtype=dtype)
-    found: dict[str, dict] = {part.name: {} for part in setup.parts}
+    scores_of: dict[str, dict] = {part.name: {} for part in setup.parts}
     text = ""
     for name, method_or_methods in {"greedy": None, **methods}.items():
         jax.clear_caches()  # together, the programs of all methods take gigabytes
@@ -100,17 +100,17 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
             data = part.data(setup.world(part))
             one = Run(path, dtype, get(part.protocol), data, folder / name, method, options)
             one.ask(model)
-            found[part.name][name] = one.score()
-        text = document(setup, found, path)
+            scores_of[part.name][name] = one.score()
+        text = document(setup, scores_of, path)
         files.write_whole(setup.out / "table.md", text)
     return text
 
 
-def document(setup: Setup, found: Mapping[str, Mapping[str, Mapping]], path: str) -> str:
+def document(setup: Setup, scores_of: Mapping[str, Mapping[str, Mapping]], path: str) -> str:
     """The tables, with the command and the setting that made them.
 
     Args:
-        found: part -> method -> content of its `scores.json`.
+        scores_of: part -> method -> content of its `scores.json`.
         path: folder of the checkpoint.
     """
     name = "smol" if setup.model == "smol" else Path(path).name
@@ -121,7 +121,7 @@ def document(setup: Setup, found: Mapping[str, Mapping[str, Mapping]], path: str
         f"lvlm_jax {__version__}, model {name} {checkpoint_hash(path)[:12]}, {setup.images} images "
         f"to ask about, {setup.captions} to describe{worlds}."
     )
-    tables = [benchmark.markdown(part, found[part.name]) for part in setup.parts if found[part.name]]
-    claimed = [claims.page(found, setup.claims, setup.out, setup.seeds)] if setup.claims else []
+    tables = [benchmark.markdown(part, scores_of[part.name]) for part in setup.parts if scores_of[part.name]]
+    claimed = [claims.page(scores_of, setup.claims, setup.out, setup.seeds)] if setup.claims else []
     lines = ["# Pocket benchmark", "", f"    {setup.command}", "", about, "", *claimed, NOTES, "", *tables]
     return "\n".join(lines)

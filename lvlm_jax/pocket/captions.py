@@ -40,12 +40,12 @@ def phrases(scene: Scene) -> dict[str, str]:
     area: dict[str, int] = {}
     for placed in scene.objects:
         area[placed.category] = area.get(placed.category, 0) + placed.area
-    named = {}
+    by_category = {}
     for category in sorted(area, key=lambda name: -area[name]):
         objects = scene.of(category)
         colours = {placed.colour for placed in objects}
-        named[category] = quantity(category, len(objects), colours.pop() if len(colours) == 1 else None)
-    return named
+        by_category[category] = quantity(category, len(objects), colours.pop() if len(colours) == 1 else None)
+    return by_category
 
 
 def typical_absentee(scene: Scene, rng: np.random.Generator) -> str:
@@ -71,11 +71,11 @@ def caption(scene: Scene, style: str, rng: np.random.Generator, noisy: bool = Fa
             the position of the largest object).
         noisy: also mention one absent object that is typical of the place.
     """
-    named = phrases(scene)
+    by_category = phrases(scene)
     absent = typical_absentee(scene, rng) if noisy else None
     if style == "detailed":
-        return _detailed(scene, named, absent, rng)
-    parts = list(named.values())
+        return _detailed(scene, by_category, absent, rng)
+    parts = list(by_category.values())
     if style in SHORT_STYLES:
         parts = parts[:3]
     if absent is not None:
@@ -100,23 +100,23 @@ def _verb(parts: list[str]) -> str:
     return "are" if parts[0].split()[0] in NUMBERS else "is"
 
 
-def _detailed(scene: Scene, named: dict[str, str], absent: str | None, rng: np.random.Generator) -> str:
+def _detailed(scene: Scene, by_category: dict[str, str], absent: str | None, rng: np.random.Generator) -> str:
     """Every category in the third of its largest object, left to right; the last one may come as an afterthought.
 
     Real descriptions often hallucinate in the afterthought, so half of the noise goes there.
     """
     groups: dict[str, list[str]] = {side: [] for side in THIRDS}
     afterthought = None
-    names = list(named)
+    names = list(by_category)
     if absent is not None and rng.random() < 0.5:
         afterthought = quantity(absent, 1)
     elif absent is not None:
         groups[THIRDS[rng.integers(3)]].append(quantity(absent, 1))
     elif len(names) > 2 and rng.random() < 0.6:
-        afterthought = named[names.pop()]
+        afterthought = by_category[names.pop()]
     for category in names:
         largest = max(scene.of(category), key=lambda placed: placed.area)
-        groups[third(largest)].append(named[category])
+        groups[third(largest)].append(by_category[category])
     sentences = [f"The image shows {scene.kind}."]
     for side, parts in groups.items():
         if parts:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm_jax.evaluation import verdicts
-from lvlm_jax.evaluation.report import runs
+from lvlm_jax.evaluation.report import comparisons, runs
 from lvlm_jax.pocket import benchmark, splits
 
 SHOWN, OPPOSITE, NOT_SHOWN = "shown", "opposite", "not shown"
@@ -73,7 +73,7 @@ def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[
     """
     values = []
     for folder in (method, greedy):
-        scores = runs.restored(runs.load(folder / "scores.json", folder.name))
+        scores = comparisons.restored(runs.load(folder / "scores.json", folder.name))
         world = np.array([splits.number(unit.split("+")[0]) % worlds for unit in scores.units])
         weights = (world == np.arange(worlds)[:, None]).astype(float)
         values.append(scores.values(weights)[measure.figure])
@@ -81,20 +81,20 @@ def by_world(measure: Measure, method: Path, greedy: Path, worlds: int) -> list[
 
 
 def page(
-    found: Mapping[str, Mapping[str, Mapping]], claims: Mapping[str, Sequence[str]], out: Path, worlds: int
+    scores_of: Mapping[str, Mapping[str, Mapping]], claims: Mapping[str, Sequence[str]], out: Path, worlds: int
 ) -> str:
     """The page: a table of all claims, how many are shown, and how often captions are fixed and broken.
 
     Args:
-        found: part -> method -> content of its `scores.json`, with "greedy" among the methods.
+        scores_of: part -> method -> content of its `scores.json`, with "greedy" among the methods.
         claims: method -> keys of `FIGURES`.
         out: folder of the benchmark.
     """
     rows, counts = [], Counter()
-    for name in dict.fromkeys(name for scores in found.values() for name in scores):
+    for name in dict.fromkeys(name for scores in scores_of.values() for name in scores):
         for word in of(name, claims):
             measure = FIGURES[word]
-            scores = found.get(measure.part.name, {}).get(name)
+            scores = scores_of.get(measure.part.name, {}).get(name)
             if scores is None:
                 continue
             verdict_of_claim, cells = _row(measure, scores, out / measure.part.name / name, worlds)
@@ -104,7 +104,7 @@ def page(
     counted = ", ".join(f"{counts[word]} {word}" for word in dict.fromkeys((SHOWN, NOT_SHOWN, OPPOSITE, *counts)))
     lines = ["## Does what the papers claim show here?", "", f"Of {len(rows)} claims: {counted}.", "", NOTES, ""]
     lines += [benchmark.row(heading), "|---" * len(heading) + "|", *rows]
-    return "\n".join([*lines, "", *_captions(found.get(benchmark.CHAIR.name, {}))]) + "\n"
+    return "\n".join([*lines, "", *_captions(scores_of.get(benchmark.CHAIR.name, {}))]) + "\n"
 
 
 def _row(measure: Measure, scores: Mapping, folder: Path, worlds: int) -> tuple[str, list[str]]:
@@ -137,11 +137,11 @@ def _beside(measure: Measure, controls: Mapping, kind: str, unit: str) -> str:
     return f"{verdict_of_control.removeprefix('significantly ')} ({benchmark.number(difference['value'], unit, '+')})"
 
 
-def _captions(found: Mapping[str, Mapping]) -> list[str]:
+def _captions(scores_of: Mapping[str, Mapping]) -> list[str]:
     """How often a method fixes a caption, and how often it breaks one, with the first images of each."""
-    if len(found) < 2:
+    if len(scores_of) < 2:
         return []
-    free = {name: {number: right for _, number, right in scores["correct"]} for name, scores in found.items()}
+    free = {name: {number: right for _, number, right in scores["correct"]} for name, scores in scores_of.items()}
     greedy = free["greedy"]
     heading = ["method", "mended", "spoilt", "mended images", "spoilt images"]
     lines = [

@@ -30,7 +30,7 @@ from lvlm_jax.journal.record import checkpoint_hash, file_hash
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.capl import CAPL
 from lvlm_jax.pocket import balanced
-from lvlm_jax.pocket.pairs import write_prompts
+from lvlm_jax.pocket.pairs import Mix, write_prompts
 from lvlm_jax.pocket.stages import Setup
 from lvlm_jax.training import finetune
 from lvlm_jax.training.data import pairs, preferences
@@ -92,19 +92,18 @@ def attention(setup: Setup, mode: str | None) -> Method | None:
 def make_base(setup: Setup) -> str:
     """Conversations, and the base that learns from them; returns its checkpoint."""
     talks, config = setup.config.talks, setup.config.base.copy_and_resolve_references()
-    wanted = {"train": (talks.count, setup.config.seed + 100), "held-out": (talks.held_out, setup.config.seed + 101)}
+    draws = {"train": (talks.count, setup.config.seed + 100), "held-out": (talks.held_out, setup.config.seed + 101)}
 
     def draw() -> None:
-        for name, (count, seed) in wanted.items():
+        for name, (count, seed) in draws.items():
             folder = setup.out / "talks" / name
-            prompts = write_prompts(
-                folder, count, seed, talks.single, talks.describe, balanced.KINDS, talks.one_word, True
-            )
+            mix = Mix(talks.single, talks.describe, balanced.KINDS, talks.one_word, question_first=True)
+            prompts = write_prompts(folder, count, seed, mix)
             rows = [_conversation(row) for _, row in files.read_rows(prompts, "prompts")]
             files.write_whole(folder / "talks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    setup.stage("talks", {"drawn": wanted, "settings": talks.to_dict()}, draw)
-    data = [setup.out / "talks" / name / "talks.jsonl" for name in wanted]
+    setup.stage("talks", {"drawn": draws, "settings": talks.to_dict()}, draw)
+    data = [setup.out / "talks" / name / "talks.jsonl" for name in draws]
     config.model, (config.data, config.validation) = setup.config.model, map(str, data)
     about = setup.about_model() | {"config": config.to_dict(), "data": [file_hash(path) for path in data]}
     setup.stage("base", about, lambda: finetune.train(config, setup.out / "base"))
@@ -113,37 +112,38 @@ def make_base(setup: Setup) -> str:
 
 def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt and its truth as a conversation to learn."""
-    said = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["truth"]}]
-    return {"id": row["id"], "images": row["images"], "messages": said, "kind": row["kind"]}
+    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["truth"]}]
+    return {"id": row["id"], "images": row["images"], "messages": messages, "kind": row["kind"]}
 
 
 def make_pairs(setup: Setup, model: str, folder: str, seed: int) -> dict[str, Path]:
     """Pairs of a model's answers to new prompts, by the origin of the rejected ones, for the same prompts."""
-    wanted = setup.config.pairs
+    new = setup.config.pairs
     prompts = setup.out / folder / "prompts"
-    about = {"model": checkpoint_hash(model), "dtype": names.dtype("auto"), "settings": wanted.to_dict(), "seed": seed}
-    found = {rejected: setup.out / folder / f"{rejected}.jsonl" for rejected in preferences.REJECTED}
+    about = {"model": checkpoint_hash(model), "dtype": names.dtype("auto"), "settings": new.to_dict(), "seed": seed}
+    paths = {rejected: setup.out / folder / f"{rejected}.jsonl" for rejected in preferences.REJECTED}
 
     def work() -> None:
-        asked = write_prompts(prompts, wanted.prompts, seed, wanted.single, 0.0, balanced.KINDS, wanted.one_word, True)
-        made = {}
+        mix = Mix(new.single, kinds=balanced.KINDS, one_word=new.one_word, question_first=True)
+        prompts_file = write_prompts(prompts, new.prompts, seed, mix)
+        by_origin = {}
         for rejected in preferences.REJECTED:
-            settings = dict(max_new_tokens=wanted.max_new_tokens, seed=setup.config.seed, laddered=True)
+            settings = dict(max_new_tokens=new.max_new_tokens, seed=setup.config.seed, laddered=True)
             plan = preferences.plan(attention(setup, "cross"), rejected, **settings)
             out = setup.out / folder / rejected
-            several = preferences.answered(asked, plan, model, "auto", out, "pocket", wanted.batch)
+            several = preferences.answer_prompts(prompts_file, plan, model, "auto", out, "pocket", new.batch)
             figures = pairs.write(
-                out, several.found, several.prompts, several.record, Filters(), seed=setup.config.seed, balanced=True,
-                max_negation=wanted.max_negation,
+                out, several.items, several.prompts, several.record, Filters(), seed=setup.config.seed, balanced=True,
+                max_negation=new.max_negation,
             )  # fmt: skip
             print(preferences.table(figures))
-            made[rejected] = read_pairs(out / "pairs.jsonl")
-        common = set.intersection(*({pair.id for pair in several} for several in made.values()))
-        for rejected, several in made.items():
-            write_pairs(found[rejected], [pair for pair in several if pair.id in common])
+            by_origin[rejected] = read_pairs(out / "pairs.jsonl")
+        common = set.intersection(*({pair.id for pair in several} for several in by_origin.values()))
+        for rejected, several in by_origin.items():
+            write_pairs(paths[rejected], [pair for pair in several if pair.id in common])
 
     setup.stage(folder, about, work)
-    return found
+    return paths
 
 
 def train(setup: Setup, name: str, arm: Arm, base: str, data: Mapping[str, Path], seed: int, folder: str) -> str:
@@ -166,9 +166,9 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower().replace("λ", "lambda")).strip("-")
 
 
-def answered(setup: Setup, model: Model, load: Any) -> Scores:
+def scores_of_row(setup: Setup, model: Model, load: Any) -> Scores:
     """The scores of a row's checkpoints on the balanced questions, all seeds together."""
-    world, protocol, found = setup.out / "questions", get(PROTOCOL), []
+    world, protocol, all_scores = setup.out / "questions", get(PROTOCOL), []
     for path, folder in zip(model.paths, model.folders, strict=True):
         options = Options(setup.batch_size, resamples=setup.resamples)
         data = Data(world, limit=setup.config.limit or None)
@@ -176,27 +176,27 @@ def answered(setup: Setup, model: Model, load: Any) -> Scores:
         run = Run(path, names.dtype("auto"), protocol, data, out, model.method, options)
         if not run.complete():
             run.ask(load(path))
-        found.append(stored(run.score()))
-    return pooled(found)
+        all_scores.append(stored(run.score()))
+    return pooled(all_scores)
 
 
-def seeds(setup: Setup, found: Mapping[str, Scores]) -> dict[str, list[float]]:
+def seeds(setup: Setup, row_names: Mapping[str, Scores]) -> dict[str, list[float]]:
     """The accuracy of each seed alone, by the rows that `run` has found."""
     folder = setup.out / "benchmark" / "balanced"
     single = {}
-    for name in found:
+    for name in row_names:
         paths = sorted(folder.glob(f"{slug(name)}-[0-9]*/scores.json"))
         single[name] = [files.read_json(path, "scores")["figures"]["accuracy"]["value"] for path in paths]
     return single
 
 
-def stored(found: Mapping[str, Any]) -> Scores:
+def stored(document: Mapping[str, Any]) -> Scores:
     """The scores that a `scores.json` was made of."""
-    protocol, counts = get(PROTOCOL), found["per_image"]["counts"]
-    images = found["per_image"]["images"]
-    groups = list(dict.fromkeys(group for group, _, _ in found["correct"]))
+    protocol, counts = get(PROTOCOL), document["per_image"]["counts"]
+    images = document["per_image"]["images"]
+    groups = list(dict.fromkeys(group for group, _, _ in document["correct"]))
     figures = BENCHMARKS[protocol.benchmark].figures(groups, counts, protocol)
-    return Scores(tuple(images), tuple(counts), np.array(list(images.values()), float), figures, {}, found["notes"])
+    return Scores(tuple(images), tuple(counts), np.array(list(images.values()), float), figures, {}, document["notes"])
 
 
 def pooled(scores: list[Scores]) -> Scores:
@@ -222,15 +222,15 @@ def gate(setup: Setup, base: str, load: Any) -> dict[str, Scores]:
         LVLMError: truncated attention takes too little from it.
     """
     balanced.write(setup.out / "questions", setup.config.questions, setup.config.seed)
-    found = {name: answered(setup, model, load) for name, model in rows({}, base, setup)}
-    cross, truncated = (float(found[name].values()["accuracy"]) for name in (BASE, f"{BASE}, truncated"))
+    by_row = {name: scores_of_row(setup, model, load) for name, model in rows({}, base, setup)}
+    cross, truncated = (float(by_row[name].values()["accuracy"]) for name in (BASE, f"{BASE}, truncated"))
     if cross - truncated < setup.config.gate:
         raise LVLMError(
             f"the base has {100 * cross:.1f} % of the questions right, and {100 * truncated:.1f} % under truncated "
             f"attention: less than {100 * setup.config.gate:g} points lost, so no image needs another; train the "
             "base for longer (--config.base.steps), or lower --config.gate"
         )
-    return found
+    return by_row
 
 
 def run(setup: Setup, load: Any) -> dict[str, Scores]:
@@ -244,7 +244,7 @@ def run(setup: Setup, load: Any) -> dict[str, Scores]:
             do not pass.
     """
     base = make_base(setup)
-    found = gate(setup, base, load)
+    by_row = gate(setup, base, load)
     data = make_pairs(setup, base, "pairs", setup.config.seed)
     trained = {}
     for name, arm in (ARMS | (ABLATIONS if setup.config.ablations else {})).items():
@@ -257,6 +257,6 @@ def run(setup: Setup, load: Any) -> dict[str, Scores]:
         further = make_pairs(setup, model, f"{folder}/pairs", seed)
         model = train(setup, "CAPL", ARMS["CAPL"], model, further, setup.config.seeds[0], f"{folder}/capl")
         trained[f"CAPL, {number} more round{'s' if number > 1 else ''}"] = (model,)
-    return found | {
-        name: answered(setup, model, load) for name, model in rows(trained, base, setup) if name not in found
+    return by_row | {
+        name: scores_of_row(setup, model, load) for name, model in rows(trained, base, setup) if name not in by_row
     }

@@ -36,34 +36,34 @@ def differences(first: Scores, second: Scores, resamples: int) -> Mapping[str, M
     return rescore.compare(first, second, resamples)["differences"]
 
 
-def section(found: Mapping[str, Scores], single: Mapping[str, Sequence[float]], resamples: int) -> str:
+def section(by_row: Mapping[str, Scores], single: Mapping[str, Sequence[float]], resamples: int) -> str:
     """The part of the page.
 
     Args:
-        found: by row, the base first.
+        by_row: by row, the base first.
         single: by row, the accuracy of each seed alone.
     """
-    base = found[BASE]
-    reports = {name: rescore.report(scores, resamples) for name, scores in found.items()}
-    for name, scores in found.items():
+    base = by_row[BASE]
+    reports = {name: rescore.report(scores, resamples) for name, scores in by_row.items()}
+    for name, scores in by_row.items():
         if name != BASE:
             reports[name]["against"] = {"differences": differences(scores, base, resamples)}
     kinds = [figure for figure in base.figures if figure.endswith(": accuracy")]
     columns = {figure.removesuffix(": accuracy").replace("_", " "): figure for figure in kinds}
     count = int(base.sizes()["accuracy"])
-    lines = ["## CAPL: pairs, attention, and both", "", NOTES, "", *words(found, reports, resamples), ""]
+    lines = ["## CAPL: pairs, attention, and both", "", NOTES, "", *words(by_row, reports, resamples), ""]
     lines += [f"{count} balanced questions (`{PROTOCOL}`), {len(base.units)} groups of images.", ""]
     lines += [*pocket.table(COLUMNS, reports, "model"), "", *spread(single), ""]
     return "\n".join([*lines, "Accuracy by kind:", "", *pocket.table(columns, reports, "model"), ""])
 
 
-def words(found: Mapping[str, Scores], reports: Mapping[str, Mapping], resamples: int) -> Iterator[str]:
+def words(by_row: Mapping[str, Scores], reports: Mapping[str, Mapping], resamples: int) -> Iterator[str]:
     """A list of what differs from what, by rule from the intervals; the base under truncated attention first."""
     benchmark = BENCHMARKS[get(PROTOCOL).benchmark]
     for one, other in ((BASE, f"{BASE}, truncated"), *PAIRS):
-        if one not in found or other not in found:
+        if one not in by_row or other not in by_row:
             continue
-        against = differences(found[one], found[other], resamples)
+        against = differences(by_row[one], by_row[other], resamples)
         for figure in ("accuracy", "margin"):
             direction = benchmark.direction(figure)
             yield f"- {compared(one, other, figure, reports, against[figure], direction)[1]}"

@@ -20,6 +20,25 @@ DESCRIPTION = "description"  # the kind of prompts that ask for a description
 
 
 @dataclasses.dataclass(frozen=True)
+class Mix:
+    """The mix of prompts.
+
+    Attributes:
+        single: probability of a prompt about one image instead of two to four.
+        describe: probability that a prompt about one image asks for a detailed description.
+        kinds: the questions about several images, of `balanced.KINDS`.
+        one_word: share of questions that ask for one word.
+        question_first: whether a question about several images stands before them.
+    """
+
+    single: float = SINGLE
+    describe: float = 0.0
+    kinds: Mapping[str, Callable] = dataclasses.field(default_factory=lambda: questions.MULTI)
+    one_word: float = conversations.ONE_WORD
+    question_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class PocketPrompt:
     """A prompt of the pocket world.
 
@@ -62,30 +81,17 @@ class PocketPrompt:
         return row | ({"answer_type": self.answer, "wrong": list(self.wrong)} if self.answer else {})
 
 
-def write_prompts(
-    folder: str | Path,
-    count: int,
-    seed: int = 0,
-    single: float = SINGLE,
-    describe: float = 0.0,
-    kinds: Mapping[str, Callable] = questions.MULTI,
-    one_word: float = conversations.ONE_WORD,
-    question_first: bool = False,
-) -> Path:
-    """Write `prompts.jsonl`, lines `{id, images, prompt, truth, kind, answer_type, wrong}`, and its pictures.
+def write_prompts(folder: str | Path, count: int, seed: int = 0, mix: Mix = Mix()) -> Path:
+    """Writes `prompts.jsonl`, lines `{id, images, prompt, truth, kind, answer_type, wrong}`, and its images.
 
-    The same arguments always write the same prompts, and what is there already is kept, so an interrupted call can
-    be repeated. Questions over several pictures are balanced (`pocket.balanced`), and up to four are about the same.
+    The same arguments always write the same prompts. Existing images stay, so an interrupted call can be repeated.
+    Questions about several images are balanced (`pocket.balanced`); up to four are about the same images.
 
     Args:
-        folder: of both.
-        count: how many prompts.
-        seed: another seed gives other pictures.
-        single: probability of a prompt about one picture instead of two to four.
-        describe: probability that a prompt about one picture asks for a detailed description.
-        kinds: of the questions over several pictures, of `balanced.KINDS`.
-        one_word: share of questions that ask for one word.
-        question_first: whether questions over several pictures stand before them.
+        folder: where the file and the folder `images` are written.
+        count: number of prompts.
+        seed: another seed gives other images.
+        mix: the kinds of prompts.
 
     Returns:
         The file.
@@ -95,8 +101,8 @@ def write_prompts(
     """
     path = Path(folder) / "prompts.jsonl"
     rows, scenes = [], {}
-    asked = sample_prompts(count, seed, single, describe, kinds, one_word, question_first)
-    for index, (group, prompt) in enumerate(asked):
+    prompts = sample_prompts(count, seed, mix)
+    for index, (group, prompt) in enumerate(prompts):
         names = [f"images/{group}_{place + 1}.png" for place in range(len(prompt.scenes))]
         scenes |= dict(zip(names, prompt.scenes, strict=True))
         rows.append(prompt.row(index, names))
@@ -155,44 +161,32 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
     return path
 
 
-def sample_prompts(
-    count: int,
-    seed: int = 0,
-    single: float = SINGLE,
-    describe: float = 0.0,
-    kinds: Mapping[str, Callable] = questions.MULTI,
-    one_word: float = conversations.ONE_WORD,
-    question_first: bool = False,
-) -> list[tuple[str, PocketPrompt]]:
-    """The prompts of the stream `seed`, over scenes that follow the train split; arguments as of `write_prompts`.
-
-    Returns:
-        Each with the name of its group of scenes.
-    """
+def sample_prompts(count: int, seed: int = 0, mix: Mix = Mix()) -> list[tuple[str, PocketPrompt]]:
+    """The prompts of `write_prompts`, each with the name of its group of scenes; the scenes follow the train split."""
     # The leading number keeps this stream apart from those of conversations and of the written splits.
     streams = [np.random.default_rng([13, SPLITS["train"], seed, index]) for index in range(count)]
-    alone = [rng.random() < single for rng in streams]
+    alone = [rng.random() < mix.single for rng in streams]
     several = count - sum(alone)
-    groups = balanced.draw(several, seed, "train", kinds) if several else []
+    groups = balanced.draw(several, seed, "train", mix.kinds) if several else []
     drawn = [(number, group.scenes, question) for number, group in enumerate(groups) for question in group.questions]
     order = iter(np.random.default_rng([23, seed]).permutation(len(drawn)))
-    found = []
+    prompts = []
     for index, (rng, one) in enumerate(zip(streams, alone, strict=True)):
         if one:
-            found.append((f"one_{index:06d}", _about_one(rng, describe, one_word)))
+            prompts.append((f"one_{index:06d}", _about_one(rng, mix)))
         elif (place := next(order, None)) is not None:
             number, scenes, question = drawn[place]
-            found.append((f"{number:06d}", PocketPrompt.of(scenes, question, rng, one_word, question_first)))
-    return found
+            prompts.append((f"{number:06d}", PocketPrompt.of(scenes, question, rng, mix.one_word, mix.question_first)))
+    return prompts
 
 
-def _about_one(rng: np.random.Generator, describe: float, one_word: float) -> PocketPrompt:
+def _about_one(rng: np.random.Generator, mix: Mix) -> PocketPrompt:
     """A prompt about one picture."""
     scenes = [sample_scene(rng, "train")]
-    if describe and rng.random() < describe:
-        asked = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
-        return PocketPrompt(scenes, DESCRIPTION, asked, captions.caption(scenes[0], "detailed", rng))
-    return PocketPrompt.of(scenes, _draw(questions.SINGLE, scenes[0], rng), rng, one_word)
+    if mix.describe and rng.random() < mix.describe:
+        text = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
+        return PocketPrompt(scenes, DESCRIPTION, text, captions.caption(scenes[0], "detailed", rng))
+    return PocketPrompt.of(scenes, _draw(questions.SINGLE, scenes[0], rng), rng, mix.one_word)
 
 
 def _draw(kinds: dict[str, Callable], about: Scene | list[Scene], rng: np.random.Generator) -> Question:

@@ -51,15 +51,15 @@ def pope_rows(
         if len(present) < PER_IMAGE:
             continue
         absent = [name for name in categories if name not in present]
-        for asked in present[:PER_IMAGE]:
+        for present_name in present[:PER_IMAGE]:
             if strategy == "random":
                 choice = absent[rng.integers(len(absent))]
             elif strategy == "popular":
                 choice = max(absent, key=lambda name: frequency[name])
             else:
-                choice = max(absent, key=lambda name: together[asked, name])  # noqa: B023 (used at once)
+                choice = max(absent, key=lambda name: together[present_name, name])  # noqa: B023 (used at once)
             absent.remove(choice)
-            ask(image, asked, "yes")
+            ask(image, present_name, "yes")
             ask(image, choice, "no")
     if not rows:
         raise LVLMError(

@@ -102,8 +102,8 @@ def choice(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEG
     pair = [article(present), article(absent)]
     if rng.random() < 0.5:
         pair.reverse()
-    said, other = ((f"{capital(article(name))}.", name) for name in (present, absent))
-    return _among("choice", _paraphrase(CHOICE, rng).format(*pair), said, (said, other))
+    right, other = ((f"{capital(article(name))}.", name) for name in (present, absent))
+    return _among("choice", _paraphrase(CHOICE, rng).format(*pair), right, (right, other))
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -169,36 +169,38 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     name = first.category
     if rng.random() < 0.5:
         places = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
-        said = {word: (f"The {name} is {place}.", word) for word, place in places.items()}
-        return _among("position", f"Where is the {name} in the image?", said[third(first)], list(said.values()))
+        options = {word: (f"The {name} is {place}.", word) for word, place in places.items()}
+        return _among("position", f"Where is the {name} in the image?", options[third(first)], list(options.values()))
     axis = int(rng.integers(2))
     if abs(first.centre[axis] - 0.5) < MARGIN:
         return None
     sides = (("left", "right"), ("top", "bottom"))[axis]
     actual = sides[int(first.centre[axis] > 0.5)]
-    asked = _pick(sides, rng)
+    side_asked = _pick(sides, rng)
     joint = "at the" if axis else "on the"
     side = "half" if axis else "side"
-    there = _sides(f"the {name} is {joint} {{}}", sides, asked)
-    return _yes_no("position", f"Is the {name} {joint} {asked} {side} of the image?", asked == actual, *there)
+    statements = _sides(f"the {name} is {joint} {{}}", sides, side_asked)
+    return _yes_no(
+        "position", f"Is the {name} {joint} {side_asked} {side} of the image?", side_asked == actual, *statements
+    )
 
 
-def _sides(statement: str, sides: tuple[str, str], asked: str) -> tuple[str, str]:
+def _sides(statement: str, sides: tuple[str, str], side: str) -> tuple[str, str]:
     """The statements behind "Yes" and behind "No" of a question about one of two sides."""
-    return statement.format(asked), statement.format(sides[asked == sides[0]])
+    return statement.format(side), statement.format(sides[side == sides[0]])
 
 
 def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Question:
     a, b = first.category, second.category
     actual = "left" if first.centre[0] < second.centre[0] else "right"
-    asked = _pick(("left", "right"), rng)
+    side = _pick(("left", "right"), rng)
     if rng.random() < 0.4:
-        said = [(f"The {name}.", name) for name in (a, b)]
-        right = said[asked != actual]
-        return _among("position", f"Which is further to the {asked}, the {a} or the {b}?", right, said)
-    text = _pick((f"Is the {a} to the {asked} of the {b}?", f"Is the {a} on the {asked} side of the {b}?"), rng)
-    there = _sides(f"the {a} is to the {{}} of the {b}", ("left", "right"), asked)
-    return _yes_no("position", text, asked == actual, *there)
+        options = [(f"The {name}.", name) for name in (a, b)]
+        right = options[side != actual]
+        return _among("position", f"Which is further to the {side}, the {a} or the {b}?", right, options)
+    text = _pick((f"Is the {a} to the {side} of the {b}?", f"Is the {a} on the {side} side of the {b}?"), rng)
+    statements = _sides(f"the {a} is to the {{}} of the {b}", ("left", "right"), side)
+    return _yes_no("position", text, side == actual, *statements)
 
 
 def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -209,19 +211,19 @@ def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     placed = _pick(coloured, rng)
     name = placed.category
     if rng.random() < 0.5:
-        said = {word: (f"The {name} is {word}.", word) for word in catalogue.COLOURS}
-        return _among("color", f"What color is the {name}?", said[placed.colour], list(said.values()))
+        options = {word: (f"The {name} is {word}.", word) for word in catalogue.COLOURS}
+        return _among("color", f"What color is the {name}?", options[placed.colour], list(options.values()))
     answer = bool(rng.random() < 0.5)
-    asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
-    other = next(word for word in catalogue.COLOURS if word != asked) if answer else placed.colour
-    there = f"the {name} is {asked}", f"the {name} is {other}"
-    return _yes_no("color", f"Is there a {asked} {name} in the image?", answer, *there)
+    colour_asked = placed.colour if answer else _pick([c for c in catalogue.COLOURS if c != placed.colour], rng)
+    other = next(word for word in catalogue.COLOURS if word != colour_asked) if answer else placed.colour
+    statements = f"the {name} is {colour_asked}", f"the {name} is {other}"
+    return _yes_no("color", f"Is there a {colour_asked} {name} in the image?", answer, *statements)
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Question:
     """A question about the kind of place."""
-    said = {name: (f"{capital(name)}.", name.split(" ", 1)[1]) for name in catalogue.SCENE_NAMES}
-    return _among("place", _paraphrase(PLACE, rng), said[scene.kind], list(said.values()))
+    options = {name: (f"{capital(name)}.", name.split(" ", 1)[1]) for name in catalogue.SCENE_NAMES}
+    return _among("place", _paraphrase(PLACE, rng), options[scene.kind], list(options.values()))
 
 
 def _all_images(count: int) -> str:
@@ -254,8 +256,8 @@ def which_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
 
 def _one_of_them(kind: str, text: str, place: int, count: int) -> Question:
     """A question whose answer is one of the images."""
-    said = [(f"The {ordinal} image.", ordinal) for ordinal in ORDINALS[:count]]
-    return _among(kind, text, said[place], said)
+    options = [(f"The {ordinal} image.", ordinal) for ordinal in ORDINALS[:count]]
+    return _among(kind, text, options[place], options)
 
 
 def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
@@ -277,12 +279,12 @@ def how_many_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Questi
     name = absent_category(scenes[0], rng) if rng.random() < 0.15 else _any_category(scenes, rng)
     count = sum(name in scene.counts for scene in scenes)
 
-    def said(number: int) -> tuple[str, str]:
+    def option(number: int) -> tuple[str, str]:
         start = {0: "None of the images shows", 1: "One of the images shows"}.get(number)
         start = start or f"{NUMBERS[number].capitalize()} of the images show"
         return f"{start} {article(name)}.", str(number)
 
-    options = [said(number) for number in range(len(scenes) + 1)]
+    options = [option(number) for number in range(len(scenes) + 1)]
     return _among("how_many_images", f"How many of the images show {article(name)}?", options[count], options)
 
 
@@ -348,8 +350,8 @@ def shared_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question
     if len(shared) != 1:
         return None
     others = list(dict.fromkeys(name for scene in scenes for name in scene.counts if name != shared[0]))
-    said = {name: (f"{capital(article(name))}.", name) for name in (*shared, *others[:OTHERS])}
-    return _among("shared_object", f"Which object is in {images}?", said[shared[0]], list(said.values()))
+    options = {name: (f"{capital(article(name))}.", name) for name in (*shared, *others[:OTHERS])}
+    return _among("shared_object", f"Which object is in {images}?", options[shared[0]], list(options.values()))
 
 
 SINGLE: dict[str, Callable] = {f.__name__: f for f in (existence, choice, counting, position, colour, place)}

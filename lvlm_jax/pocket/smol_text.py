@@ -146,14 +146,14 @@ def description(scene: Scene, rng: np.random.Generator, noisy: bool) -> str:
     Args:
         noisy: also name one absent object that is typical of the place, as web captions do.
     """
-    named = captions.phrases(scene)
+    by_category = captions.phrases(scene)
     sides: dict[str, list[str]] = {side: [] for side in captions.THIRDS}
     afterthoughts = []
-    for category, phrase in named.items():
+    for category, phrase in by_category.items():
         largest = max(scene.of(category), key=lambda placed: placed.area)
         sides[third(largest)].append(phrase)
-    last = list(named.values())[-1]
-    if len(named) > 2 and rng.random() < 0.4:
+    last = list(by_category.values())[-1]
+    if len(by_category) > 2 and rng.random() < 0.4:
         afterthoughts.append(last)
         sides = {side: [phrase for phrase in group if phrase != last] for side, group in sides.items()}
     if noisy:

@@ -19,7 +19,7 @@ from lvlm_jax.journal.record import checkpoint_hash, file_hash
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.pocket import benchmark as pocket
 from lvlm_jax.pocket import training_report
-from lvlm_jax.pocket.pairs import DESCRIPTION, write_prompts
+from lvlm_jax.pocket.pairs import DESCRIPTION, Mix, write_prompts
 from lvlm_jax.pocket.stages import Setup
 from lvlm_jax.pocket.training_report import Arm, Findings
 from lvlm_jax.training import finetune, held_out
@@ -49,14 +49,14 @@ def student(setup: Setup) -> str:
 
 def draw_prompts(setup: Setup) -> None:
     """Prompts about one image, to learn on and held out: other pictures, another seed."""
-    wanted, seed = setup.config.answers, setup.config.seed
-    numbers = dict(zip(PROMPTS, ((wanted.prompts, seed), (wanted.held_out, seed + 1)), strict=True))
+    settings, seed = setup.config.answers, setup.config.seed
+    numbers = dict(zip(PROMPTS, ((settings.prompts, seed), (settings.held_out, seed + 1)), strict=True))
 
     def work() -> None:
         for name, (count, own) in numbers.items():
-            write_prompts(setup.out / "prompts" / name, count, own, 1.0, wanted.describe)
+            write_prompts(setup.out / "prompts" / name, count, own, Mix(1.0, settings.describe))
 
-    setup.stage("prompts", {"drawn": numbers, "describe": wanted.describe}, work)
+    setup.stage("prompts", {"drawn": numbers, "describe": settings.describe}, work)
 
 
 def train(setup: Setup) -> None:
@@ -72,7 +72,7 @@ def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Ca
     """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
     world, protocol = setup.world(part), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
-    found, first = {}, next(iter(arms))
+    scores_of, first = {}, next(iter(arms))
     for name, arm in arms.items():
         against = () if name == first else answer_files(folders[first], protocol)
         options = Options(setup.batch_size, against=against, resamples=setup.resamples)
@@ -80,14 +80,14 @@ def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Ca
         run = Run(arm.path, names.dtype("auto"), protocol, data, folders[name], arm.method, options)
         if not run.complete():
             run.ask(load(arm.path))
-        found[name] = run.score()
+        scores_of[name] = run.score()
 
     def compare(one: str, other: str) -> Mapping:
-        given = [answer_files(folders[name], protocol) for name in (one, other)]
-        scores = rescore.rescore(protocol, part.data(world), *given, resamples=setup.resamples)
+        paths = [answer_files(folders[name], protocol) for name in (one, other)]
+        scores = rescore.rescore(protocol, part.data(world), *paths, resamples=setup.resamples)
         return scores["against"]["differences"]
 
-    return Findings(found, compare)
+    return Findings(scores_of, compare)
 
 
 def answer_files(folder: Path, protocol: Any) -> list[str]:
@@ -138,5 +138,5 @@ def run(setup: Setup, load: Callable) -> tuple[dict[str, Findings], dict[str, Ma
     draw_prompts(setup)
     train(setup)
     arms = training_report.arms(setup.base, student(setup), sevi(setup))
-    found = {part.name: benchmark(setup, part, arms, load) for part in training_report.PARTS}
-    return found, closeness(setup, load)
+    findings = {part.name: benchmark(setup, part, arms, load) for part in training_report.PARTS}
+    return findings, closeness(setup, load)

@@ -98,15 +98,15 @@ def document(config: ConfigDict, base: str, command: str, seconds: Mapping[str, 
     return "\n".join([*lines, *parts])
 
 
-def section(found: Mapping[str, Findings], close: Mapping[str, Mapping]) -> str:
+def section(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> str:
     """The part of the page about flow alignment.
 
     Args:
-        found: by name of a part of PARTS.
+        findings: by name of a part of PARTS.
         close: kind of answers -> report of `training.held_out.closeness`.
     """
-    lines = ["## Flow alignment: SEVI in the weights", "", *words(found, close), ""]
-    lines += [pocket.markdown(part, found[part.name].scores) for part in PARTS]
+    lines = ["## Flow alignment: SEVI in the weights", "", *words(findings, close), ""]
+    lines += [pocket.markdown(part, findings[part.name].scores) for part in PARTS]
     lines += ["## How close to the edited teacher", "", CLOSE_NOTES, ""]
     return "\n".join([*lines, *pocket.table(CLOSE_COLUMNS, close, "answers"), ""])
 
@@ -129,13 +129,13 @@ def _fields(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, ConfigDict) else {"": value}
 
 
-def words(found: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Iterator[str]:
+def words(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Iterator[str]:
     """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
     tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
-        scores = found[part.name].scores
+        scores = findings[part.name].scores
         for one, other in ((WITH_SEVI, BASE), (ALIGNED, BASE), (ALIGNED, WITH_SEVI)):
-            against = found[part.name].compare(one, other)
+            against = findings[part.name].compare(one, other)
             judged = part.benchmark.judged_by(list(against))
             # Who names less, names less that is not there.
             for figure in (*judged, *(name for name in against if name == "recall")):

@@ -67,19 +67,19 @@ def encode(
     return Tokens(np.asarray(ids, np.int32), answers)
 
 
-def _answer(asked: str, answered: str) -> str | None:
-    """The text that `answered` adds to `asked`, ignoring different blanks; None if they differ otherwise."""
-    if answered.startswith(asked):
-        return answered[len(asked) :]
+def _answer(prompt: str, complete: str) -> str | None:
+    """The text that `complete` adds to `prompt`, ignoring different blanks; None if they differ otherwise."""
+    if complete.startswith(prompt):
+        return complete[len(prompt) :]
     place = 0
-    for letter in "".join(asked.split()):
-        while place < len(answered) and answered[place].isspace():
+    for letter in "".join(prompt.split()):
+        while place < len(complete) and complete[place].isspace():
             place += 1
-        if answered[place : place + 1] != letter:
+        if complete[place : place + 1] != letter:
             return None
         place += 1
-    answer = answered[place:]
-    return answer.lstrip() if asked[-1:].isspace() else answer  # the prompt already has the blanks
+    answer = complete[place:]
+    return answer.lstrip() if prompt[-1:].isspace() else answer  # the prompt already has the blanks
 
 
 def _extended(processor: Any, ids: list[int], text: str, longer: str) -> list[int]:

@@ -308,13 +308,13 @@ def from_arrays(arrays: Mapping[str, Any], config: FamilyConfig) -> Inputs:
     return _lay_out(prompts, columns, tokens.shape[1], [arrays], config)
 
 
-def _array(name: Any, given: Any) -> np.ndarray:
+def _array(name: Any, value: Any) -> np.ndarray:
     try:
-        array = np.asarray(given)
+        array = np.asarray(value)
     except Exception as error:  # rows of several lengths, a tensor on another device, or a user's object
         raise LVLMError(f"{name} is not an array of numbers ({templates.reason(error)}); give NumPy arrays") from error
     if array.ndim == 0 or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise LVLMError(f"{name} is {shown(given)}; expected an array of numbers")
+        raise LVLMError(f"{name} is {shown(value)}; expected an array of numbers")
     return array
 
 

@@ -121,9 +121,9 @@ def _in_form(message: Message, form: str) -> dict[str, Any]:
 class _Raised(Exception):
     """An exception of a template: the kind of fault, the exception's name, its message, and the broken line."""
 
-    def __init__(self, raised: str, name: str, said: str, line: int = 0):
-        super().__init__(said)
-        self.sort, self.name, self.line = raised, name, line
+    def __init__(self, sort: str, name: str, message: str, line: int = 0):
+        super().__init__(message)
+        self.sort, self.name, self.line = sort, name, line
 
 
 def _rendered(processor: Any, messages: Sequence[Message], prompt: bool, continued: bool) -> str:

@@ -80,22 +80,22 @@ class App:
         await asyncio.to_thread(self._service.stop)
 
     def _route(self, path: str, endpoint: Endpoint, method: str, open: bool = False) -> Route:
-        async def answered(request: Request) -> Response:
+        async def respond(request: Request) -> Response:
             try:
                 self._check_origin(request)
                 if not open:
                     self._check_key(request)
                 response = await endpoint(request)
             except (ApiError, LVLMError) as error:
-                found = error if isinstance(error, ApiError) else ApiError(400, error)
-                response = JSONResponse(found.body, found.status, found.headers)
+                api_error = error if isinstance(error, ApiError) else ApiError(400, error)
+                response = JSONResponse(api_error.body, api_error.status, api_error.headers)
             except ClientDisconnect:
                 response = Response(status_code=499)
             response.headers.update(SECURITY)
             self._service.metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
-        return Route(path, answered, methods=[method])
+        return Route(path, respond, methods=[method])
 
     def _check_origin(self, request: Request) -> None:
         """Refuses requests that pages of other servers make through a visitor's browser."""
@@ -118,12 +118,12 @@ class App:
         message = {404: "there is no such path", 405: "the path does not take this method"}.get(
             error.status_code, str(error.detail)
         )
-        found = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {message}", "not_found")
-        return JSONResponse(found.body, error.status_code, error.headers)
+        api_error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {message}", "not_found")
+        return JSONResponse(api_error.body, error.status_code, error.headers)
 
     async def _fault(self, request: Request, error: Exception) -> Response:
-        found = ApiError(500, "the server failed at this request; its log says why")
-        return JSONResponse(found.body, 500)
+        api_error = ApiError(500, "the server failed at this request; its log says why")
+        return JSONResponse(api_error.body, 500)
 
     async def _body(self, request: Request, limit: int) -> bytes:
         """The body of a request, up to a size limit and a time limit."""
@@ -196,8 +196,8 @@ class App:
 
     async def _ready(self, request: Request) -> Response:
         service = self._service
-        said = {"ready": service.ready, "compiles": service.compiles.total}
-        return JSONResponse(said, 200 if service.ready else 503)
+        body = {"ready": service.ready, "compiles": service.compiles.total}
+        return JSONResponse(body, 200 if service.ready else 503)
 
     async def _version(self, request: Request) -> Response:
         return JSONResponse({"version": __version__})

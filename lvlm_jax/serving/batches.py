@@ -31,7 +31,7 @@ REQUESTS = 50_000  # requests per batch
 UNDER_WAY = ("in_progress", "cancelling")
 
 
-def _answered(entry: dict) -> tuple[str, dict]:
+def _entry_of_line(entry: dict) -> tuple[str, dict]:
     expect(entry, {"custom_id": str, "response": dict})
     return entry["custom_id"], entry
 
@@ -116,12 +116,12 @@ class Batches:
 
     async def _create(self, request: Request) -> Response:
         try:
-            asked = json.loads(await self._body(request, 1 << 20))
+            body = json.loads(await self._body(request, 1 << 20))
         except ValueError as error:
             raise ApiError(400, f"the body is not JSON ({error})", "invalid_json") from error
-        if not isinstance(asked, dict) or asked.get("endpoint") != ENDPOINT:
+        if not isinstance(body, dict) or body.get("endpoint") != ENDPOINT:
             raise ApiError(400, f"a batch needs endpoint {ENDPOINT} and input_file_id", param="endpoint")
-        file = str(asked.get("input_file_id"))
+        file = str(body.get("input_file_id"))
         requests = await asyncio.to_thread(_requests, self._store.content(file))
         now = int(time.time())
         batch = {
@@ -130,7 +130,7 @@ class Batches:
             "endpoint": ENDPOINT,
             "errors": None,
             "input_file_id": file,
-            "completion_window": str(asked.get("completion_window", "24h")),
+            "completion_window": str(body.get("completion_window", "24h")),
             "status": "in_progress",
             "output_file_id": None,
             "error_file_id": None,
@@ -140,7 +140,7 @@ class Batches:
             "completed_at": None,
             "cancelled_at": None,
             "request_counts": {"total": len(requests), "completed": 0, "failed": 0},
-            "metadata": asked.get("metadata"),
+            "metadata": body.get("metadata"),
         }
         self._store.save(batch)
         self._start(batch)
@@ -175,7 +175,7 @@ class Batches:
             requests = await asyncio.to_thread(_requests, store.content(batch["input_file_id"]))
             record = {"requests": file_hash(store.path(batch["input_file_id"], ".jsonl"))}
             path = store.path(batch["id"], ".log")
-            with AnswerLog(path, record, _answered, set(requests)) as log:
+            with AnswerLog(path, record, _entry_of_line, set(requests)) as log:
                 answers = dict(log.answers)
                 counts = batch["request_counts"]
                 counts["failed"] = sum(_failed(entry) for entry in answers.values())
@@ -217,13 +217,13 @@ class Batches:
         while True:
             try:
                 ask, prompt = await self._service.read(body | {"stream": False})
-                status, found = 200, await self._service.whole(ask, prompt, Priority.BATCH)
+                status, reply = 200, await self._service.whole(ask, prompt, Priority.BATCH)
             except ApiError as error:
                 if error.status in (429, 503):
                     await asyncio.sleep(error.retry_after or 1)
                     continue
-                status, found = error.status, error.body
-            response = {"status_code": status, "request_id": name, "body": found}
+                status, reply = error.status, error.body
+            response = {"status_code": status, "request_id": name, "body": reply}
             return {"id": new_id("batch"), "custom_id": name, "response": response, "error": None}
 
 

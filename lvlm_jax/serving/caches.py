@@ -16,26 +16,26 @@ class Cache:
 
     def __init__(self, capacity: int):
         self.capacity, self.size, self.hits, self.misses = capacity, 0, 0, 0
-        self._kept: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._kept
+        return key in self._entries
 
     def get(self, key: bytes) -> Any | None:
         """The tree under the key, or None."""
-        if key not in self._kept:
+        if key not in self._entries:
             self.misses += 1
             return None
         self.hits += 1
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
     def put(self, key: bytes, value: Any) -> None:
         """Stores a tree, unless it is larger than the cache."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
-        if size > self.capacity or key in self._kept:
+        if size > self.capacity or key in self._entries:
             return
-        self._kept[key] = value, size
+        self._entries[key] = value, size
         self.size += size
         while self.size > self.capacity:
-            self.size -= self._kept.popitem(last=False)[1][1]
+            self.size -= self._entries.popitem(last=False)[1][1]

@@ -35,7 +35,7 @@ class Engine:
         """
         self._model, self._limits, self._largest = model, limits, largest
         self.prefill = Prefill(model, limits)
-        self.on_update: Callable[[Job, Update | LVLMError], None] = lambda job, said: None
+        self.on_update: Callable[[Job, Update | LVLMError], None] = lambda job, update: None
         self._lanes: dict[Any, Lane] = {}  # by structure; the least recently used first
         self._inbox: deque[Job] = deque()
         self._searches: deque[Job] = deque()  # jobs that cannot run in rows
@@ -195,7 +195,9 @@ class Engine:
             return
         model = self._model
         try:
-            output = answer.generate(model.params, model.config, job.prompt.given, job.method, job.decoding, model.host)
+            output = answer.generate(
+                model.params, model.config, job.prompt.inputs, job.method, job.decoding, model.host
+            )
             fields = (output.text[0], output.tokens[0], output.logprobs[0])
             update: Update | LVLMError = Update(*fields, None, None, output.finish_reason[0])
         except LVLMError as error:
@@ -215,9 +217,9 @@ class Engine:
         except Exception as error:  # goes to the caller
             future.set_exception(error)
 
-    def _tell(self, job: Job, said: Update | LVLMError) -> None:
-        self.on_update(job, said)
-        job.tell(said)
+    def _tell(self, job: Job, update: Update | LVLMError) -> None:
+        self.on_update(job, update)
+        job.tell(update)
 
     def _fail(self, error: Exception) -> None:
         """Reports an error to every job with a row, because its arrays may be lost with the failed program."""

@@ -116,7 +116,7 @@ class Lane:
             sampling=RowSampling.of_rows(
                 [(decoding.temperature, decoding.top_k, decoding.top_p, decoding.repetition_penalty)]
             ),
-            wanted=np.asarray([job.wants_top]),
+            wants_top=np.asarray([job.wants_top]),
         )
         self._rows = rows.place(self._rows, state, step.combined, row)
         self.under_way[place] = job

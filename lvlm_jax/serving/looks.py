@@ -37,14 +37,14 @@ class Looks:
     def __init__(self, model: LVLM, engine: Engine, limits: Limits):
         self._model, self._engine = model, engine
         self._capacity, self._room = limits.looks, limits.look_cache << 20
-        self._kept: OrderedDict[str, KeptAnswer] = OrderedDict()
+        self._answers: OrderedDict[str, KeptAnswer] = OrderedDict()
 
     def keep(self, ask: Ask, tokens: list[int]) -> str:
         """Stores an answer; returns the path of its page."""
         name = secrets.token_urlsafe(18)
-        self._kept[name] = KeptAnswer(ask.conversation, ask.images, ask.method, tokens)
-        while len(self._kept) > self._capacity or sum(one.size for one in self._kept.values()) > self._room:
-            self._kept.popitem(last=False)
+        self._answers[name] = KeptAnswer(ask.conversation, ask.images, ask.method, tokens)
+        while len(self._answers) > self._capacity or sum(one.size for one in self._answers.values()) > self._room:
+            self._answers.popitem(last=False)
         return f"/attention/{name}"
 
     def page(self, name: str) -> Any:
@@ -53,8 +53,8 @@ class Looks:
         Raises:
             ApiError: it is no longer stored, or has no images.
         """
-        kept = self._find(name)
-        return self._engine.call(lambda: self._page(kept))
+        answer = self._find(name)
+        return self._engine.call(lambda: self._page(answer))
 
     def maps(self, name: str) -> Any:
         """Where the model looked for each word, over each image, as a future of JSON values.
@@ -62,41 +62,41 @@ class Looks:
         Raises:
             ApiError: as `page`.
         """
-        kept = self._find(name)
-        return self._engine.call(lambda: self._maps(kept))
+        answer = self._find(name)
+        return self._engine.call(lambda: self._maps(answer))
 
     def _find(self, name: str) -> KeptAnswer:
-        kept = self._kept.get(name)
-        if kept is None:
+        answer = self._answers.get(name)
+        if answer is None:
             message = f"this answer's attention is no longer stored (only the newest {self._capacity} are); ask again"
             raise ApiError(404, message, "not_found")
-        if not kept.images:
+        if not answer.images:
             raise ApiError(400, "the conversation has no images", "no_images")
-        return kept
+        return answer
 
-    def _page(self, kept: KeptAnswer) -> str:
-        looker = look.Looker(self._model, kept.images, kept.conversation)
-        name = kept.method.label if kept.method else "plain"
-        question = " ".join(part["text"] for part in kept.conversation[-1]["content"] if part["type"] == "text")
+    def _page(self, answer: KeptAnswer) -> str:
+        looker = look.Looker(self._model, answer.images, answer.conversation)
+        name = answer.method.label if answer.method else "plain"
+        question = " ".join(part["text"] for part in answer.conversation[-1]["content"] if part["type"] == "text")
         return page.build("Where the model looked", question, looker.pictures, [
-            looker.answer(name, kept.method, kept.tokens)
+            looker.answer(name, answer.method, answer.tokens)
         ])  # fmt: skip
 
-    def _maps(self, kept: KeptAnswer) -> dict[str, Any]:
+    def _maps(self, stored: KeptAnswer) -> dict[str, Any]:
         """The mean over layers and heads; all images packed one after another for each word (`page.pack`)."""
         model = self._model
-        prompt = model.prepare(kept.conversation)
-        places = analysis.token_places(model.config, prompt, len(kept.images))
-        answer, words = analysis.words_of(kept.tokens, lambda tokens: text.decode(model.processor.tokenizer, tokens))
-        weights = model.attention(prompt, [kept.tokens], kept.method)[0].transpose(1, 0, 2, 3)
+        prompt = model.prepare(stored.conversation)
+        places = analysis.token_places(model.config, prompt, len(stored.images))
+        answer, words = analysis.words_of(stored.tokens, lambda tokens: text.decode(model.processor.tokenizer, tokens))
+        weights = model.attention(prompt, [stored.tokens], stored.method)[0].transpose(1, 0, 2, 3)
         maps = analysis.patch_maps(analysis.word_maps(weights.mean((1, 2)), words), places)
         cells, scales = page.pack(np.concatenate([one.reshape(len(words), -1) for one in maps], axis=-1))
-        fit = overlay.fitted(model, len(kept.images))
+        fit = overlay.fitted(model, len(stored.images))
         return {
             "text": answer,
             "words": [[word.text, word.start, word.end] for word in words],
             "grids": [list(grid.shape) for grid in places],
-            "regions": [page.share_of(image.size, overlay.seen_region(*image.size, fit)) for image in kept.images],
+            "regions": [page.share_of(image.size, overlay.seen_region(*image.size, fit)) for image in stored.images],
             "maps": cells,
             "scales": scales,
         }

@@ -65,14 +65,14 @@ class Metrics:
         self._labels: set[str] = set()
         engine.on_update = self.update
 
-    def update(self, job: Job, said: Update | LVLMError) -> None:
+    def update(self, job: Job, update: Update | LVLMError) -> None:
         """Counts an update of a job; for `Engine.on_update`."""
-        if isinstance(said, LVLMError):
+        if isinstance(update, LVLMError):
             self.answers.labels(self._label(job), "error").inc()
-        elif said.reason is not None:
-            self.answers.labels(self._label(job), said.reason).inc()
+        elif update.reason is not None:
+            self.answers.labels(self._label(job), update.reason).inc()
             self.tokens.labels("prompt").inc(job.prompt.length)
-            self.tokens.labels("answer").inc(len(said.tokens))
+            self.tokens.labels("answer").inc(len(update.tokens))
             self.first.observe(max(0.0, (job.began or job.arrived) - job.arrived))
             self.whole.observe(time.monotonic() - job.arrived)
 

@@ -33,14 +33,14 @@ CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
 SHOWN = 60  # characters of an address in a message
 
 
-def read(address: str, limits: Limits, hosts: Container[str] = (), left: float = float("inf")) -> Image.Image:
+def read(address: str, limits: Limits, hosts: Container[str] = (), pixels_left: float = float("inf")) -> Image.Image:
     """The image of an `image_url`, upright RGB.
 
     Args:
         address: the address.
         limits: limits on bytes and pixels.
         hosts: hosts from which images may be downloaded.
-        left: pixels that remain for this image within the request's limit.
+        pixels_left: pixels that remain for this image within the request's limit.
 
     Raises:
         ApiError: the address is not allowed or unreadable (400), too many bytes or pixels (413).
@@ -54,10 +54,10 @@ def read(address: str, limits: Limits, hosts: Container[str] = (), left: float =
         content = _downloaded(address, limits, hosts)
     else:
         raise _refused(f"an image's address is {address[:SHOWN]!r}; expected data:image/png;base64,...")
-    return decoded(content, limits, left)
+    return decoded(content, limits, pixels_left)
 
 
-def decoded(content: bytes, limits: Limits, left: float = float("inf")) -> Image.Image:
+def decoded(content: bytes, limits: Limits, pixels_left: float = float("inf")) -> Image.Image:
     """The image in the bytes of a file, upright RGB.
 
     Raises:
@@ -73,7 +73,7 @@ def decoded(content: bytes, limits: Limits, left: float = float("inf")) -> Image
     if width * height > limits.max_pixels * 1_000_000:
         message = f"an image has {width} x {height} pixels; the limit is {limits.max_pixels} million"
         raise ApiError(413, message, "image_too_large", "messages")
-    if width * height > left:
+    if width * height > pixels_left:
         message = f"the images have more than {limits.max_request_pixels} million pixels together"
         raise ApiError(413, message, "image_too_large", "messages")
     try:

@@ -40,7 +40,7 @@ class PrefixState(NamedTuple):
 
 @jit
 def _in_place(
-    kept: PrefixState, words: Float[Array, "1 W E"], places: Int[Array, "T"]
+    prefix: PrefixState, words: Float[Array, "1 W E"], places: Int[Array, "T"]
 ) -> tuple[tuple[LayerCache, ...], Float[Array, "1 W E"]]:
     """The first columns of a left-padded prompt, and the embeddings of the last W columns.
 
@@ -50,9 +50,9 @@ def _in_place(
         words: embeddings after the cut.
         places: see `Prompt.places`.
     """
-    columns = kept.embeddings.shape[1]
-    before = jax.tree.map(lambda block: jnp.take(block, places[:columns], axis=2), kept.caches)
-    return before, jnp.take(jnp.concatenate([kept.embeddings, words], axis=1), places[columns:], axis=1)
+    columns = prefix.embeddings.shape[1]
+    before = jax.tree.map(lambda block: jnp.take(block, places[:columns], axis=2), prefix.caches)
+    return before, jnp.take(jnp.concatenate([prefix.embeddings, words], axis=1), places[columns:], axis=1)
 
 
 def _axes(prompt: Inputs) -> Int[Array, "A 1 T"] | None:
@@ -151,8 +151,8 @@ class Prefill:
                 else branches.embed_prompt(model.params, model.config, contrast_prompt)
             )
             return self._prefilled(prompt, main, method_ready, tail_rows, contrast=contrast)
-        given = dataclasses.replace(prompt.given, image_tokens=tokens)
-        contrast_prompt = branches.make_contrast_prompt(model.config, given, method, model.host)
+        inputs = dataclasses.replace(prompt.inputs, image_tokens=tokens)
+        contrast_prompt = branches.make_contrast_prompt(model.config, inputs, method, model.host)
         columns = columns_before(int(contrast_prompt.lengths[0]))
         contrast_prompt = contrast_prompt.padded(columns, model.config.pad_token_id)
         contrast = branches.embed_prompt(model.params, model.config, contrast_prompt)
@@ -168,15 +168,15 @@ class Prefill:
 
     def _image_tokens(self, prompt: Prompt) -> Any | None:
         """The tower's output for the images: one by one if they do not depend on each other."""
-        given, model = prompt.given, self._model
-        if given.pixels is None:
+        inputs, model = prompt.inputs, self._model
+        if inputs.pixels is None:
             return None
-        pixels = given.pixels[:, None] if fixed(model.config, given) else [given.pixels]
+        pixels = inputs.pixels[:, None] if fixed(model.config, inputs) else [inputs.pixels]
         by_image = []
         for key, rows in zip(prompt.images, pixels, strict=True):
             tokens = self.images.get(key)
             if tokens is None:
-                tokens = decode_loop.encode_images(model.params, model.config, rows, given.geometry)
+                tokens = decode_loop.encode_images(model.params, model.config, rows, inputs.geometry)
                 self.images.put(key, tokens)
             by_image.append(tokens)
         return by_image[0] if len(by_image) == 1 else jnp.concatenate(by_image)

@@ -44,7 +44,7 @@ class Prompt:
     """A laid-out prompt.
 
     Attributes:
-        given: the layout from the processor and `layout`.
+        inputs: the layout from the processor and `layout`.
         laid_out: the same in `before + behind` columns.
         cut: number of tokens before the cut.
         before, behind: number of columns for the tokens before the cut, and for those after it.
@@ -54,7 +54,7 @@ class Prompt:
         work: the running prefill.
     """
 
-    given: Inputs
+    inputs: Inputs
     laid_out: Inputs
     cut: int
     before: int
@@ -67,14 +67,14 @@ class Prompt:
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return int(self.given.lengths[0])
+        return int(self.inputs.lengths[0])
 
     def parts(self) -> tuple[Inputs, np.ndarray]:
         """The part before the cut in `before` columns, and the token ids of the other part in `behind` columns."""
-        valid = self.given.image_id[0] >= 0
-        tokens, image_id = (row[0][valid][None, : self.cut] for row in (self.given.tokens, self.given.image_id))
-        first = dataclasses.replace(self.given, tokens=tokens, image_id=image_id)
-        rest = self.given.tokens[0][valid][self.cut :]
+        valid = self.inputs.image_id[0] >= 0
+        tokens, image_id = (row[0][valid][None, : self.cut] for row in (self.inputs.tokens, self.inputs.image_id))
+        first = dataclasses.replace(self.inputs, tokens=tokens, image_id=image_id)
+        rest = self.inputs.tokens[0][valid][self.cut :]
         return first.padded(self.before, 0), np.pad(rest, (self.behind - len(rest), 0))[None]
 
     def places(self) -> np.ndarray:
@@ -119,28 +119,30 @@ class Prompts:
             self._own.processor = load.load_processor(model.folder, model.config)
         return self.laid_out(inputs.from_messages(self._own.processor, model.config, conversation))
 
-    def laid_out(self, given: Inputs) -> Prompt:
+    def laid_out(self, prompt: Inputs) -> Prompt:
         """Lays out one prompt in numbers of columns from the series."""
-        config, length = self._model.config, int(given.lengths[0])
-        valid = given.image_id[0] >= 0
-        image = np.flatnonzero(given.image_id[0][valid] > 0)
+        config, length = self._model.config, int(prompt.lengths[0])
+        valid = prompt.image_id[0] >= 0
+        image = np.flatnonzero(prompt.image_id[0][valid] > 0)
         cut = int(image[-1]) + 1 if len(image) else max(0, length - self._longest)
         before, behind = columns_before(cut), columns_behind(length - cut)
-        laid_out = given.padded(before + behind, config.pad_token_id)
-        words, images = given.tokens[0][valid][:cut], _keys(given, config)
-        return Prompt(given, laid_out, cut, before, behind, images, digest([words, images]))
+        laid_out = prompt.padded(before + behind, config.pad_token_id)
+        words, images = prompt.tokens[0][valid][:cut], _keys(prompt, config)
+        return Prompt(prompt, laid_out, cut, before, behind, images, digest([words, images]))
 
 
-def _keys(given: Inputs, config: Any) -> tuple[bytes, ...]:
-    if given.pixels is None:
+def _keys(prompt: Inputs, config: Any) -> tuple[bytes, ...]:
+    if prompt.pixels is None:
         return ()
-    if fixed(config, given):
-        return tuple(digest([pixels]) for pixels in given.pixels)
-    return (digest([given.pixels, given.owner, *given.geometry.items(), given.grids]),)
+    if fixed(config, prompt):
+        return tuple(digest([pixels]) for pixels in prompt.pixels)
+    return (digest([prompt.pixels, prompt.owner, *prompt.geometry.items(), prompt.grids]),)
 
 
-def fixed(config: Any, given: Inputs) -> bool:
+def fixed(config: Any, prompt: Inputs) -> bool:
     """Whether the tokens of every image depend on nothing else."""
     return (
-        config.tokens_per_image is not None and not given.geometry and len(given.pixels) == int(given.owner.max()) + 1
+        config.tokens_per_image is not None
+        and not prompt.geometry
+        and len(prompt.pixels) == int(prompt.owner.max()) + 1
     )

@@ -142,8 +142,8 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def teller(index: int):
-            def tell(said: Update | LVLMError) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (index, said))
+            def tell(update: Update | LVLMError) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (index, update))
 
             return tell
 
@@ -154,26 +154,26 @@ class Service:
             for index, decoding in enumerate(ask.decodings)
         ]
         self.engine.submit(jobs)
-        left = len(jobs)
+        unfinished = len(jobs)
         try:
-            while left:
-                index, said = await events.get()
-                if isinstance(said, LVLMError):
-                    raise _failed(said)
-                left -= said.reason is not None
-                yield index, said
+            while unfinished:
+                index, update = await events.get()
+                if isinstance(update, LVLMError):
+                    raise _failed(update)
+                unfinished -= update.reason is not None
+                yield index, update
         finally:
-            if left:
+            if unfinished:
                 for job in jobs:
                     job.cancelled = True
                 self.engine.wake()
 
     async def answers(self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON) -> list[Update]:
         """All answers to a request, complete; errors as in `updates`."""
-        found: dict[int, Update] = {}
-        async for index, said in self.updates(ask, prompt, priority):
-            found[index] = said
-        return [found[index] for index in range(len(ask.decodings))]
+        newest: dict[int, Update] = {}
+        async for index, update in self.updates(ask, prompt, priority):
+            newest[index] = update
+        return [newest[index] for index in range(len(ask.decodings))]
 
     def reply(self, ask: Ask, prompt: Prompt, id: str | None = None, created: int | None = None) -> Reply:
         """The common parts of the answer to a request."""
@@ -198,14 +198,14 @@ class Service:
         """A chat completion in chunks; errors as in `updates`."""
         reply = reply or self.reply(ask, prompt)
         pieces = [Pieces(reply, index, decoding.stop) for index, decoding in enumerate(ask.decodings)]
-        found: dict[int, Update] = {}
-        async for index, said in self.updates(ask, prompt):
-            if index not in found:
+        newest: dict[int, Update] = {}
+        async for index, update in self.updates(ask, prompt):
+            if index not in newest:
                 yield pieces[index].first()
-            found[index] = said
-            for chunk in pieces[index].chunks(said):
+            newest[index] = update
+            for chunk in pieces[index].chunks(update):
                 yield chunk
-        answers = [found[index] for index in range(len(pieces))]
+        answers = [newest[index] for index in range(len(pieces))]
         self._look(ask, reply, answers)
         if ask.usage or ask.attention:
             yield reply.last(answers)

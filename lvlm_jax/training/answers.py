@@ -49,12 +49,12 @@ def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tu
         return ()
     if jax.process_count() > 1:
         raise LVLMError("loop.answers needs a single process; set it to 0 in a run over several")
-    questions = list(_asked(examples))
+    questions = list(_answered_prompts(examples))
     places = np.linspace(0, len(questions) - 1, min(count, len(questions))).round().astype(int)
     return tuple(questions[place] for place in places)
 
 
-def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[AnsweredPrompt]:
+def _answered_prompts(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[AnsweredPrompt]:
     for example in examples:
         if isinstance(example, Conversation):
             *prompt, last = example.messages
@@ -68,9 +68,9 @@ def _asked(examples: Sequence[Pair | Conversation | Labelled]) -> Iterator[Answe
         yield AnsweredPrompt(example.id, with_pictures(prompt, example.images), truth.strip(), example.images)
 
 
-def answered(
+def generate_answers(
     model: LVLM,
-    asked: Sequence[AnsweredPrompt],
+    prompts: Sequence[AnsweredPrompt],
     new_tokens: int,
     batch: int,
     method: Method | None,
@@ -88,8 +88,8 @@ def answered(
     """
     current = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)
     replies = []
-    for start in range(0, len(asked), batch):
-        some = asked[start : start + batch]
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
         padded = [*some, *[some[-1]] * (batch - len(some))]  # the last batch is padded to full size
         texts = current.generate([prompt.messages for prompt in padded], method, max_new_tokens=new_tokens).text
         for prompt, text in zip(some, texts, strict=False):

@@ -202,9 +202,9 @@ def _ignore_closed_loops() -> None:
     """After an error, Orbax closes the event loop of TensorStore's other reads, each of which would print an error."""
     others = sys.unraisablehook
 
-    def hook(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            others(found)
+    def hook(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            others(event)
 
     sys.unraisablehook = hook
 

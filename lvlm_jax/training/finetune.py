@@ -78,9 +78,11 @@ def _check_start(of: ConfigDict) -> None:
     own = peft_settings.read_settings(folder)
     pairs = {"rank": int(own["r"]), "alpha": float(own["lora_alpha"]), "rslora": own["use_rslora"]}
     if other := {name: value for name, value in pairs.items() if of[name] != value}:
-        said = ", ".join(f"{name} {of[name]}" for name in other)
+        settings = ", ".join(f"{name} {of[name]}" for name in other)
         flags = " ".join(f"--config.lora.{name}={value}" for name, value in other.items())
-        raise LVLMError(f"the adapter of lora.start, {folder}, has other settings than the run ({said}); set {flags}")
+        raise LVLMError(
+            f"the adapter of lora.start, {folder}, has other settings than the run ({settings}); set {flags}"
+        )
     if brought := peft.brings_whole(folder):
         raise LVLMError(
             f"lora.start {folder} brings {brought} besides its adapter, which a new adapter would be without; merge it "

@@ -56,19 +56,19 @@ class Stop:
     """
 
     def __enter__(self) -> "Stop":
-        self._asked = False
+        self._requested = False
         numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self._requested = True
 
-    def wanted(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether to stop after `step`; every process calls it once per step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._requested
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
@@ -190,8 +190,8 @@ def train(
             contextlib.closing(data.batches(task.source, start, steps, settings.workers)) as batches,
         ):
             if task.evaluate is not None and start == 0:
-                found = judged(0)
-                lowest = _score(found, best) if best else None
+                metrics_of_step = judged(0)
+                lowest = _score(metrics_of_step, best) if best else None
             running = None
             for step, batch in enumerate(batches, start + 1):
                 placed = placement.put(batch, placement.of_batch(batch, mesh, accumulate))
@@ -203,7 +203,7 @@ def train(
                 if running is not None:
                     settle(*running, done)
                 running = (step, metrics, token_count(batch), padding(batch))
-                stopping, last = stop.wanted(step), step == steps
+                stopping, last = stop.is_due(step), step == steps
                 judge = task.evaluate is not None and (step % settings.evaluate_every == 0 or last)
                 keep = step % settings.save_every == 0 or last or stopping or (judge and bool(best))
                 if not (judge or keep):
@@ -211,9 +211,9 @@ def train(
                 settle(*running)
                 running, score = None, math.inf
                 if judge:
-                    found = judged(step)
+                    metrics_of_step = judged(step)
                     if best:
-                        score = _score(found, best)
+                        score = _score(metrics_of_step, best)
                         better = lowest is None or score < lowest
                         lowest, waited = (score, 0) if better else (lowest, waited + 1)
                 if keep:
@@ -254,10 +254,10 @@ def _evaluated(task: Task, trainable: Any, frozen: Any) -> dict[str, float]:
     return {f"val/{name}": float(Mean(*mean).value) for name, mean in metrics.items()}
 
 
-def _score(found: Mapping[str, float], best: str) -> float:
-    if best not in found:
-        raise LVLMError(f"keep_best is {best!r}, which is not measured; expected one of {', '.join(sorted(found))}")
-    return found[best] if math.isfinite(found[best]) else math.inf
+def _score(metrics: Mapping[str, float], best: str) -> float:
+    if best not in metrics:
+        raise LVLMError(f"keep_best is {best!r}, which is not measured; expected one of {', '.join(sorted(metrics))}")
+    return metrics[best] if math.isfinite(metrics[best]) else math.inf
 
 
 def _not_finite(task: Task, step: int, tally: Tally, newest: int | None) -> str:

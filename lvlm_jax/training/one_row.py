@@ -47,8 +47,8 @@ def joined(chosen: Sequence, rejected: Sequence, pad_token: int) -> dict[str, ja
     places = jnp.broadcast_to(length + jnp.arange(own.shape[1]), own.shape)
     # The first token of either answer is predicted by the last one of the prompt.
     before = jnp.concatenate([own[:, :1] - 1, places[:, :-1]], axis=1)
-    found = {
-        "tokens": _behind(chosen["tokens"], jnp.where(there, _taken(rejected["tokens"], own), pad_token)),
+    arrays = {
+        "tokens": _behind(chosen["tokens"], jnp.where(there, _at_columns(rejected["tokens"], own), pad_token)),
         "answers": _behind(chosen["answers"], there),
         "image_id": _behind(chosen["image_id"], jnp.where(there, 0, -1)),
         "columns": _behind(chosen["columns"], jnp.where(there, places, 0)),
@@ -57,12 +57,12 @@ def joined(chosen: Sequence, rejected: Sequence, pad_token: int) -> dict[str, ja
     }
     if "axes" in chosen:
         theirs = jnp.take_along_axis(rejected["axes"], own[:, None], axis=2)
-        found["axes"] = _behind(chosen["axes"], theirs)
-        return found | {"positions": found["axes"][:, 0]}
-    return found | {"positions": _behind(jnp.broadcast_to(jnp.arange(length), chosen["tokens"].shape), own)}
+        arrays["axes"] = _behind(chosen["axes"], theirs)
+        return arrays | {"positions": arrays["axes"][:, 0]}
+    return arrays | {"positions": _behind(jnp.broadcast_to(jnp.arange(length), chosen["tokens"].shape), own)}
 
 
-def _taken(array: jax.Array, columns: jax.Array) -> jax.Array:
+def _at_columns(array: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.take_along_axis(array, columns, axis=1)
 
 

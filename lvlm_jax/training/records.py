@@ -25,7 +25,7 @@ def of(config: ConfigDict, base: str | Path) -> dict[str, Any]:
         `seed` and `model`.
     """
     entry = registry.find(config.recipe)
-    given = isinstance(entry, Objective) and entry.method
+    has_method = isinstance(entry, Objective) and entry.method
     folder = Path(base)
     model = {
         "name": config.model,
@@ -34,7 +34,7 @@ def of(config: ConfigDict, base: str | Path) -> dict[str, Any]:
     }
     if config.lora.enabled and config.lora.start:
         model["adapter"] = {"name": config.lora.start, "training": read(files.expand(config.lora.start))}
-    return record(config, entry.method(config) if given else None) | {"model": model}
+    return record(config, entry.method(config) if has_method else None) | {"model": model}
 
 
 def record(config: ConfigDict, method: Any) -> dict[str, Any]:

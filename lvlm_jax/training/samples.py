@@ -30,7 +30,7 @@ class Samples:
         encoder: converts a sample to arrays.
         train: the training samples.
         held_out: the samples of `config.validation`; empty without such a file.
-        asked: held-out prompts that the model answers during training.
+        answer_prompts: held-out prompts that the model answers during training.
         shares: how often each training file is drawn from, see `Batches.shares`.
     """
 
@@ -40,7 +40,7 @@ class Samples:
     train: tuple[EncodedRow, ...]
     held_out: tuple[EncodedRow, ...]
     shares: tuple[tuple[int, float], ...] = ()
-    asked: tuple[AnsweredPrompt, ...] = ()
+    answer_prompts: tuple[AnsweredPrompt, ...] = ()
 
     @classmethod
     def read(
@@ -149,5 +149,15 @@ class Samples:
         config = self.config
         source = self.source
         judge = evaluation(measure or objective, self.held_out, self.encoder, self.part, self.model.mesh)
-        said = functools.partial(answers.answered, self.model, self.asked, config.loop.answer_tokens, self.part, method)
-        return loop.Task(config.recipe, objective, terms, source, judge, source.describe, said if self.asked else None)
+        generate_answers = functools.partial(
+            answers.generate_answers, self.model, self.answer_prompts, config.loop.answer_tokens, self.part, method
+        )
+        return loop.Task(
+            config.recipe,
+            objective,
+            terms,
+            source,
+            judge,
+            source.describe,
+            generate_answers if self.answer_prompts else None,
+        )

@@ -186,11 +186,11 @@ def check(config: ConfigDict) -> None:
         if isinstance(value, int | float) and not _fits(value) and not (value == math.inf and key in _UNBOUNDED):
             raise LVLMError(f"{key} is {shown(value)}; expected a number within {_range(value)}")
     own = (check._replace(field=f"{entry.section}.{check.field}") for check in entry.checks)
-    for key, wanted, holds in (*_CHECKS, *own):
+    for key, expectation, holds in (*_CHECKS, *own):
         if key.startswith("lora.") and not config.lora.enabled:
             continue
         if not holds(values[key]):
-            raise LVLMError(f"{key} is {shown(values[key])}; expected {wanted}")
+            raise LVLMError(f"{key} is {shown(values[key])}; expected {expectation}")
     if config.batch % config.accumulate:
         raise LVLMError(
             f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "

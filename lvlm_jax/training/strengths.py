@@ -99,28 +99,28 @@ class Strengths:
             LVLMError: a search; a strength that does not exist, has no gradient, or starts at its bound; or no
                 strength.
         """
-        names_left, found = set(names), []
+        names_left, learnables = set(names), []
         for index, member in enumerate(members):
             word = name_of(member)
             if member.search is not None:
                 raise LVLMError(f"{member.label} is a search, so its answers have no likelihood; leave it out")
             for field in dataclasses.fields(member):
-                asked = {field.name.strip("_"), f"{word}.{field.name.strip('_')}"} & set(names)
-                if "flat" not in field.metadata or (names and not asked):
+                own_names = {field.name.strip("_"), f"{word}.{field.name.strip('_')}"} & set(names)
+                if "flat" not in field.metadata or (names and not own_names):
                     continue
-                names_left -= asked
+                names_left -= own_names
                 reason = _unlearnable(member, field)
-                if reason and asked:
+                if reason and own_names:
                     raise LVLMError(f"{word}.{field.name} {reason} and has no gradient; leave it out")
                 if not reason:
-                    found.append(_learnable(index, word, member, field, per, num_layers, num_heads))
+                    learnables.append(_learnable(index, word, member, field, per, num_layers, num_heads))
         if names_left:
             raise LVLMError(
                 f"no method has a strength {', '.join(sorted(names_left))}; expected one of {_known(members)}"
             )
-        if not found:
+        if not learnables:
             raise LVLMError("none of these methods has a strength with a gradient; name others")
-        return cls(tuple(members), tuple(found))
+        return cls(tuple(members), tuple(learnables))
 
     def start(self) -> dict[str, dict[str, np.ndarray]]:
         """The first θ."""

@@ -23,7 +23,7 @@ def _image(width: int, height: int, kind: int = 0) -> dict[str, Any]:
     return {"type": "image", "image": picture(width, height, kind)}
 
 
-def _said(role: str, *content: Any) -> dict[str, Any]:
+def _turn(role: str, *content: Any) -> dict[str, Any]:
     """A message: one string, or parts."""
     return {"role": role, "content": content[0] if isinstance(content[0], str) else list(content)}
 
@@ -33,39 +33,39 @@ def forms() -> dict[str, Conversation]:
     brief, ask, cat = "Answer briefly.", "What is in the picture?", "A cat on a chair."
     scripts = "  Zwölf Boxkämpfer,\n\n\tжук, 漢字 und 🐈:  what is it?"
     return {
-        "text": [_said("user", "Name three colours.")],
-        "text in parts": [_said("user", _text("Name three"), _text(" colours."))],
-        "image, text": [_said("user", _image(120, 90), _text(ask))],
-        "text, image": [_said("user", _text("Look at this:"), _image(40, 260))],
-        "system in a string": [_said("system", brief), _said("user", "Name three colours.")],
-        "system in parts": [_said("system", _text(brief)), _said("user", _image(224, 40), _text(ask))],
+        "text": [_turn("user", "Name three colours.")],
+        "text in parts": [_turn("user", _text("Name three"), _text(" colours."))],
+        "image, text": [_turn("user", _image(120, 90), _text(ask))],
+        "text, image": [_turn("user", _text("Look at this:"), _image(40, 260))],
+        "system in a string": [_turn("system", brief), _turn("user", "Name three colours.")],
+        "system in parts": [_turn("system", _text(brief)), _turn("user", _image(224, 40), _text(ask))],
         "images between texts": [
-            _said("user", _text("One:"), _image(30, 160), _text("two:"), _image(200, 32, 1), _text("Which is wider?"))
+            _turn("user", _text("One:"), _image(30, 160), _text("two:"), _image(200, 32, 1), _text("Which is wider?"))
         ],
-        "several turns": [_said("user", "Hello."), _said("assistant", "Hello!"), _said("user", "Name a colour.")],
+        "several turns": [_turn("user", "Hello."), _turn("assistant", "Hello!"), _turn("user", "Name a colour.")],
         "several turns about an image": [
-            _said("user", _image(150, 30, 2), _text(ask)), _said("assistant", cat),
-            _said("user", _text("Of which colour?")),
+            _turn("user", _image(150, 30, 2), _text(ask)), _turn("assistant", cat),
+            _turn("user", _text("Of which colour?")),
         ],
         "images in two turns": [
-            _said("user", _image(20, 130), _text(ask)), _said("assistant", _text(cat)),
-            _said("user", _image(180, 32, 3), _text("And now?")),
+            _turn("user", _image(20, 130), _text(ask)), _turn("assistant", _text(cat)),
+            _turn("user", _image(180, 32, 3), _text("And now?")),
         ],
-        "a continued answer": [_said("user", "Name three colours."), _said("assistant", "Red, green")],
+        "a continued answer": [_turn("user", "Name three colours."), _turn("assistant", "Red, green")],
         "a continued answer about an image": [
-            _said("system", brief), _said("user", _image(28, 140), _text(ask)), _said("assistant", _text("I see a")),
+            _turn("system", brief), _turn("user", _image(28, 140), _text(ask)), _turn("assistant", _text("I see a")),
         ],
-        "blanks and scripts": [_said("user", _image(160, 28), _text(scripts))],
+        "blanks and scripts": [_turn("user", _image(160, 28), _text(scripts))],
     }  # fmt: skip
 
 
 def prompts() -> list[Conversation]:
     """Three prompts with images, for comparing logits."""
     return [
-        [_said("user", _image(240, 32), _text("Describe the picture."))],
-        [_said("user", _text("First"), _image(32, 224, 1), _text("then"), _image(256, 40, 2), _text("What changed?"))],
+        [_turn("user", _image(240, 32), _text("Describe the picture."))],
+        [_turn("user", _text("First"), _image(32, 224, 1), _text("then"), _image(256, 40, 2), _text("What changed?"))],
         [
-            _said("user", _image(224, 56, 3), _text("Is there a dog?")), _said("assistant", _text("No.")),
-            _said("user", _text("What else is there?")),
+            _turn("user", _image(224, 56, 3), _text("Is there a dog?")), _turn("assistant", _text("No.")),
+            _turn("user", _text("What else is there?")),
         ],
     ]  # fmt: skip

@@ -187,6 +187,6 @@ def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]
     return answers
 
 
-def named(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An exception of transformers in one line."""
     return f"{type(error).__name__}: {reason(error)}"

@@ -34,7 +34,7 @@ def check(folder: Path, config: FamilyConfig) -> Result:
     try:
         theirs = peer.processor(folder, config)
     except Exception as error:  # noqa: BLE001 - transformers raises whatever the first broken file provokes
-        return Result(NAME, FAILED, f"transformers cannot read the processor that we read: {peer.named(error)}")
+        return Result(NAME, FAILED, f"transformers cannot read the processor that we read: {peer.error_line(error)}")
     outcomes = {name: differences(ours, theirs, config, conversation) for name, conversation in conversations.items()}
     refused = [name for name, one in outcomes.items() if one is None]
     faults = [f"{name}: {one}" for name, one in outcomes.items() if one]
@@ -54,7 +54,7 @@ def differences(ours: object, theirs: peer.Peer, config: FamilyConfig, conversat
     try:
         arrays = theirs.arrays(conversation)
     except Exception as error:  # noqa: BLE001 - templates and processors may raise anything
-        errors.append(f"transformers refuses it: {peer.named(error)}")
+        errors.append(f"transformers refuses it: {peer.error_line(error)}")
     if errors:
         return errors[0] if len(errors) == 1 else None
     theirs_laid_out = inputs.from_arrays(arrays, config)

@@ -45,9 +45,9 @@ def checks(
         f"{text.num_heads} heads, {text.vocab_size} words, {text.max_position_embeddings} positions",
         {"model_type": config.model_type, "decoder": text.model_type, "layers": text.num_layers},
     )
-    fitting = _kept(tensors.NAME, lambda: tensors.check(folder, config, vision_tower))
+    fitting = _run_check(tensors.NAME, lambda: tensors.check(folder, config, vision_tower))
     yield fitting
-    yield _kept(processors.NAME, lambda: processors.check(folder, config))
+    yield _run_check(processors.NAME, lambda: processors.check(folder, config))
     reason = "asked for files only" if files_only else None
     if not tensors.has_weights(folder):
         reason = reason or "no weights in the folder"
@@ -70,11 +70,11 @@ def _with_weights(
         try:
             theirs = answers.of_transformers(folder, config, count)
         except Exception as error:  # noqa: BLE001 - transformers raises whatever the first broken file provokes
-            theirs = f"transformers does not answer: {peer.named(error)}"
+            theirs = f"transformers does not answer: {peer.error_line(error)}"
     if not isinstance(theirs, str):
         (arrays, *_), theirs = theirs
         ask = arrays, theirs[0]
-    yield _kept(saving.NAME, lambda: saving.check(folder, config, vision_tower, scratch, ask))
+    yield _run_check(saving.NAME, lambda: saving.check(folder, config, vision_tower, scratch, ask))
     gc.collect()
     machine.forget_peak()
     start = time.monotonic()
@@ -88,7 +88,7 @@ def _with_weights(
         yield from (Result(name, LEFT_OUT, theirs) for name in WITH_WEIGHTS[1:])
         return
     prompt = model.prepare(prompts()[0])
-    cost = _kept(
+    cost = _run_check(
         answers.COST, lambda: answers.cost(model, seconds_to_load, prompt)
     )  # first, because later programs take memory too
     _say(answers.LOGITS)
@@ -97,13 +97,13 @@ def _with_weights(
     except LVLMError as error:
         yield Result(answers.LOGITS, FAILED, str(error))
     if methods:
-        yield _kept(off.NAME, lambda: off.check(model, prompt, methods))
+        yield _run_check(off.NAME, lambda: off.check(model, prompt, methods))
     else:
         yield Result(off.NAME, LEFT_OUT, "asked for no methods")
     yield cost
 
 
-def _kept(name: str, check: Callable[[], Result]) -> Result:
+def _run_check(name: str, check: Callable[[], Result]) -> Result:
     """The result of a check; an `LVLMError` makes it fail, and the other checks still run."""
     _say(name)
     try:

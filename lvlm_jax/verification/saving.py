@@ -63,7 +63,7 @@ def _compare(folder: Path, saved: Path, config: FamilyConfig, params: dict, size
             if not np.array_equal(theirs.logits, answer.logits) or theirs.tokens != answer.tokens:
                 faults.append("transformers' model of the saved checkpoint answers differently")
         except Exception as error:  # noqa: BLE001 - transformers raises whatever the first broken file provokes
-            faults.append(f"transformers cannot load what was saved: {peer.named(error)}")
+            faults.append(f"transformers cannot load what was saved: {peer.error_line(error)}")
         words += "; transformers' model of it gives the same bits"
     return compared(NAME, faults, words, bytes=size)
 

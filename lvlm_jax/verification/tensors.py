@@ -52,7 +52,7 @@ def of_index(index: Path, config: FamilyConfig, parameters: dict | None = None) 
     read = files.read_json(index, "index of weights", dict)
     names = set(read.get("weight_map") or ())
     scheme, shapes, missing, unexpected = compare_names(names, config, parameters)
-    faults = [f"{len(tensors)} {kind}: {', '.join(tensors[:3])}" for kind, tensors in _named(missing, unexpected)]
+    faults = [f"{len(tensors)} {kind}: {', '.join(tensors[:3])}" for kind, tensors in _by_kind(missing, unexpected)]
     size = sum(math.prod(shapes[name]) for name in names & shapes.keys())
     stated = (read.get("metadata") or {}).get("total_size")
     words = f"{len(names)} names of {index.name} (scheme {scheme}), each with its place; shapes are not in it"
@@ -76,5 +76,5 @@ def compare_names(
     return scheme, shapes, missing, sorted(name for name in {*names} - {*shapes} if not table.is_ignored(name))
 
 
-def _named(missing: Collection[str], unexpected: Collection[str]) -> list[tuple[str, list[str]]]:
+def _by_kind(missing: Collection[str], unexpected: Collection[str]) -> list[tuple[str, list[str]]]:
     return [(kind, list(tensors)) for kind, tensors in (("missing", missing), ("unexpected", unexpected)) if tensors]

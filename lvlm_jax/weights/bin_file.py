@@ -82,12 +82,12 @@ def _check_records(path: Path, state_dict: dict) -> None:
         raise LVLMError(f"cannot read {path}: {error}; copy the file again") from error
     if any(record.external_attr & _IS_FOLDER for record in records):
         raise LVLMError(f"cannot read {path}: a record of a tensor is marked as a folder; copy the file again")
-    left = Counter(record.file_size for record in records)
+    unmatched = Counter(record.file_size for record in records)
     strided = [tensor.untyped_storage() for tensor in state_dict.values() if str(tensor.layout) == "torch.strided"]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in strided if storage.device.type == "cpu"}
     for size in sizes.values():
-        left[size] -= 1
-        if size and left[size] < 0:
+        unmatched[size] -= 1
+        if size and unmatched[size] < 0:
             raise LVLMError(f"cannot read {path}: it has no record of {size} bytes for a tensor; copy the file again")
 
 

@@ -93,9 +93,9 @@ def detach_adapters(params: Mapping, targets: str, dropout: float) -> tuple[dict
     flat = flatten(params)
     adapted = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     base = {path: leaf for path, leaf in flat.items() if not path.endswith(LORA_LEAVES)}
-    found = _target_kernels(base, targets)
-    if odd := sorted(set(adapted).symmetric_difference(found)):
-        what = "has none for" if odd[0] in found else "is also for"
+    targeted = _target_kernels(base, targets)
+    if odd := sorted(set(adapted).symmetric_difference(targeted)):
+        what = "has none for" if odd[0] in targeted else "is also for"
         raise LVLMError(
             f"the pattern of LoRA targets, {targets!r}, finds other modules than the adapter is for: it {what} "
             f"{odd[0]}; set {_pattern(adapted, base)}"

@@ -129,11 +129,11 @@ def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
     return _names(module, settings["target_modules"])
 
 
-def _names(module: str, wanted: str | list[str]) -> bool:
+def _names(module: str, pattern: str | list[str]) -> bool:
     """A string is a regular expression for the whole name; a list contains names or their endings."""
-    if isinstance(wanted, str):
-        return _matches(regex.fullmatch, wanted, module)
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+    if isinstance(pattern, str):
+        return _matches(regex.fullmatch, pattern, module)
+    return any(module == name or module.endswith(f".{name}") for name in pattern)
 
 
 def _matches(match: Callable, expression: str, module: str) -> bool:

@@ -60,27 +60,27 @@ class Faults:
     """Collects what is wrong with a set of tensors, so that one error reports all of it."""
 
     def __init__(self):
-        self.found: dict[str, list[str]] = {}
+        self.tensors: dict[str, list[str]] = {}
 
     def add(self, kind: str, what: str) -> None:
         """Records one tensor; a fused one once for all its parts."""
-        tensors = self.found.setdefault(kind, [])
+        tensors = self.tensors.setdefault(kind, [])
         if what not in tensors:
             tensors.append(what)
 
     def check(self, where: Any, what: str = "its configuration") -> None:
         """Raises an LVLMError of one line if anything was recorded; `what` is what tensors of `where` should fit."""
-        if not self.found:
+        if not self.tensors:
             return
-        counts = dict.fromkeys(self.found, 0)
+        counts = dict.fromkeys(self.tensors, 0)
 
         def message() -> str:
-            parts = [_count_text(kind, tensors, counts[kind]) for kind, tensors in self.found.items()]
+            parts = [_count_text(kind, tensors, counts[kind]) for kind, tensors in self.tensors.items()]
             return f"the tensors of {where} do not fit {what}: {'; '.join(parts)}"
 
         # Each kind names one tensor before a second one is named, as far as the message has room.
-        for place in range(max(map(len, self.found.values()))):
-            for kind, tensors in self.found.items():
+        for place in range(max(map(len, self.tensors.values()))):
+            for kind, tensors in self.tensors.items():
                 if counts[kind] == place < len(tensors):
                     counts[kind] += 1
                     if len(message()) > LONGEST:
@@ -101,10 +101,10 @@ def check_shapes(params: Mapping, config: FamilyConfig) -> None:
     faults.check("these parameters")
 
 
-def _count_text(kind: str, tensors: Sequence[str], named: int) -> str:
+def _count_text(kind: str, tensors: Sequence[str], examples: int) -> str:
     """How many tensors have a kind of fault, with the first names."""
-    names = [*tensors[:named], "..."] if named < len(tensors) else tensors
-    return f"{len(tensors)} {kind}" + (f": {', '.join(names)}" if named else "")
+    names = [*tensors[:examples], "..."] if examples < len(tensors) else tensors
+    return f"{len(tensors)} {kind}" + (f": {', '.join(names)}" if examples else "")
 
 
 def plan(

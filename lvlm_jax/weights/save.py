@@ -156,14 +156,14 @@ def _tensors(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str
     return _by_name(flat, config, scheme, dtype)
 
 
-def _by_name(given: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
+def _by_name(params: dict, config: FamilyConfig, scheme: str, dtype) -> dict[str, _Tensor]:
     """tensor name -> tensor, from parameters by path."""
     table = table_for(config)
     if scheme not in table.schemes:
         raise LVLMError(f"there is no naming scheme {scheme!r}; expected one of {', '.join(table.schemes)}")
     tensors = {}
-    for name, paths in table.names(given, scheme).items():
-        parts = [(table.row(path, scheme)[0], given[path]) for path in paths]
+    for name, paths in table.names(params, scheme).items():
+        parts = [(table.row(path, scheme)[0], params[path]) for path in paths]
         parts.sort(key=lambda part: part[0].piece.index if part[0].piece else 0)
         shapes = [permute(array.shape, inverse(row.axes)) for row, array in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]

@@ -10,7 +10,7 @@ import pytest
 from lvlm_jax.evaluation import BENCHMARKS, Data, answers, get, names, protocol, rescore
 from lvlm_jax.evaluation.chair_words import READINGS
 from lvlm_jax.evaluation.parsers import YES_NO
-from lvlm_jax.evaluation.report import examples
+from lvlm_jax.evaluation.report import comparisons, examples
 from lvlm_jax.evaluation.report import runs as report_runs
 from tests.evaluation.builders import file_of, scored_run
 from tests.refusals import refused
@@ -95,7 +95,7 @@ def test_answers_and_figures_come_back_from_the_files(name, tmp_path):
     scored_run(tmp_path / "runs/cmac", data, ours, {"name": "CMAC"}, protocol=name)
     pair = [benchmark.score(questions, dict(zip(said, texts, strict=True)), settings) for texts in (ours, theirs)]
     expected = rescore.compare(*pair, resamples=200)
-    ((_, found),) = report_runs.compare(report_runs.collect(tmp_path / "runs")).items()
+    ((_, found),) = comparisons.compare(report_runs.collect(tmp_path / "runs")).items()
     assert found.differences.keys() == expected["differences"].keys()
     for figure, entry in expected["differences"].items():
         numbers = [np.nan if number is None else number for number in (entry["value"], *entry["interval"])]

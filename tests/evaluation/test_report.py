@@ -13,7 +13,7 @@ from PIL import Image
 
 from lvlm_jax.cli import report as command
 from lvlm_jax.evaluation import BENCHMARKS, Data, get, rescore
-from lvlm_jax.evaluation.report import examples, leaderboard
+from lvlm_jax.evaluation.report import comparisons, examples, leaderboard
 from lvlm_jax.evaluation.report import page as report
 from lvlm_jax.evaluation.report import runs as report_runs
 from tests.evaluation.builders import coco_folder, file_of, mme_folder, pope_answers, pope_folder, write_pictures
@@ -89,7 +89,7 @@ def test_differences_are_the_hand_computed_ones(runs):
     assert answered[:2] == [["40", "0", "10", "0", "0.00195"], ["40", "0", "1", "1", "1"]]
     assert answered[2] == ["40", "0", "–", "–", "–"]
     # Intervals are paired bootstraps: ten images of two questions, of which every other one gains half a point.
-    compared = report_runs.compare(report_runs.collect(runs)).items()
+    compared = comparisons.compare(report_runs.collect(runs)).items()
     comparison = next(found for one, found in compared if one.method[0] == "CMAC")
     drawn = np.random.default_rng(5).integers(0, 10, (20000, 10))
     expected = np.quantile(np.array([1, 0] * 5)[drawn].sum(1) / 20, (0.025, 0.975))

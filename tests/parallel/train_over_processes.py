@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
     kernel = trained["language_model"]["lm_head"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (small_run.WIDTH // jax.process_count(), small_run.WORDS)
     first = jax.process_index() == 0
-    whole = parallel.local(trained, wanted=first)
+    whole = parallel.local(trained, keep=first)
     if first:
         np.save(flags.workdir / "kernel.npy", whole["language_model"]["lm_head"]["kernel"])
     else:

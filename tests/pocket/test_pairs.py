@@ -47,9 +47,10 @@ def test_truths_and_wrong_answers_follow_from_the_scenes(drawn):
 
 
 def test_written_prompts(tmp_path):
-    path = pairs.write_prompts(tmp_path, 6, seed=3, single=0.0, question_first=True)
+    mix = pairs.Mix(0.0, question_first=True)
+    path = pairs.write_prompts(tmp_path, 6, seed=3, mix=mix)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    drawn = pairs.sample_prompts(6, 3, 0.0, question_first=True)
+    drawn = pairs.sample_prompts(6, 3, mix)
     assert len({row["id"] for row in rows}) == 6
     for index, (row, (group, asked)) in enumerate(zip(rows, drawn, strict=True)):
         assert row["id"] == f"{asked.kind}/{index:06d}" and (row["prompt"], row["truth"]) == (asked.text, asked.truth)
@@ -60,12 +61,11 @@ def test_written_prompts(tmp_path):
     kept, lost = (tmp_path / rows[0]["images"][place] for place in (0, 1))
     written = kept.stat().st_mtime_ns
     lost.unlink()
-    again = dict(seed=3, single=0.0, question_first=True)
-    assert pairs.write_prompts(tmp_path, 6, **again) == path  # as after a kill
+    assert pairs.write_prompts(tmp_path, 6, 3, mix) == path  # as after a kill
     assert lost.exists() and kept.stat().st_mtime_ns == written
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(LVLMError, match="has prompts of other settings"):
-        pairs.write_prompts(tmp_path, 6, seed=4, single=0.0)
+        pairs.write_prompts(tmp_path, 6, seed=4, mix=mix)
     (tmp_path / "file").touch()
     with pytest.raises(LVLMError, match="prompts cannot be written"):
         pairs.write_prompts(tmp_path / "file", 1)

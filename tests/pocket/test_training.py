@@ -14,7 +14,7 @@ from lvlm_jax.evaluation import get, rescore
 from lvlm_jax.methods.sevi import SEVI
 from lvlm_jax.pocket import training as tool
 from lvlm_jax.pocket import training_report as pocket_training
-from lvlm_jax.pocket.pairs import sample_prompts
+from lvlm_jax.pocket.pairs import Mix, sample_prompts
 from lvlm_jax.pocket.stages import Setup
 from lvlm_jax.pocket.training_report import BASE, Arm, Findings
 from lvlm_jax.training import held_out, settings
@@ -65,7 +65,7 @@ def test_prompts_to_learn_from_and_held_out(tmp_path):
     tool.draw_prompts(own)
     for name, seed, count in (("one", 0, 3), ("one-held-out", 1, 2)):
         prompts = [json.loads(line) for line in tool.prompts_of(own, name).read_text().splitlines()]
-        drawn = [asked for _, asked in sample_prompts(count, seed, 1.0, 0.5)]
+        drawn = [asked for _, asked in sample_prompts(count, seed, Mix(1.0, 0.5))]
         assert [row["prompt"] for row in prompts] == [asked.text for asked in drawn]
         assert all(len(row["images"]) == 1 for row in prompts)
     with pytest.raises(LVLMError, match=r"prompts' was made with other settings"):

@@ -67,9 +67,9 @@ def test_downloads(host, monkeypatch):
 
 
 def test_the_images_of_a_request_have_a_limit_together():
-    assert pictures.read(uri(1), Limits(), left=28 * 28).size == (28, 28)
+    assert pictures.read(uri(1), Limits(), pixels_left=28 * 28).size == (28, 28)
     with pytest.raises(ApiError, match="more than 160 million pixels together") as raised:
-        pictures.read(uri(1), Limits(), left=28 * 28 - 1)
+        pictures.read(uri(1), Limits(), pixels_left=28 * 28 - 1)
     assert raised.value.status == 413
 
 

@@ -222,9 +222,9 @@ def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]],
         place = _first(noun, truth, association, equal)
         if place is None:
             for same in (equal, similar):
-                named = _first(noun, temptations, association, same)
-                if named is not None:
-                    tempted.add(named)
+                temptation = _first(noun, temptations, association, same)
+                if temptation is not None:
+                    tempted.add(temptation)
             place = _first(noun, truth, association, similar)
         if place is not None:
             covered.add(place)

@@ -121,19 +121,19 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     ids = [image_id(name) for name in names] if names is not None else None
     if ids is None and data.only is not None:
         ids = list(data.only)
-    seen: set = set()
+    keys: set = set()
     for number in ids or ():
-        files.unique(seen, number, "image list")
+        files.unique(keys, number, "image list")
     if data.chair_pickle is not None:
         by_id, lexicon = read_chair_pickle(files.existing_file(data.chair_pickle, "chair.pkl"))
         if ids is None:
             raise LVLMError("a chair.pkl does not say which images to describe; give an image list too")
-        if not seen & by_id.keys():
+        if not keys & by_id.keys():
             raise LVLMError(f"none of the {len(ids)} images is in the chair.pkl, first {ids[0]}; check their ids")
         # The pickle has no file names, and leaves out images without any object.
         truth = {number: (f"COCO_val2014_{number:012d}.jpg", by_id.get(number, frozenset())) for number in ids}
     else:
-        needed_ids = seen if ids is not None else None
+        needed_ids = keys if ids is not None else None
         truth, lexicon = read_annotations(data, protocol.synonym_list, protocol.parser, needed_ids)
     if ids is None:
         ids = sorted(truth)
@@ -188,7 +188,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     for question in questions:
         caption = read_caption(question, answers[question.key], protocol)
         objects = question.extra["objects"]
-        named = {category for _, category, _ in caption.mentions}
+        categories = {category for _, category, _ in caption.mentions}
         wrong = sum(hallucinated for _, _, hallucinated in caption.mentions)
         tally.add(
             question.unit,
@@ -197,11 +197,11 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
             mentions=len(caption.mentions),
             hallucinated_mentions=wrong,
             objects=len(objects),
-            covered=len(named & objects),
-            named=len(named),
+            covered=len(categories & objects),
+            named=len(categories),
             length=len(caption.words),
             words=sum(word[0].isalnum() for word in caption.words),
-            coverage=len(named & objects) / len(objects) if objects else 0,
+            coverage=len(categories & objects) / len(objects) if objects else 0,
             with_objects=bool(objects),
             distinct_1=distinct(caption.plain, 1),
             distinct_2=distinct(caption.plain, 2),

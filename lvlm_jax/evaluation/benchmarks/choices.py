@@ -82,7 +82,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     Raises:
         LVLMError: a file is missing, a row is malformed, an id occurs twice, or an answer is not one of the options.
     """
-    questions, seen = [], set()
+    questions, keys = [], set()
     for path in question_files(data, protocol)["questions"]:
         folder = data.image_folder or path.parent
         by_index: dict[str, str] = {}
@@ -90,7 +90,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             where = f"row {number} of question file {str(path)!r}"
             _follow_reference(row, by_index, where)
             question = _question(row, number, folder, where)
-            files.unique(seen, question.key, where)
+            files.unique(keys, question.key, where)
             questions.append(question)
     groups = folders.chosen_groups(data, list(dict.fromkeys(one.group for one in questions)), protocol.name)
     questions = [question for question in questions if question.group in groups]
@@ -203,10 +203,10 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     for question in questions:
-        said = parsers.letter(answers[question.key], question.extra["options"])
-        unparsed += said is None
-        tally.correct[question.key] = said == question.label
-        counts = {"asked": 1, "right": said == question.label, "unparsed": said is None}
+        letter = parsers.letter(answers[question.key], question.extra["options"])
+        unparsed += letter is None
+        tally.correct[question.key] = letter == question.label
+        counts = {"asked": 1, "right": letter == question.label, "unparsed": letter is None}
         tally.add(question.unit, **{f"{question.group}/{name}": count for name, count in counts.items()})
     counts = [f"{group}/{name}" for group in groups for name in ("asked", "right", "unparsed")]
     return tally.scores(counts, figures(groups, counts, protocol), {"parser": "letter", "unparsed": unparsed})

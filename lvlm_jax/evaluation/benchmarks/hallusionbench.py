@@ -61,11 +61,11 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         LVLMError: the file or (with `need_images`) an image is missing, a row is malformed, or a question occurs twice.
     """
     (path,) = question_files(data, protocol)["questions"]
-    rows, seen = [], set()
+    rows, keys = [], set()
     for line, row in files.read_rows(path, "question file"):
         where = f"entry {line} of question file {str(path)!r}"
         group, identity = _key(row, where)
-        files.unique(seen, (group, identity), where)
+        files.unique(keys, (group, identity), where)
         text = files.field(row, ["question"], str, where)
         label = {"0": "no", "1": "yes"}.get(str(files.field(row, ["gt_answer"], (str, int), where)))
         if group not in CATEGORIES or label is None:

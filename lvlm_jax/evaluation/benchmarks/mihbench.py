@@ -72,7 +72,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     Raises:
         LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, or an id occurs twice.
     """
-    rows, seen, kinds = [], set(), {}
+    rows, keys, kinds = [], set(), {}
     for role, (path,) in question_files(data, protocol).items():
         for number, row in tables.rows(path):
             where = f"row {number} of question file {str(path)!r}"
@@ -84,7 +84,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
             own = row.get("kind") or row.get("task") or KIND_OF.get(path.stem, path.stem)
             group = role if role != "questions" else str(own)
             identity = next((row[name] for name in ("question_id", "id", "index") if name in row), number)
-            files.unique(seen, (group, str(identity)), where)
+            files.unique(keys, (group, str(identity)), where)
             if not label:
                 raise LVLMError(f"{where} has an empty label")
             kinds.setdefault(group)

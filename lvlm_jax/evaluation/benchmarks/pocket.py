@@ -66,13 +66,13 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """
     ((path,),) = question_files(data, protocol).values()
     groups = folders.chosen_groups(data, protocol.groups, protocol.name, "kind")
-    rows, seen = [], set()
+    rows, ids = [], set()
     for number, row in tables.rows(path):
         where = f"row {number} of question file {str(path)!r}"
         identity = files.field(row, ["question_id"], (int, str), where)
         kind, text, label = (files.field(row, [name], str, where) for name in ("kind", "text", "label"))
         images, options = (files.field(row, [name], list, where) for name in ("images", "options"))
-        files.unique(seen, str(identity), where)
+        files.unique(ids, str(identity), where)
         if not all(isinstance(name, str) for name in (*images, *options)):
             raise LVLMError(f"{where}: images and options are lists of strings")
         if len(set(options)) < 2 or options[0] != label:
@@ -98,9 +98,9 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
     for question in questions:
         text, label = answers[question.key], question.label.lower()
         if label in ("yes", "no"):
-            said = parsers.strict(text, label)
-            unparsed += said is None
-            right = said == label
+            reading = parsers.strict(text, label)
+            unparsed += reading is None
+            right = reading == label
         else:
             right = parsers.bare(text) == parsers.bare(question.label)
         tally.correct[question.key] = right
@@ -125,17 +125,17 @@ def blind(questions: Sequence[Question]) -> dict[str, str]:
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
     """Accuracy, that of the blind constant, and the difference; margins where they were measured; all, then by kind."""
-    found = {}
+    by_name = {}
     for heading, prefix in (("", ""), *((f"{group}: ", f"{group}/") for group in groups)):
-        asked, right, constant = (f"{prefix}{name}" for name in _COUNTED)
-        both = [ratio([right], [asked]), ratio([constant], [asked])]
+        total, right, constant = (f"{prefix}{name}" for name in _COUNTED)
+        both = [ratio([right], [total]), ratio([constant], [total])]
         over = combined(both, lambda values: values[0] - values[1], "share")
-        over = Figure(over.compute, (asked,), "share")
-        made = dict(zip(WORDS, (*both, over), strict=True))
+        over = Figure(over.compute, (total,), "share")
+        of_heading = dict(zip(WORDS, (*both, over), strict=True))
         if "scored" in counts:
-            made |= margins.figures(prefix)
-        found |= {f"{heading}{word}": figure for word, figure in made.items()}
-    return found
+            of_heading |= margins.figures(prefix)
+        by_name |= {f"{heading}{word}": figure for word, figure in of_heading.items()}
+    return by_name
 
 
 BENCHMARK = Benchmark(

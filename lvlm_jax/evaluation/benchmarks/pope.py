@@ -83,12 +83,12 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     Raises:
         LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, or an id occurs twice.
     """
-    rows, seen = [], set()
+    rows, ids = [], set()
     for group, (path,) in question_files(data, protocol).items():
         for line, row in files.read_rows(path, "question file"):
             where = f"line {line} of question file {str(path)!r}"
             number = files.field(row, ["question_id"], (int, str), where)
-            files.unique(seen, (group, str(number)), where)
+            files.unique(ids, (group, str(number)), where)
             label = files.field(row, ["label"], str, where)
             if label.strip().lower() not in ("yes", "no"):
                 raise LVLMError(f"{where}: label is {label!r}; expected yes or no")

@@ -55,14 +55,14 @@ def cell(
 ) -> Cell:
     """The cell of a figure and its difference; `direction` and `questions` as in `verdict`."""
     order = value.value if math.isfinite(value.value) else None
-    found = Cell(shown(value.value, value.unit), between(value.interval, value.unit), mark=mark, order=order)
+    plain = Cell(shown(value.value, value.unit), between(value.interval, value.unit), mark=mark, order=order)
     if difference is None:
-        return found
+        return plain
     verdict_words = verdict(difference.interval, direction, questions)
     if verdict_words == NOT_DEFINED:
-        return dataclasses.replace(found, verdict=verdict_words)
+        return dataclasses.replace(plain, verdict=verdict_words)
     words = f"{shown(difference.value, value.unit, True)} ({between(difference.interval, value.unit, True)})"
-    return dataclasses.replace(found, difference=words, verdict=verdict_words)
+    return dataclasses.replace(plain, difference=words, verdict=verdict_words)
 
 
 def number(value: float | None, text: str | None = None) -> Cell:

@@ -77,7 +77,7 @@ def choose(
     """
     known: dict[Run, dict[tuple[str, str], Answer]] = {}
 
-    def said(run: Run) -> dict[tuple[str, str], Answer]:
+    def answers_of(run: Run) -> dict[tuple[str, str], Answer]:
         if run not in known:
             try:
                 known[run] = read(run)
@@ -86,12 +86,12 @@ def choose(
                 known[run] = {}
         return known[run]
 
-    found: dict[tuple[Run, tuple[str, str]], Example] = {}
+    examples: dict[tuple[Run, tuple[str, str]], Example] = {}
     for run, compared in comparisons.items():
         if isinstance(compared, str) or compared.baseline is None or each < 1:
             continue
         other = compared.baseline
-        ours, theirs = said(run), said(other)
+        ours, theirs = answers_of(run), answers_of(other)
         places = [files.expand(folder) for folder in folders]
         if run.answered_by.get("data"):
             places.append(Path(str(run.answered_by["data"])))
@@ -105,10 +105,10 @@ def choose(
             drawn = random.Random(f"{seed} {run.protocol.name} {fixed}").sample(keys, min(each, len(keys)))
             for key in drawn:
                 one = _example(run, other, key, ours[key], theirs[key], fixed, places)
-                already = found.setdefault((other, key), one)
+                already = examples.setdefault((other, key), one)
                 if already is not one:
-                    found[other, key] = dataclasses.replace(already, answers=already.answers + one.answers)
-    return list(found.values())
+                    examples[other, key] = dataclasses.replace(already, answers=already.answers + one.answers)
+    return list(examples.values())
 
 
 def _example(
@@ -143,7 +143,7 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
     for key in run.correct:
         by_id.setdefault(key[1], []).append(key)
     image_of = {_number(unit): unit for unit in run.units}
-    found = {}
+    answers = {}
     for entry in run.record["answers"]:
         path = run.path.parent / Path(entry["name"]).name
         if not files.exists(path):
@@ -158,8 +158,8 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
             # A description is known by the number of its image.
             if keys[0][0] in run.benchmark.descriptions and _number(identity) in image_of:
                 answer = dataclasses.replace(answer, images=(image_of[_number(identity)],))
-            found[keys[0]] = answer
-    return found
+            answers[keys[0]] = answer
+    return answers
 
 
 def _number(name: str) -> int | None:
@@ -208,7 +208,7 @@ def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
 def thumbnails(paths: Sequence[Path]) -> dict[Path, str]:
     """Pictures as small data URIs that together stay within `PICTURE_BYTES`; one that cannot be opened is left out."""
     distinct = list(dict.fromkeys(paths))
-    found = {}
+    uris = {}
     for path in distinct:
         try:
             image = open_image(path)
@@ -216,8 +216,8 @@ def thumbnails(paths: Sequence[Path]) -> dict[Path, str]:
             warnings.warn(str(error), stacklevel=2)
             continue
         kind, content = _encoded(image, PICTURE_BYTES / len(distinct))
-        found[path] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return found
+        uris[path] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return uris
 
 
 def _encoded(image: Image.Image, budget: float) -> tuple[str, bytes]:

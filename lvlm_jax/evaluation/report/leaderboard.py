@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lvlm_jax import files
-from lvlm_jax.evaluation.report import page
+from lvlm_jax.evaluation.report import comparisons, page
 from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.report.cells import LEGEND, Cell, number
 from lvlm_jax.evaluation.report.tables import Column, Report, Table, TableRow, headline, headlines
@@ -26,7 +26,7 @@ def write(folder: Path, out: Path) -> Path:
         LVLMError: no run can be read, or the file cannot be written.
     """
     runs = report_runs.collect(folder)
-    files.write_whole(out, markdown(Report(runs, report_runs.compare(runs)), folder, out))
+    files.write_whole(out, markdown(Report(runs, comparisons.compare(runs)), folder, out))
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lvlm_jax import files, pages
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation.report import examples
+from lvlm_jax.evaluation.report import comparisons, examples
 from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.report.cells import LEGEND, MARKS, Cell
 from lvlm_jax.evaluation.report.examples import Example
@@ -43,10 +43,10 @@ def write(
         if not files.expand(place).is_dir():
             raise LVLMError(f"image folder {str(place)!r} is not a folder; check the path")
     runs = report_runs.collect(folder)
-    comparisons = report_runs.compare(runs)
-    report = Report(runs, comparisons)
+    compared = comparisons.compare(runs)
+    report = Report(runs, compared)
     sections = report.sections()
-    chosen = examples.choose(comparisons, images, each, seed)
+    chosen = examples.choose(compared, images, each, seed)
     targets = [out / "index.html", out / "report.md"]
     files.write_whole(targets[0], page(title, report, sections, chosen))
     files.write_whole(targets[1], markdown(title, report, sections))
@@ -126,8 +126,8 @@ def _only(table: Table, protocol: str) -> Table:
     """The columns of one protocol, and the rows that have something there."""
     places = [i for i, column in enumerate(table.columns) if column.protocol == protocol]
     rows = (dataclasses.replace(row, cells=tuple(row.cells[i] for i in places)) for row in table.rows)
-    kept = tuple(row for row in rows if any(cell != Cell() for cell in row.cells))
-    return dataclasses.replace(table, columns=tuple(table.columns[i] for i in places), rows=kept)
+    filled = tuple(row for row in rows if any(cell != Cell() for cell in row.cells))
+    return dataclasses.replace(table, columns=tuple(table.columns[i] for i in places), rows=filled)
 
 
 def pipes(table: Table) -> str:

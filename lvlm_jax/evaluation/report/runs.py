@@ -1,8 +1,4 @@
-"""Runs for a report: every `scores.json` below a folder, and which of them may be subtracted from each other.
-
-Two figures are of the same thing only if protocol, question files, image list and parser are the same. The records say
-so, and what they say decides here: where they differ there is no difference of figures, only the reason why not.
-"""
+"""Runs for a report: every `scores.json` below a folder."""
 
 import dataclasses
 import functools
@@ -11,7 +7,7 @@ import os
 import re
 import typing
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,9 +15,8 @@ import numpy as np
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.evaluation import BENCHMARKS, Benchmark, rescore, verdicts
+from lvlm_jax.evaluation import BENCHMARKS, Benchmark, verdicts
 from lvlm_jax.evaluation.protocol import Protocol
-from lvlm_jax.evaluation.scores import Scores
 from lvlm_jax.evaluation.statistics import Difference
 from lvlm_jax.version import __version__
 
@@ -137,11 +132,11 @@ class Run:
     @property
     def model(self) -> tuple[str, str]:
         """The model's name, and what tells it from others of that name: hash or revision, number format."""
-        said = self.record["model"]
-        version = said.get("sha256") or said.get("revision") or ""
+        entry = self.record["model"]
+        version = entry.get("sha256") or entry.get("revision") or ""
         more = version[:8], self.answered_by.get("dtype")
         # As much of a path as a hub id has: "llava-hf/llava-1.5-7b-hf".
-        name = "/".join(Path(said.get("name") or "model not recorded").parts[-2:]).lstrip("/")
+        name = "/".join(Path(entry.get("name") or "model not recorded").parts[-2:]).lstrip("/")
         return name, ", ".join(filter(None, more))
 
     @property
@@ -158,11 +153,11 @@ class Run:
     def size(self) -> str:
         """How much was asked, in words."""
         groups = Counter(group for group, _ in self.correct)
-        named = f" ({', '.join(f'{group} {count}' for group, count in groups.items())})" if len(groups) > 1 else ""
-        return f"{self.record['questions']} questions{named}, {self.record['images']['count']} images"
+        by_group = f" ({', '.join(f'{group} {count}' for group, count in groups.items())})" if len(groups) > 1 else ""
+        return f"{self.record['questions']} questions{by_group}, {self.record['images']['count']} images"
 
     @property
-    def asked(self) -> str:
+    def data_set(self) -> str:
         """The data set in words: the folder, and the question files or how many they are."""
         listed = [entry["name"] for entry in self.record["files"].values()]
         folder = Path(str(self.answered_by.get("data") or "")).name
@@ -234,9 +229,9 @@ def load(path: Path, name: str) -> Run:
         LVLMError: it is no JSON, of another form, or written by a newer version of this package.
     """
     where = f"scores file {str(path)!r}"
-    found = files.read_json(path, "scores file")
+    document = files.read_json(path, "scores file")
     try:
-        record = found["record"]
+        record = document["record"]
         if _version(record["version"]) > _version(__version__):
             raise LVLMError(
                 f"{where} was written by lvlm_jax {record['version']}; this is {__version__}: "
@@ -249,21 +244,21 @@ def load(path: Path, name: str) -> Run:
                 raise TypeError(f"{field} of its protocol is of another kind")
         if protocol.benchmark not in BENCHMARKS:
             raise LVLMError(f"{where} is of benchmark {protocol.benchmark!r}, which this version does not know")
-        images = found["per_image"]["images"]
-        counts = tuple(found["per_image"]["counts"])
+        images = document["per_image"]["images"]
+        counts = tuple(document["per_image"]["counts"])
         run = Run(
-            path, name, protocol, record, _values(found["figures"]), dict(found["notes"]), counts, tuple(images),
+            path, name, protocol, record, _values(document["figures"]), dict(document["notes"]), counts, tuple(images),
             np.array(list(images.values()), float).reshape(len(images), len(counts)),
-            {(group, number): bool(right) for group, number, right in found["correct"]},
-            {control: _control(entry) for control, entry in (found.get("controls") or {}).items()},
-            _cost(found.get("cost") or {}, record),
-            _stored(found["against"], record) if found.get("against") else None,
+            {(group, number): bool(right) for group, number, right in document["correct"]},
+            {control: _control(entry) for control, entry in (document.get("controls") or {}).items()},
+            _cost(document.get("cost") or {}, record),
+            _stored(document["against"], record) if document.get("against") else None,
         )  # fmt: skip
         _look_at(run)
         return run
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise LVLMError(f"{where} is not of the form that lvlm evaluate writes ({said}); score it again") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise LVLMError(f"{where} is not of the form that lvlm evaluate writes ({reason}); score it again") from error
 
 
 def _look_at(run: Run) -> tuple:
@@ -271,7 +266,7 @@ def _look_at(run: Run) -> tuple:
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
     listed = [entry["name"] + entry["sha256"] for entry in entries]
     keys = hash((run.counts, tuple(run.conditions.items())))  # lists and objects cannot be compared
-    return keys, run.size, run.asked, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
+    return keys, run.size, run.data_set, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -287,24 +282,24 @@ def _interval(bounds: Sequence[float | None]) -> tuple[float, float]:
     return _number(low), _number(high)
 
 
-def _values(found: Mapping) -> dict[str, Value]:
+def _values(entries: Mapping) -> dict[str, Value]:
     return {
         name: Value(_number(entry["value"]), _interval(entry["interval"]), str(entry["unit"]), int(entry["n"]))
-        for name, entry in found.items()
+        for name, entry in entries.items()
     }
 
 
-def _differences(found: Mapping) -> dict[str, Difference]:
+def _differences(entries: Mapping) -> dict[str, Difference]:
     return {
         name: Difference(_number(entry["value"]), _interval(entry["interval"]), _number(entry["p"]))
-        for name, entry in found.items()
+        for name, entry in entries.items()
     }
 
 
 def _control(entry: Mapping) -> Control:
     differences = _differences((entry.get("against") or {}).get("differences", {}))
-    about, said = (str(entry.get(name) or "") for name in ("about", "words"))
-    return Control(about, _values(entry["figures"]), differences, said)
+    about, verdict = (str(entry.get(name) or "") for name in ("about", "words"))
+    return Control(about, _values(entry["figures"]), differences, verdict)
 
 
 def _cost(entry: Mapping, record: Mapping) -> Cost:
@@ -316,87 +311,15 @@ def _cost(entry: Mapping, record: Mapping) -> Cost:
     return Cost(tokens, milliseconds, entry.get("device"), settings.get("batch_size"), seconds, commit, machine)
 
 
-def differing(first: Run, second: Run) -> list[str]:
-    """Why figures of two runs are not figures of the same thing, each reason in words; empty when they are."""
-    ours, theirs = first.conditions, second.conditions
-    return [
-        f"{name} {ours.get(name, 'none')} instead of {theirs.get(name, 'none')}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def restored(run: Run) -> Scores:
-    """The scores of a run with the functions of their figures, for resampling.
-
-    The benchmark makes these functions; their values must equal the stored ones.
-
-    Raises:
-        LVLMError: they differ, because the run was scored by a version with other formulas.
-    """
-    groups = list(dict.fromkeys(group for group, _ in run.correct))
-    made = run.benchmark.figures(groups, run.counts, run.protocol)
-    figures = {name: made[name] for name in run.figures if name in made}
-    scores = Scores(run.units, run.counts, run.table, figures, run.correct, run.notes)
-    try:
-        values = scores.values()
-    except KeyError as error:
-        raise LVLMError(f"{run.name} was scored without the count {error}; score it again") from error
-    for name, value in values.items():
-        if not np.isclose(value, run.figures[name].value, rtol=0, atol=2e-6, equal_nan=True):
-            raise LVLMError(
-                f"{run.name} has {name} {run.figures[name].value}, this version finds {value:.6f}; score it again"
-            )
-    return scores
-
-
-def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
-    """Every run with a method, minus the same model without one; a string says why there is no difference.
-
-    The run without a method must have the same model, protocol, files, images and questions. Where there is none, the
-    comparison that was stored with the scores (`--against`) is taken.
-    """
-    scores = functools.cache(restored)
-    baselines = defaultdict(list)
-    for run in runs:
-        if run.is_baseline:
-            baselines[run.protocol.name, run.model].append(run)
-    found: dict[Run, Comparison | str] = {}
-    for run in runs:
-        if run.is_baseline:
-            continue
-        others = baselines[run.protocol.name, run.model]
-        alike = [other for other in others if not differing(run, other)]
-        if alike:
-            # With the same seed, where there are several.
-            chosen = min(alike, key=lambda other: other.record.get("seed") != run.record.get("seed"))
-            found[run] = _minus(run, chosen, scores)
-        elif run.against:
-            found[run] = run.against
-        elif others:
-            found[run] = "; ".join(differing(run, others[0]))
-        else:
-            found[run] = "no run of this model without a method under this protocol"
-    return found
-
-
-def _minus(run: Run, baseline: Run, scores) -> Comparison | str:
-    bootstrap = run.record["bootstrap"]
-    try:
-        made = rescore.compare(scores(run), scores(baseline), bootstrap["resamples"], bootstrap["seed"])
-    except LVLMError as error:
-        return str(error)
-    return _comparison(baseline.method[0], baseline, made)
-
-
-def _stored(made: Mapping, record: Mapping) -> Comparison:
+def _stored(comparison: Mapping, record: Mapping) -> Comparison:
     names = ", ".join(entry["name"] for entry in record.get("against", [])) or "another file"
-    return _comparison(f"the answers in {names}", None, made)
+    return comparison_of(f"the answers in {names}", None, comparison)
 
 
-def _comparison(to: str, baseline: "Run | None", made: Mapping) -> Comparison:
-    test = made["mcnemar"]
+def comparison_of(to: str, baseline: Run | None, comparison: Mapping) -> Comparison:
+    """A `Comparison` with a run called `to`, from the result of `rescore.compare`."""
+    test = comparison["mcnemar"]
     return Comparison(
-        to, baseline, _differences(made["differences"]),
+        to, baseline, _differences(comparison["differences"]),
         test["only_first_right"], test["only_second_right"], _number(test["p"]),
     )  # fmt: skip

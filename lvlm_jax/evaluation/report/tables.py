@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lvlm_jax.evaluation.report.cells import NOT_COMPARED, Cell, between, cell, number, shown
-from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run, differing
+from lvlm_jax.evaluation.report.comparisons import differing
+from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
 LONG = 8  # tokens of an answer, from which the time of a token says more than that of the prompt
@@ -85,16 +86,16 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         method = json.dumps(run.record.get("method"), sort_keys=True)
         own = places.setdefault((run.model, run.method, method), collections.defaultdict(list))
         own[run.protocol.name].append(run)
-    found = []
+    result = []
     for ((model, version), (name, settings), _), by_protocol in places.items():
         count = max(map(len, by_protocol.values()))
         for i in range(count):
             own = {protocol: members[i] for protocol, members in by_protocol.items() if i < len(members)}
-            origin = _told_apart(list(own.values())) if count > 1 else ""
+            origin = _seed_or_folders(list(own.values())) if count > 1 else ""
             words = ", ".join(filter(None, (settings, origin)))
-            found.append(Line(f"{model} ({version})" if version else model, name, words, "", own))
-    found = [dataclasses.replace(line, which=_which(line, found)) for line in found]
-    return sorted(found, key=lambda line: (line.model, not _is_baseline(line), line.name, line.settings))
+            result.append(Line(f"{model} ({version})" if version else model, name, words, "", own))
+    result = [dataclasses.replace(line, which=_which(line, result)) for line in result]
+    return sorted(result, key=lambda line: (line.model, not _is_baseline(line), line.name, line.settings))
 
 
 def _which(line: Line, among: Sequence[Line]) -> str:
@@ -107,7 +108,7 @@ def _is_baseline(line: Line) -> bool:
     return next(iter(line.runs.values())).is_baseline
 
 
-def _told_apart(runs: Sequence[Run]) -> str:
+def _seed_or_folders(runs: Sequence[Run]) -> str:
     seeds = {run.record.get("seed") for run in runs} - {None}
     folders = ", ".join(run.name for run in runs)
     return f"seed {seeds.pop()}, in {folders}" if len(seeds) == 1 else f"in {folders}"
@@ -123,21 +124,21 @@ def marks(runs: Sequence[Run]) -> tuple[dict[Run, str], list[tuple[str, str]]]:
     for run in runs:
         alike = by_protocol.setdefault(run.protocol.name, {})
         alike.setdefault(tuple(run.conditions.items()), []).append(run)
-    found, notes = {}, []
+    mark_of, notes = {}, []
     for protocol, alike in by_protocol.items():
         usual, *others = sorted(alike.values(), key=len, reverse=True)
         for members in others:
             mark = f"[{len(notes) + 1}]"
-            found |= dict.fromkeys(members, mark)
+            mark_of |= dict.fromkeys(members, mark)
             notes.append((protocol, f"{mark} other conditions: {'; '.join(differing(members[0], usual[0]))}"))
-    return found, notes
+    return mark_of, notes
 
 
 def headline(run: Run, word: str) -> str | None:
     """The name that a headline figure has in a run: its own, the mean of the splits, or that of the only split."""
     ending = [name for name in run.figures if name.endswith(f": {word}")]
-    named = [name for name in (word, f"mean: {word}") if name in run.figures]
-    return (named or (ending if len(ending) == 1 else [None]))[0]
+    names = [name for name in (word, f"mean: {word}") if name in run.figures]
+    return (names or (ending if len(ending) == 1 else [None]))[0]
 
 
 def headlines(runs: Sequence[Run]) -> list[str]:
@@ -171,8 +172,8 @@ class Report:
     """All tables of some runs.
 
     Args:
-        runs: as `report_runs.collect` gives them.
-        comparisons: as `report_runs.compare` gives them.
+        runs: from `runs.collect`.
+        comparisons: from `comparisons.compare`.
     """
 
     def __init__(self, runs: Sequence[Run], comparisons: Mapping[Run, Comparison | str]):
@@ -187,7 +188,7 @@ class Report:
 
     def size(self, protocol: str) -> str:
         """How many questions and images the figures of a protocol are of, and the data set."""
-        sized = (" · ".join(filter(None, (run.size, run.asked))) for _, run in self.of(protocol))
+        sized = (" · ".join(filter(None, (run.size, run.data_set))) for _, run in self.of(protocol))
         return "; or ".join(dict.fromkeys(sized))
 
     def column(self, figure: str, protocol: str, title: str = "") -> Column:
@@ -201,11 +202,11 @@ class Report:
             return Cell()
         compared = self.comparisons.get(run)
         difference = compared.differences.get(name) if isinstance(compared, Comparison) else None
-        found = cell(
+        figure_cell = cell(
             run.figures[name], run.benchmark.direction(name), difference, self.marks.get(run, ""), run.questions(name)
         )
         not_compared = compared is not None and difference is None
-        return dataclasses.replace(found, verdict=NOT_COMPARED) if not_compared else found
+        return dataclasses.replace(figure_cell, verdict=NOT_COMPARED) if not_compared else figure_cell
 
     def sections(self) -> list[Section]:
         """The whole report."""
@@ -275,11 +276,15 @@ class Report:
     def categories(self, protocol: str) -> Iterator[Table]:
         """Every figure that a run of a protocol has, arranged by split, subtask or kind."""
         members = list(self.of(protocol))
-        for heading, named in arranged(name for _, run in members for name in run.figures).items():
-            columns = tuple(self.column(name, protocol, title) for title, name in named.items())
+        for heading, columns_by_title in arranged(name for _, run in members for name in run.figures).items():
+            columns = tuple(self.column(name, protocol, title) for title, name in columns_by_title.items())
             rows = tuple(
                 TableRow(
-                    line.model, line.name, "", tuple(self.figure(run, name) for name in named.values()), line.which
+                    line.model,
+                    line.name,
+                    "",
+                    tuple(self.figure(run, name) for name in columns_by_title.values()),
+                    line.which,
                 )
                 for line, run in members
             )
@@ -291,7 +296,7 @@ class Report:
         if not members:
             return None
         words = headlines([run for _, run in members])
-        rows, about, said, without = [], {}, [], []
+        rows, about, remarks, without = [], {}, [], []
         for line, run in members:
             group = " · ".join(filter(None, (line.model, line.name, line.which)))
             if not run.controls:
@@ -314,8 +319,8 @@ class Report:
                 rows.append(TableRow(group, title, "", cells))
                 about[title] = control.about
                 if control.words and not control.differences:
-                    said.append(f"{group}, {title}: {control.words}")
-        notes = [f"{title}: {what}" for title, what in about.items() if what] + said
+                    remarks.append(f"{group}, {title}: {control.words}")
+        notes = [f"{title}: {what}" for title, what in about.items() if what] + remarks
         if without:
             notes.append(f"No controls were run with {', '.join(without)}.")
         return Table(protocol, tuple(self.column(word, protocol) for word in words), tuple(rows), tuple(notes))
@@ -360,7 +365,7 @@ class Report:
         rows = []
         for line, run in self.of(protocol):
             listed = run.record["files"].items()
-            found = (
+            values = (
                 run.name,
                 run.record["questions"],
                 ", ".join(f"{role} {entry['sha256'][:8]}" for role, entry in listed),
@@ -371,7 +376,7 @@ class Report:
                 run.record.get("seed"),
                 run.record["version"],
             )
-            cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(found))
+            cells = (Cell(str(value), mark=self.marks.get(run, "") * (not i)) for i, value in enumerate(values))
             rows.append(TableRow(line.model, line.name, line.settings, tuple(cells), line.which))
         return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
 

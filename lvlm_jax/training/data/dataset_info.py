@@ -83,23 +83,23 @@ def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
         LVLMError: two columns get the same name.
     """
     tags = {**_TAGS, **_ROLE_TAGS, **{key: tag for key, tag in entry["tags"].items() if tag}}
-    names = {given: _COLUMNS[key] for key, given in entry["columns"].items() if given}
+    names = {column: _COLUMNS[key] for key, column in entry["columns"].items() if column}
     roles = {tags[key]: _ROLES.get(ours, ours) for key, ours in _ROLE_TAGS.items()}
 
-    def message(given: Any) -> Any:
-        if not isinstance(given, Mapping) or tags["role_tag"] not in given:
-            return given
-        role = given[tags["role_tag"]]
+    def message(turn: Any) -> Any:
+        if not isinstance(turn, Mapping) or tags["role_tag"] not in turn:
+            return turn
+        role = turn[tags["role_tag"]]
         role = roles.get(role, role) if isinstance(role, str) else role
-        return {"role": role, "content": given.get(tags["content_tag"])}
+        return {"role": role, "content": turn.get(tags["content_tag"])}
 
-    def value(given: Any) -> Any:
-        return [message(one) for one in given] if isinstance(given, list) else message(given)
+    def value(content: Any) -> Any:
+        return [message(one) for one in content] if isinstance(content, list) else message(content)
 
     result: dict[str, Any] = {}
-    for key, given in row.items():
+    for key, column in row.items():
         name = names.get(key, key)
         if name in result:
             raise LVLMError(f"{where} has two columns that {FILE} calls {name}; rename or remove one")
-        result[name] = value(given)
+        result[name] = value(column)
     return result

@@ -86,7 +86,7 @@ def read(
     if not _asks(path):
         return pair_files.read_conversations(path)
     prompts = read_prompts(path)
-    answers = {prompt.id: _given(prompt) for prompt in prompts if "answer" in prompt.extra}
+    answers = {prompt.id: _answer_of(prompt) for prompt in prompts if "answer" in prompt.extra}
     missing = [prompt for prompt in prompts if prompt.id not in answers]
     if missing:
         settings = {"data": file_hash(files.expand(path)), "length": longest}
@@ -157,7 +157,7 @@ def _asks(path: str | Path) -> bool:
     return "prompt" in row and not row.keys() & set(ANSWERS)
 
 
-def _given(prompt: Prompt) -> str:
+def _answer_of(prompt: Prompt) -> str:
     answer = prompt.extra["answer"]
     if not isinstance(answer, str) or not answer.strip():
         raise LVLMError(

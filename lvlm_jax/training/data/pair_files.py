@@ -248,17 +248,17 @@ def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
     return tuple(_image(one, folder, where) for one in (value if isinstance(value, list) else [value]))
 
 
-def _image(given: Any, folder: Path, where: str) -> Path | bytes:
-    if isinstance(given, dict) and given.get("bytes") is not None:
+def _image(value: Any, folder: Path, where: str) -> Path | bytes:
+    if isinstance(value, dict) and value.get("bytes") is not None:
         try:
-            data = base64.b64decode(given["bytes"], validate=True)
+            data = base64.b64decode(value["bytes"], validate=True)
             PIL.Image.open(io.BytesIO(data))
         except Exception as error:  # image readers raise whatever the first broken byte causes
             raise LVLMError(f"{where}: an image's bytes are not base64 of an image that can be opened") from error
         return data
-    name = given.get("path") if isinstance(given, dict) else given
+    name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str) or not name:
-        raise LVLMError(f'{where}: an image is {repr(given)[:60]}; expected a path or {{"bytes": base64}}')
+        raise LVLMError(f'{where}: an image is {repr(value)[:60]}; expected a path or {{"bytes": base64}}')
     path = folder / os.path.expanduser(name)
     if not files.is_file(path):
         raise LVLMError(

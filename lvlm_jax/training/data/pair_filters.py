@@ -126,12 +126,12 @@ def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
         answer = str(extra.get("answer_type") or normalised(candidate.chosen))
         group = kinds.setdefault((str(extra.get("kind", "")), len(candidate.prompt.images)), {})
         group.setdefault(answer, []).append(place)
-    rng, kept = np.random.default_rng([29, seed]), []
+    rng, kept_places = np.random.default_rng([29, seed]), []
     for answers in kinds.values():
         fewest = min(map(len, answers.values()))
         for places in answers.values():
-            kept += places if len(answers) > ANSWERS else rng.permutation(places)[:fewest].tolist()
-    return [candidates[place] for place in sorted(kept)]
+            kept_places += places if len(answers) > ANSWERS else rng.permutation(places)[:fewest].tolist()
+    return [candidates[place] for place in sorted(kept_places)]
 
 
 def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tuple[list[Candidate], list[Candidate]]:
@@ -178,28 +178,28 @@ def _image_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
 
 
 def statistics(
-    prompts: int, candidates: Sequence[Candidate], kept: Sequence[Candidate], dropped: dict[str, int]
+    prompts: int, candidates: Sequence[Candidate], pairs: Sequence[Candidate], dropped: dict[str, int]
 ) -> dict:
     """Figures about a set of pairs, as JSON values.
 
     Returns:
         prompts: number of prompts; failed: how many of them could not be answered.
-        kept: number of pairs; dropped: how many candidates were dropped for each of REASONS.
+        pairs: number of pairs; dropped: how many candidates were dropped for each of REASONS.
         corrected: share of the kept pairs whose chosen answer the corrector changed.
         chosen_longer: share of the kept pairs whose chosen answer has more words.
         words: mean, median and largest number of words of the kept answers.
         images: how many kept pairs have one image, two images, and so on.
     """
-    counts = Counter(len(candidate.prompt.images) for candidate in kept)
+    counts = Counter(len(candidate.prompt.images) for candidate in pairs)
     lengths = {
-        side: np.array([len(words(getattr(candidate, side))) for candidate in kept]) for side in ("chosen", "rejected")
+        side: np.array([len(words(getattr(candidate, side))) for candidate in pairs]) for side in ("chosen", "rejected")
     }
     return {
         "prompts": prompts,
         "failed": prompts - len(candidates),
-        "kept": len(kept),
+        "kept": len(pairs),
         "dropped": dropped,
-        "corrected": _share([candidate.corrected for candidate in kept]),
+        "corrected": _share([candidate.corrected for candidate in pairs]),
         "chosen_longer": _share(lengths["chosen"] > lengths["rejected"]),
         "words": {
             side: {

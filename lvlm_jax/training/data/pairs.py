@@ -127,8 +127,8 @@ def answer(
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 fresh = _answer_batch(model, batch, plan, batch_size)
-                answers.append(found.entry() for found in fresh)
-                finished |= {found.id: found for found in fresh}
+                answers.append(one.entry() for one in fresh)
+                finished |= {one.id: one for one in fresh}
                 bar.update(len(batch))
     return finished
 
@@ -142,7 +142,7 @@ def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: i
             progress.say(f"prompt {batch[0].id}: {error}")
             return []
         # One of them cannot be answered: alone, each succeeds or fails by itself.
-        return [found for prompt in batch for found in _answer_batch(model, [prompt], plan, batch_size)]
+        return [one for prompt in batch for one in _answer_batch(model, [prompt], plan, batch_size)]
 
 
 def _generate(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: int) -> list[Answers]:
@@ -239,7 +239,7 @@ def candidates(
 
 def write(
     out: Path,
-    found: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     prompts: int,
     record: Mapping[str, Any],
     filters: Filters,
@@ -252,7 +252,7 @@ def write(
 
     Args:
         out: the folder.
-        found: the candidates.
+        candidates: the candidates.
         prompts: number of prompts.
         record: everything that determined the candidates; the settings of this step are added.
         holdout: share of the pairs for validation.jsonl; 0 writes no such file.
@@ -267,7 +267,7 @@ def write(
         LVLMError: no candidate passes the filters, contradicting the model wins too many of those that do, nothing can
             be held out, or a file cannot be written.
     """
-    remaining, drop_counts = sift(found, filters)
+    remaining, drop_counts = sift(candidates, filters)
     if not remaining:
         reasons = ", ".join(f"{reason} {count}" for reason, count in drop_counts.items() if count)
         raise LVLMError(
@@ -280,7 +280,7 @@ def write(
     negation = ladder.explained(remaining)
     ladder.refuse_negation(negation, len(remaining), max_negation)
     training, validation = hold_out(remaining, holdout, seed) if holdout else (remaining, [])
-    figures = statistics(prompts, found, remaining, drop_counts)
+    figures = statistics(prompts, candidates, remaining, drop_counts)
     rungs = Counter(candidate.rung for candidate in remaining if candidate.rung)
     figures |= {"negation": negation, "rejected_by": {rung: rungs[rung] for rung in ladder.RUNGS if rungs}}
     figures |= {"training": len(training), "validation": len(validation)}

@@ -125,7 +125,7 @@ class Placeholders:
         return Runs(ids[begins], answers[begins], repeats)
 
 
-class _Overheard:
+class _RecordingTokenizer:
     """A tokenizer that stores the last text it was given."""
 
     def __init__(self, tokenizer: Any):
@@ -157,12 +157,12 @@ def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int
         each = config.tokens_per_image if count else 0
         return Placeholders(marker, (text,) * count, np.full(count, each))
     listening = copy.copy(processor)
-    listening.tokenizer = overheard = _Overheard(processor.tokenizer)
+    listening.tokenizer = recorder = _RecordingTokenizer(processor.tokenizer)
     white = [Image.new("RGB", size, "white") for size in sizes]
     ids, part = inputs.run_processor(listening, config, SEPARATOR.join([marker] * count), white)
     prompts = inputs.with_placeholders([ids], [part], config)
     counts = config.pictures([part], prompts).token_counts
-    return Placeholders(marker, tuple(overheard.text.split(SEPARATOR)), counts)
+    return Placeholders(marker, tuple(recorder.text.split(SEPARATOR)), counts)
 
 
 def arrays_of(pictures: Pictures, rows: int) -> dict[str, Any]:

@@ -29,12 +29,12 @@ class Candidates:
     """Candidates for pairs.
 
     Attributes:
-        found: the candidates.
+        items: the candidates.
         prompts: number of prompts.
         record: everything that determined the candidates, as JSON values.
     """
 
-    found: list[Candidate]
+    items: list[Candidate]
     prompts: int
     record: dict[str, Any]
 
@@ -69,7 +69,7 @@ def plan(
     return pairs.Plan(*sides, samples=SAMPLES if laddered else 0, **settings)
 
 
-def answered(
+def answer_prompts(
     prompts_file: Path,
     plan: pairs.Plan,
     model: str,
@@ -118,7 +118,7 @@ def answered(
     return Candidates(pairs.candidates(prompts, answers, texts_corrected, plan), len(prompts), record)
 
 
-def given(file: str, out: Path) -> Candidates:
+def from_file(file: str, out: Path) -> Candidates:
     """The pairs of a file, without a model.
 
     Raises:

@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             match the images, an id that occurs twice.
     """
     path = files.expand(path)
-    prompts, seen = [], set()
+    prompts, ids = [], set()
     for where, number, row in pair_files.read_rows(path, "prompt file"):
         images = pair_files.row_images(row, path.parent, where)
         if not images:
@@ -79,7 +79,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         if "wrong" in row and not all(isinstance(one, str) for one in files.field(row, ("wrong",), list, where)):
             raise LVLMError(f"{where}: wrong is not a list of strings; give the wrong answers as texts")
         key = pair_files.row_id(row, number)
-        files.unique(seen, key, where)
+        files.unique(ids, key, where)
         used = ("prompt", *pair_formats.ANSWERS, *pair_formats.IMAGE_KEYS, pair_formats.ID_KEYS[0])
         extra = {name: row[name] for name in row if name not in used}
         prompts.append(Prompt(images, messages, key, extra))

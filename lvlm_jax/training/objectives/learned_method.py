@@ -58,7 +58,7 @@ class PromptedRow(EncodedRow):
     conversation: tuple = ()
 
 
-def asked(encoder: Encoder, pair: Pair) -> PromptedRow:
+def prompted_row(encoder: Encoder, pair: Pair) -> PromptedRow:
     """Turns a pair into a row.
 
     Raises:
@@ -141,7 +141,7 @@ def metrics(
     margin = logps[:, 0] - logps[:, 1]
     metrics_found = {
         "preference": preferred(settings["beta"] * margin),
-        "nll": -logps[:, 0] / forced.answered[:, 0].sum(axis=-1),
+        "nll": -logps[:, 0] / forced.in_answer[:, 0].sum(axis=-1),
         "margin": margin,
         "accuracy": (margin > 0).astype(np.float32),
     }
@@ -151,7 +151,7 @@ def metrics(
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
     """See `registry.Objective`."""
     del module, workdir
-    samples = Samples.read(model, config, pair_files.read_pairs, asked, "preference pairs", "pairs.jsonl")
+    samples = Samples.read(model, config, pair_files.read_pairs, prompted_row, "preference pairs", "pairs.jsonl")
     settings, strengths = config.learned, strengths_of(model, config)
     source = Scored(
         Batches(samples.train, samples.encoder, config.batch, 1, config.seed, samples.shares),
