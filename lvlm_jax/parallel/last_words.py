@@ -35,9 +35,9 @@ def explanation(report: str, host: str, timeout: str, patience: str) -> str:
     """
     if "RegisterTask" in report:
         return (
-            f"not all processes of this run came together within {patience} s, so the one on {host} ends too (exit "
-            "code 134); see that every one is started, and reaches the first by its host and port; "
-            "LVLM_JAX_JOIN_TIMEOUT waits longer"
+            f"not all processes of this run joined within {patience} s, so this one on {host} ends too (exit code "
+            "134); check that every one has started and can reach the host and port of the first, or set "
+            "LVLM_JAX_JOIN_TIMEOUT higher"
         )
     silent = re.findall(r"Task \S*?(\d+) heartbeat timeout", report)
     for names in re.findall(r"stopped sending heartbeats\):\n((?:\S*\d+\n)+)", report):
@@ -47,14 +47,14 @@ def explanation(report: str, host: str, timeout: str, patience: str) -> str:
         cause = f"process {dead} of this run died or cannot be reached (no sign of life for {timeout} s)"
     elif "leader task" in report:
         cause = (
-            "process 0 of this run, to which all others report, died or cannot be reached (if it names another one, "
-            "that died first)"
+            "process 0 of this run, to which all others are connected, died or cannot be reached (if its own last line "
+            "names another process, that one died first)"
         )
     else:
         cause = "another process of this run died or cannot be reached"
     return (
-        f"{cause}, so the one on {host} ends too (exit code 134); the dead one's output and the scheduler say why; "
-        "start all of them again as before: training goes on from the newest checkpoint in --workdir"
+        f"{cause}, so this one on {host} ends too (exit code 134); the output of the dead one and the scheduler say "
+        "why; start all processes again with the same command: training resumes from the newest checkpoint in --workdir"
     )
 
 

@@ -119,8 +119,8 @@ def account_for(error: Exception) -> int:
     time.sleep(1.5 * timeout)
     print(
         f"{pathlib.Path(sys.argv[0]).name}: the connection to another process of this run broke ({_brief(error)}), "
-        f"though all of them gave signs of life for the next {1.5 * timeout:g} s; see that their hosts reach each "
-        "other, and start all of them again as before: training goes on from the newest checkpoint in --workdir",
+        f"though all of them gave signs of life for the next {1.5 * timeout:g} s; check that their hosts reach each "
+        "other, and start all again with the same command: training resumes from the newest checkpoint in --workdir",
         file=sys.stderr,
     )
     return LOST

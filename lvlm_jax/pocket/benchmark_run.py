@@ -21,10 +21,11 @@ from lvlm_jax.version import __version__
 from lvlm_jax.weights import names
 
 NOTES = """\
-Shares are in per cent, with 95 % bootstrap intervals (images resampled); below them the difference to greedy with its
-paired interval. Seconds are those of answering, programs compiled included. A method is "significantly better" than a
-control where the paired interval of the difference lies on the better side of 0, "significantly worse" where it lies on
-the worse one; else there is "no difference shown". The controls are explained in `lvlm_jax/evaluation/controls.py`."""
+Shares are in per cent, with 95 % bootstrap intervals (images resampled). Below each share is its difference to greedy
+decoding, with the paired interval. Seconds are the time of answering, compilation included. A method is "significantly
+better" than a control if the whole paired interval of their difference lies on the better side of 0, and "significantly
+worse" if it lies on the worse side; otherwise there is "no difference shown". `lvlm_jax/evaluation/controls.py`
+explains the controls."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,12 +40,13 @@ FIGURES = {
 }
 
 NOTES = """\
-Figures are shares in per cent, differences in points, each with its 95 % interval (images resampled, paired). "Shown":
-the interval of the difference to greedy decoding lies on the side that the paper claims; "opposite": on the other one.
-By chance alone an interval misses 0 on a given side in 2.5 of 100 cases. "Worlds" are the differences in the parts of
-the images that each seed drew. "Sampling": the method, decoded greedily, against no method, sampled at temperature 1,
-which is what many papers compare with; greedy decoding alone would do much of that. "Trivial": against greedy
-captions cut to the method's length, or, of yes/no questions, against a threshold with as many times yes."""
+Figures are shares in per cent and differences in points, each with its 95 % interval (images resampled, paired).
+"Shown": the whole interval of the difference to greedy decoding lies on the side that the paper claims; "opposite": it
+lies on the other side. By chance alone, an interval misses 0 on a given side in 2.5 of 100 cases. "Worlds": the
+differences on the images of each seed. "Sampling": the method with greedy decoding against no method with sampling at
+temperature 1. Many papers make this comparison, and greedy decoding alone explains much of such a difference.
+"Trivial": against greedy captions cut to the method's length, or, for yes/no questions, against a threshold that gives
+as many "yes"."""
 
 
 def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
@@ -102,7 +103,7 @@ def page(
             rows.append(benchmark.row([name, word, *cells]))
     heading = ["method", "better by", "greedy", "with it", "difference", "claim", "worlds", "sampling", "trivial"]
     counted = ", ".join(f"{counts[word]} {word}" for word in dict.fromkeys((SHOWN, NOT_SHOWN, OPPOSITE, *counts)))
-    lines = ["## Does what the papers claim show here?", "", f"Of {len(rows)} claims: {counted}.", "", NOTES, ""]
+    lines = ["## Are the papers' claims shown here?", "", f"{len(rows)} claims: {counted}.", "", NOTES, ""]
     lines += [benchmark.row(heading), "|---" * len(heading) + "|", *rows]
     return "\n".join([*lines, "", *_captions(scores_of.get(benchmark.CHAIR.name, {}))]) + "\n"
 
@@ -143,12 +144,12 @@ def _captions(scores_of: Mapping[str, Mapping]) -> list[str]:
         return []
     free = {name: {number: right for _, number, right in scores["correct"]} for name, scores in scores_of.items()}
     greedy = free["greedy"]
-    heading = ["method", "mended", "spoilt", "mended images", "spoilt images"]
+    heading = ["method", "fixed", "broken", "fixed images", "broken images"]
     lines = [
-        "## Captions mended and spoilt",
+        "## Captions fixed and broken",
         "",
-        f"Of {len(greedy)} images: greedy decoding names an object that is not there and the method does not (mended), "
-        "or the other way round (spoilt); numbers of the first images.",
+        f"{len(greedy)} images. Fixed: greedy decoding names an absent object and the method does not; broken: the "
+        "other way round. The last two columns give the numbers of the first such images.",
         "",
         benchmark.row(heading),
         "|---" * len(heading) + "|",

@@ -24,11 +24,11 @@ PAIRS = (
     ("CAPL", "DPO, plain attention"),
 )
 NOTES = """\
-All arms begin with the same base and learn from the same prompts, for as many steps, with the same λ; rows of several
-seeds are those seeds together, each of which has answered every question. Intervals resample the groups of images that
-are asked about together; how far seeds lie apart stands below the table. "Blind constant" is what the most frequent
-answer of each kind would reach. The margin is log p(right answer) − log p(likeliest wrong option), a mean over all
-questions. Rows are under CAPL's attention unless they say otherwise."""
+All arms start from the same base and learn from the same prompts, for the same number of steps, with the same λ. A row
+of several seeds pools the answers of all seeds to every question; the list below the table gives each seed alone.
+Intervals resample the groups of images that a question is about. "Blind constant": the accuracy of always giving the
+most frequent answer of each kind. "Margin": log p(right answer) − log p(likeliest wrong option), the mean over all
+questions. Rows use CAPL's attention unless their name says otherwise."""
 
 
 def differences(first: Scores, second: Scores, resamples: int) -> Mapping[str, Mapping]:

@@ -36,13 +36,14 @@ BASE = "base"
 WITH_SEVI, ALIGNED = "base, SEVI", "flow-aligned"
 
 NOTES = """\
-Shares are in per cent, with 95 % bootstrap intervals (images, or prompts, resampled); below them the difference to the
-base with its paired interval. One is "significantly better" than the other where the paired interval of their
-difference lies on the better side of 0, "significantly worse" where it lies on the worse one; else there is "no
-difference shown". Each interval is wrong once in twenty times, so with many of them some say more than there is."""
+Shares are in per cent, with 95 % bootstrap intervals (images, or prompts, resampled). Below each share is its
+difference to the base, with the paired interval. One model is "significantly better" than another if the whole paired
+interval of their difference lies on the better side of 0, and "significantly worse" if it lies on the worse side;
+otherwise there is "no difference shown". One interval in twenty misses the true value, so among many comparisons a few
+show a difference by chance."""
 CLOSE_NOTES = """\
-KL(teacher ‖ model) of the next token, mean over the tokens of held-out answers that the teacher gave. The teacher is
-the base under SEVI, the student runs without any method."""
+KL(teacher ‖ model) of the next token, the mean over the tokens of the teacher's answers to held-out prompts. The
+teacher is the base under SEVI; the student runs without any method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +78,13 @@ def arms(base: str, student: str, sevi: Method) -> dict[str, Arm]:
 
 
 def document(config: ConfigDict, base: str, command: str, seconds: Mapping[str, float], parts: Iterable[str]) -> str:
-    """The page: what was done, and the parts with what came of it.
+    """The page: the settings of the run, and the parts with its results.
 
     Args:
         config: of `configs/pocket_training.py`.
         base: checkpoint folder.
-        command: that made it.
-        seconds: of each stage.
+        command: the command line.
+        seconds: time of each stage.
         parts: Markdown, each with a heading.
     """
     about = (
@@ -93,8 +94,8 @@ def document(config: ConfigDict, base: str, command: str, seconds: Mapping[str, 
     )
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     lines = ["# What training changes on the pocket model", "", f"    {command}", "", about, ""]
-    lines += [f"Seconds, programs compiled and data made on the way included: {took}.", ""]
-    lines += ["Settings, those of a recipe where they differ from its defaults:", "", *changes(config), "", NOTES, ""]
+    lines += [f"Seconds, compilation and making of data included: {took}.", ""]
+    lines += ["Settings (of a recipe, only those that differ from its defaults):", "", *changes(config), "", NOTES, ""]
     return "\n".join([*lines, *parts])
 
 
@@ -174,7 +175,7 @@ def _closer(kind: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
     if factor["value"] is None or factor["interval"][0] is None:
         return f"closer to the teacher ({kind}): not defined, there is no distance to divide by."
     low, high = factor["interval"]
-    says = "closer than" if low > 1 else "farther than" if high < 1 else "not told from"
+    says = "closer than" if low > 1 else "farther than" if high < 1 else "not shown to be closer than"
     return (
         f"closer to the teacher ({kind}): the student is {says} the base, by the factor {factor['value']:.2f} "
         f"({low:.2f} to {high:.2f}): {figures['student']['value']:.2f} against {figures['base']['value']:.2f} "

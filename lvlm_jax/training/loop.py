@@ -276,4 +276,4 @@ def _not_finite(task: Task, step: int, tally: Tally, newest: int | None) -> str:
 def _warn_of_changes(before: Mapping, now: Mapping) -> None:
     changes = differences(dict(before), dict(now))
     if changes and jax.process_index() == 0:
-        warnings.warn(f"the run goes on with another configuration: {'; '.join(changes[:5])}", stacklevel=3)
+        warnings.warn(f"the run resumes with another configuration: {'; '.join(changes[:5])}", stacklevel=3)

@@ -143,8 +143,8 @@ def passed_on(*pieces, pause=0.0):
         (SILENT.format("/job:jax_worker/replica:0/task:12"), "process 12 of this run died"),
         (SILENT.format("11\n2"), "process 2 and 11 of this run died"),
         ("Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout. This", "process 1 of this run died"),
-        (LEADER, "process 0 of this run, to which all others report, died"),
-        (APART, "not all processes of this run came together within 300 s"),
+        (LEADER, "process 0 of this run, to which all others are connected, died"),
+        (APART, "not all processes of this run joined within 300 s"),
         ("INTERNAL: of a kind unseen so far", "another process of this run died"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_report_of_jax_becomes_one_line(report, what):
     bar = "step 6\rstep 7 "
     text = passed_on(f"{bar}{WATCH}: {report}\n{FATAL} {report}\n", TRACE, "Traceback\n", pause=0.02)
     assert text.startswith(f"{bar}\ntrain.py: {what}") and text.count("\n") == 2
-    assert "the one on node7 ends too (exit code 134)" in text
+    assert "this one on node7 ends too (exit code 134)" in text
 
 
 def test_everything_else_is_passed_on_as_it_comes():

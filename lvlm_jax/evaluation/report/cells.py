@@ -17,8 +17,8 @@ MARKS = {BETTER: "▲", WORSE: "▼", HIGHER: "△", LOWER: "▽", NONE_SHOWN: "
 LEGEND = (
     (BETTER, MARKS[BETTER], "significantly better"),
     (WORSE, MARKS[WORSE], "significantly worse"),
-    (HIGHER, f"{MARKS[HIGHER]} {MARKS[LOWER]}", "significantly higher, lower, where neither is good"),
-    (NONE_SHOWN, MARKS[NONE_SHOWN], "no difference shown, which does not show that there is none"),
+    (HIGHER, f"{MARKS[HIGHER]} {MARKS[LOWER]}", "significantly higher or lower (neither is better)"),
+    (NONE_SHOWN, MARKS[NONE_SHOWN], "no difference shown (there may still be one)"),
     (TOO_FEW, MARKS[TOO_FEW], "too few questions for a verdict"),
 )
 

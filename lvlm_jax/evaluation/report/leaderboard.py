@@ -13,10 +13,10 @@ HEAD = """\
 # Leaderboard
 
 Every row is one recorded run, the best on top. `lvlm report {folder} --leaderboard {file}` wrote this file from the
-`scores.json` of the runs, and nothing here is written by hand. Shares are in per cent with 95 % intervals (images
-resampled), then the difference to the same model without a method, paired, where one was run on the same questions:
-{legend}. The commit is that of the code which answered; "–" stands for what a record does not say. Seconds are those of
-answering, programs compiled included, controls not."""
+`scores.json` of the runs; nothing is written by hand. Shares are in per cent with 95 % intervals (images resampled).
+If the same model also answered the same questions without a method, the paired difference to that run follows:
+{legend}. The commit is that of the code that answered; "–" means that the run did not record it. Seconds are the time
+of answering, compilation included, without the controls."""
 
 
 def write(folder: Path, out: Path) -> Path:
