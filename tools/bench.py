@@ -4,8 +4,8 @@
     python tools/bench.py --size 7b --dtype bfloat16 --methods cmac --transformers none
     python tools/bench.py --size 0.5b --quant int8 --methods "" --transformers float32,bfloat16
 
-Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum;
-what is compared is measured in turns within one run, because shared machines drift. Beside each stands its roofline:
+Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum.
+Compared programs are measured in turns within each run, because shared machines drift. Beside each is its roofline:
 
     least time  =  max(bytes that must move / read bandwidth, FLOPs of the products / peak)
 

@@ -1,4 +1,4 @@
-"""Temporary memory of prefill, as the compilers of TPUs and GPUs have it for devices that are not there.
+"""Temporary memory of prefill according to the compilers of TPUs and GPUs, without such devices.
 
     python tools/bench_compilers.py --compiler cuda --lengths 624,4096 --methods none,capl --batches 1,8
 

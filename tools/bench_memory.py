@@ -2,9 +2,9 @@
 
     python tools/bench_memory.py --dtype bfloat16 --sizes 0.5b,1b
 
-Each size runs in a process of its own. It makes random weights, answers one prompt with an image twice, and says how
-large it grew while it answered. What a process takes besides (Python, libraries, programs) is the same for both, so
-the slope between them is what a byte of weights costs.
+Each size runs in a process of its own, which makes random weights, answers one prompt with an image twice, and reports
+how much it grew meanwhile. Python, libraries and programs take the same memory in both processes, so the slope between
+them is the cost of a byte of weights.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of random weights, prompts, clocks, and what the machine can do at best."""
+"""Shared by the benchmarks: models of random weights, prompts, clocks, and the peak speeds of the machine."""
 
 import pathlib
 import platform

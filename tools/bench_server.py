@@ -1,10 +1,10 @@
-"""Times `lvlm serve` beside a server of thirty lines on transformers' `generate`: the same model, the same requests.
+"""Times `lvlm serve` and a server of thirty lines on transformers' `generate`: the same model, the same requests.
 
     python tools/bench_server.py --clients 1 8 32 --repeats 3
 
-Needs torch. Prints characters a second, and the time to the first token (median and 90th percentile of the requests),
-each as the median, minimum and maximum of the measurements; and whether both servers gave the same answers. Caches of
-images and prompts are off unless `--caches` is given: the eight pictures come again and again.
+Needs torch. Prints characters a second and the time to the first token (median and 90th percentile of the requests),
+each as the median, minimum and maximum of the measurements, and whether both servers gave the same answers. Caches of
+images and prompts are off unless `--caches` is given, because the requests repeat the same images.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python tools/bench_throughput.py --out throughput.json
     python tools/bench_throughput.py --batches 1,8,64 --prompts 256 --method cmac --no-transformers
 
-Every figure is for the whole way from conversations to texts, pictures and prompts included, over one set of captions
-of drawn scenes: in plain batches (sorted by length of prompt, each as long as its longest answer), by continuous
-batching (an answer that ends makes room for the next prompt), and by transformers' `generate` on the plain batches.
-The ways take turns within a run, because shared machines drift; figures are medians with minimum and maximum. A first
-pass, which is not timed, compiles and says whether all ways give the same answers.
+Every figure covers everything from conversations to texts, images and prompts included, over one set of captions
+of drawn scenes. The three ways are plain batches (sorted by length of prompt, each as long as its longest answer),
+continuous batching (when an answer ends, the next prompt takes its row), and transformers' `generate` on the plain
+batches. They take turns within a run, because shared machines drift; figures are medians with minimum and maximum. A
+first pass, which is not timed, compiles and checks whether all ways give the same answers.
 """
 
 import argparse

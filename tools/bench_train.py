@@ -8,12 +8,12 @@ A step: policy and reference (the same weights without the adapters) score both 
 same length and with one image; the sigmoid loss; its gradient in the adapters of all decoder projections; clipping;
 AdamW. Tokens are those of both answers' rows, image tokens included.
 
-torch gets the same weights, adapters, pairs, loss and optimizer, and is spared what this library spares itself: the
-vision tower runs once for a pair, and logits are made at answer tokens only. That is on a CPU in float32. Each of the
-two has a process of its own, and they step in turns, because shared machines drift; every figure is the median of
---runs steps with their minimum and maximum, ratios are taken turn by turn. The losses of all steps must agree within
-1e-4, or the exit code is 1. On a CPU memory is what a process holds: `resident_bytes` before the first step, libraries
-and weights, and `peak_bytes` in the steps; `program_bytes` is what the compiler says that our step takes at its peak.
+torch gets the same weights, adapters, pairs, loss and optimizer, and the same savings as this library: the vision tower
+runs once for a pair, and logits are computed only at answer tokens. The comparison is on a CPU in float32. Each side
+has a process of its own, and they step in turns, because shared machines drift. Every figure is the median of --runs
+steps with their minimum and maximum; ratios are taken turn by turn. The losses of all steps must agree within 1e-4, or
+the exit code is 1. On a CPU memory is what a process holds: `resident_bytes` before the first step, libraries and
+weights, and `peak_bytes` in the steps; `program_bytes` is what the compiler says that our step takes at its peak.
 """
 
 import argparse

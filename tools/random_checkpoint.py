@@ -3,8 +3,8 @@
     python tools/random_checkpoint.py FILES OUT
     python tools/random_checkpoint.py FILES OUT --layers 4
 
-FILES has the configuration and the processor of a checkpoint, but no weights. Of OUT, `lvlm verify OUT` then shows
-whether everything fits and answers as in transformers. The weights are wide enough that attention is not flat and
+FILES has the configuration and the processor of a checkpoint, but no weights. `lvlm verify OUT` then checks whether
+all tensors fit and the answers equal transformers'. The weights are spread widely enough that attention is not flat and
 tokens differ.
 """
 

@@ -2,10 +2,9 @@
 
     python tools/soak_server.py --requests 2000 --clients 32
 
-Methods, strengths, pictures, greedy and sampled answers, whole and streamed ones are mixed; 5 % of the clients leave,
-2 % of the requests are malformed, 1 % too large.
-Ends by itself, and says whether an answer was lost or mixed up, whether programs were compiled, how memory grew, and
-whether SIGTERM in the middle lost anything. Exit code 1 where something is wrong.
+Requests mix methods, strengths, images, greedy and sampled answers, whole and streamed ones; 5 % of the clients
+disconnect, 2 % of the requests are malformed, and 1 % are too large. The tool ends by itself. It reports lost or wrong
+answers, programs compiled after the start, growth of memory, and losses after SIGTERM. Exit code 1 if there is a fault.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The same as `lvlm sweep`, for a clone with the package installed, as `make demo` does it."""
+"""The same as `lvlm sweep`, from a clone with the package installed (`make demo` installs it)."""
 
 from lvlm_jax.cli.main import run
 

@@ -1,4 +1,4 @@
-"""Score a benchmark, offline, from its usual folders; every figure comes with the record that determines it.
+"""Score a benchmark, offline, from its usual folders, and record everything that determines the figures.
 
     lvlm evaluate --list
     lvlm evaluate --protocol pope/strict --data ~/data --model llava-1.5-7b-hf --method cmac --alpha 3
@@ -6,9 +6,9 @@
     lvlm evaluate --protocol pope/strict --data ~/data --group random --rescore a.jsonl --against b.jsonl
     lvlm evaluate --protocol chair/opera-512 --data ~/coco --synonyms synonyms.txt --rescore captions.jsonl
     lvlm evaluate --protocol chair/opera-64 --data ~/coco --chair-pickle chair.pkl --rescore captions.jsonl
-    lvlm evaluate --protocol pocket/multi-image --model pocket --method capl      draws its questions by itself
+    lvlm evaluate --protocol pocket/multi-image --model pocket --method capl            draws its questions
     lvlm evaluate --protocol mme/hallucination --data ~/data --rescore answers_folder
-    lvlm evaluate --protocol pope/vcd --data ~/data --model M --use_cd --cd_alpha 1 --cd_beta 0.2      as VCD's script
+    lvlm evaluate --protocol pope/vcd --data ~/data --model M --use_cd --cd_alpha 1 --cd_beta 0.2     VCD's flags
 
 Answers are read in the benchmarks' own formats: answers.jsonl (question_id, text), CHAIR (image_id, caption), AMBER
 [{id, response}], MME one text file per subtask. `--rescore` runs no model and opens no image.
@@ -24,9 +24,8 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) join if --tensor-par
 devices of all, and answer every question together. See docs/scaling.md.
 
 `--controls` compares the method with trivial changes: greedy decoding, sampling, the plausibility cut alone, greedy
-captions of the same length; on yes/no questions a threshold, OLM and PBA (arXiv 2504.10020). The verdict is that the
-method is significantly better, significantly worse, or that no difference is shown; below 30 questions there is no
-verdict.
+captions of the same length; for yes/no questions also a threshold, OLM and PBA (arXiv 2504.10020). The verdict is
+"significantly better", "significantly worse" or "no difference shown"; below 30 questions there is no verdict.
 """
 
 import dataclasses
@@ -92,7 +91,7 @@ def build_parser(method: str) -> common.Parser:
                      help="continuous: when an answer ends, the next question starts; batches: whole "
                      "batches; auto: continuous if answers may be long and the method allows it")  # fmt: skip
     run.add_argument(
-        "--sampling-seed", type=common.number(int, 0), default=0, metavar="N", help="of sampling (default 0)"
+        "--sampling-seed", type=common.number(int, 0), default=0, metavar="N", help="seed of sampling (default 0)"
     )
     run.add_argument("--controls", nargs="?", const="", metavar="DIR",
                      help="also run the controls; DIR: their folder, which several methods may share "
@@ -119,7 +118,9 @@ def build_parser(method: str) -> common.Parser:
     sure = parser.add_argument_group("intervals")
     sure.add_argument("--resamples", type=common.number(int, 1), default=statistics.RESAMPLES, metavar="N",
                       help=f"bootstrap resamples over images (default {statistics.RESAMPLES})")  # fmt: skip
-    sure.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N", help="of the bootstrap (default 0)")
+    sure.add_argument(
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of the bootstrap (default 0)"
+    )
     # Last, so that a method's --seed does not take the name of ours.
     common.method_flags(parser, method)
     return parser

@@ -7,8 +7,8 @@
 
 vti      directions of the feed-forward blocks' outputs; the authors take 50 to 70 pairs of captions
 adhh     heads that favour hallucinated answers, by one gradient
-adaiat   how heads look at what was generated, at real and at hallucinated object tokens
-nullu    directions of hallucination; --export writes a checkpoint that any software loads, and needs no method
+adaiat   attention of heads to the generated text, at real and at hallucinated object tokens
+nullu    directions of hallucination; --export writes a checkpoint that needs no method and that any software loads
 
 Pairs are JSON lines {images, prompt, good, bad}, or preference pairs in any format that lvlm train reads. The file
 names its method, checkpoint, pairs and settings; another model refuses it. A stopped fit resumes when it is started
@@ -42,7 +42,7 @@ def build_parser() -> common.Parser:
     add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
     add("--batch-size", type=common.number(int, 1), default=4, metavar="N", help="pairs at once (default 4)")
     add("--limit", type=common.number(int, 1), metavar="N", help="only the first pairs of the file")
-    add("--seed", type=common.number(int, 0), default=0, metavar="N", help="of --pocket (default 0)")
+    add("--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of --pocket (default 0)")
     add("--export", type=Path, metavar="FOLDER", help="nullu: also write the edited checkpoint")
     return parser
 

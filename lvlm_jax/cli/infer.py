@@ -23,16 +23,16 @@ from lvlm_jax.weights.quantize import QUANTS
 EXAMPLES = """\
 examples:
   lvlm infer
-      the small model inside the package describes a sample image and answers questions about it, greedy
-      beside CMAC, and draws where it looked; with lvlm_jax[smol] installed it is smol, and two descriptions more
-      show what a method mends and what it spoils, and how often
+      the demo: the model inside the package describes a sample image and answers questions about it, greedily and
+      with CMAC, and draws where it looked; if lvlm_jax[smol] is installed, smol does this, and shows one description
+      that a method fixes and one that it breaks, with how often each happens
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
   lvlm infer --model-path llava-1.5-7b-hf --question-file coco_pope_random.json --image-folder val2014 \\
       --answers-file answers.jsonl --method cmac --max_new_tokens 10
-      one JSON object a line, {"question_id", "image", "text"}; stopped and started again, it goes on
+      the file has one JSON object a line, {"question_id", "image", "text"}; after a stop, the same command resumes
 
-methods (none, or one of these) and their settings with defaults, flags once --method names the method:
+methods (none, or one of these); their settings, with defaults, are flags once --method names the method:
 """
 
 
@@ -67,7 +67,7 @@ def command_line(words: list[str]):
     )
     add("--method", metavar="NAME", help="none, or a method from the list below; several joined by +")
 
-    add("--allow-urls", action="store_true", help="download images that are http or https addresses")
+    add("--allow-urls", action="store_true", help="download images given as http or https addresses")
 
     add = common.flags(parser, defaults, "one or more questions about the same images")
     add("--image", action="append", metavar="FILE", help="an image, or the address of one; repeat it for several")
@@ -108,14 +108,19 @@ def command_line(words: list[str]):
         "--top-p", type=common.number(float, above=0, high=1), metavar="P", help="sample from this share of probability"
     )
     add("--top-k", type=common.number(int, low=0), metavar="K", help="sample from this many tokens; 0: from all")
-    add("--repetition-penalty", type=common.number(float, above=0), metavar="R", help="1: none")
+    add(
+        "--repetition-penalty",
+        type=common.number(float, above=0),
+        metavar="R",
+        help="divides the logits of tokens that occurred before; 1: off",
+    )
     add(
         "--generation-config",
         choices=CHOICES,
         help="checkpoint: settings at their defaults come from the checkpoint's generation_config.json",
     )
     add("--max-new-tokens", type=common.number(int, low=1), metavar="N", help="longest answer")
-    add("--seed", type=common.number(int, low=0), metavar="N", help="of sampling")
+    add("--seed", type=common.number(int, low=0), metavar="N", help="seed of sampling")
     name = chosen.method or (defaults.demo.method if alone else defaults.method)
     common.method_flags(parser, name)
     arguments = parser.parse_args(words)

@@ -5,10 +5,10 @@
     lvlm plan ~/checkpoints/qwen --devices 64 --fsdp 64 --batch 64 --objective sft --full --remat
     lvlm plan 7b 13b 34b 72b --table --device h100 > tables.md
 
-A model is a checkpoint folder, a config.json, or a published size (7b, 13b, 34b, 72b; see --help). Its programs are
-compiled ahead of time for that many devices, from shapes alone: nothing is allocated, and neither weights nor devices
-are needed. The compilers of TPUs and of NVIDIA GPUs do it if they are installed (pip install libtpu, or
-"jax-cuda13-plugin[with-cuda]"); otherwise that of CPUs stands in for them.
+A model is a checkpoint folder, a config.json, or a published size (7b, 13b, 34b, 72b). The command compiles the
+programs for that number of devices from shapes alone: nothing is allocated, and neither weights nor devices are needed.
+It uses the compiler of TPUs or of NVIDIA GPUs if it is installed (pip install libtpu, or "jax-cuda13-plugin[with-cuda]"), and
+otherwise the compiler of CPUs as a stand-in.
 """
 
 import argparse
@@ -40,7 +40,12 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("model", nargs="+", help="folder, config.json or published size; several with --table")
     add("--devices", type=count, metavar="N", help="number of devices (default: the product of the mesh's sizes)")
     for axis in ("data", "fsdp", "tensor"):
-        add(f"--{axis}", type=int, metavar="N", help=f"size of the mesh's axis {axis}; one axis may be -1: the rest")
+        add(
+            f"--{axis}",
+            type=int,
+            metavar="N",
+            help=f"size of the mesh's axis {axis}; -1 (for one axis): all remaining devices",
+        )
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights and products (default bfloat16)")
     add("--quant", choices=QUANTS, help="quantization of the decoder's weights; in training, below adapters")
     add("--batch", type=count, default=1, metavar="N",
@@ -76,7 +81,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
         "--compiler",
         choices=(compilers.AUTO, *compilers.NAMES, compilers.STAND_IN),
         default=compilers.AUTO,
-        help="whose: tpu, cuda, none for the stand-in, or auto: that of the --device if installed (default auto)",
+        help="tpu, cuda, none (the stand-in), or auto: the one of --device if it is installed (default auto)",
     )
     add("--exact", action="store_true", help="compile all layers instead of two and three; takes minutes")
     add(

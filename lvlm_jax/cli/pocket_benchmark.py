@@ -1,10 +1,10 @@
-"""Every method on every benchmark of the pocket world, with intervals, differences to greedy, and controls.
+"""Compare every method on every benchmark of the pocket world, with intervals, differences to greedy, and controls.
 
-    lvlm pocket-benchmark                                          all methods, 200 images lvlm pocket-benchmark
-    --images 60                              fewer to ask about, 200 to describe lvlm pocket-benchmark --methods vcd
-    sevi-focused --images 100 lvlm pocket-benchmark --model smol --dtype bfloat16            the model with a real
-    language model inside, and which of the papers' claims hold for it lvlm pocket-benchmark --markdown
-    docs/pocket_benchmark.md      also write the tables there
+    lvlm pocket-benchmark                                        all methods, 200 images
+    lvlm pocket-benchmark --images 60                            60 images to ask about, 200 to describe
+    lvlm pocket-benchmark --methods vcd sevi-focused --images 100
+    lvlm pocket-benchmark --model smol --dtype bfloat16          smol, and which of the papers' claims hold for it
+    lvlm pocket-benchmark --markdown docs/pocket_benchmark.md    also write the tables there
 
 Settings of the methods are in configs/pocket_benchmark.py. OUT/BENCHMARK/METHOD contains answers and scores, with the
 controls beside them; a stopped run resumes when it is started again. OUT/table.md has the tables.

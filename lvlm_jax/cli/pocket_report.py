@@ -1,5 +1,4 @@
-"""Measure what a pocket checkpoint can and cannot do: POPE, captions, forced choice and more, on the test split,
-greedy.
+"""Measure the abilities of a pocket checkpoint by greedy answers on the test split: POPE, captions, forced choice, ...
 
     lvlm pocket-report --model pocket --images 300 --out runs/pocket_report
 

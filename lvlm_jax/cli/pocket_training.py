@@ -1,23 +1,24 @@
-"""Run experiments about training on the pocket model, from making the data to the page, each stage once.
+"""Run experiments about training on the pocket model, from the data to the page; each stage runs once.
 
     lvlm pocket-training --out runs/pocket_training                  both parts, many hours on two cores
     lvlm pocket-training --parts flow --out runs/flow                flow alignment alone, about half an hour
     lvlm pocket-training --steps 20 --images 40 --captions 40 --config.gate=0 --out runs/short
     lvlm pocket-training --markdown docs/pocket_training.md          also write the page there
 
-capl: a base is trained to need CAPL's cross-image attention, and must lose by truncated attention (--config.gate). From
-it begin SFT, DPO, CAPL's pairs alone, its attention alone, and CAPL, with equal prompts, steps and λ, for three seeds;
-then CAPL with λ = 0, and rounds on answers of its own. All answer balanced questions over several images, beside a
-blind constant, with margins. flow: flow alignment puts SEVI's effect into the weights; POPE and CHAIR.
+capl: trains a base that needs CAPL's cross-image attention; its accuracy must fall under truncated attention
+(--config.gate). From this base, SFT, DPO, CAPL's pairs alone, its attention alone, and CAPL are trained with equal
+prompts, steps and λ, for three seeds; then CAPL with λ = 0, and further rounds on its own answers. All models answer
+balanced questions over several images; the table has accuracies, margins and a blind constant.
+flow: trains SEVI's effect into the weights by flow alignment, and measures POPE and CHAIR.
 
 Settings are in configs/pocket_training.py, and any of them may be set as --config.preference.steps=100.
 
-    OUT/talks/, base/                      conversations, and the base that learns from them
+    OUT/talks/, base/                      conversations, and the base that is trained on them
     OUT/pairs/                             prompts, answers and pairs
     OUT/arms/ARM-SEED/, rounds/            work folders of lvlm train: logs, checkpoints, adapter, export
-    OUT/prompts/, flow_alignment/          of flow alignment
+    OUT/prompts/, flow_alignment/          prompts and work folder of flow alignment
     OUT/benchmark/                         answers and scores
-    OUT/table.md                           the page: tables, and in words what helped
+    OUT/table.md                           the page: tables, and the comparisons in words
 
 A stopped or killed run resumes when it is started again.
 """
@@ -41,7 +42,7 @@ RECIPES = {"capl": ("base", "sft", "preference"), "flow": (training.RECIPE,)}
 
 
 def page(setup: Setup, parts: list[str], command: str) -> str:
-    """Does what is missing of some parts, and says what came of it."""
+    """Runs the missing stages of some parts; returns the page with the results."""
     load = functools.lru_cache(maxsize=2)(lambda path: LVLM.from_pretrained(path, dtype="auto"))
     sections = []
     if PARTS[0] in parts:

@@ -1,11 +1,11 @@
-"""Write a split of the pocket world the way real data comes: images, COCO annotations, POPE, MME and other questions.
+"""Write a split of the pocket world in the formats of real data: images, COCO annotations, POPE, MME, more questions.
 
     lvlm pocket-world --out runs/pocket_test --split test --images 500
     lvlm pocket-world --out runs/pocket_questions --balanced 2700
 
-A split with the same seed is the same every time. With `--balanced` there are questions over several images instead,
-as many of each kind and of each answer, which the protocols `pocket/multi-image` and `pocket/question-first` of lvlm
-evaluate ask. `--sample FILE` writes the demo's image instead, which is scene `splits.SAMPLE`.
+The same seed always gives the same split. `--balanced` writes questions over several images instead, with equally many
+of each kind and of each answer, for the protocols `pocket/multi-image` and `pocket/question-first` of lvlm evaluate.
+`--sample FILE` writes only the demo's image, which is scene `splits.SAMPLE`.
 """
 
 from pathlib import Path
@@ -19,14 +19,18 @@ from lvlm_jax.pocket.splits import known_split
 
 
 def main(arguments: list[str]) -> int:
-    """Write the split, or the demo's image, that the arguments ask for, and say what was written."""
+    """Writes the split or the demo's image, and prints what was written."""
     parser = common.Parser(prog="lvlm pocket-world", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="DIR", help="new or empty folder for a split")
     what.add_argument("--sample", metavar="FILE", help="write only the demo's image (PNG)")
     parser.add_argument("--split", default="test", help=f"{', '.join(scenes.SPLITS)} (default test)")
-    parser.add_argument("--images", type=common.number(int, 1), default=500, metavar="N", help="how many (default 500)")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N", help="of all scenes (default 0)")
+    parser.add_argument(
+        "--images", type=common.number(int, 1), default=500, metavar="N", help="number of images (default 500)"
+    )
+    parser.add_argument(
+        "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of all scenes (default 0)"
+    )
     parser.add_argument("--balanced", type=common.number(int, 1), metavar="N",
                         help="about this many balanced questions over several images")  # fmt: skip
     flags = parser.parse_args(arguments)

@@ -11,9 +11,9 @@ The pairs are TRL's JSON lines {images, prompt, chosen, rejected}; beside them a
 the run, and a log of all answers, from which a stopped run resumes. Correctors and filters come after
 the log, so they can be changed without asking the model again.
 
-Pairs that exist only where the model is wrong teach it to contradict itself: a policy that does wins all of them. Where
-that wins more than --max-negation of the pairs, nothing is written, and the share is said. --ladder makes a pair of
-every prompt that has a truth: its rejected answer is the first wrong one of several.
+If there are pairs only where the model is wrong, they teach it to contradict itself: a policy that always does so wins
+all of them. If such a policy wins more than --max-negation of the pairs, nothing is written, and an error states the
+share. --ladder makes a pair of every prompt that has a truth; the rejected answer is the first wrong one of several.
 
 --corrector pocket            the truth of each prompt, which --pocket writes
 --corrector FILE              JSON lines {"id", "chosen"}, such as an edited answers.jsonl of an earlier run
@@ -45,23 +45,24 @@ def build_parser() -> common.Parser:
     source.add_argument("--pocket", type=common.number(int, 1), metavar="N",
                         help="draw this many prompts from the pocket world, with their truth")  # fmt: skip
     source.add_argument("--pairs", metavar="FILE",
-                        help="take pairs that are there (TRL, LLaMA-Factory, RLHF-V), no model")  # fmt: skip
+                        help="use existing pairs (TRL, LLaMA-Factory, RLHF-V) instead of a model")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/preferences"), metavar="DIR",
-                        help="folder of everything that is written (default runs/preferences)")  # fmt: skip
+                        help="folder for all files (default runs/preferences)")  # fmt: skip
     parser.add_argument("--pocket-single", type=common.number(float, 0, 1), default=SINGLE, metavar="SHARE",
                         help=f"share of --pocket's prompts about one image (default {SINGLE})")  # fmt: skip
     parser.add_argument("--pocket-describe", type=common.number(float, 0, 1), default=0.0, metavar="SHARE",
-                        help="share of those that ask for a description (default 0)")  # fmt: skip
+                        help="share of the prompts about one image that ask for a description (default 0)")  # fmt: skip
     parser.add_argument("--pocket-question-first", action="store_true",
-                        help="its questions over several images stand before them")  # fmt: skip
+                        help="put questions over several images before the images")  # fmt: skip
     parser.add_argument("--corrector", metavar="WHAT",
                         help="none, or see above (default: pocket with --pocket, else none)")  # fmt: skip
     parser.add_argument("--seed", type=common.number(int, 0), default=0, metavar="N",
-                        help="of --pocket, of sampling and of --holdout (default 0)")  # fmt: skip
+                        help="seed of --pocket, sampling and --holdout (default 0)")  # fmt: skip
 
     model = parser.add_argument_group("answers by a model")
     model.add_argument("--model-path", "--model", metavar="PATH",
-                       help="checkpoint folder or hub id; pocket (default with --pocket): the one inside")  # fmt: skip
+                       help="checkpoint folder or hub id; pocket (default with --pocket): the model "
+                       "inside the package")  # fmt: skip
     model.add_argument("--dtype", default="auto", choices=names.NUMBER_TYPES,
                        help="auto: float32 on a CPU, else bfloat16")  # fmt: skip
     model.add_argument("--batch-size", type=common.number(int, 1), default=16, metavar="N",
@@ -71,38 +72,43 @@ def build_parser() -> common.Parser:
     model.add_argument("--temperature", type=common.number(float, 0), default=0.0, metavar="T",
                        help="0 (default): always the most probable token")  # fmt: skip
     model.add_argument("--rejected-temperature", type=common.number(float, 0), metavar="T",
-                       help="of rejected answers (default: as --temperature; 1 with --rejected-by plain)")  # fmt: skip
+                       help="temperature of rejected answers (default: as --temperature; 1 with "
+                       "--rejected-by plain)")  # fmt: skip
     model.add_argument("--top-p", type=common.number(float, above=0, high=1), default=1.0, metavar="P",
                        help="sample from this share of probability (default 1)")  # fmt: skip
 
     attention = parser.add_argument_group("attention (CAPL)")
-    attention.add_argument("--preset", choices=tuple(CAPL.PRESETS), help="rho as published")
+    attention.add_argument("--preset", choices=tuple(CAPL.PRESETS), help="published values of rho")
     attention.add_argument("--rho", type=common.number(float, 0, 1), metavar="R",
                            help="share of each image's tokens that see other images (default 0.95)")  # fmt: skip
     attention.add_argument("--sigma", type=common.number(float, 0, 1), metavar="S",
                            help="weight of the cross-image softmax (default 0.5)")  # fmt: skip
     attention.add_argument("--variant", default="paper", choices=("paper", "code-qwen"),
-                           help="truncated: an image token sees its image, or only itself (default paper)")  # fmt: skip
+                           help="under truncated attention an image token attends to its image (paper, default), "
+                           "or only to itself")  # fmt: skip
     attention.add_argument("--rejected-by", default="truncated", choices=preferences.REJECTED,
-                           help="truncated attention (default), or the unmodified model, sampled")  # fmt: skip
+                           help="rejected answers under truncated attention (default), or sampled from the "
+                           "unmodified model")  # fmt: skip
     attention.add_argument("--ladder", action=argparse.BooleanOptionalAction,
-                           help="a wrong answer to every prompt: the one by --rejected-by, else a wrong sample of it, "
-                           "else an option of the prompt's field wrong (default with --pocket)")  # fmt: skip
+                           help="a wrong answer to every prompt: that of --rejected-by, else a wrong sample of it, "
+                           "else an option from the prompt's field wrong (default with --pocket)")  # fmt: skip
 
-    filters = parser.add_argument_group("what is kept; empty and equal answers never are")
+    filters = parser.add_argument_group("filters (empty and equal answers are always dropped)")
     filters.add_argument("--near-duplicate", type=common.number(float, 0, 1), default=FILTERS.near_duplicate,
                       metavar="F", help="largest word overlap (ROUGE-L F1) of the two answers; 1 allows all "
                       f"(default {FILTERS.near_duplicate})")  # fmt: skip
     filters.add_argument("--max-words", type=common.number(int, 0), default=FILTERS.max_words, metavar="N",
-                      help=f"of either answer; 0: any number (default {FILTERS.max_words})")  # fmt: skip
-    filters.add_argument("--keep-unfinished", action="store_true", help="also answers cut at --max-new-tokens")
+                      help=f"largest number of words in an answer; 0: any (default {FILTERS.max_words})")  # fmt: skip
+    filters.add_argument(
+        "--keep-unfinished", action="store_true", help="keep answers that were cut at --max-new-tokens"
+    )
     filters.add_argument("--balance", action="store_true",
-                      help="of each kind of prompt, equally many pairs with each chosen answer")  # fmt: skip
+                      help="equally many pairs with each chosen answer, for each kind of prompt")  # fmt: skip
     filters.add_argument("--max-negation", type=common.number(float, 0, 1), default=NEGATION, metavar="SHARE",
                       help="largest share of the pairs that a policy wins by contradicting the model; with more "
                       f"nothing is written (default {NEGATION}; 1: any)")  # fmt: skip
     filters.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
-                      help="share of the pairs for validation.jsonl, with images of its own (default 0)")  # fmt: skip
+                      help="share of the pairs for validation.jsonl, with separate images (default 0)")  # fmt: skip
     return parser
 
 
@@ -137,7 +143,7 @@ def candidates_of_model(flags) -> preferences.Candidates:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the pairs that the arguments ask for, and print their statistics."""
+    """Makes the pairs, and prints their statistics."""
     flags = build_parser().parse_args(arguments)
     if flags.pairs and (flags.model_path or flags.corrector or flags.ladder):
         raise LVLMError("--pairs takes answers as they are; leave --model, --corrector and --ladder out")

@@ -7,9 +7,9 @@
 Reads every scores.json of lvlm evaluate below the folder, with the answers and logs beside it. Writes index.html, one
 page that needs no network, and report.md with the same tables. A method is compared with the same model without a
 method if both answered the same questions under the same protocol. Figures from other question files, image lists or
-parsers are marked and never subtracted. Examples are drawn with a seed; their images are searched in --images and shown
-small. --leaderboard writes one Markdown file instead: every run as a row, with its figures, the commit and the machine
-that answered, and the seconds.
+parsers are marked and never subtracted. Examples are drawn with a seed; their images are looked up in --images and
+shown small. --leaderboard writes one Markdown file instead: each run is a row with its figures, the commit and the
+machine that answered, and the seconds.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from lvlm_jax.evaluation.report import page as report
 
 
 def main(arguments: list[str]) -> int:
-    """Reports on a folder of runs."""
+    """Writes the report or the leaderboard."""
     parser = common.Parser(prog="lvlm report", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR",
                         help="folder with the runs, at any depth (default runs)")  # fmt: skip

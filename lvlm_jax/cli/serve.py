@@ -32,13 +32,13 @@ def build_parser(limits: Any) -> common.Parser:
     add("--name", metavar="NAME", help="the model's name for clients (default: the last part of --model)")
     add("--adapter", metavar="PATH", help="PEFT LoRA adapter of that checkpoint, a folder or hub id")
     add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
-    add("--quant", default="none", choices=("none", *QUANTS), help="int8: the decoder's weights as 8-bit integers")
+    add("--quant", default="none", choices=("none", *QUANTS), help="int8: keep the decoder's weights as 8-bit integers")
     add("--generation-config", default="plain", choices=CHOICES,
         help="checkpoint: settings that a request leaves out come from the checkpoint's "
         "generation_config.json")  # fmt: skip
     add("--methods", default="none", metavar="LIST",
         help="methods, separated by commas, that are compiled before the server is ready, like those of "
-        "aliases. Others are compiled on first use (default none: only plain decoding)")  # fmt: skip
+        "aliases; others are compiled at their first request (default none: only plain decoding)")  # fmt: skip
     add("--alias", action="append", default=[], metavar="NAME=METHOD",
         help="a name for the model with a method; may be repeated")  # fmt: skip
     add("--aliases-only", action="store_true", help="allow only plain decoding and the methods of aliases")

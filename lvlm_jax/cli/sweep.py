@@ -1,11 +1,11 @@
 """Answer the same questions under many strengths of one method, in one program and one pass over the weights.
 
     lvlm sweep --method cmac --grid alpha=0,1,3 --grid gamma=1,2 --image a.jpg --prompt "What is this?"
-    lvlm sweep --method sevi --grid omega=0.5,1,2,4 --question-file coco_pope_random.json \
+    lvlm sweep --method sevi --grid omega=0.5,1,2,4 --question-file coco_pope_random.json \\
         --image-folder val2014 --out sweep.jsonl
 
-Prints a table: for every setting, how many answers differ from greedy, their mean length, and, if the question file has
-labels "yes" and "no", the accuracy by the first of these words. `--out` saves every answer.
+Prints a table with a line for every setting: the share of answers that differ from greedy decoding, their mean
+length, and, if the question file has labels "yes" and "no", the accuracy by the first of these words. `--out` saves every answer.
 """
 
 import argparse
@@ -29,14 +29,19 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add(
         "--model-path", "--model", metavar="PATH", default="pocket", help="checkpoint folder or hub id (default pocket)"
     )
-    add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="(default auto)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=names.NUMBER_TYPES,
+        help="auto: float32 on a CPU, else bfloat16 (default auto)",
+    )
     add("--method", metavar="NAME", required=True, help="the method; settings that are not swept are flags")
     add(
         "--grid",
         metavar="NAME=A,B,…",
         action="append",
         required=True,
-        help="values of one strength; repeat it for a product",
+        help="values of one strength; with several --grid, all combinations",
     )
     add("--image", action="append", default=[], metavar="FILE", help="an image; repeat it for several")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; repeat it for several")
@@ -49,7 +54,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add("--generation-config", choices=CHOICES, default="plain",
         help="checkpoint: use the settings of its generation_config.json for all answers (default plain)")  # fmt: skip
     add("--allow-urls", action="store_true", help="download images that are http or https addresses")
-    add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="(default 64)")
+    add("--max-new-tokens", type=common.number(int, low=1), default=64, metavar="N", help="longest answer (default 64)")
     add("--out", metavar="FILE", help="JSON lines {settings, question_id, text}")
     common.method_flags(parser, common.ahead(words, method="none").method)
     arguments = parser.parse_args(words)

@@ -51,13 +51,15 @@ def main(words: list[str]) -> int:
         "--config",
         required=True,
         metavar="NAME",
-        help=f"what to train: {', '.join(sorted(registry.names()))}, or a file like theirs in configs/",
+        help=f"what to train: {', '.join(sorted(registry.names()))}, or your own file like those in configs/",
     )
     parser.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="folder for checkpoints, logs and the result"
     )
     parser.add_argument(
-        "--distributed", action=parse.Switch, help="join other processes (default: if the environment has any)"
+        "--distributed",
+        action=parse.Switch,
+        help="join the other processes of the run (default: if the environment describes several)",
     )
     parser.add_argument(
         "-h", "--help", action="store_true", help="show this help, with the fields of --config (default capl), and exit"

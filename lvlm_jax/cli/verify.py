@@ -4,10 +4,10 @@
     lvlm verify ~/checkpoints/qwen --files-only
     lvlm verify pocket --methods cmac,vcd
 
-Checks whatever is available. From files alone: the configuration, every tensor's name and shape (from the headers of
-the weights, or from their index), token ids and pixels of 13 conversations. With weights: saving and loading again,
-every method at strength zero, memory and time. With torch: logits and 32 greedy tokens of three prompts with images, in
-float32, which takes 4 bytes per parameter, first for transformers and then for this library.
+The checks depend on what is available. From files alone: the configuration, every tensor's name and shape (from the
+headers of the weights, or from their index), token ids and pixels of 13 conversations. With weights: saving and loading
+again, every method at strength zero, memory and time. With torch: logits and 32 greedy tokens of three prompts with
+images in float32, which takes 4 bytes per parameter, first for transformers and then for this library.
 
 Prints a table, line by line. The record is JSON to paste into an issue: figures, versions and machine, without your
 paths. Exit code: 0 if nothing failed, 1 if a check failed, 2 if nothing could be checked.

@@ -112,15 +112,15 @@ def methods_help() -> str:
             choices = field.metadata["choices"] if field.metadata.get("static") else None
             among = f" ({', '.join(map(shown, choices))})" if choices else ""
             default = f"{field.default:g}" if isinstance(field.default, float) else shown(field.default)
-            lines.append(f"      --{_flag(field):12s} {default:11.11s} {field.metadata['doc']}{among}")
+            lines.append(f"      --{_flag(field):16s} {default:11.11s} {field.metadata['doc']}{among}")
         if method.PRESETS:
-            lines.append(f"      --{'preset':12s} {'':11s} settings as published: {', '.join(method.PRESETS)}")
+            lines.append(f"      --{'preset':16s} {'':11s} settings as published: {', '.join(method.PRESETS)}")
     lines += [
         "",
         "  Learned strengths: --method learned:FILE, a file of lvlm train --config learned_method.",
         "  Your own: --method mymodule:MyMethod or --method file.py:MyMethod, a class of methods.Method.",
-        "  Two methods at once: --method eah+cmac. A setting whose name is taken (by another method, or by a flag",
-        "  above) carries the method's name: --vcd-seed, --icd-prompt, --cmac-preset; it always may.",
+        "  Two methods at once: --method eah+cmac. Every setting has a flag with the method's name (--vcd-seed,",
+        "  --icd-prompt, --cmac-preset); the short flag exists if no other method and no flag above has that name.",
     ]
     return "\n".join(lines)
 

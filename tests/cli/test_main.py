@@ -37,6 +37,7 @@ def test_each_command(monkeypatch, capsys, name):
     assert (code, error) == (0, "")
     assert out.startswith(f"usage: lvlm {name} ")
     assert re.search(rf"^ +lvlm {name}( |$)", out, re.MULTILINE), "no example"
+    assert not re.search(r"^ +lvlm .*( lvlm [a-z]| {3,}--)", out, re.MULTILINE), "two example lines in one"
     assert not re.search(r"python |tools/|\b(?<!configs/)(infer|train)\.py", out)
     refuses(monkeypatch, capsys, "", name, "--such-a-flag-there-is-none")
     folder = ROOT if name in ("infer", "train") else ROOT / "tools"
