@@ -7,8 +7,8 @@
 
 A model is a checkpoint folder, a config.json, or a published size (7b, 13b, 34b, 72b). The command compiles the
 programs for that number of devices from shapes alone: nothing is allocated, and neither weights nor devices are needed.
-It uses the compiler of TPUs or of NVIDIA GPUs if it is installed (pip install libtpu, or "jax-cuda13-plugin[with-cuda]"), and
-otherwise the compiler of CPUs as a stand-in.
+It uses the compiler of TPUs or of NVIDIA GPUs if it is installed (pip install libtpu, or
+"jax-cuda13-plugin[with-cuda]"), and otherwise the compiler of CPUs as a stand-in.
 """
 
 import argparse

@@ -4,8 +4,9 @@
     lvlm sweep --method sevi --grid omega=0.5,1,2,4 --question-file coco_pope_random.json \\
         --image-folder val2014 --out sweep.jsonl
 
-Prints a table with a line for every setting: the share of answers that differ from greedy decoding, their mean
-length, and, if the question file has labels "yes" and "no", the accuracy by the first of these words. `--out` saves every answer.
+Prints a table with a line for every setting: the share of answers that differ from greedy decoding, their mean length,
+and, if the question file has labels "yes" and "no", the accuracy by the first of these words. `--out` saves every
+answer.
 """
 
 import argparse
