@@ -1,7 +1,7 @@
 """The experiments of `lvlm pocket-training`: CAPL against its parts, SFT and DPO, and flow alignment.
 
 Any field may be set on the command line, as in `--config.preference.optimizer.peak=1e-4`. The recipes begin with the
-files of their names in this folder; what is set here was chosen once, for so small a model, and not tuned on the
+files of their names in this folder; the settings here were chosen once, for so small a model, and not tuned on the
 questions of the test split.
 """
 

@@ -100,7 +100,7 @@ class Ours:
         return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
 
     def needs(self) -> "Needs":
-        """What the compiler says of the prefill and of the decode loop, whose FLOPs are those of one token."""
+        """The compiler's figures for the prefill and for one token of the decode loop."""
         prefill = decode_loop.prefill.lower(*self.arguments, **self.options).compile()
         state, step = self.prefill()
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
@@ -115,11 +115,11 @@ class Ours:
 
 
 class Needs(NamedTuple):
-    """What a way of decoding needs of the machine.
+    """The needs of a way of decoding.
 
     Attributes:
         peak_bytes: the larger footprint of its two programs.
-        moved: bytes of a step, one token of each conversation; a prefill moves as many: weights once, caches once.
+        moved: bytes of a step (one token of each conversation) or of a prefill: weights once, caches once.
         prefill_flops, step_flops: of the products.
     """
 
@@ -258,7 +258,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def roofline(moved: float, flops: float, bandwidth: float, peak: float, seconds: float) -> dict:
-    """What must move and be computed, the least milliseconds for it, and their share in those it took.
+    """Bytes and FLOPs, the least milliseconds that they take, and the share of these in the measured milliseconds.
 
     Args:
         bandwidth, peak: bytes and FLOPs of a millisecond.

@@ -101,7 +101,7 @@ def random_prompt(config, batch: int) -> tuple:
 
 
 def seconds(call) -> tuple[float, object]:
-    """How long a call takes until its arrays are ready, and what it returns."""
+    """The seconds of a call until its arrays are ready, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
@@ -132,7 +132,7 @@ def peak(dtype: str) -> float:
 
 
 def program_bytes(compiled) -> int:
-    """What a program holds at its peak: arguments, results that are not aliased to them, temporaries."""
+    """Peak bytes of a program: arguments, results that are not aliased to them, temporaries."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

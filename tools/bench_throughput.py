@@ -142,8 +142,8 @@ def curve(ways: dict, conversations: list[list[dict]], batches: list[int], runs:
     """Figures by batch size and way.
 
     Args:
-        ways: by name, from conversations and a batch size to the tokens of every answer; the first is the measure of
-            what the others answer.
+        ways: name -> function of conversations and a batch size that returns the tokens of every answer. The answers
+            of the others are compared with those of the first.
     """
     reference, by_batch = None, {}
     for batch in batches:

@@ -12,8 +12,9 @@ torch gets the same weights, adapters, pairs, loss and optimizer, and the same s
 runs once for a pair, and logits are computed only at answer tokens. The comparison is on a CPU in float32. Each side
 has a process of its own, and they step in turns, because shared machines drift. Every figure is the median of --runs
 steps with their minimum and maximum; ratios are taken turn by turn. The losses of all steps must agree within 1e-4, or
-the exit code is 1. On a CPU memory is what a process holds: `resident_bytes` before the first step, libraries and
-weights, and `peak_bytes` in the steps; `program_bytes` is what the compiler says that our step takes at its peak.
+the exit code is 1. On a CPU, memory is that of the whole process: `resident_bytes` before the first step, with
+libraries and weights, and `peak_bytes` during the steps. `program_bytes` is the peak of our step according to the
+compiler.
 """
 
 import argparse
@@ -244,10 +245,10 @@ def prepare(arguments: argparse.Namespace, folder: pathlib.Path) -> None:
 
 
 def reset_peak() -> int:
-    """Forgets what this process held before, as Linux alone can, and returns the bytes that it holds now."""
+    """Resets the recorded peak memory (only possible on Linux); returns the bytes that this process holds now."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, such as a compiler's memory
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, such as a compiler's
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
@@ -262,7 +263,7 @@ def peak_bytes() -> int:
 
 
 def serve(kind: str, arguments: argparse.Namespace, folder: pathlib.Path, pipe) -> None:
-    """The main function of a process: does what it is asked through the pipe, until that is "peak"."""
+    """The main function of a process: answers requests from the pipe, until the request is "peak"."""
     # XLA's CPU backend runs programs more slowly that come from the persistent cache.
     os.environ[compilation.SWITCH] = "0"
     try:
@@ -279,7 +280,7 @@ def serve(kind: str, arguments: argparse.Namespace, folder: pathlib.Path, pipe) 
 
 
 class Worker:
-    """A process that serves; what it sends first is in `about`."""
+    """A process that runs `serve`; its first message is in `about`."""
 
     def __init__(self, kind: str, arguments: argparse.Namespace, folder: pathlib.Path):
         context = multiprocessing.get_context("spawn")  # a fork would share what JAX has started

@@ -81,8 +81,8 @@ def masking_probe(model, prompt, rows: int = 1, method: Method | None = None) ->
 
         probe_l = JSD(softmax(logits), softmax(logits with images hidden in layers l ... L-1))
 
-    in nats, between 0 and ln 2. Where it drops to zero, later layers no longer need the image: text positions already
-    contain what they use of it.
+    in nats, between 0 and ln 2. From the layer where it drops to zero, no layer needs the image any more: the text
+    positions already contain the information from it.
 
     Args:
         model: an `LVLM`.

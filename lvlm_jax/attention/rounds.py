@@ -1,6 +1,6 @@
-"""How often a loop of unknown length runs on average, as part of its operations' names.
+"""The average number of rounds of a loop of unknown length, written into the names of its operations.
 
-A compiled program does not say it: the bounds are data. Whoever counts what a program does (`planning`) reads it there.
+A compiled program does not contain this number, because the loop's bounds are data. `planning` reads it from the names.
 """
 
 import contextlib

@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """A request for what a forward pass should return besides logits. It is static: another tap compiles another
-    program.
+    """A request for arrays that a forward pass returns besides logits. Static: another tap compiles another program.
 
     Attributes:
         layers: layers whose attention weights are returned, after all edits; None for all layers.

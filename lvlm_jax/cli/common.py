@@ -47,7 +47,7 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
     try:
         for word in sys.argv[1:]:
             if any("\ud800" <= letter <= "\udbff" for letter in word):  # no file can have such a name
-                raise LVLMError(f"{word[:40]!r} holds half of a character; write the word anew")
+                raise LVLMError(f"{word[:40]!r} holds half of a character; write the word again")
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except LVLMError as error:

@@ -22,11 +22,11 @@ COMMANDS = {
     "train": "train a model: CAPL, DPO, flow alignment, fine-tuning, or the pocket model from scratch",
     "convert": "convert a checkpoint, or merge an adapter into it",
     "verify": "prove that a checkpoint loads, answers and saves as in transformers",
-    "plan": "plan what a job needs on which devices, before any is rented",
+    "plan": "plan the memory and time of a job on many devices, before you rent them",
     "pocket-world": "write a split of the pocket world: images, annotations, questions",
     "pocket-benchmark": "compare every method on every benchmark of the pocket world",
-    "pocket-training": "run the training recipes on the pocket world, and measure what each changes",
-    "pocket-report": "measure what a checkpoint of the pocket world can and cannot do",
+    "pocket-training": "run the training recipes on the pocket world, and measure their effects",
+    "pocket-report": "measure the abilities of a checkpoint of the pocket world",
 }
 ON_CPU = ("convert", "pocket-world")  # these do not need an accelerator
 
@@ -38,7 +38,7 @@ Run, measure and train vision-language models and methods against hallucination.
 commands:
 {}
 
-  lvlm COMMAND --help   what a command takes, with examples
+  lvlm COMMAND --help   flags and examples of a command
   lvlm --version        the version
 """
 

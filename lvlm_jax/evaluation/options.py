@@ -23,7 +23,7 @@ from lvlm_jax.methods import Method
 from lvlm_jax.processors import answer_tokens
 
 LOG = "margins"  # name of the logs
-FLOOR = -100.0  # nats; what a plausibility cut rules out is not less likely than this
+FLOOR = -100.0  # nats; the log-probability of an option that a plausibility cut rules out
 
 
 def log_margins(
@@ -43,7 +43,7 @@ def log_margins(
 
     def respond(messages: list[list[dict]], seeds: list[int], batch: list[Question]) -> list[dict]:
         options = [list(question.extra["options"]) for question in batch]
-        # The last option again, which is no other best one.
+        # Missing options repeat the last one, which changes no maximum.
         answers = [[written[one] for one in own + own[-1:] * (most - len(own))] for own in options]
         prompt = model.prepare(messages)
         forced = forcing.forced_inputs(model.params, model.config, prompt, method, answers, model.host, longest)
@@ -67,7 +67,7 @@ def _logprobs(
 
 
 def tokens_of(model: Any, answer: str) -> list[int]:
-    """An answer as a generation writes it, with what the chat template puts around it and the stop token."""
+    """The tokens of an answer as a generation writes it, with the chat template's text around it and the stop token."""
     messages = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", "?"), ("assistant", answer))

@@ -1,4 +1,4 @@
-"""`Question` and `Data`: what every benchmark is read into, and where its files are."""
+"""`Question` and `Data`: the questions of every benchmark in one form, and the places of its files."""
 
 import dataclasses
 import hashlib

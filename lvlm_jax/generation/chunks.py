@@ -1,7 +1,7 @@
 """Long prompts in chunks: some rows at a time, behind the columns of those before them.
 
-So the memory that a prompt takes on the way is that of a chunk, and answers of others go on between two chunks. The
-last rows, those that a method edits among them, are a chunk of their own, which ends as a whole prompt does:
+So the temporary memory is that of one chunk, and other answers continue between two chunks. The last rows, which
+include those that a method edits, are a chunk of their own, which `forward.prefill` runs:
 
     column    0 ..... | ......... | ......... | ......... split .. T-1
     rows      padding | chunk     | chunk     | chunk     | `forward.prefill`

@@ -126,7 +126,7 @@ replay = jit(_replay, static_argnames="config", donate_argnames="state")
 
 
 class Rollbacks:
-    """Decides when a sample rolls back, to which token, and what must not be chosen again there; on the host."""
+    """Decides, on the host, when a sample rolls back, to which token, and which tokens are banned there."""
 
     def __init__(self, method: OPERA):
         self.method = method

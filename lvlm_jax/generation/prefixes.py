@@ -1,10 +1,10 @@
-"""Runs the common beginning of several prompts, pictures and the words around them, once for all of them.
+"""Computes the common beginning of several prompts once: their images and the words before and between them.
 
-Two prompts have a common beginning if all of their images are equal, and all tokens up to the end of the last one. The
-rest is run for each prompt, behind the columns of the beginning, which are moved to the columns of its own tokens:
+Two prompts have a common beginning if all of their images are equal, and all tokens up to the end of the last image.
+The rest of each prompt is run by itself, after the cached columns of the beginning have been moved to its own columns:
 
-    kept      . . B <1 1 1 1> q q q         columns of one prompt
-    another   . . . B <1 1 1 1> r r         their first tokens, one column further on
+    cached    . . B <1 1 1 1> q q q         columns of one prompt
+    another   . . . B <1 1 1 1> r r         the same beginning, one column to the right
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Beginnings(NamedTuple):
 
 @dataclasses.dataclass
 class Recent:
-    """The beginning of the last prompt: its key, and its columns after a second prompt began in the same way."""
+    """The beginning of the last prompt: its key, and its columns once a second prompt has had the same beginning."""
 
     key: bytes = b""
     latest: Beginnings | None = None
@@ -60,17 +60,17 @@ def digest(parts: Iterable[Any]) -> bytes:
 
 
 def shares(config: FamilyConfig, method: Method | None) -> bool:
-    """Whether what prompts begin with is the model's alone, whatever else they say and the method does."""
+    """Whether the cached beginning of a prompt depends neither on the rest of the prompt nor on the method."""
     return not config.reads_instruction and chunks.method_obstacle(method) is None
 
 
 def split(inputs: Inputs, edited: int) -> int:
-    """The column from which prompts are run by themselves: no row before it is behind an image or edited."""
+    """The column from which each prompt is run by itself; earlier rows end before the last image does, unedited."""
     return inputs.tokens.shape[1] - max(inputs.tail_rows, edited)
 
 
 def beginnings(inputs: Inputs, before: int) -> list[bytes]:
-    """A key for what each prompt begins with, up to its last image, or to the column `before` without one."""
+    """A key for the beginning of each prompt, up to its last image, or up to the column `before` without an image."""
     keys, image = [], 0
     for tokens, ids, end in zip(inputs.tokens, inputs.image_id, _ends(inputs, before), strict=True):
         valid = ids >= 0
@@ -86,9 +86,9 @@ def beginnings(inputs: Inputs, before: int) -> list[bytes]:
 
 
 def alike(inputs: Inputs, before: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """A sample of each beginning, and which of them each sample has; None where running them first does not pay.
+    """An example row of each beginning, and the number of each sample's beginning; None if sharing does not pay.
 
-    It pays where different prompts are at least twice as many as beginnings; copies that fill up a batch do not count.
+    It pays if there are at least twice as many different prompts as beginnings, not counting copies that fill a batch.
     """
     keys = beginnings(inputs, before)
     different = {(key, row.tobytes()) for key, row in zip(keys, inputs.tokens, strict=True)}
@@ -102,14 +102,14 @@ def alike(inputs: Inputs, before: int) -> tuple[np.ndarray, np.ndarray] | None:
 def before(
     params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, edited: int, at_a_time: int, recent: Recent | None
 ) -> Iterator[tuple[LayerCache, ...] | None] | None:
-    """The prefix of prompts that share beginnings with each other or with the one before, as `chunks.Prefill` takes it.
+    """The prefix of prompts that share beginnings with each other or with the previous prompt, for `chunks.Prefill`.
 
     Args:
         edited: how many of the last rows a method edits.
-        at_a_time: rows.
+        at_a_time: rows that are run at once.
 
     Returns:
-        None where nothing is shared.
+        None if nothing is shared.
     """
     end = split(inputs, edited)
     if end <= 0:
@@ -146,7 +146,7 @@ def _each(
 def run(
     params: dict, config: FamilyConfig, main: Prompt, inputs: Inputs, rows: np.ndarray, before: int, at_a_time: int
 ) -> Iterator[Beginnings]:
-    """The beginnings of some samples, after each chunk of rows; the last time it has all of them."""
+    """Yields the beginnings of some samples after each chunk of rows; the last value is complete."""
     rows = np.pad(rows, (0, round_up_to_bucket(len(rows), 1) - len(rows)), mode="edge")
     first = _first(inputs)[rows]
     chosen = _chosen(main, rows, _ends(inputs, before)[rows])
@@ -156,7 +156,7 @@ def run(
 
 
 def behind(stored: Beginnings, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
-    """The first columns of prompts that begin like those kept."""
+    """The first columns of prompts, from their stored beginnings."""
     columns = np.arange(before)[None] - _first(inputs)[:, None] + stored.first[kinds][:, None]
     places = np.clip(columns, 0, stored.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding
     return _moved(stored.caches, kinds.astype(np.int32), places)
@@ -174,7 +174,7 @@ def _ends(inputs: Inputs, before: int) -> Int[np.ndarray, "B"]:
 
 @jit
 def _chosen(prompt: Prompt, rows: jax.Array, ends: jax.Array) -> Prompt:
-    """Some prompts up to their ends. Rows do not see what is behind them, but a NaN there would reach them."""
+    """Some prompts up to their ends. Later columns are hidden from all rows, but a NaN in them would still spread."""
     before_end = jnp.arange(prompt.image_id.shape[1]) < ends[:, None]
     axes = None if prompt.axes is None else prompt.axes[:, rows]
     embeddings = jnp.where(before_end[..., None], prompt.embeddings[rows], 0)
@@ -183,7 +183,7 @@ def _chosen(prompt: Prompt, rows: jax.Array, ends: jax.Array) -> Prompt:
 
 @jit
 def _moved(caches: tuple[LayerCache, ...], kinds: jax.Array, places: jax.Array) -> tuple[LayerCache, ...]:
-    # Keys are rotated by the positions of tokens and not of columns, so that they may be moved.
+    # Keys are rotated by the positions of tokens, not of columns, so they can be moved.
     def moved(block: jax.Array) -> jax.Array:
         return jnp.take_along_axis(block[kinds], places[:, None, :, None], axis=2)
 

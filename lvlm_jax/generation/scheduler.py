@@ -1,7 +1,7 @@
-"""Schedules continuous batching on the host: which conversation goes into which row, and when.
+"""Schedules continuous batching on the host: decides which conversation gets which row, and when.
 
 While the device decodes, the host lays out the next prompts and starts their prefill; answers are returned as they end.
-A long prompt is run in chunks, and answers go on between them. Beginnings that successive prompts share are run once.
+A long prompt is run in chunks, and answers continue between them. Successive prompts share their common beginning.
 Every answer equals the one that its conversation gets alone.
 """
 

@@ -10,7 +10,7 @@ and the layer and is the same for all heads and rows. Places (patches of an imag
 0) are sorted by a 32-bit hash: with x = place · 9E3779B1 + (layer + 1) · 85EBCA6B + seed · C2B2AE35 (hexadecimal,
 modulo 2³²), the bits of x are mixed by x ^= x >> 16, x *= 7FEB352D, x ^= x >> 15, x *= 846CA68B, x ^= x >> 16.
 
-Our reading of the paper: what is shuffled, and that all heads share one order. Towers with window attention are
+The shuffled arrays, and one order for all heads, are our reading of the paper. Towers with window attention are
 shuffled over the whole image.
 
 Differs from the authors' code in: theirs multiplies the tower's features by a shuffled attention map, reduced to one

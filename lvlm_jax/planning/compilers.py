@@ -1,8 +1,7 @@
-"""The compilers of TPUs and GPUs, for devices that are not there: what they say is what a device would run.
+"""The compilers of TPUs and GPUs, used without such devices: their programs are those that a device would run.
 
-They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB), and are used
-where they are found; nothing needs them. What they compile for is a TPU v5e or an H200: other TPUs and GPUs get much
-the same programs.
+They come with `pip install libtpu` (0.5 GB) and `pip install "jax-cuda13-plugin[with-cuda]"` (3.9 GB). Both are
+optional. They compile for a TPU v5e or an H200; other TPUs and GPUs run similar programs.
 """
 
 import importlib.util

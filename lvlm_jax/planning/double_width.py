@@ -2,8 +2,8 @@
 
 XLA's CPU compiler multiplies bfloat16 and float16 as float32, so its programs contain a float32 copy of every weight,
 which no accelerator makes. If bfloat16 becomes float32, and float32 becomes float64, the program has arrays of exactly
-twice the size in the same places, and the compiler needs no copies. So half of its memory is what the 16-bit program
-takes on hardware with 16-bit products. Integers and booleans keep their size; they are a small part of activations.
+twice the size in the same places, and the compiler needs no copies. So the 16-bit program takes half of its memory
+on hardware with 16-bit products. Integers and booleans keep their size; they are a small part of activations.
 """
 
 from typing import Any

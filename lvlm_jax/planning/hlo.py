@@ -1,6 +1,6 @@
-"""A module as XLA's compiler leaves it: computations, what each of their instructions does, and how often it runs.
+"""A module from XLA's compiler: its computations, their instructions, and how often each runs.
 
-jaxlib's objects give computations, instructions and operands. Types and attributes they give as text only.
+jaxlib's objects give computations, instructions and operands; types and attributes are only in their text.
 """
 
 import math
@@ -21,9 +21,15 @@ Computations = dict[str, list["Instruction"]]
 
 
 class Instruction(NamedTuple):
-    """One operation: its name, the type of its result, what it does, on what, its attributes, is it the root.
+    """One operation of a computation.
 
-    The one operand of a parameter is its number.
+    Attributes:
+        name: its name.
+        type: the type of its result.
+        operation: the kind of operation.
+        operands: names of its operands; for a parameter, its number.
+        rest: the text of its operands and attributes.
+        root: whether its result is that of the computation.
     """
 
     name: str
@@ -43,7 +49,7 @@ class Instruction(NamedTuple):
 
     @property
     def rounds(self) -> float | None:
-        """How often a loop runs its body; None where the module does not say."""
+        """How often a loop runs its body; None if the module does not say."""
         trips = _TRIPS.search(self.rest)
         return int(trips[1]) if trips else rounds.read(self.rest)
 

@@ -7,7 +7,7 @@ Arguments are `jax.ShapeDtypeStruct`s with shardings. The target's own compiler 
 - as a stand-in for an accelerator's: with 16-bit products (`double_width`), and with an order of operations that needs
   little memory, as the schedulers of GPUs and TPUs find: XLA's own memory-minimising order, or that of `schedule`,
   whichever takes less. XLA's default order for CPUs gathers all sharded weights at once, and makes recomputation
-  useless. What an accelerator's own compiler fuses, tiles or pads is not modelled.
+  useless. Fusion, tiling and padding of an accelerator's own compiler are not modelled.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Program:
 
     Attributes:
         name: its name.
-        contents: bytes in memory while it runs, by what they are, without temporaries.
+        contents: bytes in memory while it runs, by kind, without temporaries.
         orders: bytes of temporaries, for each order of operations.
         flops: FLOPs of its products.
         moved: bytes to and from memory: `traffic`, or every used argument and every result once, if that is more.

@@ -22,7 +22,7 @@ def text(plan: Plan, devices: Sequence[Device]) -> str:
         ["program", *parts, "total"],
         [[one.name, *(_gib(one.parts[part]) for part in parts), _gib(one.total)] for one in plan.programs],
     )
-    lines += ["", "what one device must do in a run of each" + ("" if _trains(plan) else " (decode: one token)")]
+    lines += ["", "work of one device in a run of each program" + ("" if _trains(plan) else " (decode: one token)")]
     lines += ["", *_table(["program", "TFLOP", "GB moved", "GB received", "messages"], _work(plan)), ""]
     if _trains(plan):
         heads = ["device", "GiB", "fits", "s per step", "tokens/s"]

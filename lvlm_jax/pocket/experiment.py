@@ -117,7 +117,8 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_pairs(setup: Setup, model: str, folder: str, seed: int) -> dict[str, Path]:
-    """Pairs of a model's answers to new prompts, by the origin of the rejected ones, for the same prompts."""
+    """Makes pairs of a model's answers to new prompts; returns a file for each origin of the rejected answers, with the
+    same prompts."""
     new = setup.config.pairs
     prompts = setup.out / folder / "prompts"
     about = {"model": checkpoint_hash(model), "dtype": names.dtype("auto"), "settings": new.to_dict(), "seed": seed}
@@ -181,7 +182,7 @@ def scores_of_row(setup: Setup, model: Model, load: Any) -> Scores:
 
 
 def seeds(setup: Setup, row_names: Mapping[str, Scores]) -> dict[str, list[float]]:
-    """The accuracy of each seed alone, by the rows that `run` has found."""
+    """The accuracy of each seed alone, for the rows of `run`."""
     folder = setup.out / "benchmark" / "balanced"
     single = {}
     for name in row_names:
@@ -191,7 +192,7 @@ def seeds(setup: Setup, row_names: Mapping[str, Scores]) -> dict[str, list[float
 
 
 def stored(document: Mapping[str, Any]) -> Scores:
-    """The scores that a `scores.json` was made of."""
+    """The `Scores` behind the content of a `scores.json`."""
     protocol, counts = get(PROTOCOL), document["per_image"]["counts"]
     images = document["per_image"]["images"]
     groups = list(dict.fromkeys(group for group, _, _ in document["correct"]))
@@ -200,7 +201,7 @@ def stored(document: Mapping[str, Any]) -> Scores:
 
 
 def pooled(scores: list[Scores]) -> Scores:
-    """Several runs over the same questions as one: what was counted at each group of images is added up."""
+    """Several runs over the same questions as one: the counts of each group of images are added up."""
     first = scores[0]
     return dataclasses.replace(first, table=sum(one.table for one in scores))
 
@@ -234,7 +235,7 @@ def gate(setup: Setup, base: str, load: Any) -> dict[str, Scores]:
 
 
 def run(setup: Setup, load: Any) -> dict[str, Scores]:
-    """Does what is missing of all stages.
+    """Runs the missing stages.
 
     Returns:
         The scores of each row of the table, the base first.

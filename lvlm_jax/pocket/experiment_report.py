@@ -58,7 +58,7 @@ def section(by_row: Mapping[str, Scores], single: Mapping[str, Sequence[float]],
 
 
 def words(by_row: Mapping[str, Scores], reports: Mapping[str, Mapping], resamples: int) -> Iterator[str]:
-    """A list of what differs from what, by rule from the intervals; the base under truncated attention first."""
+    """Yields the comparisons as sentences, by rule from the intervals; the base under truncated attention first."""
     benchmark = BENCHMARKS[get(PROTOCOL).benchmark]
     for one, other in ((BASE, f"{BASE}, truncated"), *PAIRS):
         if one not in by_row or other not in by_row:

@@ -76,7 +76,7 @@ def _paraphrase(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _yes_no(kind: str, text: str, answer: bool, yes: str, no: str) -> Question:
-    """A question with what is said behind "Yes" and behind "No", one of which is true."""
+    """A yes/no question with the statements that follow "Yes" and "No", one of which is true."""
     options = [(f"Yes, {yes}.", "Yes"), (f"No, {no}.", "No")]
     right, wrong = options if answer else options[::-1]
     return Question(kind, text, *right, (wrong,))
@@ -186,7 +186,7 @@ def position(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def _sides(statement: str, sides: tuple[str, str], side: str) -> tuple[str, str]:
-    """The statements behind "Yes" and behind "No" of a question about one of two sides."""
+    """The statements that follow "Yes" and "No" in the answer to a question about one of two sides."""
     return statement.format(side), statement.format(sides[side == sides[0]])
 
 

@@ -43,7 +43,7 @@ def sevi(setup: Setup) -> SEVI:
 
 
 def student(setup: Setup) -> str:
-    """The checkpoint that training has left."""
+    """The checkpoint that training writes."""
     return str(setup.out / RECIPE / "export")
 
 
@@ -69,7 +69,7 @@ def train(setup: Setup) -> None:
 
 
 def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
-    """Every model of `arms` on a part of the pocket benchmark; the first one is what the others differ from."""
+    """Every model of `arms` on a part of the pocket benchmark; the others are compared with the first."""
     world, protocol = setup.world(part), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
     scores_of, first = {}, next(iter(arms))
@@ -127,10 +127,10 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
 
 
 def run(setup: Setup, load: Callable) -> tuple[dict[str, Findings], dict[str, Mapping]]:
-    """Does what is missing of all stages.
+    """Runs the missing stages.
 
     Returns:
-        What was found on each part of the benchmark, and how close to the teacher the student is.
+        The findings on each part of the benchmark, and how close the student is to the teacher.
 
     Raises:
         LVLMError: an unusable model or folder, or a folder of another run.

@@ -131,14 +131,14 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 
 def words(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Iterator[str]:
-    """A list of what differs from what, by rule from the intervals, and at last what helped and what harmed."""
+    """Yields the comparisons as sentences, by rule from the intervals, and a last one that counts them."""
     tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
         scores = findings[part.name].scores
         for one, other in ((WITH_SEVI, BASE), (ALIGNED, BASE), (ALIGNED, WITH_SEVI)):
             against = findings[part.name].compare(one, other)
             judged = part.benchmark.judged_by(list(against))
-            # Who names less, names less that is not there.
+            # A model that names fewer objects also names fewer absent ones.
             for figure in (*judged, *(name for name in against if name == "recall")):
                 direction = part.benchmark.direction(figure)
                 says, sentence = compared(one, other, figure, scores, against[figure], direction)

@@ -60,7 +60,7 @@ def _divided(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
     """The model to train, on the mesh; in the master dtype if its own parameters are trained.
 
-    It has the adapter that training goes on from, if there is one.
+    It has the adapter from which training continues, if there is one.
 
     Raises:
         LVLMError: no such model or adapter, or an adapter of other settings than those of the run.
@@ -85,7 +85,7 @@ def _check_start(of: ConfigDict) -> None:
         )
     if brought := peft.brings_whole(folder):
         raise LVLMError(
-            f"lora.start {folder} brings {brought} besides its adapter, which a new adapter would be without; merge it "
+            f"lora.start {folder} contains {brought} besides its adapter, which a new adapter would lack; merge it "
             "(lvlm convert --adapter), and train the merged model"
         )
 
@@ -93,8 +93,8 @@ def _check_start(of: ConfigDict) -> None:
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
     """(trainable, frozen): adapters and all of `params`, or the parameters that match `config.train` and the rest.
 
-    Adapters are those of `params` if training goes on from one, else new ones. The first part has the master dtype, the
-    second the dtype of products.
+    If training continues from an adapter, the adapters are those of `params`, else new ones. The first part has the
+    master dtype, the second the dtype of products.
     """
     if config.lora.enabled:
         of = config.lora

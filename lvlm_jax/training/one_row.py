@@ -5,8 +5,8 @@
     position  0 ... P-1   P ... P+C-1                P ... P+R-1
 
 The rejected answer does not see the chosen one (`Context.answer`), and its positions continue those of the prompt. So
-both have the same log-probabilities as in two separate rows. The model reads the prompt once: T + A tokens, and not 2
-T.
+both have the same log-probabilities as in two separate rows. The model reads the prompt once: T + A tokens instead of
+2 T.
 """
 
 from typing import Any
@@ -33,10 +33,10 @@ def pays(config: FamilyConfig, dtype: Any, method: Method | None, length: int, a
 
 
 def joined(chosen: Sequence, rejected: Sequence, pad_token: int) -> dict[str, jax.Array]:
-    """The row of a pair of sequences with one prompt and the same pictures, B rows of T + A columns.
+    """The row of a pair of sequences with one prompt and the same images, B rows of T + A columns.
 
     Returns:
-        What a sequence has (`training.forward`), `columns` of both answers one behind the other, and:
+        The fields of a sequence (`training.forward`), with `columns` of both answers, the chosen one first, and:
 
             rows       Int[B, 2 A]    the row that predicts each answer token
             positions  Int[B, T + A]  of each row

@@ -55,7 +55,7 @@ class Objective:
         checks: checks of single fields.
         check: refuses combinations of fields with an `LVLMError`; its argument is the whole config.
         with_base: (trainable, frozen) -> frozen, for an objective that needs the untrained model too. Called in full
-            fine-tuning and if training goes on from an adapter: the frozen part does not contain that model then.
+            fine-tuning and if training continues from an adapter: the frozen part does not contain that model then.
         shared: the objective's own defaults for fields that all objectives have.
         divide: (model, config) -> (trainable, frozen), if the trainable parameters are not the model's.
         export: (trained, model, config, workdir) -> the path of the result, if it is not a checkpoint.

@@ -57,7 +57,7 @@ FIELDS = (
     Field("lora.rslora", False, "scale it by alpha / √rank (rsLoRA), so that large ranks learn as fast as small ones"),
     Field("lora.dropout", 0.0, "dropout rate of an adapter's input"),
     Field("lora.targets", TARGETS, "modules that get an adapter, a regex on their paths"),
-    Field("lora.start", "", "go on from this adapter, a folder of ours or of PEFT or a hub id; empty: a new one"),
+    Field("lora.start", "", "continue from this adapter, ours or PEFT's, a folder or a hub id; empty: a new one"),
     Field("mesh.data", -1, "devices over which a batch is spread; -1: all devices that the other two axes do not use"),
     Field("mesh.fsdp", 1, "devices over which batch and parameters are spread"),
     Field("mesh.tensor", 1, "devices over which each product is spread"),

@@ -1,8 +1,8 @@
 """The method whose attention a model learns under, and why most methods cannot be one.
 
-Training runs all rows of a conversation at once, through one branch. What it computes for an answer must be what a
-generation under the method computes for it, token after token: so a row may be edited by what is in it and in no other
-row, and a row of an answer as a row of a prompt. CAPL and VAF are such methods.
+Training runs all rows of a conversation at once, through one branch. For each answer token it must compute the same as
+a generation under the method. So an edit of a row may depend only on that row, and must treat rows of an answer like
+rows of a prompt. CAPL and VAF are such methods.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ def _against(method: Method, num_layers: int) -> str:
     if method.warm_up_fields:
         return "needs a warm-up pass over every prompt"
     if method.step_by_step:
-        return "edits a step by what the step before has seen"
+        return "edits a step depending on the step before"
     (edit,) = method.branches()
     reasons = (_against_edit(part, num_layers) for part in (edit.parts if edit else ()))
     return next(filter(None, reasons), "")
@@ -57,16 +57,16 @@ def _against(method: Method, num_layers: int) -> str:
 
 def _against_edit(edit: Transform, num_layers: int) -> str:
     if any(overrides(edit, stage) for stage in ("statistics", "observe", "enter")):
-        return "edits rows by what it has seen in others"
+        return "edits rows depending on other rows"
     if not edit.attends():
         return ""
     if edit.rows == "last":
         return "edits the newest row alone, and training runs all rows of an answer at once"
     if not edit.by_rows:
-        return "does not say that it treats every row by itself (by_rows)"
+        return "does not declare that it treats every row by itself (by_rows)"
     acts = (
         tuple(edit.active(layer, num_layers, phase) for phase in ("prefill", "decode")) for layer in range(num_layers)
     )
     if not edit.image_rows and any(prompt != answer for prompt, answer in acts):
-        return "edits the text of a prompt otherwise than that of an answer"
+        return "edits the text of a prompt in another way than that of an answer"
     return ""

@@ -56,7 +56,7 @@ def save_adapter(
             and the dropout rate are read from them.
         config: the model's configuration.
         base_model_name: folder or hub id of the base model, which PEFT's Auto classes load.
-        rslora: write the scales as alpha / √rank (`use_rslora`), and not as alpha / rank; they stay what they are.
+        rslora: write the scales as alpha / √rank (`use_rslora`) instead of alpha / rank; their values stay the same.
 
     Returns:
         The folder.

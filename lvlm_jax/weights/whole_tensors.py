@@ -1,6 +1,6 @@
 """Whole tensors in an adapter's folder, which replace the base model's.
 
-LLaVA's own LoRA training stores what it trained besides the adapters, above all the projector, in
+LLaVA's own LoRA training stores parameters that it trained besides the adapters, above all the projector, in
 `non_lora_trainables.bin`. PEFT stores embedding and output layer whole if an adapter changes one of them.
 """
 

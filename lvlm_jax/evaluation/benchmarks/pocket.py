@@ -1,11 +1,11 @@
-"""Questions over several images of the pocket world, balanced, so that no constant answer is right more than by chance.
+"""Balanced questions over several images of the pocket world: no constant answer is right more often than by chance.
 
 `lvlm pocket-world --out DIR --balanced N` draws them (`pocket.balanced`): JSON lines `{question_id, images, kind, text,
-label, options}`, options by one word with the right one first. As many are of each kind, and of each kind as many have
-each answer, by the number of images.
+label, options}`, options as single words with the right one first. All kinds are equally frequent. For each kind and
+number of images, all answers are equally frequent.
 
-Beside accuracy stands what a blind constant reaches, the most frequent answer of each kind on these very questions, and
-the margin by which the right answer is preferred to the likeliest wrong option.
+Two figures accompany the accuracy: the accuracy of a blind constant, which always gives the most frequent answer of
+each kind, and the margin by which the right answer is preferred to the likeliest wrong option.
 """
 
 from collections import Counter
@@ -82,7 +82,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
         if kind in groups:
             rows.append((identity, images, text, label, kind, options))
     if not rows:
-        raise LVLMError(f"{str(path)!r} has no question of the kinds {', '.join(groups)}; draw the questions anew")
+        raise LVLMError(f"{str(path)!r} has no question of the kinds {', '.join(groups)}; draw the questions again")
     names = [name for row in rows for name in row[1]]
     paths = folders.locate_images(data, names, IMAGE_PLACES, need_images, protocol.name)
     return [

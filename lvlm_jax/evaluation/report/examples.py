@@ -48,7 +48,7 @@ class Example:
         group: its split or subtask.
         question: the prompt; its number where the answer file does not have it (AMBER).
         without: the answer without a method.
-        answers: runs with a method and what they answered.
+        answers: runs with a method, each with its answer.
         fixed: whether the answers with a method are right; else the one without is.
         right: the right answer, where it is a word; empty for captions.
         pictures: files of the images that were found.

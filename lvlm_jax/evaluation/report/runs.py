@@ -67,7 +67,7 @@ class Comparison:
     """A run minus another over the same questions.
 
     Attributes:
-        to: what it is compared with, in words.
+        to: name of the other run, in words.
         baseline: the other run; None where only a stored comparison is there.
         differences: by the names of figures.
         only_here, only_there: questions that only one of the two got right.
@@ -93,7 +93,7 @@ class Run:
         record: the record that the scores carry.
         figures: name -> value, in the order of the benchmark.
         notes: of the scorer ("unparsed": 3, ...).
-        counts, units, table: what was counted at each image, [U, C].
+        counts, units, table: names of the counts [C], images [U], and the counts of each image [U, C].
         correct: (group, id) -> whether the answer was right.
         controls: by their names.
         cost: of the answers.
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def model(self) -> tuple[str, str]:
-        """The model's name, and what tells it from others of that name: hash or revision, number format."""
+        """The model's name, and what distinguishes it from others of that name: hash or revision, number format."""
         entry = self.record["model"]
         version = entry.get("sha256") or entry.get("revision") or ""
         more = version[:8], self.answered_by.get("dtype")
@@ -197,7 +197,7 @@ def _method_words(record: Mapping) -> tuple[str, str]:
 
 
 def collect(folder: Path) -> list[Run]:
-    """All runs below a folder, by their paths. What cannot be read is left out with a warning that names it.
+    """All runs below a folder, by their paths. Unreadable scores are left out with a warning that names them.
 
     Raises:
         LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.

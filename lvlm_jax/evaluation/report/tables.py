@@ -1,4 +1,4 @@
-"""The tables of a report, once for the page and the Markdown file: what stands in every cell, and what it is called.
+"""The tables of a report, for the page and for the Markdown file: the text of every cell, and its title.
 
 A figure that was scored under other conditions than most figures of its column carries a mark, and a note says which.
 """
@@ -65,11 +65,11 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A model with a method and what it did under each protocol: a row of most tables.
+    """A model with a method, and its run under each protocol: a row of most tables.
 
     Attributes:
         settings: of the method, all of them.
-        which: those that tell the line from others of the same method.
+        which: the settings that differ from other lines of the same method.
     """
 
     model: str
@@ -220,8 +220,8 @@ class Report:
             ),
             Section(
                 "Controls",
-                "What a method must be better than. Each row has the figures of a control and, below them, the method "
-                "minus the control, paired.",
+                "A method must be better than its controls. Each row has the figures of a control and, below them, the "
+                "method minus the control, paired.",
                 tuple(filter(None, map(self.controls, self.protocols))),
             ),
             Section("By category", "Every figure, by split, subtask or kind.",
@@ -239,7 +239,7 @@ class Report:
                 "the prompt takes most.",
                 tuple(map(self.cost, self.protocols)),
             ),
-            Section("Records", "What decides the figures besides the method: beginnings of SHA-256 hashes.",
+            Section("Records", "Everything besides the method that determines the figures; hashes are SHA-256's beginnings.",
                     tuple(map(self.records, self.protocols))),
         ) if section.tables]  # fmt: skip
 

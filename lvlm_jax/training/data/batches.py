@@ -2,10 +2,9 @@
 
 A batch depends only on its number: grain shuffles each epoch of a file and continues with the next epoch.
 
-
-With groups, so many batches that follow each other are drawn together, sorted by length, cut, and given in an order of
-their own. So a batch has samples of alike lengths, little of it is padding, and an epoch still sees what it would see
-without. No group reaches beyond the last step of an epoch.
+With groups, the samples of several successive batches are drawn together, sorted by length and cut into batches, whose
+order is shuffled. So the samples of a batch have similar lengths and little padding, and an epoch has the same samples
+as without groups. No group reaches beyond the last step of an epoch.
 """
 
 import dataclasses

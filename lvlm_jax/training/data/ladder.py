@@ -1,7 +1,7 @@
-"""A wrong answer to every prompt, and how much of a set of pairs is explained by contradicting the model.
+"""A wrong answer to every prompt, and the share of pairs that a policy wins by contradicting the model.
 
-Pairs that are kept only where a model is wrong have one thing in common: the chosen answer is what the model does not
-say. A policy that says the opposite of the model, whatever is in the picture, wins all of them, held-out ones too. So
+If pairs are kept only where a model is wrong, they have one thing in common: the model does not give the chosen answer.
+A policy that says the opposite of the model, whatever the image shows, wins all of them, held-out ones too. So
 every prompt should give a pair. Its rejected answer is the first of these that is wrong (the ladder):
 
     answer   the model's answer on the rejected side

@@ -112,8 +112,8 @@ class Encoder:
         answers = sum(message["role"] == "assistant" for message in conversation.messages)
         if answers > 1 and conversation.images and self.config.reads_instruction:
             raise LVLMError(
-                f"row {conversation.id} has {answers} answers about its pictures, which {self.config.model_type} "
-                "reads anew with each question; give each answer a row of its own, as the chosen one of a pair"
+                f"row {conversation.id} has {answers} answers about its images, which {self.config.model_type} "
+                "reads again with each question; give each answer a row of its own, as the chosen one of a pair"
             )
         return self.row(conversation, {CONVERSATION[0]: conversation.messages}, False)
 

@@ -171,7 +171,7 @@ def with_base(trainable: Mapping, frozen: Mapping) -> dict:
     """The frozen part, with copies of the parameters that training will change.
 
     The teacher needs them: with new adapters, the frozen part is the complete base model. Without adapters it is not,
-    and if training goes on from an adapter, the teacher has that adapter too.
+    and if training continues from an adapter, the teacher has that adapter too.
     """
     return {**frozen, BASE: jax.tree.map(jnp.copy, trainable)}
 
