@@ -12,11 +12,11 @@ WRITTEN = re.compile(r"rounds_of_([\d.]+)")
 
 
 def name_scope(rounds: float) -> contextlib.AbstractContextManager:
-    """Loops that are traced inside run so often on average."""
+    """A context: loops that are traced inside it run `rounds` times on average."""
     return jax.named_scope(f"rounds_of_{rounds:.3f}")
 
 
 def read(name: str) -> float | None:
-    """The number in the name of a loop, the innermost one; None without one."""
+    """The number in the name of an operation, that of the innermost loop; None without one."""
     counts = WRITTEN.findall(name)
     return float(counts[-1]) if counts else None

@@ -137,7 +137,7 @@ def protocols() -> str:
 
 
 def data_folder(flags, protocol: Protocol) -> Path:
-    """The folder given. The pocket world's questions, which no one has, are drawn where none is given."""
+    """The folder of the benchmark. If none is given, the pocket world's questions are drawn into a default folder."""
     folder = flags.data
     if protocol.benchmark != "pocket" or flags.question_file or folder not in (Path("."), DRAWN):
         return folder

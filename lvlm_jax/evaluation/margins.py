@@ -36,7 +36,7 @@ def write(folder: Path, margins: Mapping[Key, Mapping]) -> Path:
 
 
 def beside(paths: Sequence[Path]) -> dict[Key, float]:
-    """The margins that a run has left beside its answer files; empty where there are none.
+    """The margins in the files beside a run's answer files; empty without such files.
 
     Raises:
         LVLMError: a file that is malformed.
@@ -63,7 +63,7 @@ def added(
     margins: Mapping[Key, float],
     protocol: Protocol,
 ) -> Scores:
-    """Scores with the margins of their questions; as they are where one has none."""
+    """Scores with the margins of their questions; unchanged if a question has no margin."""
     if not questions or not all(question.key in margins for question in questions):
         return scores
     groups = list(dict.fromkeys(question.group for question in questions))

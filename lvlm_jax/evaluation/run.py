@@ -152,7 +152,7 @@ class Run:
 
     @property
     def _margins(self) -> bool:
-        """Whether it is measured how much the right answers are preferred; a search gives answers no likelihood."""
+        """Whether margins are measured; the answers of a search have no likelihood."""
         method = self._own.method
         return self._benchmark.margins and (method is None or method.search is None)
 

@@ -90,7 +90,7 @@ class Scores:
         return {name: figure.compute(totals) for name, figure in self.figures.items()}
 
     def sizes(self) -> dict[str, int]:
-        """How many things each figure is about."""
+        """The number of questions or objects behind each figure."""
         totals = self.totals()
         return {
             name: int(sum(totals[count] for count in dict.fromkeys(figure.over)))

@@ -29,14 +29,14 @@ MOST = 2**15  # of all prompts of a batch that are run at a time in any case
 
 
 def obstacle(config: FamilyConfig, method: Method | None) -> str | None:
-    """Why prompts must be run in one piece; None where they need not be."""
+    """Why prompts must be run in one piece; None if they need not be."""
     if config.text.whole_images:
         return f"image tokens of {config.model_type} see later ones"
     return method_obstacle(method)
 
 
 def method_obstacle(method: Method | None) -> str | None:
-    """Why a method needs more than the last rows of a prompt; None where it does not."""
+    """Why a method needs more than the last rows of a prompt; None if it does not."""
     if method is None:
         return None
     if method.warm_up_fields:
@@ -111,7 +111,7 @@ class Prefill:
         self._before = None
 
     def finish(self) -> tuple[State, Step]:
-        """Runs all that is left."""
+        """Runs the remaining chunks."""
         while self.result is None:
             self.step()
         return self.result

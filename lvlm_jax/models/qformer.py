@@ -64,7 +64,7 @@ class QFormerConfig:
 
 
 class QFormerAttention(nn.Module):
-    """Multi-head attention to `seen`, not causal."""
+    """Multi-head attention to `source_states`, not causal."""
 
     config: QFormerConfig
     dtype: jnp.dtype

@@ -44,7 +44,7 @@ def picture_attention(
     value: Float[Array, "R P H D"],
     valid: Bool[Array, "R P"] | None = None,
 ) -> Float[Array, "R P H D"]:
-    """Each patch attends to all of its picture; `valid` says which patches may be seen, None for all."""
+    """Each patch attends to its whole image; `valid` marks the visible patches, None for all."""
     rows, patches = query.shape[:2]
     if patches < STREAM_FROM:
         return patch_attention(query, key, value, None if valid is None else valid[:, None])
@@ -56,12 +56,12 @@ def picture_attention(
 def by_pictures(
     model: nn.Module, look: Callable[..., Any], pixels: Float[Array, "R 3 Y X"], patches: int, *more: Array
 ) -> Any:
-    """`look(model, pixels, *more)` for all pictures, of which a few are looked at at a time: memory is that of a few.
+    """`look(model, pixels, *more)` for all images, a few at a time, to save memory.
 
     Args:
-        look: from pictures to arrays with an entry for each.
-        patches: of a picture.
-        more: what else belongs to each picture.
+        look: a function of images that returns arrays with an entry for each.
+        patches: number of patches of an image.
+        more: further arrays with an entry for each image.
     """
     rows = pixels.shape[0]
     # A power of two divides well among devices.
@@ -69,7 +69,7 @@ def by_pictures(
     few = rows if rows in fitting else max(fitting, key=lambda count: (count & -count, count))
     if few == rows:
         return look(model, pixels, *more)
-    # Neighbours go in one after the other, so that each device of a mesh has some of those that go together.
+    # Neighbours are in different parts, so that each device of a mesh has some images of every part.
     parts = tuple(array.reshape(few, rows // few, *array.shape[1:]) for array in (pixels, *more))
     outputs = in_turn(model, look, parts)
     return jax.tree.map(lambda array: array.reshape(rows, *array.shape[2:]), outputs)

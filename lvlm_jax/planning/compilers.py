@@ -33,7 +33,7 @@ GPUS = 8  # of a machine
 
 
 def installed() -> tuple[str, ...]:
-    """Those of `NAMES` that this Python has."""
+    """The compilers in `NAMES` that are installed."""
     there = {
         "tpu": importlib.util.find_spec("libtpu") is not None,
         "cuda": any(importlib.util.find_spec(plugin) is not None for plugin in _PLUGINS),
@@ -77,7 +77,7 @@ def label(target: str) -> str:
 
 
 def absent_devices(name: str, count: int = 8) -> list[jax.Device]:
-    """So many devices to compile for, none of which is there: of one v5e slice, or H200s of machines of eight.
+    """Absent devices to compile for: those of one v5e slice, or H200s of machines of eight.
 
     Raises:
         LVLMError: the compiler is not installed, or knows no group of so many devices.

@@ -104,7 +104,7 @@ def runs(by_name: Computations, entry: str) -> dict[str, float]:
 
 
 def round_of(by_name: Computations, entry: str) -> str:
-    """The body of the loop of unknown length that a module is about: a round of it is a token of decoding."""
+    """The body of the largest loop of unknown length in a module; one round of it decodes one token."""
     bodies = [
         one.called
         for name, times in runs(by_name, entry).items()
@@ -124,7 +124,7 @@ def dimensions(kind: str) -> list[int]:
 
 
 def sizes_of(kind: str, far: bool = False) -> list[int]:
-    """Bytes of each array that a type names; with `far` 0 for one that does not lie in the device's main memory."""
+    """Bytes of each array that a type names; with `far`, 0 for an array outside the device's main memory."""
     byte_counts = []
     for element, sizes, layout in _SHAPE.findall(kind):
         size = _BYTES[element] if element in _BYTES else -(-int(re.search(r"\d+", element)[0]) // 8)
@@ -134,5 +134,5 @@ def sizes_of(kind: str, far: bool = False) -> list[int]:
 
 
 def size_of(kind: str, far: bool = False) -> int:
-    """Bytes of all of them."""
+    """Bytes of all arrays that a type names."""
     return sum(sizes_of(kind, far))

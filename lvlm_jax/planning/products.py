@@ -61,7 +61,7 @@ def _of_attention(one: Instruction, types: Mapping[str, str]) -> float:
     """FLOPs of cuDNN's attention or of splash attention, by the operands; 0 if the operation is another one."""
     if one.operation != "custom-call":
         return 0
-    if splash := _SPLASH.match(one.name):  # which does not say what rows see: taken for a causal mask
+    if splash := _SPLASH.match(one.name):  # its text does not give the mask; we assume a causal one
         query = next(shape for name in one.operands if len(shape := dimensions(types[name])) > 2 and shape[-1] > 2)
         return {"fwd": 2.0, "dkv": 4.0, "dq": 3.0}[splash[1]] * math.prod(query) * query[-2]
     if not (kernel := _ATTENTION.search(one.rest)):

@@ -40,13 +40,13 @@ def moved(computations: Computations, times: Mapping[str, float], only_products:
 
 
 def _result(one: Instruction) -> str:
-    """The type of a result, without the room that a library's product has to work in."""
+    """The type of a result, without the workspace of a library's product."""
     room = one.operation == "custom-call" and one.type.startswith("(")
     return re.sub(r"\b[su]8\[\d+\]", "s8[0]", one.type) if room else one.type
 
 
 def _worked_in(one: Instruction) -> list[str]:
-    """Computations that are no programs of their own: those of a fusion, and how a reduction or a sort joins two."""
+    """Computations inside an operation: those of a fusion, and the function that a reduction or a sort applies."""
     return [] if one.operation in ("while", "conditional", "call", "async-start") else one.called
 
 

@@ -1,4 +1,4 @@
-"""Questions over several images, balanced: equally many of each kind, and of each kind equally many with each answer.
+"""Balanced questions over several images: all kinds, and all answers of a kind, are equally frequent.
 
 So a constant answer is right in about one of n questions of a kind with n answers.
 """
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
 
 def answers(kind: str, images: int) -> tuple[str, ...]:
-    """The answers that a question of a kind over so many images can have; ("",) where there are too many."""
+    """The possible answers of a kind of question over this number of images; ("",) if there are too many."""
     if kind in _PLACES:
         return ORDINALS[:images]
     if kind == "how_many_images":
@@ -54,7 +54,7 @@ def answers(kind: str, images: int) -> tuple[str, ...]:
 
 
 def quotas(count: int, kinds: Mapping[str, Any]) -> Counter[Cell]:
-    """How many questions of each cell there are among at least `count`."""
+    """The number of questions of each cell, at least `count` together."""
     counts: Counter[Cell] = Counter()
     for kind in kinds:
         sizes = {images: share for images, share in SIZES.items() if kind != "odd_one_out" or images > 2}
@@ -66,10 +66,10 @@ def quotas(count: int, kinds: Mapping[str, Any]) -> Counter[Cell]:
 
 
 def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any] = KINDS) -> list[Group]:
-    """Groups of two to four scenes with one to `USES` questions each, `count` questions or some more by and large.
+    """Groups of two to four scenes with one to `USES` questions each, together about `count` questions.
 
     Args:
-        seed: another one gives other scenes.
+        seed: another seed gives other scenes.
         split: whose scenes they are.
         kinds: name -> maker of a question, of `KINDS`.
     """
@@ -97,7 +97,7 @@ def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any
 
 
 def _scenes(cell: Cell, split: str, rng: np.random.Generator) -> list[Scene]:
-    """Scenes in which a question of the cell may well have its answer."""
+    """Scenes in which a question of the cell is likely to have its answer."""
     first = sample_scene(rng, split)
     one = cell.kind == "odd_one_out" or (rng.random() < ALIKE if cell.kind != "same_place" else cell.answer == "Yes")
     scenes = [first, *(sample_scene(rng, split, first.kind if one else None) for _ in range(cell.images - 1))]
@@ -108,7 +108,7 @@ def _scenes(cell: Cell, split: str, rng: np.random.Generator) -> list[Scene]:
 
 
 def write(folder: str | Path, count: int = QUESTIONS, seed: int = 0, split: str = "test") -> int:
-    """Writes the questions and their pictures below `folder`, unless they are there.
+    """Writes the questions and their images below `folder`, unless they exist.
 
     `questions/balanced.jsonl` has lines `{question_id, images, kind, text, label, answer, options}`; `options` are
     the answers by one word that the question could have, the right one first.
@@ -153,7 +153,7 @@ def write(folder: str | Path, count: int = QUESTIONS, seed: int = 0, split: str 
 
 
 def save(scene: Scene, path: Path) -> None:
-    """Writes a picture, unless it is there."""
+    """Writes an image, unless it exists."""
     if not path.exists():
         with files.atomic_file(path) as file:
             Image.fromarray(render(scene)).save(file, "PNG")

@@ -1,4 +1,4 @@
-"""The part of the page of `lvlm pocket-training` about CAPL: its arms beside the base and each other."""
+"""The part of the page of `lvlm pocket-training` about CAPL: its arms compared with the base and with each other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -67,7 +67,7 @@ class PocketPrompt:
         one_word: float = conversations.ONE_WORD,
         question_first: bool = False,
     ) -> "PocketPrompt":
-        """A question about scenes, to be answered by one word with probability `one_word`, else by a sentence."""
+        """A question about scenes; its answer is one word with probability `one_word`, else a sentence."""
         short = rng.random() < one_word
         text = question.text + PLACEHOLDER * len(scenes) * question_first
         text += conversations.any_suffix(question, rng) if short else ""
@@ -75,7 +75,7 @@ class PocketPrompt:
         return cls(scenes, question.kind, text, truth, question.short, tuple(dict.fromkeys(wrong)))
 
     def row(self, index: int, images: list[str]) -> dict:
-        """As a line of a prompt file."""
+        """The prompt as a line of a prompt file."""
         row = {"id": f"{self.kind}/{index:06d}", "images": images, "prompt": self.text, "truth": self.truth}
         row["kind"] = self.kind
         return row | ({"answer_type": self.answer, "wrong": list(self.wrong)} if self.answer else {})
@@ -181,7 +181,7 @@ def sample_prompts(count: int, seed: int = 0, mix: Mix = Mix()) -> list[tuple[st
 
 
 def _about_one(rng: np.random.Generator, mix: Mix) -> PocketPrompt:
-    """A prompt about one picture."""
+    """A prompt about one image."""
     scenes = [sample_scene(rng, "train")]
     if mix.describe and rng.random() < mix.describe:
         text = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]

@@ -204,7 +204,7 @@ def _relation(first: Placed, second: Placed, rng: np.random.Generator) -> Questi
 
 
 def colour(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Which colour has an object? None if no object has a named colour."""
+    """Which colour does an object have? None if no object has a named colour."""
     coloured = [placed for placed in _single(scene) if placed.colour]
     if not coloured:
         return None
@@ -315,7 +315,7 @@ def in_one_image(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
 
 
 def which_lacks(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
-    """Which image has not the category that all others have?"""
+    """Which image lacks the category that all others have?"""
     lacking: dict[str, list[int]] = {
         name: [i for i, scene in enumerate(scenes) if name not in scene.counts]
         for name in dict.fromkeys(name for scene in scenes for name in scene.counts)
@@ -328,7 +328,7 @@ def which_lacks(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
 
 
 def odd_one_out(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
-    """Which of three or more images is of another place than the rest, which are of one?"""
+    """Which of three or more images shows another place than the others, which all show one place?"""
     places = [scene.kind for scene in scenes]
     odd = [i for i, place in enumerate(places) if places.count(place) == 1]
     if len(scenes) < 3 or len(set(places)) != 2 or len(odd) != 1:
@@ -338,14 +338,14 @@ def odd_one_out(scenes: Sequence[Scene], rng: np.random.Generator) -> Question |
 
 
 def same_place(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
-    """Are all images of one kind of place?"""
+    """Do all images show one kind of place?"""
     images, places = _all_images(len(scenes)), list(dict.fromkeys(scene.kind for scene in scenes))
     yes, no = f"{images} show {places[0]}", f"{images} show different places"
     return _yes_no("same_place", f"Do {images} show the same kind of place?", len(places) == 1, yes, no)
 
 
 def shared_object(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
-    """Which category is in all images? None where there is not exactly one."""
+    """Which category is in all images? None unless there is exactly one."""
     shared, images = _shared(scenes), _all_images(len(scenes))
     if len(shared) != 1:
         return None

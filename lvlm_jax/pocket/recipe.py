@@ -2,7 +2,7 @@
 
 1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
 2. `connector`: the same labels, read from the decoder's own word embeddings, and the words "left", "middle" and "right"
-   by a patch's column: image tokens become similar to the words for what they show and where.
+   by a patch's column: image tokens become similar to the words for their object and their place.
 3. `everything`: conversations about one to four images, with loss on the answers, and a share of stage 2's loss.
 
 Without the first two stages, the decoder learns to speak long before it learns to look.
@@ -141,7 +141,7 @@ def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mea
 def connector_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
 ) -> dict[str, Mean]:
-    """Metrics of stage 2: what patches show and where they are."""
+    """Metrics of stage 2: the objects and the places of patches."""
     image_tokens = sft.encode(module, params, batch["images"])
     metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
     metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)

@@ -1,5 +1,4 @@
-"""Measures what a pocket checkpoint can and cannot do: POPE, captions, forced choice and more, on the test split,
-greedy."""
+"""Measures the abilities of a pocket checkpoint by greedy answers on the test split: POPE, captions, forced choice."""
 
 import itertools
 import json

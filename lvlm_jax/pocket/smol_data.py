@@ -56,7 +56,7 @@ def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tup
 
 
 def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[Turn]:
-    """Different questions about one image; of four such rows, one begins with a description, and two have it later."""
+    """Different questions about one image; one row in four begins with a description, and two in four have it later."""
     turns, used = [], set()
     for _ in range(TURNS):
         kind = KINDS[min(int(SHARES.searchsorted(rng.random())), len(KINDS) - 1)]

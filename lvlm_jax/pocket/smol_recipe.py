@@ -1,6 +1,6 @@
 """The training recipe of `smol`: the pocket model's tower with SmolLM2, in LLaVA's two stages.
 
-1. `connector`: the token of every patch learns the language model's own embedding of what the patch shows, plus a
+1. `connector`: the token of every patch learns the language model's own embedding of the patch's object, plus a
    little of "left", "middle" or "right". Language model and tower are frozen, and only embeddings are used.
 2. `language`: conversations; connector and low-rank changes of the language model learn from the answers' tokens. The
    frozen kernels are bfloat16, which CPUs with AMX multiply many times faster than XLA multiplies float32.
@@ -63,7 +63,7 @@ def chat_metrics(seeing: nn.Module, speaking: nn.Module, params: dict, batch: di
 
 
 def joined(metrics: Callable[[dict, dict], dict], trainable: dict, frozen: dict, batch: dict, key: jax.Array) -> dict:
-    """A stage's metrics as an objective for `loop.Task`."""
+    """A stage's metrics as an objective for `loop.Task`; joins the two parts of the parameters."""
     del key
     return metrics(parts.join(trainable, frozen), batch)
 

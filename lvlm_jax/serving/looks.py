@@ -57,7 +57,7 @@ class Looks:
         return self._engine.call(lambda: self._page(answer))
 
     def maps(self, name: str) -> Any:
-        """Where the model looked for each word, over each image, as a future of JSON values.
+        """Attention maps of each word over each image, as a future of JSON values.
 
         Raises:
             ApiError: as `page`.

@@ -59,7 +59,7 @@ def token_count(batch: Any) -> int:
 
 
 def padding(batch: Any) -> dict[str, Mean]:
-    """`padding`, the share of a batch's tokens that only fill; nothing of batches that do not tell."""
+    """`padding`, the share of a batch's tokens that are padding; empty for batches that do not contain it."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     known = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "image_id"]
     if not known:

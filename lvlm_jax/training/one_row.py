@@ -20,7 +20,7 @@ from lvlm_jax.training.forward import Sequence
 
 
 def pays(config: FamilyConfig, dtype: Any, method: Method | None, length: int, answer: int) -> bool:
-    """Whether a pair should be one row: answers are short, and nothing counts tokens between prompt and answer.
+    """Whether a pair should be one row: answers are short, and no window or method counts columns.
 
     In 16 bits, the attention kernels of accelerators do not support this mask, so pairs stay two rows.
 

@@ -106,13 +106,13 @@ class Samples:
 
     @property
     def source(self) -> Batches:
-        """The batches that are learned from."""
+        """The training batches."""
         of = self.config
         return Batches(self.train, self.encoder, of.batch, of.accumulate, of.seed, self.shares, of.length_groups)
 
     @property
     def seen_again(self) -> bool:
-        """Whether a whole batch or more of the samples is learned from another time."""
+        """Whether at least one whole batch of the samples is used a second time."""
         steps = self.config.steps or self.source.steps(self.config.epochs)
         return (steps - 1) * self.config.batch >= len(self.train)
 

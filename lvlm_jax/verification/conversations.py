@@ -29,7 +29,7 @@ def _turn(role: str, *content: Any) -> dict[str, Any]:
 
 
 def forms() -> dict[str, Conversation]:
-    """All common forms of conversations, by name; long images have few tiles and take little time."""
+    """All common forms of conversations, by name; narrow images have few tiles, so the checks are quick."""
     brief, ask, cat = "Answer briefly.", "What is in the picture?", "A cat on a chair."
     scripts = "  Zwölf Boxkämpfer,\n\n\tжук, 漢字 und 🐈:  what is it?"
     return {

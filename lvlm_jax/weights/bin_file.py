@@ -68,7 +68,7 @@ class BinFile:
 
 
 def _check_records(path: Path, state_dict: dict) -> None:
-    """Refuses a file whose records have another size than its tensors: mapped, a tensor would reach into others.
+    """Refuses a file whose records have other sizes than its tensors: a mapped tensor would then overlap others.
 
     Raises:
         LVLMError: the file is damaged.

@@ -163,7 +163,7 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
 
 
 def _number(name: str) -> int | None:
-    """The number of an image, which is the last in its name; None where it has none."""
+    """The number of an image, which is the last in its name; None if it has none."""
     digits = re.findall(r"\d+", Path(name).stem)
     return int(digits[-1]) if digits else None
 
@@ -196,7 +196,7 @@ def right_answer(parser: str, right: str, wrong: str) -> str:
 
 
 def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
-    """The file of an image in one of the folders, or where benchmarks keep theirs below it; None if it is nowhere."""
+    """The file of an image in one of the folders, or in a usual subfolder of benchmarks; None if it is in none."""
     within = [place.replace("{group}", group) for place in PLACES]
     written = Path(name)
     inside = not written.is_absolute() and ".." not in written.parts  # a name leads nowhere else

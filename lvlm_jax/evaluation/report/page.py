@@ -107,7 +107,7 @@ def _plain(section: Section) -> dict:
 
 
 def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
-    """The same tables in Markdown; the overview as one table for each protocol, as wide as a page of paper holds."""
+    """The same tables in Markdown; the overview as one table for each protocol, which fits a printed page."""
     parts = [f"# {escaped(title)}", escaped(_about(report))]
     parts.append("\n".join(f"- {escaped(protocol)}: {escaped(report.size(protocol))}" for protocol in report.protocols))
     parts.append(f"Marks of differences: {escaped('; '.join(f'{mark} {words}' for _, mark, words in LEGEND))}.")
@@ -123,7 +123,7 @@ def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
 
 
 def _only(table: Table, protocol: str) -> Table:
-    """The columns of one protocol, and the rows that have something there."""
+    """The columns of one protocol, and the rows with values in them."""
     places = [i for i, column in enumerate(table.columns) if column.protocol == protocol]
     rows = (dataclasses.replace(row, cells=tuple(row.cells[i] for i in places)) for row in table.rows)
     filled = tuple(row for row in rows if any(cell != Cell() for cell in row.cells))

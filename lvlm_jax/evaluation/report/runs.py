@@ -25,7 +25,7 @@ LONGEST_SETTING = 6  # numbers; a method's list beyond that (steering vectors) i
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A figure as it was scored, nan where it is not defined; `n` is how many things it is about."""
+    """A figure as it was scored, nan where it is not defined; `n` is the number of questions or objects behind it."""
 
     value: float
     interval: tuple[float, float]
@@ -121,7 +121,7 @@ class Run:
 
     @property
     def answered_by(self) -> Mapping:
-        """The record that a run of ours leaves beside its answers; empty for answers of others."""
+        """The record that our runs write beside their answers; empty for answers of other programs."""
         return self.record.get("answered_by") or {}
 
     @property
@@ -151,14 +151,14 @@ class Run:
 
     @functools.cached_property
     def size(self) -> str:
-        """How much was asked, in words."""
+        """The numbers of questions and images, in words."""
         groups = Counter(group for group, _ in self.correct)
         by_group = f" ({', '.join(f'{group} {count}' for group, count in groups.items())})" if len(groups) > 1 else ""
         return f"{self.record['questions']} questions{by_group}, {self.record['images']['count']} images"
 
     @property
     def data_set(self) -> str:
-        """The data set in words: the folder, and the question files or how many they are."""
+        """The data set in words: the folder, and the question file or the number of files."""
         listed = [entry["name"] for entry in self.record["files"].values()]
         folder = Path(str(self.answered_by.get("data") or "")).name
         return ": ".join(filter(None, (folder, listed[0] if len(listed) == 1 else f"{len(listed)} files")))
@@ -169,7 +169,7 @@ class Run:
 
     @functools.cached_property
     def conditions(self) -> Mapping[str, str]:
-        """Everything besides model and method that decides the figures: words -> value."""
+        """Everything besides model and method that determines the figures: words -> value."""
         settings = dataclasses.asdict(self.protocol)
         fields = {name: repr(value) for name, value in settings.items() if name not in ("name", "about")}
         listed = self.record["files"].items()

@@ -80,7 +80,7 @@ class Line:
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs by model and method, the model alone first. Runs that only seed or folder tell apart have a line each."""
+    """Runs by model and method, the model alone first. Runs that differ only in seed or folder have separate lines."""
     places: dict[tuple, dict[str, list[Run]]] = {}
     for run in runs:
         method = json.dumps(run.record.get("method"), sort_keys=True)
@@ -142,7 +142,7 @@ def headline(run: Run, word: str) -> str | None:
 
 
 def headlines(runs: Sequence[Run]) -> list[str]:
-    """The headline figures that runs of one protocol have; of a figure that each split has, the mean of the splits."""
+    """The headline figures of the runs of one protocol; if each split has a figure, the mean of the splits."""
     words = [word for word in runs[0].benchmark.headlines if any(headline(run, word) for run in runs)]
     return words or list(runs[0].figures)[:FALLBACK]
 
@@ -187,12 +187,12 @@ class Report:
         return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
 
     def size(self, protocol: str) -> str:
-        """How many questions and images the figures of a protocol are of, and the data set."""
+        """The numbers of questions and images behind a protocol's figures, and the data set."""
         sized = (" · ".join(filter(None, (run.size, run.data_set))) for _, run in self.of(protocol))
         return "; or ".join(dict.fromkeys(sized))
 
     def column(self, figure: str, protocol: str, title: str = "") -> Column:
-        """The column of a figure under a protocol; `title` where it is not called as the figure is."""
+        """The column of a figure under a protocol; `title` replaces the figure's name as title."""
         benchmark = next(run.benchmark for run in self.runs if run.protocol.name == protocol)
         return Column(title or figure, protocol, benchmark.direction(figure))
 
@@ -239,12 +239,12 @@ class Report:
                 "the prompt takes most.",
                 tuple(map(self.cost, self.protocols)),
             ),
-            Section("Records", "Everything besides the method that determines the figures; hashes are SHA-256's beginnings.",
+            Section("Records", "Everything besides the method that determines the figures; hashes are short SHA-256.",
                     tuple(map(self.records, self.protocols))),
         ) if section.tables]  # fmt: skip
 
     def overview(self) -> Table:
-        """Rows methods, columns the headline figures of all protocols."""
+        """A table of the headline figures of all protocols; methods are rows."""
         words = {protocol: headlines([run for _, run in self.of(protocol)]) for protocol in self.protocols}
         columns = tuple(self.column(word, protocol) for protocol in words for word in words[protocol])
         rows = []
@@ -291,7 +291,7 @@ class Report:
             yield Table(f"{protocol}: {heading}", columns, rows)
 
     def controls(self, protocol: str) -> Table | None:
-        """Under each method its controls, which notes explain; None where nothing but models without a method ran."""
+        """The controls of each method, explained in notes; None if only models without a method ran."""
         members = [(line, run) for line, run in self.of(protocol) if not run.is_baseline]
         if not members:
             return None
@@ -326,7 +326,7 @@ class Report:
         return Table(protocol, tuple(self.column(word, protocol) for word in words), tuple(rows), tuple(notes))
 
     def answers(self, protocol: str) -> Table:
-        """How many questions, answers not understood, and answers that a method turned."""
+        """Numbers of questions, of answers not understood, and of answers that a method fixed or broke."""
         names = ("questions", "unparsed", "fixed", "broken", "McNemar p")
         rows = []
         for line, run in self.of(protocol):
@@ -382,7 +382,7 @@ class Report:
 
 
 def _timed(own: float | None, plain: float | None, cost: Cost, other: Cost) -> Cell:
-    """Milliseconds, and how many times those of a run without a method they are, where both were timed alike."""
+    """Milliseconds, and how many times those of a run without a method they are, if both were timed in the same way."""
     if own is None:
         return Cell("not recorded")
     if plain is None:

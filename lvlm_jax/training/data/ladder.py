@@ -29,7 +29,7 @@ def alike(one: str, other: str) -> bool:
 
 
 def check(prompts: Sequence[Prompt]) -> None:
-    """Refuses prompts that nobody knows a right answer to, with an `LVLMError`."""
+    """Raises an `LVLMError` for prompts without a right answer."""
     for prompt in prompts:
         if prompt.truth is None:
             raise LVLMError(

@@ -32,7 +32,7 @@ class Prompt:
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """Wrong answers, where the prompt carries some."""
+        """The prompt's wrong answers, if it has some."""
         return tuple(self.extra.get("wrong", ()))
 
     @property
