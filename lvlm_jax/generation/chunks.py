@@ -87,8 +87,8 @@ class Prefill:
 
         Args:
             main, method, contrast, options: as `forward.prefill` takes them.
-            before: gives the prefix of the prompt after each chunk of it, or None as long as it has not all of it. The
-                default is a prompt in one piece.
+            before: yields None after each chunk of the prefix, and at last the complete prefix. Without it, the prompt
+                is run in one piece.
         """
         self.result: tuple[State, Step] | None = None
         self._model, self._main, self._method = (params, config), main, method

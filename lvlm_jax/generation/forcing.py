@@ -199,7 +199,7 @@ def forced_logits(
 
 
 def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "B A"]) -> tuple:
-    """A decode steps at once: logits `[B, A, V]` of two branches and `[A, N, B, V]` of later ones, exits, carry."""
+    """Runs A decode steps at once: returns logits `[B, A, V]` (later branches `[A, N, B, V]`), exits and carry."""
     method = state.method and state.method.recall(state.memory.edits)
     transforms = tuple(edit and EachRow(edit) for edit in forward.transforms_of(method))
     contexts = tuple(track.with_tokens(tokens.shape[1]) for track in state.tracks)

@@ -103,7 +103,7 @@ class CAPL(Method):
 
 
 def tiles(image_id: Int[Array, "B S"], image_count: int, tokens: int) -> Int[Array, "B S"]:
-    """`image_id` with tiles of `tokens` tokens numbered instead of images, throughout each sample."""
+    """Like `image_id`, but numbers the tiles of `tokens` tokens in each sample instead of its images."""
     inside = per_image.members(image_id, image_count)
     of_image = -(-inside.sum(axis=-1) // tokens)
     before = jnp.cumsum(of_image, axis=-1) - of_image

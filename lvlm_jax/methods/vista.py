@@ -109,7 +109,7 @@ class Steering(Transform):
 
 
 class MlpSteering(Steering):
-    """Turns the output of the feed-forward block towards the image, further if it points away from it."""
+    """Turns the output of the feed-forward block towards the image; the turn is larger if the output points away."""
 
     def mlp(self, stream, output):
         x, vector = output.astype(jnp.float32), self.vectors[stream.layer][:, None]

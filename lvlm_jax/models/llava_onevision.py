@@ -1,7 +1,7 @@
 """LLaVA-OneVision (arXiv 2408.03326): LLaVA-NeXT with a SigLIP tower, a Qwen2 decoder and many more tiles.
 
-A single image is tiled; if its large view takes too many tokens, the feature map of that view is shrunk. Several images
-of a prompt are only seen whole, one tile each.
+A single image is tiled; if its large view takes too many tokens, the feature map of that view is shrunk. If a
+prompt has several images, each is one tile that shows the whole image.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
 
     Attributes:
         feature_select: "full": the tower has no class token to drop.
-        most_tiles: an image's large view takes at most about as many tokens as this number of tiles has patches.
+        most_tiles: the limit on tokens of an image's large view, as the number of tiles with that many patches.
     """
 
     vision: SiglipConfig

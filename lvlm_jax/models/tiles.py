@@ -55,7 +55,7 @@ class Tiling:
         return cls(tile, tile // hf.vision_config.patch_size, resolutions)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tiles of the resolution that keeps most of an image's pixels, and of those wastes least.
+        """Rows and columns of tiles of the resolution that keeps most of an image's pixels; on ties, that wastes least.
 
         Args:
             size: size of the image, (height, width) in pixels.

@@ -115,6 +115,6 @@ def _needed(name: str) -> None:
 
 
 def options(target: str) -> Mapping[str, Any]:
-    """Options for `Lowered.compile`: without a device, tiles cannot be tuned."""
+    """Options for `Lowered.compile`; they turn off the tuning of tiles, which needs a device."""
     without_device = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     return without_device | GPU_OPTIONS if target == "cuda" else {}

@@ -1,7 +1,7 @@
 """Bytes that a compiled program moves between a device's memory and its arithmetic.
 
-Every operation reads its operands and writes its result; intermediate results of a fusion are free. An operand that
-is only sliced counts with its slices, and an array that is updated in place with the update. Arrays in memory on the
+Every operation reads its operands and writes its result; intermediate results of a fusion are free. Of an operand that
+is only sliced, only the slices count; of an array that is updated in place, only the update. Arrays in memory on the
 chip (VMEM of a TPU) are free.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from lvlm_jax.planning.collectives import OPERATIONS
 from lvlm_jax.planning.hlo import Computations, Instruction, size_of
 
-# They compute nothing; loops and calls do what their computations do.
+# Operations that move no data of their own; those of loops and calls are counted in their computations.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "while", "conditional", "call",
     "partition-id", "replica-id", "after-all", "add-dependency", "iota", "async-update", "domain",

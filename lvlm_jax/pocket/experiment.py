@@ -2,12 +2,13 @@
 
 1. The base: SFT under CAPL's cross-image attention, half of the conversations over several images, the question before
    them, with kinds of questions that only a comparison of the images answers.
-2. The gate: under truncated attention the base must lose at least `config.gate` of its accuracy. Where it does not, no
-   image needs to see another, and whatever the arms do says nothing about CAPL.
-3. Pairs of one set of prompts: chosen is the truth; rejected by the ladder, from truncated attention or unmodified.
+2. The gate: under truncated attention the base must lose at least `config.gate` of its accuracy. If it does not, it
+   answers without attention between images, and the results of the arms say nothing about CAPL.
+3. Pairs for one set of prompts. The chosen answer is the truth; the rejected one comes from the ladder, under truncated
+   attention or from the unmodified model.
 4. Arms from that base, with equal prompts, steps and λ, for every seed; then CAPL without its likelihood term, and
    rounds in which CAPL's own model answers new prompts.
-5. Everybody answers the balanced questions of the test split, under CAPL's attention and under plain attention.
+5. All models answer the balanced questions of the test split, under CAPL's attention and under plain attention.
 
 Folders below the one of the `Setup`:
 

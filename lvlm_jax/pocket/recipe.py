@@ -234,7 +234,7 @@ class Recipe:
         return model.params
 
     def method(self) -> Method | None:
-        """Under whose attention the last stage learns; None for plain attention.
+        """The method under whose attention the last stage learns; None for plain attention.
 
         Raises:
             LVLMError: no such method, or one that nothing can be trained under.

@@ -173,7 +173,10 @@ def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
 
 
 def _trial(messages: Sequence[Message]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The messages with unique words for texts, each with its words. No letter filter of a template changes numbers."""
+    """The messages with unique words for texts, each with its words.
+
+    The words are numbers, because templates may change the case of letters.
+    """
     numbers = (str(number) for number in itertools.count(770_001))
     trial = []
     for message in messages:

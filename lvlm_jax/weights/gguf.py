@@ -1,4 +1,4 @@
-"""Reads GGUF, llama.cpp's file of a language model: configuration, tensors, tokenizer and chat template in one.
+"""Reads GGUF, the file format of llama.cpp: configuration, tensors, tokenizer and chat template in one file.
 
 The package `gguf` (ggml-org) dequantises one tensor at a time; tensors get the names of transformers. There are two
 differences from a Hugging Face checkpoint. llama.cpp rotates neighbouring channels of a head and transformers rotates

@@ -92,7 +92,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Right answers, and those of a constant for each kind. Yes/no answers are parsed by "strict", others by words."""
+    """Counts right answers, and those of one constant per kind; "strict" parses yes/no answers, words the others."""
     constants = blind(questions)
     tally, unparsed = Tally(), 0
     for question in questions:

@@ -68,7 +68,7 @@ class Comparison:
 
     Attributes:
         to: name of the other run, in words.
-        baseline: the other run; None where only a stored comparison is there.
+        baseline: the other run; None for a stored comparison.
         differences: by the names of figures.
         only_here, only_there: questions that only one of the two got right.
         p: of McNemar's exact test.

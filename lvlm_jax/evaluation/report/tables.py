@@ -1,6 +1,7 @@
 """The tables of a report, for the page and for the Markdown file: the text of every cell, and its title.
 
-A figure that was scored under other conditions than most figures of its column carries a mark, and a note says which.
+If a figure was not scored under the conditions of most figures in its column, it has a mark, and a note names the
+differences.
 """
 
 import collections

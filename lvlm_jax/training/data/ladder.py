@@ -61,7 +61,7 @@ def rejected(prompt: Prompt, answer: str, samples: Sequence[str], seed: int) -> 
 
 
 def explained(candidates: Sequence[Candidate]) -> float | None:
-    """The share of pairs that a policy wins by contradicting the model; None where its own answers are not known."""
+    """The share of pairs that a policy wins by contradicting the model; None if the model's own answers are unknown."""
     known = [one for one in candidates if one.own is not None]
     if not known:
         return None
