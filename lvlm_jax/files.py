@@ -160,7 +160,7 @@ def expand(name: str | os.PathLike) -> Path:
         path.exists()
     except (TypeError, ValueError, OSError) as error:  # too long, a null byte, or a lone surrogate
         reason = getattr(error, "strerror", None) or str(error)
-        raise LVLMError(f"{shown(name)} is no path ({reason}); expected the name of a file or folder") from error
+        raise LVLMError(f"{shown(name)} is not a path ({reason}); expected the name of a file or folder") from error
     return path
 
 
@@ -260,7 +260,7 @@ def _lock_new(handle: int, path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks, where nothing is removed either
+    except OSError:  # a file system without locks; there nothing is removed either
         return True
     return path.exists()
 

@@ -138,7 +138,7 @@ def _draw(folder: Path, pictures: list[page.Picture], answers: list[page.Answer]
     )
     figures.curves(
         folder / "flow.png",
-        "Information flow (SEVI), after so many layers",
+        "Information flow (SEVI), after each number of layers",
         "share on text positions",
         {name: [answer.flow] for name, answer in by_name.items()},
     )

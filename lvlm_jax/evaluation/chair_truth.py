@@ -229,5 +229,5 @@ def _coco(path: Path) -> Mapping:
     for name in ("annotations", "images", "categories"):
         rows = content.get(name, [])
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise LVLMError(f"'{name}' of annotations {str(path)!r} is no list of objects; expected COCO's format")
+            raise LVLMError(f"'{name}' of annotations {str(path)!r} is not a list of objects; expected COCO's format")
     return content

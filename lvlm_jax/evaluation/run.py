@@ -242,7 +242,7 @@ def cost(logged: shares.LoggedAnswers) -> dict:
     """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, device and commit.
 
     The median is used because the first batch of a shape waits for compilation. Times include images and prompts.
-    Commit and machine are those of the batches, joined where they differ, None where they are not known.
+    Commit and machine are those of the batches, joined if they differ, None if they are unknown.
     """
     timed = [1000 * batch["seconds"] / batch["tokens"] for batch in logged.batches if batch["tokens"]]
     lengths = [row["tokens"] for row in logged.answers.values()]

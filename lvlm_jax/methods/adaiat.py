@@ -1,4 +1,4 @@
-"""AdaIAT: generated text gets more attention in heads that tell real objects from hallucinated ones (CVPR 2026).
+"""AdaIAT: more attention to generated text in heads that distinguish real from hallucinated objects (CVPR 2026).
 
 In the last row of layers 5 to 17, with T_g the columns of generated tokens, the newest among them:
 

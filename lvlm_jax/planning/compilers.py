@@ -80,7 +80,7 @@ def absent_devices(name: str, count: int = 8) -> list[jax.Device]:
     """Absent devices to compile for: those of one v5e slice, or H200s of machines of eight.
 
     Raises:
-        LVLMError: the compiler is not installed, or knows no group of so many devices.
+        LVLMError: the compiler is not installed, or knows no group of this number of devices.
     """
     _needed(name)
     try:

@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves between a device's memory and its arithmetic.
 
-Every operation reads its operands and writes its result; intermediate results of a fusion are free. Of an operand that
-is only sliced, only the slices count; of an array that is updated in place, only the update. Arrays in memory on the
-chip (VMEM of a TPU) are free.
+Every operation reads its operands and writes its result; intermediate results of a fusion are free. If an operand is
+only sliced, only the slices count; if an array is updated in place, only the update. Arrays in memory on the chip (VMEM
+of a TPU) are free.
 """
 
 import re

@@ -23,14 +23,14 @@ QUESTIONS = 2700  # of the test set, 300 of each kind: 1500 of those that the sh
 FILE = "questions/balanced.jsonl"
 ABOUT = "questions/balanced.json"  # how they were drawn
 USES = 4  # questions about one group of images, and so about one image
-SIZES = {2: 0.5, 3: 0.3, 4: 0.2}  # share of the questions about so many images
+SIZES = {2: 0.5, 3: 0.3, 4: 0.2}  # number of images -> share of the questions
 ALIKE = 0.6  # share of groups whose images are of one place, so that they have objects in common
 TRIES = 300  # groups drawn in vain before answers that are still wanted are given up as too rare; fewer for few
 _PLACES = ("which_image", "which_lacks", "odd_one_out")  # kinds whose answer is one of the images
 
 
 class Cell(NamedTuple):
-    """A kind of question, over so many images, with this answer; "" for any."""
+    """A kind of question, a number of images, and an answer; "" for any answer."""
 
     kind: str
     images: int

@@ -56,7 +56,7 @@ class Arm:
         recipe: its section of the settings, "sft" or "preference".
         rejected: where the rejected answers of its pairs come from, one of `preferences.REJECTED`.
         attention: whether it learns under CAPL's attention.
-        likelihood: whether the chosen answers' likelihood is a term of the loss (λ), where it has two.
+        likelihood: whether the likelihood of chosen answers (λ) is a term of a loss with two terms.
     """
 
     recipe: str

@@ -38,7 +38,7 @@ class Question:
     """A question with its answer as a sentence (`full`) and as a single word (`short`, which is also the label).
 
     Attributes:
-        wrong: the other answers that the question could have, (full, short) each; not all of them where there are many.
+        wrong: the other answers that the question could have, (full, short) each; only some of them if there are many.
     """
 
     kind: str

@@ -50,7 +50,7 @@ def encode(
         if not prompt_text.startswith(rendered) or answer is None:
             raise LVLMError(
                 "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
-                "told apart; give the checkpoint a template that only appends (chat_template.jinja)"
+                "recognised; give the checkpoint a template that only appends (chat_template.jinja)"
             )
         prompt = text + prompt_text[len(rendered) :]
         ids = _extended(processor, ids, expanded(text), expanded(prompt))

@@ -85,7 +85,7 @@ FIELDS = (
     Field("loop.save_every", 100, "steps from one checkpoint to the next"),
     Field("loop.keep", 2, "number of newest checkpoints to keep"),
     Field("loop.keep_best", "", "also keep the one where this metric, such as val/loss, was lowest"),
-    Field("loop.patience", 0, "stop after so many evaluations without a lower keep_best; 0: never"),
+    Field("loop.patience", 0, "stop after this number of evaluations without a lower keep_best; 0: never"),
     Field("loop.answers", 0, "number of held-out prompts answered at each evaluation, for you to read"),
     Field("loop.answer_tokens", 64, "maximum number of new tokens of these answers"),
     Field("loop.logger", "", "where to send records too: wandb, or module:function of (step, values)"),

@@ -35,7 +35,7 @@ def method_of(words: Any, model: LVLM, name: str) -> Method | None:
 
 
 def refuse(method: Method, num_layers: int) -> None:
-    """Raises an `LVLMError` that names the method if a model of so many layers cannot be trained under it."""
+    """Raises an `LVLMError` that names the method if a model with `num_layers` layers cannot be trained under it."""
     if reason := _against(method, num_layers):
         raise LVLMError(f"nothing can be trained under {method.label}: it {reason}; use capl, vaf, or none")
 

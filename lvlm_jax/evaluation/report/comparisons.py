@@ -68,7 +68,7 @@ def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
         others = baselines[run.protocol.name, run.model]
         alike = [other for other in others if not differing(run, other)]
         if alike:
-            # Of several, one with the same seed is preferred.
+            # A run with the same seed is preferred.
             chosen = min(alike, key=lambda other: other.record.get("seed") != run.record.get("seed"))
             comparisons[run] = _minus(run, chosen, scores)
         elif run.against:

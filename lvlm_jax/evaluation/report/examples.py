@@ -50,7 +50,7 @@ class Example:
         without: the answer without a method.
         answers: runs with a method, each with its answer.
         fixed: whether the answers with a method are right; else the one without is.
-        right: the right answer, where it is a word; empty for captions.
+        right: the right answer if it is a word; empty for captions.
         pictures: files of the images that were found.
     """
 

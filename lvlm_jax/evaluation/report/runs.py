@@ -226,7 +226,7 @@ def load(path: Path, name: str) -> Run:
     """The run of one `scores.json`.
 
     Raises:
-        LVLMError: it is no JSON, of another form, or written by a newer version of this package.
+        LVLMError: it is not JSON, has another form, or was written by a newer version of this package.
     """
     where = f"scores file {str(path)!r}"
     document = files.read_json(path, "scores file")

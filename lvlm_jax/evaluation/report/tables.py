@@ -35,7 +35,7 @@ class TableRow:
         group: a model, or a method, whose rows stand together.
         settings: all of them, which the page folds.
         cells: one for each column.
-        which: the settings that tell it from rows of the same name.
+        which: the settings that differ from other rows of the same name.
     """
 
     group: str
@@ -152,7 +152,7 @@ def arranged(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Figures as tables: title -> column -> the figure's name.
 
     First those of the whole benchmark, then for each figure that groups have ("random: accuracy") a table with a column
-    a group; where there is one group only, one table with a column a figure.
+    a group; with a single group, one table with a column for each figure.
     """
     names = list(dict.fromkeys(names))
     groups = {name.partition(": ")[0] for name in names if ": " in name}

@@ -47,7 +47,7 @@ def rejected(prompt: Prompt, answer: str, samples: Sequence[str], seed: int) -> 
         seed: of the draw among the wrong options.
 
     Returns:
-        `answer` itself, on the first rung, where none is wrong.
+        `answer` itself, on the first rung, if none is wrong.
     """
     if not alike(answer, prompt.truth):
         return answer, RUNGS[0]
