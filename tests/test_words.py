@@ -35,7 +35,7 @@ BANNED = {
     r"\btold (apart|from|of)\b": "distinguished; differs from",
     r"\bhas no use for\b": "does not use",
     r"\bin the place of (the|a|one|numbers|arrays) (?!answer)": "instead of",
-    r"(?<!there )\b(is|are) no (file|folder|log|setting|method|command|picture|function|list|path|JSON|sinks?)\b": "is not a",
+    r"(?<!there )\b(is|are) no (file|folder|log|setting|method|command|function|list|path|JSON|sinks?)\b": "is not a",
     r"\bto come to lie\b": "is moved to",
     r"\bof the (kin|like)\b": "similar",
     r"\bway of the data\b": "data flow",
