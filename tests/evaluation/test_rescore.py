@@ -86,7 +86,7 @@ def test_chair_and_mme(tmp_path, monkeypatch):
     assert found["figures"]["C_S"]["value"] == 0.5 and found["notes"]["words"] == "synonyms.txt"
     assert found["record"]["files"].keys() == {"instances", "captions", "synonyms"}
     write_json(coco / "annotations/instances_val2014.json", {"annotations": [], "images": None})
-    refused("'images' of annotations .* is no list of objects", run, *words, "--out", "out")
+    refused("'images' of annotations .* is not a list of objects", run, *words, "--out", "out")
     assert not Path("out").exists()
     tasks = ("existence", "count", "position", "color")
     mme_folder(tmp_path / "mme", dict.fromkeys(tasks, ["1"]))

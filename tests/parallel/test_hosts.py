@@ -56,7 +56,7 @@ def test_one_is_killed_the_others_say_so_and_all_go_on(alone, tmp_path, count, v
     for index in set(range(count)) - {victim}:
         (line,) = said(errors, index)
         assert re.match(rf"train_over_processes.py: process ({victim}|0) of this run.* died or cannot be reached", line)
-        assert "start all of them again" in line and "newest checkpoint" in line
+        assert "start all again with the same command" in line and "newest checkpoint" in line
     saved = [int(path.name) for path in (workdir / "talk").iterdir() if path.name.isdigit()]
     assert saved and max(saved) < 20
     finish(TRAIN, count, workdir, 0, errors=errors)

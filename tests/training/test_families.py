@@ -260,11 +260,11 @@ def test_errors_name_the_row(cases, tmp_path):
             encoder.pair(bad)
 
 
-def test_pictures_that_are_read_anew_with_each_question_teach_one_answer_a_row(cases):
+def test_pictures_that_are_read_again_with_each_question_teach_one_answer_a_row(cases):
     encoder, pair = cases("instructblip").encoder, cases("instructblip").pairs[2]
     first = [*pair.prompt, assistant("a cat")]
     again = Conversation(pair.images, [*first, user("Red?", 0), assistant("yes")], "5")
-    with pytest.raises(LVLMError, match="row 5 has 2 answers about its pictures, which instructblip reads anew"):
+    with pytest.raises(LVLMError, match="row 5 has 2 answers about its images, which instructblip reads again"):
         encoder.conversation(again)
     batch = batch_of(encoder, [encoder.conversation(dataclasses.replace(again, messages=first))])
     # The Q-Former reads the question, and never the answer.

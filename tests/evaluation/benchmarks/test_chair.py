@@ -167,8 +167,8 @@ def test_annotations_that_are_wrong(folder):
     for change, message in (
         ({"annotations": [*good["annotations"], one]}, r"annotation 77 \(image 1\) .* has no category_id"),
         ({"annotations": [one | {"category_id": 99}]}, "category_id 99 is not among the categories"),
-        ({"images": None}, "'images' of annotations .* is no list of objects"),
-        ({"categories": [1]}, "'categories' of annotations .* is no list of objects"),
+        ({"images": None}, "'images' of annotations .* is not a list of objects"),
+        ({"categories": [1]}, "'categories' of annotations .* is not a list of objects"),
         ({"annotations": {}}, "have no list 'annotations'"),
     ):
         write_json(path, good | change)
