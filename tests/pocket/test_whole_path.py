@@ -28,7 +28,7 @@ def test_the_whole_path(tmp_path, monkeypatch):
     assert capl["method"]["name"] == capl["model"]["training"]["method"]["name"] == "CAPL"
     for module in (experiment, training):
         monkeypatch.setattr(module.finetune, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(experiment.preferences, "answered", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(experiment.preferences, "answer_prompts", lambda *_: pytest.fail("asked again"))
     assert command.main(words) == 0
     tables = [text[text.index("## CAPL") :] for text in (page, target.read_text())]
     assert tables[0] == tables[1]
