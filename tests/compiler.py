@@ -1,4 +1,4 @@
-"""How much the compiler does: little for tests, which run programs for milliseconds and compile them for seconds."""
+"""Optimisation levels of the compiler: low for most tests, which compile for seconds and run for milliseconds."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ QUICK = [("xla_cpu_use_fusion_emitters", False), ("xla_cpu_parallel_codegen_spli
 
 
 def compile_quickly() -> None:
-    """From now on programs are hardly optimised, but inside of `optimised(True)`.
+    """From now on programs are hardly optimised, except inside `optimised(True)`.
 
     JAX has an option for most of it, and none for options of XLA that hold for all programs of a process: those of the
     environment would hold inside as well.
@@ -53,7 +53,7 @@ def optimised(wanted: bool) -> Iterator[None]:
 
 
 def drop_programs(mappings: int = 15_000) -> None:
-    """Drops all programs if they take more mappings of memory than that, of the 65,530 Linux allows a process."""
+    """Drops all programs if they take more than this number of memory mappings; Linux allows a process 65,530."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > mappings:
         jax.clear_caches()

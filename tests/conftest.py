@@ -36,7 +36,7 @@ compile_quickly()
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
-    """Compiles as a file wants it, and drops programs behind it: they map memory, all of them more than Linux allows.
+    """Compiles with the optimisation level of a file, and drops its programs afterwards, because they map memory.
 
     In files marked `full_compiler` programs are those of a user; in the others they are hardly optimised.
     """

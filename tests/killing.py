@@ -1,4 +1,4 @@
-"""Kills runs with SIGKILL at chosen moments; they are started again and must end as if nothing had happened."""
+"""Kills runs with SIGKILL at chosen moments; after a restart they must end like uninterrupted runs."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ class Command:
         return self.process.poll() is None
 
     def finish(self):
-        """Waits for the end, which must be a good one."""
+        """Waits for the end, and checks that it is successful."""
         assert self.process.wait() == 0, self.errors()
 
     def kill(self):

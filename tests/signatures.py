@@ -1,4 +1,4 @@
-"""What checks the signatures of the package while tests run (see `conftest.py`)."""
+"""Checks the signatures of the package while tests run (see `conftest.py`)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The compilation cache: private, switched off by one variable, and no obstacle when it cannot be had."""
+"""The compilation cache: private, switched off by one variable, and optional if it cannot be created."""
 
 import jax
 import jax.numpy as jnp

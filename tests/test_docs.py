@@ -42,7 +42,7 @@ def pocket():
 
 @pytest.fixture
 def namespace(pocket, monkeypatch, tmp_path):
-    """What examples take as given: a model, a question about a picture in the current folder."""
+    """Names that examples use without defining them: a model, a question about an image in the current folder."""
     monkeypatch.chdir(tmp_path)
     # A page loads the model again; so that nothing is compiled twice it gets the one that is there.
     monkeypatch.setattr(LVLM, "from_pretrained", lambda name: pocket if name == "pocket" else pytest.fail(name))

@@ -36,7 +36,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("guessed", [".part", ".tmp", ""])
 def test_no_link_is_followed(tmp_path, monkeypatch, guessed):
-    """Neither one with a name that a stranger may foresee, nor one with the very name."""
+    """No temporary file has a name that others can guess, or the name of the file itself."""
     victim, out = tmp_path / "victim", tmp_path / "out"
     victim.write_text("precious")
     out.mkdir()

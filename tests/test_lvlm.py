@@ -1,4 +1,4 @@
-"""The public face: what it refuses and how it says so, and that it needs no torch."""
+"""The public class: what it refuses and with which message, and that it needs no torch."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Attention maps over pictures: the part of the picture that was seen, the words, the drawing."""
+"""Attention maps over images: the region that a map covers, the words, the drawing."""
 
 import numpy as np
 import pytest

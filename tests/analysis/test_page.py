@@ -1,4 +1,4 @@
-"""The page: what is packed into it can be unpacked, it stays small, and it refers to nothing outside."""
+"""The page: its packed values can be unpacked, it stays small, and it needs no other file."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ def picture(width=900, height=600, region=None):
 
 
 def answer(name="greedy", text="a red dog runs", words=4, layers=3, heads=2, grid=(4, 5)):
-    """About two pictures with grids of their own."""
+    """Answers about two images with different grids."""
     rng = np.random.default_rng(0)
     curves, sizes = rng.random((words, layers)), (grid, (grid[0] + 1, grid[1]))
     return page.Answer(
@@ -41,7 +41,7 @@ def numbers(packed):
 
 
 def read(built: str) -> dict:
-    """What the page's own script would read."""
+    """The values that the page's script reads."""
     (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', built, re.S)
     return json.loads(found)
 

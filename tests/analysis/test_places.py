@@ -1,4 +1,4 @@
-"""Maps over pictures for families whose pictures have grids of their own, views of the whole, or no grid at all."""
+"""Maps over images in families with a grid for each image, with a view of the whole image, or without a grid."""
 
 import dataclasses
 from types import SimpleNamespace

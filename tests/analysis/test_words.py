@@ -1,4 +1,4 @@
-"""Words from tokens, and what belongs to them."""
+"""Words from tokens, and the tokens of each word."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Blocks of keys and values: what a write leaves, what it costs in 16 bits, and its derivative."""
+"""Blocks of keys and values: the result of a write, its cost in 16 bits, and its derivative."""
 
 import chex
 import jax
@@ -25,7 +25,7 @@ def test_a_write_changes_its_columns_alone(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_nothing_of_16_bits_is_converted_as_a_whole(dtype):
-    """Neither the cache nor the table of embeddings lies in memory as float32 while tokens are written one by one."""
+    """Decode steps make no float32 copy of the cache or of the embeddings."""
     table = random(TABLE, dtype)
 
     def step(index, carry):

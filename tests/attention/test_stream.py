@@ -46,7 +46,7 @@ def whole(query, key, value, lazy_mask):
 
 
 def with_slopes(function, alive, *arguments):
-    """The result and what a fixed slope of it pulls on query, key and value; rows of padding mean nothing."""
+    """The result, and the gradients of query, key and value for a fixed cotangent; rows of padding are not compared."""
 
     def total(query, key, value, lazy_mask):
         mixed = jnp.where(alive, function(query, key, value, lazy_mask), 0)
@@ -82,7 +82,7 @@ def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns,
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("left", [True, False])
 def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
-    """By what stands for cuDNN's kernel on any platform, and by the TPU's own kernel, interpreted."""
+    """With a stand-in for cuDNN's kernel, and with the TPU kernel in interpret mode."""
     lazy_mask = sight_of(128, 128, window, left=left)
     arguments = (*operands(128, 128), lazy_mask)
     alive = np.asarray(lazy_mask.valid)[:, None, :, None]
@@ -96,7 +96,8 @@ def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
 
 
 def test_what_takes_a_kernel(monkeypatch):
-    """Where there is a compiler for TPUs; but never float32, a prefix, two answers or images that are seen whole."""
+    """The TPU kernel is used if a TPU compiler is installed; never for float32, a prefix, two answers or whole
+    images."""
     monkeypatch.setattr(kernels, "compiles_for_tpus", lambda: True)
     query, key, _ = operands(128, 128, jnp.bfloat16)
     assert "tpu" in kernels.usable(query, key, sight_of(128, 128))

@@ -34,7 +34,7 @@ def test_identity_is_bit_equal_to_no_method(model, mixed):
 
 
 def expected_site(image_id, first_row):
-    """What a site must say about the rows from `first_row` on, per sample, by loops."""
+    """The expected fields of a site for the rows from `first_row` on, computed sample by sample with loops."""
     samples, columns = image_id.shape
     rows = range(first_row, columns)
     site = {
@@ -108,7 +108,7 @@ def test_stages_see_the_rows_they_asked_for(model, mixed, transforms, rows):
     ids=["everywhere", "layer 1", "prefill", "layer 0 in decode"],
 )
 def test_stages_run_where_they_are_active(model, mixed, transform, calls):
-    """By what a transform carries through a prefill and through a decode step; traced only."""
+    """Checked by the carry of a transform through a prefill and a decode step; the programs are only traced."""
     prompt = model.prepare(mixed)
 
     def both(params, embeddings):

@@ -1,4 +1,4 @@
-"""A disk that fills up is one line and exit code 2; given again with more room, a command writes what it would have."""
+"""A full disk gives one line and exit code 2; the same command with more room then writes the usual files."""
 
 import json
 import shutil

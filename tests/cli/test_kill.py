@@ -1,4 +1,4 @@
-"""Killed again and again, a command that is given again ends as if nothing had happened, and leaves nothing beside."""
+"""Commands that are killed several times and repeated end with the usual files and leave no others."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What the compilers of TPUs and GPUs say of the library's programs, without a device: memory, gathers, sums."""
+"""The library's programs according to the compilers of TPUs and GPUs, without a device: memory, gathers, sums."""
 
 import math
 import re
@@ -56,7 +56,7 @@ def test_the_memory_of_a_tower_with_windows(compiler, sides, most):
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", [4, 8])
 def test_a_token_on_several_devices_costs_two_sums_a_layer(compiler, ways):
-    """And no gather of a table of embeddings, of a weight or of a cache."""
+    """No program gathers a table of embeddings, a weight or a cache."""
     config = bench_compilers.cut()
     text = bench_compilers.decode(compiler, (1, 1, ways), config).as_text()
     found = COLLECTIVE.findall(text)

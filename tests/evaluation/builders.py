@@ -1,4 +1,4 @@
-"""Tiny benchmark folders and answer files, written as people have them, and their scores."""
+"""Tiny benchmark folders and answer files in their published forms, and their scores."""
 
 import dataclasses
 import importlib
@@ -104,7 +104,7 @@ def amber_folder(folder: Path) -> Path:
 
 
 def file_of(benchmark: str):
-    """The test file of a benchmark, which has `sample(folder) -> Data` and the `PROTOCOLS` that it is fit for."""
+    """The test module of a benchmark, with `sample(folder) -> Data` and the `PROTOCOLS` that it supports."""
     return importlib.import_module(f"tests.evaluation.benchmarks.test_{benchmark}")
 
 

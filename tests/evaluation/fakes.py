@@ -23,7 +23,7 @@ TEMPLATE = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>
 
 
 class Oracle:
-    """Says yes or no by a hash of what it is asked.
+    """Answers yes or no by a hash of the question and its images.
 
     Attributes:
         encoded: how many pictures went through the tower, one number for each time it ran.

@@ -1,4 +1,4 @@
-"""Answer files: read as others write them, written as others read them, matched to questions without guessing."""
+"""Answer files: reading and writing in the formats of other programs, and matching to questions without guessing."""
 
 import json
 
@@ -180,7 +180,7 @@ def test_bad_answer_files(tmp_path):
 
 
 def test_files_as_others_read_them(tmp_path, questions):
-    """Each benchmark's own form, to the letter; `test_benchmarks` reads them back."""
+    """The exact form of each benchmark; `test_benchmarks` reads them back."""
     (path,) = write(tmp_path / "answers.jsonl", questions, {questions[0].key: 'No "ü"'}, "pope/vcd", "pocket")
     asked = "Is there a dog in the image? Please answer this question with one word."
     expected = {"question_id": 1, "prompt": asked, "text": 'No "ü"', "model_id": "pocket"}

@@ -1,4 +1,4 @@
-"""Controls beside a method: each does one thing, and the words follow from the intervals."""
+"""Controls beside a method: each changes one thing, and the verdicts follow from the intervals."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_first_tokens_of_yes_and_no():
 
 
 def test_log_odds_are_those_of_transformers(model, torch_model, tmp_path):
-    """And do not depend on the batch, nor are they computed twice."""
+    """Log-odds do not depend on the batch and are not computed twice."""
     questions = []
     for number, text in enumerate(["Is it so?", "Is it?", "So it is, is it not?"]):
         path = tmp_path / f"{number}.png"
@@ -149,8 +149,8 @@ def test_the_threshold_gives_the_share_asked_for():
 
 
 def test_chair_at_equal_length(tmp_path):
-    """Greedy captions are cut to the words of the others. A method that says less is better than greedy, and not than
-    greedy cut to its length."""
+    """Greedy captions are cut to the length of the others. A method with shorter captions is better than greedy
+    decoding, but not than greedy captions of its length."""
     text = "A dog sits. A cat sleeps near a chair."
     assert controls.length_matched(text, "One two three four") == "A dog sits. A"
     assert controls.length_matched(text, "word " * 20) == text
@@ -190,7 +190,7 @@ def test_chair_at_equal_length(tmp_path):
 
 
 def test_a_method_that_only_says_yes_more_often_is_found_out():
-    """Greedy says no too often but orders the questions rightly; the method moves the threshold, no more."""
+    """Greedy decoding says no too often but orders the questions correctly; the method only moves the threshold."""
     questions = yes_no("yn" * 40)
     generator = np.random.default_rng(0)
     odds = {q.key: (1.0 if q.label == "yes" else -1.0) + generator.normal() * 0.5 - 1.0 for q in questions}

@@ -1,4 +1,4 @@
-"""Asking a model: batches that do not matter, towers that run once a picture, logs that survive a kill."""
+"""Asking a model: answers do not depend on batches, the tower runs once per image, logs survive a kill."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def tower(monkeypatch):
 
 
 def test_answers_do_not_depend_on_the_batch(model, questions, tower):
-    """Nor on who encoded the pictures; and every picture is encoded once."""
+    """Answers do not depend on the encoder of the images, and every image is encoded once."""
     questions = questions[:18]  # those about one picture: fewer programs
     whole = ask(questions, model, batch_size=16)
     assert list(whole) == [question.key for question in questions] and tower == [7]

@@ -1,4 +1,4 @@
-"""Kill -9 in the middle of a run, five times: the answers are those of a run that nobody disturbed."""
+"""Kill -9 in the middle of a run, five times: the answers are those of an uninterrupted run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every parser on the answers that tell it from the others."""
+"""Every parser on answers that it reads differently from the others."""
 
 from lvlm_jax.evaluation import parsers
 from tests.refusals import refused

@@ -1,4 +1,4 @@
-"""Several processes, and several devices, give what one gives."""
+"""Several processes, and several devices, give the results of one."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def run(world, out, share, oracle, name="pope/strict", method=None, controls=Non
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", ["pope/vcd", "chair/512"])
 def test_shares_in_any_order_give_the_totals_of_one(world, tmp_path, name, order):
-    """Controls too, which are asked in shares of their own."""
+    """Each process also answers its share of the controls."""
     oracles = [Oracle(caption="A dog and a cat on a chair." if name.startswith("chair") else "") for _ in range(4)]
     one, out = tmp_path / "one", tmp_path / "three"
     alone = run(world, one, Share(), oracles[3], name, methods.VCD(), one / "controls")

@@ -1,4 +1,4 @@
-"""The report: differences by hand, marks where figures are not of the same thing, and pages that text cannot break."""
+"""The report: differences computed by hand, marks on figures that cannot be compared, and pages that no text breaks."""
 
 import json
 import re

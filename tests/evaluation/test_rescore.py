@@ -1,4 +1,4 @@
-"""`tools/evaluate.py --rescore`: the whole way, and one clear line for everything that is wrong."""
+"""`tools/evaluate.py --rescore`: from files to scores, and one clear line for every fault."""
 
 import json
 import subprocess

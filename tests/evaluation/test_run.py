@@ -1,4 +1,4 @@
-"""A run: what it asks, and what its record says of that."""
+"""A run: the questions it asks, and its record."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.refusals import refused
 
 
 def test_the_system_prompt_is_the_protocols(tmp_path, world):
-    """It goes before every question, stands in the record, and a run with another one is another run."""
+    """The system prompt precedes every question and is recorded; a run with another system prompt is another run."""
     heard, data = [], Data(world, groups=("random",))
 
     class Hearing(Oracle):

@@ -1,4 +1,4 @@
-"""Verdicts: what an interval says, on which questions, and when there are too few."""
+"""Verdicts: from an interval, for which questions, and with too few questions."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`lvlm fit` on the pocket model: files, what they are refused for, resuming, and what the numbers are."""
+"""`lvlm fit` on the pocket model: files and why they are refused, resuming, and the fitted values."""
 
 import dataclasses
 import json

@@ -28,7 +28,7 @@ from tests.fuzz.pictures import ADDRESS, PNG, TALK, images, small_processor, wit
 
 
 class Reached(BaseException):
-    """A case has come to where the model would compute."""
+    """A case has reached the computation of the model."""
 
 
 def _reached(*_: Any, **__: Any) -> None:
@@ -72,7 +72,7 @@ def settings(draw, names: tuple[str, ...] = tuple(GOOD), most: int = 3) -> dict[
 
 
 def decoding(given: dict[str, Any], folder: Path) -> None:
-    """What is accepted is what was given, and a device can hold it."""
+    """The accepted value equals the given one and fits on a device."""
     made = Decoding(**given)
     for name, value in given.items():
         ours = getattr(made, name)

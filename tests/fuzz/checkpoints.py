@@ -31,7 +31,7 @@ TENSORS |= {"empty": np.zeros((0, 3), np.int64), "one": np.array(3.0, np.float64
 
 
 def safetensors_file(files: make.Files, folder: Path) -> None:
-    """What we accept, the library safetensors reads as the same."""
+    """The library safetensors reads every accepted file with the same result."""
     make.write(files, folder)
     path = folder / "model.safetensors"
     file = SafetensorsFile(path)

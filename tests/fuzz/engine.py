@@ -1,4 +1,4 @@
-"""The oracle: what a reader may do with a case, and what is a fault.
+"""The oracle: the allowed outcomes of a case, and the faults.
 
 A case is refused with an `LVLMError` of one short line, or accepted, and then what was read is used. Everything else
 is a fault: another exception, time beyond the limit, warnings without end, a value that is not the right one.
@@ -41,7 +41,7 @@ class Reader(NamedTuple):
 
 
 class Wrong(AssertionError):
-    """What was read is not what was given."""
+    """The value that was read differs from the value that was given."""
 
 
 class TooLong(BaseException):
@@ -49,7 +49,7 @@ class TooLong(BaseException):
 
 
 class Fault(AssertionError):
-    """What a reader must not do. `kind` is its column of the table."""
+    """A fault of a reader. `kind` is its column of the table."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(f"{kind}: {text}")
@@ -75,7 +75,7 @@ def used(*values: Any) -> None:
 
 
 def attempt(reader: Reader, case: Any, folder: Path, seconds: float = SECONDS) -> str:
-    """What a reader does with a case: `ACCEPTED` or `REFUSED`.
+    """The outcome of a case: `ACCEPTED` or `REFUSED`.
 
     Raises:
         Fault: it does something else.

@@ -1,4 +1,4 @@
-"""Many cases in child processes, which are killed and replaced when one hangs, and a table of what became of them.
+"""Many cases in child processes, which are killed and replaced when one hangs, and a table of the outcomes.
 
 python -m tests.fuzz.pool                      30,000 cases
 python -m tests.fuzz.pool 2000 picture pairs   2,000 cases of two readers

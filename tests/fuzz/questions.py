@@ -55,7 +55,7 @@ def question_file(files: make.Files, folder: Path) -> None:
 
 
 def job(files: make.Files, folder: Path) -> None:
-    """A job goes on from files that somebody has edited, and what it leaves answers each question once."""
+    """A job resumes from edited files, and its result answers each question once."""
     make.write(files, folder)
 
     def answer(conversations, seeds):

@@ -1,4 +1,4 @@
-"""Readers of what is trained on and of how: pairs, conversations, prompts, corrections, configurations."""
+"""Readers of training data and configurations: pairs, conversations, prompts, corrections, configs."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Whatever somebody gives: one short line, or it is read and can be used. No traceback, no hang, no wrong value."""
+"""Every input gives one short line, or a value that can be used: no traceback, no hang, no wrong value."""
 
 import os
 import time

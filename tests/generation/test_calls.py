@@ -1,4 +1,4 @@
-"""What a call of the public face does once, and what it asks of methods that carry a search."""
+"""The work that a public call does once, and its requirements for methods with a search."""
 
 import re
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Prompts in chunks: what they give in one piece, and answers of others that go on between two chunks."""
+"""Prompts in chunks: the results of one piece, and other answers that continue between two chunks."""
 
 import dataclasses
 import sys

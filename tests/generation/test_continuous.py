@@ -1,4 +1,4 @@
-"""Continuous batching: the answers of plain batches, whoever shares a batch with whom, from few programs."""
+"""Continuous batching: the answers of plain batches, whatever shares the batch, from few programs."""
 
 import dataclasses
 import json

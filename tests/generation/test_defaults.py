@@ -1,4 +1,4 @@
-"""Settings of a checkpoint's own: honoured as transformers honours them when asked for, ignored as it comes."""
+"""The checkpoint's own settings: used as in transformers on request, ignored by default."""
 
 import json
 import shutil

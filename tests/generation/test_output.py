@@ -95,7 +95,7 @@ def test_logits_that_become_infinite_later_are_an_error_too(model):
 
 
 def test_a_row_is_sound_unless_it_has_nan_infinity_or_nothing_finite(broken):
-    """And the device does not go on with an answer that is lost."""
+    """The device does not continue a failed answer."""
     for row, sound in (
         ([0.0, 1.0, -np.inf], True),
         ([-np.inf, 3.0, -np.inf], True),
@@ -123,7 +123,7 @@ def talker(model):
 
 @contextlib.contextmanager
 def made_special(tokenizer, word):
-    """The tokenizer leaves a token out of texts while this lasts."""
+    """Inside this context, the tokenizer leaves a token out of texts."""
     before = tokenizer.backend_tokenizer.to_str()
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=False)], special_tokens=True)
     try:

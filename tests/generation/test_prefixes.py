@@ -1,4 +1,4 @@
-"""Pictures that several prompts begin with are run once, whatever the schedule and the mesh."""
+"""Images at the beginning of several prompts are run once, whatever the schedule and the mesh."""
 
 import numpy as np
 import pytest

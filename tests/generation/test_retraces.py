@@ -1,4 +1,4 @@
-"""What compiles another program, and what must not."""
+"""Changes that compile another program, and changes that must not."""
 
 import contextlib
 

@@ -110,7 +110,7 @@ def test_repetition_penalty_equals_that_of_transformers():
 
 
 def test_prompt_and_answer_count_as_seen(torch_model, model, alone):
-    """The whole road: transformers' greedy generation with the same penalty, image prompt included."""
+    """End to end: transformers' greedy generation with the same penalty, image prompt included."""
     sample = alone(2)
     inputs = {name: torch.from_numpy(array) for name, array in sample.items()}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The log of answers: what it refuses, and what a kill or a full disk may do to it."""
+"""The log of answers: what it refuses, and its state after a kill or on a full disk."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The record of a run says what decides its answers."""
+"""The record of a run contains everything that determines its answers."""
 
 from lvlm_jax import methods
 from lvlm_jax.journal.record import run_record

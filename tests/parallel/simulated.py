@@ -63,5 +63,5 @@ def said(errors: pathlib.Path, index: int) -> list[str]:
 
 
 def finish(module: str, count: int, *words: object, errors: pathlib.Path) -> None:
-    """Processes that JAX joins from their begin to their end, which must be a good one."""
+    """Runs processes that JAX joins, and checks that all succeed."""
     assert set(codes(begin(module, count, *words, errors=errors))) == {0}, said(errors, 0)[-20:]

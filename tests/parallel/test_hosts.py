@@ -1,4 +1,4 @@
-"""Several processes on one machine, as many hosts would run them: equal to one, and what happens when one is gone."""
+"""Several processes on one machine, like many hosts: results of one process, and the death of one of them."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_all_stop_together_when_one_is_asked_to_and_learn_what_one_learns(alone,
     ("fault", "code", "words"), [("error", 1, "ZeroDivisionError: of"), ("mistake", 2, "a mistake that")]
 )
 def test_an_error_of_one_alone_ends_all(tmp_path, fault, code, words):
-    """It does not wait for the others, which wait for it."""
+    """The process with the error ends without waiting for the others."""
     ended = codes(begin(TRAIN, 2, tmp_path, 0.1, "--fault", fault, errors=tmp_path / "errors"))
     assert ended[0] in (processes.LOST, -signal.SIGABRT) and ended[1] == code
     assert words in said(tmp_path / "errors", 1)[-1]

@@ -103,7 +103,7 @@ def test_a_model_over_processes_answers_as_on_one_device(checkpoint, inputs, exp
 
 
 def test_sizes_cover_the_devices():
-    """One axis takes what the others leave."""
+    """One axis takes the devices that the others leave."""
     mesh = make_mesh(data=1, fsdp=-1, tensor=1)
     assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     for sizes in ((2, 1, 1), (3,), (0, 1, 1), (1, -1, -1), (-2, 1, 1)):

@@ -1,4 +1,4 @@
-"""Run by `test_plan` in processes of their own: what jobs hold on one device, found in running ones and as planned.
+"""Run by `test_plan` in separate processes: the memory of jobs on one device, measured and planned.
 
 Arguments: how many simulated devices, a work folder, names of CASES. Prints, for each, bytes by program.
 """

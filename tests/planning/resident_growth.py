@@ -1,4 +1,4 @@
-"""Run by `test_plan` in a process of its own: by how much a process grows in a job, and what its plan says.
+"""Run by `test_plan` in a separate process: the growth of a process in a job, measured and planned.
 
 Argument: "answer" or "learn". The model has LLaVA's shape, with weights that are all of one value: 680 MB that answer,
 320 MB that learn.
@@ -37,7 +37,7 @@ PROMPT, BATCH = 448, 8
 
 
 def config_of(layers: int):
-    """The model's configuration with so many layers in its decoder."""
+    """The model's configuration with another number of decoder layers."""
     return models.config_from_hf(HF | {"text_config": HF["text_config"] | {"num_hidden_layers": layers}})
 
 

@@ -24,7 +24,7 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((ALONE, 1), (SP
 
 @pytest.mark.parametrize(("names", "count"), [(["greedy"], 1), *SLOW], ids=["quick", "one", "two", "eight"])
 def test_a_plan_is_what_jobs_hold(tmp_path, names, count):
-    """Every case's largest program is planned within a tenth of what it holds on one of so many devices."""
+    """The plan of every case's largest program is within a tenth of its real memory on one of several devices."""
     for found in in_a_process("planning.really_held", count, tmp_path, *names, count=count):
         planned, real = (max(found[side].values()) for side in ("plan", "real"))
         print(f"{found['case']}, {count} devices: planned {planned:.0f}, held {real:.0f}: {planned / real - 1:+.1%}")

@@ -1,4 +1,4 @@
-"""What plans read from a compiled program, against figures worked out by hand."""
+"""Figures that plans read from a compiled program, against figures computed by hand."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def test_a_token_is_a_round_of_its_loop():
 @pytest.mark.parametrize(("rows", "causal", "window"), [(1024, True, None), (256, True, None), (1024, False, None),
                                                         (1024, True, 300)])  # fmt: skip
 def test_blocks_of_streaming_attention_count_as_often_as_they_run(rows, causal, window):
-    """And so do its products, which stand in a loop whose length is data."""
+    """Products are counted too, in a loop whose length is data."""
     valid = jnp.ones((1, 1024), bool)
     own = jnp.arange(1024 - rows, 1024)
     sight = LazyMask.of(own, valid, window, None) if causal else LazyMask.everywhere(rows, valid)

@@ -1,4 +1,4 @@
-"""The pocket benchmark: one command from nothing to the tables, which goes on where it was."""
+"""The pocket benchmark: one command from an empty folder to the tables, which resumes after a stop."""
 
 import dataclasses
 import json

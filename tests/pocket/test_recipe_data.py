@@ -1,4 +1,4 @@
-"""Batches of the pocket recipe: what they hold, and what carries loss."""
+"""Batches of the pocket recipe: their content, and the tokens with a loss."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Smol: what it is trained to say, its recipe around a small language model, and the shipped one."""
+"""Smol: its training texts, its recipe with a small language model, and the shipped model."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Flow alignment on the pocket model: data, the stages, the benchmark, what is said of it."""
+"""Flow alignment on the pocket model: data, the stages, the benchmark, the page."""
 
 import json
 import re

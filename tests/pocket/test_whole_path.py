@@ -1,4 +1,4 @@
-"""The pocket training command from nothing to its page, and once more without doing anything again."""
+"""The pocket training command from an empty folder to its page; a second call repeats nothing."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Files and batches, and that a server that is started again goes on with them."""
+"""Files and batches, which a restarted server resumes."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Rows of the server without its threads: long prompts in chunks, while answers of others go on."""
+"""Rows of the server without its threads: long prompts in chunks, while other answers continue."""
 
 import numpy as np
 import pytest

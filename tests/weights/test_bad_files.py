@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is told in one line."""
+"""Every fault of a checkpoint is reported in one line."""
 
 import json
 import os

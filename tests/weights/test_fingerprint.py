@@ -1,4 +1,4 @@
-"""What a fingerprint of parameters sees."""
+"""Changes of parameters that a fingerprint detects."""
 
 import jax
 import jax.numpy as jnp

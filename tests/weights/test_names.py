@@ -1,4 +1,4 @@
-"""What users call models and number types, and `LVLM.from_pretrained` takes by these names."""
+"""Names of models and number types on the command line, and their values for `LVLM.from_pretrained`."""
 
 import pathlib
 

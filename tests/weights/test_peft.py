@@ -159,7 +159,7 @@ def test_we_load_what_peft_saves(name, base, model, question, load, tmp_path):
 
 
 def test_gradients_of_pefts_adapter_are_pefts(base, model, question, load, tmp_path):
-    """Training goes on from it: of the mean cross-entropy of the prompt's own tokens."""
+    """Training continues from the adapter, on the mean cross-entropy of the prompt's own tokens."""
     of_decoder = r".*language_model.*(q|down)_proj"
     theirs = saved_by_peft(base, tmp_path, r=3, lora_alpha=8, use_rslora=True, target_modules=of_decoder)
     logits = theirs(**checkpoints.to_torch(question)).logits[0, :-1]

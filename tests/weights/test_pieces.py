@@ -1,4 +1,4 @@
-"""Fused tensors: cut into parameters, put together again, and what is said where they do not fit."""
+"""Fused tensors: split into parameters, joined again, and the message if they do not fit."""
 
 import dataclasses
 import shutil
