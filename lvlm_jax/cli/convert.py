@@ -25,8 +25,12 @@ def main(arguments: list[str]) -> int:
         help="tensor names to write: hub as llava-hf (default), transformers as files of version 5, state_dict and "
         "state_dict_4 as in memory in transformers 5 and 4",
     )
-    parser.add_argument("--vision-tower", help="CLIP folder or hub id, for an original checkpoint without a tower")
-    parser.add_argument("--processor", help="folder or hub id of tokenizer and processor; default: the source")
+    parser.add_argument(
+        "--vision-tower", metavar="PATH", help="CLIP folder or hub id, for an original checkpoint without a tower"
+    )
+    parser.add_argument(
+        "--processor", metavar="PATH", help="folder or hub id of tokenizer and processor; default: the source"
+    )
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="PEFT LoRA adapter (folder or hub id) to merge into the weights"
     )

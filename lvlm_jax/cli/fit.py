@@ -34,7 +34,7 @@ def build_parser() -> common.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, metavar="FILE", help="pairs of a good and a bad answer")
     source.add_argument("--pocket", type=common.number(int, 1), metavar="N",
-                        help="draw this many pairs of captions from the pocket world, beside --out")  # fmt: skip
+                        help="draw this many pairs of captions from the pocket world")  # fmt: skip
     add("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     add(
         "--model-path", "--model", metavar="PATH", default="pocket", help="checkpoint folder or hub id (default pocket)"
