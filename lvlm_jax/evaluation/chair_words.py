@@ -4,11 +4,13 @@ The rules: words are lower-cased and reduced to their base form; some pairs of w
 bear"); "baby bird" is a bird and not a person; a "seat" beside a toilet is not a chair; a word of the synonym list
 stands for the first category of its line.
 
-A "reading" is a way to reduce words to their base form: nltk    by nltk's tagger and WordNet, as in the published
-  scorer (`nltk_words`) verbs   without nltk: nouns become singular, and verb forms of a listed word count for it
-  ("seated" is a seat, "skiing" is skis), except an -ing form that a determiner makes a noun ("a comfortable seating
-  area"). Like the published scorer, it finds no person in "men" and no vase in "vases". nouns   nouns become singular,
-  nothing else changes, as in the scorer of 2018
+A "reading" is a way to reduce words to their base form:
+
+    nltk    nltk's tagger and WordNet, as in the published scorer (`nltk_words`)
+    verbs   without nltk: nouns become singular, and verb forms of a listed word count as the word ("seated" is a seat,
+            "skiing" is skis), except an -ing form that a determiner makes a noun ("a comfortable seating area"). Like
+            the published scorer, it finds no person in "men" and no vase in "vases".
+    nouns   nouns become singular, nothing else changes, as in the scorer of 2018
 
 `repair=False` keeps the errors of the common synonym list, because published figures contain them: words with a leading
 blank, a capital letter, or of three words never match; an empty line makes an empty word (which no text contains).

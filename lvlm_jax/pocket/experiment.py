@@ -221,7 +221,7 @@ def gate(setup: Setup, base: str, load: Any) -> dict[str, Scores]:
     """The base's rows of the table.
 
     Raises:
-        LVLMError: truncated attention takes too little from it.
+        LVLMError: the base loses too little accuracy under truncated attention.
     """
     balanced.write(setup.out / "questions", setup.config.questions, setup.config.seed)
     by_row = {name: scores_of_row(setup, model, load) for name, model in rows({}, base, setup)}

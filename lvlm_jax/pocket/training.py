@@ -48,7 +48,7 @@ def student(setup: Setup) -> str:
 
 
 def draw_prompts(setup: Setup) -> None:
-    """Prompts about one image, to learn on and held out: other pictures, another seed."""
+    """Draws training prompts and held-out prompts about one image, with different seeds."""
     settings, seed = setup.config.answers, setup.config.seed
     numbers = dict(zip(PROMPTS, ((settings.prompts, seed), (settings.held_out, seed + 1)), strict=True))
 

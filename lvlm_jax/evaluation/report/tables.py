@@ -151,8 +151,8 @@ def headlines(runs: Sequence[Run]) -> list[str]:
 def arranged(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Figures as tables: title -> column -> the figure's name.
 
-    First those of the whole benchmark, then for each figure that groups have ("random: accuracy") a table with a column
-    a group; with a single group, one table with a column for each figure.
+    The first table has the figures of the whole benchmark. Each figure that groups have ("random: accuracy") gets a
+    table with a column for each group; with a single group, all figures share one table.
     """
     names = list(dict.fromkeys(names))
     groups = {name.partition(": ")[0] for name in names if ": " in name}
