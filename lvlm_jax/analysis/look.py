@@ -22,7 +22,7 @@ SINK_WEIGHT = 0.002 * 576  # EAH's threshold times the number of LLaVA's tokens 
 
 
 def settings_of(method: Method | None) -> str:
-    """A method's numbers in words, and those of its switches that are not at their defaults."""
+    """A method's numbers and its changed switches, in words."""
     if method is None:
         return "the model without a method"
     if members := getattr(method, "members", ()):

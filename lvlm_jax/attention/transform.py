@@ -181,7 +181,7 @@ class Transform:
         return stream.carry
 
     def mlp(self, stream: Stream, output: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Edits the output of a layer's feed-forward block, which is added to the residual stream, in all rows of the call."""
+        """Edits the output of a layer's feed-forward block before it joins the residual stream, in all rows."""
         return output
 
     def residual(self, layer: int, num_layers: int, phase: str, hidden: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

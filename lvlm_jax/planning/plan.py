@@ -156,7 +156,7 @@ class Plan:
         return self.job.batch if self.job.training is None else tokens(self.job, self.job.config)
 
     def seconds(self, device: Device) -> dict[str, float]:
-        """`prefill` (images included) and `token`, or `step`."""
+        """Seconds by name: `prefill` (images included) and `token`; in training, `step`."""
         seconds = {
             program.name: device.seconds(program.moved, program.flops, self.job.dtype, program.received)
             for program in self.programs
