@@ -15,7 +15,6 @@ from lvlm_jax import LVLM, methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import ICD, SEVI, VCD, VISTA, transforms
 from lvlm_jax.methods.base import WarmUp
-from lvlm_jax.methods.deco import likeliest
 from lvlm_jax.methods.icd import DISTURBANCE
 from lvlm_jax.methods.sevi import built_in_picture, jensen_shannon
 from lvlm_jax.methods.vista import unit
@@ -186,14 +185,23 @@ def test_cicds_picture():
 
 def test_decos_candidates():
     """Probabilities in another order than the vocabulary's; 0.8 is reached by two tokens, the third is not needed."""
+
+    def candidates(probabilities, top_p, most):
+        main = jnp.log(jnp.asarray(probabilities, jnp.float32))
+        readout = methods.Readout(main, None, jnp.zeros((1, *main.shape)), None)
+        method = methods.DeCo(top_p=np.float32(top_p), candidates=most, layers=(0,))
+        return np.isfinite(method.combine(readout, None)[0])
+
     order = np.array([2, 0, 3, 1])
-    probabilities = np.array([[0.5, 0.3125, 0.125, 0.0625]], np.float32)[:, order]
+    shares = np.array([[0.5, 0.3125, 0.125, 0.0625]], np.float32)[:, order]
     for top_p, most, count in (
         (0.9, 20, 3), (0.8, 20, 2), (0.9, 2, 2), (0.0, 20, 1), (1.0, 1, 1), (1.0, 20, 4), (0.2, 20, 1),
     ):  # fmt: skip
-        np.testing.assert_array_equal(likeliest(jnp.asarray(probabilities), top_p, most)[0], order < count)
+        np.testing.assert_array_equal(candidates(shares, top_p, most)[0], order < count)
     # The rest is lost in rounding: 1 + 1e-9 is 1 in float32.
-    assert likeliest(jnp.asarray([[1.0, 1e-9, 1e-12]]), 1.0, 20).all()
+    assert candidates([[1.0, 1e-9, 1e-12]], 1.0, 20).all()
+    equal = candidates([[0.2, 0.3, 0.2, 0.3]], 0.7, 20)  # of tokens alike the first is taken
+    np.testing.assert_array_equal(equal, [[True, True, False, True]])
 
 
 def test_vistas_principal_component_of_one_sample():
