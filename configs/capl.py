@@ -1,7 +1,7 @@
 """CAPL on a file of pairs: `lvlm train --config capl --config.data=pairs.jsonl --workdir runs/capl`.
 
-Both answers are scored under CAPL's cross-image attention. Rank 16 is the paper's, for 3.6K pairs; β, λ and the
-schedule are not public, and are ours here.
+Both answers are scored under CAPL's cross-image attention. Rank 16 is the paper's, for 3.6K pairs. The paper does not
+give β, λ and the schedule; the values here are ours.
 """
 
 from ml_collections import ConfigDict

@@ -8,8 +8,8 @@ training begins, and stored in the work folder, unless the lines have a field `a
 
 The fields of `config.flow`:
 
-    stage        which heads' attention is trained: "1" those that look elsewhere than at the text after the image,
-                 toward the mean of the global heads; "2" the global heads, toward the maximum of the core heads;
+    stage        the heads whose attention is trained. "1": heads that do not look at the text after the image,
+                 toward the mean of the global heads; "2": the global heads, toward the maximum of the core heads;
                  "both" is stage 1 for the first half of the steps, then stage 2
     omega        how far the teacher draws a head to the better ones, ω; the paper has 4 (focused) and 0.5 (balanced)
     kappa        share of its attention to text that one token must have to make a core head, κ
