@@ -93,7 +93,7 @@ def _instructions(computation: Any) -> list[Instruction]:
 
 def runs(by_name: Computations, entry: str) -> dict[str, float]:
     """How often each computation runs in a run of `entry`; a loop of unknown length counts as one round."""
-    # A computation stands behind those that it calls, so from the last on all its callers are known.
+    # A computation comes after those that it calls; so in reverse order, all callers of one are known before it.
     times = dict.fromkeys(by_name, 0.0) | {entry: 1.0}
     for name in reversed(by_name):
         for one in by_name[name] if times[name] else ():

@@ -25,7 +25,7 @@ ABOUT = "questions/balanced.json"  # how they were drawn
 USES = 4  # questions about one group of images, and so about one image
 SIZES = {2: 0.5, 3: 0.3, 4: 0.2}  # number of images -> share of the questions
 ALIKE = 0.6  # share of groups whose images are of one place, so that they have objects in common
-TRIES = 300  # groups drawn in vain before answers that are still wanted are given up as too rare; fewer for few
+TRIES = 300  # unsuccessful draws after which the missing answers count as too rare; fewer for few questions
 _PLACES = ("which_image", "which_lacks", "odd_one_out")  # kinds whose answer is one of the images
 
 
