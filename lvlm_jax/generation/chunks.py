@@ -24,7 +24,7 @@ from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 
-ROWS = 1024  # of a prompt that are run at a time where answers of others are under way
+ROWS = 1024  # rows of a prompt that are run at once while other answers are under way
 MOST = 2**15  # rows, of all prompts of a batch together, that are run at once at most
 
 
