@@ -56,7 +56,7 @@ class Arm:
         recipe: its section of the settings, "sft" or "preference".
         rejected: where the rejected answers of its pairs come from, one of `preferences.REJECTED`.
         attention: whether it learns under CAPL's attention.
-        likelihood: whether the likelihood of chosen answers (λ) is a term of a loss with two terms.
+        likelihood: whether the loss of preferences also contains the likelihood of chosen answers (λ).
     """
 
     recipe: str
@@ -91,7 +91,7 @@ def attention(setup: Setup, mode: str | None) -> Method | None:
 
 
 def make_base(setup: Setup) -> str:
-    """Conversations, and the base that learns from them; returns its checkpoint."""
+    """Writes conversations and trains the base on them; returns its checkpoint."""
     talks, config = setup.config.talks, setup.config.base.copy_and_resolve_references()
     draws = {"train": (talks.count, setup.config.seed + 100), "held-out": (talks.held_out, setup.config.seed + 101)}
 
