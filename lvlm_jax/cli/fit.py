@@ -5,7 +5,8 @@
     lvlm fit nullu --pairs pairs.jsonl --model llava-1.5-7b-hf --out nullu.safetensors --export edited/
     lvlm infer --model llava-1.5-7b-hf --method vti --fitted vti.safetensors --image a.jpg --prompt "What is this?"
 
-vti      directions of the feed-forward blocks' outputs; the authors take 50 to 70 pairs of captions
+vti      directions of the feed-forward blocks' outputs, in the decoder and in the vision tower (--lambda-image); the
+         authors take 50 to 70 pairs of captions
 adhh     heads that favour hallucinated answers, by one gradient
 adaiat   attention of heads to the generated text, at real and at hallucinated object tokens
 nullu    directions of hallucination; --export writes a checkpoint that needs no method and that any software loads
@@ -42,7 +43,8 @@ def build_parser() -> common.Parser:
     add("--dtype", default="auto", choices=names.NUMBER_TYPES, help="auto: float32 on a CPU, else bfloat16")
     add("--batch-size", type=common.number(int, 1), default=4, metavar="N", help="pairs at once (default 4)")
     add("--limit", type=common.number(int, 1), metavar="N", help="only the first pairs of the file")
-    add("--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of --pocket (default 0)")
+    add("--seed", type=common.number(int, 0), default=0, metavar="N",
+        help="seed of --pocket and of vti's masks (default 0)")  # fmt: skip
     add("--export", type=Path, metavar="FOLDER", help="nullu: also write the edited checkpoint")
     return parser
 
@@ -54,7 +56,8 @@ def main(words: list[str]) -> int:
         raise LVLMError(f"--export writes Nullu's edit into a checkpoint; {flags.method} has none, leave it out")
     pairs = flags.pairs or write_pairs(Path(f"{flags.out}.pairs"), flags.pocket, flags.seed)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
-    job = fitting.Job(flags.method, files.expand(pairs), files.expand(flags.out), flags.batch_size, flags.limit)
+    pairs, out = files.expand(pairs), files.expand(flags.out)
+    job = fitting.Job(flags.method, pairs, out, flags.batch_size, flags.limit, flags.seed)
     arrays = fitting.fit(model, job)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sorted(arrays.arrays.items()))
     print(f"{job.out}: {shapes}")

@@ -103,7 +103,8 @@ def ask(
         rounds = _in_batches(
             lambda messages, seeds, _: _rows(model.generate(messages, seed=seeds, **settings)), questions
         )
-    rows = _collect(model, questions, protocol, rounds, work, "log", title)
+    plain_tower = method is None or method.tower_edit() is None
+    rows = _collect(model, questions, protocol, rounds, work, "log", title, encode=plain_tower)
     return {key: ModelAnswer(row["text"], row["tokens"], row["ended"]) for key, row in rows.items()}
 
 
@@ -160,9 +161,20 @@ def _continuously(answer: Callable[[Iterator[Request]], Iterator[tuple[int, Outp
 
 
 def _collect(
-    model: Any, questions: Sequence[Question], protocol: Protocol, rounds: Rounds, work: Work, name: str, title: str
+    model: Any,
+    questions: Sequence[Question],
+    protocol: Protocol,
+    rounds: Rounds,
+    work: Work,
+    name: str,
+    title: str,
+    encode: bool = True,
 ) -> dict[Key, dict]:
-    """Values of `rounds` for all questions, by `Question.key`: each is logged at once, and logged ones are skipped."""
+    """Values of `rounds` for all questions, by `Question.key`: each is logged at once, and logged ones are skipped.
+
+    Args:
+        encode: whether images may go through the plain tower once for all questions about them.
+    """
     batches = plan(questions, protocol, work.batch_size, work.share)
     ours = [questions[index] for batch in batches for prompt in batch for index in prompt]
     with contextlib.ExitStack() as stack:
@@ -176,7 +188,7 @@ def _collect(
             finished = shares.read(work.folder, name, work.record, questions).answers
             work.share.meet()  # after this, all processes have read the same log, before anybody appends
         images = [image for batch in batches for prompt in batch for image in questions[prompt[0]].images]
-        pictures = stack.enter_context(Pictures(model, images, work.batch_size))
+        pictures = stack.enter_context(Pictures(model, images, work.batch_size, encode=encode))
         num_done = sum(question.key in finished for question in ours)
         quiet = not work.share.writes
         progress = stack.enter_context(Progress(len(ours), num_done, title, quiet))

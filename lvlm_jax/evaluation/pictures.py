@@ -1,6 +1,7 @@
 """Images of a benchmark: opened in threads ahead of the model, and encoded once for all questions about them.
 
-If image tokens depend on more than the image (`FamilyConfig.tokens_per_image` is None), images are only opened.
+If image tokens depend on more than the image (`FamilyConfig.tokens_per_image` is None), or on a method's edit of the
+tower, images are only opened.
 """
 
 from collections import OrderedDict
@@ -30,7 +31,9 @@ class Pictures:
     cached; a benchmark whose images fit is encoded once.
     """
 
-    def __init__(self, model: Any, needed: Iterable[Path | bytes], size: int, remembered: int = REMEMBERED):
+    def __init__(
+        self, model: Any, needed: Iterable[Path | bytes], size: int, remembered: int = REMEMBERED, encode: bool = True
+    ):
         """Opens nothing yet.
 
         Args:
@@ -38,12 +41,14 @@ class Pictures:
             needed: every image in the order of its uses, with repeats.
             size: size of a group.
             remembered: bytes of images to cache; the newest group is always kept.
+            encode: whether to encode images that can be encoded before their prompts.
         """
         order = list(dict.fromkeys(needed))
         size = max(1, min(size, len(order)))
         self._groups = [order[start : start + size] for start in range(0, len(order), size)]
         self._group_of = {picture: number for number, group in enumerate(self._groups) for picture in group}
         self._model, self._size, self._limit = model, size, remembered
+        self._encode = encode and model.config.tokens_per_image is not None
         self._known: OrderedDict[int, dict[Path | bytes, Ready]] = OrderedDict()
         self._opening: dict[int, list[Future]] = {}
         self._pool = ThreadPoolExecutor(READERS)
@@ -68,7 +73,7 @@ class Pictures:
             images = [future.result() for future in opening]
             if number + 1 < len(self._groups) and number + 1 not in self._known:
                 self._opening = {number + 1: self._open(number + 1)}
-            if self._model.config.tokens_per_image is not None:
+            if self._encode:
                 spare = self._size - len(images)  # the last group is padded to the shape of the others
                 images = self._model.encode_images(images + images[-1:] * spare)[: len(images)]
             self._known[number] = dict(zip(self._groups[number], images, strict=True))

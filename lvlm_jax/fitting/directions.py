@@ -1,4 +1,4 @@
-"""Directions between good and bad answers in the hidden states: VTI's, and the subspaces of Nullu."""
+"""Directions between good and bad answers in the hidden states: VTI's, with those of its tower, and Nullu's."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from lvlm_jax import LVLM
 from lvlm_jax.attention import Tap
+from lvlm_jax.fitting import masked_images
 from lvlm_jax.fitting.forced import forced
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import Prompt
@@ -44,14 +45,25 @@ def differences(model: LVLM, pairs: Sequence[Pair], mean: bool) -> Float[np.ndar
     return states[0] - states[1]
 
 
-def vti_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """The difference d of each pair, at the last token."""
-    return {"differences": differences(model, pairs, mean=False)}
+def vti_collect(model: LVLM, pairs: Sequence[Pair], seed: int) -> dict[str, np.ndarray]:
+    """The difference d of each pair, at the last token, and of each image in the tower."""
+    return {
+        "differences": differences(model, pairs, mean=False),
+        "vision_differences": masked_images.differences(model, pairs, seed),
+    }
 
 
 def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The directions of the decoder and, if there are images, of the tower."""
+    found = {"directions": _direction(collected["differences"])}
+    if len(collected["vision_differences"]):
+        found["vision_directions"] = _direction(collected["vision_differences"])
+    return found
+
+
+def _direction(differences_found: Float[np.ndarray, "B L E"]) -> Float[np.ndarray, "L E"]:
     """v_l = mean d + the unit first principal component, with the sign that makes its largest score positive."""
-    differences_found = collected["differences"].astype(np.float64)
+    differences_found = differences_found.astype(np.float64)
     mean = differences_found.mean(axis=0)
     directions = []
     for layer in range(mean.shape[0]):
@@ -59,7 +71,7 @@ def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         scores, _, components = np.linalg.svd(centred, full_matrices=False)
         sign = np.sign(scores[np.abs(scores[:, 0]).argmax(), 0]) if len(differences_found) > 1 else 0
         directions.append(mean[layer] + sign * components[0])
-    return {"directions": np.stack(directions).astype(np.float32)}
+    return np.stack(directions).astype(np.float32)
 
 
 def nullu_collect(model: LVLM, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:

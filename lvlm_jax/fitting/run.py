@@ -33,15 +33,17 @@ class Fitter(NamedTuple):
         finish: computes the fitted arrays from them.
         confirm: in a second round, returns arrays of a batch of pairs, given the arrays of all batches; None for one
             round.
+        random: whether `collect` draws random numbers and takes the seed of the job as its last argument.
     """
 
-    collect: Callable[[LVLM, Sequence[Pair]], dict[str, np.ndarray]]
+    collect: Callable[..., dict[str, np.ndarray]]
     finish: Callable[[Arrays], dict[str, np.ndarray]]
     confirm: Callable[[LVLM, Sequence[Pair], Arrays], dict[str, np.ndarray]] | None = None
+    random: bool = False
 
 
 FITTERS = {
-    "vti": Fitter(directions.vti_collect, directions.vti_finish),
+    "vti": Fitter(directions.vti_collect, directions.vti_finish, random=True),
     "adhh": Fitter(attribution.adhh_collect, attribution.adhh_finish, attribution.adhh_confirm),
     "adaiat": Fitter(object_tokens.adaiat_collect, object_tokens.adaiat_finish),
     "nullu": Fitter(directions.nullu_collect, directions.nullu_finish),
@@ -59,6 +61,7 @@ class Job:
         out: the file to write.
         batch_size: pairs at once.
         limit: only the first pairs of the file.
+        seed: of the masks of VTI's images.
     """
 
     method: str
@@ -66,6 +69,7 @@ class Job:
     out: Path
     batch_size: int = 4
     limit: int | None = None
+    seed: int = 0
 
 
 def fit(model: LVLM, job: Job) -> Fitted:
@@ -80,15 +84,17 @@ def fit(model: LVLM, job: Job) -> Fitted:
     if model.hash is None:
         raise LVLMError("this model was not read from a folder, so the file could not name its checkpoint")
     fitter, pairs = FITTERS[job.method], read_pairs(job.pairs)[: job.limit]
+    draws = {"seed": job.seed} if fitter.random else {}
     source = Source(
         method=job.method,
         model=model.hash,
         pairs=file_hash(job.pairs),
-        settings=settings_text({"pairs": len(pairs), "batch_size": job.batch_size}),
+        settings=settings_text({"pairs": len(pairs), "batch_size": job.batch_size} | draws),
     )
     parts = _parts(job.out, source)
     batches = [pairs[start : start + job.batch_size] for start in range(0, len(pairs), job.batch_size)]
-    arrays = _round(parts, "", batches, functools.partial(fitter.collect, model), "batches of pairs")
+    collect = functools.partial(fitter.collect, model, **draws)
+    arrays = _round(parts, "", batches, collect, "batches of pairs")
     if fitter.confirm:
         confirm = functools.partial(fitter.confirm, model, collected=dict(arrays))
         arrays |= _round(parts, "confirmed-", batches, confirm, "batches of the second round")

@@ -21,6 +21,7 @@ from lvlm_jax.generation.settings import whole_number
 from lvlm_jax.generation.state import Prompt, State, Step
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_TOKENS, WarmUp, contrast_kind
+from lvlm_jax.methods.tower import TowerEdit
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.inputs import EncodedImage
 from lvlm_jax.processors.layout import FEWEST_TAIL_ROWS, Inputs, bucket
@@ -55,7 +56,7 @@ def prefill_inputs(
     Raises:
         LVLMError: the contrast branch's prompt exceeds the context.
     """
-    main = embed_prompt(params, config, prompt, host.mesh)
+    main = embed_prompt(params, config, prompt, host.mesh, tower_edit(method))
     (ready,) = after_warm_up(params, config, prompt, main, [method], host.mesh)
     contrast_prompt = make_contrast_prompt(config, prompt, method, host)
     options = prefill_options(prompt, answer_capacity, contrast_prompt, method)
@@ -172,12 +173,23 @@ def _tail_rows(prompt: Inputs, method: Method | None) -> int:
     return prompt.tail_rows if uses_tail_rows(method) else FEWEST_TAIL_ROWS
 
 
-def embed_prompt(params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | None = None) -> Prompt:
-    """The decoder's input for a prompt; each device of a mesh runs the tower on its part of the images."""
+def tower_edit(method: Method | None) -> TowerEdit | None:
+    """The edit of the tower under a method, or under none."""
+    return None if method is None else method.tower_edit()
+
+
+def embed_prompt(
+    params: dict, config: FamilyConfig, prompt: Inputs, mesh: Mesh | None = None, edit: TowerEdit | None = None
+) -> Prompt:
+    """The decoder's input for a prompt; each device of a mesh runs the tower on its part of the images.
+
+    Args:
+        edit: of the tower. Image tokens that the prompt already has come from the plain tower, and are then not used.
+    """
     tokens, image_tokens = prompt.tokens, prompt.image_tokens
     tokens, pixels, geometry = parallel.spread((tokens, prompt.pixels, prompt.geometry), mesh)
-    if image_tokens is None and pixels is not None:
-        image_tokens = decode_loop.encode_images(params, config, pixels, geometry)
+    if pixels is not None and (image_tokens is None or edit is not None):
+        image_tokens = decode_loop.encode_images(params, config, pixels, geometry, edit)
     embeddings = decode_loop.embed(params, config, tokens, image_tokens)
     image_id, axes = jax.tree.map(jnp.asarray, (prompt.image_id, prompt.axes))
     return parallel.spread(Prompt(embeddings, image_id, axes), mesh)
@@ -196,7 +208,7 @@ def full_forward(
     params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None, tap: Tap, mesh: Mesh | None = None
 ) -> tuple[jax.Array, Tapped]:
     """`forward.full_forward` of a prompt, after the method's warm-up pass."""
-    main = embed_prompt(params, config, prompt, mesh)
+    main = embed_prompt(params, config, prompt, mesh, tower_edit(method))
     (ready,) = after_warm_up(params, config, prompt, main, [method], mesh)
     with parallel.ambient(mesh):
         return _full_forward(params, config, prompt, main, ready, tap)
@@ -268,7 +280,7 @@ def _last_row_attention(params: dict, config: FamilyConfig, prompt: Inputs, main
 def embed_with_edited_tower(
     params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method, mesh: Mesh | None = None
 ) -> Float[Array, "B T E"]:
-    """The decoder's input for a prompt if the tower runs with the edit of a method."""
+    """The decoder's input for a prompt if the tower runs with the `tower_values` of a method."""
     if prompt.pixels is None:
         return main.embeddings
     pixels, geometry = parallel.spread((prompt.pixels, prompt.geometry), mesh)

@@ -84,7 +84,7 @@ def forced_inputs(
     Raises:
         LVLMError: the contrast branch's prompt exceeds the context.
     """
-    main = branches.embed_prompt(params, config, prompt, host.mesh)
+    main = branches.embed_prompt(params, config, prompt, host.mesh, branches.tower_edit(method))
     warm_up_fields = () if method is None else method.warm_up_fields
     warm_up = branches.warm_up_results(params, config, prompt, main, warm_up_fields, host.mesh)
     tower = None

@@ -20,20 +20,31 @@ from lvlm_jax.attention.transform import STREAM_STAGES, overrides
 from lvlm_jax.generation.state import Memory, Prompt, State, Step, Track
 from lvlm_jax.methods import Method, Readout
 from lvlm_jax.methods.base import OTHER_LAYOUTS, OTHER_TOKENS, contrast_kind
+from lvlm_jax.methods.tower import TowerEdit
 from lvlm_jax.models.config import DecoderConfig
 from lvlm_jax.models.decoder import DecoderOutput, shift_rotation
 from lvlm_jax.models.family import FamilyConfig
-from lvlm_jax.models.vision import with_edited_values
+from lvlm_jax.models.vision import with_edited_outputs
 
 NOTHING = Tap()
 STREAM_FROM = 256  # prompt columns from which attention runs block by block; above this it is also faster on a CPU
 
 
 def encode_images(
-    params: dict, config: FamilyConfig, pixels: Float[Array, "R ..."], geometry: dict[str, Array] | None = None
+    params: dict,
+    config: FamilyConfig,
+    pixels: Float[Array, "R ..."],
+    geometry: dict[str, Array] | None = None,
+    edit: TowerEdit | None = None,
 ) -> Float[Array, "*N E"]:
-    """Image tokens for the decoder; arguments as in `models.pictures.Pictures`."""
-    return apply(params, config, "encode_images", pixels, **(geometry or {}))
+    """Image tokens for the decoder; arguments as in `models.pictures.Pictures`, and a method's `tower_edit`."""
+
+    def encode() -> Float[Array, "*N E"]:
+        return apply(params, config, "encode_images", pixels, **(geometry or {}))
+
+    if edit is None:
+        return encode()
+    return with_edited_outputs(encode, "mlp", lambda layer, output: edit.mlp(layer, output).astype(output.dtype))
 
 
 def encode_edited(
@@ -43,13 +54,13 @@ def encode_edited(
     method: Method,
     geometry: dict[str, Array] | None = None,
 ) -> Float[Array, "*N E"]:
-    """`encode_images` with the tower edit of a method."""
+    """`encode_images` with the `tower_values` of a method."""
 
     def edit(layer: int, values: Float[Array, "R P C"]) -> Float[Array, "R P C"]:
         valid = (geometry or {}).get("valid", jnp.ones(values.shape[:2], bool))
         return method.tower_values(layer, values, valid)
 
-    return with_edited_values(lambda: encode_images(params, config, pixels, geometry), edit)
+    return with_edited_outputs(lambda: encode_images(params, config, pixels, geometry), "v_proj", edit)
 
 
 def salience(

@@ -61,7 +61,8 @@ def digest(parts: Iterable[Any]) -> bytes:
 
 def shares(config: FamilyConfig, method: Method | None) -> bool:
     """Whether the cached beginning of a prompt depends neither on the rest of the prompt nor on the method."""
-    return not config.reads_instruction and chunks.method_obstacle(method) is None
+    plain = method is None or (chunks.method_obstacle(method) is None and method.tower_edit() is None)
+    return plain and not config.reads_instruction
 
 
 def split(inputs: Inputs, edited: int) -> int:

@@ -27,6 +27,7 @@ from lvlm_jax.generation.settings import GREEDY, Decoding
 from lvlm_jax.generation.state import Prompt
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
+from lvlm_jax.methods.tower import edit_key
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.processors.layout import Inputs, bucket
 
@@ -70,7 +71,7 @@ def generate(
     keys = sample_keys(decoding.seed, prompt.batch)
     limit = decoding.limit(config, prompt)
     capacity = bucket(limit)
-    inputs, contrast_axis = prefill_inputs(params, config, prompt, methods, capacity, host)
+    inputs, *axes = prefill_inputs(params, config, prompt, methods, capacity, host)
     answers = run(
         params,
         config,
@@ -83,7 +84,7 @@ def generate(
         host.stops(config, decoding),
         jnp.int32(limit),
         answer_capacity=capacity,
-        contrast_axis=contrast_axis,
+        embedding_axes=tuple(axes),
         options=tuple(inputs.options.items()),
     )
     by_point = ("tokens", "logprobs", "length", "finished")
@@ -126,16 +127,20 @@ def prefill_inputs(
     methods: Sequence[Method],
     answer_capacity: int,
     host: Host = ALONE,
-) -> tuple[PrefillInputs, int | None]:
+) -> tuple[PrefillInputs, int | None, int | None]:
     """`branches.prefill_inputs` for all settings together: towers, contrast prompt and warm-up pass run once.
 
-    The exception: contrast images that depend on a strength each go through the tower.
+    The exceptions: contrast images that depend on a strength each go through the tower; different edits of the tower
+    each have a run of it, and a warm-up pass.
 
     Returns:
-        The inputs, with the `stack` as method; and the grid axis in the embeddings of the contrast branch, None if they
-        do not depend on a strength.
+        The inputs, with the `stack` as method; and the grid axes in the embeddings of the main and of the contrast
+        branch, None if they do not depend on a strength.
     """
-    main = branches.embed_prompt(params, config, prompt, host.mesh)
+    edits = {edit_key(edit): edit for edit in map(branches.tower_edit, methods if prompt.pixels is not None else [])}
+    if len(edits) > 1:
+        return _with_edited_towers(params, config, prompt, methods, answer_capacity, host)
+    main = branches.embed_prompt(params, config, prompt, host.mesh, *edits.values())
     warmed_up = branches.after_warm_up(params, config, prompt, main, methods, host.mesh)
     first, *others = [
         branches.make_contrast_prompt(config, prompt, method, host) for method in _contrast_methods(methods, prompt)
@@ -153,7 +158,22 @@ def prefill_inputs(
         contrast = dataclasses.replace(contrast, embeddings=jnp.stack([contrast.embeddings, *grid]))
         contrast_axis = 0
     options = branches.prefill_options(prompt, answer_capacity, first, methods[0])
-    return PrefillInputs(main, contrast, stack(warmed_up), options), contrast_axis
+    return PrefillInputs(main, contrast, stack(warmed_up), options), None, contrast_axis
+
+
+def _with_edited_towers(
+    params: dict, config: FamilyConfig, prompt: Inputs, methods: Sequence[Method], answer_capacity: int, host: Host
+) -> tuple[PrefillInputs, int | None, int | None]:
+    """`prefill_inputs` of settings that differ in their edits of the tower."""
+    each = [branches.prefill_inputs(params, config, prompt, method, answer_capacity, host) for method in methods]
+
+    def joined(prompts: Sequence[Prompt | None]) -> Prompt | None:
+        first = prompts[0]
+        return first and dataclasses.replace(first, embeddings=jnp.stack([one.embeddings for one in prompts]))
+
+    main, contrast = joined([one.main for one in each]), joined([one.contrast for one in each])
+    inputs = PrefillInputs(main, contrast, stack([one.method for one in each]), each[0].options)
+    return inputs, 0, None if contrast is None else 0
 
 
 def _contrast_methods(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
@@ -174,31 +194,33 @@ def _run(
     stop: Int[Array, "N"],
     limit: Int[Array, ""],
     answer_capacity: int,
-    contrast_axis: int | None,
+    embedding_axes: tuple[int | None, int | None],
     options: tuple[tuple[str, Any], ...],
 ) -> decode_loop.Answers:
     """Answers with a leading grid axis in every field that a strength can change.
 
     Args:
         methods: from `stack`.
-        contrast: the contrast branch's prompt, with a grid axis in its embeddings if `contrast_axis` is 0.
+        contrast: the contrast branch's prompt.
         tokens: the prompt's token ids.
         limit: largest number of tokens to write.
         answer_capacity: how many tokens fit in the caches after the prompt.
+        embedding_axes: the grid axes in the embeddings of `prompt` and of `contrast`; None for none.
         options: static options of `forward.prefill`.
     """
 
-    def begin(method: Method, embeddings: Array | None) -> decode_loop.Answers:
-        other = contrast if embeddings is None else dataclasses.replace(contrast, embeddings=embeddings)
-        state, step = forward.prefill(params, config, prompt, method, contrast=other, **dict(options))
+    def begin(method: Method, embeddings: Array, other: Array | None) -> decode_loop.Answers:
+        main = dataclasses.replace(prompt, embeddings=embeddings)
+        second = contrast and dataclasses.replace(contrast, embeddings=other)
+        state, step = forward.prefill(params, config, main, method, contrast=second, **dict(options))
         return decode_loop.choose_first(state, step.combined, tokens, sampling, keys, stop, answer_capacity)
 
-    embeddings = None if contrast is None else contrast.embeddings
+    embeddings = (prompt.embeddings, None if contrast is None else contrast.embeddings)
     one = jax.tree.map(lambda leaf: leaf[0], methods)
-    first = embeddings if contrast_axis is None else embeddings[0]
-    shapes = jax.eval_shape(begin, one, first)
+    first = (whole if axis is None else whole[0] for whole, axis in zip(embeddings, embedding_axes, strict=True))
+    shapes = jax.eval_shape(begin, one, *first)
     axes = jax.tree_util.tree_map_with_path(_grid_axis, shapes, is_leaf=lambda node: isinstance(node, Method))
-    answers = jax.vmap(begin, in_axes=(0, contrast_axis), out_axes=axes)(methods, embeddings)
+    answers = jax.vmap(begin, in_axes=(0, *embedding_axes), out_axes=axes)(methods, *embeddings)
     advance = jax.vmap(functools.partial(decode_loop.advance, params, config), in_axes=(axes,), out_axes=axes)
 
     def unfinished(answers: decode_loop.Answers) -> Array:
@@ -212,4 +234,4 @@ def _grid_axis(path: tuple, leaf: Any) -> int | None:
     return None if names & set(SHARED) else 0
 
 
-run = jit(_run, static_argnames=("config", "answer_capacity", "contrast_axis", "options"))
+run = jit(_run, static_argnames=("config", "answer_capacity", "embedding_axes", "options"))

@@ -9,6 +9,7 @@ from lvlm_jax.methods.base import Method, Readout, Strength, data, strength, swi
 from lvlm_jax.methods.chain import chain
 from lvlm_jax.methods.parse import as_method
 from lvlm_jax.methods.registry import get, names, register
+from lvlm_jax.methods.tower import TowerEdit
 
 _CLASSES = registry.walk(__path__, __name__)
 globals().update(_CLASSES)
@@ -18,6 +19,7 @@ __all__ = [
     "Method",
     "Readout",
     "Strength",
+    "TowerEdit",
     "as_method",
     "chain",
     "data",

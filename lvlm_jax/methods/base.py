@@ -26,6 +26,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks
 from lvlm_jax.methods.cuts import Soft, plausible
 from lvlm_jax.methods.fitted import Source
+from lvlm_jax.methods.tower import TowerEdit
 
 Strength = float | np.floating | jax.Array
 
@@ -222,6 +223,15 @@ class Method(Transform):
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """The contrast branch's decoder input, for "tokens"; called after the warm-up pass."""
         return embeddings
+
+    def tower_edit(self) -> TowerEdit | None:
+        """The edit of the vision tower that encodes the main branch's images; None to leave it plain, at no cost.
+
+        It may depend on the value of a strength, such as None at 0: it is called before anything is compiled. A
+        contrast branch with other images has them from the plain tower. Training runs the plain tower and refuses a
+        method whose edit is not None.
+        """
+        return None
 
     def tower_values(self, layer: int, values: Float[Array, "R P C"], valid: Bool[Array, "R P"]) -> jax.Array:
         """The values of patches (all heads' channels) in the tower's attention, for the warm-up field "tower".

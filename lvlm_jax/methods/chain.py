@@ -11,6 +11,7 @@ from typing import Any
 from lvlm_jax.attention import Chain, Transform
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods.base import WARM_UP_FIELDS, Method, Readout, frozen
+from lvlm_jax.methods.tower import TowerEdit, TowerEdits
 
 
 def chain(*members: Method) -> Method:
@@ -72,6 +73,10 @@ class Chained(Method):
 
     def contrast_tokens(self, embeddings, image_id):
         return self._contrasting().contrast_tokens(embeddings, image_id)
+
+    def tower_edit(self) -> TowerEdit | None:
+        edits = tuple(edit for member in self.members if (edit := member.tower_edit()) is not None)
+        return TowerEdits(edits) if len(edits) > 1 else edits[0] if edits else None
 
     def tower_values(self, layer, values, valid):
         return next(member for member in self.members if "tower" in member.warm_up_fields).tower_values(

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.config import DecoderConfig
@@ -184,6 +184,10 @@ class FamilyConfig(abc.ABC):
             LVLMError: words outside that vocabulary, or an instruction that becomes too long.
         """
         raise NotImplementedError(f"images of {self.model_type} are read without an instruction")
+
+    def seen_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"] | None:
+        """Which patches of each row of the tower's pixels are not filler, given the geometry; None for all."""
+        return geometry.get("valid")
 
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R ..."]:
         """The tower's pixels if all images showed the same image; by default each row is an image.

@@ -11,7 +11,7 @@ end one image and begin the next. In prompts of another form, each tile is an im
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -72,6 +72,10 @@ class SmolVlmConfig(FamilyConfig):
     def processor_fields(self) -> dict[str, Any]:
         """Settings with which SmolVLM's processor counts placeholders."""
         return {"image_seq_len": (self.vision.side // self.scale) ** 2}
+
+    def seen_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"]:
+        """Which patches of each tile are not filler."""
+        return geometry["mask"]
 
     def pictures(self, parts: Sequence[Arrays], prompts: Sequence[np.ndarray]) -> Pictures | None:
         """The tower's inputs, from a processor's `pixel_values` `[B, tiles, 3, Y, X]`; None without images.

@@ -113,24 +113,54 @@ def class_attention(encode: Callable[[], Any], layer: int) -> Float[Array, "R P"
     return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)[:, 1:]
 
 
-def with_edited_values(encode: Callable[[], Any], edit: Callable[[int, jax.Array], jax.Array]) -> Any:
-    """The result of `encode` if the values in a tower's layers are replaced by `edit(layer, values [R, P, C])`."""
+def with_edited_outputs(encode: Callable[[], Any], name: str, edit: Callable[[int, jax.Array], jax.Array]) -> Any:
+    """The result of `encode` if modules in a tower's layers return `edit(layer, output)` instead of their output.
 
+    Args:
+        encode: runs the tower.
+        name: of the modules: "v_proj" for values `[R, P, C]`; "mlp" for outputs of feed-forward blocks `[R, P, W]`, of
+            which a call may have a part of the patches.
+        edit: gets the layer and the output.
+    """
     inside: list[tuple] = []  # a projection calls its base class, which is intercepted too
 
     def change(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         path = context.module.path
-        values = context.method_name == "__call__" and path[-1:] == ("v_proj",) and "vision_tower" in path
-        if not values or path in inside:
+        named = context.method_name == "__call__" and path[-1:] == (name,) and "vision_tower" in path
+        if not named or path in inside:
             return function(*arguments, **options)
         inside.append(path)
         result = function(*arguments, **options)
         inside.remove(path)
-        (layer,) = (int(name.removeprefix("layers_")) for name in path if name.startswith("layers_"))
-        return edit(layer, result)
+        return edit(_layer(path), result)
 
     with nn.intercept_methods(change):
         return encode()
+
+
+def layer_outputs(encode: Callable[[], Any]) -> list[Float[Array, "R P W"]]:
+    """The outputs of a tower's layers.
+
+    Args:
+        encode: runs the tower once, that is on so few images that `by_pictures` does not divide them.
+    """
+    outputs: dict[int, Array] = {}
+
+    def note(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
+        result, path = function(*arguments, **options), context.module.path
+        if context.method_name == "__call__" and "vision_tower" in path and path[-1].startswith("layers_"):
+            outputs[_layer(path)] = result
+        return result
+
+    with nn.intercept_methods(note):
+        encode()
+    return [outputs[layer] for layer in sorted(outputs)]
+
+
+def _layer(path: tuple[str, ...]) -> int:
+    """The layer of a tower that a module belongs to."""
+    (layer,) = (int(name.removeprefix("layers_")) for name in path if name.startswith("layers_"))
+    return layer
 
 
 def patch_convolution(

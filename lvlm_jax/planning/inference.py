@@ -72,7 +72,8 @@ def inference(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[
     pixels, image_tokens = None, None
     if prompt.pixels is not None:
         pixels, geometry = _spread(jax.tree.map(_shape, (prompt.pixels, prompt.geometry)), mesh)
-        result = compiled(decode_loop.encode_images, pixels, geometry)
+        edit = None if job.method is None else job.method.tower_edit()
+        result = compiled(decode_loop.encode_images, pixels, geometry, edit)
         image_tokens, own = result.results, size((pixels, geometry)) + result.fresh
         beside = sum(size(part) for name, part in params.items() if name != "language_model")
         other = job.method is not None and len(job.method.branches()) > 1

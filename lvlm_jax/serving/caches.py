@@ -1,6 +1,7 @@
 """A cache of arrays by content, bounded in bytes; the least recently used entry is dropped first."""
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -16,12 +17,12 @@ class Cache:
 
     def __init__(self, capacity: int):
         self.capacity, self.size, self.hits, self.misses = capacity, 0, 0, 0
-        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
-    def get(self, key: bytes) -> Any | None:
+    def get(self, key: Hashable) -> Any | None:
         """The tree under the key, or None."""
         if key not in self._entries:
             self.misses += 1
@@ -30,7 +31,7 @@ class Cache:
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
-    def put(self, key: bytes, value: Any) -> None:
+    def put(self, key: Hashable, value: Any) -> None:
         """Stores a tree, unless it is larger than the cache."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
         if size > self.capacity or key in self._entries:

@@ -20,6 +20,7 @@ from lvlm_jax.generation.state import State, Step
 from lvlm_jax.lvlm import LVLM
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.base import OTHER_PICTURES, contrast_kind
+from lvlm_jax.methods.tower import TowerEdit, edit_key
 from lvlm_jax.processors.layout import Inputs
 from lvlm_jax.serving.caches import Cache
 from lvlm_jax.serving.limits import Limits
@@ -63,7 +64,7 @@ class Prefill:
     """Runs prompts, one at a time; used by the thread that owns the device.
 
     Attributes:
-        images: cached image tokens, by image.
+        images: cached image tokens, by image and edit of the tower.
         prefixes: cached keys and values of prompt prefixes.
     """
 
@@ -127,7 +128,8 @@ class Prefill:
 
     def _in_one_piece(self, prompt: Prompt, method: Method | None) -> tuple[State, Step]:
         model = self._model
-        tokens = self._image_tokens(prompt)
+        edit = branches.tower_edit(method)
+        tokens = self._image_tokens(prompt, edit)
         laid_out = dataclasses.replace(prompt.laid_out, image_tokens=tokens)
         main = branches.embed_prompt(model.params, model.config, laid_out)
         (method_ready,) = branches.after_warm_up(model.params, model.config, laid_out, main, [method])
@@ -151,7 +153,8 @@ class Prefill:
                 else branches.embed_prompt(model.params, model.config, contrast_prompt)
             )
             return self._prefilled(prompt, main, method_ready, tail_rows, contrast=contrast)
-        inputs = dataclasses.replace(prompt.inputs, image_tokens=tokens)
+        plain = tokens if edit is None or kind == "no_image" else self._image_tokens(prompt)
+        inputs = dataclasses.replace(prompt.inputs, image_tokens=plain)
         contrast_prompt = branches.make_contrast_prompt(model.config, inputs, method, model.host)
         columns = columns_before(int(contrast_prompt.lengths[0]))
         contrast_prompt = contrast_prompt.padded(columns, model.config.pad_token_id)
@@ -166,17 +169,18 @@ class Prefill:
         fixed_options |= {"contrast": None, "contrast_capacity": 0, "before": None} | options
         return decode_loop.prefill(model.params, model.config, reads, method, **fixed_options)
 
-    def _image_tokens(self, prompt: Prompt) -> Any | None:
+    def _image_tokens(self, prompt: Prompt, edit: TowerEdit | None = None) -> Any | None:
         """The tower's output for the images: one by one if they do not depend on each other."""
         inputs, model = prompt.inputs, self._model
         if inputs.pixels is None:
             return None
         pixels = inputs.pixels[:, None] if fixed(model.config, inputs) else [inputs.pixels]
         by_image = []
-        for key, rows in zip(prompt.images, pixels, strict=True):
+        for image, rows in zip(prompt.images, pixels, strict=True):
+            key = (image, edit_key(edit))
             tokens = self.images.get(key)
             if tokens is None:
-                tokens = decode_loop.encode_images(model.params, model.config, rows, inputs.geometry)
+                tokens = decode_loop.encode_images(model.params, model.config, rows, inputs.geometry, edit)
                 self.images.put(key, tokens)
             by_image.append(tokens)
         return by_image[0] if len(by_image) == 1 else jnp.concatenate(by_image)

@@ -48,6 +48,8 @@ def _against(method: Method, num_layers: int) -> str:
         return "makes its logits of several branches or early exits, and training runs one branch"
     if method.warm_up_fields:
         return "needs a warm-up pass over every prompt"
+    if method.tower_edit() is not None:
+        return "edits the vision tower, which training runs plain"
     if method.step_by_step:
         return "edits a step depending on the step before"
     (edit,) = method.branches()

@@ -4,16 +4,21 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lvlm_jax import LVLM, LVLMError, fitting, methods
 from lvlm_jax.attention import Tap
-from lvlm_jax.fitting import attribution, directions, object_tokens, run
+from lvlm_jax.fitting import attribution, directions, masked_images, object_tokens, run
 from lvlm_jax.fitting.export import edited, export
+from lvlm_jax.generation import forward
 from lvlm_jax.methods import fitted
+from lvlm_jax.models import vision
 from lvlm_jax.pocket.pairs import write_pairs
-from lvlm_jax.training.data.pair_files import read_pairs
+from lvlm_jax.training.data.pair_files import Pair, read_pairs
+from tests.models import zoo
+from tests.reference import field, llava
 
 COUNT = 4
 
@@ -42,27 +47,31 @@ def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeyp
     job = fitting.Job("vti", pairs, tmp_path / "vti.safetensors", batch_size=3)
     calls, collect = [], run.FITTERS["vti"].collect
 
-    def once(model, batch):
+    def once(model, batch, seed):
         calls.append(len(batch))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return collect(model, batch)
+        return collect(model, batch, seed)
 
     monkeypatch.setitem(run.FITTERS, "vti", run.FITTERS["vti"]._replace(collect=once))
     with pytest.raises(KeyboardInterrupt):
         fitting.fit(model, job)
     assert not job.out.exists()
-    with pytest.raises(LVLMError, match="belongs to another fit"):
-        fitting.fit(model, dataclasses.replace(job, batch_size=2))
+    for other in ({"batch_size": 2}, {"seed": 1}):
+        with pytest.raises(LVLMError, match="belongs to another fit"):
+            fitting.fit(model, dataclasses.replace(job, **other))
     found = fitting.fit(model, job)
     assert calls == [3, 1, 1] and not (tmp_path / "vti.safetensors.parts").exists()
     again = methods.VTI(fitted=job.out).fitted
-    np.testing.assert_array_equal(again["directions"], found["directions"])
+    jax.tree.map(np.testing.assert_array_equal, again.arrays, found.arrays)
     assert again.source == found.source and again.source.model == model.hash
-    assert json.loads(again.source.settings) == {"pairs": COUNT, "batch_size": 3}
+    assert json.loads(again.source.settings) == {"pairs": COUNT, "batch_size": 3, "seed": 0}
     d = [hidden_of(model, p, p.chosen)[:, -1] - hidden_of(model, p, p.rejected)[:, -1] for p in read_pairs(pairs)]
-    want = directions.vti_finish({"differences": np.stack(d)})["directions"]
-    np.testing.assert_allclose(found["directions"], want, rtol=0, atol=2e-3 * np.abs(want).max())
+    alone = [masked_images.differences(model, [pair], 0)[0] for pair in read_pairs(pairs)]
+    wanted = directions.vti_finish({"differences": np.stack(d), "vision_differences": np.stack(alone)})
+    assert found.arrays.keys() == wanted.keys()
+    for name, want in wanted.items():
+        np.testing.assert_allclose(found[name], want, rtol=0, atol=2e-3 * np.abs(want).max())
     other = methods.VTI(fitted=dataclasses.replace(again, source=dataclasses.replace(again.source, model="other")))
     with pytest.raises(LVLMError, match="fitted for the checkpoint other"):
         model.generate([read_pairs(pairs)[0].conversation()], method=other, max_new_tokens=1)
@@ -70,8 +79,68 @@ def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeyp
 
 def test_principal_component():
     """Differences 4, -2, -2 along one axis around a mean of (0, 3): v = (0, 3) + (1, 0), the largest score positive."""
-    found = directions.vti_finish({"differences": np.array([[[4.0, 3]], [[-2.0, 3]], [[-2.0, 3]]])})["directions"]
-    np.testing.assert_allclose(found, [[1, 3]], atol=1e-6)
+    collected = {
+        "differences": np.array([[[4.0, 3]], [[-2.0, 3]], [[-2.0, 3]]]),
+        "vision_differences": np.zeros((0, 2, 5)),
+    }
+    found = directions.vti_finish(collected)
+    np.testing.assert_allclose(found.pop("directions"), [[1, 3]], atol=1e-6)
+    assert not found  # without images, nothing for the tower
+
+
+def test_masks():
+    """They depend on the seed, the pair's id and the image; of 100 patches that count, a copy keeps one."""
+    seen = np.arange(120) < 100
+    masks = masked_images.draw_masks(3, "a", 0, seen)
+    assert masks.shape == (50, 120) and (masks.sum(axis=1) == 99).all() and not masks[:, 100:].any()
+    assert len({mask.tobytes() for mask in masks}) > 30
+    np.testing.assert_array_equal(masks, masked_images.draw_masks(3, "a", 0, seen))
+    for other in ((4, "a", 0), (3, "b", 0), (3, "a", 1)):
+        assert (masks != masked_images.draw_masks(*other, seen)).any()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", pytest.param("smolvlm", marks=pytest.mark.slow)])
+def test_the_tower_on_masked_copies(name, tmp_path, monkeypatch):
+    """Rows alone give what all give together on copies masked here; LLaVA's states are those of the reference."""
+    monkeypatch.setattr(masked_images, "COPIES", 3)
+    case = zoo.load(name, tmp_path)
+    model, prompt = case.model, case.prompt()
+    monkeypatch.setattr(LVLM, "prepare", lambda model, asked: prompt)
+    found = masked_images.differences(model, [Pair((), [], "", "", one) for one in "xyz"], 5)
+    config, shown = model.config, ("x", "x", "z")
+    seen = config.seen_patches(prompt.geometry)
+    seen = np.ones((len(prompt.pixels), config.vision.num_patches), bool) if seen is None else seen
+    masks = [
+        masked_images.draw_masks(5, shown[max(owner, 0)], place, own)
+        for owner, place, own in zip(prompt.owner, prompt.image_index, seen, strict=True)
+    ]
+
+    def states(pixels):
+        outputs = vision.layer_outputs(
+            lambda: forward.encode_images(model.params, config, jnp.asarray(pixels), prompt.geometry)
+        )
+        outputs = np.stack(outputs).astype(np.float64)
+        own = seen if seen.shape == outputs.shape[1:3] else np.ones(outputs.shape[1:3], bool)
+        return np.stack([outputs[:, row, own[row]].mean(axis=1) for row in range(len(own))])
+
+    def copy(number):
+        pixels = prompt.pixels.copy()
+        for row, mask in enumerate(masks):
+            if pixels.ndim == 3:
+                patches = pixels[row].reshape(len(mask[number]), 3, -1)
+                patches[mask[number]] = patches[seen[row]].mean(axis=(0, 2))[:, None]
+            else:
+                pixels[row] = field.masked(pixels[row], mask[number], config.vision.patch_size, seen[row])
+        return pixels
+
+    rows = np.mean([states(copy(number)) for number in range(3)], axis=0) - states(prompt.pixels)
+    for image, got in enumerate(found):
+        np.testing.assert_allclose(got, rows[prompt.owner == image].mean(axis=0), rtol=0, atol=1e-4)
+        assert np.abs(got).max() > 0.01
+    if name == "llava":
+        weights, hf = llava.from_torch(zoo.build(name))
+        want = field.masked_minus_original(weights, hf, prompt.pixels[1].astype(np.float64), masks[1])
+        np.testing.assert_allclose(found[1], want, rtol=0, atol=1e-4)
 
 
 def test_object_tokens():

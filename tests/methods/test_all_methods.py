@@ -41,7 +41,8 @@ class Entry:
         inexact: why the main branch is not bit-equal to no method under neutral strengths; empty where it is.
         depth: layers of the model.
         logits: whether neutral strengths give back the very logits, not only their order.
-        fitted: arrays of a file of `lvlm fit`, drawn at random, by their axes: layers, heads, channels, ranks.
+        fitted: arrays of a file of `lvlm fit`, drawn at random, by their axes: layers, heads, channels, ranks; layers
+            and channels of the tower.
     """
 
     fields: dict
@@ -108,7 +109,10 @@ ENTRIES = {
     "vcd": Entry({}, {"alpha": 0, "beta": NO_CUT}, inexact=TWO_BRANCHES),
     "vhr": Entry({"layers": (0, 1)}, {"alpha": 1}, inexact=FUSION),
     "vti": Entry(
-        {"lambda_": 5.0}, {"lambda_": 0}, inexact="outputs are scaled to length 1 and back", fitted={"directions": "LE"}
+        {"lambda_": 5.0, "lambda_image": 5.0},
+        {"lambda_": 0, "lambda_image": 0},
+        inexact="outputs are scaled to length 1 and back",
+        fitted={"directions": "LE", "vision_directions": "TW"},
     ),
     "vista": Entry(
         {"layers": (0, 1)}, {"lambda_": 0, "gamma": 0}, inexact="hidden states are scaled to length 1 and back"
@@ -135,7 +139,7 @@ def test_every_method_has_an_entry():
 def build(name, neutral=False, **sizes):
     """The method with the settings of its entry, for a model of these sizes, by default that of the tests here."""
     entry, random = ENTRIES[name], np.random.default_rng(45)
-    sizes = {"L": entry.depth, "H": 4, "E": 32, "R": 3} | sizes
+    sizes = {"L": entry.depth, "H": 4, "E": 32, "R": 3, "T": 2, "W": 16} | sizes
     settings = entry.fields | (entry.neutral if neutral else {})
     if entry.fitted:
         shapes = {array: [sizes[letter] for letter in letters] for array, letters in entry.fitted.items()}

@@ -322,6 +322,10 @@ def test_vti():
     method = methods.VTI(lambda_=5, fitted=fitted("vti", directions=[[9.0, 9.0], [0.0, 2.0]]))
     here = stream(1, carry=jnp.asarray([True]))
     close(method.mlp(here, jnp.asarray([[[3.0, 4.0]]]))[0, 0], [2.09529, 4.53980])
+    assert method.tower_edit() is None
+    both = fitted("vti", directions=[[9.0, 9.0], [0.0, 2.0]], vision_directions=[[0.0, 0.5]])
+    tower = methods.VTI(lambda_image=5, fitted=both).tower_edit()
+    close(tower.mlp(0, jnp.asarray([[[3.0, 4.0]]]))[0, 0], [2.09529, 4.53980])
 
 
 def test_nullu():

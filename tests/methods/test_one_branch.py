@@ -137,6 +137,7 @@ def test_clva_finds_anchors_in_all_candidates_and_drifts_of_all_sizes():
 
 RANDOM = np.random.default_rng(7)
 DIRECTIONS = RANDOM.normal(size=(DEPTH, WIDTH)).astype(np.float32)
+VISION = np.random.default_rng(8).normal(size=(2, 32)).astype(np.float32)
 SPACES = np.linalg.qr(RANDOM.normal(size=(DEPTH, WIDTH, 3)))[0].swapaxes(1, 2).astype(np.float32)
 RATIOS = RANDOM.uniform(0.7, 1.4, (DEPTH, HEADS)).astype(np.float32)
 THRESHOLDS = np.array([0.25, 0.3, 0.35, 0.4], np.float32)
@@ -149,7 +150,7 @@ def of(word, **arrays):
     return Fitted(arrays, Source(word, "model", "pairs", "{}"))
 
 
-VTI = methods.VTI(lambda_=9, fitted=of("vti", directions=DIRECTIONS))
+VTI = methods.VTI(lambda_=9, lambda_image=7, fitted=of("vti", directions=DIRECTIONS, vision_directions=VISION))
 # Method -> its settings, its reference, the fields of that (all layers unless it says which), and where.
 LATE = {
     "vaf": (methods.VAF(**UPPER, **STRONG), field.Vaf, {"layers": (1, 2)} | STRONG, MIXED, (4,)),
@@ -177,7 +178,7 @@ FIELD = {
                  {"layers": (0, 2), "dims": (5, 7, 11), "tau": 1.2, "rho": 0.9}, EDGES),
     "memvr": (methods.MemVR(layers=(0, 1, 2), tau=0.6, rho=0.4), field.MemVR,
               {"layers": (0, 1, 2), "tau": 0.6, "rho": 0.4}, MIXED),
-    "vti": (VTI, field.Vti, {"directions": DIRECTIONS, "strength": 9}, MIXED),
+    "vti": (VTI, field.Vti, {"directions": DIRECTIONS, "strength": 9, "vision": VISION, "strength_image": 7}, MIXED),
     "adhh": (methods.ADHH(tau=0.3, fitted=of("adhh", listed=LISTED)), field.Adhh,
              {"heads": tuple(map(tuple, np.argwhere(LISTED))), "tau": 0.3}, MIXED),
     "adhh heads": (methods.ADHH(tau=0.2, heads=(1, 0, 2, 3)), field.Adhh, {"heads": ((1, 0), (2, 3)), "tau": 0.2},
@@ -265,6 +266,11 @@ def test_a_fitted_file_is_read_and_refused(tmp_path):
         assert method.fitted.source == given.source
     with pytest.raises(LVLMError, match="fitted for vti; expected one of lvlm fit nullu"):
         methods.Nullu(fitted=path)
+    fitted.write(path, of("vti", directions=DIRECTIONS))  # as versions without the vision tower wrote it
+    assert methods.VTI(fitted=path).tower_edit() is None
+    for words in ("vti:lambda_image=0.5", "vti:lambda_image=0.9,lambda=0.9"):
+        with pytest.raises(LVLMError, match="no directions for the vision tower; fit it again .* lambda_image to 0"):
+            as_method(f"{words},fitted={path}")
     bad = {"text": b"no tensors", "other": safetensors.numpy.save({"directions": DIRECTIONS})}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)

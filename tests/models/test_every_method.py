@@ -106,12 +106,15 @@ def build(column: str, model: LVLM | None = None) -> methods.Method:
 
 def drawn(word: str, model: LVLM) -> Fitted:
     """A file of `lvlm fit`, of random numbers."""
-    text, random = model.config.text, np.random.default_rng(3)
+    text, vision, random = model.config.text, model.config.vision, np.random.default_rng(3)
     layers, heads, width = text.num_layers, text.num_heads, text.hidden_size
     arrays = {
         "adaiat": {"ratios": random.uniform(0.3, 2, (layers, heads)), "thresholds": np.full(layers, heads)},
         "nullu": {"directions": np.linalg.qr(random.normal(size=(layers, width, 2)))[0].swapaxes(1, 2)},
-        "vti": {"directions": random.normal(size=(layers, width))},
+        "vti": {
+            "directions": random.normal(size=(layers, width)),
+            "vision_directions": random.normal(size=(vision.num_layers, vision.hidden_size)),
+        },
     }[word]
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     return Fitted(arrays, Source(word, model.hash, "pairs", "{}"))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lvlm_jax import LVLM
 from lvlm_jax.processors import inputs
@@ -40,11 +41,16 @@ class Case:
         return inputs._lay_out(prompts, None, 0, parts, self.model.config)
 
 
+def build(name: str, folder: Path | None = None) -> Any:
+    """transformers' tiny model of a family, written to a folder if there is one."""
+    family = FAMILIES[name]
+    return family.build(folder, 3, **(next(iter(family.varieties.values())) | CHANGES.get(name, {})))
+
+
 def load(name: str, folder: Path) -> Case:
     """The tiny model of a family, written to and read from a folder."""
     family = FAMILIES[name]
-    variety = next(iter(family.varieties.values())) | CHANGES.get(name, {})
-    config = family.build(folder, 3, **variety).config
+    config = build(name, folder).config
     layouts = (family.two, family.words, family.one)
     samples = [family.inputs(config, seed, [layout]) for seed, layout in enumerate(layouts)]
     return Case(LVLM.from_pretrained(folder, dtype="float32"), samples)

@@ -284,14 +284,52 @@ def unit(x):
 
 @dataclasses.dataclass
 class Vti(Field):
+    """`vision` and `strength_image` are those of the tower."""
+
     directions: np.ndarray | None = None
     strength: float = 0.9
+    vision: np.ndarray | None = None
+    strength_image: float = 0.9
+
+    def embed(self, weights, config, ids, pixels):
+        def fed(layer, added):
+            return steered(added, self.strength_image, self.vision[layer])
+
+        return llava.embed(weights, config, ids, pixels, lambda layer, w: w, fed)
 
     def mlp(self, call, x, added):
         if not (call.image_id > 0).any():
             return added
-        turned = unit(added) + 0.1 * self.strength * unit(self.directions[call.layer])
-        return np.linalg.norm(added, axis=-1, keepdims=True) * unit(turned)
+        return steered(added, self.strength, self.directions[call.layer])
+
+
+def steered(x, strength, v):
+    return np.linalg.norm(x, axis=-1, keepdims=True) * unit(unit(x) + 0.1 * strength * unit(v))
+
+
+def masked_minus_original(weights, config, pixels, masks):
+    """[L, W]: the tower's states on masked copies of pixels [3, height, width] minus those on these, mean over patches.
+
+    `masks` [copies, patches].
+    """
+    patch = config["vision_config"]["patch_size"]
+
+    def states(picture):
+        return np.stack(llava.tower_hidden_states(weights, config, picture)[1:]).mean(axis=1)
+
+    return np.mean([states(masked(pixels, mask, patch)) for mask in masks], axis=0) - states(pixels)
+
+
+def masked(pixels, mask, patch, seen=None):
+    """Pixels [3, height, width] whose masked patches have the mean of each channel, over patches that are seen."""
+    across, copy = pixels.shape[2] // patch, pixels.copy()
+    squares = [(slice(None), slice(i * patch, (i + 1) * patch), slice(j * patch, (j + 1) * patch))
+               for i in range(len(mask) // across) for j in range(across)]  # fmt: skip
+    kept = squares if seen is None else [square for square, sees in zip(squares, seen, strict=True) if sees]
+    mean = np.mean([pixels[square].mean(axis=(1, 2)) for square in kept], axis=0)
+    for place in np.flatnonzero(mask):
+        copy[squares[place]] = mean[:, None, None]
+    return copy
 
 
 @dataclasses.dataclass

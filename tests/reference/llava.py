@@ -63,8 +63,10 @@ def merge_heads(x):
     return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
 
-def tower_hidden_states(weights, config, pixels, edit=lambda layer, w: w):
-    """Hidden states of the CLIP tower for one image `pixels` [3, height, width]; `edit` may replace weights [H, T, S].
+def tower_hidden_states(weights, config, pixels, edit=lambda layer, w: w, fed=lambda layer, added: added):
+    """Hidden states of the CLIP tower for one image `pixels` [3, height, width].
+
+    `edit` may replace weights [H, T, S], and `fed` what a feed-forward block adds to the stream, [T, W].
 
     Returns a list of num_layers + 1 arrays [1 + patches, W]: the embeddings after the first norm, then the
     output of every layer. The norm after the last layer belongs to pooling and is not part of any of them.
@@ -88,7 +90,7 @@ def tower_hidden_states(weights, config, pixels, edit=lambda layer, w: w):
         w = edit(layer, softmax(np.einsum("HTD,HSD->HTS", q, k) / math.sqrt(q.shape[-1])))
         x = x + linear(weights, f"{name}.self_attn.out_proj", merge_heads(np.einsum("HTS,HSD->HTD", w, v)))
         y = linear(weights, f"{name}.mlp.fc1", layer_norm(weights, f"{name}.layer_norm2", x, epsilon))
-        x = x + linear(weights, f"{name}.mlp.fc2", ACTIVATIONS[vision["hidden_act"]](y))
+        x = x + fed(layer, linear(weights, f"{name}.mlp.fc2", ACTIVATIONS[vision["hidden_act"]](y)))
         states.append(x)
     return states
 
@@ -108,7 +110,7 @@ def image_features(weights, config, pixels, *edit):
 def embed(weights, config, input_ids, pixel_values, *edit):
     """Embeddings [T, E] of one sample, image tokens replaced by the features of `pixel_values` [n, 3, h, w].
 
-    `edit` is that of `tower_hidden_states`, if any.
+    `edit` are those of `tower_hidden_states`, if any.
     """
     x = weights[f"{LANGUAGE}.embed_tokens.weight"][input_ids]
     is_image = np.asarray(input_ids) == config["image_token_index"]

@@ -4,7 +4,8 @@ Every branch runs its whole prompt by itself, whatever the library shares, with 
 method is an object with some of: `weights(call, z) -> w`, both [H, T, S], where z are the attention logits of the rows
 of a call over all columns, also those that a row must not see (default `softmax_seen`); `attend(call, z)`, the heads'
 outputs [H, T, D], in its place; `begin(call, embeddings)` before the first layer; `enter(call, hidden)` in every layer;
-`mlp(call, x, added)`, which replaces what a feed-forward block adds to the stream, given what it read;
+`mlp(call, x, added)`, which replaces what a feed-forward block adds to the stream, given what it read; `embed`, in
+place of the model's;
 `residual(call, hidden)`, which replaces the stream behind a layer.
 """
 
@@ -74,7 +75,7 @@ class Branch:
 
     def __init__(self, weights, config, method=None, embed=llava.embed, image_ids=image_ids, places=in_a_row):
         self.weights, self.config, self.method = weights, config, method
-        self.embed, self.image_ids, self.places = embed, image_ids, places
+        self.embed, self.image_ids, self.places = getattr(method, "embed", embed), image_ids, places
         self.depth = config["text_config"]["num_hidden_layers"]
         self.cache, self.attention = [None] * self.depth, [None] * self.depth
         self.image_id = np.zeros(0, int)
