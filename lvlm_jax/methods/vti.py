@@ -11,7 +11,8 @@ of its patches masked, minus h_l of the image, averaged over patches. v_l = mean
 of d, with the sign that makes the largest score positive. λ is 0.8 to 0.9 in the decoder, 0 to 0.9 in the tower.
 
 `lambda_image` is 0 by default, which leaves the tower plain to the bit: files of older versions have no directions for
-the tower, and with another value they are refused.
+the tower, and with another value they are refused. It cannot be learned by `lvlm train`, which runs the tower once,
+before training; `forward.encode_images` has its gradient.
 
 Differs from the authors' code in: theirs has directions for each patch of the tower, which needs images of one size.
 
@@ -41,7 +42,9 @@ class VTI(Method):
 
     lambda_: Strength = strength(0.9, "steering strength λ", per="layer")
     lambda_image: Strength = strength(
-        0.0, "steering strength λ in the vision tower; 0 for a plain tower", flat="a strength of the vision tower"
+        0.0,
+        "steering strength λ in the vision tower; 0 for a plain tower",
+        flat="a strength of the vision tower, which runs before training,",
     )
     fitted: Fitted | None = fitted("directions, a file of lvlm fit vti")
 

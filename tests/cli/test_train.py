@@ -4,7 +4,9 @@ import functools
 
 import pytest
 
+from lvlm_jax.methods import as_method
 from tests.cli.command import refuses, run
+from tests.training import pair_sets
 
 MINE = """\"\"\"Mine alone.\"\"\"
 from lvlm_jax.training import settings
@@ -48,3 +50,19 @@ def test_a_config_or_a_field_that_is_not_there(folder, monkeypatch, capsys, name
     words = ("--config", "sft", "--workdir", "w", "--config.optimiser.peak=1")
     refuses(monkeypatch, capsys, r"did you mean optimizer.peak\?", "train", *words)
     assert not (folder / "w").exists()
+
+
+def test_a_learned_method_is_used_by_its_file(folder, monkeypatch, capsys, checkpoint):
+    """Two steps write a method, with which another command answers, otherwise than without it."""
+    pair_sets.write(folder)
+    config = {"model": checkpoint, "data": "pairs.jsonl", "steps": 2, "batch": 5, "length": 95, "optimizer.peak": 2.0}
+    config |= {"learned.method": "vaf:start_layer=0,end_layer=none"}
+    settings = [f"--config.{name}={value}" for name, value in config.items()]
+    code, out, _ = run(monkeypatch, capsys, "train", "--config", "learned_method", "--workdir", "w", *settings)
+    assert code == 0 and out.endswith("result written to w/method.safetensors\n")
+    learned = as_method("learned:w/method.safetensors").members[0]
+    assert len(set(map(float, learned.enhance.values))) == 2  # of two layers
+    asked = ["infer", "--model", checkpoint, "--image", "0.png", "--prompt", "Who?", "--max-new-tokens", 12]
+    answers = [run(monkeypatch, capsys, *asked, "--method", word)[:2]
+               for word in ("none", "learned:w/method.safetensors")]  # fmt: skip
+    assert [code for code, _ in answers] == [0, 0] and answers[0] != answers[1]

@@ -44,6 +44,7 @@ def hidden_of(model, pair, text):
 
 def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeypatch):
     """VTI; the directions are those of samples alone, whatever was batched."""
+    monkeypatch.setattr(masked_images, "COPIES", 2)
     job = fitting.Job("vti", pairs, tmp_path / "vti.safetensors", batch_size=3)
     calls, collect = [], run.FITTERS["vti"].collect
 

@@ -327,7 +327,49 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
     Strengths take their finest form, one value for each layer or head. One without a gradient says why in its field,
     and so cannot be learned; every other one has a slope.
     """
-    method = build(name)
+    check_gradients(bench, name, build(name), bench.acting(name))
+
+
+# Switches under which a strength is used at all (the first) or enters another formula.
+VARIANTS = [("m3id", {"variant": "port"}), ("capl", {"mode": "truncated"}), ("clva", {"gate": False}),
+            ("cmac", {"variant": "code"}), ("dab", {"decode": True}), ("dola", {"variant": "code"}),
+            ("sevi", {"variant": "code"}), ("sevi", {"variant": "code-qwen"}), ("spin", {"variant": "code"}),
+            ("vista", {"variant": "paper"})]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * bool(place), id="-".join(map(str, (case[0], *case[1].values()))))
+     for place, case in enumerate(VARIANTS)],
+)  # fmt: skip
+def test_gradients_of_other_variants_equal_finite_differences(bench, name, changes):
+    method = dataclasses.replace(build(name), **changes)
+    check_gradients(bench, name, method, bench.run(method))
+
+
+def test_every_strength_has_its_gradient_checked():
+    """By an entry or a variant; or it is flat, and learning refuses it by name."""
+    checked = set()
+    for name, changes in [*((name, {}) for name in ENTRIES), *VARIANTS]:
+        method = dataclasses.replace(build(name), **changes)
+        checked |= {(name, key) for key in strengths(method) if used(method, field_of(method, key))}
+    for name in methods.names():
+        for field in dataclasses.fields(methods.get(name)):
+            if "low" in field.metadata:
+                assert (name, field.name) in checked or field.metadata["flat"], f"{name}.{field.name}"
+
+
+def field_of(method, key):
+    return next(field for field in dataclasses.fields(method) if field.name == key)
+
+
+def used(method, field):
+    """Whether a strength is used under the method's switches."""
+    switch, value = field.metadata["when"] or (None, None)
+    return switch is None or getattr(method, switch) == value
+
+
+def check_gradients(bench, name, method, acting):
     fields = {field.name: field.metadata for field in dataclasses.fields(method)}
     (params, config, main, ready), options = bench.arguments(method)
     mix = jnp.asarray(np.random.default_rng(44).normal(size=(len(LAYOUTS), STEPS + 1, 60)).astype(np.float32))
@@ -345,15 +387,14 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
     start = strengths(method)
     values = {key: jnp.full(shapes[fields[key]["per"]], value, jnp.float32) for key, value in start.items()}
     (at, found), gradients = scalar(values)
-    for row, step in enumerate(bench.acting(name)):
+    for row, step in enumerate(acting):
         np.testing.assert_allclose(found.main[:, row], step.main, rtol=0, atol=2e-5)
         if step.contrast is not None:
             np.testing.assert_allclose(found.contrast[:, row], step.contrast, rtol=0, atol=2e-5)
     assert np.isfinite(at)
     for key, slopes in gradients.items():
         assert np.isfinite(slopes).all(), key
-        switch, value = fields[key]["when"] or (None, None)
-        if fields[key]["flat"] or (switch and getattr(method, switch) != value):
+        if fields[key]["flat"] or not used(method, field_of(method, key)):
             assert not slopes.any(), f"{key} should be flat: it is {fields[key]['flat']}"
             continue
         width = (0.001 if key in ENTRIES[name].kinked else 0.01) * max(abs(float(start[key])), 0.1)

@@ -10,6 +10,7 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.generation import decode_loop, forcing, forward
 from lvlm_jax.methods.base import frozen
+from lvlm_jax.methods.fitted import Fitted, Source
 from lvlm_jax.models import qwen_vision, vision
 from lvlm_jax.serving.limits import Limits
 from lvlm_jax.serving.prefill import Prefill
@@ -65,6 +66,22 @@ def test_samples_with_images_change_and_off_is_the_plain_program(model):
     np.testing.assert_allclose(chained, other, rtol=0, atol=1e-5)
     twice = methods.chain(Loud(0.25), Loud(0.25)).tower_edit()
     np.testing.assert_allclose(twice.mlp(1, jnp.ones(2)), [2.25, 2.25])
+
+
+def test_the_gradient_of_vtis_strength_in_the_tower(model):
+    """It equals a central difference; training does not see it and refuses to learn it (test_learned_method)."""
+    tower, random = model.config.vision, np.random.default_rng(2)
+    arrays = {"vision_directions": jnp.asarray(random.normal(size=(tower.num_layers, tower.hidden_size)), jnp.float32)}
+    given = Fitted(arrays, Source("vti", "model", "pairs", "{}"))
+    pixels = jnp.asarray(model.prepare(ASKED[0]).pixels)
+
+    @jax.jit
+    def scalar(strength):
+        edit = methods.VTI(lambda_image=strength, fitted=given).tower_edit()
+        return jnp.sin(forward.encode_images(model.params, model.config, pixels, None, edit)).sum()
+
+    slope = (scalar(5.1) - scalar(4.9)) / 0.2
+    assert abs(slope) > 0.05 and abs(slope - jax.grad(scalar)(5.0)) < 0.02 * abs(slope)
 
 
 def test_every_call_edits_the_tower(model):

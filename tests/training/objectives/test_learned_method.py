@@ -65,6 +65,7 @@ def test_strengths_begin_where_they_are_and_keep_their_bounds():
     [
         ("sevi", ["kappa"], "sevi.kappa is a threshold and has no gradient; leave it out"),
         ("sid", ["sid.keep"], "sid.keep is a number of tokens and has no gradient"),
+        ("vti", ["lambda_image"], "vti.lambda_image is a strength of the vision tower.* has no gradient; leave it out"),
         ("m3id", ["beta"], "m3id.beta is used only with variant=port and has no gradient"),
         ("vaf", ["alpha"], "no method has a strength alpha; expected one of vaf.enhance, vaf.suppress"),
         ("eah", [], "none of these methods has a strength with a gradient"),
