@@ -28,7 +28,7 @@ def blocks(word):
 def folder(tmp_path, monkeypatch):
     """The current folder, with nothing in it but the page's files. What they register is forgotten after the test."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    for name in ("lift", "doubt"):
+    for name in ("lift", "doubt", "soften"):
         (block,) = blocks(f"class {name.title()}")
         assert f"`{name}.py`" in PAGE.read_text()
         (tmp_path / f"{name}.py").write_text(block)
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_its_methods_are_what_is_said_of_them(folder, model):
-    lift, doubt = methods.get("lift.py:Lift"), methods.get("doubt:Doubt")
+    lift, doubt, soften = (methods.get(word) for word in ("lift.py:Lift", "doubt:Doubt", "soften.py:Soften"))
     question = small.conversation("What?", seed=1)
     given = {"model": model, "question": question, "methods": methods, "Lift": lift, "Doubt": doubt}
     for block in blocks("model.generate"):
@@ -48,9 +48,9 @@ def test_its_methods_are_what_is_said_of_them(folder, model):
         return np.asarray(model.prefill([question], method)[1].combined)
 
     plain = first_logits(None)
-    for nothing in (lift(delta=0.0), doubt(alpha=0.0)):
+    for nothing in (lift(delta=0.0), doubt(alpha=0.0), soften(alpha=0.0)):
         np.testing.assert_allclose(first_logits(nothing), plain, rtol=0, atol=1e-5)
-    for strong in (lift(delta=5.0), doubt(alpha=5.0), methods.chain(lift(delta=5.0), doubt())):
+    for strong in (lift(delta=5.0), doubt(alpha=5.0), soften(alpha=0.9), methods.chain(lift(delta=5.0), doubt())):
         assert np.abs(first_logits(strong) - plain).max() > 1e-3
 
 
