@@ -55,10 +55,10 @@ def vti_collect(model: LVLM, pairs: Sequence[Pair], seed: int) -> dict[str, np.n
 
 def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The directions of the decoder and, if there are images, of the tower."""
-    found = {"directions": _direction(collected["differences"])}
+    directions = {"directions": _direction(collected["differences"])}
     if len(collected["vision_differences"]):
-        found["vision_directions"] = _direction(collected["vision_differences"])
-    return found
+        directions["vision_directions"] = _direction(collected["vision_differences"])
+    return directions
 
 
 def _direction(differences_found: Float[np.ndarray, "B L E"]) -> Float[np.ndarray, "L E"]:

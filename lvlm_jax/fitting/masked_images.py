@@ -1,6 +1,6 @@
 """VTI's measurement in the vision tower: its states on masked copies of an image minus those on the image.
 
-Of each copy, 99 % of the patches have the mean of the image. Images that are split into tiles are masked tile by tile.
+In each copy, the mean color of the image replaces 99 % of the patches. Images in tiles are masked tile by tile.
 """
 
 import functools
@@ -39,37 +39,37 @@ def differences(model: LVLM, pairs: Sequence[Pair], seed: int) -> Float[np.ndarr
     counts = np.maximum(inputs.image_id, 0).max(axis=1)
     ids = [pair.id for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
     by_image: list[list[np.ndarray]] = [[] for _ in ids]
-    seen = _seen_patches(config, inputs.pixels, inputs.geometry)
+    valid = _valid_patches(config, inputs.pixels, inputs.geometry)
     for row in np.flatnonzero(inputs.owner >= 0):
         image, rows = inputs.owner[row], len(inputs.pixels)
-        masks = draw_masks(seed, ids[image], int(inputs.image_index[row]), seen[row])
+        masks = draw_masks(seed, ids[image], int(inputs.image_index[row]), valid[row])
         geometry = {name: one[row : row + 1] if len(one) == rows else one for name, one in inputs.geometry.items()}
-        found = _row_difference(model.params, config, inputs.pixels[row], geometry, seen[row], masks)
-        by_image[image].append(np.asarray(found))
+        difference = _row_difference(model.params, config, inputs.pixels[row], geometry, valid[row], masks)
+        by_image[image].append(np.asarray(difference))
     return np.stack([np.mean(rows, axis=0) for rows in by_image])
 
 
-def draw_masks(seed: int, pair_id: str, place: int, seen: Bool[np.ndarray, " P"]) -> Bool[np.ndarray, "N P"]:
+def draw_masks(seed: int, pair_id: str, place: int, valid: Bool[np.ndarray, " P"]) -> Bool[np.ndarray, "N P"]:
     """Which patches each copy loses.
 
     Args:
         seed: a seed.
         pair_id: the pair's id.
         place: of the image or tile in the pair.
-        seen: patches that are not filler; the others are never masked.
+        valid: patches that are not filler; the others are never masked.
     """
     key = int.from_bytes(hashlib.blake2b(pair_id.encode(), digest_size=8).digest(), "big")
-    random, patches = np.random.default_rng([seed, key, place]), np.flatnonzero(seen)
-    masks = np.zeros((COPIES, len(seen)), bool)
+    random, patches = np.random.default_rng([seed, key, place]), np.flatnonzero(valid)
+    masks = np.zeros((COPIES, len(valid)), bool)
     for mask in masks:
         mask[random.permutation(patches)[: int(MASKED * len(patches))]] = True
     return masks
 
 
-def _seen_patches(config: FamilyConfig, pixels: np.ndarray, geometry: dict) -> Bool[np.ndarray, "R P"]:
-    seen = config.seen_patches(geometry)
-    if seen is not None:
-        return seen
+def _valid_patches(config: FamilyConfig, pixels: np.ndarray, geometry: dict) -> Bool[np.ndarray, "R P"]:
+    valid = config.valid_patches(geometry)
+    if valid is not None:
+        return valid
     side = config.vision.patch_size
     return np.ones((len(pixels), (pixels.shape[2] // side) * (pixels.shape[3] // side)), bool)
 
@@ -80,7 +80,7 @@ def _row_difference(
     config: FamilyConfig,
     pixels: Float[Array, "..."],
     geometry: dict[str, Array],
-    seen: Bool[Array, " P"],
+    valid: Bool[Array, " P"],
     masks: Bool[Array, "N P"],
 ) -> Float[Array, "L W"]:
     """The difference for one row of the tower's pixels, with the geometry of this row."""
@@ -88,30 +88,30 @@ def _row_difference(
     def mean_states(pixels: Float[Array, "..."]) -> Float[Array, "L W"]:
         outputs = layer_outputs(lambda: forward.encode_images(params, config, pixels[None], geometry))
         # A class token counts as a patch.
-        weights = seen if outputs[0].shape[1] == len(seen) else jnp.ones(outputs[0].shape[1])
+        weights = valid if outputs[0].shape[1] == len(valid) else jnp.ones(outputs[0].shape[1])
         return jnp.stack([jnp.average(output[0].astype(jnp.float32), axis=0, weights=weights) for output in outputs])
 
     def on_copy(mask: Bool[Array, " P"]) -> Float[Array, "L W"]:
-        return mean_states(masked(pixels, mask, seen, config.vision.patch_size))
+        return mean_states(masked(pixels, mask, valid, config.vision.patch_size))
 
-    at_a_time = max(1, CHUNK // len(seen))
+    at_a_time = max(1, CHUNK // len(valid))
     return jax.lax.map(on_copy, masks, batch_size=at_a_time).mean(axis=0) - mean_states(pixels)
 
 
 def masked(
-    pixels: Float[Array, "..."], mask: Bool[Array, " P"], seen: Bool[Array, " P"], patch_size: int
+    pixels: Float[Array, "..."], mask: Bool[Array, " P"], valid: Bool[Array, " P"], patch_size: int
 ) -> Float[Array, "..."]:
     """The pixels with masked patches set to the mean of each color channel.
 
     Args:
         pixels: of one image or tile `[3, Y, X]`, or loose patches `[P, C]`.
         mask: patches to set, row by row in an image.
-        seen: patches that are not filler, over which the mean is taken.
+        valid: patches that are not filler, over which the mean is taken.
         patch_size: in pixels.
     """
     if pixels.ndim == 2:
         by_channel = pixels.reshape(len(mask), 3, -1)
-        mean = jnp.average(by_channel.mean(axis=2), axis=0, weights=seen)
+        mean = jnp.average(by_channel.mean(axis=2), axis=0, weights=valid)
         return jnp.where(mask[:, None, None], mean[:, None], by_channel).reshape(pixels.shape)
     down, across = (side // patch_size for side in pixels.shape[1:])
     rest = [(0, side % patch_size) for side in pixels.shape[1:]]  # pixels that belong to no patch
@@ -120,5 +120,5 @@ def masked(
         grid = patches.reshape(down, across).repeat(patch_size, axis=0).repeat(patch_size, axis=1)
         return jnp.pad(grid, rest, constant_values=value)
 
-    mean = jnp.average(pixels, axis=(1, 2), weights=jnp.broadcast_to(of_pixels(seen, True), pixels.shape))
+    mean = jnp.average(pixels, axis=(1, 2), weights=jnp.broadcast_to(of_pixels(valid, True), pixels.shape))
     return jnp.where(of_pixels(mask, False), mean[:, None, None], pixels)

@@ -13,7 +13,7 @@ nothing.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -25,7 +25,6 @@ from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks
 from lvlm_jax.methods.cuts import Soft, plausible
-from lvlm_jax.methods.fitted import Source
 from lvlm_jax.methods.tower import TowerEdit
 
 Strength = float | np.floating | jax.Array
@@ -225,11 +224,9 @@ class Method(Transform):
         return embeddings
 
     def tower_edit(self) -> TowerEdit | None:
-        """The edit of the vision tower that encodes the main branch's images; None to leave it plain, at no cost.
+        """The edit of the tower that encodes the main branch's images; None for the plain tower, as at a strength of 0.
 
-        It may depend on the value of a strength, such as None at 0: it is called before anything is compiled. A
-        contrast branch with other images has them from the plain tower. Training runs the plain tower and refuses a
-        method whose edit is not None.
+        It is called before anything is compiled. Other images of a contrast branch, and training, have the plain tower.
         """
         return None
 
@@ -371,16 +368,6 @@ def frozen(cls: type[Method]) -> type[Method]:
     with contextlib.suppress(ValueError):  # already a pytree
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
-
-
-def sources(method: Method | None) -> Iterator[Source]:
-    """The sources of everything that was fitted or learned for a method and its members."""
-    if getattr(method, "source", None) is not None:
-        yield method.source
-    for member in getattr(method, "members", (method,)):
-        for field in dataclasses.fields(member) if member is not None else ():
-            if field.metadata.get("fitted") and getattr(member, field.name) is not None:
-                yield getattr(member, field.name).source
 
 
 def contrast_kind(method: Method | None) -> str:

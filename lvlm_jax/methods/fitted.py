@@ -7,6 +7,7 @@ of the fit.
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ def as_fitted(owner: str, word: str, value: Any) -> Fitted | None:
     if value.source.method != word:
         raise LVLMError(f"{owner}: the file was fitted for {value.source.method}; expected one of lvlm fit {word}")
     return value
+
+
+def sources(method: Any) -> Iterator[Source]:
+    """The sources of everything that was fitted or learned for a method and its members."""
+    if getattr(method, "source", None) is not None:
+        yield method.source
+    for member in getattr(method, "members", (method,)):
+        for field in dataclasses.fields(member) if member is not None else ():
+            if field.metadata.get("fitted") and getattr(member, field.name) is not None:
+                yield getattr(member, field.name).source
 
 
 def check_model(source: Source, model: str | None, name: str) -> None:

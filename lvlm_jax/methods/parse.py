@@ -23,9 +23,9 @@ from lvlm_jax import errors
 from lvlm_jax.attention.layered import Layered
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import learned, registry
-from lvlm_jax.methods.base import Method, sources
+from lvlm_jax.methods.base import Method
 from lvlm_jax.methods.chain import chain
-from lvlm_jax.methods.fitted import check_model
+from lvlm_jax.methods.fitted import check_model, sources
 
 OWN = re.compile(r"[^:]+:[A-Za-z_][\w.]*(?![\w.=])")  # module:Class, but not name:setting=value
 

@@ -185,7 +185,7 @@ class FamilyConfig(abc.ABC):
         """
         raise NotImplementedError(f"images of {self.model_type} are read without an instruction")
 
-    def seen_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"] | None:
+    def valid_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"] | None:
         """Which patches of each row of the tower's pixels are not filler, given the geometry; None for all."""
         return geometry.get("valid")
 

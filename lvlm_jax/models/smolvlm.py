@@ -73,7 +73,7 @@ class SmolVlmConfig(FamilyConfig):
         """Settings with which SmolVLM's processor counts placeholders."""
         return {"image_seq_len": (self.vision.side // self.scale) ** 2}
 
-    def seen_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"]:
+    def valid_patches(self, geometry: Mapping[str, np.ndarray]) -> Bool[np.ndarray, "R P"]:
         """Which patches of each tile are not filler."""
         return geometry["mask"]
 

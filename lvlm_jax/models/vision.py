@@ -126,8 +126,8 @@ def with_edited_outputs(encode: Callable[[], Any], name: str, edit: Callable[[in
 
     def change(function: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
         path = context.module.path
-        named = context.method_name == "__call__" and path[-1:] == (name,) and "vision_tower" in path
-        if not named or path in inside:
+        matches = context.method_name == "__call__" and path[-1:] == (name,) and "vision_tower" in path
+        if not matches or path in inside:
             return function(*arguments, **options)
         inside.append(path)
         result = function(*arguments, **options)

@@ -109,7 +109,7 @@ def test_the_tower_on_masked_copies(name, tmp_path, monkeypatch):
     monkeypatch.setattr(LVLM, "prepare", lambda model, asked: prompt)
     found = masked_images.differences(model, [Pair((), [], "", "", one) for one in "xyz"], 5)
     config, shown = model.config, ("x", "x", "z")
-    seen = config.seen_patches(prompt.geometry)
+    seen = config.valid_patches(prompt.geometry)
     seen = np.ones((len(prompt.pixels), config.vision.num_patches), bool) if seen is None else seen
     masks = [
         masked_images.draw_masks(5, shown[max(owner, 0)], place, own)
