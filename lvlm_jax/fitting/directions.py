@@ -54,14 +54,14 @@ def vti_collect(model: LVLM, pairs: Sequence[Pair], seed: int) -> dict[str, np.n
 
 
 def vti_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The directions of the decoder and, if there are images, of the tower."""
-    directions = {"directions": _direction(collected["differences"])}
-    if len(collected["vision_differences"]):
-        directions["vision_directions"] = _direction(collected["vision_differences"])
-    return directions
+    """The directions of the decoder and of the tower."""
+    return {
+        "directions": _directions(collected["differences"]),
+        "vision_directions": _directions(collected["vision_differences"]),
+    }
 
 
-def _direction(differences_found: Float[np.ndarray, "B L E"]) -> Float[np.ndarray, "L E"]:
+def _directions(differences_found: Float[np.ndarray, "B L E"]) -> Float[np.ndarray, "L E"]:
     """v_l = mean d + the unit first principal component, with the sign that makes its largest score positive."""
     differences_found = differences_found.astype(np.float64)
     mean = differences_found.mean(axis=0)

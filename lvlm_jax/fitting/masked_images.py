@@ -34,8 +34,6 @@ def differences(model: LVLM, pairs: Sequence[Pair], seed: int) -> Float[np.ndarr
     """
     config = model.config
     inputs = model.prepare([pair.conversation() for pair in pairs])
-    if inputs.pixels is None:
-        return np.zeros((0, config.vision.num_layers, config.vision.hidden_size), np.float32)
     counts = np.maximum(inputs.image_id, 0).max(axis=1)
     ids = [pair.id for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
     by_image: list[list[np.ndarray]] = [[] for _ in ids]

@@ -70,8 +70,8 @@ class VTI(Method):
         directions = needed(self).arrays.get("vision_directions")
         if directions is None:
             raise LVLMError(
-                "VTI: the fitted file has no directions for the vision tower; fit it again with lvlm fit vti, on pairs "
-                "with images, or set lambda_image to 0"
+                "VTI: the fitted file has no directions for the vision tower; fit it again with lvlm fit vti, or set "
+                "lambda_image to 0"
             )
         return TowerSteering(self.lambda_image, directions)
 

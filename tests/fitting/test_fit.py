@@ -80,13 +80,10 @@ def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeyp
 
 def test_principal_component():
     """Differences 4, -2, -2 along one axis around a mean of (0, 3): v = (0, 3) + (1, 0), the largest score positive."""
-    collected = {
-        "differences": np.array([[[4.0, 3]], [[-2.0, 3]], [[-2.0, 3]]]),
-        "vision_differences": np.zeros((0, 2, 5)),
-    }
-    found = directions.vti_finish(collected)
-    np.testing.assert_allclose(found.pop("directions"), [[1, 3]], atol=1e-6)
-    assert not found  # without images, nothing for the tower
+    differences = np.array([[[4.0, 3]], [[-2.0, 3]], [[-2.0, 3]]])
+    result = directions.vti_finish({"differences": differences, "vision_differences": differences[:1]})
+    np.testing.assert_allclose(result["directions"], [[1, 3]], atol=1e-6)
+    np.testing.assert_allclose(result["vision_directions"], [[4, 3]], atol=1e-6)  # one pair has no component
 
 
 def test_masks():
@@ -108,7 +105,7 @@ def test_the_tower_on_masked_copies(name, tmp_path, monkeypatch):
     model, prompt = case.model, case.prompt()
     monkeypatch.setattr(LVLM, "prepare", lambda model, asked: prompt)
     found = masked_images.differences(model, [Pair((), [], "", "", one) for one in "xyz"], 5)
-    config, shown = model.config, ("x", "x", "z")
+    config, shown, geometry = model.config, ("x", "x", "z"), jax.tree.map(jnp.asarray, prompt.geometry)
     seen = config.valid_patches(prompt.geometry)
     seen = np.ones((len(prompt.pixels), config.vision.num_patches), bool) if seen is None else seen
     masks = [
@@ -118,7 +115,7 @@ def test_the_tower_on_masked_copies(name, tmp_path, monkeypatch):
 
     def states(pixels):
         outputs = vision.layer_outputs(
-            lambda: forward.encode_images(model.params, config, jnp.asarray(pixels), prompt.geometry)
+            lambda: forward.encode_images(model.params, config, jnp.asarray(pixels), geometry)
         )
         outputs = np.stack(outputs).astype(np.float64)
         own = seen if seen.shape == outputs.shape[1:3] else np.ones(outputs.shape[1:3], bool)
