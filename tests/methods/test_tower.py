@@ -128,6 +128,7 @@ def test_every_tower(name, tmp_path, monkeypatch):
     """Each layer's block is edited once, in whatever parts patches go through it; no edit is the plain tower."""
     case = zoo.load(name, tmp_path)
     config, params, prompt = case.model.config, case.model.params, case.prompt(0, 0, 2, 2)
+    geometry = jax.tree.map(jnp.asarray, prompt.geometry)
     count, layers = int((prompt.image_id > 0).sum()), []
 
     class Noted(Scaled):
@@ -136,7 +137,7 @@ def test_every_tower(name, tmp_path, monkeypatch):
             return super().mlp(layer, output)
 
     def tokens(edit):
-        encoded = jax.jit(lambda pixels: forward.encode_images(params, config, pixels, prompt.geometry, edit))
+        encoded = jax.jit(lambda pixels: forward.encode_images(params, config, pixels, geometry, edit))
         return np.asarray(encoded(prompt.pixels)).reshape(-1, config.text.hidden_size)[:count]
 
     plain, whole = tokens(None), tokens(Noted(jnp.float32(1)))
