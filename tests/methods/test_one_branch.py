@@ -137,7 +137,7 @@ def test_clva_finds_anchors_in_all_candidates_and_drifts_of_all_sizes():
 
 RANDOM = np.random.default_rng(7)
 DIRECTIONS = RANDOM.normal(size=(DEPTH, WIDTH)).astype(np.float32)
-VISION = np.random.default_rng(8).normal(size=(2, 32)).astype(np.float32)
+VISION = np.random.default_rng(8).normal(size=(3, 32)).astype(np.float32)
 SPACES = np.linalg.qr(RANDOM.normal(size=(DEPTH, WIDTH, 3)))[0].swapaxes(1, 2).astype(np.float32)
 RATIOS = RANDOM.uniform(0.7, 1.4, (DEPTH, HEADS)).astype(np.float32)
 THRESHOLDS = np.array([0.25, 0.3, 0.35, 0.4], np.float32)

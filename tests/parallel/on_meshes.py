@@ -38,7 +38,7 @@ def of_methods(folder: Path) -> dict:
     inputs = checkpoints.random_inputs(torch_model.config, seed=6, layouts=LAYOUTS)
     alone = LVLM.from_pretrained(folder)
     alone.hash = HASH
-    entries = {"greedy": None} | {name: build(name, L=3, E=48, W=32) for name in ENTRIES}
+    entries = {"greedy": None} | {name: build(name, L=3, E=48, T=3, W=32) for name in ENTRIES}
     expected, errors = {name: steps(alone, inputs, method) for name, method in entries.items()}, {}
     for sizes in MESHES:
         spread = LVLM.from_pretrained(folder, mesh=make_mesh(*sizes))
