@@ -87,6 +87,7 @@ def test_the_method_of_the_readme_is_what_its_words_say(namespace):
     assert list(dim().layers(9)) == [3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(namespace, monkeypatch):
     matplotlib.use("agg")
     for cell in json.loads((ROOT / "docs" / "first_look.ipynb").read_text())["cells"]:

@@ -13,6 +13,7 @@ from lvlm_jax.attention import kernels, stream
 from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.generation import forward
 from lvlm_jax.methods import chain
+from tests.slow import named
 
 BATCH, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 8
 attend = sys.modules["lvlm_jax.attention.attend"]  # the package has the function under this name
@@ -55,19 +56,18 @@ def with_slopes(function, alive, *arguments):
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arguments)
 
 
-@pytest.mark.parametrize("block", [64, 96])
-@pytest.mark.parametrize(
-    ("rows", "columns", "how"),
-    [
-        (256, 256, {}),
-        (200, 200, dict(window=50, left=False)),
-        (200, 200, dict(images=True)),
-        (256, 256, dict(images=True, window=70)),
-        (72, 264, dict(window=100)),
-        (200, 200, dict(answers=True)),
-    ],
-    ids=["plain", "window, padding behind", "whole images", "whole images, window", "behind a prefix", "two answers"],
-)
+FORMS = {
+    "plain": (256, 256, {}),
+    "window, padding behind": (200, 200, dict(window=50, left=False)),
+    "whole images": (200, 200, dict(images=True)),
+    "whole images, window": (256, 256, dict(images=True, window=70)),
+    "behind a prefix": (72, 264, dict(window=100)),
+    "two answers": (200, 200, dict(answers=True)),
+}
+
+
+@pytest.mark.parametrize("block", named([64, 96], slow=[96]))
+@pytest.mark.parametrize(("rows", "columns", "how"), FORMS.values(), ids=FORMS)
 def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns, how):
     monkeypatch.setattr(stream, "CPU_BLOCK", block)
     monkeypatch.setattr(stream, "FEW_ROWS_BLOCK", block)
@@ -79,8 +79,7 @@ def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns,
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize(("window", "left"), [(None, True), (50, False)])
 def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
     """With a stand-in for cuDNN's kernel, and with the TPU kernel in interpret mode."""
     lazy_mask = sight_of(128, 128, window, left=left)
@@ -129,7 +128,11 @@ BY_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", BY_ROWS)
+# Other variants of a method, and methods that edit the same stages of the same rows.
+SLOW = ("cmac of the code", "eah of the code", "capl", "farsight", "var", "a chain", "a chain in layers of its own")
+
+
+@pytest.mark.parametrize("name", named(BY_ROWS, SLOW))
 def test_methods_by_rows_give_what_they_give_of_the_whole_map(monkeypatch, model, mixed, name):
     """Logits of all branches and their keys and values, of a prompt that streams, rows of methods 16 at a time."""
     method, inputs = BY_ROWS[name], model.prepare(mixed)

@@ -8,6 +8,7 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam
 from tests import checkpoints
+from tests.slow import named
 
 LIMIT = 12
 
@@ -36,7 +37,7 @@ def scores(out, length_penalty=1.0):
     return [sum(row) / len(row) ** length_penalty for row in out.logprobs]
 
 
-@pytest.mark.parametrize("beams", [2, 5])
+@pytest.mark.parametrize("beams", named([2, 5], slow=[5]))
 def test_tokens_and_scores_are_those_of_transformers(model, mixed, theirs, beams):
     """Lengths and penalties are data: others compile nothing."""
 

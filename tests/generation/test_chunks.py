@@ -12,6 +12,7 @@ from lvlm_jax import methods
 from lvlm_jax.attention import LayerCache
 from lvlm_jax.generation import branches, chunks, continuous, decode_loop, forward
 from tests.models import zoo
+from tests.slow import named
 from tests.small import conversation
 
 attend = sys.modules["lvlm_jax.attention.attend"]  # the package has the function under this name
@@ -44,7 +45,7 @@ def run(model, inputs, method, rows):
     return branches.begin_prefill(model.params, model.config, inputs, method, 40, rows=rows).finish()
 
 
-@pytest.mark.parametrize("name", IN_CHUNKS)
+@pytest.mark.parametrize("name", named(IN_CHUNKS, slow=["exits"]))
 def test_logits_are_those_of_one_piece(model, mixed, counted, name):
     inputs, method = model.prepare(mixed), IN_CHUNKS[name]
     (whole, first), (state, step) = (run(model, inputs, method, rows) for rows in (None, ROWS))
@@ -66,17 +67,18 @@ def test_methods_that_need_the_whole_prompt_are_run_in_one_piece_and_it_is_said(
     assert f"long prompts are run in one piece: {reason}" in capsys.readouterr().err
 
 
-def test_answers_of_searches_and_batches_in_chunks(model, monkeypatch, counted):
+@pytest.mark.parametrize(
+    "kind", [{}, {"num_beams": 2}, pytest.param({"method": methods.OPERA(beams=2)}, marks=pytest.mark.slow)], ids=str
+)
+def test_answers_of_searches_and_batches_in_chunks(model, monkeypatch, counted, kind):
     asked = [conversation("Eh" + "?" * more, seed=more) for more in range(3)]
-    kinds = ({}, {"num_beams": 2}, {"method": methods.OPERA(beams=2)})
-    want = [model.generate(asked, max_new_tokens=8, **kind) for kind in kinds]
+    expected = model.generate(asked, max_new_tokens=8, **kind)
     monkeypatch.setattr(chunks, "MOST", 3 * ROWS)
-    for kind, expected in zip(kinds, want, strict=True):
-        counted.clear()
-        found = model.generate(asked, max_new_tokens=8, **kind)
-        assert found.tokens == expected.tokens and "extended" in counted
-        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-5)
+    counted.clear()
+    found = model.generate(asked, max_new_tokens=8, **kind)
+    assert found.tokens == expected.tokens and "extended" in counted
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_answers_go_on_between_the_chunks_of_a_long_prompt(model, monkeypatch, counted):

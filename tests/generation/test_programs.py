@@ -28,7 +28,10 @@ def moves(compiled) -> list[tuple[str, int]]:
     ]
 
 
-@pytest.mark.parametrize("method", [None, methods.CMAC(), methods.SEVI(start_layer=0)], ids=["greedy", "cmac", "sevi"])
+SEVI = pytest.param(methods.SEVI(start_layer=0), id="sevi", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method", [pytest.param(None, id="greedy"), pytest.param(methods.CMAC(), id="cmac"), SEVI])
 def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
     """No copy, transposition or conversion; every byte of the caches that comes out lies where it lay before."""
     state, first = model.prefill(mixed, method, 41 + 64)

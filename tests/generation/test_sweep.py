@@ -8,29 +8,26 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import sweep
+from tests.slow import named
+
+GRIDS = {
+    "cmac": [methods.CMAC(alpha=a, gamma=g) for a, g in ((0.0, 1.0), (3.0, 2.0), (8.0, 0.5))],
+    "vcd": [methods.VCD(alpha=4.0, noise_step=t) for t in (0, 900)],
+    "avisc": [methods.AvisC(alpha=4.0, lambda_=a) for a in (-1.0, 1.0)],  # other tokens of the contrast branch
+}
+SLOW = {
+    "middle_layers": [methods.MiddleLayers(alpha=a, start_layer=0) for a in (0.0, 9.0)],
+    "pai": [methods.PAI(alpha=a, start_layer=0) for a in (0.0, 5.0)],
+    "vhr": [methods.VHR(alpha=a, layers=(0, 1)) for a in (1.0, 6.0)],  # a probe of each setting
+    "sparc": [methods.SPARC(alpha=a, tau=0.02, selected_layer=0) for a in (1.0, 9.0)],  # memory of the edits
+    "damro": [methods.DAMRO(alpha=a, tokens=2) for a in (0.0, 4.0)],
+    "ritual": [methods.RITUAL(alpha=4.0, seed=a) for a in (0, 1)],
+}
 
 
-@pytest.mark.parametrize(
-    "grid",
-    [
-        [methods.CMAC(alpha=a, gamma=g) for a, g in ((0.0, 1.0), (3.0, 2.0), (8.0, 0.5))],
-        [methods.MiddleLayers(alpha=a, start_layer=0) for a in (0.0, 9.0)],
-        [methods.VCD(alpha=4.0, noise_step=t) for t in (0, 900)],
-        [methods.PAI(alpha=a, start_layer=0) for a in (0.0, 5.0)],
-        [methods.AvisC(alpha=4.0, lambda_=a) for a in (-1.0, 1.0)],  # other tokens of the contrast branch
-        *(
-            pytest.param(grid, marks=pytest.mark.slow)
-            for grid in (
-                [methods.VHR(alpha=a, layers=(0, 1)) for a in (1.0, 6.0)],  # a probe of each setting
-                [methods.SPARC(alpha=a, tau=0.02, selected_layer=0) for a in (1.0, 9.0)],  # memory of the edits
-                [methods.DAMRO(alpha=a, tokens=2) for a in (0.0, 4.0)],
-                [methods.RITUAL(alpha=4.0, seed=a) for a in (0, 1)],
-            )
-        ),
-    ],
-    ids=["cmac", "middle_layers", "vcd", "pai", "avisc", "vhr", "sparc", "damro", "ritual"],
-)
-def test_a_sweep_equals_one_generation_after_another(model, mixed, grid):
+@pytest.mark.parametrize("name", named(GRIDS | SLOW, SLOW))
+def test_a_sweep_equals_one_generation_after_another(model, mixed, name):
+    grid = (GRIDS | SLOW)[name]
     together = model.sweep(mixed, grid, max_new_tokens=12)
     alone = [model.generate(mixed, method=method, max_new_tokens=12) for method in grid]
     assert [out.tokens for out in together] == [out.tokens for out in alone]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lvlm_jax import LVLM, methods
 from lvlm_jax.attention import Context, Site
@@ -31,11 +30,6 @@ VARIETIES = {
     "bare": BARE,
     "bare_window": BARE | {"text": BARE["text"] | {"model_type": "mistral", "sliding_window": 14}},
 }
-
-
-def cases(table, slow=()):
-    """The arguments of a parametrised test, by name; some of them are slow."""
-    return [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, case in table.items()]
 
 
 class Case(NamedTuple):

@@ -18,7 +18,7 @@ from lvlm_jax.methods.cuts import soften
 from lvlm_jax.methods.fitted import Fitted, Source
 from tests import checkpoints
 from tests.checkpoints import IMAGE
-from tests.methods import compare
+from tests.slow import named
 
 # Two images, none, one that opens the prompt, one inside: all in one bucket of columns and of last rows.
 LAYOUTS = [(4, IMAGE, 3, IMAGE, 5), (9,), (IMAGE, 6), (3, IMAGE, 7)]
@@ -122,14 +122,15 @@ ENTRIES = {
 # Not a rule for single steps but a search of its own, with tests of its own.
 SEARCHES = {"opera"}
 
-every_method = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in methods.names()
-        if name not in SEARCHES
-    ],
-)
+
+def each_method(quick=None):
+    """Runs a test for every method; quick are those in some words, or all that are not in SLOW."""
+    chosen = set(methods.names()) - SLOW if quick is None else set(quick.split())
+    names = [name for name in methods.names() if name not in SEARCHES]
+    return pytest.mark.parametrize("name", named(names, set(names) - chosen))
+
+
+every_method = each_method()
 
 
 def test_every_method_has_an_entry():
@@ -263,24 +264,6 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
         np.testing.assert_array_equal(step.combined.argmax(-1), plain.main.argmax(-1))
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        methods.CAPL(sigma=0.0),
-        methods.CLVA(a=0.0, b=0.0),
-        methods.EAH(beta=1.0),
-        methods.MiddleLayers(start_layer=0, alpha=0.0),
-        methods.SEVI(omega=0.0, start_layer=0),
-        methods.VAF(start_layer=0, enhance=1.0, suppress=1.0),
-        methods.VISTA(lambda_=0.0, gamma=0.0),
-    ],
-    ids=lambda method: method.label,
-)
-def test_neutral_strengths_change_nothing_in_another_model(method):
-    """Queries share keys, and embeddings are the head; as the methods' own tests have it."""
-    compare.assert_plain(compare.load(4), compare.MIXED, method)
-
-
 @every_method
 def test_off_is_bit_equal_to_no_method(bench, name):
     """Once a method has run, its absence is what it was: nothing of it stays in the model."""
@@ -291,13 +274,13 @@ def test_off_is_bit_equal_to_no_method(bench, name):
         np.testing.assert_array_equal(step.combined, before.main)
 
 
-@every_method
+@each_method(quick="cmac")
 def test_jit_equals_no_jit(bench, name):
     pure = bench.run(build(name), prefill=forward.prefill, decode=forward.decode_step, steps=1)
     assert_same(pure, bench.acting(name)[:2])
 
 
-@every_method
+@each_method(quick="avisc clva cmac m3id")
 def test_a_step_keeps_the_form_of_the_state(bench, name):
     """So that the loop on the device can carry it. Traced only."""
     arguments, options = bench.arguments(build(name))
@@ -313,14 +296,14 @@ def test_a_step_keeps_the_form_of_the_state(bench, name):
     assert before == after
 
 
-@every_method
+@each_method(quick="capl cmac m3id sevi sid vista")
 def test_a_batch_equals_its_samples_alone(bench, name):
     together = bench.acting(name)
     for row in range(len(LAYOUTS)):
         assert_same(bench.run(build(name), row), [step.row(row) for step in together])
 
 
-@every_method
+@each_method(quick="capl clva cmac deco pai sevi vaf vista")
 def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite_differences(bench, name):
     """Rows of an answer all at once equal decode steps; the gradient is that of a random mix of the combined logits.
 

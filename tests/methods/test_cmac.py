@@ -10,6 +10,7 @@ from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import ATOL, EDGES, MIXED, STEPS, load
 from tests.reference import cmac
+from tests.slow import cases
 
 MAIN, CODE = "qwen2_tied_two_feature_layers", {"variant": "code", "alpha": 1.0}
 CASES = {
@@ -28,9 +29,11 @@ CASES = {
 MORE = {name: (name, MIXED, {}) for name in ("llama_gqa_all_biases", "qwen3_full_selection", "llama", "yarn_rope")}
 
 
-@pytest.mark.parametrize(
-    ("variety", "layouts", "strengths"), compare.cases(CASES | MORE, [*MORE, "neither", "edges code"])
-)
+# Both gates are met below, over more steps.
+SLOW = [*MORE, "gate", "last_gate", "neither", "edges code"]
+
+
+@pytest.mark.parametrize(("variety", "layouts", "strengths"), cases(CASES | MORE, SLOW))
 def test_equals_the_reference(variety, layouts, strengths):
     results = compare.assert_cmac(load(variety=variety), layouts, strengths)
     alphas = {alpha for result in results for alpha in result.alphas}
@@ -87,7 +90,9 @@ def test_value_noise(tmp_path):
     np.testing.assert_allclose(contrast, main, rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("strengths", [{}, {"variant": "code", "gate": "last"}], ids=["paper", "code"])
+@pytest.mark.parametrize(
+    "strengths", cases({"paper": ({},), "code": ({"variant": "code", "gate": "last"},)}, slow=["code"])
+)
 def test_greedy_generation_takes_the_reference_tokens(strengths):
     """The whole driver: every token generated is the arg-max of the reference's combined logits at that step."""
     strengths, case = {"alpha": 1.0, "beta": 0.1} | strengths, load(variety=MAIN)

@@ -149,7 +149,7 @@ CODE = {"variant": "code", "alpha": 1.0}
     ("family", "strengths"),
     [
         pytest.param("qwen2_5_vl", {}, id="qwen2_5_vl-paper"),
-        pytest.param("qwen2_5_vl", CODE, id="qwen2_5_vl-code"),
+        pytest.param("qwen2_5_vl", CODE, id="qwen2_5_vl-code", marks=pytest.mark.slow),
         pytest.param("qwen2_5_vl", {"cmpc": False}, id="qwen2_5_vl-imd_only", marks=pytest.mark.slow),
         pytest.param("qwen2_5_vl", {"imd": False}, id="qwen2_5_vl-cmpc_only", marks=pytest.mark.slow),
         pytest.param("instructblip", {}, id="instructblip-paper"),
@@ -173,9 +173,12 @@ SINGLE = {
 }
 
 
+QUICK = {"qwen2_5_vl": ("eah", "sevi", "capl", "capl_truncated"), "instructblip": ("eah",)}
+PAIRS = [("qwen2_5_vl", name) for name in SINGLE] + [("instructblip", name) for name in ("eah", "sevi", "capl")]
+
+
 @pytest.mark.parametrize(
-    ("family", "name"),
-    [*(("qwen2_5_vl", name) for name in SINGLE), *(("instructblip", name) for name in ("eah", "sevi", "capl"))],
+    ("family", "name"), [pytest.param(*one, marks=[pytest.mark.slow] * (one[1] not in QUICK[one[0]])) for one in PAIRS]
 )
 def test_single_branch_methods(family, name):
     (method, make, settings), case = SINGLE[name], load(family)

@@ -132,7 +132,7 @@ def test_rituals_pictures_are_drawn_by_seed_and_number():
             assert np.isfinite(change(jax.random.key(seed), given)).all(), name
 
 
-@VARIANTS
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_cicds_strength_over_the_whole_range_of_divergence(variant):
     """From equal branches (no contrast) over small divergences (α at its bound) to opposite ones (J at its bound)."""
     generator = np.random.default_rng(3)

@@ -13,6 +13,7 @@ from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import EDGES, MIXED
 from tests.reference import capl, clva, contrast, eah, field, one_branch, sevi
+from tests.slow import cases
 
 DEPTH, HEADS, WIDTH = 4, 4, 48
 BARE, ALL = (DEPTH, "bare"), tuple(range(DEPTH))
@@ -69,7 +70,7 @@ SEVI = {
 }
 
 
-@pytest.mark.parametrize(("settings", "case", "layouts"), compare.cases(SEVI, slow=["mild"]))
+@pytest.mark.parametrize(("settings", "case", "layouts"), cases(SEVI, slow=["mild", "edges", "window"]))
 def test_sevi(settings, case, layouts):
     references = check(methods.SEVI, sevi.Sevi, case, layouts, **settings)
     if settings and layouts == MIXED and len(case) == 1:  # both stages are met
@@ -94,10 +95,11 @@ CAPL = {
     "code-qwen edges": (TRUNCATED | {"variant": "code-qwen"}, None, EDGES),
     "code-qwen three": (TRUNCATED | {"variant": "code-qwen"}, None, THREE),
 }  # fmt: skip
-SLOW_CAPL = ["tile 3", "layers", "truncated edges", "code-qwen", "code-qwen edges"]
+SLOW_CAPL = ["tile 3", "tile 100", "layers", "edges", "truncated edges", "truncated three", "code-qwen"]
+SLOW_CAPL += ["code-qwen edges"]
 
 
-@pytest.mark.parametrize("name", compare.cases({name: (name,) for name in CAPL}, SLOW_CAPL))
+@pytest.mark.parametrize("name", cases({name: (name,) for name in CAPL}, SLOW_CAPL))
 def test_capl(name):
     """`keep` is how many tokens of an image are selected."""
     (settings, keep, layouts), window = CAPL[name], [name] * (name == "mistral_window")
@@ -123,7 +125,7 @@ CLVA = {
 }
 
 
-@pytest.mark.parametrize(("settings", "layouts", "case"), compare.cases(CLVA))
+@pytest.mark.parametrize(("settings", "layouts", "case"), cases(CLVA, slow=["edges", "window"]))
 def test_clva(settings, layouts, case):
     check(methods.CLVA, clva.Clva, case, layouts, **{"rho": "0.1"} | settings)
 
@@ -187,7 +189,7 @@ FIELD = {
                field.Adaiat, {"layers": (1, 2, 3), "ratios": RATIOS, "thresholds": THRESHOLDS}, MIXED),
 }  # fmt: skip
 # What further variants and strengths show, at ten seconds more; and fitted methods at the edges.
-SLOW = ("spin code", "dab decode", "var dims", "farsight", "iat", "middle edges")
+SLOW = ("spin code", "dab decode", "var dims", "farsight", "iat", "middle edges", "vaf edges", "vaf window")
 AT_EDGES = {f"{name} edges": (*FIELD[name][:3], EDGES) for name in ("vti", "adhh", "adaiat")}
 
 
@@ -208,7 +210,7 @@ def reference(make, fields):
 CASES = LATE | {name: (*case, BARE) for name, case in (FIELD | AT_EDGES).items()}
 
 
-@pytest.mark.parametrize(("method", "make", "fields", "layouts", "where"), compare.cases(CASES, [*SLOW, *AT_EDGES]))
+@pytest.mark.parametrize(("method", "make", "fields", "layouts", "where"), cases(CASES, [*SLOW, *AT_EDGES]))
 def test_field(method, make, fields, layouts, where):
     bare()
     compare.assert_one_branch(compare.load(*where), layouts, method, lambda: reference(make, fields))

@@ -14,6 +14,7 @@ from tests import checkpoints
 from tests.checkpoints import IMAGE
 from tests.reference import llava
 from tests.reference.opera import Opera, mode, place_of_notes
+from tests.slow import cases
 
 VOCABULARY = 120
 LAYOUTS = [(4, IMAGE, 3), (2, IMAGE, 1, IMAGE, 6)]
@@ -71,7 +72,10 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("settings", "limit", "stop", "goes_back"), RUNS.values(), ids=RUNS)
+SLOW = ("one beam, the place before", "authors' code, two places", "authors' code without a way back")
+
+
+@pytest.mark.parametrize(("settings", "limit", "stop", "goes_back"), cases(RUNS, SLOW))
 def test_answers_and_ways_back_are_those_of_the_reference(case, ways_back, settings, limit, stop, goes_back):
     out = case.model.generate(case.inputs, OPERA(**settings), max_new_tokens=limit, stop_token_ids=list(stop))
     for row in range(len(LAYOUTS)):
@@ -182,7 +186,9 @@ def test_samples_alone_and_other_strengths(case, ways_back):
     assert np.isfinite(np.concatenate(out.logprobs)).all() and [len(row) for row in out.tokens] == [13, 13]
 
 
-@pytest.mark.parametrize(("variant", "candidates"), [("paper", 5), ("code", VOCABULARY)])
+@pytest.mark.parametrize(
+    ("variant", "candidates"), [("paper", 5), pytest.param("code", VOCABULARY, marks=pytest.mark.slow)]
+)
 def test_without_penalty_and_ways_back_it_is_beam_search(case, variant, candidates):
     method = OPERA(alpha=0.0, beams=2, candidates=candidates, threshold=10**6, variant=variant)
     out = case.model.generate(case.inputs, method, max_new_tokens=14)

@@ -12,6 +12,7 @@ from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import ATOL, EDGES, MIXED
 from tests.reference import causalmm, contrast, exits, one_branch, sevi
+from tests.slow import cases, named
 
 SHALLOW, DEEP = (2, "bare"), (4, "bare")
 WORDS = (17, 5, 44, 90, 23)
@@ -71,13 +72,13 @@ CASES = {
     "causalmm seed": (methods.CausalMM(gamma=1, beta=0.2, seed=7), causalmm.run, {"gamma": 1, "beta": 0.2, "seed": 7},
                       EDGES, DEEP, 5),
 }  # fmt: skip
-SLOW, UNCUT = (
-    ("ritual crop", "avisc strong", "damro one", "vcd edges", "pai layers", "causalmm seed"),
-    ("nolan", "m3id", "m3id gated", "m3id gated edges"),
-)
+# Further strengths and layouts of a method whose other cases are quick.
+SLOW = ("vcd edges", "icd strong", "m3id gated edges", "m3id strong port", "pai edges", "pai layers", "sid one")
+SLOW += ("sid edges", "ritual crop", "avisc strong", "damro one", "causalmm seed")
+UNCUT = ("nolan", "m3id", "m3id gated", "m3id gated edges")
 
 
-@pytest.mark.parametrize("name", compare.cases({name: (name,) for name in CASES}, SLOW))
+@pytest.mark.parametrize("name", cases({name: (name,) for name in CASES}, SLOW))
 def test_equals_the_reference(name):
     method, run, settings, layouts, case, factor = CASES[name]
     compare.assert_contrastive(compare.load(*case), method, run, factor, layouts, name not in UNCUT, **settings)
@@ -131,10 +132,10 @@ def test_sid_chooses_anew_in_every_call_and_keeps_few_image_tokens_all():
     np.testing.assert_allclose(other, main, rtol=0, atol=1e-5)
 
 
-VARIANTS = pytest.mark.parametrize("variant", ["paper", "code", "code-qwen"])
+VARIANTS = ["paper", "code", "code-qwen"]
 
 
-@VARIANTS
+@pytest.mark.parametrize("variant", named(VARIANTS, slow=VARIANTS[1:]))
 @pytest.mark.parametrize("omega", [0.0, 1.0])
 def test_cicd_equals_the_reference(variant, omega):
     case = compare.load(5)
@@ -169,17 +170,16 @@ def test_cicd_equals_the_reference(variant, omega):
     assert len({round(alpha, 3) for alpha in alphas}) > 5
 
 
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"exits": (2, 3)}, {}),
-        ({"exits": (0, 1, 3), "alpha": 2.0, "most": 3}, {"layers": (0, 1, 3), "alpha": 2.0, "candidates": 3}),
-        ({"exits": (0, 1, 2), "top_p": 0.3}, {"start_layer": 0, "end_layer": 3, "top_p": 0.3}),
-        ({"exits": (2, 3), "top_p": 1.0, "most": 120},
-         {"start_layer": 0.5, "end_layer": None, "top_p": 1.0, "candidates": 120}),
-    ],
-    ids=["default", "explicit", "range", "all_tokens"],
-)  # fmt: skip
+DECO = {
+    "default": ({"exits": (2, 3)}, {}),
+    "explicit": ({"exits": (0, 1, 3), "alpha": 2.0, "most": 3}, {"layers": (0, 1, 3), "alpha": 2.0, "candidates": 3}),
+    "range": ({"exits": (0, 1, 2), "top_p": 0.3}, {"start_layer": 0, "end_layer": 3, "top_p": 0.3}),
+    "all_tokens": ({"exits": (2, 3), "top_p": 1.0, "most": 120},
+                   {"start_layer": 0.5, "end_layer": None, "top_p": 1.0, "candidates": 120}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "fields"), cases(DECO, slow=["range", "all_tokens"]))
 def test_deco(settings, fields):
     case = compare.load(4, "bare", seed=23)
     main, other, combined = case.library(MIXED, DeCo(**fields))
@@ -200,16 +200,15 @@ def test_deco(settings, fields):
     assert settings.get("most") or len(counts) > 1
 
 
-@pytest.mark.parametrize(
-    ("fields", "beta"),
-    [
-        ({"layers": "low"}, 0.1),
-        ({"layers": "high", "variant": "code"}, 0.1),
-        ({"layers": "low", "variant": "code"}, 0.02),
-        ({"layers": (0, 2, 3, 5)}, 0.5),
-    ],
-    ids=["low", "high_code", "low_code", "explicit"],
-)
+DOLA = {
+    "low": ({"layers": "low"}, 0.1),
+    "high_code": ({"layers": "high", "variant": "code"}, 0.1),
+    "low_code": ({"layers": "low", "variant": "code"}, 0.02),
+    "explicit": ({"layers": (0, 2, 3, 5)}, 0.5),
+}
+
+
+@pytest.mark.parametrize(("fields", "beta"), cases(DOLA, slow=["low_code", "explicit"]))
 def test_dola(fields, beta):
     case = compare.load(6, "bare")
     main, other, combined = case.library(MIXED, DoLa(beta=beta, **fields))
@@ -226,19 +225,20 @@ def test_dola(fields, beta):
     assert "variant" in fields or len(chosen) > 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "fields", "layouts"),
-    [
-        ({"exits": (3,)}, {}, MIXED),
-        ({"exits": (3,)}, {}, EDGES),
-        ({"exits": (1, 3), "strength": 0.6, "gamma": 0.5}, {"layers": (1, 3), "lambda_": 0.6, "gamma": 0.5}, MIXED),
-        ({"exits": (1, 2), "strength": -0.2}, {"start_layer": 1, "end_layer": 3, "lambda_": -0.2}, MIXED),
-        ({"exits": (3,), "variant": "paper"}, {"variant": "paper"}, MIXED),
-        ({"exits": (0, 2), "strength": 0.6, "gamma": 0.5, "variant": "paper"},
-         {"layers": (0, 2), "lambda_": 0.6, "gamma": 0.5, "variant": "paper"}, EDGES),
-    ],
-    ids=["default", "edges", "strong", "away", "paper", "strong paper"],
-)  # fmt: skip
+STEERED = {"lambda_": 0.6, "gamma": 0.5}
+# What the reference is given, what the method is given, prompts.
+STEERINGS = {
+    "default": ({"exits": (3,)}, {}, MIXED),
+    "edges": ({"exits": (3,)}, {}, EDGES),
+    "strong": ({"exits": (1, 3), "strength": 0.6, "gamma": 0.5}, {"layers": (1, 3)} | STEERED, MIXED),
+    "away": ({"exits": (1, 2), "strength": -0.2}, {"start_layer": 1, "end_layer": 3, "lambda_": -0.2}, MIXED),
+    "paper": ({"exits": (3,), "variant": "paper"}, {"variant": "paper"}, MIXED),
+    "strong paper": ({"exits": (0, 2), "strength": 0.6, "gamma": 0.5, "variant": "paper"},
+                     {"layers": (0, 2), "variant": "paper"} | STEERED, EDGES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "fields", "layouts"), cases(STEERINGS, slow=["edges", "strong", "strong paper"]))
 def test_vista(settings, fields, layouts):
     case = compare.load(*DEEP)
     plain, _, _ = case.library(layouts, None)

@@ -1,7 +1,7 @@
 """Every family against transformers on random checkpoints: logits, greedy tokens, saved files, processors, errors."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Container
 from typing import Any
 
 import chex
@@ -47,23 +47,26 @@ class Pair:
 
 # The first variety of every family, then the others.
 PAIRS = [(family, name) for family in ALL for name in list(family.varieties)[:1]]
-COUNT = len(PAIRS)
 PAIRS += [(family, name) for family in ALL for name in list(family.varieties)[1:]]
 
 
-def pairs(quick: Callable[[int, Family], bool] = lambda place, family: True) -> Any:
-    """Tests with every variety of every family, of which `quick` chooses by place and family; others are marked."""
+NAMES = [f"{family.name}-{variety}" for family, variety in PAIRS]
+FIRST = NAMES[: len(ALL)]
+# Families whose images have one form each, or the forms of another one.
+ONE_FORM = ("idefics3", "instructblip", "llava_next", "llava_onevision", "qwen2_vl", "qwen_vl")
+# Varieties whose decoders have a window, a norm or a position of their own.
+DECODERS = """gemma3-biases_untied_odd_grid internvl-rms_norm_qk_norm_llama llava-mistral_window
+    llava-qwen3_full_selection qwen2_5_vl-other qwen_vl-other_switches""".split()
+
+
+def pairs(quick: Container[str] = NAMES) -> Any:
+    """Tests with every variety of every family; those that are not in `quick` are marked as slow."""
     marked = [
-        pytest.param(one, id=f"{one[0].name}-{one[1]}", marks=() if quick(place, one[0]) else pytest.mark.slow)
-        for place, one in enumerate(PAIRS)
+        pytest.param(one, id=name, marks=[pytest.mark.slow] * (name not in quick))
+        for one, name in zip(PAIRS, NAMES, strict=True)
     ]
     # All tests number them alike, so that all tests of a pair run after one another.
     return pytest.mark.parametrize("pair", marked, indirect=True, scope="module")
-
-
-def first(place: int, family: Family) -> bool:
-    """The first variety alone: what the others differ in shows in the padded batch and in the cached steps."""
-    return place < COUNT
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +85,14 @@ def test_logits_of_a_padded_batch(pair):
     pair.family.check(pair.theirs, pair.ours, pair.inputs("padded"))
 
 
-@pairs(quick=first)
+@pairs(quick=[name for name in FIRST if not name.startswith(ONE_FORM)])
 def test_logits_of_other_batches(pair):
     """One sample at a time, images of other forms, text alone."""
     for layout in pair.family.layouts:
         pair.assert_equal_logits(layout)
 
 
-@pairs()
+@pairs(quick=[*FIRST, *DECODERS])
 def test_cached_steps_follow_transformers(pair):
     """Behind a padded prefill, fed with transformers' greedy answers: its logits, of which the tokens are the best."""
     inputs = pair.inputs("padded", seed=8)
@@ -109,15 +112,16 @@ def test_cached_steps_follow_transformers(pair):
     assert max(len(set(row)) for row in greedy.tolist()) > pair.family.distinct
 
 
-@pairs(quick=first)
+@pairs(quick=[name for name in FIRST if name.startswith(("gemma3", "llava-", "qwen2_5_vl", "qwen_vl"))])
 def test_greedy_tokens(pair):
+    """By the loop on the device, whose steps are those of the test above."""
     inputs = pair.inputs("padded", seed=8)
     count = pair.family.new_tokens
     out = pair.ours.generate(pair.for_us(inputs), max_new_tokens=count, stop_token_ids=())
     np.testing.assert_array_equal(np.stack(out.tokens), pair.family.greedy(pair.theirs, inputs)[0])
 
 
-@pairs(quick=first)
+@pairs(quick=FIRST)
 def test_a_saved_checkpoint_loads_in_transformers(pair, tmp_path):
     folder = pair.ours.save_pretrained(tmp_path / "saved")
     again, report = pair.family.load(folder)
@@ -127,7 +131,7 @@ def test_a_saved_checkpoint_loads_in_transformers(pair, tmp_path):
         np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
 
-@pairs(quick=lambda place, family: family.name in ("qwen2_vl", "qwen2_5_vl"))
+@pairs(quick=[name for name in NAMES if name.startswith(("qwen2_vl", "qwen2_5_vl"))])
 def test_every_naming_scheme_loads(pair, tmp_path):
     for scheme in table_for(pair.ours.config).schemes:
         save_checkpoint(tmp_path / scheme, pair.ours.params, pair.ours.config, scheme=scheme)

@@ -45,7 +45,7 @@ ASKED = [  # messages, the request's extras, the method they mean
     (asking("Eh?", 1), {}, None),
     (asking("Eh?", 1), {"extra_body": {"method": "cmac", "method_settings": {"alpha": 1.0}}}, methods.CMAC(alpha=1.0)),
     (asking("Oh", 2), {"model": "small+cmac:alpha=2"}, methods.CMAC(alpha=2.0)),
-    (asking("Oh", 2), {"model": "strong", **SAMPLED}, methods.CMAC(alpha=5.0)),
+    (asking("Oh", 2), {"model": "strong"}, methods.CMAC(alpha=5.0)),
     (asking("Ah", 1, 2), {"extra_body": {"top_k": 30, "repetition_penalty": 1.3}, **SAMPLED}, None),
     (asking("No picture"), {}, None),
 ]

@@ -25,6 +25,7 @@ from lvlm_jax.weights.tables import flatten
 from tests.models.families import FAMILIES
 from tests.models.families.qwen_vl import QWEN_VL
 from tests.processors import test_qwen_vl as qwen_vl
+from tests.slow import named
 from tests.training import pair_sets
 from tests.training.pair_sets import user
 
@@ -158,7 +159,15 @@ def assert_scored(found, mask, expected):
         assert mask[index, PAIR.index(name)].sum() == len(wanted)
 
 
-@pytest.mark.parametrize(("family", "method"), [*((name, None) for name in TRAINED), ("qwen2_5_vl", CAPL(rho=0.6))])
+# The others are trained by other tests of this file.
+trained = pytest.mark.parametrize("family", named(TRAINED, slow=TRAINED[1:]))
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("qwen2_5_vl", None), ("internvl", None), pytest.param("llava_next", None, marks=pytest.mark.slow),
+     ("qwen2_5_vl", CAPL(rho=0.6))],
+)  # fmt: skip
 def test_answers_have_the_log_probabilities_of_inference(cases, family, method):
     case = cases(family)
     scorer, expected = case.scorer(method), case.logprobs(method)
@@ -204,21 +213,21 @@ def moved(before, after):
     return {path for path, leaf in flatten(before).items() if not np.array_equal(after[path], leaf)}
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@trained
 def test_a_capl_step(cases, tmp_path, family):
     metrics = one_step("capl", cases(family), tmp_path, method="capl", rho=0.6, nll=1.0)
     assert metrics["preference"] == pytest.approx(np.log(2), abs=1e-6) and metrics["nll"] > 1
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "llava_next"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRAINED)
 def test_an_sft_step(cases, tmp_path, family):
     case = cases(family)
     wanted = [case.logprobs(None)[index, "chosen"] for index, pair in enumerate(case.pairs) if pair.images]
     assert one_step("sft", case, tmp_path)["loss"] == pytest.approx(-np.concatenate(wanted).mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_of_flow_alignment(cases, tmp_path):
     metrics = one_step("flow_alignment", cases("qwen2_5_vl"), tmp_path, flow={"start_layer": 0})
     assert metrics["attention_kl"] > 0 and metrics["answer_kl"] > 0

@@ -9,6 +9,7 @@ import pytest
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.training import registry
 from lvlm_jax.training.data import pair_batches
+from tests.slow import named
 from tests.training import pair_sets
 
 # Settings under which all parts of an objective act on so small a model.
@@ -20,7 +21,16 @@ CHANGES = {
 
 
 # Strengths are learned in a way of their own, and have tests of their own.
-@pytest.fixture(scope="module", params=[name for name in registry.names() if name != "learned_method"])
+NAMES = [name for name in registry.names() if name != "learned_method"]
+
+
+def objectives(quick):
+    """Runs a test for every objective; quick are those in some words, whose data or whose terms no other one has."""
+    slow = set(NAMES) - set(quick.split())
+    return pytest.mark.parametrize("made", named(NAMES, slow), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def made(request, model, data, fresh, tmp_path_factory):
     """(name, task, gradient, adapters, frozen)"""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
@@ -36,6 +46,7 @@ def test_data_must_be_given(model, tmp_path, name):
         pair_sets.task(model, "", tmp_path, name)
 
 
+@objectives(quick=" ".join(NAMES))
 def test_a_task_says_what_it_is(made):
     name, task, *_ = made
     assert task.name == name and all(weight > 0 for weight in task.terms.values())
@@ -44,6 +55,7 @@ def test_a_task_says_what_it_is(made):
     assert task.describe(0).split(", ") == [rows[index].id for index in task.source(0)["ids"]]
 
 
+@objectives(quick="flow_alignment kto")
 def test_an_evaluation_without_dropout_has_the_metrics_of_a_batch_of_everything(made):
     name, task, gradient, adapters, frozen = made
     _, expected = gradient(adapters, frozen, task.source(0))[0]
@@ -54,6 +66,7 @@ def test_an_evaluation_without_dropout_has_the_metrics_of_a_batch_of_everything(
         np.testing.assert_allclose(found[metric].value, expected[metric].value, rtol=1e-4, atol=1e-5)
 
 
+@objectives(quick="flow_alignment kto mdpo sft")
 def test_padding_changes_nothing(made):
     """More columns, answer places, images and rows than needed: metrics and gradient stay."""
     _, task, gradient, adapters, frozen = made
@@ -74,6 +87,7 @@ def test_padding_changes_nothing(made):
         np.testing.assert_allclose(one, other, atol=1e-5 * largest)
 
 
+@objectives(quick="flow_alignment kto mdpo orpo sft simpo")
 def test_ten_steps_lower_what_is_minimised(made):
     _, task, gradient, adapters, frozen = made
     optimizer, batch = optax.adam(3e-3), task.source(0)

@@ -15,6 +15,7 @@ from lvlm_jax.weights.tables import flatten, unflatten
 from tests.reference import capl as reference
 from tests.reference import llava
 from tests.reference.preference import Losses, sequence_logits, token_logprobs
+from tests.slow import named
 from tests.training import pair_sets
 from tests.training.pair_sets import PAIRS, values
 
@@ -123,7 +124,7 @@ def test_capl_and_its_gradient_equal_numpy(capl, adapted, found, logprobs):
     np.testing.assert_allclose(slope, (up - down) / 2e-4, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["none", "capl"])
+@pytest.mark.parametrize("method", named(["none", "capl"], slow=["none"]))
 def test_a_pair_in_one_row_is_a_pair_in_two(method, model, data, tmp_path, adapted, monkeypatch):
     """The same loss and gradient; layers that the method leaves alone keep attention by blocks."""
     found = []
