@@ -11,6 +11,8 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def check(function: Callable) -> Callable:
     """`function` with its arguments and result checked at every call.
 
-    Constructors are left alone: JAX also builds pytrees of placeholders, specifications and None.
+    Constructors are left alone: JAX also builds pytrees of placeholders, specifications and None. So are functions
+    inside of others, which would be wrapped again in every call; those around them are checked.
     """
-    return function if function.__name__ == "__init__" else _beartype(function)
+    alone = function.__name__ == "__init__" or "<locals>" in function.__qualname__
+    return function if alone else _beartype(function)

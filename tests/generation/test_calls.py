@@ -11,6 +11,7 @@ from lvlm_jax.generation import branches, decode_loop, searches
 from lvlm_jax.generation.settings import Decoding
 from lvlm_jax.methods.base import frozen
 from lvlm_jax.processors import inputs
+from tests.slow import named
 from tests.small import conversation
 
 PROMPT = conversation("What?", seed=3)
@@ -52,7 +53,7 @@ def counts(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", named(CALLS, slow=["beams", "generate_many", "stream", "sweep"]))
 def test_prompts_towers_and_warm_up_passes_are_run_once_a_call(model, counts, call):
     """M3ID: the contrast branch reads a prompt of its own, without images, so that the tower runs once.
 

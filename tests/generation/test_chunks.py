@@ -45,7 +45,7 @@ def run(model, inputs, method, rows):
     return branches.begin_prefill(model.params, model.config, inputs, method, 40, rows=rows).finish()
 
 
-@pytest.mark.parametrize("name", named(IN_CHUNKS, slow=["exits"]))
+@pytest.mark.parametrize("name", named(IN_CHUNKS, slow=["none", "exits"]))
 def test_logits_are_those_of_one_piece(model, mixed, counted, name):
     inputs, method = model.prepare(mixed), IN_CHUNKS[name]
     (whole, first), (state, step) = (run(model, inputs, method, rows) for rows in (None, ROWS))
@@ -57,9 +57,10 @@ def test_logits_are_those_of_one_piece(model, mixed, counted, name):
         (whole, first), (state, step) = (model.decode(one, tokens) for one in (whole, state))
 
 
-@pytest.mark.parametrize("name", IN_ONE_PIECE)
-def test_methods_that_need_the_whole_prompt_are_run_in_one_piece_and_it_is_said(model, mixed, counted, capsys, name):
-    method, reason = IN_ONE_PIECE[name]
+def test_methods_that_need_the_whole_prompt_are_run_in_one_piece_and_it_is_said(model, mixed, counted, capsys):
+    for method, reason in IN_ONE_PIECE.values():
+        assert chunks.obstacle(model.config, method) == reason
+    method, reason = IN_ONE_PIECE["all rows"]
     inputs = model.prepare(mixed)
     (_, first), (_, step) = (run(model, inputs, method, rows) for rows in (None, ROWS))
     np.testing.assert_array_equal(step.combined, first.combined)

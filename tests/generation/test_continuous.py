@@ -84,8 +84,8 @@ SLOW = [
     [
         (None, {}),
         (None, SAMPLED),
-        (GATED, {}),
         (methods.PAI(start_layer=0), {}),  # a second layout
+        pytest.param(GATED, {}, marks=pytest.mark.slow),  # quick with other lengths below
         *(pytest.param(method, {}, marks=pytest.mark.slow) for method in SLOW),
     ],
     ids=lambda value: value.label if isinstance(value, Method) else "sampled" if value else "",

@@ -6,6 +6,7 @@ import pytest
 from lvlm_jax import methods
 from lvlm_jax.generation import branches, decode_loop, prefixes
 from tests.models import zoo
+from tests.slow import named
 from tests.small import conversation
 
 ENDS = ("Eh", "Oh!", "Ah??", "Hm...")
@@ -32,7 +33,7 @@ def two_pictures_of_four_questions():
     return [conversation(end, seed=seed) for end in ENDS for seed in (3, 4)]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", named(METHODS, slow=["none"]))
 def test_a_batch_runs_each_beginning_once(model, rows, name):
     asked, settings = two_pictures_of_four_questions(), {"method": METHODS[name], "max_new_tokens": 6}
     alone = [model.generate(one, **settings) for one in asked]
@@ -72,9 +73,7 @@ def test_prompts_that_follow_each_other_share_what_they_begin_with(model, rows):
     assert [found[number].tokens[0] for number in range(8)] == want.tokens
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2_vl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "llava_next"))]
-)
+@pytest.mark.parametrize("name", named(["qwen2_vl", "gemma3", "llava_next"], slow=["gemma3", "llava_next"]))
 def test_positions_and_pictures_of_other_families(tmp_path, rows, name):
     """Questions of other lengths about a picture; positions along several axes, images that are seen whole, tiles."""
     case = zoo.load(name, tmp_path)

@@ -35,7 +35,7 @@ def test_each_row_is_drawn_as_alone():
 @pytest.mark.parametrize(
     "strengths",
     [
-        (None, None),
+        pytest.param((None, None), marks=pytest.mark.slow),
         (methods.CMAC(alpha=1.0), methods.CMAC(alpha=4.0, beta=0.1)),
         *(
             pytest.param(pair, marks=pytest.mark.slow)

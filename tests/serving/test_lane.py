@@ -15,7 +15,9 @@ from lvlm_jax.serving.work import Job
 from tests.small import conversation
 
 
-@pytest.mark.parametrize("method", [None, methods.CMAC(alpha=1.0)], ids=["none", "cmac"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(None, id="none", marks=pytest.mark.slow), pytest.param(methods.CMAC(alpha=1.0), id="cmac")]
+)
 def test_answers_go_on_between_the_chunks_of_a_long_prompt(model, monkeypatch, method):
     monkeypatch.setattr(chunks, "ROWS", 8)
     done = []

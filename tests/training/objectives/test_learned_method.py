@@ -20,6 +20,7 @@ from lvlm_jax.methods.fitted import Source
 from lvlm_jax.training import finetune, settings
 from lvlm_jax.training.objectives import learned_method
 from lvlm_jax.training.strengths import Strengths
+from tests.small import conversation
 from tests.training import pair_sets
 
 WORDS = "middle_layers:start_layer=1,end_layer=none+vaf:start_layer=0,end_layer=none"
@@ -95,20 +96,39 @@ def test_settings_that_mean_nothing_are_refused(data, change, message):
         settings.check(config_of(data, **change))
 
 
-def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_method(model, data, tmp_path, monkeypatch):
-    """Its metrics are those of generation; the file reloads bit-equal; another model is refused."""
-    monkeypatch.setattr(finetune, "load", lambda *_: model)
-    whole = finetune.train(config_of(data, validation=str(data)), tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # as it was when it was stopped behind the third step
+@pytest.fixture(scope="module")
+def train(model, data):
+    """train(work folder): the file of a run of four steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "load", lambda *_: model)
+        yield lambda workdir: finetune.train(config_of(data, validation=str(data)), workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run") / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(model, train, whole, tmp_path):
+    """The file reloads bit-equal; a learned method is swept and looked at like others."""
+    shutil.copytree(whole.parent, tmp_path / "parts")  # as it was when it was stopped behind the third step
     shutil.rmtree(tmp_path / "parts" / "learned_method" / "4")
     (tmp_path / "parts" / "method.safetensors").unlink()
-    again = finetune.train(config_of(data, validation=str(data)), tmp_path / "parts")
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    method, other = methods.as_method(f"learned:{whole}"), learned.read(train(tmp_path / "parts"))
+    jax.tree.map(np.testing.assert_array_equal, method, dataclasses.replace(other, source=method.source))
+    prompt = model.prepare(conversation("What?", seed=1))
+    swept = model.sweep(prompt, [grid.at(method, point) for point in grid.points(method, ["vaf.enhance=1,2"])], 3)
+    looked = model.attention(prompt, swept[0].tokens, method)
+    assert len(swept) == 2 and np.isfinite(looked[0]).all()
+
+
+def test_the_file_of_a_run_is_a_method(model, data, whole, tmp_path, monkeypatch):
+    """The loss falls; the method's metrics are those of generation; another model is refused."""
+    lines = [json.loads(line) for line in (whole.parent / "log.jsonl").read_text().splitlines()]
     first, last = (next(line for line in order if "val/nll" in line) for order in (lines, lines[::-1]))
     assert last["val/nll"] + last["val/preference"] < first["val/nll"] + first["val/preference"] - 1e-3
-
-    method, other = methods.as_method(f"learned:{whole}"), learned.read(again)
-    jax.tree.map(np.testing.assert_array_equal, method, dataclasses.replace(other, source=method.source))
+    method = methods.as_method(f"learned:{whole}")
     assert method.members[0].alpha.values.shape == (2,)
     assert method.members[0].alpha.values[0] == np.float32(0.5) != method.members[0].alpha.values[1]
     assert method.source.model == model.hash and json.loads(method.source.settings)["per"] == "layer"
@@ -121,10 +141,6 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one_and_its_file_is_a_meth
     opened = forcing.forced_inputs(model.params, model.config, prompt, method, [[said.tokens[0]]])
     scored = forcing.logprobs(model.params, model.config, opened, method, 2)[0, 0, : len(said.tokens[0])]
     np.testing.assert_allclose(scored, said.logprobs[0], rtol=0, atol=1e-4)
-    swept = model.sweep(prompt, [grid.at(method, point) for point in grid.points(method, ["vaf.enhance=1,2"])], 3)
-    looked = model.attention(prompt, said.tokens, method)
-    assert len(swept) == 2 and np.isfinite(looked[0]).all()
-
     monkeypatch.setitem(vars(model), "hash", "of another one")
     with pytest.raises(LVLMError, match="learned was fitted for the checkpoint .*; learn it again with lvlm train"):
         model.generate(prompt, method=method)
