@@ -66,7 +66,7 @@ def test_answers_do_not_depend_on_the_batch(model, questions, tower):
     "method",
     [
         methods.VCD(),  # other pixels
-        methods.ICD(tokens=(5, 6, 7)),  # words before the prompt
+        pytest.param(methods.ICD(tokens=(5, 6, 7)), marks=pytest.mark.slow),  # words before the prompt
         methods.VISTA(layers=(0, 1)),  # the prompt without pictures, before it begins
     ],
     ids=lambda method: method.label,

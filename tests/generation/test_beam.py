@@ -8,7 +8,7 @@ from lvlm_jax import methods
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.generation import beam
 from tests import checkpoints
-from tests.slow import named
+from tests.slow import cases, named
 
 LIMIT = 12
 
@@ -72,7 +72,7 @@ def test_stop_tokens_and_length_penalty_are_those_of_transformers(model, mixed, 
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [(None, (0, 1, 2)), (methods.CMAC(alpha=1.0), (2,))], ids=["plain", "cmac"]
+    ("method", "rows"), cases({"plain": (None, (0, 1, 2)), "cmac": (methods.CMAC(alpha=1.0), (2,))}, slow=["cmac"])
 )
 def test_a_batch_equals_its_conversations_alone(model, mixed, alone, method, rows):
     settings = {"max_new_tokens": 8, "num_beams": 3}

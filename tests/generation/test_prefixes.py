@@ -33,7 +33,7 @@ def two_pictures_of_four_questions():
     return [conversation(end, seed=seed) for end in ENDS for seed in (3, 4)]
 
 
-@pytest.mark.parametrize("name", named(METHODS, slow=["none"]))
+@pytest.mark.parametrize("name", named(METHODS, slow=["none", "last"]))
 def test_a_batch_runs_each_beginning_once(model, rows, name):
     asked, settings = two_pictures_of_four_questions(), {"method": METHODS[name], "max_new_tokens": 6}
     alone = [model.generate(one, **settings) for one in asked]

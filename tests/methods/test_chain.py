@@ -67,7 +67,7 @@ EDITS = [
     [
         (CMAC(variant="code", cmpc=False, alpha=1.0), IDLE),  # which combines
         # Without CICD SEVI has no contrast branch, so VCD's pictures are used.
-        (VCD(), SEVI(omega=0.0, start_layer=0)),
+        pytest.param(VCD(), SEVI(omega=0.0, start_layer=0), marks=pytest.mark.slow),
         *(pytest.param(method, RETRACED, marks=pytest.mark.slow) for method in EDITS),
     ],
     ids=lambda method: method.label,

@@ -117,6 +117,7 @@ def test_a_share_is_rounded_down_as_in_decimal_numbers():
         np.testing.assert_array_equal(got, np.maximum(counts * hundredths // 100, 1))
 
 
+@pytest.mark.slow
 def test_gradients_of_clva_are_finite_where_a_map_is_zero():
     """Samples without an image, images without anchors."""
     case = compare.load(7)

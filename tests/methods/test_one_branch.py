@@ -13,7 +13,7 @@ from tests.checkpoints import IMAGE
 from tests.methods import compare
 from tests.methods.compare import EDGES, MIXED
 from tests.reference import capl, clva, contrast, eah, field, one_branch, sevi
-from tests.slow import cases
+from tests.slow import cases, named
 
 DEPTH, HEADS, WIDTH = 4, 4, 48
 BARE, ALL = (DEPTH, "bare"), tuple(range(DEPTH))
@@ -107,7 +107,7 @@ def test_capl(name):
     assert keep is None or [len(reference.chosen) for reference in references] == [2 * keep, 0, keep]
 
 
-@pytest.mark.parametrize("mode", ["cross", "truncated"])
+@pytest.mark.parametrize("mode", named(["cross", "truncated"], slow=["truncated"]))
 def test_capl_leaves_a_single_image_alone(mode):
     """In the paper's variants, that is."""
     compare.assert_plain(compare.load(3), [(3, IMAGE, 11), (9,)], methods.CAPL(mode=mode))

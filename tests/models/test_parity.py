@@ -52,6 +52,8 @@ PAIRS += [(family, name) for family in ALL for name in list(family.varieties)[1:
 
 NAMES = [f"{family.name}-{variety}" for family, variety in PAIRS]
 FIRST = NAMES[: len(ALL)]
+# Positions are stretched as tests/attention/test_rotary.py has it.
+ROPES = ("llava-linear_rope", "llava-llama3_rope", "llava-yarn_rope", "llava_next-llama3")
 # Families whose images have one form each, or the forms of another one.
 ONE_FORM = ("idefics3", "instructblip", "llava_next", "llava_onevision", "qwen2_vl", "qwen_vl")
 # Varieties whose decoders have a window, a norm or a position of their own.
@@ -78,7 +80,7 @@ def pair(request, tmp_path_factory):
     drop_programs()
 
 
-@pairs()
+@pairs(quick=[name for name in NAMES if name not in ROPES])
 def test_logits_of_a_padded_batch(pair):
     """Text alone, one image, two images; and what a family checks besides."""
     pair.assert_equal_logits("padded")

@@ -11,12 +11,12 @@ from lvlm_jax.generation import forward
 from lvlm_jax.models import vision
 from tests.compiler import optimised
 from tests.models import zoo
+from tests.slow import named
 
-OTHERS = ("llava_next", "llava_onevision", "gemma3", "instructblip", "qwen_vl")
-NAMES = ["llava", "internvl", "smolvlm", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+SLOW = ("smolvlm", "llava_next", "llava_onevision", "gemma3", "instructblip", "qwen_vl")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", named(["llava", "internvl", *SLOW], SLOW))
 def test_a_few_pictures_at_a_time_by_blocks(monkeypatch, tmp_path, name):
     """Tokens, how much the class token looks at them, and slopes are those of all pictures and patches at once."""
     case = zoo.load(name, tmp_path)

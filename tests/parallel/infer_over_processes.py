@@ -10,16 +10,12 @@ import numpy as np
 
 from lvlm_jax import LVLM, methods, parallel
 
-METHODS = {"greedy": None, "cmac": methods.CMAC(alpha=1.0)}
-
 
 def answers(model: LVLM, inputs: dict) -> dict[str, np.ndarray]:
-    """Logits of the prompts, and tokens and log-probabilities of answers."""
-    found = {"logits": np.asarray(parallel.local(model.logits(inputs)))}
-    for name, method in METHODS.items():
-        output = model.generate(inputs, method, max_new_tokens=5)
-        found |= {f"{name} tokens": output.tokens, f"{name} logprobs": output.logprobs}
-    return found
+    """Logits of the prompts, and tokens and log-probabilities of answers under CMAC."""
+    output = model.generate(inputs, methods.CMAC(alpha=1.0), max_new_tokens=5)
+    logits = np.asarray(parallel.local(model.logits(inputs)))
+    return {"logits": logits, "tokens": output.tokens, "logprobs": output.logprobs}
 
 
 def main(folder: str, inputs_file: str, results_file: str, sizes: str) -> None:

@@ -36,7 +36,7 @@ def assert_equal(found, expected, mixed):
     valid = mixed["attention_mask"].astype(bool)
     for name, values in expected.items():
         shown = valid if name == "logits" else ...
-        atol = {"logits": 1e-4}.get(name, 0 if name.endswith("tokens") else 1e-3)
+        atol = {"logits": 1e-4, "tokens": 0, "logprobs": 1e-3}[name]
         np.testing.assert_allclose(found[name][shown], np.asarray(values)[shown], rtol=0, atol=atol, err_msg=name)
 
 

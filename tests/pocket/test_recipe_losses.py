@@ -32,7 +32,11 @@ def rows(config, lengths, images, width):
     return tokens, jnp.asarray(rng.integers(0, 255, (sum(images), 96, 96, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("method", [None, CAPL(rho=0.6), VAF(layers=(0,))], ids=["plain", "capl", "vaf"])
+@pytest.mark.parametrize(
+    "method",
+    [None, CAPL(rho=0.6), pytest.param(VAF(layers=(0,)), marks=pytest.mark.slow)],
+    ids=["plain", "capl", "vaf"],
+)
 def test_rows_have_the_logits_of_generation(tiny, method):
     """Images go to their rows in reading order, and padding changes nothing."""
     module, lengths = models.build(tiny.config), np.array([80, 150])

@@ -96,6 +96,7 @@ def test_training_goes_on_from_an_adapter(adapted, checkpoint, data, model, tmp_
         finetune.load(config, None)
 
 
+@pytest.mark.slow
 def test_an_int8_base_is_trained_as_the_weights_that_it_stands_for(checkpoint, data, tmp_path):
     base = LVLM.from_pretrained(checkpoint, quant="int8")
     wide = LVLM(quantize.dequantize(base.params), base.config, base.folder)

@@ -25,6 +25,7 @@ def begin(workdir, workers=0):
     return Command("-m", "tests.training.interrupted", workdir, 0.03, workers)  # seconds per step
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_stopped_ends_like_one_that_was_not(whole, tmp_path):
     killed = kill_at(lambda: begin(tmp_path, workers=1), half_written(tmp_path / "line", "*tmp*"))
     assert killed.children == 2  # one makes batches, one is Python's resource tracker

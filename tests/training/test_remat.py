@@ -11,7 +11,10 @@ from lvlm_jax.training import forward
 IMAGES = 2
 
 
-@pytest.mark.parametrize("method", [None, methods.CAPL(), methods.chain(methods.EAH(), methods.SEVI(start_layer=0))])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in (None, methods.CAPL())]
+
+
+@pytest.mark.parametrize("method", [*SLOW, methods.chain(methods.EAH(), methods.SEVI(start_layer=0))])
 def test_gradients(model, method):
     rng = np.random.default_rng(0)
     inside = model.config.tokens_per_image

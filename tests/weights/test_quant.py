@@ -18,6 +18,7 @@ from lvlm_jax.weights import lora, names, parts, quantize
 from lvlm_jax.weights.peft import load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten
 from tests.refusals import refused
+from tests.slow import named
 from tests.weights import checkpoints as make
 from tests.weights.test_resources import MB, measured, run, write_large
 
@@ -66,12 +67,12 @@ def test_a_tied_output_layer_stays_and_a_tree_in_memory_is_quantized_alike(model
     assert described[0] == described[1]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [None, methods.CMAC(alpha=1.0), pytest.param(methods.VCD(), marks=pytest.mark.slow)],
-    ids=["greedy", "CMAC", "VCD"],
-)
-def test_methods_decode_as_on_the_dequantized_kernels(model, quantized, wide, mixed, method):
+METHODS = {"greedy": None, "CMAC": methods.CMAC(alpha=1.0), "VCD": methods.VCD()}
+
+
+@pytest.mark.parametrize("name", named(METHODS, slow=["CMAC", "VCD"]))
+def test_methods_decode_as_on_the_dequantized_kernels(model, quantized, wide, mixed, name):
+    method = METHODS[name]
     if method is None:
         valid = mixed["attention_mask"].astype(bool)
         ours, expected, exact = (np.asarray(one.logits(mixed))[valid] for one in (quantized, wide, model))
