@@ -11,6 +11,7 @@ from lvlm_jax.evaluation import Data, get, margins, options
 from lvlm_jax.evaluation.run import Options, Run
 from lvlm_jax.methods import CAPL, PAI
 from tests.evaluation.builders import write_lines
+from tests.slow import cases
 
 
 @pytest.fixture
@@ -28,7 +29,10 @@ def data(tmp_path):
     return Data(tmp_path)
 
 
-@pytest.mark.parametrize("method", [None, CAPL(rho=0.6), PAI(start_layer=1)], ids=["plain", "capl", "pai"])
+METHODS = {"plain": (None,), "capl": (CAPL(rho=0.6),), "pai": (PAI(start_layer=1),)}
+
+
+@pytest.mark.parametrize("method", cases(METHODS, slow=["capl"]))
 def test_margins_are_those_of_a_generation(model, checkpoint, data, tmp_path, method):
     """Each option's tokens are forced one after the other, as `decode` takes them."""
     short = dataclasses.replace(get("pocket"), suffix="")  # fits the small model's context
