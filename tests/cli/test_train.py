@@ -52,6 +52,7 @@ def test_a_config_or_a_field_that_is_not_there(folder, monkeypatch, capsys, name
     assert not (folder / "w").exists()
 
 
+@pytest.mark.slow
 def test_a_learned_method_is_used_by_its_file(folder, monkeypatch, capsys, checkpoint):
     """Two steps write a method, with which another command answers, otherwise than without it."""
     pair_sets.write(folder)
