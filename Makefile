@@ -1,4 +1,4 @@
-# make demo   the pocket model answers questions about a picture, greedy beside CMAC
+# make demo   the pocket model answers questions about a picture, greedy beside VCD
 # make test   lint and tests
 # make docs   the site of docs/, in site/
 # Each makes .venv and installs what it needs and this folder itself (so that .venv/bin/lvlm runs what is here), the

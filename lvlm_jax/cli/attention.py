@@ -32,7 +32,12 @@ def command_line(words: list[str]) -> argparse.Namespace:
     add(
         "--model-path", "--model", default="pocket", metavar="PATH", help="checkpoint folder or hub id (default pocket)"
     )
-    add("--dtype", default="auto", choices=names.NUMBER_TYPES)
+    add(
+        "--dtype",
+        default="auto",
+        choices=names.NUMBER_TYPES,
+        help="auto: float32 on a CPU, else bfloat16 (default auto)",
+    )
     add("--image", action="append", metavar="FILE", help="an image; repeat it for several (default the sample)")
     add(
         "--prompt",

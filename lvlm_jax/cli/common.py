@@ -1,8 +1,10 @@
 """Shared by the commands: errors in one line, and flags whose defaults come from a config file."""
 
 import argparse
+import difflib
 import os
 import pathlib
+import re
 import sys
 import typing
 import warnings
@@ -26,11 +28,18 @@ class Parser(argparse.ArgumentParser):
         namespace_parsed, unknown = self.parse_known_args([parse.hyphenated(word) for word in args], namespace)
         if unknown:
             owners = parse.methods_with_field(unknown[0])
-            hint = f"it is a setting of --method {' or '.join(owners)}" if owners else "see --help"
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            hint = f"it is a setting of --method {' or '.join(owners)}" if owners else hint
             raise LVLMError(f"{unknown[0]} is not a flag of this command; {hint}")
         return namespace_parsed
 
     def error(self, message):  # noqa: D102
+        wrong = re.fullmatch(r"argument (?:\S*/)?(--\S+): invalid (.+?) value: (.*)", message, re.DOTALL)
+        if wrong:
+            expected = {"float": "number", "int": "whole number"}.get(wrong[2], wrong[2])
+            raise LVLMError(f"{wrong[1]} is {wrong[3]}; expected a {expected}")
         raise LVLMError(f"{message}; see --help")
 
 

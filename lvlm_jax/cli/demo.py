@@ -1,5 +1,5 @@
-"""The demo of `lvlm infer` with smol: a description that a method fixes, one that it breaks, and how often each
-happens.
+"""The demo of `lvlm infer`: marks objects that an answer invents; with smol it shows a description that a method fixes,
+one that it breaks, and how often each happens.
 
 The images and the counts are in `configs/infer.py`. They come from the table "Captions mended and spoilt" of the pocket
 benchmark; its images are drawn here again.
@@ -25,6 +25,12 @@ SAID = (
 )
 
 
+def marked(text: str, there: Container[str]) -> str:
+    """An answer with the objects behind it that it names and that are not `there`; an answer that says no has none."""
+    absent = [] if text.startswith("No") else sorted(name for name in report.mentioned(text) if name not in there)
+    return text + f" [not there: {', '.join(absent)}]" * bool(absent)
+
+
 def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> None:
     """Prints both examples, each object that is not there marked, and draws them as cards.
 
@@ -48,8 +54,7 @@ def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> 
         path = Path(chosen.folder) / f"demo_{kind}.png"
         print(f"\n{report.DETAILED} ({path})")
         for name, texts in both.items():
-            absent = sorted(report.mentioned(texts[place]) - set(scene.counts))
-            print(f"  {name:{width}}  {texts[place]}" + f" [not there: {', '.join(absent)}]" * bool(absent))
+            print(f"  {name:{width}}  {marked(texts[place], scene.counts)}")
         wrong, right = ("greedy decoding", method.label) if kind == "mended" else (method.label, "greedy decoding")
         other = chosen[KINDS[1 - place]].count
         caption = SAID.format(count=chosen[kind].count, images=chosen.images, wrong=wrong, right=right, other=other)

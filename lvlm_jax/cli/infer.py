@@ -15,6 +15,7 @@ from lvlm_jax.generation.defaults import CHOICES
 from lvlm_jax.generation.questions import conversation, system_prompt
 from lvlm_jax.journal import record
 from lvlm_jax.methods import parse
+from lvlm_jax.pocket import splits
 from lvlm_jax.processors.images import open_image
 from lvlm_jax.processors.templates import check_system
 from lvlm_jax.weights import names, smol
@@ -24,12 +25,12 @@ EXAMPLES = """\
 examples:
   lvlm infer
       the demo: the model inside the package describes a sample image and answers questions about it, greedily and
-      with CMAC, and draws where it looked; if lvlm_jax[smol] is installed, smol does this, and shows one description
-      that a method fixes and one that it breaks, with how often each happens
+      with VCD, and draws where it looked; if smol is installed (docs/smol.md), smol does this, and shows one
+      description that a method fixes and one that it breaks, with how often each happens
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --prompt "What is on the table?" --method cmac --alpha 3
   lvlm infer --model llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
   lvlm infer --model-path llava-1.5-7b-hf --question-file coco_pope_random.json --image-folder val2014 \\
-      --answers-file answers.jsonl --method cmac --max_new_tokens 10
+      --answers-file answers.jsonl --method cmac --max-new-tokens 10
       the file has one JSON object a line, {"question_id", "image", "text"}; after a stop, the same command resumes
 
 methods (none, or one of these); their settings, with defaults, are flags once --method names the method:
@@ -127,7 +128,10 @@ def command_line(words: list[str]):
     arguments.method = parse.build_method(name, arguments)
     examples = defaults.demo.examples
     arguments.examples = examples if alone and arguments.model_path == "smol" and examples.images else None
+    arguments.there = arguments.note = None
     if alone:
+        arguments.there = splits.demo_scene().counts  # the objects of the sample image
+        arguments.note = defaults.demo.get("note") if arguments.model_path == "pocket" else None
         arguments.image = [str(names.pocket_file("sample.png"))]
         arguments.prompt = list(defaults.demo.prompts)
         if not arguments.stream:
@@ -161,8 +165,10 @@ def load(arguments) -> LVLM:
 
 def job(arguments) -> int:
     """Answers a file of questions; the exit code is 2 if one of them failed."""
-    if not (arguments.question_file and arguments.answers_file):
-        raise LVLMError("a job needs both --question-file and --answers-file")
+    if not arguments.answers_file:
+        raise LVLMError("--question-file needs a file for the answers; give --answers-file FILE")
+    if not arguments.question_file:
+        raise LVLMError("--answers-file needs a file of questions; give --question-file FILE")
     if arguments.image or arguments.prompt or arguments.attention_map or arguments.stream:
         raise LVLMError(
             "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
@@ -228,6 +234,8 @@ def ask(arguments) -> int:
 
     model = load(arguments)
     print(f"model: {arguments.model_path}; pictures: {', '.join(arguments.image) or 'none'}")
+    if arguments.there is not None:
+        print(f"in the picture: {', '.join(arguments.there)}")
     if arguments.stream:
         for text, messages in zip(arguments.prompt, conversations, strict=True):
             print(f"\n{text}")
@@ -241,13 +249,16 @@ def ask(arguments) -> int:
     for index, text in enumerate(arguments.prompt):
         print(f"\n{text}")
         for name, output in outputs.items():
-            print(f"  {name:{width}}  {output.text[index]}".replace("\n", indent))
+            said = output.text[index] if arguments.there is None else demo.marked(output.text[index], arguments.there)
+            print(f"  {name:{width}}  {said}".replace("\n", indent))
     if arguments.attention_map:
         rows = []
         for name, output in outputs.items():
             rows += overlay.rows_of(model, name, images, conversations[0], output.tokens[0], methods[name])
         overlay.draw(arguments.attention_map, rows)
         print(f"\nwhere the model looked during each answer to the first question: {arguments.attention_map}")
+    if arguments.note:
+        print(f"\n{arguments.note}")
     if arguments.examples:
         demo.show(model, arguments.examples, arguments.max_new_tokens)
     return 0

@@ -20,18 +20,42 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
     Returns:
         None if the code is not in its own checkout (an installed package), or without git.
     """
+    asked = (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    answers = [_git(root, *words) for words in asked]
+    if any(done is None or done.returncode for done in answers):
+        return None
+    name, changes = (done.stdout.strip() for done in answers)
+    return name + ", changed" * bool(changes)
+
+
+@functools.cache
+def in_history(recorded: str, root: pathlib.Path = ROOT) -> bool | None:
+    """Whether a recorded commit is the checkout's commit or one before it.
+
+    Args:
+        recorded: what `commit` returned for a run.
+        root: the checkout.
+
+    Returns:
+        None if that cannot be known: the text does not begin with a commit's name, the code is not in its own checkout,
+        the checkout has only part of the history, or there is no git.
+    """
+    name = re.match(r"[0-9a-f]{7,40}\b", recorded)
+    shallow = _git(root, "rev-parse", "--is-shallow-repository") if name else None
+    if shallow is None or shallow.stdout.strip() != "false":
+        return None
+    done = _git(root, "merge-base", "--is-ancestor", name[0], "HEAD")
+    return None if done is None else done.returncode == 0
+
+
+def _git(root: pathlib.Path, *words: str) -> subprocess.CompletedProcess | None:
+    """The outcome of a git command in a checkout; None without a checkout or git."""
     if not (root / ".git").exists():
         return None
-    outputs = []
-    for words in (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        outputs.append(done.stdout.strip())
-    return outputs[0] + ", changed" * bool(outputs[1])
+    try:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 @functools.cache

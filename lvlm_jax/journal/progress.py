@@ -30,7 +30,7 @@ class Progress:
         self._total, self._done, self._before, self._title = total, done, done, title
         self._notes: Mapping[str, str] = {}
         self._began = self._shown = time.monotonic()
-        self._lines = 0
+        self._printed: tuple[int, Mapping[str, str]] | None = None  # count and values of the newest line
         terminal = not quiet and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, desc=title, mininterval=1) if terminal else None
 
@@ -45,7 +45,7 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif not self.quiet and time.monotonic() - self._shown >= EVERY:
+        elif not self.quiet and self._done < self._total and time.monotonic() - self._shown >= EVERY:
             self._print()
 
     def note(self, values: Mapping[str, str]) -> None:
@@ -58,13 +58,13 @@ class Progress:
         """Ends the bar, or prints a last line."""
         if self._bar is not None:
             self._bar.close()
-        elif self._lines and self._done != self._before:
-            self._print()
-        self._lines = 0
+        elif not self.quiet and self._done != self._before and time.monotonic() - self._began >= EVERY:
+            if self._printed != (self._done, self._notes):
+                self._print()
 
     def _print(self) -> None:
         time_now, new = time.monotonic(), self._done - self._before
-        self._shown, self._lines = time_now, self._lines + 1
+        self._shown, self._printed = time_now, (self._done, self._notes)
         parts = [f"{self._title}: {self._done} of {self._total}"]
         if new > 0:
             each = max(time_now - self._began, 1e-9) / new

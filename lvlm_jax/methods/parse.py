@@ -107,14 +107,17 @@ def methods_help() -> str:
     lines = []
     for name in registry.names():
         method = registry.get(name)
-        lines.append(f"  {name}: {(method.__doc__ or '').splitlines()[0]}")
+        about = (method.__doc__ or "").splitlines()[0].partition("; see the module")[0]
+        lines.append(f"  {name}: {about.rstrip('.')}.")
+        width = max([len("preset"), *(len(_flag(field)) for field in _fields(name))])
         for field in _fields(name):
             choices = field.metadata["choices"] if field.metadata.get("static") else None
             among = f" ({', '.join(map(shown, choices))})" if choices else ""
             default = f"{field.default:g}" if isinstance(field.default, float) else shown(field.default)
-            lines.append(f"      --{_flag(field):16s} {default:11.11s} {field.metadata['doc']}{among}")
+            default = default if len(default) <= 11 else f"{default[:10]}…"
+            lines.append(f"      --{_flag(field):{width}} {default:11} {field.metadata['doc']}{among}")
         if method.PRESETS:
-            lines.append(f"      --{'preset':16s} {'':11s} settings as published: {', '.join(method.PRESETS)}")
+            lines.append(f"      --{'preset':{width}} {'':11s} settings as published: {', '.join(method.PRESETS)}")
     lines += [
         "",
         "  Learned strengths: --method learned:FILE, a file of lvlm train --config learned_method.",
@@ -178,7 +181,9 @@ def _by_layer(text: str) -> float | tuple[float, ...]:
     return tuple(float(part) for part in text.split(",")) if "," in text else float(text)
 
 
-_by_layer.__name__ = "number"  # argparse prints this name if a value is malformed
+# argparse prints these names if a value is malformed.
+_by_layer.__name__ = "number"
+_numbers.__name__ = "number, several joined by commas, or none"
 
 
 def _word_or_numbers(text: str) -> str | tuple[int, ...]:

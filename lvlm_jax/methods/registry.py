@@ -10,6 +10,7 @@ which are imported when that name, or the list of all names, is needed. Wherever
 """
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import os
@@ -147,10 +148,10 @@ def find(name: str) -> str:
     if name not in _REGISTRY:
         points = _entry_points()
         if name not in points:
-            raise LVLMError(
-                f"there is no method {name!r}; expected one of {', '.join(sorted({*_REGISTRY, *points}))}, or your own "
-                "as module:Class or file.py:Class"
-            )
+            others = sorted({*_REGISTRY, *points})
+            close = difflib.get_close_matches(name, others, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(others)}"
+            raise LVLMError(f"there is no method {name!r}; {hint} (or your own, as module:Class or file.py:Class)")
         _load(points[name])
     return name
 

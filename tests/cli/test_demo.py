@@ -45,4 +45,5 @@ def test_examples_mark_what_is_not_there_and_say_how_often(tmp_path, monkeypatch
             assert card.width == demo_card.WIDTH and card.height >= demo_card.SIDE
             assert sum(count for count, colour in card.convert("RGB").crop((320, 0, *card.size)).getcolors(10**6)
                        if colour[0] > 150 and colour[1] < 90) > 100  # fmt: skip
+    assert demo.marked("No, there is no dog.", {}) == "No, there is no dog."
     assert demo.pieces("A Dog and a cat.", {"cat": 1}) == [("A ", False), ("Dog", True), (" and a cat.", False)]

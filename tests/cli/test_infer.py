@@ -46,15 +46,16 @@ def refuses(command, monkeypatch, capsys):
     return lambda message, *words: command_line.refuses(monkeypatch, capsys, re.escape(message), "infer", *words)
 
 
-def test_the_demo_answers_greedy_beside_cmac_and_draws_both(command, small, tmp_path):
+def test_the_demo_answers_greedy_beside_vcd_and_draws_both(command, small, tmp_path):
     code, out, error = command("--model", small, "--max-new-tokens", 10)
     assert (code, error) == (0, "")
     lines = out.rstrip("\n").split("\n")
     prompts = config_files.load_config("infer").demo.prompts
-    assert "Please describe this image in detail." in prompts
+    assert prompts[0] == "Describe the image."
     for prompt in prompts:
         place = lines.index(prompt)
-        assert lines[place + 1].startswith("  greedy  ") and lines[place + 2].startswith("  CMAC    ")
+        assert lines[place + 1].startswith("  greedy  ") and lines[place + 2].startswith("  VCD     ")
+    assert lines[1].startswith("in the picture: ") and "elephant" in lines[1] and "fork" not in lines[1]
     assert "runs/demo.png" in lines[-1]
     picture = Image.open(tmp_path / "runs" / "demo.png")
     assert picture.format == "PNG" and picture.height > 400
@@ -111,6 +112,10 @@ def test_methods_joined_by_a_plus_are_chained():
     preset = ask_by(*words, "--cmac-preset", "llava-1.5/mme").method
     assert preset.members == (methods.EAH(), methods.CMAC.preset("llava-1.5/mme"))
     refused("--beta is not a flag of this command", ask_by, *words, "--beta", "0.1")
+    refused("--alpha is 'lots'; expected a number$", ask_by, "--method", "cmac", "--cmac-alpha", "lots")
+    refused("--layers is '1;2'; expected a number, several", ask_by, "--method", "sevi", "--layers", "1;2")
+    refused("--top-k is '2.5'; expected a whole number$", ask_by, "--top-k", "2.5")
+    refused(r"--compar is not a flag of this command; did you mean --compare\?", ask_by, "--compar")
 
 
 def test_defaults_come_from_the_config_and_both_spellings_of_a_flag_count(tmp_path):

@@ -16,6 +16,7 @@ from lvlm_jax.evaluation import BENCHMARKS, Data, get, rescore
 from lvlm_jax.evaluation.report import comparisons, examples, leaderboard
 from lvlm_jax.evaluation.report import page as report
 from lvlm_jax.evaluation.report import runs as report_runs
+from lvlm_jax.journal import place
 from tests.evaluation.builders import coco_folder, file_of, mme_folder, pope_answers, pope_folder, write_pictures
 from tests.evaluation.builders import scored_run as run
 from tests.refusals import refused
@@ -193,7 +194,8 @@ def test_cost(data, tmp_path, tokens):
     assert beside == ["", "1.50 times", f"{alone} on another device", f"{alone} in other batches"]
 
 
-def test_leaderboard(data, tmp_path):
+def test_leaderboard(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "in_history", lambda recorded: False)
     for name, said, method, commit in (("greedy", GREEDY, None, None), ("cmac", BETTER, CMAC, "123456789, changed")):
         cost = {"tokens": 1.0, "milliseconds": 5.0, "seconds": 9.4, "device": "cpu", "machine": "2 x A|B"}
         run(tmp_path / "runs" / name, data, said, method, more={"cost": cost | {"commit": commit} if commit else None})
@@ -202,8 +204,9 @@ def test_leaderboard(data, tmp_path):
     head, _, cmac, greedy = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
     assert head[1:3] == ["model", "accuracy ↑"] and head[-3:] == ["commit", "machine", "seconds |"]
     assert cmac[0] == "| CMAC (alpha 3, beta 0.2)" and "▲" in cmac[2]  # the best on top
-    assert cmac[-3:] == ["123456789, changed", r"2 x A\|B", "9 |"]
+    assert cmac[-3:] == ["123456789, changed †", r"2 x A\|B", "9 |"]
     assert greedy[0] == "| greedy" and greedy[2].startswith("75.0 (") and greedy[-3:] == ["–", "–", "– |"]
+    assert text.count("†") == 2 and "\n\n† This commit is not in the history" in text
 
 
 def test_shorter_captions_are_pointed_out(tmp_path):

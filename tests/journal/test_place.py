@@ -16,7 +16,14 @@ def test_the_commit_of_a_checkout(tmp_path):
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-qm", "one")
-    assert place.commit(tmp_path) == git("rev-parse", "--short=9", "HEAD")
+    first = place.commit(tmp_path)
+    assert first == git("rev-parse", "--short=9", "HEAD")
+    git("commit", "-qm", "two", "--allow-empty")
+    assert place.in_history(first, tmp_path) and place.in_history(f"{first}, changed", tmp_path)
+    dropped = git("rev-parse", "HEAD")
+    git("reset", "-q", "--hard", first)
+    assert place.in_history(dropped, tmp_path) is place.in_history("1234567", tmp_path) is False
+    assert place.in_history("--help", tmp_path) is place.in_history(first, tmp_path / "none") is None
     place.commit.cache_clear()
     (tmp_path / "file").write_text("two")
     assert place.commit(tmp_path).endswith(", changed")

@@ -56,6 +56,7 @@ def test_methods_stay_what_they_are(value):
         ("sevi/other:other_image=3", "sevi has no setting 'other_image=3'"),
         ("vcd+pai", "VCD and PAI cannot be chained"),
         ("", "there is no method ''"),
+        ("cmca", r"there is no method 'cmca'; did you mean cmac\?"),
     ],
 )
 def test_words_that_say_nothing_are_refused(words, message):

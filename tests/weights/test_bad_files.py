@@ -220,5 +220,5 @@ def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(LVLMError, match="owner/name is neither a folder nor .*no network$"):
-        weights.resolve_checkpoint("owner/name")
+    for name, hint in (("owner/name", "hub"), ("poket", r"did you mean pocket\?\)")):
+        refused(f"{name} is neither a folder nor .*{hint}: no network$", weights.resolve_checkpoint, name)

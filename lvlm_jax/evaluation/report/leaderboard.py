@@ -8,6 +8,12 @@ from lvlm_jax.evaluation.report import comparisons, page
 from lvlm_jax.evaluation.report import runs as report_runs
 from lvlm_jax.evaluation.report.cells import LEGEND, Cell, number
 from lvlm_jax.evaluation.report.tables import Column, Report, Table, TableRow, headline, headlines
+from lvlm_jax.journal import place
+
+STRANGE = " †"  # beside a commit
+ABOUT_STRANGE = """\
+† This commit is not in the history of the checkout that wrote this file; its branch may have been rewritten before it
+was merged."""
 
 HEAD = """\
 # Leaderboard
@@ -41,6 +47,8 @@ def markdown(report: Report, folder: Path, out: Path) -> str:
             page.pipes(table(report, protocol)),
         ]
         parts += [f"- {page.escaped(note)}" for marked, note in report.mark_notes if marked == protocol]
+    if any(_strange(run.cost.commit) for protocol in report.protocols for _, run in report.of(protocol)):
+        parts.append(ABOUT_STRANGE)
     return "\n\n".join(parts) + "\n"
 
 
@@ -54,13 +62,18 @@ def table(report: Report, protocol: str) -> Table:
         figures = [report.figure(run, headline(run, word)) for word in words]
         cost = run.cost
         seconds = number(cost.seconds, f"{cost.seconds:.0f}" if cost.seconds is not None else None)
-        where = (Cell(cost.commit or "–"), Cell(cost.machine or "–"), seconds)
+        commit = (cost.commit or "–") + STRANGE * _strange(cost.commit)
+        where = (Cell(commit), Cell(cost.machine or "–"), seconds)
         rows.append(TableRow("", line.name, line.settings, (Cell(line.model), *figures, *where)))
     return Table(
         protocol,
         (Column("model", protocol), *columns, *(Column(name, protocol) for name in ("commit", "machine", "seconds"))),
         tuple(sorted(rows, key=lambda row: _place(row.cells[1:], columns))),
     )
+
+
+def _strange(commit: str | None) -> bool:
+    return bool(commit) and any(place.in_history(name) is False for name in commit.split(" and "))
 
 
 def _place(cells: Sequence[Cell], columns: Sequence[Column]) -> tuple[bool, float]:
