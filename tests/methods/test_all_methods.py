@@ -314,7 +314,7 @@ def test_known_answers_are_scored_as_they_are_written_and_gradients_equal_finite
 
 
 # Switches under which a strength is used at all (the first) or enters another formula.
-VARIANTS = [("m3id", {"variant": "port"}), ("capl", {"mode": "truncated"}), ("clva", {"gate": False}),
+VARIANTS = [("m3id", {"variant": "port"}), ("clva", {"gate": False}),
             ("cmac", {"variant": "code"}), ("dab", {"decode": True}), ("dola", {"variant": "code"}),
             ("sevi", {"variant": "code"}), ("sevi", {"variant": "code-qwen"}), ("spin", {"variant": "code"}),
             ("vista", {"variant": "paper"})]  # fmt: skip
