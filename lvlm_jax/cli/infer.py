@@ -249,8 +249,9 @@ def ask(arguments) -> int:
     for index, text in enumerate(arguments.prompt):
         print(f"\n{text}")
         for name, output in outputs.items():
-            said = output.text[index] if arguments.there is None else demo.marked(output.text[index], arguments.there)
-            print(f"  {name:{width}}  {said}".replace("\n", indent))
+            answer = output.text[index]
+            answer = answer if arguments.there is None else demo.marked(answer, arguments.there)
+            print(f"  {name:{width}}  {answer}".replace("\n", indent))
     if arguments.attention_map:
         rows = []
         for name, output in outputs.items():

@@ -20,8 +20,8 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
     Returns:
         None if the code is not in its own checkout (an installed package), or without git.
     """
-    asked = (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-    answers = [_git(root, *words) for words in asked]
+    commands = (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    answers = [_git(root, *words) for words in commands]
     if any(done is None or done.returncode for done in answers):
         return None
     name, changes = (done.stdout.strip() for done in answers)
