@@ -7,7 +7,7 @@ bit: 32 sums over the vocabulary.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from lvlm_jax.methods.base import Strength
 
@@ -15,10 +15,7 @@ _SIGN = np.uint32(1 << 31)
 
 
 def likeliest(
-    scores: Float[Array, "*B V"],
-    weights: Float[Array, "*B V"],
-    enough: Float[Array, ""] | float,
-    most: Strength | Int[Array, ""],
+    scores: Float[Array, "*B V"], weights: Float[Array, "*B V"], enough: Strength, most: Strength | np.integer
 ) -> Bool[Array, "*B V"]:
     """The fewest tokens of the highest scores that together weigh `enough`, at most `most`; at least one.
 
