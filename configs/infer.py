@@ -46,10 +46,10 @@ def get_config() -> ml_collections.ConfigDict:
     # With smol installed, the demo uses smol, and shows a description that the method fixes and one that it breaks.
     # Image i of the benchmark is scene i // 3 of seed i % 3. These are the images 11 and 31, chosen among those that
     # are fixed and broken in float32 too, in which the demo runs. Counts (images=0: no examples) are of bfloat16:
-    #   lvlm pocket-benchmark --model smol --dtype bfloat16 --batch-size 32 --captions 90 --parts chair
-    #       --methods vcd pai --controls pba
+    #   lvlm pocket-benchmark --model smol --dtype bfloat16 --images 36 --captions 90 --batch-size 32
+    #       --parts pope chair multi_image
     demo.examples = ml_collections.ConfigDict(dict(method="vcd", images=90, folder="runs"))
-    demo.examples.mended = dict(count=15, scene=3, seed=2)
-    demo.examples.spoilt = dict(count=5, scene=10, seed=1)
+    demo.examples.mended = dict(count=14, scene=3, seed=2)
+    demo.examples.spoilt = dict(count=7, scene=10, seed=1)
 
     return config

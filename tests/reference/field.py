@@ -321,12 +321,14 @@ def masked_minus_original(weights, config, pixels, masks):
 
 
 def masked(pixels, mask, patch, seen=None):
-    """Pixels [3, height, width] whose masked patches have the mean of each channel, over patches that are seen."""
+    """Pixels [3, height, width] whose masked patches have the mean of each channel over all patches that are seen."""
     across, copy = pixels.shape[2] // patch, pixels.copy()
     squares = [(slice(None), slice(i * patch, (i + 1) * patch), slice(j * patch, (j + 1) * patch))
                for i in range(len(mask) // across) for j in range(across)]  # fmt: skip
-    kept = squares if seen is None else [square for square, sees in zip(squares, seen, strict=True) if sees]
-    mean = np.mean([pixels[square].mean(axis=(1, 2)) for square in kept], axis=0)
+    counts = np.ones(pixels.shape[1:], bool)
+    for place in () if seen is None else np.flatnonzero(~np.asarray(seen)):
+        counts[squares[place][1:]] = False
+    mean = pixels[:, counts].mean(axis=1)
     for place in np.flatnonzero(mask):
         copy[squares[place]] = mean[:, None, None]
     return copy
