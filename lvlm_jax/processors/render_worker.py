@@ -38,11 +38,11 @@ def answer(request: dict) -> dict:
     except MemoryError:
         return {"limit": "memory"}
     except jinja2.TemplateSyntaxError as error:
-        return {"raised": "syntax", "name": type(error).__name__, "said": message_of(error), "line": error.lineno}
+        return {"sort": "syntax", "name": type(error).__name__, "message": message_of(error), "line": error.lineno}
     except BaseException as error:  # a template may raise anything
-        kind = "refusal" if type(error) is jinja2.TemplateError else "template"
-        kind = kind if isinstance(error, jinja2.TemplateError) else "other"
-        return {"raised": kind, "name": type(error).__name__, "said": message_of(error)}
+        sort = "refusal" if type(error) is jinja2.TemplateError else "template"
+        sort = sort if isinstance(error, jinja2.TemplateError) else "other"
+        return {"sort": sort, "name": type(error).__name__, "message": message_of(error)}
 
 
 def message_of(error: BaseException) -> str:

@@ -40,7 +40,7 @@ class Renderer:
             self._alive()
 
     def render(self, template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict:
-        """Returns the reply of `render_worker.py`: a "text", or an exception under "raised".
+        """Returns the reply of `render_worker.py`: a "text", or an exception with its "sort".
 
         Args:
             template: a Jinja template, as for transformers' `render_jinja_template`.

@@ -113,7 +113,8 @@ def test_log_odds_are_those_of_transformers(model, torch_model, tmp_path):
         row = next(row for row in rows if row.get("id") == str(question.id))
         chances = [float(torch.softmax(logits, 0)[tokens].sum()) for tokens in (yes, no)]
         assert [row["yes"], row["no"]] == pytest.approx(chances, abs=1e-4)
-    assert controls.log_odds(SimpleNamespace(processor=model.processor), questions, protocol, work) == found
+    unused = SimpleNamespace(processor=model.processor, config=model.config)  # it can compute nothing
+    assert controls.log_odds(unused, questions, protocol, work) == found
     logits = SimpleNamespace(combined=np.full((1, 300), np.nan))
     broken = SimpleNamespace(processor=model.processor, config=model.config, encode_images=None)
     broken.prefill = lambda messages: (None, logits)
