@@ -272,15 +272,15 @@ def rewind(log: Path, task: str, step: int) -> None:
     """Removes a task's records after `step` from a log, and lines that are not records, such as a truncated line."""
     if not log.exists():
         return
-    content = read_bytes(log, "log of the training").decode("utf-8", errors="replace")
-    remaining = "".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
+    content = read_bytes(log, "log of the training")
+    remaining = b"".join(line for line in content.splitlines(keepends=True) if _stays(line, task, step))
     if remaining != content:
-        write_whole(log, remaining)
+        write_whole(log, remaining.decode())
 
 
-def _stays(line: str, task: str, step: int) -> bool:
+def _stays(line: bytes, task: str, step: int) -> bool:
     try:
-        record = json.loads(line)
-        return line.endswith("\n") and (record["stage"] != task or record["step"] <= step)
+        record = json.loads(line.decode())
+        return line.endswith(b"\n") and (record["stage"] != task or record["step"] <= step)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -70,3 +70,12 @@ def test_loss_speed_and_use_are_shown_in_a_bar_and_without_a_terminal_in_lines(t
         watch.show(SHOWN)
     shown = capsys.readouterr().err
     assert "capl" in shown and "loss=0.6931, tokens/s=12346, MFU=43.2%" in shown
+
+
+def test_rewinding_a_log_leaves_whole_records_only(tmp_path):
+    """A line that is not UTF-8, was cut, or is of a later step goes; records of other tasks stay."""
+    log = tmp_path / "log.jsonl"
+    lines = [b'{"stage": "dpo", "step": 2}\n', b'{"stage": "\xe8po", "step": 3}\n', b'{"stage": "dpo", "step": 3}\n']
+    log.write_bytes(b"".join(lines) + b'{"stage": "sft", "step": 9}\n{"stage": "d')
+    monitor.rewind(log, "dpo", 2)
+    assert log.read_bytes() == lines[0] + b'{"stage": "sft", "step": 9}\n'
