@@ -73,7 +73,7 @@ def torch_files(draw) -> make.Files:
 def bin_file(files: make.Files, folder: Path) -> None:
     make.write(files, folder)
     file = BinFile(folder / "x.bin")
-    theirs = torch.load(folder / "x.bin", weights_only=True)
+    theirs = torch.load(folder / "x.bin", weights_only=True, map_location="cpu")
     for name, tensor in theirs.items():
         view = file.view(name)
         same((view.shape, view.astype(np.complex128).tolist()),

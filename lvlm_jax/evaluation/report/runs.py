@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm_jax import files
-from lvlm_jax.errors import LVLMError
+from lvlm_jax.errors import LVLMError, shown
 from lvlm_jax.evaluation import BENCHMARKS, Benchmark, verdicts
 from lvlm_jax.evaluation.protocol import Protocol
 from lvlm_jax.evaluation.statistics import Difference
@@ -264,6 +264,9 @@ def load(path: Path, name: str) -> Run:
 def _look_at(run: Run) -> tuple:
     """Everything that the report reads later; reading it now refuses malformed files early."""
     bootstrap, entries = run.record["bootstrap"], run.record["answers"]
+    for name, least in (("resamples", 1), ("seed", 0)):
+        if type(bootstrap[name]) is not int or not least <= bootstrap[name] < 2**32:
+            raise TypeError(f"{name} of its bootstrap is {shown(bootstrap[name])}")
     listed = [entry["name"] + entry["sha256"] for entry in entries]
     keys = hash((run.counts, tuple(run.conditions.items())))  # lists and objects cannot be compared
     return keys, run.size, run.data_set, run.model, run.method, bootstrap["resamples"], bootstrap["seed"], listed
