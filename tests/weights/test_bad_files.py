@@ -173,7 +173,7 @@ def test_no_damaged_byte_of_a_torch_archive_passes_for_another_number(tmp_path):
         accepted += 1
         for name, tensor in torch.load(path, weights_only=True).items():
             assert file.view(name).tolist() == tensor.tolist(), place
-    assert accepted > 100
+    assert accepted > 30
 
 
 @pytest.mark.parametrize("reader", [BinFile, SafetensorsFile])
