@@ -108,9 +108,9 @@ def _from_lowest(scores: Float[Array, "B V"], chosen: Bool[Array, "B V"]) -> Flo
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSampling(Sampling):
-    """A separate `Sampling` for every row, in one program for all: numbers are `[B]`, and all rules are on.
+    """A separate `Sampling` for every row, in one program for all rows. Its numbers are arrays `[B]`.
 
-    The neutral value of a number, as in `Sampling.of`, leaves the row's tokens as they are without the rule.
+    The program contains all rules. To switch a rule off in a row, give the row the neutral value of `Sampling.of`.
     """
 
     @classmethod

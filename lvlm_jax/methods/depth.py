@@ -18,7 +18,7 @@ def layer_range(
     Args:
         start, end: first layer, and the one after the last (None: to the end), from 0; a float in [0, 1] is a share of
             the depth, so that a setting carries over to another model.
-        layers: explicit layers, or a single one; takes precedence over both.
+        layers: explicit layers, or a single one; takes precedence over `start` and `end`.
 
     Raises:
         LVLMError: no layers remain.

@@ -33,7 +33,7 @@ class LlavaOnevisionConfig(LlavaNextConfig):
 
     Attributes:
         feature_select: "full": the tower has no class token to drop.
-        most_tiles: the limit on tokens of an image's large view, as the number of tiles with that many patches.
+        most_tiles: the enlarged view of an image has at most as many tokens as this number of tiles has patches.
     """
 
     vision: SiglipConfig

@@ -142,7 +142,7 @@ def layer_outputs(encode: Callable[[], Any]) -> list[Float[Array, "R P W"]]:
     """The outputs of a tower's layers.
 
     Args:
-        encode: runs the tower once, that is on so few images that `by_pictures` does not divide them.
+        encode: runs the tower in one piece, on so few images that `by_pictures` does not divide them.
     """
     outputs: dict[int, Array] = {}
 

@@ -231,7 +231,7 @@ def _check(config: ConfigDict) -> None:
 
 
 def check_reference(section: str, config: ConfigDict) -> None:
-    """Raises an `LVLMError` if the configuration has no such reference."""
+    """Raises an `LVLMError` if the reference is the model without its adapter and there is no adapter."""
     if config[section].reference == "adapter_off" and not config.lora.enabled:
         raise LVLMError(
             f"{section}.reference is 'adapter_off' and there is no LoRA adapter to leave out (lora.enabled is False); "

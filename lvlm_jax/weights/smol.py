@@ -125,7 +125,10 @@ def write_processor(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, changes: Mapping[str, np.ndarray]) -> Path:
-    """Writes a LLaVA checkpoint of SmolLM2, the tower, and `changes` from `trained`; kernels in float16."""
+    """Writes a LLaVA checkpoint: SmolLM2, the tower, and the tensors `changes`, which `trained` returns.
+
+    Kernels are float16.
+    """
     params = lora.merge(unflatten({path: jnp.asarray(leaf) for path, leaf in {**untrained(), **changes}.items()}))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as processor:

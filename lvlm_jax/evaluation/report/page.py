@@ -28,16 +28,16 @@ def write(
     """Write the report of all runs below a folder: `index.html` and `report.md`.
 
     Args:
-        out: the folder that they go to.
+        out: the folder of the two files.
         images: folders with the images of the examples.
         each: fixed and broken examples of a method under a protocol, at most.
-        seed: of the draw of examples.
+        seed: seed of the choice of examples.
 
     Returns:
         The two files.
 
     Raises:
-        LVLMError: no run can be read, an image folder is none, or a file cannot be written.
+        LVLMError: no run can be read, an image folder does not exist, or a file cannot be written.
     """
     for place in images:
         if not files.expand(place).is_dir():

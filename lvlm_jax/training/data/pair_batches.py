@@ -53,10 +53,10 @@ class EncodedRow:
     Attributes:
         id: its name in errors.
         images: its images, as in `pair_files.Pair`.
-        sequences: by name, one of PAIR or CONVERSATION.
+        sequences: the sequences by name; the names are those of PAIR or CONVERSATION.
         reference: log-probabilities of the answer tokens of each sequence, in order; None if unknown.
         prompt: the text up to the last answer, as the chat template writes it.
-        pictures: images of those sequences that have other images, by the sequence's name.
+        pictures: the images of each sequence whose images differ from `images`, by its name.
         weight: weight of the row in the loss.
         labels: numbers of the row for an objective; arrays `[B]` of a batch, by name.
     """
