@@ -174,7 +174,7 @@ def _tail_rows(prompt: Inputs, method: Method | None) -> int:
 
 
 def tower_edit(method: Method | None) -> TowerEdit | None:
-    """The edit of the tower under a method, or under none."""
+    """The method's edit of the vision tower; None without a method, or if it leaves the tower plain."""
     return None if method is None else method.tower_edit()
 
 
@@ -184,7 +184,8 @@ def embed_prompt(
     """The decoder's input for a prompt; each device of a mesh runs the tower on its part of the images.
 
     Args:
-        edit: of the tower. Image tokens that the prompt already has come from the plain tower, and are then not used.
+        edit: the edit of the tower. With one, image tokens that the prompt already has are not used: they are the plain
+            tower's.
     """
     tokens, image_tokens = prompt.tokens, prompt.image_tokens
     tokens, pixels, geometry = parallel.spread((tokens, prompt.pixels, prompt.geometry), mesh)

@@ -17,7 +17,7 @@ _SIGN = np.uint32(1 << 31)
 def likeliest(
     scores: Float[Array, "*B V"], weights: Float[Array, "*B V"], enough: Strength, most: Strength | np.integer
 ) -> Bool[Array, "*B V"]:
-    """The fewest tokens of the highest scores that together weigh `enough`, at most `most`; at least one.
+    """Marks tokens from the highest score down until their weights sum to `enough`: at least one, at most `most`.
 
     On ties the lower id comes first.
 

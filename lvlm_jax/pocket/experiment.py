@@ -164,7 +164,7 @@ def train(setup: Setup, name: str, arm: Arm, base: str, data: Mapping[str, Path]
 
 
 def slug(name: str) -> str:
-    """A name in the form of a part of a folder's name."""
+    """The name, changed so that it can be part of a folder's name."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower().replace("λ", "lambda")).strip("-")
 
 

@@ -186,7 +186,14 @@ def caption_turn(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def existence_turn(scene: Scene, rng: np.random.Generator, hard: float | None) -> tuple[str, Turn]:
-    """Is a category there, and which one? Yes and no are equally likely; `hard` as in `absent_category`."""
+    """A question whether a category is in the image, with its answer; yes and no are equally likely.
+
+    Args:
+        hard: as in `absent_category`.
+
+    Returns:
+        The category, and the turn.
+    """
     yes = bool(rng.random() < 0.5)
     name = pick(list(scene.counts), rng) if yes else questions.absent_category(scene, rng, hard)
     words = {"a": questions.article(name), "name": name}

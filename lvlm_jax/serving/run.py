@@ -32,7 +32,10 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT drain; a second SIGINT does not wait. Only the main thread receives signals."""
+        """SIGTERM and SIGINT let running answers finish; a second SIGINT ends the server at once.
+
+        Only the main thread receives signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -160,8 +160,8 @@ class Adapted:
     """A torch module that PEFT can adapt.
 
     Attributes:
-        paths: our projections in it, in the order in which it stacks them.
-        pieces: which part of its fused weight each is; None for all of it.
+        paths: our projections that the module contains, in the order of its fused weight.
+        pieces: the part of the fused weight that belongs to each projection; None for the whole weight.
     """
 
     paths: tuple[str, ...]
