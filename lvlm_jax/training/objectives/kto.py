@@ -57,7 +57,8 @@ def losses(
         desirable_weight, undesirable_weight: λ_D and λ_U.
 
     Returns:
-        `loss`, `rewards/chosen` (β Δ of good answers) and `rewards/rejected` (of bad ones), means over rows; and `z` of the batch.
+        `loss`, `rewards/chosen` (β Δ of good answers) and `rewards/rejected` (of bad ones), each over rows; `z` of the
+            batch.
     """
     delta = jnp.where(mask, policy - reference, 0.0).sum(axis=-1)
     present = (weight > 0).astype(jnp.float32)
