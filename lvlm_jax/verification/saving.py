@@ -24,8 +24,8 @@ def check(folder: Path, config: FamilyConfig, vision_tower: str | None, scratch:
 
     Args:
         scratch: place of that folder; it takes as much as the weights.
-        ask: the arrays of a prompt, and the answer that transformers gives to it from `folder`; its answer from the copy
-            must be the same. None skips this comparison.
+        ask: the arrays of a prompt, and the answer that transformers gives to it from `folder`; its answer from the
+            copy must be the same. None skips this comparison.
     """
     params = weights.load_parameters(folder, config, None, None, vision_tower)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
