@@ -19,15 +19,23 @@ FILE = "generation_config.json"
 CHOICES = ("plain", "checkpoint")
 # The settings of transformers for a checkpoint that samples and does not say how.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-_ALWAYS = {"repetition_penalty", "num_beams", "length_penalty"}
+# Names of settings in the file -> those of `Decoding`.
+_ALWAYS = {
+    "repetition_penalty": "repetition_penalty",
+    "num_beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "stop_strings": "stop",
+}
 # Settings that would change an answer and that we do not support, with the values at which they do nothing.
 _UNSUPPORTED = {
     "min_p": None,
+    "top_h": None,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "penalty_alpha": None,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "bad_words_ids": None,
     "suppress_tokens": None,
@@ -36,8 +44,11 @@ _UNSUPPORTED = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "early_stopping": False,
     "num_beam_groups": 1,
+    "force_words_ids": None,
     "min_length": 0,
     "min_new_tokens": None,
     "dola_layers": None,
@@ -79,14 +90,14 @@ def of_checkpoint(file: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """
     file = {name: value for name, value in file.items() if value is not None}
     for name, neutral in _UNSUPPORTED.items():
-        if name in file and file[name] not in (neutral, 0, False):
+        if name in file and file[name] not in (neutral, 0, False, [], {}):
             raise LVLMError(
                 f'{where} sets {name}, which is not supported; use generation_config="plain" and give the settings'
             )
     samples = file.get("do_sample", False)
     if not isinstance(samples, bool):
         raise LVLMError(f"{where}: do_sample is {str(samples)[:40]!r}; expected true or false")
-    settings = {name: file[name] for name in sorted(_ALWAYS & file.keys())}
+    settings = {ours: file[theirs] for theirs, ours in _ALWAYS.items() if theirs in file}
     if samples:
         settings |= {name: file.get(name, default) for name, default in _SAMPLING.items()}
     return settings

@@ -25,29 +25,40 @@ class DecoderTraits:
     norm_offset: bool = False
     scaled_embedding: bool = False
     whole_images: bool = False
+    window: bool = True  # whether it reads `sliding_window`; transformers' code of the others does not
     rope_pairs: bool = False
     rope_sections: tuple[int, ...] = ()  # of multimodal positions, if the configuration does not set them
     rope_interleaved: bool = False
 
 
 DECODERS: dict[str, DecoderTraits] = {
-    "llama": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": DecoderTraits(
+        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", window=False
+    ),
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
     "qwen": DecoderTraits(attention_bias=True, output_bias="projection_bias", mlp_bias="projection_bias"),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
-    "internlm3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "internlm3": DecoderTraits(
+        attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", window=False
+    ),
     "qwen2_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
     "qwen2_5_vl_text": DecoderTraits(attention_bias=True, output_bias=False, rope_sections=(16, 24, 24)),
     "qwen3_vl_text": DecoderTraits(
         attention_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm=True,
+        window=False,
         rope_sections=(24, 20, 20),
         rope_interleaved=True,
     ),
     "glm4v_text": DecoderTraits(
-        attention_bias=True, output_bias=False, output_norms=True, rope_pairs=True, rope_sections=(8, 12, 12)
+        attention_bias=True,
+        output_bias=False,
+        output_norms=True,
+        window=False,
+        rope_pairs=True,
+        rope_sections=(8, 12, 12),
     ),
     "gemma3_text": DecoderTraits(
         attention_bias="attention_bias",
@@ -167,7 +178,7 @@ class DecoderConfig:
             mlp_bias=flag(traits.mlp_bias),
             qk_norm=traits.qk_norm,
             tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
-            sliding_window=_sliding_window(text),
+            sliding_window=_sliding_window(text) if traits.window else (),
             output_norms=traits.output_norms,
             norm_offset=traits.norm_offset,
             embedding_scale=text.hidden_size**0.5 if traits.scaled_embedding else 1.0,
@@ -264,9 +275,11 @@ def _rope_from_hf(text: Any, layer_type: str, traits: DecoderTraits) -> RopeConf
     }
     values = {ours: parameters[theirs] for theirs, ours in names.items() if parameters.get(theirs) is not None}
     values.setdefault("original_length", text.max_position_embeddings)
+    values.setdefault("factor", text.max_position_embeddings / values["original_length"])
     return RopeConfig(
         kind="default" if kind == "mrope" else kind,
-        share=parameters.get("partial_rotary_factor", 1.0),
+        # transformers' other decoders rotate whole heads, whatever the file says.
+        share=parameters.get("partial_rotary_factor", 1.0) if traits.rope_pairs else 1.0,
         pairs=traits.rope_pairs,
         sections=tuple(parameters.get("mrope_section") or traits.rope_sections),
         interleaved=bool(parameters.get("mrope_interleaved", traits.rope_interleaved)),

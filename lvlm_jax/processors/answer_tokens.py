@@ -38,7 +38,7 @@ def encode(
 
     Raises:
         LVLMError: the chat template is broken or refuses the conversation, it changes a prompt (apart from blanks) once
-            it is answered, or there is no end token.
+            it is answered, it leaves the answer out, or there is no end token.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     messages = templates.in_template_form(processor, messages)
@@ -51,6 +51,11 @@ def encode(
             raise LVLMError(
                 "the chat template writes a prompt differently once it is answered, so the answer's tokens cannot be "
                 "recognised; give the checkpoint a template that only appends (chat_template.jinja)"
+            )
+        if not answer.strip():
+            raise LVLMError(
+                "the chat template does not write the answer; give the checkpoint another template "
+                "(chat_template.jinja)"
             )
         prompt = text + prompt_text[len(rendered) :]
         ids = _extended(processor, ids, expanded(text), expanded(prompt))

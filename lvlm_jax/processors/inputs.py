@@ -246,9 +246,11 @@ def _split(conversation: Conversation, allow_urls: bool) -> tuple[list[Message],
     """The conversation without its images, and the images in reading order."""
     bare, images = [], []
     for message in conversation:
-        content = message.get("content")
-        if "role" not in message or not isinstance(content, str | Sequence):
+        if not {"role", "content"} <= message.keys():
             raise LVLMError(f"a message needs 'role' and 'content'; got the keys {', '.join(map(shown, message))}")
+        content = message["content"]
+        if not isinstance(content, str | Sequence):
+            raise LVLMError(f"the content of a message is {shown(content)}; expected a text, or a list of parts")
         if not isinstance(message["role"], str):
             raise LVLMError(f"the role of a message is {shown(message['role'])}; expected a text such as user")
         if isinstance(content, str):

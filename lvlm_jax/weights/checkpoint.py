@@ -20,7 +20,9 @@ _LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
     ("model.gguf", "model.gguf.index.json", "model*.gguf"),
 )
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+# Parameters that were trained besides adapters; if two files have the same one, that of the later file is used.
+TRAINED = ("mm_projector.bin", "non_lora_state_dict.bin", "non_lora_trainables.bin", "non_lora_trainables.safetensors")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", *TRAINED)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXT_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.tiktoken"]
 

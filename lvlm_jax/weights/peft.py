@@ -32,7 +32,7 @@ from lvlm_jax.weights.peft_settings import CONFIG, is_targeted, rank, read_setti
 from lvlm_jax.weights.plan import Faults, TensorFile
 from lvlm_jax.weights.safetensors_file import SafetensorsFile, write_tensors
 from lvlm_jax.weights.tables import LINEAR, Piece, Table, flatten, fuse, table_for, unflatten
-from lvlm_jax.weights.whole_tensors import TRAINED, replace_trained, replace_vocabulary, stored_vocabulary
+from lvlm_jax.weights.whole_tensors import replace_trained, replace_vocabulary, stored_vocabulary, trained_files
 
 WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -142,8 +142,8 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
 
 def brings_whole(folder: Path) -> str | None:
     """Name of a file or tensor in an adapter's folder besides the adapter, as `load_adapter` would load it, or None."""
-    if (folder / TRAINED).is_file():
-        return TRAINED
+    if trained := trained_files(folder):
+        return trained[0].name
     return next((name for name in _open(folder).shapes if ".lora_" not in name), None)
 
 

@@ -140,6 +140,8 @@ def plan(
         _match(table.tower, config, inside, tower, sources, faults)
 
     tied_source = sources.pop(tied, None)
+    if tied_source:  # a file may have a tied matrix under one name only
+        sources.setdefault(embedding, dataclasses.replace(tied_source, axes=None))
     scheme = scheme_in_use(table, expected, files)
     for path, shape in expected.items():
         if path in sources:

@@ -1,7 +1,8 @@
 """Whole tensors in an adapter's folder, which replace the base model's.
 
-LLaVA's own LoRA training stores parameters that it trained besides the adapters, above all the projector, in
-`non_lora_trainables.bin`. PEFT stores embedding and output layer whole if an adapter changes one of them.
+LLaVA's own LoRA training, and trainings made after it, store parameters that they trained besides the adapters, above
+all the projector, in files of the names `TRAINED`. PEFT stores embedding and output layer whole if an adapter changes
+one of them.
 """
 
 from collections.abc import Mapping
@@ -14,11 +15,10 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.layers import INT8_LEAVES, projections
 from lvlm_jax.parallel.mesh import sharding_beside
-from lvlm_jax.weights.bin_file import BinFile
+from lvlm_jax.weights.checkpoint import TRAINED, open_files
 from lvlm_jax.weights.plan import Faults, TensorFile, plan_some
 from lvlm_jax.weights.tables import table_for
 
-TRAINED = "non_lora_trainables.bin"
 _PREFIXES = ("base_model.model.", "base_model.")
 
 
@@ -64,17 +64,20 @@ def replace_vocabulary(
     _replace(flat, _Renamed(file, names), config, where)
 
 
+def trained_files(folder: Path) -> list[Path]:
+    """The files of an adapter's folder that contain whole parameters."""
+    return [folder / name for name in TRAINED if (folder / name).is_file()]
+
+
 def replace_trained(flat: dict, folder: Path, config: FamilyConfig) -> None:
-    """Puts the tensors of `non_lora_trainables.bin`, if it exists, into flat parameters.
+    """Puts the tensors of `trained_files` into flat parameters.
 
     Raises:
-        LVLMError: the file contains anything but tensors, unknown names, or tensors that do not fit.
+        LVLMError: a file contains anything but tensors, unknown names, or tensors that do not fit.
     """
-    path = folder / TRAINED
-    if not path.is_file():
-        return
-    file = BinFile(path)
-    _replace(flat, _Renamed(file, {_plain_name(name): name for name in file.shapes}), config, path)
+    for path in trained_files(folder):
+        (file,) = open_files([path])
+        _replace(flat, _Renamed(file, {_plain_name(name): name for name in file.shapes}), config, path)
 
 
 def _replace(flat: dict, file: _Renamed, config: FamilyConfig, where: Path) -> None:

@@ -56,7 +56,10 @@ def test_what_a_file_says_and_what_a_call_gives(folder):
     write(folder, {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": None})  # of sampling, which is off
     assert with_defaults(Decoding(), "checkpoint", folder) == Decoding()
     nothing = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beam_groups": 1, "use_cache": True}
-    assert of_checkpoint(nothing, folder) == {}
+    assert of_checkpoint(nothing | {"suppress_tokens": [], "early_stopping": False}, folder) == {}
+    write(folder, {"stop_strings": ["###"]})
+    assert with_defaults(Decoding(), "checkpoint", folder).stop == ("###",)
+    assert with_defaults(Decoding(stop="end"), "checkpoint", folder).stop == ("end",)
 
 
 def test_settings_that_cannot_be_honoured(folder, checkpoint):
@@ -66,6 +69,9 @@ def test_settings_that_cannot_be_honoured(folder, checkpoint):
         ({"repetition_penalty": [1]}, "repetition_penalty is"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size, which is not supported"),
         ({"bad_words_ids": [[3]]}, "bad_words_ids"),
+        ({"num_beams": 2, "early_stopping": True}, "early_stopping"),
+        ({"watermarking_config": {"bias": 2.5}}, "watermarking_config"),
+        ({"stop_strings": [3]}, "stop is"),
     ):
         write(folder, given)
         with pytest.raises(LVLMError, match=message) as caught:

@@ -112,6 +112,8 @@ def test_tied_embeddings(tmp_path):
     head = {"language_model.lm_head.weight": state.pop("language_model.lm_head.weight") + 1}
     assert_loads(make.write(tmp_path / "absent", raw, state), expected)
     refused("tie_word_embeddings", make.load, make.write(tmp_path / "different", raw, state | head))
+    state["language_model.lm_head.weight"] = state.pop("language_model.model.embed_tokens.weight")
+    assert_loads(make.write(tmp_path / "head", raw, state), expected)
 
 
 def test_parameters_do_not_alias_the_file(drawn, tmp_path):

@@ -20,6 +20,7 @@ from lvlm_jax.cli import convert, infer
 from lvlm_jax.generation.forward import full_forward
 from lvlm_jax.journal import record
 from lvlm_jax.weights import lora, parts, peft_settings
+from lvlm_jax.weights.checkpoint import TRAINED
 from lvlm_jax.weights.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lvlm_jax.weights.tables import flatten, unflatten
 from tests import checkpoints, small
@@ -307,6 +308,10 @@ def test_a_folder_of_llavas_own_training(base, model, question, load, tmp_path):
     (tmp_path / WEIGHTS).unlink()
     torch.save(adapters, tmp_path / "adapter_model.bin")
     make.assert_same(load(tmp_path), params)
+    for name in TRAINED[:2]:
+        (tmp_path / "non_lora_trainables.bin").rename(tmp_path / name)
+        make.assert_same(load(tmp_path), params)
+        (tmp_path / name).rename(tmp_path / "non_lora_trainables.bin")
     for held, message in (  # what was trained besides must fit
         ({"base_model.model.model.mm_projector.0.weight": torch.zeros(3, 3)}, r"misshapen: .*\[3, 3\]"),
         ({"base_model.model.model.mm_projector.4.weight": torch.zeros(3)}, "unexpected: .*mm_projector.4"),

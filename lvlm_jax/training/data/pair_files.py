@@ -1,7 +1,8 @@
 """Reads files of preference pairs and of conversations, with line numbers in all errors; writes pairs.
 
-Images are paths relative to the file, or `{"bytes": base64}` inside it. Placeholders are image parts of messages, or
-"<image>" in their text; a prompt without placeholders has its images before the text of the first user message.
+Images are paths relative to the file, `file:` addresses, or inside it as data URIs or `{"bytes": base64}`. Placeholders
+are image parts of messages, or "<image>" in their text; a prompt without placeholders has its images before the text of
+the first user message.
 """
 
 import base64
@@ -10,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import PIL.Image
 
 from lvlm_jax import files
 from lvlm_jax.errors import LVLMError
+from lvlm_jax.processors import addresses
 from lvlm_jax.training.data import dataset_info, pair_formats
 from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 
 PLACEHOLDER = "<image>"
+# Placeholders of LLaMA-Factory for other media, and Qwen-VL's for an image, whose file it names.
+FOREIGN = ("<video>", "<audio>", "<img>")
 REJECTED_IMAGES, WEIGHT = ("rejected_images", "weight")  # columns of the rejected side's images, and of a row's weight
 
 
@@ -250,21 +254,33 @@ def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
 
 def _image(value: Any, folder: Path, where: str) -> Path | bytes:
     if isinstance(value, dict) and value.get("bytes") is not None:
-        try:
-            data = base64.b64decode(value["bytes"], validate=True)
-            PIL.Image.open(io.BytesIO(data))
-        except Exception as error:  # image readers raise whatever the first broken byte causes
-            raise LVLMError(f"{where}: an image's bytes are not base64 of an image that can be opened") from error
-        return data
+        return _encoded(lambda: base64.b64decode(value["bytes"], validate=True), where)
     name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str) or not name:
         raise LVLMError(f'{where}: an image is {repr(value)[:60]}; expected a path or {{"bytes": base64}}')
+    if name.lower().startswith("data:"):
+        return _encoded(lambda: addresses.read(name, False)[1], where)
+    if addresses.is_address(name):
+        try:
+            name = str(addresses.read(name, False)[1])
+        except LVLMError as error:
+            raise LVLMError(f"{where}: image {name[:60]!r} is not read; download it, and name the file") from error
     path = folder / os.path.expanduser(name)
     if not files.is_file(path):
         raise LVLMError(
             f"{where}: image {str(path)[-150:]!r} does not exist; paths are relative to the file of samples"
         )
     return path
+
+
+def _encoded(decode: Callable[[], bytes], where: str) -> bytes:
+    """The bytes of an image in a data file."""
+    try:
+        data = decode()
+        PIL.Image.open(io.BytesIO(data))
+    except Exception as error:  # image readers raise whatever the first broken byte causes
+        raise LVLMError(f"{where}: an image's bytes are not base64 of an image that can be opened") from error
+    return data
 
 
 def _written(image: Path | bytes, folder: Path) -> str | dict:
@@ -298,6 +314,10 @@ def _parts(content: str | list, where: str) -> list[dict]:
         if kind == "image":
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
+            if foreign := next((one for one in FOREIGN if one in part["text"]), None):
+                raise LVLMError(
+                    f"{where} has {foreign} in a text; expected {PLACEHOLDER} for each image, and its file in images"
+                )
             for index, text in enumerate(part["text"].split(PLACEHOLDER)):
                 parts += [{"type": "image"}] * (index > 0)
                 text = text.removeprefix("\n") if index else text

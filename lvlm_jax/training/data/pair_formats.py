@@ -34,7 +34,8 @@ ID_KEYS = ("id", "idx", "question_id")
 ROLES = {"human": "user", "gpt": "assistant"}
 _KNOWN_ROLES = ("system", "user", "assistant")
 _REFUSED = ("videos", "video", "audios", "audio", "tools", "functions", "kto_tag")
-_REFUSED_IN_MESSAGES = ("tool_calls", "function_call")
+_REFUSED_IN_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_LEARNED = ("loss_weight", "weight", "loss", "train")  # whether a message is learned, in several projects
 _PICTURES = ("image", "image_url")  # types of parts that are an image, and the keys that may name its file
 _SOURCES = ("image", "image_url", "url", "path", "value")
 
@@ -182,7 +183,7 @@ def _check_message(message: Mapping, role: str, where: str) -> None:
     for name in _REFUSED_IN_MESSAGES:
         if message.get(name):
             raise LVLMError(f"{where}: a message has {name}, which is not supported; remove the row")
-    for name in ("loss_weight", "weight"):
+    for name in _LEARNED:
         weight = message.get(name)
         expected = 1 if role == "assistant" else 0
         if weight is not None and weight != expected:

@@ -115,6 +115,14 @@ def test_written_pairs_come_back(folder, read):
         assert read_pairs(path) == pairs and read_pairs(path)[1].images == (data,)
 
 
+def test_addresses_of_images(folder, read, talk):
+    data = (folder / "1.png").read_bytes()
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    part = {"type": "image_url", "image_url": {"url": uri}}
+    assert talk({"messages": [said("user", "x") | {"content": [part, TEXT]}, said("assistant", "y")]}).images == (data,)
+    assert read(GOOD | {"images": [(folder / "1.png").as_uri()]}).images == (folder / "1.png",)
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_a_bad_row_is_named_by_its_line(folder, message):
     path = write_rows(folder / "pairs.jsonl", [GOOD, BAD[message]])
