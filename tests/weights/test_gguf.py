@@ -144,8 +144,8 @@ def test_smollm2_in_the_decoder_of_smolvlm(tmp_path):
     wanted = SMOLVLM.logits(reference, inputs)
     logits = np.asarray(model.logits(inputs))
     for row, want in enumerate(wanted):
-        # Hidden states reach 25,000. Logits of float64 throughout are up to 1.0e-4 away from transformers' (eager or sdpa,
-        # one thread or two, with or without oneDNN), and up to 1.5e-4 from ours.
+        # Hidden states reach 25,000. Logits of float64 throughout are up to 1.0e-4 away from transformers' (eager or
+        # sdpa, one or two threads, with or without oneDNN), and up to 1.5e-4 from ours.
         np.testing.assert_allclose(logits[row, -len(want) :], want, rtol=0, atol=1.5e-4)
     reference.generation_config.eos_token_id = None
     sequences, _ = SMOLVLM.greedy(reference, inputs)
