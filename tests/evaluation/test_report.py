@@ -189,7 +189,7 @@ def test_cost(data, tmp_path, tokens):
         [f"{tokens}", batch, f"{tokens * time:.1f}", f"{time}" if tokens > 2 else "–"]
         for batch, time in (("16", 10.0), ("16", 15.0), ("1", 90.0))
     ] + [["–", "16", "not recorded", "–"]]
-    beside = [cells(listed, name)["ms an answer"][1] for name in ("greedy", "CMAC", "VCD", "EAH")]
+    beside = [cells(listed, name)["ms per answer"][1] for name in ("greedy", "CMAC", "VCD", "EAH")]
     alone = "the model alone ran"
     assert beside == ["", "1.50 times", f"{alone} on another device", f"{alone} in other batches"]
 

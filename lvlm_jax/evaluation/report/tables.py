@@ -214,8 +214,8 @@ class Report:
         return [section for section in (
             Section(
                 "Methods and benchmarks",
-                "Shares in per cent, below them 95 % intervals (images resampled), then the difference to the same "
-                "model without a method, on the same questions, paired. Intervals are not widened for the number of "
+                "Shares in per cent. Below each are its 95 % interval (images resampled) and the paired difference from "
+                "the same model without a method on the same questions. Intervals are not widened for the number of "
                 "comparisons.",
                 (self.overview(),),
             ),
@@ -229,15 +229,15 @@ class Report:
                     tuple(table for protocol in self.protocols for table in self.categories(protocol))),
             Section(
                 "Answers",
-                "Answers that the parser does not understand count as wrong. Fixed and broken: questions that only "
-                "the method, or only the model without it, got right (a caption is right without invented objects).",
+                "Answers that the parser does not understand count as wrong. Fixed: only the method got the question "
+                "right. Broken: only the model without it did. A caption is right if it names no absent object.",
                 tuple(map(self.answers, self.protocols)),
             ),
             Section(
                 "Cost",
-                "Time of an answer, prompt and image included, and below it how many times that of the same model "
-                f"alone it is. The time of a token is given where answers have at least {LONG} tokens; of shorter ones "
-                "the prompt takes most.",
+                "Time per answer, prompt and image included; below it, the ratio to the same model without a method. "
+                f"The time per token is given if answers have at least {LONG} tokens: in shorter ones the prompt takes "
+                "most of the time.",
                 tuple(map(self.cost, self.protocols)),
             ),
             Section("Records", "Everything besides the method that determines the figures; hashes are short SHA-256.",
@@ -342,7 +342,7 @@ class Report:
 
     def cost(self, protocol: str) -> Table:
         """Tokens of an answer, its time and that of a token, each beside the same model without a method."""
-        names = {"tokens an answer": 0, "prompts at once": 0, "ms an answer": -1, "ms a token": -1}
+        names = {"tokens per answer": 0, "prompts at once": 0, "ms per answer": -1, "ms per token": -1}
         rows = []
         for line, run in self.of(protocol):
             own, compared = run.cost, self.comparisons.get(run)
