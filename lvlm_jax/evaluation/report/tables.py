@@ -214,9 +214,9 @@ class Report:
         return [section for section in (
             Section(
                 "Methods and benchmarks",
-                "Shares in per cent. Below each are its 95 % interval (images resampled) and the paired difference from "
-                "the same model without a method on the same questions. Intervals are not widened for the number of "
-                "comparisons.",
+                "Shares in per cent. Below each are its 95 % interval (images resampled) and the paired difference "
+                "from the same model without a method on the same questions. Intervals are not widened for the number "
+                "of comparisons.",
                 (self.overview(),),
             ),
             Section(
