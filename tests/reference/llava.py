@@ -186,7 +186,7 @@ def visible(config, layer, rows, columns):
     """Bool[T, S]: may the row at position rows[t] see the column at position columns[s] in this layer?"""
     text = config["text_config"]
     allowed = columns[None, :] <= rows[:, None]
-    window = text.get("sliding_window")
+    window = text.get("sliding_window") if text["model_type"] != "llama" else None
     kinds = text.get("layer_types")  # absent for families whose layers are all alike
     if window is not None and (kinds is None or kinds[layer] == "sliding_attention"):
         allowed &= columns[None, :] > rows[:, None] - window
