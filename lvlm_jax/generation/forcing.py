@@ -215,11 +215,12 @@ def _rows(params: dict, config: FamilyConfig, state: State, tokens: Int[Array, "
         transforms,
         Tap(hidden=exits, rows="all"),
     )
-    logits = forward.apply(params, config, "head", decoded.hidden)
-    early = None
-    if exits:
-        early = forward.apply(params, config, "exit_logits", decoded.tapped.hidden[:, 0], method.exit_norm)
-        early = jnp.moveaxis(early, 2, 0)
+    early = decoded.tapped.hidden[:, 0] if exits else None
+    further = None
+    if jax.tree.leaves(decoded.carries[0]):
+        further = jax.vmap(method.further_exits, out_axes=2)(decoded.carries[0])
+    logits, early = forward.logits_with_exits(params, config, method, decoded.hidden, early, further)
+    early = None if early is None else jnp.moveaxis(early, 2, 0)
     later_branches = jnp.moveaxis(logits[2:], 2, 0) if len(transforms) > 2 else None
     return logits[0], logits[1] if len(transforms) > 1 else None, later_branches, early, decoded.carries[0]
 

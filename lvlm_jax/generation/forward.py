@@ -322,22 +322,36 @@ def _finish(
     params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: DecoderOutput
 ) -> tuple[State, Step]:
     """Applies the head to the last row, the early exits, and the method's combination of branches."""
-    logits = apply(params, config, "head", last)
-    main, contrast = logits[0], logits[1] if logits.shape[0] > 1 else None
-    combined, memory, tapped = main, state.memory, decoded.tapped
+    tapped, exits, further, num_exits = decoded.tapped, None, None, len(state.tap.exits)
     if state.method is not None:
-        exits, num_exits = tapped.exits, len(state.tap.exits)
-        if exits is not None:
-            tapped = tapped._replace(exits=exits[:num_exits] if num_exits else None)
-            exits = exits[num_exits:, 0] if exits.shape[0] > num_exits else None
-        if exits is not None:
-            exits = apply(params, config, "exit_logits", exits, state.method.exit_norm)
+        further = state.method.further_exits(decoded.carries[0])
+        if tapped.exits is not None:
+            exits = tapped.exits[num_exits:, 0] if tapped.exits.shape[0] > num_exits else None
+            tapped = tapped._replace(exits=tapped.exits[:num_exits] if num_exits else None)
+    logits, exits = logits_with_exits(params, config, state.method, last, exits, further)
+    main, contrast = logits[0], logits[1] if logits.shape[0] > 1 else None
+    combined, memory = main, state.memory
+    if state.method is not None:
         others = logits[2:] if logits.shape[0] > 2 else None
         readout = Readout(main, contrast, exits, decoded.carries[0], others)
         combined, new_memory = state.method.combine(readout, memory.logits)
         memory = Memory(new_memory, state.method.remember(decoded.carries[0], memory.edits))
     tapped = _with_exit_logits(params, config, tapped)
     return dataclasses.replace(state, memory=memory), Step(main, contrast, combined, tapped)
+
+
+def logits_with_exits(
+    params: dict,
+    config: FamilyConfig,
+    method: Method | None,
+    hidden: Float[Array, "N *T E"],
+    *exits: Float[Array, "X *T E"] | None,
+) -> tuple[Float[Array, "N *T V"], Float[Array, "X *T V"] | None]:
+    """Logits of the branches, and of all early exits of the method; None without any."""
+    present = [states for states in exits if states is not None]
+    if not present:
+        return apply(params, config, "head", hidden), None
+    return apply(params, config, "head_with_exits", hidden, jnp.concatenate(present), method.exit_norm)
 
 
 def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int) -> LayerCache:

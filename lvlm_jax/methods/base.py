@@ -65,7 +65,8 @@ class Readout(NamedTuple):
 
     Attributes:
         main, contrast: raw logits of the branches; `contrast` is None without a second branch.
-        exits: the main branch's early-exit logits, in the order of `Method.exits`; None if it has none.
+        exits: the main branch's early-exit logits, in the order of `Method.exits`, then those of
+            `Method.further_exits`; None if there are none.
         carry: the main branch's carry after the last layer.
         later_branches: raw logits of the third and later branches; None if there are none.
     """
@@ -268,6 +269,14 @@ class Method(Transform):
         """Hidden states whose logits `combine` needs: 0 for the embeddings, i for the output of layer i - 1. Static."""
         return ()
 
+    def further_exits(self, carry: Any) -> Float[Array, "X B E"] | None:
+        """Hidden states made by the edits whose logits `combine` needs too; in `Readout.exits` after those of `exits`.
+
+        Args:
+            carry: the main branch's carry after the last layer.
+        """
+        return None
+
     def probe(self) -> Transform:
         """The edits of a warm-up pass over 2 B samples: B prompts with their images, then the same without images.
 
@@ -287,7 +296,8 @@ class Method(Transform):
     def combines(self) -> bool:
         """Whether `combine` is overridden and has branches or exits to combine; static."""
         own = type(self).combine is not Method.combine
-        return own and (len(self.branches()) > 1 or type(self).exits is not Method.exits)
+        exits = (type(self).exits, type(self).further_exits) != (Method.exits, Method.further_exits)
+        return own and (len(self.branches()) > 1 or exits)
 
     @property
     def step_by_step(self) -> bool:

@@ -114,6 +114,10 @@ class Chained(Method):
         owner = self._combiner()
         return owner.exits(num_layers) if owner else ()
 
+    def further_exits(self, carry: Any):
+        owner = self._combiner()
+        return owner and owner.further_exits(self._carry_of(owner, carry))
+
     @property
     def step_by_step(self) -> bool:
         return any(member.step_by_step for member in self.members)
@@ -144,14 +148,18 @@ class Chained(Method):
         owner = self._combiner()
         if owner is None:
             return readout.main, memory
-        index = next(place for place, member in enumerate(self.members) if member is owner)
-        return owner.combine(readout._replace(carry=self._carries(readout.carry)[index]), memory)
+        return owner.combine(readout._replace(carry=self._carry_of(owner, readout.carry)), memory)
 
     def _carries(self, carry: Any) -> list[Any]:
         """Each member's part of the main branch's carry, () for a member without edits."""
         edits = [member.branches()[0] is not None for member in self.members]
         own = iter(carry if sum(edits) > 1 else (carry,))
         return [next(own) if edit else () for edit in edits]
+
+    def _carry_of(self, owner: Method, carry: Any) -> Any:
+        """The part of one member."""
+        index = next(place for place, member in enumerate(self.members) if member is owner)
+        return self._carries(carry)[index]
 
     def _owner(self, name: str) -> Method | None:
         return next((member for member in self.members if _has_own(member, name)), None)

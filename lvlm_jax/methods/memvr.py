@@ -12,7 +12,8 @@ cancels that. At most one layer per call is edited. τ is 0.75; ρ is 0.12, for 
 Differs from the authors' code in: means, which are per sample here and pool the batch and its padding there.
 
 Rows: all. Stages: enter (u), mlp. A sample without an image is left alone.
-Cost: the head for one row in ten layers; two products with the image tokens; the prompt's embeddings are kept.
+Cost: the head for one row in each judged layer up to the edited one; there, two products with the image tokens; the
+prompt's embeddings are kept.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 from lvlm_jax.attention import Context
 from lvlm_jax.methods.base import Method, Strength, data, strength, switch
 from lvlm_jax.methods.depth import layer_range
+from lvlm_jax.methods.likeliest import likeliest
 from lvlm_jax.methods.registry import register
 
 CANDIDATES = 10
@@ -77,10 +79,16 @@ class MemVR(Method):
     def enter(self, stream):
         if not self.judged(stream.layer, stream.num_layers):
             return stream.carry._replace(now=jnp.zeros_like(stream.carry.done))
-        logits, _ = jax.lax.top_k(stream.exit_logits(stream.layer_input[:, -1]), CANDIDATES)
-        likely = jax.nn.log_softmax(logits, axis=-1)
-        unsure = -(jnp.exp(likely) * likely).sum(axis=-1) / jnp.log(CANDIDATES) > self.tau
         done = stream.carry.done
+
+        def judge() -> Bool[Array, "B"]:
+            logits = stream.exit_logits(stream.layer_input[:, -1])
+            chosen = likeliest(logits, jnp.ones_like(logits), jnp.inf, CANDIDATES)
+            probabilities = jax.nn.softmax(logits, axis=-1, where=chosen)
+            return jax.scipy.special.entr(probabilities).sum(axis=-1) / jnp.log(CANDIDATES) > self.tau
+
+        # The head is as large as a few layers; once every sample is done, it is not read again.
+        unsure = jax.lax.cond(done.all(), lambda: jnp.zeros_like(done), judge)
         return stream.carry._replace(now=unsure & ~done, done=unsure | done)
 
     def mlp(self, stream, output):
@@ -88,11 +96,15 @@ class MemVR(Method):
             return output
         visual, valid, now, _ = stream.carry
         plain, precise = output.astype(jnp.float32), jax.lax.Precision.HIGHEST
-        similar = jnp.einsum("BTE,BNE->BTN", stream.mlp_input, visual, precision=precise)
-        looked_up = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
-        sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, looked_up)]
-        scaled = looked_up * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
-        return jnp.where(now[:, None, None], (1 - self.rho) * plain + self.rho * scaled, plain)
+
+        def edited() -> Float[Array, "B T E"]:
+            similar = jnp.einsum("BTE,BNE->BTN", stream.mlp_input, visual, precision=precise)
+            looked_up = jnp.einsum("BTN,BNE->BTE", similar, visual, precision=precise).astype(jnp.float32)
+            sizes = [jnp.where(valid, jnp.abs(part), 0).sum(axis=(1, 2), keepdims=True) for part in (plain, looked_up)]
+            scaled = looked_up * (sizes[0] / jnp.where(sizes[1] > 0, sizes[1], 1))
+            return jnp.where(now[:, None, None], (1 - self.rho) * plain + self.rho * scaled, plain)
+
+        return jax.lax.cond(now.any(), edited, lambda: plain)
 
     @property
     def step_by_step(self) -> bool:

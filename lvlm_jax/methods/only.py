@@ -46,7 +46,6 @@ class ONLY(Method):
 
     PRESETS: ClassVar = {"pope": dict(tau=0.2), "chair": dict(tau=0.25)}
     rows: ClassVar[str] = "last"
-    combines: ClassVar[bool] = True
 
     def active(self, layer, num_layers, phase):
         return layer == self.source_layer
@@ -75,12 +74,15 @@ class ONLY(Method):
         present, output = stream.carry
         side = self.share * stream.layer_input[:, -1:] + stream.input_norm(output)
         side = side + stream.feed_forward(stream.mlp_norm(side))
-        return present, stream.exit_logits(side[:, 0])
+        return present, side
+
+    def further_exits(self, carry):
+        return carry[1].swapaxes(0, 1)
 
     def combine(self, readout: Readout, memory):
-        present, side = readout.carry
+        present, _ = readout.carry
         main = readout.main
-        side = side + self.final_share * main
+        side = readout.exits[0] + self.final_share * main
         apart = jnp.abs(jax.nn.softmax(main) - jax.nn.softmax(side)).sum(axis=-1, keepdims=True)
         contrast = (1 + self.alpha_contrast) * main - self.alpha_contrast * side
         combined = jnp.where(apart < self.tau, main + self.alpha_complement * side, contrast)

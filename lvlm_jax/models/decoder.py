@@ -300,6 +300,13 @@ class Decoder(nn.Module):
         """Logits of a hidden state inside the stack, with or without the final norm."""
         return self.head(self.norm(hidden) if norm else hidden)
 
+    def head_with_exits(
+        self, last: Float[Array, "N *T E"], exits: Float[Array, "X *T E"], norm: bool
+    ) -> tuple[Float[Array, "N *T V"], Float[Array, "X *T V"]]:
+        """Logits of final hidden states, and of early exits as in `exit_logits`; the head's matrix is read once."""
+        logits = self.head(jnp.concatenate([last, self.norm(exits) if norm else exits]))
+        return logits[: len(last)], logits[len(last) :]
+
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""
         if self.config.tie_word_embeddings:

@@ -258,6 +258,12 @@ class VisionLanguageModel(nn.Module):
         """See `Decoder.exit_logits`."""
         return self.language_model.exit_logits(hidden, norm)
 
+    def head_with_exits(
+        self, last: Float[Array, "N *T E"], exits: Float[Array, "X *T E"], norm: bool
+    ) -> tuple[Float[Array, "N *T V"], Float[Array, "X *T V"]]:
+        """See `Decoder.head_with_exits`."""
+        return self.language_model.head_with_exits(last, exits, norm)
+
     def head(self, hidden: Float[Array, "*T E"]) -> Float[Array, "*T V"]:
         """Next-token logits in float32."""
         return self.language_model.head(hidden)

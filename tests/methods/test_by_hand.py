@@ -375,7 +375,7 @@ def test_only():
     method = methods.ONLY(tau=0.5, beta=0.1)
     main = jnp.asarray([[1.0, 0.0], [2.0, 0.0]])
     side = jnp.asarray([[0.5, 0.0], [-2.0, 0.0]])
-    readout = methods.Readout(main, None, None, (jnp.ones(2, bool), side))
+    readout = methods.Readout(main, None, side[None], (jnp.ones(2, bool), None))
     # l~ = (1, 0): d = 0:  1 + 3   0 + 0;  l~ = (-1, 0): p = (0.881, 0.119), p~ = (0.269, 0.731):  4 + 1, 0.135 > 0.1
     close(method.combine(readout, ())[0], [[4, 0], [5, 0]])
 
