@@ -5,10 +5,10 @@ prompt row, before the output projection:
 
     VHD_h = |A_h(with images) - A_h(without)|²
 
-VHD is set to 0 for outliers: heads with VHD_h > μ + σ over the layer's heads (population) and also |A_h(without)|² > μ
-+ σ. Heads above the median of their layer are multiplied by α in all rows. Both passes apply these edits layer by
-layer, so a layer's VHD includes the edits of earlier layers. The selected heads stay fixed for the answer. α is 2;
-layer 1 and the last 14 of 32 (as a share of the depth).
+VHD is set to 0 for outliers: heads for which both VHD_h and |A_h(without)|² exceed μ + σ of that quantity over the
+layer's heads (population). Heads above the median of their layer are multiplied by α in all rows. Both passes apply
+these edits layer by layer, so a layer's VHD includes the edits of earlier layers. The selected heads stay fixed for the
+answer. α is 2; layer 1 and the last 14 of 32 (as a share of the depth).
 
 Differs from the paper in: nothing known. The authors' code was not compared.
 
@@ -94,7 +94,7 @@ class Probe(Transform):
         outputs = jnp.einsum("BKGS,BKSD->BKGD", grouped, values, precision=jax.lax.Precision.HIGHEST)
         seeing, blind = jnp.split(outputs.reshape(*row.shape[:2], -1), 2)
         distance = ((seeing - blind) ** 2).sum(axis=-1)
-        distance = jnp.where(outliers(distance) | outliers((blind**2).sum(axis=-1)), 0, distance)
+        distance = jnp.where(outliers(distance) & outliers((blind**2).sum(axis=-1)), 0, distance)
         strong = distance > jnp.median(distance, axis=-1, keepdims=True)
         return (*site.carry, strong & site.carry[0][:, None])
 

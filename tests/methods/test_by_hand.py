@@ -348,6 +348,17 @@ def test_vhr():
     close(methods.VHR().scaled(jnp.asarray(seeing)[None], carry[1])[0, :, 0], [[1, 0, 0, 0], [0, 2, 0, 0]])
 
 
+@pytest.mark.parametrize(("blind", "strong"), [([0, 0, 0, 0], [2, 3]), ([0, 0, 0, 3], [1, 2])])
+def test_vhr_outliers(blind, strong):
+    """VHD (0, 1, 2, 9): μ + σ is 6.5; a head is an outlier, VHD 0, only if it is also one without the image."""
+    seeing = [0, 1, 2**0.5, 3 + blind[3]]
+    weights = jnp.asarray([row(*([x, 0, 0, 0] for x in seeing)), row(*([x, 0, 0, 0] for x in blind))])
+    here = site(row(*[[0, 0, 0, 0]] * 4), carry=(jnp.asarray([True]),), values=np.ones((4, 4, 1)))
+    here = dataclasses.replace(here, read_values=lambda: jnp.ones((2, 4, 4, 1)))
+    _, chosen = methods.VHR(layers=(0,)).probe().observe(here, weights)
+    assert np.flatnonzero(chosen[0]).tolist() == strong
+
+
 def test_sparc():
     """Means 0.1 and 0.2; weights 0.3 and 0.3 rise by 2 and 0.5: column 1 jumps; its new mean is 0.9 * 0.3 + 0.01."""
     before = Jumps(jnp.asarray([[0, 0.1, 0.2, 0]]), jnp.asarray([[0.0, 2, 0, 0]]))

@@ -12,7 +12,7 @@ import numpy as np
 from lvlm_jax import LVLM, methods
 from lvlm_jax.parallel import make_mesh
 from tests import checkpoints
-from tests.methods.test_all_methods import ENTRIES, HASH, LAYOUTS, SEARCHES, build
+from tests.methods.entries import ENTRIES, HASH, LAYOUTS, SEARCHES, build
 from tests.models import zoo
 
 MESHES = ((2, 2, 2), (1, 4, 2))

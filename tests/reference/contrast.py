@@ -245,6 +245,6 @@ def vhr(weights, config, ids, pixels, tokens, layers, alpha=2.0):
         vhd = ((seeing.heads[layer] - blind.heads[layer]) ** 2).sum(-1)
         size = (blind.heads[layer] ** 2).sum(-1)
         margin = min(margin, *(np.abs(x - x.mean() - x.std()).min() for x in (vhd, size)))
-        vhd = np.where((vhd > vhd.mean() + vhd.std()) | (size > size.mean() + size.std()), 0, vhd)
+        vhd = np.where((vhd > vhd.mean() + vhd.std()) & (size > size.mean() + size.std()), 0, vhd)
         scales[layer] = np.where(vhd > np.median(vhd), alpha, 1.0)
     return run(weights, config, ids, pixels, tokens, Scaled(scales)), margin

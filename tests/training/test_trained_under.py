@@ -13,7 +13,7 @@ from lvlm_jax.generation import forcing
 from lvlm_jax.methods.parse import as_method
 from lvlm_jax.training import forward, trained_under
 from lvlm_jax.training.data.pair_batches import in_order
-from tests.methods.test_all_methods import ENTRIES, build
+from tests.methods.entries import ENTRIES, build
 from tests.slow import named
 from tests.training import pair_sets
 
