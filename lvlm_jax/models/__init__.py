@@ -45,6 +45,12 @@ def config_from_hf(raw: dict[str, Any]) -> FamilyConfig:
         # Families without a class in transformers read the dict themselves.
         hf = CONFIG_MAPPING[model_type].from_dict(nested) if model_type in CONFIG_MAPPING else None
         config = family.from_hf(nested, hf)
+        decoder = config.text.model_type
+        if decoder.endswith("_text") and decoder != f"{model_type}_text":
+            raise LVLMError(
+                f"text_config.model_type {decoder!r} belongs to {decoder.removesuffix('_text')!r} and is not supported "
+                f"in {model_type!r}"
+            )
         hash(config)  # jit needs a hashable configuration
         config.blank()  # fails here if the sizes are inconsistent
     except LVLMError:

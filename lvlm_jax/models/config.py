@@ -27,6 +27,7 @@ class DecoderTraits:
     whole_images: bool = False
     window: bool = True  # whether it reads `sliding_window`; transformers' code of the others does not
     rope_pairs: bool = False
+    rope_partial: bool = False  # whether only a share of each head may turn
     rope_sections: tuple[int, ...] = ()  # of multimodal positions, if the configuration does not set them
     rope_interleaved: bool = False
 
@@ -36,7 +37,9 @@ DECODERS: dict[str, DecoderTraits] = {
         attention_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", window=False
     ),
     "mistral": DecoderTraits(attention_bias=False, output_bias=False),
-    "qwen": DecoderTraits(attention_bias=True, output_bias="projection_bias", mlp_bias="projection_bias"),
+    "qwen": DecoderTraits(
+        attention_bias=True, output_bias="projection_bias", mlp_bias="projection_bias", rope_partial=True
+    ),
     "qwen2": DecoderTraits(attention_bias=True, output_bias=False),
     "qwen3": DecoderTraits(attention_bias="attention_bias", output_bias="attention_bias", qk_norm=True),
     "internlm3": DecoderTraits(
@@ -58,6 +61,7 @@ DECODERS: dict[str, DecoderTraits] = {
         output_norms=True,
         window=False,
         rope_pairs=True,
+        rope_partial=True,
         rope_sections=(8, 12, 12),
     ),
     "gemma3_text": DecoderTraits(
@@ -279,7 +283,7 @@ def _rope_from_hf(text: Any, layer_type: str, traits: DecoderTraits) -> RopeConf
     return RopeConfig(
         kind="default" if kind == "mrope" else kind,
         # transformers' other decoders rotate whole heads, whatever the file says.
-        share=parameters.get("partial_rotary_factor", 1.0) if traits.rope_pairs else 1.0,
+        share=parameters.get("partial_rotary_factor", 1.0) if traits.rope_partial else 1.0,
         pairs=traits.rope_pairs,
         sections=tuple(parameters.get("mrope_section") or traits.rope_sections),
         interleaved=bool(parameters.get("mrope_interleaved", traits.rope_interleaved)),
